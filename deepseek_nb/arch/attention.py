@@ -52,7 +52,14 @@ def attend(
 
 # %% ../../nbs/120_arch.attention.ipynb #05f43140
 @attend.twin('torch')
-def attend_sdpa(q, k, v, scale, mask=None, causal=False):
+def attend_sdpa(
+    q:Tensor, # Queries `b h s x`
+    k:Tensor, # Keys `b g t x`
+    v:Tensor, # Values `b g t v`
+    scale:float, # Factor on the scores
+    mask:Tensor|None = None, # True where a query sees a key
+    causal:bool = False, # Without a mask: see nothing later
+)->Tensor: # `b h s v`
     "PyTorch's fused attention behind the signature of `attend`"
     s,t,width = q.shape[2],k.shape[2],v.shape[-1]
     if s==1 and mask is None:
