@@ -1,0 +1,51 @@
+# Everything starts from a clone with Python 3.11 or newer and make. Another interpreter: make demo PYTHON=python3.13
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# nbdev-test runs two notebooks side by side: each gets half of the cores
+HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
+HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
+
+.PHONY: demo test docs bench export hooks clean
+
+demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
+	$(BIN)/deepseek-nb chat --demo
+
+test: .venv/.dev  ## every notebook, then tests/
+	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2 --timing
+	$(BIN)/python -m pytest tests
+
+docs: .venv/.dev  ## the site, into _docs
+	$(BIN)/python -m deepseek_nb.site
+
+bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; without a name, the list
+	$(BIN)/python -m deepseek_nb.bench $(NAME)
+
+export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+	$(BIN)/python -m deepseek_nb.site --readme
+
+hooks: .venv/.dev  ## git merges notebooks by cells, Jupyter saves them clean
+	$(HOOKS)
+
+clean:  ## all that make made
+	rm -rf .venv _proc _docs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find deepseek_nb tests -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.made:
+	@command -v $(PYTHON) >/dev/null || { echo "deepseek_nb needs Python 3.11 or newer, and there is no '$(PYTHON)': install it, or name one as in 'make PYTHON=python3.12'"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "deepseek_nb needs Python 3.11 or newer, and $(PYTHON) is %d.%d: name a newer one, as in make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: pyproject.toml | .venv/.made
+	@echo 'Installing into .venv: a few minutes the first time, most of it PyTorch'
+	$(PIP) install -e .
+	@touch $@
+
+.venv/.dev: pyproject.toml | .venv/.made
+	@echo 'Installing into .venv, with the tools: a few minutes the first time, most of it PyTorch'
+	$(PIP) install -e '.[dev]'
+	@touch .venv/.installed $@
+	@if [ -d .git ]; then $(HOOKS) || echo 'git hooks are not installed; nothing else needs them'; fi

@@ -1,0 +1,34 @@
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session')
+def root(): return ROOT
+
+
+@pytest.fixture(scope='session')
+def python():
+    "Runs code in a fresh interpreter and returns what it printed."
+    def run(code, *args, **kwargs):
+        p = subprocess.run([sys.executable, *(['-c', code] if args == () else [code, *args])], capture_output=True, text=True, **kwargs)
+        assert p.returncode == 0, p.stderr
+        return p.stdout.strip()
+    return run
+
+
+@pytest.fixture(scope='session')
+def copy(tmp_path_factory):
+    "A copy of the sources, for tests that write into the project."
+    folder = tmp_path_factory.mktemp('project')/'deepseek_nb'
+    folder.mkdir()
+    for name in ('nbs', 'deepseek_nb'):
+        shutil.copytree(ROOT/name, folder/name, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('pyproject.toml', 'settings.ini', '_quarto.yml', 'README.md', 'LICENSE'):
+        if (ROOT/name).exists(): shutil.copy(ROOT/name, folder/name)
+    return folder

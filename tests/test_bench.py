@@ -1,0 +1,188 @@
+"Timers on clocks whose answer is known, memory, records, the roofline's arithmetic and the command."
+import json
+import os
+import random
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_nb import bench
+from deepseek_nb.bench import (
+    Comparison,
+    Machine,
+    Work,
+    bandwidth,
+    best_rate,
+    bound,
+    compare,
+    gemm_rate,
+    load_result,
+    machine,
+    main,
+    operations,
+    peak_bytes,
+    record,
+    roofline,
+    run_benchmark,
+    save_result,
+    seconds,
+    show,
+)
+
+
+class Clock:
+    def __init__(self, drift=lambda n: 1.): self.now, self.drift, self.order = 0., drift, []
+    def __call__(self): return self.now
+    def job(self, name, amount):
+        def f():
+            self.order.append(name)
+            self.now += amount * self.drift(len(self.order))
+        return f
+
+
+def fixed():
+    ticks = count()
+    return lambda: next(ticks) * 1e-3
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(bench, 'BENCHMARKS', dict(bench.BENCHMARKS))
+    monkeypatch.setattr(bench, 'find_spec', lambda name: None)
+    return bench.BENCHMARKS
+
+
+@pytest.mark.parametrize('number', [1, 3, 10])
+def test_seconds_a_call(number):
+    clock = Clock()
+    assert seconds(clock.job('a', 2.), number, clock) == 2.
+    assert len(clock.order) == number
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('drift', [lambda n: 1., lambda n: 1. + (n > 20) * 4, lambda n: 1.02 ** n])
+def test_alternation_survives_drift(drift, seed):
+    clock = Clock(drift)
+    found = compare({'ours': clock.job('ours', 1.), 'peer': clock.job('peer', 3.)}, repeats=15, clock=clock, seed=seed)
+    assert found.ratio == pytest.approx(3, rel=.05)
+    rounds = list(zip(clock.order[2::2], clock.order[3::2], strict=True))
+    assert all(set(r) == {'ours', 'peer'} for r in rounds) and len(set(rounds)) == 2
+
+
+def test_warmup_is_not_timed():
+    clock = Clock(lambda n: 100. if n <= 4 else 1.)
+    found = compare({'a': clock.job('a', 1.), 'b': clock.job('b', 1.)}, repeats=3, warmup=2, clock=clock)
+    assert found.medians == pytest.approx((1., 1.)) and len(clock.order) == 4 + 6
+
+
+@pytest.mark.parametrize('n', [1, 2, 5, 8])
+def test_ratio_is_the_median_of_the_rounds(n):
+    rng = random.Random(n)
+    ours, peer = [[rng.uniform(1, 2) for _ in range(n)] for _ in range(2)]
+    found = Comparison(('ours', 'peer'), (ours, peer))
+    want = torch.quantile(torch.tensor([p / o for o, p in zip(ours, peer, strict=True)], dtype=torch.float64),
+                          torch.tensor([.25, .5, .75], dtype=torch.float64)).tolist()
+    assert found.quartiles == pytest.approx(want) and found.ratio == pytest.approx(want[1])
+    assert json.loads(json.dumps(found.to_dict()))['ratio'] == found.ratio
+    assert f'**{found.ratio:.2f}**' in found._repr_markdown_()
+
+
+@pytest.mark.parametrize('names', [(), ('a',), ('a', 'b', 'c')])
+def test_two_contenders(names):
+    with pytest.raises(ValueError, match=f'two contenders, not {len(names)}'): compare({n: int for n in names})
+
+
+@pytest.mark.parametrize('x, text', [
+    (0, '0 '), (1, '1.00 '), (999.96, '1.00 k'), (999, '999 '), (1234, '1.23 k'), (1.5e12, '1.50 T'), (2e-6, '2.00 µ'), (3e-10, '3e-10 ')])
+def test_prefixes(x, text): assert show(x) == text
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak cannot be reset elsewhere')
+@pytest.mark.parametrize('mib', [32, 128])
+def test_peak_memory_of_the_cpu(mib):
+    rise = peak_bytes(lambda: torch.ones(mib * 2**18).sum())
+    assert .95 * mib < rise / 2**20 < mib + 16
+    assert peak_bytes(lambda: None) < 4 * 2**20
+
+
+def test_rates_on_a_known_clock():
+    assert best_rate(500, lambda: None, clock=fixed()) == pytest.approx(500e3)
+    assert gemm_rate(n=32, clock=fixed()) == pytest.approx(2 * 32**3 * 1e3)
+    assert bandwidth(rows=64, clock=fixed()) == pytest.approx(dict(read=64 * 64 * 4e3, copy=64 * 64 * 8e3))
+    assert all(w.seconds == pytest.approx(1e-3) for w in operations(d=16, n=4, clock=fixed()))
+
+
+def test_machine_is_stored_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = dict(clock=fixed(), n=16, rows=16)
+    machine(**options)
+    assert not list(tmp_path.iterdir())
+    first = machine('sub/machine.json', **options)
+    assert [p.name for p in (tmp_path/'sub').iterdir()] == ['machine.json']
+    assert machine('sub/machine.json') == first and first.hardware['threads'] == torch.get_num_threads()
+    assert 'float32 matrix product' in first._repr_markdown_()
+
+
+def test_records(tmp_path):
+    path = tmp_path/'deep'/'x.json'
+    save_result(path, record('x', dict(a=Comparison(('o', 'p'), ([1.], [2.])), b=[Work('w', 1, 2)]), 'numpy', 'absent-package'))
+    found = load_result('x', path.parent)
+    assert found['result']['a']['ratio'] == 2 and found['result']['b'][0]['name'] == 'w'
+    assert set(found['versions']) == {'python', 'torch', 'numpy'} and len(found['date']) == 10
+    with pytest.raises(FileNotFoundError, match='y.json is missing: python -m deepseek_nb.bench y --out'): load_result('y', path.parent)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path/'x.json'
+    save_result(path, dict(a=1))
+    with pytest.raises(TypeError): save_result(path, dict(a=object()))
+    assert json.loads(path.read_text()) == dict(a=1) and os.listdir(tmp_path) == ['x.json']
+
+
+@pytest.mark.parametrize('flops, size, least, binds', [(100, 1, 1., 'arithmetic'), (1, 20, 2., 'memory'), (100, 10, 1., 'memory')])
+def test_bound(flops, size, least, binds):
+    host = Machine({'float32': 100.}, 10., 10.)
+    assert bound(host, Work('w', flops, size)) == (least, binds)
+
+
+def test_roofline_draws():
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    assert roofline(Machine({'float32': 1e9}, 1e9, 1e9), [Work('a', 10, 5, 1.), Work('b', 10, 50, 1.)]) is None
+    assert [t.get_text() for t in plt.gca().get_legend().get_texts()] == ['a', 'b']
+    plt.close('all')
+
+
+def test_command(registry, tmp_path, capsys):
+    @bench.benchmark('toy', 'numpy')
+    def toy():
+        "A toy"
+        return Comparison(('ours', 'peer'), ([1.], [2.]))
+    assert main([]) == 0 and 'toy              A toy' in capsys.readouterr().out
+    assert main(['toy', '--out', str(tmp_path/'toy.json')]) == 0 and 'peer / ours: **2.00**' in capsys.readouterr().out
+    assert main(['toy', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['result'] == load_result('toy', tmp_path)['result']
+    assert main(['absent']) == 2 and capsys.readouterr().err.startswith("no benchmark 'absent': there are machine, roofline, toy")
+    with pytest.raises(KeyError, match='no benchmark'): run_benchmark('absent')
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, '-m', 'deepseek_nb.bench', 'absent'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'machine' in done.stderr
+
+
+def test_stored_results_say_where_they_come_from():
+    for path in (Path(__file__).parent.parent/'nbs'/'results').glob('*.json'):
+        found = json.loads(path.read_text())
+        assert {'name', 'date', 'hardware', 'versions', 'result'} <= set(found), path.name
+        assert found['name'] == path.stem and found['hardware']['cpu'] and found['versions']['torch']
+
+
+def test_import_is_light():
+    code = "import sys, deepseek_nb.bench; print([m for m in ('matplotlib', 'transformers', 'torch._dynamo') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

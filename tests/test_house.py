@@ -1,0 +1,180 @@
+"The rules of the house, each held by a test."
+import ast
+import configparser
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT/'nbs').glob('[!_]*.ipynb'))
+CHAPTERS = [o for o in NOTEBOOKS if o.stem != 'index']
+BIN = Path(sys.executable).parent
+
+
+def cells(path): return json.loads(path.read_text())['cells']
+def source(cell): return ''.join(cell['source'])
+def module(path): return path.stem.split('_', 1)[1]
+
+
+def exported(path):
+    "The file that a chapter exports."
+    return ROOT/'deepseek_nb'/(module(path).replace('.', '/') + '.py')
+
+
+def run(*args, cwd):
+    p = subprocess.run([BIN/args[0], *args[1:]], cwd=cwd, capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return p.stdout
+
+
+# ---- facts stated twice
+
+def test_settings_equal_pyproject():
+    ini = configparser.ConfigParser(inline_comment_prefixes=None)
+    ini.read(ROOT/'settings.ini')
+    ini, toml = ini['DEFAULT'], tomllib.loads((ROOT/'pyproject.toml').read_text())
+    project, nbdev = toml['project'], toml['tool']['nbdev']
+    version = re.search(r'__version__ = "(.+)"', (ROOT/'deepseek_nb/__init__.py').read_text())[1]
+    assert ini['lib_name'] == project['name'] and ini['version'] == version and ini['description'] == project['description']
+    assert ini['min_python'] == project['requires-python'].removeprefix('>=') and ini['author'] == project['authors'][0]['name']
+    assert ini['license'] == 'apache2' and project['license'] == 'Apache-2.0'
+    assert ini['keywords'].split() == project['keywords']
+    assert ini['requirements'].split() == project['dependencies']
+    assert ini['dev_requirements'].split() == project['optional-dependencies']['dev']
+    assert ini['console_scripts'].split('=') == list(*project['scripts'].items())
+    for key in ('lib_path', 'nbs_path', 'doc_path', 'branch', 'strip_libs', 'tst_flags'): assert ini[key] == nbdev[key], key
+    assert ini.getboolean('custom_sidebar') == nbdev['custom_sidebar']
+
+
+def test_readme_is_the_index():
+    from deepseek_nb.site import readme
+    same = (ROOT/'README.md').read_text() == readme(ROOT/'nbs/index.ipynb')
+    assert same, 'README.md is stale: run `make export`'
+
+
+# ---- what an import costs
+
+def imported(python, code): return set(python(f'import sys; {code}; print(*{{o.split(".")[0] for o in sys.modules}})').split())
+
+
+def test_package_imports_no_torch(python):
+    assert not imported(python, 'import deepseek_nb') & {'torch', 'numpy', 'fastcore', 'einops', 'transformers'}
+
+
+def test_model_imports_nothing_heavy(python):
+    loaded = imported(python, 'from deepseek_nb import Model, Config, Cache')
+    assert 'torch' in loaded
+    assert not loaded & {'transformers', 'datasets', 'matplotlib', 'huggingface_hub', 'gguf', 'tokenizers', 'jinja2', 'nbdev', 'IPython'}
+
+
+def test_lazy_names(python):
+    assert python('import deepseek_nb as d; print(all(n in dir(d) for n in d._HOMES), *[getattr(d, n).__name__ for n in d._HOMES])') \
+        == 'True Config Cache Model Tokenizer'
+    python('from deepseek_nb import Model; Model.from_pretrained, Model.save_pretrained, Model.generate, Model.stream')
+    import deepseek_nb
+    with pytest.raises(AttributeError, match="has no attribute 'Modle'; it offers Config"): getattr(deepseek_nb, 'Mod' + 'le')
+
+
+def test_lazy_names_bring_their_patches():
+    import deepseek_nb
+    from deepseek_nb._modidx import d
+    for path, names in d['syms'].items():
+        path = path.removeprefix('deepseek_nb.')
+        for owner in {o.removeprefix(f'deepseek_nb.{path}.').split('.')[0] for o in names} & set(deepseek_nb._HOMES):
+            known = deepseek_nb._HOMES[owner], *deepseek_nb._PATCHES.get(owner, ())
+            assert path in known, f'{path} gives {owner} methods: name it in _PATCHES'
+
+
+def test_no_triton(python):
+    "The word may be explained in prose; no code imports it, and the package imports with it blocked."
+    for path in (ROOT/'deepseek_nb').rglob('*.py'):
+        assert not re.search(r'^\s*(import|from) triton', path.read_text(), re.M), path
+    names = [f'deepseek_nb.{module(o)}' for o in CHAPTERS]
+    python(f'import sys; sys.modules["triton"] = None\nfrom importlib import import_module\nfor o in {names}: import_module(o)')
+
+
+# ---- the shape of a notebook
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.stem)
+def test_house_form(path):
+    markdown = [source(c) for c in cells(path) if c['cell_type'] == 'markdown']
+    assert re.match(r'# \S.*\n+> \S', markdown[0]), 'the first Markdown cell is `# Title` and a `> line`'
+    if path.stem == 'index': return
+    assert source(next(c for c in cells(path) if c['cell_type'] == 'code')) == f'#| default_exp {module(path)}'
+    assert markdown[1].startswith('#| export\n'), 'the second Markdown cell is exported as the docstring of the module'
+    assert re.match(r'\d{3}_[a-z0-9_.]+$', path.stem)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.stem)
+def test_notebook_stores_no_error(path):
+    assert not [o for c in cells(path) for o in c.get('outputs', []) if o['output_type'] == 'error']
+
+
+@pytest.mark.parametrize('path', CHAPTERS, ids=lambda o: o.stem)
+def test_imports_only_earlier_chapters(path):
+    order = [module(o) for o in CHAPTERS]
+    earlier = set(order[:order.index(module(path))])
+    package = ['deepseek_nb', *module(path).split('.')[:-1]]
+    for node in ast.walk(ast.parse(exported(path).read_text())):
+        names = []
+        if isinstance(node, ast.Import): names = [o.name for o in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = package[:len(package) + 1 - node.level] if node.level else []
+            base = '.'.join([*base, *filter(None, [node.module])])
+            names = [f'{base}.{o.name}' if f'{base}.{o.name}'.removeprefix('deepseek_nb.') in order else base for o in node.names]
+        for name in names:
+            if name.startswith('deepseek_nb.'): assert name.removeprefix('deepseek_nb.') in earlier, f'{path.stem} imports {name}'
+
+
+# ---- notebooks and package agree
+
+def differences(a, b, folder=''):
+    "Files below two folders that differ, or are in one of them."
+    skip = ['__pycache__', '.ipynb_checkpoints', 'llms.txt']
+    d = filecmp.dircmp(a/folder, b/folder, ignore=skip)
+    _, mismatch, errors = filecmp.cmpfiles(a/folder, b/folder, d.common_files, shallow=False)
+    found = [f'{folder}/{o}' for o in (*mismatch, *errors, *d.left_only, *d.right_only)]
+    return found + [o for sub in d.common_dirs for o in differences(a, b, f'{folder}/{sub}'.lstrip('/'))]
+
+
+def test_notebooks_are_clean(copy):
+    run('nbdev-clean', cwd=copy)
+    stale = differences(ROOT/'nbs', copy/'nbs')
+    assert not stale, f'run `make export`: not clean are {stale}'
+
+
+def test_package_equals_notebooks(copy):
+    run('nbdev-export', cwd=copy)
+    stale = differences(ROOT/'deepseek_nb', copy/'deepseek_nb')
+    assert not stale, f'run `make export`: not what the notebooks export are {stale}'
+
+
+def test_every_module_has_a_notebook():
+    known = {exported(o) for o in CHAPTERS}
+    hand_written = {'__init__.py', '_modidx.py'}
+    assert {o for o in (ROOT/'deepseek_nb').rglob('*.py') if o.name not in hand_written} == known
+
+
+def test_ruff():
+    run('ruff', 'check', 'nbs', 'deepseek_nb', 'tests', cwd=ROOT)
+
+
+def test_make_recipes_parse():
+    if not shutil.which('make'): pytest.skip('make is absent')
+    for target in ('demo', 'test', 'docs', 'bench', 'export', 'hooks', 'clean'):
+        assert subprocess.run(['make', '-n', target], cwd=ROOT, capture_output=True).returncode == 0, target
+
+
+def test_make_says_what_python_it_needs(tmp_path):
+    if not shutil.which('make'): pytest.skip('make is absent')
+    shutil.copy(ROOT/'Makefile', tmp_path)
+    (tmp_path/'pyproject.toml').touch()
+    p = subprocess.run(['make', 'demo', 'PYTHON=python3.5'], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode and 'needs Python 3.11 or newer' in p.stdout + p.stderr

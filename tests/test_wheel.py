@@ -1,0 +1,59 @@
+"The built wheel alone, in a new environment and an empty folder, answers the demo's question."
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args, **kwargs):
+    p = subprocess.run([str(o) for o in args], capture_output=True, text=True, **kwargs)
+    assert p.returncode == 0, p.stdout + p.stderr
+    return p.stdout
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory, copy):
+    folder = tmp_path_factory.mktemp('dist')
+    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', folder, copy)
+    return next(folder.glob('*.whl'))
+
+
+def test_wheel_is_whole(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = {o.relative_to(ROOT).as_posix() for o in (ROOT/'deepseek_nb').rglob('*') if o.is_file() and '__pycache__' not in o.parts}
+    assert not package - names, 'the package has files that the wheel lacks'
+    assert {o.split('/')[0] for o in names if '.dist-info/' not in o} == {'deepseek_nb'}, 'the wheel has files beside the package'
+    assert any(o.endswith('.dist-info/licenses/LICENSE') for o in names)
+
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    "A new environment with the wheel and its dependencies."
+    env = tmp_path_factory.mktemp('env')
+    run(sys.executable, '-m', 'venv', env)
+    run(env/'bin/python', '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet', '--prefer-binary', wheel)
+    return env/'bin'
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    "An empty folder, and variables without a path to this project."
+    return dict(cwd=tmp_path, env={k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
+def test_every_module_imports(installed, elsewhere):
+    modules = [o.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.') for o in (ROOT/'deepseek_nb').rglob('[!_]*.py')]
+    code = f'from importlib import import_module\nfor o in {modules}: print(import_module(o).__file__)'
+    files = run(installed/'python', '-c', code, **elsewhere).splitlines()
+    assert len(files) == len(modules) and all('site-packages' in o for o in files)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
+def test_demo(installed, elsewhere):
+    assert 'Paris' in run(installed/'deepseek-nb', 'chat', '--demo', **elsewhere)
