@@ -176,6 +176,29 @@ def test_module_runs_as_a_command():
     assert done.returncode == 2 and 'machine' in done.stderr
 
 
+def test_benchmarks_of_later_chapters_are_found(capsys):
+    assert main([]) == 0
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert {'moe-decode', 'import-time', 'load-smollm2', 'dispatch', 'machine'} <= names
+
+
+def test_contenders_are_equal_before_they_are_timed(monkeypatch):
+    pytest.importorskip('transformers')
+    from deepseek_nb import benchmarks
+    shape = benchmarks.BENCH_MOE | dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=96, moe_intermediate_size=32)
+    found = benchmarks.moe_decode(cached=20, repeats=2, shape=shape)
+    assert found.names == ('deepseek_nb', 'transformers') and len(found.ratios) == 2
+    a, b = benchmarks.pair(shape, seed=1)[0], benchmarks.pair(shape, seed=2)[1]
+    with pytest.raises(ValueError, match='nothing was timed'): benchmarks.check_logits(a, b)
+    monkeypatch.setattr(benchmarks, 'pair', lambda shape, seed: (a, b))
+    with pytest.raises(ValueError, match='greedy tokens differ'): benchmarks.moe_decode(cached=20, repeats=2, shape=shape)
+
+
+def test_fresh_imports_are_timed():
+    from deepseek_nb.benchmarks import import_seconds
+    assert 0 < import_seconds('import decimal') < 30
+
+
 def test_stored_results_say_where_they_come_from():
     for path in (Path(__file__).parent.parent/'nbs'/'results').glob('*.json'):
         found = json.loads(path.read_text())

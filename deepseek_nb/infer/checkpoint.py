@@ -162,7 +162,7 @@ def _sharded(folder):
     if odd := [k for h in heads.values() for k in h if k not in wm]: raise ValueError(f'{folder/INDEX}: does not name {_some(odd)}; download it again')
     return {k: heads[s][k] for k,s in wm.items()}
 
-def _some(keys, n=3): return ', '.join(list(keys)[:n]) + (f' and {len(keys)-n} more' if len(keys) > n else '')
+def _some(keys, n=3): return ', '.join(repr(k)[1:-1] for k in list(keys)[:n]) + (f' and {len(keys)-n} more' if len(keys) > n else '')
 
 # %% ../../nbs/230_infer.checkpoint.ipynb #d97370ba
 def weight_map(

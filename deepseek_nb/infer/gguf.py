@@ -12,6 +12,7 @@ __all__ = ['TOP', 'BLOCK', 'PLAIN', 'BLOCKS', 'open_gguf', 'metadata', 'Meta', '
 
 # %% ../../nbs/240_infer.gguf.ipynb #fd9ec16b
 import math
+import re
 import warnings
 from functools import cache
 from pathlib import Path
@@ -78,7 +79,9 @@ class Meta:
         reader, # From `open_gguf`
         path:str|Path = 'GGUF', # Named in errors
     ):
-        self.d,self.path = metadata(reader),path
+        self.path = path
+        try: self.d = metadata(reader)
+        except (ValueError, IndexError, TypeError) as e: raise ValueError(f'{path}: corrupt metadata ({_one_line(e)}); download it again') from None
         self.arch = self.d.get('general.architecture')
         self.shapes = {t.name: tuple(reversed(t.shape.tolist())) for t in reader.tensors}
         self.tensors = {t.name: t for t in reader.tensors}
@@ -188,7 +191,12 @@ def gguf_config(
     if m.d.get('split.count', 1) > 1: raise ValueError(f"{path}: one of {m.d['split.count']} parts; merge them with llama-gguf-split --merge")
     if m.arch not in ('llama', 'qwen2', 'deepseek2'): raise ValueError(f"{path}: architecture {m.arch!r} is not known here; known are 'llama', 'qwen2' and 'deepseek2'")
     if 'token_embd.weight' not in m.shapes: raise ValueError(f'{path}: token_embd.weight is missing; this file holds no language model')
-    return Config(**(_shared(m) | _mla(m) | _moe(m) if m.arch == 'deepseek2' else _gqa(m)))
+    w,d,n = m.shapes['token_embd.weight'],m.need('embedding_length'),m.need('block_count')
+    if len(w) != 2 or w[1] != d: raise ValueError(f'{path}: token_embd.weight has shape {list(w)}, but metadata embedding_length is {d}; download it again')
+    if not any(k.startswith(f'blk.{n-1}.') for k in m.shapes): raise ValueError(f'{path}: metadata block_count is {n}, but block {n-1} has no tensors; download it again')
+    try: return Config(**(_shared(m) | _mla(m) | _moe(m) if m.arch == 'deepseek2' else _gqa(m)))
+    except (TypeError, ZeroDivisionError, KeyError) as e: raise ValueError(f'{path}: corrupt metadata ({_one_line(e)}); download it again') from None
+    except ValueError as e: raise ValueError(str(e) if str(path) in str(e) else f'{path}: {e}') from None
 
 # %% ../../nbs/240_infer.gguf.ipynb #d1d8497b
 TOP = dict(embed_tokens='token_embd', norm='output_norm', lm_head='output')
@@ -264,7 +272,7 @@ def dequant(
 def copy_blocks(
     dst:Tensor, # A view from `gguf_views`
     tensor, # gguf's ReaderTensor
-    piece:int = 2**22, # Weights to expand at a time
+    piece:int = 2**15, # Weights to expand at a time
 )->None:
     "Dequantise a GGUF tensor into a view"
     lead = dst.shape[0]
@@ -282,7 +290,7 @@ def match_tensors(
     "Hold a file's tensors against a model's parameters"
     from deepseek_nb.infer.checkpoint import _some
     n = m.need('block_count') - m.get('nextn_predict_layers', 0)
-    mtp = {k for k in m.shapes if k.startswith('blk.') and int(k.split('.')[1]) >= n}
+    mtp = {k for k in m.shapes if (i := re.match(r'blk\.(\d+)\.', k)) and int(i[1]) >= n}
     missing,unused = [k for k in views if k not in m.shapes],[k for k in m.shapes if k not in views and k not in mtp and k != 'rope_freqs.weight']
     said = [f'{len(ks)} tensors {what}: {_some(ks)}' for what,ks in (('missing', missing), ('unused', unused)) if ks]
     if said: raise ValueError(f"{m.path}: {'; '.join(said)}; convert the model again with a current llama.cpp")
