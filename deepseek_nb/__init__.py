@@ -13,14 +13,16 @@ Modules:
 - `deepseek_nb.core`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
 - `deepseek_nb.dispatch`: A readable definition, its faster twins, and a registry that picks one
 - `deepseek_nb.infer.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
-- `deepseek_nb.infer.checkpoint`: Safetensors streamed into a model that is already allocated, and back out in a form that transformers loads
+- `deepseek_nb.infer.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
 - `deepseek_nb.infer.generate`: From logits to tokens to text: greedy or sampled, one prompt or a ragged batch, streamed with whole characters and clean stops
 - `deepseek_nb.infer.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
 - `deepseek_nb.infer.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
 - `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
+- `deepseek_nb.infer.safetensors`: The file format of weights, read through a map that stays out of memory, and written whole or not at all
 - `deepseek_nb.infer.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
+- `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
 - `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.site`: A notebook becomes a page without running a lesson"""
 

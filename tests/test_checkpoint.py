@@ -13,9 +13,11 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.core import Config, Rope
 from deepseek_nb.infer import checkpoint as ck
 from deepseek_nb.infer.load import load_config
+from deepseek_nb.infer.safetensors import read_header
 
-V3 = Config('deepseek_v3', vocab_size=48, dim=16, n_layers=2, n_heads=2, inter_dim=24, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
-            n_dense_layers=1, n_routed_experts=4, n_shared_experts=1, n_activated_experts=2, moe_inter_dim=8, score_func='sigmoid', score_bias=True, group_score='sum2', norm_topk=True,
+V3 = Config('deepseek_v3', vocab_size=48, dim=16, n_layers=2, n_heads=2, inter_dim=24, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8,
+            qk_rope_head_dim=4, v_head_dim=8, n_dense_layers=1, n_routed_experts=4, n_shared_experts=1, n_activated_experts=2,
+            moe_inter_dim=8, score_func='sigmoid', score_bias=True, group_score='sum2', norm_topk=True,
             rope=Rope(interleaved=True), bos_id=0, eos_ids=(1,))
 LLAMA = Config('llama', vocab_size=48, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, inter_dim=24, bos_id=0, eos_ids=(1,))
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
@@ -50,7 +52,8 @@ def rewrite(folder, change):
     save_file(d, folder/ck.SINGLE)
 
 
-@pytest.mark.parametrize('config', [V3, LLAMA, replace(V3, q_lora_rank=0), replace(LLAMA, tie_embeddings=True), replace(LLAMA, model_type='qwen2', attn_bias=True)])
+@pytest.mark.parametrize('config', [V3, LLAMA, replace(V3, q_lora_rank=0), replace(LLAMA, tie_embeddings=True),
+                                    replace(LLAMA, model_type='qwen2', attn_bias=True)])
 @pytest.mark.parametrize('max_shard_bytes', [10**9, 3000])
 def test_round_trip(config, max_shard_bytes, tmp_path):
     m = tiny(config)
@@ -65,7 +68,8 @@ def test_round_trip(config, max_shard_bytes, tmp_path):
 
 def test_disk_names(saved):
     keys = set(load_file(saved/ck.SINGLE))
-    assert {'lm_head.weight', 'model.embed_tokens.weight', 'model.layers.1.mlp.experts.3.up_proj.weight', 'model.layers.1.mlp.gate.e_score_correction_bias'} <= keys
+    assert {'lm_head.weight', 'model.embed_tokens.weight', 'model.layers.1.mlp.experts.3.up_proj.weight',
+            'model.layers.1.mlp.gate.e_score_correction_bias'} <= keys
     assert not any('gate_up' in k for k in keys)
 
 
@@ -134,12 +138,13 @@ def test_garbage(saved):
     one_line(e)
 
 
-@pytest.mark.parametrize('entry', [dict(dtype='F32', shape=[3], data_offsets=[0, 4]), dict(dtype='F99', shape=[1], data_offsets=[0, 4]), dict(shape=[1]), 3,
+@pytest.mark.parametrize('entry', [dict(dtype='F32', shape=[3], data_offsets=[0, 4]), dict(dtype='F99', shape=[1], data_offsets=[0, 4]),
+                                   dict(shape=[1]), 3,
                                    dict(dtype='F32', shape=[-1], data_offsets=[4, 0]), dict(dtype='F32', shape=[1], data_offsets=[-4, 0])])
 def test_corrupt_header(tmp_path, entry):
     raw = json.dumps(dict(a=entry)).encode()
     (tmp_path/'x.safetensors').write_bytes(len(raw).to_bytes(8, 'little') + raw + bytes(8))
-    with pytest.raises(ValueError, match='x.safetensors') as e: ck.read_header(tmp_path/'x.safetensors')
+    with pytest.raises(ValueError, match='x.safetensors') as e: read_header(tmp_path/'x.safetensors')
     one_line(e)
 
 
@@ -207,7 +212,8 @@ def test_one_layer_too_few_in_the_config(tmp_path):
     one_line(e)
 
 
-@pytest.mark.parametrize('key,value', [('hidden_size', 32), ('vocab_size', 50), ('moe_intermediate_size', 12), ('kv_lora_rank', 16), ('v_head_dim', 12)])
+@pytest.mark.parametrize('key,value', [('hidden_size', 32), ('vocab_size', 50), ('moe_intermediate_size', 12), ('kv_lora_rank', 16),
+                                       ('v_head_dim', 12)])
 def test_shapes_contradict_the_config(saved, key, value):
     d = json.loads((saved/'config.json').read_text())
     (saved/'config.json').write_text(json.dumps(d | {key: value}))
@@ -230,7 +236,8 @@ def test_known_keys_are_ignored(tmp_path):
 
 
 def test_mtp_block_is_kept(saved, tmp_path):
-    extra = {'model.layers.2.eh_proj.weight': torch.randn(16, 32), 'model.layers.2.self_attn.o_proj.weight': torch.randn(16, 16).to(torch.float8_e4m3fn),
+    extra = {'model.layers.2.eh_proj.weight': torch.randn(16, 32),
+             'model.layers.2.self_attn.o_proj.weight': torch.randn(16, 16).to(torch.float8_e4m3fn),
              'model.layers.2.self_attn.o_proj.weight_scale_inv': torch.rand(1, 1)}
     rewrite(saved, lambda d: d.update(extra))
     m = load(saved)
@@ -271,7 +278,8 @@ def test_fp8_zero_block():
 
 @pytest.mark.parametrize('block', [(128, 128), (8, 4)])
 def test_fp8_checkpoint(tmp_path, block):
-    config = replace(V3, extra=dict(quantization_config=dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic', weight_block_size=list(block), scale_fmt='ue8m0')))
+    config = replace(V3, extra=dict(quantization_config=dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic',
+                                                             weight_block_size=list(block), scale_fmt='ue8m0')))
     m = tiny(config)
     folder = m.save_pretrained(tmp_path/'m')
     want = {}

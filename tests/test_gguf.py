@@ -1,8 +1,10 @@
 "GGUF: random files of every architecture and block format, damage, and SmolLM2 against transformers"
 import math
+import os
 import random
 import time
 import warnings
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -19,11 +21,14 @@ KINDS = ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1']
 SHARED = dict(vocab_size=64, dim=64, n_layers=3, inter_dim=96, max_positions=128, bos_id=1, eos_ids=(2,))
 LLAMA = Config('llama', **SHARED, n_heads=4, n_kv_heads=2, head_dim=16, norm_eps=1e-5, rope=Rope(theta=50000.))
 QWEN2 = Config('qwen2', **SHARED, n_heads=4, n_kv_heads=2, head_dim=16, attn_bias=True, rope=Rope(theta=1e6))
-MOE = dict(n_dense_layers=1, n_routed_experts=8, n_activated_experts=3, n_shared_experts=2, moe_inter_dim=32, n_expert_groups=4, n_limited_groups=2)
+MOE = dict(n_dense_layers=1, n_routed_experts=8, n_activated_experts=3, n_shared_experts=2, moe_inter_dim=32, n_expert_groups=4,
+           n_limited_groups=2)
 MLA = dict(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
-YARN = Rope(theta=10000., interleaved=True, kind='yarn', factor=40., original_positions=16, beta_fast=32., beta_slow=1., mscale=.707, mscale_all_dim=.707)
+YARN = Rope(theta=10000., interleaved=True, kind='yarn', factor=40., original_positions=16, beta_fast=32., beta_slow=1., mscale=.707,
+            mscale_all_dim=.707)
 V2 = Config('deepseek_v2', **SHARED, **MLA, **MOE, q_lora_rank=0, score_func='softmax', group_score='max', route_scale=16., rope=YARN)
-V3 = Config('deepseek_v3', **SHARED, **MLA, **MOE, q_lora_rank=32, score_func='sigmoid', score_bias=True, group_score='sum2', norm_topk=True, route_scale=2.5, rope=Rope(interleaved=True))
+V3 = Config('deepseek_v3', **SHARED, **MLA, **MOE, q_lora_rank=32, score_func='sigmoid', score_bias=True, group_score='sum2',
+            norm_topk=True, route_scale=2.5, rope=Rope(interleaved=True))
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 53, 58, 9, 7, 9, 3, 23, 8]])
 
 
@@ -38,7 +43,9 @@ def no_grad():
 def permuted(w, heads): return w.reshape(heads, 2, w.shape[0]//heads//2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-NAMES = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm', q_proj='attn_q', k_proj='attn_k', v_proj='attn_v', o_proj='attn_output', q_a_proj='attn_q_a', q_a_layernorm='attn_q_a_norm',
+TOP = dict(embed_tokens='token_embd', norm='output_norm', lm_head='output')
+NAMES = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm', q_proj='attn_q', k_proj='attn_k', v_proj='attn_v',
+             o_proj='attn_output', q_a_proj='attn_q_a', q_a_layernorm='attn_q_a_norm',
              q_b_proj='attn_q_b', kv_a_proj_with_mqa='attn_kv_a_mqa', kv_a_layernorm='attn_kv_a_norm', kv_b_proj='attn_kv_b')
 
 
@@ -47,43 +54,52 @@ def tensors(model, split):
     c = model.config
     for k, t in model.state_dict().items():
         w, parts = t.float().numpy(), k.split('.')
-        if parts[0] != 'layers': yield dict(embed_tokens='token_embd', norm='output_norm', lm_head='output')[parts[0]] + '.weight', w; continue
+        if parts[0] in TOP:
+            yield f'{TOP[parts[0]]}.weight', w
+            continue
         blk, part, suffix = f'blk.{parts[1]}.', parts[-2], parts[-1]
         if suffix == 'e_score_correction_bias': yield blk+'exp_probs_b.bias', w
         elif suffix == 'gate_up_proj':
             f = w.shape[1]//2
-            yield blk+'ffn_gate_exps.weight', np.ascontiguousarray(w[:, :f]); yield blk+'ffn_up_exps.weight', np.ascontiguousarray(w[:, f:])
+            yield blk+'ffn_gate_exps.weight', np.ascontiguousarray(w[:, :f])
+            yield blk+'ffn_up_exps.weight', np.ascontiguousarray(w[:, f:])
         elif suffix == 'down_proj': yield blk+'ffn_down_exps.weight', w
         elif part == 'kv_b_proj' and split:
             both = w.reshape(c.n_heads, c.qk_nope_head_dim+c.v_head_dim, c.kv_lora_rank)
-            yield blk+'attn_k_b.weight', np.ascontiguousarray(both[:, :c.qk_nope_head_dim].transpose(0, 2, 1)); yield blk+'attn_v_b.weight', np.ascontiguousarray(both[:, c.qk_nope_head_dim:])
+            yield blk+'attn_k_b.weight', np.ascontiguousarray(both[:, :c.qk_nope_head_dim].transpose(0, 2, 1))
+            yield blk+'attn_v_b.weight', np.ascontiguousarray(both[:, c.qk_nope_head_dim:])
         elif part == 'gate': yield blk+'ffn_gate_inp.weight', w
-        elif parts[2] == 'mlp': yield blk+'ffn_' + part.removesuffix('_proj') + ('_shexp' if 'shared_experts' in k else '') + '.' + suffix, w
+        elif parts[2] == 'mlp': yield blk + f"ffn_{part.removesuffix('_proj')}{'_shexp'*('shared_experts' in k)}.{suffix}", w
         else:
             if c.model_type == 'llama' and part in ('q_proj', 'k_proj'): w = permuted(w, c.n_heads if part == 'q_proj' else c.n_kv_heads)
             yield blk+NAMES[part]+'.'+suffix, w
 
 
 def write_metadata(w, c, split):
-    a = w.arch
-    def put(key, v): (w.add_bool if isinstance(v, bool) else w.add_float32 if isinstance(v, float) else w.add_string if isinstance(v, str) else w.add_uint32)(f'{a}.{key}', v)
-    d = {'block_count': c.n_layers, 'context_length': c.max_positions, 'embedding_length': c.dim, 'feed_forward_length': c.inter_dim, 'attention.head_count': c.n_heads,
-         'attention.layer_norm_rms_epsilon': c.norm_eps, 'rope.freq_base': c.rope.theta}
+    adders = {bool: w.add_bool, float: w.add_float32, str: w.add_string, int: w.add_uint32}
+    d = {'block_count': c.n_layers, 'context_length': c.max_positions, 'embedding_length': c.dim, 'feed_forward_length': c.inter_dim,
+         'attention.head_count': c.n_heads, 'attention.layer_norm_rms_epsilon': c.norm_eps, 'rope.freq_base': c.rope.theta}
     if c.mla:
-        d |= {'rope.dimension_count': c.qk_rope_head_dim, 'attention.kv_lora_rank': c.kv_lora_rank, 'leading_dense_block_count': c.n_dense_layers, 'expert_count': c.n_routed_experts,
-              'expert_used_count': c.n_activated_experts, 'expert_shared_count': c.n_shared_experts, 'expert_weights_scale': c.route_scale, 'expert_feed_forward_length': c.moe_inter_dim,
+        d |= {'rope.dimension_count': c.qk_rope_head_dim, 'attention.kv_lora_rank': c.kv_lora_rank,
+              'leading_dense_block_count': c.n_dense_layers, 'expert_count': c.n_routed_experts,
+              'expert_used_count': c.n_activated_experts, 'expert_shared_count': c.n_shared_experts,
+              'expert_weights_scale': c.route_scale, 'expert_feed_forward_length': c.moe_inter_dim,
               'expert_group_count': c.n_expert_groups, 'expert_group_used_count': c.n_limited_groups}
         if c.q_lora_rank: d |= {'attention.q_lora_rank': c.q_lora_rank}
         if c.norm_topk: d |= {'expert_weights_norm': True}
         if c.score_func == 'sigmoid': d |= {'expert_gating_func': 2}
         key, value = c.qk_nope_head_dim+c.qk_rope_head_dim, c.v_head_dim
-        if split: d |= {'attention.head_count_kv': 1, 'attention.key_length': c.kv_lora_rank+c.qk_rope_head_dim, 'attention.value_length': c.kv_lora_rank, 'attention.key_length_mla': key, 'attention.value_length_mla': value}
+        if split:
+            d |= {'attention.head_count_kv': 1, 'attention.key_length': c.kv_lora_rank+c.qk_rope_head_dim,
+                  'attention.value_length': c.kv_lora_rank}
+            d |= {'attention.key_length_mla': key, 'attention.value_length_mla': value}
         else: d |= {'attention.head_count_kv': c.n_heads, 'attention.key_length': key, 'attention.value_length': value}
     else: d |= {'attention.head_count_kv': c.n_kv_heads, 'rope.dimension_count': c.head_dim}
     if c.rope.kind == 'yarn':
-        d |= {'rope.scaling.type': 'yarn', 'rope.scaling.factor': c.rope.factor, 'rope.scaling.original_context_length': c.rope.original_positions}
+        d |= {'rope.scaling.type': 'yarn', 'rope.scaling.factor': c.rope.factor,
+              'rope.scaling.original_context_length': c.rope.original_positions}
         if c.mla: d |= {'rope.scaling.yarn_log_multiplier': .1*c.rope.mscale_all_dim}
-    for k, v in d.items(): put(k, v)
+    for k, v in d.items(): adders[type(v)](f'{w.arch}.{k}', v)
     w.add_bos_token_id(c.bos_id); w.add_eos_token_id(c.eos_ids[0])
     w.add_token_list([f'token {i}' for i in range(c.vocab_size)]); w.add_token_types([1]*c.vocab_size); w.add_token_merges(['a b', 'c d'])
 
@@ -102,7 +118,7 @@ def write(path, model, kind='F32', split=False, extra=()):
     return kept
 
 
-def fresh(config, like=None):
+def fresh(config):
     m = Model(config, dtype=torch.float32, device='cpu')
     for t in m.state_dict().values(): t.copy_(torch.randn(t.shape)*.2 + (t.dim() == 1))
     return m
@@ -117,9 +133,9 @@ def rounded(model, kept, split):
         got = [torch.from_numpy(kept[n].copy()) for n in name]
         if k.endswith('gate_up_proj'): x = torch.cat(got, 1)
         elif k.endswith('kv_b_proj.weight') and split: x = torch.cat([got[0].transpose(1, 2), got[1]], 1).reshape(t.shape)
-        elif c.model_type == 'llama' and '_attn.q_proj' in k or '_attn.k_proj' in k:
+        elif c.model_type == 'llama' and ('_attn.q_proj' in k or '_attn.k_proj' in k):
             h = c.n_heads if 'q_proj' in k else c.n_kv_heads
-            x = got[0].reshape(h, t.shape[0]//h//2, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape) if c.model_type == 'llama' else got[0]
+            x = got[0].reshape(h, t.shape[0]//h//2, 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
         else: x = got[0]
         t.copy_(x)
     return m
@@ -135,7 +151,8 @@ def load(path): return Model.from_pretrained(path, dtype=torch.float32, device='
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('config,split', [(LLAMA, False), (QWEN2, False), (V2, False), (V3, False), (V2, True), (V3, True)], ids=['llama', 'qwen2', 'v2', 'v3', 'v2-split', 'v3-split'])
+@pytest.mark.parametrize('config,split', [(LLAMA, False), (QWEN2, False), (V2, False), (V3, False), (V2, True), (V3, True)],
+                         ids=['llama', 'qwen2', 'v2', 'v3', 'v2-split', 'v3-split'])
 def test_random_file(config, split, kind, tmp_path):
     m = fresh(config)
     kept = write(tmp_path/'m.gguf', m, kind, split)
@@ -147,29 +164,27 @@ def test_random_file(config, split, kind, tmp_path):
     if kind == 'F32': assert torch.equal(back(TOKENS), m(TOKENS))
 
 
-@pytest.mark.parametrize('change', [dict(tie_embeddings=True), dict(attn_bias=True), dict(attn_bias=True, out_bias=True, mlp_bias=True), dict(n_kv_heads=4), dict(n_kv_heads=1),
-                                    dict(rope=Rope(theta=10000., kind='yarn', factor=4., original_positions=32)), dict(rope=Rope(theta=10000., kind='linear', factor=4.))])
+@pytest.mark.parametrize('change', [dict(tie_embeddings=True), dict(attn_bias=True), dict(attn_bias=True, out_bias=True, mlp_bias=True),
+                                    dict(n_kv_heads=4), dict(n_kv_heads=1),
+                                    dict(rope=Rope(theta=10000., kind='yarn', factor=4., original_positions=32))])
 def test_llama_variants(change, tmp_path):
-    from dataclasses import replace
     m = fresh(replace(LLAMA, **change))
-    write(tmp_path/'m.gguf', m, extra=())
-    if m.config.rope.kind == 'linear': pytest.skip('the writer above has no linear scaling')
+    write(tmp_path/'m.gguf', m)
     back = load(tmp_path/'m.gguf')
     assert back.config == m.config and torch.equal(back(TOKENS), m(TOKENS))
 
 
-@pytest.mark.parametrize('width,rope', [(128, Rope(theta=500000., kind='llama3', factor=8., original_positions=8192)), (64, Rope(theta=500000., kind='llama3', factor=32., original_positions=8192)),
-                                        (128, Rope(theta=500000., kind='llama3', factor=4., original_positions=8192, low_freq=.5, high_freq=8.))])
-def test_llama3_frequencies(width, rope, tmp_path):
-    from dataclasses import replace
+@pytest.mark.parametrize('width,factor,low,high', [(128, 8., 1., 4.), (64, 32., 1., 4.), (128, 4., .5, 8.)])
+def test_llama3_frequencies(width, factor, low, high, tmp_path):
+    rope = Rope(theta=500000., kind='llama3', factor=factor, original_positions=8192, low_freq=low, high_freq=high)
     config = replace(LLAMA, n_heads=2, n_kv_heads=1, head_dim=width, rope=rope)
     m = fresh(config)
     # as llama.cpp's converter computes the tensor
     factors = []
     for freq in 1/rope.theta**(torch.arange(0, width, 2, dtype=torch.float32)/width):
         wavelen, L = 2*math.pi/freq, rope.original_positions
-        smooth = (L/wavelen - rope.low_freq)/(rope.high_freq - rope.low_freq)
-        factors.append(1. if wavelen < L/rope.high_freq else rope.factor if wavelen > L/rope.low_freq else float(1/((1-smooth)/rope.factor + smooth)))
+        smooth = (L/wavelen - low)/(high - low)
+        factors.append(1. if wavelen < L/high else factor if wavelen > L/low else float(1/((1-smooth)/factor + smooth)))
     w = gguf.GGUFWriter(tmp_path/'m.gguf', 'llama')
     write_metadata(w, config, False)
     w.add_uint32('llama.attention.key_length', width)
@@ -183,7 +198,6 @@ def test_llama3_frequencies(width, rope, tmp_path):
 
 
 def test_files_without_groups_warn(tmp_path):
-    from dataclasses import replace
     config = replace(V3, n_routed_experts=72, n_expert_groups=1, n_limited_groups=1)
     w = gguf.GGUFWriter(tmp_path/'m.gguf', 'deepseek2')
     write_metadata(w, config, False)
@@ -225,7 +239,7 @@ def test_corrupt_header(tmp_path):
     write(path, m, 'Q4_0')
     raw = path.read_bytes()
     r = random.Random()
-    for _ in range(int(__import__("os").environ.get("FUZZ","300"))):
+    for _ in range(int(os.environ.get('GGUF_FUZZ') or 300)):
         at = r.randrange(4, 4000)
         path.write_bytes(raw[:at] + bytes([r.randrange(256)]) + raw[at+1:])
         try: load(path)
@@ -237,7 +251,7 @@ def test_missing_and_unused_tensors(tmp_path):
     write(path, m, extra=[('blk.0.attn_sinks.weight', np.zeros(4, dtype=np.float32))])
     with pytest.raises(ValueError, match='1 tensors unused: blk.0.attn_sinks.weight') as e: load(path)
     one_line(e)
-    m.state_dict_full, sd = m.state_dict, m.state_dict()
+    sd = m.state_dict()
     m.state_dict = lambda: {k: v for k, v in sd.items() if k != 'norm.weight'}
     write(path, m)
     with pytest.raises(ValueError, match='1 tensors missing: output_norm.weight') as e: load(path)
@@ -253,16 +267,23 @@ def test_unknown(tmp_path):
 
 # A real model
 
-TEXT = """Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse, and nothing particular to interest me on shore, I thought I would sail about a little and see the watery part of the
-world. It is a way I have of driving off the spleen and regulating the circulation. Whenever I find myself growing grim about the mouth; whenever it is a damp, drizzly November in my soul; whenever I find myself
-involuntarily pausing before coffin warehouses, and bringing up the rear of every funeral I meet; and especially whenever my hypos get such an upper hand of me, that it requires a strong moral principle to prevent me
-from deliberately stepping into the street, and methodically knocking people’s hats off—then, I account it high time to get to sea as soon as I can. This is my substitute for pistol and ball. With a philosophical
-flourish Cato throws himself upon his sword; I quietly take to the ship. There is nothing surprising in this. If they but knew it, almost all men in their degree, some time or other, cherish very nearly the same
-feelings towards the ocean with me. There now is your insular city of the Manhattoes, belted round by wharves as Indian isles by coral reefs—commerce surrounds it with her surf. Right and left, the streets take you
-waterward. Its extreme downtown is the battery, where that noble mole is washed by waves, and cooled by breezes, which a few hours previous were out of sight of land. Look at the crowds of water-gazers there.
-Circumambulate the city of a dreamy Sabbath afternoon. Go from Corlears Hook to Coenties Slip, and from thence, by Whitehall, northward. What do you see?—Posted like silent sentinels all around the town, stand
-thousands upon thousands of mortal men fixed in ocean reveries. Some leaning against the spiles; some seated upon the pier-heads; some looking over the bulwarks of ships from China; some high aloft in the rigging, as
-if striving to get a still better seaward peep.""".replace('\n', ' ')
+TEXT = """
+Call me Ishmael. Some years ago—never mind how long precisely—having little or no money in my purse, and nothing particular to interest
+me on shore, I thought I would sail about a little and see the watery part of the world. It is a way I have of driving off the spleen
+and regulating the circulation. Whenever I find myself growing grim about the mouth; whenever it is a damp, drizzly November in my soul;
+whenever I find myself involuntarily pausing before coffin warehouses, and bringing up the rear of every funeral I meet; and especially
+whenever my hypos get such an upper hand of me, that it requires a strong moral principle to prevent me from deliberately stepping into
+the street, and methodically knocking people’s hats off—then, I account it high time to get to sea as soon as I can. This is my
+substitute for pistol and ball. With a philosophical flourish Cato throws himself upon his sword; I quietly take to the ship. There is
+nothing surprising in this. If they but knew it, almost all men in their degree, some time or other, cherish very nearly the same
+feelings towards the ocean with me. There now is your insular city of the Manhattoes, belted round by wharves as Indian isles by coral
+reefs—commerce surrounds it with her surf. Right and left, the streets take you waterward. Its extreme downtown is the battery, where
+that noble mole is washed by waves, and cooled by breezes, which a few hours previous were out of sight of land. Look at the crowds of
+water-gazers there. Circumambulate the city of a dreamy Sabbath afternoon. Go from Corlears Hook to Coenties Slip, and from thence, by
+Whitehall, northward. What do you see?—Posted like silent sentinels all around the town, stand thousands upon thousands of mortal men
+fixed in ocean reveries. Some leaning against the spiles; some seated upon the pier-heads; some looking over the bulwarks of ships from
+China; some high aloft in the rigging, as if striving to get a still better seaward peep.
+""".strip().replace('\n', ' ')
 
 
 def perplexity(logits, ids): return torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).exp().item()

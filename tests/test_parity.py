@@ -13,7 +13,6 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.rope import softmax_scale
 from deepseek_nb.core import Config
-from deepseek_nb.infer import load as _  # from_pretrained, save_pretrained
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.set_verbosity_error()
@@ -38,15 +37,17 @@ def say(pytestconfig):
 def rope(r, kinds, mla=False):
     kind = r.choice(kinds)
     p = dict(rope_type=kind, rope_theta=r.choice([100., 10000., 500000.]))
+    original = r.choice([16, 64, 4096])
     if kind == 'yarn':
-        p |= dict(factor=r.choice([2., 4., 40.]), original_max_position_embeddings=r.choice([16, 64, 4096]), beta_fast=r.choice([8., 32.]), beta_slow=1.)
-        p |= r.choice([dict(mscale=1., mscale_all_dim=1.), dict(mscale=.707, mscale_all_dim=.707), dict(mscale=1., mscale_all_dim=.5), {}]) if mla else {}
-    if kind == 'llama3': p |= dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=r.choice([16, 64, 8192]))
+        p |= dict(factor=r.choice([2., 4., 40.]), original_max_position_embeddings=original, beta_fast=r.choice([8., 32.]), beta_slow=1.)
+        if mla and (m := r.choice([None, (1., 1.), (.707, .707), (1., .5)])): p |= dict(mscale=m[0], mscale_all_dim=m[1])
+    if kind == 'llama3': p |= dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=original)
     return p
 
 
 def common(r):
-    return dict(vocab_size=r.randrange(40, 90), num_hidden_layers=r.randrange(1, 4), intermediate_size=r.randrange(8, 50), max_position_embeddings=256, rms_norm_eps=r.choice([1e-5, 1e-6]),
+    return dict(vocab_size=r.randrange(40, 90), num_hidden_layers=r.randrange(1, 4), intermediate_size=r.randrange(8, 50),
+                max_position_embeddings=256, rms_norm_eps=r.choice([1e-5, 1e-6]),
                 tie_word_embeddings=r.random() < .4, bos_token_id=0, eos_token_id=r.choice([1, [1, 2]]), pad_token_id=None)
 
 
@@ -57,7 +58,8 @@ def gqa(r):
 
 
 def llama(r):
-    return transformers.LlamaConfig(**common(r), **gqa(r), attention_bias=r.random() < .4, mlp_bias=r.random() < .4, rope_parameters=rope(r, ['default', 'yarn', 'llama3']))
+    return transformers.LlamaConfig(**common(r), **gqa(r), attention_bias=r.random() < .4, mlp_bias=r.random() < .4,
+                                    rope_parameters=rope(r, ['default', 'yarn', 'llama3']))
 
 
 def qwen2(r): return transformers.Qwen2Config(**common(r), **gqa(r), rope_parameters=rope(r, ['default', 'yarn']))
@@ -67,10 +69,12 @@ def deepseek(r, odd):
     heads, groups, size = r.choice([1, 2, 3]), r.choice([1, 2, 4]), r.choice([2, 3])
     keep = r.randrange(1, groups+1)
     return common(r) | dict(
-        num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads*2*r.randrange(4, 12), q_lora_rank=r.choice([None, 8, 12]), kv_lora_rank=r.choice([4, 8, 16+odd]),
-        qk_nope_head_dim=r.choice([4, 6+odd, 16]), qk_rope_head_dim=2*r.randrange(1, 6), v_head_dim=r.choice([3, 8, 16]), first_k_dense_replace=r.randrange(0, 3), n_routed_experts=groups*size,
-        n_shared_experts=r.choice([1, 2]), num_experts_per_tok=r.randrange(1, keep*size+1), moe_intermediate_size=r.randrange(4, 20), n_group=groups, topk_group=keep,
-        routed_scaling_factor=r.choice([1., 2.5]), attention_bias=r.random() < .3, rope_parameters=rope(r, ['default', 'yarn'], mla=True))
+        num_attention_heads=heads, num_key_value_heads=heads, hidden_size=heads*2*r.randrange(4, 12), attention_bias=r.random() < .3,
+        q_lora_rank=r.choice([None, 8, 12]), kv_lora_rank=r.choice([4, 8, 16+odd]), qk_nope_head_dim=r.choice([4, 6+odd, 16]),
+        qk_rope_head_dim=2*r.randrange(1, 6), v_head_dim=r.choice([3, 8, 16]), rope_parameters=rope(r, ['default', 'yarn'], mla=True),
+        first_k_dense_replace=r.randrange(0, 3), n_routed_experts=groups*size, n_shared_experts=r.choice([1, 2]),
+        num_experts_per_tok=r.randrange(1, keep*size+1), moe_intermediate_size=r.randrange(4, 20), n_group=groups, topk_group=keep,
+        routed_scaling_factor=r.choice([1., 2.5]))
 
 
 def deepseek_v2(r):
@@ -78,7 +82,8 @@ def deepseek_v2(r):
     return transformers.DeepseekV2Config(**d, topk_method='group_limited_greedy' if d['n_group'] > 1 else 'greedy', norm_topk_prob=False)
 
 
-def deepseek_v3(r): return transformers.DeepseekV3Config(**deepseek(r, odd=1), norm_topk_prob=r.random() < .5, rope_interleave=r.random() < .7)
+def deepseek_v3(r):
+    return transformers.DeepseekV3Config(**deepseek(r, odd=1), norm_topk_prob=r.random() < .5, rope_interleave=r.random() < .7)
 
 
 FAMILIES = dict(llama=llama, qwen2=qwen2, deepseek_v2=deepseek_v2, deepseek_v3=deepseek_v3)
@@ -89,7 +94,8 @@ def oracle(config, seed):
     torch.manual_seed(seed)
     m = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
     for k, t in m.state_dict().items():
-        t.copy_(1 + .2*torch.randn(t.shape) if k.endswith('norm.weight') else torch.randn(t.shape)*(.3 if t.dim() == 1 else t.shape[-1]**-.5))
+        noise = torch.randn(t.shape)
+        t.copy_(1 + .2*noise if k.endswith('norm.weight') else noise*(.3 if t.dim() == 1 else t.shape[-1]**-.5))
     return m
 
 
@@ -164,17 +170,20 @@ def test_official_and_transformers_configs_agree(family, tmp_path):
         config = FAMILIES[family](random.Random(f'{SEED} config {family} {draw}'))
         config.save_pretrained(tmp_path)
         ours = Config.from_hf(json.loads((tmp_path/'config.json').read_text()))
-        for form in ('official', 'transformers'): assert Config.from_hf(json.loads(json.dumps(ours.to_hf(form)))) == ours, (SEED, draw, form)
+        for form in ('official', 'transformers'): assert Config.from_hf(json.loads(json.dumps(ours.to_hf(form)))) == ours, (SEED, draw,
+                                                                                                                            form)
 
 
 # Where transformers and DeepSeek disagree
 
-SMALL = dict(vocab_size=50, num_hidden_layers=2, intermediate_size=20, hidden_size=24, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4,
-             v_head_dim=8, first_k_dense_replace=0, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, moe_intermediate_size=10, n_group=4, topk_group=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+SMALL = dict(vocab_size=50, num_hidden_layers=2, intermediate_size=20, hidden_size=24, num_attention_heads=2, num_key_value_heads=2,
+             q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, first_k_dense_replace=0,
+             n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, moe_intermediate_size=10, n_group=4, topk_group=2,
+             max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
 
 
 def test_v2_normalises_or_scales(tmp_path, monkeypatch):
-    "DeepSeek-V2's MoEGate: `if top_k > 1 and norm_topk_prob` normalise, else scale. transformers never normalises and always scales."
+    "DeepSeek-V2's MoEGate: `if top_k > 1 and norm_topk_prob` normalise, else scale. transformers never normalises, always scales"
     config = transformers.DeepseekV2Config(**SMALL, topk_method='group_limited_greedy', norm_topk_prob=True, routed_scaling_factor=2.5)
     theirs = oracle(config, SEED)
     theirs.save_pretrained(tmp_path/'a')
@@ -191,7 +200,7 @@ def test_v2_normalises_or_scales(tmp_path, monkeypatch):
 
 
 def test_v3_config_without_router_kind(tmp_path):
-    "transformers writes V3 configs without scoring_func, topk_method and moe_layer_freq; sigmoid, the bias and the two best of a group are V3's by definition"
+    "transformers writes V3 configs without scoring_func, topk_method and moe_layer_freq; sigmoid, the bias and `sum2` are V3's own"
     config = transformers.DeepseekV3Config(**SMALL)
     config.save_pretrained(tmp_path)
     d = json.loads((tmp_path/'config.json').read_text())
@@ -210,7 +219,7 @@ def test_softmax_scale_of_yarn():
 
 
 def test_group_mask_by_the_definition():
-    "The kept groups rule even when a kept group's scores are below another's: masked with -inf, as inference/model.py does, not with 0, under which negative biased scores lose to masked ones"
+    "Groups are masked with -inf, as in inference/model.py, not with 0, to which negative biased scores of the kept groups would lose"
     c = Config.from_hf(dict(SMALL, model_type='deepseek_v3', num_experts_per_tok=4))
     gate = Model(c, dtype=torch.float32, device='cpu').layers[0].mlp.gate
     gate.e_score_correction_bias.copy_(torch.tensor([-2., -2.5, -2., -2.5, -3., -3., -3., -3.]))

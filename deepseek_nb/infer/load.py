@@ -17,9 +17,10 @@ from fastcore.basics import patch
 
 from ..arch.model import Model
 from ..core import Config, pick_device, pick_dtype
-from .checkpoint import fill, read_json
+from .checkpoint import fill
 from .gguf import fill_gguf, gguf_config, open_gguf
 from .hub import fetch
+from .safetensors import read_json, some
 
 # %% ../../nbs/250_infer.load.ipynb #7a771a03
 def locate(
@@ -32,14 +33,16 @@ def locate(
     if path.is_file() or (path/'config.json').is_file(): return path
     found = sorted(path.glob('*.gguf'))
     if len(found) == 1: return found[0]
-    if found: raise ValueError(f'{path}: holds {len(found)} GGUF files and no config.json; name one of {", ".join(p.name for p in found[:5])}')
+    if found: raise ValueError(f'{path}: holds {len(found)} GGUF files and no config.json; name one of {some([p.name for p in found])}')
     raise FileNotFoundError(f'{path}: holds no config.json and no .gguf file; is it the folder of a checkpoint?')
 
 # %% ../../nbs/250_infer.load.ipynb #bf3745ec
 def _folder_config(folder):
     file = folder if folder.suffix == '.json' else folder/'config.json'
     try: config = Config.from_hf(read_json(file))
-    except ValueError as e: raise ValueError(f'{file.parent}/{e}' if str(e).startswith(file.name) else str(e) if str(file) in str(e) else f'{file}: {e}') from None
+    except ValueError as e:
+        said = str(e).removeprefix(f'{file}: ').removeprefix('config.json: ')
+        raise ValueError(f'{file}: {said}') from None
     gen = file.with_name('generation_config.json')
     eos = read_json(gen).get('eos_token_id') if gen.is_file() else None
     return config if eos is None else replace(config, eos_ids=tuple(eos) if isinstance(eos, list) else (eos,))
@@ -60,7 +63,8 @@ def from_pretrained(cls:Model,
 )->Model: # Filled, in evaluation mode
     "Load a model from a checkpoint"
     path,device = locate(path_or_name),pick_device(device)
-    if path.suffix == '.json': raise ValueError(f'{path}: holds a config and no weights; give the folder of a checkpoint, or call load_config')
+    if path.suffix == '.json':
+        raise ValueError(f'{path}: holds a config and no weights; give the folder of a checkpoint, or call load_config')
     gguf = open_gguf(path) if path.suffix == '.gguf' else None
     config = gguf_config(gguf, path) if gguf else _folder_config(path)
     model = cls(config, dtype=pick_dtype(dtype, device), device='meta')
