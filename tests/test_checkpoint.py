@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepseek_nb.arch.model import Model
+from deepseek_nb import Model
 from deepseek_nb.core import Config, Rope
 from deepseek_nb.infer import checkpoint as ck
 from deepseek_nb.infer.load import load_config
@@ -352,7 +352,7 @@ def test_save_replaces_shards_and_leaves_other_files(sharded):
 
 PEAK = """
 import sys, torch
-from deepseek_nb.arch.model import Model
+from deepseek_nb import Model
 import deepseek_nb.infer.load
 def status(k): return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith(k))
 Model.from_pretrained(sys.argv[1], dtype='float32', device='cpu')   # warms every import

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 
-from deepseek_nb.arch.model import Model
+from deepseek_nb import Model
 from deepseek_nb.core import Config, Rope
 from deepseek_nb.infer import gguf as ours
 from deepseek_nb.infer.load import load_config

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from deepseek_nb.arch.model import Model
+from deepseek_nb import Model
 from deepseek_nb.arch.rope import softmax_scale
 from deepseek_nb.core import Config
 
@@ -170,8 +170,8 @@ def test_official_and_transformers_configs_agree(family, tmp_path):
         config = FAMILIES[family](random.Random(f'{SEED} config {family} {draw}'))
         config.save_pretrained(tmp_path)
         ours = Config.from_hf(json.loads((tmp_path/'config.json').read_text()))
-        for form in ('official', 'transformers'): assert Config.from_hf(json.loads(json.dumps(ours.to_hf(form)))) == ours, (SEED, draw,
-                                                                                                                            form)
+        for form in ('official', 'transformers'):
+            assert Config.from_hf(json.loads(json.dumps(ours.to_hf(form)))) == ours, (SEED, draw, form)
 
 
 # Where transformers and DeepSeek disagree

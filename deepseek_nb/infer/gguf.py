@@ -9,7 +9,7 @@ tensor that is missing, unused or of the wrong size is an error."""
 # %% auto #0
 __all__ = ['CONVERT', 'SCORES', 'TOP', 'ATTN', 'FFN', 'BLOCK', 'PLAIN', 'BLOCKS', 'open_gguf', 'metadata', 'Meta',
            'llama3_factors', 'llama3_rope', 'gguf_rope', 'gguf_config', 'gguf_views', 'q8_0', 'q4_0', 'q4_1', 'dequant',
-           'copy_blocks', 'match_tensors', 'fill_gguf']
+           'copy_blocks', 'tensor_bytes', 'match_tensors', 'fill_gguf']
 
 # %% ../../nbs/240_infer.gguf.ipynb #fd9ec16b
 import math
@@ -317,17 +317,24 @@ def dequant(
 
 # %% ../../nbs/240_infer.gguf.ipynb #ffe5228a
 def copy_blocks(
-    dst:Tensor, # A view from `gguf_views`
-    tensor, # gguf's ReaderTensor
+    dst:Tensor, # A view from `gguf_views`, or a part of one
+    data:Tensor, # Its bytes, flat uint8
+    kind:str, # GGML type
     piece:int = 2**15, # Weights to expand at a time
 )->None:
-    "Dequantise a GGUF tensor into a view"
-    lead = dst.shape[0]
-    data = torch.from_numpy(np.ascontiguousarray(tensor.data)).flatten().view(torch.uint8).view(lead, -1)
-    step = max(1, piece*lead//dst.numel())
-    for i in range(0, lead, step):
-        part = dst[i:i+step]
-        part.copy_(dequant(data[i:i+step].flatten(), tensor.tensor_type.name).view(part.shape))
+    "Dequantise bytes into a view, piece by piece"
+    n = dst.shape[0]
+    if dst.ndim == 1 or dst.numel() <= piece:
+        dst.copy_(dequant(data.flatten(), kind).view(dst.shape))
+        return
+    data,step = data.view(n, -1),max(1, piece*n//dst.numel())
+    for i in range(0, n, step): copy_blocks(dst[i:i+step] if step > 1 else dst[i], data[i:i+step], kind, piece)
+
+def tensor_bytes(
+    tensor, # gguf's ReaderTensor
+)->Tensor: # Flat uint8, a view of the map
+    "The bytes of a GGUF tensor"
+    return torch.from_numpy(np.ascontiguousarray(tensor.data)).flatten().view(torch.uint8)
 
 # %% ../../nbs/240_infer.gguf.ipynb #4558010d
 def match_tensors(
@@ -359,7 +366,7 @@ def fill_gguf(
     views = gguf_views(materialise(model, device), m.arch, m.shapes)
     with progress(sum(m.tensors[k].n_bytes for k in views)) as bar:
         for k,v in views.items():
-            try: copy_blocks(v, m.tensors[k])
+            try: copy_blocks(v, tensor_bytes(m.tensors[k]), m.tensors[k].tensor_type.name)
             except (ValueError, RuntimeError) as e: raise ValueError(f'{path}: {k}: {_one_line(e)}') from None
             bar.update(int(m.tensors[k].n_bytes))
     model.source = Path(path)
