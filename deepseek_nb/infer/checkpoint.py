@@ -160,7 +160,7 @@ def _weight(t, scale, block, e):
     "A stored tensor as the model wants it"
     if scale is not None: return dequant_fp8(t, next(v for _,v in read_tensors(dict(s=scale))), block)
     if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise ValueError(f'{e.path}: an FP8 weight without weight_scale_inv at byte {e.start}; download it again')
+        raise ValueError(f'{e.path}: {e.key} is an FP8 weight without weight_scale_inv; download it again')
     return t
 
 # %% ../../nbs/230_infer.checkpoint.ipynb #d755d003
