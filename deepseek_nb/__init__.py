@@ -4,12 +4,14 @@ Modules:
 
 - `deepseek_nb.arch.attention`: Grouped-query attention, and DeepSeek's multi-head latent attention in its two forms, which give the same answer at different costs
 - `deepseek_nb.arch.cache`: What a model remembers of its context: keys and values for GQA, one latent a token for MLA, written in place
-- `deepseek_nb.arch.model`: A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is all of DeepSeek-V3
+- `deepseek_nb.arch.model`: A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
+- `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
 - `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
 - `deepseek_nb.bench`: Contenders that alternate, memory at its peak, the machine's roofline, and results kept as files
 - `deepseek_nb.benchmarks`: Benchmarks of whole models, and what they found
+- `deepseek_nb.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
 - `deepseek_nb.core`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
 - `deepseek_nb.dispatch`: A readable definition, its faster twins, and a registry that picks one
 - `deepseek_nb.infer.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
@@ -19,7 +21,7 @@ Modules:
 - `deepseek_nb.infer.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
 - `deepseek_nb.infer.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
 - `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
-- `deepseek_nb.infer.safetensors`: The file format of weights, read through a map that stays out of memory, and written whole or not at all
+- `deepseek_nb.infer.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
 - `deepseek_nb.infer.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart

@@ -137,7 +137,8 @@ VERBS = dict(chat=chat, generate=generate, info=info, doctor=doctor, bench=bench
 
 def usage()->str: # Text for a terminal
     "What the command can do"
-    return 'usage: deepseek-nb VERB [options], or deepseek-nb VERB --help\n\n' + '\n'.join(f'  {n:<10} {f.__doc__}' for n,f in VERBS.items())
+    head = 'usage: deepseek-nb VERB [options], or deepseek-nb VERB --help\n\n'
+    return head + '\n'.join(f'  {n:<10} {f.__doc__}' for n,f in VERBS.items())
 
 def main(
     argv:list|None = None, # Arguments, without the program's name; None: those of the process

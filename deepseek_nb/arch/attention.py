@@ -88,7 +88,7 @@ class GQA(nn.Module):
         angles:tuple, # cos and sin `b 1 s r/2` of the new positions
         mask:Tensor|None = None, # True where a query sees a key; None: causal
         cache=None, # This layer's slot of a cache, or None
-        mla:str = 'auto', # Unused: GQA has one form
+        mla:str = 'auto', # Form of MLA; GQA has only one
     )->Tensor: # `b s d`
         "Attend to the context"
         q,k,v = (rearrange(p(x), 'b s (h x) -> b h s x', x=self.c.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -206,7 +206,7 @@ def forward(self:MLA,
     angles:tuple, # cos and sin `b 1 s r/2` of the new positions
     mask:Tensor|None = None, # True where a query sees a key; None: causal
     cache=None, # This layer's slot of a cache, or None
-    mla:str = 'auto', # 'naive', 'absorbed', or 'auto' for the cheaper of them
+    mla:str = 'auto', # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
 )->Tensor: # `b s d`
     "Attend to the context in either form"
     if mla not in ('auto', 'naive', 'absorbed'): raise ValueError(f"mla {mla!r} must be 'auto', 'naive' or 'absorbed'")

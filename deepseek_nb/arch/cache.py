@@ -60,6 +60,8 @@ class Cache:
     def _empty(self, t): return [torch.zeros(s, dtype=self.dtype, device=self.device) for s in cache_shapes(self.c, self.batch, t)]
     def __getitem__(self, layer): return self.slots[layer]
     def __len__(self): return self.length
+    @property
+    def nbytes(self)->int: return sum(t.nbytes for s in self.slots for t in s.tensors)
     def __repr__(self): return f'Cache({self.batch}×{self.length} of {self.capacity} positions, {self.nbytes:,} bytes)'
 
 # %% ../../nbs/130_arch.cache.ipynb #e16fec1e
@@ -99,8 +101,3 @@ def rewind(self:Cache,
     "Forget the last `n` tokens"
     if not 0 <= n <= self.length: raise ValueError(f'cannot rewind {n} tokens of a cache that holds {self.length}')
     self.length -= n
-
-@patch(as_prop=True)
-def nbytes(self:Cache)->int: # Bytes allocated, over all layers
-    "Memory that the cache takes"
-    return sum(t.nbytes for s in self.slots for t in s.tensors)

@@ -1,4 +1,4 @@
-"""A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is all of DeepSeek-V3
+"""A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is DeepSeek-V3
 
 `Block` chooses its attention and feed-forward from the config, `Model` stacks blocks between an embedding and a head. The same classes are Llama, Qwen2, DeepSeek-V2 and V3. `model(tokens)` gives logits, `model(tokens, cache=cache)` reads
 and extends a cache from `new_cache`; names of weights are those of DeepSeek's checkpoints."""
@@ -11,7 +11,6 @@ __all__ = ['Block', 'Model', 'check_tokens', 'left_pad']
 # %% ../../nbs/160_arch.model.ipynb #fde49828
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 

@@ -55,7 +55,7 @@ def rotate(
 def yarn_bounds(
     rope:Rope, # Rotary settings
     r:int, # Rotary width
-)->tuple[int,int]: # First pair that is changed, first that is fully stretched
+)->tuple[int,int]: # Last pair that is kept, first that is fully stretched
     "The pairs between which YaRN blends"
     def index(turns): return r*math.log(rope.original_positions/(turns*2*math.pi))/(2*math.log(rope.theta))
     return max(math.floor(index(rope.beta_fast)), 0), min(math.ceil(index(rope.beta_slow)), r-1)

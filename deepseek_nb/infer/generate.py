@@ -142,7 +142,7 @@ def stream(self:Model,
     cache:Cache|None = None, # Reused where it holds the beginning of the prompt
     past_key_values:Cache|None = None, # Another name for `cache`
     pad_token_id:int|None = None, # Fills rows that have ended; None: the first end token
-    mla:str = 'auto', # Form of MLA
+    mla:str = 'auto', # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
     **kwargs, # Fields of `Sampling`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
