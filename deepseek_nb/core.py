@@ -8,10 +8,10 @@ precision they are kept (`pick_dtype`)."""
 
 # %% auto #0
 __all__ = ['LEGEND', 'ROPE_KEYS', 'NAMES', 'GQA_NAMES', 'MLA_NAMES', 'MOE_NAMES', 'FAMILIES', 'ROUTERS', 'Rope', 'rope_from_hf',
-           'Config', 'check', 'family', 'names', 'refuse', 'rope_to_hf', 'pick_device', 'pick_dtype']
+           'Config', 'check', 'family', 'names', 'refuse', 'check_types', 'rope_to_hf', 'pick_device', 'pick_dtype']
 
 # %% ../nbs/000_core.ipynb #eb0c3358
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from fastcore.basics import patch
@@ -50,6 +50,7 @@ def rope_from_hf(
     "Read rotary settings in their official or their transformers form"
     p = d.get('rope_parameters') or {}
     s = p or d.get('rope_scaling') or {}
+    if not isinstance(s, dict): raise ValueError(f'config.json: rope_scaling is {s!r}; it must be an object or null')
     kind = s.get('rope_type') or s.get('type') or 'default'
     if kind not in ('default', 'linear', 'yarn', 'llama3'):
         raise ValueError(f"config.json: rope scaling {kind!r} is not known here; known are default, linear, yarn and llama3")
@@ -127,9 +128,10 @@ def check(
     need(c.mla or (c.n_kv_heads > 0 and c.n_heads%c.n_kv_heads==0), f'n_heads {c.n_heads} must be a multiple of n_kv_heads {c.n_kv_heads}')
     if not c.n_routed_experts: return
     e,g,m,k = c.n_routed_experts, c.n_expert_groups, c.n_limited_groups, c.n_activated_experts
-    need(e%g==0, f'n_expert_groups {g} does not divide n_routed_experts {e}')
+    need(g > 0 and e%g==0, f'n_expert_groups {g} does not divide n_routed_experts {e}')
     need(1 <= m <= g, f'n_limited_groups {m} must be between 1 and n_expert_groups {g}')
-    need(1 <= k <= m*(e//g), f'n_activated_experts {k} is larger than the {m*(e//g)} experts in the {m} kept groups')
+    need(k >= 1, f'n_activated_experts {k} must be at least 1')
+    need(k <= m*(e//g), f'n_activated_experts {k} is larger than the {m*(e//g)} experts in the {m} kept groups')
     need(c.group_score != 'sum2' or g==1 or e//g >= 2, f'groups of {e//g} expert have no two best; use fewer than {g} groups')
     need(c.score_func in ('softmax','sigmoid','sqrtsoftplus'), f'score_func {c.score_func!r} is not softmax, sigmoid or sqrtsoftplus')
 
@@ -161,7 +163,7 @@ def family(
     model_type:str, # As in config.json
 )->tuple: # transformers class, whether MLA, whether MoE, habits
     "Look a family up, or say which are known"
-    if model_type in FAMILIES: return FAMILIES[model_type]
+    if isinstance(model_type, str) and model_type in FAMILIES: return FAMILIES[model_type]
     raise ValueError(f"config.json: model_type {model_type!r} is not known here; known are {', '.join(FAMILIES)}")
 
 def names(
@@ -197,10 +199,25 @@ def refuse(
     if mla: need += ['kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim']
     if moe and d.get('n_routed_experts'): need += ['num_experts_per_tok', 'moe_intermediate_size']
     if miss := [k for k in need if d.get(k) is None]: raise ValueError(f"config.json: {', '.join(miss)} missing; add it")
+    if bad := [k for k in need if not isinstance(d[k], int) or d[k] < 1]:
+        raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be a positive integer')
     act,method = d.get('hidden_act', 'silu'),d.get('topk_method', 'greedy')
     if act != 'silu': raise ValueError(f"config.json: hidden_act {act!r} is not built here; 'silu' is")
     if d.get('use_sliding_window'): raise ValueError('config.json: use_sliding_window is not built here; set it to false')
-    if method not in ROUTERS: raise ValueError(f"config.json: topk_method {method!r} is not one of {', '.join(ROUTERS)}")
+    if not isinstance(method, str) or method not in ROUTERS:
+        raise ValueError(f"config.json: topk_method {method!r} is not one of {', '.join(ROUTERS)}")
+
+# %% ../nbs/000_core.ipynb #69fa49cc
+def check_types(
+    kw:dict, # Fields of `Config`
+    names:dict, # Our field: its name in config.json
+)->None:
+    "Refuse values of the wrong type"
+    for f in fields(Config):
+        v,want = kw.get(f.name),f.type
+        if v is None or want not in (int, float, bool, str): continue
+        if isinstance(v, (int, float) if want is float else want) and (want is bool or not isinstance(v, bool)): continue
+        raise ValueError(f'config.json: {names.get(f.name, f.name)} is {v!r}; it must be {want.__name__}')
 
 # %% ../nbs/000_core.ipynb #491b0c1e
 _CONSUMED = {*'model_type eos_token_id rope_theta rope_scaling rope_parameters rope_interleave topk_method'.split(),
@@ -215,6 +232,7 @@ def from_hf(cls:Config,
     refuse(d)
     mt = d['model_type']
     kw = family(mt)[3] | {ours: d[hf] for ours,hf in names(mt).items() if d.get(hf) is not None}
+    check_types(kw, names(mt))
     eos = d.get('eos_token_id')
     kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     kw['extra'] = {k:v for k,v in d.items() if k not in _CONSUMED}

@@ -107,38 +107,45 @@ def cache_bytes_per_token(self:Config,
     return self.n_layers*width*itemsize
 
 # %% ../nbs/005_releases.ipynb #06e1b72c
-_MLA = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 _YARN = Rope(interleaved=True, kind='yarn', factor=40, original_positions=4096)
-_LONG = dict(max_positions=163840, bos_id=0, eos_ids=(1,))
+_MLA = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+            max_positions=163840)
 _LLM = dict(vocab_size=102400, bos_id=100000, eos_ids=(100001,))
 
-def _v2(mscale=.707, **kw):
-    return Config('deepseek_v2', **_LLM, **_MLA, max_positions=163840, n_dense_layers=1, n_shared_experts=2, n_activated_experts=6,
-                  rope=replace(_YARN, mscale=mscale, mscale_all_dim=mscale), **kw)
+def _yarn(mscale): return replace(_YARN, mscale=mscale, mscale_all_dim=mscale)
+
+def _llm(mt, d, layers, heads, kv, inter, **kw):
+    return Config(mt, dim=d, n_layers=layers, n_heads=heads, n_kv_heads=kv, head_dim=d//heads,
+                  inter_dim=inter, **_LLM, **kw)
+
+def _v2(d, layers, heads, inter, e, f, mscale=.707, **kw):
+    return Config('deepseek_v2', dim=d, n_layers=layers, n_heads=heads, inter_dim=inter, n_dense_layers=1,
+                  n_routed_experts=e, n_shared_experts=2, n_activated_experts=6, moe_inter_dim=f,
+                  rope=_yarn(mscale), **_LLM, **_MLA, **kw)
 
 def _v3(mt='deepseek_v3', **kw):
-    return Config(mt, vocab_size=129280, dim=7168, n_layers=61, n_heads=128, inter_dim=18432, q_lora_rank=1536, **_MLA, **_LONG,
-                  **family(mt)[3], n_dense_layers=3, n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, moe_inter_dim=2048,
+    return Config(mt, dim=7168, n_layers=61, n_heads=128, inter_dim=18432, n_dense_layers=3,
+                  n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, moe_inter_dim=2048,
                   n_expert_groups=8, n_limited_groups=4, route_scale=2.5, n_mtp_layers=1,
-                  rope=replace(_YARN, mscale=1., mscale_all_dim=1.), **kw)
-
-def _distill(mt, w, d, layers, heads, kv, inter, theta=10000., eps=1e-6, eos=151643, bos=151646, **kw):
-    return Config(mt, w, d, layers, heads, inter, n_kv_heads=kv, head_dim=d//heads, attn_bias=mt=='qwen2', norm_eps=eps,
-                  max_positions=131072, bos_id=bos, eos_ids=(eos,), rope=Rope(theta, **kw))
-_LLAMA3 = dict(theta=500000., eps=1e-5, bos=128000, eos=128001, kind='llama3', factor=8., original_positions=8192)
+                  q_lora_rank=1536, rope=_yarn(1.), vocab_size=129280, bos_id=0, eos_ids=(1,),
+                  **_MLA, **family(mt)[3], **kw)
 
 # %% ../nbs/005_releases.ipynb #391b050e
+_LLAMA3 = dict(theta=5e5, eps=1e-5, bos=128000, eos=128001, kind='llama3', factor=8., original_positions=8192)
+_MOE_16B = dict(n_dense_layers=1, n_routed_experts=64, n_shared_experts=2, n_activated_experts=6, moe_inter_dim=1408)
+_GROUPS = dict(q_lora_rank=1536, n_expert_groups=8, n_limited_groups=3, route_scale=16.)
+
+def _distill(mt, w, d, layers, heads, kv, inter, theta=1e4, eps=1e-6, eos=151643, bos=151646, **kw):
+    return Config(mt, w, d, layers, heads, inter, n_kv_heads=kv, head_dim=d//heads, attn_bias=mt=='qwen2',
+                  norm_eps=eps, max_positions=131072, bos_id=bos, eos_ids=(eos,), rope=Rope(theta, **kw))
+
 PRESETS = {
-    'deepseek-llm-7b': Config('llama', dim=4096, n_layers=30, n_heads=32, inter_dim=11008, n_kv_heads=32, head_dim=128, **_LLM),
-    'deepseek-llm-67b': Config('llama', dim=8192, n_layers=95, n_heads=64, inter_dim=22016, n_kv_heads=8, head_dim=128, **_LLM),
-    'deepseek-moe-16b': Config('deepseek', dim=2048, n_layers=28, n_heads=16, inter_dim=10944, n_kv_heads=16, head_dim=128,
-                               n_dense_layers=1, n_routed_experts=64, n_shared_experts=2, n_activated_experts=6,
-                               moe_inter_dim=1408, **_LLM),
-    'deepseek-v2-lite': _v2(dim=2048, n_layers=27, n_heads=16, inter_dim=10944, n_routed_experts=64, moe_inter_dim=1408),
-    'deepseek-v2': _v2(dim=5120, n_layers=60, n_heads=128, inter_dim=12288, q_lora_rank=1536, n_routed_experts=160, moe_inter_dim=1536,
-                       n_expert_groups=8, n_limited_groups=3, route_scale=16.),
-    'deepseek-v2.5': _v2(dim=5120, n_layers=60, n_heads=128, inter_dim=12288, q_lora_rank=1536, n_routed_experts=160, moe_inter_dim=1536,
-                         n_expert_groups=8, n_limited_groups=3, route_scale=16., mscale=1.),
+    'deepseek-llm-7b': _llm('llama', 4096, 30, 32, 32, 11008),
+    'deepseek-llm-67b': _llm('llama', 8192, 95, 64, 8, 22016),
+    'deepseek-moe-16b': _llm('deepseek', 2048, 28, 16, 16, 10944, **_MOE_16B),
+    'deepseek-v2-lite': _v2(2048, 27, 16, 10944, 64, 1408),
+    'deepseek-v2': _v2(5120, 60, 128, 12288, 160, 1536, **_GROUPS),
+    'deepseek-v2.5': _v2(5120, 60, 128, 12288, 160, 1536, mscale=1., **_GROUPS),
     'deepseek-v3': _v3(),
     'deepseek-v3.2': _v3('deepseek_v32', index_n_heads=64, index_head_dim=128, index_topk=2048),
     'r1-distill-qwen-1.5b': _distill('qwen2', 151936, 1536, 28, 12, 2, 8960),
@@ -147,8 +154,8 @@ PRESETS = {
     'r1-distill-qwen-32b': _distill('qwen2', 152064, 5120, 64, 40, 8, 27648, theta=1e6, eps=1e-5),
     'r1-distill-llama-8b': _distill('llama', 128256, 4096, 32, 32, 8, 14336, **_LLAMA3),
     'r1-distill-llama-70b': _distill('llama', 128256, 8192, 80, 64, 8, 28672, **_LLAMA3),
-    'smollm2-135m': Config('llama', vocab_size=49152, dim=576, n_layers=30, n_heads=9, inter_dim=1536, n_kv_heads=3, head_dim=64,
-                           norm_eps=1e-5, tie_embeddings=True, max_positions=8192, bos_id=1, eos_ids=(2,), rope=Rope(100000.))}
+    'smollm2-135m': Config('llama', 49152, 576, 30, 9, 1536, n_kv_heads=3, head_dim=64, norm_eps=1e-5,
+                           tie_embeddings=True, max_positions=8192, bos_id=1, eos_ids=(2,), rope=Rope(1e5))}
 
 # %% ../nbs/005_releases.ipynb #872bd5e5
 def preset(

@@ -17,7 +17,7 @@ from deepseek_nb.core import Config, Rope
 from deepseek_nb.infer.generate import Sampling, Stopper, left_padded, stream_text
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
-DRAWS = int(os.environ.get('DRAWS') or 10)
+DRAWS = int(os.environ.get('DRAWS') or 4)
 NEW = 8
 many = settings(deadline=None, max_examples=300)
 
@@ -45,9 +45,9 @@ def some_rope(r, interleaved):
 
 def gqa(r):
     kv = r.choice([1, 2, 3])
-    return Config('llama', vocab_size=r.randrange(30, 80), dim=r.choice([12, 24]), n_layers=r.choice([1, 2]), n_heads=kv*r.choice([1, 2]), n_kv_heads=kv,
-                  head_dim=2*r.randrange(1, 7), inter_dim=20, attn_bias=r.random() < .3, tie_embeddings=r.random() < .3, rope=some_rope(r, False),
-                  max_positions=64)
+    return Config('llama', vocab_size=r.randrange(30, 80), dim=r.choice([12, 24]), n_layers=r.choice([1, 2]), n_heads=kv*r.choice([1, 2]),
+                  n_kv_heads=kv, head_dim=2*r.randrange(1, 7), inter_dim=20, attn_bias=r.random() < .3, tie_embeddings=r.random() < .3,
+                  rope=some_rope(r, False), max_positions=64)
 
 
 def mla(r, q_lora, moe):
@@ -55,22 +55,25 @@ def mla(r, q_lora, moe):
     keep = r.randrange(1, g+1)
     kw = dict(n_dense_layers=r.choice([0, 1]), n_routed_experts=g*size, n_activated_experts=r.randrange(1, keep*size+1), moe_inter_dim=10,
               n_shared_experts=r.choice([0, 1]), n_expert_groups=g, n_limited_groups=keep, group_score=r.choice(['max', 'sum2']),
-              score_func=r.choice(['softmax', 'sigmoid', 'sqrtsoftplus']), score_bias=r.random() < .5, norm_topk=r.random() < .5, route_scale=1.5)
-    return Config('deepseek_v3', vocab_size=r.randrange(30, 80), dim=r.choice([12, 24]), n_layers=2, n_heads=r.choice([1, 2, 3]), inter_dim=20,
-                  q_lora_rank=r.choice([1, 8]) if q_lora else 0, kv_lora_rank=r.choice([4, 9, 16]), qk_nope_head_dim=r.choice([3, 8]),
-                  qk_rope_head_dim=2*r.randrange(1, 5), v_head_dim=r.choice([3, 8, 16]), rope=some_rope(r, r.random() < .7), max_positions=64,
-                  **kw if moe else {})
+              score_func=r.choice(['softmax', 'sigmoid', 'sqrtsoftplus']), score_bias=r.random() < .5, norm_topk=r.random() < .5,
+              route_scale=1.5)
+    return Config('deepseek_v3', vocab_size=r.randrange(30, 80), dim=r.choice([12, 24]), n_layers=2, n_heads=r.choice([1, 2, 3]),
+                  inter_dim=20, q_lora_rank=r.choice([3, 8]) if q_lora else 0, kv_lora_rank=r.choice([4, 9, 16]),
+                  qk_nope_head_dim=r.choice([3, 8]), qk_rope_head_dim=2*r.randrange(1, 5), v_head_dim=r.choice([3, 8, 16]),
+                  rope=some_rope(r, r.random() < .7),
+                  max_positions=64, **kw if moe else {})
 
 
-FAMILIES = {'gqa': gqa, 'mla': lambda r: mla(r, False, False), 'mla-q_lora': lambda r: mla(r, True, False), 'mla-moe': lambda r: mla(r, False, True),
-            'mla-q_lora-moe': lambda r: mla(r, True, True)}
+FAMILIES = {'gqa': gqa, 'mla': lambda r: mla(r, False, False), 'mla-q_lora': lambda r: mla(r, True, False),
+            'mla-moe': lambda r: mla(r, False, True), 'mla-q_lora-moe': lambda r: mla(r, True, True)}
 
 
 def fresh(config):
     "Weights under which every part counts"
     m = Model(config, dtype=torch.float32, device='cpu').eval()
     for k, t in m.state_dict().items():
-        t.copy_(1 + .2*torch.randn(t.shape) if k.endswith('norm.weight') else torch.randn(t.shape)*(.3 if t.ndim == 1 else t.shape[-1]**-.5))
+        x = torch.randn(t.shape)
+        t.copy_(1 + .2*x if k.endswith('norm.weight') else x*(.3 if t.ndim == 1 else t.shape[-1]**-.5))
     return m
 
 
@@ -203,13 +206,13 @@ def test_every_length_of_padding(family, r):
     rows = [longest[i:] for i in range(9)]
     ids, mask = left_padded(rows, 0)
     for form in ('naive', 'absorbed', 'auto') if m.config.mla else ('auto',):
-        got = m(ids, attention_mask=mask, mla=form)
-        assert torch.isfinite(got).all()
-        chunked, cache = [], m.new_cache(9)
-        for a, b in ((0, 2), (2, 3), (3, 9)): chunked.append(m(ids[:, a:b], cache, attention_mask=mask if a == 0 else None, mla=form)) if a else None
+        got, cache = m(ids, attention_mask=mask, mla=form), m.new_cache(9)
+        assert torch.isfinite(got).all() and torch.isfinite(m(ids, cache, attention_mask=mask, mla=form)).all()
         for x, p in zip(got, rows, strict=True):
-            want = m(torch.tensor([p]))[0]
-            if steady(m, p): near(x[-len(p):], want, (form, m.config))
+            if steady(m, p): near(x[-len(p):], m(torch.tensor([p]))[0], (form, m.config))
+        cache.rewind(2)
+        for x, p in zip(m(ids[:, -2:], cache, mla=form), rows, strict=True):
+            if len(p) > 2 and steady(m, p): near(x, m(torch.tensor([p]))[0, -2:], (form, m.config))
 
 
 @pytest.mark.parametrize('family', ['gqa', 'mla-q_lora-moe'])
@@ -251,11 +254,12 @@ def pair(tmp_path_factory):
     transformers = pytest.importorskip('transformers')
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40,
-                                      max_position_embeddings=128, bos_token_id=0, eos_token_id=None, pad_token_id=None)
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                      intermediate_size=40, max_position_embeddings=128, bos_token_id=0, eos_token_id=None)
     torch.manual_seed(SEED)
     theirs = transformers.LlamaForCausalLM(config).eval()
-    for k, t in theirs.state_dict().items(): t.copy_(1 + .2*torch.randn(t.shape) if 'norm' in k else torch.randn(t.shape)*t.shape[-1]**-.5)
+    for k, t in theirs.state_dict().items():
+        t.copy_(1 + .2*torch.randn(t.shape) if 'norm' in k else torch.randn(t.shape)*t.shape[-1]**-.5)
     theirs.save_pretrained(folder := tmp_path_factory.mktemp('llama'))
     return Model.from_pretrained(folder, dtype='float32', device='cpu'), theirs
 
@@ -277,7 +281,8 @@ def test_generate_is_transformers(pair, r):
         want = theirs_greedy(theirs, ids, mask, max_new_tokens=NEW, pad_token_id=0)
         assert torch.equal(ours.generate(ids, NEW, attention_mask=mask), want)
         assert torch.equal(ours.generate(ids, max_length=ids.shape[1]+NEW, attention_mask=mask), want)
-        assert torch.equal(theirs_greedy(theirs, ids, mask, max_length=ids.shape[1]+5, pad_token_id=0), ours.generate(ids, max_length=ids.shape[1]+5, attention_mask=mask))
+        want = theirs_greedy(theirs, ids, mask, max_length=ids.shape[1]+5, pad_token_id=0)
+        assert torch.equal(ours.generate(ids, max_length=ids.shape[1]+5, attention_mask=mask), want)
         assert torch.equal(ours.generate(ids, 0, attention_mask=mask), ids)
 
 
@@ -311,7 +316,7 @@ def test_no_end_tokens(pair, r):
 def test_repetition_penalty_is_transformers(pair, r):
     ours, theirs = pair
     changed = 0
-    for penalty in (1.1, 1.5, 3., .8):
+    for penalty in (1.1, 1.5, 3., .8): # padding is nothing that was seen
         ids, mask = batch(ours, r, (4, 9, 2))
         want = theirs_greedy(theirs, ids, mask, max_new_tokens=2*NEW, repetition_penalty=penalty, pad_token_id=0)
         assert torch.equal(ours.generate(ids, 2*NEW, attention_mask=mask, repetition_penalty=penalty), want), (SEED, penalty)
@@ -341,8 +346,8 @@ def test_processors_of_transformers(dtype, r, monkeypatch):
         w = r.choice([2, 5, 50, 300])
         logits, seen = torch.randn(3, w, dtype=dtype)*r.choice([.5, 2., 8.]), torch.randint(w, (3, r.choice([1, 4, 20])))
         pick = lambda off, *on: off if r.random() < .4 else r.choice(on)
-        kw = dict(temperature=r.uniform(.2, 3.), top_k=pick(0, 1, 3, w, w+5), top_p=pick(1., r.uniform(.05, .99), 1e-6), min_p=pick(0., r.uniform(.01, .9), 1.),
-                  repetition_penalty=pick(1., 1.3, .7))
+        kw = dict(temperature=r.uniform(.2, 3.), top_k=pick(0, 1, 3, w, w+5), top_p=pick(1., r.uniform(.05, .99), 1e-6),
+                  min_p=pick(0., r.uniform(.01, .9), 1.), repetition_penalty=pick(1., 1.3, .7))
         theirs = L.LogitsProcessorList()
         if kw['repetition_penalty'] != 1: theirs.append(L.RepetitionPenaltyLogitsProcessor(kw['repetition_penalty']))
         theirs.append(L.TemperatureLogitsWarper(kw['temperature']))
@@ -351,7 +356,7 @@ def test_processors_of_transformers(dtype, r, monkeypatch):
         if kw['min_p']: theirs.append(L.MinPLogitsWarper(kw['min_p']))
         want, got = theirs(seen, logits.clone()).softmax(-1), processed(Sampling(**kw), logits, seen, monkeypatch)
         differ = (got > 0) != (want > 0)
-        if dtype == torch.float32: # a cumulated probability may straddle p by rounding: such a token is next to nothing or at the edge
+        if dtype == torch.float32: # skip what rounding decides
             p = processed(Sampling(**kw | dict(top_p=1., min_p=0.)), logits, seen, monkeypatch).double().sort(descending=True)
             edge = ((p.values.cumsum(-1)-kw['top_p']).abs() < 1e-5).any(-1) | ((p.values/p.values[:, :1]-kw['min_p']).abs() < 1e-5).any(-1)
             if edge.any(): continue
@@ -365,7 +370,8 @@ def test_order_of_transformers(pair):
     config = GenerationConfig(do_sample=True, temperature=.7, top_k=5, top_p=.9, min_p=.1, repetition_penalty=1.3)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        processors = pair[1]._get_logits_processor(config, input_ids_seq_length=3, encoder_input_ids=torch.zeros(1, 3, dtype=torch.int64), device='cpu')
+        ids = torch.zeros(1, 3, dtype=torch.int64)
+        processors = pair[1]._get_logits_processor(config, input_ids_seq_length=3, encoder_input_ids=ids, device='cpu')
     assert [type(p).__name__.split('Logits')[0] for p in processors] == ['RepetitionPenalty', 'Temperature', 'TopK', 'TopP', 'MinP']
 
 
@@ -420,7 +426,7 @@ def test_stopper(text, stops, at):
 
 
 @many
-@given(st.text('abc', max_size=30), st.lists(st.text('abc', min_size=1, max_size=4), max_size=4), st.lists(st.integers(0, 30)), st.lists(st.integers(0, 30)))
+@given(st.text('abc', max_size=30), st.lists(st.text('abc', min_size=1, max_size=4), max_size=4), *[st.lists(st.integers(0, 30))]*2)
 @example('abcd', ['abcd', 'c'], [3], [])
 def test_stopper_does_not_mind_the_cuts(text, stops, one, other):
     def run(at):

@@ -67,7 +67,7 @@ def yarn(
     "Frequencies stretched by YaRN"
     freqs = geometric(rope.theta, r)
     low,high = yarn_bounds(rope, r)
-    stretch = ((torch.arange(r//2) - low)/max(high - low, .001)).clamp(0, 1)
+    stretch = ((torch.arange(r//2) - low)/((high - low) or .001)).clamp(0, 1)
     return freqs*(1 - stretch) + freqs/rope.factor*stretch
 
 # %% ../../nbs/100_arch.rope.ipynb #66407e80

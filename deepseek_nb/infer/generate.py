@@ -146,6 +146,7 @@ def stream(self:Model,
     **kwargs, # Fields of `Sampling`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
+    if ids.ndim != 2: raise ValueError(f'prompt has shape {tuple(ids.shape)}; give `b s`, batch × positions')
     how,n = Sampling(**kwargs),budget(self.config, ids.shape[1], max_new_tokens, max_length)
     if eos_token_id is None: eos_token_id = self.config.eos_ids
     eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
@@ -158,7 +159,8 @@ def stream(self:Model,
 def _steps(model, ids, n, eos, pad, how, cache, kw):
     gen = torch.Generator(model.device).manual_seed(how.seed) if how.seed is not None else None
     done,ends = torch.zeros(len(ids), dtype=torch.bool, device=ids.device),torch.tensor(eos, device=ids.device)
-    logits = model.prefill(ids, cache, **kw)
+    logits,mask = model.prefill(ids, cache, **kw),kw['attention_mask']
+    if mask is not None: ids = torch.where(mask.bool().to(ids.device), ids, ids[:,-1:])  # padding was not seen
     for i in range(n):
         new = how.choose(logits, ids, gen).masked_fill(done, pad)
         yield new
@@ -193,8 +195,8 @@ class Stopper:
     )->str: # What can be shown already
         "Take text in, give out what is surely no stop string"
         self.held += text
-        found = [i for i in map(self.held.find, self.stops) if i >= 0]
-        if found: self.stopped,end = True,min(found)
+        found = [(i+len(s), i) for s in self.stops if (i := self.held.find(s)) >= 0]
+        if found: self.stopped,end = True,min(found)[1]
         else:
             starts = (i for i in range(len(self.held)) if any(s.startswith(self.held[i:]) for s in self.stops))
             end = next(starts, len(self.held))
@@ -214,7 +216,9 @@ def stream_text(
     ids = torch.as_tensor(ids)
     if ids.ndim == 1: ids = ids[None]
     if len(ids) != 1: raise ValueError(f'stream_text takes one prompt, not a batch of {len(ids)}; use Model.stream for batches')
-    return _text(model.stream(ids, **kwargs), tok.stream_decoder(), Stopper(stop), {*model.config.eos_ids, *tok.eos_ids})
+    tokens,eos = model.stream(ids, **kwargs),kwargs.get('eos_token_id')
+    ends = {*model.config.eos_ids, *tok.eos_ids} if eos is None else {eos} if isinstance(eos, int) else set(eos)
+    return _text(tokens, tok.stream_decoder(), Stopper(stop), ends)
 
 def _text(tokens, decoder, stopper, ends):
     for t in tokens:

@@ -317,8 +317,10 @@ def from_folder(
 
 # %% ../../nbs/210_infer.tokenizer.ipynb #f53db7c1
 def _read(path):
-    try: return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    except json.JSONDecodeError as e: raise ValueError(f'{path} is not valid JSON: {e}') from e
+    try: d = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    except ValueError as e: raise ValueError(f'{path} is not valid JSON: {e}') from e
+    if not isinstance(d, dict): raise ValueError(f'{path}: holds a JSON {type(d).__name__}, where an object is needed')
+    return d
 
 def _eos_ids(folder, added, named):
     "Tokens that end a generation: what generation_config.json and config.json say, then the token with the role"
