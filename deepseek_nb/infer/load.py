@@ -25,11 +25,12 @@ from .safetensors import read_json, some
 # %% ../../nbs/250_infer.load.ipynb #7a771a03
 def locate(
     path_or_name:str|Path, # A folder, a file, or a name that `fetch` knows
+    weights:bool = True, # False: the config is enough
 )->Path: # A folder with config.json, a .gguf file, or a .json file
     "Find a checkpoint on this machine, fetching it if need be"
     path = Path(path_or_name).expanduser()
     if path.is_file() and path.suffix == '.json': return path
-    path = fetch(path_or_name)
+    path = fetch(path_or_name, weights=weights)
     if path.is_file() or (path/'config.json').is_file(): return path
     found = sorted(path.glob('*.gguf'))
     if len(found) == 1: return found[0]
@@ -51,7 +52,7 @@ def load_config(
     path_or_name:str|Path, # A folder, a .gguf file, a config.json, or a name that `fetch` knows
 )->Config: # The model's config
     "Read what a model is, without its weights"
-    path = locate(path_or_name)
+    path = locate(path_or_name, weights=False)
     return gguf_config(open_gguf(path), path) if path.suffix == '.gguf' else _folder_config(path)
 
 # %% ../../nbs/250_infer.load.ipynb #880f8fe7

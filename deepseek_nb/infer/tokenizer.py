@@ -340,5 +340,5 @@ def from_pretrained(cls:Tokenizer,
     path_or_name, # Folder, `.gguf` file, hub id, or registered name such as `smollm2-135m`
 )->Tokenizer: # Ready to encode, decode and chat
     "The tokenizer of a model"
-    path = fetch(path_or_name)
+    path = fetch(path_or_name, weights=False)
     return from_gguf(path) if path.is_file() else from_folder(path)
