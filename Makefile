@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
-.PHONY: demo test docs bench export hooks clean
+.PHONY: demo test docs bench export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -24,7 +24,11 @@ bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+	$(BIN)/python -m deepseek_nb.map
 	$(BIN)/python -m deepseek_nb.site --readme
+
+new-chapter: .venv/.dev  ## a notebook in the form of the house: make new-chapter NAME=145_arch.balance TITLE='Balance'
+	@$(BIN)/python -m deepseek_nb.site --new "$$NAME" "$$TITLE"
 
 hooks: .venv/.dev  ## git merges notebooks by cells, Jupyter saves them clean
 	$(HOOKS)

@@ -9,6 +9,7 @@ Modules:
 - `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
 - `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
+- `deepseek_nb.arch.show`: A config, a model, a cache and a routing result, as a notebook displays them
 - `deepseek_nb.bench`: Contenders that alternate, memory at its peak, the machine's roofline, and results kept as files
 - `deepseek_nb.benchmarks`: Benchmarks of whole models, and what they found
 - `deepseek_nb.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
@@ -20,9 +21,11 @@ Modules:
 - `deepseek_nb.infer.generate`: From logits to tokens to text: greedy or sampled, one prompt or a ragged batch, streamed with whole characters and clean stops
 - `deepseek_nb.infer.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
 - `deepseek_nb.infer.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
+- `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
 - `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
 - `deepseek_nb.infer.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
 - `deepseek_nb.infer.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
+- `deepseek_nb.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
 - `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
@@ -34,7 +37,8 @@ from importlib import import_module
 
 # Names load when first asked for, so importing the package imports no PyTorch: where each lives, then the chapters that patch methods on it
 _HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer'}
-_PATCHES = {'Config': ('releases',), 'Tokenizer': ('infer.chat',), 'Model': ('releases', 'infer.checkpoint', 'infer.load', 'infer.generate')}
+_PATCHES = {'Config': ('releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('infer.chat',),
+            'Model': ('releases', 'arch.show', 'infer.checkpoint', 'infer.load', 'infer.generate')}
 
 
 def __getattr__(name):

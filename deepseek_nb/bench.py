@@ -315,12 +315,17 @@ def benchmark(
     return register
 
 # %% ../nbs/010_bench.ipynb #53d03c99
+def _register():
+    "Import the later chapters that bring benchmarks"
+    for m in ('deepseek_nb.benchmarks', 'deepseek_nb.claims'):
+        if find_spec(m): import_module(m)
+
 def run_benchmark(
     name:str, # A registered name
     **options, # Passed to the benchmark
 )->tuple: # What the benchmark returned, and its record
     "Run a benchmark by name"
-    if name not in BENCHMARKS and find_spec('deepseek_nb.benchmarks'): import_module('deepseek_nb.benchmarks')
+    if name not in BENCHMARKS: _register()
     if name not in BENCHMARKS: raise KeyError(f"no benchmark {name!r}: there are {', '.join(sorted(BENCHMARKS))}")
     result = BENCHMARKS[name](**options)
     return result, record(name, result, *BENCHMARKS[name].packages)
@@ -363,7 +368,7 @@ def main(
 # %% ../nbs/010_bench.ipynb #0269c474
 def listing()->str: # A line a benchmark
     "Names and first lines of all benchmarks"
-    if find_spec('deepseek_nb.benchmarks'): import_module('deepseek_nb.benchmarks')
+    _register()
     return '\n'.join(f'{name:16} {(f.__doc__ or "").partition(chr(10))[0]}' for name, f in sorted(BENCHMARKS.items()))
 
 def table(

@@ -129,7 +129,6 @@ def bench(
     as_json:bool = False, # Print JSON
 ):
     "Run a benchmark: ours and a peer, alternating"
-    import deepseek_nb.benchmarks  # noqa: F401, registers them
     from deepseek_nb.bench import main as run
     run([*([name] if name else []), *(['--json'] if as_json else [])])
 

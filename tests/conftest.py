@@ -32,3 +32,14 @@ def copy(tmp_path_factory):
     for name in ('pyproject.toml', 'settings.ini', '_quarto.yml', 'README.md', 'LICENSE'):
         if (ROOT/name).exists(): shutil.copy(ROOT/name, folder/name)
     return folder
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory):
+    "The site, built in a copy of what it is built from."
+    from deepseek_nb.site import build
+    root = tmp_path_factory.mktemp('site')
+    for name in ('nbs', 'deepseek_nb'):
+        shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    shutil.copy(ROOT/'pyproject.toml', root)
+    return build(root)

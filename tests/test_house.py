@@ -53,6 +53,12 @@ def test_settings_equal_pyproject():
     assert ini.getboolean('custom_sidebar') == nbdev['custom_sidebar']
 
 
+def test_errors_are_expected_by_a_with_block():
+    for p in (ROOT/'nbs').rglob('*.ipynb'):
+        said = f'{p.name}: expect_fail is a context manager, write `with expect_fail(...):`'
+        assert 'expect_fail(lambda' not in p.read_text(), said
+
+
 def test_readme_is_the_index():
     from deepseek_nb.site import readme
     same = (ROOT/'README.md').read_text() == readme(ROOT/'nbs/index.ipynb')

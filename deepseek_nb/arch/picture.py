@@ -7,10 +7,13 @@ flow between them. Neither contains a number of its own: parameters come from `s
 
 # %% auto #0
 __all__ = ['PARTS', 'LEFT', 'WIDTH', 'RAIL', 'human', 'part_params', 'Part', 'attention_part', 'ffn_parts', 'outline', 'box',
-           'arrow', 'expert_grid', 'draw_experts', 'draw_part', 'draw_branch', 'draw_group', 'draw_architecture',
-           'Step', 'mla_tensors', 'mla_steps', 'mla_traffic', 'draw_flow', 'draw_form', 'draw_attention']
+           'arrow', 'compact', 'expert_grid', 'draw_experts', 'draw_part', 'draw_branch', 'draw_group', 'draw_totals',
+           'draw_architecture', 'Step', 'mla_tensors', 'mla_steps', 'mla_traffic', 'draw_flow', 'draw_form',
+           'draw_attention']
 
 # %% ../../nbs/170_arch.picture.ipynb #ef28ad27
+from functools import wraps
+from io import BytesIO
 from itertools import groupby
 from math import log10, prod
 from typing import NamedTuple
@@ -75,8 +78,8 @@ def ffn_parts(
     groups = [f'in {c.n_limited_groups} of {c.n_expert_groups} groups']*(c.n_expert_groups > 1)
     router = Part([f'router, {c.score_func}', f'{c.n_activated_experts} of {c.n_routed_experts}', *groups], p['router'], 'red')
     routed = Part([f'{c.n_routed_experts} experts', f'width {c.moe_inter_dim:,}'], p['routed experts'], 'orange')
-    shared = [Part([f'{c.n_shared_experts} shared expert' + 's'*(c.n_shared_experts > 1)], p['shared experts'], 'green')]*(c.n_shared_experts > 0)
-    return [router, routed, *shared]
+    if not c.n_shared_experts: return [router, routed]
+    return [router, routed, Part([f'{c.n_shared_experts} shared expert' + 's'*(c.n_shared_experts > 1)], p['shared experts'], 'green')]
 
 def outline(
     c:Config, # Any config
@@ -106,6 +109,7 @@ def box(
         ax.text(x + width/2, y + .82 + i, line, ha='center', va='center', color=GREY, fontsize=8, fontweight=weight)
     return y + height
 
+# %% ../../nbs/170_arch.picture.ipynb #f6826f4d
 def arrow(
     ax, # Matplotlib axes
     start:tuple, # x, y
@@ -114,7 +118,20 @@ def arrow(
 )->None:
     "Draw an arrow"
     head = f'-|>,head_length={.3 + .05*width},head_width={.15 + .05*width}'
-    ax.annotate('', end, start, arrowprops=dict(arrowstyle=head, lw=width, color=GREY, shrinkA=0, shrinkB=0))
+    ax.annotate('', end, start, arrowprops=dict(arrowstyle=head, lw=width, color=GREY, shrinkA=0, shrinkB=0, capstyle='butt'))
+
+# %% ../../nbs/170_arch.picture.ipynb #235af639
+def compact(
+    fig, # A matplotlib figure, finished otherwise
+)->None:
+    "Let a figure store its pixels with a palette of 256 colours"
+    full = fig.canvas.print_png
+    @wraps(full)
+    def print_png(file, *args, **kwargs):
+        from PIL import Image
+        full(pixels := BytesIO(), *args, **kwargs)
+        Image.open(pixels).quantize(256).save(file, 'png', optimize=True)
+    fig.canvas.print_png = print_png
 
 # %% ../../nbs/170_arch.picture.ipynb #494abf12
 def expert_grid(
@@ -129,6 +146,7 @@ def expert_grid(
     chosen = sorted(chosen)[:k]
     return [(i%cols, i//cols, i in chosen) for i in range(c.n_routed_experts)]
 
+# %% ../../nbs/170_arch.picture.ipynb #fb864aa9
 def draw_experts(
     ax, # Matplotlib axes
     c:Config, # A config with experts
@@ -160,6 +178,7 @@ def draw_part(
     ax.text(LEFT + WIDTH + 3, (y + bottom)/2, human(part.params), color=GREY, fontsize=8, va='center')
     return bottom
 
+# %% ../../nbs/170_arch.picture.ipynb #5365faa1
 def draw_branch(
     ax, # Matplotlib axes
     c:Config, # Any config
@@ -175,7 +194,7 @@ def draw_branch(
     arrow(ax, (LEFT, bottom - .5), (RAIL, bottom - .5))
     return bottom
 
-# %% ../../nbs/170_arch.picture.ipynb #9d126ed9
+# %% ../../nbs/170_arch.picture.ipynb #5293b631
 def draw_group(
     ax, # Matplotlib axes
     c:Config, # Any config
@@ -191,6 +210,18 @@ def draw_group(
     ax.fill([0, 100, 100, 0], [y + .2, y + .2, bottom, bottom], fill=False, edgecolor=GREY, lw=.8, ls=(0, (3, 3)))
     return bottom
 
+# %% ../../nbs/170_arch.picture.ipynb #c01f6423
+def draw_totals(
+    ax, # Matplotlib axes
+    c:Config, # Any config
+    y:float, # Top edge
+)->None:
+    "Write what a model costs"
+    rows = {'parameters': human(c.params()), 'of them active': human(c.active_params())}
+    rows['cache a token'] = human(c.cache_bytes_per_token(), 'B')
+    for i,(k,v) in enumerate(rows.items()): ax.text(LEFT, y + 1.1*i, f'{v}  {k}', color=GREY, fontsize=8, va='center')
+
+# %% ../../nbs/170_arch.picture.ipynb #04db1244
 def draw_architecture(
     config:Config, # What to draw
     ax=None, # Matplotlib axes; None for a new figure
@@ -206,9 +237,7 @@ def draw_architecture(
     bottom = draw_part(ax, config, head, y + .8)
     ax.plot([RAIL, RAIL, LEFT], [.9, y + 1.4, y + 1.4], color=GREY, lw=1)
     ax.plot([LEFT, RAIL], [.9, .9], color=GREY, lw=1)
-    rows = {'parameters': human(config.params()), 'of them active': human(config.active_params())}
-    rows['cache a token'] = human(config.cache_bytes_per_token(), 'B')
-    for i,(k,v) in enumerate(rows.items()): ax.text(LEFT, bottom + 1.2 + 1.1*i, f'{v}  {k}', color=GREY, fontsize=8, va='center')
+    draw_totals(ax, config, bottom + 1.2)
     ax.set(xlim=(-1, 101), ylim=(bottom + 4.2, -1)); ax.axis('off')
     if alone: ax.figure.set_size_inches(2.6, .17*(bottom + 5))
 
@@ -230,6 +259,7 @@ def mla_tensors(
     return {'cache': (t, latent + r), 'query': (s, h, x + r), 'W^{UK}': (h, x, latent), 'W^{UV}': (h, v, latent), 'keys': (t, h, x + r),
             'values': (t, h, v), 'latent query': (s, h, latent + r), 'latent output': (s, h, latent), 'output': (s, h, v)}
 
+# %% ../../nbs/170_arch.picture.ipynb #c3b5ecf1
 def mla_steps(
     c:Config, # An MLA config
     s:int, # Query positions
@@ -274,6 +304,7 @@ def draw_flow(
     for i,text in enumerate([label, shape, human(size, 'B')] if down else [label, '', human(size, 'B')]):
         ax.text(x, y + i - down, text, color=GREY, fontsize=8, va='center')
 
+# %% ../../nbs/170_arch.picture.ipynb #6d6ccf95
 def draw_form(
     ax, # Matplotlib axes
     steps:list, # From `mla_steps`
@@ -288,7 +319,7 @@ def draw_form(
     draw_flow(ax, above, tensors, (50, y), (50, y + 4))
     return y + 4
 
-# %% ../../nbs/170_arch.picture.ipynb #0801fa37
+# %% ../../nbs/170_arch.picture.ipynb #64e9cfa2
 def draw_attention(
     config:Config, # An MLA config
     s:int, # Query positions
@@ -304,4 +335,4 @@ def draw_attention(
         total = human(sum(step.flops for step in steps), 'FLOPs')
         ax.set_title(f"{form}: {total}, {human(traffic[form], 'B')}", fontsize=9, color=GREY)
         ax.set(xlim=(-1, 101), ylim=(24, 0)); ax.axis('off')
-    style(fig)
+    style(fig); compact(fig)

@@ -1,0 +1,194 @@
+"The site in a real browser: every page, wide and narrow, light and dark, read and clicked through."
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+playwright = pytest.importorskip('playwright.sync_api', reason='playwright is absent: pip install playwright')
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+if not CHROMIUM: pytest.skip('chromium is absent: apt-get install chromium', allow_module_level=True)
+AXE = Path(__file__).parents[1]/'.venv/axe/node_modules/axe-core/axe.min.js'
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking']
+WIDE, NARROW = dict(width=1440, height=1000), dict(width=400, height=850)
+
+# What a reader would see wrong on a page
+FAULTS = r"""() => {
+  const found = [], main = document.querySelector('main');
+  const texts = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const o = texts.currentNode;
+    const raw = /\$\$|\\\(|\\\[/.test(o.data) && !o.parentElement.closest('code, pre, .katex');
+    if (raw) found.push('raw maths: ' + o.data.trim().slice(0, 60));
+  }
+  for (const o of main.querySelectorAll('.katex-error')) found.push('maths in error: ' + o.textContent.slice(0, 60));
+  for (const o of main.querySelectorAll('.math:not(:has(.katex))')) found.push('maths not set: ' + o.textContent.slice(0, 60));
+  for (const o of document.images) {
+    if (!o.complete || !o.naturalWidth) found.push('picture not loaded: ' + o.src.slice(0, 60));
+    if (!o.alt.trim()) found.push('picture without alternative text, near: ' + (o.closest('.cell')?.innerText || '').slice(0, 60));
+  }
+  const page = document.documentElement, scrolls = o => /auto|scroll|hidden/.test(getComputedStyle(o).overflowX);
+  if (page.scrollWidth > page.clientWidth) found.push(`the page scrolls sideways: ${page.scrollWidth} in ${page.clientWidth}`);
+  for (const o of main.querySelectorAll('*')) {
+    if (o.getBoundingClientRect().right <= page.clientWidth + 1 || o.closest('.katex')) continue;
+    let box = o;
+    while (box !== main && !scrolls(box)) box = box.parentElement;
+    if (box === main) found.push(`cut off at the right: ${o.tagName} ${o.textContent.trim().slice(0, 60)}`);
+  }
+  return found;
+}"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope='module')
+def url(site):
+    "The address of the site, served on loopback."
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def window(browser, url):
+    "Opens a window; what goes wrong in it is collected in its `faults`, and any fault fails the test."
+    contexts, faults = [], []
+    def open(size=WIDE, scheme='light'):
+        context = browser.new_context(viewport=size, color_scheme=scheme, base_url=url, permissions=['clipboard-read', 'clipboard-write'])
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        page = context.new_page()
+        fault = lambda kind, what: faults.append(f'{page.url}: {kind}: {what}')
+        page.on('console', lambda o: o.type in ('error', 'warning') and fault('console', o.text))
+        page.on('pageerror', lambda o: fault('script', o))
+        page.on('requestfailed', lambda o: 'ERR_ABORTED' in (o.failure or '') or fault('request failed', o.url))
+        page.on('response', lambda o: o.status >= 400 and fault(o.status, o.url))
+        page.on('request', lambda o: o.url.startswith(('data:', url)) or fault('another host', o.url))
+        page.faults = faults
+        return page
+    yield open
+    for o in contexts: o.close()
+    if faults: pytest.fail('\n'.join(map(str, faults)), pytrace=False)
+
+
+def names(site): return sorted(o.name for o in site.glob('*.html'))
+def place(page): return urlsplit(page.url).path.strip('/') or 'index.html'
+
+
+def follow(page, link):
+    "Click a link, and wait for the page that it leads to."
+    with page.expect_navigation(wait_until='domcontentloaded'): page.click(link)
+    return place(page)
+
+
+@pytest.fixture(scope='module')
+def book(site):
+    "The pages in the book's order, by `llms.txt`."
+    links = [o.split('](')[1] for o in (site/'llms.txt').read_text().splitlines() if o.startswith('- [')]
+    return [o.rstrip(')').replace('.llms.md', '.html') for o in links]
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('size', [WIDE, NARROW], ids=['wide', 'narrow'])
+def test_every_page(site, window, size, scheme):
+    page = window(size, scheme)
+    for name in names(site):
+        if name.startswith('source.') and (size is WIDE) == (scheme == 'dark'): continue  # one template: each theme and each width once
+        page.goto(f'/{name}')
+        page.faults.extend(f'{name}: {o}' for o in page.evaluate(FAULTS))
+        dark = page.evaluate("document.documentElement.classList.contains('quarto-dark')")
+        assert dark == (scheme == 'dark'), f'{name} ignores the theme'
+
+
+def test_next_walks_the_book_and_previous_goes_back(book, window):
+    page, walked = window(), ['index.html']
+    page.goto('/index.html')
+    while page.locator('.nav-page-next a').count(): walked.append(follow(page, '.nav-page-next a'))
+    assert walked == book
+    assert follow(page, '.nav-page-previous a') == book[-2]
+
+
+def test_sidebar_reaches_every_page(book, window):
+    page = window()
+    page.goto('/')
+    for name in book[1:]: assert follow(page, f'#quarto-sidebar a[href="{name}"]') == name
+
+
+def test_sidebar_opens_in_a_narrow_window(book, window):
+    page = window(NARROW)
+    page.goto('/')
+    for name in (book[1], book[len(book)//2], book[-1], book[0]):
+        page.click('.quarto-btn-toggle')
+        assert follow(page, f'#quarto-sidebar a[href="{name}"]') == name
+
+
+def test_search_finds_a_symbol(window):
+    page = window()
+    page.goto('/index.html')
+    page.fill('#quarto-search input', 'route')
+    page.click('.search-result[href$="arch.routing.html#route"]')
+    page.wait_for_url('**/arch.routing.html#route')
+    heading = page.locator('[data-anchor-id="route"]')
+    playwright.expect(heading).to_contain_text('route')
+    playwright.expect(heading).to_be_in_viewport()
+
+
+def test_source_is_a_click_away(window):
+    page = window()
+    page.goto('/arch.attention.html#attend')
+    assert follow(page, 'a.source >> nth=0') == 'source.arch.attention.html'
+    anchor = urlsplit(page.url).fragment
+    assert 'def ' in page.locator(f'#{anchor}').inner_text() or 'class ' in page.locator(f'#{anchor}').inner_text()
+
+
+def test_copy_button_copies(window):
+    page = window()
+    page.goto('/arch.attention.html')
+    block = page.locator('.code-copy-outer-scaffold').nth(1)
+    block.hover()
+    block.locator('.code-copy-button').click()
+    block.locator('.code-copy-button-checked').wait_for()
+    assert page.evaluate('navigator.clipboard.readText()').strip() == block.locator('pre code').inner_text().strip()
+    assert page.locator('main pre.sourceCode').count() == page.locator('main .code-copy-button').count()
+
+
+def test_theme_is_kept(window):
+    page = window()
+    background = lambda: page.wait_for_timeout(100) or page.evaluate('getComputedStyle(document.body).backgroundColor')
+    page.goto('/index.html')
+    light = background()
+    page.click('.quarto-color-scheme-toggle')
+    dark = background()
+    assert dark != light
+    page.reload()
+    assert background() == dark
+    page.goto('/arch.cache.html')
+    assert background() == dark
+    page.click('.quarto-color-scheme-toggle')
+    assert background() == light
+
+
+@pytest.mark.skipif(not AXE.exists(), reason='axe-core is absent: .ci/run puts it into .venv')
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_accessible(window, scheme):
+    page = window(WIDE, scheme)
+    for name in ('index', 'arch.attention', 'arch.routing', 'arch.cache'):
+        page.goto(f'/{name}.html')
+        page.add_script_tag(path=AXE)
+        for o in page.evaluate('axe.run().then(o => o.violations)'):
+            if o['impact'] not in ('serious', 'critical'): continue
+            page.faults.extend(f'{name}: {o["id"]}: {node["html"][:120]} {node["failureSummary"][:160]}' for node in o['nodes'])

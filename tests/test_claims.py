@@ -1,0 +1,212 @@
+"The claims page says what the stored results say, and nothing else."
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_nb import Config, Model
+from deepseek_nb.bench import BENCHMARKS, Comparison, record, save_result
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT/'nbs'/'results'
+PAGE = json.loads((ROOT/'nbs'/'920_claims.ipynb').read_text(encoding='utf-8'))['cells']
+
+
+@pytest.fixture(scope='module')
+def claims():
+    "Imported when first used, as it registers benchmarks."
+    from deepseek_nb import claims
+    return claims
+
+
+@pytest.fixture(scope='module')
+def every(claims): return claims.ARTICLE + claims.OURS
+
+
+@pytest.fixture
+def results(tmp_path):
+    "A copy of the stored results, to spoil."
+    return Path(shutil.copytree(RESULTS, tmp_path/'results'))
+
+
+def spoil(folder, name, change):
+    path = folder/f'{name}.json'
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def numbers(text): return re.findall(r'\d+(?:\.\d+)?', text)
+
+
+def flat(x):
+    "All numbers in a record."
+    if isinstance(x, dict): x = list(x.values())
+    if isinstance(x, list): return [v for o in x for v in flat(o)]
+    return [float(x)] if isinstance(x, int | float) else []
+
+
+def known(found):
+    "Numbers that a record states or implies, and those in its words."
+    times = found['result']
+    values = flat(times) + [len(times['seconds'][0]), abs(times['medians'][1] - times['medians'][0])]
+    return values, set(numbers(json.dumps([found['hardware'], found['versions'], found['date']])))
+
+
+def follows(number, values):
+    "Whether a printed number is one of the values, rounded, with any prefix."
+    half = .5 * 10.**-len(number.partition('.')[2])
+    return any(abs(v * s - float(number)) <= half * 1.001 for v in values for s in (1, 1e3, 1e6, 1e9))
+
+
+# ---- claims and commands
+
+def test_a_claim_has_a_command_or_is_not_measured(claims, every):
+    for c in every:
+        if c.command: assert c.result in BENCHMARKS and c.command.split()[-1] == c.result and callable(c.read), c.claim
+        else: assert (c.result, c.read) == ('', None) and claims.claim_row(c, RESULTS)[1:] == ('not yet', '', ''), c.claim
+
+
+def test_commands_find_their_benchmarks(claims, every):
+    by = {}
+    for c in filter(lambda c: c.command, every): by.setdefault(c.command.rpartition(' ')[0], set()).add(c.result)
+    call = {'deepseek-nb bench': 'from deepseek_nb.cli import main; raise SystemExit(main(["bench"]))',
+            'python -m deepseek_nb.claims': 'import deepseek_nb.claims; print(*deepseek_nb.claims.BENCHMARKS, sep="\\n")'}
+    assert by.keys() <= call.keys()
+    for command, names in by.items():
+        done = subprocess.run([sys.executable, '-c', call[command]], capture_output=True, text=True, check=True)
+        assert names <= {line.split()[0] for line in done.stdout.splitlines() if line.strip()}, command
+
+
+def test_module_runs_as_a_command(every, tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, '-m', 'deepseek_nb.claims', *args], capture_output=True, text=True, cwd=tmp_path)
+    page, absent = run(), run('absent')
+    assert page.returncode == 0 and page.stdout.count('| not yet |') == len(every) and 'Nothing was measured yet.' in page.stdout
+    assert absent.returncode == 2 and 'cache' in absent.stderr and 'moe-decode' in absent.stderr
+
+
+def test_the_articles_claims_are_all_there(claims):
+    text = ' '.join(c.claim for c in claims.ARTICLE)
+    for said in ('98%', '42%', '35%', '0.89', '21%', '65%', '2.1', '30%', 'past_key_values', '3.8', '82% to 91%', '0.3%', '78% to 94%',
+                 '12 a second', '99.7%', '4.3 of 5', '30 languages', 'Arabic and Swahili',
+                 'seconds to milliseconds', 'Python, Java and C++', 'bias and robustness'):
+        assert said in text, said
+    assert len(claims.ARTICLE) == 13
+
+
+# ---- numbers come from records that hold together
+
+def test_without_results_nothing_is_measured(claims, tmp_path):
+    assert {r[1:3] for r in claims.claims(tmp_path).rows} == {('not yet', '')}
+    assert claims.measured(tmp_path) == 'Nothing was measured yet.'
+
+
+EDITS = dict(
+    ratio=lambda o: o['result'].update(ratio=9.), median=lambda o: o['result']['medians'].__setitem__(0, 1e-9),
+    quartile=lambda o: o['result']['quartiles'].__setitem__(2, 99.), round=lambda o: o['result']['seconds'][0].__setitem__(0, 1e-9),
+    rounds=lambda o: o['result']['seconds'][0].pop(), none=lambda o: o['result'].update(seconds=[[], []]),
+    zero=lambda o: o['result'].update(seconds=[[0.], [1.]]), words=lambda o: o['result'].update(seconds=['fast', 'slow']),
+    more=lambda o: o['result'].update(speedup=9.), empty=lambda o: o.update(result={}), other=lambda o: o.update(result=[1, 2]),
+    name=lambda o: o.update(name='another'), hardware=lambda o: o.pop('hardware'), cpu=lambda o: o['hardware'].pop('cpu'),
+    versions=lambda o: o.pop('versions'), date=lambda o: o.pop('date'))
+
+
+@pytest.mark.parametrize('edit', EDITS)
+def test_an_edited_result_is_none(claims, results, edit):
+    spoil(results, 'moe-decode', EDITS[edit])
+    assert claims.checked('moe-decode', results) is None
+    row = next(r for r in claims.claims(results).rows if 'moe-decode' in r[3])
+    assert row[1:3] == ('not yet', '') and 'bench-moe' not in claims.measured(results)
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '3'])
+def test_a_damaged_result_is_none(claims, results, text):
+    (results/'moe-decode.json').write_text(text)
+    assert claims.checked('moe-decode', results) is None
+
+
+def test_whole_results_are_read(claims, every):
+    names = [c.result for c in every if c.command and (RESULTS/f'{c.result}.json').exists()]
+    assert len(names) >= 4
+    for name in names: assert claims.checked(name, RESULTS), f'nbs/results/{name}.json contradicts itself: measure again'
+
+
+def test_numbers_are_in_the_record(claims, every):
+    for c in every:
+        found, (_, what, on, _) = claims.checked(c.result, RESULTS), claims.claim_row(c, RESULTS)
+        if not found: continue
+        values, words = known(found[0])
+        assert numbers(what) and all(follows(n, values) for n in numbers(what)), what
+        assert set(numbers(on)) <= words, on
+
+
+def test_numbers_of_the_table_are_in_the_records(claims):
+    lines = claims.measured(RESULTS).splitlines()
+    rows = [line.strip('| ').split(' | ') for line in lines if line.startswith('| ') and not line.startswith('| job')]
+    assert len(rows) == len(claims.PEERS)
+    for name, row in zip(claims.PEERS, rows, strict=True):
+        found = claims.checked(name, RESULTS)[0]
+        assert BENCHMARKS[name].__doc__.startswith(row[0])
+        assert all(follows(n, known(found)[0]) for cell in row[1:] for n in numbers(cell)), row
+        on = next(line for line in lines if line.startswith(f'`{name}`'))
+        assert set(numbers(on.partition(':')[2])) <= known(found)[1]
+
+
+def test_the_table_says_which_way(claims, tmp_path):
+    order = {'moe-decode': ('deepseek_nb', 'transformers'), 'import-time': ('import torch', 'from deepseek_nb import Model')}
+    for name, names in order.items():
+        save_result(tmp_path/f'{name}.json', record(name, Comparison(names, ([1., 1.], [3., 3.]))))
+    text = claims.measured(tmp_path)
+    assert '| 1.00 s | transformers: 3.00 s | is **3.00** times as fast' in text
+    assert '| 3.00 s | import torch: 1.00 s | takes **3.00** times as long' in text
+    assert 'SmolLM2' not in text
+
+
+# ---- the page
+
+def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+
+
+def test_the_page_is_what_the_results_say(claims):
+    shown = [o for cell in PAGE for o in outputs(cell)]
+    for what in (claims.claims(RESULTS, claims.ARTICLE)._repr_markdown_(), claims.claims(RESULTS, claims.OURS)._repr_markdown_(),
+                 claims.measured(RESULTS)):
+        assert what in shown, 'nbs/920_claims.ipynb is stale: run it and store its outputs'
+        shown.remove(what)
+    assert not numbers(' '.join(shown)), 'the page shows a number that no record holds'
+
+
+def test_the_prose_holds_no_number():
+    for cell in PAGE:
+        if cell['cell_type'] != 'markdown': continue
+        prose = re.sub(r'\$[^$]*\$|`[^`]*`|\A#\|.*', '', ''.join(cell['source']))
+        assert not re.search(r'(?<![A-Za-z\d])\d', prose), prose
+
+
+# ---- the cache benchmark
+
+SIZES = dict(vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=64)
+MLA = dict(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+KINDS = dict(gqa=Config('llama', **SIZES, n_kv_heads=2, head_dim=8), mla=Config('deepseek_v3', **SIZES, **MLA))
+
+
+@pytest.mark.parametrize('config', KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize('s, n', [(1, 1), (1, 9), (7, 5), (40, 3)])
+def test_with_and_without_a_cache(claims, config, s, n):
+    torch.manual_seed(s)
+    model, ids = Model(config, dtype=torch.float32, device='cpu'), torch.randint(64, (2, s))
+    a, b = claims.with_cache(model, ids, n), claims.without_cache(model, ids, n)
+    assert a.shape == (2, n) and a.tolist() == b.tolist() == model.generate(ids, n)[:, s:].tolist()
+
+
+def test_unequal_tokens_are_not_timed(claims, monkeypatch):
+    model = Model(KINDS['gqa'], dtype=torch.float32, device='cpu')
+    assert claims.cache_or_recompute(8, 4, 2, model).names == ('cached', 'recomputed')
+    monkeypatch.setattr(claims, 'without_cache', lambda model, ids, n: claims.with_cache(model, ids, n) + 1)
+    with pytest.raises(ValueError, match='greedy tokens differ.*nothing was timed'): claims.cache_or_recompute(8, 4, 1, model)
