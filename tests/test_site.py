@@ -204,7 +204,7 @@ def test_make_starts_a_chapter(tmp_path):
     if not shutil.which('make'): pytest.skip('make is absent')
     root = project(tmp_path, 'index.ipynb')
     shutil.copy(ROOT/'Makefile', root)
-    make = ['make', '-o', '.venv/.dev', f'BIN={Path(sys.executable).parent}', 'new-chapter']
+    make = ['make', '--no-print-directory', '-o', '.venv/.dev', f'BIN={Path(sys.executable).parent}', 'new-chapter']
     run = lambda *args: subprocess.run([*make, *args], cwd=root, capture_output=True, text=True)
     assert run('NAME=145_arch.balance', "TITLE=The load's balance").stdout == 'nbs/145_arch.balance.ipynb\n'
     assert "# The load's balance\\n" in (root/'nbs/145_arch.balance.ipynb').read_text()
