@@ -19,7 +19,7 @@ from .plot import COLOURS, GREY
 
 # %% ../nbs/915_map.ipynb #b40d59fc
 PARTS = {0: 'Foundations', 1: 'Architecture', 2: 'Inference', 3: 'Kernels', 4: 'Quantisation', 5: 'Training', 6: 'Evaluation',
-         7: 'Serving and export', 8: 'Applications', 9: 'Tools'}
+         7: 'Serving and export', 8: 'Applications and benchmarks', 9: 'Tools'}
 
 class Chapter(NamedTuple):
     "One chapter of the book"
@@ -48,7 +48,7 @@ def draw_map(
     fig,ax = plt.subplots(figsize=(1.95*len(parts), .36*rows + .5))
     for x,(part,column) in enumerate(zip(parts, columns, strict=True)):
         colour = list(COLOURS.values())[x % len(COLOURS)]
-        ax.text(x + .5, -.1, PARTS[part], ha='center', va='bottom', color=GREY, fontsize=11, weight='bold')
+        ax.text(x + .5, -.1, PARTS[part], ha='center', va='bottom', color=GREY, fontsize=9, weight='bold')
         for y,c in enumerate(column):
             ax.add_patch(plt.Rectangle((x + .04, y + .14), .92, .74, fill=False, ec=colour, lw=1.5))
             ax.text(x + .5, y + .52, c.title, ha='center', va='center', color=GREY, fontsize=8)
