@@ -31,6 +31,8 @@ from time import perf_counter
 import torch
 from fastcore.basics import patch
 
+from .plot import COLOURS, style
+
 # %% ../nbs/010_bench.ipynb #208efac5
 def synchronise():
     "Wait until the accelerator, if there is one, has done what was queued"
@@ -287,18 +289,12 @@ def roofline(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6.5, 3.2), dpi=96)
     xs = [min(.05, *(w.intensity / 2 for w in works)), host.flops[dtype] / host.read, max(500, *(w.intensity * 2 for w in works))]
-    ax.loglog(xs, [min(host.flops[dtype], x * host.read) / 1e9 for x in xs], color='#0072B2', lw=2)
-    for w, colour in zip(works, ('#E69F00', '#009E73', '#D55E00', '#CC79A7', '#56B4E9') * len(works), strict=False):
+    ax.loglog(xs, [min(host.flops[dtype], x * host.read) / 1e9 for x in xs], color=COLOURS['blue'], lw=2)
+    for w, colour in zip(works, [*COLOURS.values()][1:] * len(works), strict=False):
         ax.plot(w.intensity, w.flops / w.seconds / 1e9, 'o', color=colour, label=w.name)
-    _style(fig, ax, 'FLOPs a byte', f'GFLOP/s ({dtype})')
-
-def _style(fig, ax, xlabel, ylabel):
-    grey = '#808080'
-    fig.patch.set_alpha(0); ax.patch.set_alpha(0)
-    ax.set_xlabel(xlabel, color=grey); ax.set_ylabel(ylabel, color=grey)
-    ax.tick_params(which='both', colors=grey, labelsize=8)
-    ax.spines[:].set_color(grey); ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, labelcolor=grey, fontsize=8)
+    ax.set(xlabel='FLOPs a byte', ylabel=f'GFLOP/s ({dtype})')
+    ax.legend(fontsize=8)
+    style(fig)
 
 # %% ../nbs/010_bench.ipynb #2a614fae
 BENCHMARKS = {}  # name -> function

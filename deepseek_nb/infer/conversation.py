@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..arch.model import Model
-from .generate import Stopper, _text
+from .generate import Stopper, text_pieces
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/270_infer.conversation.ipynb #e0b9e0b0
@@ -91,7 +91,8 @@ def _listen(self:Conversation, user, ids, tokens, stopper):
     "Pass text on, and remember it as the answer"
     pieces = []
     try:
-        for piece in _text(tokens, self.tok.stream_decoder(), stopper, {*self.model.config.eos_ids, *self.tok.eos_ids}):
+        ends = {*self.model.config.eos_ids, *self.tok.eos_ids}
+        for piece in text_pieces(tokens, self.tok.stream_decoder(), stopper, ends):
             pieces.append(piece)
             yield piece
     finally:
