@@ -25,11 +25,35 @@ Modules:
 - `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
 - `deepseek_nb.infer.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
 - `deepseek_nb.infer.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
+- `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
+- `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
+- `deepseek_nb.kernels.compile`: `model.compile()`: one graph for every token, traced once, whatever the cache holds
+- `deepseek_nb.kernels.cuda`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
+- `deepseek_nb.kernels.cuda_attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
+- `deepseek_nb.kernels.cuda_experts`: The grouped feed-forward in CUDA C++: one launch for all experts, SwiGLU in the first product, no copy of the tokens
+- `deepseek_nb.kernels.cuda_fp8`: DeepSeek-V3's format on a GPU: one scale for 128 activations, one for 128×128 weights, and sums that leave FP8's accumulator every 128 columns
+- `deepseek_nb.kernels.cuda_norm`: What MLA does to a token's latent after the projection, in one kernel that reads and writes it once
+- `deepseek_nb.kernels.cuda_route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
+- `deepseek_nb.kernels.cuda_tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
+- `deepseek_nb.kernels.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
+- `deepseek_nb.kernels.emulation`: A header in which the threads of a block are fibers, so that a kernel can be tested without a GPU
+- `deepseek_nb.kernels.flash`: Keys pass by once, in blocks. Three numbers a query are enough to correct what came before, so the scores are never all in memory
+- `deepseek_nb.kernels.gemm`: Weights are read where they lie: along a row for a few tokens, across tokens for many
+- `deepseek_nb.kernels.moe`: Route, sort, gate, multiply, project, combine: nothing is gathered, nothing is copied but a panel of tokens
+- `deepseek_nb.kernels.norm`: What stands between the products moves every byte once, and no more
+- `deepseek_nb.kernels.simd`: One text for AVX-512, AVX2, NEON and the rest: a vector type, its lanes, an exponential, a transposition
+- `deepseek_nb.kernels.step`: Between two tokens there is time to read the weights once, and for nothing else
+- `deepseek_nb.kernels.team`: A kernel of several stages needs its threads once, and a barrier between the stages
+- `deepseek_nb.kernels.train`: A training step's backward pass through experts and attention, written out: into place, in pieces that stay in the cache, and without a padded copy
+- `deepseek_nb.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config; and the least time for them on a machine whose rates were measured
 - `deepseek_nb.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
 - `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
-- `deepseek_nb.site`: A notebook becomes a page without running a lesson"""
+- `deepseek_nb.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
+- `deepseek_nb.site`: A notebook becomes a page without running a lesson
+- `deepseek_nb.speed`: An MoE layer and an attention layer beside transformers, and beside what the machine allows
+- `deepseek_nb.speed_models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows"""
 
 __version__ = "0.1.0"
 
@@ -38,12 +62,14 @@ from importlib import import_module
 # Names load when first asked for, so importing the package imports no PyTorch: where each lives, then the chapters that patch methods on it
 _HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer'}
 _PATCHES = {'Config': ('releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('infer.chat',),
-            'Model': ('releases', 'arch.show', 'infer.checkpoint', 'infer.load', 'infer.generate')}
+            'Model': ('releases', 'arch.show', 'infer.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile')}
+# Chapters that register fast twins; nothing is compiled before an operation is called
+_TWINS = {'Model': ('kernels.moe', 'kernels.attention', 'kernels.norm', 'kernels.train', 'kernels.step')}
 
 
 def __getattr__(name):
     if name not in _HOMES: raise AttributeError(f"module 'deepseek_nb' has no attribute {name!r}; it offers {', '.join(_HOMES)}")
-    module, *_ = [import_module(f'.{o}', __name__) for o in (_HOMES[name], *_PATCHES.get(name, ()))]
+    module, *_ = [import_module(f'.{o}', __name__) for o in (_HOMES[name], *_PATCHES.get(name, ()), *_TWINS.get(name, ()))]
     globals()[name] = getattr(module, name)
     return globals()[name]
 

@@ -14,6 +14,7 @@ __all__ = ['BENCHMARKS', 'synchronise', 'seconds', 'show', 'Comparison', 'compar
 
 # %% ../nbs/010_bench.ipynb #3028c2e4
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -25,13 +26,14 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import date
 from importlib import import_module, metadata
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from fastcore.basics import patch
 
-from .plot import COLOURS, style
+from .plot import COLOURS, draw, style
 
 # %% ../nbs/010_bench.ipynb #208efac5
 def synchronise():
@@ -123,10 +125,14 @@ def peak_bytes(
     return max(0, _resident() - before)
 
 # %% ../nbs/010_bench.ipynb #787ab058
+def _trim():
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, TypeError, AttributeError): pass  # a C library that has no such function
+
 def _resident(reset=False):
     "Peak resident bytes since the last reset; those resident now, if this is the reset"
     try:
-        if reset: Path('/proc/self/clear_refs').write_text('5')
+        if reset: _trim(); Path('/proc/self/clear_refs').write_text('5')
         status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
         return int(status['VmHWM'].split()[0]) * 1024
     except (OSError, KeyError):
@@ -313,8 +319,8 @@ def benchmark(
 # %% ../nbs/010_bench.ipynb #53d03c99
 def _register():
     "Import the later chapters that bring benchmarks"
-    for m in ('deepseek_nb.benchmarks', 'deepseek_nb.claims'):
-        if find_spec(m): import_module(m)
+    for m in ('benchmarks', 'speed', 'speed_models', 'speed_compile', 'scaling', 'claims'):
+        if find_spec(f'deepseek_nb.{m}'): import_module(f'deepseek_nb.{m}')
 
 def run_benchmark(
     name:str, # A registered name
@@ -323,6 +329,8 @@ def run_benchmark(
     "Run a benchmark by name"
     if name not in BENCHMARKS: _register()
     if name not in BENCHMARKS: raise KeyError(f"no benchmark {name!r}: there are {', '.join(sorted(BENCHMARKS))}")
+    try: signature(BENCHMARKS[name], follow_wrapped=False).bind(**options)
+    except TypeError as e: raise ValueError(f'benchmark {name!r} {e}') from None
     result = BENCHMARKS[name](**options)
     return result, record(name, result, *BENCHMARKS[name].packages)
 
@@ -353,11 +361,16 @@ def main(
     parser.add_argument('name', nargs='?', help='the benchmark; none: list them')
     parser.add_argument('--json', action='store_true', help='print the record as JSON')
     parser.add_argument('--out', help='file for the record')
+    parser.add_argument('--plot', help='file for a picture, from benchmarks that have one')
+    parser.add_argument('--device', help='where, for benchmarks that can choose')
+    parser.add_argument('--dtype', help='how precisely, for benchmarks that can choose')
     args = parser.parse_args(argv)
     if not args.name: return print(listing()) or 0
-    try: result, content = run_benchmark(args.name)
+    options = {k: v for k, v in vars(args).items() if k in ('device', 'dtype') and v}
+    try: result, content = run_benchmark(args.name, **options)
     except KeyError as e: return print(e.args[0], file=sys.stderr) or 2
     if args.out: save_result(args.out, content)
+    if args.plot: draw(result, args.plot)
     print(json.dumps(content, indent=1) if args.json else table(result))
     return 0
 

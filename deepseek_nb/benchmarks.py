@@ -14,10 +14,11 @@ __all__ = ['BENCH_MOE', 'pair', 'our_steps', 'peer_steps', 'greedy', 'moe_decode
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import cycle
 
 import torch
 
-from .arch.model import Model
+from . import Model
 from .bench import Comparison, benchmark, compare
 from .core import Config
 from .dispatch import op
@@ -32,14 +33,16 @@ BENCH_MOE = dict(
 def pair(
     shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`
     seed:int=0, # Of the random weights
-)->tuple: # Ours and transformers', in float32 on the CPU
+    dtype:torch.dtype=torch.float32, # Of the weights
+    device:str='cpu', # Where they go
+)->tuple: # Ours and transformers'
     "A `Model` and a `DeepseekV3ForCausalLM` with the same random weights"
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     torch.manual_seed(seed)
     config = DeepseekV3Config(**shape)
-    config._experts_implementation = 'grouped_mm'  # its fastest on the CPU
-    peer = DeepseekV3ForCausalLM(config).float().eval()
-    ours = Model(Config.from_hf(config.to_dict()), dtype=torch.float32, device='cpu').eval()
+    config._experts_implementation = 'grouped_mm'  # its fastest
+    peer = DeepseekV3ForCausalLM(config).to(device, dtype).eval()
+    ours = Model(Config.from_hf(config.to_dict()), dtype=dtype, device=device).eval()
     ours.load_state_dict({k.removeprefix('model.'): v for k, v in peer.state_dict().items()})
     return ours, peer
 
@@ -47,14 +50,14 @@ def pair(
 def our_steps(
     model:Model, # With its weights
     prompt:torch.Tensor, # Token ids `b s`
-)->Callable: # `(token `b 1`, keep) -> next token `b 1``; unless told to keep, the cache is cut back
+)->Callable: # `(token `b 1`, keep, logits) -> next token `b 1`, or its logits; unless told to keep, the cache is cut back
     "Fill our cache with a prompt and give the function that decodes a token"
     cache = model.new_cache(prompt.shape[0], prompt.shape[1] + 64)
     with torch.inference_mode(): model(prompt, cache=cache, logits_to_keep=1)
-    def step(token, keep=False):
-        with torch.inference_mode(): found = model(token, cache=cache, logits_to_keep=1)[:, -1:].argmax(-1)
+    def step(token, keep=False, logits=False):
+        with torch.inference_mode(): found = model(token, cache=cache, logits_to_keep=1)[:, -1:]
         if not keep: cache.rewind(1)
-        return found
+        return found if logits else found.argmax(-1)
     return step
 
 def peer_steps(
@@ -65,10 +68,10 @@ def peer_steps(
     from transformers import DynamicCache
     cache = DynamicCache(config=model.config)
     with torch.inference_mode(): model(prompt, past_key_values=cache, logits_to_keep=1)
-    def step(token, keep=False):
-        with torch.inference_mode(): found = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    def step(token, keep=False, logits=False):
+        with torch.inference_mode(): found = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:]
         if not keep: cache.crop(-1)
-        return found
+        return found if logits else found.argmax(-1)
     return step
 
 # %% ../nbs/880_benchmarks.ipynb #6d7fe417
@@ -96,8 +99,8 @@ def moe_decode(
     ours, peer = our_steps(models[0], prompt[:, :-8]), peer_steps(models[1], prompt[:, :-8])
     a, b = (greedy(f, prompt[:, -1:]) for f in (ours, peer))
     if a != b: raise ValueError(f'greedy tokens differ, {a} and {b}: nothing was timed')
-    token = prompt[:, -1:]
-    return compare({'deepseek_nb': lambda: ours(token), 'transformers': lambda: peer(token)}, repeats)
+    a, b = (cycle(prompt[:, -16:].split(1, 1)) for _ in range(2))
+    return compare({'deepseek_nb': lambda: ours(next(a)), 'transformers': lambda: peer(next(b))}, repeats, number=8)
 
 # %% ../nbs/880_benchmarks.ipynb #4e7e35aa
 def import_seconds(

@@ -126,11 +126,16 @@ def doctor(
 # %% ../nbs/900_cli.ipynb #a95863d5
 def bench(
     name:str = '', # A benchmark; none to list them
-    as_json:bool = False, # Print JSON
+    as_json:bool = False, # Print JSON; `--json` does too
+    out:str = '', # File for the record
+    plot:str = '', # File for a picture, from benchmarks that have one
+    device:str = '', # cpu or cuda, for benchmarks that can choose
+    dtype:str = '', # float32 or bfloat16, for benchmarks that can choose
 ):
     "Run a benchmark: ours and a peer, alternating"
     from deepseek_nb.bench import main as run
-    run([*([name] if name else []), *(['--json'] if as_json else [])])
+    given = dict(out=out, plot=plot, device=device, dtype=dtype)
+    run([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 
 VERBS = dict(chat=chat, generate=generate, info=info, doctor=doctor, bench=bench)
 
@@ -145,7 +150,7 @@ def main(
     "Run one verb"
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = '--debug' in argv
-    argv = [a for a in argv if a != '--debug']
+    argv = ['--as-json' if a == '--json' else a for a in argv if a != '--debug']
     if not argv or argv[0] in ('-h', '--help', 'help'): return print(usage()) or 0
     f = VERBS.get(argv[0])
     if not f: return print(f"deepseek-nb: no verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr) or 2

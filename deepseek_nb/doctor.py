@@ -18,6 +18,7 @@ import torch
 
 from .core import pick_device, pick_dtype
 from .infer.hub import cache_dir
+from .kernels.build import target
 from .nbproc import find_compiler
 
 # %% ../nbs/890_doctor.ipynb #dddb0d1c
@@ -50,6 +51,10 @@ def _compiler(kind):
     try: return str(find_compiler(kind))
     except FileNotFoundError: return ''
 
+def _kernels():
+    libraries = len(list((cache_dir()/'kernels').glob('*.so')))
+    return f"built at the first call with {' '.join(target()) or 'no special flags'}; {libraries} so far" if _compiler('cpp') else ''
+
 def _package(name):
     try: return version(name)
     except PackageNotFoundError: return ''
@@ -67,6 +72,7 @@ def examine()->list: # A `Finding` for each thing
         Finding('instructions', ' '.join(instruction_sets()), 'kernels use portable code'),
         Finding('memory', memory() if hasattr(os, 'sysconf') else '', 'cannot be read on this system'),
         Finding('C++ compiler', _compiler('cpp'), 'C++ twins need one; set CXX or install g++ or clang++'),
+        Finding('C++ kernels', _kernels(), 'PyTorch and the definitions run instead'),
         Finding('CUDA compiler', _compiler('cu'), 'CUDA twins need nvcc'),
         Finding('cache folder', f'{cache_dir()}, {free:.0f} GiB free on its disk'),
         Finding('transformers', _package('transformers'), 'oracles and benchmarks compare with it; pip install transformers')]

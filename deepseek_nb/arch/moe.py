@@ -82,7 +82,7 @@ def run_grouped(
     "Sort tokens by expert, then one product for each expert that is visited"
     order,sizes = group_tokens(experts, len(gate_up))
     rows = x[order//experts.shape[1]].split(sizes)
-    out = torch.cat([expert(r, gate_up[e], down[e]) for e,r in enumerate(rows) if len(r)] or [x])
+    out = torch.cat([expert(r, gu, d) for r,gu,d in zip(rows, gate_up.unbind(), down.unbind(), strict=True) if len(r)] or [x])
     back = torch.empty_like(out).index_copy(0, order, out)
     return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
 

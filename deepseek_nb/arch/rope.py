@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..core import Config, Rope
+from ..dispatch import op
 
 # %% ../../nbs/100_arch.rope.ipynb #bf977bc6
 def geometric(
@@ -39,6 +40,7 @@ def cos_sin(
     return angle.cos()*factor, angle.sin()*factor
 
 # %% ../../nbs/100_arch.rope.ipynb #4de016aa
+@op
 def rotate(
     x:Tensor, # Queries or keys `b h s r`
     cos:Tensor, # `b 1 s r/2`

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import Config
+from ..dispatch import op
 
 # %% ../../nbs/140_arch.routing.ipynb #2f5ada73
 def affinity(
@@ -50,6 +51,7 @@ class Route(NamedTuple):
     experts:Tensor # Indices of the chosen experts `n k`
     scores:Tensor # Affinities to all experts `n e`, for the balance losses
 
+@op
 def route(
     logits:Tensor, # Router logits `n e`
     c:Config, # How to score, group, choose and weigh
