@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
-.PHONY: demo test docs bench export new-chapter hooks clean
+.PHONY: demo test sanitize docs bench export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -14,6 +14,9 @@ demo: .venv/.installed  ## a question answered by a real model, then a chat wher
 test: .venv/.dev  ## every notebook, then tests/
 	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2 --timing
 	$(BIN)/python -m pytest tests
+
+sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
+	$(BIN)/python -m pytest tests -k sanitizers
 
 docs: .venv/.dev  ## the site, into _docs
 	$(BIN)/python -m deepseek_nb.site

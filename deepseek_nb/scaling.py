@@ -20,10 +20,10 @@ from fastcore.basics import patch
 
 from . import Model
 from .arch.moe import MoE
-from .bench import Machine, Work, benchmark, best_rate, bound, load_result, peak_bytes, show
+from .bench import Machine, Work, benchmark, best_rate, bound, peak_bytes, show
 from .benchmarks import BENCH_MOE, our_steps
 from .core import Config
-from .limits import attention_work, better, ceilings, ffn_work, forward_work, pairs
+from .limits import attention_work, better, ceilings, ffn_work, forward_work
 from .plot import COLOURS, GREY, style
 from .speed import our_attention, walk
 

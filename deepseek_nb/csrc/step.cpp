@@ -243,10 +243,10 @@ template <class T> struct Ffn {
     int64_t dense_f;
     float eps;
 };
-// norm; then router, gate_up and down of a mixture; then gate, up and down that every token visits
+// norm, empty for a mixture alone; then router, gate_up and down of a mixture; then gate, up and down that every token visits
 template <class T> Ffn<T> ffn_weights(const Tensor* w, int64_t count, bool mixture, const float* bias, const std::vector<int64_t>& n, const std::vector<double>& f) {
     auto p = [&](int64_t i) { return data<T>(w[i]); };
-    Ffn<T> m{p(0), nullptr, bias, {}, {}, nullptr, nullptr, nullptr, 0, float(f[0])};
+    Ffn<T> m{w[0].numel() ? p(0) : nullptr, nullptr, bias, {}, {}, nullptr, nullptr, nullptr, 0, float(f[0])};
     if (mixture) {
         m.gate = p(1), m.routed = {p(2), p(3), w[2].size(0), w[3].size(2), w[2].size(2)};
         m.router = {m.routed.e, n[0], n[1], n[2], n[3], n[4], n[5], float(f[1])};
@@ -295,8 +295,8 @@ template <class T> void FfnStage<T>::gather(const Ffn<T>& w, float* y) {
 template <class T> void FfnStage<T>::operator()(const Team& t, const Ffn<T>& w, const float* x, float* y) {
     const auto [n0, n1] = t.share(n);
     for (int64_t j = n0; j < n1; ++j) {
-        normalise(x + j * d, d, w.norm, w.eps, xn + j * d);
-        memcpy(y + j * d, x + j * d, d * sizeof(float));
+        if (w.norm) normalise(x + j * d, d, w.norm, w.eps, xn + j * d), memcpy(y + j * d, x + j * d, d * sizeof(float));
+        else memcpy(xn + j * d, x + j * d, d * sizeof(float)), memset(y + j * d, 0, d * sizeof(float));
     }
     t.wait();
     if (w.gate) {

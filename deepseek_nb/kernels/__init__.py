@@ -18,7 +18,8 @@ from ..dispatch import twins as registered
 _all_ = ['use', 'TwinTable']
 
 # %% ../../nbs/300_kernels.ipynb #1de83df9
-CHAPTERS = ('gemm', 'moe', 'attention', 'norm', 'train', 'step', 'cuda_norm', 'cuda_route', 'cuda_attention', 'cuda_experts', 'cuda_fp8')
+CHAPTERS = ('gemm', 'moe', 'attention', 'norm', 'train', 'step', 'compile',
+            'cuda_norm', 'cuda_route', 'cuda_attention', 'cuda_experts', 'cuda_fp8')
 
 def twins()->TwinTable: # A row an operation, a column a kind
     "All operations and their twins, with every chapter of this part imported"

@@ -7,8 +7,8 @@ sees whether a module was exchanged, wrapped or hooked since, in which case the 
 
 # %% auto #0
 __all__ = ['LIMIT', 'PLAIN', 'MLA_NAMES', 'GQA_NAMES', 'kernels', 'least_seconds', 'Half', 'attention_half', 'feed_forward_half',
-           'half_of', 'cache_fits', 'add_attention_cpp', 'add_feed_forward_cpp', 'head_cpp', 'Blocks', 'blocks_of',
-           'run_blocks_cpp']
+           'half_of', 'cache_fits', 'add_attention_cpp', 'add_feed_forward_cpp', 'mixture_cpp', 'head_cpp', 'Blocks',
+           'blocks_of', 'run_blocks_cpp']
 
 # %% ../../nbs/350_kernels.step.ipynb #4d1d2719
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, RMSNorm
 from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
-from ..arch.moe import Experts, MoE, SwiGLU
+from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.routing import Gate
 from .build import Kernels
 from .gemm import FLOATS, linear_cpp, no_grad
@@ -88,19 +88,23 @@ def attention_half(
     return half
 
 def feed_forward_half(
-    block:Block, # Holds the weights
+    block:Block|MoE, # Holds the weights; a mixture has no norm
 )->Half: # With the router's settings
-    "What the feed-forward kernel needs of a block"
-    m, names, dense = block.mlp, [], 'mlp.'
+    "What the feed-forward kernel needs"
+    alone = type(block) is MoE
+    m, at = (block, '') if alone else (block.mlp, 'mlp.')
+    names, dense = [], at
     if type(m) not in (MoE, SwiGLU): return Half(block, [])
-    half_numbers, how = [block.post_attention_layernorm.eps, 1.], [0]*6
+    half_numbers, how = [1. if alone else block.post_attention_layernorm.eps, 1.], [0]*6
     if type(m) is MoE:
-        c, names, dense = m.gate.c, ['mlp.gate.weight', 'mlp.experts.gate_up_proj', 'mlp.experts.down_proj'], 'mlp.shared_experts.'
+        c, dense = m.gate.c, f'{at}shared_experts.'
+        names = [f'{at}{n}' for n in ('gate.weight', 'experts.gate_up_proj', 'experts.down_proj')]
         how = [c.n_activated_experts, c.n_expert_groups, c.n_limited_groups, SCORES[c.score_func]]
         how += [int(c.group_score == 'sum2'), int(c.norm_topk)]
         half_numbers[1] = c.route_scale
     if type(m) is SwiGLU or m.shared_experts is not None: names += [f'{dense}{n}_proj.weight' for n in ('gate', 'up', 'down')]
-    half = Half(block, ['post_attention_layernorm.weight', *names])
+    half = Half(block, names if alone else ['post_attention_layernorm.weight', *names])
+    if alone and half.plain: half.weights.insert(0, half.weights[0].new_empty(0))
     half.sizes, half.numbers = how, half_numbers
     half.biases = [m.gate.e_score_correction_bias] if type(m) is MoE and c.score_bias else []
     half.plain &= not any(isinstance(x, nn.Linear) and x.bias is not None for x in half.modules)
@@ -110,12 +114,13 @@ def feed_forward_half(
 _halves = {attention_half: WeakKeyDictionary(), feed_forward_half: WeakKeyDictionary()}
 
 def half_of(
-    block:Block, # Holds the weights
+    block:Block|MoE, # Holds the weights
     make, # `attention_half` or `feed_forward_half`
     x:Tensor, # What goes in `b s d`
+    limit:int = LIMIT, # Most tokens
 )->Half|None: # None where the readable code must run
     "A block's weights, if the kernels can take them with this input"
-    if is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS or not 0 < x.shape[0]*x.shape[1] <= LIMIT: return None
+    if is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS or not 0 < x.shape[0]*x.shape[1] <= limit: return None
     half = _halves[make].get(block)
     if half is None or not half.holds(): half = _halves[make][block] = make(block)
     return half if half.plain and half.weights[0].dtype == x.dtype and not any(half.hooks) else None
@@ -161,6 +166,14 @@ def add_feed_forward_cpp(
     y = torch.empty_like(rows)
     kernels.ffn_step(rows, half.weights, half.biases[0] if half.biases else None, half.sizes, half.numbers, y)
     return y.to(x.dtype)
+
+@mixture.twin('cpp', available=kernels.ready, supports=lambda x, moe: half_of(moe, feed_forward_half, x, 4*LIMIT) is not None)
+def mixture_cpp(
+    x:Tensor, # Activations `b s d`
+    moe:MoE, # Holds the weights
+)->Tensor: # `b s d`
+    "Routed experts, and the shared ones beside them, in one call"
+    return add_feed_forward_cpp(x, moe)
 
 @head.twin('cpp', available=kernels.ready, supports=lambda x, w:
            x.dtype in FLOATS and x.dtype == w.dtype and 0 < x.shape[0]*x.shape[1] <= LIMIT and no_grad(x, w))
