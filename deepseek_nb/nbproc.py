@@ -8,8 +8,8 @@ Importing this module registers the two magics if IPython is running and does no
 
 # %% auto #0
 __all__ = ['COMPILERS', 'FLAGS', 'SUFFIXES', 'find_compiler', 'join_cells', 'first_error', 'source_text', 'with_includes',
-           'torch_headers', 'compile_source', 'check_name', 'run_magic', 'register_magics', 'replace_text', 'owner',
-           'exports', 'write_sources', 'ExportSources']
+           'torch_headers', 'compile_source', 'check_name', 'run_magic', 'register_magics', 'serve_shells',
+           'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources']
 
 # %% ../nbs/020_nbproc.ipynb #fc75e942
 import ctypes
@@ -146,7 +146,17 @@ def register_magics(
         shell.register_magic_function(magic, magic_kind='cell', magic_name=kind)
     return True
 
-register_magics()
+def serve_shells():
+    "Give both magics to the running IPython and to every shell that this process starts later"
+    if not register_magics(): return
+    from IPython.core.interactiveshell import InteractiveShell
+    init = InteractiveShell.init_magics
+    def init_magics(self):
+        init(self)
+        register_magics(self)
+    InteractiveShell.init_magics = init_magics
+
+serve_shells()
 
 # %% ../nbs/020_nbproc.ipynb #8142f11f
 def replace_text(

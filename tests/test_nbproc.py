@@ -175,3 +175,15 @@ shell.run_cell('print(lib.two())')
 '''
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == '2', done.stderr
+
+
+def test_magics_in_each_shell_of_a_process(python):
+    "nbdev-test's workers run one notebook after another, each in a new shell; the package is imported once."
+    assert python('''
+from execnb.shell import CaptureShell
+for _ in range(3):
+    shell = CaptureShell()
+    shell.run('import deepseek_nb.nbproc')
+    assert {'cpp', 'cu'} <= shell.magics_manager.magics['cell'].keys()
+print('three shells')
+''') == 'three shells'

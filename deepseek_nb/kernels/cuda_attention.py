@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..arch.attention import attend_latent
+from .build import operator_name
 from .cuda import LARGEST_SHARED, launch
 from .cuda_norm import check
 
@@ -99,7 +100,7 @@ def _attend(q:Tensor, z:Tensor, c:int, scale:float, mask:Tensor|None)->Tensor:
     if mask is not None: mask = check('mask', mask, (s, t) if mask.ndim == 2 else (b, 1, s, t), torch.bool)
     return _launch(q, z, c, scale, mask, None, None, t)
 
-_attend = custom_op('deepseek_nb::cuda_attend_latent', _attend, mutates_args=())
+_attend = custom_op(operator_name('cuda_attend_latent'), _attend, mutates_args=())
 
 @_attend.register_fake
 def _(q, z, c, scale, mask): return q.new_empty(*q.shape[:3], c)
@@ -125,7 +126,7 @@ def _attend_ragged(q:Tensor, z:Tensor, lengths:Tensor, c:int, scale:float, table
     table = check('table', table, (b, table.shape[-1]), torch.int32)
     return _launch(q, z, c, scale, None, lengths, table, table.shape[1]*z.shape[1])
 
-_attend_ragged = custom_op('deepseek_nb::cuda_attend_ragged', _attend_ragged, mutates_args=())
+_attend_ragged = custom_op(operator_name('cuda_attend_ragged'), _attend_ragged, mutates_args=())
 
 @_attend_ragged.register_fake
 def _(q, z, lengths, c, scale, table): return q.new_empty(*q.shape[:3], c)

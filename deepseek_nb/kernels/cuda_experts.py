@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..arch.moe import run_experts
+from .build import operator_name
 from .cuda import launch
 from .cuda_norm import check
 from .cuda_route import combine, sort_by_expert
@@ -81,7 +82,7 @@ def _experts(x:Tensor, weights:Tensor, experts:Tensor, gate_up:Tensor, down:Tens
     rows = tile_rows(choices/min(len(down), choices))
     return experts_in_tiles(x, weights, experts, gate_up, down, **tile_defines(rows, x.device))
 
-_experts = custom_op('deepseek_nb::cuda_experts', _experts, mutates_args=())
+_experts = custom_op(operator_name('cuda_experts'), _experts, mutates_args=())
 _experts.register_fake(lambda x, weights, experts, gate_up, down: x.new_empty(x.shape))
 
 @run_experts.twin('cuda', available=cards_ready, supports=fits_experts)

@@ -18,6 +18,7 @@ from torch.library import custom_op
 
 from ..dispatch import op
 from ..infer.checkpoint import dequant_fp8
+from .build import operator_name
 from .cuda import launch
 from .cuda_tiles import COLUMNS, aligned, cards_ready, tile_defines, tile_rows, tile_shared
 
@@ -123,7 +124,7 @@ def fits_fp8(
 
 def _linear(x:Tensor, weight:Tensor, scale:Tensor)->Tensor: return product_fp8(*quantise_tiles(x), weight, scale.float(), x.dtype)
 
-_linear = custom_op('deepseek_nb::cuda_linear_fp8', _linear, mutates_args=())
+_linear = custom_op(operator_name('cuda_linear_fp8'), _linear, mutates_args=())
 _linear.register_fake(lambda x, weight, scale: x.new_empty(len(x), len(weight)))
 
 @linear_fp8.twin('cuda', available=cards_ready, supports=fits_fp8)

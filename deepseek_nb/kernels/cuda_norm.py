@@ -16,6 +16,7 @@ from torch.library import custom_op
 
 from ..arch.attention import norm_rotate, rms_norm
 from ..arch.rope import rotate
+from .build import operator_name
 from .cuda import launch
 
 # %% ../../nbs/362_kernels.cuda_norm.ipynb #67ac7588
@@ -76,7 +77,7 @@ def _rms_norm(x:Tensor, weight:Tensor, eps:float)->Tensor:
     launch_norm(x.contiguous().view(1, -1, d), check('weight', weight, (d,), x.dtype), None, None, y.view(1, -1, d), eps, True)
     return y
 
-_rms_norm = custom_op('deepseek_nb::cuda_rms_norm', _rms_norm, mutates_args=())
+_rms_norm = custom_op(operator_name('cuda_rms_norm'), _rms_norm, mutates_args=())
 
 @_rms_norm.register_fake
 def _(x, weight, eps): return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -99,7 +100,7 @@ def _norm_rotate(x:Tensor, weight:Tensor, cos:Tensor, sin:Tensor, eps:float, int
         raise ValueError(f'out is {out.dtype}, shape {tuple(out.shape)}; expected {x.dtype}, shape {tuple(x.shape)}, last axis contiguous')
     launch_norm(x.contiguous(), check('weight', weight, (c,), x.dtype), *angles, out, eps, interleaved)
 
-_norm_rotate = custom_op('deepseek_nb::cuda_norm_rotate', _norm_rotate, mutates_args=('out',))
+_norm_rotate = custom_op(operator_name('cuda_norm_rotate'), _norm_rotate, mutates_args=('out',))
 
 @_norm_rotate.register_fake
 def _(x, weight, cos, sin, eps, interleaved, out): pass
@@ -141,7 +142,7 @@ def _rotate(x:Tensor, cos:Tensor, sin:Tensor, interleaved:bool)->Tensor:
            0 if cos.shape[0] == 1 else s*r//2, int(interleaved))
     return y
 
-_rotate = custom_op('deepseek_nb::cuda_rotate', _rotate, mutates_args=())
+_rotate = custom_op(operator_name('cuda_rotate'), _rotate, mutates_args=())
 
 @_rotate.register_fake
 def _(x, cos, sin, interleaved): return x.new_empty(x.shape)

@@ -17,6 +17,7 @@ from torch.library import custom_op
 
 from ..arch.routing import Route, route
 from ..core import Config
+from .build import operator_name
 from .cuda import launch
 from .cuda_norm import KINDS, check, kind_of
 
@@ -39,7 +40,7 @@ def _empty_route(logits, k):
     (n,e),new = logits.shape,logits.new_empty
     return new((n, k), dtype=torch.float32), new((n, k), dtype=torch.int64), new((n, e), dtype=torch.float32)
 
-_route = custom_op('deepseek_nb::cuda_route', _route, mutates_args=())
+_route = custom_op(operator_name('cuda_route'), _route, mutates_args=())
 
 @_route.register_fake
 def _(logits, bias, score, groups, keep, sum2, k, norm, scale): return _empty_route(logits, k)
@@ -84,7 +85,7 @@ def _sort(experts:Tensor, e:int)->tuple[Tensor,Tensor,Tensor]:
 
 def _empty_sort(experts, e): return tuple(experts.new_empty(s, dtype=torch.int32) for s in (experts.numel(), e + 1, experts.shape))
 
-_sort = custom_op('deepseek_nb::cuda_sort_by_expert', _sort, mutates_args=())
+_sort = custom_op(operator_name('cuda_sort_by_expert'), _sort, mutates_args=())
 
 @_sort.register_fake
 def _(experts, e): return _empty_sort(experts, e)
@@ -111,7 +112,7 @@ def _combine(rows:Tensor, position:Tensor, weights:Tensor, more:Tensor|None)->Te
     launch('combine.cu', f'combine_{kind}', grid, 128, rows, position, weights, more, y, k, d, VECTOR=vector)
     return y
 
-_combine = custom_op('deepseek_nb::cuda_combine', _combine, mutates_args=())
+_combine = custom_op(operator_name('cuda_combine'), _combine, mutates_args=())
 
 @_combine.register_fake
 def _(rows, position, weights, more): return rows.new_empty(len(weights), rows.shape[1])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, RMSNorm
+from ..arch.cache import Cache, Slot
 from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.routing import Gate
@@ -134,14 +135,14 @@ kernels = Kernels(
 def cache_fits(
     x:Tensor, # Residual stream `b s d`
     mask:Tensor|None, # What a query sees
-    cache, # A `Cache`, or None
+    cache, # A cache, or None
     mla:str, # Form of MLA
 )->bool: # Whether the mask follows from the cache, and the types agree
     "Whether the kernels can attend with this cache"
-    return cache is not None and mla != 'naive' and (mask is None or cache.pad is not None) and cache.dtype == x.dtype
+    return type(cache) is Cache and mla != 'naive' and (mask is None or cache.pad is not None) and cache.dtype == x.dtype
 
 @add_attention.twin('cpp', available=kernels.ready, supports=lambda x, block, angles, mask=None, slot=None, mla='auto':
-                    slot is not None and cache_fits(x, mask, slot.cache, mla) and half_of(block, attention_half, x) is not None)
+                    type(slot) is Slot and cache_fits(x, mask, slot.cache, mla) and half_of(block, attention_half, x) is not None)
 def add_attention_cpp(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Holds the weights

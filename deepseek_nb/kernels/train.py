@@ -24,6 +24,7 @@ from torch.library import custom_op
 
 from ..arch.attention import attend, attend_sdpa, rms_norm, rms_norm_torch
 from ..arch.moe import group_tokens, run_experts, run_grouped
+from .build import operator_name
 
 # %% ../../nbs/345_kernels.train.ipynb #ca019b35
 def visits(
@@ -35,7 +36,7 @@ def visits(
     for size,end in zip(sizes, accumulate(sizes), strict=True): yield slice(end-size, end), order[end-size:end]
 
 # %% ../../nbs/345_kernels.train.ipynb #36eff100
-@custom_op('deepseek_nb::experts', mutates_args=())
+@custom_op(operator_name('experts'), mutates_args=())
 def experts_forward(
     x:Tensor, # Tokens `n d`
     weights:Tensor, # Factor on each chosen expert `n k`
@@ -71,7 +72,7 @@ def gate_backward(
     return da, h.mul_(factor[:,None]), dfactor
 
 # %% ../../nbs/345_kernels.train.ipynb #9c18d7eb
-@custom_op('deepseek_nb::experts_backward', mutates_args=())
+@custom_op(operator_name('experts_backward'), mutates_args=())
 def experts_backward(
     dy:Tensor, # Gradient of the output `n d`
     x:Tensor, # Tokens `n d`
@@ -158,7 +159,7 @@ def masked_scores(
     return scores
 
 # %% ../../nbs/345_kernels.train.ipynb #7a912b55
-@custom_op('deepseek_nb::causal', mutates_args=())
+@custom_op(operator_name('causal'), mutates_args=())
 def causal_forward(
     q:Tensor, # Queries `b h s x`
     k:Tensor, # Keys `b h s x`
@@ -175,7 +176,7 @@ def causal_forward(
     return o, l
 
 # %% ../../nbs/345_kernels.train.ipynb #ec43c3a6
-@custom_op('deepseek_nb::causal_backward', mutates_args=())
+@custom_op(operator_name('causal_backward'), mutates_args=())
 def causal_backward(
     do:Tensor, # Gradient of the output `b h s v`
     q:Tensor, # Queries `b h s x`
