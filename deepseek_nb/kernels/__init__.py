@@ -1,4 +1,4 @@
-"""An operation has a definition that you can read and twins that are fast; `use` chooses, `twins` shows what there is
+"""An operation has a definition that you can read and twins that are fast; one call chooses between them, another shows what there is
 
 This part of the book makes the model fast without changing a line of it. Each operation keeps its einops definition in its own chapter; the chapters here register twins in C++, CUDA C++ and `torch.compile`, and none in Triton. `from deepseek_nb import Model` brings
 those for the processor. `kernels.use` picks the kind, for the process or for a block of code, and `kernels.twins` lists all operations with their twins."""
