@@ -7,7 +7,7 @@ each the line of the least times that the machine allows, with its slope over th
 
 # %% auto #0
 __all__ = ['slope', 'Sweep', 'Scaling', 'sweep_row', 'scaling_of', 'timed', 'bench_config', 'moe_job', 'batch_job', 'flat_model',
-           'token_job', 'prompt_job', 'memory_sweep', 'sweeps', 'scaling']
+           'token_job', 'prompt_job', 'memory_sweep', 'sweeps', 'measure_scaling']
 
 # %% ../nbs/884_scaling.ipynb #eac2cbd9
 from collections.abc import Callable
@@ -203,7 +203,7 @@ def sweeps(
             memory_sweep(flat, context[-4:]))
 
 @benchmark('scaling')
-def scaling(
+def measure_scaling(
     host:Machine|None=None, # Ceilings; None: measure them
     **options, # For `sweeps`
 )->Scaling: # Sweeps beside their limits

@@ -328,7 +328,7 @@ def test_slopes_by_theory():
 
 
 def test_the_whole_of_scaling():
-    found = scaling.scaling(HOST, top=256, **{k: v for k, v in TINY.items() if v != BENCH_MOE[k]})
+    found = scaling.measure_scaling(HOST, top=256, **{k: v for k, v in TINY.items() if v != BENCH_MOE[k]})
     assert [s.axis for s in found.sweeps] == ['tokens', 'experts', 'experts', 'batch', *['context (tokens)']*3]
     assert all(len(s.xs) == len(s.measured) == len(s.theory) >= 3 and min(s.measured + s.theory) > 0 for s in found.sweeps)
     assert scaling_of(json.loads(json.dumps(found.to_dict()))) == found
