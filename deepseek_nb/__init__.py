@@ -23,6 +23,9 @@ Modules:
 - `deepseek_nb.infer.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
 - `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
 - `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
+- `deepseek_nb.infer.paged`: Memory for context comes in pages from one pool, so that nothing is allocated twice and beginnings are shared
+- `deepseek_nb.infer.persist`: What a model remembers of a prompt, kept as files: found by their content, checked when they are read, whole or not there at all
+- `deepseek_nb.infer.prefix`: A prompt that begins as an earlier one did is computed from where it differs: a radix tree over tokens, pages shared between requests, and a bill that adds up
 - `deepseek_nb.infer.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
 - `deepseek_nb.infer.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
 - `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
@@ -49,6 +52,8 @@ Modules:
 - `deepseek_nb.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+- `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
+- `deepseek_nb.quant.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
 - `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
 - `deepseek_nb.site`: A notebook becomes a page without running a lesson
