@@ -1136,6 +1136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/kernels/step.py'),
                                           'deepseek_nb.kernels.step.feed_forward_half': ( 'kernels.step.html#feed_forward_half',
                                                                                           'deepseek_nb/kernels/step.py'),
+                                          'deepseek_nb.kernels.step.floats': ('kernels.step.html#floats', 'deepseek_nb/kernels/step.py'),
                                           'deepseek_nb.kernels.step.half_of': ('kernels.step.html#half_of', 'deepseek_nb/kernels/step.py'),
                                           'deepseek_nb.kernels.step.head_cpp': ( 'kernels.step.html#head_cpp',
                                                                                  'deepseek_nb/kernels/step.py'),

@@ -79,8 +79,9 @@ class Twin:
     device:str|None = None          # Device type that it runs on; None: any
     available:Callable|None = None  # `() -> bool`, asked once; None: yes
     supports:Callable|None = None   # `(*args) -> bool`, asked at each call; None: all arguments
+    label:str = ''                  # Tells it from others of the same kind and device
     @property
-    def name(self): return self.kind if self.device is None else f'{self.kind}/{self.device}'
+    def name(self): return '/'.join(filter(None, (self.kind, self.device, self.label)))
     def runs_on(
         self,
         device:str, # Device type
@@ -132,12 +133,13 @@ def twin(
     device:str|None=None, # Device type that it runs on; None: any, but `cpu` for C++ and `cuda` for CUDA
     available:Callable|None=None, # `() -> bool`, asked once, at the first call; None: yes
     supports:Callable|None=None, # `(*args) -> bool`, asked at each call; None: all arguments
+    label:str='', # Tells it from others of the same kind and device; one without a label takes the place of the one before
 )->Callable: # Decorator
     "Register the function below as a twin"
     check_choice(kind, ORDER[:-1])
     def register(fn):
         check_signature(self.reference, fn)
-        new = Twin(kind, fn, device or dict(cpp='cpu', cuda='cuda').get(kind), available, supports)
+        new = Twin(kind, fn, device or dict(cpp='cpu', cuda='cuda').get(kind), available, supports, label)
         self.twins[new.name] = new
         self.plans.clear()
         return fn
@@ -221,4 +223,4 @@ def twins()->TwinTable: # A row an operation, a column a kind
 
 def _cell(state, kind):
     found = [t for t in state.twins.values() if t.kind == kind]
-    return ', '.join((t.device or 'any') + ('' if t.runs_on(t.device) else ' (unavailable)') for t in found) or '–'
+    return ', '.join(dict.fromkeys((t.device or 'any') + ('' if t.runs_on(t.device) else ' (unavailable)') for t in found)) or '–'

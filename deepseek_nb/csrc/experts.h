@@ -4,8 +4,8 @@
 #pragma once
 #include "gemm.h"
 
-template <class T> struct Visit {
-    const T *gate, *up, *down;
+template <class M> struct Visit {
+    M gate, up, down;
     int64_t f, n;
     std::vector<const float*> in;
     std::vector<float*> out;
@@ -14,7 +14,7 @@ template <class T> struct Visit {
 };
 
 // %% ../../nbs/320_kernels.moe.ipynb #82a58a19
-template <class T> void hidden_few(const Team& t, const Visit<T>& v, int64_t d, const Visit<T>* next) {
+template <class T> void hidden_few(const Team& t, const Visit<const T*>& v, int64_t d, const Visit<const T*>* next) {
     const auto [begin, end] = t.share(v.f);
     const int64_t r = end - begin;
     thread_local Buffer buffer;
@@ -30,7 +30,7 @@ template <class T> void hidden_few(const Team& t, const Visit<T>& v, int64_t d, 
         for (; i < r; ++i) g[i] = silu(splat(g[i]))[0] * u[i];
     }
 }
-template <class T> void project_few(const Team& t, const Visit<T>& v, int64_t d, const Visit<T>* next) {
+template <class T> void project_few(const Team& t, const Visit<const T*>& v, int64_t d, const Visit<const T*>* next) {
     const auto [begin, end] = t.share(d);
     const int64_t r = end - begin;
     thread_local Buffer buffer;
@@ -44,7 +44,7 @@ template <class T> void project_few(const Team& t, const Visit<T>& v, int64_t d,
 }
 
 // %% ../../nbs/320_kernels.moe.ipynb #5123c00a
-template <class T> void hidden_panel(const Team& t, const Visit<T>& v, int64_t d) {
+template <class T> void hidden_panel(const Team& t, const Visit<const T*>& v, int64_t d) {
     alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
     const auto [begin, end] = t.share(v.f);
     const int64_t blocks = (end - begin + ROWS - 1) / ROWS;
@@ -59,7 +59,7 @@ template <class T> void hidden_panel(const Team& t, const Visit<T>& v, int64_t d
 }
 
 // %% ../../nbs/320_kernels.moe.ipynb #17aa2142
-template <bool ADD, class T> void project_panel(const Team& t, const Visit<T>& v, int64_t d) {
+template <bool ADD, class T> void project_panel(const Team& t, const Visit<const T*>& v, int64_t d) {
     alignas(64) float block[BLOCK * PANEL];
     const auto [begin, end] = t.share(d);
     for (int64_t r = begin; r < end; r += BLOCK) {
@@ -77,22 +77,22 @@ template <bool ADD, class T> void project_panel(const Team& t, const Visit<T>& v
 }
 
 // %% ../../nbs/320_kernels.moe.ipynb #9b5a1875
-inline int64_t room(int64_t n, int64_t d, int64_t f) { return n > FEW ? (d + f) * PANEL : n * f; }
+template <class T> int64_t room(const Visit<const T*>& v, int64_t d) { return v.n > FEW ? (d + v.f) * PANEL : v.n * v.f; }
 
-template <class T> void place(std::vector<Visit<T>>& visits, int64_t d, float* memory) {
+template <class T> void place(std::vector<Visit<const T*>>& visits, int64_t d, float* memory) {
     for (auto& v : visits) {
         v.panel = memory, v.hidden = memory + (v.n > FEW ? d * PANEL : 0);
-        memory += room(v.n, d, v.f);
+        memory += room(v, d);
     }
 }
-template <class T> void together(const Team& t, const std::vector<Visit<T>>& visits, int64_t d) {
+template <class T> void together(const Team& t, const std::vector<Visit<const T*>>& visits, int64_t d) {
     for (auto& v : visits)
         if (v.n > FEW) {
             const auto [k0, k1] = t.share((d + L - 1) / L);
             pack(v.n, d, k0 * L, std::min(d, k1 * L), v.in.data(), v.panel);
         }
     t.wait();
-    const Visit<T>* last = visits.data() + visits.size() - 1;
+    const Visit<const T*>* last = visits.data() + visits.size() - 1;
     for (auto& v : visits) v.n > FEW ? hidden_panel(t, v, d) : hidden_few(t, v, d, &v < last ? &v + 1 : nullptr);
     if (visits.size()) fetch(visits[0].down + t.share(d).first * visits[0].f);
     t.wait();
@@ -100,7 +100,7 @@ template <class T> void together(const Team& t, const std::vector<Visit<T>>& vis
 }
 
 // %% ../../nbs/320_kernels.moe.ipynb #8c7e6d95
-template <class T> void apart(std::vector<Visit<T>>& visits, int64_t d, std::atomic<size_t>& next) {
+template <class T> void apart(std::vector<Visit<const T*>>& visits, int64_t d, std::atomic<size_t>& next) {
     const Team alone{0, 1, nullptr};
     thread_local Buffer panel, hidden;
     for (size_t i; (i = next.fetch_add(1)) < visits.size();) {
@@ -124,18 +124,19 @@ inline Sorted sort_by_expert(const int64_t* experts, int64_t choices, int64_t e)
     return s;
 }
 
-template <class T> struct Stack { const T *gate_up, *down; int64_t e, f, d; };
+template <class M> struct Stack { M gate_up, down; int64_t e, f, d; };
+template <class T> const T* from_row(const T* w, int64_t row, int64_t K) { return w + row * K; }
 
 // %% ../../nbs/320_kernels.moe.ipynb #86757257
-template <class T, class In, class Out>
-std::vector<Visit<T>> make_visits(const Stack<T>& w, const Sorted& s, const float* weights, std::vector<float>& weight, In row_in, Out row_out) {
-    std::vector<Visit<T>> visits;
+template <class M, class In, class Out>
+std::vector<Visit<M>> make_visits(const Stack<M>& w, const Sorted& s, const float* weights, std::vector<float>& weight, In row_in, Out row_out) {
+    std::vector<Visit<M>> visits;
     weight.resize(s.slot.size());
     for (int64_t i = 0; i < w.e; ++i)
         for (int64_t a = s.start[i]; a < s.start[i + 1]; a += PANEL) {
-            const T* gate = w.gate_up + i * 2 * w.f * w.d;
             const int64_t n = std::min<int64_t>(PANEL, s.start[i + 1] - a);
-            Visit<T> v{gate, gate + w.f * w.d, w.down + i * w.f * w.d, w.f, n, {}, {}, &weight[a], nullptr, nullptr};
+            Visit<M> v{from_row(w.gate_up, 2 * i * w.f, w.d), from_row(w.gate_up, (2 * i + 1) * w.f, w.d), from_row(w.down, i * w.d, w.f),
+                       w.f, n, {}, {}, &weight[a], nullptr, nullptr};
             for (int64_t j = a; j < a + n; ++j) {
                 weight[j] = weights[s.slot[j]];
                 v.in.push_back(row_in(s.slot[j])), v.out.push_back(row_out(s.slot[j]));

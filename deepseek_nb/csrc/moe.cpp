@@ -10,11 +10,11 @@
 using torch::stable::Tensor;
 template <class T> T* data(const Tensor& t) { return static_cast<T*>(const_cast<void*>(t.data_ptr())); }
 
-template <class T> void run_together(const Stack<T>& w, const Sorted& s, const float* weights, const float* x, int64_t n, int64_t k, float* y) {
+template <class T> void run_together(const Stack<const T*>& w, const Sorted& s, const float* weights, const float* x, int64_t n, int64_t k, float* y) {
     std::vector<float> weight;
     auto visits = make_visits(w, s, weights, weight, [&](int64_t i) { return x + i / k * w.d; }, [&](int64_t i) { return y + i / k * w.d; });
     int64_t size = 0;
-    for (auto& v : visits) size += room(v.n, w.d, w.f);
+    for (auto& v : visits) size += room(v, w.d);
     static thread_local Buffer memory;
     place(visits, w.d, memory.need(size));
     memset(y, 0, n * w.d * sizeof(float));
@@ -22,7 +22,7 @@ template <class T> void run_together(const Stack<T>& w, const Sorted& s, const f
 }
 
 // %% ../../nbs/320_kernels.moe.ipynb #d09b788c
-template <class T> void run_apart(const Stack<T>& w, const Sorted& s, const float* weights, const float* x, int64_t n, int64_t k, float* y) {
+template <class T> void run_apart(const Stack<const T*>& w, const Sorted& s, const float* weights, const float* x, int64_t n, int64_t k, float* y) {
     static thread_local Buffer memory;
     std::vector<float> weight;
     float* z = memory.need(n * k * w.d);
@@ -44,7 +44,7 @@ template <class T> void run_apart(const Stack<T>& w, const Sorted& s, const floa
 // %% ../../nbs/320_kernels.moe.ipynb #0372ccce
 template <class T> void run(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& gate_up, const Tensor& down, const Tensor& y) {
     const int64_t n = x.size(0), k = experts.size(1);
-    const Stack<T> w{data<T>(gate_up), data<T>(down), gate_up.size(0), down.size(2), x.size(1)};
+    const Stack<const T*> w{data<T>(gate_up), data<T>(down), gate_up.size(0), down.size(2), x.size(1)};
     for (int64_t i = 0; i < n * k; ++i)
         STD_TORCH_CHECK(data<int64_t>(experts)[i] >= 0 && data<int64_t>(experts)[i] < w.e, "experts holds an index outside the stack");
     const Sorted s = sort_by_expert(data<int64_t>(experts), n * k, w.e);

@@ -7,8 +7,8 @@ sees whether a module was exchanged, wrapped or hooked since, in which case the 
 
 # %% auto #0
 __all__ = ['LIMIT', 'PLAIN', 'MLA_NAMES', 'GQA_NAMES', 'kernels', 'least_seconds', 'Half', 'attention_half', 'feed_forward_half',
-           'half_of', 'cache_fits', 'add_attention_cpp', 'add_feed_forward_cpp', 'mixture_cpp', 'head_cpp', 'Blocks',
-           'blocks_of', 'run_blocks_cpp']
+           'half_of', 'floats', 'cache_fits', 'add_attention_cpp', 'add_feed_forward_cpp', 'mixture_cpp', 'head_cpp',
+           'Blocks', 'blocks_of', 'run_blocks_cpp']
 
 # %% ../../nbs/350_kernels.step.ipynb #4d1d2719
 from weakref import WeakKeyDictionary
@@ -43,18 +43,19 @@ PLAIN = (nn.Linear, nn.RMSNorm, RMSNorm, MLA, GQA, MoE, SwiGLU, Gate, Experts)
 class Half:
     "The weights of one half of a block, as the kernels take them"
     def __init__(self,
-        block:Block, # Holds them
+        block:Block, # Holds the weights
         names:list, # Dotted names of the weights, below the block
     ):
         self.modules, self.links, self.weights = [], [], []
         for name in names:
             m, (*path, last) = block, name.split('.')
             for p in path: m = self.link(m, '_modules', p)
-            self.weights.append(self.link(m, '_parameters', last))
+            self.weights.append(self.link(m, '_parameters' if last in getattr(m, '_parameters', {}) else '_modules', last))
+        own = [m for m in self.modules if all(m is not w for w in self.weights)]
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.plain = all(type(m) in PLAIN and 'forward' not in vars(m) for m in self.modules)
-        ready = [w is not None and w.is_contiguous() and w.device.type == 'cpu' for w in self.weights]
-        self.plain &= bool(ready) and all(ready)
+        self.plain = bool(names) and all(w is not None for w in self.weights)
+        self.plain &= all(type(m) in PLAIN and 'forward' not in vars(m) for m in own)
+        self.floats = all(isinstance(w, Tensor) and w.is_contiguous() and w.device.type == 'cpu' for w in self.weights)
 
     def link(self, m, kind, name):
         parts = getattr(m, kind, {})
@@ -105,7 +106,7 @@ def feed_forward_half(
         half_numbers[1] = c.route_scale
     if type(m) is SwiGLU or m.shared_experts is not None: names += [f'{dense}{n}_proj.weight' for n in ('gate', 'up', 'down')]
     half = Half(block, names if alone else ['post_attention_layernorm.weight', *names])
-    if alone and half.plain: half.weights.insert(0, half.weights[0].new_empty(0))
+    if alone and isinstance(half.weights[0], Tensor): half.weights.insert(0, half.weights[0].new_empty(0))
     half.sizes, half.numbers = how, half_numbers
     half.biases = [m.gate.e_score_correction_bias] if type(m) is MoE and c.score_bias else []
     half.plain &= not any(isinstance(x, nn.Linear) and x.bias is not None for x in half.modules)
@@ -120,7 +121,7 @@ def half_of(
     x:Tensor, # What goes in `b s d`
     limit:int = LIMIT, # Most tokens
 )->Half|None: # None where the readable code must run
-    "A block's weights, if the kernels can take them with this input"
+    "A block's weights, if nothing stands between them and this input"
     if is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS or not 0 < x.shape[0]*x.shape[1] <= limit: return None
     half = _halves[make].get(block)
     if half is None or not half.holds(): half = _halves[make][block] = make(block)
@@ -132,6 +133,12 @@ kernels = Kernels(
     ffn_step=lambda x, weights, bias, how, numbers, y: None,
     blocks_step=lambda x, weights, counts, biases, sizes, numbers, router_biases, how, ffn_numbers, cos, sin, caches, past, pad, y: None)
 
+def floats(
+    found, # What `half_of` or `blocks_of` gave
+)->bool: # Whether it can be multiplied as it lies in memory
+    "Whether all weights are there, as tensors"
+    return found is not None and found.floats
+
 def cache_fits(
     x:Tensor, # Residual stream `b s d`
     mask:Tensor|None, # What a query sees
@@ -142,7 +149,7 @@ def cache_fits(
     return type(cache) is Cache and mla != 'naive' and (mask is None or cache.pad is not None) and cache.dtype == x.dtype
 
 @add_attention.twin('cpp', available=kernels.ready, supports=lambda x, block, angles, mask=None, slot=None, mla='auto':
-                    type(slot) is Slot and cache_fits(x, mask, slot.cache, mla) and half_of(block, attention_half, x) is not None)
+                    type(slot) is Slot and cache_fits(x, mask, slot.cache, mla) and floats(half_of(block, attention_half, x)))
 def add_attention_cpp(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Holds the weights
@@ -157,7 +164,7 @@ def add_attention_cpp(
     kernels.attention_step(rows, half.weights, half.biases, half.sizes, half.numbers, *angles, slot.tensors, cache.length, cache.pad, y)
     return y.to(x.dtype)
 
-@add_feed_forward.twin('cpp', available=kernels.ready, supports=lambda x, block: half_of(block, feed_forward_half, x) is not None)
+@add_feed_forward.twin('cpp', available=kernels.ready, supports=lambda x, block: floats(half_of(block, feed_forward_half, x)))
 def add_feed_forward_cpp(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Holds the weights
@@ -168,7 +175,7 @@ def add_feed_forward_cpp(
     kernels.ffn_step(rows, half.weights, half.biases[0] if half.biases else None, half.sizes, half.numbers, y)
     return y.to(x.dtype)
 
-@mixture.twin('cpp', available=kernels.ready, supports=lambda x, moe: half_of(moe, feed_forward_half, x, 4*LIMIT) is not None)
+@mixture.twin('cpp', available=kernels.ready, supports=lambda x, moe: floats(half_of(moe, feed_forward_half, x, 4*LIMIT)))
 def mixture_cpp(
     x:Tensor, # Activations `b s d`
     moe:MoE, # Holds the weights
@@ -188,7 +195,7 @@ class Blocks:
     ):
         halves = [make(b) for b in blocks for make in (attention_half, feed_forward_half)]
         attend, feed = halves[::2], halves[1::2]
-        self.plain = all(h.plain for h in halves)
+        self.plain,self.floats,self.halves = all(h.plain for h in halves),all(h.floats for h in halves),halves
         self.links = [(blocks._modules, str(i), b) for i,b in enumerate(blocks)] + [l for h in halves for l in h.links]
         self.hooks = [k for h in halves for k in h.hooks]
         if not self.plain: return
@@ -205,7 +212,7 @@ def blocks_of(
     blocks, # Of one model
     x:Tensor, # What goes in `b s d`
 )->Blocks|None: # None where a block must run as it reads
-    "All halves of a model, if the kernels can take them with this input"
+    "All halves of a model, if nothing stands between them and this input"
     if is_compiling() or torch.is_grad_enabled() or x.dtype not in FLOATS or not 0 < x.shape[0]*x.shape[1] <= LIMIT: return None
     if not isinstance(blocks, nn.ModuleList): return None
     found = _blocks.get(blocks)
@@ -213,7 +220,7 @@ def blocks_of(
     return found if found.plain and found.weights[0].dtype == x.dtype and not any(found.hooks) else None
 
 @run_blocks.twin('cpp', available=kernels.ready, supports=lambda x, blocks, angles, mask=None, cache=None, mla='auto':
-                 cache_fits(x, mask, cache, mla) and blocks_of(blocks, x) is not None)
+                 cache_fits(x, mask, cache, mla) and floats(blocks_of(blocks, x)))
 def run_blocks_cpp(
     x:Tensor, # Embedded tokens `b s d`
     blocks, # Of one model
