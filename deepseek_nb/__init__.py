@@ -52,8 +52,12 @@ Modules:
 - `deepseek_nb.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+- `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
+- `deepseek_nb.quant.ggml`: A file's own bytes stand in the model, and no weight is decoded before it is multiplied
 - `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
+- `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
 - `deepseek_nb.quant.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
+- `deepseek_nb.quant.step`: The step of a whole model in one call, with its weights read in 8 or 4 bits
 - `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
 - `deepseek_nb.site`: A notebook becomes a page without running a lesson

@@ -216,7 +216,7 @@ def absorbed(self:MLA,
 )->Tensor: # `b h s v`
     "Attend in the latent, with the expansion absorbed into query and output"
     c = self.c
-    w = rearrange(self.kv_b_proj.weight, '(h x) c -> h x c', h=c.n_heads)
+    w = torch.unflatten(self.kv_b_proj.weight, 0, (c.n_heads, -1))  # PyTorch's, at which weights in few bits decode themselves
     w_uk,w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
     q = torch.cat([einsum(q_nope, w_uk, 'b h s x, h x c -> b h s c'), q_rope], -1)
     o = attend_latent(q, z, c.kv_lora_rank, self.scale, mask)

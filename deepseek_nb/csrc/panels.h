@@ -47,6 +47,10 @@ struct Codes {
 inline int64_t blocks_of(int64_t K) { return (K + 31) / 32; }
 constexpr int CODES = 8 + 2;  // four-byte words for a block: codes, scale, sum
 
+inline Codes codes_in(const int32_t* memory, int64_t K) {
+    const float* scale = (const float*)(memory + 8 * blocks_of(K));
+    return {memory, scale, scale + blocks_of(K)};
+}
 inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
     const int64_t G = blocks_of(K);
     int8_t* codes = (int8_t*)memory;
@@ -168,10 +172,17 @@ struct Rounded {
     void take(int64_t n, int64_t K) { memory.resize(std::max<size_t>(memory.size(), n * CODES * blocks_of(K))), rows.resize(std::max<size_t>(rows.size(), n)); }
     void round(int64_t j, const float* x, int64_t K) { rows[j] = round_row(x, K, memory.data() + j * CODES * blocks_of(K)); }
 };
-inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix& m, const float* const* x, float* y, int64_t ldy, float*) {
+inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix& m, const float* const* x, float* y, int64_t ldy, float* panel) {
     thread_local Rounded codes;
     codes.take(n, K);
-    for (int64_t j = 0; j < n; ++j) codes.round(j, x[j], K);
+    if (n <= FEW) for (int64_t j = 0; j < n; ++j) codes.round(j, x[j], K);
+    else {
+        int32_t* memory = (int32_t*)panel;
+        const auto [j0, j1] = t.share(n);
+        for (int64_t j = j0; j < j1; ++j) round_row(x[j], K, memory + j * CODES * blocks_of(K));
+        for (int64_t j = 0; j < n; ++j) codes.rows[j] = codes_in(memory + j * CODES * blocks_of(K), K);
+        t.wait();
+    }
     const auto [first, last] = t.share(panels_of(R));
     rows_of(m, first, last, R, n, codes.rows.data(), y, ldy);
 }

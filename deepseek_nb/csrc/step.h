@@ -29,8 +29,10 @@ inline void turn(float* x, int64_t r, const float* cos, const float* sin, bool i
     }
     memcpy(x, y, r * sizeof(float));
 }
-inline void add_share(const Team& t, int64_t n, int64_t d, const float* x, float* y) {
-    const auto [begin, end] = t.share(d);
+// The rows of a product that this thread computes
+template <class T> auto own_rows(const Team& t, const T*, int64_t R) { return t.share(R); }
+template <class M> void add_share(const Team& t, const M& w, int64_t n, int64_t d, const float* x, float* y) {
+    const auto [begin, end] = own_rows(t, w, d);
     for (int64_t j = 0; j < n; ++j) for (int64_t i = begin; i < end; ++i) y[j * d + i] += x[j * d + i];
 }
 inline std::vector<const float*> row_pointers(const float* x, int64_t n, int64_t ld) {
@@ -169,7 +171,7 @@ void MlaStage<T, M>::operator()(const Team& t, const Mla<T, M>& w, const float* 
     expand(t, w, n, latents.data(), ov);
     t.wait();
     product(t, w.d, n, w.h * w.v, w.o, ovs.data(), y, w.d, panel);
-    add_share(t, n, w.d, x, y);
+    add_share(t, w.o, n, w.d, x, y);
 }
 // in the order of Python's `MLA_NAMES`
 template <class T, class M> Mla<T, M> mla_weights(const Weights<T, M>& w, const std::vector<int64_t>& n, const std::vector<double>& f) {
@@ -189,9 +191,9 @@ template <class T, class M> struct Gqa {
     bool interleaved;
 };
 
-template <class T> void add_bias(const Team& t, int64_t R, int64_t n, const T* bias, float* y) {
+template <class M, class T> void add_bias(const Team& t, const M& w, int64_t R, int64_t n, const T* bias, float* y) {
     if (!bias) return;
-    const auto [begin, end] = t.share(R);
+    const auto [begin, end] = own_rows(t, w, R);
     for (int64_t j = 0; j < n; ++j) for (int64_t i = begin; i < end; ++i) y[j * R + i] += widen(bias[i]);
 }
 template <class T, class M> struct GqaStage {
@@ -227,7 +229,7 @@ void GqaStage<T, M>::operator()(const Team& t, const Gqa<T, M>& m, const float* 
     t.wait();
     auto project = [&](int64_t R, const M& w, const T* bias, float* out) {
         product(t, R, n, m.d, w, xs.data(), out, R, panel);
-        add_bias(t, R, n, bias, out);
+        add_bias(t, w, R, n, bias, out);
         if (n > FEW) t.wait();
     };
     project(qw, m.q, m.bq, q), project(kw, m.k, m.bk, k), project(kw, m.v, m.bv, v);
@@ -245,7 +247,7 @@ void GqaStage<T, M>::operator()(const Team& t, const Gqa<T, M>& m, const float* 
     attention(t, a, scratch);
     t.wait();
     product(t, m.d, n, qw, m.o, os.data(), y, m.d, panel);
-    add_share(t, n, m.d, x, y);
+    add_share(t, m.o, n, m.d, x, y);
 }
 template <class T, class M>
 Gqa<T, M> gqa_weights(const Weights<T, M>& w, const std::vector<int64_t>& n, const std::vector<double>& f, const Tensor* bias) {

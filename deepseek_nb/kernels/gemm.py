@@ -41,7 +41,8 @@ def linear_torch(x, w): return F.linear(x, w)
 def no_grad(
     *tensors:Tensor, # Arguments of a kernel
 )->bool: # Whether no gradient is wanted
-    "Whether a kernel without a backward may run"
+    "Whether all are tensors, and a kernel without a backward may run"
+    if any(t is not None and not isinstance(t, Tensor) for t in tensors): return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 # %% ../../nbs/310_kernels.gemm.ipynb #908db8ff

@@ -1,0 +1,347 @@
+"GGUF's blocks: every kind against the gguf package, the C++ product against float64, and models that stay in their file's bytes"
+import os
+import random
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_gguf import LLAMA, QWEN2, TOKENS, V2, V3, fresh, tensors, write_metadata
+from torch.library import opcheck
+from torch.nn import functional as F
+
+from deepseek_nb import Model
+from deepseek_nb.dispatch import use
+from deepseek_nb.kernels import build
+from deepseek_nb.quant import QuantizedWeight, make_format, quantize
+from deepseek_nb.quant.ggml import KINDS, Ggml, as_int4, from_blocks, load_blocks, read_gguf
+from deepseek_nb.quant.ggml_cpp import kernels, linear_ggml
+from deepseek_nb.quant.int4 import Int4
+from deepseek_nb.quant.panels import linear_panels
+
+SEED = int(os.environ.get('SEED', random.randrange(10**6)))
+HERE = Path(__file__).parent
+HALVES = dict(Q8_0=(0,), Q4_0=(0,), Q4_1=(0, 2), Q4_K=(0, 2), Q6_K=(208,))
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+needs_compiler = pytest.mark.skipif(not any(shutil.which(n) for n in ('c++', 'g++', 'clang++')), reason='no C++ compiler')
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    print('seed', SEED)
+    with torch.no_grad(): yield
+
+
+def blocks(kind, *shape, tame=True):
+    "Random bytes `… o (n size)`; tame: the halves are small numbers, where else they may be anything"
+    b = torch.randint(256, (*shape, KINDS[kind][1]), dtype=torch.uint8)
+    if tame:
+        for at in HALVES[kind]: b[..., at:at+2] = (torch.randn(*shape, 1)*.1).half().view(torch.uint8)
+    return b.flatten(-2)
+
+
+def package(b, kind): return gguf.dequantize(b.numpy(), Q[kind])
+
+
+# ---- decoding and encoding
+
+@pytest.mark.parametrize('tame', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_decoding_equals_the_package(kind, tame):
+    for shape in ((1, 1), (37, 3), (3, 5, 2), (16, 1), (17, 4)):
+        b = blocks(kind, *shape, tame=tame)
+        w = from_blocks(b, kind)
+        with np.errstate(all='ignore'): want = package(b, kind)
+        assert w.shape == want.shape
+        got = w.dequantize().numpy()
+        np.testing.assert_array_equal(got, want)  # NaN where NaN is
+        np.testing.assert_array_equal(np.signbit(got)[~np.isnan(got)], np.signbit(want)[~np.isnan(want)])
+
+
+@pytest.mark.parametrize('bits', [0x7c00, 0xfc00, 0x7e01, 0x0001, 0x83ff, 0x8000, 0x7bff])
+@pytest.mark.parametrize('kind', KINDS)
+def test_special_scales(kind, bits):
+    b = blocks(kind, 9, 2).view(9, 2, -1)
+    for at in HALVES[kind]: b[4, 1, at:at+2] = torch.tensor([bits & 255, bits >> 8], dtype=torch.uint8)
+    b = b.flatten(-2)
+    with np.errstate(all='ignore'): want = package(b, kind)
+    w = from_blocks(b, kind)
+    np.testing.assert_array_equal(w.dequantize().numpy(), want)
+    np.testing.assert_array_equal(w.rows(torch.tensor([4, 0])).numpy(), want[[4, 0]])
+    if kind in ('Q4_0', 'Q4_1'): np.testing.assert_array_equal(as_int4(w).dequantize().numpy(), want)
+
+
+@settings(max_examples=40, deadline=None)
+@given(kind=st.sampled_from(['Q8_0', 'Q4_0', 'Q4_1']), o=st.integers(1, 9), n=st.integers(1, 4), scale=st.sampled_from([0., 1e-6, 1., 1e4]))
+def test_encoding_writes_the_package_s_bytes(kind, o, n, scale):
+    w = torch.randn(o, 32*n)*scale
+    q = quantize(w, Ggml(kind))
+    np.testing.assert_array_equal(q.blocks.numpy(), gguf.quantize(w.numpy(), Q[kind]))
+    if kind in ('Q4_0', 'Q4_1'):
+        i = as_int4(q)
+        assert i.format == Int4(32, symmetric=kind == 'Q4_0') and i.nbytes == q.nbytes
+        assert torch.equal(i.dequantize(), q.dequantize())
+        def kinds(parts): return {k: (v.shape, v.dtype) for k, v in parts.items()}
+        assert kinds(i.parts()) == kinds(i.format.encode(i.dequantize()))
+
+
+def test_a_format_is_written_and_read():
+    f = Ggml('Q6_K')
+    assert make_format(f.spec()) == f and f.spec() == {'format': 'ggml', 'kind': 'Q6_K'}
+    w = from_blocks(blocks('Q6_K', 3, 5, 2), 'Q6_K', torch.bfloat16)
+    assert w.dequantize().dtype == torch.bfloat16 and torch.equal(w[1].dequantize(), w.dequantize()[1])
+    before = w.blocks.clone()
+    assert torch.equal(w.to(torch.float32).blocks, before) and w.dequantize().dtype == torch.float32
+
+
+@pytest.mark.parametrize('call,said', [
+    (lambda: Ggml('Q9_9'), "ggml kind 'Q9_9' is not kept in blocks here; known are Q8_0"),
+    (lambda: quantize(torch.ones(2, 256), Ggml('Q4_K')), 'Q4_K is read only'),
+    (lambda: quantize(torch.ones(2, 256), Ggml('Q6_K')), 'Q6_K is read only'),
+    (lambda: quantize(torch.ones(2, 33), Ggml('Q8_0')), 'which do not divide a row of 33'),
+    (lambda: quantize(torch.full((2, 32), 1e30), Ggml('Q4_1')), 'no float16 scale'),
+    (lambda: from_blocks(torch.zeros(2, 143, dtype=torch.uint8), 'Q4_K'), 'no whole number of Q4_K blocks of 144'),
+    (lambda: as_int4(quantize(torch.ones(2, 32), Ggml('Q8_0'))), 'blocks in Q8_0 are no grid of Int4'),
+    (lambda: as_int4(quantize(torch.ones(2, 32), Int4())), 'blocks in int4 are no grid of Int4')])
+def test_errors(call, said):
+    with pytest.raises(ValueError, match=said) as e: call()
+    assert '\n' not in str(e.value)
+
+
+# ---- the product in C++
+
+def sweep(rounds=40):
+    "Ragged rows and tokens of every kind against float64"
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    for i in range(rounds):
+        kind, dtype = [*KINDS][i % len(KINDS)], random.choice([*BOUND])
+        o, n, b = random.randint(1, 70), random.choice([1, 2, 5, 23, 24, 25, 40, 64, 65, 130]), random.randint(1, 5)
+        w, x = from_blocks(blocks(kind, o, b), kind), torch.randn(n, b*KINDS[kind][0]).to(dtype)
+        bias = random.choice([None, torch.randn(o).to(dtype)])
+        got, exact = linear_ggml(x, w, bias), x.double() @ w.dequantize().double().T + (0 if bias is None else bias.double())
+        error = ((got.double() - exact).abs().max()/exact.abs().max()).item()
+        assert got.dtype == dtype and error < BOUND[dtype], f'{kind, dtype, o, n, b}: {error:.1e}, seed {SEED}'
+
+
+@needs_compiler
+@pytest.mark.parametrize('threads', [1, 2, 3])
+def test_product_equals_float64(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try: sweep(40)
+    finally: torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize('kind', KINDS)
+def test_rows_are_expanded_to_the_last_bit(kind):
+    width = KINDS[kind][0]
+    w = from_blocks(blocks(kind, 21, 2), kind)
+    for n in (3, 2*width):  # a few tokens, and panels of them
+        got = linear_ggml(torch.eye(2*width)[:n], w)
+        assert torch.equal(got.T, w.dequantize()[:, :n])
+
+
+@needs_compiler
+@pytest.mark.parametrize('kind', KINDS)
+def test_nan_and_infinity_come_out_where_they_went_in(kind):
+    for n in (2, 50):
+        w, x = from_blocks(blocks(kind, 40, 2, tame=False), kind), torch.randn(n, 2*KINDS[kind][0])
+        got, exact = linear_ggml(x, w), x.double() @ w.dequantize().double().T
+        assert got.isnan().equal(exact.isnan()) and got.isinf().equal(exact.isinf())
+        assert kind == 'Q4_0' or exact.isnan().any()
+        x[1, 7] = torch.nan
+        assert linear_ggml(x, w)[1].isnan().all()
+
+
+def run(code, **env):
+    env = {**os.environ, 'SEED': str(SEED), **env}
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
+
+
+@needs_compiler
+@pytest.mark.parametrize('isa', ['avx2', 'portable'])
+def test_narrower_instruction_sets(isa):
+    if isa not in build.ARCHITECTURES.get(os.uname().machine, {}): pytest.skip(f'{os.uname().machine} has no {isa}')
+    code = '''import test_ggml as t
+t.sweep(20)
+for k in t.KINDS: t.test_rows_are_expanded_to_the_last_bit(k); t.test_nan_and_infinity_come_out_where_they_went_in(k)'''
+    done = run(code, DEEPSEEK_NB_ISA=isa)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_compiler
+def test_clean_under_sanitizers():
+    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
+    done = run('import test_ggml as t; t.sweep(25)', LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', OMP_NUM_THREADS='2',
+               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O1')
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_compiler
+def test_the_operator_declares_what_it_does():
+    w = from_blocks(blocks('Q4_K', 5, 1), 'Q4_K')
+    opcheck(kernels.load().linear_ggml, (torch.randn(3, 256), w.blocks, 3, torch.empty(3, 5)))
+    with pytest.raises(ValueError, match='^x is float32 of shape'): linear_ggml(torch.randn(3, 255), w)
+
+
+@needs_compiler
+def test_it_stands_beside_the_panels():
+    "Both C++ twins of one operation are found, each for its own formats, and nothing falls back"
+    x, bytes_, codes = torch.randn(2, 64), quantize(torch.randn(5, 64), Ggml('Q8_0')), quantize(torch.randn(5, 64), Int4())
+    with use('cpp'), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert torch.equal(F.linear(x, bytes_), linear_ggml(x, bytes_))
+        assert torch.equal(F.linear(x, codes), linear_panels(x, codes))
+
+
+def test_gradients_and_stacks_take_the_definition():
+    w = quantize(torch.randn(3, 5, 64), Ggml('Q8_0'))
+    x = torch.randn(2, 64, requires_grad=True)
+    with torch.enable_grad(): F.linear(x, w[1]).sum().backward()
+    torch.testing.assert_close(x.grad, w[1].dequantize().sum(0).expand(2, -1))
+
+
+# ---- models
+
+BIG = dict(dim=256, inter_dim=512, vocab_size=64)
+CONFIGS = dict(llama=(replace(LLAMA, **BIG, n_heads=8, head_dim=32), False),
+               tied=(replace(QWEN2, **BIG, n_heads=8, head_dim=32, tie_embeddings=True), False),
+               v2=(replace(V2, **BIG, moe_inter_dim=256), False), v3=(replace(V3, **BIG, moe_inter_dim=256, q_lora_rank=256), False),
+               v3_split=(replace(V3, **BIG, moe_inter_dim=256, q_lora_rank=256), True))
+
+
+def write(path, model, split, kinds):
+    "A file whose matrices have random kinds, gate and up of a layer's experts the same; returns name -> kind"
+    w, used = gguf.GGUFWriter(path, 'deepseek2' if model.config.mla else model.config.model_type), {}
+    write_metadata(w, model.config, split)
+    for name, x in tensors(model, split):
+        k = used.get(name.replace('_up_exps', '_gate_exps')) or random.choice(kinds)
+        if x.ndim < 2 or 'gate_inp' in name: k = 'F32'
+        elif x.shape[-1] % KINDS.get(k, (32,))[0]: k = 'Q8_0'
+        if k in ('Q4_K', 'Q6_K'): q = blocks(k, *x.shape[:-1], x.shape[-1]//256).numpy()
+        else: q = gguf.quants.quantize(np.ascontiguousarray(x), Q[k])
+        w.add_tensor(name, q, raw_dtype=Q[k])
+        used[name] = k
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    return used
+
+
+def weights(model): return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_model_is_the_one_that_decoding_gives(name, tmp_path):
+    config, split = CONFIGS[name]
+    used = write(tmp_path/'m.gguf', fresh(config), split, [*KINDS])
+    exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        kept = load_blocks(tmp_path/'m.gguf', torch.float32, 'cpu')
+    own = weights(kept)
+    for n, t in exact.state_dict().items():
+        assert torch.equal(own[n].dequantize() if n in own else kept.state_dict()[n], t), n
+    expanded = [str(w.message) for w in said if 'become floats' in str(w.message)]
+    assert bool(expanded) == config.mla and all('kv_b_proj' in m for m in expanded)
+    plain = {n for n, t in exact.state_dict().items() if t.ndim > 1 and 'gate.weight' not in n and 'kv_b_proj' not in n}
+    assert plain == {*own}, 'every matrix that is only multiplied stays in blocks'
+    assert {w.format.name for w in own.values()} <= {'ggml', 'int4'} and {'Q4_K', 'Q6_K'} & {*used.values()}
+    assert not any(w.format.name == 'ggml' and w.format.kind in ('Q4_0', 'Q4_1') for w in own.values())
+    with use('reference'): a, b = exact(TOKENS), kept(TOKENS)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*a.abs().max().item())
+
+
+def test_tensors_of_two_kinds_in_one_parameter_become_floats(tmp_path):
+    config, _ = CONFIGS['v3']
+    model = fresh(config)
+    w = gguf.GGUFWriter(tmp_path/'m.gguf', 'deepseek2')
+    write_metadata(w, config, False)
+    for name, x in tensors(model, False):
+        k = 'F32' if x.ndim < 2 or 'gate_inp' in name else 'Q4_0' if 'up_exps' in name else 'Q8_0'
+        w.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x), Q[k]), raw_dtype=Q[k])
+    w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+    with pytest.warns(UserWarning, match=r'layers.1.mlp.experts.gate_up_proj \(Q4_0, Q8_0\)'):
+        kept = load_blocks(tmp_path/'m.gguf', torch.float32, 'cpu')
+    exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
+    assert torch.equal(kept.layers[1].mlp.experts.gate_up_proj, exact.layers[1].mlp.experts.gate_up_proj)
+    assert isinstance(kept.layers[1].mlp.experts.down_proj, QuantizedWeight)
+
+
+def test_kinds_that_stay_outside_are_named(tmp_path):
+    config, _ = CONFIGS['llama']
+    write(tmp_path/'m.gguf', fresh(config), False, ['Q5_0'])
+    with pytest.warns(UserWarning, match=r'm.gguf: 23 weights become floats, .*embed_tokens.weight \(Q5_0\)'):
+        kept = load_blocks(tmp_path/'m.gguf', torch.float32, 'cpu')
+    exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
+    assert not weights(kept) and torch.equal(kept(TOKENS), exact(TOKENS))
+
+
+def test_a_plain_file_has_no_blocks(tmp_path):
+    write(tmp_path/'m.gguf', fresh(LLAMA), False, ['F16', 'BF16', 'F32'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        kept = load_blocks(tmp_path/'m.gguf', torch.bfloat16, 'cpu')
+    assert not weights(kept) and kept.dtype == torch.bfloat16
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path/'m.gguf'
+    write(path, fresh(CONFIGS['llama'][0]), False, ['Q4_K'])
+    raw = path.read_bytes()
+    for n in (len(raw) - 1, len(raw)//2, 400, 3):
+        path.write_bytes(raw[:n])
+        with pytest.raises(ValueError, match='truncated|not a GGUF file') as e: load_blocks(path)
+        assert str(path) in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(FileNotFoundError, match='none.gguf'): load_blocks(tmp_path/'none.gguf')
+
+
+def test_blocks_are_the_mapped_file(tmp_path):
+    path = tmp_path/'m.gguf'
+    write(path, fresh(CONFIGS['llama'][0]), False, ['Q8_0'])
+    from deepseek_nb.infer.gguf import gguf_config, open_gguf
+    reader = open_gguf(path)
+    found = read_gguf(Model(gguf_config(reader, path), dtype=torch.float32, device='meta'), reader, path)
+    first, last = reader.data.ctypes.data, reader.data.ctypes.data + reader.data.nbytes
+    inside = {n for n, w in found.items() if isinstance(w, QuantizedWeight) and first <= w.blocks.data_ptr() < last}
+    outside = {n.split('.')[-2] for n, w in found.items() if isinstance(w, QuantizedWeight) and n not in inside}
+    assert outside == {'q_proj', 'k_proj'} and len(inside) > 10
+
+
+MEMORY = '''
+import resource, sys, warnings
+import torch
+from deepseek_nb.quant.ggml import load_blocks, open_gguf
+from deepseek_nb.infer.hub import fetch
+torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+open_gguf(fetch('smollm2-135m'))
+before = peak()
+load_blocks('smollm2-135m', 'float32', 'cpu')
+print(peak() - before)'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='counts memory as Linux does')
+def test_the_floats_are_never_in_memory():
+    done = run(MEMORY)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 250e6, f'{int(done.stdout):,} bytes for a file of 98 MB, whose floats are 538 MB'
+
+
+def test_smollm2():
+    exact, kept = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'), load_blocks('smollm2-135m', 'float32', 'cpu')
+    tokens = torch.randint(49152, (2, 30))
+    with use('reference'): a, b = exact(tokens), kept(tokens)
+    assert ((a - b).norm()/a.norm()).item() < 1e-5
