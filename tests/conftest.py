@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401, before threads of torch.compile import it side by side, at which it fails
 
 ROOT = Path(__file__).parents[1]
 
