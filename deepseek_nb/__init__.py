@@ -54,6 +54,7 @@ Modules:
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
 - `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
 - `deepseek_nb.quant.ggml`: A file's own bytes stand in the model, and no weight is decoded before it is multiplied
+- `deepseek_nb.quant.gptq`: The error of one weight is made good by those that are still to be rounded, as far as the inputs allow
 - `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
 - `deepseek_nb.quant.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
