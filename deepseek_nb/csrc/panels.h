@@ -51,6 +51,15 @@ inline Codes codes_in(const int32_t* memory, int64_t K) {
     const float* scale = (const float*)(memory + 8 * blocks_of(K));
     return {memory, scale, scale + blocks_of(K)};
 }
+// of magnitudes, whose bits are in the order of the numbers; infinity is above all of them, and NaN above infinity
+inline float largest(const float (&x)[32]) {
+    uint32_t bits[32], top = 0;
+    memcpy(bits, x, sizeof x);
+    for (uint32_t b : bits) top = std::max(top, b & 0x7fffffff);
+    float most;
+    memcpy(&most, &top, sizeof most);
+    return most;
+}
 inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
     const int64_t G = blocks_of(K);
     int8_t* codes = (int8_t*)memory;
@@ -58,15 +67,13 @@ inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
     for (int64_t g = 0; g < G; ++g) {
         alignas(64) float part[32] = {};
         memcpy(part, x + 32 * g, std::min<int64_t>(32, K - 32 * g) * sizeof(float));
-        float most = 0;
-        for (float v : part) most = std::max(most, std::abs(v));
-        const float inverse = most > 0 ? 127 / most : 0;
+        const float most = largest(part), inverse = most > 1e-36f && most < INFINITY ? 127 / most : 0;
         int32_t total = 0;
         for (int i = 0; i < 32; ++i) {
             const int32_t c = int32_t(part[i] * inverse + 12582912.f - 12582912.f);
             codes[32 * g + i] = c, total += c;
         }
-        scale[g] = most / 127, sum[g] = scale[g] * total;
+        scale[g] = most < INFINITY ? most / 127 : NAN, sum[g] = scale[g] * total;
     }
     return {memory, scale, sum};
 }

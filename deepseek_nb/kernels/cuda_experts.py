@@ -72,7 +72,8 @@ def fits_experts(
     gate_up:Tensor, # Stacked gate and up rows `e 2f d`
     down:Tensor, # Stacked `e d f`
 )->bool: # Whether the kernels take them
-    "Whether a call is bfloat16, of a multiple of 8, and needs no gradients"
+    "Whether a call is of bfloat16 tensors, of a multiple of 8, and needs no gradients"
+    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)): return False
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weights, gate_up, down))
     return not learns and x.dtype == gate_up.dtype == down.dtype == torch.bfloat16 and down.shape[1] % 8 == down.shape[2] % 8 == 0
 

@@ -76,4 +76,4 @@ def linear_cpp(
     check_tensor('w', w, (None, None), (x.dtype,))
     y = n.new_empty(n.shape[0], w.shape[0])
     kernels.load().linear(n, w.contiguous(), y)
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])

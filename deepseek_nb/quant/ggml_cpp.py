@@ -39,4 +39,4 @@ def linear_ggml(
     y = n.new_empty(n.shape[0], w.shape[0])
     kernels.load().linear_ggml(n, w.blocks.contiguous(), [*KINDS].index(w.format.kind), y)
     if bias is not None: y += bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])

@@ -118,4 +118,4 @@ def linear_panels(
     y = n.new_empty(n.shape[0], w.shape[0])
     kernels.linear_panels(n, pack(w).panels, kind_of(w), y)
     if bias is not None: y += bias
-    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+    return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])

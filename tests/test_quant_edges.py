@@ -1,0 +1,68 @@
+"Products of codes where inputs are nothing, are not finite, or are too small to have an inverse."
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deepseek_nb.dispatch import use
+from deepseek_nb.kernels.cuda_experts import fits_experts
+from deepseek_nb.kernels.gemm import kernels as float_kernels
+from deepseek_nb.kernels.gemm import linear_cpp
+from deepseek_nb.quant import quantize
+from deepseek_nb.quant.ggml import from_blocks
+from deepseek_nb.quant.ggml_cpp import linear_ggml
+from deepseek_nb.quant.int4 import Int4
+from deepseek_nb.quant.panels import kernels, linear_panels
+
+needs_compiler = pytest.mark.skipif(not (kernels.ready() and float_kernels.ready()), reason='no C++ compiler')
+FORMATS = ['int8', Int4(), Int4(64, symmetric=True)]
+BAD = [float('nan'), float('inf'), -float('inf')]
+
+
+@needs_compiler
+@pytest.mark.parametrize('shape', [(0, 64), (2, 0, 64)])
+def test_no_tokens(shape):
+    x,want = torch.zeros(shape),(*shape[:-1], 24)
+    for f in FORMATS: assert linear_panels(x, quantize(torch.randn(24, 64), f)).shape == want
+    assert linear_cpp(x, torch.randn(24, 64)).shape == want
+    blocks = torch.zeros(24, 2*34, dtype=torch.uint8)
+    assert linear_ggml(x, from_blocks(blocks, 'Q8_0')).shape == want
+
+
+@needs_compiler
+@pytest.mark.parametrize('bad', BAD)
+@pytest.mark.parametrize('at', [0, 31, 32, 69])
+@pytest.mark.parametrize('tokens', [1, 9, 40])
+def test_what_is_not_finite_stays_so(bad, at, tokens):
+    "In the token that has it, for every output, and in no other."
+    for f in FORMATS:
+        w,x = quantize(torch.randn(40, 70), f),torch.randn(tokens, 70)
+        good = linear_panels(x, w)
+        x[tokens//2, at] = bad
+        got = linear_panels(x, w)
+        assert not got[tokens//2].isfinite().any()
+        others = torch.arange(tokens) != tokens//2
+        assert torch.equal(got[others], good[others])
+
+
+@needs_compiler
+@pytest.mark.parametrize('size', [1e-45, 1e-40, 1e-37, 1e-30, 1e30])
+def test_sizes_without_an_inverse(size):
+    for f in FORMATS:
+        w,x = quantize(torch.randn(40, 64), f),torch.randn(3, 64)*size
+        got,exact = linear_panels(x, w).double(),x.double() @ w.dequantize().double().T
+        assert got.isfinite().all() and (got - exact).abs().max() <= .05*exact.abs().max() + 1e-35
+
+
+def test_experts_in_few_bits_are_not_for_the_float_kernel():
+    x,weights,chosen = torch.randn(4, 64).bfloat16(),torch.ones(4, 1),torch.zeros(4, 1, dtype=torch.int64)
+    gate_up,down = torch.randn(2, 64, 64).bfloat16(),torch.randn(2, 64, 32).bfloat16()
+    assert fits_experts(x, weights, chosen, gate_up, down)
+    few = quantize(gate_up, 'int8'),quantize(down, 'int8')
+    for pair in (few, (few[0], down), (gate_up, few[1])): assert not fits_experts(x, weights, chosen, *pair)
+
+
+def test_the_definition_agrees_on_what_is_not_finite():
+    x = torch.randn(2, 64)
+    x[0, 3] = float('nan')
+    with use('reference'): got = F.linear(x, quantize(torch.randn(24, 64), 'int8'))
+    assert got[0].isnan().all() and got[1].isfinite().all()
