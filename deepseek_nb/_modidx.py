@@ -400,6 +400,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'deepseek_nb/infer/checkpoint.py'),
                                               'deepseek_nb.infer.checkpoint.quant_fp8': ( 'infer.checkpoint.html#quant_fp8',
                                                                                           'deepseek_nb/infer/checkpoint.py'),
+                                              'deepseek_nb.infer.checkpoint.round_up_scale': ( 'infer.checkpoint.html#round_up_scale',
+                                                                                               'deepseek_nb/infer/checkpoint.py'),
                                               'deepseek_nb.infer.checkpoint.save_config': ( 'infer.checkpoint.html#save_config',
                                                                                             'deepseek_nb/infer/checkpoint.py'),
                                               'deepseek_nb.infer.checkpoint.shards_of': ( 'infer.checkpoint.html#shards_of',

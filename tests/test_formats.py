@@ -523,3 +523,24 @@ def test_fp4_decodes_as_deepseek_does():
 def test_power_above(x):
     got = power_above(torch.tensor([x])).item()
     assert got >= x and got >= 2**-126 and (got == 2**-126 or got/2 < x) and got == deepseek_power(max(x, 2**-126))
+
+
+# ---- scales that are powers of two
+
+def test_scales_are_rounded_up_to_the_bit():
+    "A logarithm in float32 rounds, and just above a power of two its ceiling is one too low."
+    from deepseek_nb.infer.checkpoint import quant_fp8, round_up_scale
+    from deepseek_nb.kernels.cuda_fp8 import quant_tiles
+    exact = torch.ldexp(torch.ones(200), torch.arange(-100, 100))
+    above,below = (exact.nextafter(torch.tensor(x)) for x in (torch.inf, 0.))
+    for got,want in ((exact, exact), (above, 2*exact), (below, exact)): assert torch.equal(round_up_scale(got), want)
+    x = torch.rand(10000)*10 + 1e-6
+    m,e = torch.frexp(x)
+    assert torch.equal(round_up_scale(x), torch.ldexp(torch.ones_like(x), e - (m == .5).int()))
+    assert round_up_scale(torch.tensor([torch.nan])).isnan().all()
+    for k in range(-6, 6):  # 448 times a number just above a power of two
+        amax = (448*exact[100 + k]).nextafter(torch.tensor(torch.inf)).nextafter(torch.tensor(torch.inf))
+        w = torch.zeros(1, 128)
+        w[0, 3] = amax
+        want = round_up_scale(amax/448)
+        assert quant_fp8(w, ue8m0=True)[1].item() == quant_tiles(w, ue8m0=True)[1].item() == want and amax/want <= 448

@@ -8,8 +8,8 @@ ordinary weights on the way in. Every key that is missing, unused or of the wron
 
 # %% auto #0
 __all__ = ['CARRIED', 'expert_views', 'disk_views', 'disk_key', 'is_mtp', 'match_keys', 'match_shapes', 'dequant_fp8',
-           'quant_fp8', 'fp8_block', 'materialise', 'progress', 'fill', 'shards_of', 'write_weights', 'install',
-           'save_config']
+           'round_up_scale', 'quant_fp8', 'fp8_block', 'materialise', 'progress', 'fill', 'shards_of', 'write_weights',
+           'install', 'save_config']
 
 # %% ../../nbs/230_infer.checkpoint.ipynb #55066cbe
 import json
@@ -114,6 +114,14 @@ def dequant_fp8(
     return weight.float() * repeat(s, 'o b -> o (b c)', c=cols)[:, :i]
 
 # %% ../../nbs/230_infer.checkpoint.ipynb #16636eb7
+def round_up_scale(
+    scale:Tensor, # Positive float32, any shape
+)->Tensor: # The next power of two, NaN for NaN
+    "Round up to a power of two"
+    bits = (scale.view(torch.int32) + 0x7fffff) & 0x7f800000
+    return torch.where(scale.isnan(), scale, bits.view(torch.float32))
+
+# %% ../../nbs/230_infer.checkpoint.ipynb #331923c2
 def quant_fp8(
     weight:Tensor, # Any float dtype, `o i`
     ue8m0:bool = False, # Round scales up to powers of two
@@ -124,7 +132,7 @@ def quant_fp8(
     x = F.pad(weight.float(), (0, -i % block, 0, -o % block))
     amax = reduce(x.abs(), '(a r) (b c) -> a b', 'max', r=block, c=block).clamp(min=1e-4)
     scale = amax/448
-    if ue8m0: scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    if ue8m0: scale = round_up_scale(scale)
     q = rearrange(x, '(a r) (b c) -> a r b c', r=block, c=block) / rearrange(scale, 'a b -> a 1 b 1')
     return rearrange(q, 'a r b c -> (a r) (b c)')[:o, :i].to(torch.float8_e4m3fn), scale
 

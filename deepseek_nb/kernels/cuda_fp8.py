@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..dispatch import op
-from ..infer.checkpoint import dequant_fp8
+from ..infer.checkpoint import dequant_fp8, round_up_scale
 from .build import operator_name
 from .cuda import launch
 from .cuda_tiles import COLUMNS, aligned, cards_ready, tile_defines, tile_rows, tile_shared
@@ -33,7 +33,7 @@ def quant_tiles(
     i = x.shape[1]
     tiles = rearrange(F.pad(x.float(), (0, -i % TILE)), 'n (t c) -> n t c', c=TILE)
     scale = tiles.abs().amax(-1).clamp(min=1e-4)/448
-    if ue8m0: scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    if ue8m0: scale = round_up_scale(scale)
     q = rearrange(tiles/scale[..., None], 'n t c -> n (t c)')[:, :i]
     return q.to(torch.float8_e4m3fn), scale
 
