@@ -58,7 +58,9 @@ Modules:
 - `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
 - `deepseek_nb.quant.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
+- `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
 - `deepseek_nb.quant.step`: The step of a whole model in one call, with its weights read in 8 or 4 bits
+- `deepseek_nb.quant.stream`: A weight is read, encoded and forgotten some rows at a time, so that a model in few bits never needs the memory of its floats
 - `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
 - `deepseek_nb.site`: A notebook becomes a page without running a lesson
@@ -70,11 +72,14 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 # Names load when first asked for, so importing the package imports no PyTorch: where each lives, then the chapters that patch methods on it
-_HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer'}
+_HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer', 'QuantizedModel': 'quant.model'}
 _PATCHES = {'Config': ('releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('infer.chat',),
-            'Model': ('releases', 'arch.show', 'infer.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile')}
+            'Model': ('releases', 'arch.show', 'infer.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile',
+                      'quant.model')}
 # Chapters that register fast twins; nothing is compiled before an operation is called
 _TWINS = {'Model': ('kernels.moe', 'kernels.attention', 'kernels.norm', 'kernels.train', 'kernels.step')}
+_PATCHES['QuantizedModel'] = _PATCHES['Model']
+_TWINS['QuantizedModel'] = (*_TWINS['Model'], 'quant.panels', 'quant.ggml_cpp', 'quant.step')
 
 
 def __getattr__(name):

@@ -74,7 +74,7 @@ class Model(nn.Module):
         if config.index_n_heads: raise ValueError(f'model_type {config.model_type!r}: its sparse attention is not built yet')
         self.config,c = config,config
         with torch.device('meta'):
-            self.embed_tokens = nn.Embedding(c.vocab_size, c.dim)
+            self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, _weight=torch.empty(c.vocab_size, c.dim))
             self.layers = nn.ModuleList([Block(c, i) for i in range(c.n_layers)])
             self.norm = RMSNorm(c.dim, eps=c.norm_eps)
             self.lm_head = None if c.tie_embeddings else nn.Linear(c.dim, c.vocab_size, bias=False)

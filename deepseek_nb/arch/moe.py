@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .routing import Gate
+from .routing import Gate, normal
 from ..core import Config
 from ..dispatch import op
 
@@ -93,8 +93,8 @@ class Experts(nn.Module):
         c:Config, # Sizes: n_routed_experts, moe_inter_dim, dim
     ):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(c.n_routed_experts, 2*c.moe_inter_dim, c.dim).normal_(std=.02))
-        self.down_proj = nn.Parameter(torch.empty(c.n_routed_experts, c.dim, c.moe_inter_dim).normal_(std=.02))
+        self.gate_up_proj = nn.Parameter(normal(c.n_routed_experts, 2*c.moe_inter_dim, c.dim))
+        self.down_proj = nn.Parameter(normal(c.n_routed_experts, c.dim, c.moe_inter_dim))
 
     def forward(self,
         x:Tensor, # Tokens `n d`

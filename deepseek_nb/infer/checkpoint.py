@@ -9,7 +9,7 @@ ordinary weights on the way in. Every key that is missing, unused or of the wron
 # %% auto #0
 __all__ = ['CARRIED', 'expert_views', 'disk_views', 'disk_key', 'is_mtp', 'match_keys', 'match_shapes', 'dequant_fp8',
            'round_up_scale', 'quant_fp8', 'fp8_block', 'materialise', 'progress', 'fill', 'shards_of', 'write_weights',
-           'install', 'save_config']
+           'install', 'save_config', 'umask', 'kept_tensors']
 
 # %% ../../nbs/230_infer.checkpoint.ipynb #55066cbe
 import json
@@ -260,7 +260,7 @@ def save_pretrained(self:Model,
 )->Path: # The folder
     "Write a checkpoint that transformers loads"
     folder,source = Path(folder),getattr(self, 'source', None)
-    tensors = {disk_key(k): v for k,v in disk_views(self).items()} | _kept(self)
+    tensors = {disk_key(k): v for k,v in disk_views(self).items()} | kept_tensors(self)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
@@ -268,18 +268,21 @@ def save_pretrained(self:Model,
         save_config(self, tmp)
         for n in CARRIED:
             if source and (source/n).is_file(): shutil.copyfile(source/n, tmp/n)
-        tmp.chmod(0o777 & ~_umask())
+        tmp.chmod(0o777 & ~umask())
         install(tmp, folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 # %% ../../nbs/230_infer.checkpoint.ipynb #0ef46ee3
-def _umask():
+def umask()->int: # The bits that new files lack
+    "The process's file mode mask"
     os.umask(m := os.umask(0))
     return m
 
-def _kept(model):
-    "The tensors that loading set aside, mapped from the checkpoint they came from"
+def kept_tensors(
+    model:Model, # With `kept` and `source`, where it was loaded with such tensors
+)->dict: # By disk key; mapped from the checkpoint that the model came from
+    "The tensors that loading set aside"
     keep = set(getattr(model, 'kept', ()))
     if not keep: return {}
     found = {k: e for k,e in weight_map(model.source).items() if k.removeprefix('model.') in keep}

@@ -199,4 +199,5 @@ def fetch(
     if name.startswith(('.', '/', '~')) or name.endswith('.gguf') and ':' not in name:
         raise FileNotFoundError(f'{name}: no such file or folder')
     if m := HUB_ID.fullmatch(name): return snapshot(m['repo'], m['revision'] or revision, m['file'], weights)
-    raise ValueError(f'unknown model {name!r}: expected a folder, a .gguf file, a hub id like org/name, or one of {", ".join(PACKAGES)}')
+    models = ', '.join(n for n,p in PACKAGES.items() if any(f.endswith(('.gguf', 'tokenizer.json')) for f in p.files))
+    raise ValueError(f'unknown model {name!r}: expected a folder, a .gguf file, a hub id like org/name, or one of {models}')

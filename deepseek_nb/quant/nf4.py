@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import Format, Layout, QuantizedWeight
+from . import Format, Layout
 from .int4 import groups_of
 
 # %% ../../nbs/430_quant.nf4.ipynb #ca3e4f2d
@@ -104,14 +103,6 @@ class Shared(Layout):
         rows:Callable, # (stored, ids) -> parts with the leading axes of `ids`
     ):
         self.rows = rows
-
-@patch
-def rows(self:QuantizedWeight,
-    ids:Tensor, # Row numbers, any shape
-)->Tensor: # `… i`, in the model's dtype
-    "Some rows of a matrix, decoded: by the format's `layout` if it has one and no kernel has brought another"
-    layout = getattr(self.format, 'layout', self.layout) if type(self.layout) is Layout else self.layout
-    return self.format.decode(layout.rows(dict(self.named_buffers()), ids), (*ids.shape, self.shape[-1])).to(self.dtype)
 
 def nested_rows(
     stored:dict, # The parts of a matrix in `NF4`
