@@ -1,4 +1,4 @@
-"Products of codes where inputs are nothing, are not finite, or are too small to have an inverse."
+"Products and rows of codes where inputs are nothing, are not finite, are too small to have an inverse, or end within a block."
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +11,7 @@ from deepseek_nb.quant import quantize
 from deepseek_nb.quant.ggml import from_blocks
 from deepseek_nb.quant.ggml_cpp import linear_ggml
 from deepseek_nb.quant.int4 import Int4
-from deepseek_nb.quant.panels import kernels, linear_panels
+from deepseek_nb.quant.panels import kernels, linear_panels, pack
 
 needs_compiler = pytest.mark.skipif(not (kernels.ready() and float_kernels.ready()), reason='no C++ compiler')
 FORMATS = ['int8', Int4(), Int4(64, symmetric=True)]
@@ -66,3 +66,24 @@ def test_the_definition_agrees_on_what_is_not_finite():
     x[0, 3] = float('nan')
     with use('reference'): got = F.linear(x, quantize(torch.randn(24, 64), 'int8'))
     assert got[0].isnan().all() and got[1].isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize('f', FORMATS, ids=str)
+def test_embedding_is_decoding(f):
+    for o, i in ((1, 1), (5, 31), (16, 32), (17, 97), (40, 64), (33, 200)):
+        w, ids = pack(quantize(torch.randn(o, i), f)), torch.randint(o, (3, 7))
+        assert torch.equal(F.embedding(ids, w), w.dequantize()[ids])
+        assert F.embedding(ids[:0], w).shape == (0, 7, i)
+        for bad in (-1, o):
+            with pytest.raises(RuntimeError, match=f'row {bad} of a weight with {o}'): F.embedding(torch.tensor([[0, bad]]), w)
+
+
+@needs_compiler
+@pytest.mark.parametrize('f', FORMATS, ids=str)
+def test_panels_give_back_every_part(f):
+    for o, i in ((1, 1), (5, 31), (16, 32), (17, 97), (40, 64), (33, 200)):
+        w = quantize(torch.randn(2, o, i), f)
+        parts = {n: t.clone() for n, t in w.parts().items()}
+        again = pack(w).parts()
+        assert parts.keys() == again.keys() and all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in parts.items())

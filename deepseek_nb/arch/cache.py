@@ -9,11 +9,14 @@ rewound, which speculation needs when a guess turns out wrong. It knows its conf
 __all__ = ['cache_shapes', 'Slot', 'Cache']
 
 # %% ../../nbs/130_arch.cache.ipynb #4a60c8b0
+from functools import partial
+from math import prod
+
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import Config
+from ..core import CHUNK, Arena, Config
 
 # %% ../../nbs/130_arch.cache.ipynb #8a24eab7
 def cache_shapes(
@@ -57,7 +60,9 @@ class Cache:
         self.slots = [Slot(self, self._empty(0)) for _ in range(c.n_layers)]
         if max_len: self.grow(max_len)
 
-    def _empty(self, t): return [torch.zeros(s, dtype=self.dtype, device=self.device) for s in cache_shapes(self.c, self.batch, t)]
+    def _empty(self, t, arena=None):
+        take = arena.take if arena else partial(torch.zeros, device=self.device)
+        return [take(s, dtype=self.dtype) for s in cache_shapes(self.c, self.batch, t)]
     def __getitem__(self, layer): return self.slots[layer]
     def __len__(self): return self.length
     @property
@@ -72,8 +77,10 @@ def grow(self:Cache,
     "Move to larger tensors"
     if capacity > self.c.max_positions:
         raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
+    size = sum(-(-prod(s)*self.dtype.itemsize//64)*64 for s in cache_shapes(self.c, self.batch, capacity))*len(self.slots)
+    arena = Arena(min(size, CHUNK)) if self.device.type == 'cpu' else None
     for slot in self.slots:
-        new = self._empty(capacity)
+        new = self._empty(capacity, arena)
         for a,b in zip(new, slot.tensors, strict=True): a[..., :self.length, :] = b[..., :self.length, :]
         slot.tensors = new
     self.capacity = capacity

@@ -113,7 +113,7 @@ template <class T> Rows as_floats(const View<const T>& x, const T* from, int64_t
 }
 // What comes after n rows, if rows are neighbours
 template <class T> Ahead after(const View<const T>& x, const T* from, int64_t n, int64_t width, int64_t left, int64_t hop) {
-    return {(const char*)(from + n * x.s), (const char*)(from + (n + (x.s == width ? std::min(n, left) : 0)) * x.s), hop};
+    return {(const char*)(from + n * x.s), (const char*)(from + (n + (x.s == width ? std::min(KEYS, left) : 0)) * x.s), hop};
 }
 
 // %% ../../nbs/332_kernels.attention.ipynb #7839338b
@@ -124,11 +124,11 @@ template <class Q, class T> void attend_keys(const Attention<Q, T>& a, const Blo
     const bool latent = k == v, copy = a.x % 2 || a.v % L;
     const Rows keys = as_floats(a.k, k, n, a.x, copy, room.k());
     const Rows values = latent ? keys : as_floats(a.values, v, n, a.v, copy, room.values());
-    Ahead ahead = after(a.k, k, n, a.x, left, latent ? 64 : 128);
+    Ahead ahead = latent ? after(a.k, k, n, a.x, left, 64) : after(a.values, v, 0, a.v, n, 128);
     scores(n, a.x, w.rows, keys, room.q(), room.s(), ahead);
     if (!all_seen(a, w, t, n)) hide(a, w, t, n, room.s());
     softmax(room.s(), n, w.rows, state);
-    if (!latent) ahead = after(a.values, v, n, a.v, left, 128);
+    if (!latent) ahead = after(a.k, k, n, a.x, left, 128);
     weighted(n, a.v, w.rows, room.s(), values, state, ahead);
 }
 

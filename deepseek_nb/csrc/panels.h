@@ -60,13 +60,15 @@ inline float largest(const float (&x)[32]) {
     memcpy(&most, &top, sizeof most);
     return most;
 }
-inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
+// blocks from up to before to
+inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
     const int64_t G = blocks_of(K);
     int8_t* codes = (int8_t*)memory;
     float *scale = (float*)(memory + 8 * G), *sum = scale + G;
-    for (int64_t g = 0; g < G; ++g) {
+    for (int64_t g = from; g < to; ++g) {
         alignas(64) float part[32] = {};
-        memcpy(part, x + 32 * g, std::min<int64_t>(32, K - 32 * g) * sizeof(float));
+        if (K - 32 * g >= 32) memcpy(part, x + 32 * g, sizeof part);
+        else memcpy(part, x + 32 * g, (K - 32 * g) * sizeof(float));
         const float most = largest(part), inverse = most > 1e-36f && most < INFINITY ? 127 / most : 0;
         int32_t total = 0;
         for (int i = 0; i < 32; ++i) {
@@ -75,7 +77,10 @@ inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
         }
         scale[g] = most < INFINITY ? most / 127 : NAN, sum[g] = scale[g] * total;
     }
-    return {memory, scale, sum};
+}
+inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
+    round_blocks(x, K, memory, 0, blocks_of(K));
+    return codes_in(memory, K);
 }
 
 // %% ../../nbs/460_quant.panels.ipynb #0a88815c
@@ -96,16 +101,17 @@ inline ivec ints(const uint8_t* p) {
 }
 
 struct Int8 {
-    static constexpr int BYTES = 512;
+    static constexpr int BYTES = 512, SCALES = 64;
     static constexpr bool END = true, SIGNED = !WIDE;
     static void read(const uint8_t* p, ivec (&w)[8]) {
         for (int i = 0; i < 8; ++i) w[i] = WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i);
     }
-    static vec step(const uint8_t*, int64_t) { return splat(1); }
-    static vec low(const uint8_t*, int64_t, int64_t, vec) { return splat(WIDE ? -128 : 0); }
+    static int code(const uint8_t* p, int i) { return int8_t(p[i / 4 * 64 + i % 4]); }
+    static vec step(const uint8_t*) { return splat(1); }
+    static vec low(const uint8_t*, vec) { return splat(WIDE ? -128 : 0); }
 };
 template <bool MINS> struct Int4 {
-    static constexpr int BYTES = 256;
+    static constexpr int BYTES = 256, SCALES = MINS ? 64 : 32;
     static constexpr bool END = false, SIGNED = false;
     static void read(const uint8_t* p, ivec (&w)[8]) {
         for (int i = 0; i < 4; ++i) {
@@ -113,41 +119,45 @@ template <bool MINS> struct Int4 {
             w[i] = both & 0x0f0f0f0f, w[4 + i] = both >> 4 & 0x0f0f0f0f;
         }
     }
-    static vec step(const uint8_t* scales, int64_t g) { return halves(scales + 32 * g); }
-    static vec low(const uint8_t* scales, int64_t g, int64_t groups, vec d) { return MINS ? halves(scales + 32 * (groups + g)) : d * -8.f; }
+    static int code(const uint8_t* p, int i) { return p[i % 16 / 4 * 64 + i % 4] >> (i < 16 ? 0 : 4) & 15; }
+    static vec step(const uint8_t* scales) { return halves(scales); }
+    static vec low(const uint8_t* scales, vec d) { return MINS ? halves(scales + 32) : d * -8.f; }
 };
 
 // %% ../../nbs/460_quant.panels.ipynb #7220c381
 struct Matrix {
     const uint8_t* data = nullptr;
     int64_t kind = 0, K = 0, size = 0;  // kind: 1 int8, or twice the group plus whether there are minima
-    int64_t groups() const { return (K + kind / 2 - 1) / (kind / 2); }
+    int64_t blocks() const { return kind == 1 ? blocks_of(K) : kind / 64; }  // in a group
     explicit operator bool() const { return data; }
 };
 constexpr int P = 16, H = P / L;
 
 // c[j] (16 rows) = panel · x_j
 template <class F, int N> void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c)[P]) {
-    const int64_t G = blocks_of(m.K), each = F::END ? 1 : m.kind / 64, groups = F::END ? 1 : m.groups();
+    const int64_t G = blocks_of(m.K), each = m.blocks();
     for (int h = 0; h < H; ++h) {
-        const uint8_t *codes = panel + h * 4 * L, *scales = panel + G * F::BYTES + h * 2 * L;
+        const uint8_t* at = panel + h * 4 * L;
         vec s[N] = {};
-        for (int64_t g = 0; g < G; ++g, codes += F::BYTES) {
-            ivec w[8];
-            for (int i = 0; i < F::BYTES; i += 64) __builtin_prefetch(codes + AHEAD + i, 0, 2);
-            F::read(codes, w);
-            const vec d = F::step(scales, g / each), low = F::low(scales, g / each, groups, d);
-            for (int j = 0; j < N; ++j) {
-                ivec a = {}, b = {};
-                for (int i = 0; i < 8; i += 2) {
-                    const int32_t *at = x[j].codes + 8 * g + i;
-                    a = F::SIGNED ? dot_signed(a, w[i], at[0]) : dot(a, w[i], at[0]);
-                    b = F::SIGNED ? dot_signed(b, w[i + 1], at[1]) : dot(b, w[i + 1], at[1]);
+        for (int64_t first = 0; first < G; first += each) {
+            const vec d = F::step(at - h * 2 * L), low = F::low(at - h * 2 * L, d);
+            at += F::SCALES;
+            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES) {
+                ivec w[8];
+                for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
+                F::read(at, w);
+                for (int j = 0; j < N; ++j) {
+                    ivec a = {}, b = {};
+                    for (int i = 0; i < 8; i += 2) {
+                        const int32_t *codes = x[j].codes + 8 * g + i;
+                        a = F::SIGNED ? dot_signed(a, w[i], codes[0]) : dot(a, w[i], codes[0]);
+                        b = F::SIGNED ? dot_signed(b, w[i + 1], codes[1]) : dot(b, w[i + 1], codes[1]);
+                    }
+                    s[j] += __builtin_convertvector(a + b, vec) * (d * x[j].scale[g]) + low * x[j].sum[g];
                 }
-                s[j] += __builtin_convertvector(a + b, vec) * (d * x[j].scale[g]) + low * x[j].sum[g];
             }
         }
-        for (int j = 0; j < N; ++j) store(&c[j][h * L], F::END ? s[j] * load((const float*)(panel + G * F::BYTES) + h * L) : s[j]);
+        for (int j = 0; j < N; ++j) store(&c[j][h * L], F::END ? s[j] * load((const float*)panel + h * L) : s[j]);
     }
 }
 
@@ -192,4 +202,23 @@ inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix
     }
     const auto [first, last] = t.share(panels_of(R));
     rows_of(m, first, last, R, n, codes.rows.data(), y, ldy);
+}
+
+// %% ../../nbs/460_quant.panels.ipynb #35817d22
+template <class F> void decode_row(const Matrix& m, int64_t row, float* y) {
+    const int64_t each = m.blocks(), r = row % P;
+    const uint8_t* panel = m.data + row / P * m.size;
+    float end = 1;
+    if (F::END) memcpy(&end, panel + 4 * r, 4);
+    for (int64_t k = 0; k < m.K; k += 32) {
+        const int64_t g = k / 32;
+        const uint8_t *group = panel + g / each * (F::SCALES + each * F::BYTES), *scales = group + r / L * 2 * L;
+        const vec d = F::step(scales), low = F::low(scales, d);
+        const uint8_t* codes = group + F::SCALES + g % each * F::BYTES + 4 * r;
+        for (int i = 0; i < std::min<int64_t>(32, m.K - k); ++i)
+            y[k + i] = F::END ? F::code(codes, i) * end : F::code(codes, i) * d[r % L] + low[r % L];
+    }
+}
+inline void decode_row(const Matrix& m, int64_t row, float* y) {
+    (m.kind == 1 ? decode_row<Int8> : m.kind % 2 ? decode_row<Int4<true>> : decode_row<Int4<false>>)(m, row, y);
 }

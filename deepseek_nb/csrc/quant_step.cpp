@@ -24,13 +24,13 @@ inline Matrix from_row(const Matrix& m, int64_t row, int64_t) { return {m.data +
 
 // %% ../../nbs/468_quant.step.ipynb #b8b69761
 template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int64_t ld) {
-    const int64_t G = blocks_of(m.K), groups = F::END ? 1 : m.groups(), group = F::END ? 0 : g / (m.kind / 64);
+    const int64_t each = m.blocks();
+    const uint8_t* group = m.data + g / each * (F::SCALES + each * F::BYTES);
     for (int h = 0; h < H; ++h) {
-        const uint8_t *codes = m.data + g * F::BYTES + h * 4 * L, *scales = m.data + G * F::BYTES + h * 2 * L;
         ivec w[8];
-        F::read(codes, w);
-        const vec d = F::step(scales, group), low = F::low(scales, group, groups, d);
-        const vec end = F::END ? load((const float*)(m.data + G * F::BYTES) + h * L) : splat(1);
+        F::read(group + F::SCALES + g % each * F::BYTES + h * 4 * L, w);
+        const vec d = F::step(group + h * 2 * L), low = F::low(group + h * 2 * L, d);
+        const vec end = F::END ? load((const float*)m.data + h * L) : splat(1);
         for (int i = 0; i < 32; ++i) {
             const int at = i % 4 * 8;
             const ivec code = F::SIGNED ? w[i / 4] << 24 - at >> 24 : w[i / 4] >> at & 255;
@@ -82,11 +82,14 @@ inline void take_codes(Rounded& codes, const float* memory, int64_t n, int64_t K
     codes.take(n, K);
     for (int64_t j = 0; j < n; ++j) codes.rows[j] = codes_in((const int32_t*)memory + j * CODES * blocks_of(K), K);
 }
-template <class F> void each_row(const Team& t, const std::vector<Visit<Matrix>>& visits, F use) {
-    int64_t rows = 0, at = 0;
-    for (auto& v : visits) rows += v.n;
-    const auto [begin, end] = t.share(rows);
-    for (auto& v : visits) for (int64_t j = 0; j < v.n; ++j, ++at) if (begin <= at && at < end) use(v, j);
+// the blocks of 32 that this thread rounds, of all rows; wide(v): numbers in a row of a visit
+template <class W, class F> void each_share(const Team& t, const std::vector<Visit<Matrix>>& visits, W wide, F use) {
+    int64_t blocks = 0, at = 0;
+    for (auto& v : visits) blocks += v.n * blocks_of(wide(v));
+    const auto [begin, end] = t.share(blocks);
+    for (auto& v : visits)
+        for (int64_t j = 0, G = blocks_of(wide(v)); j < v.n; ++j, at += G)
+            if (begin < at + G && at < end) use(v, j, std::max<int64_t>(0, begin - at), std::min(G, end - at));
 }
 
 // %% ../../nbs/468_quant.step.ipynb #398b9d32
@@ -116,12 +119,14 @@ inline void project_codes(const Team& t, const Visit<Matrix>& v, int64_t d) {
         for (int64_t i = first * P; i < std::min(last * P, d); ++i) v.out[j][i] += v.weight[j] * o[j * d + i];
 }
 inline void together(const Team& t, const std::vector<Visit<Matrix>>& visits, int64_t d) {
-    each_row(t, visits, [&](auto& v, int64_t j) { round_row(v.in[j], d, (int32_t*)v.panel + j * CODES * blocks_of(d)); });
+    each_share(t, visits, [&](auto&) { return d; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
+        round_blocks(v.in[j], d, (int32_t*)v.panel + j * CODES * blocks_of(d), from, to);
+    });
     t.wait();
     for (auto& v : visits) hidden_codes(t, v, d);
     t.wait();
-    each_row(t, visits, [&](auto& v, int64_t j) {
-        round_row(v.hidden + j * v.f, v.f, (int32_t*)(v.hidden + v.n * v.f) + j * CODES * blocks_of(v.f));
+    each_share(t, visits, [](auto& v) { return v.f; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
+        round_blocks(v.hidden + j * v.f, v.f, (int32_t*)(v.hidden + v.n * v.f) + j * CODES * blocks_of(v.f), from, to);
     });
     t.wait();
     for (auto& v : visits) project_codes(t, v, d);

@@ -41,6 +41,23 @@ inline std::vector<const float*> row_pointers(const float* x, int64_t n, int64_t
     return rows;
 }
 
+// %% ../../nbs/350_kernels.step.ipynb #4e3520f4
+constexpr int64_t ALONE = 2;
+template <class T> const float* const* normalised(const Team& t, int64_t n, int64_t d, const float* x, const T* weight, float eps, const std::vector<const float*>& shared) {
+    thread_local Buffer buffer;
+    thread_local const float* rows[ALONE];
+    const auto [n0, n1] = n > ALONE ? t.share(n) : std::pair<int64_t, int64_t>{0, n};
+    float* own = n > ALONE ? nullptr : buffer.need(n * d);
+    for (int64_t j = n0; j < n1; ++j) {
+        float* y = own ? own + j * d : const_cast<float*>(shared[j]);
+        normalise(x + j * d, d, weight, eps, y);
+        if (own) rows[j] = y;
+    }
+    if (own) return rows;
+    t.wait();
+    return shared.data();
+}
+
 // %% ../../nbs/350_kernels.step.ipynb #7983dcf1
 struct Angles {
     const float *cos, *sin;
@@ -140,17 +157,15 @@ void MlaStage<T, M>::operator()(const Team& t, const Mla<T, M>& w, const float* 
                           {o, s * w.h * w.c, w.c, w.h * w.c}, w.scale};
     a.start = pad;
     const auto [n0, n1] = t.share(n);
-    for (int64_t j = n0; j < n1; ++j) normalise(x + j * w.d, w.d, w.norm, w.eps, xn + j * w.d);
-    t.wait();
-    product(t, wide, n, w.d, w.kv_a, xs.data(), kv, wide, panel);
+    const float* const* rows = normalised(t, n, w.d, x, w.norm, w.eps, xs);
+    product(t, wide, n, w.d, w.kv_a, rows, kv, wide, panel);
     if (n > FEW) t.wait();
     if (w.q_rank) {
-        product(t, w.q_rank, n, w.d, w.q_a, xs.data(), qa, w.q_rank, panel);
+        product(t, w.q_rank, n, w.d, w.q_a, rows, qa, w.q_rank, panel);
         t.wait();
-        for (int64_t j = n0; j < n1; ++j) normalise(qa + j * w.q_rank, w.q_rank, w.q_norm, 1e-6f, qa + j * w.q_rank);
-        t.wait();
+        rows = normalised(t, n, w.q_rank, qa, w.q_norm, 1e-6f, qas);
     }
-    product(t, w.h * qx, n, w.q_rank ? w.q_rank : w.d, w.q, w.q_rank ? qas.data() : xs.data(), q, w.h * qx, panel);
+    product(t, w.h * qx, n, w.q_rank ? w.q_rank : w.d, w.q, rows, q, w.h * qx, panel);
     t.wait();
     for (int64_t j = n0; j < n1; ++j) {
         float* row = kv + j * wide;
@@ -224,24 +239,22 @@ void GqaStage<T, M>::operator()(const Team& t, const Gqa<T, M>& m, const float* 
     Attention<float, T> a{b, m.g, m.h / m.g, s, past + s, m.w, m.w, {q, s * qw, m.w, qw}, {keys.data, keys.b, keys.h, keys.s},
                           {values.data, values.b, values.h, values.s}, {o, s * qw, m.w, qw}, m.scale};
     a.start = pad;
-    const auto [n0, n1] = t.share(n);
-    for (int64_t j = n0; j < n1; ++j) normalise(x + j * m.d, m.d, m.norm, m.eps, xn + j * m.d);
-    t.wait();
+    const float* const* rows = normalised(t, n, m.d, x, m.norm, m.eps, xs);
     auto project = [&](int64_t R, const M& w, const T* bias, float* out) {
-        product(t, R, n, m.d, w, xs.data(), out, R, panel);
+        product(t, R, n, m.d, w, rows, out, R, panel);
         add_bias(t, w, R, n, bias, out);
         if (n > FEW) t.wait();
     };
     project(qw, m.q, m.bq, q), project(kw, m.k, m.bk, k), project(kw, m.v, m.bv, v);
     t.wait();
-    for (int64_t j = n0; j < n1; ++j) {
-        for (int64_t i = 0; i < m.h; ++i) angles.apply(q + j * qw + i * m.w, j, m.interleaved);
-        for (int64_t i = 0; i < m.g; ++i) {
-            const int64_t at = j * kw + i * m.w;
-            angles.apply(k + at, j, m.interleaved);
-            T *kt = keys.at(j / s, i, past + j % s), *vt = values.at(j / s, i, past + j % s);
-            for (int64_t c = 0; c < m.w; ++c) narrow(k[at + c], kt + c), narrow(v[at + c], vt + c);
-        }
+    const auto [begin, end] = t.share(n * (m.h + m.g));
+    for (int64_t u = begin; u < end; ++u) {
+        const int64_t j = u / (m.h + m.g), i = u % (m.h + m.g) - m.h;
+        if (i < 0) { angles.apply(q + j * qw + (i + m.h) * m.w, j, m.interleaved); continue; }
+        const int64_t at = j * kw + i * m.w;
+        angles.apply(k + at, j, m.interleaved);
+        T *kt = keys.at(j / s, i, past + j % s), *vt = values.at(j / s, i, past + j % s);
+        for (int64_t c = 0; c < m.w; ++c) narrow(k[at + c], kt + c), narrow(v[at + c], vt + c);
     }
     t.wait();
     attention(t, a, scratch);
@@ -321,16 +334,18 @@ template <class T, class M> void FfnStage<T, M>::operator()(const Team& t, const
         if (w.norm) normalise(x + j * d, d, w.norm, w.eps, xn + j * d), memcpy(y + j * d, x + j * d, d * sizeof(float));
         else memcpy(xn + j * d, x + j * d, d * sizeof(float)), memset(y + j * d, 0, d * sizeof(float));
     }
+    const bool last = t.rank == t.size - 1;  // who routes a single token
+    if (last && !w.gate) gather(w, y);
     t.wait();
     if (w.gate) {
         const int64_t e = w.routed.e, k = w.router.k;
         product(t, e, n, d, w.gate, rows.data(), logits, e, panel);
         t.wait();
         for (int64_t j = n0; j < n1; ++j) route(w.router, logits + j * e, w.bias, weights + j * k, &experts[j * k], scores + j * e);
+        if (n > 1) t.wait();
+        if (last) gather(w, y);
         t.wait();
     }
-    if (t.rank == 0) gather(w, y);
-    t.wait();
     together(t, visits, d);
 }
 

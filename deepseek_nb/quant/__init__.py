@@ -7,7 +7,7 @@ PyTorch's `linear` and `embedding` accept it, so attention, feed-forward and mix
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'formats', 'Layout', 'Format', 'make_format', 'QuantizedWeight', 'quantize', 'linear_quantized',
-           'take_place', 'relative_error']
+           'embed_quantized', 'take_place', 'relative_error']
 
 # %% ../../nbs/400_quant.ipynb #aace27b6
 from dataclasses import asdict, dataclass, fields
@@ -151,10 +151,18 @@ def linear_quantized(
     "A product with a weight in few bits"
     return F.linear(x, w.dequantize(), bias)
 
+@op
+def embed_quantized(
+    ids:Tensor, # Row numbers, any shape
+    w:QuantizedWeight, # `o i`
+)->Tensor: # `… i`
+    "Some rows of a weight in few bits"
+    return w.rows(ids)
+
 @patch(cls_method=True)
 def __torch_function__(cls:QuantizedWeight, func, types, args=(), kwargs=None):
     if func is F.linear: return linear_quantized(*args, **kwargs or {})
-    if func is F.embedding: return args[1].rows(args[0])
+    if func is F.embedding: return embed_quantized(*args[:2])
     args,kwargs = tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs or {}))
     return func(*args, **kwargs)
 

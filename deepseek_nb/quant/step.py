@@ -16,7 +16,7 @@ from ..arch.cache import Slot
 from ..arch.model import Block, add_attention, add_feed_forward, run_blocks
 from ..arch.moe import MoE, mixture
 from ..kernels.build import Kernels
-from ..kernels.step import LIMIT, attention_half, blocks_of, cache_fits, feed_forward_half, half_of
+from ..kernels.step import LIMIT, attention_half, blocks_of, cache_fits, collected, feed_forward_half, half_of
 from . import QuantizedWeight
 from .panels import PIECES, kind_of, pack
 
@@ -70,7 +70,7 @@ def run_blocks_codes(
     mla:str = 'auto', # Form of MLA: absorbed
 )->Tensor: # `b s d`
     "All blocks in one call, on codes"
-    found,y = blocks_of(blocks, x),x.float().clone().contiguous()
+    found,y = collected.get(blocks) or blocks_of(blocks, x),x.float().clone().contiguous() # `supports` has just looked
     caches = [t for s in cache.slots for t in s.tensors]
     kernels.blocks_codes(y, *codes_of(found), *found.args[1:], *angles, caches, cache.length, cache.pad, y.new_empty(y.shape))
     return y.to(x.dtype)
