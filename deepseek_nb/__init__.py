@@ -52,6 +52,7 @@ Modules:
 - `deepseek_nb.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
 - `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+- `deepseek_nb.quant.cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
 - `deepseek_nb.quant.cuda`: Integers multiplied as integers, and weights that become bfloat16 in the registers of the thread that needs them
 - `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
 - `deepseek_nb.quant.ggml`: A file's own bytes stand in the model, and no weight is decoded before it is multiplied

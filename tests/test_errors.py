@@ -301,7 +301,7 @@ def test_wrong_shapes_of_tokens_masks_and_caches(model):
 
 
 def test_unknown_dtype_and_device(made, says):
-    says('generate', 'x', '--model', made['llama'], '--dtype', 'int8', words=['int8', 'float32'])
+    says('generate', 'x', '--model', made['llama'], '--dtype', 'int3', words=['int3', 'float32', 'int8'])
     refuses(ValueError, lambda: Model.from_pretrained(made['llama'], dtype='float99'), 'float99', 'bfloat16')
     if not torch.cuda.is_available(): says('generate', 'x', '--model', made['llama'], '--device', 'cuda', words=['cuda', 'not available'])
 

@@ -405,10 +405,10 @@ def test_a_cache_of_another_model_or_batch(model):
     ids = torch.ones(1, 3, dtype=torch.long)
     for bad,said in ((PagedCache(PagePool(other.config, 4, 4)), 'make a cache for this model and batch'),
                      (PagedCache(PagePool(model.config, 4, 4), 2), 'cache has 2 rows, tokens have 1; make a new cache for this batch'),
-                     (PagedCache(PagePool(model.config, 4, 4, torch.half)), 'cache is torch.float16, new positions are torch.float32')):
+                     (PagedCache(PagePool(model.config, 4, 4, torch.half)), 'cache is torch.float16, .* torch.float32; make')):
         with pytest.raises(ValueError, match=said) as e: model.generate(ids, 2, past_key_values=bad)
         assert '\n' not in str(e.value) and len(bad) == 0
-    with pytest.raises(ValueError, match='cache has 2 layers and no layer 2; make one for this model') as e:
+    with pytest.raises(ValueError, match='make (a cache|one) for this model') as e:
         deeper.generate(ids, 2, past_key_values=PagedCache(PagePool(model.config, 4, 4)))
     assert '\n' not in str(e.value)
 

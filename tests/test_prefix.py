@@ -6,18 +6,19 @@ import signal
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import deepseek_nb.infer.persist as persist
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core import Config, Rope
-from deepseek_nb.infer.paged import PagedCache, PagePool
+from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull
 from deepseek_nb.infer.persist import START, PageStore, fingerprint, word_sums
 from deepseek_nb.infer.prefix import PrefixCache, RadixTree, Usage, from_bytes, to_bytes
 
@@ -222,6 +223,45 @@ def test_tokens_and_hits(model, paged):
     assert ask(prefix, [5], paged=paged) == 0
 
 
+class Counted:
+    "Counts the tokens that a model computes."
+    def __init__(self, model): self.n,self.hook = 0,model.embed_tokens.register_forward_pre_hook(self.count)
+    def count(self, embed, args): self.n += args[0].numel()
+    def __enter__(self): return self
+    def __exit__(self, *error): self.hook.remove()
+
+
+requests = st.tuples(
+    st.sampled_from([0, 3, 8, 13, 30]), st.lists(st.integers(0, 2), min_size=1, max_size=9), st.sampled_from(['', 'a']), st.booleans(),
+    st.sampled_from(['all', 'some', 'none', 'fails', 'clears']))
+
+
+@given(which=st.sampled_from([*MODELS]), pages=st.sampled_from([3, 14, 40]), requests=st.lists(requests, min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_hits_and_misses_are_the_prompt(which, pages, requests):
+    "At every moment hits and misses add up to the prompt, and what the model computes before its first token are the misses."
+    prefix = new(MODELS[which], pages)
+    for n,ends,user,paged,how in requests:
+        ids = PROMPT[:n] + ends + [99]*(how == 'fails')
+        def holds(request, ids=ids, done=0):
+            u = request.usage
+            assert u.prompt_cache_hit_tokens + u.prompt_cache_miss_tokens == u.prompt_tokens == len(ids)
+            assert 0 <= u.prompt_cache_hit_tokens < len(ids) and u.prompt_cache_hit_tokens % PAGE == 0
+            assert u.completion_tokens == done and u.total_tokens == len(ids) + done == len(request.ids)
+        with Counted(prefix.model) as computed, prefix.stream(ids, user, paged, max_new_tokens=4, eos_token_id=[]) as request:
+            holds(request)
+            if how == 'clears': prefix.clear()
+            try:
+                for done in range(dict(all=4, some=2, none=0).get(how, 1)):
+                    next(request)
+                    assert computed.n == request.usage.prompt_cache_miss_tokens + done
+                    holds(request, done=done + 1)
+            except PoolFull: assert paged and pages < 40
+            except ValueError as e: assert how == 'fails' and 'token id 99 is outside' in str(e)
+            done = request.usage.completion_tokens
+        holds(request, done=done)
+
+
 def test_two_users_share_nothing(model, tmp_path):
     prefix = new(model, folder=tmp_path)
     assert ask(prefix, PROMPT, user='a') == 0
@@ -291,6 +331,24 @@ def test_running_requests_keep_their_pages(model):
     assert request.ids == alone(model, PROMPT, 9)
 
 
+def test_a_memory_smaller_than_what_lies_on_disk(model, tmp_path):
+    "What comes from disk takes no page of what it follows."
+    ask(new(model, folder=tmp_path), PROMPT)
+    small = new(model, pages=3, folder=tmp_path)
+    assert [ask(small, PROMPT) for _ in range(3)] == [12, 12, 12]
+    assert len(set(small.pages(PROMPT))) == small.tree.size == 3
+
+
+def test_a_closed_request_is_over(model):
+    prefix = new(model)
+    for paged in (False, True):
+        request = prefix.stream(PROMPT, paged=paged, max_new_tokens=9, eos_token_id=[])
+        next(request)
+        for _ in range(2): request.close()
+        with pytest.raises(StopIteration): next(request)
+        assert request.usage.completion_tokens == 1 and prefix.pool.refs.count(0) == prefix.pool.pages - prefix.tree.size
+
+
 def test_memory_is_what_was_asked_for(model):
     prefix = PrefixCache(model, nbytes=100_000, page=PAGE)
     held = sum(x.nbytes for layer in prefix.pool.layers for x in layer)
@@ -303,6 +361,21 @@ def test_bad_input(model, tmp_path):
     prefix,other = new(model),MODELS['gqa' if model is MODELS['mla'] else 'mla']
     for cache in (other.new_cache(1), model.new_cache(2), made(model.config, dtype=torch.bfloat16).new_cache(1)):
         with pytest.raises(ValueError, match='is no cache of one row without padding of this model'): prefix.insert(PROMPT, cache)
+    for cache in (PagedCache(PagePool(model.config, 9, 16)), PagedCache(PagePool(model.config, 9, PAGE))):
+        model(torch.tensor([PROMPT]), cache)
+        with pytest.raises(ValueError, match='is no cache of one row'): prefix.insert(PROMPT, cache)
+    for pool in (PagePool(other.config, 9, PAGE), PagePool(model.config, 9, PAGE, torch.bfloat16)):
+        with pytest.raises(ValueError, match='is a pool of another model'): PrefixCache(model, pool=pool)
+    padded = model.new_cache(1)
+    model(torch.tensor([PROMPT]), padded, attention_mask=torch.tensor([[0] + [1]*29]))
+    with pytest.raises(ValueError, match='is no cache of one row without padding'): prefix.insert(PROMPT, padded)
+    for pool in (prefix.pool, PagePool(model.config, 9, PAGE)):
+        pool.on_full = pool.on_full or (lambda: None)
+        with pytest.raises(ValueError, match='give each prefix cache its own') as e: PrefixCache(model, pool=pool)
+        assert '\n' not in str(e.value)
+    with pytest.raises(ValueError, match='is no string'): prefix.insert(PROMPT, model.new_cache(1), user=3)
+    with pytest.raises(ValueError, match='disk_nbytes is 9, and there is no folder'): PrefixCache(model, disk_nbytes=9)
+    with pytest.raises(ValueError, match='pages of 0 positions'): PrefixCache(model, page=0)
     with pytest.raises(ValueError, match='holds no page of'): PrefixCache(model, nbytes=10)
     with pytest.raises(ValueError, match='holds no page of'): PrefixCache(model, 10**5, folder=tmp_path, disk_nbytes=10)
     with pytest.raises(ValueError, match='is no string'): prefix.generate(PROMPT, user=None)
@@ -373,6 +446,34 @@ def test_a_full_disk_is_a_warning(model, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_folder_that_cannot_be_cleared_is_a_warning(model, tmp_path, monkeypatch):
+    size = START + PagePool(model.config, 1, PAGE).page_bytes
+    prefix = new(model, folder=tmp_path, disk_nbytes=8*size)
+    ask(prefix, PROMPT, n=1)
+    before = sorted(tmp_path.iterdir())
+    def denied(path, missing_ok=False): raise PermissionError(errno.EACCES, 'Permission denied')
+    monkeypatch.setattr(persist.Path, 'unlink', denied)
+    (a,b),said = caught(lambda: (ask(prefix, [*reversed(PROMPT)]), ask(prefix, [7]*20)))
+    assert a == b == 0 and len(said) == 1 and 'cannot be removed (Permission denied)' in said[0]
+    assert sorted(tmp_path.iterdir()) == before, 'and nothing beyond the budget was written'
+
+
+@pytest.mark.parametrize('limit', [None, 10**6])
+def test_a_folder_that_disappears_is_a_warning(model, tmp_path, limit):
+    prefix = new(model, folder=tmp_path/'pages', disk_nbytes=limit)
+    ask(prefix, PROMPT, n=1)
+    for p in (tmp_path/'pages').iterdir(): p.unlink()
+    (tmp_path/'pages').rmdir()
+    hits,said = caught(lambda: ask(prefix, [*reversed(PROMPT)]))
+    assert hits == 0 and len(said) == 1 and 'a page cannot be written' in said[0]
+
+
+def test_an_unfinished_file_may_vanish_meanwhile(tmp_path, monkeypatch):
+    "Another process finishes a page while this one looks for leftovers."
+    monkeypatch.setattr(persist.Path, 'glob', lambda self, pattern: iter([self/'.00.page.1.tmp']))
+    PageStore(tmp_path, '0'*64, '', 1, 8)
+
+
 def test_disk_budget(tmp_path):
     model = MODELS['gqa']
     size = START + PagePool(GQA, 1, PAGE).page_bytes
@@ -386,6 +487,29 @@ def test_disk_budget(tmp_path):
     ask(prefix, [*range(30)]*2, n=1)
     assert len([*tmp_path.glob('*.page')]) == 14 and (tmp_path/'notes.txt').exists()
     assert new(model, folder=tmp_path).lookup([*range(30)]*2) == 56
+
+
+def test_who_looks_a_prompt_up_uses_it(tmp_path):
+    model = MODELS['gqa']
+    prefix = new(model, folder=tmp_path, disk_nbytes=14*(START + PagePool(GQA, 1, PAGE).page_bytes))
+    for i in range(2): ask(prefix, [i]*28, n=1)
+    assert new(model, folder=tmp_path).lookup([0]*29) == 28
+    ask(prefix, [2]*28, n=1)
+    assert [new(model, folder=tmp_path).lookup([i]*29) for i in range(3)] == [28, 0, 28]
+
+
+def test_the_end_of_a_prompt_leaves_the_folder_first(tmp_path):
+    model = MODELS['gqa']
+    prefix = new(model, folder=tmp_path, disk_nbytes=10*(START + PagePool(GQA, 1, PAGE).page_bytes))
+    for i in range(2): ask(prefix, [i]*28, n=1)
+    assert [new(model, folder=tmp_path).lookup([i]*29) for i in range(2)] == [12, 28]
+
+
+def test_making_room_spares_what_the_prompt_begins_with(tmp_path):
+    store,data = PageStore(tmp_path, '0'*64, '', 1, 8, nbytes=4*(START + 8)),torch.zeros(8, dtype=torch.uint8)
+    a,b = store.keys([1, 2, 3]),store.keys([4, 5])
+    for keys in (a[:2], b, a): store.save(keys, lambda i: data)
+    assert [[store.load(k) is not None for k in keys] for keys in (a, b)] == [[True]*3, [True, False]]
 
 
 def test_folders_are_private(tmp_path):
@@ -506,6 +630,12 @@ def test_fingerprint_sees_every_weight(model):
             flat[[0, -1]] = flat[[-1, 0]]
     assert fingerprint(model) == before == fingerprint(made(model.config))
     assert fingerprint(made(model.config, dtype=torch.bfloat16)) != before
+
+
+def test_fingerprint_sees_the_config(model):
+    other = made(replace(model.config, rope=replace(model.config.rope, theta=5e5)))
+    assert all(torch.equal(a, b) for a,b in zip(other.parameters(), model.parameters(), strict=True))
+    assert fingerprint(other) != fingerprint(model)
 
 
 @pytest.mark.parametrize('dtype,shape', product((torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int32, torch.bool),

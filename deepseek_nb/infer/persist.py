@@ -17,6 +17,7 @@ import struct
 import sys
 import time
 import warnings
+from contextlib import suppress
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -109,10 +110,20 @@ class PageStore:
         try: self.folder.mkdir(0o700, parents=True, exist_ok=True)
         except OSError as e: raise ValueError(f'{folder}: no folder for pages ({e.strerror}); choose another') from None
         for p in self.folder.glob('.*.page.*.tmp'):  # a killed process left it, unless it is being written now
-            if time.time() - p.stat().st_mtime > 60: p.unlink(missing_ok=True)
+            with suppress(OSError):
+                if time.time() - p.stat().st_mtime > 60: p.unlink()
 
-    def path(self, key): return self.folder/f'{key.hex()}.page'
-    def head(self, key): return HEAD.pack(MAGIC, VERSION, self.size, bytes.fromhex(self.model), key)
+    def path(self,
+        key:bytes, # A page's key
+    )->Path: # Which need not exist
+        "Where a page is or would be"
+        return self.folder/f'{key.hex()}.page'
+
+    def head(self,
+        key:bytes, # A page's key
+    )->bytes: # `HEAD.size` bytes
+        "What its file must begin with"
+        return HEAD.pack(MAGIC, VERSION, self.size, bytes.fromhex(self.model), key)
 
     def keys(self,
         ids:list, # Token ids
@@ -122,8 +133,11 @@ class PageStore:
         root = json.dumps([self.model, self.form, sys.byteorder, self.page, user])
         return page_keys(sha256(root.encode()).digest(), ids, self.page)
 
-    def warn(self, key, message):
-        "Warn once"
+    def warn(self,
+        key:bytes|str, # What it is about: a page's key, or 'write' for the folder
+        message:str, # What is wrong
+    )->None:
+        "Warn once for each key"
         if key not in self.warned: warnings.warn(message, stacklevel=3)
         self.warned.add(key)
 
@@ -142,6 +156,7 @@ def load(self:PageStore,
     except OSError as e: why = f'cannot be read ({e.strerror})'
     if not why: return torch.frombuffer(data, dtype=torch.uint8, offset=START)
     self.warn(key, f'{path} {why}; it is ignored, and its tokens are computed again')
+    return None
 
 # %% ../../nbs/283_infer.persist.ipynb #9a10cbb8
 @patch
@@ -154,9 +169,11 @@ def write(self:PageStore,
     h = sha256(head); h.update(data)
     try:
         with written(self.path(key)) as tmp, open(tmp, 'wb') as f: f.writelines((head, h.digest(), data))
-    except OSError as e: self.warn('write', f'{self.folder}: a page cannot be written ({e.strerror}); prompts are not kept on disk')
-    else: return not self.warned.discard(key)
-    return False
+    except OSError as e:
+        self.warn('write', f'{self.folder}: a page cannot be written ({e.strerror}); prompts are not kept on disk')
+        return False
+    self.warned.discard(key)
+    return True
 
 # %% ../../nbs/283_infer.persist.ipynb #fde01f0b
 @patch
@@ -177,20 +194,25 @@ def _stat(entry):
 
 @patch
 def files(self:PageStore)->list: # Time of use in ns, bytes and path of each, the oldest first
-    "All pages in the folder"
-    return sorted(filter(None, (_stat(e) for e in os.scandir(self.folder) if NAME.fullmatch(e.name))))
+    "All pages in the folder, none if there is no folder any more"
+    try: return sorted(filter(None, (_stat(e) for e in os.scandir(self.folder) if NAME.fullmatch(e.name))))
+    except OSError: return []
 
 @patch
 def make_room(self:PageStore,
     n:int, # Bytes to come
-)->None:
+)->bool: # Whether they fit now
     "Remove the least recently used pages until the rest fits"
     files = self.files()
     total = n + sum(size for _,size,_ in files)
     for _,size,path in files:
         if total <= self.nbytes: break
-        Path(path).unlink(missing_ok=True)
+        try: Path(path).unlink(missing_ok=True)
+        except OSError as e:
+            self.warn('write', f'{path} cannot be removed ({e.strerror}); prompts are not kept on disk')
+            return False
         total -= size
+    return total <= self.nbytes
 
 # %% ../../nbs/283_infer.persist.ipynb #667f1de4
 @patch
@@ -202,7 +224,7 @@ def save(self:PageStore,
     if self.nbytes is not None: keys = keys[:self.nbytes//(START + self.size)]
     missing = [i for i,k in enumerate(keys) if k in self.warned or not self.path(k).exists()]
     self.touch(keys)
-    if missing and self.nbytes is not None: self.make_room(len(missing)*(START + self.size))
+    if missing and self.nbytes is not None and not self.make_room(len(missing)*(START + self.size)): return 0
     count = sum(self.write(keys[i], read(i)) for i in missing)
     self.touch(keys)
     return count

@@ -7,7 +7,7 @@ recently used pages make room. `stream` and `generate` do all of it, and count t
 
 # %% auto #0
 __all__ = ['blocks', 'Node', 'RadixTree', 'Usage', 'PrefixCache', 'copy_in', 'copy_out', 'to_bytes', 'from_bytes', 'one_prompt',
-           'Request']
+           'check_user', 'Request']
 
 # %% ../../nbs/284_infer.prefix.ipynb #95f8fcf6
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from torch import Tensor
 from ..arch.cache import Cache
 from ..arch.model import Model
 from .conversation import common_prefix
-from .paged import PagedCache, PagePool
+from .paged import PagedCache, PagePool, gather
 from .persist import PageStore, fingerprint
 
 # %% ../../nbs/284_infer.prefix.ipynb #7a23cacc
@@ -167,14 +167,18 @@ class PrefixCache:
         page:int = 16, # Tokens of a page
         folder:str|Path|None = None, # Where pages outlive the process; None: nowhere
         disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
+        pool:PagePool|None = None, # Pages of another kind; None: `nbytes` of plain ones
     ):
-        empty = model.new_cache(1)
-        self.model,self.tree,self.store = model,RadixTree(page),None
-        self.pool = PagePool.sized(model.config, nbytes, page, empty.dtype, empty.device)
-        self.pool.on_full = lambda: self.evict(1)
+        if folder is None and disk_nbytes is not None: raise ValueError(f'disk_nbytes is {disk_nbytes:,}, and there is no folder; name one')
+        c,dtype,device = model.config,model.dtype,model.device
+        self.model,self.store,self.pool = model,None,PagePool.sized(c, nbytes, page, dtype, device) if pool is None else pool
+        fits = (self.pool.c, self.pool.dtype, self.pool.layers[0][0].device) == (c, dtype, device)
+        if not fits: raise ValueError(f'{pool} is a pool of another model; make one of this model, dtype and device')
+        if self.pool.on_full is not None: raise ValueError(f'{pool} calls somebody else when it is full; give each prefix cache its own')
+        self.tree,self.pool.on_full = RadixTree(self.pool.page),lambda: self.evict(1)
         if folder is None: return
-        form = f'{self.pool.dtype} {[tuple(x.shape[1:]) for x in self.pool.layers[0]]}'
-        self.store = PageStore(folder, fingerprint(model), form, page, self.pool.page_bytes, disk_nbytes)
+        form = f'{dtype} {[(x.dtype, tuple(x.shape[1:])) for x in self.pool.layers[0]]}'
+        self.store = PageStore(folder, fingerprint(model), form, self.pool.page, self.pool.page_bytes, disk_nbytes)
 
     @property
     def nbytes(self)->int: return self.tree.size*self.pool.page_bytes
@@ -201,8 +205,8 @@ def copy_in(
     "Copy positions of a contiguous cache into pages"
     index,end = torch.tensor(pages, dtype=torch.long, device=pool.device),start + len(pages)*pool.page
     for slot,layer in zip(cache.slots, pool.layers, strict=True):
-        for x,to in zip(slot.tensors, layer, strict=True):
-            to[index] = rearrange(x[0, ..., start:end, :], '... (n p) x -> n ... p x', p=pool.page)
+        for x,to in zip(pool.encode(*[x[..., start:end, :] for x in slot.tensors]), layer, strict=True):
+            to[index] = rearrange(x[0], '... (n p) x -> n ... p x', p=pool.page)
 
 def copy_out(
     pool:PagePool, # Where from
@@ -212,8 +216,7 @@ def copy_out(
     "Copy pages to the beginning of a contiguous cache"
     index,end = torch.tensor(pages, dtype=torch.long, device=pool.device),len(pages)*pool.page
     for slot,layer in zip(cache.slots, pool.layers, strict=True):
-        for to,x in zip(slot.tensors, layer, strict=True):
-            rearrange(to[0, ..., :end, :], '... (n p) x -> n ... p x', p=pool.page).copy_(x.index_select(0, index))
+        for to,x in zip(slot.tensors, pool.decode(*[gather(x, index[None]) for x in layer]), strict=True): to[..., :end, :] = x
     cache.advance(end)
 
 # %% ../../nbs/284_infer.prefix.ipynb #10024afc
@@ -230,8 +233,8 @@ def from_bytes(
     data:Tensor, # uint8, as `to_bytes` gave it
 )->None:
     "A page as it comes from disk"
-    tensors = [x[page] for layer in pool.layers for x in layer]
-    for x,part in zip(tensors, data.split([x.nbytes for x in tensors]), strict=True): x.copy_(part.view(x.dtype).view(x.shape))
+    parts = [x[page].view(-1).view(torch.uint8) for layer in pool.layers for x in layer]
+    for x,part in zip(parts, data.split([len(x) for x in parts]), strict=True): x.copy_(part)
 
 # %% ../../nbs/284_infer.prefix.ipynb #651ade80
 @patch
@@ -272,15 +275,21 @@ def one_prompt(
         return ids.tolist()
     return list(ids)
 
+def check_user(
+    user:str, # Whose prompts
+)->str: # The same
+    "Refuse what is no string"
+    if not isinstance(user, str): raise ValueError(f'user {user!r} is no string; two users are told apart by their ids')
+    return user
+
 @patch
 def pages(self:PrefixCache,
     ids:list|Tensor, # Prompt, `s` or `1 s`
     user:str = '', # Whose
 )->list[int]: # Page numbers
     "Pages of the longest known beginning; those on disk come into memory"
-    if not isinstance(user, str): raise ValueError(f'user {user!r} is no string; two users are told apart by their ids')
     ids = one_prompt(ids)[:-1]
-    found = self.tree.match(ids, user)
+    found = self.tree.match(ids, check_user(user))
     if self.store is None: return found
     keys = self.store.keys(ids, user)
     with self.pinned(found):
@@ -305,10 +314,11 @@ def insert(self:PrefixCache,
     user:str = '', # Whose
 )->int: # Tokens that are kept
     "Keep what a request has computed"
-    if cache.c != self.model.config or cache.batch != 1 or cache.pad is not None or cache.dtype != self.pool.dtype:
+    fits = type(cache) is Cache or isinstance(cache, PagedCache) and cache.pool is self.pool
+    if not fits or cache.c != self.model.config or cache.batch != 1 or cache.pad is not None or cache.dtype != self.pool.dtype:
         raise ValueError(f'{cache} is no cache of one row without padding of this model; make one with start or new_cache(1)')
     ids = one_prompt(ids)[:len(cache)]
-    found = self.tree.match(ids, user)
+    found = self.tree.match(ids, check_user(user))
     start,end = len(found),len(ids)//self.tree.page
     with self.pinned(found):
         if isinstance(cache, PagedCache) and cache.pool is self.pool: new = [self.pool.share(p) for p in cache.tables[0][start:end]]

@@ -136,7 +136,7 @@ class Stepper:
     )->bool: # Whether the step may run
         "Is it one token for a cache that holds something?"
         plain = not (torch.is_grad_enabled() or self.model._forward_hooks or self.model._forward_pre_hooks)
-        fits = cache is not None and len(cache) > 0 and tuple(tokens.shape) == (cache.batch, 1)
+        fits = type(cache) is Cache and len(cache) > 0 and tuple(tokens.shape) == (cache.batch, 1)
         if not (plain and fits and self.freqs.device == tokens.device): return False
         return chosen() == 'compile' or (chosen() == 'auto' and not kernels_take(self.model, cache))
 
