@@ -87,3 +87,18 @@ def test_panels_give_back_every_part(f):
         parts = {n: t.clone() for n, t in w.parts().items()}
         again = pack(w).parts()
         assert parts.keys() == again.keys() and all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in parts.items())
+
+
+@needs_compiler
+@pytest.mark.parametrize('f', [*FORMATS, Int4(64), Int4(128), Int4(symmetric=True)], ids=str)
+def test_many_tokens_are_as_one_at_a_time(f):
+    "Whole tiles of tokens, what is left of them, and one by one; a token that isn't finite stays alone"
+    for o, i, n in ((16, 32, 16), (17, 33, 17), (40, 70, 31), (5, 576, 32), (100, 150, 50), (33, 290, 64)):
+        w, x = quantize(torch.randn(o, i), f), torch.randn(n, i)
+        one = torch.cat([linear_panels(row[None], w) for row in x])
+        many = linear_panels(x, w)
+        assert (many - one).abs().max() <= 2e-6*one.abs().max()
+        x[n//2, i//2] = float('nan')
+        bad = linear_panels(x, w)
+        assert bad[n//2].isnan().all()
+        assert torch.equal(bad[:n//2], many[:n//2]) and torch.equal(bad[n//2+1:], many[n//2+1:])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_gguf import write as write_gguf
 
 from deepseek_nb import Config, Model, QuantizedModel, Tokenizer
@@ -23,6 +24,7 @@ from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 from deepseek_nb.quant.model import load_model, plan, quantize_model
 from deepseek_nb.quant.nf4 import NF4
+from deepseek_nb.quant.save import packed_weights
 from deepseek_nb.quant.stream import Source, cuts, encode_from
 
 SHARED = dict(vocab_size=160, dim=64, n_layers=2, inter_dim=96, max_positions=64, eos_ids=(2,), bos_id=1)
@@ -166,7 +168,6 @@ def test_fp8_checkpoint(floats, tmp_path):
     "DeepSeek's own weights: the codes are found again, and int8 is made of what they stand for"
     floats['v3'].save_pretrained(tmp_path/'v3')
     stored = {}
-    from safetensors.torch import load_file
     for k, t in load_file(tmp_path/'v3'/'model.safetensors').items():
         if '_proj' in k and k.endswith('weight'): stored[k], stored[f'{k}_scale_inv'] = quant_fp8(t)
         else: stored[k] = t
@@ -176,6 +177,9 @@ def test_fp8_checkpoint(floats, tmp_path):
     model = QuantizedModel.from_pretrained(tmp_path/'v3', 'fp8', device='cpu')
     q = model.layers[1].self_attn.o_proj.weight
     assert torch.equal(q.codes.view(torch.uint8), stored['model.layers.1.self_attn.o_proj.weight'].view(torch.uint8))
+    assert torch.equal(q.scales, stored['model.layers.1.self_attn.o_proj.weight_scale_inv']) and q.error == 0
+    experts, exact = model.layers[1].mlp.experts, Model.from_pretrained(tmp_path/'v3', 'float32', 'cpu').layers[1].mlp.experts
+    for n in ('gate_up_proj', 'down_proj'): assert relative_error(getattr(exact, n), getattr(experts, n).dequantize()) < .03
     same(QuantizedModel.from_pretrained(tmp_path/'v3', 'int8', device='cpu'),
          quantize_model(Model.from_pretrained(tmp_path/'v3', 'float32', 'cpu'), 'int8'))
 
@@ -247,7 +251,7 @@ def test_a_crash_leaves_what_was_there(floats, tmp_path, monkeypatch):
 
 def test_mtp_block_travels(floats, tmp_path):
     floats['v3'].save_pretrained(tmp_path/'v3')
-    from safetensors.torch import load_file
+
     file = tmp_path/'v3'/'model.safetensors'
     write_tensors(file, load_file(file) | {'model.layers.2.eh_proj.weight': torch.ones(16, 32)})
     first = QuantizedModel.from_pretrained(tmp_path/'v3', 'int8', device='cpu')
@@ -400,3 +404,25 @@ def test_memory_falls_with_the_weights(python):
     size = dict(int8=135.4e6, int4=95.1e6, own=95.9e6)
     for k, n in size.items(): assert peak[k] < n + 30e6, (k, peak)
     assert peak['int8'] < .26*peak['float32'] and peak['int4'] < .18*peak['float32'], peak
+
+
+def test_published_experts_stay_as_they_are(tmp_path):
+    "Scales that `quant_fp8` wouldn't choose survive, also those of experts, whose gate and up are two tensors on disk"
+    c = Config('deepseek_v3', vocab_size=64, dim=160, n_layers=1, n_heads=2, inter_dim=96, kv_lora_rank=32, q_lora_rank=48,
+               qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, rope=Rope(interleaved=True), n_routed_experts=3,
+               n_activated_experts=2, moe_inter_dim=128)
+    Model(c, 'float32', 'cpu').init_weights(.2).save_pretrained(tmp_path/'m')
+    stored = {}
+    for k, t in load_file(tmp_path/'m'/'model.safetensors').items():
+        stored[k] = t
+        if '_proj' in k and k.endswith('weight'):
+            stored[k], scale = quant_fp8(t)
+            stored[f'{k}_scale_inv'] = scale*(1 + torch.rand_like(scale))
+    write_tensors(tmp_path/'m'/'model.safetensors', stored)
+    config = read_json(tmp_path/'m'/'config.json') | dict(quantization_config=dict(quant_method='fp8', weight_block_size=[128, 128]))
+    (tmp_path/'m'/'config.json').write_text(json.dumps(config))
+    exact = Model.from_pretrained(tmp_path/'m', 'float32', 'cpu').state_dict()
+    model = QuantizedModel.from_pretrained(tmp_path/'m', 'fp8', embedding=None, device='cpu')
+    found = packed_weights(model)
+    assert 'layers.0.mlp.experts.gate_up_proj' in found and len(found) == 7
+    for k, w in found.items(): assert torch.equal(w.dequantize(), exact[k]) and w.error == 0, k

@@ -161,6 +161,75 @@ template <class F, int N> void panel_dots(const Matrix& m, const uint8_t* panel,
     }
 }
 
+// %% ../../nbs/460_quant.panels.ipynb #83140dcc
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+constexpr int64_t TILE = 16;
+inline bool tiles_allowed() {
+    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for the tiles' data
+    return yes;
+}
+struct Tiles {
+    Tiles() {
+        alignas(64) uint8_t config[64] = {1};
+        auto tile = [&](int i, uint8_t rows, uint8_t bytes) { config[48 + i] = rows, config[16 + 2 * i] = bytes; };
+        tile(0, TILE, 32), tile(1, 8, 64), tile(2, TILE, 64);
+        _tile_loadconfig(config);
+    }
+    ~Tiles() { _tile_release(); }
+};
+template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
+    if (F::END) return panel + F::SCALES;
+    for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
+        ivec w[8];
+        F::read(panel + (g / each + 1) * F::SCALES + g * F::BYTES, w);
+        memcpy(to + g * sizeof w, w, sizeof w);
+    }
+    return to;
+}
+// c[j] (16 rows) = panel · x_j for 16 tokens, whose codes are equally far apart
+template <class F> void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[P]) {
+    const int64_t each = m.blocks(), step = x[1].codes - x[0].codes;
+    alignas(64) int32_t sums[TILE][P];
+    vec s[TILE] = {};
+    for (int64_t g = 0; g < blocks_of(m.K); ++g) {
+        const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
+        const vec d = F::step(group), low = F::END ? vec{} : F::low(group, d);
+        _tile_zero(2);
+        _tile_loadd(0, x[0].codes + 8 * g, 4 * step);
+        _tile_loadd(1, codes + 512 * g, 64);
+        if (F::END) _tile_dpbssd(2, 0, 1);
+        else _tile_dpbsud(2, 0, 1);
+        _tile_stored(2, sums, 64);
+        const float *scale = x[0].scale + g, *sum = x[0].sum + g;
+        for (int j = 0; j < TILE; ++j) {
+            s[j] += __builtin_convertvector(ints((const uint8_t*)sums[j]), vec) * (d * scale[j * step]);
+            if (!F::END) s[j] += low * sum[j * step];
+        }
+    }
+    for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
+}
+// as many of n tokens as fill tiles
+template <class F> int64_t tile_rows(const Matrix& m, int64_t first, int64_t last, int64_t R, int64_t n, const Codes* x, float* y, int64_t ldy) {
+    if (n < TILE || !tiles_allowed()) return 0;
+    const Tiles tiles;
+    thread_local Buffer buffer;
+    uint8_t* room = (uint8_t*)buffer.need(128 * blocks_of(m.K));
+    float c[TILE][P];
+    for (int64_t p = first; p < last; ++p) {
+        const uint8_t *panel = m.data + p * m.size, *codes = unpacked<F>(m, panel, room);
+        for (int64_t j = 0; j + TILE <= n; j += TILE) {
+            tile_dots<F>(m, panel, codes, x + j, c);
+            for (int i = 0; i < TILE; ++i) memcpy(y + (j + i) * ldy + p * P, c[i], std::min<int64_t>(P, R - p * P) * sizeof(float));
+        }
+    }
+    return n / TILE * TILE;
+}
+#else
+template <class F> int64_t tile_rows(const Matrix&, int64_t, int64_t, int64_t, int64_t, const Codes*, float*, int64_t) { return 0; }
+#endif
+
 // %% ../../nbs/460_quant.panels.ipynb #dc478963
 constexpr int AT_ONCE = L == 16 ? 8 : 4;
 
@@ -169,9 +238,10 @@ inline void panel_up_to(int n, const Matrix& m, const uint8_t* panel, const Code
     ((n == N + 1 && (panel_dots<F, N + 1>(m, panel, x, c), true)) || ...);
 }
 template <class F> void panel_rows(const Matrix& m, int64_t first, int64_t last, int64_t R, int64_t n, const Codes* x, float* y, int64_t ldy) {
+    const int64_t done = tile_rows<F>(m, first, last, R, n, x, y, ldy);
     float c[AT_ONCE][P];
-    for (int64_t p = first; p < last; ++p)
-        for (int64_t j = 0; j < n; j += AT_ONCE) {
+    for (int64_t p = first; p < last && done < n; ++p)
+        for (int64_t j = done; j < n; j += AT_ONCE) {
             const int some = std::min<int64_t>(AT_ONCE, n - j);
             panel_up_to<F>(some, m, m.data + p * m.size, x + j, c, std::make_integer_sequence<int, AT_ONCE>());
             for (int i = 0; i < some; ++i) memcpy(y + (j + i) * ldy + p * P, c[i], std::min<int64_t>(P, R - p * P) * sizeof(float));

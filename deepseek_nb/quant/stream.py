@@ -24,6 +24,7 @@ from ..infer.checkpoint import dequant_fp8, disk_views, fp8_block, match_keys, m
 from ..infer.gguf import Meta, copy_blocks, gguf_views, match_tensors
 from ..infer.safetensors import read_tensors, weight_map
 from . import Format, QuantizedWeight, quantize
+from .fp8 import FP8, SIDE
 from .ggml import KINDS, Ggml, as_int4, from_blocks
 from .int4 import Int4
 
@@ -155,6 +156,17 @@ class FolderSource(Source):
         if names == [key]: return out.copy_(self.numbers(key)[first:first+len(out)])
         each = len(names)//len(self.weights[key])
         for name,view in zip(names[each*first:], self.views(key, out).values(), strict=False): view.copy_(self.numbers(name))
+    def parts(self, key, format):
+        t,(*stack,o,i) = self.weights[key],self.weights[key].shape
+        if format != FP8() or self.block != (SIDE, SIDE) or stack and o % (2*SIDE): return None  # gate and up are two tensors there
+        codes = torch.empty(t.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(*stack, -(-o//SIDE), -(-i//SIDE))
+        places = [(name, view, self.views(key, scales)[name]) for name,view in self.views(key, codes).items()]
+        if not all(f'{n}_scale_inv' in self.found for n,*_ in places): return None
+        for name,view,scale in places:
+            view.copy_(self.tensor(name))
+            scale.copy_(self.tensor(f'{name}_scale_inv'))
+        return dict(codes=codes, scales=scales)
 
 # %% ../../nbs/475_quant.stream.ipynb #a77b5225
 def format_of(
