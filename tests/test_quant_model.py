@@ -24,7 +24,7 @@ from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 from deepseek_nb.quant.model import load_model, plan, quantize_model
 from deepseek_nb.quant.nf4 import NF4
-from deepseek_nb.quant.save import packed_weights
+from deepseek_nb.quant.save import packed_tensors, packed_weights
 from deepseek_nb.quant.stream import Source, cuts, encode_from
 
 SHARED = dict(vocab_size=160, dim=64, n_layers=2, inter_dim=96, max_positions=64, eos_ids=(2,), bos_id=1)
@@ -60,10 +60,11 @@ def tokens(): return torch.randint(160, (2, 21))
 
 
 def same(a, b):
-    "Equal in every byte and every format"
-    assert a.state_dict().keys() == b.state_dict().keys()
-    for k, t in a.state_dict().items():
-        u = b.state_dict()[k]
+    "Equal in every byte and every format, in whatever order kernels keep the bytes"
+    a_parts, b_parts = packed_tensors(a), packed_tensors(b)
+    assert a_parts.keys() == b_parts.keys()
+    for k, t in a_parts.items():
+        u = b_parts[k]
         assert t.dtype == u.dtype and t.shape == u.shape and torch.equal(t.view(torch.uint8), u.view(torch.uint8)), k
     fa, fb = ({k: m.format for k, m in x.named_modules() if isinstance(m, QuantizedWeight)} for x in (a, b))
     assert fa == fb
@@ -392,18 +393,22 @@ torch.set_num_threads(1)
 path = fetch('smollm2-135m')
 open_gguf(path)
 keep = []
-print(peak_bytes(lambda: keep.append({})))
+def first_token():
+    keep.append({})
+    with torch.inference_mode(): keep[0](torch.ones(1, 1, dtype=torch.long))
+print(peak_bytes(first_token))
 '''
 LOADS = dict(float32="Model.from_pretrained(path, 'float32', 'cpu')", int8="QuantizedModel.from_pretrained(path, 'int8', device='cpu')",
              int4="QuantizedModel.from_pretrained(path, 'int4', device='cpu')", own="QuantizedModel.from_pretrained(path, device='cpu')")
 
 
 def test_memory_falls_with_the_weights(python):
-    "Peaks above a process that has imported what it needs: the weights, and little else"
+    "Peaks of loading and of a token, above a process that has imported what it needs: the weights, and an embedding while it is packed"
     peak = {k: int(python(PEAK.replace('keep.append({})', f'keep.append({v})'))) for k, v in LOADS.items()}
     size = dict(int8=135.4e6, int4=95.1e6, own=95.9e6)
-    for k, n in size.items(): assert peak[k] < n + 30e6, (k, peak)
-    assert peak['int8'] < .26*peak['float32'] and peak['int4'] < .18*peak['float32'], peak
+    for k, n in size.items(): assert peak[k] < n + 60e6, (k, peak)
+    assert peak['int8'] < .3*peak['float32'] and peak['int4'] < .24*peak['float32'], peak
+    print(peak)
 
 
 def test_published_experts_stay_as_they_are(tmp_path):

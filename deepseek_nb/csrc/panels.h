@@ -171,13 +171,15 @@ inline bool tiles_allowed() {
     return yes;
 }
 struct Tiles {
+    alignas(64) uint8_t before[64];
     Tiles() {
+        _tile_storeconfig(before);
         alignas(64) uint8_t config[64] = {1};
         auto tile = [&](int i, uint8_t rows, uint8_t bytes) { config[48 + i] = rows, config[16 + 2 * i] = bytes; };
         tile(0, TILE, 32), tile(1, 8, 64), tile(2, TILE, 64);
         _tile_loadconfig(config);
     }
-    ~Tiles() { _tile_release(); }
+    ~Tiles() { _tile_loadconfig(before); }
 };
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
     if (F::END) return panel + F::SCALES;

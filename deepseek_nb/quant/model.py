@@ -31,6 +31,7 @@ from ..infer.gguf import gguf_config, open_gguf
 from ..infer.load import load_config, locate
 from . import Format, QuantizedWeight, formats, fp4, int8, make_format, nf4, take_place  # noqa: F401, for formats
 from .gptq import quantize_layers
+from .panels import pack_early
 from .save import PackedSource, packed_weights, read_packed, save_packed
 from .stream import FolderSource, GgufSource, Source, encode_from
 
@@ -86,7 +87,9 @@ def fill_quantized(
     "Read and encode one parameter after the other"
     for key,m,name in [*owners(model)]:
         t = getattr(m, name)
-        if key in planned: take_place(m, name, encode_from(source, key, tuple(t.shape), planned[key], t.dtype, device))
+        if key in planned:
+            w = encode_from(source, key, tuple(t.shape), planned[key], t.dtype, device)
+            take_place(m, name, w if isinstance(source, PackedSource) else pack_early(w))
         else:
             source.read(key, w := torch.empty(t.shape, dtype=t.dtype))
             setattr(m, name, nn.Parameter(w.to(device), requires_grad=False) if name in m._parameters else w.to(device))

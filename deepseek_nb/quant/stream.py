@@ -158,7 +158,8 @@ class FolderSource(Source):
         for name,view in zip(names[each*first:], self.views(key, out).values(), strict=False): view.copy_(self.numbers(name))
     def parts(self, key, format):
         t,(*stack,o,i) = self.weights[key],self.weights[key].shape
-        if format != FP8() or self.block != (SIDE, SIDE) or stack and o % (2*SIDE): return None  # gate and up are two tensors there
+        split = len(self.views(key, t)) > math.prod(stack)  # gate and up are two tensors on disk
+        if format != FP8() or self.block != (SIDE, SIDE) or split and o % (2*SIDE): return None
         codes = torch.empty(t.shape, dtype=torch.float8_e4m3fn)
         scales = torch.empty(*stack, -(-o//SIDE), -(-i//SIDE))
         places = [(name, view, self.views(key, scales)[name]) for name,view in self.views(key, codes).items()]
