@@ -274,7 +274,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deepseek_nb.claims.peer_row': ('claims.html#peer_row', 'deepseek_nb/claims.py'),
                                     'deepseek_nb.claims.times_as': ('claims.html#times_as', 'deepseek_nb/claims.py'),
                                     'deepseek_nb.claims.where': ('claims.html#where', 'deepseek_nb/claims.py'),
-                                    'deepseek_nb.claims.with_bytes': ('claims.html#with_bytes', 'deepseek_nb/claims.py'),
                                     'deepseek_nb.claims.with_cache': ('claims.html#with_cache', 'deepseek_nb/claims.py'),
                                     'deepseek_nb.claims.without_cache': ('claims.html#without_cache', 'deepseek_nb/claims.py')},
             'deepseek_nb.cli': { 'deepseek_nb.cli._load': ('cli.html#_load', 'deepseek_nb/cli.py'),

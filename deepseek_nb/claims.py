@@ -7,8 +7,7 @@ missing, or that contradicts itself, gives *not yet* and never a number. `python
 
 # %% auto #0
 __all__ = ['ARTICLE', 'OURS', 'PEERS', 'where', 'checked', 'Claim', 'times_as', 'claim_row', 'ClaimTable', 'with_cache',
-           'without_cache', 'cache_or_recompute', 'int8_or_float', 'with_bytes', 'claims', 'peer_row', 'measured',
-           'main']
+           'without_cache', 'cache_or_recompute', 'int8_or_float', 'claims', 'peer_row', 'measured', 'main']
 
 # %% ../nbs/920_claims.ipynb #53d6753b
 import json
@@ -145,19 +144,12 @@ def int8_or_float(
         steps = dict(int8=step(quantize_model(exact, 'int8')), float32=step(exact))
         return compare(steps, repeats, 8, number)
 
-def with_bytes(
-    c:Comparison, # Of `int8`
-)->str: # Speed and bytes
-    "Read the ratio, and what `quant-decode` found about bytes"
-    try: sizes = load_result('quant-decode')['result']['nbytes']
-    except (OSError, ValueError, KeyError): return times_as('the speed of float32')(c)
-    return times_as('the speed of float32')(c) + f', weights take **{1 - sizes["int8"]/sizes["float32"]:.1%}** less'
-
 # %% ../nbs/920_claims.ipynb #d160d1e6
 ARTICLE = (
     Claim('Sparse activation with dynamic routing keeps 98% of the accuracy at 42% less compute and 35% less latency'),
     Claim('Progressive distillation reaches F1 0.89 on rare diseases, 21% above a single architecture'),
-    Claim('int8 takes 65% less memory and runs 2.1 times as fast', 'python -m deepseek_nb.claims int8', 'int8', with_bytes),
+    Claim('int8 takes 65% less memory and runs 2.1 times as fast', 'python -m deepseek_nb.claims int8', 'int8',
+          times_as('the speed of the same model in floats')),
     Claim('Two data-loading workers on four cores cut I/O delay by 30%'),
     Claim('A `past_key_values` cache avoids recomputation', 'python -m deepseek_nb.claims cache', 'cache',
           times_as('the speed of recomputing the prefix')),

@@ -22,7 +22,7 @@ from deepseek_nb.quant.fp8 import FP8
 from deepseek_nb.quant.ggml import Ggml
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
-from deepseek_nb.quant.model import load_model, plan, quantize_model
+from deepseek_nb.quant.model import calibrate_model, load_model, plan, quantize_model
 from deepseek_nb.quant.nf4 import NF4
 from deepseek_nb.quant.save import packed_tensors, packed_weights
 from deepseek_nb.quant.stream import Source, cuts, encode_from
@@ -379,6 +379,23 @@ def test_saved_tokenizer_is_the_file_s(tmp_path):
     c = transformers.AutoTokenizer.from_pretrained(saved)
     text = 'The router picks 8 of 256 experts, niño. 世界<|im_end|>'
     assert c.encode(text, add_special_tokens=False) == a.encode(text, special=True)
+
+
+def test_calibrating_from_the_command_line(tmp_path, capsys):
+    (tmp_path/'short.txt').write_text('Too short.')
+    argv = ['quantize', 'smollm2-135m', '--dtype', 'int4', '--calibrate', str(tmp_path/'short.txt'), '--out', str(tmp_path/'out')]
+    assert main(argv) == 2 and 'tokens has no piece of 512; give a longer one' in capsys.readouterr().err
+    (tmp_path/'long.txt').write_text('One word and another. '*400)
+    argv = ['quantize', 'smollm2-135m', '--dtype', 'fp8', '--calibrate', str(tmp_path/'long.txt'), '--out', str(tmp_path/'out')]
+    assert main(argv) == 2 and "GPTQ rounds to grids of 'int4', not to 'fp8'" in capsys.readouterr().err
+    assert not (tmp_path/'out').exists()
+
+
+def test_calibrated_models_are_saved_as_others(floats, tmp_path, tokens):
+    model = calibrate_model(floats['llama'], tokens.repeat(8, 2), Int4(64, symmetric=True))
+    model.save_pretrained(tmp_path/'few')
+    same(QuantizedModel.from_pretrained(tmp_path/'few', device='cpu'), model)
+    assert {r.format for r in model.quantization_report().rows} == {'int4 (group=64, symmetric=True)', 'int8', 'float32'}
 
 
 # ---- memory
