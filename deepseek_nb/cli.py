@@ -12,6 +12,7 @@ __all__ = ['DEMO', 'VERBS', 'report', 'say', 'go_on', 'chat', 'generate', 'info'
 import json
 import sys
 from inspect import signature
+from pathlib import Path
 
 from fastcore.script import anno_parser
 
@@ -124,6 +125,7 @@ def quantize(
     symmetric:bool = False, # Without minima, for int4
     embedding:str = 'int8', # Of embedding and head; float to leave them
     experts:str = '', # Of routed experts, if another
+    calibrate:str = '', # A text file, of which GPTQ hears eight pieces of 512 tokens; for int4
 ):
     "Write a model in few bits"
     from deepseek_nb.quant import make_format
@@ -131,9 +133,17 @@ def quantize(
     if not out: raise ValueError('quantize writes a folder; name it with --out')
     fields = (dict(group=group) if group else {}) | (dict(symmetric=True) if symmetric else {})
     format = make_format(dict(format=dtype) | fields)
-    m = QuantizedModel.from_pretrained(model, format, embedding=None if embedding == 'float' else embedding, experts=experts or None)
+    embedding = None if embedding == 'float' else embedding
+    if calibrate: m = _calibrated(model, Path(calibrate).read_text(encoding='utf-8'), format, embedding)
+    else: m = QuantizedModel.from_pretrained(model, format, embedding=embedding, experts=experts or None)
     print(m.quantization_report())
     print(m.save_pretrained(out))
+
+def _calibrated(name, text, format, embedding):
+    from deepseek_nb.eval.quality import pieces
+    from deepseek_nb.quant.model import calibrate_model
+    m,tok = _load(name, 'float32', 'cpu')
+    return calibrate_model(m, pieces(tok.encode(text), 8, 512), format, embedding)
 
 # %% ../nbs/900_cli.ipynb #82980f19
 def evaluate(
@@ -148,8 +158,6 @@ def evaluate(
     as_json:bool = False, # Print JSON
 ):
     "Measure how well a model predicts a text"
-    from pathlib import Path
-
     from deepseek_nb.eval import perplexity as measure
     words = Path(text).read_text(encoding='utf-8') if text else measure.speeches()
     m,tok = _load(model, dtype, device)
