@@ -416,6 +416,7 @@ def test_attend_with_a_mask(order):
     q,z = bf16(2, 3, 4, 160),bf16(2, 300, 160)
     shared,own = torch.rand(4, 300) < .3,torch.rand(2, 1, 4, 300) < .3
     own[0, :, :, :280] = False                                         # the first stretch sees nothing
+    own[..., -1] = True                                                # and every row something, which 1 draw in 300 lacked
     for mask in (shared, own): close(attend_latent_cuda(q, z, 128, .1, mask), exact_latent(q, z, 128, .1, mask), .01)
     own[1, 0, 2] = False
     assert attend_latent_cuda(q, z, 128, .1, own).isnan().any(-1).nonzero().tolist() == [[1, h, 2] for h in range(3)]
