@@ -13,7 +13,7 @@ demo: .venv/.installed  ## a question answered by a real model, then a chat wher
 
 test: .venv/.dev  ## every notebook, then tests/
 	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2 --timing
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	$(BIN)/python -m pytest tests -k sanitizers

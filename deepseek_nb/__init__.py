@@ -6,6 +6,7 @@ Modules:
 - `deepseek_nb.arch.cache`: What a model remembers of its context: keys and values for GQA, one latent a token for MLA, written in place
 - `deepseek_nb.arch.model`: A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
+- `deepseek_nb.arch.mtp`: One more block behind the model reads the next token and predicts the one after it: a denser signal in training, a draft for free at inference
 - `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
 - `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
@@ -15,6 +16,7 @@ Modules:
 - `deepseek_nb.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
 - `deepseek_nb.core`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
 - `deepseek_nb.dispatch`: A readable definition, its faster twins, and a registry that picks one
+- `deepseek_nb.eval.choice`: Which of the answers would the model rather have written: log-likelihoods, plain and by length, as lm-evaluation-harness counts them
 - `deepseek_nb.infer.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
 - `deepseek_nb.infer.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
@@ -67,20 +69,37 @@ Modules:
 - `deepseek_nb.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
 - `deepseek_nb.site`: A notebook becomes a page without running a lesson
 - `deepseek_nb.speed`: An MoE layer and an attention layer beside transformers, and beside what the machine allows
-- `deepseek_nb.speed_models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows"""
+- `deepseek_nb.speed_models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
+- `deepseek_nb.train.balance`: Left to itself, a router sends everything to a few experts. A bias that moves after each step keeps all of them busy, and a small loss keeps single sequences from bunching
+- `deepseek_nb.train.bpe`: Merges learned from text, DeepSeek's borders between words, and a tokenizer in the layout that everybody reads
+- `deepseek_nb.train.corpora`: Newspapers, plays, speeches, dictionaries and examinations that package registries serve, pinned, cached and read without installing anything
+- `deepseek_nb.train.data`: Documents packed end to end with their borders kept, only the assistant's words scored, and a loader that continues where it was killed
+- `deepseek_nb.train.distill`: A student learns from what a teacher thinks of every token, instead of from the one token that came
+- `deepseek_nb.train.dynamic`: A mixture spends the same on every token. Four ways to spend less where less will do, a budget for them, and a training that prepares for it
+- `deepseek_nb.train.lora`: A weight stays as it is; beside it two thin matrices learn what is to change, and can be exchanged for others at any time
+- `deepseek_nb.train.loss`: What is scored, what a token may look at, and a vocabulary whose logits are never all in memory
+- `deepseek_nb.train.mini`: DeepSeek-V3's shape in fifteen megabytes, trained on public text from one file of settings, measured on documents that it hasn't seen
+- `deepseek_nb.train.parallel`: Copies of a model, pieces of a model, or experts that live elsewhere: three ways to share a training step, each equal to one process
+- `deepseek_nb.train.resume`: A run that was killed at any step continues as if nothing had happened, bit for bit
+- `deepseek_nb.train.trainer`: A loop that fits on a page, callbacks at its named events, and guards that stop a run before it ruins what it has learnt"""
 
 __version__ = "0.1.0"
 
 from importlib import import_module
 
 # Names load when first asked for, so importing the package imports no PyTorch: where each lives, then the chapters that patch methods on it
-_HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer', 'QuantizedModel': 'quant.model'}
+_HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer', 'QuantizedModel': 'quant.model',
+          'Trainer': 'train.trainer', 'TrainingArguments': 'train.trainer', 'LoraConfig': 'train.lora', 'AdamW': 'train.optim',
+          'get_linear_schedule_with_warmup': 'train.schedule'}
 _PATCHES = {'Config': ('releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('infer.chat',),
-            'Model': ('releases', 'arch.show', 'infer.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile',
-                      'quant.model')}
+            'Model': ('releases', 'arch.show', 'arch.mtp', 'infer.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile',
+                      'quant.model', 'train.lora', 'train.peft', 'train.dynamic'),
+            'Trainer': ('infer.checkpoint', 'infer.load', 'train.resume', 'train.balance', 'train.lora', 'train.peft'),
+            'LoraConfig': ('train.peft', 'train.frozen')}
 # Chapters that register fast twins; nothing is compiled before an operation is called
-_TWINS = {'Model': ('kernels.moe', 'kernels.attention', 'kernels.norm', 'kernels.train', 'kernels.step')}
-_PATCHES['QuantizedModel'] = _PATCHES['Model']
+_TWINS = {'Model': ('kernels.moe', 'kernels.attention', 'kernels.norm', 'kernels.train', 'kernels.gradients', 'kernels.step', 'train.frozen')}
+_TWINS['Trainer'] = _TWINS['Model']
+_PATCHES['QuantizedModel'] = (*_PATCHES['Model'], 'train.qlora')
 _TWINS['QuantizedModel'] = (*_TWINS['Model'], 'quant.panels', 'quant.ggml_cpp', 'quant.cuda', 'quant.step')
 
 

@@ -319,7 +319,8 @@ def benchmark(
 # %% ../nbs/010_bench.ipynb #53d03c99
 def _register():
     "Import the later chapters that bring benchmarks"
-    for m in ('benchmarks', 'speed', 'speed_models', 'speed_compile', 'speed_cache', 'speed_quant', 'eval.quality', 'scaling', 'claims'):
+    for m in ('benchmarks', 'speed', 'speed_models', 'speed_compile', 'speed_cache', 'speed_quant', 'speed_train', 'train.latent',
+              'eval.quality', 'scaling', 'claims'):
         if find_spec(f'deepseek_nb.{m}'): import_module(f'deepseek_nb.{m}')
 
 def run_benchmark(

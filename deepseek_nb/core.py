@@ -162,7 +162,8 @@ FAMILIES = dict( # model_type: (transformers class, MLA, MoE, habits)
     deepseek=('DeepseekForCausalLM', False, True, {}),
     deepseek_v2=('DeepseekV2ForCausalLM', True, True, {}),
     deepseek_v3=('DeepseekV3ForCausalLM', True, True, _V3),
-    deepseek_v32=('DeepseekV32ForCausalLM', True, True, _V3))
+    deepseek_v32=('DeepseekV32ForCausalLM', True, True, _V3),
+    glm4_moe=('Glm4MoeForCausalLM', False, True, _V3)) # V3's mixture behind grouped-query attention
 
 def family(
     model_type:str, # As in config.json
@@ -208,6 +209,8 @@ def refuse(
         raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be a positive integer')
     act,method = d.get('hidden_act', 'silu'),d.get('topk_method', 'greedy')
     if act != 'silu': raise ValueError(f"config.json: hidden_act {act!r} is not built here; 'silu' is")
+    if d['model_type'] == 'glm4_moe' and (d.get('partial_rotary_factor', .5) != 1 or d.get('use_qk_norm')):
+        raise ValueError('config.json: glm4_moe is built for partial_rotary_factor 1 without use_qk_norm')
     if d.get('use_sliding_window'): raise ValueError('config.json: use_sliding_window is not built here; set it to false')
     if not isinstance(method, str) or method not in ROUTERS:
         raise ValueError(f"config.json: topk_method {method!r} is not one of {', '.join(ROUTERS)}")

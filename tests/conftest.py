@@ -9,6 +9,12 @@ import setuptools  # noqa: F401, before threads of torch.compile import it side 
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(config, items):
+    "Where tests run side by side, a file's stay together, and so do those that need the site, or a copy of the sources."
+    if not config.pluginmanager.hasplugin('xdist'): return
+    for i in items: i.add_marker(pytest.mark.xdist_group(min({'site', 'copy'} & {*i.fixturenames}, default=i.path.name)))
+
+
 @pytest.fixture(scope='session')
 def root(): return ROOT
 

@@ -22,6 +22,7 @@ from deepseek_nb.quant.cuda import (
     product_decoded,
     product_int8,
     round_rows,
+    signed_group,
     vector_launch,
 )
 from deepseek_nb.quant.cuda_experts import experts_in_codes, fits_coded_experts, group_of, run_experts_codes
@@ -32,7 +33,7 @@ from deepseek_nb.quant.panels import Panels, pack
 
 BF16 = torch.bfloat16
 FOURS = [Int4(g, s) for g in (32, 64, 128) for s in (False, True)]
-DECODED = [Int4(), Int4(64, symmetric=True), Int4(128), Int8('float')]
+DECODED = [Int4(), Int4(64, symmetric=True), Int4(128), Int8('float'), Int8(group=64)]
 
 
 def found(kind):
@@ -127,7 +128,7 @@ def test_bad_activations_as_integers(order, value, n):
 @pytest.mark.parametrize('n,i,o,heights', [(1, 32, 1, (16,)), (1, 4176, 5, ()), (18, 144, 130, (16, 128)), (5, 272, 129, (128,))])
 def test_decoded(order, f, n, i, o, heights):
     x,w,bias = torch.randn(n, i).to(BF16), weight(o, i, f), torch.randn(o).to(BF16)
-    parts,group = w.parts(), getattr(f, 'group', 0)
+    parts,group = w.parts(), signed_group(f)
     assert right(product_decoded(x, parts, group), x, decoded(w))
     assert right(product_decoded(x, parts, group, bias), x, decoded(w), bias)
     for rows in heights: assert right(product_decoded(x, parts, group, bias, ROWS=rows), x, decoded(w), bias)
@@ -138,17 +139,17 @@ def test_decoded(order, f, n, i, o, heights):
 @pytest.mark.parametrize('i', [1, 31, 33, 70, 100, 200])
 def test_widths_that_32_does_not_divide(f, i):
     x,w = torch.randn(3, i).to(BF16), weight(9, i, f)
-    for n in (1, 3): assert right(product_decoded(x[:n], w.parts(), f.group), x[:n], decoded(w))
+    for n in (1, 3): assert right(product_decoded(x[:n], w.parts(), signed_group(f)), x[:n], decoded(w))
 
 
 @needs_cpp
-@pytest.mark.parametrize('f', [*FOURS, Int8('float')], ids=str)
+@pytest.mark.parametrize('f', [*FOURS, Int8('float'), Int8(group=32)], ids=str)
 def test_unit_vectors_give_the_weight(order, f):
     "Each decoded number, bit for bit, in tiles and one by one"
     w,x = weight(5, 160, f), torch.eye(160).to(BF16)
     for defines in (dict(ROWS=16), dict(ROWS=64), dict(ROWS=128)):
-        assert torch.equal(product_decoded(x, w.parts(), getattr(f, 'group', 0), **defines).T, w.dequantize())
-    one = torch.cat([product_decoded(x[j:j+1], w.parts(), getattr(f, 'group', 0)) for j in range(0, 160, 7)])
+        assert torch.equal(product_decoded(x, w.parts(), signed_group(f), **defines).T, w.dequantize())
+    one = torch.cat([product_decoded(x[j:j+1], w.parts(), signed_group(f)) for j in range(0, 160, 7)])
     assert torch.equal(one.T, w.dequantize()[:, ::7])
 
 
@@ -176,7 +177,7 @@ def test_bad_activations_behave_as_the_definition(order, f, value):
     x[2, 70] = value
     exact = x.float()@w.dequantize().float().T
     for rows in (slice(0, 4), slice(2, 3)):
-        y,meant = product_decoded(x[rows], w.parts(), getattr(f, 'group', 0)), exact[rows]
+        y,meant = product_decoded(x[rows], w.parts(), signed_group(f)), exact[rows]
         assert torch.equal(y.isnan(), meant.isnan()) and torch.equal(y.isinf(), meant.isinf())
         assert torch.equal(y.float()[y.isinf()], meant[y.isinf()])
     assert not exact[2].isfinite().any()
@@ -219,9 +220,9 @@ for at_end in (True, False):
         x,bias = torch.randn(n, i), torch.randn(o)
         w = quantize(torch.randn(o, i), 'int8')
         assert qc.product_int8(*qc.round_rows(x), w.codes, w.scales, bias).isfinite().all()
-        for f in (Int4(), Int4(64, symmetric=True), Int8('float')):
+        for f in (Int4(), Int4(64, symmetric=True), Int8('float'), Int8(group=32)):
             w = quantize(torch.randn(o, i).bfloat16(), f)
-            assert qc.product_decoded(x.bfloat16(), w.parts(), getattr(f, 'group', 0), bias.bfloat16()).isfinite().all()
+            assert qc.product_decoded(x.bfloat16(), w.parts(), qc.signed_group(f), bias.bfloat16()).isfinite().all()
     for f in (Int4(), Int8('float'), Int8()):
         stacks = [quantize(torch.randn(*s).bfloat16(), f) for s in ((6, 64, 96), (6, 96, 32))]
         x,w,experts = torch.randn(19, 96).bfloat16(), torch.rand(19, 3), torch.rand(19, 6).topk(3).indices
@@ -386,7 +387,8 @@ def codes_run(args, rows):
 
 @needs_cpp
 @pytest.mark.parametrize('formats', [*((f, f) for f in (Int4(), Int8('float'), Int8())),
-                                     (Int4(64, True), Int4(128)), (Int4(), Int8()), (Int8(), Int4(64))], ids=str)
+                                     (Int4(64, True), Int4(128)), (Int4(), Int8()), (Int8(group=64), Int4(64)),
+                                     (Int8(), Int8(group=32))], ids=str)
 @pytest.mark.parametrize('n,k,e,d,f', [(1, 2, 5, 96, 64), (19, 3, 6, 64, 96), (7, 1, 1, 32, 160)])
 def test_experts(order, formats, n, k, e, d, f):
     args = torch.randn(n, d).to(BF16), torch.rand(n, k), torch.rand(n, e).topk(k).indices, *stacks(e, d, f, formats)

@@ -85,7 +85,7 @@ def test_model_imports_nothing_heavy(python):
 
 def test_lazy_names(python):
     assert python('import deepseek_nb as d; print(all(n in dir(d) for n in d._HOMES), *[getattr(d, n).__name__ for n in d._HOMES])') \
-        == 'True Config Cache Model Tokenizer QuantizedModel'
+        == 'True Config Cache Model Tokenizer QuantizedModel Trainer TrainingArguments LoraConfig AdamW get_linear_schedule_with_warmup'
     python('from deepseek_nb import Model; Model.from_pretrained, Model.save_pretrained, Model.generate, Model.stream')
     import deepseek_nb
     with pytest.raises(AttributeError, match="has no attribute 'Modle'; it offers Config"): getattr(deepseek_nb, 'Mod' + 'le')

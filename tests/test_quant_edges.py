@@ -11,10 +11,11 @@ from deepseek_nb.quant import quantize
 from deepseek_nb.quant.ggml import from_blocks
 from deepseek_nb.quant.ggml_cpp import linear_ggml
 from deepseek_nb.quant.int4 import Int4
+from deepseek_nb.quant.int8 import Int8, rounded
 from deepseek_nb.quant.panels import kernels, linear_panels, pack
 
 needs_compiler = pytest.mark.skipif(not (kernels.ready() and float_kernels.ready()), reason='no C++ compiler')
-FORMATS = ['int8', Int4(), Int4(64, symmetric=True)]
+FORMATS = ['int8', Int8(group=32), Int4(), Int4(64, symmetric=True)]
 BAD = [float('nan'), float('inf'), -float('inf')]
 
 
@@ -51,6 +52,19 @@ def test_sizes_without_an_inverse(size):
         w,x = quantize(torch.randn(40, 64), f),torch.randn(3, 64)*size
         got,exact = linear_panels(x, w).double(),x.double() @ w.dequantize().double().T
         assert got.isfinite().all() and (got - exact).abs().max() <= .05*exact.abs().max() + 1e-35
+
+
+@needs_compiler
+@pytest.mark.parametrize('tokens', [1, 40])
+def test_activations_round_as_the_definition_says(tokens):
+    "Also at the border between two codes, where a product that rounds once more or once less gives the other."
+    step = torch.rand(tokens, 1) + .5
+    x = step*(torch.randint(-126, 126, (tokens, 160)) + .5)*(1 + torch.randint(-2, 3, (tokens, 160))*2**-23)
+    x[:, ::32] = 127*step
+    one = quantize(torch.eye(160), 'int8')
+    with use('reference'): meant = rounded(x)
+    scale = (x.view(tokens, 5, 32).abs().amax(-1)/127).repeat_interleave(32, -1)
+    assert torch.equal((linear_panels(x, one)/scale).round(), (meant/scale).round())
 
 
 def test_experts_in_few_bits_are_not_for_the_float_kernel():

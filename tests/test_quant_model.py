@@ -36,7 +36,8 @@ FAMILIES = dict(
     v2=Config('deepseek_v2', **SHARED, **MLA, **MOE),
     v3=Config('deepseek_v3', **SHARED, **MLA, **MOE, q_lora_rank=32, score_func='sigmoid', score_bias=True, group_score='sum2',
               norm_topk=True, n_expert_groups=2, n_limited_groups=1, route_scale=2.5))
-FORMATS = [Int8(), Int8('float'), Int4(), Int4(64), Int4(symmetric=True), Int4(64, symmetric=True), NF4(), NF4(double=False), FP8(),
+FORMATS = [Int8(), Int8('float'), Int8(group=32),
+           Int4(), Int4(64), Int4(symmetric=True), Int4(64, symmetric=True), NF4(), NF4(double=False), FP8(),
            FP8('ue8m0'), 'fp4', Ggml('Q8_0')]
 
 
@@ -121,7 +122,7 @@ def test_what_is_quantised(name, floats):
         assert (k in packed) == matrix, k
         if not matrix: assert torch.equal(model.state_dict()[k], t)
         elif 'experts.' in k and 'shared' not in k: assert packed[k].format == FP8() and packed[k].shape == t.shape
-        elif k in ('embed_tokens.weight', 'lm_head.weight'): assert packed[k].format == Int8()
+        elif k in ('embed_tokens.weight', 'lm_head.weight'): assert packed[k].format == Int8(group=32)
         else: assert packed[k].format == Int4()
     if name == 'llama': assert model.lm_head is None and len([k for k in packed if 'embed' in k]) == 1
     assert not any(p.requires_grad for p in model.parameters())
@@ -360,7 +361,7 @@ def test_commands(floats, tmp_path, capsys):
     assert main(['chat', str(tmp_path/'smol'), '--demo', '--device', 'cpu', '--max-new-tokens', '4']) == 0
     for argv, said in ((['quantize', 'smollm2-135m', '--out', ''], 'name it with --out'),
                        (['quantize', '--dtype', 'int3', '--out', 'x'], "'int3'"),
-                       (['quantize', '--dtype', 'int8', '--group', '32', '--out', 'x'], "no field 'group'"),
+                       (['quantize', '--dtype', 'nf4', '--group', '32', '--out', 'x'], "no field 'group'"),
                        (['quantize', '--dtype', 'int4', '--group', '48', '--out', 'x'], '32 does not divide it'),
                        (['quantize', str(tmp_path/'smol'), '--out', str(tmp_path/'y')], 'is quantised already')):
         capsys.readouterr()

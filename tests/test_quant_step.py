@@ -21,7 +21,7 @@ MLA = Config('deepseek_v3', vocab_size=64, dim=80, n_layers=2, n_heads=3, inter_
 GQA = Config('qwen2', vocab_size=64, dim=72, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=20, inter_dim=104, attn_bias=True,
              max_positions=128)
 CONFIGS = dict(gqa=GQA, mla=MLA, direct=replace(MLA, q_lora_rank=0, n_shared_experts=0))
-FORMATS = dict(int8=Int8(), int4=Int4(), sym64=Int4(64, symmetric=True))
+FORMATS = dict(int8=Int8(), int8g=Int8(group=64), int4=Int4(), sym64=Int4(64, symmetric=True))
 
 
 def shrunk(c, f, dtype=torch.float32):

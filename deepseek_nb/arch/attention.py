@@ -33,7 +33,7 @@ def rms_norm(
     return (y*(reduce(y.square(), '... d -> ... 1', 'mean') + eps).rsqrt()*weight).to(x.dtype)
 
 @rms_norm.twin('torch')
-def rms_norm_torch(x, weight, eps): return F.rms_norm(x, weight.shape, weight, eps)
+def rms_norm_torch(x, weight, eps): return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 class RMSNorm(nn.RMSNorm):
     "Normalisation by the root mean square"

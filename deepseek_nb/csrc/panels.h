@@ -69,13 +69,13 @@ inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t fro
         alignas(64) float part[32] = {};
         if (K - 32 * g >= 32) memcpy(part, x + 32 * g, sizeof part);
         else memcpy(part, x + 32 * g, (K - 32 * g) * sizeof(float));
-        const float most = largest(part), inverse = most > 1e-36f && most < INFINITY ? 127 / most : 0;
+        const float step = largest(part) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
         int32_t total = 0;
         for (int i = 0; i < 32; ++i) {
-            const int32_t c = int32_t(part[i] * inverse + 12582912.f - 12582912.f);
+            const int32_t c = int32_t(rintf(part[i] * inverse));
             codes[32 * g + i] = c, total += c;
         }
-        scale[g] = most < INFINITY ? most / 127 : NAN, sum[g] = scale[g] * total;
+        scale[g] = step < INFINITY ? step : NAN, sum[g] = scale[g] * total;
     }
 }
 inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
@@ -110,6 +110,13 @@ struct Int8 {
     static vec step(const uint8_t*) { return splat(1); }
     static vec low(const uint8_t*, vec) { return splat(WIDE ? -128 : 0); }
 };
+struct Int8Groups : Int8 {
+    static constexpr int SCALES = 32;
+    static constexpr bool END = false;
+    static int code(const uint8_t* p, int i) { return Int8::code(p, i) + (WIDE ? 128 : 0); }
+    static vec step(const uint8_t* scales) { return halves(scales); }
+    static vec low(const uint8_t*, vec d) { return WIDE ? d * -128.f : splat(0); }
+};
 template <bool MINS> struct Int4 {
     static constexpr int BYTES = 256, SCALES = MINS ? 64 : 32;
     static constexpr bool END = false, SIGNED = false;
@@ -127,10 +134,17 @@ template <bool MINS> struct Int4 {
 // %% ../../nbs/460_quant.panels.ipynb #7220c381
 struct Matrix {
     const uint8_t* data = nullptr;
-    int64_t kind = 0, K = 0, size = 0;  // kind: 1 int8, or twice the group plus whether there are minima
-    int64_t blocks() const { return kind == 1 ? blocks_of(K) : kind / 64; }  // in a group
+    int64_t kind = 0, K = 0, size = 0;  // kind: 1 int8, -group of int8, or of int4 twice the group plus whether there are minima
+    int64_t blocks() const { return kind == 1 ? blocks_of(K) : kind < 0 ? -kind / 32 : kind / 64; }  // in a group
     explicit operator bool() const { return data; }
 };
+// calls use with an example of what the matrix holds
+template <class F> void as_kind(const Matrix& m, F use) {
+    if (m.kind == 1) use(Int8());
+    else if (m.kind < 0) use(Int8Groups());
+    else if (m.kind % 2) use(Int4<true>());
+    else use(Int4<false>());
+}
 constexpr int P = 16, H = P / L;
 
 // c[j] (16 rows) = panel · x_j
@@ -251,7 +265,7 @@ template <class F> void panel_rows(const Matrix& m, int64_t first, int64_t last,
 }
 // y[j][r] = row r · x_j for the rows of panels first to last
 inline void rows_of(const Matrix& m, int64_t first, int64_t last, int64_t R, int64_t n, const Codes* x, float* y, int64_t ldy) {
-    (m.kind == 1 ? panel_rows<Int8> : m.kind % 2 ? panel_rows<Int4<true>> : panel_rows<Int4<false>>)(m, first, last, R, n, x, y, ldy);
+    as_kind(m, [&](auto f) { panel_rows<decltype(f)>(m, first, last, R, n, x, y, ldy); });
 }
 inline int64_t panels_of(int64_t R) { return (R + P - 1) / P; }
 
@@ -292,5 +306,5 @@ template <class F> void decode_row(const Matrix& m, int64_t row, float* y) {
     }
 }
 inline void decode_row(const Matrix& m, int64_t row, float* y) {
-    (m.kind == 1 ? decode_row<Int8> : m.kind % 2 ? decode_row<Int4<true>> : decode_row<Int4<false>>)(m, row, y);
+    as_kind(m, [&](auto f) { decode_row<decltype(f)>(m, row, y); });
 }

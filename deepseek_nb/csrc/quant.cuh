@@ -145,15 +145,17 @@ struct Nibbles {
 struct Bytes {
     static constexpr int WORDS = 2;
     const uint8_t* codes;
-    const float* scales;
-    int width;                             // of a row, a multiple of 16
+    const void* scales;                    // of groups in float16, or of rows in float32
+    int width, groups, each;               // of a row, a multiple of 16; groups of a row, or 0; blocks of a group
     __device__ int chunks() const { return width / 16; }
-    __device__ float2 grid(int64_t, int) const { return make_float2(1, 0); }
-    __device__ float last(int64_t row) const { return scales[row]; }
-    __device__ static void levels(float (&v)[8], const uint32_t* word, float2) {
+    __device__ float2 grid(int64_t row, int block) const {
+        return make_float2(groups ? half_to_float(static_cast<const uint16_t*>(scales)[row * groups + block / each]) : 1, 0);
+    }
+    __device__ float last(int64_t row) const { return groups ? 1 : static_cast<const float*>(scales)[row]; }
+    __device__ static void levels(float (&v)[8], const uint32_t* word, float2 grid) {
         #pragma unroll
         for (int i = 0; i < 8; ++i)
-            v[i] = __uint_as_float((word[i / 4] ^ 0x80808080) >> i % 4 * 8 & 255 | 0x4b000000) - (0x1p23f + 128);
+            v[i] = (__uint_as_float((word[i / 4] ^ 0x80808080) >> i % 4 * 8 & 255 | 0x4b000000) - (0x1p23f + 128)) * grid.x;
     }
 };
 

@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(128) w4a16_product(const bf16* x, c
     decoded_product(x, Nibbles{w, static_cast<const uint16_t*>(scales), static_cast<const uint16_t*>(mins), blocks, groups, each},
                     bias, y, n, blocks, o);
 }
-extern "C" __global__ void __launch_bounds__(128) w8a16_product(const bf16* x, const uint8_t* w, const float* scales,
-    const bf16* bias, bf16* y, int n, int blocks, int o, int width) {
-    decoded_product(x, Bytes{w, scales, width}, bias, y, n, blocks, o);
+extern "C" __global__ void __launch_bounds__(128) w8a16_product(const bf16* x, const uint8_t* w, const void* scales,
+    const bf16* bias, bf16* y, int n, int blocks, int o, int width, int groups, int each) {
+    decoded_product(x, Bytes{w, scales, width, groups, each}, bias, y, n, blocks, o);
 }

@@ -90,13 +90,13 @@ extern "C" __global__ void __launch_bounds__(128) w8a8_down(const uint8_t* x, co
     const int* tile, bf16* out, int d, int f) {
     down(Integers{x, s, w, ws, f}, tile, out, d);
 }
-extern "C" __global__ void __launch_bounds__(128) w8a16_gate_up(const bf16* x, const uint8_t* w, const float* ws,
-    const int* order, const int* tile, bf16* hidden, int k, int f, int blocks, int width) {
-    gate_up(Levels<Bytes>{x, {w, ws, width}, blocks}, order, tile, hidden, k, f);
+extern "C" __global__ void __launch_bounds__(128) w8a16_gate_up(const bf16* x, const uint8_t* w, const void* ws,
+    const int* order, const int* tile, bf16* hidden, int k, int f, int blocks, int width, int groups, int each) {
+    gate_up(Levels<Bytes>{x, {w, ws, width, groups, each}, blocks}, order, tile, hidden, k, f);
 }
-extern "C" __global__ void __launch_bounds__(128) w8a16_down(const bf16* x, const uint8_t* w, const float* ws,
-    const int* tile, bf16* out, int d, int blocks, int width) {
-    down(Levels<Bytes>{x, {w, ws, width}, blocks}, tile, out, d);
+extern "C" __global__ void __launch_bounds__(128) w8a16_down(const bf16* x, const uint8_t* w, const void* ws,
+    const int* tile, bf16* out, int d, int blocks, int width, int groups, int each) {
+    down(Levels<Bytes>{x, {w, ws, width, groups, each}, blocks}, tile, out, d);
 }
 
 // %% ../../nbs/472_quant.cuda_experts.ipynb #dc3ddf77

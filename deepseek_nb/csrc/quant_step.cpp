@@ -6,15 +6,12 @@
 #include <torch/csrc/stable/library.h>
 
 template <class T> struct Weights<T, Matrix> {
-    const Tensor* first;
-    const int64_t* kinds;
-    const T* vector(int64_t i) const { return data<T>(first[i]); }
-    Matrix matrix(int64_t i) const {
-        return {data<uint8_t>(first[i]), kinds[2 * i], kinds[2 * i + 1], first[i].size(first[i].dim() - 1)};
-    }
-    int64_t size(int64_t i) const { return first[i].size(0); }
-    int64_t width(int64_t i) const { return kinds[2 * i + 1]; }
-    Weights from(int64_t i) const { return {first + i, kinds + 2 * i}; }
+    const int64_t* row;
+    const T* vector(int64_t i) const { return (const T*)row[5 * i]; }
+    Matrix matrix(int64_t i) const { return {(const uint8_t*)row[5 * i], row[5 * i + 1], row[5 * i + 2], row[5 * i + 3]}; }
+    int64_t size(int64_t i) const { return row[5 * i + 4]; }
+    int64_t width(int64_t i) const { return row[5 * i + 2]; }
+    Weights from(int64_t i) const { return {row + 5 * i}; }
 };
 inline auto own_rows(const Team& t, const Matrix&, int64_t R) {
     const auto [first, last] = t.share(panels_of(R));
@@ -39,7 +36,7 @@ template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int6
     }
 }
 inline void decode(const Matrix& m, int64_t g, float* to, int64_t ld) {
-    (m.kind == 1 ? decode_block<Int8> : m.kind % 2 ? decode_block<Int4<true>> : decode_block<Int4<false>>)(m, g, to, ld);
+    as_kind(m, [&](auto f) { decode_block<decltype(f)>(m, g, to, ld); });
 }
 template <class T> void absorb(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* q, float* out) {
     const int64_t x = w.nope + w.r, blocks = blocks_of(w.c), ld = w.h * (w.c + w.r);
@@ -133,29 +130,30 @@ inline void together(const Team& t, const std::vector<Visit<Matrix>>& visits, in
 }
 
 // %% ../../nbs/468_quant.step.ipynb #78bad322
-using Kinds = std::vector<int64_t>;
-template <class F> void with_codes(const Tensors& weights, const Kinds& kinds, F use) {
-    if (is_float(weights[0])) use(Weights<float, Matrix>{weights.data(), kinds.data()});
-    else use(Weights<bf16, Matrix>{weights.data(), kinds.data()});
+using Numbers = std::vector<int64_t>;
+template <class F> void with_codes(const Tensor& table, bool single, F use) {
+    if (single) use(Weights<float, Matrix>{data<int64_t>(table)});
+    else use(Weights<bf16, Matrix>{data<int64_t>(table)});
 }
-void attention_codes(Tensor x, Tensors weights, Kinds kinds, Tensors biases, Kinds sizes, std::vector<double> numbers, Tensor cos, Tensor sin,
+void attention_codes(Tensor x, Tensor table, bool single, Tensors biases, Numbers sizes, std::vector<double> numbers, Tensor cos, Tensor sin,
                      Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
-    const Attending a{weights, biases, caches, sizes, numbers, past, maybe(pad)};
-    with_codes(weights, kinds, [&](auto w) { run_attention(x, w, a, Angles(cos, sin), y); });
+    const Attending a{{}, biases, caches, sizes, numbers, past, maybe(pad)};
+    with_codes(table, single, [&](auto w) { run_attention(x, w, a, Angles(cos, sin), y); });
 }
-void ffn_codes(Tensor x, Tensors weights, Kinds kinds, std::optional<Tensor> bias, Kinds how, std::vector<double> numbers, Tensor y) {
-    with_codes(weights, kinds, [&](auto w) { run_ffn(x, w, weights.size(), bias ? data<float>(*bias) : nullptr, how, numbers, y); });
+void ffn_codes(Tensor x, Tensor table, bool single, std::optional<Tensor> bias, Numbers how, std::vector<double> numbers, Tensor y) {
+    with_codes(table, single, [&](auto w) { run_ffn(x, w, table.size(0), bias ? data<float>(*bias) : nullptr, how, numbers, y); });
 }
-void blocks_codes(Tensor x, Tensors weights, Kinds kinds, Kinds counts, Tensors biases, Kinds sizes, std::vector<double> numbers, Tensors router_biases,
-                  Kinds how, std::vector<double> ffn_numbers, Tensor cos, Tensor sin, Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
-    const Attending a{weights, biases, caches, sizes, numbers, past, maybe(pad)};
-    with_codes(weights, kinds, [&](auto w) { run_blocks(x, w, a, {router_biases, how, ffn_numbers}, counts, Angles(cos, sin), y); });
+void blocks_codes(Tensor x, Tensor table, bool single, Numbers counts, Tensors biases, Numbers sizes, std::vector<double> numbers,
+                  Tensors router_biases, Numbers how, std::vector<double> ffn_numbers, Tensor cos, Tensor sin, Tensors caches, int64_t past,
+                  std::optional<Tensor> pad, Tensor y) {
+    const Attending a{{}, biases, caches, sizes, numbers, past, maybe(pad)};
+    with_codes(table, single, [&](auto w) { run_blocks(x, w, a, {router_biases, how, ffn_numbers}, counts, Angles(cos, sin), y); });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("attention_codes(Tensor x, Tensor[] weights, int[] kinds, Tensor[] biases, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
+    m.def("attention_codes(Tensor x, Tensor table, bool single, Tensor[] biases, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
           "Tensor(a!)[] caches, int past, Tensor? pad, Tensor(b!) y) -> ()");
-    m.def("ffn_codes(Tensor x, Tensor[] weights, int[] kinds, Tensor? bias, int[] how, float[] numbers, Tensor(a!) y) -> ()");
-    m.def("blocks_codes(Tensor(a!) x, Tensor[] weights, int[] kinds, int[] counts, Tensor[] biases, int[] sizes, float[] numbers, "
+    m.def("ffn_codes(Tensor x, Tensor table, bool single, Tensor? bias, int[] how, float[] numbers, Tensor(a!) y) -> ()");
+    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, int[] counts, Tensor[] biases, int[] sizes, float[] numbers, "
           "Tensor[] router_biases, int[] how, float[] ffn_numbers, Tensor cos, Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, "
           "Tensor(c!) y) -> ()");
 }

@@ -14,10 +14,10 @@ template <class T> __device__ void round_row(const T* x, uint8_t* codes, float* 
     float most = 0;
     for (int i = 0; i < 4; ++i) most = larger(most, fabsf(to_float(v.x[i])));
     for (int bits = 4; bits; bits /= 2) most = larger(most, __shfl_xor_sync(WARP, most, bits));
-    const float scale = most / 127, step = fmaxf(scale, 0x1p-126f);
+    const float scale = most / 127, inverse = 1 / fmaxf(scale, 0x1p-126f);
     uint32_t word = 0;
     for (int i = 0; i < 4; ++i)
-        word |= (scale < infinity() ? int(fminf(fmaxf(rintf(to_float(v.x[i]) / step), -127.f), 127.f)) & 255 : 0u) << i * 8;
+        word |= (scale < infinity() ? int(fminf(fmaxf(rintf(to_float(v.x[i]) * inverse), -127.f), 127.f)) & 255 : 0u) << i * 8;
     if (column >= d) return;
     *reinterpret_cast<uint32_t*>(codes + at) = word;
     if (threadIdx.x % 8 == 0) scales[int64_t(row) * ((d + 31) / 32) + column / 32] = scale;
@@ -97,7 +97,7 @@ extern "C" __global__ void w4a16_vector(const bf16* x, const uint8_t* w, const v
     decoded_vector(x, Nibbles{w, static_cast<const uint16_t*>(scales), static_cast<const uint16_t*>(mins), blocks, groups, each},
                    bias, y, blocks, o);
 }
-extern "C" __global__ void w8a16_vector(const bf16* x, const uint8_t* w, const float* scales, const bf16* bias, bf16* y, int blocks,
-    int o, int width) {
-    decoded_vector(x, Bytes{w, scales, width}, bias, y, blocks, o);
+extern "C" __global__ void w8a16_vector(const bf16* x, const uint8_t* w, const void* scales, const bf16* bias, bf16* y, int blocks,
+    int o, int width, int groups, int each) {
+    decoded_vector(x, Bytes{w, scales, width, groups, each}, bias, y, blocks, o);
 }

@@ -301,17 +301,38 @@ template <class T, class M> struct FfnStage {
     std::vector<Visit<M>> visits;
     Buffer memory;
 
-    FfnStage(const Tensor& x, int64_t e, int64_t k) : n(x.size(0) * x.size(1)), d(x.size(2)), experts(n * k), ones(PANEL, 1.f) {
+    // e experts, of which k for a token; f: width of the widest dense feed-forward
+    FfnStage(const Tensor& x, int64_t e, int64_t k, int64_t f) : n(x.size(0) * x.size(1)), d(x.size(2)), experts(n * k), ones(PANEL, 1.f) {
         static thread_local Buffer buffer;
         xn = buffer.need(n * (d + 2 * e + k) + panel_size(n, d));
         logits = xn + n * d, scores = logits + n * e, weights = scores + n * e, panel = weights + n * k;
         rows = row_pointers(xn, n, d);
+        if (n <= ALONE) memory.need(n * f);
     }
+    void few_dense(const Team& t, const Ffn<T, M>& w, const float* x, float* y);
     void gather(const Ffn<T, M>& w, float* y);
     void operator()(const Team& t, const Ffn<T, M>& w, const float* x, float* y);
 };
 
 // %% ../../nbs/350_kernels.step.ipynb #d1a32f8f
+template <class T, class M> void FfnStage<T, M>::few_dense(const Team& t, const Ffn<T, M>& w, const float* x, float* y) {
+    const int64_t f = w.dense_f;
+    thread_local Buffer buffer;
+    float *hidden = memory.need(n * f), *up = buffer.need(n * f);
+    const float *const *in = normalised(t, n, d, x, w.norm, w.eps, rows), *const through[ALONE] = {hidden, hidden + (n - 1) * f};
+    product(t, f, n, d, w.dense_gate, in, hidden, f, panel), product(t, f, n, d, w.dense_up, in, up, f, panel);
+    const auto [begin, end] = own_rows(t, w.dense_gate, f);
+    for (int64_t j = 0; j < n; ++j) {
+        int64_t i = j * f + begin;
+        for (; i + L <= j * f + end; i += L) store(hidden + i, silu(load(hidden + i)) * load(up + i));
+        for (; i < j * f + end; ++i) hidden[i] = silu(splat(hidden[i]))[0] * up[i];
+    }
+    t.wait();
+    product(t, d, n, f, w.dense_down, through, y, d, panel);
+    add_share(t, w.dense_down, n, d, x, y);
+}
+
+// %% ../../nbs/350_kernels.step.ipynb #2ce6e259
 template <class T, class M> void FfnStage<T, M>::gather(const Ffn<T, M>& w, float* y) {
     const int64_t k = w.router.k;
     visits.clear();
@@ -329,6 +350,7 @@ template <class T, class M> void FfnStage<T, M>::gather(const Ffn<T, M>& w, floa
     place(visits, d, memory.need(size));
 }
 template <class T, class M> void FfnStage<T, M>::operator()(const Team& t, const Ffn<T, M>& w, const float* x, float* y) {
+    if (w.norm && !w.gate && n <= ALONE) return few_dense(t, w, x, y);
     const auto [n0, n1] = t.share(n);
     for (int64_t j = n0; j < n1; ++j) {
         if (w.norm) normalise(x + j * d, d, w.norm, w.eps, xn + j * d), memcpy(y + j * d, x + j * d, d * sizeof(float));
@@ -374,7 +396,7 @@ template <class T, class M> void run_attention(const Tensor& x, const Weights<T,
 template <class T, class M>
 void run_ffn(const Tensor& x, const Weights<T, M>& weights, int64_t count, const float* bias, const std::vector<int64_t>& how, const std::vector<double>& numbers, const Tensor& y) {
     const auto w = ffn_weights(weights, count, how[0] > 0, bias, how, numbers);
-    FfnStage<T, M> feed(x, w.routed.e, w.router.k);
+    FfnStage<T, M> feed(x, w.routed.e, w.router.k, w.gate ? 0 : w.dense_f);
     team([&](const Team& t) { feed(t, w, data<float>(x), data<float>(y)); });
 }
 
@@ -384,13 +406,14 @@ struct Feeding { const Tensors& biases; const std::vector<int64_t>& how; const s
 template <class T, class M>
 void run_blocks(const Tensor& x, const Weights<T, M>& weights, const Attending& a, const Feeding& f, const std::vector<int64_t>& counts, const Angles& angles, const Tensor& y) {
     const size_t layers = counts.size() / 3, tensors = a.caches.size() / layers;
-    int64_t e = 0, at = 0;
+    int64_t e = 0, wide = 0, at = 0;
     for (size_t i = 0; i < layers; ++i) {
         at += counts[3 * i];
         if (counts[3 * i + 2]) e = std::max(e, weights.size(at + 1));
+        else wide = std::max(wide, weights.width(at + 3));
         at += counts[3 * i + 1];
     }
-    FfnStage<T, M> feed(x, e, f.how[0]);
+    FfnStage<T, M> feed(x, e, f.how[0], wide);
     with_attention(x, weights, a, angles, [&](auto& attend, auto with) {
         team([&](const Team& t) {
             Weights<T, M> w = weights;

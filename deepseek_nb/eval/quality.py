@@ -31,6 +31,7 @@ from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from ..infer.hub import PACKAGES, Package, cache_dir, fetch_package
 from ..infer.tokenizer import Tokenizer
 from ..quant.int4 import Int4
+from ..quant.int8 import Int8
 from ..quant.model import QuantizedModel, calibrate_model, quantize_model
 
 # %% ../../nbs/610_eval.quality.ipynb #474b3afd
@@ -41,7 +42,7 @@ def ways(
     heard:Tensor, # What GPTQ hears `b s`
 )->dict: # Name -> function of a float model, that makes another
     "Every format of this book, rounded and calibrated"
-    formats = dict(int8='int8', fp8='fp8', **GRIDS, nf4='nf4', fp4='fp4')
+    formats = {'int8': 'int8', 'int8, rows': Int8(), 'fp8': 'fp8', **GRIDS, 'nf4': 'nf4', 'fp4': 'fp4'}
     rounded = {n: partial(quantize_model, dtype=f) for n,f in formats.items()}
     return rounded | {f'{n}, GPTQ': partial(calibrate_model, heard=heard, dtype=f) for n,f in GRIDS.items()}
 

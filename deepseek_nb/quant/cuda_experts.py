@@ -20,14 +20,14 @@ from ..kernels.cuda_norm import check
 from ..kernels.cuda_route import combine, sort_by_expert
 from ..kernels.cuda_tiles import COLUMNS, aligned, cards_ready, tile_rows, tile_shared
 from . import QuantizedWeight
-from .cuda import decoded_shared, in_order, parts_in_order, round_rows
+from .cuda import both_round, decoded_shared, in_order, parts_in_order, round_rows, signed_group, widths_of
 
 # %% ../../nbs/472_quant.cuda_experts.ipynb #1c6519c6
 def group_of(
     w:QuantizedWeight, # In `Int4` or `Int8`
-)->int: # Neighbours with one scale; 0: 8 bits and float activations; -1: 8 bits on both sides
+)->int: # From `signed_group`; -1: 8 bits on both sides
     "How the kernels know a format"
-    return getattr(w.format, 'group', -1 if getattr(w.format, 'activations', '') == 'int8' else 0)
+    return -1 if both_round(w.format) else signed_group(w.format)
 
 # %% ../../nbs/472_quant.cuda_experts.ipynb #45e48754
 def codes_launch(
@@ -41,11 +41,10 @@ def codes_launch(
 ):
     "Start one of the two products"
     i = x.shape[1]
-    lead,tail,kind = (x,), (i//32, i), 'w8a16'
-    if group > 0: tail,kind = (i//32, -(-i//group), group//32), 'w4a16'
-    if group < 0: lead,tail,kind = round_rows(x), (i,), 'w8a8'
+    if group == -1: lead,tail,kind = round_rows(x), (i,), 'w8a8'
+    else: lead,tail,kind = (x,), (i//32, *widths_of(i, group)), 'w4a16' if group > 0 else 'w8a16'
     lead = [t.view(torch.uint8) if t.dtype == torch.int8 else t for t in lead]
-    shared = tile_shared(ROWS) if group < 0 else decoded_shared(ROWS, 4 if group else 8)
+    shared = tile_shared(ROWS) if group == -1 else decoded_shared(ROWS, 4 if group > 0 else 8)
     launch('quant_experts.cu', f'{kind}_{name}', grid, 128, *lead, *parts, *args, *tail, shared=shared, ROWS=ROWS)
 
 # %% ../../nbs/472_quant.cuda_experts.ipynb #6507d166
@@ -61,7 +60,7 @@ def experts_in_codes(
 )->Tensor: # `n d`
     "All kernels in a row, with tiles of a given height"
     (n,k),d,e = experts.shape, x.shape[1], len(gate_up['codes'])
-    stacks = [parts_in_order({a: t.flatten(0, 1) for a,t in p.items()}, s, max(g, 0))
+    stacks = [parts_in_order({a: t.flatten(0, 1) for a,t in p.items()}, s, g*(g != -1))
               for p,s,g in zip((gate_up, down), ((2*e*f, d), (e*d, f)), groups, strict=True)]
     order,offsets,position = sort_by_expert(experts, e)
     tile,hidden,out = cut_tiles(offsets, n*k, ROWS), x.new_empty(n*k, f), x.new_empty(n*k, d)
@@ -86,7 +85,7 @@ def fits_coded_experts(
 # %% ../../nbs/472_quant.cuda_experts.ipynb #7bfb3cad
 def _experts(x:Tensor, weights:Tensor, experts:Tensor, gate_up:list[Tensor], down:list[Tensor], groups:list[int], f:int)->Tensor:
     choices,e = max(experts.numel(), 1), len(down[0])
-    most = 64 if min(groups) < 0 else 128
+    most = 64 if -1 in groups else 128
     named = [dict(zip(('codes', 'scales', 'mins')[:len(p)], p, strict=True)) for p in (gate_up, down)]
     return experts_in_codes(x, weights, experts, *named, tuple(groups), f, min(tile_rows(choices/min(e, choices)), most))
 

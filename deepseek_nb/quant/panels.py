@@ -22,7 +22,7 @@ from . import Layout, QuantizedWeight, embed_quantized, linear_quantized
 
 # %% ../../nbs/460_quant.panels.ipynb #a30671c9
 PIECES = {  # format -> its parts: name, dtype, how many lie together
-    'int8': (('scales', torch.float32, 1), ('codes', torch.int8, 4)),
+    'int8': (('scales', torch.float16, 1), ('codes', torch.int8, 4)),
     'int4': (('scales', torch.float16, 1), ('mins', torch.float16, 1), ('codes', torch.uint8, 4))}
 
 def side_by_side(
@@ -40,23 +40,24 @@ class Panels(Layout):
         format, # `Int8` or `Int4`
         shape:tuple, # Of the weight `… o i`
     ):
-        self.few,self.i = format.name == 'int4',shape[-1]
-        self.blocks,self.groups = -(-self.i//32),-(-self.i//format.group) if self.few else 1
-        self.widths = dict(scales=1, mins=1, codes=format.group//2 if self.few else 32*self.blocks)
+        self.i,self.bits,group = shape[-1],4 if format.name == 'int4' else 8,format.group
+        self.blocks,self.groups,self.grouped = -(-self.i//32),-(-self.i//(group or self.i)),group > 0
+        self.widths = dict(scales=1, mins=1, codes=(group or 32*self.blocks)*self.bits//8)
         self.pieces = [p for p in PIECES[format.name] if p[0] != 'mins' or not format.symmetric]
+        if not group: self.pieces[0] = 'scales', torch.float32, 1
         self.stride = sum(16*self.widths[n]*t.itemsize for n,t,_ in self.pieces)
 
     def join(self,
         parts:dict, # As `Format.encode` made them
     )->Tensor: # Bytes `… p x`, p panels
         "The parts of a weight, panel by panel"
-        if not self.few: parts = parts | dict(scales=parts['scales'][..., None])
+        if not self.grouped: parts = parts | dict(scales=parts['scales'][..., None])
         each = [side_by_side(F.pad(t := parts[n], (0, self.groups*self.widths[n] - t.shape[-1])), w) for n,_,w in self.pieces]
         x = torch.cat([rearrange(t, '... (g y) -> ... g y', g=self.groups) for t in each], -1)
         return rearrange(x, '... g y -> ... (g y)')[..., :self.size()]
 
-    def size(self): # Bytes of a panel
-        return self.groups*self.stride - (16*(self.groups*self.widths['codes'] - 16*self.blocks) if self.few else 0)
+    def size(self): # Bytes of a panel: its last group has no codes beyond the last block
+        return self.groups*self.stride - 16*(self.groups*self.widths['codes'] - 4*self.bits*self.blocks)
 
     def split(self,
         stored:dict, # `panels`, bytes `… x`
@@ -70,8 +71,8 @@ class Panels(Layout):
             yield name, part.unflatten(-1, (-1, 16, w))
 
     def finish(self, name, t):
-        if self.few: return t[..., :16*self.blocks] if name == 'codes' else t
-        return t[..., 0] if name == 'scales' else t[..., :self.i]
+        if name == 'codes': return t[..., :self.i if self.bits == 8 else 16*self.blocks]
+        return t if self.grouped else t[..., 0]
 
     def parts(self, stored, shape):
         return {n: self.finish(n, rearrange(t, '... p g a r w -> ... (p r) (g a w)')[..., :shape[-2], :]) for n,t in self.split(stored)}
@@ -101,9 +102,9 @@ kernels = Kernels('panels.cpp', linear_panels=lambda x, panels, kind, y: None, e
 
 def kind_of(
     w:QuantizedWeight, # In a format of `PIECES`
-)->int: # 1 for int8, twice the group for int4, and one more with minima
+)->int: # 1 for int8, or minus its group; twice the group for int4, and one more with minima
     "How the kernels know a format"
-    return 1 if w.format.name == 'int8' else 2*w.format.group + (not w.format.symmetric)
+    return -w.format.group or 1 if w.format.name == 'int8' else 2*w.format.group + (not w.format.symmetric)
 
 def packable(
     w, # A weight
