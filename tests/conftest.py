@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 def pytest_collection_modifyitems(config, items):
     "Where tests run side by side, a file's stay together, and so do those that need the site, or a copy of the sources."
     if not config.pluginmanager.hasplugin('xdist'): return
-    for i in items: i.add_marker(pytest.mark.xdist_group(min({'site', 'copy'} & {*i.fixturenames}, default=i.path.name)))
+    for i in items: i.add_marker(pytest.mark.xdist_group('built' if {'site', 'copy'} & {*i.fixturenames} else i.path.name))
 
 
 @pytest.fixture(scope='session')

@@ -109,7 +109,8 @@ def test_kernels_and_cache(name, format, floats, tokens):
     got = torch.cat([model(tokens[:, :5], cache), *(model(tokens[:, i:i+1], cache) for i in range(5, 21))], 1)
     pairs = [(a, b) for x in (model(tokens), got) for a, b in zip(expected.flatten(0, 1), x.flatten(0, 1), strict=True)]
     far = torch.tensor([relative_error(*p) for p in pairs])
-    assert far.median() < .02  # a router may choose another expert for some tokens
+    products = 15 if model.config.mla else 9  # one behind the other, with activations off by .0055, and norms and gates
+    assert far.median() < 1.2*.0055*products**.5  # a router may choose another expert for some tokens
     assert model.generate(tokens[:, :5], 6, eos_token_id=[]).shape == (2, 11)
 
 
@@ -396,7 +397,7 @@ def test_calibrated_models_are_saved_as_others(floats, tmp_path, tokens):
     model = calibrate_model(floats['llama'], tokens.repeat(8, 2), Int4(64, symmetric=True))
     model.save_pretrained(tmp_path/'few')
     same(QuantizedModel.from_pretrained(tmp_path/'few', device='cpu'), model)
-    assert {r.format for r in model.quantization_report().rows} == {'int4 (group=64, symmetric=True)', 'int8', 'float32'}
+    assert {r.format for r in model.quantization_report().rows} == {'int4 (group=64, symmetric=True)', 'int8 (group=32)', 'float32'}
 
 
 # ---- memory
@@ -423,7 +424,7 @@ LOADS = dict(float32="Model.from_pretrained(path, 'float32', 'cpu')", int8="Quan
 def test_memory_falls_with_the_weights(python):
     "Peaks of loading and of a token, above a process that has imported what it needs: the weights, and an embedding while it is packed"
     peak = {k: int(python(PEAK.replace('keep.append({})', f'keep.append({v})'))) for k, v in LOADS.items()}
-    size = dict(int8=135.4e6, int4=95.1e6, own=95.9e6)
+    size = dict(int8=139.7e6, int4=96.6e6, own=95.9e6)
     for k, n in size.items(): assert peak[k] < n + 60e6, (k, peak)
     assert peak['int8'] < .3*peak['float32'] and peak['int4'] < .24*peak['float32'], peak
     print(peak)

@@ -8,6 +8,7 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import MoE, SwiGLU
+from deepseek_nb.arch.routing import Gate
 from deepseek_nb.core import Config, Rope
 from deepseek_nb.infer import generate, load  # noqa: F401
 from deepseek_nb.releases import shapes
@@ -126,6 +127,20 @@ def test_active_share_counts_the_parameters_a_token_meets():
         assert abs(c.active_params() - gone) <= GQA.n_layers*c.n_routed_experts*(c.dim + 1) + router
 
 
+def same_where_sure(theirs, model, tokens, least=.2):
+    "Equal logits up to the first token of a row for which two experts are nearly equal: rounding decides between these"
+    gaps = []
+    def look(gate, _, out):
+        best = (out.scores + gate.e_score_correction_bias).sort(-1, descending=True).values
+        gaps.append(best[:, gate.c.n_activated_experts - 1] - best[:, gate.c.n_activated_experts])
+    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, Gate)]
+    ours = model(tokens)
+    for h in hooks: h.remove()
+    sure = (torch.stack(gaps).amin(0).view(tokens.shape).cummin(1).values > 2e-7)
+    assert sure.float().mean() > least, sure.float().mean()
+    torch.testing.assert_close(theirs[sure], ours[sure], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize('base', [GQA, LATENT], ids=['gqa', 'mla'])
 @pytest.mark.parametrize('way', ['split', 'upcycle'])
 def test_transformers_gives_the_same_logits(base, way, tmp_path):
@@ -138,8 +153,8 @@ def test_transformers_gives_the_same_logits(base, way, tmp_path):
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True, **EAGER)
     assert not any(info.values()), info
     assert type(theirs).__name__ == ('Glm4MoeForCausalLM' if base is GQA else 'DeepseekV3ForCausalLM')
-    torch.testing.assert_close(theirs(tokens).logits, new(tokens), rtol=0, atol=1e-4)
     torch.testing.assert_close(Model.from_pretrained(tmp_path, 'float32', 'cpu')(tokens), new(tokens), rtol=0, atol=1e-5)
+    same_where_sure(theirs(tokens).logits, new, tokens)
     if way == 'upcycle': torch.testing.assert_close(new(tokens), model(tokens), rtol=0, atol=1e-4)
     mine = new.generate(tokens[:1], 12, temperature=0.)
     assert mine.tolist() == theirs.generate(tokens[:1], max_new_tokens=12, do_sample=False, pad_token_id=1).tolist()
