@@ -2839,6 +2839,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'deepseek_nb/train/trainer.py'),
                                            'deepseek_nb.train.trainer.scale_gradients': ( 'train.trainer.html#scale_gradients',
                                                                                           'deepseek_nb/train/trainer.py'),
+                                           'deepseek_nb.train.trainer.standard': ( 'train.trainer.html#standard',
+                                                                                   'deepseek_nb/train/trainer.py'),
                                            'deepseek_nb.train.trainer.watched': ( 'train.trainer.html#watched',
                                                                                   'deepseek_nb/train/trainer.py')},
             'deepseek_nb.train.upcycle': { 'deepseek_nb.train.upcycle.active_share': ( 'train.upcycle.html#active_share',

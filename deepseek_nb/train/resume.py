@@ -33,7 +33,7 @@ from ..infer.checkpoint import fill
 from ..infer.persist import word_sums
 from ..infer.safetensors import opened, read_json, some, write_tensors
 from ..releases import shapes
-from .trainer import STANDARD, Callback, Trainer
+from .trainer import Callback, Trainer, standard
 
 # %% ../../nbs/517_train.resume.ipynb #2a8e9b39
 def to_json(
@@ -305,4 +305,4 @@ class Checkpoints(Callback):
         self.due,self.saved = False,t.step
         for old in checkpoints(self.out)[:-t.args.save_total_limit] if t.args.save_total_limit else (): discard(old)
 
-STANDARD.append(Checkpoints)
+standard(Checkpoints)

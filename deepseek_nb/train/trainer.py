@@ -8,8 +8,8 @@
 # %% auto #0
 __all__ = ['EVENTS', 'HALVES', 'STANDARD', 'TrainingArguments', 'check_arguments', 'CancelStep', 'CancelFit', 'Callback',
            'History', 'compute_dtype', 'master_weights', 'scale_gradients', 'checkpointed', 'make_optimizer',
-           'make_schedule', 'as_batches', 'count_steps', 'Trainer', 'Diverged', 'Guard', 'watched', 'Progress',
-           'LivePlot']
+           'make_schedule', 'standard', 'as_batches', 'count_steps', 'Trainer', 'Diverged', 'Guard', 'watched',
+           'Progress', 'LivePlot']
 
 # %% ../../nbs/515_train.trainer.ipynb #8059685f
 import math
@@ -210,7 +210,14 @@ def make_schedule(
     return get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
 
 # %% ../../nbs/515_train.trainer.ipynb #e2d19d64
-STANDARD = []  # Callbacks of every run, classes; a callback of the same class that is handed over replaces its own
+STANDARD = []  # Callbacks of every run, classes; one of the same name that is handed over takes its place
+
+def standard(
+    cls:type, # A callback
+)->type: # The same
+    "Give a callback to every run from now on"
+    STANDARD[:] = [*(c for c in STANDARD if c.__name__ != cls.__name__), cls]
+    return cls
 
 def as_batches(
     data, # Examples, or batches already
@@ -250,7 +257,8 @@ class Trainer:
         self.args,self.train_dataset,self.eval_dataset,self.compute_loss,self.optimizers = args,train_dataset,eval_dataset,loss,optimizers
         self.dtype,self.params = compute_dtype(self.model, args),master_weights(self.model)
         self.device = self.params[0].device
-        own = [c() for c in STANDARD if not any(isinstance(o, c) for o in callbacks)]
+        given = {c.__name__ for o in callbacks for c in type(o).__mro__}
+        own = [c() for c in STANDARD if c.__name__ not in given]
         self.callbacks = sorted([*callbacks, *own], key=lambda c: c.order)
         self.step,self.history,self.resume_from_checkpoint = 0,History(),False
 
@@ -429,7 +437,7 @@ def stop(self:Guard,
     said = f'step {t.step+1}: loss {t.loss:.4g}, gradient norm {t.norm:.4g}, where the last losses had a median of {middle:.4g}'
     raise Diverged(f'{said}; {left}; lower learning_rate {t.args.learning_rate:g}, raise warmup_steps, or look at the data')
 
-STANDARD.append(Guard)
+standard(Guard)
 
 # %% ../../nbs/515_train.trainer.ipynb #92e94b1e
 def watched()->bool:
@@ -450,7 +458,7 @@ class Progress(Callback):
     def cleanup(self, t):
         if hasattr(self, 'bar'): self.bar.close()
 
-STANDARD.append(Progress)
+standard(Progress)
 
 class LivePlot(Callback):
     "The losses, drawn while they come"
