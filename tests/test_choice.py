@@ -48,8 +48,8 @@ def test_the_stored_numbers(tok):
     stored = json.loads((FIXTURES/'choice.json').read_text(encoding='utf-8'))
     model = Model.from_pretrained('smollm2-135m', dtype='float32', device='cpu')
     got,rows = C.multiple_choice(model, tok, stored['rows'], form),stored['rows']
-    worst = max(abs(a - b) for ours,row in zip(got.scores, rows, strict=True) for a,b in zip(ours, row['scores'], strict=True))
-    assert worst < 2e-4, worst
+    worst = max(abs(a - b)/(1 + abs(b)) for ours,row in zip(got.scores, rows, strict=True) for a,b in zip(ours, row['scores'], strict=True))
+    assert worst < 1e-5, worst  # sums of logits in float32, over as many tokens as an answer has
     for name,length in (('acc', lambda a: 1), ('acc_norm', len), ('acc_bytes', C.in_bytes)):
         assert got.hits(length).tolist() == [row[name] for row in rows], name
         assert got.hits(length).mean() == pytest.approx(stored['results'][name], abs=1e-12)

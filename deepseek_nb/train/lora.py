@@ -443,8 +443,9 @@ def run_adapted(
     down:Tensor, # Stacked `e d f`
 )->Tensor: # `n d`
     "The routed experts, where a stack has adapters or is kept in few bits"
-    stacks,rows = (gate_up, down),row_choice()
+    stacks = gate_up, down
     if all(isinstance(w, Tensor) for w in stacks): return run_trained(x, weights, experts, gate_up, down)
+    rows = row_choice()
     def run(i, chosen): return run_products(x[i], weights[i], experts[i], *(products(w, chosen(w)) for w in stacks))
     if rows is None: return run(slice(None), lambda w: w.chosen() if isinstance(w, LoraWeight) else ())
     y = torch.zeros_like(x)
