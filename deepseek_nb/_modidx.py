@@ -1401,6 +1401,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deepseek_nb.nbproc.exports': ('nbproc.html#exports', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.find_compiler': ('nbproc.html#find_compiler', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.first_error': ('nbproc.html#first_error', 'deepseek_nb/nbproc.py'),
+                                    'deepseek_nb.nbproc.fresh_processes': ('nbproc.html#fresh_processes', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.join_cells': ('nbproc.html#join_cells', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.owner': ('nbproc.html#owner', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.register_magics': ('nbproc.html#register_magics', 'deepseek_nb/nbproc.py'),

@@ -9,7 +9,7 @@ Importing this module registers the two magics if IPython is running and does no
 # %% auto #0
 __all__ = ['COMPILERS', 'FLAGS', 'SUFFIXES', 'find_compiler', 'join_cells', 'first_error', 'source_text', 'with_includes',
            'torch_headers', 'compile_source', 'check_name', 'run_magic', 'register_magics', 'serve_shells',
-           'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources']
+           'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources', 'fresh_processes']
 
 # %% ../nbs/020_nbproc.ipynb #fc75e942
 import ctypes
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -224,3 +225,12 @@ class ExportSources:
         from nbdev.config import get_config
         nb = Path(self.nb.path_).resolve()
         write_sources(self.files, nb, Path(get_config(nb.parent).lib_path)/'csrc')
+
+# %% ../nbs/020_nbproc.ipynb #4cbe122d
+def fresh_processes(
+    cells:list, # All cells that will be tested
+)->None:
+    "Let no notebook see what another has left behind"
+    import nbdev.test
+    from fastcore.parallel import parallel
+    nbdev.test.parallel = partial(parallel, max_tasks_per_child=1)
