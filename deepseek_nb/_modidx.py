@@ -1406,6 +1406,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'deepseek_nb.nbproc.owner': ('nbproc.html#owner', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.register_magics': ('nbproc.html#register_magics', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.replace_text': ('nbproc.html#replace_text', 'deepseek_nb/nbproc.py'),
+                                    'deepseek_nb.nbproc.run_alone': ('nbproc.html#run_alone', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.run_magic': ('nbproc.html#run_magic', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.serve_shells': ('nbproc.html#serve_shells', 'deepseek_nb/nbproc.py'),
                                     'deepseek_nb.nbproc.source_text': ('nbproc.html#source_text', 'deepseek_nb/nbproc.py'),

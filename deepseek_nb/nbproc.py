@@ -9,7 +9,7 @@ Importing this module registers the two magics if IPython is running and does no
 # %% auto #0
 __all__ = ['COMPILERS', 'FLAGS', 'SUFFIXES', 'find_compiler', 'join_cells', 'first_error', 'source_text', 'with_includes',
            'torch_headers', 'compile_source', 'check_name', 'run_magic', 'register_magics', 'serve_shells',
-           'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources', 'fresh_processes']
+           'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources', 'run_alone', 'fresh_processes']
 
 # %% ../nbs/020_nbproc.ipynb #fc75e942
 import ctypes
@@ -20,8 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from importlib.util import find_spec
+from multiprocessing import set_start_method
 from pathlib import Path
 
 # %% ../nbs/020_nbproc.ipynb #cd8d506e
@@ -227,10 +227,19 @@ class ExportSources:
         write_sources(self.files, nb, Path(get_config(nb.parent).lib_path)/'csrc')
 
 # %% ../nbs/020_nbproc.ipynb #4cbe122d
+def run_alone(
+    path, # Of a notebook
+    **kwargs, # For nbdev's `test_nb`
+): # What that returns
+    "Test a notebook in a process that is its own"
+    from nbdev.test import test_nb
+    if sys.platform == 'linux': set_start_method('fork', force=True)
+    return test_nb(path, **kwargs)
+
 def fresh_processes(
     cells:list, # All cells that will be tested
 )->None:
     "Let no notebook see what another has left behind"
     import nbdev.test
     from fastcore.parallel import parallel
-    nbdev.test.parallel = partial(parallel, max_tasks_per_child=1)
+    nbdev.test.parallel = lambda _, paths, **kwargs: parallel(run_alone, paths, max_tasks_per_child=1, **kwargs)
