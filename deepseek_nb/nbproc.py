@@ -234,6 +234,7 @@ def run_alone(
     "Test a notebook in a process that is its own"
     from nbdev.test import test_nb
     if sys.platform == 'linux': set_start_method('fork', force=True)
+    sys.modules.pop('deepseek_nb.nbproc', None) # so that its import registers the magics with the notebook's shell
     return test_nb(path, **kwargs)
 
 def fresh_processes(
