@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# nbdev-test runs two notebooks side by side: each gets half of the cores
+# Two notebooks, and two files of tests, run side by side: each gets half of the cores
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
@@ -13,7 +13,7 @@ demo: .venv/.installed  ## a question answered by a real model, then a chat wher
 
 test: .venv/.dev  ## every notebook, then tests/
 	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2 --timing
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup
+	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	$(BIN)/python -m pytest tests -k sanitizers

@@ -1,18 +1,21 @@
+import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import setuptools  # noqa: F401, before threads of torch.compile import it side by side, at which it fails
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(config, items):
-    "Where tests run side by side, a file's stay together, and so do those that need the site, or a copy of the sources."
-    if not config.pluginmanager.hasplugin('xdist'): return
-    for i in items: i.add_marker(pytest.mark.xdist_group('built' if {'site', 'copy'} & {*i.fixturenames} else i.path.name))
+def pytest_collection_modifyitems(items):
+    "Files of few tests come first: these take longest, and where two run side by side none is left for the end."
+    tests = Counter(i.path for i in items)
+    items.sort(key=lambda i: tests[i.path])
 
 
 @pytest.fixture(scope='session')
@@ -43,10 +46,14 @@ def copy(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
-    "The site, built in a copy of what it is built from."
+    "The site, built once in a copy of what it is built from, also where several processes test."
     from deepseek_nb.site import build
-    root = tmp_path_factory.mktemp('site')
-    for name in ('nbs', 'deepseek_nb'):
-        shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-    shutil.copy(ROOT/'pyproject.toml', root)
-    return build(root)
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'site'
+    with FileLock(f'{root}.lock'):
+        if not root.exists():
+            for name in ('nbs', 'deepseek_nb'):
+                shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+            shutil.copy(ROOT/'pyproject.toml', root)
+            build(root)
+    return root/'_docs'

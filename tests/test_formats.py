@@ -315,7 +315,7 @@ def test_activations_int8(i, block, seed):
         part = x[:, g:g+block]
         scale = part.abs().amax(1)/127
         assert equal(scales[:, g//block], scale)
-        assert equal(codes[:, g:g+block].float(), (part/scale.clamp(min=torch.finfo().tiny)[:, None]).round().clamp(-127, 127))
+        assert equal(codes[:, g:g+block].float(), (part*(1/scale.clamp(min=torch.finfo().tiny))[:, None]).round().clamp(-127, 127))
         assert equal(rounded(x, block)[:, g:g+block], codes[:, g:g+block].float()*scale[:, None])
 
 

@@ -308,7 +308,9 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
     latent = to_mla(model, text, 320, 128)
     assert latent.config.cache_bytes_per_token() > model.config.cache_bytes_per_token() # so wide that it must answer right
     every = to_moe(latent, moe_config(latent.config, 12, 12, 4), text) # with a choice among 12 in 30 layers, rounding makes some of them
-    torch.testing.assert_close(hf(every.save_pretrained(tmp_path/'every'))(text[:1]).logits, every(text[:1]), rtol=0, atol=1e-4)
+    mine = every(text[:1])
+    theirs = hf(every.save_pretrained(tmp_path/'every'))(text[:1]).logits
+    assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 30 layers of float32, logits up to 30
     both = to_moe(latent, moe_config(latent.config, 12, 11, 4), text)
     save_tokenizer(tok, both.save_pretrained(tmp_path))
     theirs, reader = hf(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
