@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
-.PHONY: demo test sanitize docs bench export new-chapter hooks clean
+.PHONY: demo test sanitize docs bench evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -23,6 +23,9 @@ docs: .venv/.dev  ## the site, into _docs
 
 bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; without a name, the list
 	$(BIN)/python -m deepseek_nb.bench $(NAME)
+
+evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
+	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean

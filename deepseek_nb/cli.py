@@ -1,4 +1,4 @@
-"""`deepseek-nb chat | generate | info | quantize | finetune | distill | convert | eval | doctor | bench`: one thin function for each verb
+"""`deepseek-nb chat | generate | info | quantize | finetune | distill | convert | eval | evidence | doctor | bench`: one thin function for each verb
 
 Each verb is a function, and its signature is its interface: parameters become options, their comments the help. `main` picks the verb, prints errors as one line and exits with 2; `--debug` shows the traceback."""
 
@@ -6,7 +6,7 @@ Each verb is a function, and its signature is its interface: parameters become o
 
 # %% auto #0
 __all__ = ['DEMO', 'VERBS', 'report', 'say', 'go_on', 'chat', 'generate', 'info', 'quantize', 'finetune', 'distill', 'convert',
-           'evaluate', 'doctor', 'bench', 'usage', 'main']
+           'evaluate', 'evidence', 'doctor', 'bench', 'usage', 'main']
 
 # %% ../nbs/900_cli.ipynb #a597de3f
 import json
@@ -205,6 +205,20 @@ def _questions(name, n, *model):
     names = ('acc', 'acc_stderr', 'acc_norm', 'acc_norm_stderr')
     return found, dict(choice=name, examples=len(found.right)) | {k: float(getattr(found, k)) for k in names}
 
+# %% ../nbs/900_cli.ipynb #1a52b072
+def evidence(
+    name:str = '', # An experiment; none to list them
+    config:str = '', # Its plan; none for nbs/configs/evidence/NAME.toml
+    out:str = '', # File of results; none for nbs/results/evidence/NAME.json
+    work:str = '', # Folder for what runs keep; none for the user's cache
+    only:str = '', # ARM or ARM:SEED, several with commas
+    smoke:bool = False, # All of it, but tiny, and kept nowhere
+):
+    "Run an experiment of the book, or go on with it"
+    from deepseek_nb.eval import evidence as studies
+    if not name: return print(*studies.CHAPTERS, sep='\n')
+    studies.evidence(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
+
 # %% ../nbs/900_cli.ipynb #6dcb858e
 def doctor(
     as_json:bool = False, # Print JSON
@@ -229,7 +243,7 @@ def bench(
     run([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=quantize, finetune=finetune, distill=distill, convert=convert, eval=evaluate,
-             doctor=doctor, bench=bench)
+             evidence=evidence, doctor=doctor, bench=bench)
 
 def usage()->str: # Text for a terminal
     "What the command can do"

@@ -107,9 +107,10 @@ def documents(
     rows = corpus(name)
     texts = rows['text'][:]
     if name == 'wordnet':
-        lines = [f"{', '.join(w)}: {t}" for w,t in zip(rows['words'], texts, strict=True)]
+        lines = [f"{', '.join(w)}: {t}" for w,t in zip(rows['words'][:], texts, strict=True)]
         texts = ['\n'.join(lines[i:i+25]) for i in range(0, len(lines), 25)]
-    return texts if most is None else [texts[i*len(texts)//most] for i in range(min(most, len(texts)))]
+    n = min(most or len(texts), len(texts))
+    return [texts[i*len(texts)//n] for i in range(n)]
 
 def set_aside(
     docs:list, # Documents in order

@@ -1,0 +1,170 @@
+"The form of experiments, and those on language: plans, records, interruptions, leaks"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from deepseek_nb.eval import balancing, evidence, sparse
+from deepseek_nb.eval.evidence import carry_out, find_study, overlap, read_plan, run_folder, runs, spread, stored, study, to_do
+from deepseek_nb.train.mini import documents
+
+PLAN = '''minutes = 1
+seeds = [0, 1]
+[settings]
+n = 3
+inner = {a = 1, b = 2}
+[arms.one]
+[arms.two]
+inner = {b = 5}
+[smoke]
+n = 1
+seeds = [7]
+'''
+
+
+@study('counting')
+def counting(settings, seed, folder):
+    (folder/'seen').write_text(f'{seed}')
+    return dict(value=settings['n'] + seed, inner=settings['inner'])
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path/'counting.toml').write_text(PLAN)
+    return tmp_path/'counting.toml'
+
+
+def test_arms_are_merged_over_settings(plan):
+    assert read_plan(plan).arms == dict(one=dict(n=3, inner=dict(a=1, b=2)), two=dict(n=3, inner=dict(a=1, b=5)))
+    tiny = read_plan(plan, smoke=True)
+    assert tiny.seeds == (7,) and tiny.arms['two'] == dict(n=1, inner=dict(a=1, b=5))
+
+
+@pytest.mark.parametrize('old,new,said', [
+    ('minutes = 1', '', 'minutes, the budget of one run, is missing'),
+    ('minutes = 1', 'minutes = 1\nseed = 3', "'seed' has no meaning here"),
+    ('n = 1', 'm = 1', "changes 'm', which"),
+    ('seeds = [0, 1]', '', 'a plan needs seeds'),
+    ('[arms.one]\n[arms.two]\ninner = {b = 5}', '', 'a plan needs arms'),
+    ('n = 3', 'n = ', 'is no TOML file')])
+def test_a_bad_plan_is_named_in_one_line(plan, old, new, said):
+    plan.write_text(PLAN.replace(old, new, 1))
+    with pytest.raises(ValueError, match=said) as e: read_plan(plan, smoke=said.startswith("changes"))
+    assert '\n' not in str(e.value)
+
+
+def test_only_what_is_missing_runs(plan, tmp_path):
+    p, out, said = read_plan(plan), tmp_path/'r'/'counting.json', []
+    carry_out(p, out, tmp_path/'w', ['one:1'], said.append)
+    assert [(r['arm'], r['seed']) for r in stored(out)] == [('one', 1)] and len(said) == 1
+    carry_out(p, out, tmp_path/'w', say=said.append)
+    assert len(stored(out)) == 4 and len(said) == 4 and to_do(p, stored(out)) == []
+    plan.write_text(PLAN.replace('n = 3', 'n = 4'))
+    changed = read_plan(plan)
+    assert len(to_do(changed, stored(out))) == 4
+    carry_out(changed, out, tmp_path/'w', ['two'], said.append)
+    assert sorted(r['result']['value'] for r in stored(out)) == [3, 4, 4, 5]  # the other arm's old records are still there
+    assert run_folder(tmp_path, p, 'one', 0) != run_folder(tmp_path, changed, 'one', 0)
+    assert {*stored(out)[0]} == {'arm', 'seed', 'settings', 'result', 'minutes', 'commit', 'machine', 'date'}
+    assert runs('counting', tmp_path/'r') == stored(out) and runs('never', tmp_path) == []
+    with pytest.raises(KeyError, match="no run 'three'"): to_do(p, [], ['three'])
+
+
+def test_what_is_not_finite_is_not_stored(plan, tmp_path):
+    @study('counting')
+    def broken(settings, seed, folder): return dict(curve=[[1, 2.], [2, float('nan')]])
+    try:
+        with pytest.raises(ValueError, match='counting, one, seed 0: not finite'): carry_out(read_plan(plan), tmp_path/'o.json', tmp_path)
+    finally: study('counting')(counting)
+    assert stored(tmp_path/'o.json') == []
+
+
+def test_time_of_interrupted_runs_is_counted(plan, tmp_path):
+    calls = []
+    @study('counting')
+    def stops(settings, seed, folder):
+        calls.append(time.sleep(.7))
+        if len(calls) == 1: raise KeyboardInterrupt
+        return dict(value=1)
+    try:
+        with pytest.raises(KeyboardInterrupt): carry_out(read_plan(plan), tmp_path/'o.json', tmp_path, ['one:0'])
+        assert carry_out(read_plan(plan), tmp_path/'o.json', tmp_path, ['one:0'], lambda o: None)[0]['minutes'] >= .02
+    finally: study('counting')(counting)
+
+
+def test_spread():
+    x = torch.randn(7, dtype=torch.float64)
+    mean, sd, n = spread(x.tolist())
+    assert (mean, sd, n) == (pytest.approx(x.mean().item()), pytest.approx(x.std().item()), 7)
+    assert spread([4.]) == (4., 0., 1)
+    with pytest.raises(ValueError, match='no numbers'): spread([])
+
+
+def test_overlap_finds_what_was_planted():
+    words = [f'w{i}' for i in range(400)]
+    train = [' '.join(words[i:i+40]) for i in range(0, 400, 40)]
+    test = [' '.join(['x', *words[60:60+n], 'y']) for n in (4, 7, 8, 12)]
+    assert overlap(train, test, 8) == .5 and overlap(train, test, 7) == .75 and overlap(train, ['new'], 8) == 0.
+
+
+def test_no_document_twice():
+    for name in ('shakespeare', 'sotu'):
+        docs = documents(name, 2400)
+        assert len(docs) == len({*docs}) == len(documents(name))
+        some = documents(name, len(docs)//3)
+        assert len({*some}) == len(docs)//3
+
+
+@pytest.mark.parametrize('name', ['sparse', 'balancing'])
+def test_smoke(name, root, tmp_path):
+    plan = read_plan(root/f'nbs/configs/evidence/{name}.toml', smoke=True)
+    found = carry_out(plan, tmp_path/f'{name}.json', tmp_path, say=lambda o: None)
+    assert [r['arm'] for r in found] == [*plan.arms] and all(r['result']['seen'] == 0 for r in found)
+    assert find_study(name) in (sparse.sparse, balancing.balancing)
+    table = dict(sparse=sparse.table, balancing=balancing.tally)[name]
+    assert all(a in table(found) for a in plan.arms) and 'not been run' in table([])
+
+
+def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
+    "Of the mixture with the bias: kill -9 in the middle, then again from the start of the command"
+    text = (root/'nbs/configs/evidence/balancing.toml').read_text().replace('steps = 2\nevery = 1', 'steps = 40\nevery = 5')
+    text = text.replace('eval_steps = 1 }', 'eval_steps = 10, save_steps = 5 }')
+    (tmp_path/'balancing.toml').write_text(text)
+    plan = read_plan(tmp_path/'balancing.toml', smoke=True)
+    assert plan.arms['bias']['steps'] == 40 and plan.arms['bias']['training']['save_steps'] == 5
+    def start(work, out):
+        code = f"from deepseek_nb.eval.evidence import evidence; evidence('balancing', {str(tmp_path/'balancing.toml')!r}, "
+        code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"
+        return subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
+    p, looks = start(tmp_path/'war', tmp_path/'war.json'), None
+    while p.poll() is None and not (looks := [o for o in (tmp_path/'war').rglob('looks.txt') if len(o.read_text().splitlines()) > 2]): time.sleep(.01)
+    assert looks and p.poll() is None
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert start(tmp_path/'war', tmp_path/'war.json').wait() == start(tmp_path/'peace', tmp_path/'peace.json').wait() == 0
+    war, peace = (json.loads((tmp_path/f'{n}.json').read_text())['runs'][0]['result'] for n in ('war', 'peace'))
+    for r in (war, peace): del r['seconds']
+    assert war == peace
+
+
+def test_kinds_of_tokens():
+    for text, kind in ((' Word', 'word'), ('x', 'continuation'), ('3', 'number'), ('...', 'mark'), ('  \n', 'space'), ('', 'space')):
+        assert balancing.CLASSES[balancing.token_class(text)] == kind
+
+
+def test_information_equals_that_of_scikit_learn():
+    sk = pytest.importorskip('sklearn.metrics')
+    table = torch.randint(1, 30, (4, 9))
+    want = sk.mutual_info_score(None, None, contingency=table.numpy())/torch.log(torch.tensor(2., dtype=torch.float64)).item()
+    assert balancing.shared_information(table) == pytest.approx(want, rel=1e-9)
+
+
+def test_the_command(python, root, plan, tmp_path):
+    assert evidence.CHAPTERS and 'medical' in python('-m', 'deepseek_nb.cli', 'evidence').splitlines()
+    done = subprocess.run([sys.executable, '-m', 'deepseek_nb.cli', 'evidence', 'sparse', '--config', str(plan)], capture_output=True, text=True)
+    assert done.returncode == 2 and "is a plan of 'counting', not of 'sparse'" in done.stderr and done.stderr.count('\n') == 1
