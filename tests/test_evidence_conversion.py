@@ -1,0 +1,45 @@
+"Conversion of a real model: the experiment tiny, its texts apart, its costs as they should be"
+import pytest
+import torch
+
+from deepseek_nb import Model, Tokenizer
+from deepseek_nb.eval import conversion
+from deepseek_nb.eval.evidence import carry_out, overlap, read_plan
+
+
+@pytest.fixture(scope='module')
+def texts(): return conversion.texts_of()
+
+
+def test_no_speech_in_two_parts(texts):
+    from deepseek_nb.train.corpora import corpus
+    for d in corpus('sotu'):
+        assert sum(d['text'] in texts[k] for k in ('learn', 'validation', 'test')) <= 1
+    assert all(len(t) > 100_000 for t in texts.values())
+    assert overlap([texts['learn']], texts['test'].split('\n\n'), 20) < .01
+
+
+def test_rows_move_with_the_seed_alone(texts):
+    tok = Tokenizer.from_pretrained('smollm2-135m')
+    one, same, other = (conversion.pieces(texts['test'][:50_000], tok, 3, 40, seed) for seed in (1, 1, 2))
+    assert one.shape == (3, 40) and torch.equal(one, same) and not torch.equal(one, other)
+    with pytest.raises(ValueError, match='a text of .* tokens has no rows of 64'): conversion.pieces('too short', tok, 1, 64)
+
+
+def test_smoke(root, tmp_path):
+    plan = read_plan(root/'nbs/configs/evidence/conversion.toml', smoke=True)
+    found = carry_out(plan, tmp_path/'conversion.json', tmp_path, say=lambda o: None)
+    costs = {r['arm']: (r['result']['cache'], r['result']['feed_forward']) for r in found}
+    assert costs == {'mla-50': (.5, 1.), 'moe-50': (1., .5)}
+    for r in found:
+        assert r['result']['original'] == found[0]['result']['original'] and len(r['result']['errors']) == 1
+        assert conversion.higher(r['result'], 'original') == 0
+    # a run that is started again after its end finds all that it did, and says the same
+    folder = next(o for o in (tmp_path/'conversion').iterdir() if o.name.startswith('moe'))
+    assert conversion.convert_and_distil(plan.arms['moe-50'], 0, folder) == found[1]['result']
+    assert all(a in conversion.summary(found) for a in plan.arms) and 'not been run' in conversion.summary([])
+
+
+def test_first_blocks():
+    model = conversion.first_blocks(Model.from_pretrained('smollm2-135m', 'float32', 'cpu'), 2)
+    assert len(model.layers) == model.config.n_layers == 2 and model(torch.ones(1, 3, dtype=torch.long)).shape == (1, 3, 49152)
