@@ -141,9 +141,10 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
         code = f"from deepseek_nb.eval.evidence import evidence; evidence('balancing', {str(tmp_path/'balancing.toml')!r}, "
         code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"
         return subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
-    p, looks = start(tmp_path/'war', tmp_path/'war.json'), None
-    while p.poll() is None and not (looks := [o for o in (tmp_path/'war').rglob('looks.txt') if len(o.read_text().splitlines()) > 2]): time.sleep(.01)
-    assert looks and p.poll() is None
+    def looks(): return [n for o in (tmp_path/'war').rglob('looks.txt') for n in o.read_text().splitlines()]
+    p = start(tmp_path/'war', tmp_path/'war.json')
+    while p.poll() is None and len(looks()) < 3: time.sleep(.01)
+    assert p.poll() is None
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert start(tmp_path/'war', tmp_path/'war.json').wait() == start(tmp_path/'peace', tmp_path/'peace.json').wait() == 0
@@ -166,5 +167,6 @@ def test_information_equals_that_of_scikit_learn():
 
 def test_the_command(python, root, plan, tmp_path):
     assert evidence.CHAPTERS and 'medical' in python('-m', 'deepseek_nb.cli', 'evidence').splitlines()
-    done = subprocess.run([sys.executable, '-m', 'deepseek_nb.cli', 'evidence', 'sparse', '--config', str(plan)], capture_output=True, text=True)
+    command = [sys.executable, '-m', 'deepseek_nb.cli', 'evidence', 'sparse', '--config', str(plan)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "is a plan of 'counting', not of 'sparse'" in done.stderr and done.stderr.count('\n') == 1

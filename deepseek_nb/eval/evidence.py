@@ -12,7 +12,6 @@ __all__ = ['CHAPTERS', 'STUDIES', 'study', 'find_study', 'Plan', 'merged', 'read
 import json
 import math
 import os
-import random
 import subprocess
 import tempfile
 import tomllib
