@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from ..core import Config
-from .evidence import by_arm, overlap, spread, study
+from .evidence import by_arm, grams, overlap, spread, study
 from ..infer.tokenizer import Tokenizer
 from ..plot import COLOURS, style
 from ..train.bpe import save_tokenizer, train_bpe
@@ -47,7 +47,8 @@ def split(
         learnt += some
         choose += kept[::2]
         measure += kept[1::2]
-    return learnt, choose, measure
+    held = set().union(*(grams(t, 30) for t in choose + measure))
+    return [t for t in learnt if not grams(t, 30) & held], choose, measure
 
 def prepare_text(
     s:dict, # Settings: corpora, most, share, length, and the model's vocab_size
