@@ -158,11 +158,26 @@ def fall_back(
     self.warned.add(choice)
     known = any(self.twins[n].kind == choice for n in self.plan(choice, device))
     why = "doesn't support these arguments" if known else f'is missing or unavailable on {device}'
-    warnings.warn(f'{self.name}: the {choice!r} twin {why}, {name!r} runs instead', stacklevel=3)
+    warnings.warn(f'{self.name}: the {choice!r} twin {why}, {name!r} runs instead', stacklevel=4)
 
 Op.fall_back._dynamo_marked_constant = True
 
 # %% ../nbs/030_dispatch.ipynb #0eb0beea
+@patch
+def choose(
+    self:Op,
+    *args, # Of a call
+    **kwargs, # Of a call
+)->Twin: # The first of the plan that supports the arguments
+    "The twin that a call would run"
+    choice, device = chosen(), device_of(args, kwargs)
+    for name in self.plan(choice, device):
+        twin = self.twins[name]
+        if twin.supports is None or twin.supports(*args, **kwargs): break
+    if choice != 'auto' and twin.kind != choice: self.fall_back(choice, name, device)
+    return twin
+
+# %% ../nbs/030_dispatch.ipynb #f847af2f
 _ops = {}  # module.name -> Op
 
 def op(
@@ -172,12 +187,7 @@ def op(
     state = _ops[f'{reference.__module__}.{reference.__qualname__}'] = Op(reference)
     @wraps(reference)
     def call(*args, **kwargs):
-        choice, device = chosen(), device_of(args, kwargs)
-        for name in state.plan(choice, device):
-            twin = state.twins[name]
-            if twin.supports is None or twin.supports(*args, **kwargs): break
-        if choice != 'auto' and twin.kind != choice: state.fall_back(choice, name, device)
-        return twin.fn(*args, **kwargs)
+        return state.choose(*args, **kwargs).fn(*args, **kwargs)
     call.op, call.twin = state, state.twin
     return call
 

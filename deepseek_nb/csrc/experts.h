@@ -115,12 +115,13 @@ template <class T> void apart(std::vector<Visit<const T*>>& visits, int64_t d, s
 // %% ../../nbs/320_kernels.moe.ipynb #851f841e
 struct Sorted { std::vector<int64_t> start, slot; };
 
-inline Sorted sort_by_expert(const int64_t* experts, int64_t choices, int64_t e) {
-    Sorted s{std::vector<int64_t>(e + 1), std::vector<int64_t>(choices)};
-    for (int64_t i = 0; i < choices; ++i) ++s.start[experts[i] + 1];
+inline Sorted sort_by_expert(const int64_t* experts, const float* weights, int64_t choices, int64_t e) {
+    Sorted s{std::vector<int64_t>(e + 1), {}};
+    for (int64_t i = 0; i < choices; ++i) s.start[experts[i] + 1] += weights[i] != 0;
     for (int64_t i = 0; i < e; ++i) s.start[i + 1] += s.start[i];
+    s.slot.resize(s.start[e]);
     std::vector<int64_t> next(s.start);
-    for (int64_t i = 0; i < choices; ++i) s.slot[next[experts[i]]++] = i;
+    for (int64_t i = 0; i < choices; ++i) if (weights[i] != 0) s.slot[next[experts[i]]++] = i;
     return s;
 }
 

@@ -32,12 +32,9 @@ template <class T> void run_apart(const Stack<const T*>& w, const Sorted& s, con
         apart(visits, w.d, next);
         t.wait();
         const auto [begin, end] = t.share(n);
-        for (int64_t i = begin; i < end; ++i)
-            for (int64_t c = 0; c < w.d; ++c) {
-                float sum = 0;
-                for (int64_t j = 0; j < k; ++j) sum += z[(i * k + j) * w.d + c];
-                y[i * w.d + c] = sum;
-            }
+        memset(y + begin * w.d, 0, (end - begin) * w.d * sizeof(float));
+        for (int64_t i = begin * k; i < end * k; ++i)
+            if (weights[i] != 0) for (int64_t c = 0; c < w.d; ++c) y[i / k * w.d + c] += z[i * w.d + c];
     });
 }
 
@@ -47,8 +44,9 @@ template <class T> void run(const Tensor& x, const Tensor& weights, const Tensor
     const Stack<const T*> w{data<T>(gate_up), data<T>(down), gate_up.size(0), down.size(2), x.size(1)};
     for (int64_t i = 0; i < n * k; ++i)
         STD_TORCH_CHECK(data<int64_t>(experts)[i] >= 0 && data<int64_t>(experts)[i] < w.e, "experts holds an index outside the stack");
-    const Sorted s = sort_by_expert(data<int64_t>(experts), n * k, w.e);
-    const bool many = n * k >= 32 * w.e && n * k >= PANEL * int64_t(torch::stable::get_num_threads());
+    const Sorted s = sort_by_expert(data<int64_t>(experts), data<float>(weights), n * k, w.e);
+    const int64_t m = s.slot.size();
+    const bool many = m >= 32 * w.e && m >= PANEL * int64_t(torch::stable::get_num_threads());
     (many ? run_apart<T> : run_together<T>)(w, s, data<float>(weights), data<float>(x), n, k, data<float>(y));
 }
 void experts(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down, Tensor y) {

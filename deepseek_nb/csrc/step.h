@@ -337,7 +337,7 @@ template <class T, class M> void FfnStage<T, M>::gather(const Ffn<T, M>& w, floa
     const int64_t k = w.router.k;
     visits.clear();
     if (w.gate)
-        visits = make_visits(w.routed, sort_by_expert(experts.data(), n * k, w.routed.e), weights, weight,
+        visits = make_visits(w.routed, sort_by_expert(experts.data(), weights, n * k, w.routed.e), weights, weight,
                              [&](int64_t i) { return xn + i / k * d; }, [&](int64_t i) { return y + i / k * d; });
     if (w.dense_f)
         for (int64_t j = 0; j < n; j += PANEL) {
