@@ -7,8 +7,8 @@ the trainer and can be interrupted at any time, and `measure` judges the result 
 
 # %% auto #0
 __all__ = ['PROMPTS', 'CARD', 'SOURCES', 'Recipe', 'known', 'read_recipe', 'make_recipe', 'documents', 'set_aside', 'Prepared',
-           'prepare', 'Ahead', 'build', 'steps_that_fit', 'pretrain', 'held_losses', 'held_loads', 'write', 'measure',
-           'save', 'card', 'processor', 'Log', 'main']
+           'prepare', 'Ahead', 'build', 'steps_that_fit', 'pretrain', 'held_losses', 'asked', 'held_loads', 'settle',
+           'write', 'measure', 'save', 'card', 'processor', 'Log', 'main']
 
 # %% ../../nbs/580_train.mini.ipynb #82f3d881
 import json
@@ -51,6 +51,7 @@ class Recipe:
     digits:int = 1 # Longest group of digits that is one token
     gamma:float = .001 # Step of the balancing bias
     until:float = 14.3/14.8 # Share of the steps after which the bias rests
+    settle:int = 0 # Batches after the last step that move the bias alone
     mtp:tuple = (.3, .1) # Weight of the second loss, and in the last part
     last:float = 2/3 # Share of the steps after which the last part begins
 
@@ -76,7 +77,7 @@ def read_recipe(
     model = known(d.get('model', {}), names, f'{path}, [model]')
     training = known(d.get('training', {}), {f.name for f in fields(TrainingArguments)}, f'{path}, [training]')
     data = known(d.get('data', {}), ('corpora', 'held_out', 'most', 'length', 'digits'), f'{path}, [data]')
-    balance = known(d.get('balance', {}), ('gamma', 'until'), f'{path}, [balance]')
+    balance = known(d.get('balance', {}), ('gamma', 'until', 'settle'), f'{path}, [balance]')
     mtp = known(d.get('mtp', {}), ('mtp', 'last'), f'{path}, [mtp]')
     return make_recipe(path, model, training, data | balance | mtp)
 
@@ -220,19 +221,37 @@ def held_losses(
     return dict(loss=total/n, perplexity=math.exp(total/n), bits_per_byte=total/math.log(2)/size, tokens=n)
 
 @torch.no_grad()
+def asked(
+    model:Model, # With routers
+    tokens, # `b s`
+)->list: # Visits of each router's experts `e`, the multi-token-prediction block's last
+    "How often each expert is asked"
+    gates,visits = routers(model),{}
+    def count(i, route): visits[i] = visits_of(route.experts, len(gates[i].weight)).cpu()
+    with watch(gates, count):
+        x = model.hidden(tokens)
+        if hasattr(model, 'mtp'): model.hidden_ahead(x, tokens)
+    return [visits[i] for i in range(len(gates))]
+
 def held_loads(
     model:Model, # With routers
     rows, # Text set aside, in rows
 )->list[float]: # Of each router, the multi-token-prediction block's last: 1 when even
     "The busiest expert's load over the mean"
-    gates = routers(model)
-    visits = [torch.zeros(len(g.weight), dtype=torch.int64) for g in gates]
-    def count(i, route): visits[i] += visits_of(route.experts, len(visits[i])).cpu()
-    with watch(gates, count):
-        for batch in Batches(rows, 8, shuffle=False).rest():
-            x = model.hidden(batch['tokens'])
-            if hasattr(model, 'mtp'): model.hidden_ahead(x, batch['tokens'])
-    return evenness(torch.stack(visits))[0].tolist()
+    visits = sum(torch.stack(asked(model, batch['tokens'])) for batch in Batches(rows, 8, shuffle=False).rest())
+    return evenness(visits)[0].tolist()
+
+# %% ../../nbs/580_train.mini.ipynb #d812801b
+def settle(
+    model:Model, # Trained
+    rows, # That it was trained on
+    steps:int, # Batches of 8 rows
+    gamma:float, # First step of the bias
+)->None: # Its biases are changed
+    "Move the balancing bias on while the weights rest"
+    for i,batch in zip(range(steps), Batches(rows, 8).rest(), strict=False):
+        for gate,visits in zip(routers(model), asked(model, batch['tokens']), strict=True):
+            gate.update_bias(visits.to(gate.weight.device), gamma*(1 - i/steps))
 
 # %% ../../nbs/580_train.mini.ipynb #a4484b9e
 PROMPTS = ('The President of the United States', 'My lord,', 'horse, Equus caballus:')
@@ -277,7 +296,7 @@ It writes text that looks like its sources. It knows nothing, follows no instruc
 - **Text**: {corpora}. Every {every}th document was set aside.
 - **Training**: {steps:,} steps of {batch:,} tokens, {tokens:.1f} million in all, in {minutes:.0f} minutes on {threads} of {processor}.
   {optim}, learning rate {rate:g}, rows of {length} tokens.
-- **Load** of the busiest expert over the mean, by router, on the text set aside: {loads}.
+- **Load** of the busiest expert over the mean, by router, on the text set aside{settled}: {loads}.
 - **Second token**: {greedy} of the block's guesses are the model's own choice; sampled, {sampled} would be accepted.
 
 | text set aside (at most {rows} rows) | nats a token | perplexity | bits a byte |
@@ -301,6 +320,7 @@ def save(
 )->dict: # What was measured
     "Write the model that ships, measure it, and write its card"
     model,folder = trainer.model,Path(out)/'model'
+    if recipe.settle: settle(model, data.train, recipe.settle, recipe.gamma)
     model.source,model.kept = Path(out)/'tokenizer',()
     Model.save_pretrained(model.to(torch.bfloat16), folder)
     shipped = Model.from_pretrained(folder, 'float32', model.device, mtp=hasattr(model, 'mtp'))
@@ -328,6 +348,7 @@ def card(
         batch=a.per_device_train_batch_size*recipe.length, minutes=found['seconds']/60, optim=a.optim, rate=a.learning_rate,
         threads=f'{torch.get_num_threads()} {plural}', processor=processor(), **share,
         table='\n'.join(f'| {n} | {loss:.3f} | {ppl:.1f} | {bits:.3f} |' for n,loss,ppl,bits in rows),
+        settled=f', after {recipe.settle} batches that moved the bias alone' if recipe.settle else '',
         loads=', '.join(f'{x:.2f}' for x in found.get('loads', ())) or 'no router', samples='\n\n'.join(f'> {s}' for s in found['samples']))
 
 def processor()->str: # Its name, where the system tells
