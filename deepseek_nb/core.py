@@ -329,8 +329,8 @@ class Arena:
         nbytes = prod(shape)*dtype.itemsize
         with self.lock:
             if len(self.chunk) < self.used + nbytes:
-                self.chunk = torch.zeros(max(nbytes, self.size) + HUGE, dtype=torch.uint8)
+                self.chunk = torch.empty(max(nbytes, self.size) + HUGE, dtype=torch.uint8)
                 huge_pages(self.chunk)
                 self.used = -self.chunk.data_ptr() % HUGE
             at,self.used = self.used,self.used + -(-nbytes//64)*64
-            return torch.empty(0, dtype=dtype).set_(self.chunk.untyped_storage(), at//dtype.itemsize, tuple(shape))
+            return torch.empty(0, dtype=dtype).set_(self.chunk.untyped_storage(), at//dtype.itemsize, tuple(shape)).zero_()

@@ -29,7 +29,7 @@ from .ggml import KINDS, Ggml, as_int4, from_blocks
 from .int4 import Int4
 
 # %% ../../nbs/475_quant.stream.ipynb #4f1edac6
-PIECE,TRIED = 2**15,256  # weights read at a time, 128 KiB of float32; rows that `alone` tries
+PIECE,TRIED = 2**17,256  # weights read at a time, 512 KiB of float32; rows that `alone` tries
 
 @cache
 def alone(
