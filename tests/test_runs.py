@@ -193,6 +193,8 @@ def test_a_file_that_is_not_there(verb, place, capsys):
     ('finetune', ('[data]', '[lora]\ntarget_modules = ["q_prj"]\n[data]'), 'q_prj'),
     ('finetune', ('[data]', '[data]\ncolumn = "body"'), "the dataset has no column 'body'; it has text"),
     ('finetune', ('output_dir = "out"', ''), 'run.toml, [training]: output_dir is missing'),
+    ('finetune', ('[data]', '[balance]\n[data]'), 'Model has no router to balance; give a model with n_routed_experts'),
+    ('finetune', ('[data]', '[balance]\nfactor = 1\n[data]'), 'run.toml, [balance]: factor is not known; known are gamma, sequence, until'),
     ('finetune', ('[data]', '[parallel]\nhow = "apart"\n[data]'), "no way to share called 'apart'; known are data, shard, expert"),
     ('finetune', ('[data]', '[lora]\nrank = 4\n[data]'), 'run.toml, [lora]: rank is not known; known are '),
     ('distill', ('teacher = "b"', 'teacher = "c"'), '[[stage]] 2, teacher: c is not known; known are a, b'),
@@ -216,6 +218,25 @@ def test_other_settings_in_the_same_folder_are_refused(verb, change, call):
     assert call(verb, FILES[verb])[0] == 0
     code, _, err = call(verb, FILES[verb].replace(*change))
     assert code == 2 and 'the same' in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('sequence', [0., .1])
+def test_a_mixture_is_balanced(place, sequence):
+    "The shipped one: its biases move with every step, its loads are noted, and a second loss changes what is learnt"
+    text = FILES['finetune'].replace(MODEL, MODEL.replace('small', 'mini'))
+    text += f'[balance]\ngamma = 0.01\nuntil = 1.0\nsequence = {sequence}\n'
+    (place/'run.toml').write_text(text)
+    report = runs.finetune('run.toml').report
+    assert len(report) == 4 and all(len(r['max_load']) == 5 for r in report)
+    before, after = (Model.from_pretrained(n, 'float32', 'cpu').state_dict() for n in ('mini', 'out/model'))
+    for k in [k for k in before if k.endswith('correction_bias')]:
+        steps = (after[k] - before[k])/.01
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+        assert 0 < steps.abs().max() < 4.001
+    (place/'run.toml').write_text(text.partition('[balance]')[0].replace('"out"', '"alone"'))
+    alone = runs.finetune('run.toml').report
+    added = report[0]['loss'] - alone[0]['loss']
+    assert 'max_load' not in alone[0] and (added > 1e-3 if sequence else added == 0)
 
 
 def test_two_processes_share_a_finetuning(place):

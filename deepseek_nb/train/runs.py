@@ -6,8 +6,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'checked', 'read_table', 'read_file', 'Named', 'write_result', 'Source', 'read_rows', 'encode_rows',
-           'examples', 'Outcome', 'Sharing', 'Tuning', 'finetune_trainer', 'write_trained', 'finetune', 'Distillation',
-           'read_stage', 'distil', 'Mla', 'Moe', 'Repair', 'Conversion', 'Errors', 'heard_text', 'convert']
+           'examples', 'Outcome', 'Sharing', 'Balancing', 'Tuning', 'finetune_trainer', 'write_trained', 'finetune',
+           'Distillation', 'read_stage', 'distil', 'Mla', 'Moe', 'Repair', 'Conversion', 'Errors', 'heard_text',
+           'convert']
 
 # %% ../../nbs/585_train.runs.ipynb #8fbf8954
 import json
@@ -26,6 +27,7 @@ from ..infer.safetensors import read_json, written
 from ..infer.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel, load_model
 from . import latent, peft, qlora  # noqa: F401, the last two give models the methods for adapters
+from .balance import Balance, routers, with_balance
 from .corpora import CORPORA, corpus
 from .data import chat_data, classification_data, packed, split_by_key, to_dataset, tokenised
 from .latent import save_tokenizer
@@ -161,12 +163,20 @@ class Sharing:
     how:str = 'data' # 'data', 'shard' or 'expert'
 
 @dataclass(frozen=True)
+class Balancing:
+    "How the experts of a mixture are kept at work"
+    gamma:float = .001 # Step of V3's bias; 0: only note the loads
+    until:float = 14.3/14.8 # Share of the steps after which the bias rests
+    sequence:float = 0. # Factor of the sequence-wise loss
+
+@dataclass(frozen=True)
 class Tuning:
     "The tables of a fine-tuning"
     model:dict # Fields of `Named`
     data:dict # Of `Source`
     training:dict # Of `TrainingArguments`
     lora:dict|None = None # Of `LoraConfig`; None: all weights learn
+    balance:dict|None = None # Of `Balancing`; None: routers are left alone
     parallel:dict|None = None # Of `Sharing`
     merge:bool = False # Whether adapters are added to the weights at the end
 
@@ -180,12 +190,16 @@ def finetune_trainer(
     if not args.output_dir: raise ValueError(f'{where}, [training]: output_dir is missing')
     if named.quantise and d.lora is None: raise ValueError(f'{where}: weights in few bits are frozen; add a table [lora]')
     lora = None if d.lora is None else read_table(LoraConfig, dict(base_model_name_or_path=named.name) | d.lora, f'{where}, [lora]')
+    balance = None if d.balance is None else read_table(Balancing, d.balance, f'{where}, [balance]')
     sharing = Parallel(read_table(Sharing, d.parallel or {}, f'{where}, [parallel]').how)
     setup()
     model,tok = named.load()
     torch.manual_seed(args.seed)
     callbacks = [sharing] if 'WORLD_SIZE' in os.environ else []
-    return Trainer(model, args, *examples(data, tok), callbacks=callbacks, lora_config=lora), tok
+    if balance and routers(model): callbacks.append(Balance(balance.gamma, balance.until))
+    trainer = Trainer(model, args, *examples(data, tok), callbacks=callbacks, lora_config=lora)
+    if balance and balance.sequence: trainer.loss = with_balance(trainer.loss, sequence=balance.sequence)
+    return trainer, tok
 
 # %% ../../nbs/585_train.runs.ipynb #a810636a
 def write_trained(
