@@ -24,7 +24,6 @@ from ..infer.tokenizer import Tokenizer
 from ..plot import COLOURS, GREY, style
 from ..train.balance import evenness, routers, with_balance
 from ..train.data import Batches, packed, to_dataset, tokenised
-from ..train.loss import language_loss
 from ..train.mini import build, documents, held_losses, set_aside
 from ..train.resume import checkpoints
 from ..train.trainer import Callback, Trainer
@@ -105,7 +104,7 @@ def trainer_of(
 )->Trainer: # Not yet begun
     "With the arm's way of balancing"
     t = build(make(s, seed), data, s['steps'], folder/'run')
-    if s['sequence']: t.loss = with_balance(language_loss, sequence=s['sequence'])
+    if s['sequence']: t.compute_loss = with_balance(t.compute_loss, sequence=s['sequence'])
     look = Look(data.held['validation'], kinds_of(data.tokenizer), s['every'], folder/'looks.txt')
     t.callbacks = sorted([*t.callbacks, look], key=lambda c: c.order)
     return t

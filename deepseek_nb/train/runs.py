@@ -198,7 +198,7 @@ def finetune_trainer(
     callbacks = [sharing] if 'WORLD_SIZE' in os.environ else []
     if balance and routers(model): callbacks.append(Balance(balance.gamma, balance.until))
     trainer = Trainer(model, args, *examples(data, tok), callbacks=callbacks, lora_config=lora)
-    if balance and balance.sequence: trainer.loss = with_balance(trainer.loss, sequence=balance.sequence)
+    if balance and balance.sequence: trainer.compute_loss = with_balance(trainer.compute_loss, sequence=balance.sequence)
     return trainer, tok
 
 # %% ../../nbs/585_train.runs.ipynb #a810636a
