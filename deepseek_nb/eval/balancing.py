@@ -6,9 +6,9 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'ROWS', 'token_class', 'shared_information', 'counts', 'loads', 'kinds_of', 'Look', 'trainer_of',
-           'by_topic', 'balancing', 'tally', 'plot_curves', 'plot_loads']
+           'by_topic', 'balancing', 'tally', 'finding', 'plot_curves', 'plot_loads']
 
-# %% ../../nbs/680_eval.balancing.ipynb #fdcf3b61
+# %% ../../nbs/680_eval.balancing.ipynb #040e9167
 import math
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from .evidence import by_arm, spread, study
+from .evidence import by_arm, in_words, spread, study
 from .sparse import make, prepare_text
 from ..infer.inside import watch
 from ..infer.tokenizer import Tokenizer
@@ -158,6 +158,18 @@ def tally(
     arms = list(found['test'])
     lines = [f'| {name} | ' + ' | '.join(cell(found[k][a]) for a in arms) + ' |' for k,name in ROWS.items()]
     return '\n'.join(['| | ' + ' | '.join(arms) + ' |', '|---' + '|--:'*len(arms) + '|', *lines])
+
+def finding(
+    records:list, # Of `balancing`
+)->str: # Markdown
+    "What the runs say"
+    found = {k: by_arm(records, lambda r, k=k: r[k]) for k in ('busiest', 'test')}
+    if lost := {'none', 'bias', 'loss'} - {*found['test']}: return f'Not run yet: {", ".join(sorted(lost))}.'
+    load,loss = ({a: in_words(v) for a,v in by.items()} for by in found.values())
+    n,steps = len(found['test']['none']),records[0]['result']['steps']
+    return (f"After {steps} steps the busiest expert has **{load['none']}** times the mean load if nothing balances it, **{load['bias']}** "
+            f"times with V3's bias and **{load['loss']}** times with a balance loss (means over routers, ± over {n} seeds). "
+            f"The test losses are {loss['none']}, {loss['bias']} and {loss['loss']} nats a token.")
 
 def plot_curves(
     records:list, # Of `balancing`

@@ -6,7 +6,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'STUDIES', 'study', 'find_study', 'Plan', 'merged', 'read_plan', 'revision', 'run_folder', 'run_one',
-           'stored', 'to_do', 'finite', 'carry_out', 'runs', 'by_arm', 'spread', 'grams', 'overlap', 'evidence']
+           'stored', 'to_do', 'finite', 'carry_out', 'runs', 'by_arm', 'spread', 'in_words', 'grams', 'overlap',
+           'evidence']
 
 # %% ../../nbs/640_eval.evidence.ipynb #1fb20dab
 import json
@@ -190,6 +191,14 @@ def spread(
     if not values: raise ValueError('there are no numbers to take a mean of')
     n,mean = len(values),sum(values)/len(values)
     return mean, math.sqrt(sum((x - mean)**2 for x in values)/(n-1)) if n > 1 else 0., n
+
+def in_words(
+    values:list, # Numbers
+    digits:int = 2, # After the point
+)->str: # Such as `4.78 ± 0.01`
+    "A mean and the standard deviation over seeds"
+    mean,sd,n = spread(values)
+    return f'{mean:.{digits}f}' + f' ± {sd:.{digits}f}'*(n > 1)
 
 # %% ../../nbs/640_eval.evidence.ipynb #3665e8b2
 def grams(
