@@ -168,6 +168,18 @@ def test_the_table_says_which_way(claims, tmp_path):
     assert 'SmolLM2' not in text
 
 
+def test_experiments_say_what_their_runs_say(claims, results):
+    from deepseek_nb.eval.evidence import CHAPTERS, find_study, runs
+    for name, (claim, said, on, command) in zip(CHAPTERS, claims.experiments(RESULTS).rows, strict=True):
+        done = runs(name, RESULTS/'evidence')
+        assert claim == claims.EXPERIMENTS[name] and command == f'`deepseek-nb evidence {name}`'
+        if not done: assert (said, on) == ('not yet', ''); continue
+        find_study(name)
+        assert said == sys.modules[f'deepseek_nb.eval.{name}'].finding(done) and f'{len(done)} runs' in on
+    shutil.rmtree(results/'evidence', ignore_errors=True)
+    assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')}
+
+
 # ---- the page
 
 def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
@@ -175,8 +187,8 @@ def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get
 
 def test_the_page_is_what_the_results_say(claims):
     shown = [o for cell in PAGE for o in outputs(cell)]
-    for what in (claims.claims(RESULTS, claims.ARTICLE)._repr_markdown_(), claims.claims(RESULTS, claims.OURS)._repr_markdown_(),
-                 claims.measured(RESULTS)):
+    tables = claims.claims(RESULTS, claims.ARTICLE), claims.claims(RESULTS, claims.OURS), claims.experiments(RESULTS)
+    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS)):
         assert what in shown, 'nbs/920_claims.ipynb is stale: run it and store its outputs'
         shown.remove(what)
     assert not numbers(' '.join(shown)), 'the page shows a number that no record holds'

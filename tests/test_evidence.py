@@ -128,6 +128,29 @@ def test_smoke(name, root, tmp_path):
     assert find_study(name) in (sparse.sparse, balancing.balancing)
     table = dict(sparse=sparse.table, balancing=balancing.tally)[name]
     assert all(a in table(found) for a in plan.arms) and 'not been run' in table([])
+    said = dict(sparse=sparse, balancing=balancing)[name].finding(found)
+    assert said.count('**') >= 2 and 'ot run yet' not in said and 'nan' not in said
+    assert dict(sparse=sparse, balancing=balancing)[name].finding(found[:1]).startswith('Not run yet')
+
+
+def test_a_finding_follows_its_runs():
+    def run(arm, seed, **result): return dict(arm=arm, seed=seed, result=dict(flops=10., seconds=1., steps=7) | result)
+    dense = [run('dense', s, test=4. + .1*s) for s in range(3)]
+    def said(test, flops): return sparse.finding([*dense, run('moe9', 0, test=test, flops=flops)])
+    assert '**reached**: with 50% the best mixture (`moe9`) has 4.100 nats' in said(4.1, 5.)
+    assert 'the dense model 4.100 ± 0.100 (± over 3 seeds)' in said(4.1, 5.)
+    assert '**missed**' in said(4.11, 5.) and '**missed**' in said(4., 6.)
+    loads = dict(none=6., bias=1.5, loss=1.25)
+    text = balancing.finding([run(a, s, busiest=x + s, test=4.) for a, x in loads.items() for s in range(2)])
+    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text
+
+
+def test_arms_differ(root, tmp_path):
+    "What an arm changes is heard: no two of them end with the same numbers"
+    plan = read_plan(root/'nbs/configs/evidence/balancing.toml', smoke=True)
+    for s in plan.arms.values(): s |= dict(steps=6, gamma=50*s['gamma'])
+    found = carry_out(plan, tmp_path/'x.json', tmp_path, say=lambda o: None)
+    assert len({r['result']['test'] for r in found}) == len(plan.arms)
 
 
 def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
