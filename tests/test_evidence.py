@@ -141,8 +141,8 @@ def test_a_finding_follows_its_runs():
     assert 'the dense model 4.100 ± 0.100 (± over 3 seeds)' in said(4.1, 5.)
     assert '**missed**' in said(4.11, 5.) and '**missed**' in said(4., 6.)
     loads = dict(none=6., bias=1.5, loss=1.25)
-    text = balancing.finding([run(a, s, busiest=x + s, test=4.) for a, x in loads.items() for s in range(2)])
-    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text
+    text = balancing.finding([run(a, s, busiest=x + s, test=4., topic=[.25, .75]) for a, x in loads.items() for s in range(2)])
+    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text and text.count('0.50 ± 0.00') == 3
 
 
 def test_arms_differ(root, tmp_path):

@@ -163,13 +163,15 @@ def finding(
     records:list, # Of `balancing`
 )->str: # Markdown
     "What the runs say"
-    found = {k: by_arm(records, lambda r, k=k: r[k]) for k in ('busiest', 'test')}
+    def mean(x): return sum(x)/len(x) if isinstance(x, list) else x
+    found = {k: by_arm(records, lambda r, k=k: mean(r[k])) for k in ('busiest', 'test', 'topic')}
     if lost := {'none', 'bias', 'loss'} - {*found['test']}: return f'Not run yet: {", ".join(sorted(lost))}.'
-    load,loss = ({a: in_words(v) for a,v in by.items()} for by in found.values())
+    load,loss,topic = ({a: in_words(v) for a,v in by.items()} for by in found.values())
     n,steps = len(found['test']['none']),records[0]['result']['steps']
     return (f"After {steps} steps the busiest expert has **{load['none']}** times the mean load if nothing balances it, **{load['bias']}** "
             f"times with V3's bias and **{load['loss']}** times with a balance loss (means over routers, ± over {n} seeds). "
-            f"The test losses are {loss['none']}, {loss['bias']} and {loss['loss']} nats a token.")
+            f"The test losses are {loss['none']}, {loss['bias']} and {loss['loss']} nats a token. The topic says {topic['none']}, "
+            f"{topic['bias']} and {topic['loss']} bits about the expert: the loss asks each text for an even load, the bias all texts together.")
 
 def plot_curves(
     records:list, # Of `balancing`
