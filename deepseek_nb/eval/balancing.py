@@ -171,7 +171,8 @@ def finding(
     return (f"After {steps} steps the busiest expert has **{load['none']}** times the mean load if nothing balances it, **{load['bias']}** "
             f"times with V3's bias and **{load['loss']}** times with a balance loss (means over routers, ± over {n} seeds). "
             f"The test losses are {loss['none']}, {loss['bias']} and {loss['loss']} nats a token. The topic says {topic['none']}, "
-            f"{topic['bias']} and {topic['loss']} bits about the expert: the loss asks each text for an even load, the bias all texts together.")
+            f"{topic['bias']} and {topic['loss']} bits about the expert: the loss asks each text for an even load, the bias all texts "
+            "together.")
 
 def plot_curves(
     records:list, # Of `balancing`
