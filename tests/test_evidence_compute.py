@@ -143,7 +143,7 @@ def test_resume(settings, tasks, tmp_path):
 def test_bad_plans(tmp_path):
     text = PLAN.read_text()
     for old,new,words in (('tasks = ["icd10", "wordnet"', 'tasks = ["tweets", "wordnet"', None), ('[arms.full]', '[arm.full]', "'arm'"),
-                          ('minutes = 14', 'minuets = 14', "'minuets'")):
+                          ('minutes = ', 'minuets = ', "'minuets'")):
         assert old in text
         (path := tmp_path/'compute.toml').write_text(text.replace(old, new).replace('tasks = ["icd10", "sotu"]', 'tasks = ["tweets"]'))
         with pytest.raises(ValueError, match=words or "task 'tweets' is not known here") as e:
