@@ -158,7 +158,7 @@ def synthetic(arm, seed, right):
     if arm != 'small':
         result |= dict(rule='null', curve=[dict(mean=3., number=.5, found=one(right - .02, 55.))], static={'3': one(right - .1, 55.)},
                        random={'3': one(right - .2, 55.)}, times={'3.0': dict(x=time, y=time)})
-    return dict(arm=arm, seed=seed, settings=dict(mean=3.), result=result, minutes=1.)
+    return dict(arm=arm, seed=seed, settings=dict(mean=3., model=dict(n_activated_experts=8)), result=result, minutes=1.)
 
 
 def test_tables_of_synthetic_runs():
@@ -171,5 +171,11 @@ def test_tables_of_synthetic_runs():
     assert f'| 55.0 | 77.5 ± 0.7 | 77.5 ± 0.7 | {100*(.58/.6 + .57/.59)/2:.1f} ± ' in lines['spared, by rule']
     assert f'| {100*.5/.6:.1f} ± 0.0 | {100*.5/.6:.1f} ± 0.0 | 1 |' in lines['small, all experts']
     assert '-50.0 ± 0.0 | -60.0 to -40.0 | 2 |' in C.times_table(made)
+    assert C.outcome(made)['spared, by rule']['saved'] == pytest.approx([.45, .45])
+    assert C.outcome(made)['spared, by rule']['tasks']['x'] == pytest.approx([.58/.6, .57/.59])
+    said = C.finding(made)
+    assert 'missed (2 of 3)' in said and '**45.0 ± 0.0%** fewer FLOPs and takes **50.0 ± 0.0%** less time' in said
+    assert f'**{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%** over 1 tasks' in said and '83.3% (small, trained so)' in said
+    assert C.finding(made[:2]) == 'Not run yet: small, spared.'
     C.plot_curves(made)
     plt.close('all')

@@ -43,3 +43,19 @@ def test_smoke(root, tmp_path):
 def test_first_blocks():
     model = conversion.first_blocks(Model.from_pretrained('smollm2-135m', 'float32', 'cpu'), 2)
     assert len(model.layers) == model.config.n_layers == 2 and model(torch.ones(1, 3, dtype=torch.long)).shape == (1, 3, 49152)
+
+
+def synthetic(arm, seed, rise):
+    "A made-up run: perplexity that rises by a half when it is converted, by `rise` in the end"
+    def at(r): return dict(test=20*(1 + r), other=30*(1 + 2*r), answer='')
+    result = dict(original=at(0), converted=at(.5), repaired=at(rise + .05), distilled=at(rise), cache=.5, feed_forward=1.)
+    return dict(arm=arm, seed=seed, settings={}, result=result)
+
+
+def test_finding_of_synthetic_runs():
+    made = [synthetic('mla-50', s, .03 + .01*s) for s in range(3)]
+    assert conversion.finding(made) == 'Not run yet: moe-69.'
+    said = conversion.finding(made + [synthetic('moe-69', 0, .2)])
+    assert "50 ± 0% higher than the original's when it is converted, **9.0 ± 1.0%** when it is repaired" in said
+    assert '**4.0 ± 1.0%** when it is then distilled (± over 3 seeds; target 10%: **reached once repaired**); on other text 8.0' in said
+    assert '**20.0%** when it is then distilled (± over 1 seeds; target 10%: **missed**)' in said

@@ -170,6 +170,9 @@ def test_tables_of_synthetic_runs():
     assert [ft.verdict(v) for v in d.values()] == ['better', 'no difference']  # paired: the luck of a seed is in both
     assert all(math.isclose(x, .03, abs_tol=1e-9) for x in d[50])
     assert ft.differences(found, 'lora', 'dora') == {}
+    said = ft.finding(records)
+    assert '3.0 ± 0.0 at 50 (better), 0.0 ± 0.0 at 1,000 (no difference)' in said.replace('-0.0', '0.0') and 'is not run.' in said
+    assert ft.finding([r for r in records if r['arm'] != 'cold-50' and r['arm'] != 'cold-1000']) == 'Not run yet: cold.'
     table, advice = ft.table(records, 8), ft.advice_table(records, 8)
     mean = sum(found['lora'][50].values())/3
     assert f'| LoRA | {mean:.3f} ±' in table and '| nearest by words | 0.200 ± 0.000 |' in table

@@ -131,6 +131,10 @@ def test_tables_of_synthetic_runs():
     mean,dev,n = M.reached(made, 'chapter', 2)['staged']
     assert (round(mean, 6), round(dev, 6), n) == (.41, .01, 3)
     assert np.isclose(M.gains(made, 'general')['disease', 0], .41/.21 - 1)
+    assert np.isclose(M.few_gains(made, 'general'), [(.4 + .01*i)/(.2 + .01*i) - 1 for i in range(3)]).all()
+    assert M.finding(made) == 'Not run yet: scratch, untaught.'
+    said = M.finding(synthetic(('labels', 'scratch', 'untaught', 'general', 'domain', 'staged')))
+    assert '**reached** over the student of the general' in said and "**missed** over the student of the domain's" in said
     rows = M.table(made).split('\n')
     assert rows[0] == '| task | labels a class | nearest | labels | general | domain | staged | teacher |' and len(rows) == 6
     assert rows[2] == '| chapter | 2 | 0.100 | 0.110 ± 0.010 | 0.210 ± 0.010 | 0.310 ± 0.010 | 0.410 ± 0.010 | 0.600 |'

@@ -9,9 +9,10 @@ __all__ = ['METHODS', 'ADVICE', 'glosses', 'shuffled', 'balanced', 'parts', 'cla
            'class_logits', 'class_loss', 'judge', 'first_blocks', 'tuned', 'learning', 'best_rate', 'arguments',
            'trainer_of', 'held_bytes', 'memory', 'nearest_by_words', 'trained', 'costs', 'tune', 'try_rates', 'Encoded',
            'loader_rate', 'load_texts', 'finetuning', 'scores', 'differences', 'verdict', 'shown', 'floors', 'table',
-           'means', 'cost_table', 'advice_table', 'worker_table', 'draw_scores', 'draw_bars', 'colour_of', 'plot']
+           'means', 'cost_table', 'advice_table', 'seen', 'finding', 'worker_table', 'draw_scores', 'draw_bars',
+           'colour_of', 'plot']
 
-# %% ../../nbs/675_eval.finetuning.ipynb #6baa3b58
+# %% ../../nbs/675_eval.finetuning.ipynb #35db0420
 import gc
 import math
 from copy import deepcopy
@@ -30,7 +31,7 @@ from ..arch.model import Model
 from ..arch.show import table as markdown_table
 from ..bench import peak_bytes
 from .classify import Classified, classified
-from .evidence import grams, overlap, spread, study
+from .evidence import grams, in_words, overlap, spread, study
 from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from ..infer.tokenizer import Tokenizer
 from ..kernels.gradients import pool
@@ -454,6 +455,29 @@ def advice_table(
             mean,sd,seeds = spread(d)
             rows.append([f'{METHODS[a]} against {METHODS[b]}', f'{n:,}', f'{mean:+.3f} ± {sd:.3f}', seeds, verdict(d)])
     return markdown_table(['methods', 'samples', 'difference in F1', 'seeds', 'verdict'], rows) if rows else 'Not run yet.'
+
+def seen(
+    found:dict, # From `scores`
+    a:str, # A method
+    b:str, # The method that it is compared with
+    counts:list, # Samples
+)->str: # For a sentence
+    "The differences at some counts, in points"
+    some = {n: d for n,d in differences(found, a, b).items() if n in counts}
+    return ', '.join(f"{in_words([100*x for x in d], 1)} at {n:,} ({verdict(d)})" for n,d in some.items()) or 'not run'
+
+def finding(
+    records:list, # Of the experiment
+    layers:int = 8, # Blocks of the base
+)->str: # Markdown
+    "What the runs say"
+    found = scores(records, layers)
+    if lost := {'full', 'cold', 'lora'} - {*found}: return f'Not run yet: {", ".join(sorted(lost))}.'
+    few,many,all_ = ([n for n in found['full'] if f(n)] for f in (lambda n: n <= 1000, lambda n: n >= 10000, lambda n: True))
+    return ("Macro-F1, in points, mean ± over seeds. The advice says LoRA for few samples: LoRA less full fine-tuning is "
+            f"{seen(found, 'lora', 'full', few)}. It says full fine-tuning for many: the same difference is "
+            f"{seen(found, 'lora', 'full', many)}. It says a warm-up: with it less without it, full fine-tuning has "
+            f"{seen(found, 'full', 'cold', all_)}.")
 
 def worker_table(
     records:list, # Of the experiment
