@@ -156,8 +156,9 @@ def test_any_number_of_threads(threads):
 def test_clean_under_sanitizers():
     library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
+    # a frame that the sanitizer puts on the heap misaligns vectors of 64 bytes (GCC 110027)
     done = run('import test_kernels as t, test_kernels_attention as a; t.sweep(3); a.sweep(3)', LD_PRELOAD=library,
-               ASAN_OPTIONS='detect_leaks=0', OMP_NUM_THREADS='2',
+               ASAN_OPTIONS='detect_leaks=0:detect_stack_use_after_return=0', OMP_NUM_THREADS='2',
                DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O1')
     assert done.returncode == 0, done.stderr[-3000:]
 

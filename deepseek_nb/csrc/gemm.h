@@ -10,25 +10,38 @@
 #include <vector>
 
 constexpr int FEW = L == 16 ? 24 : 12, AHEAD = 4096;
+constexpr int power_of_two(int n) { return n < 2 ? n : 2 * power_of_two(n / 2); } // The largest that isn't larger
+
+// The sums of n vectors, M of them for each row of c
+template <int M, int n, int begin = 0> void add_up(vec* s, float* c, int64_t ldc) {
+    if constexpr (begin < n) {
+        constexpr int some = power_of_two(std::min(L, n - begin)), run = std::min(M, some);
+        float sums_of[L];
+        store(sums_of, sums<some>(s + begin));
+        for (int i = begin; i < begin + some; i += run) memcpy(c + i / M * ldc + i % M, sums_of + i - begin, run * sizeof(float));
+        add_up<M, n, begin + some>(s, c, ldc);
+    }
+}
 
 // c[j][i] = w_i · x_j
 template <int M, int N, class T> void dots(int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
-    vec s[M][N];
-    for (auto& row : s) for (vec& x : row) x = vec{};
+    vec s[N][M];
+    for (auto& token : s) for (vec& x : token) x = vec{};
     int64_t k = 0;
     for (; k + L <= K; k += L) {
         vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(x[j] + k);
+        for (int j = 0; j < N; ++j) y[j] = load(x[j] + k), keep(y[j]);
         for (int i = 0; i < M; ++i) {
             __builtin_prefetch(w + i * ldw + k + AHEAD, 0, 2);
-            const vec a = load(w + i * ldw + k);
-            for (int j = 0; j < N; ++j) s[i][j] += a * y[j];
+            vec a = load(w + i * ldw + k);
+            keep(a);
+            for (int j = 0; j < N; ++j) s[j][i] += a * y[j];
         }
     }
     if (k < K)
         for (int i = 0; i < M; ++i)
-            for (int j = 0; j < N; ++j) s[i][j] += load_part(w + i * ldw + k, K - k) * load_part(x[j] + k, K - k);
-    for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) c[j * ldc + i] = sum(s[i][j]);
+            for (int j = 0; j < N; ++j) s[j][i] += load_part(w + i * ldw + k, K - k) * load_part(x[j] + k, K - k);
+    add_up<M, M * N>(&s[0][0], c, ldc);
 }
 
 // %% ../../nbs/310_kernels.gemm.ipynb #507828c7
@@ -37,8 +50,11 @@ inline void dots_up_to(int64_t n, int64_t K, const T* w, int64_t ldw, const floa
     ((n == N + 1 && (dots<M, N + 1>(K, w, ldw, x, c, ldc), true)) || ...);
 }
 template <int M, class T> inline void dots_block(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
-    for (int64_t j = 0; j < n; j += 6)
-        dots_up_to<M>(std::min<int64_t>(6, n - j), K, w, ldw, x + j, c + j * ldc, ldc, std::make_integer_sequence<int, 6>());
+    const int64_t blocks = (n + TOKENS - 1) / TOKENS;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t j = n * b / blocks, some = n * (b + 1) / blocks - j;
+        dots_up_to<M>(some, K, w, ldw, x + j, c + j * ldc, ldc, std::make_integer_sequence<int, TOKENS>());
+    }
 }
 
 // What a run over rows will want first

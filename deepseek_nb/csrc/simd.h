@@ -7,13 +7,13 @@
 #include <utility>
 
 #if defined(__AVX512F__)
-constexpr int L = 16, ROWS = 14;
+constexpr int L = 16, ROWS = 14, TOKENS = 6;
 #elif defined(__AVX2__)
-constexpr int L = 8, ROWS = 6;
+constexpr int L = 8, ROWS = 6, TOKENS = 3;
 #elif defined(__aarch64__)
-constexpr int L = 4, ROWS = 12;
+constexpr int L = 4, ROWS = 12, TOKENS = 6;
 #else
-constexpr int L = 4, ROWS = 6;
+constexpr int L = 4, ROWS = 6, TOKENS = 3;
 #endif
 
 typedef float vec __attribute__((vector_size(4 * L)));
@@ -51,11 +51,39 @@ inline void narrow(float x, bf16* to) {
     to->bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// %% ../../nbs/308_kernels.simd.ipynb #b53c8f7a
+inline void keep(vec& v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(v));
+#endif
+}
+
 // %% ../../nbs/308_kernels.simd.ipynb #ab3543fc
 template <int S, int... I> inline vec swap_lanes(vec v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ S)...); }
 template <int S = L / 2> inline float sum(vec v) {
     if constexpr (S == 0) return v[0];
     else return sum<S / 2>(v + swap_lanes<S>(v, Lanes()));
+}
+
+// %% ../../nbs/308_kernels.simd.ipynb #38be1552
+template <int S, int... I> inline vec fold(vec a, vec b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I & S ? L + I : I)...) + __builtin_shufflevector(a, b, (I & S ? L + (I ^ S) : I ^ S)...);
+}
+template <int n, int S = L / 2> inline vec sum_parts(vec v) {
+    if constexpr (S < n) return v;
+    else return sum_parts<n, S / 2>(v + swap_lanes<S>(v, Lanes()));
+}
+// Lane i: the sum of v[i]
+template <int n, int S = n / 2> inline vec sums(vec* v) {
+    if constexpr (S == 0) return sum_parts<n>(v[0]);
+    else {
+        for (int i = 0; i < S; ++i) v[i] = fold<S>(v[i], v[i + S], Lanes());
+        return sums<n, S / 2>(v);
+    }
 }
 
 // %% ../../nbs/308_kernels.simd.ipynb #f051e310
