@@ -140,6 +140,13 @@ def test_a_finding_follows_its_runs():
     assert '**reached**: with 50% the best mixture (`moe9`) has 4.100 nats' in said(4.1, 5.)
     assert 'the dense model 4.100 ± 0.100 (± over 3 seeds)' in said(4.1, 5.)
     assert '**missed**' in said(4.11, 5.) and '**missed**' in said(4., 6.)
+    more = [run('narrow', 0, test=5., flops=5.5), run('dense-little', 0, test=6., flops=10.), run('moe64-little', 0, test=6.5, flops=5.)]
+    text = sparse.finding([*dense, run('moe9', 0, test=4.1, flops=5.), *more])
+    assert 'with 55% of the FLOPs has 5.000.' in text
+    assert 'ten times, the dense model has 6.000. On that tenth the mixture has 6.500.' in text
+    rows = {l.split('|')[1].strip(): l for l in sparse.table([o | dict(result=o['result'] | dict(params=2e6)) for o in dense + more],
+                                                            dict(narrow=dict(ratio=2.))).splitlines()}
+    assert '| 55% | 0.50 | 5.000 ± 0.000 | +0.900 |' in rows['narrow'] and '| 6.500 ± 0.000 | +0.500 |' in rows['moe64-little']
     loads = dict(none=6., bias=1.5, loss=1.25)
     text = balancing.finding([run(a, s, busiest=x + s, test=4., topic=[.25, .75]) for a, x in loads.items() for s in range(2)])
     assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text and text.count('0.50 ± 0.00') == 3
