@@ -320,7 +320,7 @@ def benchmark(
 def _register():
     "Import the later chapters that bring benchmarks"
     for m in ('benchmarks', 'speed', 'speed_models', 'speed_compile', 'speed_cache', 'speed_quant', 'speed_train', 'train.latent',
-              'eval.quality', 'scaling', 'claims'):
+              'eval.quality', 'eval.sparse', 'scaling', 'claims'):
         if find_spec(f'deepseek_nb.{m}'): import_module(f'deepseek_nb.{m}')
 
 def run_benchmark(

@@ -107,7 +107,7 @@ def stepper(
     folder:Path, # For the tokenizer
 )->Callable: # Takes a step of training
     "A trainer that is ready to step"
-    s = s | dict(training=s['training'] | dict(disable_tqdm=True, eval_steps=None))
+    s = s | dict(training=s['training'] | dict(disable_tqdm=True, eval_steps=0))
     data,*_ = prepare_text(s, folder)
     t = build(make(s, 0), data, s['steps'])
     t.begin()
