@@ -73,15 +73,12 @@ template <int S = L / 2> inline float sum(vec v) {
 template <int S, int... I> inline vec fold(vec a, vec b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (I & S ? L + I : I)...) + __builtin_shufflevector(a, b, (I & S ? L + (I ^ S) : I ^ S)...);
 }
-template <int n, int S = L / 2> inline vec sum_parts(vec v) {
-    if constexpr (S < n) return v;
-    else return sum_parts<n, S / 2>(v + swap_lanes<S>(v, Lanes()));
-}
-// Lane i: the sum of v[i]
-template <int n, int S = n / 2> inline vec sums(vec* v) {
-    if constexpr (S == 0) return sum_parts<n>(v[0]);
+// Lane i: the sum of v[i], for n vectors, a power of two
+template <int n, int S = L / 2> inline vec sums(vec* v) {
+    if constexpr (S == 0) return v[0];
     else {
-        for (int i = 0; i < S; ++i) v[i] = fold<S>(v[i], v[i + S], Lanes());
+        if constexpr (S < n) for (int i = 0; i < S; ++i) v[i] = fold<S>(v[i], v[i + S], Lanes());
+        else for (int i = 0; i < n; ++i) v[i] += swap_lanes<S>(v[i], Lanes());
         return sums<n, S / 2>(v);
     }
 }
