@@ -141,7 +141,7 @@ def test_losses_are_composed_and_trained():
 
 def test_evaluation_reports_the_text_alone():
     a, b = (Trainer(fresh(), args(), rows(), rows(), loss=loss).evaluate() for loss in (language_loss, with_balance(language_loss, 1.)))
-    assert a == b
+    assert a == pytest.approx(b, rel=1e-6)  # the last bit moves with where memory lies
 
 
 def test_evenness():

@@ -134,9 +134,9 @@ torch.manual_seed(5)
 teacher = llama(40)
 from deepseek_nb.train import teacher as module
 inner = module.answers
-def slowly(*args, **kw): time.sleep(.15); return inner(*args, **kw)
+def slowly(*args, **kw): time.sleep(.25); return inner(*args, **kw)
 module.answers = slowly
-module.write_logits(teacher, rows(random.Random(1), 12), sys.argv[1], k=5, batch_size=2, shard=2)
+module.write_logits(teacher, rows(random.Random(1), 24), sys.argv[1], k=5, batch_size=2, shard=2)
 print('done')
 '''
 
