@@ -624,6 +624,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'deepseek_nb/eval/finetuning.py'),
                                              'deepseek_nb.eval.finetuning.draw_scores': ( 'eval.finetuning.html#draw_scores',
                                                                                           'deepseek_nb/eval/finetuning.py'),
+                                             'deepseek_nb.eval.finetuning.faster': ( 'eval.finetuning.html#faster',
+                                                                                     'deepseek_nb/eval/finetuning.py'),
                                              'deepseek_nb.eval.finetuning.finding': ( 'eval.finetuning.html#finding',
                                                                                       'deepseek_nb/eval/finetuning.py'),
                                              'deepseek_nb.eval.finetuning.finetuning': ( 'eval.finetuning.html#finetuning',

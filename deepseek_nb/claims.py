@@ -56,6 +56,7 @@ class Claim:
     command:str=''          # What measures it; empty while nothing does
     result:str=''           # Name of the record that it writes
     read:Callable|None=None # `Comparison -> str`: what was found, in words
+    study:str=''            # Or the experiment that was made for it
 
 def times_as(
     what:str, # What the ratio multiplies
@@ -72,6 +73,7 @@ def claim_row(
     folder:str|Path='results', # Where records lie
 )->tuple: # Claim, what was measured, on what, command
     "One claim beside what was found"
+    if c.study: return c.claim, *experiment_row(c.study, folder)[1:]
     found = checked(c.result, folder) if c.command and c.result else None
     what, on = (c.read(found[1]), where(found[0])) if found else ('not yet', '')
     return c.claim, what, on, f'`{c.command}`' if c.command else ''
@@ -176,11 +178,11 @@ def int8_or_float(
 
 # %% ../nbs/920_claims.ipynb #d160d1e6
 ARTICLE = (
-    Claim('Sparse activation with dynamic routing keeps 98% of the accuracy at 42% less compute and 35% less latency'),
-    Claim('Progressive distillation reaches F1 0.89 on rare diseases, 21% above a single architecture'),
+    Claim('Sparse activation with dynamic routing keeps 98% of the accuracy at 42% less compute and 35% less latency', study='compute'),
+    Claim('Progressive distillation reaches F1 0.89 on rare diseases, 21% above a single architecture', study='medical'),
     Claim('int8 takes 65% less memory and runs 2.1 times as fast', 'python -m deepseek_nb.claims int8', 'int8',
           times_as('the speed of the same model in floats')),
-    Claim('Two data-loading workers on four cores cut I/O delay by 30%'),
+    Claim('Two data-loading workers on four cores cut I/O delay by 30%', study='finetuning'),
     Claim('A `past_key_values` cache avoids recomputation', 'python -m deepseek_nb.claims cache', 'cache',
           times_as('the speed of recomputing the prefix')),
     Claim('TensorRT gives 3.8 times the throughput'),

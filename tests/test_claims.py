@@ -69,6 +69,7 @@ def follows(number, values):
 def test_a_claim_has_a_command_or_is_not_measured(claims, every):
     for c in every:
         if c.command: assert c.result in BENCHMARKS and c.command.split()[-1] == c.result and callable(c.read), c.claim
+        elif c.study: assert claims.claim_row(c, RESULTS)[1:] == claims.experiment_row(c.study, RESULTS)[1:]
         else: assert (c.result, c.read) == ('', None) and claims.claim_row(c, RESULTS)[1:] == ('not yet', '', ''), c.claim
 
 

@@ -172,6 +172,10 @@ def test_tables_of_synthetic_runs():
     assert ft.differences(found, 'lora', 'dora') == {}
     said = ft.finding(records)
     assert '3.0 ± 0.0 at 50 (better), 0.0 ± 0.0 at 1,000 (no difference)' in said.replace('-0.0', '0.0') and 'is not run.' in said
+    assert 'loading processes' not in said and ft.faster(records, 'ready_step', 1) == []
+    more = records + [r | dict(settings=r['settings'] | dict(workers=w), result=dict(encoded_step=19.+w))
+                      for r in records if r['arm'] == 'workers-1' for w in (0, 2)]
+    assert ft.finding(more).endswith('encoded when they are read 1.11 ± 0.00 times as fast as none, on two cores.')
     assert ft.finding([r for r in records if r['arm'] != 'cold-50' and r['arm'] != 'cold-1000']) == 'Not run yet: cold.'
     table, advice = ft.table(records, 8), ft.advice_table(records, 8)
     mean = sum(found['lora'][50].values())/3

@@ -135,6 +135,7 @@ def test_tables_of_synthetic_runs():
     assert M.finding(made) == 'Not run yet: scratch, untaught.'
     said = M.finding(synthetic(('labels', 'scratch', 'untaught', 'general', 'domain', 'staged')))
     assert '**reached** over the student of the general' in said and "**missed** over the student of the domain's" in said
+    assert said.endswith('patient with 0.61 ± 0.01.')
     rows = M.table(made).split('\n')
     assert rows[0] == '| task | labels a class | nearest | labels | general | domain | staged | teacher |' and len(rows) == 6
     assert rows[2] == '| chapter | 2 | 0.100 | 0.110 ± 0.010 | 0.210 ± 0.010 | 0.310 ± 0.010 | 0.410 ± 0.010 | 0.600 |'

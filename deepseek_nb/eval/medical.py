@@ -685,11 +685,13 @@ def finding(
     found = {a: few_gains(records, a) for a in others}
     def said(arm): return 'reached' if spread(found[arm])[0] >= least else 'missed'
     def percent(arm): return f'{in_words([100*g for g in found[arm]], 1)}%'
+    rare = [c['f1'] for r in records if r['arm'] == 'staged' for c in r['result']['cells'] if (c['task'], c['count']) == ('disease', 0)]
     return (f"The claim, {least:.0%} more macro-F1 than after one stage where labels are few, was **{said('general')}** over the student "
             f"of the general teacher alone and **{said('domain')}** over the student of the domain's alone: at {FEW} labels a class and "
             f"fewer, the mean of three tasks is **{percent('general')}** and **{percent('domain')}** higher with both stages (± over "
             f"{len(found['general'])} seeds). Over the other students it is {percent('untaught')} (`untaught`), {percent('scratch')} "
-            f"(`scratch`) and {percent('labels')} (`labels`) higher.")
+            f"(`scratch`) and {percent('labels')} (`labels`) higher. The article's 0.89 is a macro-F1 on rare diseases: with all labels "
+            f"the student of two stages names the disease of a simulated patient with {in_words(rare)}.")
 
 def costs(
     records:list, # Runs
