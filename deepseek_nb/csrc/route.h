@@ -8,15 +8,9 @@
 
 struct Router { int64_t e, k, groups, keep, score, sum2, norm; float scale; };
 
-inline bool above(float a, float b) { return a > b || (a != a && b == b); }
-inline int64_t best(const float* x, int64_t n) {
-    int64_t at = 0;
-    for (int64_t i = 1; i < n; ++i) if (above(x[i], x[at])) at = i;
-    return at;
-}
 inline void affinity(const Router& r, const float* logits, float* scores) {
     float top = -INFINITY, total = 0;
-    for (int64_t i = 0; i < r.e; ++i) top = above(logits[i], top) ? logits[i] : top;
+    if (r.score == 0) for (int64_t i = 0; i < r.e; ++i) top = logits[i] > top || logits[i] != logits[i] ? logits[i] : top;
     for (int64_t i = 0; i < r.e; i += L) {
         const int wide = std::min<int64_t>(L, r.e - i);
         const vec x = load_part(logits + i, wide), y = r.score == 0 ? exp(x - top) : 1.f / (1.f + exp(-x));
@@ -28,42 +22,61 @@ inline void affinity(const Router& r, const float* logits, float* scores) {
     for (int64_t i = 0; i < r.e; ++i) scores[i] /= total;
 }
 
+// %% ../../nbs/320_kernels.moe.ipynb #62c068ea
+struct Keys {
+    std::vector<int32_t> of;
+    void order(const float* x, int64_t n) {
+        of.assign((n + L - 1) / L * L, INT32_MIN);
+        for (int64_t i = 0; i < n; i += L) {
+            const int wide = std::min<int64_t>(L, n - i);
+            const vec y = load_part(x + i, wide) + 0.f;
+            const ivec bits = (ivec)y, key = y != y ? INT32_MAX - ivec{} : bits ^ (bits >> 31 & INT32_MAX);
+            memcpy(&of[i], &key, wide * sizeof(int32_t));
+        }
+    }
+    template <int... I> static ivec count(std::integer_sequence<int, I...>) { return ivec{I...}; }
+    int64_t take() {
+        ivec top, at = count(Lanes());
+        memcpy(&top, of.data(), sizeof top);
+        for (int32_t i = L; i < int32_t(of.size()); i += L) {
+            ivec x;
+            memcpy(&x, &of[i], sizeof x);
+            const ivec more = x > top;
+            top = more ? x : top, at = more ? i + count(Lanes()) : at;
+        }
+        const int64_t found = -most(top == most(top) ? -at : INT32_MIN - ivec{});
+        of[found] = INT32_MIN;
+        return found;
+    }
+};
+
 // %% ../../nbs/320_kernels.moe.ipynb #3a9d6a36
-inline float rank_group(const Router& r, float* x, int64_t n) {
-    const int64_t first = best(x, n);
-    const float top = x[first];
-    if (!r.sum2) return top;
-    x[first] = -INFINITY;
-    const float second = x[best(x, n)];
-    x[first] = top;
-    return top + second;
-}
-inline void limit_groups(const Router& r, float* choice) {
+inline void limit_groups(const Router& r, float* choice, Keys& keys) {
     const int64_t n = r.e / r.groups;
     std::vector<float> rank(r.groups);
-    std::vector<char> kept(r.groups);
-    for (int64_t g = 0; g < r.groups; ++g) rank[g] = rank_group(r, choice + g * n, n);
-    for (int64_t i = 0; i < r.keep; ++i) {
-        int64_t at = -1;
-        for (int64_t g = 0; g < r.groups; ++g) if (!kept[g] && (at < 0 || above(rank[g], rank[at]))) at = g;
-        kept[at] = 1;
+    for (int64_t g = 0; g < r.groups; ++g) {
+        keys.order(choice + g * n, n);
+        for (int64_t i = 0; i <= r.sum2; ++i) rank[g] += choice[g * n + keys.take()];
     }
+    keys.order(rank.data(), r.groups);
+    for (int64_t i = 0; i < r.keep; ++i) keys.take();
     for (int64_t g = 0; g < r.groups; ++g)
-        if (!kept[g]) for (int64_t i = 0; i < n; ++i) choice[g * n + i] = -INFINITY;
+        if (keys.of[g] != INT32_MIN) std::fill_n(choice + g * n, n, -INFINITY);
 }
 
-// %% ../../nbs/320_kernels.moe.ipynb #76d14300
+// %% ../../nbs/320_kernels.moe.ipynb #b9e289d7
 inline void route(const Router& r, const float* logits, const float* bias, float* weights, int64_t* experts, float* scores) {
+    thread_local std::vector<float> choice;
+    thread_local Keys keys;
     affinity(r, logits, scores);
-    std::vector<float> choice(scores, scores + r.e);
-    std::vector<char> taken(r.e);
+    choice.assign(scores, scores + r.e);
     if (bias) for (int64_t i = 0; i < r.e; ++i) choice[i] += bias[i];
-    if (r.keep < r.groups) limit_groups(r, choice.data());
+    if (r.keep < r.groups) limit_groups(r, choice.data(), keys);
+    keys.order(choice.data(), r.e);
     float total = 1e-20f;
     for (int64_t j = 0; j < r.k; ++j) {
-        int64_t at = -1;
-        for (int64_t i = 0; i < r.e; ++i) if (!taken[i] && (at < 0 || above(choice[i], choice[at]))) at = i;
-        taken[at] = 1, experts[j] = at, weights[j] = scores[at], total += scores[at];
+        const int64_t at = experts[j] = keys.take();
+        weights[j] = scores[at], total += scores[at];
     }
     for (int64_t j = 0; j < r.k; ++j) weights[j] *= r.scale / (r.norm ? total : 1.f);
 }

@@ -63,10 +63,17 @@ inline void keep(vec& v) {
 }
 
 // %% ../../nbs/308_kernels.simd.ipynb #ab3543fc
-template <int S, int... I> inline vec swap_lanes(vec v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ S)...); }
+template <int S, class V, int... I> inline V swap_lanes(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ S)...); }
 template <int S = L / 2> inline float sum(vec v) {
     if constexpr (S == 0) return v[0];
     else return sum<S / 2>(v + swap_lanes<S>(v, Lanes()));
+}
+template <int S = L / 2> inline int32_t most(ivec v) {
+    if constexpr (S == 0) return v[0];
+    else {
+        const ivec w = swap_lanes<S>(v, Lanes());
+        return most<S / 2>(w > v ? w : v);
+    }
 }
 
 // %% ../../nbs/308_kernels.simd.ipynb #38be1552

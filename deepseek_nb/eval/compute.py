@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from hashlib import sha256
+from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -422,7 +423,7 @@ def measure(
     "Ask and time a trained model"
     k,base = model.config.n_activated_experts,chance(tasks, 'validation')
     out = dict(validation=ask(model, tasks, 'validation'), full=ask(model, tasks, 'test'), chance=chance(tasks, 'test'))
-    if k <= s['mean']: return out
+    if k <= ceil(s['mean']): return out
     seen,errors = seen_routes(model, tasks),answer_errors(model, tasks)
     def at(mean): return rules_at(model, seen, errors, mean)
     tried = {name: above(ask(model, tasks, 'validation', keep), base) for name,(keep,_) in at(s['mean']).items()}
@@ -430,7 +431,7 @@ def measure(
     curve = [dict(mean=m, number=at(m)[rule][1], found=ask(model, tasks, 'test', at(m)[rule][0])) for m in means]
     whole = [int(m) for m in means if m == int(m)]
     static = {str(j): ask(model, tasks, 'test', lambda g, r, j=j: keep_best(r.weights, j)) for j in whole}
-    random = {str(j): ask(model, tasks, 'test', at_random(j)) for j in whole if j <= s['mean']}
+    random = {str(j): ask(model, tasks, 'test', at_random(j)) for j in whole if j <= ceil(s['mean'])}
     return out | dict(rule=rule, tried=tried, curve=curve, static=static, random=random,
                       times={str(m): timed(model, tasks, at(m)[rule][0], s['batch_tokens'], s['rounds']) for m in s['timed']})
 
@@ -456,7 +457,7 @@ def ways(
     "What was asked, and how"
     out = {}
     for r in records:
-        x,k = r['result'],str(int(r['settings']['mean']))
+        x,k = r['result'],str(ceil(r['settings']['mean']))
         some = {'all experts': x['full']}
         if 'rule' in x:
             at = next(p['found'] for p in x['curve'] if p['mean'] == r['settings']['mean'])
@@ -526,13 +527,18 @@ def finding(
     said = 'reached' if all(reached) else f'missed ({sum(reached)} of 3)'
     routed = spread([sum(t['routed'] for t in r['result']['full'].values())/len(r['result']['full'])
                      for r in records if r['arm'] == 'full'])[0]
-    others = {n: o for n,o in found.items() if n not in ('spared, by rule', 'full, all experts', 'spared, all experts')}
+    plain,base = found.get('full, by rule'),{n: o for n,o in found.items() if n.startswith('small') or ', best' in n or ', random' in n}
+    ahead = [n for n,o in base.items() if spread(o['kept'])[0] < spread(ours['kept'])[0]]
+    behind = [n for n in base if n not in ahead]
     return (f"The target, 42% fewer active FLOPs and 35% less time with 98% of the accuracy above chance, was **{said}**: with "
             f"{mean:g} of {records[0]['settings']['model']['n_activated_experts']} experts a token, the model that was trained to be "
             f"spared has **{percent(ours['saved'])}** fewer FLOPs and takes **{percent(quick)}** less time, and keeps "
             f"**{percent(ours['kept'])}** over {len(ours['tasks'])} tasks (least: {percent(ours['tasks'][worst])}, `{worst}`; ± over "
-            f"{len(ours['saved'])} seeds). Routed experts have {routed:.0%} of the full model's FLOPs. Baselines keep: "
-            + ', '.join(f"{percent(o['kept'])} ({n.replace(', all experts', ', trained so')})" for n,o in others.items()) + '.')
+            f"{len(ours['saved'])} seeds). Routed experts have {routed:.0%} of the full model's FLOPs. "
+            + (f"Asked by rule without that training, the full model keeps {percent(plain['kept'])}. " if plain else '')
+            + 'Baselines, which have at least as many FLOPs, keep '
+            + ', '.join(f"{percent(o['kept'])} ({n.replace(', all experts', ', trained so')})" for n,o in base.items())
+            + (f": it is not ahead of {' and '.join(behind)}." if behind else ': it is ahead of all of them.'))
 
 def times_table(
     records:list, # Of `compute`
