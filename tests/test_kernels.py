@@ -274,6 +274,17 @@ def test_nan_and_infinity_propagate(value):
     close(gemm.linear_cpp(x, w), x @ w.T, torch.float32, f'{value}')
 
 
+@pytest.mark.parametrize('e', [5, 16, 33, 70])
+def test_equal_infinite_and_nan_affinities_are_chosen_in_order(e):
+    "NaN before all, then the largest, the first one of equals"
+    special = torch.tensor([float('nan'), float('inf'), -float('inf'), -0., 0., 1., -1., 2.])
+    logits, k = special[torch.randint(8, (60, e))], min(e, 9)
+    r = moe.routing(logits, router(e, 1, n_limited_groups=1, n_activated_experts=k, norm_topk=False), None)
+    assert r.scores.isnan().equal(logits.isnan())
+    for s, chosen in zip(r.scores.tolist(), r.experts.tolist(), strict=True):
+        assert chosen == sorted(range(e), key=lambda i: (s[i] == s[i], -s[i] if s[i] == s[i] else 0, i))[:k]
+
+
 def test_wrong_arguments_are_named():
     x, weights, experts = torch.randn(2, 8), torch.rand(2, 2), torch.zeros(2, 2).long()
     gate_up, down = torch.randn(4, 12, 8), torch.randn(4, 8, 6)
