@@ -547,6 +547,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepseek_nb/eval/conversion.py'),
                                              'deepseek_nb.eval.conversion.plot_frontier': ( 'eval.conversion.html#plot_frontier',
                                                                                             'deepseek_nb/eval/conversion.py'),
+                                             'deepseek_nb.eval.conversion.rises': ( 'eval.conversion.html#rises',
+                                                                                    'deepseek_nb/eval/conversion.py'),
                                              'deepseek_nb.eval.conversion.summary': ( 'eval.conversion.html#summary',
                                                                                       'deepseek_nb/eval/conversion.py'),
                                              'deepseek_nb.eval.conversion.texts_of': ( 'eval.conversion.html#texts_of',

@@ -58,4 +58,8 @@ def test_finding_of_synthetic_runs():
     said = conversion.finding(made + [synthetic('moe-69', 0, .2)])
     assert "50 ± 0% higher than the original's when it is converted, **9.0 ± 1.0%** when it is repaired" in said
     assert '**4.0 ± 1.0%** when it is then distilled (± over 3 seeds; target 10%: **reached once repaired**); on other text 8.0' in said
+    short = synthetic('mla-67', 0, .01)
+    del short['result']['distilled']  # an arm of the frontier alone
+    assert conversion.finding(made + [short]) == 'Not run yet: moe-69.' and 'mla-67' not in conversion.rises(made + [short], 'distilled')
+    assert '| mla-67 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
     assert '**20.0%** when it is then distilled (± over 1 seeds; target 10%: **missed**)' in said

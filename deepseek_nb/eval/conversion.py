@@ -6,7 +6,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'AIMS', 'pieces', 'texts_of', 'first_blocks', 'answers_to', 'distil_from', 'convert_and_distil', 'higher',
-           'summary', 'finding', 'plot_frontier']
+           'rises', 'summary', 'finding', 'plot_frontier']
 
 # %% ../../nbs/670_eval.conversion.ipynb #7dabcb7f
 from dataclasses import replace
@@ -106,7 +106,9 @@ def convert_and_distil(
     c = new.config
     found |= dict(repaired=now(new), cache=c.cache_bytes_per_token()/old.config.cache_bytes_per_token(), errors=errors)
     found['feed_forward'] = active_share(replace(c, inter_dim=old.config.inter_dim)) if c.n_routed_experts else 1.
-    found['distilled'] = now(distil_from(new, old, heard, s, seed, folder/'distil'))
+    if n := s['distil_steps']*s['distil_batch']:
+        fresh = pieces(texts['learn'], tok, n, s['length'], 1000 + seed)
+        found['distilled'] = now(distil_from(new, old, fresh, s, seed, folder/'distil'))
     return found | dict(seen=overlap([texts['learn']], texts['test'].split('\n\n'), 20))
 
 # %% ../../nbs/670_eval.conversion.ipynb #605f1786
@@ -120,14 +122,22 @@ def higher(
     "How much perplexity rose"
     return result[step][text]/result['original'][text] - 1
 
+def rises(
+    records:list, # Of `convert_and_distil`
+    step:str, # One of `STEPS`
+    text:str = 'test', # Or validation, other
+)->dict[str, list]: # Name of the arm -> how much perplexity rose, for each seed
+    "What an arm with this step cost"
+    return by_arm([r for r in records if step in r['result']], lambda r: higher(r, step, text))
+
 def summary(
     records:list, # Of `convert_and_distil`
 )->str: # Markdown
     "Costs and perplexities with their spread over seeds"
     if not records: return 'This experiment has not been run yet.'
     def cell(step, text, arm):
-        mean,sd,_ = spread(by_arm(records, lambda r: higher(r, step, text))[arm])
-        return f'{mean:+.1%} ± {sd:.1%}'
+        found = rises(records, step, text).get(arm)
+        return '{:+.1%} ± {:.1%}'.format(*spread(found)[:2]) if found else ''
     costs = {k: by_arm(records, lambda r, k=k: r[k]) for k in ('cache', 'feed_forward')}
     columns = [(s, 'test') for s in STEPS] + [('distilled', 'other')]
     rows = [f'| {a} | {costs["cache"][a][0]:.0%} | {costs["feed_forward"][a][0]:.0%} | ' + ' | '.join(cell(s, t, a) for s,t in columns)
@@ -142,8 +152,8 @@ def finding(
     most:float = .1, # Rise of perplexity that is aimed at
 )->str: # Markdown
     "What the runs say"
-    rise = {s: by_arm(records, lambda r, s=s: 100*higher(r, s)) for s in STEPS}
-    other = by_arm(records, lambda r: 100*higher(r, 'distilled', 'other'))
+    def percent(*what): return {a: [100*x for x in v] for a,v in rises(records, *what).items()}
+    rise,other = {s: percent(s) for s in STEPS},percent('distilled', 'other')
     if lost := {*AIMS} - {*other}: return f'Not run yet: {", ".join(sorted(lost))}.'
     def sentence(arm, what):
         one = [rise[s][arm] for s in STEPS]
@@ -163,7 +173,7 @@ def plot_frontier(
         some = [r for r in records if r['result'][cost] < 1]
         for colour,step in zip(COLOURS.values(), STEPS, strict=False):
             points = sorted((spread(by_arm(some, lambda r, k=cost: r[k])[a])[0], *spread(v)[:2])
-                            for a,v in by_arm(some, lambda r, s=step: higher(r, s)).items())
+                            for a,v in rises(some, step).items())
             if points: ax.errorbar(*zip(*points, strict=True), fmt='o-', capsize=3, color=colour, label=step)
         ax.axhline(.1, color=GREY, lw=.8, ls=':')
         ax.set(xlabel=label)
