@@ -176,11 +176,12 @@ def test_tables_of_synthetic_runs():
     assert C.outcome(made)['spared, by rule']['saved'] == pytest.approx([.45, .45])
     assert C.outcome(made)['spared, by rule']['tasks']['x'] == pytest.approx([.58/.6, .57/.59])
     said = C.finding(made)
-    assert 'missed (2 of 3)' in said and '**45.0 ± 0.0%** fewer FLOPs and takes **50.0 ± 0.0%** less time' in said
-    assert f'**{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%** over 1 tasks' in said and '83.3% (small, trained so)' in said
-    assert said.endswith('it is ahead of all of them.') and 'without that training, the full model keeps 96.6 ± 0.0%' in said
-    better = [synthetic(*a) for a in (('full', 0, .8), ('small', 0, .9), ('spared', 0, .8))]
-    assert C.finding(better).endswith('it is not ahead of small, all experts.')
-    assert C.finding(made[:2]) == 'Not run yet: small, spared.'
+    assert 'missed (2 of 3)' in said and 'has **45.0 ± 0.0%** fewer FLOPs, takes **50.0 ± 0.0%** less time' in said
+    assert 'with 3.0 ± 0.0 of 8 experts a token' in said and f'**{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%** over 1 tasks' in said
+    assert '`small, all experts` keeps 83.3% with 0.0% fewer FLOPs' in said and 'the rule is ahead of all of them. Trained' in said
+    assert said.endswith('`spared, best 3` keeps 83.2 ± 0.2%, `spared, by rule` keeps 96.6 ± 0.0%.')
+    better = [synthetic(*a) for a in (('full', 0, .8), ('small', 0, .9))]
+    assert C.finding(better).endswith('the rule is not ahead of `small, all experts`.')
+    assert C.finding(made[:2]) == 'Not run yet: small.'
     C.plot_curves(made)
     plt.close('all')

@@ -516,33 +516,31 @@ def finding(
     records:list, # Of `compute`
 )->str: # Markdown
     "What the runs say"
-    if lost := {'full', 'small', 'spared'} - {r['arm'] for r in records}: return f'Not run yet: {", ".join(sorted(lost))}.'
-    mean = records[0]['settings']['mean']
-    found,some = outcome(records),[r['result'] for r in records if r['arm'] == 'spared']
-    ours = found['spared, by rule']
+    if lost := {'full', 'small'} - {r['arm'] for r in records}: return f'Not run yet: {", ".join(sorted(lost))}.'
+    mean,found,some = records[0]['settings']['mean'],outcome(records),[r for r in records if r['arm'] == 'full']
+    ours = found['full, by rule']
     worst = min(ours['tasks'], key=lambda t: spread(ours['tasks'][t])[0])
-    quick = [1 - spread([e['ratio'] for e in x['times'][str(mean)].values()])[0] for x in some]
+    quick = [1 - spread([e['ratio'] for e in r['result']['times'][str(mean)].values()])[0] for r in some]
+    visits = [spread([t['experts'] for t in f.values()])[0] for f in ways(records)['full, by rule'].values()]
+    routed = spread([spread([t['routed'] for t in r['result']['full'].values()])[0] for r in some])[0]
     def percent(values): return in_words([100*v for v in values], 1) + '%'
     reached = [spread(v)[0] >= aim for v,aim in ((ours['saved'], .42), (quick, .35), (ours['kept'], .98))]
     said = 'reached' if all(reached) else f'missed ({sum(reached)} of 3)'
-    routed = spread([sum(t['routed'] for t in r['result']['full'].values())/len(r['result']['full'])
-                     for r in records if r['arm'] == 'full'])[0]
-    plain,base = found.get('full, by rule'),{n: o for n,o in found.items() if n.startswith('small') or ', best' in n or ', random' in n}
-    ahead = [n for n,o in base.items() if spread(o['kept'])[0] < spread(ours['kept'])[0]]
-    behind = [n for n in base if n not in ahead]
-    return (f"The target, 42% fewer active FLOPs and 35% less time with 98% of the accuracy above chance, was **{said}**: with "
-            f"{mean:g} of {records[0]['settings']['model']['n_activated_experts']} experts a token, the model that was trained to be "
-            f"spared has **{percent(ours['saved'])}** fewer FLOPs and takes **{percent(quick)}** less time, and keeps "
-            f"**{percent(ours['kept'])}** over {len(ours['tasks'])} tasks (least: {percent(ours['tasks'][worst])}, `{worst}`; ± over "
-            f"{len(ours['saved'])} seeds). Routed experts have {routed:.0%} of the full model's FLOPs. "
-            + (f"Asked by rule without that training, the full model keeps {percent(plain['kept'])}. " if plain else '')
-            + 'Baselines, which have at least as many FLOPs, keep '
-            + ', '.join(f"{percent(o['kept'])} ({n.replace(', all experts', ', trained so')})" for n,o in base.items())
-            + (f": it is not ahead of {' and '.join(behind)}." if behind else ': it is ahead of all of them.'))
+    base = {n: o for n,o in found.items() if n.startswith(('small', 'full, best', 'full, random'))}
+    behind = [n for n,o in base.items() if spread(o['kept'])[0] >= spread(ours['kept'])[0]]
+    trained = {n: percent(o['kept']) for n,o in found.items() if n.startswith(('spared, by', 'spared, best'))}
+    return (f"The target, 42% fewer active FLOPs and 35% less time with 98% of the accuracy above chance, was **{said}**: asked by rule, "
+            f"with {in_words(visits, 1)} of {some[0]['settings']['model']['n_activated_experts']} experts a token, the full model has "
+            f"**{percent(ours['saved'])}** fewer FLOPs, takes **{percent(quick)}** less time, and keeps **{percent(ours['kept'])}** over "
+            f"{len(ours['tasks'])} tasks (least: {percent(ours['tasks'][worst])}, `{worst}`; ± over {len(ours['saved'])} seeds). Routed "
+            f"experts have {routed:.0%} of the full model's FLOPs. Baselines: "
+            + ', '.join(f"`{n}` keeps {percent(o['kept'])} with {percent(o['saved'])} fewer FLOPs" for n,o in base.items())
+            + (f"; the rule is not ahead of {' and '.join(f'`{n}`' for n in behind)}." if behind else '; the rule is ahead of all of them.')
+            + (' Trained to be spared: ' + ', '.join(f'`{n}` keeps {v}' for n,v in trained.items()) + '.' if trained else ''))
 
 def times_table(
     records:list, # Of `compute`
-    arm:str = 'spared', # That was timed
+    arm:str = 'full', # That was timed
 )->str: # Markdown
     "Seconds of full and spared, by task"
     some = [r['result'] for r in records if r['arm'] == arm and 'times' in r['result']]
