@@ -402,14 +402,14 @@ def timed(
     rounds:int = 15, # Of both
 )->dict: # Task: `full` and `spared` seconds, `ratio` of them and its quartiles
     "Full and spared, in turn"
-    other,out = deepcopy(model),{}
-    with spared(other, keep):
+    whole,out = deepcopy(model),{} # a rule may know the model's own routers
+    with spared(model, keep):
         for task in tasks.classes:
             rows = [r['tokens'] for r in tasks.parts['test'] if r['task'] == task]
             length = int(median(map(len, rows)))
             some = [r for r in rows if len(r) == length] or rows[:1]
             tokens = torch.tensor((some*size)[:max(1, size//len(some[0]))])
-            found = compare(dict(full=lambda t=tokens: answer(model, t), spared=lambda t=tokens: answer(other, t)), rounds, 2)
+            found = compare(dict(full=lambda t=tokens: answer(whole, t), spared=lambda t=tokens: answer(model, t)), rounds, 2)
             (full,less),(low,middle,high) = found.medians,found.quartiles
             out[task] = dict(full=full, spared=less, ratio=middle, low=low, high=high, length=len(some[0]), rows=len(tokens))
     return out
