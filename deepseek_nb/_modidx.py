@@ -516,6 +516,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'deepseek_nb/eval/compute.py'),
                                           'deepseek_nb.eval.compute.plot_curves': ( 'eval.compute.html#plot_curves',
                                                                                     'deepseek_nb/eval/compute.py'),
+                                          'deepseek_nb.eval.compute.preferred': ( 'eval.compute.html#preferred',
+                                                                                  'deepseek_nb/eval/compute.py'),
                                           'deepseek_nb.eval.compute.prepare': ('eval.compute.html#prepare', 'deepseek_nb/eval/compute.py'),
                                           'deepseek_nb.eval.compute.rules_at': ( 'eval.compute.html#rules_at',
                                                                                  'deepseek_nb/eval/compute.py'),

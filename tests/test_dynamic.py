@@ -196,6 +196,16 @@ def test_budget_is_met(c, how, budget):
     assert torch.equal(n.experts, again.experts)
 
 
+@pytest.mark.parametrize('shift', [-2., 0., 3.])
+def test_budget_is_met_where_biases_are_large(shift):
+    "A bias on the choice carries affinities beyond 0 and 1"
+    m, tokens = tiny(std=.15), draw(8, 48)
+    for moe in mixtures(m): moe.gate.e_score_correction_bias += shift
+    for how in RULES:
+        share = spent(m.set_compute(.8, tokens, how), tokens).share
+        assert share == pytest.approx(.8, abs=.03), how
+
+
 def test_flops_are_those_of_a_smaller_config():
     for k in (1, 2, 3, 4):
         m = tiny()

@@ -158,7 +158,8 @@ def synthetic(arm, seed, right):
     result = dict(full=one(right, 100.), chance=dict(x=.2, y=right - .1))
     time = dict(full=.02, spared=.01, ratio=.5, low=.4, high=.6, length=9, rows=7)
     if arm != 'small':
-        result |= dict(rule='null', curve=[dict(mean=3., number=.5, found=one(right - .02, 55.))], static={'3': one(right - .1, 55.)},
+        result |= dict(rule='null', tried=dict(null=.3 - .1*(arm == 'spared')))
+        result |= dict(curve=[dict(mean=3., number=.5, found=one(right - .02, 55.))], static={'3': one(right - .1, 55.)},
                        random={'3': one(right - .2, 55.)}, times={'3.0': dict(x=time, y=time)})
     return dict(arm=arm, seed=seed, settings=dict(mean=3., model=dict(n_activated_experts=8)), result=result, minutes=1.)
 
@@ -178,8 +179,9 @@ def test_tables_of_synthetic_runs():
     said = C.finding(made)
     assert 'missed (2 of 3)' in said and 'has **45.0 ± 0.0%** fewer FLOPs, takes **50.0 ± 0.0%** less time' in said
     assert 'with 3.0 ± 0.0 of 8 experts a token' in said and f'**{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%** over 1 tasks' in said
-    assert '`small, all experts` keeps 83.3% with 0.0% fewer FLOPs' in said and 'the rule is ahead of all of them. Trained' in said
-    assert said.endswith('`spared, best 3` keeps 83.2 ± 0.2%, `spared, by rule` keeps 96.6 ± 0.0%.')
+    assert '`small, all experts` keeps 83.3% with 0.0% fewer FLOPs' in said and 'the model `full` has' in said
+    assert said.endswith('all of them. Beside it `spared, best 3` keeps 83.2 ± 0.2%, `spared, by rule` keeps 96.6 ± 0.0%.')
+    assert C.preferred(made) == 'full' and C.preferred(made[-1:]) == 'spared'
     better = [synthetic(*a) for a in (('full', 0, .8), ('small', 0, .9))]
     assert C.finding(better).endswith('the rule is not ahead of `small, all experts`.')
     assert C.finding(made[:2]) == 'Not run yet: small.'

@@ -8,7 +8,8 @@
 __all__ = ['TASKS', 'PARTS', 'passages', 'labelled', 'deal', 'unseen', 'Tasks', 'divided', 'prepare', 'ByLength', 'answer',
            'TaskLoss', 'make_config', 'text_flops', 'nearest', 'spared', 'Sparing', 'train', 'ask_task', 'ask',
            'chance', 'seen_routes', 'layer_rule', 'answer_errors', 'rules_at', 'at_random', 'above', 'timed', 'measure',
-           'compute', 'ways', 'counted', 'kept', 'outcome', 'table', 'finding', 'times_table', 'plot_curves']
+           'compute', 'ways', 'counted', 'kept', 'outcome', 'table', 'preferred', 'finding', 'times_table',
+           'plot_curves']
 
 # %% ../../nbs/655_eval.compute.ipynb #01606057
 from collections.abc import Callable, Iterator
@@ -371,8 +372,8 @@ def rules_at(
 )->dict: # Name: what stays, from router and `Route`, and the rule's number or numbers
     "Each rule with the number that meets a budget"
     out,before = {},len(errors)
-    for name,(rule,falling) in RULES.items():
-        number = calibrate(rule, seen, mean, falling)
+    for name,(rule,*how) in RULES.items():
+        number = calibrate(rule, seen, mean, *how)
         out[name] = (lambda g, r, rule=rule, number=number: rule(g, r, number)),number
     ks = [*share_out(errors, max(before, int(mean*before + 1e-6))), max(1, int(mean))] if before else [int(mean)]
     return out | dict(layers=(layer_rule(model, ks), ks))
@@ -512,31 +513,38 @@ def table(
     lines.append('| chance | | ' + ' | '.join(f'{100*c:.1f}' for c in base.values()) + ' | | | |')
     return '\n'.join([head, '|---' + '|--:'*(len(base) + 4) + '|', *lines])
 
+def preferred(
+    records:list, # Of `compute`
+)->str: # 'full' or 'spared'
+    "The arm whose best rule keeps most on validation texts"
+    tried = {a: [max(r['result']['tried'].values()) for r in records if r['arm'] == a] for a in ('full', 'spared')}
+    return max((a for a in tried if tried[a]), key=lambda a: spread(tried[a])[0], default='full')
+
 def finding(
     records:list, # Of `compute`
 )->str: # Markdown
     "What the runs say"
     if lost := {'full', 'small'} - {r['arm'] for r in records}: return f'Not run yet: {", ".join(sorted(lost))}.'
-    mean,found,some = records[0]['settings']['mean'],outcome(records),[r for r in records if r['arm'] == 'full']
-    ours = found['full, by rule']
+    mean,found,arm = records[0]['settings']['mean'],outcome(records),preferred(records)
+    some,ours = [r for r in records if r['arm'] == arm],found[f'{arm}, by rule']
     worst = min(ours['tasks'], key=lambda t: spread(ours['tasks'][t])[0])
     quick = [1 - spread([e['ratio'] for e in r['result']['times'][str(mean)].values()])[0] for r in some]
-    visits = [spread([t['experts'] for t in f.values()])[0] for f in ways(records)['full, by rule'].values()]
+    visits = [spread([t['experts'] for t in f.values()])[0] for f in ways(records)[f'{arm}, by rule'].values()]
     routed = spread([spread([t['routed'] for t in r['result']['full'].values()])[0] for r in some])[0]
     def percent(values): return in_words([100*v for v in values], 1) + '%'
     reached = [spread(v)[0] >= aim for v,aim in ((ours['saved'], .42), (quick, .35), (ours['kept'], .98))]
     said = 'reached' if all(reached) else f'missed ({sum(reached)} of 3)'
     base = {n: o for n,o in found.items() if n.startswith(('small', 'full, best', 'full, random'))}
     behind = [n for n,o in base.items() if spread(o['kept'])[0] >= spread(ours['kept'])[0]]
-    trained = {n: percent(o['kept']) for n,o in found.items() if n.startswith(('spared, by', 'spared, best'))}
+    rest = {n: percent(o['kept']) for n,o in found.items() if n.startswith(('full, by', 'spared, by', 'spared, best')) and o is not ours}
     return (f"The target, 42% fewer active FLOPs and 35% less time with 98% of the accuracy above chance, was **{said}**: asked by rule, "
-            f"with {in_words(visits, 1)} of {some[0]['settings']['model']['n_activated_experts']} experts a token, the full model has "
+            f"with {in_words(visits, 1)} of {some[0]['settings']['model']['n_activated_experts']} experts a token, the model `{arm}` has "
             f"**{percent(ours['saved'])}** fewer FLOPs, takes **{percent(quick)}** less time, and keeps **{percent(ours['kept'])}** over "
             f"{len(ours['tasks'])} tasks (least: {percent(ours['tasks'][worst])}, `{worst}`; ± over {len(ours['saved'])} seeds). Routed "
             f"experts have {routed:.0%} of the full model's FLOPs. Baselines: "
             + ', '.join(f"`{n}` keeps {percent(o['kept'])} with {percent(o['saved'])} fewer FLOPs" for n,o in base.items())
             + (f"; the rule is not ahead of {' and '.join(f'`{n}`' for n in behind)}." if behind else '; the rule is ahead of all of them.')
-            + (' Trained to be spared: ' + ', '.join(f'`{n}` keeps {v}' for n,v in trained.items()) + '.' if trained else ''))
+            + (' Beside it ' + ', '.join(f'`{n}` keeps {v}' for n,v in rest.items()) + '.' if rest else ''))
 
 def times_table(
     records:list, # Of `compute`

@@ -198,17 +198,19 @@ def calibrate(
     seen:list, # Router and `Route` of each layer
     target:float, # Mean of kept experts
     falling:bool, # Whether a larger number keeps fewer
+    between:tuple[float,float] = (0., 1.), # Least and largest number
 )->float: # The number
     "Bisect a rule's number"
-    low,high = 0.,1.
+    low,high = between
     for _ in range(40):
         middle = (low + high)/2
         kept = sum(keep(g, r, middle).sum().item() for g,r in seen)/sum(len(r.experts) for _,r in seen)
         low,high = (middle, high) if (kept > target) == falling else (low, middle)
     return (low + high)/2
 
-RULES = dict(top_p=(lambda g, r, p: keep_share(r.weights, p), False), relative=(lambda g, r, tau: keep_relative(r.weights, tau), True),
-             null=(keep_over_null, True)) # rule, and whether a larger number keeps fewer
+# Rule, whether a larger number keeps fewer, and between what it lies: a bias may carry affinities beyond 0 and 1
+RULES = dict(top_p=(lambda g, r, p: keep_share(r.weights, p), False, (0., 1.)),
+             relative=(lambda g, r, tau: keep_relative(r.weights, tau), True, (0., 1.)), null=(keep_over_null, True, (-16., 16.)))
 
 def find_rules(
     model:Model, # With mixtures
@@ -221,9 +223,9 @@ def find_rules(
     if how == 'layers':
         ks = share_out(layer_errors(model, tokens), int(target*len(layers) + 1e-6))
         return [lambda g, r, k=k: keep_best(r.weights, k) for k in ks], ks
-    seen,(rule,falling) = {},RULES[how]
+    seen,(rule,*how) = {},RULES[how]
     with torch.no_grad(), watch([m.gate for m in layers], lambda i,r: seen.__setitem__(i, (layers[i].gate, r))): model.hidden(tokens)
-    number = calibrate(rule, list(seen.values()), target, falling)
+    number = calibrate(rule, list(seen.values()), target, *how)
     return [lambda g, r: rule(g, r, number)]*len(layers), number
 
 # %% ../../nbs/560_train.dynamic.ipynb #e2150119
