@@ -536,6 +536,7 @@ def finding(
     said = 'reached' if all(reached) else f'missed ({sum(reached)} of 3)'
     base = {n: o for n,o in found.items() if n.startswith(('small', 'full, best', 'full, random'))}
     behind = [n for n,o in base.items() if spread(o['kept'])[0] >= spread(ours['kept'])[0]]
+    near = [n for n,o in base.items() if n not in behind and spread(ours['kept'])[0] - spread(o['kept'])[0] < spread(o['kept'])[1]]
     rest = {n: percent(o['kept']) for n,o in found.items() if n.startswith(('full, by', 'spared, by', 'spared, best')) and o is not ours}
     return (f"The target, 42% fewer active FLOPs and 35% less time with 98% of the accuracy above chance, was **{said}**: asked by rule, "
             f"with {in_words(visits, 1)} of {some[0]['settings']['model']['n_activated_experts']} experts a token, the model `{arm}` has "
@@ -543,7 +544,8 @@ def finding(
             f"{len(ours['tasks'])} tasks (least: {percent(ours['tasks'][worst])}, `{worst}`; ± over {len(ours['saved'])} seeds). Routed "
             f"experts have {routed:.0%} of the full model's FLOPs. Baselines: "
             + ', '.join(f"`{n}` keeps {percent(o['kept'])} with {percent(o['saved'])} fewer FLOPs" for n,o in base.items())
-            + (f"; the rule is not ahead of {' and '.join(f'`{n}`' for n in behind)}." if behind else '; the rule is ahead of all of them.')
+            + (f"; the rule is not ahead of {' and '.join(f'`{n}`' for n in behind)}." if behind else '; the rule is ahead of all of them'
+               + (f", by less than a standard deviation of {' and '.join(f'`{n}`' for n in near)}" if near else '') + '.')
             + (' Beside it ' + ', '.join(f'`{n}` keeps {v}' for n,v in rest.items()) + '.' if rest else ''))
 
 def times_table(
@@ -589,5 +591,5 @@ def plot_curves(
         if some.get('small'): draw('small', [[x['full'] for x in some['small']]], 'D', 'red')
         ax.set(title=task, xlabel='active FLOPs (% of full)')
     axes[0][0].set_ylabel('accuracy (%)')
-    axes[0][-1].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, loc='center left', bbox_to_anchor=(1, .5))
     style(fig)
