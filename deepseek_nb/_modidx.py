@@ -586,6 +586,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'deepseek_nb.eval.evidence.runs': ('eval.evidence.html#runs', 'deepseek_nb/eval/evidence.py'),
                                            'deepseek_nb.eval.evidence.spread': ( 'eval.evidence.html#spread',
                                                                                  'deepseek_nb/eval/evidence.py'),
+                                           'deepseek_nb.eval.evidence.stopwatch': ( 'eval.evidence.html#stopwatch',
+                                                                                    'deepseek_nb/eval/evidence.py'),
                                            'deepseek_nb.eval.evidence.stored': ( 'eval.evidence.html#stored',
                                                                                  'deepseek_nb/eval/evidence.py'),
                                            'deepseek_nb.eval.evidence.study': ('eval.evidence.html#study', 'deepseek_nb/eval/evidence.py'),

@@ -183,6 +183,16 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
     assert war == peace
 
 
+def test_minutes_outlive_a_killed_process(tmp_path):
+    code = "import os, pathlib, time\nfrom deepseek_nb.eval.evidence import stopwatch\n"
+    code += f"with stopwatch(pathlib.Path({str(tmp_path/'m.json')!r}), .01): time.sleep(.6); os.kill(os.getpid(), 9)"
+    for n in (1, 2):
+        assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
+        assert json.loads((tmp_path/'m.json').read_text())['minutes'] > .5*n/60
+    with pytest.raises(ZeroDivisionError), evidence.stopwatch(tmp_path/'m.json') as minutes: 1/0 # noqa: B018
+    assert json.loads((tmp_path/'m.json').read_text())['minutes'] >= minutes() - 1e-3 > .9/60
+
+
 def test_kinds_of_tokens():
     for text, kind in ((' Word', 'word'), ('x', 'continuation'), ('3', 'number'), ('...', 'mark'), ('  \n', 'space'), ('', 'space')):
         assert balancing.CLASSES[balancing.token_class(text)] == kind
