@@ -135,7 +135,7 @@ def test_tables_of_synthetic_runs():
     assert M.finding(made) == 'Not run yet: scratch, untaught.'
     said = M.finding(synthetic(('labels', 'scratch', 'untaught', 'general', 'domain', 'staged')))
     assert '**reached** over the student of the general' in said and "**missed** over the student of the domain's" in said
-    assert said.endswith('patient with 0.61 ± 0.01.')
+    assert said.endswith('patient with 0.61 ± 0.01.') and '0.61 (0.10) for chapter' in said
     rows = M.table(made).split('\n')
     assert rows[0] == '| task | labels a class | nearest | labels | general | domain | staged | teacher |' and len(rows) == 6
     assert rows[2] == '| chapter | 2 | 0.100 | 0.110 ± 0.010 | 0.210 ± 0.010 | 0.310 ± 0.010 | 0.410 ± 0.010 | 0.600 |'
@@ -144,6 +144,17 @@ def test_tables_of_synthetic_runs():
     assert [ax.get_title() for ax in fig.axes] == ['chapter', 'disease']
     labels = [t.get_text() for t in fig.axes[-1].get_legend().get_texts()]
     assert {'labels', 'general', 'domain', 'staged', 'nearest', 'teacher'} == {*labels}
+
+
+def test_rates_are_chosen_without_the_test(smoke, work):
+    settings = staged()
+    tasks,words,_ = M.of_data(settings)
+    rest = {p: tasks['chapter'][p] for p in ('train', 'validation')}
+    kept = M.said(M.teach(settings, work/'medical'), 'chapter')
+    got = M.one_task(M.student(settings, 9), rest, words, kept, 2, settings, 9, 'validation')
+    assert got['f1'] == got['validation'] and 'teacher' not in got
+    assert M.best_rate(dict(tried=[[1, .2], [2, .4], [3, .4]])) == 2
+    with pytest.raises(ValueError, match='tried is empty'): M.best_rate(dict(tried=[]))
 
 
 def test_probe_is_logistic_regression():
