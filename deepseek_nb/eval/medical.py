@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..arch.model import Model
 from ..core import Config
 from .classify import confusion, macro_f1
-from .evidence import by_arm, grams, in_words, overlap, spread, study
+from .evidence import by_arm, grams, in_words, overlap, several, spread, study
 from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from ..infer.safetensors import read_header, read_json, read_tensors, write_tensors, written
 from ..infer.tokenizer import Tokenizer
@@ -683,7 +683,8 @@ def table(
     for task,count in places(records):
         f1,ends = reached(records, task, count),[[*reached(records, task, count, k).values()] for k in ('nearest', 'teacher')]
         ends = [f'{np.mean([e[0] for e in end]):.3f}' if end else '' for end in ends]
-        cells = ['{:.3f} ± {:.3f}'.format(*f1[a][:2]) if a in f1 else '' for a in arms]
+        def cell(mean, sd, n): return f'{mean:.3f}' + f' ± {sd:.3f}'*(n > 1)
+        cells = [cell(*f1[a]) if a in f1 else '' for a in arms]
         lines.append([task, str(count or 'all'), ends[0], *cells, ends[1]])
     return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -714,14 +715,14 @@ def finding(
     if lost := {*ARMS} - {r['arm'] for r in records}: return f'Not run yet: {", ".join(sorted(lost))}.'
     found = {a: few_gains(records, a) for a in others}
     def said(arm): return 'reached' if spread(found[arm])[0] >= least else 'missed'
-    def percent(arm): return '{:+.1f} ± {:.1f}%'.format(*spread([100*g for g in found[arm]])[:2])
+    def percent(arm): return f"{'+'*(spread(found[arm])[0] > 0)}{in_words([100*g for g in found[arm]], 1)}%"
     few = {task: [n for t,n in places(records) if t == task and 0 < n <= FEW] for task,_ in places(records)}
     def mean(task, key): return np.mean([reached(records, task, n, key)['staged'][0] for n in few[task]])
     rare = [c['f1'] for r in records if r['arm'] == 'staged' for c in r['result']['cells'] if (c['task'], c['count']) == ('disease', 0)]
     tasks = ', '.join(f"{mean(t, 'f1'):.2f} ({mean(t, 'nearest'):.2f}) for {t}" for t in few if few[t])
     return (f"The claim, {least:.0%} more macro-F1 than after one stage where labels are few, was **{said('general')}** over the student "
             f"of the general teacher alone, **{percent('general')}**, and **{said('domain')}** over the student of the domain's alone, "
-            f"**{percent('domain')}** (at {FEW} labels a class and fewer, mean of the tasks, ± over {len(found['general'])} seeds). "
+            f"**{percent('domain')}** (at {FEW} labels a class and fewer, mean of the tasks, {several(len(found['general']), 'seed')}). "
             f"Over the other students it is {percent('untaught')} (`untaught`), {percent('scratch')} (`scratch`) and {percent('labels')} "
             f"(`labels`). Macro-F1 there, and in brackets of one nearest neighbour on words: {tasks}. The article's 0.89 is a macro-F1 on "
             f"rare diseases: with all labels the student of two stages names the disease of a simulated patient with {in_words(rare)}.")
