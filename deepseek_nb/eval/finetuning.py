@@ -359,6 +359,7 @@ def finetuning(
     folder:Path, # Of the run
 )->dict: # What was measured
     "One method on some samples, or one number of workers"
+    torch.set_num_threads(settings['threads'])
     return (tune if settings['workers'] < 0 else load_texts)(settings, seed, folder)
 
 # %% ../../nbs/675_eval.finetuning.ipynb #bab31e68
