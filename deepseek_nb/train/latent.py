@@ -8,8 +8,8 @@
 __all__ = ['BIG', 'SIZES', 'EXPERTS', 'JUDGED', 'QUESTION', 'complex_rows', 'real_rows', 'moment', 'shared_pairs', 'folded_rope',
            'standing', 'choose_pairs', 'roots', 'compress', 'constant_latent', 'fitted_latent', 'mla_config',
            'split_pairs', 'still_parts', 'latent_attention', 'to_mla', 'shares', 'stream_error', 'repair',
-           'fingerprint', 'read_state', 'write_state', 'reconstruct', 'convert', 'save_tokenizer', 'addresses', 'weigh',
-           'asked', 'joined', 'remembered', 'conversion']
+           'fingerprint', 'read_state', 'write_state', 'matrices_of', 'reconstruct', 'convert', 'save_tokenizer',
+           'addresses', 'weigh', 'asked', 'joined', 'remembered', 'conversion']
 
 # %% ../../nbs/555_train.latent.ipynb #ab5f158f
 import hashlib
@@ -345,6 +345,12 @@ def write_state(
     with written(state/'state.json') as tmp: tmp.write_text(json.dumps(dict(of=of, errors=errors), indent=1))
 
 # %% ../../nbs/555_train.latent.ipynb #35fd7a07
+def matrices_of(
+    part:torch.nn.Module, # Attention or feed-forward of a converted block
+)->dict: # Name -> weight
+    "What training repairs: matrices, without a router's"
+    return {n: p for n,p in part.named_parameters() if p.ndim > 1 and 'gate.weight' not in n}
+
 @torch.no_grad()
 def reconstruct(
     new:Model, # Converted
@@ -363,7 +369,7 @@ def reconstruct(
         def attend(x, b=b): return add_attention(x, b, angles)
         def feed(x, b=b): return add_feed_forward(x, b)
         run,part,x,want = (attend, b.self_attn, own, middle) if attention else (feed, b.mlp, attend(own), add_feed_forward(middle, block))
-        weights = {n: p for n,p in part.named_parameters() if p.ndim > 1 and 'gate.weight' not in n}
+        weights = matrices_of(part)
         if i < len(errors):
             for n,t in read_tensors(read_header(state/f'block-{i:03}.safetensors')): weights[n].copy_(t)
         else:
