@@ -7,17 +7,19 @@
 # %% auto #0
 __all__ = ['BIG', 'SIZES', 'EXPERTS', 'JUDGED', 'QUESTION', 'complex_rows', 'real_rows', 'moment', 'shared_pairs', 'folded_rope',
            'standing', 'choose_pairs', 'roots', 'compress', 'constant_latent', 'fitted_latent', 'mla_config',
-           'split_pairs', 'still_parts', 'latent_attention', 'to_mla', 'shares', 'stream_error', 'repair',
-           'fingerprint', 'read_state', 'write_state', 'matrices_of', 'reconstruct', 'convert', 'save_tokenizer',
-           'addresses', 'weigh', 'asked', 'joined', 'remembered', 'conversion']
+           'split_pairs', 'still_parts', 'latent_attention', 'to_mla', 'shares', 'stream_error', 'descend',
+           'keep_if_better', 'repair', 'readers', 'refit', 'refit_block', 'fingerprint', 'read_state', 'write_state',
+           'matrices_of', 'reconstruct', 'convert', 'save_tokenizer', 'addresses', 'weigh', 'asked', 'joined',
+           'remembered', 'conversion']
 
 # %% ../../nbs/555_train.latent.ipynb #ab5f158f
 import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor
 from .. import releases  # noqa: F401, it gives Config.cache_bytes_per_token
 from ..arch.attention import GQA, MLA
 from ..arch.model import Block, Model, add_attention, add_feed_forward
+from ..arch.moe import MoE
 from ..arch.rope import frequencies, rotary_factor
 from ..bench import benchmark, save_result
 from ..core import FAMILIES, MOE_NAMES, Config, Rope
@@ -285,6 +288,41 @@ def stream_error(
     "Mean squared error of a stream, in units of each token's length"
     return ((got - want).square().sum(-1)/want.square().sum(-1)).mean()
 
+def descend(
+    run:Callable, # The half block, on a stream `b s d`
+    weights:list, # Its parameters that are trained
+    x:Tensor, # Streams before it `n s d`
+    want:Tensor, # What they should become `n s d`
+    steps:int, # Of AdamW
+    batch:int, # Rows of a step
+    lr:float, # Of a step, in units of each weight's root mean square
+    seed:int, # Of the batches
+)->None:
+    "Train half a block"
+    draw = torch.Generator().manual_seed(seed)
+    groups = [dict(params=[w.requires_grad_()], lr=lr*w.detach().square().mean().sqrt().item()) for w in weights]
+    optimiser = torch.optim.AdamW(groups, betas=(.9, .95), weight_decay=0.)
+    schedule = get_cosine_schedule_with_warmup(optimiser, steps//10, steps)
+    for _ in range(steps):
+        i = torch.randint(len(x), (batch,), generator=draw)
+        with torch.enable_grad(): stream_error(run(x[i]), want[i]).backward()
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    for w in weights: w.requires_grad_(False)
+
+def keep_if_better(
+    train:Callable, # Changes weights
+    weights:list, # Which
+    judge:Callable, # Gives an error
+)->float: # Error afterwards
+    "Train, and put the weights back if that didn't help"
+    before,start = judge(),[w.clone() for w in weights]
+    train()
+    if (after := judge()) < before: return after
+    for w,s in zip(weights, start, strict=True): w.copy_(s)
+    return before
+
 def repair(
     run:Callable, # The half block, on a stream `b s d`
     weights:list, # Its parameters that are trained
@@ -294,24 +332,59 @@ def repair(
     batch:int = 4, # Rows of a step
     lr:float = 2e-3, # Of a step, in units of each weight's root mean square
     seed:int = 0, # Of the batches
+    first:Callable|None = None, # Comes before the steps, with streams as x and want
 )->tuple[float,float]: # Error before and after, on rows that were not trained on
     "Train half a block to give what it should"
+    held = max(1, len(x)//8)
     def judge(): return stream_error(run(x[:held]), want[:held]).item()
-    held,before = max(1, len(x)//8),stream_error(run(x[:max(1, len(x)//8)]), want[:max(1, len(x)//8)]).item()
-    start,draw = [w.clone() for w in weights],torch.Generator().manual_seed(seed)
-    groups = [dict(params=[w.requires_grad_()], lr=lr*w.detach().square().mean().sqrt().item()) for w in weights]
-    optimiser = torch.optim.AdamW(groups, betas=(.9, .95), weight_decay=0.)
-    schedule = get_cosine_schedule_with_warmup(optimiser, steps//10, steps)
-    for _ in range(steps):
-        i = torch.randint(held, len(x), (batch,), generator=draw)
-        with torch.enable_grad(): stream_error(run(x[i]), want[i]).backward()
-        optimiser.step()
-        schedule.step()
-        optimiser.zero_grad()
-    for w in weights: w.requires_grad_(False)
-    if (after := judge()) < before: return before, after
-    for w,s in zip(weights, start, strict=True): w.copy_(s)
-    return before, before
+    rest,before = (x[held:], want[held:]),judge()
+    after = keep_if_better(lambda: first(*rest), weights, judge) if first else before
+    if steps: after = keep_if_better(lambda: descend(run, weights, *rest, steps, batch, lr, seed), weights, judge)
+    return before, after
+
+# %% ../../nbs/555_train.latent.ipynb #63c688dc
+def readers(
+    moe:MoE, # Any
+    x:Tensor, # Tokens `n d`
+)->Iterator[tuple]: # For each part: its tokens `m`, their weights `m 1`, its gate and up rows, its last projection
+    "Parts of a mixture, and the tokens that each of them gets"
+    if (s := moe.shared_experts) is not None:
+        yield torch.arange(len(x)), x.new_ones(len(x), 1), torch.cat([s.gate_proj.weight, s.up_proj.weight]), s.down_proj.weight
+    weights,experts = moe.gate(x)[:2]
+    for e,(gate_up,down) in enumerate(zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)):
+        at,slot = (experts == e).nonzero(as_tuple=True)
+        yield at, weights[at, slot, None].to(x), gate_up, down
+
+@torch.no_grad()
+def refit(
+    moe:MoE, # Its last projections are changed
+    x:Tensor, # Tokens `n d`
+    want:Tensor, # What should be added to them `n d`
+    size:Tensor, # Units of each token's error `n 1`
+    sweeps:int = 3, # Over all parts
+    ridge:float = 1e-2, # λ, in units of the mean square of an activation
+)->None:
+    "The best last projections of a mixture"
+    left = want - moe(x[None])[0]
+    for _ in range(sweeps):
+        for at,weight,gate_up,down in readers(moe, x):
+            gate,up = F.linear(x[at], gate_up).chunk(2, -1)
+            h = F.silu(gate)*up*weight
+            q = h/size[at]
+            gram = (q.T@q).double()
+            gram.diagonal().add_(ridge*gram.diagonal().mean() + 1e-12)
+            change = torch.linalg.solve(gram, (q.T@(left[at]/size[at])).double()).to(h)
+            down += change.T
+            left[at] -= h@change
+
+def refit_block(
+    block:Block, # Its feed-forward is a mixture
+    x:Tensor, # Streams before it `n s d`
+    want:Tensor, # What they should become `n s d`
+)->None:
+    "Refit the mixture of a block"
+    flat,wanted = x.flatten(0, 1),want.flatten(0, 1)
+    refit(block.mlp, block.post_attention_layernorm(flat), wanted - flat, wanted.norm(dim=1, keepdim=True))
 
 # %% ../../nbs/555_train.latent.ipynb #7d65b084
 def fingerprint(
@@ -373,7 +446,8 @@ def reconstruct(
         if i < len(errors):
             for n,t in read_tensors(read_header(state/f'block-{i:03}.safetensors')): weights[n].copy_(t)
         else:
-            errors.append(repair(run, [*weights.values()], x, want, steps, **how))
+            first = None if attention else partial(refit_block, b)
+            errors.append(repair(run, [*weights.values()], x, want, steps, first=first, **how))
             if state: write_state(state, of, errors, weights)
         own = feed(run(x)) if attention else run(x)
     return errors
