@@ -31,7 +31,7 @@ from ..arch.model import Model
 from ..arch.show import table as markdown_table
 from ..bench import peak_bytes
 from .classify import Classified, classified
-from .evidence import grams, in_words, overlap, spread, study
+from .evidence import grams, in_words, overlap, several, spread, study
 from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from ..infer.tokenizer import Tokenizer
 from ..kernels.gradients import pool
@@ -387,9 +387,11 @@ def differences(
 def verdict(
     values:list, # A difference for each seed
     least:float = .02, # Mean that counts
-)->str: # 'better', 'worse' or 'no difference'
+    seeds:int = 3, # Fewer say nothing
+)->str: # 'better', 'worse', 'no difference' or 'too few seeds'
     "Whether a difference counts"
-    mean = spread(values)[0]
+    mean,_,n = spread(values)
+    if n < seeds: return 'too few seeds'
     if abs(mean) < least or min(values)*max(values) <= 0: return 'no difference'
     return 'better' if mean > 0 else 'worse'
 
@@ -399,8 +401,8 @@ def shown(
     form:str = '.3f', # Of each
 )->str: # Mean and standard deviation
     "A number with its spread"
-    mean,sd,_ = spread(values)
-    return f'{mean:{form}} ± {sd:{form}}'
+    mean,sd,n = spread(values)
+    return f'{mean:{form}}' + f" ± {sd:{form.lstrip('+')}}"*(n > 1)
 
 def floors(
     records:list, # Of the experiment
@@ -453,8 +455,7 @@ def advice_table(
     found,rows = scores(records, layers),[]
     for a,b in ADVICE:
         for n,d in differences(found, a, b).items():
-            mean,sd,seeds = spread(d)
-            rows.append([f'{METHODS[a]} against {METHODS[b]}', f'{n:,}', f'{mean:+.3f} ± {sd:.3f}', seeds, verdict(d)])
+            rows.append([f'{METHODS[a]} against {METHODS[b]}', f'{n:,}', shown(d, '+.3f'), len(d), verdict(d)])
     return markdown_table(['methods', 'samples', 'difference in F1', 'seeds', 'verdict'], rows) if rows else 'Not run yet.'
 
 def seen(
@@ -484,7 +485,8 @@ def finding(
     found = scores(records, layers)
     if lost := {'full', 'cold', 'lora'} - {*found}: return f'Not run yet: {", ".join(sorted(lost))}.'
     few,many,all_ = ([n for n in found['full'] if f(n)] for f in (lambda n: n <= 1000, lambda n: n >= 10000, lambda n: True))
-    return ("Macro-F1, in points, mean ± over seeds. The advice says LoRA for few samples: LoRA less full fine-tuning is "
+    seeds = several(len({r['seed'] for r in records}), 'seed')
+    return (f"Macro-F1, in points, mean ± over {seeds}. The advice says LoRA for few samples: LoRA less full fine-tuning is "
             f"{seen(found, 'lora', 'full', few)}. It says full fine-tuning for many: the same difference is "
             f"{seen(found, 'lora', 'full', many)}. It says a warm-up: with it less without it, full fine-tuning has "
             f"{seen(found, 'full', 'cold', all_)}." + "".join(
@@ -516,7 +518,8 @@ def draw_scores(
         ax.errorbar(at, mean, sd, color=colour_of(m), marker='o', ms=4, capsize=3, lw=1.2, label=METHODS[m])
     words = {n: spread(list(v.values()))[0] for n,v in sorted(floors(records, layers).items())}
     ax.plot(list(words), list(words.values()), '--', color=GREY, label='nearest by words')
-    ax.set(xscale='log', xlabel='samples', ylabel='macro-F1'); ax.legend(fontsize=7, loc='upper left')
+    ax.set(xscale='log', xlabel='samples', ylabel='macro-F1', xticks=[*words], xticklabels=[f'{n:,}' for n in words])
+    ax.minorticks_off(); ax.legend(fontsize=7, loc='upper left')
 
 def draw_bars(
     ax, # Axes of matplotlib
