@@ -249,7 +249,7 @@ def test_a_refit_is_the_joint_least_squares(e, k, shared, n):
     refit(moe, x, want, size, sweeps=1, ridge=1e-9)
     once = off()
     refit(moe, x, want, size, sweeps=60, ridge=1e-9)
-    assert .999*best <= off() <= min(1.03*best, once) and once < before
+    assert .999*best <= off() <= min(1.03*best, 1.0001*once) and once < before
 
 
 def test_a_refit_survives_experts_that_nobody_asks():
