@@ -30,7 +30,7 @@ def test_smoke(root, tmp_path):
     plan = read_plan(root/'nbs/configs/evidence/conversion.toml', smoke=True)
     found = carry_out(plan, tmp_path/'conversion.json', tmp_path, say=lambda o: None)
     costs = {r['arm']: (r['result']['cache'], r['result']['feed_forward']) for r in found}
-    assert costs == {'mla-50': (.5, 1.), 'moe-50': (1., .5)}
+    assert costs == {'mla-50': (.5, 1.), 'moe-50': (1., .5), 'neurons-50': (1., .5)}
     for r in found:
         assert r['result']['original'] == found[0]['result']['original'] and len(r['result']['errors']) == 1
         assert conversion.higher(r['result'], 'original') == 0
@@ -54,6 +54,8 @@ def synthetic(arm, seed, rise):
 
 def test_finding_of_synthetic_runs():
     made = [synthetic('mla-50', s, .03 + .01*s) for s in range(3)]
+    assert conversion.finding(made) == 'Not run yet: moe-69, neurons-70.'
+    made.append(synthetic('neurons-70', 0, .02))
     assert conversion.finding(made) == 'Not run yet: moe-69.'
     said = conversion.finding(made + [synthetic('moe-69', 0, .2)])
     assert "50 ± 0% higher than the original's when it is converted, **9.0 ± 1.0%** when it is repaired" in said

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.arch.moe import MoE
 from deepseek_nb.arch.rope import frequencies
 from deepseek_nb.bench import load_result
 from deepseek_nb.core import Config, Rope
@@ -28,9 +27,7 @@ from deepseek_nb.train.latent import (
     joined,
     mla_config,
     moment,
-    readers,
     reconstruct,
-    refit,
     roots,
     save_tokenizer,
     shared_pairs,
@@ -230,39 +227,6 @@ def test_training_brings_some_of_it_back():
     torch.testing.assert_close(both.layers[0].mlp.gate.weight, mixture.layers[0].mlp.gate.weight)
 
 
-def hidden(x, gate_up):
-    gate, up = (x@gate_up.T).chunk(2, -1)
-    return torch.nn.functional.silu(gate)*up
-
-
-@pytest.mark.parametrize('e, k, shared, n', [(7, 1, 0, 203), (5, 2, 1, 331), (6, 3, 2, 97), (4, 4, 3, 150), (9, 1, 2, 181)])
-def test_a_refit_is_the_joint_least_squares(e, k, shared, n):
-    c = replace(GQA, n_routed_experts=e, n_activated_experts=k, n_shared_experts=shared, moe_inter_dim=6, score_func='sigmoid')
-    moe, x, size = MoE(c).requires_grad_(False), torch.randn(n, 48), .1 + torch.rand(n, 1)
-    for p in moe.parameters(): p.copy_(.3*torch.randn(p.shape))
-    want = torch.nn.functional.silu(x@torch.randn(48, 48))
-    def off(): return ((moe(x[None])[0].double() - want)/size).square().sum().item()
-    columns, before = [], off()
-    for at, w, rows, _ in readers(moe, x): columns.append(torch.zeros(n, len(rows)//2).index_copy(0, at, hidden(x[at], rows)*w))
-    a, b = torch.cat(columns, 1).double()/size, want.double()/size
-    best = (b - a@torch.linalg.lstsq(a, b, driver='gelsd').solution).square().sum().item()
-    refit(moe, x, want, size, sweeps=1, ridge=1e-9)
-    once = off()
-    refit(moe, x, want, size, sweeps=60, ridge=1e-9)
-    assert .999*best <= off() <= min(1.03*best, 1.0001*once) and once < before
-
-
-def test_a_refit_survives_experts_that_nobody_asks():
-    c = replace(GQA, n_routed_experts=12, n_activated_experts=1, n_shared_experts=1, moe_inter_dim=6, score_func='sigmoid')
-    moe, x = MoE(c).requires_grad_(False), torch.randn(3, 48)
-    for p in moe.parameters(): p.copy_(.3*torch.randn(p.shape))
-    idle = [i for i, (at, *_) in enumerate(readers(moe, x)) if not len(at)]
-    old = moe.experts.down_proj.clone()
-    refit(moe, x, torch.randn(3, 48), torch.ones(3, 1))
-    assert len(idle) >= 9 and all(torch.equal(moe.experts.down_proj[i-1], old[i-1]) for i in idle)
-    assert all(p.isfinite().all() for p in moe.parameters())
-
-
 RUN = '''
 import sys
 from pathlib import Path
@@ -316,7 +280,7 @@ def test_a_state_of_another_conversion_is_refused(tmp_path):
 
 def test_bad_requests(tmp_path):
     model, tokens = fresh(GQA), torch.randint(80, (8, 20))
-    with pytest.raises(ValueError, match="to 'gqa' must be 'mla' or 'moe'"): convert(model, 'gqa', tokens)
+    with pytest.raises(ValueError, match="to 'gqa' must be 'mla', 'moe' or 'neurons'"): convert(model, 'gqa', tokens)
     with pytest.raises(ValueError, match='latent width 49 must be between 2 and the model width 48'): to_mla(model, tokens, 49, 8)
     with pytest.raises(ValueError, match='9 turning pairs must be between 1 and 8'): convert(model, 'mla', tokens, latent=9, rotary=18)
     with pytest.raises(ValueError, match='this qwen2 model has biases'): mla_config(replace(GQA, model_type='qwen2', attn_bias=True), 9, 4)
