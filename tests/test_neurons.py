@@ -37,11 +37,11 @@ def fresh(c=GQA, std=.2): return Model(c, 'float32', 'cpu').init_weights(std).re
 def test_a_token_gets_its_best_neurons_and_no_other(d, f, k, n):
     ffn, x = SwiGLU(d, f).requires_grad_(False), torch.randn(n, d)
     new = choose_neurons(ffn, k, x)
-    g, u = ffn.gate_proj.weight.double(), ffn.up_proj.weight.double()
+    g, u = new.gate_proj.weight.double(), new.up_proj.weight.double()
     got = new.double()(x.double())
     for i, t in enumerate(x.double()):
         a = torch.tensor([(u[j]@t if new.up_first[j] else silu(g[j]@t)).abs()*new.scale[j] for j in range(f)])
-        want = sum(silu(g[j]@t)*(u[j]@t)*ffn.down_proj.weight[:, j].double() for j in a.topk(k).indices)
+        want = sum(silu(g[j]@t)*(u[j]@t)*new.down_proj.weight[:, j].double() for j in a.topk(k).indices)
         torch.testing.assert_close(got[i], want, rtol=1e-9, atol=1e-9)
 
 

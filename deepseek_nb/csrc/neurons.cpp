@@ -27,6 +27,9 @@ template <class T> inline void add(float h, const T* w, int64_t d, float* y) {
     for (; i + L <= d; i += L) store(y + i, load(y + i) + h * load(w + i));
     for (; i < d; ++i) y[i] += h * widen(w[i]);
 }
+template <class T> inline void fetch(const T* w, int64_t d) {
+    for (int64_t i = 0; i < d; i += 64 / sizeof(T)) __builtin_prefetch(w + i, 0, 3);
+}
 inline float opened(float gate) { return silu(splat(gate))[0]; }
 
 // %% ../../nbs/553_train.neurons_cpp.ipynb #0b48ccdb
@@ -58,8 +61,14 @@ template <class T> void ask(const Tensor& x, const Tensor& gate, const Tensor& u
             const float least = kth_largest(affinity, k);
             float* mine = sums.data() + t.rank * d;
             std::fill(mine, mine + d, 0.f);
-            for (int64_t j = begin; j < end; ++j) {
+            for (int64_t j = begin, next = begin; j < end; j = next) {
+                next = j + 1;
+                while (next < end && affinity[next] < least) ++next;
                 if (affinity[j] < least) continue;
+                if (next < end) {
+                    fetch((by_up[next] ? u : v) + next * d, d);
+                    fetch(w + next * d, d);
+                }
                 add(half[j] * (by_up[j] ? opened(dot(u + j * d, token, d)) : dot(v + j * d, token, d)), w + j * d, d, mine);
             }
             t.wait();
@@ -68,7 +77,7 @@ template <class T> void ask(const Tensor& x, const Tensor& gate, const Tensor& u
                 for (int64_t r = 0; r < t.size; ++r) total += sums[r * d + c];
                 data<float>(y)[i * d + c] = total;
             }
-            t.wait();
+            if (i + 1 < n) t.wait();
         }
     });
 }

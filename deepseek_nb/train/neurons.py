@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..arch.model import Model
 from ..arch.moe import SwiGLU
 from ..dispatch import op
-from .upcycle import carried, residuals
+from .upcycle import carried, residuals, share_out
 
 # %% ../../nbs/551_train.neurons.ipynb #8aef790d
 def correlation(
@@ -97,11 +97,16 @@ def choose_neurons(
 )->Neurons: # With the same weights
     "Make every neuron of a feed-forward an expert"
     if ffn.gate_proj.bias is not None: raise ValueError('the feed-forward has biases, which experts lack')
-    new = Neurons(ffn.gate_proj.in_features, ffn.gate_proj.out_features, k).to(ffn.gate_proj.weight)
-    new.load_state_dict(ffn.state_dict())
-    new.down_proj.weight.data = new.down_proj.weight.T.contiguous().T
+    gate,up,down = (p.weight for p in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
+    new = Neurons(gate.shape[1], len(gate), k).to(gate)
     new.up_first,new.scale = better_half(ffn, x)
-    return new.requires_grad_(ffn.gate_proj.weight.requires_grad)
+    a = new.affinities(F.silu(ffn.gate_proj(x)), ffn.up_proj(x))
+    often = (a >= a.topk(k, 1).values[:, -1:]).float().mean(0)
+    order = (often + 2*new.up_first).argsort(descending=True)
+    new.up_first,new.scale = new.up_first[order],new.scale[order]
+    new.down_proj.weight.data = new.down_proj.weight.T.contiguous().T
+    share_out(new, gate[order], up[order], down[:, order])
+    return new.requires_grad_(gate.requires_grad)
 
 # %% ../../nbs/551_train.neurons.ipynb #286758c5
 def to_neurons(

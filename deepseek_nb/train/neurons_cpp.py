@@ -28,13 +28,12 @@ def askable(
     ffn:nn.Module, # `Neurons`
 )->bool: # Whether the kernel knows all of it
     "Whether a feed-forward is plain neurons, and the tokens are few"
-    if type(ffn) is not Neurons or is_compiling() or x.dtype not in FLOATS or x.device.type != 'cpu': return False
-    parts = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-    plain = all(type(p) is nn.Linear and not p._forward_hooks and not p._forward_pre_hooks for p in parts)
-    if not plain or not 0 < x.numel() <= FEW*x.shape[-1]: return False
+    if type(ffn) is not Neurons or is_compiling() or x.dtype not in FLOATS or not 0 < x.numel() <= FEW*x.shape[-1]: return False
+    parts = [ffn._modules[n] for n in ('gate_proj', 'up_proj', 'down_proj')]
+    if any(type(p) is not nn.Linear or p._forward_hooks or p._forward_pre_hooks for p in parts): return False
     gate,up,down = (p.weight for p in parts)
-    at_hand = gate.is_contiguous() and up.is_contiguous() and down.T.is_contiguous()
-    return at_hand and all(w.dtype == x.dtype for w in (gate, up, down)) and no_grad(x, gate, up, down)
+    alike = gate.dtype == up.dtype == down.dtype == x.dtype and gate.is_cpu and x.is_cpu
+    return alike and gate.is_contiguous() and up.is_contiguous() and down.stride(0) == 1 and no_grad(x, gate, up, down)
 
 @ask_neurons.twin('cpp', available=kernels.ready, supports=askable)
 def ask_neurons_cpp(
