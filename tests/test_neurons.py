@@ -11,7 +11,16 @@ from deepseek_nb.arch.moe import MoE, SwiGLU
 from deepseek_nb.core import Config, Rope
 from deepseek_nb.infer import generate, load  # noqa: F401
 from deepseek_nb.train.latent import convert, to_mla
-from deepseek_nb.train.neurons import Neurons, better_half, choose_neurons, correlation, neuron_share, to_neurons
+from deepseek_nb.train.neurons import (
+    Neurons,
+    better_half,
+    choose_neurons,
+    correlation,
+    load_neurons,
+    neuron_share,
+    save_neurons,
+    to_neurons,
+)
 from deepseek_nb.train.neurons_cpp import ask_neurons_cpp, askable, kernels
 from deepseek_nb.train.refit import activations, readers, refit
 from deepseek_nb.train.upcycle import contributions, moe_config
@@ -237,3 +246,20 @@ def test_half_precision_sums_in_float32():
     got, want = ask_neurons_cpp(x, new), new.double()(x.double())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.double(), want, rtol=8e-3, atol=1e-4)
+
+
+# On disk
+
+def test_saved_and_loaded(tmp_path):
+    model, tokens = fresh(), torch.randint(80, (3, 50))
+    new = to_neurons(model, 40, tokens)
+    for p in new.parameters(): p += .01*torch.randn(p.shape)  # as training would
+    again = load_neurons(save_neurons(new, tmp_path/'n'), 'float32', 'cpu')
+    assert torch.equal(again(tokens), new(tokens)) and again.layers[1].mlp.k == 40
+    assert askable(torch.randn(1, 48), again.layers[0].mlp) or not kernels.ready()
+    transformers = pytest.importorskip('transformers')
+    dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'n', dtype=torch.float32)
+    for b in new.layers: b.mlp.k = 96  # all neurons: what others make of the folder
+    torch.testing.assert_close(dense(tokens).logits, new(tokens), rtol=1e-4, atol=1e-4)
+    with pytest.raises(FileNotFoundError, match='neurons.safetensors is missing: no folder of save_neurons'):
+        load_neurons(model.save_pretrained(tmp_path/'dense'))
