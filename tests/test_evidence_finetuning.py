@@ -172,6 +172,9 @@ def test_tables_of_synthetic_runs():
     assert ft.differences(found, 'lora', 'dora') == {}
     said = ft.finding(records)
     assert '3.0 ± 0.0 at 50 (better), 0.0 ± 0.0 at 1,000 (no difference)' in said.replace('-0.0', '0.0') and 'is not run.' in said
+    assert said.startswith('Of 4 differences these count: **LoRA is better than full at 50**.')
+    assert ft.counted(synthetic((0, 1)), 8) == 'Of 4 differences between methods **none counts**.'
+    assert 'A step with LoRA takes 100% of the time' in said
     assert 'loading processes' not in said and ft.faster(records, 'ready_step', 1) == []
     more = records + [r | dict(settings=r['settings'] | dict(workers=w), result=dict(encoded_step=19.+w))
                       for r in records if r['arm'] == 'workers-1' for w in (0, 2)]

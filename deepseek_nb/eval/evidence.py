@@ -254,13 +254,13 @@ def ran(
     records:list, # Of one experiment
     minutes:float, # Budget of a run
     words:int = 8, # In a row that test and training text were searched for
-    seen:str = 'overlap', # Key of a result under which the shares found are
+    seen:str = 'overlap', # Key under which results have the shares found, where they have any
 )->str: # Markdown
     "What was run, for how long, and on what"
     if not records: return 'Nothing has been run yet.'
     def each(value): return sorted({value(r) for r in records})
     def machine(m): return f"{m['cpu']} ({m['instructions']}, {several(m['threads'], 'thread')})"
-    took,found = each(lambda r: r['minutes']),max(x for r in records for x in shares(r['result'][seen]))
+    took,found = each(lambda r: r['minutes']),max(x for r in records if seen in r['result'] for x in shares(r['result'][seen]))
     on,commits = '; '.join(each(lambda r: machine(r['machine']))),', '.join(f'`{c}`' for c in each(lambda r: r['commit']))
     return (f"**What was run.** {several(len(records), 'run')} ({several(len(each(lambda r: r['arm'])), 'arm')}, "
             f"{several(len(each(lambda r: r['seed'])), 'seed')}), {took[0]:.1f} to {took[-1]:.1f} minutes each (budget {minutes:g}), "

@@ -9,8 +9,8 @@ __all__ = ['METHODS', 'ADVICE', 'glosses', 'shuffled', 'balanced', 'parts', 'cla
            'class_logits', 'class_loss', 'judge', 'first_blocks', 'tuned', 'learning', 'best_rate', 'arguments',
            'trainer_of', 'held_bytes', 'memory', 'nearest_by_words', 'trained', 'costs', 'tune', 'try_rates', 'Encoded',
            'loader_rate', 'load_texts', 'finetuning', 'scores', 'differences', 'verdict', 'shown', 'floors', 'table',
-           'means', 'cost_table', 'advice_table', 'seen', 'faster', 'finding', 'worker_table', 'draw_scores',
-           'draw_bars', 'colour_of', 'plot']
+           'typical', 'cost_table', 'advice_table', 'seen', 'faster', 'counted', 'finding', 'worker_table',
+           'draw_scores', 'draw_bars', 'colour_of', 'plot']
 
 # %% ../../nbs/675_eval.finetuning.ipynb #35db0420
 import gc
@@ -424,13 +424,13 @@ def table(
     return markdown_table(['macro-F1', *(f'{n:,}' for n in counts)], rows)
 
 # %% ../../nbs/675_eval.finetuning.ipynb #f331ad1c
-def means(
+def typical(
     records:list, # Of the experiment
     layers:int, # Blocks of the base
     name:str, # A number of the result
-)->dict: # Method -> number
+)->dict: # Method -> median
     "A number that doesn't depend on the samples, over all runs of a method"
-    return {m: spread([x for v in by.values() for x in v.values()])[0] for m,by in scores(records, layers, name).items()}
+    return {m: median([x for v in by.values() for x in v.values()]) for m,by in scores(records, layers, name).items()}
 
 def cost_table(
     records:list, # Of the experiment
@@ -438,7 +438,7 @@ def cost_table(
 )->str: # Markdown
     "What each method costs"
     forms = dict(learns=',.0f', learning_rate='.0e', step_seconds='.2f', weights='.0f', rise='.0f')
-    by = {k: means(records, layers, k) for k in forms}
+    by = {k: typical(records, layers, k) for k in forms}
     if not by['learns']: return 'Not run yet.'
     unit = dict(weights=1e6, rise=1e6)
     rows = [[METHODS[m], *(f'{by[k][m]/unit.get(k, 1):{form}}' for k,form in forms.items())] for m in by['learns']]
@@ -477,6 +477,17 @@ def faster(
     by = {(r['settings']['workers'], r['seed']): r['result'][name] for r in records if name in r['result']}
     return [by[workers, s]/by[0, s] for w,s in by if w == 0 and (workers, s) in by]
 
+def counted(
+    records:list, # Of the experiment
+    layers:int, # Blocks of the base
+)->str: # A sentence
+    "Which differences count"
+    found = scores(records, layers)
+    every = [(a, b, n, verdict(d)) for a,b in ADVICE for n,d in differences(found, a, b).items()]
+    some = [f'{METHODS[a]} is {v} than {METHODS[b]} at {n:,}' for a,b,n,v in every if v in ('better', 'worse')]
+    if some: return f"Of {len(every)} differences these count: **{'; '.join(some)}**."
+    return f'Of {len(every)} differences between methods **none counts**.'
+
 def finding(
     records:list, # Of the experiment
     layers:int = 8, # Blocks of the base
@@ -484,12 +495,14 @@ def finding(
     "What the runs say"
     found = scores(records, layers)
     if lost := {'full', 'cold', 'lora'} - {*found}: return f'Not run yet: {", ".join(sorted(lost))}.'
+    time,room = typical(records, layers, 'step_seconds'),typical(records, layers, 'rise')
     few,many,all_ = ([n for n in found['full'] if f(n)] for f in (lambda n: n <= 1000, lambda n: n >= 10000, lambda n: True))
     seeds = several(len({r['seed'] for r in records}), 'seed')
-    return (f"Macro-F1, in points, mean ± over {seeds}. The advice says LoRA for few samples: LoRA less full fine-tuning is "
-            f"{seen(found, 'lora', 'full', few)}. It says full fine-tuning for many: the same difference is "
+    return (f"{counted(records, layers)} Macro-F1, in points, mean ± over {seeds}. The advice says LoRA for few samples: LoRA less full "
+            f"fine-tuning is {seen(found, 'lora', 'full', few)}. It says full fine-tuning for many: the same difference is "
             f"{seen(found, 'lora', 'full', many)}. It says a warm-up: with it less without it, full fine-tuning has "
-            f"{seen(found, 'full', 'cold', all_)}." + "".join(
+            f"{seen(found, 'full', 'cold', all_)}. A step with LoRA takes {time['lora']/time['full']:.0%} of the time of one with full "
+            f"fine-tuning, and training adds {room['lora']/room['full']:.0%} of the memory." + "".join(
                 f" Two loading processes make training on {what} {in_words(gain)} times as fast as none, on two cores."
                 for name,what in (('encoded_step', 'texts that are encoded when they are read'), ('ready_step', 'rows that are ready'))
                 if (gain := faster(records, name))))
@@ -548,8 +561,8 @@ def plot(
     if not scores(records, layers): return None
     fig,(ax,time,room) = plt.subplots(1, 3, figsize=(9, 3.2), width_ratios=(2, 1, 1))
     draw_scores(ax, records, layers)
-    draw_bars(time, [means(records, layers, 'step_seconds')], 'seconds a step')
-    draw_bars(room, [{m: b/1e9 for m,b in means(records, layers, k).items()} for k in ('weights', 'rise')], 'GB; pale: for training')
+    draw_bars(time, [typical(records, layers, 'step_seconds')], 'seconds a step')
+    draw_bars(room, [{m: b/1e9 for m,b in typical(records, layers, k).items()} for k in ('weights', 'rise')], 'GB; pale: for training')
     room.set(yticks=[])
     style(fig)
     return fig

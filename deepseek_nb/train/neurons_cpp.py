@@ -14,10 +14,12 @@ from torch.compiler import is_compiling
 
 from ..arch.model import Model, add_feed_forward
 from ..bench import benchmark, compare
-from ..infer import load  # noqa: F401, it gives Model.from_pretrained
+from ..infer.tokenizer import Tokenizer
 from ..kernels.build import Kernels
 from ..kernels.gemm import FLOATS, check_tensor, no_grad
+from .corpora import sotu
 from .neurons import Neurons, ask_neurons, to_neurons
+from .upcycle import residuals
 
 # %% ../../nbs/553_train.neurons_cpp.ipynb #0d58e0cc
 kernels = Kernels('neurons.cpp', ask_neurons=lambda x, gate, up, down, up_first, scale, k, y: None)
@@ -53,13 +55,16 @@ def ask_neurons_cpp(
 def neurons_speed(
     active:int = 844, # Of 1536 neurons
     repeats:int = 15, # Rounds
-): # Comparison: seconds of all feed-forwards
+)->dict: # Comparisons: the kernel alone, and with norm and residual
     "SmolLM2's feed-forwards for a token, with 70% of the work and with all of it"
-    model = Model.from_pretrained('smollm2-135m', 'float32', 'cpu').requires_grad_(False)
-    new = to_neurons(model, active, torch.arange(200)[None]*7)
-    x = torch.randn(1, 1, model.config.dim)
+    tok,model = Tokenizer.from_pretrained('smollm2-135m'),Model.from_pretrained('smollm2-135m', 'float32', 'cpu').requires_grad_(False)
+    ids = torch.tensor(tok.encode(list(sotu())[-1]['text'])[:1200]).view(3, 400)
+    new,streams = to_neurons(model, active, ids[:2]),[middle[:, -1:].clone() for _,_,middle in residuals(model, ids[2:])]
+    inner = [b.post_attention_layernorm(x) for b,x in zip(new.layers, streams, strict=True)]
     @torch.no_grad()
-    def through(m):
-        for block in m.layers: y = add_feed_forward(x, block)
-        return y
-    return compare({f'{active} of {model.config.inter_dim} neurons': lambda: through(new), 'dense': lambda: through(model)}, repeats, 3, 4)
+    def blocks(m): return [add_feed_forward(x, b) for b,x in zip(m.layers, streams, strict=True)]
+    @torch.no_grad()
+    def alone(): return [b.mlp(x) for b,x in zip(new.layers, inner, strict=True)]
+    dense = {'dense': lambda: blocks(model)}
+    return dict(kernel=compare({'neurons alone': alone} | dense, repeats, 3, 4),
+                block=compare({'with norm and residual': lambda: blocks(new)} | dense, repeats, 3, 4))
