@@ -171,7 +171,7 @@ def test_tables_of_synthetic_runs():
     assert all(math.isclose(x, .03, abs_tol=1e-9) for x in d[50])
     assert ft.differences(found, 'lora', 'dora') == {}
     said = ft.finding(records)
-    assert '3.0 ± 0.0 at 50 (better), 0.0 ± 0.0 at 1,000 (no difference)' in said.replace('-0.0', '0.0') and 'is not run.' in said
+    assert '3.00 ± 0.00 at 50 (better), 0.00 ± 0.00 at 1,000 (no difference)' in said.replace('-0.00', '0.00') and 'is not run.' in said
     assert said.startswith('Of 4 differences these count: **LoRA is better than full at 50**.')
     assert ft.counted(synthetic((0, 1)), 8) == 'Of 4 differences between methods **none counts**.'
     assert 'A step with LoRA takes 100% of the time' in said

@@ -466,7 +466,7 @@ def seen(
 )->str: # For a sentence
     "The differences at some counts, in points"
     some = {n: d for n,d in differences(found, a, b).items() if n in counts}
-    return ', '.join(f"{in_words([100*x for x in d], 1)} at {n:,} ({verdict(d)})" for n,d in some.items()) or 'not run'
+    return ', '.join(f"{in_words([100*x for x in d], 2)} at {n:,} ({verdict(d)})" for n,d in some.items()) or 'not run'
 
 def faster(
     records:list, # Of the experiment
@@ -532,7 +532,7 @@ def draw_scores(
     words = {n: spread(list(v.values()))[0] for n,v in sorted(floors(records, layers).items())}
     ax.plot(list(words), list(words.values()), '--', color=GREY, label='nearest by words')
     ax.set(xscale='log', xlabel='samples', ylabel='macro-F1', xticks=[*words], xticklabels=[f'{n:,}' for n in words])
-    ax.minorticks_off(); ax.legend(fontsize=7, loc='upper left')
+    ax.tick_params(axis='x', labelsize=8); ax.minorticks_off(); ax.legend(fontsize=7, loc='upper left')
 
 def draw_bars(
     ax, # Axes of matplotlib
@@ -563,6 +563,6 @@ def plot(
     draw_scores(ax, records, layers)
     draw_bars(time, [typical(records, layers, 'step_seconds')], 'seconds a step')
     draw_bars(room, [{m: b/1e9 for m,b in typical(records, layers, k).items()} for k in ('weights', 'rise')], 'GB; pale: for training')
-    room.set(yticks=[])
+    for bars in (time, room): bars.set(yticks=[]) # the colours are those of the legend
     style(fig)
     return fig
