@@ -139,7 +139,7 @@ def convert_and_distil(
 )->dict: # Costs, and after each step perplexities and an answer
     "Convert a model, repair it, distil it"
     s,(tok,texts,old,heard) = settings,begin(settings, seed)
-    judges = {k: pieces(texts[k], tok, s['judged'], s['length']) for k in ('validation', 'test', 'other')}
+    judges = {k: pieces(texts[k], tok, s['judged'], s['length']) for k in ('test', 'other')}
     def now(model): return {k: weigh(k, model, t)['perplexity'] for k,t in judges.items()} | dict(answer=answers_to(model, tok))
     found = dict(original=now(old), converted=now(convert(old, s['to'], heard, 0, **s['sizes'])[0]))
     new,errors = repaired(old, heard, s, seed, folder)
@@ -178,7 +178,7 @@ STEPS = ('converted', 'repaired', 'distilled')
 def higher(
     result:dict, # Of a run
     step:str, # One of `STEPS`
-    text:str = 'test', # Or validation, other
+    text:str = 'test', # Or 'other'
 )->float: # 0.1: ten per cent
     "How much perplexity rose"
     return result[step][text]/result['original'][text] - 1
@@ -186,7 +186,7 @@ def higher(
 def rises(
     records:list, # Of `convert_and_distil`
     step:str, # One of `STEPS`
-    text:str = 'test', # Or validation, other
+    text:str = 'test', # Or 'other'
 )->dict[str, list]: # Name of the arm -> how much perplexity rose, for each seed
     "What an arm with this step cost"
     return by_arm([r for r in records if step in r['result']], lambda r: higher(r, step, text))
