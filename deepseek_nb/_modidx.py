@@ -3287,6 +3287,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'deepseek_nb/train/upcycle.py'),
                                            'deepseek_nb.train.upcycle.balanced_kmeans': ( 'train.upcycle.html#balanced_kmeans',
                                                                                           'deepseek_nb/train/upcycle.py'),
+                                           'deepseek_nb.train.upcycle.by_rows': ( 'train.upcycle.html#by_rows',
+                                                                                  'deepseek_nb/train/upcycle.py'),
                                            'deepseek_nb.train.upcycle.carried': ( 'train.upcycle.html#carried',
                                                                                   'deepseek_nb/train/upcycle.py'),
                                            'deepseek_nb.train.upcycle.contributions': ( 'train.upcycle.html#contributions',

@@ -42,7 +42,7 @@ from .loss import language_loss
 from .neurons import to_neurons
 from .refit import refit_block
 from .schedule import get_cosine_schedule_with_warmup
-from .upcycle import WHOLE, carried, moe_config, residuals, to_moe
+from .upcycle import WHOLE, by_rows, carried, moe_config, residuals, to_moe
 
 # %% ../../nbs/555_train.latent.ipynb #4221d633
 def complex_rows(
@@ -264,9 +264,9 @@ def to_mla(
     c = model.config
     if c.mla: raise ValueError(f'this {c.model_type} model has latent attention already')
     gamma = standing(frequencies(c.rope, c.head_dim), heard.shape[1])
-    *pairs,_ = choose_pairs(torch.stack([shares(block, x) for block,x,_ in residuals(model, heard)]), gamma, rotary//2)
+    *pairs,_ = choose_pairs(torch.stack([shares(block, x) for block,x,*_ in residuals(model, heard)]), gamma, rotary//2)
     new = carried(model, config := mla_config(c, latent, *pairs, constant))
-    for old,(block,x,_) in zip(new.layers, residuals(model, heard), strict=True):
+    for old,(block,x,*_) in zip(new.layers, residuals(model, heard), strict=True):
         made = latent_attention(block.self_attn, config, block.input_layernorm(x).flatten(0, 1), pairs, heard.shape[1])
         old.self_attn = made.requires_grad_(model.norm.weight.requires_grad)
     return new
@@ -316,9 +316,10 @@ def keep_if_better(
     train:Callable, # Changes weights
     weights:list, # Which
     judge:Callable, # Gives an error
+    before:float, # Which it gave
 )->float: # Error afterwards
     "Train, and put the weights back if that didn't help"
-    before,start = judge(),[w.clone() for w in weights]
+    start = [w.clone() for w in weights]
     train()
     if (after := judge()) < before: return after
     for w,s in zip(weights, start, strict=True): w.copy_(s)
@@ -339,8 +340,8 @@ def repair(
     held = max(1, len(x)//8)
     def judge(): return stream_error(run(x[:held]), want[:held]).item()
     rest,before = (x[held:], want[held:]),judge()
-    after = keep_if_better(lambda: first(*rest), weights, judge) if first else before
-    if steps: after = keep_if_better(lambda: descend(run, weights, *rest, steps, batch, lr, seed), weights, judge)
+    after = keep_if_better(lambda: first(*rest), weights, judge, before) if first else before
+    if steps: after = keep_if_better(lambda: descend(run, weights, *rest, steps, batch, lr, seed), weights, judge, after)
     return before, after
 
 # %% ../../nbs/555_train.latent.ipynb #7d65b084
@@ -396,10 +397,10 @@ def reconstruct(
     if state: state.mkdir(parents=True, exist_ok=True)
     errors = read_state(state, of) if state else []
     angles,own,attention = new.positions(tokens.shape[1], None, None)[0],new.embed_tokens(tokens),new.config.mla and not old.config.mla
-    for i,((block,_,middle),b) in enumerate(zip(residuals(old, tokens), new.layers, strict=True)):
-        def attend(x, b=b): return add_attention(x, b, angles)
-        def feed(x, b=b): return add_feed_forward(x, b)
-        run,part,x,want = (attend, b.self_attn, own, middle) if attention else (feed, b.mlp, attend(own), add_feed_forward(middle, block))
+    for i,((*_,middle,after),b) in enumerate(zip(residuals(old, tokens), new.layers, strict=True)):
+        def attend(x, b=b): return by_rows(add_attention, x, b, angles)
+        def feed(x, b=b): return by_rows(add_feed_forward, x, b)
+        run,part,x,want = (attend, b.self_attn, own, middle) if attention else (feed, b.mlp, attend(own), after)
         weights = matrices_of(part)
         if i < len(errors):
             for n,t in read_tensors(read_header(state/f'block-{i:03}.safetensors')): weights[n].copy_(t)

@@ -86,7 +86,8 @@ class Neurons(SwiGLU):
         "What goes into the last projection"
         gate,up = F.silu(self.gate_proj(x)),self.up_proj(x)
         a = self.affinities(gate, up).detach()
-        return gate*up*(a >= a.topk(self.k, -1).values[..., -1:])
+        least = a.kthvalue(a.shape[-1] - self.k + 1, -1, keepdim=True).values
+        return gate*up*(a >= least)
 
     def forward(self,
         x:Tensor, # `… d`
@@ -133,7 +134,7 @@ def to_neurons(
     "Make every neuron of a model an expert"
     if model.config.n_routed_experts: raise ValueError(f'this {model.config.model_type} model is a mixture already; give a dense one')
     new = carried(model, model.config)
-    for i,(block,_,middle) in enumerate(residuals(model, heard)):
+    for i,(block,_,middle,_) in enumerate(residuals(model, heard)):
         new.layers[i].mlp = choose_neurons(block.mlp, active, block.post_attention_layernorm(middle).flatten(0, 1))
     return new
 

@@ -59,7 +59,7 @@ def neurons_speed(
     "SmolLM2's feed-forwards for a token, with 70% of the work and with all of it"
     tok,model = Tokenizer.from_pretrained('smollm2-135m'),Model.from_pretrained('smollm2-135m', 'float32', 'cpu').requires_grad_(False)
     ids = torch.tensor(tok.encode(list(sotu())[-1]['text'])[:1200]).view(3, 400)
-    new,streams = to_neurons(model, active, ids[:2]),[middle[:, -1:].clone() for _,_,middle in residuals(model, ids[2:])]
+    new,streams = to_neurons(model, active, ids[:2]),[middle[:, -1:].clone() for _,_,middle,_ in residuals(model, ids[2:])]
     inner = [b.post_attention_layernorm(x) for b,x in zip(new.layers, streams, strict=True)]
     @torch.no_grad()
     def blocks(m): return [add_feed_forward(x, b) for b,x in zip(m.layers, streams, strict=True)]

@@ -52,9 +52,10 @@ def refit(
     ridge:float = 1e-2, # λ, in units of the mean square of an activation
 )->None:
     "The best last projections of a mixture"
-    left = want - ffn(x[None])[0]
-    for _ in range(1 if isinstance(ffn, Neurons) else sweeps):
-        for at,h,down in readers(ffn, x):
+    parts,left = [*readers(ffn, x)],want.clone()
+    for at,h,down in parts: left[at] -= h@down.T
+    for _ in range(sweeps if len(parts) > 1 else 1):
+        for at,h,down in parts:
             q = h/size[at]
             gram = (q.T@q).double()
             gram.diagonal().add_(ridge*gram.diagonal().mean() + 1e-12)
