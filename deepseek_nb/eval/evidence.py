@@ -132,9 +132,9 @@ def run_one(
     work:str|Path, # Folder of all runs
 )->dict: # Its record
     "Run one arm with one seed, or go on with it"
-    folder = run_folder(work, plan, arm, seed)
+    folder,code = run_folder(work, plan, arm, seed),revision()
     with stopwatch(folder/'minutes.json') as minutes: result = find_study(plan.study)(plan.arms[arm], seed, folder)
-    return dict(arm=arm, seed=seed, settings=plan.arms[arm], result=result, minutes=round(minutes(), 2), commit=revision(),
+    return dict(arm=arm, seed=seed, settings=plan.arms[arm], result=result, minutes=round(minutes(), 2), commit=code,
         machine=hardware(), date=date.today().isoformat())
 
 # %% ../../nbs/640_eval.evidence.ipynb #74dc7db0
