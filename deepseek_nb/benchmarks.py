@@ -67,9 +67,9 @@ def peer_steps(
     "Fill the peer's cache with a prompt and give the function that decodes a token"
     from transformers import DynamicCache
     cache = DynamicCache(config=model.config)
-    with torch.inference_mode(): model(prompt, past_key_values=cache, logits_to_keep=1)
+    with torch.inference_mode(): model(prompt, None, None, cache, logits_to_keep=1) # fourth, whatever its name
     def step(token, keep=False, logits=False):
-        with torch.inference_mode(): found = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:]
+        with torch.inference_mode(): found = model(token, None, None, cache, logits_to_keep=1).logits[:, -1:]
         if not keep: cache.crop(-1)
         return found if logits else found.argmax(-1)
     return step

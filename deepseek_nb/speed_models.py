@@ -46,7 +46,7 @@ def prompt_cases(
     for s in tokens:
         prompt = place.tokens(ours.config.vocab_size, 1, s, seed=s)
         a = lambda p=prompt: ours(p, cache=ours.new_cache(1, p.shape[1]), logits_to_keep=1)
-        b = lambda p=prompt: peer(p, past_key_values=DynamicCache(config=peer.config), logits_to_keep=1).logits
+        b = lambda p=prompt: peer(p, None, None, DynamicCache(config=peer.config), logits_to_keep=1).logits
         works = (forward_work(ours.config, s, itemsize=place.kind.itemsize),)
         yield from contest(f'{s} tokens', works, (a, b), peer, names, repeats, check=partial(same_next, place))
 
