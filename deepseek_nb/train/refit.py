@@ -48,26 +48,26 @@ def refit(
     x:Tensor, # Tokens `n d`
     want:Tensor, # What should be added to them `n d`
     size:Tensor, # Units of each token's error `n 1`
-    sweeps:int = 3, # Over all parts, if there are several
-    ridge:float = 1e-2, # λ, in units of the mean square of an activation
+    ridge:float = .1, # λ, in units of the mean square of an activation
 )->None:
     "The best last projections of a mixture"
-    parts,left = [*readers(ffn, x)],want.clone()
-    for at,h,down in parts: left[at] -= h@down.T
-    for _ in range(sweeps if len(parts) > 1 else 1):
-        for at,h,down in parts:
-            q = h/size[at]
-            gram = (q.T@q).double()
-            gram.diagonal().add_(ridge*gram.diagonal().mean() + 1e-12)
-            change = torch.linalg.solve(gram, (q.T@(left[at]/size[at])).double()).to(h)
-            down += change.T
-            left[at] -= h@change
+    parts = [*readers(ffn, x)]
+    widths = [h.shape[1] for _,h,_ in parts]
+    q,left = x.new_zeros(len(x), sum(widths)),want.clone()
+    for columns,(at,h,down) in zip(q.split(widths, 1), parts, strict=True):
+        columns[at] = h/size[at]
+        left[at] -= h@down.T
+    gram = (q.T@q).double()
+    gram.diagonal().add_(ridge*gram.diagonal().mean() + 1e-12)
+    change = torch.linalg.solve(gram, (q.T@(left/size)).double()).to(q)
+    for part,(*_,down) in zip(change.split(widths), parts, strict=True): down += part.T
 
 def refit_block(
     block:Block, # Its feed-forward is a mixture
     x:Tensor, # Streams before it `n s d`
     want:Tensor, # What they should become `n s d`
+    **how, # Options of `refit`
 )->None:
     "Refit the mixture of a block"
     flat,wanted = x.flatten(0, 1),want.flatten(0, 1)
-    refit(block.mlp, block.post_attention_layernorm(flat), wanted - flat, wanted.norm(dim=1, keepdim=True))
+    refit(block.mlp, block.post_attention_layernorm(flat), wanted - flat, wanted.norm(dim=1, keepdim=True), **how)
