@@ -54,15 +54,17 @@ def synthetic(arm, seed, rise):
 
 def test_finding_of_synthetic_runs():
     made = [synthetic('mla-50', s, .03 + .01*s) for s in range(3)]
-    assert conversion.finding(made) == 'Not run yet: moe-69, neurons-70.'
+    assert conversion.finding(made[:0]) == 'Not run yet: mla-50, neurons-70, moe-69.'
+    said = conversion.finding(made)
+    assert said.startswith('With half of the cache') and said.endswith('Not run yet: neurons-70, moe-69.')
     made.append(synthetic('neurons-70', 0, .02))
-    assert conversion.finding(made) == 'Not run yet: moe-69.'
+    assert conversion.finding(made).endswith('Not run yet: moe-69.')
     said = conversion.finding(made + [synthetic('moe-69', 0, .2)])
     assert "50 ± 0% higher than the original's when it is converted, **9.0 ± 1.0%** when it is repaired" in said
     assert '**4.0 ± 1.0%** when it is then distilled (± over 3 seeds; target 10%: **reached once repaired**); on other text 8.0' in said
     short = synthetic('mla-67', 0, .01)
     del short['result']['distilled']  # an arm of the frontier alone
-    assert conversion.finding(made + [short]) == 'Not run yet: moe-69.' and 'mla-67' not in conversion.rises(made + [short], 'distilled')
+    assert conversion.finding(made + [short]) == conversion.finding(made) and 'mla-67' not in conversion.rises(made + [short], 'distilled')
     assert '| mla-67 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
     assert '**20.0%** when it is then distilled (± over 1 seeds; target 10%: **missed**)' in said
     assert said.endswith('pruned for kinds of tokens.') and said.count('Tried') == 1

@@ -218,7 +218,6 @@ def finding(
     "What the runs say"
     def percent(*what): return {a: [100*x for x in v] for a,v in rises(records, *what).items()}
     rise,other = {s: percent(s) for s in STEPS},percent('distilled', 'other')
-    if lost := {*AIMS} - {*other}: return f'Not run yet: {", ".join(sorted(lost))}.'
     def sentence(arm, what):
         one = [rise[s][arm] for s in STEPS]
         said = [s for s,v in zip(STEPS, one, strict=True) if spread(v)[0] <= 100*most]
@@ -226,7 +225,8 @@ def finding(
         return (f"With {what} (`{arm}`) perplexity on test speeches is {in_words(one[0], 0)}% higher than the original's when it is "
                 f"converted, **{in_words(one[1], 1)}%** when it is repaired block by block, and **{in_words(one[2], 1)}%** when it is then "
                 f"distilled (± over {len(one[0])} seeds; target {most:.0%}: **{end}**); on other text {in_words(other[arm], 1)}%.{tried}")
-    return ' '.join(sentence(a, w) for a,w in AIMS.items())
+    said,lost = [sentence(a, w) for a,w in AIMS.items() if a in other],[a for a in AIMS if a not in other]
+    return ' '.join(said + [f'Not run yet: {", ".join(lost)}.']*bool(lost))
 
 KINDS = dict(mla='o-', moe='o-', neurons='s--')  # First part of an arm's name -> how it is drawn
 
