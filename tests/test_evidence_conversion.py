@@ -66,5 +66,5 @@ def test_finding_of_synthetic_runs():
     del short['result']['distilled']  # an arm of the frontier alone
     assert conversion.finding(made + [short]) == conversion.finding(made) and 'mla-67' not in conversion.rises(made + [short], 'distilled')
     assert '| mla-67 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
-    assert '**20.0%** when it is then distilled (± over 1 seeds; target 10%: **missed**)' in said
+    assert '**20.0%** when it is then distilled (± over 1 seed; target 10%: **missed**)' in said
     assert said.endswith('pruned for kinds of tokens.') and said.count('Tried') == 1

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from .evidence import by_arm, in_words, overlap, spread, study
+from .evidence import by_arm, in_words, overlap, several, spread, study
 from ..infer import generate, load  # noqa: F401, they give Model its methods
 from ..infer.tokenizer import Tokenizer
 from ..plot import COLOURS, GREY, style
@@ -224,7 +224,8 @@ def finding(
         end,tried = (f'reached once {said[0]}', '') if said else ('missed', TRIED.get(arm, ''))
         return (f"With {what} (`{arm}`) perplexity on test speeches is {in_words(one[0], 0)}% higher than the original's when it is "
                 f"converted, **{in_words(one[1], 1)}%** when it is repaired block by block, and **{in_words(one[2], 1)}%** when it is then "
-                f"distilled (± over {len(one[0])} seeds; target {most:.0%}: **{end}**); on other text {in_words(other[arm], 1)}%.{tried}")
+                f"distilled (± over {several(len(one[0]), 'seed')}; target {most:.0%}: **{end}**); "
+                f"on other text {in_words(other[arm], 1)}%.{tried}")
     said,lost = [sentence(a, w) for a,w in AIMS.items() if a in other],[a for a in AIMS if a not in other]
     return ' '.join(said + [f'Not run yet: {", ".join(lost)}.']*bool(lost))
 
