@@ -236,7 +236,7 @@ def plot_frontier(
 )->None: # Draws it
     "Perplexity against what is saved"
     fig,axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
-    for ax,cost,label in zip(axes, ('cache', 'feed_forward'), ('Cache, in parts of the original', 'Feed-forward, in parts'), strict=True):
+    for ax,cost,what in zip(axes, ('cache', 'feed_forward'), ('Cache, in parts of the original', 'Feed-forward, in parts'), strict=True):
         some = [r for r in records if r['result'][cost] < 1]
         at = {a: spread(v)[0] for a,v in by_arm(some, lambda r, k=cost: r[k]).items()}
         for (colour,step),(kind,line) in product(zip(COLOURS.values(), STEPS, strict=False), KINDS.items()):
@@ -245,6 +245,10 @@ def plot_frontier(
             if points: ax.errorbar(*zip(*points, strict=True), fmt=line, capsize=3, color=colour, label=label)
         ax.axhline(.1, color=GREY, lw=.8, ls=':')
         if at: ax.legend()
-        ax.set(xlabel=label)
-    axes[0].set(ylabel='Perplexity above the original', yscale='symlog')
+        ax.set(xlabel=what)
+    axes[0].set(ylabel='Perplexity above the original', yscale='log')
+    low,high = axes[0].get_ylim()
+    ticks = [t for t in (.01, .02, .05, .1, .2, .5, 1, 2, 5) if low <= t <= high]
+    axes[0].set_yticks(ticks, [f'{t:+.0%}' for t in ticks])
+    for ax in axes: ax.minorticks_off()
     style(fig)
