@@ -6,8 +6,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'AIMS', 'TRIED', 'KINDS', 'pieces', 'texts_of', 'first_blocks', 'answers_to', 'train_new', 'distil_from',
-           'begin', 'repaired', 'paid', 'convert_and_distil', 'try_rates', 'higher', 'rises', 'summary', 'finding',
-           'plot_frontier']
+           'begin', 'converted', 'repair_blocks', 'paid', 'convert_and_distil', 'try_rates', 'higher', 'rises',
+           'summary', 'finding', 'plot_frontier']
 
 # %% ../../nbs/670_eval.conversion.ipynb #7dabcb7f
 import tempfile
@@ -26,7 +26,7 @@ from ..infer.tokenizer import Tokenizer
 from ..plot import COLOURS, GREY, style
 from ..train.corpora import corpus
 from ..train.distill import distillation_loss
-from ..train.latent import QUESTION, convert, matrices_of, weigh
+from ..train.latent import QUESTION, convert, matrices_of, reconstruct, weigh
 from ..train.neurons import Neurons
 from ..train.resume import checkpoints
 from ..train.trainer import Trainer, TrainingArguments
@@ -113,15 +113,24 @@ def begin(
     old = first_blocks(Model.from_pretrained(s['model'], 'float32', 'cpu').requires_grad_(False), s['layers'])
     return tok, texts, old, pieces(texts['learn'], tok, s['heard'], s['length'], seed)
 
-def repaired(
+def converted(
     old:Model, # The original
     heard:Tensor, # Rows
-    s:dict, # Settings: to, repair_steps, repair_batch, sizes
+    s:dict, # Settings: to, sizes
+)->Model: # A new one
+    "Convert a model, and repair nothing yet"
+    return convert(old, s['to'], heard, 0, **s['sizes'])[0]
+
+def repair_blocks(
+    new:Model, # Converted; it is changed
+    old:Model, # The original
+    heard:Tensor, # Rows
+    s:dict, # Settings: repair_steps, repair_batch
     seed:int, # Of the batches
     folder:Path, # Of the run
-)->tuple[Model, list]: # Converted and repaired, and the errors of its blocks
-    "Convert a model, and repair it block by block"
-    return convert(old, s['to'], heard, s['repair_steps'], folder/'blocks', how=dict(batch=s['repair_batch'], seed=seed), **s['sizes'])
+)->list: # Errors of the blocks, before and after
+    "Repair a model block by block"
+    return reconstruct(new, old, heard, s['repair_steps'], folder/'blocks', batch=s['repair_batch'], seed=seed)
 
 def paid(
     new:Model, # Converted
@@ -141,8 +150,9 @@ def convert_and_distil(
     s,(tok,texts,old,heard) = settings,begin(settings, seed)
     judges = {k: pieces(texts[k], tok, s['judged'], s['length']) for k in ('test', 'other')}
     def now(model): return {k: weigh(k, model, t)['perplexity'] for k,t in judges.items()} | dict(answer=answers_to(model, tok))
-    found = dict(original=now(old), converted=now(convert(old, s['to'], heard, 0, **s['sizes'])[0]))
-    new,errors = repaired(old, heard, s, seed, folder)
+    new = converted(old, heard, s)
+    found = dict(original=now(old), converted=now(new))
+    errors = repair_blocks(new, old, heard, s, seed, folder)
     cache = new.config.cache_bytes_per_token()/old.config.cache_bytes_per_token()
     found |= dict(repaired=now(new), cache=cache, feed_forward=paid(new, old), errors=errors)
     if n := s['distil_steps']*s['distil_batch']:
@@ -163,7 +173,8 @@ def try_rates(
     fresh = pieces(texts['learn'], tok, s['distil_steps']*s['distil_batch'], s['length'], 1000 + seed)
     def rise(model): return round(weigh('validation', model, rows)['perplexity']/before - 1, 3)
     before = weigh('validation', old, rows)['perplexity']
-    new,_ = repaired(old, heard, s, seed, folder)
+    new = converted(old, heard, s)
+    repair_blocks(new, old, heard, s, seed, folder)
     found,state = [['', 0., 0, rise(new)]],{k: v.clone() for k,v in new.state_dict().items()}
     for trains,rate in choices:
         new.load_state_dict(state)
@@ -206,8 +217,8 @@ def summary(
     heads = ['model', 'cache', 'feed-forward', *STEPS, 'distilled, other text', 'seeds']
     return '\n'.join(['| ' + ' | '.join(heads) + ' |', '|---' + '|--:'*(len(heads) - 1) + '|', *rows])
 
-AIMS = {'mla-50': 'half of the cache', 'neurons-70': '70% of the feed-forward FLOPs, every neuron an expert,',
-        'moe-69': "69% of the feed-forward FLOPs, in experts with a router of V3's kind,"}
+AIMS = {'mla-50': 'half of the cache', 'mla-40': '40% of it, a stretch', 'neurons-70': '70% of the feed-forward FLOPs, every neuron an expert',
+        'moe-69': "69% of the feed-forward FLOPs, in experts with a router of V3's kind"}
 TRIED = {'moe-69': ' Tried without reaching it: coarser experts, other ways of grouping and of sharing neurons, more steps of a block, '
                    'all weights in distillation, and copies of the feed-forward pruned for kinds of tokens.'}
 
@@ -222,7 +233,7 @@ def finding(
         one = [rise[s][arm] for s in STEPS]
         said = [s for s,v in zip(STEPS, one, strict=True) if spread(v)[0] <= 100*most]
         end,tried = (f'reached once {said[0]}', '') if said else ('missed', TRIED.get(arm, ''))
-        return (f"With {what} (`{arm}`) perplexity on test speeches is {in_words(one[0], 0)}% higher than the original's when it is "
+        return (f"With {what} (`{arm}`), perplexity on test speeches is {in_words(one[0], 0)}% higher than the original's when it is "
                 f"converted, **{in_words(one[1], 1)}%** when it is repaired block by block, and **{in_words(one[2], 1)}%** when it is then "
                 f"distilled (± over {several(len(one[0]), 'seed')}; target {most:.0%}: **{end}**); "
                 f"on other text {in_words(other[arm], 1)}%.{tried}")
