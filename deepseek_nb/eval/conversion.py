@@ -217,9 +217,11 @@ def summary(
     heads = ['model', 'cache', 'feed-forward', *STEPS, 'distilled, other text', 'seeds']
     return '\n'.join(['| ' + ' | '.join(heads) + ' |', '|---' + '|--:'*(len(heads) - 1) + '|', *rows])
 
-AIMS = {'mla-50': 'half of the cache', 'mla-40': '40% of it, a stretch', 'neurons-70': '70% of the feed-forward FLOPs, every neuron an expert',
+AIMS = {'mla-50': 'half of the cache', 'mla-40': '40% of it, a stretch',
+        'neurons-70': '70% of the feed-forward FLOPs, every neuron an expert',
         'moe-69': "69% of the feed-forward FLOPs, in experts with a router of V3's kind"}
-TRIED = {'moe-69': ' Tried without reaching it: coarser experts, other ways of grouping and of sharing neurons, more steps of a block, '
+TRIED = {'mla-40': ' Its rate and its steps are those of half of the cache; more were not tried.',
+         'moe-69': ' Tried without reaching it: coarser experts, other ways of grouping and of sharing neurons, more steps of a block, '
                    'all weights in distillation, and copies of the feed-forward pruned for kinds of tokens.'}
 
 def finding(
