@@ -56,17 +56,16 @@ def test_finding_of_synthetic_runs():
     made = [synthetic('mla-50', s, .03 + .01*s) for s in range(3)]
     assert conversion.finding(made[:0]) == 'Not run yet: mla-50, mla-40, neurons-70, moe-69.'
     said = conversion.finding(made)
-    assert said.startswith('With half of the cache') and said.endswith('Not run yet: mla-40, neurons-70, moe-69.')
+    assert said.startswith('Perplexity on test speeches rises by so much') and said.endswith('Not run yet: mla-40, neurons-70, moe-69.')
+    assert 'With half of the cache (`mla-50`): 50.0 ± 0.0%, 9.0 ± 1.0%, and **4.0 ± 1.0%**, on other text 8.0' in said
+    assert said.count('**reached once repaired**') == 1 and 'target at most 10%' in said and 'Tried' not in said
     made.append(synthetic('neurons-70', 0, .02))
     assert conversion.finding(made).endswith('Not run yet: mla-40, moe-69.')
     said = conversion.finding(made + [synthetic('mla-40', 0, .09), synthetic('moe-69', 0, .2)])
-    assert 'Not run yet' not in said
-    assert '14.0%** when it is repaired block by block, and **9.0%**' in said and 'reached once distilled' in said
-    assert "50 ± 0% higher than the original's when it is converted, **9.0 ± 1.0%** when it is repaired" in said
-    assert '**4.0 ± 1.0%** when it is then distilled (± over 3 seeds; target 10%: **reached once repaired**); on other text 8.0' in said
+    assert 'Not run yet' not in said and '50.0%, 14.0%, and **9.0%**, on other text 18.0%; **reached once distilled**. With' in said
     short = synthetic('mla-67', 0, .01)
     del short['result']['distilled']  # an arm of the frontier alone
     assert conversion.finding(made + [short]) == conversion.finding(made) and 'mla-67' not in conversion.rises(made + [short], 'distilled')
     assert '| mla-67 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
-    assert '**20.0%** when it is then distilled (± over 1 seed; target 10%: **missed**)' in said
+    assert '50.0%, 25.0%, and **20.0%**, on other text 40.0%; **missed**. Tried' in said
     assert said.endswith('pruned for kinds of tokens.') and said.count('Tried') == 1

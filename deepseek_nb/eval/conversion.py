@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from .evidence import by_arm, in_words, overlap, several, spread, study
+from .evidence import by_arm, in_words, overlap, spread, study
 from ..infer import generate, load  # noqa: F401, they give Model its methods
 from ..infer.tokenizer import Tokenizer
 from ..plot import COLOURS, GREY, style
@@ -233,14 +233,14 @@ def finding(
     rise,other = {s: percent(s) for s in STEPS},percent('distilled', 'other')
     def sentence(arm, what):
         one = [rise[s][arm] for s in STEPS]
-        said = [s for s,v in zip(STEPS, one, strict=True) if spread(v)[0] <= 100*most]
-        end,tried = (f'reached once {said[0]}', '') if said else ('missed', TRIED.get(arm, ''))
-        return (f"With {what} (`{arm}`), perplexity on test speeches is {in_words(one[0], 0)}% higher than the original's when it is "
-                f"converted, **{in_words(one[1], 1)}%** when it is repaired block by block, and **{in_words(one[2], 1)}%** when it is then "
-                f"distilled (± over {several(len(one[0]), 'seed')}; target {most:.0%}: **{end}**); "
-                f"on other text {in_words(other[arm], 1)}%.{tried}")
+        reached = [s for s,v in zip(STEPS, one, strict=True) if spread(v)[0] <= 100*most]
+        end,tried = (f'reached once {reached[0]}', '') if reached else ('missed', TRIED.get(arm, ''))
+        by = f'{in_words(one[0], 1)}%, {in_words(one[1], 1)}%, and **{in_words(one[2], 1)}%**'
+        return f'With {what} (`{arm}`): {by}, on other text {in_words(other[arm], 1)}%; **{end}**.{tried}'
     said,lost = [sentence(a, w) for a,w in AIMS.items() if a in other],[a for a in AIMS if a not in other]
-    return ' '.join(said + [f'Not run yet: {", ".join(lost)}.']*bool(lost))
+    first = ("Perplexity on test speeches rises by so much over the original's when a model is converted, when it is then repaired block "
+             f"by block, and when it is then distilled (± over seeds; target at most {most:.0%}).")
+    return ' '.join([first]*bool(said) + said + [f'Not run yet: {", ".join(lost)}.']*bool(lost))
 
 KINDS = dict(mla='o-', moe='o-', neurons='s--')  # First part of an arm's name -> how it is drawn
 
