@@ -63,9 +63,9 @@ def test_finding_of_synthetic_runs():
     assert conversion.finding(made).endswith('Not run yet: mla-40, moe-69.')
     said = conversion.finding(made + [synthetic('mla-40', 0, .09), synthetic('moe-69', 0, .2)])
     assert 'Not run yet' not in said and '50.0%, 14.0%, and **9.0%**, on other text 18.0%; **reached once distilled**. With' in said
-    short = synthetic('mla-67', 0, .01)
+    short = synthetic('moe-50', 0, .01)
     del short['result']['distilled']  # an arm of the frontier alone
-    assert conversion.finding(made + [short]) == conversion.finding(made) and 'mla-67' not in conversion.rises(made + [short], 'distilled')
-    assert '| mla-67 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
+    assert conversion.finding(made + [short]) == conversion.finding(made) and 'moe-50' not in conversion.rises(made + [short], 'distilled')
+    assert '| moe-50 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
     assert '50.0%, 25.0%, and **20.0%**, on other text 40.0%; **missed**. Tried' in said
     assert said.endswith('pruned for kinds of tokens.') and said.count('Tried') == 1
