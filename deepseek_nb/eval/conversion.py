@@ -254,11 +254,12 @@ def plot_frontier(
         at = {a: spread(v)[0] for a,v in by_arm(some, lambda r, k=cost: r[k]).items()}
         for (colour,step),(kind,line) in product(zip(COLOURS.values(), STEPS, strict=False), KINDS.items()):
             points = sorted((at[a], *spread(v)[:2]) for a,v in rises(some, step).items() if a.startswith(kind))
-            label = f'neurons, {step}' if kind == 'neurons' else step
-            if points: ax.errorbar(*zip(*points, strict=True), fmt=line, capsize=3, color=colour, label=label)
+            if points: ax.errorbar(*zip(*points, strict=True), fmt=line, capsize=3, color=colour)
         ax.axhline(.1, color=GREY, lw=.8, ls=':')
-        if at: ax.legend()
         ax.set(xlabel=what)
+    for colour,step in zip(COLOURS.values(), STEPS, strict=False): axes[0].plot([], [], color=colour, label=step)
+    for kind,what in dict(moe='experts', neurons='neurons').items(): axes[1].plot([], [], KINDS[kind], color=GREY, label=what)
+    for ax in axes: ax.legend(loc='upper right')
     axes[0].set(ylabel='Perplexity above the original', yscale='log')
     low,high = axes[0].get_ylim()
     ticks = [t for t in (.01, .02, .05, .1, .2, .5, 1, 2, 5) if low <= t <= high]
