@@ -1,4 +1,4 @@
-"""What latent attention and experts cost a trained model that was built without them, and how much of it comes back
+"""What latent attention and experts cost a trained model that was built without them, and how much of it comes back: enough with half of the cache and with single neurons as experts, too little with V3's router
 
 `convert_and_distil` gives SmolLM2 latent attention, experts, or neurons that are chosen one by one, repairs it block by block, and then distils it from what it was: an experiment of the `eval.evidence` chapter. `first_blocks` shortens a model for tests of it, `texts_of` divides the text, `answers_to` asks, and `finding`, `summary` and `plot_frontier` show the runs."""
 

@@ -1,4 +1,4 @@
-"""What two teachers, one after the other, give a model of 1.2 million parameters that has seen a few labels, and what one of them alone gives
+"""What two teachers, one after the other, give a model of 1.2 million parameters that has seen a few labels, and what one of them alone gives: that of the domain gives more than both
 
 The experiment `medical`: a student learns from a general teacher, from one of the domain, and from labels, against the same student with parts of this left out, at equal steps and tokens. Three tasks: the chapter of a diagnosis, the mode of inheritance of a disease, and the disease of a simulated patient."""
 
