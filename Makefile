@@ -19,7 +19,7 @@ sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (ma
 	$(BIN)/python -m pytest tests -k sanitizers
 
 docs: .venv/.dev  ## the site, into _docs
-	$(BIN)/python -m deepseek_nb.site
+	$(BIN)/python -m deepseek_nb.tools.site
 
 bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; without a name, the list
 	$(BIN)/python -m deepseek_nb.bench $(NAME)
@@ -30,11 +30,11 @@ evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
-	$(BIN)/python -m deepseek_nb.map
-	$(BIN)/python -m deepseek_nb.site --readme
+	$(BIN)/python -m deepseek_nb.tools.map
+	$(BIN)/python -m deepseek_nb.tools.site --readme
 
 new-chapter: .venv/.dev  ## a notebook in the form of the house: make new-chapter NAME=145_arch.balance TITLE='Balance'
-	@$(BIN)/python -m deepseek_nb.site --new "$$NAME" "$$TITLE"
+	@$(BIN)/python -m deepseek_nb.tools.site --new "$$NAME" "$$TITLE"
 
 hooks: .venv/.dev  ## git merges notebooks by cells, Jupyter saves them clean
 	$(HOOKS)

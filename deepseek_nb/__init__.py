@@ -8,68 +8,67 @@ Modules:
 - `deepseek_nb.arch.moe`: The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
 - `deepseek_nb.arch.mtp`: One more block behind the model reads the next token and predicts the one after it: a denser signal in training, a draft for free at inference
 - `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
+- `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
 - `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
 - `deepseek_nb.arch.show`: A config, a model, a cache and a routing result, as a notebook displays them
-- `deepseek_nb.bench`: Contenders that alternate, memory at its peak, the machine's roofline, and results kept as files
-- `deepseek_nb.benchmarks`: Benchmarks of whole models, and what they found
-- `deepseek_nb.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
-- `deepseek_nb.core`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
-- `deepseek_nb.dispatch`: A readable definition, its faster twins, and a registry that picks one
+- `deepseek_nb.bench.layers`: An MoE layer and an attention layer beside transformers, and beside what the machine allows
+- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config; and the least time for them on a machine whose rates were measured
+- `deepseek_nb.bench.models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
+- `deepseek_nb.bench.peers`: Benchmarks of whole models, and what they found
+- `deepseek_nb.bench.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
+- `deepseek_nb.core.config`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
+- `deepseek_nb.core.dispatch`: A readable definition, its faster twins, and a registry that picks one
+- `deepseek_nb.core.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
+- `deepseek_nb.core.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+- `deepseek_nb.cuda.attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
+- `deepseek_nb.cuda.build`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
+- `deepseek_nb.cuda.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
+- `deepseek_nb.cuda.emulation`: A header in which the threads of a block are fibers, so that a kernel can be tested without a GPU
+- `deepseek_nb.cuda.experts`: The grouped feed-forward in CUDA C++: one launch for all experts, SwiGLU in the first product, no copy of the tokens
+- `deepseek_nb.cuda.fp8`: DeepSeek-V3's format on a GPU: one scale for 128 activations, one for 128×128 weights, and sums that leave FP8's accumulator every 128 columns
+- `deepseek_nb.cuda.norm`: What MLA does to a token's latent after the projection, in one kernel that reads and writes it once
+- `deepseek_nb.cuda.quant`: Integers multiplied as integers, and weights that become bfloat16 in the registers of the thread that needs them
+- `deepseek_nb.cuda.route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
+- `deepseek_nb.cuda.tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
 - `deepseek_nb.eval.choice`: Which of the answers would the model rather have written: log-likelihoods, plain and by length, as lm-evaluation-harness counts them
-- `deepseek_nb.infer.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
-- `deepseek_nb.infer.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
+- `deepseek_nb.files.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
+- `deepseek_nb.files.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
+- `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
+- `deepseek_nb.files.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
+- `deepseek_nb.files.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
+- `deepseek_nb.files.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
 - `deepseek_nb.infer.generate`: From logits to tokens to text: greedy or sampled, one prompt or a ragged batch, streamed with whole characters and clean stops
-- `deepseek_nb.infer.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
-- `deepseek_nb.infer.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
 - `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
 - `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
 - `deepseek_nb.infer.paged`: Memory for context comes in pages from one pool, so that nothing is allocated twice and beginnings are shared
 - `deepseek_nb.infer.persist`: What a model remembers of a prompt, kept as files: found by their content, checked when they are read, whole or not there at all
 - `deepseek_nb.infer.prefix`: A prompt that begins as an earlier one did is computed from where it differs: a radix tree over tokens, pages shared between requests, and a bill that adds up
-- `deepseek_nb.infer.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
-- `deepseek_nb.infer.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
+- `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
 - `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
 - `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
 - `deepseek_nb.kernels.compile`: `model.compile()`: one graph for every token, traced once, whatever the cache holds
-- `deepseek_nb.kernels.cuda`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
-- `deepseek_nb.kernels.cuda_attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
-- `deepseek_nb.kernels.cuda_experts`: The grouped feed-forward in CUDA C++: one launch for all experts, SwiGLU in the first product, no copy of the tokens
-- `deepseek_nb.kernels.cuda_fp8`: DeepSeek-V3's format on a GPU: one scale for 128 activations, one for 128×128 weights, and sums that leave FP8's accumulator every 128 columns
-- `deepseek_nb.kernels.cuda_norm`: What MLA does to a token's latent after the projection, in one kernel that reads and writes it once
-- `deepseek_nb.kernels.cuda_route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
-- `deepseek_nb.kernels.cuda_tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
-- `deepseek_nb.kernels.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
-- `deepseek_nb.kernels.emulation`: A header in which the threads of a block are fibers, so that a kernel can be tested without a GPU
 - `deepseek_nb.kernels.flash`: Keys pass by once, in blocks. Three numbers a query are enough to correct what came before, so the scores are never all in memory
 - `deepseek_nb.kernels.gemm`: Weights are read where they lie: along a row for a few tokens, across tokens for many
 - `deepseek_nb.kernels.moe`: Route, sort, gate, multiply, project, combine: nothing is gathered, nothing is copied but a panel of tokens
 - `deepseek_nb.kernels.norm`: What stands between the products moves every byte once, and no more
+- `deepseek_nb.kernels.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
 - `deepseek_nb.kernels.simd`: One text for AVX-512, AVX2, NEON and the rest: a vector type, its lanes, an exponential, a transposition
 - `deepseek_nb.kernels.step`: Between two tokens there is time to read the weights once, and for nothing else
+- `deepseek_nb.kernels.step_codes`: The step of a whole model in one call, with its weights read in 8 or 4 bits
 - `deepseek_nb.kernels.team`: A kernel of several stages needs its threads once, and a barrier between the stages
 - `deepseek_nb.kernels.train`: A training step's backward pass through experts and attention, written out: into place, in pieces that stay in the cache, and without a padded copy
-- `deepseek_nb.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config; and the least time for them on a machine whose rates were measured
-- `deepseek_nb.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
-- `deepseek_nb.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
-- `deepseek_nb.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
-- `deepseek_nb.quant.cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
-- `deepseek_nb.quant.cuda`: Integers multiplied as integers, and weights that become bfloat16 in the registers of the thread that needs them
 - `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
 - `deepseek_nb.quant.ggml`: A file's own bytes stand in the model, and no weight is decoded before it is multiplied
 - `deepseek_nb.quant.gptq`: The error of one weight is made good by those that are still to be rounded, as far as the inputs allow
 - `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
-- `deepseek_nb.quant.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
 - `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
-- `deepseek_nb.quant.step`: The step of a whole model in one call, with its weights read in 8 or 4 bits
 - `deepseek_nb.quant.stream`: A weight is read, encoded and forgotten some rows at a time, so that a model in few bits never needs the memory of its floats
-- `deepseek_nb.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
-- `deepseek_nb.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
-- `deepseek_nb.site`: A notebook becomes a page without running a lesson
-- `deepseek_nb.speed`: An MoE layer and an attention layer beside transformers, and beside what the machine allows
-- `deepseek_nb.speed_models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
+- `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
+- `deepseek_nb.tools.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
+- `deepseek_nb.tools.site`: A notebook becomes a page without running a lesson
 - `deepseek_nb.train.balance`: Left to itself, a router sends everything to a few experts. A bias that moves after each step keeps all of them busy, and a small loss keeps single sequences from bunching
 - `deepseek_nb.train.bpe`: Merges learned from text, DeepSeek's borders between words, and a tokenizer in the layout that everybody reads
 - `deepseek_nb.train.corpora`: Newspapers, plays, speeches, dictionaries and examinations that package registries serve, pinned, cached and read without installing anything
@@ -88,19 +87,19 @@ __version__ = "0.1.0"
 from importlib import import_module
 
 # Names load when first asked for, so importing the package imports no PyTorch: where each lives, then the chapters that patch methods on it
-_HOMES = {'Config': 'core', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'infer.tokenizer', 'QuantizedModel': 'quant.model',
+_HOMES = {'Config': 'core.config', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'files.tokenizer', 'QuantizedModel': 'quant.model',
           'Trainer': 'train.trainer', 'TrainingArguments': 'train.trainer', 'LoraConfig': 'train.lora', 'AdamW': 'train.optim',
           'get_linear_schedule_with_warmup': 'train.schedule'}
-_PATCHES = {'Config': ('releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('infer.chat',),
-            'Model': ('releases', 'arch.show', 'arch.mtp', 'infer.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile',
+_PATCHES = {'Config': ('arch.releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('files.chat',),
+            'Model': ('arch.releases', 'arch.show', 'arch.mtp', 'files.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile',
                       'quant.model', 'train.lora', 'train.peft', 'train.dynamic'),
-            'Trainer': ('infer.checkpoint', 'infer.load', 'train.resume', 'train.balance', 'train.lora', 'train.peft'),
+            'Trainer': ('files.checkpoint', 'infer.load', 'train.resume', 'train.balance', 'train.lora', 'train.peft'),
             'LoraConfig': ('train.peft', 'train.frozen')}
 # Chapters that register fast twins; nothing is compiled before an operation is called
 _TWINS = {'Model': ('kernels.moe', 'kernels.attention', 'kernels.norm', 'kernels.train', 'kernels.gradients', 'kernels.step', 'train.frozen')}
 _TWINS['Trainer'] = _TWINS['Model']
 _PATCHES['QuantizedModel'] = (*_PATCHES['Model'], 'train.qlora')
-_TWINS['QuantizedModel'] = (*_TWINS['Model'], 'quant.panels', 'quant.ggml_cpp', 'quant.cuda', 'quant.step')
+_TWINS['QuantizedModel'] = (*_TWINS['Model'], 'kernels.panels', 'kernels.ggml', 'cuda.quant', 'kernels.step_codes')
 
 
 def __getattr__(name):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from deepseek_nb.arch import attention as att
 from deepseek_nb.arch import moe, rope, routing
 from deepseek_nb.arch.cache import Cache
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 KINDS = [torch.float32, torch.bfloat16]

@@ -4,7 +4,7 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_loss, load, sequence_loss
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import routes
 from deepseek_nb.train.balance import Balance, balance_terms, evenness, real, routers, row_routes, with_balance
 from deepseek_nb.train.data import Batches

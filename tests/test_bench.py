@@ -185,7 +185,7 @@ def test_benchmarks_of_later_chapters_are_found(capsys):
 
 def test_contenders_are_equal_before_they_are_timed(monkeypatch):
     pytest.importorskip('transformers')
-    from deepseek_nb import benchmarks
+    from deepseek_nb.bench import peers as benchmarks
     shape = benchmarks.BENCH_MOE | dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=96, moe_intermediate_size=32)
     found = benchmarks.moe_decode(cached=20, repeats=2, shape=shape)
     assert found.names == ('deepseek_nb', 'transformers') and len(found.ratios) == 2
@@ -196,7 +196,7 @@ def test_contenders_are_equal_before_they_are_timed(monkeypatch):
 
 
 def test_fresh_imports_are_timed():
-    from deepseek_nb.benchmarks import import_seconds
+    from deepseek_nb.bench.peers import import_seconds
     assert 0 < import_seconds('import decimal') < 30
 
 

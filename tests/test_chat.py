@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
-from deepseek_nb.infer.chat import TEMPLATES, render
-from deepseek_nb.infer.hub import fetch
-from deepseek_nb.infer.tokenizer import Tokenizer
+from deepseek_nb.files.chat import TEMPLATES, render
+from deepseek_nb.files.hub import fetch
+from deepseek_nb.files.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[2]/'shared'/'golden'/'chat_prompts.json'
 NAMES = {'DeepSeek-V3.1': 'deepseek-v3.1', 'DeepSeek-R1-Distill-Qwen': 'deepseek-r1-distill'}

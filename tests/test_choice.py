@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice as C
-from deepseek_nb.infer import checkpoint, load  # noqa: F401, they give Model.from_pretrained and save_pretrained
-from deepseek_nb.infer.tokenizer import Tokenizer
+from deepseek_nb.files import checkpoint  # noqa: F401, they give Model.from_pretrained and save_pretrained
+from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.infer import load  # noqa: F401, they give Model.from_pretrained and save_pretrained
 
 FIXTURES = Path(__file__).parent/'fixtures'  # choice.json is written by make_choice.py beside it
 LLAMA = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, inter_dim=48)
@@ -63,7 +64,7 @@ def test_against_lm_eval(kind, tmp_path):
     pytest.importorskip('lm_eval', reason='lm-eval is not installed')
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deepseek_nb.infer.hub import fetch
+    from deepseek_nb.files.hub import fetch
     spec = importlib.util.spec_from_file_location('make_choice', FIXTURES/'make_choice.py')
     spec.loader.exec_module(script := importlib.util.module_from_spec(spec))
     tok = Tokenizer.from_pretrained('deepseek-v4-tokenizer')

@@ -14,13 +14,13 @@ from deepseek_nb.bench import BENCHMARKS, Comparison, record, save_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'
-PAGE = json.loads((ROOT/'nbs'/'920_claims.ipynb').read_text(encoding='utf-8'))['cells']
+PAGE = json.loads((ROOT/'nbs'/'980_tools.claims.ipynb').read_text(encoding='utf-8'))['cells']
 
 
 @pytest.fixture(scope='module')
 def claims():
     "Imported when first used, as it registers benchmarks."
-    from deepseek_nb import claims
+    from deepseek_nb.tools import claims
     return claims
 
 
@@ -76,8 +76,8 @@ def test_a_claim_has_a_command_or_is_not_measured(claims, every):
 def test_commands_find_their_benchmarks(claims, every):
     by = {}
     for c in filter(lambda c: c.command, every): by.setdefault(c.command.rpartition(' ')[0], set()).add(c.result)
-    call = {'deepseek-nb bench': 'from deepseek_nb.cli import main; raise SystemExit(main(["bench"]))',
-            'python -m deepseek_nb.claims': 'import deepseek_nb.claims; print(*deepseek_nb.claims.BENCHMARKS, sep="\\n")'}
+    call = {'deepseek-nb bench': 'from deepseek_nb.tools.cli import main; raise SystemExit(main(["bench"]))',
+            'python -m deepseek_nb.tools.claims': 'import deepseek_nb.tools.claims; print(*deepseek_nb.tools.claims.BENCHMARKS, sep="\\n")'}
     assert by.keys() <= call.keys()
     for command, names in by.items():
         done = subprocess.run([sys.executable, '-c', call[command]], capture_output=True, text=True, check=True)
@@ -86,7 +86,7 @@ def test_commands_find_their_benchmarks(claims, every):
 
 def test_module_runs_as_a_command(every, tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, '-m', 'deepseek_nb.claims', *args], capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run([sys.executable, '-m', 'deepseek_nb.tools.claims', *args], capture_output=True, text=True, cwd=tmp_path)
     page, absent = run(), run('absent')
     assert page.returncode == 0 and page.stdout.count('| not yet |') == len(every) and 'Nothing was measured yet.' in page.stdout
     assert absent.returncode == 2 and 'cache' in absent.stderr and 'moe-decode' in absent.stderr
@@ -170,13 +170,13 @@ def test_the_table_says_which_way(claims, tmp_path):
 
 
 def test_experiments_say_what_their_runs_say(claims, results):
-    from deepseek_nb.eval.evidence import CHAPTERS, find_study, runs
+    from deepseek_nb.studies import CHAPTERS, find_study, runs
     for name, (claim, said, on, command) in zip(CHAPTERS, claims.experiments(RESULTS).rows, strict=True):
         done = runs(name, RESULTS/'evidence')
         assert claim == claims.EXPERIMENTS[name] and command == f'`deepseek-nb evidence {name}`'
         if not done: assert (said, on) == ('not yet', ''); continue
         find_study(name)
-        assert said == sys.modules[f'deepseek_nb.eval.{name}'].finding(done) and f'{len(done)} runs' in on
+        assert said == sys.modules[f'deepseek_nb.studies.{name}'].finding(done) and f'{len(done)} runs' in on
     shutil.rmtree(results/'evidence', ignore_errors=True)
     assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')}
 
@@ -190,7 +190,7 @@ def test_the_page_is_what_the_results_say(claims):
     shown = [o for cell in PAGE for o in outputs(cell)]
     tables = claims.claims(RESULTS, claims.ARTICLE), claims.claims(RESULTS, claims.OURS), claims.experiments(RESULTS)
     for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS)):
-        assert what in shown, 'nbs/920_claims.ipynb is stale: run it and store its outputs'
+        assert what in shown, 'nbs/980_tools.claims.ipynb is stale: run it and store its outputs'
         shown.remove(what)
     assert not numbers(' '.join(shown)), 'the page shows a number that no record holds'
 

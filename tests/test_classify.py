@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.eval import classify as C
-from deepseek_nb.infer.tokenizer import Tokenizer
+from deepseek_nb.files.tokenizer import Tokenizer
 
 K = 4
 pairs = st.lists(st.tuples(st.integers(0, K-1), st.integers(-1, K-1)), min_size=1, max_size=30)

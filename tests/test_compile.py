@@ -10,9 +10,10 @@ from torch._dynamo.utils import counters
 
 import deepseek_nb.kernels.step  # noqa: F401, the kernels that go first
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
-from deepseek_nb.infer import checkpoint, generate  # noqa: F401, they give Model.save_pretrained and Model.generate
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.files import checkpoint  # noqa: F401, they give Model.save_pretrained and Model.generate
+from deepseek_nb.infer import generate  # noqa: F401, they give Model.save_pretrained and Model.generate
 from deepseek_nb.kernels import compile as comp
 
 MOE = Config('deepseek_v3', vocab_size=64, dim=32, n_layers=2, n_heads=2, inter_dim=48, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,

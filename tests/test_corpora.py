@@ -8,7 +8,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from deepseek_nb.infer.hub import sha256
+from deepseek_nb.files.hub import sha256
 from deepseek_nb.train import corpora as T
 from deepseek_nb.train import data as D
 

@@ -12,17 +12,17 @@ from unittest import mock
 import pytest
 import torch
 
-from deepseek_nb import nbproc
 from deepseek_nb.arch.attention import attend_latent
+from deepseek_nb.arch.releases import preset
 from deepseek_nb.arch.rope import cos_sin, geometric, rotate
 from deepseek_nb.arch.routing import route
-from deepseek_nb.dispatch import use
-from deepseek_nb.kernels import cuda
-from deepseek_nb.kernels.cuda import ORDERS, cubin, emulate, find_nvrtc, launch, pack, resources, thread_order
-from deepseek_nb.kernels.cuda_attention import attend_latent_cuda, attend_paged, attend_ragged, fits
-from deepseek_nb.kernels.cuda_norm import norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda, takes
-from deepseek_nb.kernels.cuda_route import combine, route_cuda, sort_by_expert
-from deepseek_nb.releases import preset
+from deepseek_nb.core import nbproc
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.cuda import build as cuda
+from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged, attend_ragged, fits
+from deepseek_nb.cuda.build import ORDERS, cubin, emulate, find_nvrtc, launch, pack, resources, thread_order
+from deepseek_nb.cuda.norm import norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda, takes
+from deepseek_nb.cuda.route import combine, route_cuda, sort_by_expert
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler to emulate with')
 NVCC = shutil.which('nvcc', path=os.environ.get('PATH', '') + ':/usr/local/cuda/bin')
@@ -400,7 +400,7 @@ def test_attend_wide(order):
 
 
 def test_attend_in_ampere_tiles(order, monkeypatch):
-    from deepseek_nb.kernels import cuda_attention
+    from deepseek_nb.cuda import attention as cuda_attention
     monkeypatch.setattr(cuda_attention, '_card', lambda device: (4, 63*1024 if order == 'random' else 50*1024))
     for h in (3, 20, 40):
         q,z = bf16(1, h, 1, 160),bf16(1, 150, 160)
@@ -544,7 +544,7 @@ def test_clean_under_sanitizers():
 def test_sanitizers_see_a_mistake():
     done = sanitized('-c', """
 import torch
-from deepseek_nb.kernels.cuda import launch
+from deepseek_nb.cuda.build import launch
 launch('row_sum.cu', 'row_sum', 3, 64, torch.ones(3, 100), torch.empty(2), 100, shared=8)""")
     assert done.returncode and 'heap-buffer-overflow' in done.stderr
 

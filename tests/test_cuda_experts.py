@@ -5,14 +5,16 @@ import warnings
 import pytest
 import torch
 
-from deepseek_nb import nbproc
 from deepseek_nb.arch.moe import run_experts
-from deepseek_nb.dispatch import use
-from deepseek_nb.infer.checkpoint import dequant_fp8, quant_fp8
-from deepseek_nb.kernels import cuda_experts, cuda_fp8, cuda_tiles
-from deepseek_nb.kernels.cuda import ARCHS, ORDERS, find_nvrtc, resources, thread_order
-from deepseek_nb.kernels.cuda_experts import cut_tiles, experts_cost, experts_in_tiles, fits_experts, run_experts_cuda
-from deepseek_nb.kernels.cuda_fp8 import (
+from deepseek_nb.core import nbproc
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.core.nbproc import find_compiler, source_text
+from deepseek_nb.cuda import experts as cuda_experts
+from deepseek_nb.cuda import fp8 as cuda_fp8
+from deepseek_nb.cuda import tiles as cuda_tiles
+from deepseek_nb.cuda.build import ARCHS, ORDERS, find_nvrtc, resources, thread_order
+from deepseek_nb.cuda.experts import cut_tiles, experts_cost, experts_in_tiles, fits_experts, run_experts_cuda
+from deepseek_nb.cuda.fp8 import (
     dequant_tiles,
     fits_fp8,
     linear_fp8,
@@ -23,9 +25,9 @@ from deepseek_nb.kernels.cuda_fp8 import (
     quantise_tiles,
     round_e4m3,
 )
-from deepseek_nb.kernels.cuda_route import sort_by_expert
-from deepseek_nb.kernels.cuda_tiles import aligned, product, tile_defines, tile_rows
-from deepseek_nb.nbproc import find_compiler, source_text
+from deepseek_nb.cuda.route import sort_by_expert
+from deepseek_nb.cuda.tiles import aligned, product, tile_defines, tile_rows
+from deepseek_nb.files.checkpoint import dequant_fp8, quant_fp8
 
 E4M3 = torch.float8_e4m3fn
 VARIANTS = [dict(ROWS=16), dict(ROWS=64), dict(ROWS=128), dict(ROWS=64, WARPGROUP=1), dict(ROWS=128, WARPGROUP=1)]
@@ -59,8 +61,8 @@ def error(y, exact): return ((y.double() - exact).abs().max()/exact.abs().max())
 
 GUARDED = """
 import ctypes, torch
-from deepseek_nb.kernels import cuda_experts, cuda_fp8, cuda_route, cuda_tiles
-from deepseek_nb.kernels.cuda import launch
+from deepseek_nb.cuda import experts as cuda_experts, fp8 as cuda_fp8, route as cuda_route, tiles as cuda_tiles
+from deepseek_nb.cuda.build import launch
 
 libc = ctypes.CDLL(None)
 libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int]*3, ctypes.c_long]

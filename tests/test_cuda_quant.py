@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deepseek_nb import nbproc
 from deepseek_nb.arch.moe import run_experts
-from deepseek_nb.kernels.cuda import ARCHS, ORDERS, find_nvrtc, resources, thread_order
-from deepseek_nb.nbproc import find_compiler, source_text
-from deepseek_nb.quant import QuantizedWeight, linear_quantized, quantize
-from deepseek_nb.quant import cuda as qc
-from deepseek_nb.quant.cuda import (
+from deepseek_nb.core import nbproc
+from deepseek_nb.core.nbproc import find_compiler, source_text
+from deepseek_nb.cuda import quant as qc
+from deepseek_nb.cuda.build import ARCHS, ORDERS, find_nvrtc, resources, thread_order
+from deepseek_nb.cuda.quant import (
     decoded_shared,
     fits_codes,
     fits_fp8_weight,
@@ -25,11 +24,12 @@ from deepseek_nb.quant.cuda import (
     signed_group,
     vector_launch,
 )
-from deepseek_nb.quant.cuda_experts import experts_in_codes, fits_coded_experts, group_of, run_experts_codes
+from deepseek_nb.cuda.quant_experts import experts_in_codes, fits_coded_experts, group_of, run_experts_codes
+from deepseek_nb.kernels.panels import Panels, pack
+from deepseek_nb.quant import QuantizedWeight, linear_quantized, quantize
 from deepseek_nb.quant.fp8 import FP8, rounded_fp8
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, round_activations, rounded
-from deepseek_nb.quant.panels import Panels, pack
 
 BF16 = torch.bfloat16
 FOURS = [Int4(g, s) for g in (32, 64, 128) for s in (False, True)]
@@ -187,9 +187,10 @@ def test_bad_activations_behave_as_the_definition(order, f, value):
 
 GUARDED = """
 import ctypes, torch
-from deepseek_nb.kernels.cuda import launch
-from deepseek_nb.kernels import cuda_experts
-from deepseek_nb.quant import cuda as qc, cuda_experts as qe, quantize
+from deepseek_nb.cuda.build import launch
+from deepseek_nb.cuda import experts as cuda_experts
+from deepseek_nb.cuda import quant as qc, quant_experts as qe
+from deepseek_nb.quant import quantize
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepseek_nb.infer.tokenizer import Tokenizer
+from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train import data as D
 from deepseek_nb.train.data import IGNORE, Batches, chat_example, collate, example, pack, to_dataset
 
@@ -234,7 +234,7 @@ def test_against_transformers(v4):
     "A template with the generation tag, whose mask transformers computes: tokens that begin in an answer"
     from transformers import AutoTokenizer
 
-    from deepseek_nb.infer.hub import fetch
+    from deepseek_nb.files.hub import fetch
     source = ("{% for m in messages %}{% if m.role == 'assistant' %}<｜Assistant｜>{% generation %}{{ m.content }}<｜end▁of▁sentence｜>"
               "{% endgeneration %}{% else %}<｜User｜>{{ m.content }}{% endif %}{% endfor %}"
               "{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek_nb import Model, Tokenizer
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.generate import Sampling, Stopper, left_padded, stream_text
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))

@@ -10,8 +10,8 @@ import warnings
 import pytest
 import torch
 
-from deepseek_nb import dispatch
-from deepseek_nb.dispatch import ORDER, chosen, op, twin_errors, twins, use
+from deepseek_nb.core import dispatch
+from deepseek_nb.core.dispatch import ORDER, chosen, op, twin_errors, twins, use
 
 
 @pytest.fixture(autouse=True)
@@ -206,5 +206,5 @@ def test_table():
 
 
 def test_import_is_light():
-    code = "import sys, torch; import deepseek_nb.dispatch; print([m for m in ('torch._dynamo', 'einops', 'IPython') if m in sys.modules])"
+    code = "import sys, torch; import deepseek_nb.core.dispatch; print([m for m in ('torch._dynamo', 'einops', 'IPython') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
-from deepseek_nb.infer.tokenizer import Tokenizer
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.train.data import IGNORE, example
 from deepseek_nb.train.distill import (

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from deepseek_nb import Model, QuantizedModel
 from deepseek_nb.arch.moe import expert, run_experts
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.train.dynamic import (
     RULES,
     RandomK,

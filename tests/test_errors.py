@@ -15,11 +15,11 @@ import torch
 
 from deepseek_nb import Cache, Model, Tokenizer
 from deepseek_nb.arch.rope import geometric
-from deepseek_nb.cli import main
-from deepseek_nb.core import Config
-from deepseek_nb.infer import hub
+from deepseek_nb.core.config import Config
+from deepseek_nb.files import hub
 from deepseek_nb.infer.generate import Sampling, Stopper, left_padded, stream_text
 from deepseek_nb.infer.load import load_config
+from deepseek_nb.tools.cli import main
 
 LLAMA = Config('llama', vocab_size=258, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, inter_dim=24, max_positions=32,
                eos_ids=(257,))
@@ -339,7 +339,7 @@ def test_offline_is_honoured(no_cache, says, monkeypatch):
 def test_hub_out_of_reach(tmp_path):
     "In a process of its own, as huggingface_hub reads its settings when it is imported"
     env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
-    code = "import sys; from deepseek_nb.cli import main; sys.exit(main(['info', 'org/name']))"
+    code = "import sys; from deepseek_nb.tools.cli import main; sys.exit(main(['info', 'org/name']))"
     run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.endswith('\n'), run.stderr
     one_line(run.stderr[:-1], 'org/name', 'HF_HUB_OFFLINE')

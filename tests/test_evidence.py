@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from deepseek_nb.eval import balancing, evidence, sparse
-from deepseek_nb.eval.evidence import carry_out, find_study, overlap, read_plan, run_folder, runs, spread, stored, study, to_do
+from deepseek_nb import studies as evidence
+from deepseek_nb.studies import balancing, carry_out, find_study, overlap, read_plan, run_folder, runs, sparse, spread, stored, study, to_do
 from deepseek_nb.train.mini import documents
 
 PLAN = '''minutes = 1
@@ -168,7 +168,7 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
     plan = read_plan(tmp_path/'balancing.toml', smoke=True)
     assert plan.arms['bias']['steps'] == 40 and plan.arms['bias']['training']['save_steps'] == 5
     def start(work, out):
-        code = f"from deepseek_nb.eval.evidence import evidence; evidence('balancing', {str(tmp_path/'balancing.toml')!r}, "
+        code = f"from deepseek_nb.studies import evidence; evidence('balancing', {str(tmp_path/'balancing.toml')!r}, "
         code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"
         return subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
     def looks(): return [n for o in (tmp_path/'war').rglob('looks.txt') for n in o.read_text().splitlines()]
@@ -184,7 +184,7 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
 
 
 def test_minutes_outlive_a_killed_process(tmp_path):
-    code = "import os, pathlib, time\nfrom deepseek_nb.eval.evidence import stopwatch\n"
+    code = "import os, pathlib, time\nfrom deepseek_nb.studies import stopwatch\n"
     code += f"with stopwatch(pathlib.Path({str(tmp_path/'m.json')!r}), .01): time.sleep(.6); os.kill(os.getpid(), 9)"
     for n in (1, 2):
         assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
@@ -206,7 +206,7 @@ def test_information_equals_that_of_scikit_learn():
 
 
 def test_the_command(python, root, plan, tmp_path):
-    assert evidence.CHAPTERS and 'medical' in python('-m', 'deepseek_nb.cli', 'evidence').splitlines()
-    command = [sys.executable, '-m', 'deepseek_nb.cli', 'evidence', 'sparse', '--config', str(plan)]
+    assert evidence.CHAPTERS and 'medical' in python('-m', 'deepseek_nb.tools.cli', 'evidence').splitlines()
+    command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'evidence', 'sparse', '--config', str(plan)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "is a plan of 'counting', not of 'sparse'" in done.stderr and done.stderr.count('\n') == 1

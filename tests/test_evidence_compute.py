@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.dispatch import use
-from deepseek_nb.eval import compute as C
-from deepseek_nb.eval.evidence import evidence, read_plan
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.studies import compute as C
+from deepseek_nb.studies import evidence, read_plan
 from deepseek_nb.train.data import grams
 from deepseek_nb.train.dynamic import keep_best
 from deepseek_nb.train.trainer import Callback

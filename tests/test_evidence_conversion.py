@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from deepseek_nb import Model, Tokenizer
-from deepseek_nb.eval import conversion
-from deepseek_nb.eval.evidence import carry_out, overlap, read_plan
+from deepseek_nb.studies import carry_out, conversion, overlap, read_plan
 
 
 @pytest.fixture(scope='module')

@@ -10,11 +10,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from deepseek_nb import cli
+from deepseek_nb import studies as evidence
 from deepseek_nb.arch.model import Model, run_blocks
-from deepseek_nb.eval import evidence
-from deepseek_nb.eval import finetuning as ft
-from deepseek_nb.infer.tokenizer import Tokenizer
+from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.studies import finetuning as ft
+from deepseek_nb.tools import cli
 from deepseek_nb.train.data import IGNORE, Batches, collate
 from deepseek_nb.train.trainer import Trainer
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepseek_nb.eval import medical as M
-from deepseek_nb.eval.evidence import evidence, grams, read_plan
+from deepseek_nb.studies import evidence, grams, read_plan
+from deepseek_nb.studies import medical as M
 from deepseek_nb.train.trainer import TrainingArguments
 
 PLAN = Path(__file__).parent.parent/'nbs/configs/evidence/medical.toml'

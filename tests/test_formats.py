@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from deepseek_nb.dispatch import use
-from deepseek_nb.infer.checkpoint import dequant_fp8, quant_fp8
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.files.checkpoint import dequant_fp8, quant_fp8
 from deepseek_nb.quant import QuantizedWeight, make_format, quantize, relative_error, take_place
 from deepseek_nb.quant.fp4 import E2M1, FP4, power_above, to_e2m1
 from deepseek_nb.quant.fp8 import FP8, round_activations_fp8, rounded_fp8, small_codes, small_values
@@ -545,8 +545,8 @@ def test_power_above(x):
 
 def test_scales_are_rounded_up_to_the_bit():
     "A logarithm in float32 rounds, and just above a power of two its ceiling is one too low."
-    from deepseek_nb.infer.checkpoint import quant_fp8, round_up_scale
-    from deepseek_nb.kernels.cuda_fp8 import quant_tiles
+    from deepseek_nb.cuda.fp8 import quant_tiles
+    from deepseek_nb.files.checkpoint import quant_fp8, round_up_scale
     exact = torch.ldexp(torch.ones(200), torch.arange(-100, 100))
     above,below = (exact.nextafter(torch.tensor(x)) for x in (torch.inf, 0.))
     for got,want in ((exact, exact), (above, 2*exact), (below, exact)): assert torch.equal(round_up_scale(got), want)

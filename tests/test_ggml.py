@@ -20,13 +20,13 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from deepseek_nb import Model
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import build
+from deepseek_nb.kernels.ggml import kernels, linear_ggml
+from deepseek_nb.kernels.panels import linear_panels
 from deepseek_nb.quant import QuantizedWeight, make_format, quantize
 from deepseek_nb.quant.ggml import KINDS, Ggml, as_int4, from_blocks, load_blocks, read_gguf
-from deepseek_nb.quant.ggml_cpp import kernels, linear_ggml
 from deepseek_nb.quant.int4 import Int4
-from deepseek_nb.quant.panels import linear_panels
 
 SEED = int(os.environ.get('SEED', random.randrange(10**6)))
 HERE = Path(__file__).parent
@@ -322,7 +322,7 @@ def test_damaged_files(tmp_path):
 def test_blocks_are_the_mapped_file(tmp_path):
     path = tmp_path/'m.gguf'
     write(path, fresh(CONFIGS['llama'][0]), False, ['Q8_0'])
-    from deepseek_nb.infer.gguf import gguf_config, open_gguf
+    from deepseek_nb.files.gguf import gguf_config, open_gguf
     reader = open_gguf(path)
     found = read_gguf(Model(gguf_config(reader, path), dtype=torch.float32, device='meta'), reader, path)
     first, last = reader.data.ctypes.data, reader.data.ctypes.data + reader.data.nbytes
@@ -335,7 +335,7 @@ MEMORY = '''
 import resource, sys, warnings
 import torch
 from deepseek_nb.quant.ggml import load_blocks, open_gguf
-from deepseek_nb.infer.hub import fetch
+from deepseek_nb.files.hub import fetch
 torch.set_num_threads(1)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 open_gguf(fetch('smollm2-135m'))

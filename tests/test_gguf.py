@@ -13,8 +13,8 @@ import torch
 from gguf import GGMLQuantizationType as Q
 
 from deepseek_nb import Model
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.infer import gguf as ours
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.files import gguf as ours
 from deepseek_nb.infer.load import load_config
 
 KINDS = ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1']
@@ -291,8 +291,8 @@ def perplexity(logits, ids): return torch.nn.functional.cross_entropy(logits[0, 
 
 def test_smollm2_against_transformers():
     transformers = pytest.importorskip('transformers')
-    from deepseek_nb.infer.hub import fetch
-    from deepseek_nb.infer.tokenizer import Tokenizer
+    from deepseek_nb.files.hub import fetch
+    from deepseek_nb.files.tokenizer import Tokenizer
     try: path = fetch('smollm2-135m')
     except FileNotFoundError as e: pytest.skip(str(e))
     ids = torch.tensor([Tokenizer.from_pretrained(path).encode(TEXT)[:512]])

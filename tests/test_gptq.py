@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.quant import QuantizedWeight, quantize
 from deepseek_nb.quant.gptq import Hessian, calibrate, gptq, inverse_factor, output_error, quantize_layers
 from deepseek_nb.quant.int4 import Int4, unpack_nibbles

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from deepseek_nb.infer import hub
+from deepseek_nb.files import hub
 
 
 def write_wheel(folder, project, members):
@@ -173,12 +173,12 @@ def test_hub_offline_uses_its_cache(tmp_path):
     (tiny/'refs').mkdir()
     (tiny/'refs'/'main').write_text(commit)
     env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HUB_CACHE=str(tmp_path/'hub'))
-    run = lambda name: subprocess.run([sys.executable, '-c', f'from deepseek_nb.infer.hub import fetch; print(fetch({name!r}))'], env=env,
+    run = lambda name: subprocess.run([sys.executable, '-c', f'from deepseek_nb.files.hub import fetch; print(fetch({name!r}))'], env=env,
                                       capture_output=True, text=True)
     assert Path(run('org/tiny').stdout.strip()) == tiny/'snapshots'/commit
     assert 'FileNotFoundError: org/other is not in the Hugging Face cache' in run('org/other').stderr
 
 
 def test_import_is_light():
-    code = "import deepseek_nb.infer.hub, sys; print([m for m in ('torch', 'huggingface_hub', 'tokenizers') if m in sys.modules])"
+    code = "import deepseek_nb.files.hub, sys; print([m for m in ('torch', 'huggingface_hub', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

@@ -14,8 +14,8 @@ from torch.library import opcheck
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import run_experts
 from deepseek_nb.arch.routing import route
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import build, gemm, moe, step
 
 needs_compiler = pytest.mark.skipif(not any(shutil.which(n) for n in ('c++', 'g++', 'clang++')), reason='no C++ compiler')
@@ -168,7 +168,7 @@ def test_sanitizers_see_a_mistake(tmp_path):
     if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
     code = '''
 import torch
-from deepseek_nb import nbproc
+from deepseek_nb.core import nbproc
 text = nbproc.source_text('axpy.cpp').replace('i < x.numel()', 'i <= x.numel()')
 nbproc._session['axpy.cpp'] = {0: text}
 from deepseek_nb.kernels.build import load
@@ -232,7 +232,7 @@ def test_importing_builds_nothing(tmp_path):
 
 
 def test_broken_source_is_one_line(monkeypatch):
-    from deepseek_nb import nbproc
+    from deepseek_nb.core import nbproc
     monkeypatch.setitem(nbproc._session, 'broken.cpp', {0: 'int f() { return x; }'})
     with pytest.raises(ValueError, match="broken.cpp does not compile: .*'x' was not declared|broken.cpp does not compile: .*undeclared"
                        "|broken.cpp does not compile: .*‘x’ was not declared"): build.build('broken.cpp')

@@ -11,7 +11,7 @@ from fastcore.test import expect_fail
 
 from deepseek_nb.arch import attention as att
 from deepseek_nb.arch import rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import attention, flash, norm
 
 pytestmark = pytest.mark.skipif(not attention.kernels.ready(), reason='no C++ compiler')

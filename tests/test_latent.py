@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
+from deepseek_nb.arch.releases import shapes
 from deepseek_nb.arch.rope import frequencies
 from deepseek_nb.bench import load_result
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.infer import chat, generate, load  # noqa: F401
-from deepseek_nb.infer.tokenizer import Tokenizer
-from deepseek_nb.releases import shapes
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.files import chat  # noqa: F401
+from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.infer import generate, load  # noqa: F401
 from deepseek_nb.train.latent import (
     choose_pairs,
     compress,
@@ -235,7 +236,7 @@ from pathlib import Path
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.train.latent import convert
 
 def run(to, folder):

@@ -10,8 +10,8 @@ from torch import nn
 
 from deepseek_nb import Config, Model
 from deepseek_nb.arch.model import add_attention, add_feed_forward
-from deepseek_nb.core import Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Rope
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import gradients as G
 from deepseek_nb.train import frozen
 from deepseek_nb.train.esft import choose_experts, expert_affinity, merge_experts, tune_experts

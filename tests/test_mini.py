@@ -7,7 +7,7 @@ import torch
 
 import deepseek_nb
 from deepseek_nb import Model, Tokenizer
-from deepseek_nb.infer.hub import shipped
+from deepseek_nb.files.hub import shipped
 from deepseek_nb.train.corpora import corpus
 from deepseek_nb.train.data import packed, to_dataset, tokenised
 from deepseek_nb.train.mini import documents, held_loads, held_losses, read_recipe, set_aside

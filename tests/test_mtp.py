@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from deepseek_nb import Model
 from deepseek_nb.arch.mtp import MTPLoss, acceptance, ahead_labels, mtp_loss, same_document
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.infer.checkpoint import SINGLE, quant_fp8
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.files.checkpoint import SINGLE, quant_fp8
 
 V3 = Config('deepseek_v3', vocab_size=48, dim=16, n_layers=2, n_heads=2, inter_dim=24, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8,
             qk_rope_head_dim=4, v_head_dim=8, rope=Rope(interleaved=True), n_dense_layers=1, n_routed_experts=8, n_shared_experts=1,

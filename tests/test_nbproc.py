@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_nb.nbproc import COMPILERS, compile_source, find_compiler, first_error, join_cells, run_magic
+from deepseek_nb.core.nbproc import COMPILERS, compile_source, find_compiler, first_error, join_cells, run_magic
 
 needs_cpp = pytest.mark.skipif(not any(shutil.which(n) for n in COMPILERS['cpp'][1]), reason='no C++ compiler')
 
@@ -18,7 +18,7 @@ def project(tmp_path, monkeypatch):
     "An nbdev project that exports C++ cells"
     (tmp_path/'pyproject.toml').write_text(
         '[project]\nname = "toy"\n[tool.nbdev]\nlib_path = "toy"\nnbs_path = "nbs"\ncustom_quarto_yml = true\n'
-        'export_procs = ["deepseek_nb.nbproc:ExportSources", "nbdev.scrubmagics:scrub_magics"]\n')
+        'export_procs = ["deepseek_nb.core.nbproc:ExportSources", "nbdev.scrubmagics:scrub_magics"]\n')
     (tmp_path/'nbs').mkdir()
     (tmp_path/'toy').mkdir()
     (tmp_path/'toy'/'__init__.py').write_text('__version__ = "0.0.1"\n')
@@ -39,7 +39,7 @@ def export(root):
     from nbdev.export import nb_export
     from nbdev.scrubmagics import scrub_magics
 
-    from deepseek_nb.nbproc import ExportSources
+    from deepseek_nb.core.nbproc import ExportSources
     for nb in sorted((root/'nbs').glob('*.ipynb')): nb_export(nb, root/'toy', procs=[ExportSources, scrub_magics])
     return {p.name: p.read_text() for p in sorted((root/'toy'/'csrc').glob('*'))}
 
@@ -130,7 +130,7 @@ def test_package_sources_equal_the_notebooks():
 
 
 def test_import_costs_nothing():
-    code = ("import sys; import deepseek_nb.nbproc; "
+    code = ("import sys; import deepseek_nb.core.nbproc; "
             "print([m for m in ('torch', 'IPython', 'nbdev', 'numpy', 'fastcore') if m in sys.modules])")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
@@ -167,7 +167,7 @@ def test_magic_in_ipython():
     code = '''
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
-shell.run_cell('import deepseek_nb.nbproc').raise_error()
+shell.run_cell('import deepseek_nb.core.nbproc').raise_error()
 for text in ('%%cpp t.cpp\\n#| cpp t.cpp\\nstatic int one() { return 1; }',
              '%%cpp t.cpp lib\\nextern "C" int two() { return one() + one(); }'):
     for _ in range(2): shell.run_cell(text).raise_error()
@@ -183,7 +183,7 @@ def test_magics_in_each_shell_of_a_process(python):
 from execnb.shell import CaptureShell
 for _ in range(3):
     shell = CaptureShell()
-    shell.run('import deepseek_nb.nbproc')
+    shell.run('import deepseek_nb.core.nbproc')
     assert {'cpp', 'cu'} <= shell.magics_manager.magics['cell'].keys()
 print('three shells')
 ''') == 'three shells'

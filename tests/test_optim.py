@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deepseek_nb import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.train import schedule as ours
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.optim import V4_STEPS, AdamW, Muon, direction, muon_groups, newton_schulz, param_groups

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import deepseek_nb.releases  # noqa: F401, gives Config its cache_bytes_per_token
+import deepseek_nb.arch.releases  # noqa: F401, gives Config its cache_bytes_per_token
 from deepseek_nb.arch.cache import Cache, cache_shapes
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
 from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull, gather, gather_torch, page_bytes
 

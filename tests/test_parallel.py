@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from deepseek_nb import Model
 from deepseek_nb.arch.moe import run_experts
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.train import parallel, trainer
 from deepseek_nb.train.loss import IGNORE, language_loss
 from deepseek_nb.train.optim import Muon, muon_groups

@@ -12,7 +12,7 @@ import torch
 
 from deepseek_nb import Model
 from deepseek_nb.arch.rope import softmax_scale
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.set_verbosity_error()

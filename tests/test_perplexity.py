@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_nb import Model, Tokenizer
-from deepseek_nb.cli import main
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.eval.perplexity import Perplexity, perplexity, speeches, token_losses, windows
 from deepseek_nb.infer.generate import left_padded
+from deepseek_nb.tools.cli import main
 
 LLAMA = Config('llama', vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, inter_dim=48, max_positions=128)
 

@@ -11,11 +11,11 @@ from fastcore.test import test_close as close
 from deepseek_nb.arch.attention import mla_flops
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.picture import draw_architecture, draw_attention, expert_grid, human, mla_steps, part_params
+from deepseek_nb.arch.releases import PRESETS, preset
 from deepseek_nb.arch.routing import Route
 from deepseek_nb.arch.show import kind, model_table, show
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import attention_pattern, logit_lens, record, routes, watch
-from deepseek_nb.releases import PRESETS, preset
 
 MLA = [o for o in PRESETS if preset(o).mla]
 MOE = [o for o in PRESETS if preset(o).n_routed_experts]

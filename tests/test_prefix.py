@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import deepseek_nb.infer.persist as persist
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull
 from deepseek_nb.infer.persist import START, PageStore, fingerprint, word_sums
 from deepseek_nb.infer.prefix import PrefixCache, RadixTree, Usage, from_bytes, to_bytes
@@ -520,7 +520,7 @@ def test_folders_are_private(tmp_path):
 RESTART = '''
 import json, sys, torch
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.infer.prefix import PrefixCache
 torch.manual_seed(int(sys.argv[2]))
 config = Config('llama', vocab_size=32, dim=32, n_layers=2, n_heads=4, inter_dim=64, n_kv_heads=2, head_dim=8, max_positions=96)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from test_lora import FAMILIES, STACKS, batch, made, same, shake
 
 from deepseek_nb import Model
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.model import quantize_model
@@ -102,11 +102,11 @@ def test_refused(tmp_path):
 
 MEASURE = '''
 import torch
-from deepseek_nb import Config, bench
+from deepseek_nb import bench, Config
 from deepseek_nb.arch.model import Model
 from deepseek_nb.kernels import attention, norm, train
 from deepseek_nb.quant.model import quantize_model
-from deepseek_nb.quant import panels
+from deepseek_nb.kernels import panels
 from deepseek_nb.train import frozen, qlora
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.loss import language_loss

@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import deepseek_nb.arch.releases  # noqa: F401, gives Config its cache_bytes_per_token
 import deepseek_nb.infer.generate  # noqa: F401, gives Model its generate
 import deepseek_nb.kernels.compile  # noqa: F401, gives Model its compile
-import deepseek_nb.releases  # noqa: F401, gives Config its cache_bytes_per_token
 from deepseek_nb.arch.cache import Cache, Slot, cache_shapes
 from deepseek_nb.arch.model import Model
-from deepseek_nb.benchmarks import BENCH_MOE
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.arch.releases import preset
+from deepseek_nb.bench.peers import BENCH_MOE
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
 from deepseek_nb.infer.paged import PagedCache, PagePool
 from deepseek_nb.infer.prefix import PrefixCache, from_bytes, to_bytes
-from deepseek_nb.quant.cache import CacheFormat, QuantizedCache, QuantizedPool, decode_layer, encode_layer, quantized_bytes
-from deepseek_nb.releases import preset
+from deepseek_nb.infer.quant_cache import CacheFormat, QuantizedCache, QuantizedPool, decode_layer, encode_layer, quantized_bytes
 
 GQA = Config('llama', vocab_size=32, dim=32, n_layers=2, n_heads=4, inter_dim=64, n_kv_heads=2, head_dim=40, max_positions=96)
 MLA = Config('deepseek_v3', vocab_size=32, dim=32, n_layers=2, n_heads=4, inter_dim=64, kv_lora_rank=48, qk_nope_head_dim=8,

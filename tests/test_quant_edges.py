@@ -3,16 +3,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deepseek_nb.dispatch import use
-from deepseek_nb.kernels.cuda_experts import fits_experts
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.cuda.experts import fits_experts
 from deepseek_nb.kernels.gemm import kernels as float_kernels
 from deepseek_nb.kernels.gemm import linear_cpp
+from deepseek_nb.kernels.ggml import linear_ggml
+from deepseek_nb.kernels.panels import kernels, linear_panels, pack
 from deepseek_nb.quant import quantize
 from deepseek_nb.quant.ggml import from_blocks
-from deepseek_nb.quant.ggml_cpp import linear_ggml
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, rounded
-from deepseek_nb.quant.panels import kernels, linear_panels, pack
 
 needs_compiler = pytest.mark.skipif(not (kernels.ready() and float_kernels.ready()), reason='no C++ compiler')
 FORMATS = ['int8', Int8(group=32), Int4(), Int4(64, symmetric=True)]

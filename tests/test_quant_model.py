@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from test_gguf import write as write_gguf
 
 from deepseek_nb import Config, Model, QuantizedModel, Tokenizer
-from deepseek_nb.cli import main
-from deepseek_nb.core import Rope
-from deepseek_nb.dispatch import use
-from deepseek_nb.infer.checkpoint import quant_fp8
-from deepseek_nb.infer.safetensors import read_json, weight_map, write_tensors
+from deepseek_nb.core.config import Rope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.files.checkpoint import quant_fp8
+from deepseek_nb.files.safetensors import read_json, weight_map, write_tensors
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error
 from deepseek_nb.quant.fp8 import FP8
 from deepseek_nb.quant.ggml import Ggml
@@ -26,6 +25,7 @@ from deepseek_nb.quant.model import calibrate_model, load_model, plan, quantize_
 from deepseek_nb.quant.nf4 import NF4
 from deepseek_nb.quant.save import packed_tensors, packed_weights
 from deepseek_nb.quant.stream import Source, cuts, encode_from
+from deepseek_nb.tools.cli import main
 
 SHARED = dict(vocab_size=160, dim=64, n_layers=2, inter_dim=96, max_positions=64, eos_ids=(2,), bos_id=1)
 MLA = dict(n_heads=2, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, rope=Rope(interleaved=True))
@@ -406,8 +406,8 @@ PEAK = '''
 import torch
 from deepseek_nb import Model, QuantizedModel
 from deepseek_nb.bench import peak_bytes
-from deepseek_nb.infer.hub import fetch
-from deepseek_nb.infer.gguf import open_gguf
+from deepseek_nb.files.hub import fetch
+from deepseek_nb.files.gguf import open_gguf
 torch.set_num_threads(1)
 path = fetch('smollm2-135m')
 open_gguf(path)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.kernels.step import blocks_of
+from deepseek_nb.kernels.step_codes import codes_of, kernels, run_blocks_codes
 from deepseek_nb.quant import quantize, relative_error, take_place
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
-from deepseek_nb.quant.step import codes_of, kernels, run_blocks_codes
 
 pytestmark = pytest.mark.skipif(not kernels.ready(), reason='no C++ compiler')
 

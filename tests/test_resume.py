@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.train.optim import Muon
 from deepseek_nb.train.resume import (
     META,

@@ -8,11 +8,12 @@ import datasets
 import pytest
 import torch
 
-from deepseek_nb import cli
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
+from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice
-from deepseek_nb.infer import checkpoint, load  # noqa: F401, they give Model its methods
+from deepseek_nb.files import checkpoint  # noqa: F401, they give Model its methods
+from deepseek_nb.infer import load  # noqa: F401, they give Model its methods
+from deepseek_nb.tools import cli
 from deepseek_nb.train import corpora, runs
 from deepseek_nb.train.bpe import save_tokenizer, train_bpe
 from deepseek_nb.train.resume import checkpoints
@@ -244,7 +245,7 @@ def test_two_processes_share_a_finetuning(place):
         'max_steps', 'per_device_train_batch_size = 4\nmax_steps'))
     (place/'alone.toml').write_text(FILES['finetune'].replace('"out"', '"alone"'))
     assert cli.main(['finetune', 'alone.toml']) == 0
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'deepseek_nb.cli', 'finetune']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'deepseek_nb.tools.cli', 'finetune']
     env = dict(os.environ, OMP_NUM_THREADS='1')
     p = subprocess.run([*command, 'run.toml'], capture_output=True, text=True, timeout=120, env=env)
     assert p.returncode == 0 and p.stdout.count('the result is in out/model') == 1, p.stderr
@@ -273,5 +274,5 @@ def test_an_examination_that_is_not_known(place, capsys):
 
 
 def test_help_lists_all_verbs(python):
-    said = python('-m', 'deepseek_nb.cli', '--help')
+    said = python('-m', 'deepseek_nb.tools.cli', '--help')
     assert all(f'\n  {verb} ' in said for verb in cli.VERBS) and {*VERBS} < {*cli.VERBS}

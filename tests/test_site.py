@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from deepseek_nb.site import book, definitions, link_pages, new_chapter, page_name, stage
+from deepseek_nb.tools.site import book, definitions, link_pages, new_chapter, page_name, stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page_name(o).replace('.ipynb', '.html') for o in book(ROOT/'nbs')]
@@ -114,7 +114,7 @@ def test_every_definition_leads_to_its_source(site, pages):
 
 def test_sidebar_follows_the_book(pages):
     listed = list(dict.fromkeys(o.removeprefix('./') for o in pages['arch.rope.html'].links if o.removeprefix('./') in PAGES))
-    assert sorted(listed, key=PAGES.index) == PAGES and listed.index('arch.rope.html') < listed.index('infer.hub.html')
+    assert sorted(listed, key=PAGES.index) == PAGES and listed.index('arch.rope.html') < listed.index('files.hub.html')
 
 
 def test_llms_txt_follows_the_book(site):
@@ -124,7 +124,7 @@ def test_llms_txt_follows_the_book(site):
 
 
 def test_prose_holds_no_directive(pages):
-    for name in {*PAGES} - {'site.html'}: assert not [o for o in pages[name].text if re.match(r'\s*#\| *export', o)], name
+    for name in {*PAGES} - {'tools.site.html'}: assert not [o for o in pages[name].text if re.match(r'\s*#\| *export', o)], name
 
 
 def test_search_covers_every_page(site, pages):
@@ -152,20 +152,20 @@ def sidebar(folder):
 
 
 def test_tutorials_come_first(tmp_path):
-    root = project(tmp_path, '000_core.ipynb', 'index.ipynb', 'tutorials/10_hour.ipynb', 'tutorials/20_real.ipynb')
+    root = project(tmp_path, '010_core.config.ipynb', 'index.ipynb', 'tutorials/10_hour.ipynb', 'tutorials/20_real.ipynb')
     assert stage(root, root/'_proc') == ['index.ipynb', 'tutorials.hour.ipynb', 'tutorials.real.ipynb', 'core.ipynb']
     assert [o if isinstance(o, str) else o['section'] for o in sidebar(root)] == ['index.ipynb', 'Tutorials', 'Part 0 · Foundations']
     assert '](core.ipynb)' in (root/'_proc/tutorials.hour.ipynb').read_text()
 
 
 def test_site_without_tutorials(tmp_path):
-    root = project(tmp_path, 'index.ipynb', '000_core.ipynb')
+    root = project(tmp_path, 'index.ipynb', '010_core.config.ipynb')
     assert stage(root, root/'_proc') == ['index.ipynb', 'core.ipynb']
     assert not any('Tutorials' in str(o) for o in sidebar(root))
 
 
 def test_two_notebooks_are_not_one_page(tmp_path):
-    for names in (('000_core.ipynb', '100_core.ipynb'), ('tutorials/10_hour.ipynb', '500_tutorials.hour.ipynb')):
+    for names in (('010_core.config.ipynb', '100_core.ipynb'), ('tutorials/10_hour.ipynb', '500_tutorials.hour.ipynb')):
         root = project(tmp_path/names[0], *names)
         with pytest.raises(ValueError, match='are both the page .+: rename one'): book(root/'nbs')
 
@@ -213,6 +213,6 @@ def test_make_starts_a_chapter(tmp_path):
 
 def test_a_taken_number_is_one_line():
     taken = book(ROOT/'nbs')[-1][:4]
-    command = [sys.executable, '-m', 'deepseek_nb.site', '--new', f'{taken}balance', 'Balance']
+    command = [sys.executable, '-m', 'deepseek_nb.tools.site', '--new', f'{taken}balance', 'Balance']
     p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 1 and not p.stdout and len(p.stderr.splitlines()) == 1 and 'is taken by nbs/' in p.stderr

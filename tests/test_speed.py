@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from deepseek_nb import Config, Model, bench, cli, limits, scaling, speed, speed_models
+from deepseek_nb import Config, Model, bench
 from deepseek_nb.arch.attention import visible
-from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, main
-from deepseek_nb.benchmarks import BENCH_MOE, pair
-from deepseek_nb.dispatch import use
-from deepseek_nb.limits import (
+from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, limits, main, scaling
+from deepseek_nb.bench import layers as speed
+from deepseek_nb.bench import models as speed_models
+from deepseek_nb.bench.limits import (
     Case,
     Speed,
     attention_work,
@@ -32,7 +32,10 @@ from deepseek_nb.limits import (
     speed_of,
     train_work,
 )
-from deepseek_nb.scaling import Scaling, Sweep, scaling_of, slope
+from deepseek_nb.bench.peers import BENCH_MOE, pair
+from deepseek_nb.bench.scaling import Scaling, Sweep, scaling_of, slope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.tools import cli
 
 RESULTS = Path(__file__).parents[1]/'nbs'/'results'
 TINY = BENCH_MOE | dict(vocab_size=64, hidden_size=64, num_hidden_layers=3, intermediate_size=96, moe_intermediate_size=32)
@@ -379,7 +382,7 @@ def test_the_page_shows_what_was_stored(name):
     if not (RESULTS/f'{name}.json').exists(): pytest.skip(f'{name} was not measured yet')
     record = json.loads((RESULTS/f'{name}.json').read_text())
     read = scaling_of if name == 'scaling' else speed_of
-    page = {'scaling': '884_scaling', 'moe-layer': '882_speed', 'attention': '882_speed'}.get(name, '883_speed_models') + '.ipynb'
+    page = {'scaling': '765_bench.scaling', 'moe-layer': '760_bench.layers', 'attention': '760_bench.layers'}.get(name, '762_bench.models') + '.ipynb'
     found = read(record['result'])
     assert json.loads(json.dumps(found.to_dict())) == record['result'], f'{name}.json contradicts itself: measure again'
     assert found._repr_markdown_() in outputs(page), f'{page} is stale: run it and store its outputs'
@@ -387,6 +390,6 @@ def test_the_page_shows_what_was_stored(name):
 
 
 def test_no_speed_is_claimed_for_a_gpu():
-    for page in ('882_speed.ipynb', '883_speed_models.ipynb', '884_scaling.ipynb'):
+    for page in ('760_bench.layers.ipynb', '762_bench.models.ipynb', '765_bench.scaling.ipynb'):
         text = json.loads((RESULTS.parent/page).read_text(encoding='utf-8'))
         assert re.search('[Nn]othing here has been measured on a GPU yet', ''.join(''.join(c['source']) for c in text['cells']))

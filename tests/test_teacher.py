@@ -15,8 +15,8 @@ import torch
 from torch.autograd import gradcheck
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config
-from deepseek_nb.infer.safetensors import read_json
+from deepseek_nb.core.config import Config
+from deepseek_nb.files.safetensors import read_json
 from deepseek_nb.train import teacher as module
 from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack
 from deepseek_nb.train.distill import KINDS, distillation_loss, divergence

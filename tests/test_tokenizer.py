@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
-from deepseek_nb.infer.hub import fetch
-from deepseek_nb.infer.tokenizer import PRE, Tokenizer, from_gguf, gguf_metadata, merge, pre_tokenizer
+from deepseek_nb.files.hub import fetch
+from deepseek_nb.files.tokenizer import PRE, Tokenizer, from_gguf, gguf_metadata, merge, pre_tokenizer
 
 TEXTS = [
     '', ' ', '\n', '  \n\n \t x', 'Hello, world!', "I'll say it's they've WE'RE DON'T",

@@ -12,8 +12,8 @@ from torch.library import opcheck
 from deepseek_nb.arch.attention import attend, rms_norm, visible
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import run_experts
-from deepseek_nb.core import Config, Rope
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import train
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))

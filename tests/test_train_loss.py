@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepseek_nb import Model
-from deepseek_nb.core import Config
-from deepseek_nb.dispatch import use
+from deepseek_nb.core.config import Config
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.quant import quantize
 from deepseek_nb.train.loss import IGNORE, activations, document_mask, language_loss, linear_cross_entropy, score
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core import Config, Rope
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.train import trainer as module
 from deepseek_nb.train.data import Batches
 from deepseek_nb.train.loss import language_loss

@@ -18,8 +18,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .rope import rotate, softmax_scale
-from ..core import Config
-from ..dispatch import op
+from ..core.config import Config
+from ..core.dispatch import op
 
 # %% ../../nbs/120_arch.attention.ipynb #b6a62a95
 @op

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import CHUNK, Arena, Config
+from ..core.config import CHUNK, Arena, Config
 
 # %% ../../nbs/130_arch.cache.ipynb #8a24eab7
 def cache_shapes(

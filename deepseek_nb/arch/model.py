@@ -22,8 +22,8 @@ from .attention import GQA, MLA, RMSNorm, visible
 from .cache import Cache, cache_shapes
 from .moe import MoE, SwiGLU
 from .rope import cos_sin, frequencies, rotary_factor
-from ..core import Config, huge_pages, pick_device, pick_dtype
-from ..dispatch import op
+from ..core.config import Config, huge_pages, pick_device, pick_dtype
+from ..core.dispatch import op
 
 # %% ../../nbs/160_arch.model.ipynb #d55355b5
 @op

@@ -15,8 +15,8 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from .routing import Gate, normal
-from ..core import Config
-from ..dispatch import op
+from ..core.config import Config
+from ..core.dispatch import op
 
 # %% ../../nbs/150_arch.moe.ipynb #c28911a9
 class SwiGLU(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .attention import RMSNorm
 from .model import Block, Model, check_tokens, head
-from ..core import Config
+from ..core.config import Config
 
 # %% ../../nbs/180_arch.mtp.ipynb #d07fb766
 class MTP(Block):

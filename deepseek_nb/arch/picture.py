@@ -18,9 +18,9 @@ from itertools import groupby
 from math import log10, prod
 from typing import NamedTuple
 
-from ..core import Config
-from ..plot import COLOURS, GREY, style
-from ..releases import shapes
+from .releases import shapes
+from ..core.config import Config
+from ..core.plot import COLOURS, GREY, style
 
 # %% ../../nbs/170_arch.picture.ipynb #22d8c48d
 def human(

@@ -17,8 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..core import Config, Rope
-from ..dispatch import op
+from ..core.config import Config, Rope
+from ..core.dispatch import op
 
 # %% ../../nbs/100_arch.rope.ipynb #bf977bc6
 def geometric(

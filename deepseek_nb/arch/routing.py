@@ -18,8 +18,8 @@ from einops import rearrange, reduce
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import Config
-from ..dispatch import op
+from ..core.config import Config
+from ..core.dispatch import op
 
 # %% ../../nbs/140_arch.routing.ipynb #2f5ada73
 def affinity(

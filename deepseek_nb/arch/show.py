@@ -18,9 +18,9 @@ from torch import nn
 from .cache import Cache
 from .model import Model
 from .picture import human
+from .releases import summary
 from .routing import Route, load, max_violation
-from ..core import Config
-from ..releases import summary
+from ..core.config import Config
 
 # %% ../../nbs/175_arch.show.ipynb #23488573
 def table(
