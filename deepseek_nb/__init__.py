@@ -19,6 +19,7 @@ Modules:
 - `deepseek_nb.bench.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
 - `deepseek_nb.core.config`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
 - `deepseek_nb.core.dispatch`: A readable definition, its faster twins, and a registry that picks one
+- `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its fast versions, whichever chapter was imported first
 - `deepseek_nb.core.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.core.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
 - `deepseek_nb.cuda.attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
@@ -86,26 +87,15 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-# Names load when first asked for, so importing the package imports no PyTorch: where each lives, then the chapters that patch methods on it
+# The names that users import load when they are first asked for, so importing the package imports no PyTorch
 _HOMES = {'Config': 'core.config', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'files.tokenizer', 'QuantizedModel': 'quant.model',
           'Trainer': 'train.trainer', 'TrainingArguments': 'train.trainer', 'LoraConfig': 'train.lora', 'AdamW': 'train.optim',
           'get_linear_schedule_with_warmup': 'train.schedule'}
-_PATCHES = {'Config': ('arch.releases', 'arch.show'), 'Cache': ('arch.show',), 'Tokenizer': ('files.chat',),
-            'Model': ('arch.releases', 'arch.show', 'arch.mtp', 'files.checkpoint', 'infer.load', 'infer.generate', 'kernels.compile',
-                      'quant.model', 'train.lora', 'train.peft', 'train.dynamic'),
-            'Trainer': ('files.checkpoint', 'infer.load', 'train.resume', 'train.balance', 'train.lora', 'train.peft'),
-            'LoraConfig': ('train.peft', 'train.frozen')}
-# Chapters that register fast twins; nothing is compiled before an operation is called
-_TWINS = {'Model': ('kernels.moe', 'kernels.attention', 'kernels.norm', 'kernels.train', 'kernels.gradients', 'kernels.step', 'train.frozen')}
-_TWINS['Trainer'] = _TWINS['Model']
-_PATCHES['QuantizedModel'] = (*_PATCHES['Model'], 'train.qlora')
-_TWINS['QuantizedModel'] = (*_TWINS['Model'], 'kernels.panels', 'kernels.ggml', 'cuda.quant', 'kernels.step_codes')
 
 
 def __getattr__(name):
     if name not in _HOMES: raise AttributeError(f"module 'deepseek_nb' has no attribute {name!r}; it offers {', '.join(_HOMES)}")
-    module, *_ = [import_module(f'.{o}', __name__) for o in (_HOMES[name], *_PATCHES.get(name, ()), *_TWINS.get(name, ()))]
-    globals()[name] = getattr(module, name)
+    globals()[name] = getattr(import_module(f'.{_HOMES[name]}', __name__), name)
     return globals()[name]
 
 

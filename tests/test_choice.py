@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice as C
-from deepseek_nb.files import checkpoint  # noqa: F401, they give Model.from_pretrained and save_pretrained
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.infer import load  # noqa: F401, they give Model.from_pretrained and save_pretrained
 
 FIXTURES = Path(__file__).parent/'fixtures'  # choice.json is written by make_choice.py beside it
 LLAMA = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, inter_dim=48)

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import deepseek_nb.kernels.step  # noqa: F401, the kernels that go first
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.files import checkpoint  # noqa: F401, they give Model.save_pretrained and Model.generate
-from deepseek_nb.infer import generate  # noqa: F401, they give Model.save_pretrained and Model.generate
+from deepseek_nb.infer.generate import left_padded
 from deepseek_nb.kernels import compile as comp
 
 MOE = Config('deepseek_v3', vocab_size=64, dim=32, n_layers=2, n_heads=2, inter_dim=48, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
@@ -66,7 +64,7 @@ def test_one_graph_for_200_tokens_and_a_cache_that_grows(name, backend):
 @pytest.mark.parametrize('name', list(CONFIGS))
 def test_batches_and_left_padding(name):
     m = model(CONFIGS[name])
-    ids, mask = generate.left_padded([[1, 2, 3, 4, 5, 6, 7], [9], [8, 7, 6]])
+    ids, mask = left_padded([[1, 2, 3, 4, 5, 6, 7], [9], [8, 7, 6]])
     plain = torch.randint(64, (3, 4))
     expected = tokens(m, ids, 30, attention_mask=mask), tokens(m, plain, 30), tokens(m, plain, 9, temperature=.8, seed=3)
     m.compile('aot_eager')

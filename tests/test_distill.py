@@ -326,7 +326,6 @@ def test_own_share(own, r):
 
 
 def test_resumed_on_policy_run_is_the_same(tmp_path, r):
-    import deepseek_nb.train.resume  # noqa: F401, checkpoints
     data, teacher, seed = counting(20, r), llama(40).requires_grad_(False), r.randrange(10**6)
 
     class Stop(Callback):

@@ -17,9 +17,7 @@ from deepseek_nb.arch.releases import shapes
 from deepseek_nb.arch.rope import frequencies
 from deepseek_nb.bench import load_result
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.files import chat  # noqa: F401
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.infer import generate, load  # noqa: F401
 from deepseek_nb.train.latent import (
     choose_pairs,
     compress,

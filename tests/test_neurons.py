@@ -9,7 +9,6 @@ from torch.nn.functional import silu
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import MoE, SwiGLU
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.infer import generate, load  # noqa: F401
 from deepseek_nb.train.latent import convert, to_mla
 from deepseek_nb.train.neurons import (
     Neurons,

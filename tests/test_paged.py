@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import deepseek_nb.arch.releases  # noqa: F401, gives Config its cache_bytes_per_token
 from deepseek_nb.arch.cache import Cache, cache_shapes
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope

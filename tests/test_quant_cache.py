@@ -9,9 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-import deepseek_nb.arch.releases  # noqa: F401, gives Config its cache_bytes_per_token
-import deepseek_nb.infer.generate  # noqa: F401, gives Model its generate
-import deepseek_nb.kernels.compile  # noqa: F401, gives Model its compile
 from deepseek_nb.arch.cache import Cache, Slot, cache_shapes
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset

@@ -84,7 +84,6 @@ CASES = {
                                      dict(callbacks=[Balance(.01)]))}
 
 def lora(c, **kwargs):
-    from deepseek_nb.train import peft  # noqa: F401, it gives save_adapter
     from deepseek_nb.train.lora import LoraConfig
     return LoraConfig(r=2, lora_alpha=4, lora_dropout=.2, target_modules=['q_proj', 'o_proj', 'down_proj']).apply(fresh(c))
 
@@ -168,7 +167,6 @@ def interrupted(a, at=5, c=DENSE, **kwargs):
 def test_a_checkpoint_is_a_model(tmp_path):
     Trainer(fresh(), args(output_dir=tmp_path), rows()).train()
     saved, = checkpoints(tmp_path)
-    from deepseek_nb.infer import load  # noqa: F401, it gives from_pretrained
     transformers = pytest.importorskip('transformers')
     tokens = rows()[1]['tokens'][None]
     ours = Model.from_pretrained(saved, dtype='float32', device='cpu')

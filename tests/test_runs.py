@@ -11,8 +11,6 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice
-from deepseek_nb.files import checkpoint  # noqa: F401, they give Model its methods
-from deepseek_nb.infer import load  # noqa: F401, they give Model its methods
 from deepseek_nb.tools import cli
 from deepseek_nb.train import corpora, runs
 from deepseek_nb.train.bpe import save_tokenizer, train_bpe

@@ -18,7 +18,6 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
-from deepseek_nb.infer.load import load_config  # noqa: F401, it gives Model.from_pretrained
 from deepseek_nb.train import resume as resuming
 from deepseek_nb.train.data import example
 from deepseek_nb.train.loss import language_loss

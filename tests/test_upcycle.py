@@ -11,7 +11,6 @@ from deepseek_nb.arch.moe import MoE, SwiGLU
 from deepseek_nb.arch.releases import shapes
 from deepseek_nb.arch.routing import Gate
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.infer import generate, load  # noqa: F401
 from deepseek_nb.train.upcycle import active_share, balanced_kmeans, fit_router, moe_config, partition, split, to_moe, upcycle
 
 transformers = pytest.importorskip('transformers')

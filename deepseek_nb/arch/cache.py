@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.config import CHUNK, Arena, Config
+from ..core.lazy import extended
 
 # %% ../../nbs/130_arch.cache.ipynb #8a24eab7
 def cache_shapes(
@@ -46,6 +47,7 @@ class Slot:
         return [old[..., :end, :] for old in self.tensors]
 
 # %% ../../nbs/130_arch.cache.ipynb #a3456603
+@extended
 class Cache:
     "What a model remembers of its context"
     def __init__(self,

@@ -24,6 +24,7 @@ from .moe import MoE, SwiGLU
 from .rope import cos_sin, frequencies, rotary_factor
 from ..core.config import Config, huge_pages, pick_device, pick_dtype
 from ..core.dispatch import op
+from ..core.lazy import extended
 
 # %% ../../nbs/160_arch.model.ipynb #d55355b5
 @op
@@ -67,6 +68,7 @@ class Block(nn.Module):
         return add_feed_forward(add_attention(x, self, *args), self)
 
 # %% ../../nbs/160_arch.model.ipynb #38e3bdf1
+@extended
 class Model(nn.Module):
     "A language model: embedding, blocks, norm and head"
     def __init__(self,

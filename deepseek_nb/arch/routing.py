@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config
 from ..core.dispatch import op
+from ..core.lazy import extended
 
 # %% ../../nbs/140_arch.routing.ipynb #2f5ada73
 def affinity(
@@ -45,6 +46,7 @@ def limit_groups(
     return rearrange(grouped.masked_fill(~kept[...,None], -torch.inf), 'n g e -> n (g e)')
 
 # %% ../../nbs/140_arch.routing.ipynb #32e34f5c
+@extended
 class Route(NamedTuple):
     "Where each token goes"
     weights:Tensor # Factor on each chosen expert's output `n k`, float32

@@ -13,8 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-import deepseek_nb.kernels.compile  # noqa: F401, gives Model.compile
-import deepseek_nb.kernels.step  # noqa: F401, the C++ twins of a block's halves
 from ..arch.model import Model
 from . import benchmark, compare
 from .peers import BENCH_MOE, greedy, our_steps

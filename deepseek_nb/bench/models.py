@@ -149,7 +149,6 @@ def smollm2(
     "SmolLM2 twice, with the same weights"
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import deepseek_nb.infer.load  # noqa: F401  gives Model its from_pretrained
     ours = source if isinstance(source, Model) else Model.from_pretrained(source, dtype=place.kind, device=place.device)
     peer = LlamaForCausalLM(LlamaConfig(**ours.config.to_hf())).to(place.device, place.kind).eval()
     peer.model.load_state_dict(ours.state_dict())

@@ -129,7 +129,6 @@ def load_smollm2(
     "Load SmolLM2 from GGUF into float32, against transformers"
     from transformers import AutoModelForCausalLM
 
-    import deepseek_nb.infer.load  # noqa: F401  gives Model its from_pretrained
     from deepseek_nb.files.hub import fetch
     path = fetch(name)
     def ours(): return Model.from_pretrained(path, dtype=torch.float32, device='cpu')

@@ -21,8 +21,6 @@ import torch
 from .. import Model, QuantizedModel
 from . import benchmark, compare, seconds
 from .layers import Place
-from ..infer import load  # noqa: F401, it gives Model.from_pretrained
-from ..train import frozen, qlora  # noqa: F401, twins for frozen weights
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
 

@@ -21,6 +21,8 @@ from threading import Lock
 import torch
 from fastcore.basics import patch
 
+from .lazy import extended
+
 # %% ../../nbs/010_core.config.ipynb #4fcbbff5
 LEGEND = dict(b='batch', s='query positions', t='key positions', n='tokens (b s flattened)', d='model width', h='heads',
               c='latent', r='rotary', v='value width', x='query and key width', e='experts', k='experts a token',
@@ -65,6 +67,7 @@ def rope_from_hf(
     return Rope(theta=theta, interleaved=d.get('rope_interleave', interleaved), kind=None if kind=='default' else kind, **kw)
 
 # %% ../../nbs/010_core.config.ipynb #91d634e8
+@extended
 @dataclass(frozen=True)
 class Config:
     "What a model is: every size and every choice of mechanism"

@@ -17,12 +17,17 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from inspect import Parameter, Signature, signature
 from threading import Lock
 
+import torch
 from fastcore.basics import patch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from .. import _later
+from .lazy import DEVICES
 
 # %% ../../nbs/030_core.dispatch.ipynb #fe4ad4f4
 ORDER = ('cuda', 'cpp', 'compile', 'torch', 'reference')  # fastest first
@@ -87,7 +92,8 @@ class Twin:
         device:str, # Device type
     )->bool: # Whether the twin can run there, now
         "Whether device and machine are the twin's"
-        return self.device in (None, device) and (self.available is None or bool(self.available()))
+        if self.device not in (None, device) or (device == 'cuda' and not torch.cuda.is_available()): return False
+        return self.available is None or bool(self.available())
 
 # %% ../../nbs/030_core.dispatch.ipynb #be087b8c
 def check_signature(
@@ -112,20 +118,54 @@ class Op:
     ):
         self.reference, self.name, self.plans, self.warned = reference, reference.__name__, {}, set()
         self.twins = {'reference': Twin('reference', reference)}
-    def plan(
-        self,
-        choice:str, # One of `CHOICES`
-        device:str, # Device type of the call's tensors
-    )->tuple: # Names of the twins to try, in order
-        "The twins for a choice and a device, best first"
-        if (found := self.plans.get((choice, device))) is not None: return found
-        kinds = ORDER if choice == 'auto' else ORDER[ORDER.index(choice):]
-        names = tuple(n for k in kinds for n, t in self.twins.items() if t.kind == k and t.runs_on(device))
-        return self.plans.setdefault((choice, device), names)
-    # As torch.compiler.assume_constant_result marks it, which would import torch._dynamo here and now
-    plan._dynamo_marked_constant = True
+        self.later = _later.TWINS.get(f'{reference.__module__}.{reference.__qualname__}'.removeprefix('deepseek_nb.'), {})
+
+# %% ../../nbs/030_core.dispatch.ipynb #58ae58bc
+@patch
+def load(
+    self:Op,
+    kinds:tuple=ORDER, # Of the twins that are wanted
+    device:str|None=None, # Device type; None: all
+):
+    "Import the chapters that register twins"
+    for name, module in self.later.items():
+        kind, on = (name.split('/') + [''])[:2]
+        wanted = kind in kinds and (device is None or on not in DEVICES.values() or on == device)
+        if wanted and name not in self.twins: import_module(f'deepseek_nb.{module}')
+
+@patch
+def plan(
+    self:Op,
+    choice:str, # One of `CHOICES`
+    device:str, # Device type of the call's tensors
+)->tuple: # Names of the twins to try, in order
+    "The twins for a choice and a device, best first"
+    if (found := self.plans.get((choice, device))) is not None: return found
+    kinds = ORDER if choice == 'auto' else ORDER[ORDER.index(choice):]
+    self.load(kinds, device)
+    book = [*self.later]
+    ranked = sorted(self.twins.values(), key=lambda t: -book.index(t.name) if t.name in book else -len(book))
+    names = tuple(t.name for k in kinds for t in ranked if t.kind == k and t.runs_on(device))
+    return self.plans.setdefault((choice, device), names)
+
+# As torch.compiler.assume_constant_result marks it, which would import torch._dynamo here and now
+Op.plan._dynamo_marked_constant = True
 
 # %% ../../nbs/030_core.dispatch.ipynb #4a8a9727
+@patch
+def add(
+    self:Op,
+    twin:Twin, # To be registered
+):
+    "Register a twin whose name is new"
+    if old := self.twins.get(twin.name):
+        places = [t.fn.__module__ for t in (old, twin)]
+        again = old.fn.__qualname__ == twin.fn.__qualname__ and (places[0] == places[1] or '__main__' in places)
+        if not again: raise ValueError(f'{self.name} has a twin {twin.name!r} already, {places[0]}.{old.fn.__qualname__}: give this one a label')
+        if places[0] == '__main__' != places[1]: return
+    self.twins[twin.name] = twin
+    self.plans.clear()
+
 @patch
 def twin(
     self:Op,
@@ -133,15 +173,13 @@ def twin(
     device:str|None=None, # Device type that it runs on; None: any, but `cpu` for C++ and `cuda` for CUDA
     available:Callable|None=None, # `() -> bool`, asked once, at the first call; None: yes
     supports:Callable|None=None, # `(*args) -> bool`, asked at each call; None: all arguments
-    label:str='', # Tells it from others of the same kind and device; one without a label takes the place of the one before
+    label:str='', # Tells it from others of the same kind and device
 )->Callable: # Decorator
     "Register the function below as a twin"
     check_choice(kind, ORDER[:-1])
     def register(fn):
         check_signature(self.reference, fn)
-        new = Twin(kind, fn, device or dict(cpp='cpu', cuda='cuda').get(kind), available, supports, label)
-        self.twins[new.name] = new
-        self.plans.clear()
+        self.add(Twin(kind, fn, device or DEVICES.get(kind), available, supports, label))
         return fn
     return register
 
@@ -229,6 +267,8 @@ class TwinTable:
 # %% ../../nbs/030_core.dispatch.ipynb #7442ad8c
 def twins()->TwinTable: # A row an operation, a column a kind
     "All operations and their twins"
+    for name in _later.TWINS: import_module(f"deepseek_nb.{name.rpartition('.')[0]}")
+    for state in [*_ops.values()]: state.load()
     return TwinTable({name: {k: _cell(state, k) for k in ORDER} for name, state in sorted(_ops.items())})
 
 def _cell(state, kind):

@@ -29,7 +29,6 @@ from ..core.config import Config, Rope
 from .perplexity import Perplexity, perplexity, speeches
 from ..files.hub import PACKAGES, Package, cache_dir, fetch_package
 from ..files.tokenizer import Tokenizer
-from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from ..quant.int4 import Int4
 from ..quant.int8 import Int8
 from ..quant.model import QuantizedModel, calibrate_model, quantize_model

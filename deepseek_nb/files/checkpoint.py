@@ -26,7 +26,6 @@ from einops import rearrange, reduce, repeat
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..arch import mtp  # noqa: F401, it gives Model.add_mtp
 from ..arch.model import Model
 from ..core.config import Config
 from .safetensors import INDEX, SINGLE, Entry, read_tensors, some, weight_map, write_tensors
@@ -288,6 +287,8 @@ def save_pretrained(self:Model,
     max_shard_bytes:int = 5*10**9, # Largest file
 )->Path: # The folder
     "Write a checkpoint that transformers loads"
+    if names := getattr(self, 'peft_config', None):
+        raise ValueError(f'adapters {", ".join(names)} stand beside the weights; merge_and_unload(), or save_adapter(folder)')
     folder,source = Path(folder),getattr(self, 'source', None)
     tensors = {disk_key(k): v for k,v in disk_views(self).items()} | kept_tensors(self)
     copies = {disk_key(k): v.clone() for k,v in mtp_copies(self).items()}  # the format refuses tensors that share memory

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
+from ..core.lazy import extended
 from .hub import fetch
 
 # %% ../../nbs/210_files.tokenizer.ipynb #dc1ddbae
@@ -148,6 +149,7 @@ def plain_bpe(
     return BPE(vocab={t: i for t, i in vocab.items() if t not in control}, merges=merges, **flags)
 
 # %% ../../nbs/210_files.tokenizer.ipynb #0050e044
+@extended
 class Tokenizer:
     "Byte-level BPE with its control tokens and chat template"
     def __init__(self,

@@ -25,7 +25,6 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-import deepseek_nb.kernels.train  # noqa: F401, the experts of a compiled graph with many choices
 from ..arch.cache import Cache
 from ..arch.model import Model, add_attention, check_tokens, head
 from ..arch.moe import run_experts

@@ -7,8 +7,8 @@ Autograd's backward pass of a mixture is right and wasteful. `experts_forward` a
 
 # %% auto #0
 __all__ = ['BLOCK', 'visits', 'experts_forward', 'gate_backward', 'experts_backward', 'needs_grad', 'run_trained', 'blocks',
-           'masked_scores', 'causal_forward', 'causal_backward', 'attend_trained', 'rms_norm_backward', 'NormGradient',
-           'rms_norm_trained']
+           'masked_scores', 'causal_forward', 'causal_backward', 'is_prompt', 'attend_trained', 'rms_norm_backward',
+           'NormGradient', 'rms_norm_trained']
 
 # %% ../../nbs/545_kernels.train.ipynb #f80bdf4c
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.library import custom_op
 
-from ..arch.attention import attend, attend_sdpa, rms_norm, rms_norm_torch
-from ..arch.moe import group_tokens, run_experts, run_grouped
+from ..arch.attention import attend, rms_norm
+from ..arch.moe import group_tokens, run_experts
 from .build import operator_name
 
 # %% ../../nbs/545_kernels.train.ipynb #ca019b35
@@ -124,7 +124,8 @@ def needs_grad(
     "Is a gradient asked for?"
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
-@run_experts.twin('torch')
+@run_experts.twin('torch', label='gradient', supports=lambda x, weights, experts, gate_up, down:
+                  is_compiling() or needs_grad(x, weights, gate_up, down))
 def run_trained(
     x:Tensor, # Tokens `n d`
     weights:Tensor, # Factor on each chosen expert `n k`
@@ -132,8 +133,7 @@ def run_trained(
     gate_up:Tensor, # Stacked gate and up rows `e 2f d`
     down:Tensor, # Stacked `e d f`
 )->Tensor: # `n d`
-    "Sorted experts, with a gradient written by hand where one is needed"
-    if not (is_compiling() or needs_grad(x, weights, gate_up, down)): return run_grouped(x, weights, experts, gate_up, down)
+    "Sorted experts, with a gradient written by hand"
     return experts_forward(x, weights, experts, gate_up, down)[0]
 
 # %% ../../nbs/545_kernels.train.ipynb #03fe397f
@@ -218,7 +218,17 @@ def _back_attention(ctx, do, _):
 causal_forward.register_autograd(_back_attention, setup_context=_keep_attention)
 
 # %% ../../nbs/545_kernels.train.ipynb #bd733e79
-@attend.twin('torch')
+def is_prompt(
+    q:Tensor, # Queries `b h s x`
+    k:Tensor, # Keys `b g t x`
+    mask:Tensor|None, # True where a query sees a key
+    causal:bool, # Without a mask: see nothing later
+)->bool: # Whether `causal_forward` computes it
+    "Is this causal attention of a whole prompt, on a processor?"
+    return causal and mask is None and q.shape[2]==k.shape[2] and q.device.type=='cpu' and q.dtype.itemsize>=4
+
+@attend.twin('torch', label='gradient', supports=lambda q, k, v, scale, mask=None, causal=False:
+             needs_grad(q, k, v) and is_prompt(q, k, mask, causal))
 def attend_trained(
     q:Tensor, # Queries `b h s x`
     k:Tensor, # Keys `b g t x`
@@ -227,9 +237,7 @@ def attend_trained(
     mask:Tensor|None = None, # True where a query sees a key
     causal:bool = False, # Without a mask: see nothing later
 )->Tensor: # `b h s v`
-    "Causal attention by blocks where a gradient is needed, PyTorch's fused attention elsewhere"
-    prompt = causal and mask is None and q.shape[2]==k.shape[2] and q.device.type=='cpu' and q.dtype.itemsize>=4
-    if not (prompt and needs_grad(q, k, v)): return attend_sdpa(q, k, v, scale, mask, causal)
+    "Causal attention by blocks, with a gradient written by hand"
     if (shared := q.shape[1]//k.shape[1]) > 1: k,v = (repeat(t, 'b g t x -> b (g n) t x', n=shared) for t in (k, v))
     return causal_forward(q, k, v, scale)[0]
 
@@ -258,12 +266,12 @@ class NormGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy): return *rms_norm_backward(dy, *ctx.saved_tensors), None
 
-@rms_norm.twin('torch')
+@rms_norm.twin('torch', label='gradient', supports=lambda x, weight, eps:
+               x.device.type=='cpu' and x.dtype==weight.dtype and x.dtype.itemsize>=4 and needs_grad(x, weight))
 def rms_norm_trained(
     x:Tensor, # Activations `… d`
     weight:Tensor, # `d`
     eps:float, # Keeps the root away from zero
 )->Tensor: # `… d`
-    "RMSNorm, with a fused gradient where one is needed"
-    fits = x.device.type=='cpu' and x.dtype==weight.dtype and x.dtype.itemsize>=4
-    return NormGradient.apply(x, weight, eps) if fits and needs_grad(x, weight) else rms_norm_torch(x, weight, eps)
+    "RMSNorm with a fused gradient"
+    return NormGradient.apply(x, weight, eps)

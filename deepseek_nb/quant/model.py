@@ -27,13 +27,11 @@ from ..arch.picture import human
 from ..arch.routing import Gate
 from ..arch.show import table as markdown_table
 from ..core.config import pick_device, pick_dtype
-from ..cuda import quant as cuda
+from ..core.lazy import extended
 from ..files.gguf import gguf_config, open_gguf
 from ..infer.load import load_config, locate
-from ..kernels import ggml as ggml_cpp
-from ..kernels import step_codes as step
 from ..kernels.panels import pack_early
-from . import Format, QuantizedWeight, formats, fp4, int8, make_format, nf4, take_place
+from . import Format, QuantizedWeight, formats, make_format, take_place
 from .gptq import quantize_layers
 from .int8 import Int8
 from .save import PackedSource, packed_weights, read_packed, save_packed
@@ -89,6 +87,7 @@ def plan(
     return {k: f for k,r in roles.items() if (f := chosen.get(r)) and not any(fnmatch(k, p) for p in skip)}
 
 # %% ../../nbs/380_quant.model.ipynb #fc0b52b3
+@extended
 class QuantizedModel(Model):
     "A model whose matrices are kept in few bits"
 
@@ -174,6 +173,8 @@ def save_pretrained(self:QuantizedModel,
     max_shard_bytes:int = 5*10**9, # Largest file
 )->Path: # The folder
     "Write a checkpoint in few bits"
+    if names := getattr(self, 'peft_config', None):
+        raise ValueError(f'adapters {", ".join(names)} stand beside the codes; save_adapter(folder), or merge_to_float() and save that')
     return save_packed(self, folder, max_shard_bytes)
 
 # %% ../../nbs/380_quant.model.ipynb #ee9521b9

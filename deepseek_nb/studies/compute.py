@@ -33,7 +33,6 @@ from ..bench import compare
 from ..core.config import Config
 from ..core.plot import COLOURS, style
 from ..infer.inside import watch
-from ..kernels import attention, norm, step  # noqa: F401, the twins that are timed
 from . import in_words, overlap, spread, study
 from ..train.balance import Balance
 from ..train.bpe import save_tokenizer, train_bpe

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..arch.model import Model
 from ..core.plot import COLOURS, GREY, style
 from ..files.tokenizer import Tokenizer
-from ..infer import generate, load  # noqa: F401, they give Model its methods
 from . import by_arm, in_words, overlap, spread, study
 from ..train.corpora import corpus
 from ..train.distill import distillation_loss

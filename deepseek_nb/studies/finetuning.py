@@ -33,11 +33,9 @@ from ..bench import peak_bytes
 from ..core.plot import COLOURS, GREY, style
 from ..eval.classify import Classified, classified
 from ..files.tokenizer import Tokenizer
-from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from ..kernels.gradients import pool
 from ..quant.model import quantize_model
 from . import grams, in_words, overlap, several, spread, study
-from ..train import frozen, peft, qlora  # noqa: F401, twins for frozen weights, and adapters in checkpoints
 from ..train.corpora import corpus
 from ..train.data import IGNORE, Batches, class_prompt, in_test
 from ..train.lora import LoraConfig

@@ -35,7 +35,6 @@ from ..core.plot import COLOURS, GREY, style
 from ..eval.classify import confusion, macro_f1
 from ..files.safetensors import read_header, read_json, read_tensors, write_tensors, written
 from ..files.tokenizer import Tokenizer
-from ..infer import load  # noqa: F401, it gives Model.from_pretrained
 from . import by_arm, grams, in_words, overlap, several, spread, study
 from ..train.bpe import train_bpe
 from ..train.corpora import CORPORA, members

@@ -145,7 +145,6 @@ def cache_or_recompute(
     model:Model|None=None, # None: SmolLM2
 )->Comparison: # Seconds for prompt and new tokens
     "Decode with a cache, against computing the prefix again for every token"
-    import deepseek_nb.infer.load  # noqa: F401  gives Model its from_pretrained
     model = model or Model.from_pretrained('smollm2-135m', dtype=torch.float32, device='cpu')
     ids = torch.randint(model.config.vocab_size, (1, s), generator=torch.Generator().manual_seed(0))
     cached, again = with_cache(model, ids, n).tolist(), without_cache(model, ids, n).tolist()
@@ -161,8 +160,6 @@ def int8_or_float(
     model:Model|None=None, # None: SmolLM2
 )->Comparison: # int8, then float32
     "Decode in int8, against float32 of the same numbers"
-    import deepseek_nb.infer.load  # noqa: F401  gives Model its from_pretrained
-    from deepseek_nb import QuantizedModel  # noqa: F401  brings its kernels
     from deepseek_nb.quant.model import quantize_model
     exact = model or Model.from_pretrained('smollm2-135m', dtype='float32', device='cpu')
     def step(m):

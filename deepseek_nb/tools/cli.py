@@ -51,7 +51,7 @@ def go_on(
         if text: say(talk, text, **kw)
 
 def _load(model, dtype, device):
-    from deepseek_nb import QuantizedModel, Tokenizer  # noqa: F401, asking for the class brings its kernels
+    from deepseek_nb.files.tokenizer import Tokenizer
     from deepseek_nb.quant.model import load_model
     tok = Tokenizer.from_pretrained(model)
     return load_model(model, dtype, device), tok

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..files import chat  # noqa: F401, it gives Tokenizer.chat
 from ..files.tokenizer import Tokenizer
 
 # %% ../../nbs/600_train.data.ipynb #178d2c4e

@@ -18,7 +18,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..arch import releases  # noqa: F401, it gives Config.active_params
 from ..arch.model import Model, check_tokens
 from ..arch.moe import Experts, MoE, run_experts
 from ..arch.routing import Gate, Route

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..arch.model import Model
 from ..arch.moe import Experts
 from ..arch.routing import Gate
-from . import lora  # noqa: F401, its twin of run_experts takes stacks that aren't tensors
 
 # %% ../../nbs/636_train.esft.ipynb #0553961a
 @torch.no_grad()

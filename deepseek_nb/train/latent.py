@@ -26,18 +26,14 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from ..arch import releases  # noqa: F401, it gives Config.cache_bytes_per_token
 from ..arch.attention import GQA, MLA
 from ..arch.model import Block, Model, add_attention, add_feed_forward
 from ..arch.rope import frequencies, rotary_factor
 from ..bench import benchmark, save_result
 from ..core.config import FAMILIES, MOE_NAMES, Config, Rope
-from ..files import chat  # noqa: F401, they give Tokenizer.chat, Model.generate and Model.from_pretrained
 from ..files.hub import cache_dir
 from ..files.safetensors import read_header, read_json, read_tensors, write_tensors, written
 from ..files.tokenizer import Tokenizer
-from ..infer import generate, load  # noqa: F401, they give Tokenizer.chat, Model.generate and Model.from_pretrained
-from . import neurons_cpp  # noqa: F401, it makes single neurons fast
 from .corpora import sotu
 from .loss import language_loss
 from .neurons import to_neurons

@@ -29,8 +29,6 @@ from ..arch.model import Model
 from ..arch.moe import Experts, group_tokens, run_experts
 from ..arch.routing import Gate
 from ..core.dispatch import op
-from ..files import checkpoint  # noqa: F401, it gives Model.save_pretrained
-from ..kernels.train import run_trained
 from ..quant import QuantizedWeight
 
 # %% ../../nbs/630_train.lora.ipynb #3c7da421
@@ -389,19 +387,6 @@ def unload(self:Model)->Model: # The same, without adapters
     "Take all adapters off"
     return unwrap(self.unmerge_adapter(), False)
 
-# %% ../../nbs/630_train.lora.ipynb #e8437dda
-_save_pretrained = Model.save_pretrained
-
-@patch
-def save_pretrained(self:Model,
-    folder:str, # Created if absent; an existing checkpoint in it is replaced
-    max_shard_bytes:int = 5*10**9, # Largest file
-): # The folder
-    "Write a checkpoint that transformers loads"
-    if names := adapters_of(self):
-        raise ValueError(f'adapters {", ".join(names)} stand beside the weights; merge_and_unload(), or save_adapter(folder)')
-    return _save_pretrained(self, folder, max_shard_bytes)
-
 # %% ../../nbs/630_train.lora.ipynb #ec08bda7
 def products(
     w:Tensor|QuantizedWeight|LoraWeight, # A stack `e o i`
@@ -434,7 +419,8 @@ def run_products(
     back = torch.empty_like(out).index_copy(0, order, out)
     return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
 
-@run_experts.twin('torch')
+@run_experts.twin('torch', label='adapters', supports=lambda x, weights, experts, gate_up, down:
+                  not all(isinstance(w, Tensor) for w in (gate_up, down)))
 def run_adapted(
     x:Tensor, # Tokens `n d`
     weights:Tensor, # Factor on each chosen expert `n k`
@@ -444,7 +430,6 @@ def run_adapted(
 )->Tensor: # `n d`
     "The routed experts, where a stack has adapters or is kept in few bits"
     stacks = gate_up, down
-    if all(isinstance(w, Tensor) for w in stacks): return run_trained(x, weights, experts, gate_up, down)
     rows = row_choice()
     def run(i, chosen): return run_products(x[i], weights[i], experts[i], *(products(w, chosen(w)) for w in stacks))
     if rows is None: return run(slice(None), lambda w: w.chosen() if isinstance(w, LoraWeight) else ())

@@ -26,10 +26,8 @@ from ..arch.model import Model
 from ..arch.mtp import MTPLoss, acceptance
 from ..arch.routing import load as visits_of
 from ..core.config import Config, Rope, family
-from ..files import checkpoint  # noqa: F401, they give Model its methods
 from ..files.safetensors import some
 from ..files.tokenizer import Tokenizer
-from ..infer import generate, load  # noqa: F401, they give Model its methods
 from ..infer.inside import watch
 from .balance import Balance, evenness, routers
 from .bpe import save_tokenizer, train_bpe

@@ -19,7 +19,6 @@ from ..arch.model import Model
 from ..arch.moe import SwiGLU
 from ..core.dispatch import op
 from ..files.safetensors import read_header, read_tensors, write_tensors
-from ..infer import load  # noqa: F401, it gives Model its loading and saving
 from .upcycle import carried, residuals, share_out
 
 # %% ../../nbs/651_train.neurons.ipynb #8aef790d

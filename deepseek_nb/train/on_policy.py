@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from ..infer import generate  # noqa: F401, it gives Model.generate
 from ..infer.generate import left_padded
-from ..kernels import step  # noqa: F401, its decoding is faster
 from .data import IGNORE, collate, example
 from .loss import language_loss
 from .trainer import Diverged, Guard, Trainer

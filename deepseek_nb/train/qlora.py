@@ -18,7 +18,7 @@ from ..kernels.train import needs_grad
 from ..quant import QuantizedWeight, linear_quantized
 from ..quant.model import QuantizedModel, owners
 from .frozen import back_through
-from .lora import LoraWeight, adapters_of, lora_weights
+from .lora import LoraWeight, lora_weights
 
 # %% ../../nbs/634_train.qlora.ipynb #e38ca6eb
 class ThroughCodes(torch.autograd.Function):
@@ -54,14 +54,4 @@ def merge_to_float(self:QuantizedModel)->Model: # A new model; this one stays as
         t.copy_(w.sum() if isinstance(w, LoraWeight) else w.dequantize() if isinstance(w, QuantizedWeight) else w)
     return out.eval()
 
-_save_pretrained = QuantizedModel.save_pretrained
 
-@patch
-def save_pretrained(self:QuantizedModel,
-    folder:str, # Created if absent; an existing checkpoint in it is replaced
-    max_shard_bytes:int = 5*10**9, # Largest file
-): # The folder
-    "Write a checkpoint in few bits"
-    if names := adapters_of(self):
-        raise ValueError(f'adapters {", ".join(names)} stand beside the codes; save_adapter(folder), or merge_to_float() and save that')
-    return _save_pretrained(self, folder, max_shard_bytes)

@@ -22,15 +22,13 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from ..files import checkpoint  # noqa: F401, they give Model its methods
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
-from ..infer import load  # noqa: F401, they give Model its methods
 from ..quant.model import QuantizedModel, load_model
-from . import latent, peft, qlora  # noqa: F401, the last two give models the methods for adapters
 from .balance import Balance, routers, with_balance
 from .corpora import CORPORA, corpus
 from .data import chat_data, classification_data, packed, split_by_key, to_dataset, tokenised
+from .latent import convert as convert_model
 from .latent import save_tokenizer
 from .lora import LoraConfig
 from .mini import known
@@ -353,7 +351,7 @@ def convert(
     model,tok = replace(named, dtype=named.dtype or 'float32').load()
     heard,state = heard_text(data, tok, d.rows).to(model.device),out/'blocks' if d.steps else None
     before = f"{len([*state.glob('block-*')])} of {len(model.layers)} blocks were done" if state and state.is_dir() else ''
-    new,errors = latent.convert(model.requires_grad_(False), d.to, heard, d.steps, state, d.first, how, **sizes)
+    new,errors = convert_model(model.requires_grad_(False), d.to, heard, d.steps, state, d.first, how, **sizes)
     write_result(new, tok, out/'model')
     with written(note) as tmp: tmp.write_text(json.dumps(dict(about=about, errors=errors)))
     return Outcome(Errors(errors), out/'model', before)

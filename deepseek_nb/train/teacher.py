@@ -22,10 +22,8 @@ from torch import Tensor
 from ..arch.model import Model
 from ..files.safetensors import opened, read_json, write_tensors, written
 from ..files.tokenizer import Tokenizer
-from ..infer import generate  # noqa: F401, it gives Model.generate
 from ..infer.generate import left_padded
 from ..infer.persist import fingerprint
-from ..kernels import step  # noqa: F401, its decoding is faster
 from .data import IGNORE, collate, example
 from .distill import blended, check_loss, chunked_loss, divergence, logits_of, scored
 from .loss import LOGITS, activations, head_weight

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from ..core.config import pick_dtype
+from ..core.lazy import extended
 from ..core.plot import COLOURS, style
 from ..kernels.train import experts_forward
 from .data import Batches
@@ -108,6 +109,7 @@ class Callback:
     def load_state_dict(self, state:dict)->None: "Take a state back"
 
 # %% ../../nbs/615_train.trainer.ipynb #3f0a62ac
+@extended
 class History(list):
     "A row for each step"
     def series(self,
