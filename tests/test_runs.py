@@ -243,7 +243,8 @@ def test_two_processes_share_a_finetuning(place):
         'max_steps', 'per_device_train_batch_size = 4\nmax_steps'))
     (place/'alone.toml').write_text(FILES['finetune'].replace('"out"', '"alone"'))
     assert cli.main(['finetune', 'alone.toml']) == 0
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'deepseek_nb.tools.cli', 'finetune']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += ['-m', 'deepseek_nb.tools.cli', 'finetune']
     env = dict(os.environ, OMP_NUM_THREADS='1')
     p = subprocess.run([*command, 'run.toml'], capture_output=True, text=True, timeout=120, env=env)
     assert p.returncode == 0 and p.stdout.count('the result is in out/model') == 1, p.stderr

@@ -382,7 +382,8 @@ def test_the_page_shows_what_was_stored(name):
     if not (RESULTS/f'{name}.json').exists(): pytest.skip(f'{name} was not measured yet')
     record = json.loads((RESULTS/f'{name}.json').read_text())
     read = scaling_of if name == 'scaling' else speed_of
-    page = {'scaling': '765_bench.scaling', 'moe-layer': '760_bench.layers', 'attention': '760_bench.layers'}.get(name, '762_bench.models') + '.ipynb'
+    pages = {'scaling': '765_bench.scaling', 'moe-layer': '760_bench.layers', 'attention': '760_bench.layers'}
+    page = pages.get(name, '762_bench.models') + '.ipynb'
     found = read(record['result'])
     assert json.loads(json.dumps(found.to_dict())) == record['result'], f'{name}.json contradicts itself: measure again'
     assert found._repr_markdown_() in outputs(page), f'{page} is stale: run it and store its outputs'

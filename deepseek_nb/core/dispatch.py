@@ -161,7 +161,8 @@ def add(
     if old := self.twins.get(twin.name):
         places = [t.fn.__module__ for t in (old, twin)]
         again = old.fn.__qualname__ == twin.fn.__qualname__ and (places[0] == places[1] or '__main__' in places)
-        if not again: raise ValueError(f'{self.name} has a twin {twin.name!r} already, {places[0]}.{old.fn.__qualname__}: give this one a label')
+        if not again:
+            raise ValueError(f'{self.name} has a twin {twin.name!r} already, {places[0]}.{old.fn.__qualname__}: give this one a label')
         if places[0] == '__main__' != places[1]: return
     self.twins[twin.name] = twin
     self.plans.clear()

@@ -30,7 +30,8 @@ class Later:
     def __get__(self, obj, cls):
         import_module(self.module)
         if any(vars(c).get(self.name) is self for c in cls.__mro__):
-            raise AttributeError(f'{self.module} gives {cls.__name__} no {self.name!r}: is it half imported, or deepseek_nb/_later.py stale?')
+            said = f'{self.module} gives {cls.__name__} no {self.name!r}'
+            raise AttributeError(f'{said}: is it half imported, or deepseek_nb/_later.py stale?')
         return getattr(cls if obj is None else obj, self.name)
 
 # %% ../../nbs/020_core.lazy.ipynb #94c66ccf
@@ -84,7 +85,7 @@ def twins_in(
     for node in tree.body:
         for d in getattr(node, 'decorator_list', ()):
             if not (isinstance(d, ast.Call) and isinstance(d.func, ast.Attribute) and d.func.attr == 'twin'): continue
-            given = dict(zip(('kind', 'device'), d.args, strict=False)) | {k.arg: k.value for k in d.keywords if k.arg in ('kind', 'device', 'label')}
+            given = dict(zip(('kind', 'device'), d.args, strict=False)) | {k.arg: k.value for k in d.keywords}
             kind,device,label = (given[k].value if k in given else None for k in ('kind', 'device', 'label'))
             yield names[d.func.value.id], '/'.join(filter(None, (kind, device or DEVICES.get(kind), label)))
 

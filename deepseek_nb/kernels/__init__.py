@@ -9,7 +9,7 @@ when it is first called, whatever was imported. `kernels.use` picks the kind, fo
 __all__ = ['use', 'twins', 'TwinTable']
 
 # %% ../../nbs/500_kernels.ipynb #0ba7ba2a
-from ..core.dispatch import TwinTable, twins, use
+from ..core.dispatch import TwinTable, twins, use  # noqa: F401
 
 # %% ../../nbs/500_kernels.ipynb #7faa478b
 _all_ = ['use', 'twins', 'TwinTable']
