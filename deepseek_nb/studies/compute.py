@@ -37,9 +37,9 @@ from . import in_words, overlap, spread, study
 from ..train.balance import Balance
 from ..train.bpe import save_tokenizer, train_bpe
 from ..train.corpora import CORPORA
-from ..train.data import grams
 from ..train.dynamic import RULES, Skip, calibrate, keep_best, mixtures, share_out
 from ..train.resume import checkpoints
+from ..train.split import grams
 from ..train.trainer import Callback, Trainer, TrainingArguments
 
 # %% ../../nbs/920_studies.compute.ipynb #a6b45e3e

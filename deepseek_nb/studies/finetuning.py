@@ -37,10 +37,12 @@ from ..kernels.gradients import pool
 from ..quant.model import quantize_model
 from . import grams, in_words, overlap, several, spread, study
 from ..train.corpora import corpus
-from ..train.data import IGNORE, Batches, class_prompt, in_test
+from ..train.data import IGNORE, Batches
 from ..train.lora import LoraConfig
 from ..train.loss import activations, head_weight
 from ..train.resume import checkpoints, discard
+from ..train.sft import class_prompt
+from ..train.split import in_test
 from ..train.trainer import Guard, Trainer, TrainingArguments
 
 # %% ../../nbs/945_studies.finetuning.ipynb #d4575601

@@ -38,10 +38,11 @@ from ..files.tokenizer import Tokenizer
 from . import by_arm, grams, in_words, overlap, several, spread, study
 from ..train.bpe import train_bpe
 from ..train.corpora import CORPORA, members
-from ..train.data import IGNORE, Batches, collate, example, in_test, pack
+from ..train.data import IGNORE, Batches, collate, example, pack
 from ..train.distill import hidden_distance, scored
 from ..train.loss import activations, head_weight, language_loss
 from ..train.resume import checkpoints, read_model
+from ..train.split import in_test
 from ..train.stages import Projectors
 from ..train.trainer import Callback, Trainer, TrainingArguments, make_optimizer, make_schedule
 
