@@ -36,7 +36,7 @@ Modules:
 - `deepseek_nb.files.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
 - `deepseek_nb.files.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
 - `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
-- `deepseek_nb.files.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
+- `deepseek_nb.files.hub`: Turns a folder, a Hugging Face id or a registered name into files on this machine. A download is checked, cached, and needed only once.
 - `deepseek_nb.files.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
 - `deepseek_nb.files.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
