@@ -33,7 +33,7 @@ Modules:
 - `deepseek_nb.cuda.route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
 - `deepseek_nb.cuda.tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
 - `deepseek_nb.eval.choice`: Which of the answers would the model rather have written: log-likelihoods, plain and by length, as lm-evaluation-harness counts them
-- `deepseek_nb.files.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
+- `deepseek_nb.files.chat`: A conversation becomes a prompt by the checkpoint's own chat template, rendered exactly as transformers renders it. Control tokens inside a message stay plain text.
 - `deepseek_nb.files.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
 - `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
 - `deepseek_nb.files.hub`: Turns a folder, a Hugging Face id or a registered name into files on this machine. A download is checked, cached, and needed only once.
