@@ -37,7 +37,7 @@ Modules:
 - `deepseek_nb.files.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
 - `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
 - `deepseek_nb.files.hub`: Turns a folder, a Hugging Face id or a registered name into files on this machine. A download is checked, cached, and needed only once.
-- `deepseek_nb.files.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
+- `deepseek_nb.files.safetensors`: Weights are read from safetensors files one tensor at a time, with flat memory use. A new file gets its name only when it is complete.
 - `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
 - `deepseek_nb.infer.generate`: From logits to tokens to text: greedy or sampled, one prompt or a ragged batch, streamed with whole characters and clean stops
