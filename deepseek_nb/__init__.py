@@ -35,7 +35,7 @@ Modules:
 - `deepseek_nb.eval.choice`: Which of the answers would the model rather have written: log-likelihoods, plain and by length, as lm-evaluation-harness counts them
 - `deepseek_nb.files.chat`: A conversation becomes a prompt by the checkpoint's own chat template, rendered exactly as transformers renders it. Control tokens inside a message stay plain text.
 - `deepseek_nb.files.checkpoint`: A folder of safetensors is streamed into a model, DeepSeek's FP8 weights included, and written back in a form that transformers loads. A key that doesn't fit is an error.
-- `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
+- `deepseek_nb.files.gguf`: llama.cpp's file format: one file with metadata, tokenizer and quantised weights. This chapter reads a config from the metadata and fills a model from the tensors.
 - `deepseek_nb.files.hub`: Turns a folder, a Hugging Face id or a registered name into files on this machine. A download is checked, cached, and needed only once.
 - `deepseek_nb.files.safetensors`: Weights are read from safetensors files one tensor at a time, with flat memory use. A new file gets its name only when it is complete.
 - `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
