@@ -10,7 +10,6 @@ __all__ = ['round_e4m3', 'quantise_tiles', 'quantise_blocks', 'product_fp8', 'li
 
 # %% ../../nbs/582_cuda.fp8.ipynb #3a162803
 import torch
-import torch.nn.functional as F
 from einops import einsum, repeat
 from torch import Tensor
 from torch.library import custom_op
