@@ -10,7 +10,7 @@ __all__ = ['round_e4m3', 'quantise_tiles', 'quantise_blocks', 'product_fp8', 'li
 
 # %% ../../nbs/582_cuda.fp8.ipynb #3a162803
 import torch
-from einops import einsum, repeat
+from einops import einsum
 from torch import Tensor
 from torch.library import custom_op
 
