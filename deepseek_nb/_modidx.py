@@ -648,6 +648,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'deepseek_nb.core.nbproc.run_magic': ('core.nbproc.html#run_magic', 'deepseek_nb/core/nbproc.py'),
                                          'deepseek_nb.core.nbproc.serve_shells': ( 'core.nbproc.html#serve_shells',
                                                                                    'deepseek_nb/core/nbproc.py'),
+                                         'deepseek_nb.core.nbproc.slowest': ('core.nbproc.html#slowest', 'deepseek_nb/core/nbproc.py'),
                                          'deepseek_nb.core.nbproc.source_text': ( 'core.nbproc.html#source_text',
                                                                                   'deepseek_nb/core/nbproc.py'),
                                          'deepseek_nb.core.nbproc.torch_headers': ( 'core.nbproc.html#torch_headers',

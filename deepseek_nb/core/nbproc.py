@@ -9,7 +9,7 @@ Importing this module registers the two magics if IPython is running and does no
 # %% auto #0
 __all__ = ['COMPILERS', 'FLAGS', 'SUFFIXES', 'PRELOADED', 'find_compiler', 'join_cells', 'first_error', 'source_text',
            'with_includes', 'torch_headers', 'compile_source', 'check_name', 'run_magic', 'register_magics',
-           'serve_shells', 'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources', 'run_alone',
+           'serve_shells', 'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources', 'run_alone', 'slowest',
            'fresh_processes']
 
 # %% ../../nbs/040_core.nbproc.ipynb #fc75e942
@@ -238,6 +238,13 @@ def run_alone(
     sys.modules.pop('deepseek_nb.core.nbproc', None) # so that its import registers the magics with the notebook's shell
     return test_nb(path, **kwargs)
 
+def slowest(
+    times:dict, # Name -> seconds
+    n:int=10, # How many are listed
+)->str: # A line each
+    "The longest, longest first"
+    return '\n'.join(f'{s:6.1f} s  {name}' for name,s in sorted(times.items(), key=lambda o: -o[1])[:n])
+
 PRELOADED = ['nbdev.test', 'execnb.shell', 'fastcore.test', 'einops', 'matplotlib.pyplot', 'torch', 'torch._dynamo']
 
 def fresh_processes(
@@ -247,4 +254,8 @@ def fresh_processes(
     import nbdev.test
     from fastcore.parallel import parallel
     set_forkserver_preload(PRELOADED)
-    nbdev.test.parallel = lambda _, paths, **kwargs: parallel(run_alone, paths, max_tasks_per_child=1, **kwargs)
+    def run(_, paths, **kwargs):
+        results = parallel(run_alone, paths, max_tasks_per_child=1, **kwargs)
+        print(slowest({Path(p).name: seconds for p,(_, seconds) in zip(paths, results, strict=True)}))
+        return results
+    nbdev.test.parallel = run
