@@ -11,9 +11,9 @@ HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
 
-test: .venv/.dev  ## every notebook, then tests/
-	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2 --timing
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
+	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	$(BIN)/python -m pytest tests -k sanitizers

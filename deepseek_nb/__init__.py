@@ -38,6 +38,7 @@ Modules:
 - `deepseek_nb.files.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
 - `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
 - `deepseek_nb.files.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
+- `deepseek_nb.files.locate`: A path or a name becomes a folder or a file on this machine, and its config can be read without its weights.
 - `deepseek_nb.files.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
 - `deepseek_nb.files.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
