@@ -298,9 +298,11 @@ def prompt_attention(
 # %% ../../nbs/760_bench.layers.ipynb #df913ee5
 def neuron_streams(
     active:int, # Of 1,536 neurons
+    model:Model|None = None, # None: SmolLM2
 )->tuple: # SmolLM2, the same with sparse feed-forwards, and what each block's feed-forward reads
     "A dense model, a sparse one, and the activations of one token"
-    tok,model = Tokenizer.from_pretrained('smollm2-135m'),Model.from_pretrained('smollm2-135m', 'float32', 'cpu').requires_grad_(False)
+    tok,model = Tokenizer.from_pretrained('smollm2-135m'),model or Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
+    model.requires_grad_(False)
     ids = torch.tensor(tok.encode(list(sotu())[-1]['text'])[:1200]).view(3, 400)
     streams = [middle[:, -1:].clone() for _,_,middle,_ in residuals(model, ids[2:])]
     return model, to_neurons(model, active, ids[:2]), streams
@@ -308,9 +310,10 @@ def neuron_streams(
 def neurons_speed(
     active:int = 844, # Of 1,536 neurons
     repeats:int = 15, # Rounds
+    model:Model|None = None, # None: SmolLM2
 )->dict: # `Comparison`s: the kernel alone, and with norm and residual
     "SmolLM2's feed-forwards for a token, with 70% of the work against all of it"
-    model,sparse,streams = neuron_streams(active)
+    model,sparse,streams = neuron_streams(active, model)
     inner = [b.post_attention_layernorm(x) for b,x in zip(sparse.layers, streams, strict=True)]
     @torch.no_grad()
     def blocks(m): return [add_feed_forward(x, b) for b,x in zip(m.layers, streams, strict=True)]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from ..bench import BENCHMARKS, Comparison, compare, find_benchmark, load_result, show
+from ..bench import Comparison, compare, find_benchmark, load_result, show
 from ..bench import main as run
 from ..studies import CHAPTERS, runs
 

@@ -14,7 +14,6 @@ __all__ = ['BIG', 'complex_rows', 'real_rows', 'moment', 'shared_pairs', 'folded
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
