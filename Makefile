@@ -22,7 +22,7 @@ docs: .venv/.dev  ## the site, into _docs
 	$(BIN)/python -m deepseek_nb.tools.site
 
 bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; without a name, the list
-	$(BIN)/python -m deepseek_nb.bench $(NAME)
+	$(BIN)/deepseek-nb bench $(NAME)
 
 evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done

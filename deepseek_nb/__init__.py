@@ -12,6 +12,7 @@ Modules:
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
 - `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
 - `deepseek_nb.arch.show`: A config, a model, a cache and a routing result, as a notebook displays them
+- `deepseek_nb.bench.conversion`: SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both: perplexity, cache, parameters, and the same answers in transformers.
 - `deepseek_nb.bench.layers`: An MoE layer and an attention layer beside transformers, and beside what the machine allows
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config; and the least time for them on a machine whose rates were measured
 - `deepseek_nb.bench.models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
