@@ -271,8 +271,9 @@ _TOP = dict(embed_tokens='token_embd', norm='output_norm', lm_head='output')
 _ATTN = dict(q_proj='q', k_proj='k', v_proj='v', o_proj='output', q_a_proj='q_a', q_a_layernorm='q_a_norm', q_b_proj='q_b',
             kv_a_proj_with_mqa='kv_a_mqa', kv_a_layernorm='kv_a_norm', kv_b_proj='kv_b')
 _FFN = dict(gate='gate_inp', gate_proj='gate', up_proj='up', down_proj='down')
-_BLOCK = {'input_layernorm': 'attn_norm', 'post_attention_layernorm': 'ffn_norm'} | {f'self_attn.{k}': f'attn_{v}' for k,v in _ATTN.items()} \
-    | {f'mlp.{k}': f'ffn_{v}' for k,v in _FFN.items()} | {f'mlp.shared_experts.{k}': f'ffn_{v}_shexp' for k,v in _FFN.items()}
+_NORMS = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm')
+_BLOCK = _NORMS | {f'self_attn.{k}': f'attn_{v}' for k,v in _ATTN.items()} | {f'mlp.{k}': f'ffn_{v}' for k,v in _FFN.items()} \
+    | {f'mlp.shared_experts.{k}': f'ffn_{v}_shexp' for k,v in _FFN.items()}
 
 # %% ../../nbs/240_files.gguf.ipynb #30dfb19e
 def _block_views(c, arch, i, rest, t, names):
