@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..kernels.build import Kernels
-from ..kernels.gemm import FLOATS, check_tensor, no_grad
+from ..kernels.gemm import FLOATS, check_tensor, without_grad
 from .neurons import Neurons, ask_neurons
 
 # %% ../../nbs/653_train.neurons_cpp.ipynb #0d58e0cc
@@ -30,7 +30,7 @@ def askable(
     if any(type(p) is not nn.Linear or p._forward_hooks or p._forward_pre_hooks for p in parts): return False
     gate,up,down = (p.weight for p in parts)
     alike = gate.dtype == up.dtype == down.dtype == x.dtype and gate.is_cpu and x.is_cpu
-    return alike and gate.is_contiguous() and up.is_contiguous() and down.stride(0) == 1 and no_grad(x, gate, up, down)
+    return alike and gate.is_contiguous() and up.is_contiguous() and down.stride(0) == 1 and without_grad(x, gate, up, down)
 
 @ask_neurons.twin('cpp', available=kernels.ready, supports=askable)
 def ask_neurons_cpp(
