@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attention import Context, RMSNorm
+from .attention import Context
+from .norm import RMSNorm
 from .model import Block, Model, head
 from ..core.config import Config
 

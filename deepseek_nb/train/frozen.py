@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ..arch.attention import GQA, Context, rms_norm
+from ..arch.attention import GQA, Context
+from ..arch.norm import rms_norm
 from ..arch.model import Block, add_attention, add_feed_forward
 from ..arch.moe import SwiGLU
 from ..arch.rope import rotate
