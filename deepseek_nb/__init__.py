@@ -67,9 +67,13 @@ Modules:
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
 - `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
 - `deepseek_nb.quant.stream`: A weight is read, encoded and forgotten some rows at a time, so that a model in few bits never needs the memory of its floats
+- `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
-- `deepseek_nb.tools.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
-- `deepseek_nb.tools.site`: A notebook becomes a page without running a lesson
+- `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.
+- `deepseek_nb.tools.glossary`: Each term has one sentence and the chapter that explains it, and its first use on a page links to its entry.
+- `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.
+- `deepseek_nb.tools.pictures`: A token's way through DeepSeek-V3, measured rates beside peers, and a map of the book: three SVG files made from data.
+- `deepseek_nb.tools.site`: Each notebook becomes a page with its code, its stored outputs and its links, without running a cell and without another host.
 - `deepseek_nb.train.balance`: Left to itself, a router sends everything to a few experts. A bias that moves after each step keeps all of them busy, and a small loss keeps single sequences from bunching
 - `deepseek_nb.train.bpe`: Merges learned from text, DeepSeek's borders between words, and a tokenizer in the layout that everybody reads
 - `deepseek_nb.train.corpora`: Newspapers, plays, speeches, dictionaries and examinations that package registries serve, pinned, cached and read without installing anything
