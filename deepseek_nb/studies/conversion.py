@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
+from ..bench.conversion import QUESTION, model_costs
 from ..core.plot import COLOURS, GREY, style
 from ..files.tokenizer import Tokenizer
 from . import by_arm, in_words, overlap, spread, study
 from ..train.corpora import corpus
 from ..train.distill import distillation_loss
-from ..train.latent import QUESTION, convert, matrices_of, reconstruct, weigh
+from ..train.latent import convert, matrices_of, reconstruct
 from ..train.neurons import Neurons
 from ..train.resume import checkpoints
 from ..train.trainer import Trainer, TrainingArguments
@@ -148,7 +149,7 @@ def convert_and_distil(
     "Convert a model, repair it, distil it"
     s,(tok,texts,old,heard) = settings,begin(settings, seed)
     judges = {k: pieces(texts[k], tok, s['judged'], s['length']) for k in ('test', 'other')}
-    def now(model): return {k: weigh(k, model, t)['perplexity'] for k,t in judges.items()} | dict(answer=answers_to(model, tok))
+    def now(model): return {k: model_costs(k, model, t)['perplexity'] for k,t in judges.items()} | dict(answer=answers_to(model, tok))
     new = converted(old, heard, s)
     found = dict(original=now(old), converted=now(new))
     errors = repair_blocks(new, old, heard, s, seed, folder)
@@ -170,8 +171,8 @@ def try_rates(
     s,(tok,texts,old,heard) = settings,begin(settings, seed)
     rows = pieces(texts['validation'], tok, s['judged'], s['length'])
     fresh = pieces(texts['learn'], tok, s['distil_steps']*s['distil_batch'], s['length'], 1000 + seed)
-    def rise(model): return round(weigh('validation', model, rows)['perplexity']/before - 1, 3)
-    before = weigh('validation', old, rows)['perplexity']
+    def rise(model): return round(model_costs('validation', model, rows)['perplexity']/before - 1, 3)
+    before = model_costs('validation', old, rows)['perplexity']
     new = converted(old, heard, s)
     repair_blocks(new, old, heard, s, seed, folder)
     found,state = [['', 0., 0, rise(new)]],{k: v.clone() for k,v in new.state_dict().items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from ..bench import benchmark, compare
+from ..bench import compare
 from ..core.config import Config
 from ..core.plot import COLOURS, style
 from ..files.tokenizer import Tokenizer
@@ -116,7 +116,6 @@ def stepper(
     t.data = iter(t.batches)
     return t.one_step
 
-@benchmark('sparse-steps')
 def sparse_steps(
     plan:str|Path = 'nbs/configs/evidence/sparse.toml', # Whose arms are timed
     most:int = 60, # Documents of a corpus
