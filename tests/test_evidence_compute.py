@@ -11,9 +11,9 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.studies import compute as C
 from deepseek_nb.studies import evidence, read_plan
-from deepseek_nb.train.data import grams
+from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.dynamic import keep_best
-from deepseek_nb.train.trainer import Callback
+from deepseek_nb.train.split import grams
 
 PLAN = Path(__file__).parent.parent/'nbs/configs/evidence/compute.toml'
 

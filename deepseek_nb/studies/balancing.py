@@ -23,10 +23,11 @@ from ..infer.inside import watch
 from . import by_arm, in_words, spread, study
 from .sparse import make, prepare_text
 from ..train.balance import evenness, routers, with_balance
+from ..train.callbacks import Callback
 from ..train.data import Batches, packed, to_dataset, tokenised
 from ..train.mini import build, documents, held_losses, set_aside
 from ..train.resume import checkpoints
-from ..train.trainer import Callback, Trainer
+from ..train.trainer import Trainer
 
 # %% ../../nbs/948_studies.balancing.ipynb #608aba79
 CLASSES = ('word', 'continuation', 'number', 'mark', 'space')

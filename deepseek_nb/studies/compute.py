@@ -36,11 +36,12 @@ from ..infer.inside import watch
 from . import in_words, overlap, spread, study
 from ..train.balance import Balance
 from ..train.bpe import save_tokenizer, train_bpe
+from ..train.callbacks import Callback
 from ..train.corpora import CORPORA
-from ..train.data import grams
 from ..train.dynamic import RULES, Skip, calibrate, keep_best, mixtures, share_out
 from ..train.resume import checkpoints
-from ..train.trainer import Callback, Trainer, TrainingArguments
+from ..train.split import grams
+from ..train.trainer import Trainer, TrainingArguments
 
 # %% ../../nbs/920_studies.compute.ipynb #a6b45e3e
 TASKS = dict( # Corpus: a row's class, its key, and whether it is cut into passages

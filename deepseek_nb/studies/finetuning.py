@@ -36,11 +36,14 @@ from ..files.tokenizer import Tokenizer
 from ..kernels.gradients import pool
 from ..quant.model import quantize_model
 from . import grams, in_words, overlap, several, spread, study
+from ..train.callbacks import Guard
 from ..train.corpora import corpus
-from ..train.data import IGNORE, Batches, class_prompt, in_test
+from ..train.data import IGNORE, Batches
 from ..train.lora import LoraConfig
 from ..train.resume import checkpoints, discard
-from ..train.trainer import Guard, Trainer, TrainingArguments
+from ..train.sft import class_prompt
+from ..train.split import in_test
+from ..train.trainer import Trainer, TrainingArguments
 
 # %% ../../nbs/945_studies.finetuning.ipynb #d4575601
 @lru_cache(maxsize=2)

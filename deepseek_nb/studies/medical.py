@@ -37,13 +37,15 @@ from ..files.safetensors import read_header, read_json, read_tensors, write_tens
 from ..files.tokenizer import Tokenizer
 from . import by_arm, grams, in_words, overlap, several, spread, study
 from ..train.bpe import train_bpe
+from ..train.callbacks import Callback
 from ..train.corpora import CORPORA, members
-from ..train.data import IGNORE, Batches, collate, example, in_test, pack
+from ..train.data import IGNORE, Batches, collate, example, pack
 from ..train.distill import hidden_distance, scored
 from ..train.loss import language_loss
 from ..train.resume import checkpoints, read_model
+from ..train.split import in_test
 from ..train.stages import Projectors
-from ..train.trainer import Callback, Trainer, TrainingArguments, make_optimizer, make_schedule
+from ..train.trainer import Trainer, TrainingArguments, make_optimizer, make_schedule
 
 # %% ../../nbs/930_studies.medical.ipynb #411d68b1
 def part_of(
