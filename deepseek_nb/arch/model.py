@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .attention import GQA, MLA, Context, document_mask, one_document, visible
-from .norm import RMSNorm
 from .cache import Cache, cache_shapes
 from .moe import MoE, SwiGLU
+from .norm import RMSNorm
 from .rope import cos_sin, frequencies, rotary_factor
 from ..core.config import Config
 from ..core.device import huge_pages, pick_device, pick_dtype

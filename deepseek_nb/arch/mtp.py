@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import Context
-from .norm import RMSNorm
 from .model import Block, Model, head
+from .norm import RMSNorm
 from ..core.config import Config
 
 # %% ../../nbs/180_arch.mtp.ipynb #d07fb766

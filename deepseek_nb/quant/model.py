@@ -20,9 +20,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..arch.norm import RMSNorm
 from ..arch.model import Model
 from ..arch.moe import Experts
+from ..arch.norm import RMSNorm
 from ..arch.picture import human
 from ..arch.routing import Gate
 from ..arch.show import table as markdown_table
