@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted('.'.join(('deepseek_nb', *p.relative_to(ROOT/'deepseek_nb').with_suffix('').parts)).removesuffix('.__init__')
-                 for p in (ROOT/'deepseek_nb').rglob('*.py') if not p.name.startswith('_') or (p.name == '__init__.py' and p.stat().st_size))
+                 for p in (ROOT/'deepseek_nb').rglob('*.py') if not p.name.startswith('_') or p.name == '__init__.py' and p.stat().st_size)
 
 
 def logits():
@@ -44,8 +44,8 @@ def alone(name):
     ops = {o.removeprefix('deepseek_nb.'): op for o, op in _ops.items()}
     strangers = {o: [n for n, t in op.twins.items() if n != 'reference' and t.fn.__module__ != f"deepseek_nb.{_later.TWINS[o].get(n)}"]
                  for o, op in ops.items() if o in _later.TWINS}
-    return dict(bits=bits, strangers={o: n for o, n in strangers.items() if n},
-                plans={o: [*op.plans['auto', 'cpu']] for o, op in sorted(ops.items()) if o.startswith('arch.') and ('auto', 'cpu') in op.plans})
+    planned = {o: op.plans.get(('auto', 'cpu')) for o, op in sorted(ops.items()) if o.startswith('arch.')}
+    return dict(bits=bits, strangers={o: n for o, n in strangers.items() if n}, plans={o: [*p] for o, p in planned.items() if p})
 
 
 def fork(job, *args):
