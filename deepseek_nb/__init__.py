@@ -1,5 +1,12 @@
 """DeepSeek's language models as a book that runs
 
+Packages:
+
+- `deepseek_nb.quant`: A matrix stored as small integers and scales, which a layer uses as if it were a tensor
+- `deepseek_nb.kernels`: An operation has a definition that you can read and twins that are fast; one call chooses between them, another shows what there is
+- `deepseek_nb.bench`: Contenders that alternate, memory at its peak, the machine's roofline, and results kept as files
+- `deepseek_nb.studies`: An experiment is a file that says beforehand what will be run, and a file that says afterwards what was
+
 Modules:
 
 - `deepseek_nb.arch.attention`: Grouped-query attention, and DeepSeek's multi-head latent attention in its two forms, which give the same answer at different costs

@@ -2513,6 +2513,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'deepseek_nb/tools/front.py'),
                                          'deepseek_nb.tools.front.output_text': ( 'tools.front.html#output_text',
                                                                                   'deepseek_nb/tools/front.py'),
+                                         'deepseek_nb.tools.front.packages_cell': ( 'tools.front.html#packages_cell',
+                                                                                    'deepseek_nb/tools/front.py'),
                                          'deepseek_nb.tools.front.readme': ('tools.front.html#readme', 'deepseek_nb/tools/front.py'),
                                          'deepseek_nb.tools.front.write_front': ( 'tools.front.html#write_front',
                                                                                   'deepseek_nb/tools/front.py')},

@@ -163,6 +163,7 @@ def stage_cells(
     from fastcore.nbio import mk_cell
     name = page_name(notebook).removesuffix('.ipynb')
     links = source_links(root/f'deepseek_nb/{name.replace(".", "/")}.py', name)
+    nb.cells = [o for o in nb.cells if o.cell_type == 'code' or not o.source.startswith('#| hide\n')]
     if notebook == FRONT[0] and nb.cells: nb.cells[0].set_source(f'{nb.cells[0].source}\n\n- toc: false') # it takes the whole width
     for cell in nb.cells:
         prose = cell.cell_type != 'code'
