@@ -67,6 +67,8 @@ Modules:
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
 - `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
 - `deepseek_nb.quant.stream`: A weight is read, encoded and forgotten some rows at a time, so that a model in few bits never needs the memory of its floats
+- `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
+- `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
 - `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
 - `deepseek_nb.tools.map`: The front page's picture, drawn from the chapters themselves, so that it can't show a book that isn't there
 - `deepseek_nb.tools.site`: A notebook becomes a page without running a lesson
