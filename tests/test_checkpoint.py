@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from deepseek_nb import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files import checkpoint as ck
+from deepseek_nb.files.locate import load_config
 from deepseek_nb.files.safetensors import read_header
-from deepseek_nb.infer.load import load_config
 
 V3 = Config('deepseek_v3', vocab_size=48, dim=16, n_layers=2, n_heads=2, inter_dim=24, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8,
             qk_rope_head_dim=4, v_head_dim=8, n_dense_layers=1, n_routed_experts=4, n_shared_experts=1, n_activated_experts=2,

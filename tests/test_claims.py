@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepseek_nb import Config, Model
-from deepseek_nb.bench import BENCHMARKS, Comparison, record, save_result
+from deepseek_nb.bench import BENCHMARKS, Comparison, find_benchmark, record, save_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'
@@ -153,7 +153,7 @@ def test_numbers_of_the_table_are_in_the_records(claims):
     assert len(rows) == len(claims.PEERS)
     for name, row in zip(claims.PEERS, rows, strict=True):
         found = claims.checked(name, RESULTS)[0]
-        assert BENCHMARKS[name].__doc__.startswith(row[0])
+        assert find_benchmark(name).__doc__.startswith(row[0])
         assert all(follows(n, known(found)[0]) for cell in row[1:] for n in numbers(cell)), row
         on = next(line for line in lines if line.startswith(f'`{name}`'))
         assert set(numbers(on.partition(':')[2])) <= known(found)[1]

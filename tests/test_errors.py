@@ -17,8 +17,8 @@ from deepseek_nb import Cache, Model, Tokenizer
 from deepseek_nb.arch.rope import geometric
 from deepseek_nb.core.config import Config
 from deepseek_nb.files import hub
+from deepseek_nb.files.locate import load_config
 from deepseek_nb.infer.generate import Sampling, Stopper, left_padded, stream_text
-from deepseek_nb.infer.load import load_config
 from deepseek_nb.tools.cli import main
 
 LLAMA = Config('llama', vocab_size=258, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, inter_dim=24, max_positions=32,

@@ -545,8 +545,8 @@ def test_power_above(x):
 
 def test_scales_are_rounded_up_to_the_bit():
     "A logarithm in float32 rounds, and just above a power of two its ceiling is one too low."
-    from deepseek_nb.cuda.fp8 import quant_tiles
     from deepseek_nb.files.checkpoint import quant_fp8, round_up_scale
+    from deepseek_nb.quant.fp8 import quant_tiles
     exact = torch.ldexp(torch.ones(200), torch.arange(-100, 100))
     above,below = (exact.nextafter(torch.tensor(x)) for x in (torch.inf, 0.))
     for got,want in ((exact, exact), (above, 2*exact), (below, exact)): assert torch.equal(round_up_scale(got), want)

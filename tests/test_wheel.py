@@ -36,7 +36,7 @@ def installed(wheel, tmp_path_factory):
     "A new environment with the wheel and its dependencies."
     env = tmp_path_factory.mktemp('env')
     run(sys.executable, '-m', 'venv', env)
-    run(env/'bin/python', '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet', '--prefer-binary', wheel)
+    run(env/'bin/python', '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet', '--prefer-binary', '--no-compile', wheel)
     return env/'bin'
 
 

@@ -19,7 +19,7 @@ import torch
 from .. import Model, Tokenizer
 from ..arch.cache import Cache, Slot
 from ..arch.routing import Gate
-from . import Comparison, benchmark, compare
+from . import Comparison, compare
 from .peers import BENCH_MOE
 from ..core.config import Config
 from ..infer.paged import PagedCache, PagePool
@@ -106,7 +106,6 @@ def first_tokens(
         return {case: against_plain(model, make, start, expect, repeats) for case,make,start,expect in cases}
 
 # %% ../../nbs/770_bench.caches.ipynb #ec58de51
-@benchmark('prefix-cache')
 def prefix_cache(
     names:tuple=('smollm2-135m', 'bench-moe'), # Models, as for `bench_model`
     shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`, for bench-moe
@@ -207,7 +206,6 @@ def format_errors(
     return [*rows, ['bfloat16', '', plain//2, .5, *errors(partial(BFloatCache, c))]]
 
 # %% ../../nbs/770_bench.caches.ipynb #eb172f08
-@benchmark('cache-kinds')
 def cache_kinds(
     names:tuple=('smollm2-135m', 'bench-moe'), # Models, as for `bench_model`
     shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`, for bench-moe
@@ -237,7 +235,6 @@ def learnt_latents(
     mini = Tokenizer.from_pretrained('mini').encode(text['test'])[:512]
     return {n: (m, ids) for n,m in ways.items()} | dict(mini=(bench_model('mini'), torch.tensor([mini])))
 
-@benchmark('latent-codes')
 def latent_codes(
     models:Callable=learnt_latents, # Gives the models
     keep:int=256, # Last positions to compare

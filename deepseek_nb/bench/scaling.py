@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .. import Model
 from ..arch.moe import MoE
-from . import Machine, Work, benchmark, best_rate, bound, peak_bytes, show
+from . import Machine, Work, best_rate, bound, peak_bytes, show
 from .layers import our_attention, walk
 from .limits import attention_work, better, ceilings, ffn_work, forward_work
 from .peers import BENCH_MOE, our_steps
@@ -202,7 +202,6 @@ def sweeps(
             timed('a prompt in attention', 'context (tokens)', context, lambda s: prompt_job(flat, s), host, 2),
             memory_sweep(flat, context[-4:]))
 
-@benchmark('scaling')
 def measure_scaling(
     host:Machine|None=None, # Ceilings; None: measure them
     **options, # For `sweeps`

@@ -7,7 +7,7 @@ way in, so products are sums of integers, and scales are applied once a block.""
 
 # %% auto #0
 __all__ = ['PIECES', 'arena', 'PACKED', 'kernels', 'side_by_side', 'Panels', 'pack', 'kind_of', 'packable', 'has_panels',
-           'pack_early', 'linear_panels', 'embed_panels']
+           'prepack_panels', 'linear_panels', 'embed_panels']
 
 # %% ../../nbs/535_kernels.panels.ipynb #6f9edc3f
 from math import prod
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core.config import Arena
 from .build import Kernels
 from .gemm import FLOATS, check_tensor
-from ..quant import Layout, QuantizedWeight, embed_quantized, linear_quantized
+from ..quant import Layout, QuantizedWeight, embed_quantized, linear_quantized, prepack
 
 # %% ../../nbs/535_kernels.panels.ipynb #a30671c9
 PIECES = {  # format -> its parts: name, dtype, how many lie together
@@ -125,11 +125,12 @@ def has_panels(
     "Whether a product can run on codes"
     return packable(w) and x.dtype in FLOATS and not (torch.is_grad_enabled() and x.requires_grad)
 
-def pack_early(
-    w:QuantizedWeight, # Any
-)->QuantizedWeight: # The same
-    "Pack a weight that kernels of this machine will ask for, before there are many that wait for it"
-    return pack(w) if packable(w) and w.device.type == 'cpu' and kernels.ready() else w
+@prepack.twin('cpp', available=kernels.ready, supports=lambda w: packable(w) and w.device.type == 'cpu')
+def prepack_panels(
+    w:QuantizedWeight, # In a format of `PIECES`
+)->QuantizedWeight: # The same, with `panels` in place of its parts
+    "Lay sixteen rows side by side, before other weights wait for it"
+    return pack(w)
 
 @linear_quantized.twin('cpp', available=kernels.ready, supports=lambda x, w, bias=None: w.ndim == 2 and has_panels(x, w))
 def linear_panels(

@@ -7,7 +7,7 @@ PyTorch's `linear` and `embedding` accept it, so attention, feed-forward and mix
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'formats', 'Layout', 'Format', 'make_format', 'QuantizedWeight', 'quantize', 'linear_quantized',
-           'embed_quantized', 'take_place', 'relative_error']
+           'embed_quantized', 'take_place', 'prepack', 'relative_error']
 
 # %% ../../nbs/300_quant.ipynb #aace27b6
 from dataclasses import asdict, dataclass, fields
@@ -174,6 +174,14 @@ def take_place(
     "Put a quantised weight where a parameter was"
     delattr(parts, name)
     setattr(parts, name, w)
+
+# %% ../../nbs/300_quant.ipynb #ba77a5ba
+@op
+def prepack(
+    w:QuantizedWeight, # Any
+)->QuantizedWeight: # The same weight
+    "Lay a weight out in memory as the kernels of this machine read it: by definition, as it is"
+    return w
 
 # %% ../../nbs/300_quant.ipynb #dba3f72d
 def relative_error(

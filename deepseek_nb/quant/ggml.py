@@ -24,8 +24,8 @@ from ..arch.model import Model
 from ..arch.moe import Experts
 from ..core.config import Config, pick_device, pick_dtype
 from ..files.gguf import BLOCKS, PLAIN, Meta, copy_blocks, gguf_config, gguf_views, match_tensors, open_gguf, tensor_bytes
+from ..files.locate import locate
 from ..files.safetensors import some
-from ..infer.load import locate
 from . import Format, QuantizedWeight, take_place
 from .int4 import Int4
 

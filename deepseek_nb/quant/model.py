@@ -29,9 +29,8 @@ from ..arch.show import table as markdown_table
 from ..core.config import pick_device, pick_dtype
 from ..core.lazy import extended
 from ..files.gguf import gguf_config, open_gguf
-from ..infer.load import load_config, locate
-from ..kernels.panels import pack_early
-from . import Format, QuantizedWeight, formats, make_format, take_place
+from ..files.locate import load_config, locate
+from . import Format, QuantizedWeight, formats, make_format, prepack, take_place
 from .gptq import quantize_layers
 from .int8 import Int8
 from .save import PackedSource, packed_weights, read_packed, save_packed
@@ -102,7 +101,7 @@ def fill_quantized(
         t = getattr(m, name)
         if key in planned:
             w = encode_from(source, key, tuple(t.shape), planned[key], t.dtype, device)
-            take_place(m, name, w if isinstance(source, PackedSource) else pack_early(w))
+            take_place(m, name, w if isinstance(source, PackedSource) else prepack(w))
         else:
             source.read(key, w := torch.empty(t.shape, dtype=t.dtype))
             setattr(m, name, nn.Parameter(w.to(device), requires_grad=False) if name in m._parameters else w.to(device))

@@ -111,7 +111,7 @@ def info(
 ):
     "What a model is and what it costs, without loading it"
     from deepseek_nb.arch.releases import PRESETS, preset, summary
-    from deepseek_nb.infer.load import load_config
+    from deepseek_nb.files.locate import load_config
     config = preset(model) if model in PRESETS and model != 'smollm2-135m' else load_config(model)
     facts = summary(config, context, bits/8)
     print(json.dumps(facts, indent=2) if as_json else '\n'.join(f'{k:<13} {v}' for k,v in facts.items()))
