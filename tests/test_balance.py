@@ -7,9 +7,10 @@ from deepseek_nb.arch.routing import Route, communication_loss, device_loss, exp
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import routes
 from deepseek_nb.train.balance import Balance, balance_terms, evenness, real, routers, row_routes, with_balance
+from deepseek_nb.train.callbacks import Callback, CancelStep
 from deepseek_nb.train.data import Batches
 from deepseek_nb.train.loss import language_loss
-from deepseek_nb.train.trainer import Callback, CancelStep, Trainer, TrainingArguments
+from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 V3 = Config('deepseek_v3', vocab_size=64, dim=16, n_layers=3, n_heads=2, inter_dim=24, max_positions=32, n_dense_layers=1, moe_inter_dim=8,
             n_routed_experts=8, n_shared_experts=1, n_activated_experts=2, n_expert_groups=4, n_limited_groups=2, group_score='sum2',

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..arch.routing import Gate, Route, communication_loss, device_loss, expert_loss, load, sequence_loss
 from ..core.plot import COLOURS, style
 from ..infer.inside import watch
-from .trainer import Callback, History, Trainer
+from .callbacks import Callback, History
+from .trainer import Trainer
 
 # %% ../../nbs/618_train.balance.ipynb #ea981372
 def routers(

@@ -31,11 +31,12 @@ from ..files.tokenizer import Tokenizer
 from ..infer.inside import watch
 from .balance import Balance, evenness, routers
 from .bpe import save_tokenizer, train_bpe
+from .callbacks import Callback
 from .corpora import corpus
 from .data import IGNORE, Batches, packed, to_dataset, tokenised
 from .loss import language_loss, linear_cross_entropy
 from .resume import checkpoints
-from .trainer import Callback, Trainer, TrainingArguments
+from .trainer import Trainer, TrainingArguments
 
 # %% ../../nbs/680_train.mini.ipynb #0e87a7c9
 @dataclass(frozen=True)
