@@ -7,6 +7,7 @@ Modules:
 - `deepseek_nb.arch.model`: A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
 - `deepseek_nb.arch.mtp`: One more block behind the model reads the next token and predicts the one after it: a denser signal in training, a draft for free at inference
+- `deepseek_nb.arch.norm`: Divide each row by its root mean square and scale each channel: the normalisation in front of every attention and feed-forward
 - `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
 - `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
@@ -18,7 +19,8 @@ Modules:
 - `deepseek_nb.bench.models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
 - `deepseek_nb.bench.peers`: Benchmarks of whole models, and what they found
 - `deepseek_nb.bench.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
-- `deepseek_nb.core.config`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
+- `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
+- `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
 - `deepseek_nb.core.dispatch`: A readable definition, its faster twins, and a registry that picks one
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its fast versions, whichever chapter was imported first
 - `deepseek_nb.core.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
