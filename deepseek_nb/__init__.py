@@ -14,6 +14,7 @@ Modules:
 - `deepseek_nb.arch.model`: A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
 - `deepseek_nb.arch.mtp`: One more block behind the model reads the next token and predicts the one after it: a denser signal in training, a draft for free at inference
+- `deepseek_nb.arch.norm`: Divide each row by its root mean square and scale each channel: the normalisation in front of every attention and feed-forward
 - `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
 - `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
@@ -25,7 +26,8 @@ Modules:
 - `deepseek_nb.bench.models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
 - `deepseek_nb.bench.peers`: Benchmarks of whole models, and what they found
 - `deepseek_nb.bench.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
-- `deepseek_nb.core.config`: One frozen config describes every DeepSeek release, and reads and writes Hugging Face's
+- `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
+- `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
 - `deepseek_nb.core.dispatch`: A readable definition, its faster twins, and a registry that picks one
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its fast versions, whichever chapter was imported first
 - `deepseek_nb.core.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
@@ -76,6 +78,8 @@ Modules:
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
 - `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
 - `deepseek_nb.quant.stream`: A weight is read, encoded and forgotten some rows at a time, so that a model in few bits never needs the memory of its floats
+- `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
+- `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
 - `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.

@@ -39,10 +39,7 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
  'train.callbacks.History': {'plot_balance': 'train.balance'},
  'train.trainer.Trainer': {'checkpoints_callback': 'train.resume', 'save_model': 'train.resume'}}
 
-TWINS = {'arch.attention.rms_norm': {'torch': 'arch.attention',
-                             'cpp/cpu': 'kernels.norm',
-                             'torch/gradient': 'kernels.train',
-                             'cuda/cuda': 'cuda.norm'},
+TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm', 'torch/gradient': 'kernels.train', 'cuda/cuda': 'cuda.norm'},
  'arch.attention.attend': {'torch': 'arch.attention', 'cpp/cpu': 'kernels.attention', 'torch/gradient': 'kernels.train'},
  'arch.moe.run_experts': {'torch': 'arch.moe',
                           'cpp/cpu': 'kernels.moe',

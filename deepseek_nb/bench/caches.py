@@ -26,8 +26,8 @@ from ..infer.paged import PagedCache, PagePool
 from ..infer.prefix import PrefixCache
 from ..infer.quant_cache import CacheFormat, QuantizedCache, quantized_bytes
 from ..quant import relative_error
-from ..studies.conversion import pieces, texts_of
 from ..train.latent import to_mla
+from ..train.upcycle import random_rows, split_speeches
 
 # %% ../../nbs/770_bench.caches.ipynb #bbc1314e
 def bench_model(
@@ -228,8 +228,8 @@ def learnt_latents(
     rows:int=8, # Of 512 tokens, by which it is converted
 )->dict: # Name -> model and the tokens that it reads
     "Models whose latents mean something"
-    tok,text = Tokenizer.from_pretrained('smollm2-135m'),texts_of()
-    heard,ids = pieces(text['learn'], tok, rows, 512),text_tokens('smollm2-135m', 0, 4096)
+    tok,text = Tokenizer.from_pretrained('smollm2-135m'),split_speeches()
+    heard,ids = random_rows(text['learn'], tok, rows, 512),text_tokens('smollm2-135m', 0, 4096)
     ways = {f'SmolLM2, {n}': to_mla(bench_model('smollm2-135m'), heard, latent, rotary, constant=constant)
             for n,constant in (('divided by its length', False), ('with a constant', True))}
     mini = Tokenizer.from_pretrained('mini').encode(text['test'])[:512]

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from torch import Tensor
 from ..arch.model import Model
 from ..bench import Comparison, compare, find_benchmark, load_result, show
 from ..bench import main as run
-from ..studies import CHAPTERS, runs
+from ..studies import open_study
+from ..studies.report import runs
 
 # %% ../../nbs/980_tools.claims.ipynb #9be44b73
 def where(
@@ -102,7 +102,7 @@ def experiment_row(
     "One experiment beside what was found"
     done,command = runs(name, Path(folder)/'evidence'),f'`deepseek-nb evidence {name}`'
     if not done: return EXPERIMENTS[name], 'not yet', '', command
-    said = import_module(f'deepseek_nb.studies.{name}').finding(done)
+    said = open_study(name).finding(done)
     hosts = sorted({r['machine']['cpu'] for r in done})
     on = f"{', '.join(hosts)}; {len(done)} runs, {sum(r['minutes'] for r in done):.0f} minutes; {max(r['date'] for r in done)}"
     return EXPERIMENTS[name], said, on, command
@@ -111,7 +111,7 @@ def experiments(
     folder:str|Path = 'results', # Where records lie
 )->ClaimTable: # Claim, what was found, on what, command
     "All experiments beside what was found"
-    return ClaimTable(tuple(experiment_row(n, folder) for n in CHAPTERS))
+    return ClaimTable(tuple(experiment_row(n, folder) for n in EXPERIMENTS))
 
 # %% ../../nbs/980_tools.claims.ipynb #aa135c67
 @torch.inference_mode()
