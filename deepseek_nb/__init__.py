@@ -5,7 +5,7 @@ Packages:
 - `deepseek_nb.quant`: A matrix stored as small integers and scales, which a layer uses as if it were a tensor
 - `deepseek_nb.kernels`: An operation has a definition that you can read and twins that are fast; one call chooses between them, another shows what there is
 - `deepseek_nb.bench`: Contenders that alternate, memory at its peak, the machine's roofline, and results kept as files
-- `deepseek_nb.studies`: An experiment is a file that says beforehand what will be run, and a file that says afterwards what was
+- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
 
 Modules:
 
