@@ -138,7 +138,7 @@ class ReadingPath(NamedTuple):
 
 PATHS = [
     ReadingPath('Understand', 'DeepSeek-V3 whole: every part of it in the order in which a token meets it, then how it is trained', (
-        'core.config', 'arch.rope', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
+        'core.config', 'arch.rope', 'arch.norm', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
         'files.tokenizer', 'infer.load', 'infer.generate', 'quant', 'train.loss', 'train.trainer')),
     ReadingPath('Run', 'Load a model, talk to it, make it smaller, fine-tune it: in Python and in a terminal', (
         'tutorials.first_hour', 'infer.load', 'infer.conversation', 'infer.generate', 'quant.model', 'train.lora', 'train.runs',
