@@ -34,13 +34,13 @@ Modules:
 - `deepseek_nb.cuda.route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
 - `deepseek_nb.cuda.tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
 - `deepseek_nb.eval.choice`: Which of the answers would the model rather have written: log-likelihoods, plain and by length, as lm-evaluation-harness counts them
-- `deepseek_nb.files.chat`: A checkpoint's own chat template, rendered as transformers renders it, with the user's text kept text
-- `deepseek_nb.files.checkpoint`: A folder streamed into a model that is already allocated, and back out in a form that transformers loads
-- `deepseek_nb.files.gguf`: One file with everything in it: metadata becomes a config, blocks of four-bit numbers become weights
-- `deepseek_nb.files.hub`: A local folder, a Hugging Face id or a package of the index, fetched once and checked
+- `deepseek_nb.files.chat`: A conversation becomes a prompt by the checkpoint's own chat template, rendered exactly as transformers renders it. Control tokens inside a message stay plain text.
+- `deepseek_nb.files.checkpoint`: A folder of safetensors is streamed into a model, DeepSeek's FP8 weights included, and written back in a form that transformers loads. A key that doesn't fit is an error.
+- `deepseek_nb.files.gguf`: llama.cpp's file format: one file with metadata, tokenizer and quantised weights. This chapter reads a config from the metadata and fills a model from the tensors.
+- `deepseek_nb.files.hub`: Turns a folder, a Hugging Face id or a registered name into files on this machine. A download is checked, cached, and needed only once.
 - `deepseek_nb.files.locate`: A path or a name becomes a folder or a file on this machine, and its config can be read without its weights.
-- `deepseek_nb.files.safetensors`: The file format of weights, streamed without a second copy in memory, and written whole or not at all
-- `deepseek_nb.files.tokenizer`: Byte-level BPE from a `tokenizer.json` or a GGUF header, decoded byte by byte
+- `deepseek_nb.files.safetensors`: Weights are read from safetensors files one tensor at a time, with flat memory use. A new file gets its name only when it is complete.
+- `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
 - `deepseek_nb.infer.generate`: From logits to tokens to text: greedy or sampled, one prompt or a ragged batch, streamed with whole characters and clean stops
 - `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits

@@ -96,7 +96,7 @@ def test_first_blocks_compute_what_they_compute_in_the_whole_model():
     whole, cut = Model.from_pretrained('smollm2-135m', dtype='float32', device='cpu'), ft.first_blocks('smollm2-135m', 1)
     tokens = torch.randint(1000, (2, 9))
     with torch.no_grad():
-        x = run_blocks(whole.embed_tokens(tokens), whole.layers[:1], whole.positions(9, None, None)[0], None)
+        x = run_blocks(whole.embed_tokens(tokens), whole.layers[:1], whole.context(9))
         assert torch.allclose(whole.norm(x), cut.hidden(tokens), atol=1e-4)
     assert len(cut.layers) == cut.config.n_layers == 1
 

@@ -113,18 +113,15 @@ class MoE(nn.Module):
         self.gate,self.experts = Gate(c),Experts(c)
         self.shared_experts = SwiGLU(c.dim, c.moe_inter_dim*c.n_shared_experts) if c.n_shared_experts else None
 
-    def forward(self,
-        x:Tensor, # Activations `b s d`
-    )->Tensor: # `b s d`
-        "Route every token, and add the shared experts"
-        return mixture(x, self)
-
 @op
 def mixture(
-    x:Tensor, # Activations `b s d`
     moe:MoE, # Holds the weights
+    x:Tensor, # Activations `b s d`
 )->Tensor: # `b s d`
     "Routed experts, and the shared ones beside them"
     n = rearrange(x, 'b s d -> (b s) d')
-    y = moe.experts(n, *moe.gate(n)[:2]).reshape_as(x)
+    r = moe.gate(n)
+    y = moe.experts(n, r.weights, r.experts).reshape_as(x)
     return y if moe.shared_experts is None else y + moe.shared_experts(x)
+
+MoE.forward = mixture

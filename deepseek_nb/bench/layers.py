@@ -206,8 +206,8 @@ def our_attention(
     x:torch.Tensor, # Activations of the new token `1 1 d`
 )->Callable: # Next layer's attention; the cache stays as long as it is
     "Walk through the layers of our model with one new token"
-    angles = model.positions(1, cache, None)[0]
-    return walk([partial(l.self_attn, x, angles, None, cache[i]) for i, l in enumerate(model.layers)])
+    ctx = model.context(1, cache)
+    return walk([partial(l.self_attn, x, ctx.layer(i)) for i, l in enumerate(model.layers)])
 
 def peer_attention(
     peer, # A model of transformers
@@ -290,8 +290,8 @@ def prompt_attention(
 )->list: # Cases
     "One layer's attention to a prompt, without a past"
     x, (a, b) = place.randn(1, s, ours.config.dim), (m.layers[0].self_attn for m in (ours, peer.model))
-    angles, theirs = ours.positions(s, None, None)[0], peer.model.rotary_emb(x, torch.arange(s, device=x.device)[None])
-    contenders = lambda: a(x, angles), lambda: b(hidden_states=x, position_embeddings=theirs, attention_mask=None)[0]
+    ctx, theirs = ours.context(s), peer.model.rotary_emb(x, torch.arange(s, device=x.device)[None])
+    contenders = lambda: a(x, ctx), lambda: b(hidden_states=x, position_embeddings=theirs, attention_mask=None)[0]
     works = (attention_work(ours.config, s, itemsize=place.kind.itemsize),)
     return contest(f'a prompt of {s}', works, contenders, peer, PEERS, repeats, check=place.agree)
 

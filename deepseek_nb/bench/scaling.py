@@ -165,8 +165,8 @@ def prompt_job(
     s:int, # Tokens
 )->tuple: # Attention to a prompt in one layer, and its `Work`
     "A prompt through one attention layer"
-    attn, x, angles = model.layers[0].self_attn, torch.randn(1, s, model.config.dim), model.positions(s, None, None)[0]
-    return lambda: attn(x, angles), attention_work(model.config, s)
+    attn, x, ctx = model.layers[0].self_attn, torch.randn(1, s, model.config.dim), model.context(s)
+    return lambda: attn(x, ctx), attention_work(model.config, s)
 
 # %% ../../nbs/765_bench.scaling.ipynb #1a11e29f
 def memory_sweep(

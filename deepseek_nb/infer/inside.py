@@ -15,12 +15,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from ..arch.attention import GQA, visible
-from ..arch.model import Model
+from ..arch.model import Model, check_tokens, head
 from ..arch.rope import rotate
 from ..arch.routing import Route, load, max_violation
 from ..core.plot import GREY
@@ -50,9 +49,9 @@ def record(
     tokens:Tensor, # Token ids `b s`
 )->Record: # Its residual stream
     "Run a forward pass and keep the residual stream"
-    kept = []
-    with watch([model.embed_tokens, *model.layers], lambda i,y: kept.append(y.detach())): model.hidden(tokens)
-    return Record(tokens, torch.stack(kept))
+    check_tokens(tokens, model.config)
+    x = model.embed_tokens(tokens)
+    return Record(tokens, torch.stack([*model.residual_stream(x, model.context(tokens.shape[1]))]))
 
 # %% ../../nbs/430_infer.inside.ipynb #f7131543
 def heat(
@@ -101,7 +100,7 @@ def attention_pattern(
 )->Tensor: # Share of each query's attention `b h s t`
     "Where the heads of a layer look"
     block,s = model.layers[layer],r.tokens.shape[1]
-    angles,_ = model.positions(s, None, None)
+    angles = model.angles(0, s)
     q,k = queries_keys(block.self_attn, block.input_layernorm(r.stream[layer]), angles)
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale
     return scores.masked_fill(~visible(s, s, device=scores.device), -torch.inf).softmax(-1)
@@ -114,8 +113,7 @@ def logit_lens(
     k:int = 1, # Tokens to keep
 )->tuple[Tensor,Tensor]: # Probabilities and token ids, `layers+1 b s k`
     "What the model would say next after each block"
-    w = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-    best = [F.linear(model.norm(x), w).float().softmax(-1).topk(k) for x in r.stream]
+    best = [head(model.norm(x), model.head_weight).softmax(-1).topk(k) for x in r.stream]
     return torch.stack([o.values for o in best]), torch.stack([o.indices for o in best])
 
 # %% ../../nbs/430_infer.inside.ipynb #d0a99134

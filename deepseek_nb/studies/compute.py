@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arch.attention import visible
+from ..arch.attention import Context, visible
 from ..arch.model import Model, add_attention, add_feed_forward, run_blocks
 from ..bench import compare
 from ..core.config import Config
@@ -192,10 +192,10 @@ def answer(
 )->Tensor: # Activations at the last position, after the last norm `b d`
     "All that the answer depends on"
     s,(*before,last) = tokens.shape[1],model.layers
-    angles,_ = model.positions(s, None, None)
     mask = visible(s, s, device=tokens.device)[None,None] if torch.is_grad_enabled() else None # one call for all rows of short texts
-    x = run_blocks(model.embed_tokens(tokens), before, angles, mask)
-    x = add_attention(x, last, angles, mask, None, 'auto')[:, -1:]
+    ctx = Context(model.angles(0, s), mask)
+    x = run_blocks(model.embed_tokens(tokens), before, ctx)
+    x = add_attention(x, last, ctx)[:, -1:]
     return model.norm(add_feed_forward(x, last))[:, 0]
 
 class TaskLoss:

@@ -39,7 +39,6 @@ from . import grams, in_words, overlap, several, spread, study
 from ..train.corpora import corpus
 from ..train.data import IGNORE, Batches, class_prompt, in_test
 from ..train.lora import LoraConfig
-from ..train.loss import activations, head_weight
 from ..train.resume import checkpoints, discard
 from ..train.trainer import Guard, Trainer, TrainingArguments
 
@@ -129,9 +128,9 @@ def class_logits(
     ids:Tensor, # Token of each class
 )->tuple[Tensor, Tensor]: # Logits `b k`, and numbers of the right classes `b`
     "What stands at the scored positions"
-    at,w = batch['labels'] != IGNORE,head_weight(model)
+    at,w = batch['labels'] != IGNORE,model.head_weight
     w = w[ids] if isinstance(w, Tensor) else w.rows(ids).to(model.dtype)
-    return activations(model, batch)[at]@w.T, batch['labels'][at]
+    return model.hidden(batch['tokens'], documents=batch.get('documents'))[at]@w.T, batch['labels'][at]
 
 def class_loss(
     model:Model, # Any

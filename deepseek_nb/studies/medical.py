@@ -40,7 +40,7 @@ from ..train.bpe import train_bpe
 from ..train.corpora import CORPORA, members
 from ..train.data import IGNORE, Batches, collate, example, in_test, pack
 from ..train.distill import hidden_distance, scored
-from ..train.loss import activations, head_weight, language_loss
+from ..train.loss import language_loss
 from ..train.resume import checkpoints, read_model
 from ..train.stages import Projectors
 from ..train.trainer import Callback, Trainer, TrainingArguments, make_optimizer, make_schedule
@@ -322,7 +322,7 @@ def states(
     ids = [[0, *tokenizer.encode(ask.format(text=t))[-length+1:]] for t in texts]
     out = torch.zeros(len(texts), model.config.dim)
     for some in np.array_split(sorted(range(len(ids)), key=lambda i: len(ids[i])), max(1, len(ids)//16)):
-        x = activations(model, collate([example(ids[i]) for i in some]))
+        x = model.hidden(collate([example(ids[i]) for i in some])['tokens'])
         out[some] = x[torch.arange(len(some)), torch.tensor([len(ids[i])-1 for i in some])].float()
     return out
 
@@ -427,7 +427,8 @@ def follow(
     project,target = nn.Linear(d, states.shape[1]),(states - states.mean(0))/(states.std(0) + 1e-6)
     def loss(model, batch):
         at,which = scored(batch)
-        return hidden_distance(project(activations(model, batch).flatten(0, 1)[at]), target[which]).sum(), len(at)
+        x = model.hidden(batch['tokens'], documents=batch.get('documents')).flatten(0, 1)[at]
+        return hidden_distance(project(x), target[which]).sum(), len(at)
     loss.parameters = lambda: [*project.parameters()]
     return loss
 
@@ -490,9 +491,9 @@ def classify(
     "The likeliest class at the end of each text"
     out,was = np.zeros(len(ids), dtype=int),model.training
     for some in np.array_split(sorted(range(len(ids)), key=lambda i: len(ids[i])), max(1, len(ids)//64)):
-        x = activations(model.eval(), collate([example(ids[i]) for i in some]))
+        x = model.eval().hidden(collate([example(ids[i]) for i in some])['tokens'])
         last = x[torch.arange(len(some)), torch.tensor([len(ids[i])-1 for i in some])]
-        out[some] = (last@head_weight(model)[first:first+k].T).argmax(-1).numpy()
+        out[some] = (last@model.head_weight[first:first+k].T).argmax(-1).numpy()
     model.train(was)
     return out.tolist()
 

@@ -387,9 +387,9 @@ def reconstruct(
     of['neurons'] = getattr(new.layers[0].mlp, 'k', None)
     if state: state.mkdir(parents=True, exist_ok=True)
     errors = read_state(state, of) if state else []
-    angles,own,attention = new.positions(tokens.shape[1], None, None)[0],new.embed_tokens(tokens),new.config.mla and not old.config.mla
+    ctx,own,attention = new.context(tokens.shape[1]),new.embed_tokens(tokens),new.config.mla and not old.config.mla
     for i,((*_,middle,after),b) in enumerate(zip(residuals(old, tokens), new.layers, strict=True)):
-        def attend(x, b=b): return by_rows(add_attention, x, b, angles)
+        def attend(x, b=b): return by_rows(add_attention, x, b, ctx)
         def feed(x, b=b): return by_rows(add_feed_forward, x, b)
         run,part,x,want = (attend, b.self_attn, own, middle) if attention else (feed, b.mlp, attend(own), after)
         weights = matrices_of(part)

@@ -215,10 +215,10 @@ def residuals(
     tokens:Tensor, # `b s`
 )->Iterator[tuple]: # For each block: the block, and the stream before it, after its attention, and after it, `b s d`
     "Walk through a model's blocks with some text"
-    angles,mask = model.positions(tokens.shape[1], None, None)
+    ctx = model.context(tokens.shape[1])
     x = model.embed_tokens(tokens.to(model.device))
     for block in model.layers:
-        middle = by_rows(add_attention, x, block, angles, mask)
+        middle = by_rows(add_attention, x, block, ctx)
         after = by_rows(add_feed_forward, middle, block)
         yield block, x, middle, after
         x = after
