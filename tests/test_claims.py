@@ -164,13 +164,13 @@ def test_the_table_says_which_way(claims, tmp_path):
 
 
 def test_experiments_say_what_their_runs_say(claims, results):
-    from deepseek_nb.studies import CHAPTERS, find_study, runs
-    for name, (claim, said, on, command) in zip(CHAPTERS, claims.experiments(RESULTS).rows, strict=True):
+    from deepseek_nb.studies import open_study, study_names
+    from deepseek_nb.studies.report import runs
+    for name, (claim, said, on, command) in zip(study_names(), claims.experiments(RESULTS).rows, strict=True):
         done = runs(name, RESULTS/'evidence')
         assert claim == claims.EXPERIMENTS[name] and command == f'`deepseek-nb evidence {name}`'
         if not done: assert (said, on) == ('not yet', ''); continue
-        find_study(name)
-        assert said == sys.modules[f'deepseek_nb.studies.{name}'].finding(done) and f'{len(done)} runs' in on
+        assert said == open_study(name).finding(done) and f'{len(done)} runs' in on
     shutil.rmtree(results/'evidence', ignore_errors=True)
     assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')}
 

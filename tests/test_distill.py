@@ -18,6 +18,7 @@ from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.quant.model import quantize_model
+from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import IGNORE, example
 from deepseek_nb.train.distill import (
     KINDS,
@@ -34,7 +35,7 @@ from deepseek_nb.train.distill import (
 )
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.on_policy import Collapsed, CollapseGuard, OnPolicy, measures, prompts_of, write
-from deepseek_nb.train.trainer import Callback, Trainer, TrainingArguments
+from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 SMALL = dict(vocab_size=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_positions=64)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..arch.model import Model
 from ..arch.moe import Experts
-from ..core.config import Config, pick_device, pick_dtype
+from ..core.config import Config
+from ..core.device import pick_device, pick_dtype
 from ..files.gguf import BLOCKS, PLAIN, Meta, copy_blocks, gguf_config, gguf_views, match_tensors, open_gguf, tensor_bytes
 from ..files.locate import locate
 from ..files.safetensors import some

@@ -174,7 +174,7 @@ def mla_config(
     if c.attn_bias or c.out_bias or c.mlp_bias:
         raise ValueError(f'this {c.model_type} model has biases in attention or feed-forward, for which MLA has no place')
     if not 2 <= latent <= c.dim: raise ValueError(f'latent width {latent} must be between 2 and the model width {c.dim}')
-    moe = {} if c.n_routed_experts else FAMILIES['deepseek_v3'][3] | dict(n_dense_layers=c.n_layers)
+    moe = {} if c.n_routed_experts else FAMILIES['deepseek_v3'].defaults | dict(n_dense_layers=c.n_layers)
     return replace(c, model_type='deepseek_v3', n_kv_heads=0, head_dim=0, kv_lora_rank=latent, qk_nope_head_dim=c.head_dim,
                    qk_rope_head_dim=2*(first + second), v_head_dim=c.head_dim, rope=folded_rope(c, first, second),
                    attn_bias=constant, out_bias=constant, extra={k: v for k,v in c.extra.items() if k not in WHOLE}, **moe)

@@ -27,13 +27,15 @@ from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel, load_model
 from .balance import Balance, routers, with_balance
 from .corpora import CORPORA, corpus
-from .data import chat_data, classification_data, packed, split_by_key, to_dataset, tokenised
+from .data import packed, to_dataset, tokenised
 from .latent import convert as convert_model
 from .latent import save_tokenizer
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
 from .resume import checkpoints
+from .sft import chat_data, classification_data
+from .split import split_by_key
 from .stages import Stage, distil_in_stages
 from .trainer import Trainer, TrainingArguments
 from .world import setup, world
