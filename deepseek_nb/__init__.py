@@ -20,12 +20,16 @@ Modules:
 - `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
 - `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
 - `deepseek_nb.arch.show`: A config, a model, a cache and a routing result, as a notebook displays them
+- `deepseek_nb.bench.caches`: What a KV cache saves, the time to the first token with a prefix cache in memory or on disk, and the time and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both: perplexity, cache, parameters, and the same answers in transformers.
-- `deepseek_nb.bench.layers`: An MoE layer and an attention layer beside transformers, and beside what the machine allows
-- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config; and the least time for them on a machine whose rates were measured
-- `deepseek_nb.bench.models`: Prompts, tokens and training steps beside transformers, and beside what the machine allows
-- `deepseek_nb.bench.peers`: Benchmarks of whole models, and what they found
-- `deepseek_nb.bench.scaling`: Time against tokens, experts, batch and context, and memory against context: how each grows, beside how it must
+- `deepseek_nb.bench.layers`: An MoE layer, an attention layer and sparse neurons beside transformers or PyTorch, and beside what the machine allows.
+- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the least time that a machine needs for them.
+- `deepseek_nb.bench.llama`: Decode, prefill and load of a 4-bit model beside llama.cpp's fastest setting, and where its greedy text differs from float32.
+- `deepseek_nb.bench.models`: Prefill, decode, training steps and compiled decode of whole models beside transformers, and beside what the machine allows.
+- `deepseek_nb.bench.quant`: Speed, bytes, peak memory, perplexity and error of a model in 8 and 4 bits, beside the same model in float32.
+- `deepseek_nb.bench.scaling`: How time grows with tokens, experts, batch and context, and memory with context, each beside its theoretical slope.
+- `deepseek_nb.bench.startup`: How long importing, loading a checkpoint and dispatching a call take, beside PyTorch and transformers.
+- `deepseek_nb.bench.training`: Time and memory of a LoRA training step beside PEFT, and the memory of QLoRA beside full fine-tuning.
 - `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
 - `deepseek_nb.core.dispatch`: A readable definition, its faster twins, and a registry that picks one
@@ -81,7 +85,7 @@ Modules:
 - `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
 - `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
-- `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
+- `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on which machine and when, and *not yet* where nothing was measured.
 - `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.
 - `deepseek_nb.tools.glossary`: Each term has one sentence and the chapter that explains it, and its first use on a page links to its entry.
 - `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.

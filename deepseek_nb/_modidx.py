@@ -284,8 +284,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/bench/caches.py'),
                                           'deepseek_nb.bench.caches.BFloatSlot.append': ( 'bench.caches.html#bfloatslot.append',
                                                                                           'deepseek_nb/bench/caches.py'),
-                                          'deepseek_nb.bench.caches._speeches': ( 'bench.caches.html#_speeches',
-                                                                                  'deepseek_nb/bench/caches.py'),
                                           'deepseek_nb.bench.caches.against_plain': ( 'bench.caches.html#against_plain',
                                                                                       'deepseek_nb/bench/caches.py'),
                                           'deepseek_nb.bench.caches.bench_model': ( 'bench.caches.html#bench_model',

@@ -420,9 +420,15 @@ def operations(
     return [Work(name, flops, size, flops / best_rate(flops, f, clock=clock)) for name, flops, size, f in sizes]
 
 # %% ../../nbs/750_bench.ipynb #0269c474
+def _about(b):
+    try: return (b.load().__doc__ or '').partition('\n')[0]
+    except ModuleNotFoundError as e:
+        if not (e.name or '').startswith('deepseek_nb.studies.'): raise
+        return 'A step of a study, for which the notebooks are needed'
+
 def listing()->str: # A line a benchmark
     "Names and first lines of all benchmarks"
-    return '\n'.join(f'{name:16} {(b.load().__doc__ or "").partition(chr(10))[0]}' for name, b in sorted(BENCHMARKS.items()))
+    return '\n'.join(f'{name:16} {_about(b)}' for name, b in sorted(BENCHMARKS.items()))
 
 def result_text(
     result, # What a benchmark returned
