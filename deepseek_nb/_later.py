@@ -72,4 +72,4 @@ TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm',
  'kernels.gradients.swiglu_back': {'cpp/cpu': 'kernels.gradients'},
  'kernels.gradients.norm_back': {'cpp/cpu': 'kernels.gradients'},
  'cuda.fp8.linear_fp8': {'cuda/cuda': 'cuda.fp8'},
- 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons_cpp'}}
+ 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'}}
