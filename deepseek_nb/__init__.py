@@ -87,7 +87,7 @@ Modules:
 - `deepseek_nb.train.corpora`: Newspapers, plays, speeches, dictionaries and examinations that package registries serve, pinned, cached and read without installing anything
 - `deepseek_nb.train.data`: Text is tokenised, packed into rows of one length and read in shuffled batches. A killed run resumes at the exact batch where it stopped.
 - `deepseek_nb.train.distill`: A student learns from what a teacher thinks of every token, instead of from the one token that came
-- `deepseek_nb.train.dynamic`: A mixture spends the same on every token. Four ways to spend less where less will do, a budget for them, and a training that prepares for it
+- `deepseek_nb.train.dynamic`: A mixture of experts spends the same FLOPs on every token. Four rules spend less where less is enough, within a budget, and a training method prepares a model for it.
 - `deepseek_nb.train.latent`: A trained model with grouped-query attention becomes a model with multi-head latent attention, with a smaller KV cache and DeepSeek-V3's architecture. What is exact is kept exact.
 - `deepseek_nb.train.lora`: A weight stays as it is; beside it two thin matrices learn what is to change, and can be exchanged for others at any time
 - `deepseek_nb.train.loss`: What is scored, what a token may look at, and a vocabulary whose logits are never all in memory
