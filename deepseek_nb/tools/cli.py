@@ -52,9 +52,9 @@ def go_on(
 
 def _load(model, dtype, device):
     from deepseek_nb.files.tokenizer import Tokenizer
-    from deepseek_nb.quant.model import load_model
+    from deepseek_nb.arch.model import Model
     tok = Tokenizer.from_pretrained(model)
-    return load_model(model, dtype, device), tok
+    return Model.from_pretrained(model, dtype, device), tok
 
 # %% ../../nbs/960_tools.cli.ipynb #6e56cddc
 def chat(
