@@ -261,12 +261,11 @@ def parts(self:GgufSource,
     "Codes and scales that the file already has"
     t,out = self.weights[key],{}
     if self.format(key) != format: return None
-    for name in self._views(key, t):
-        blocks = tensor_bytes(self.m.tensors[name]).view(math.prod(self.m.shapes[name][:-1]), -1)
-        for part,codes in split_blocks(from_blocks(blocks, self.m.tensors[name].tensor_type.name)).named_buffers():
-            shape = (*t.shape[:-1], codes.shape[-1])
-            view = self._views(key, torch.empty(shape, device='meta'))[name]
-            if isinstance(format, Ggml) and view.shape == shape: return {part: codes.view(shape)}
-            whole = out.setdefault(part, codes.new_empty(shape))
-            (view := self._views(key, whole)[name]).copy_(codes.view(view.shape))
+    for name,view in self._views(key, t).items():
+        tensor,rows = self.m.tensors[name],math.prod(view.shape[:-1])
+        if isinstance(format, Ggml) and view.shape == t.shape: return dict(blocks=tensor_bytes(tensor).view(*t.shape[:-1], -1))
+        data = np.fromfile(self.path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
+        for part,codes in split_blocks(from_blocks(torch.from_numpy(data).view(rows, -1), tensor.tensor_type.name)).named_buffers():
+            whole = out.setdefault(part, codes.new_empty(*t.shape[:-1], codes.shape[-1]))
+            (place := self._views(key, whole)[name]).copy_(codes.view(place.shape))
     return out
