@@ -6,14 +6,17 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
+# Hundreds of processes import the package: its bytecode is kept, also where the environment says otherwise
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test sanitize docs bench evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
 
-test: .venv/.dev  ## every notebook, then tests/
-	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2 --timing
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
+	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	$(BIN)/python -m pytest tests -k sanitizers
@@ -22,7 +25,7 @@ docs: .venv/.dev  ## the site, into _docs
 	$(BIN)/python -m deepseek_nb.tools.site
 
 bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; without a name, the list
-	$(BIN)/python -m deepseek_nb.bench $(NAME)
+	$(BIN)/deepseek-nb bench $(NAME)
 
 evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
@@ -30,8 +33,7 @@ evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
-	$(BIN)/python -m deepseek_nb.tools.map
-	$(BIN)/python -m deepseek_nb.tools.site --readme
+	$(BIN)/python -m deepseek_nb.tools.front
 
 new-chapter: .venv/.dev  ## a notebook in the form of the house: make new-chapter NAME=145_arch.balance TITLE='Balance'
 	@$(BIN)/python -m deepseek_nb.tools.site --new "$$NAME" "$$TITLE"

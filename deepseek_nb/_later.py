@@ -36,12 +36,10 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
                                '_mark_row': 'files.chat',
                                '_same': 'files.chat'},
  'quant.model.QuantizedModel': {'_repr_markdown_': 'quant.report', 'merge_to_float': 'train.qlora'},
- 'train.trainer.History': {'plot_balance': 'train.balance'}}
+ 'train.callbacks.History': {'plot_balance': 'train.balance'},
+ 'train.trainer.Trainer': {'checkpoints_callback': 'train.resume', 'save_model': 'train.resume'}}
 
-TWINS = {'arch.attention.rms_norm': {'torch': 'arch.attention',
-                             'cpp/cpu': 'kernels.norm',
-                             'torch/gradient': 'kernels.train',
-                             'cuda/cuda': 'cuda.norm'},
+TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm', 'torch/gradient': 'kernels.train', 'cuda/cuda': 'cuda.norm'},
  'arch.attention.attend': {'torch': 'arch.attention', 'cpp/cpu': 'kernels.attention', 'torch/gradient': 'kernels.train'},
  'arch.moe.run_experts': {'torch': 'arch.moe',
                           'cpp/cpu': 'kernels.moe',

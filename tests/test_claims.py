@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepseek_nb import Config, Model
-from deepseek_nb.bench import BENCHMARKS, Comparison, record, save_result
+from deepseek_nb.bench import BENCHMARKS, Comparison, find_benchmark, record, save_result
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'
@@ -153,7 +153,7 @@ def test_numbers_of_the_table_are_in_the_records(claims):
     assert len(rows) == len(claims.PEERS)
     for name, row in zip(claims.PEERS, rows, strict=True):
         found = claims.checked(name, RESULTS)[0]
-        assert BENCHMARKS[name].__doc__.startswith(row[0])
+        assert find_benchmark(name).__doc__.startswith(row[0])
         assert all(follows(n, known(found)[0]) for cell in row[1:] for n in numbers(cell)), row
         on = next(line for line in lines if line.startswith(f'`{name}`'))
         assert set(numbers(on.partition(':')[2])) <= known(found)[1]
@@ -170,13 +170,13 @@ def test_the_table_says_which_way(claims, tmp_path):
 
 
 def test_experiments_say_what_their_runs_say(claims, results):
-    from deepseek_nb.studies import CHAPTERS, find_study, runs
-    for name, (claim, said, on, command) in zip(CHAPTERS, claims.experiments(RESULTS).rows, strict=True):
+    from deepseek_nb.studies import open_study, study_names
+    from deepseek_nb.studies.report import runs
+    for name, (claim, said, on, command) in zip(study_names(), claims.experiments(RESULTS).rows, strict=True):
         done = runs(name, RESULTS/'evidence')
         assert claim == claims.EXPERIMENTS[name] and command == f'`deepseek-nb evidence {name}`'
         if not done: assert (said, on) == ('not yet', ''); continue
-        find_study(name)
-        assert said == sys.modules[f'deepseek_nb.studies.{name}'].finding(done) and f'{len(done)} runs' in on
+        assert said == open_study(name).finding(done) and f'{len(done)} runs' in on
     shutil.rmtree(results/'evidence', ignore_errors=True)
     assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')}
 

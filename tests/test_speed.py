@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_nb import Config, Model, bench
 from deepseek_nb.arch.attention import visible
-from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, limits, main, scaling
+from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, find_benchmark, limits, main, scaling
 from deepseek_nb.bench import layers as speed
 from deepseek_nb.bench import models as speed_models
 from deepseek_nb.bench.limits import (
@@ -255,8 +255,7 @@ def small(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_each_benchmark(name):
     pytest.importorskip('transformers')
-    bench._register()
-    found = BENCHMARKS[name](**small(name))
+    found = find_benchmark(name)(**small(name))
     assert len(found.cases) == COUNTS[name] and found.host == HOST
     for c in found.cases:
         assert c.times.names[0] == 'deepseek_nb' and len(c.times.ratios) == 2 and min(map(min, c.times.seconds)) > 0
@@ -273,9 +272,9 @@ def test_each_benchmark_in_half_precision(name):
     host = Machine({'bfloat16': 4e11}, 4e10, 3e10)
     options = small(name) | dict(host=host, repeats=1)
     if 'source' in options: options['source'] = options['source'].to(torch.bfloat16)
-    found = BENCHMARKS[name](**options, dtype='bfloat16')
+    found = find_benchmark(name)(**options, dtype='bfloat16')
     assert len(found.cases) == COUNTS[name] and found.dtype == 'bfloat16'
-    full, half = BENCHMARKS[name](**small(name) | dict(repeats=1)).cases[0].works, found.cases[0].works
+    full, half = find_benchmark(name)(**small(name) | dict(repeats=1)).cases[0].works, found.cases[0].works
     assert half[0].flops == full[0].flops and .4 < half[0].bytes/full[0].bytes < .6
 
 
@@ -287,7 +286,7 @@ def test_a_wrong_result_is_not_timed(name, monkeypatch):
     monkeypatch.setattr(speed, 'pair', lambda shape, **place: (pair(shape, 1)[0], pair(shape, 2)[1]))
     def unlike(place, source, made=speed_models.smollm2): return made(place, Model(DENSE, 'float32', 'cpu'))[0], made(place, source)[1]
     monkeypatch.setattr(speed_models, 'smollm2', unlike)
-    with pytest.raises(ValueError, match='nothing was timed'): BENCHMARKS[name](**small(name))
+    with pytest.raises(ValueError, match='nothing was timed'): find_benchmark(name)(**small(name))
 
 
 def test_visits_are_the_routers():
@@ -356,14 +355,14 @@ def test_pictures():
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     case = Case('c', (Work('w', 1e9, 1e8),), Comparison(('deepseek_nb', 'transformers'), ((1.,), (2.,))))
-    monkeypatch.setitem(BENCHMARKS, 'toy', speed.speed('toy')(lambda place: [case]))
+    monkeypatch.setitem(BENCHMARKS, 'toy', bench.Benchmark(speed.speed(lambda place: [case])))
     monkeypatch.setattr(speed, 'ceilings', lambda kind, device: HOST)
     assert cli.main(['bench', 'toy', '--json', '--out', str(tmp_path/'toy.json'), '--plot', str(tmp_path/'toy.svg')]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads((tmp_path/'toy.json').read_text()) and shown['result']['cases'][0]['times']['ratio'] == 2
     assert '<svg' in (tmp_path/'toy.svg').read_text()
     assert cli.main(['bench', 'toy']) == 0 and '| **2.00** (2.00 to 2.00) |' in capsys.readouterr().out
-    monkeypatch.setitem(BENCHMARKS, 'list', bench.benchmark('list')(lambda: [1]))
+    monkeypatch.setitem(BENCHMARKS, 'list', bench.Benchmark(lambda: [1]))
     assert cli.main(['bench', 'list', '--plot', str(tmp_path/'no.svg')]) == 2 and 'a list has no picture' in capsys.readouterr().err
 
 

@@ -19,15 +19,15 @@ import torch
 from .. import Model, Tokenizer
 from ..arch.cache import Cache, Slot
 from ..arch.routing import Gate
-from . import Comparison, benchmark, compare
+from . import Comparison, compare
 from .peers import BENCH_MOE
 from ..core.config import Config
 from ..infer.paged import PagedCache, PagePool
 from ..infer.prefix import PrefixCache
 from ..infer.quant_cache import CacheFormat, QuantizedCache, quantized_bytes
 from ..quant import relative_error
-from ..studies.conversion import pieces, texts_of
 from ..train.latent import to_mla
+from ..train.upcycle import random_rows, split_speeches
 
 # %% ../../nbs/770_bench.caches.ipynb #bbc1314e
 def bench_model(
@@ -106,7 +106,6 @@ def first_tokens(
         return {case: against_plain(model, make, start, expect, repeats) for case,make,start,expect in cases}
 
 # %% ../../nbs/770_bench.caches.ipynb #ec58de51
-@benchmark('prefix-cache')
 def prefix_cache(
     names:tuple=('smollm2-135m', 'bench-moe'), # Models, as for `bench_model`
     shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`, for bench-moe
@@ -207,7 +206,6 @@ def format_errors(
     return [*rows, ['bfloat16', '', plain//2, .5, *errors(partial(BFloatCache, c))]]
 
 # %% ../../nbs/770_bench.caches.ipynb #eb172f08
-@benchmark('cache-kinds')
 def cache_kinds(
     names:tuple=('smollm2-135m', 'bench-moe'), # Models, as for `bench_model`
     shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`, for bench-moe
@@ -230,14 +228,13 @@ def learnt_latents(
     rows:int=8, # Of 512 tokens, by which it is converted
 )->dict: # Name -> model and the tokens that it reads
     "Models whose latents mean something"
-    tok,text = Tokenizer.from_pretrained('smollm2-135m'),texts_of()
-    heard,ids = pieces(text['learn'], tok, rows, 512),text_tokens('smollm2-135m', 0, 4096)
+    tok,text = Tokenizer.from_pretrained('smollm2-135m'),split_speeches()
+    heard,ids = random_rows(text['learn'], tok, rows, 512),text_tokens('smollm2-135m', 0, 4096)
     ways = {f'SmolLM2, {n}': to_mla(bench_model('smollm2-135m'), heard, latent, rotary, constant=constant)
             for n,constant in (('divided by its length', False), ('with a constant', True))}
     mini = Tokenizer.from_pretrained('mini').encode(text['test'])[:512]
     return {n: (m, ids) for n,m in ways.items()} | dict(mini=(bench_model('mini'), torch.tensor([mini])))
 
-@benchmark('latent-codes')
 def latent_codes(
     models:Callable=learnt_latents, # Gives the models
     keep:int=256, # Last positions to compare

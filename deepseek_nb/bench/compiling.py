@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ..arch.model import Model
-from . import benchmark, compare
+from . import compare
 from .peers import BENCH_MOE, greedy, our_steps
 from ..core.config import Config
 from ..core.dispatch import use
@@ -41,7 +41,6 @@ def under(
     return run
 
 # %% ../../nbs/768_bench.compiling.ipynb #4c4caaad
-@benchmark('compile')
 def compile_gain(
     cached:int=128, # Tokens in the cache
     repeats:int=15, # Rounds

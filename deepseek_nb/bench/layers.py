@@ -8,7 +8,7 @@ machine's rates measured in the same minutes. `moe-layer` and `attention` are th
 # %% auto #0
 __all__ = ['PLAIN', 'PEERS', 'Place', 'pad_values', 'attend_with', 'same', 'contest', 'speed', 'count_visits', 'walk',
            'moe_layer', 'same_caches', 'our_attention', 'peer_attention', 'latent_sdpa', 'fastest', 'latent_cases',
-           'attention', 'prompt_attention']
+           'attention', 'prompt_attention', 'neuron_streams', 'neurons_speed']
 
 # %% ../../nbs/760_bench.layers.ipynb #848ebe34
 from collections.abc import Callable, Iterator
@@ -23,10 +23,15 @@ from fastcore.basics import patch
 
 from .. import Model
 from ..arch.attention import attend_latent
-from . import Machine, Work, benchmark, best_rate, compare
+from ..arch.model import add_feed_forward
+from . import Machine, Work, best_rate, compare
 from .limits import Case, Speed, attention_work, better, ceilings, ffn_work
 from .peers import BENCH_MOE, pair
 from ..core.config import Config
+from ..files.tokenizer import Tokenizer
+from ..train.corpora import sotu
+from ..train.neurons import to_neurons
+from ..train.upcycle import residuals
 
 # %% ../../nbs/760_bench.layers.ipynb #e601b0bc
 @dataclass(frozen=True)
@@ -127,19 +132,17 @@ def contest(
 
 # %% ../../nbs/760_bench.layers.ipynb #e9ececbc
 def speed(
-    name:str, # At the command line
-)->Callable: # Decorator
-    "Register the function below, which makes cases, as a benchmark"
-    def register(f):
-        @wraps(f)
-        def run(*args, host:Machine|None=None, device:str='cpu', dtype:str='float32', **options):
-            place = Place(device, dtype)
-            measure = partial(ceilings, place.kind, device)
-            before = host or measure()
-            cases = tuple(f(place, *args, **options))
-            return Speed(host or better(before, measure()), cases, dtype)
-        return benchmark(name, 'transformers')(run)
-    return register
+    f:Callable, # Makes cases, given a `Place`
+)->Callable: # A benchmark that takes a device and a dtype
+    "Measure the machine's rates around a function that makes cases"
+    @wraps(f)
+    def run(*args, host:Machine|None=None, device:str='cpu', dtype:str='float32', **options):
+        place = Place(device, dtype)
+        measure = partial(ceilings, place.kind, device)
+        before = host or measure()
+        cases = tuple(f(place, *args, **options))
+        return Speed(host or better(before, measure()), cases, dtype)
+    return run
 
 # %% ../../nbs/760_bench.layers.ipynb #75e0a076
 def count_visits(
@@ -163,7 +166,7 @@ def walk(
     return lambda: next(turn)()
 
 # %% ../../nbs/760_bench.layers.ipynb #c27a8386
-@speed('moe-layer')
+@speed
 def moe_layer(
     place:Place, # Given by `speed`
     tokens:tuple=(1, 8, 32, 128, 512, 2048), # Tokens of the cases
@@ -203,8 +206,8 @@ def our_attention(
     x:torch.Tensor, # Activations of the new token `1 1 d`
 )->Callable: # Next layer's attention; the cache stays as long as it is
     "Walk through the layers of our model with one new token"
-    angles = model.positions(1, cache, None)[0]
-    return walk([partial(l.self_attn, x, angles, None, cache[i]) for i, l in enumerate(model.layers)])
+    ctx = model.context(1, cache)
+    return walk([partial(l.self_attn, x, ctx.layer(i)) for i, l in enumerate(model.layers)])
 
 def peer_attention(
     peer, # A model of transformers
@@ -257,7 +260,7 @@ def latent_cases(
         yield from contest(f'the latent alone, {t} cached', (work,), contenders, None, {name: None}, repeats, 8, place.agree)
 
 # %% ../../nbs/760_bench.layers.ipynb #09a246e0
-@speed('attention')
+@speed
 def attention(
     place:Place, # Given by `speed`
     cached:tuple=(512, 2048, 8192), # Remembered tokens of the cases with one new token
@@ -287,7 +290,35 @@ def prompt_attention(
 )->list: # Cases
     "One layer's attention to a prompt, without a past"
     x, (a, b) = place.randn(1, s, ours.config.dim), (m.layers[0].self_attn for m in (ours, peer.model))
-    angles, theirs = ours.positions(s, None, None)[0], peer.model.rotary_emb(x, torch.arange(s, device=x.device)[None])
-    contenders = lambda: a(x, angles), lambda: b(hidden_states=x, position_embeddings=theirs, attention_mask=None)[0]
+    ctx, theirs = ours.context(s), peer.model.rotary_emb(x, torch.arange(s, device=x.device)[None])
+    contenders = lambda: a(x, ctx), lambda: b(hidden_states=x, position_embeddings=theirs, attention_mask=None)[0]
     works = (attention_work(ours.config, s, itemsize=place.kind.itemsize),)
     return contest(f'a prompt of {s}', works, contenders, peer, PEERS, repeats, check=place.agree)
+
+# %% ../../nbs/760_bench.layers.ipynb #df913ee5
+def neuron_streams(
+    active:int, # Of 1,536 neurons
+    model:Model|None = None, # None: SmolLM2
+)->tuple: # SmolLM2, the same with sparse feed-forwards, and what each block's feed-forward reads
+    "A dense model, a sparse one, and the activations of one token"
+    tok,model = Tokenizer.from_pretrained('smollm2-135m'),model or Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
+    model.requires_grad_(False)
+    ids = torch.tensor(tok.encode(list(sotu())[-1]['text'])[:1200]).view(3, 400)
+    streams = [middle[:, -1:].clone() for _,_,middle,_ in residuals(model, ids[2:])]
+    return model, to_neurons(model, active, ids[:2]), streams
+
+def neurons_speed(
+    active:int = 844, # Of 1,536 neurons
+    repeats:int = 15, # Rounds
+    model:Model|None = None, # None: SmolLM2
+)->dict: # `Comparison`s: the kernel alone, and with norm and residual
+    "SmolLM2's feed-forwards for a token, with 70% of the work against all of it"
+    model,sparse,streams = neuron_streams(active, model)
+    inner = [b.post_attention_layernorm(x) for b,x in zip(sparse.layers, streams, strict=True)]
+    @torch.no_grad()
+    def blocks(m): return [add_feed_forward(x, b) for b,x in zip(m.layers, streams, strict=True)]
+    @torch.no_grad()
+    def alone(): return [b.mlp(x) for b,x in zip(sparse.layers, inner, strict=True)]
+    dense = {'dense': lambda: blocks(model)}
+    return dict(kernel=compare({'neurons alone': alone} | dense, repeats, 3, 4),
+                block=compare({'with norm and residual': lambda: blocks(sparse)} | dense, repeats, 3, 4))

@@ -51,7 +51,7 @@ def prompt_cases(
         yield from contest(f'{s} tokens', works, (a, b), peer, names, repeats, check=partial(same_next, place))
 
 # %% ../../nbs/762_bench.models.ipynb #2b77cc4e
-@speed('prefill')
+@speed
 def prefill(
     place:Place, # Given by `speed`
     tokens:tuple=(512, 2048), # Tokens of the cases
@@ -84,7 +84,7 @@ def decode_cases(
     return contest(f'{batch} × {cached} cached', (work,), walks, peer, names, repeats, number, place.agree)
 
 # %% ../../nbs/762_bench.models.ipynb #31fd291b
-@speed('decode')
+@speed
 def decode(
     place:Place, # Given by `speed`
     cached:tuple=(512, 2048, 8000), # Remembered tokens of the cases
@@ -95,7 +95,7 @@ def decode(
     models = place.pair(shape)
     for t in cached: yield from decode_cases(place, models, t, 1, repeats, PEERS)
 
-@speed('batch-decode')
+@speed
 def batch_decode(
     place:Place, # Given by `speed`
     batches:tuple=(8, 32), # Rows of the cases
@@ -125,7 +125,7 @@ def train_steps(
     return step
 
 # %% ../../nbs/762_bench.models.ipynb #f63b2531
-@speed('train-step')
+@speed
 def train_step(
     place:Place, # Given by `speed`
     batch:int=8, # Rows
@@ -155,7 +155,7 @@ def smollm2(
     return ours.eval(), peer
 
 # %% ../../nbs/762_bench.models.ipynb #0700afc5
-@speed('smollm2-prefill')
+@speed
 def smollm2_prefill(
     place:Place, # Given by `speed`
     tokens:tuple=(128, 512), # Tokens of the cases
@@ -165,7 +165,7 @@ def smollm2_prefill(
     "A prompt through SmolLM2, against transformers"
     yield from prompt_cases(place, smollm2(place, source), tokens, repeats, PLAIN)
 
-@speed('smollm2-decode')
+@speed
 def smollm2_decode(
     place:Place, # Given by `speed`
     cached:tuple=(128, 1024), # Remembered tokens of the cases

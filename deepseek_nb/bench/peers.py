@@ -19,7 +19,7 @@ from itertools import cycle
 import torch
 
 from .. import Model
-from . import Comparison, benchmark, compare
+from . import Comparison, compare
 from ..core.config import Config
 from ..core.dispatch import op
 
@@ -86,7 +86,6 @@ def greedy(
     return torch.cat(found[1:], -1).tolist()
 
 # %% ../../nbs/752_bench.peers.ipynb #25678ae3
-@benchmark('moe-decode', 'transformers')
 def moe_decode(
     cached:int=2048, # Tokens in the cache
     repeats:int=7, # Rounds
@@ -110,7 +109,6 @@ def import_seconds(
     program = f'from time import perf_counter as now; t = now(); {code}; print(now() - t)'
     return float(subprocess.run([sys.executable, '-c', program], check=True, capture_output=True, text=True).stdout)
 
-@benchmark('import-time')
 def import_time(
     repeats:int=9, # Rounds
 )->Comparison: # Seconds an import
@@ -121,7 +119,6 @@ def import_time(
     return compare(contenders, repeats, clock=lambda: spent[-1])
 
 # %% ../../nbs/752_bench.peers.ipynb #f2f8720c
-@benchmark('load-smollm2', 'transformers', 'gguf')
 def load_smollm2(
     repeats:int=5, # Rounds
     name:str='smollm2-135m', # A GGUF file, or a name that `fetch` turns into one
@@ -149,7 +146,6 @@ def check_logits(
     if error > bound: raise ValueError(f'logits differ by {error:.1e} of the largest one: nothing was timed')
 
 # %% ../../nbs/752_bench.peers.ipynb #7e0cfea5
-@benchmark('dispatch')
 def dispatch_overhead(
     repeats:int=15, # Rounds
     number:int=20_000, # Calls a timing

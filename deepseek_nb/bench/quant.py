@@ -8,9 +8,10 @@ The benchmark `llama` lets SmolLM2 in 4 bits and llama.cpp decode, read a prompt
 __all__ = ['PROMPTS', 'LOADS', 'PEAK', 'alternate', 'fastest_of', 'llama_cpp', 'LlamaFile', 'requantise', 'llama_files', 'near',
            'ours_at', 'peer_at', 'decode_race', 'prompt_race', 'our_prompt', 'load_race', 'first_of', 'decoded',
            'follow', 'parting', 'partings', 'llama_cases', 'llama', 'peak_of', 'peaks', 'own_cases', 'quant_decode',
-           'noisy', 'logit_errors', 'quant_moe']
+           'noisy', 'logit_errors', 'quant_moe', 'own_blocks', 'quality', 'format_rates']
 
 # %% ../../nbs/775_bench.quant.ipynb #ffd780a3
+import os
 import random
 import subprocess
 import sys
@@ -25,11 +26,13 @@ import torch
 from numpy.ctypeslib import as_array
 
 from .. import Model, QuantizedModel
-from . import Comparison, benchmark, seconds
+from . import Comparison, seconds
 from .caches import bench_model, with_experts
 from .layers import Place, walk
 from .peers import BENCH_MOE, our_steps
-from ..files.hub import fetch
+from ..eval.perplexity import speeches
+from ..eval.quality import SMALL_MOE, as_bytes, judged, messages, pieces, token_rates, train_bytes, ways
+from ..files.hub import cache_dir, fetch
 from ..files.tokenizer import Tokenizer
 from ..quant import QuantizedWeight, relative_error
 from ..quant.model import owners, quantize_model
@@ -263,7 +266,6 @@ def llama_cases(
     found = {f'decode at {t}': decode_race(w, steps, t, repeats=repeats) for t in cached}
     return found | {f'prompt of {s}': prompt_race(w, prompts, s, repeats), 'load': loads}
 
-@benchmark('llama', 'llama-cpp-python')
 def llama(
     name:str='smollm2-135m', # A GGUF file in Q4_1, or a name that `fetch` turns into one
     cached:tuple=(128, 512), # Remembered tokens of the decode cases
@@ -314,7 +316,6 @@ def own_cases(
     found = {f'decode at {t}': decode_race(w, steps, t, repeats=repeats) for t in cached}
     return found | {f'prompt of {s}': prompt_race(w, prompts, s, repeats)}
 
-@benchmark('quant-decode')
 def quant_decode(
     name:str='smollm2-135m', # A GGUF file, or a name that `fetch` turns into one
     cached:tuple=(128, 1024), # Remembered tokens of the decode cases
@@ -359,7 +360,6 @@ def logit_errors(
     return dict(all=relative_error(right, got), median=median, given=given, predicted=predicted)
 
 # %% ../../nbs/775_bench.quant.ipynb #45d16812
-@benchmark('quant-moe')
 def quant_moe(
     shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`
     batches:tuple=(1, 32), # Rows of the cases
@@ -373,3 +373,39 @@ def quant_moe(
     cases = {f'{b} × {cached} cached': decode_race(w, steps, cached, b, repeats, bound=1.) for b in batches}
     errors = {n: logit_errors(exact, models[n], Place().tokens(w, 1, s)) for n in ('int8', 'int4')}
     return dict(cases=cases, nbytes={n: m.quantization_report().nbytes for n,m in models.items()}, errors=errors)
+
+# %% ../../nbs/775_bench.quant.ipynb #e35cddbb
+def own_blocks(
+    model:Model, # Of SmolLM2's file, which is read again
+)->QuantizedModel: # With the file's blocks
+    "The file's own blocks"
+    return QuantizedModel.from_pretrained('smollm2-135m', device='cpu')
+
+def quality(
+    tokens:int|None = None, # Only so many of the judging text
+    state:str|Path|None = None, # Folder for verdicts until the end; None: in the cache
+    steps:int = 600, # Of training
+    only:tuple = (), # Names of ways; none for all
+)->dict: # smollm2 and trained: verdicts; losses: of the training
+    "Bytes and perplexity of every format, on SmolLM2 and on a model trained for it"
+    state,tok = Path(state or cache_dir()/'quality'),Tokenizer.from_pretrained('smollm2-135m')
+    def chosen(made): return {n: f for n,f in made.items() if not only or n in only}
+    made = chosen(ways(pieces(tok.encode(messages()), 8, 512)) | {'the file as it is': own_blocks})
+    smol,ids = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'),torch.tensor(tok.encode(speeches()))[:tokens]
+    verdicts = [*judged(state/'smollm2.json', smol, ids, made, window=1024)]
+    own,losses = train_bytes(SMALL_MOE, data := as_bytes(messages()), steps)
+    made = chosen(ways(pieces(data, 32, 256)))
+    mine = [*judged(state/'trained.json', own, as_bytes(speeches())[:tokens or 40_000], made, window=256)]
+    for f in ('smollm2.json', 'trained.json'): os.remove(state/f)
+    return dict(smollm2=verdicts, trained=mine, losses=[round(l, 4) for l in losses])
+
+# %% ../../nbs/775_bench.quant.ipynb #74cddadf
+def format_rates(
+    rounds:int = 7, # Of decoding
+    only:tuple = (), # Names of ways; none for all but GPTQ's, whose kernels are those of their grids
+)->dict: # Name -> tokens a second
+    "SmolLM2 decoding in every format, all in turn"
+    model = Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
+    made = ways(torch.zeros(1, 1)) | {'the file as it is': own_blocks}
+    made = {n: f for n,f in made.items() if (n in only if only else 'GPTQ' not in n)}
+    return token_rates({'float32': model} | {n: f(model) for n,f in made.items()}, rounds=rounds)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .. import Model
 from ..arch.moe import MoE
-from . import Machine, Work, benchmark, best_rate, bound, peak_bytes, show
+from . import Machine, Work, best_rate, bound, peak_bytes, show
 from .layers import our_attention, walk
 from .limits import attention_work, better, ceilings, ffn_work, forward_work
 from .peers import BENCH_MOE, our_steps
@@ -165,8 +165,8 @@ def prompt_job(
     s:int, # Tokens
 )->tuple: # Attention to a prompt in one layer, and its `Work`
     "A prompt through one attention layer"
-    attn, x, angles = model.layers[0].self_attn, torch.randn(1, s, model.config.dim), model.positions(s, None, None)[0]
-    return lambda: attn(x, angles), attention_work(model.config, s)
+    attn, x, ctx = model.layers[0].self_attn, torch.randn(1, s, model.config.dim), model.context(s)
+    return lambda: attn(x, ctx), attention_work(model.config, s)
 
 # %% ../../nbs/765_bench.scaling.ipynb #1a11e29f
 def memory_sweep(
@@ -202,7 +202,6 @@ def sweeps(
             timed('a prompt in attention', 'context (tokens)', context, lambda s: prompt_job(flat, s), host, 2),
             memory_sweep(flat, context[-4:]))
 
-@benchmark('scaling')
 def measure_scaling(
     host:Machine|None=None, # Ceilings; None: measure them
     **options, # For `sweeps`

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from .. import Model, QuantizedModel
-from . import benchmark, compare, seconds
+from . import compare, seconds
 from .layers import Place
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
@@ -144,7 +144,6 @@ def race(
     found = compare(dict(deepseek_nb=ours, PEFT=peer), repeats, warmup=0)
     return dict(step=found, losses=first, attention=name)
 
-@benchmark('lora', 'transformers', 'peft')
 def lora(
     name:str='smollm2-135m', # A name that `Model.from_pretrained` takes, or a folder
     batch:int=4, # Rows
@@ -168,7 +167,6 @@ def lora(
     return out
 
 # %% ../../nbs/780_bench.training.ipynb #19570e1e
-@benchmark('qlora-memory')
 def qlora_memory(
     name:str='smollm2-135m', # A name that `Model.from_pretrained` takes, or a folder
     batch:int=2, # Rows

@@ -74,7 +74,7 @@ def score_group(
     x = model.hidden(tokens, cache, mask.to(model.device))[:, -1:].repeat_interleave(torch.tensor(counts, device=model.device), 0)
     if longest > 1: x = torch.cat([x, model.hidden(conts[:, :-1], fork(cache, counts, longest-1))], 1)
     scored = torch.arange(longest) < torch.tensor([len(a) for a in flat])[:,None]
-    w = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    w = model.head_weight
     losses = torch.cat([F.cross_entropy(head(a, w), b, reduction='none').cpu().double() for a,b in
                         zip(x[scored].split(chunk), conts[scored].split(chunk), strict=True)])
     totals = torch.zeros(len(flat), dtype=torch.float64).index_add_(0, scored.nonzero()[:, 0], losses)

@@ -31,7 +31,7 @@ def token_losses(
     "The negative log-probability of each token"
     check_tokens(tokens := tokens.to(model.device), model.config)
     x = model.hidden(tokens, attention_mask=attention_mask)[:, :-1]
-    w = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    w = model.head_weight
     first = x.shape[1] - min(last or x.shape[1], x.shape[1])
     at = [(i, min(i + chunk, x.shape[1])) for i in range(first, x.shape[1], chunk)]
     def score(i, j): return F.cross_entropy(head(x[:, i:j], w).flatten(0, 1), tokens[:, i+1:j+1].flatten(), reduction='none')

@@ -6,12 +6,11 @@ The benchmark `quality` judges all formats of this book on two models, and `form
 
 # %% auto #0
 __all__ = ['GRIDS', 'MESSAGES', 'SMALL_MOE', 'ways', 'Verdict', 'judge', 'judged', 'token_rates', 'messages', 'as_bytes',
-           'train_bytes', 'pieces', 'own_blocks', 'quality', 'format_rates']
+           'train_bytes', 'pieces']
 
 # %% ../../nbs/710_eval.quality.ipynb #bd9f776b
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,14 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arch.model import Model
-from ..bench import benchmark, save_result
 from ..core.config import Config, Rope
-from .perplexity import Perplexity, perplexity, speeches
-from ..files.hub import PACKAGES, Package, cache_dir, fetch_package
-from ..files.tokenizer import Tokenizer
+from .perplexity import Perplexity, perplexity
+from ..files.hub import PACKAGES, Package, fetch_package
+from ..files.safetensors import written
 from ..quant.int4 import Int4
 from ..quant.int8 import Int8
-from ..quant.model import QuantizedModel, calibrate_model, quantize_model
+from ..quant.model import calibrate_model, quantize_model
 
 # %% ../../nbs/710_eval.quality.ipynb #474b3afd
 GRIDS = {'int4, 32': Int4(), 'int4, 64': Int4(64), 'int4, 32, symmetric': Int4(symmetric=True),
@@ -82,7 +80,8 @@ def judged(
     for name,make in made.items():
         if not any(v['name'] == name for v in known['verdicts']):
             known['verdicts'].append(asdict(judge(name, make(model), ids, exact, **how)))
-            save_result(path, known)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written(path) as tmp: tmp.write_text(json.dumps(known), encoding='utf-8')
         yield Verdict(**next(v for v in known['verdicts'] if v['name'] == name))
 
 # %% ../../nbs/710_eval.quality.ipynb #2014997c
@@ -169,39 +168,3 @@ def pieces(
     ids = torch.as_tensor(ids)
     if len(ids) < s: raise ValueError(f'a text of {len(ids)} tokens has no piece of {s}; give a longer one')
     return torch.stack([ids[i*(len(ids) - s)//max(1, n - 1):][:s] for i in range(n)])
-
-def own_blocks(
-    model:Model, # Of SmolLM2's file, which is read again
-)->QuantizedModel: # With the file's blocks
-    "The file's own blocks"
-    return QuantizedModel.from_pretrained('smollm2-135m', device='cpu')
-
-@benchmark('quality')
-def quality(
-    tokens:int|None = None, # Only so many of the judging text
-    state:str|Path|None = None, # Folder for verdicts until the end; None: in the cache
-    steps:int = 600, # Of training
-    only:tuple = (), # Names of ways; none for all
-)->dict: # smollm2 and trained: verdicts; losses: of the training
-    "Bytes and perplexity of every format, on SmolLM2 and on a model trained for it"
-    state,tok = Path(state or cache_dir()/'quality'),Tokenizer.from_pretrained('smollm2-135m')
-    def chosen(made): return {n: f for n,f in made.items() if not only or n in only}
-    made = chosen(ways(pieces(tok.encode(messages()), 8, 512)) | {'the file as it is': own_blocks})
-    smol,ids = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'),torch.tensor(tok.encode(speeches()))[:tokens]
-    verdicts = [*judged(state/'smollm2.json', smol, ids, made, window=1024)]
-    own,losses = train_bytes(SMALL_MOE, data := as_bytes(messages()), steps)
-    made = chosen(ways(pieces(data, 32, 256)))
-    mine = [*judged(state/'trained.json', own, as_bytes(speeches())[:tokens or 40_000], made, window=256)]
-    for f in ('smollm2.json', 'trained.json'): os.remove(state/f)
-    return dict(smollm2=verdicts, trained=mine, losses=[round(l, 4) for l in losses])
-
-@benchmark('format-rates')
-def format_rates(
-    rounds:int = 7, # Of decoding
-    only:tuple = (), # Names of ways; none for all but GPTQ's, whose kernels are those of their grids
-)->dict: # Name -> tokens a second
-    "SmolLM2 decoding in every format, all in turn"
-    model = Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
-    made = ways(torch.zeros(1, 1)) | {'the file as it is': own_blocks}
-    made = {n: f for n,f in made.items() if (n in only if only else 'GPTQ' not in n)}
-    return token_rates({'float32': model} | {n: f(model) for n,f in made.items()}, rounds=rounds)

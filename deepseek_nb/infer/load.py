@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..arch.model import Model, run_blocks
-from ..core.config import pick_device, pick_dtype
+from ..core.device import pick_device, pick_dtype
 from ..files.checkpoint import fill
 from ..files.gguf import fill_gguf, open_gguf
 from ..files.locate import load_config, locate

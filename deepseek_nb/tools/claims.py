@@ -15,17 +15,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import deepseek_nb.bench.peers  # noqa: F401  registers what it measures
 from ..arch.model import Model
-from ..bench import BENCHMARKS, Comparison, benchmark, compare, load_result, show
+from ..bench import Comparison, compare, find_benchmark, load_result, show
 from ..bench import main as run
-from ..studies import CHAPTERS, runs
+from ..studies import open_study
+from ..studies.report import runs
 
 # %% ../../nbs/980_tools.claims.ipynb #9be44b73
 def where(
@@ -103,7 +102,7 @@ def experiment_row(
     "One experiment beside what was found"
     done,command = runs(name, Path(folder)/'evidence'),f'`deepseek-nb evidence {name}`'
     if not done: return EXPERIMENTS[name], 'not yet', '', command
-    said = import_module(f'deepseek_nb.studies.{name}').finding(done)
+    said = open_study(name).finding(done)
     hosts = sorted({r['machine']['cpu'] for r in done})
     on = f"{', '.join(hosts)}; {len(done)} runs, {sum(r['minutes'] for r in done):.0f} minutes; {max(r['date'] for r in done)}"
     return EXPERIMENTS[name], said, on, command
@@ -112,7 +111,7 @@ def experiments(
     folder:str|Path = 'results', # Where records lie
 )->ClaimTable: # Claim, what was found, on what, command
     "All experiments beside what was found"
-    return ClaimTable(tuple(experiment_row(n, folder) for n in CHAPTERS))
+    return ClaimTable(tuple(experiment_row(n, folder) for n in EXPERIMENTS))
 
 # %% ../../nbs/980_tools.claims.ipynb #aa135c67
 @torch.inference_mode()
@@ -137,7 +136,6 @@ def without_cache(
     return ids[:, -n:]
 
 # %% ../../nbs/980_tools.claims.ipynb #263c8686
-@benchmark('cache')
 def cache_or_recompute(
     s:int=256, # Tokens of the prompt
     n:int=16, # New tokens
@@ -152,7 +150,6 @@ def cache_or_recompute(
     return compare({'cached': lambda: with_cache(model, ids, n), 'recomputed': lambda: without_cache(model, ids, n)}, repeats, warmup=0)
 
 # %% ../../nbs/980_tools.claims.ipynb #36a689f9
-@benchmark('int8')
 def int8_or_float(
     cached:int=128, # Remembered tokens
     repeats:int=9, # Rounds
@@ -220,7 +217,7 @@ def peer_row(
     second = 'deepseek_nb' in c.names[1]
     ours, peer = (show(t) + 's' for t in (c.medians[::-1] if second else c.medians))
     word = f'takes **{c.ratio:.2f}** times as long' if second else f'is **{c.ratio:.2f}** times as fast'
-    label = BENCHMARKS[name].__doc__.partition(', against')[0]
+    label = find_benchmark(name).__doc__.partition(', against')[0]
     return f'| {label} | {ours} | {c.names[not second]}: {peer} | {word} ({c.quartiles[0]:.2f} to {c.quartiles[2]:.2f}) |'
 
 def measured(

@@ -51,8 +51,8 @@ def go_on(
         if text: say(talk, text, **kw)
 
 def _load(model, dtype, device):
-    from deepseek_nb.files.tokenizer import Tokenizer
     from deepseek_nb.arch.model import Model
+    from deepseek_nb.files.tokenizer import Tokenizer
     tok = Tokenizer.from_pretrained(model)
     return Model.from_pretrained(model, dtype, device), tok
 
@@ -216,8 +216,8 @@ def evidence(
 ):
     "Run an experiment of the book, or go on with it"
     from deepseek_nb import studies
-    if not name: return print(*studies.CHAPTERS, sep='\n')
-    studies.evidence(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
+    if not name: return print(*studies.study_names(), sep='\n')
+    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
 
 # %% ../../nbs/960_tools.cli.ipynb #6dcb858e
 def doctor(

@@ -22,19 +22,21 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
-from ..core.config import pick_dtype
+from ..core.device import pick_dtype
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from .balance import Balance, routers, with_balance
 from .corpora import CORPORA, corpus
-from .data import chat_data, classification_data, packed, split_by_key, to_dataset, tokenised
+from .data import packed, to_dataset, tokenised
 from .latent import convert as convert_model
 from .latent import save_tokenizer
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
 from .resume import checkpoints
+from .sft import chat_data, classification_data
+from .split import split_by_key
 from .stages import Stage, distil_in_stages
 from .trainer import Trainer, TrainingArguments
 from .world import setup, world
