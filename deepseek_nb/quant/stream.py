@@ -211,7 +211,8 @@ class GgufSource(WeightSource):
         self.path,self.config,self.weights,self.m = path,model.config,model.state_dict(),Meta(reader, path)
         match_tensors(self.m, gguf_views(model, self.m.arch, self.m.shapes))
 
-    def _views(self, key, t): return gguf_views(SimpleNamespace(config=self.config, state_dict=lambda: {key: t}), self.m.arch, self.m.shapes)
+    def _views(self, key, t):
+        return gguf_views(SimpleNamespace(config=self.config, state_dict=lambda: {key: t}), self.m.arch, self.m.shapes)
 
     def whole(self,
         key:str, # A key of the model's `state_dict`
@@ -221,7 +222,7 @@ class GgufSource(WeightSource):
 
 # %% ../../nbs/375_quant.stream.ipynb #42876b35
 @patch
-def read(self:GgufSource,
+def read(self:GgufSource, # noqa: F811
     key:str, # A key of the model's `state_dict`
     out:Tensor, # Entries of the first axis, filled
     first:int = 0, # Which entry comes first
@@ -254,7 +255,7 @@ def format(self:GgufSource,
 
 # %% ../../nbs/375_quant.stream.ipynb #859bc412
 @patch
-def parts(self:GgufSource,
+def parts(self:GgufSource, # noqa: F811
     key:str, # A key of the model's `state_dict`
     format:Format, # The wanted one
 )->dict|None: # Parts from the file's blocks; None where floats must be encoded
