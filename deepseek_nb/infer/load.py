@@ -61,7 +61,7 @@ def from_pretrained(cls:Model,
     if mtp and path.suffix == '.gguf':
         raise ValueError(f'{path}: the multi-token-prediction blocks of a GGUF file are not read; leave out mtp=True')
     if mtp and (format or path.is_dir() and read_packed(path) is not None):
-        raise ValueError(f"{path}: multi-token-prediction blocks are not quantised; leave out mtp=True, or load floats with dtype='float32'")
+        raise ValueError(f"{path}: multi-token-prediction blocks are not quantised; leave out mtp=True, or pass dtype='float32'")
     if format: return QuantizedModel.from_pretrained(path, format, device)
     model = stored_model(path, device) if dtype is None else None
     return _load_floats(cls, path, dtype, device, mtp) if model is None else model

@@ -19,13 +19,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..arch.norm import RMSNorm
 from ..arch.model import Model
 from ..arch.moe import Experts
-from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..core.device import pick_device, pick_dtype
 from ..core.lazy import extended
-from ..files.gguf import PLAIN, gguf_config, open_gguf
+from ..files.gguf import PLAIN, open_gguf
 from ..files.locate import load_config, locate
 from ..files.safetensors import some
 from . import Format, QuantizedWeight, linear_quantized, make_format, prepack, take_place
