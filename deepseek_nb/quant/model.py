@@ -19,9 +19,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..arch.norm import RMSNorm
 from ..arch.model import Model
 from ..arch.moe import Experts
+from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..core.device import pick_device, pick_dtype
 from ..core.lazy import extended
