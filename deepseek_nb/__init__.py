@@ -1,5 +1,12 @@
 """DeepSeek's language models as a book that runs
 
+Packages:
+
+- `deepseek_nb.quant`: A matrix stored as small integers and scales, which a layer uses as if it were a tensor
+- `deepseek_nb.kernels`: An operation has a definition that you can read and twins that are fast; one call chooses between them, another shows what there is
+- `deepseek_nb.bench`: Contenders that alternate, memory at its peak, the machine's roofline, and results kept as files
+- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
+
 Modules:
 
 - `deepseek_nb.arch.attention`: Grouped-query attention, and DeepSeek's multi-head latent attention in its two forms, which give the same answer at different costs
@@ -46,7 +53,7 @@ Modules:
 - `deepseek_nb.infer.conversation`: Messages, a cache that follows them, and the time they took: what a terminal, a notebook or a server needs to talk to a model
 - `deepseek_nb.infer.generate`: From logits to tokens to text: greedy or sampled, one prompt or a ragged batch, streamed with whole characters and clean stops
 - `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
-- `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it: a GGUF file on its own quantised blocks, a folder in floats, or in any format or dtype that is named.
 - `deepseek_nb.infer.paged`: Memory for context comes in pages from one pool, so that nothing is allocated twice and beginnings are shared
 - `deepseek_nb.infer.persist`: What a model remembers of a prompt, kept as files: found by their content, checked when they are read, whole or not there at all
 - `deepseek_nb.infer.prefix`: A prompt that begins as an earlier one did is computed from where it differs: a radix tree over tokens, pages shared between requests, and a bill that adds up
@@ -65,12 +72,14 @@ Modules:
 - `deepseek_nb.kernels.team`: A kernel of several stages needs its threads once, and a barrier between the stages
 - `deepseek_nb.kernels.train`: A training step's backward pass through experts and attention, written out: into place, in pieces that stay in the cache, and without a padded copy
 - `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
-- `deepseek_nb.quant.ggml`: A file's own bytes stand in the model, and no weight is decoded before it is multiplied
+- `deepseek_nb.quant.ggml`: A GGUF file's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K blocks as a format, so that a model multiplies what the file holds instead of a float32 copy.
 - `deepseek_nb.quant.gptq`: The error of one weight is made good by those that are still to be rounded, as far as the inputs allow
 - `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
+- `deepseek_nb.quant.model`: Quantise a model in memory, or load a checkpoint quantised: which parameters, into which format, and on which path they run.
 - `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
+- `deepseek_nb.quant.report`: Every parameter of a model with its format, its bytes and its relative error, or the reason why it stayed float.
 - `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
-- `deepseek_nb.quant.stream`: A weight is read, encoded and forgotten some rows at a time, so that a model in few bits never needs the memory of its floats
+- `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
 - `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
 - `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.

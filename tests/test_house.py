@@ -184,6 +184,14 @@ def test_every_module_has_a_notebook():
     assert {o for o in (ROOT/'deepseek_nb').rglob('*.py') if o.name not in hand_written or o in known} == known
 
 
+def test_package_docstring_lists_every_module():
+    "nbdev lists a module whose docstring has more than three lines: its title's line, and two wrapped lines or more."
+    docstring = ast.get_docstring(ast.parse((ROOT/'deepseek_nb/__init__.py').read_text()))
+    listed = set(re.findall(r'^- `deepseek_nb\.([\w.]+)`: .', docstring, re.M))
+    missing = {module(o).removesuffix('.__init__') for o in CHAPTERS} - listed
+    assert not missing, f'wrap the second Markdown cell of these chapters on two lines or more: {missing}'
+
+
 def test_ruff():
     run('ruff', 'check', 'nbs', 'deepseek_nb', 'tests', cwd=ROOT)
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, walk
+from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters
 from deepseek_nb.tools.glossary import link_terms, read_glossary
 from deepseek_nb.tools.moves import read_moves
 from deepseek_nb.tools.site import defined_names, link_pages, new_chapter, stage
@@ -176,7 +176,7 @@ def test_parts_are_ranges():
 
 @pytest.mark.parametrize('path', PATHS, ids=lambda o: o.title)
 def test_paths_lead_through_the_site(pages, path):
-    steps = walk(path, chapters(ROOT/'nbs'))
+    steps = path_chapters(path, chapters(ROOT/'nbs'))
     for i, (before, after) in enumerate(zip(steps, steps[1:], strict=False), 1):
         page = pages[f'{before.module}.html']
         assert f'{after.module}.html' in [o.removeprefix('./') for o in page.links]
