@@ -32,7 +32,7 @@ from ..core.config import Config
 from ..files.tokenizer import Tokenizer
 from ..train.corpora import sotu
 from ..train.neurons import to_neurons
-from ..train.upcycle import residuals
+from ..train.upcycle import block_streams
 
 # %% ../../nbs/760_bench.layers.ipynb #c7827e3c
 def pair(
@@ -326,7 +326,7 @@ def neuron_streams(
     tok,model = Tokenizer.from_pretrained('smollm2-135m'),model or Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
     model.requires_grad_(False)
     ids = torch.tensor(tok.encode(list(sotu())[-1]['text'])[:1200]).view(3, 400)
-    streams = [middle[:, -1:].clone() for _,_,middle,_ in residuals(model, ids[2:])]
+    streams = [middle[:, -1:].clone() for _,_,middle,_ in block_streams(model, ids[2:])]
     return model, to_neurons(model, active, ids[:2]), streams
 
 # %% ../../nbs/760_bench.layers.ipynb #1a413e38

@@ -51,10 +51,10 @@ def go_on(
         if text: say(talk, text, **kw)
 
 def _load(model, dtype, device):
+    from deepseek_nb.arch.model import Model
     from deepseek_nb.files.tokenizer import Tokenizer
-    from deepseek_nb.quant.model import load_model
     tok = Tokenizer.from_pretrained(model)
-    return load_model(model, dtype, device), tok
+    return Model.from_pretrained(model, dtype, device), tok
 
 # %% ../../nbs/960_tools.cli.ipynb #6e56cddc
 def chat(
