@@ -12,7 +12,7 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
                       'add_mtp': 'arch.mtp',
                       'hidden_ahead': 'arch.mtp',
                       'save_pretrained': 'files.checkpoint',
-                      'quantization_report': 'quant.model',
+                      'quantization_report': 'quant.report',
                       'from_pretrained': 'infer.load',
                       'prefill': 'infer.generate',
                       'stream': 'infer.generate',
@@ -35,7 +35,7 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
                                'chat': 'files.chat',
                                '_mark_row': 'files.chat',
                                '_same': 'files.chat'},
- 'quant.model.QuantizedModel': {'merge_to_float': 'train.qlora'},
+ 'quant.model.QuantizedModel': {'_repr_markdown_': 'quant.report', 'merge_to_float': 'train.qlora'},
  'train.callbacks.History': {'plot_balance': 'train.balance'},
  'train.trainer.Trainer': {'checkpoints_callback': 'train.resume', 'save_model': 'train.resume'}}
 
@@ -72,4 +72,4 @@ TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm',
  'kernels.gradients.swiglu_back': {'cpp/cpu': 'kernels.gradients'},
  'kernels.gradients.norm_back': {'cpp/cpu': 'kernels.gradients'},
  'cuda.fp8.linear_fp8': {'cuda/cuda': 'cuda.fp8'},
- 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons_cpp'}}
+ 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'}}

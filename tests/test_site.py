@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, walk
+from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters
 from deepseek_nb.tools.glossary import link_terms, read_glossary
 from deepseek_nb.tools.moves import read_moves
 from deepseek_nb.tools.site import defined_names, link_pages, new_chapter, stage
@@ -28,7 +28,7 @@ class Page(HTMLParser):
     "The ids of a page, its links, what it loads, its text, and the code in its prose with the link it is."
     def __init__(self, text):
         super().__init__()
-        self.ids, self.twice, self.links, self.loads, self.text, self.code, self.open = set(), set(), [], [], [], [], []
+        self.ids, self.twice, self.links, self.loads, self.text, self.code, self.open, self.prose = set(), set(), [], [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -45,6 +45,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text.append(data)
         tags = [tag for tag,_ in self.open]
+        if 'pre' not in tags: self.prose.append(data)
         if tags[-1:] == ['code'] and 'pre' not in tags: self.code.append((data, next((o for tag,o in self.open if tag == 'a'), None)))
 
 
@@ -133,7 +134,7 @@ def test_llms_txt_follows_the_book(site):
 
 
 def test_prose_holds_no_directive(pages):
-    for name in {*PAGES} - {'tools.site.html'}: assert not [o for o in pages[name].text if re.match(r'\s*#\| *export', o)], name
+    for name in PAGES: assert not [o for o in pages[name].prose if re.match(r'\s*#\| *export', o)], name
 
 
 def test_search_covers_every_page(site, pages):
@@ -176,7 +177,7 @@ def test_parts_are_ranges():
 
 @pytest.mark.parametrize('path', PATHS, ids=lambda o: o.title)
 def test_paths_lead_through_the_site(pages, path):
-    steps = walk(path, chapters(ROOT/'nbs'))
+    steps = path_chapters(path, chapters(ROOT/'nbs'))
     for i, (before, after) in enumerate(zip(steps, steps[1:], strict=False), 1):
         page = pages[f'{before.module}.html']
         assert f'{after.module}.html' in [o.removeprefix('./') for o in page.links]
