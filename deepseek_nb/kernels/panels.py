@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.config import Arena
+from ..core.device import Arena
 from ..quant import Format, Layout, QuantizedWeight
 
 # %% ../../nbs/535_kernels.panels.ipynb #a30671c9
