@@ -36,6 +36,7 @@ Modules:
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its fast versions, whichever chapter was imported first
 - `deepseek_nb.core.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
 - `deepseek_nb.core.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+- `deepseek_nb.core.reading`: What the parts of a chapter mean, each shown on a small live example: parameters and shapes, methods that later chapters add, operations with several implementations, C++ cells and stored outputs
 - `deepseek_nb.cuda.attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
 - `deepseek_nb.cuda.build`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
 - `deepseek_nb.cuda.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
