@@ -46,7 +46,8 @@ class Page(HTMLParser):
         self.text.append(data)
         tags = [tag for tag,_ in self.open]
         if 'pre' not in tags: self.prose.append(data)
-        if tags[-1:] == ['code'] and not {'pre', 'header'} & {*tags}: self.code.append((data, next((o for tag,o in self.open if tag == 'a'), None)))
+        if tags[-1:] != ['code'] or {'pre', 'header'} & {*tags}: return
+        self.code.append((data, next((o for tag,o in self.open if tag == 'a'), None)))
 
 
 @pytest.fixture(scope='module')
