@@ -2233,6 +2233,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'deepseek_nb/tools/pictures.py'),
                                             'deepseek_nb.tools.pictures.linked_box': ( 'tools.pictures.html#linked_box',
                                                                                        'deepseek_nb/tools/pictures.py'),
+                                            'deepseek_nb.tools.pictures.map_square': ( 'tools.pictures.html#map_square',
+                                                                                       'deepseek_nb/tools/pictures.py'),
                                             'deepseek_nb.tools.pictures.picture': ( 'tools.pictures.html#picture',
                                                                                     'deepseek_nb/tools/pictures.py'),
                                             'deepseek_nb.tools.pictures.rates_note': ( 'tools.pictures.html#rates_note',
