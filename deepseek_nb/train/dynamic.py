@@ -143,6 +143,7 @@ class Spent:
     def __repr__(self):
         return f'{self.experts.numel()} tokens, {self.experts.float().mean():.2f} experts each, {self.share:.1%} of the active FLOPs'
 
+# %% ../../nbs/660_train.dynamic.ipynb #2c6f0182
 @torch.no_grad()
 def spent(
     model:Model, # With mixtures
