@@ -104,7 +104,7 @@ def open_study(
     "Load a study from its notebook"
     known = study_names()
     if name in known: return import_module(f'deepseek_nb.studies.{name}')
-    raise KeyError(f'there is no study {name!r}; there are {", ".join(known)}')
+    raise KeyError(f'there is no experiment {name!r}; there are {", ".join(known)}')
 
 # %% ../../nbs/900_studies.ipynb #5988436a
 STUDIES = {} # Name -> function, of the studies that are loaded
