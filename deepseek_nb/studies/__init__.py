@@ -80,6 +80,7 @@ class StudyLoader:
             linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name
             exec(compile(code, name, 'exec'), vars(module))
 
+# %% ../../nbs/900_studies.ipynb #b782b835
 class StudyFinder:
     "Find `deepseek_nb.studies.NAME` in the notebook of the study"
     @staticmethod
