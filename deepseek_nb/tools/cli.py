@@ -238,7 +238,7 @@ def bench(
     dtype:str = '', # float32 or bfloat16, for benchmarks that can choose
 ):
     "Run a benchmark: ours and a peer, alternating"
-    from deepseek_nb.bench import main as run
+    from deepseek_nb.bench import run_command as run
     given = dict(out=out, plot=plot, device=device, dtype=dtype)
     run([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 
