@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
+# Hundreds of processes import the package: its bytecode is kept, also where the environment says otherwise
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test sanitize docs bench evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
@@ -30,8 +33,7 @@ evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
-	$(BIN)/python -m deepseek_nb.tools.map
-	$(BIN)/python -m deepseek_nb.tools.site --readme
+	$(BIN)/python -m deepseek_nb.tools.front
 
 new-chapter: .venv/.dev  ## a notebook in the form of the house: make new-chapter NAME=145_arch.balance TITLE='Balance'
 	@$(BIN)/python -m deepseek_nb.tools.site --new "$$NAME" "$$TITLE"

@@ -271,7 +271,8 @@ def run_layer(m, c, x, pad, pieces, cached, **kw):
     for a, b in pieces:
         cs = rope.cos_sin(rope.frequencies(c.rope, c.qk_rope_head_dim if c.mla else c.head_dim), pos[:, a:b], rope.rotary_factor(c.rope))
         if cached: cache.reserve(b-a)
-        out.append(m(x[:, a:b], cs, None if pad is None else att.visible(b-a, b, pad), cache[0] if cached else None, **kw))
+        ctx = att.Context(cs, None if pad is None else att.visible(b-a, b, pad), cache[0] if cached else None, **kw)
+        out.append(m(x[:, a:b], ctx))
         if cached: cache.advance(b-a)
     return torch.cat(out, 1)
 

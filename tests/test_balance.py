@@ -3,13 +3,14 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_loss, load, sequence_loss
+from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_load, expert_loss, sequence_loss
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import routes
 from deepseek_nb.train.balance import Balance, balance_terms, evenness, real, routers, row_routes, with_balance
+from deepseek_nb.train.callbacks import Callback, CancelStep
 from deepseek_nb.train.data import Batches
 from deepseek_nb.train.loss import language_loss
-from deepseek_nb.train.trainer import Callback, CancelStep, Trainer, TrainingArguments
+from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 V3 = Config('deepseek_v3', vocab_size=64, dim=16, n_layers=3, n_heads=2, inter_dim=24, max_positions=32, n_dense_layers=1, moe_inter_dim=8,
             n_routed_experts=8, n_shared_experts=1, n_activated_experts=2, n_expert_groups=4, n_limited_groups=2, group_score='sum2',
@@ -46,7 +47,7 @@ def test_visits_and_bias_by_hand(checkpointing, accumulation):
             with torch.no_grad(): t.model(t.batch['tokens'])
             now = routes(t.model, t.batch['tokens'])
             mask = t.batch['documents'].flatten() >= 0
-            self.part = [load(r.experts[mask], 8) for r in now.values()]
+            self.part = [expert_load(r.experts[mask], 8) for r in now.values()]
             self.seen[-1] = [a + b for a,b in zip(self.seen[-1], self.part, strict=True)]
         def before_step(self, t): self.seen.append([0, 0])
         def before_update(self, t): self.before = [g.e_score_correction_bias.clone() for g in routers(t.model)]

@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_nb.files.hub import sha256
 from deepseek_nb.train import corpora as T
-from deepseek_nb.train import data as D
+from deepseek_nb.train import split as P
 
 datasets.disable_progress_bars()
 
@@ -123,8 +123,8 @@ def test_split_codes_by_category(texts):
     rows = datasets.Dataset.from_list([r for r in texts['icd10'] if r['category'][0] in 'SM'][:6000])
     shares = {}
     for key in ('text', 'category'):
-        train,test = D.split_by_key(rows, key)
-        shares[key] = D.overlap(train['text'], test['text'], n=4).value
+        train,test = P.split_by_key(rows, key)
+        shares[key] = P.overlap(train['text'], test['text'], n=4).value
         assert not set(train[key]) & set(test[key])
     assert shares['text'] > .45 > 2*shares['category'], shares
 

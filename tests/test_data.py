@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train import data as D
-from deepseek_nb.train.data import IGNORE, Batches, chat_example, collate, example, pack, to_dataset
+from deepseek_nb.train import sft as S
+from deepseek_nb.train import split as P
+from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack, to_dataset
+from deepseek_nb.train.sft import chat_example
 
 datasets.disable_progress_bars()
 docs = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -194,7 +197,7 @@ def test_answers_and_nothing_else(tok, texts):
 
 def test_templates(v4):
     assert scored(v4, TALK, chat_template='deepseek-v3.1') == ['4<｜end▁of▁sentence｜>', '7, I think.<｜end▁of▁sentence｜>']
-    with pytest.raises(ValueError, match='^message 2: the chat template writes what comes before it differently') as e:
+    with pytest.raises(ValueError, match='^message 2: the chat template writes the earlier messages differently') as e:
         scored(v4, TALK, chat_template='deepseek-r1-distill')
     assert '\n' not in str(e.value)
 
@@ -256,32 +259,32 @@ def test_conversations_without_an_answer(tok, messages, error):
 def test_long_conversations(tok):
     talks = to_dataset([dict(messages=TALK), dict(messages=TALK[:3])])
     n = [len(chat_example(tok, m)['tokens']) for m in (TALK, TALK[:3])]
-    with pytest.raises(ValueError, match=f'an example has {n[0]} tokens, more than the context of {n[1]}'): D.chat_data(talks, tok, n[1])
-    assert [len(e['tokens']) for e in D.chat_data(talks, tok, n[1], 'skip')] == [n[1]]
-    assert [len(e['tokens']) for e in D.chat_data(talks, tok, n[1], 'cut')] == [n[1]]*2
+    with pytest.raises(ValueError, match=f'an example has {n[0]} tokens, more than the context of {n[1]}'): S.chat_data(talks, tok, n[1])
+    assert [len(e['tokens']) for e in S.chat_data(talks, tok, n[1], 'skip')] == [n[1]]
+    assert [len(e['tokens']) for e in S.chat_data(talks, tok, n[1], 'cut')] == [n[1]]*2
 
 
 # Classes
 
 @pytest.mark.parametrize('labels', [['good', 'bat'], [0, 2], [-1], [True], [1.5], [None]])
 def test_labels_outside_the_classes(labels):
-    with pytest.raises(ValueError, match='is none of the 2 classes: bad, good') as e: D.class_numbers(labels, ['bad', 'good'])
+    with pytest.raises(ValueError, match='is none of the 2 classes: bad, good') as e: S.class_numbers(labels, ['bad', 'good'])
     assert '\n' not in str(e.value)
 
 
 def test_declared_classes(tok):
     features = datasets.Features(text=datasets.Value('string'), label=datasets.ClassLabel(names=['no', 'yes']))
     data = datasets.Dataset.from_list([dict(text='a', label=1), dict(text='b', label=0)], features=features)
-    made = D.classification_data(data, tok)
+    made = S.classification_data(data, tok)
     assert [tok.decode([l for l in r['labels'] if l != IGNORE]) for r in made] == [' yes<|im_end|>', ' no<|im_end|>']
-    with pytest.raises(ValueError, match='the classes are not distinct'): D.classification_data(data, tok, ['a', 'a'])
-    with pytest.raises(ValueError, match='label 1 .row 0. is none of the 1 classes'): D.classification_data(data, tok, ['only'])
+    with pytest.raises(ValueError, match='the classes are not distinct'): S.classification_data(data, tok, ['a', 'a'])
+    with pytest.raises(ValueError, match='label 1 .row 0. is none of the 1 classes'): S.classification_data(data, tok, ['only'])
 
 
 @pytest.mark.parametrize('length', [12, 20, 200])
 def test_long_texts_keep_their_template(tok, length):
-    e = D.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:', length)
-    assert len(e['tokens']) == min(length, len(D.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:')['tokens']))
+    e = S.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:', length)
+    assert len(e['tokens']) == min(length, len(S.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:')['tokens']))
     assert tok.decode(e['tokens']).startswith('Text: word') and tok.decode(e['tokens']).endswith('\nClass: good<|im_end|>')
 
 
@@ -401,20 +404,20 @@ def test_a_state_of_other_batches(change):
 # Splits and overlaps
 
 def test_a_split_never_moves():
-    assert [i for i in range(20) if D.in_test(f'text {i}', .3)] == [2, 4, 7, 12, 15, 18]
+    assert [i for i in range(20) if P.in_test(f'text {i}', .3)] == [2, 4, 7, 12, 15, 18]
     keys = [f'k{i}' for i in range(4000)]
-    share = sum(D.in_test(k, .2) for k in keys)/4000
+    share = sum(P.in_test(k, .2) for k in keys)/4000
     assert abs(share - .2) < 4*(.2*.8/4000)**.5
-    assert {k for k in keys if D.in_test(k, .1)} < {k for k in keys if D.in_test(k, .2)}
-    assert not any(D.in_test(k, 0.) for k in keys) and all(D.in_test(k, 1.) for k in keys)
-    assert D.in_test(' Some\n  Text', .5, 3) == D.in_test('some text', .5, 3)
+    assert {k for k in keys if P.in_test(k, .1)} < {k for k in keys if P.in_test(k, .2)}
+    assert not any(P.in_test(k, 0.) for k in keys) and all(P.in_test(k, 1.) for k in keys)
+    assert P.in_test(' Some\n  Text', .5, 3) == P.in_test('some text', .5, 3)
 
 
 @pytest.mark.parametrize('streaming', [False, True])
 def test_split_by_a_function(streaming):
     rows = to_dataset([dict(text=str(i), code=f'{"AB"[i % 2]}{i}') for i in range(30)], streaming=streaming)
     for seed in range(5):
-        parts = [{r['code'][0] for r in part} for part in D.split_by_key(rows, lambda row: row['code'][0], .5, seed)]
+        parts = [{r['code'][0] for r in part} for part in P.split_by_key(rows, lambda row: row['code'][0], .5, seed)]
         assert not parts[0] & parts[1] and parts[0] | parts[1] == {'A', 'B'}
 
 
@@ -425,7 +428,7 @@ def test_overlap_by_its_definition(train, test, n):
     def grams(w): return {tuple(w[i:i+n]) for i in range(len(w)-n+1)} or ({tuple(w)} if w else set())
     known = set().union(*map(grams, train))
     want = [len(grams(w) & known)/len(grams(w)) for w in test]
-    got = D.overlap([' '.join(w) for w in train], [' '.join(w) for w in test], n)
+    got = P.overlap([' '.join(w) for w in train], [' '.join(w) for w in test], n)
     assert got.shares == want and got.value == pytest.approx(sum(want)/len(want))
     assert got.rows() == [i for i,s in enumerate(want) if s]
 

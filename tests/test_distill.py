@@ -18,6 +18,7 @@ from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.quant.model import quantize_model
+from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import IGNORE, example
 from deepseek_nb.train.distill import (
     KINDS,
@@ -32,9 +33,9 @@ from deepseek_nb.train.distill import (
     layer_map,
     residuals,
 )
-from deepseek_nb.train.loss import activations, language_loss
+from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.on_policy import Collapsed, CollapseGuard, OnPolicy, measures, prompts_of, write
-from deepseek_nb.train.trainer import Callback, Trainer, TrainingArguments
+from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 SMALL = dict(vocab_size=64, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, max_positions=64)
@@ -170,7 +171,7 @@ def test_logits_are_never_all_in_memory(r):
 
 
 def definition_loss(teacher, student, batch, kind, T, mix, share=None):
-    zs, zt = (activations(m, batch)@(m.embed_tokens.weight if m.lm_head is None else m.lm_head.weight).T for m in (student, teacher))
+    zs, zt = (m.hidden(batch['tokens'], documents=batch.get('documents'))@m.head_weight.T for m in (student, teacher))
     seen = batch['labels'] != IGNORE
     ce = F.cross_entropy(zs[seen], batch['labels'][seen], reduction='sum')
     return (1-mix)*T**2*divergence(zs[seen], zt[seen].detach(), kind, share, T).sum() + mix*ce
@@ -255,8 +256,8 @@ def test_matching_against_its_definition(documents, r):
     teacher, student, batch = deepseek(), llama(), batch_of(r, documents=documents)
     match = Match(student, teacher, hidden=.7, attention=.3, pairs=[(1, 2), (3, 4)])
     total, n = distillation_loss(teacher, match=match)(student, batch)
-    with residuals(student, range(4)) as s: activations(student, batch)
-    with residuals(teacher, range(5)) as t: activations(teacher, batch)
+    with residuals(student, range(4)) as s: student.hidden(batch['tokens'], documents=batch.get('documents'))
+    with residuals(teacher, range(5)) as t: teacher.hidden(batch['tokens'], documents=batch.get('documents'))
     seen, expected = batch['labels'] != IGNORE, definition_loss(teacher, student, batch, 'forward', 1., 0.)
     for (i, j), p in zip(match.pairs, match.projectors, strict=True):
         hidden = ((s[i]@p.weight.T - t[j])**2).sum(-1)/(t[j]**2).sum(-1)
@@ -269,7 +270,7 @@ def test_matching_against_its_definition(documents, r):
 
 def test_distances_are_zero_for_equals(r):
     model, batch = deepseek(), batch_of(r, documents=True)
-    with residuals(model, range(5)) as s: activations(model, batch)
+    with residuals(model, range(5)) as s: model.hidden(batch['tokens'], documents=batch.get('documents'))
     logs = attention_logs(model, 2, s[1], batch['documents'])
     assert attention_distance(logs, logs).abs().max() == 0 and hidden_distance(s[1], s[1]).max() == 0
     shares = logs.exp()

@@ -230,12 +230,12 @@ def test_layer_errors_by_hand():
     m, tokens = tiny(replace(V3, score_bias=False)), draw(2, 9)
     errors = layer_errors(m, tokens)
     assert errors.shape == (3, 4) and (errors[:, -1] == 0).all()
-    x, angles = m.embed_tokens(tokens), m.positions(9, None, None)[0]
+    x, ctx = m.embed_tokens(tokens), m.context(9)
     small = tiny(replace(V3, score_bias=False, n_activated_experts=2))
     for i, (block, other) in enumerate(zip(m.layers, small.layers, strict=True)):
-        out = block(x, angles, None)
+        out = block(x, ctx)
         if i:
-            change = (other(x, angles, None) - out).square().sum()/out.square().sum()
+            change = (other(x, ctx) - out).square().sum()/out.square().sum()
             assert errors[i-1, 1].item() == pytest.approx(change.item(), rel=1e-3)
         x = out
 

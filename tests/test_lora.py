@@ -109,9 +109,9 @@ def test_frozen_steps_aside():
 def test_first_layers_without_adapters_keep_nothing():
     m = LoraConfig(2, 4, ['q_proj'], layers_to_transform=[1]).apply(made('llama'))
     x = m.embed_tokens(batch(1, 9)['tokens'])
-    angles, _ = m.positions(9, None, None)
-    y = add_feed_forward(add_attention(x, m.layers[0], angles), m.layers[0])
-    assert not y.requires_grad and m.layers[1](y, angles).requires_grad
+    ctx = m.context(9)
+    y = add_feed_forward(add_attention(x, m.layers[0], ctx), m.layers[0])
+    assert not y.requires_grad and m.layers[1](y, ctx).requires_grad
 
 
 @settings(max_examples=40, deadline=None)

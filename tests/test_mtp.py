@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from deepseek_nb import Model
-from deepseek_nb.arch.mtp import MTPLoss, acceptance, ahead_labels, mtp_loss, same_document
+from deepseek_nb.arch.attention import one_document
+from deepseek_nb.arch.mtp import MTPLoss, acceptance, ahead_labels, mtp_loss
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.checkpoint import SINGLE, quant_fp8
 
@@ -100,7 +101,7 @@ def test_packed_documents_stay_apart(cut):
 
 
 def test_one_document_needs_no_mask():
-    assert same_document(torch.full((3, 5), 7)) is None
+    assert one_document(torch.full((3, 5), 7))
     m, tokens = tiny(), draw(2, 8)
     with torch.no_grad():
         x = m.hidden(tokens)

@@ -115,7 +115,7 @@ def test_record_and_pattern_are_the_models_own(config):
         v = attn.kv_b_proj(attn.kv_a_layernorm(attn.kv_a_proj_with_mqa(x)[..., :16])).unflatten(-1, (4, -1))[..., 12:].transpose(1, 2)
     else: v = attn.v_proj(x).unflatten(-1, (2, -1)).transpose(1, 2).repeat_interleave(2, 1)
     again = attn.o_proj((share @ v).transpose(1, 2).flatten(2))
-    close(again, attn(x, model.positions(7, None, None)[0]), eps=1e-5)
+    close(again, attn(x, model.context(7)), eps=1e-5)
 
 
 def test_hooks_are_gone_after_an_error():

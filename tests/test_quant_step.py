@@ -96,6 +96,5 @@ def test_bfloat16_and_nan():
     model = shrunk(GQA, 'int8', torch.bfloat16)
     found,x = model.new_cache(1),torch.randn(1, 2, 72)
     found.reserve(2)
-    angles,_ = model.positions(2, found, None)
-    got = run_blocks_codes(x.bfloat16(), model.layers, angles, None, found)
+    got = run_blocks_codes(x.bfloat16(), model.layers, model.context(2, found))
     assert got.dtype == torch.bfloat16 and got.isfinite().all()

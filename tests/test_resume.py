@@ -9,6 +9,7 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
+from deepseek_nb.train.callbacks import Callback, Guard
 from deepseek_nb.train.optim import Muon
 from deepseek_nb.train.resume import (
     META,
@@ -24,7 +25,7 @@ from deepseek_nb.train.resume import (
     to_json,
     write_whole,
 )
-from deepseek_nb.train.trainer import Callback, Guard, Trainer, TrainingArguments
+from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 SIZES = dict(vocab_size=64, dim=16, n_layers=2, n_heads=2, inter_dim=24, max_positions=32)
 DENSE = Config('llama', **SIZES, n_kv_heads=1, head_dim=8)
@@ -62,15 +63,16 @@ sys.path.insert(0, sys.argv[1])
 from test_resume import DENSE, MOE, args, fresh, rows
 from deepseek_nb.train import trainer
 from deepseek_nb.train.balance import Balance, with_balance
-from deepseek_nb.train.loss import activations, head_weight, language_loss, linear_cross_entropy
+from deepseek_nb.train.loss import language_loss, linear_cross_entropy
 from deepseek_nb.train.resume import checkpoints
-from deepseek_nb.train.trainer import Callback, Trainer
+from deepseek_nb.train.callbacks import Callback
+from deepseek_nb.train.trainer import Trainer
 STEPS = 14
 
 def dropped(model, batch):
     "The loss behind dropout, which draws from PyTorch's generator"
-    x = F.dropout(activations(model, batch).flatten(0, 1), .2)
-    return linear_cross_entropy(x, head_weight(model), batch['labels'].flatten()), int((batch['labels'] != -100).sum())
+    x = F.dropout(model.hidden(batch['tokens'], documents=batch.get('documents')).flatten(0, 1), .2)
+    return linear_cross_entropy(x, model.head_weight, batch['labels'].flatten()), int((batch['labels'] != -100).sum())
 
 def halves(model):
     for n,p in model.named_parameters(): p.requires_grad_('layers.1' in n)

@@ -14,8 +14,8 @@ from deepseek_nb.eval import choice
 from deepseek_nb.tools import cli
 from deepseek_nb.train import corpora, runs
 from deepseek_nb.train.bpe import save_tokenizer, train_bpe
+from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.resume import checkpoints
-from deepseek_nb.train.trainer import Callback
 
 LINE = 'Peter Piper picked a peck of pickled peppers, and where is the peck that he picked?\n'
 CONFIG = Config('llama', vocab_size=280, dim=32, n_layers=2, n_heads=4, inter_dim=64, n_kv_heads=2, head_dim=8, max_positions=64, bos_id=0,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from deepseek_nb.arch.attention import attend, rms_norm, visible
+from deepseek_nb.arch.attention import attend, visible
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import run_experts
+from deepseek_nb.arch.norm import rms_norm
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import train

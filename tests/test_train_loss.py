@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deepseek_nb import Model
+from deepseek_nb.arch.attention import document_mask
 from deepseek_nb.core.config import Config
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.quant import quantize
-from deepseek_nb.train.loss import IGNORE, activations, document_mask, language_loss, linear_cross_entropy, score
+from deepseek_nb.train.loss import IGNORE, language_loss, linear_cross_entropy, score
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 SIZES = dict(vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=48, max_positions=64)
@@ -167,12 +168,12 @@ def test_packed_documents_equal_single_ones(r, config, which):
     tokens = torch.randint(64, (1, sum(lengths)))
     documents = torch.repeat_interleave(torch.tensor([5, 2, 9, 2]), torch.tensor(lengths))[None]  # 2 comes twice, and is one document
     with use(which):
-        got = activations(model, dict(tokens=tokens, documents=documents))
+        got = model.hidden(tokens, documents=documents)
         for i in (0, 2):
             at = slice(sum(lengths[:i]), sum(lengths[:i+1]))
-            close(got[:, at], activations(model, dict(tokens=tokens[:, at])))
+            close(got[:, at], model.hidden(tokens[:, at]))
         first, again = (torch.arange(sum(lengths[:i]), sum(lengths[:i+1])) for i in (1, 3))
-        last = activations(model, dict(tokens=tokens[:, :sum(lengths)], documents=(documents == 2).long()))
+        last = model.hidden(tokens[:, :sum(lengths)], documents=(documents == 2).long())
         close(got[:, first], last[:, first])
         close(got[:, again], last[:, again])
 
@@ -181,21 +182,20 @@ def test_packed_documents_equal_single_ones(r, config, which):
 def test_later_tokens_and_other_documents_get_no_gradient(config):
     model = Model(config, dtype='float64', device='cpu').init_weights(.3)
     tokens, documents = torch.arange(12)[None], torch.tensor([[0]*5 + [1]*7])
-    x = activations(model, dict(tokens=tokens, documents=documents))
+    x = model.hidden(tokens, documents=documents)
     g, = torch.autograd.grad(x[0, 8].sum(), model.embed_tokens.weight)
     assert g[:12].any(1).tolist() == [5 <= i <= 8 for i in range(12)]
 
 
 def test_one_document_a_row_takes_the_causal_path(monkeypatch):
-    from deepseek_nb.train import loss
+    from deepseek_nb.arch import model as chapter
     model = Model(GQA, dtype='float32', device='cpu').init_weights(.3)
     tokens, masks = torch.randint(64, (2, 6)), []
-    run = loss.run_blocks
-    monkeypatch.setattr(loss, 'run_blocks', lambda x, blocks, angles, mask: masks.append(mask) or run(x, blocks, angles, mask))
-    a = activations(model, dict(tokens=tokens))
-    b = activations(model, dict(tokens=tokens, documents=torch.tensor([[3]*6, [7]*6])))
+    run = chapter.run_blocks
+    monkeypatch.setattr(chapter, 'run_blocks', lambda x, blocks, ctx: masks.append(ctx.mask) or run(x, blocks, ctx))
+    a = model.hidden(tokens)
+    b = model.hidden(tokens, documents=torch.tensor([[3]*6, [7]*6]))
     assert masks == [None, None] and torch.equal(a, b)
-    torch.testing.assert_close(a, model.hidden(tokens))
 
 
 def test_mask_by_hand(r):

@@ -1,7 +1,10 @@
 "The Trainer against loops written by hand."
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,20 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train import trainer as module
-from deepseek_nb.train.data import Batches
+from deepseek_nb.train.callbacks import EVENTS, Callback, CancelFit, CancelStep, Diverged, Guard, LivePlot, Progress
+from deepseek_nb.train.data import IGNORE, Batches, collate
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.optim import Muon, muon_groups, param_groups
 from deepseek_nb.train.schedule import get_linear_schedule_with_warmup
 from deepseek_nb.train.trainer import (
-    EVENTS,
-    Callback,
-    CancelFit,
-    CancelStep,
-    Diverged,
-    Guard,
-    LivePlot,
-    Progress,
     Trainer,
     TrainingArguments,
     checkpointed,
@@ -397,3 +394,139 @@ def test_bad_data():
         with checkpointed(torch.nn.Linear(2, 2)): pass
     assert any(isinstance(c, Progress) for c in Trainer(fresh(), args(), rows()).callbacks)
     assert master_weights(fresh())[0].dtype == torch.float32
+
+
+# ---- text columns, as transformers and TRL take them
+
+TURNS = [[dict(role='user', content=f'{i} + {i}?'), dict(role='assistant', content=f'{2*i}, I think.')] for i in range(8)]
+MESSAGES = [dict(messages=t) for t in TURNS]
+PAIRS = [dict(prompt=t[:-1], completion=t[-1:]) for t in TURNS]
+STRINGS = [dict(prompt=f'{i} + {i} =', completion=f' {2*i}', id=i) for i in range(8)]
+TEXTS = [dict(text=f'{i} and {i} make {2*i}.') for i in range(8)]  # fit into one row: a document that is cut loses its beginning
+WORDS = Config('llama', vocab_size=49152, dim=16, n_layers=2, n_heads=2, inter_dim=24, max_positions=128, n_kv_heads=1, head_dim=8)
+
+
+@pytest.fixture(scope='module')
+def tok():
+    datasets.disable_progress_bars()
+    return Tokenizer.from_pretrained('smollm2-135m')
+
+
+def by_transformers(tok, row):
+    "Token ids and those that count in the loss, from the rendered text alone"
+    if 'text' in row: return [*tok.encode(row['text']), tok.eos_ids[0]], None
+    if isinstance(row.get('prompt'), str):
+        head, answer = tok.encode(row['prompt']), [*tok.encode(row['completion']), tok.eos_ids[0]]
+        return head + answer, len(head)
+    talk = row.get('messages') or row['prompt'] + row['completion']
+    ids = tok.chat(talk, add_generation_prompt=False)
+    return ids[:ids.index(tok.eos_ids[0], len(tok.chat(talk[:-1])))+1], len(tok.chat(talk[:-1]))
+
+
+@pytest.mark.parametrize('make', [list, datasets.Dataset.from_list], ids=['list', 'Dataset'])
+@pytest.mark.parametrize('data', [MESSAGES, PAIRS, STRINGS, TEXTS], ids=['messages', 'messages in pairs', 'pairs', 'text'])
+def test_columns_equal_a_loop_by_hand(tok, data, make):
+    hand = fresh(WORDS)
+    opt = torch.optim.AdamW(param_groups(hand, 0.), lr=.01)
+    losses = []
+    for _ in range(3):
+        total = n = 0
+        for row in data: # one example at a time, so neither packing nor padding
+            ids, first = by_transformers(tok, row)
+            logits = hand(torch.tensor([ids]))[0, :-1].float()
+            labels = torch.tensor(ids[1:])
+            if first is not None: labels[:first-1] = IGNORE
+            total = total + F.cross_entropy(logits, labels, reduction='sum')
+            n += (labels != IGNORE).sum().item()
+        (total/n).backward()
+        torch.nn.utils.clip_grad_norm_(hand.parameters(), 1.)
+        opt.step(); opt.zero_grad()
+        losses.append((total/n).item())
+    for packing in (True, False):
+        a = args(max_steps=3, per_device_train_batch_size=64, lr_scheduler_type='constant', packing=packing)
+        trainer = Trainer(fresh(WORDS), a, train_dataset=make(data), processing_class=tok)
+        assert [r['loss'] for r in trainer.train()] == pytest.approx(losses, rel=1e-5)
+        assert trainer.history[0]['tokens'] == n
+        assert (len(trainer.train_dataset) < len(data)) == packing
+
+
+def test_columns_are_streamed_and_evaluated(tok):
+    stream = datasets.Dataset.from_list(MESSAGES).to_iterable_dataset()
+    trainer = Trainer(fresh(WORDS), args(max_steps=2), stream, eval_dataset=MESSAGES, processing_class=tok)
+    history = trainer.train()
+    assert len(history) == 2 and 'eval_loss' in history[-1]
+    assert trainer.evaluate(MESSAGES) == trainer.evaluate() == history[-1]['eval_loss']
+
+
+@pytest.mark.parametrize('data, said', [
+    ([dict(question='a', answer='b')], 'has the columns question, answer; known layouts are `messages`, `prompt` and `completion`, `text`'),
+    ([dict(prompt='a')], 'has the columns prompt; known layouts are'),
+    ([dict(prompt='a', completion=[])], 'prompt is a str and completion a list'),
+    ([dict(messages=TURNS[0][:1])], 'has no answer of the assistant'),
+    ([dict(messages=[TURNS[0][0], dict(role='assistant', content='long '*200)])], 'more than the context of 128'),
+    ([dict(text=3)], "column 'text' holds a int")])
+def test_columns_that_cannot_be_read(tok, data, said):
+    with pytest.raises((KeyError, ValueError)) as e: Trainer(fresh(WORDS), args(), data, processing_class=tok)
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_columns_need_the_tokenizer():
+    with pytest.raises(ValueError, match="has the columns messages; give processing_class, the model's Tokenizer"):
+        Trainer(fresh(), args(), MESSAGES)
+    with pytest.raises(ValueError, match=r"the tokenizer is a builtins.object; give deepseek_nb's Tokenizer.from_pretrained"):
+        Trainer(fresh(), args(), MESSAGES, processing_class=object())
+
+
+def test_max_length_ends_at_the_context(tok):
+    rows = Trainer(fresh(WORDS), args(max_length=1024), TEXTS*4, processing_class=tok).train_dataset
+    assert {len(r['tokens']) for r in rows} == {128}
+    assert collate([rows[0]], max_length=128)['tokens'].shape == (1, 128)
+
+
+def test_strategies(tmp_path):
+    a = args(max_steps=-1, num_train_epochs=2, eval_strategy='epoch', save_strategy='epoch', output_dir=tmp_path)
+    history = Trainer(fresh(), a, rows(), rows()).train()
+    assert len(history) == 12 and history.series('eval_loss')[0] == [6, 12]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint-12', 'checkpoint-6']
+    a = args(eval_strategy='no', save_strategy='no', output_dir=tmp_path/'none')
+    assert Trainer(fresh(), a, rows(), rows()).train().series('eval_loss') == ([], [])
+    assert not (tmp_path/'none').exists()
+    a = args(eval_strategy='steps', logging_steps=4)
+    assert Trainer(fresh(), a, rows(), rows()).train().series('eval_loss')[0] == [4, 6]
+
+
+def test_progress_shows_throughput_and_the_time_left(capsys):
+    Trainer(fresh(), args(disable_tqdm=False), rows()).train()
+    err = capsys.readouterr().err
+    assert 'tokens/s=' in err and '<00:00' in err
+
+
+def test_the_curve_is_shown_in_a_notebook(monkeypatch):
+    pytest.importorskip('IPython')
+    shown = []
+    monkeypatch.setattr('deepseek_nb.train.callbacks.in_notebook', lambda: True)
+    monkeypatch.setattr('IPython.display.display', lambda fig, display_id: shown.append(fig))
+    Trainer(fresh(), args(disable_tqdm=False), rows()).train()
+    Trainer(fresh(), args(disable_tqdm=True), rows()).train()
+    assert len(shown) == 1
+
+
+def test_saving_needs_no_import(tmp_path):
+    "A fresh process that imports the Trainer alone saves, resumes and writes the model."
+    code = """
+import sys, torch
+from deepseek_nb import Trainer, TrainingArguments, Model
+from deepseek_nb.core.config import Config
+assert 'deepseek_nb.train.resume' not in sys.modules
+c = Config('llama', vocab_size=8, dim=8, n_layers=1, n_heads=1, inter_dim=8, max_positions=8, n_kv_heads=1, head_dim=8)
+row = dict(tokens=[1, 2, 3], labels=[2, 3, 4])
+for resume,n in ((False, 2), (True, 2)):
+    model = Model(c, dtype='float32', device='cpu').init_weights(.1)
+    t = Trainer(model, TrainingArguments(output_dir=sys.argv[1], max_steps=2), [row]*8)
+    t.train(resume_from_checkpoint=resume)
+    assert len(t.history) == n
+print(sorted(p.name for p in t.save_model().iterdir()))
+"""
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path/'out')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "'checkpoint-2', 'config.json'" in done.stdout

@@ -43,7 +43,8 @@ def installed(wheel, tmp_path_factory):
 @pytest.fixture
 def elsewhere(tmp_path):
     "An empty folder, and variables without a path to this project."
-    return dict(cwd=tmp_path, env={k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV')}, stdin=subprocess.DEVNULL)
+    ours = 'PYTHONPATH', 'VIRTUAL_ENV', 'PYTHONDONTWRITEBYTECODE'
+    return dict(cwd=tmp_path, env={k: v for k,v in os.environ.items() if k not in ours}, stdin=subprocess.DEVNULL)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')

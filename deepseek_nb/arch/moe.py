@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .routing import Gate, normal
+from .routing import Gate
 from ..core.config import Config
 from ..core.dispatch import op
 
@@ -87,14 +87,16 @@ def run_grouped(
     return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
 
 # %% ../../nbs/150_arch.moe.ipynb #87b26e27
+def _stack(e, out, into): return nn.Parameter(torch.empty(e, out, into).uniform_(-into**-.5, into**-.5))  # as nn.Linear begins
+
 class Experts(nn.Module):
     "The routed experts of a layer, stacked"
     def __init__(self,
         c:Config, # Sizes: n_routed_experts, moe_inter_dim, dim
     ):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(normal(c.n_routed_experts, 2*c.moe_inter_dim, c.dim))
-        self.down_proj = nn.Parameter(normal(c.n_routed_experts, c.dim, c.moe_inter_dim))
+        self.gate_up_proj = _stack(c.n_routed_experts, 2*c.moe_inter_dim, c.dim)
+        self.down_proj = _stack(c.n_routed_experts, c.dim, c.moe_inter_dim)
 
     def forward(self,
         x:Tensor, # Tokens `n d`
@@ -113,18 +115,15 @@ class MoE(nn.Module):
         self.gate,self.experts = Gate(c),Experts(c)
         self.shared_experts = SwiGLU(c.dim, c.moe_inter_dim*c.n_shared_experts) if c.n_shared_experts else None
 
-    def forward(self,
-        x:Tensor, # Activations `b s d`
-    )->Tensor: # `b s d`
-        "Route every token, and add the shared experts"
-        return mixture(x, self)
-
 @op
 def mixture(
-    x:Tensor, # Activations `b s d`
     moe:MoE, # Holds the weights
+    x:Tensor, # Activations `b s d`
 )->Tensor: # `b s d`
     "Routed experts, and the shared ones beside them"
     n = rearrange(x, 'b s d -> (b s) d')
-    y = moe.experts(n, *moe.gate(n)[:2]).reshape_as(x)
+    r = moe.gate(n)
+    y = moe.experts(n, r.weights, r.experts).reshape_as(x)
     return y if moe.shared_experts is None else y + moe.shared_experts(x)
+
+MoE.forward = mixture

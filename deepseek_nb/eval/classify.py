@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..arch.model import Model
 from .choice import log_likelihoods
 from ..files.tokenizer import Tokenizer
-from ..train.data import class_numbers, class_prompt
+from ..train.sft import class_numbers, class_prompt
 
 # %% ../../nbs/730_eval.classify.ipynb #77f2ea74
 def confusion(

@@ -39,7 +39,7 @@ def token_losses(
     "The negative log-probability of each token"
     check_tokens(tokens := tokens.to(model.device), model.config)
     x = model.hidden(tokens, attention_mask=attention_mask)[:, :-1]
-    w = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    w = model.head_weight
     first = x.shape[1] - min(last or x.shape[1], x.shape[1])
     losses = _chunked_losses(x, w, tokens[:, 1:], first, chunk)
     return losses if attention_mask is None else losses*attention_mask[:, :-1].to(losses)[:, first:]

@@ -190,7 +190,7 @@ def mtp_copies(
 )->dict[str, Tensor]: # By disk key without `model.`; empty without blocks
     "The tensors that multi-token-prediction blocks share with the model"
     w,n = model.embed_tokens.weight,model.config.n_layers
-    shared = {'embed_tokens': w, 'shared_head.head': w if model.lm_head is None else model.lm_head.weight}
+    shared = {'embed_tokens': w, 'shared_head.head': model.head_weight}
     return {f'layers.{n+k}.{name}.weight': t for k in range(len(getattr(model, 'mtp', ()))) for name,t in shared.items()}
 
 # %% ../../nbs/230_files.checkpoint.ipynb #919ad6b0

@@ -15,14 +15,13 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from ..arch.attention import GQA, visible
-from ..arch.model import Model
+from ..arch.model import Model, check_tokens, head
 from ..arch.rope import rotate
-from ..arch.routing import Route, load, max_violation
+from ..arch.routing import Route, expert_load, max_violation
 from ..core.plot import GREY
 
 # %% ../../nbs/430_infer.inside.ipynb #82474806
@@ -50,9 +49,9 @@ def record(
     tokens:Tensor, # Token ids `b s`
 )->Record: # Its residual stream
     "Run a forward pass and keep the residual stream"
-    kept = []
-    with watch([model.embed_tokens, *model.layers], lambda i,y: kept.append(y.detach())): model.hidden(tokens)
-    return Record(tokens, torch.stack(kept))
+    check_tokens(tokens, model.config)
+    x = model.embed_tokens(tokens)
+    return Record(tokens, torch.stack([*model.residual_stream(x, model.context(tokens.shape[1]))]))
 
 # %% ../../nbs/430_infer.inside.ipynb #f7131543
 def heat(
@@ -101,7 +100,7 @@ def attention_pattern(
 )->Tensor: # Share of each query's attention `b h s t`
     "Where the heads of a layer look"
     block,s = model.layers[layer],r.tokens.shape[1]
-    angles,_ = model.positions(s, None, None)
+    angles = model.angles(0, s)
     q,k = queries_keys(block.self_attn, block.input_layernorm(r.stream[layer]), angles)
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale
     return scores.masked_fill(~visible(s, s, device=scores.device), -torch.inf).softmax(-1)
@@ -114,8 +113,7 @@ def logit_lens(
     k:int = 1, # Tokens to keep
 )->tuple[Tensor,Tensor]: # Probabilities and token ids, `layers+1 b s k`
     "What the model would say next after each block"
-    w = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-    best = [F.linear(model.norm(x), w).float().softmax(-1).topk(k) for x in r.stream]
+    best = [head(model.norm(x), model.head_weight).softmax(-1).topk(k) for x in r.stream]
     return torch.stack([o.values for o in best]), torch.stack([o.indices for o in best])
 
 # %% ../../nbs/430_infer.inside.ipynb #d0a99134
@@ -147,7 +145,7 @@ def load_map(
     seen:dict, # From `routes`
 )->Tensor: # Load by layer and expert, 1 where it is even, `layers e`
     "How the load is spread in every layer"
-    visits = torch.stack([load(r.experts, r.scores.shape[1]) for r in seen.values()]).float()
+    visits = torch.stack([expert_load(r.experts, r.scores.shape[1]) for r in seen.values()]).float()
     return visits/visits.mean(-1, keepdim=True)
 
 # %% ../../nbs/430_infer.inside.ipynb #6823dc50
@@ -158,7 +156,7 @@ def draw_load(
 )->None:
     "Draw the load of each expert in each layer"
     heat(ax, load_map(seen), 'load / mean', high=high)
-    worst = [max_violation(load(r.experts, r.scores.shape[1])) for r in seen.values()]
+    worst = [max_violation(expert_load(r.experts, r.scores.shape[1])) for r in seen.values()]
     ax.set_yticks(range(len(seen)), [f'layer {i}\nviolation {v:.1f}' for i,v in zip(seen, worst, strict=True)], fontsize=8)
     ax.set(xlabel='expert')
 

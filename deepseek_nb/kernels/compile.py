@@ -25,8 +25,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ..arch.attention import Context
 from ..arch.cache import Cache
-from ..arch.model import Model, add_attention, check_tokens, head
+from ..arch.model import Model, add_attention, check_tokens, head, run_blocks
 from ..arch.moe import run_experts
 from ..arch.rope import cos_sin, frequencies, rotary_factor
 from ..core.dispatch import chosen, use
@@ -59,9 +60,9 @@ def decode_step(
     t = torch.arange(tensors[0][0].shape[-2], device=token.device)
     mask = (t <= position) & (t >= rearrange(pad, 'b -> b 1 1 1')) | (t == position)
     angles = cos_sin(freqs, (position - rearrange(pad, 'b -> b 1')).clamp(min=0), rotary_factor(model.config.rope))
-    x = model.embed_tokens(token)
-    for block,layer in zip(model.layers, tensors, strict=True): x = block(x, angles, mask, FixedSlot(layer, position), 'absorbed')
-    return head(model.norm(x), model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight)
+    ctx = Context(angles, mask, [FixedSlot(layer, position) for layer in tensors], 'absorbed')
+    x = run_blocks(model.embed_tokens(token), model.layers, ctx)
+    return head(model.norm(x), model.head_weight)
 
 # %% ../../nbs/555_kernels.compile.ipynb #3ea9ebfe
 def fixed_graph(
@@ -114,8 +115,9 @@ def kernels_take(
 )->bool: # Whether a C++ or CUDA kernel would
     "Is half a block of the next step one call already?"
     twins,x = add_attention.op.twins,model.embed_tokens.weight[:1,None].expand(cache.batch, 1, -1)
-    first = twins[add_attention.op.plan('auto', model.device.type)[0]]
-    return first.kind in ('cuda', 'cpp') and (first.supports is None or first.supports(x, model.layers[-1], None, None, cache[0]))
+    plan = [twins[name] for name in add_attention.op.plan('auto', model.device.type)]
+    ctx = Context((), cache=cache[0])
+    return any(t.kind in ('cuda', 'cpp') and (t.supports is None or t.supports(x, model.layers[-1], ctx)) for t in plan)
 
 # %% ../../nbs/555_kernels.compile.ipynb #79aedde0
 class Stepper:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..arch.attention import GQA, MLA, RMSNorm
+from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
 from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
+from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from .build import Kernels
 from .gemm import FLOATS, linear_cpp, no_grad
@@ -150,27 +151,24 @@ def coded(
 
 def cache_fits(
     x:Tensor, # Residual stream `b s d`
-    mask:Tensor|None, # What a query sees
+    ctx:Context, # Mask and form of MLA
     cache, # A cache, or None
-    mla:str, # Form of MLA
 )->bool: # Whether the mask follows from the cache, and the types agree
     "Whether the kernels can attend with this cache"
-    return type(cache) is Cache and mla != 'naive' and (mask is None or cache.pad is not None) and cache.dtype == x.dtype
+    return type(cache) is Cache and ctx.mla != 'naive' and (ctx.mask is None or cache.pad is not None) and cache.dtype == x.dtype
 
-@add_attention.twin('cpp', available=kernels.ready, supports=lambda x, block, angles, mask=None, slot=None, mla='auto':
-                    type(slot) is Slot and cache_fits(x, mask, slot.cache, mla) and floats(half_of(block, attention_half, x)))
+@add_attention.twin('cpp', available=kernels.ready, supports=lambda x, block, ctx:
+                    type(ctx.cache) is Slot and cache_fits(x, ctx, ctx.cache.cache) and floats(half_of(block, attention_half, x)))
 def add_attention_cpp(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Holds the weights
-    angles:tuple, # cos and sin `b 1 s r/2`
-    mask:Tensor|None = None, # What a query sees: follows from the cache's padding
-    slot = None, # This layer's slot of a cache
-    mla:str = 'auto', # Form of MLA: absorbed
+    ctx:Context, # Angles, this layer's slot of a cache; the mask follows from its padding
 )->Tensor: # `b s d`
     "Attention behind a norm, beside the residual, in one call"
-    half, cache, rows = _halves[attention_half][block], slot.cache, x.float().contiguous()
+    half, slot, rows = _halves[attention_half][block], ctx.cache, x.float().contiguous()
+    cache = slot.cache
     y = torch.empty_like(rows)
-    kernels.attention_step(rows, half.weights, half.biases, half.sizes, half.numbers, *angles, slot.tensors, cache.length, cache.pad, y)
+    kernels.attention_step(rows, half.weights, half.biases, half.sizes, half.numbers, *ctx.angles, slot.tensors, cache.length, cache.pad, y)
     return y.to(x.dtype)
 
 @add_feed_forward.twin('cpp', available=kernels.ready, supports=lambda x, block: floats(half_of(block, feed_forward_half, x, MANY)))
@@ -184,10 +182,10 @@ def add_feed_forward_cpp(
     kernels.ffn_step(rows, half.weights, half.biases[0] if half.biases else None, half.sizes, half.numbers, y)
     return y.to(x.dtype)
 
-@mixture.twin('cpp', available=kernels.ready, supports=lambda x, moe: floats(half_of(moe, feed_forward_half, x, 4*LIMIT)))
+@mixture.twin('cpp', available=kernels.ready, supports=lambda moe, x: floats(half_of(moe, feed_forward_half, x, 4*LIMIT)))
 def mixture_cpp(
-    x:Tensor, # Activations `b s d`
     moe:MoE, # Holds the weights
+    x:Tensor, # Activations `b s d`
 )->Tensor: # `b s d`
     "Routed experts, and the shared ones beside them, in one call"
     return add_feed_forward_cpp(x, moe)
@@ -229,19 +227,16 @@ def blocks_of(
     if found is None or not found.holds(): found = collected[blocks] = Blocks(blocks)
     return found if found.plain and found.weights[0].dtype == x.dtype and not any(found.hooks) else None
 
-@run_blocks.twin('cpp', available=kernels.ready, supports=lambda x, blocks, angles, mask=None, cache=None, mla='auto':
-                 cache_fits(x, mask, cache, mla) and not coded(blocks) and floats(blocks_of(blocks, x)))
+@run_blocks.twin('cpp', available=kernels.ready, supports=lambda x, blocks, ctx:
+                 cache_fits(x, ctx, ctx.cache) and not coded(blocks) and floats(blocks_of(blocks, x)))
 def run_blocks_cpp(
     x:Tensor, # Embedded tokens `b s d`
     blocks, # Of one model
-    angles:tuple, # cos and sin `b 1 s r/2`
-    mask:Tensor|None = None, # What a query sees: follows from the cache's padding
-    cache = None, # Read and extended
-    mla:str = 'auto', # Form of MLA: absorbed
+    ctx:Context, # Angles, and a cache that is read and extended; the mask follows from its padding
 )->Tensor: # `b s d`
     "All blocks in one call"
-    y = x.to(torch.float32, copy=True).contiguous()
+    y, cache = x.to(torch.float32, copy=True).contiguous(), ctx.cache
     tensors = [t for s in cache.slots for t in s.tensors]
     found = collected.get(blocks) or blocks_of(blocks, x) # `supports` has just looked
-    kernels.blocks_step(y, *found.args, *angles, tensors, cache.length, cache.pad, torch.empty_like(y))
+    kernels.blocks_step(y, *found.args, *ctx.angles, tensors, cache.length, cache.pad, torch.empty_like(y))
     return y.to(x.dtype)

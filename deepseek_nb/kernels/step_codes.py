@@ -13,6 +13,7 @@ __all__ = ['kernels', 'whole_panels', 'Table', 'codes_of', 'run_blocks_codes', '
 import torch
 from torch import Tensor
 
+from ..arch.attention import Context
 from ..arch.cache import Slot
 from ..arch.model import Block, add_attention, add_feed_forward, run_blocks
 from ..arch.moe import MoE, mixture
@@ -77,38 +78,34 @@ kernels = Kernels(
     blocks_codes=lambda x, table, single, counts, biases, sizes, numbers, router_biases, how, ffn_numbers, cos, sin, caches, past, pad, \
         y: None)
 
-@run_blocks.twin('cpp', label='codes', available=kernels.ready, supports=lambda x, blocks, angles, mask=None, cache=None, mla='auto':
-                 cache_fits(x, mask, cache, mla) and codes_of(blocks_of(blocks, x)) is not None)
+@run_blocks.twin('cpp', label='codes', available=kernels.ready, supports=lambda x, blocks, ctx:
+                 cache_fits(x, ctx, ctx.cache) and codes_of(blocks_of(blocks, x)) is not None)
 def run_blocks_codes(
     x:Tensor, # Embedded tokens `b s d`
     blocks, # Of one model
-    angles:tuple, # cos and sin `b 1 s r/2`
-    mask:Tensor|None = None, # What a query sees: follows from the cache's padding
-    cache = None, # Read and extended
-    mla:str = 'auto', # Form of MLA: absorbed
+    ctx:Context, # Angles, and a cache that is read and extended; the mask follows from its padding
 )->Tensor: # `b s d`
     "All blocks in one call, on codes"
     found,y = collected.get(blocks) or blocks_of(blocks, x),x.float().clone().contiguous() # `supports` has just looked
+    cache = ctx.cache
     caches = [t for s in cache.slots for t in s.tensors]
-    kernels.blocks_codes(y, *codes_of(found), *found.args[1:], *angles, caches, cache.length, cache.pad, y.new_empty(y.shape))
+    kernels.blocks_codes(y, *codes_of(found), *found.args[1:], *ctx.angles, caches, cache.length, cache.pad, y.new_empty(y.shape))
     return y.to(x.dtype)
 
-@add_attention.twin('cpp', label='codes', available=kernels.ready, supports=lambda x, block, angles, mask=None, slot=None, mla='auto':
-                    type(slot) is Slot and cache_fits(x, mask, slot.cache, mla) and
+@add_attention.twin('cpp', label='codes', available=kernels.ready, supports=lambda x, block, ctx:
+                    type(ctx.cache) is Slot and cache_fits(x, ctx, ctx.cache.cache) and
                     codes_of(half_of(block, attention_half, x)) is not None)
 def add_attention_codes(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Holds the weights
-    angles:tuple, # cos and sin `b 1 s r/2`
-    mask:Tensor|None = None, # What a query sees: follows from the cache's padding
-    slot = None, # This layer's slot of a cache
-    mla:str = 'auto', # Form of MLA: absorbed
+    ctx:Context, # Angles, this layer's slot of a cache; the mask follows from its padding
 )->Tensor: # `b s d`
     "Attention behind a norm, beside the residual, on codes"
-    half,cache,rows = half_of(block, attention_half, x),slot.cache,x.float().contiguous()
+    half,slot,rows = half_of(block, attention_half, x),ctx.cache,x.float().contiguous()
+    cache = slot.cache
     y = rows.new_empty(rows.shape)
     weights = *codes_of(half),half.biases,half.sizes,half.numbers
-    kernels.attention_codes(rows, *weights, *angles, slot.tensors, cache.length, cache.pad, y)
+    kernels.attention_codes(rows, *weights, *ctx.angles, slot.tensors, cache.length, cache.pad, y)
     return y.to(x.dtype)
 
 # %% ../../nbs/540_kernels.step_codes.ipynb #3bb328e6
@@ -121,11 +118,11 @@ def add_feed_forward_codes(
     "Feed-forward behind a norm, beside the residual, on codes"
     return _feed(half_of(block, feed_forward_half, x), x)
 
-@mixture.twin('cpp', label='codes', available=kernels.ready, supports=lambda x, moe:
+@mixture.twin('cpp', label='codes', available=kernels.ready, supports=lambda moe, x:
               codes_of(half_of(moe, feed_forward_half, x, 4*LIMIT)) is not None)
 def mixture_codes(
-    x:Tensor, # Activations `b s d`
     moe:MoE, # Holds the weights
+    x:Tensor, # Activations `b s d`
 )->Tensor: # `b s d`
     "Routed experts, and the shared ones beside them, on codes"
     return _feed(half_of(moe, feed_forward_half, x, 4*LIMIT), x)

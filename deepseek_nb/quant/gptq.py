@@ -193,13 +193,13 @@ def quantize_layers(
     "GPTQ from the first layer to the last"
     check_tokens(tokens, model.config)
     rows = [model.embed_tokens(row[None].to(model.device)) for row in tokens]
-    angles,mask = model.positions(tokens.shape[1], None, None)
+    ctx = model.context(tokens.shape[1])
     for i,block in enumerate(model.layers):
         with gathering(block, first) as found:
-            for x in rows: block(x, angles, mask)
+            for x in rows: block(x, ctx)
         for name,h in found.items():
             path,_,last = name.rpartition('.')
             m = block.get_submodule(path)
             take_place(m, last, gptq(getattr(m, last).detach(), h, format, damp, f'layers.{i}.{name}'))
-        rows = [block(x, angles, mask) for x in rows]
+        rows = [block(x, ctx) for x in rows]
     return model

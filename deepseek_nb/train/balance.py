@@ -16,10 +16,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..arch.routing import Gate, Route, communication_loss, device_loss, expert_loss, load, sequence_loss
+from ..arch.routing import Gate, Route, communication_loss, device_loss, expert_load, expert_loss, sequence_loss
 from ..core.plot import COLOURS, style
 from ..infer.inside import watch
-from .trainer import Callback, History, Trainer
+from .callbacks import Callback, History
+from .trainer import Trainer
 
 # %% ../../nbs/618_train.balance.ipynb #ea981372
 def routers(
@@ -82,7 +83,7 @@ def see(self:Balance,
     "Count visits"
     if not (self.on and torch.is_grad_enabled()): return
     mask = None if self.real is None else last(self.real, len(r.experts)).flatten()
-    self.visits[i] += load(r.experts if mask is None else r.experts[mask], r.scores.shape[1])
+    self.visits[i] += expert_load(r.experts if mask is None else r.experts[mask], r.scores.shape[1])
 
 @patch
 def after_backward(self:Balance,

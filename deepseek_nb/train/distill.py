@@ -21,11 +21,11 @@ from einops import einsum
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..arch.attention import visible
+from ..arch.attention import document_mask, visible
 from ..arch.model import Model, head
 from ..infer.inside import queries_keys, watch
 from ..kernels.train import needs_grad
-from .loss import IGNORE, LOGITS, activations, document_mask, head_weight
+from .loss import IGNORE, LOGITS
 
 # %% ../../nbs/640_train.distill.ipynb #28cd6b2f
 KINDS = dict(forward=None, reverse=None, skew=.1, skew_reverse=.1, js=.5)  # share where the caller names none
@@ -178,7 +178,7 @@ def attention_logs(
 )->Tensor: # Logarithms of the shares `b h s t`; about −10⁹ where nothing is seen
     "Where the heads of a block look"
     block,s = model.layers[block-1],x.shape[1]
-    q,k = queries_keys(block.self_attn, block.input_layernorm(x), model.positions(s, None, None)[0])
+    q,k = queries_keys(block.self_attn, block.input_layernorm(x), model.angles(0, s))
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale
     seen = visible(s, s, device=x.device) if documents is None else document_mask(documents)
     return scores.masked_fill(~seen, -1e9).log_softmax(-1)
@@ -270,9 +270,10 @@ def both(
     match:Match|None = None, # What to compare inside
 )->tuple: # Activations of either `b s d`, and the difference inside `b s` or None
     "Run student and teacher on a batch"
-    there = {k: v.to(teacher.device) for k,v in batch.items() if k in ('tokens', 'documents')}
-    with residuals(student, match.blocks(0) if match else ()) as s: x = activations(student, batch)
-    with torch.no_grad(), residuals(teacher, match.blocks(1) if match else ()) as t: y = activations(teacher, there)
+    here = {k: v for k,v in batch.items() if k in ('tokens', 'documents')}
+    there = {k: v.to(teacher.device) for k,v in here.items()}
+    with residuals(student, match.blocks(0) if match else ()) as s: x = student.hidden(**here)
+    with torch.no_grad(), residuals(teacher, match.blocks(1) if match else ()) as t: y = teacher.hidden(**there)
     return x, y, match((student, teacher), (s, t), batch) if match else None
 
 # %% ../../nbs/640_train.distill.ipynb #490b4932
@@ -293,9 +294,9 @@ def distillation_loss(
         x,y,inside = both(model, teacher, batch, match)
         x,y = (t.flatten(0, 1)[at.to(t.device)] for t in (x, y))
         def score(z, i):
-            with torch.no_grad(): zt = logits_of(y[i], head_weight(teacher)).to(z.device)
+            with torch.no_grad(): zt = logits_of(y[i], teacher.head_weight).to(z.device)
             return blended(z, divergence(z[:, :v], zt[:, :v], kind, share, temperature), labels[i], temperature, mix)
-        total = chunked_loss(x, head_weight(model), score, chunk)
+        total = chunked_loss(x, model.head_weight, score, chunk)
         return (total if inside is None else total + inside.flatten()[at].sum()), len(at)
     loss.parameters = lambda: [] if match is None else [*match.parameters()]
     return loss

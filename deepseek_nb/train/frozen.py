@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ..arch.attention import GQA, rms_norm
+from ..arch.attention import GQA, Context
 from ..arch.model import Block, add_attention, add_feed_forward
 from ..arch.moe import SwiGLU
+from ..arch.norm import rms_norm
 from ..arch.rope import rotate
 from ..kernels.gradients import attend_tokens, attend_tokens_back, heads_of, norm_back, pool, swiglu, swiglu_back
 from ..quant import QuantizedWeight
@@ -229,18 +230,15 @@ def add_frozen_feed_forward(
     into,out = frozen_half(x, block.mlp, norm, FEED)
     return FrozenFeedForward.apply(x.flatten(0, 1), norm.weight, norm.eps, into, out, *into.tensors, *out.tensors).view_as(x)
 
-@add_attention.twin('torch', supports=lambda x, block, angles, mask=None, slot=None, mla='auto':
-                    slot is None and type(a := block.self_attn) is GQA and frozen_half(x, a, block.input_layernorm, ATTEND) is not None)
+@add_attention.twin('torch', supports=lambda x, block, ctx: ctx.cache is None and
+                    type(a := block.self_attn) is GQA and frozen_half(x, a, block.input_layernorm, ATTEND) is not None)
 def add_frozen_attention(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Holds the weights
-    angles:tuple, # cos and sin `1 1 s r/2` of the new positions
-    mask:Tensor|None = None, # True where a query sees a key; None: causal
-    slot = None, # No cache
-    mla:str = 'auto', # Form of MLA; GQA has only one
+    ctx:Context, # Angles and mask; no cache
 )->Tensor: # `b s d`
     "Attention of frozen weights, with adapters"
     norm,a = block.input_layernorm,block.self_attn
     into,out = frozen_half(x, a, norm, ATTEND)
-    args = x.flatten(0, 1),norm.weight,norm.eps,a,angles,mask,len(x),into,out
+    args = x.flatten(0, 1),norm.weight,norm.eps,a,ctx.angles,ctx.mask,len(x),into,out
     return FrozenAttention.apply(*args, *into.tensors, *out.tensors).view_as(x)

@@ -26,11 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..arch.model import Model
 from ..arch.moe import Experts, run_experts
 from ..core.config import Config
+from .callbacks import Callback
 from .data import IGNORE
 from .loss import language_loss
 from .optim import AdamW, param_groups
 from .resume import Checkpoints, write_model, write_whole
-from .trainer import Callback, Trainer, as_batches, count_steps, make_optimizer, make_schedule
+from .trainer import Trainer, as_batches, count_steps, make_optimizer, make_schedule
 from .world import is_share, own_rows, reduce_total, setup, total_norm, world
 
 # %% ../../nbs/625_train.parallel.ipynb #c16e704a

@@ -24,12 +24,13 @@ from ..arch.model import Model
 from ..core.plot import COLOURS, GREY, style
 from ..files.safetensors import read_json, written
 from ..infer.persist import fingerprint
+from .callbacks import Callback
 from .distill import Match, distillation_loss
 from .loss import language_loss
 from .on_policy import CollapseGuard, OnPolicy
 from .resume import checkpoints, identity, read_model, write_model, write_whole
 from .teacher import TeacherLogits, data_fingerprint, offline_loss
-from .trainer import Callback, Trainer, TrainingArguments, as_batches, make_optimizer, make_schedule, master_weights
+from .trainer import Trainer, TrainingArguments, as_batches, make_optimizer, make_schedule, master_weights
 
 # %% ../../nbs/646_train.stages.ipynb #8df68a84
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..infer.generate import left_padded
 from ..infer.persist import fingerprint
 from .data import IGNORE, collate, example
 from .distill import blended, check_loss, chunked_loss, divergence, logits_of, scored
-from .loss import LOGITS, activations, head_weight
+from .loss import LOGITS
 
 # %% ../../nbs/642_train.teacher.ipynb #ea1ae836
 def top_and_tail(
@@ -121,7 +121,8 @@ def answers(
 )->dict: # What `compact` gives for the scored positions, row after row; `keys` of the rows; `counts` of their positions
     "What a teacher says to a batch"
     at,_ = scored(batch)
-    x,w = activations(teacher, {n: t.to(teacher.device) for n,t in batch.items()}).flatten(0, 1)[at],head_weight(teacher)
+    there = {n: t.to(teacher.device) for n,t in batch.items()}
+    x,w = teacher.hidden(there['tokens'], documents=there.get('documents')).flatten(0, 1)[at],teacher.head_weight
     parts = [compact(logits_of(some, w), k, temperature) for some in x.split(max(1, LOGITS//len(w)))]
     keys = torch.frombuffer(bytearray(b''.join(row_keys(batch))), dtype=torch.uint8).view(-1, 16)
     return joined(parts) | dict(keys=keys, counts=(batch['labels'] != IGNORE).sum(1))
@@ -238,7 +239,8 @@ def offline_loss(
         def score(z, i):
             pull = divergence(z, logs[i], kind, share, T) if indices is None else divergence(merged(z, indices[i], T), logs[i], kind, share)
             return blended(z, pull, labels[i], T, mix)
-        return chunked_loss(activations(model, batch).flatten(0, 1)[at], head_weight(model), score, chunk), len(at)
+        x = model.hidden(batch['tokens'], documents=batch.get('documents')).flatten(0, 1)[at]
+        return chunked_loss(x, model.head_weight, score, chunk), len(at)
     return loss
 
 # %% ../../nbs/642_train.teacher.ipynb #880149f0
