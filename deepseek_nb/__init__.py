@@ -49,6 +49,7 @@ Modules:
 - `deepseek_nb.eval.choice`: Scores each answer of a question by its log-likelihood and counts how often the right one wins, with the definitions of lm-evaluation-harness.
 - `deepseek_nb.eval.classify`: Accuracy, macro-F1 and micro-F1 from one confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.perplexity`: Measures how well a model predicts a text: the number of equally likely tokens that its uncertainty corresponds to, on a text longer than its context.
+- `deepseek_nb.eval.quality`: Size, perplexity and decoding speed of every quantisation format, on SmolLM2 and on a small mixture of experts trained in float32 for this purpose.
 - `deepseek_nb.files.chat`: A conversation becomes a prompt by the checkpoint's own chat template, rendered exactly as transformers renders it. Control tokens inside a message stay plain text.
 - `deepseek_nb.files.checkpoint`: A folder of safetensors is streamed into a model, DeepSeek's FP8 weights included, and written back in a form that transformers loads. A key that doesn't fit is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format: one file with metadata, tokenizer and quantised weights. This chapter reads a config from the metadata and fills a model from the tensors.
@@ -59,7 +60,7 @@ Modules:
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only the new tokens. It measures prefill and decode separately.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, all at once or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
-- `deepseek_nb.infer.load`: One call that finds a checkpoint, reads its config and streams its weights
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it: a GGUF file on its own quantised blocks, a folder in floats, or in any format or dtype that is named.
 - `deepseek_nb.infer.paged`: The KV cache of all sequences lives in fixed-size pages of one pool, as in vLLM. Memory is bounded, hardly any is wasted, and sequences with a common prefix share its pages.
 - `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.

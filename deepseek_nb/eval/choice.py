@@ -73,7 +73,7 @@ def _answer_states(model, contexts, counts, conts):
 
 def _losses(model, x, targets, chunk):
     "Cross-entropy of each position, float64 on the CPU"
-    w = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    w = model.head_weight
     return torch.cat([F.cross_entropy(head(a, w), b, reduction='none').cpu().double()
                       for a,b in zip(x.split(chunk), targets.split(chunk), strict=True)])
 

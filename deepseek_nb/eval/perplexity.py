@@ -28,6 +28,7 @@ def _chunked_losses(x, w, targets, first, chunk):
     def score(i, j): return F.cross_entropy(head(x[:, i:j], w).flatten(0, 1), targets[:, i:j].flatten(), reduction='none')
     return torch.cat([*[score(i, j).double().view(len(x), -1) for i,j in at], x.new_zeros(len(x), 0, dtype=torch.float64)], 1)
 
+# %% ../../nbs/700_eval.perplexity.ipynb #724ab2ab
 @torch.no_grad()
 def token_losses(
     model:Model, # Any
@@ -51,6 +52,7 @@ class Window(NamedTuple):
     end:int # One behind the last token
     scored:int # How many of its last tokens are scored
 
+# %% ../../nbs/700_eval.perplexity.ipynb #326b0ac7
 def windows(
     n:int, # Tokens of the text
     window:int, # Tokens of the model's context
@@ -76,6 +78,7 @@ class Perplexity:
     value = property(lambda self: math.exp(self.losses.mean()))
     def __repr__(self): return f'perplexity {self.value:.3f} on {self.tokens:,} tokens (window {self.window}, stride {self.stride})'
 
+# %% ../../nbs/700_eval.perplexity.ipynb #7b7e2b30
 @patch
 def against(self:Perplexity,
     other:Perplexity, # Of another model, on the same tokens

@@ -70,6 +70,7 @@ def _timed(self:Conversation, tokens, ids):
             yield t
     finally: self.ids = held[:len(self.cache)]
 
+# %% ../../nbs/420_infer.conversation.ipynb #223e972c
 @patch
 def _answered(self:Conversation, user, tokens, stopper):
     "Pass text on, and append question and answer to the messages at the end"

@@ -136,6 +136,7 @@ def _wanted(s, max_new_tokens, max_length):
     if max_length is not None: return max_length - s
     return 64 if max_new_tokens is None else max_new_tokens
 
+# %% ../../nbs/410_infer.generate.ipynb #8e2b9799
 def budget(
     c, # The model's config
     s:int, # Tokens of the prompt
@@ -179,12 +180,16 @@ def _steps(model, ids, cache, how, *, n, eos, pad, attention_mask, mla):
         logits = model(new[:,None], cache, logits_to_keep=1, mla=mla)[:,-1]
 
 # %% ../../nbs/410_infer.generate.ipynb #8f7d6e6b
-def _batch(ids):
+def _batch(ids, attention_mask):
     "A prompt `b s`, or an error that says how to make one"
     if not isinstance(ids, Tensor): raise TypeError(f'prompt is a {type(ids).__name__}; give a tensor `b s`, such as torch.tensor([ids])')
     if ids.ndim != 2: raise ValueError(f'prompt has shape {tuple(ids.shape)}; give `b s`, batch × positions')
+    if ids.is_floating_point(): raise TypeError(f'prompt has dtype {ids.dtype}; give token ids as int64')
+    if attention_mask is not None and attention_mask.shape != ids.shape:
+        raise ValueError(f'attention_mask has shape {tuple(attention_mask.shape)}, the prompt {tuple(ids.shape)}; give 0 or 1 for each token')
     return ids
 
+# %% ../../nbs/410_infer.generate.ipynb #2cd9269e
 def _end_tokens(eos_token_id, default):
     if eos_token_id is None: return tuple(default)
     return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
@@ -192,7 +197,10 @@ def _end_tokens(eos_token_id, default):
 def _one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError('cache and past_key_values are two names of one argument; give one of them')
-    return cache if cache is not None else past_key_values
+    if cache is None: cache = past_key_values
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(f'cache is a {type(cache).__name__}; make one with model.new_cache(batch)')
+    return cache
 
 # %% ../../nbs/410_infer.generate.ipynb #11c3f247
 @patch
@@ -211,7 +219,7 @@ def stream(self:Model,
     **kwargs, # Fields of `Sampling`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
-    how,n = sampling_of(do_sample, **kwargs),budget(self.config, _batch(ids).shape[1], max_new_tokens, max_length)
+    how,n = sampling_of(do_sample, **kwargs),budget(self.config, _batch(ids, attention_mask).shape[1], max_new_tokens, max_length)
     eos,cache = _end_tokens(eos_token_id, self.config.eos_ids),_one_cache(cache, past_key_values)
     if pad_token_id is None: pad_token_id = eos[0] if eos else 0
     if cache is None: cache = self.new_cache(len(ids), ids.shape[1] + n)

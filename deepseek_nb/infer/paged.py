@@ -118,6 +118,7 @@ def share(self:PagePool,
     self.refs[page] += 1
     return page
 
+# %% ../../nbs/440_infer.paged.ipynb #4a5077eb
 @patch
 def drop(self:PagePool,
     page:int, # A page in use
@@ -149,6 +150,7 @@ def gather(
     "The contents of a table's pages, in order"
     return rearrange(x[table], 'b n ... p x -> b ... (n p) x')
 
+# %% ../../nbs/440_infer.paged.ipynb #8089abcc
 @gather.twin('torch')
 def gather_torch(
     x:Tensor, # Pages of one tensor of a layer `pages … p x`
@@ -189,6 +191,7 @@ def _take_pages(self:PagedCache, end):
         for i in range(self.length//self.pool.page, len(t)): t[i] = self.pool.own(t[i])
         while len(t)*self.pool.page < end: t.append(self.pool.take())
 
+# %% ../../nbs/440_infer.paged.ipynb #61723317
 @patch
 def reserve(self:PagedCache,
     s:int, # New positions
@@ -214,6 +217,7 @@ def rewind(self:PagedCache,
     for t in self.tables:
         while len(t) > keep: self.pool.drop(t.pop())
 
+# %% ../../nbs/440_infer.paged.ipynb #b8941a35
 @patch
 def grow(self:PagedCache,
     capacity:int, # Positions to have room for

@@ -148,6 +148,7 @@ def head(self:PageStore,
     "What the header of a page's file must say"
     return Head(MAGIC, _VERSION, self.size, bytes.fromhex(self.model), key)
 
+# %% ../../nbs/442_infer.persist.ipynb #fb261609
 @patch
 def keys(self:PageStore,
     ids:list, # Token ids
@@ -225,6 +226,7 @@ def _page_file(entry):
     except FileNotFoundError: return None
     return PageFile(s.st_mtime_ns, s.st_size, entry.path)
 
+# %% ../../nbs/442_infer.persist.ipynb #02d9be13
 @patch
 def files(self:PageStore)->list[PageFile]: # The least recently used first
     "All pages in the folder; none if the folder is gone"

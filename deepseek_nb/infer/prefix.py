@@ -65,6 +65,7 @@ class RadixTree:
         page:int = 16, # Tokens of a page
     ): self.page,self.roots,self.clock,self.size = page,{},0,0
 
+# %% ../../nbs/444_infer.prefix.ipynb #daad7083
 @patch
 def path(self:RadixTree,
     ids:list, # Token ids
@@ -89,6 +90,7 @@ def match(self:RadixTree,
     "Pages of the longest known prefix"
     return [p for node in self.path(ids, user) for p in node.pages]
 
+# %% ../../nbs/444_infer.prefix.ipynb #6cdd7f10
 @patch
 def insert(self:RadixTree,
     ids:list, # Token ids
@@ -115,6 +117,7 @@ def nodes(self:RadixTree)->Iterator[Node]: # Without the roots
         todo += node.children.values()
         if node.parent is not None: yield node
 
+# %% ../../nbs/444_infer.prefix.ipynb #799487b5
 @patch
 def __repr__(self:RadixTree):
     lines,todo = [],[(root, f'user {user!r}', 0) for user,root in reversed(self.roots.items())]
@@ -138,6 +141,7 @@ def _shorten(self:RadixTree, leaf, n, busy):
     del parent.children[first]
     return out, parent if parent.parent is not None and not parent.children else None
 
+# %% ../../nbs/444_infer.prefix.ipynb #c52481f5
 @patch
 def evict(self:RadixTree,
     n:int, # Pages wanted
@@ -207,7 +211,7 @@ class PrefixCache:
 
 # %% ../../nbs/444_infer.prefix.ipynb #5645a866
 @patch
-def evict(self:PrefixCache,
+def evict(self:PrefixCache, # noqa: F811
     n:int, # Pages wanted
 )->None:
     "Evict pages that no request uses"
@@ -273,6 +277,7 @@ def pinned(self:PrefixCache,
     finally:
         for p in pages: self.pool.drop(p)
 
+# %% ../../nbs/444_infer.prefix.ipynb #a03742fd
 @patch
 def take(self:PrefixCache,
     n:int, # Pages wanted
@@ -281,6 +286,7 @@ def take(self:PrefixCache,
     if n > len(self.pool.free): self.evict(n - len(self.pool.free))
     return [self.pool.take() for _ in range(min(n, len(self.pool.free)))]
 
+# %% ../../nbs/444_infer.prefix.ipynb #e2515e0b
 @patch
 def _load(self:PrefixCache, keys):
     "Pages from disk, as far as they are there and memory has room"
@@ -300,6 +306,7 @@ def one_prompt(
         return ids.tolist()
     return list(ids)
 
+# %% ../../nbs/444_infer.prefix.ipynb #a808867e
 def check_user(
     user:str, # Whose prompts
 )->str: # The same
@@ -324,6 +331,7 @@ def pages(self:PrefixCache,
     self.store.touch(keys[:len(pages)])
     return pages
 
+# %% ../../nbs/444_infer.prefix.ipynb #9c7c7c23
 @patch
 def lookup(self:PrefixCache,
     ids:list|Tensor, # Prompt, `s` or `1 s`
@@ -340,8 +348,9 @@ def _check_cache(self:PrefixCache, cache):
     if not fits or cache.c != self.model.config or cache.batch != 1 or cache.pad is not None or cache.dtype != self.pool.dtype:
         raise ValueError(f'{cache} is no cache of one row without padding of this model; make one with start or new_cache(1)')
 
+# %% ../../nbs/444_infer.prefix.ipynb #755d7359
 @patch
-def insert(self:PrefixCache,
+def insert(self:PrefixCache, # noqa: F811
     ids:list|Tensor, # Tokens that the cache holds, `s` or `1 s`; there may be more
     cache:Cache, # One row
     user:str = '', # Whose prompt
@@ -403,6 +412,7 @@ def close(self:Request)->None:
     if isinstance(self.cache, PagedCache): self.cache.free()
     self.cache = None
 
+# %% ../../nbs/444_infer.prefix.ipynb #8411a8dc
 @patch
 def __next__(self:Request):
     try: token = next(self.tokens)
