@@ -32,6 +32,7 @@ def _empty_context(tokenizer, continuation):
     prefix,ids = tokenizer.eos_ids[0] if tokenizer.bos_id is None else tokenizer.bos_id,tokenizer.encode(continuation)
     return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
 
+# %% ../../nbs/720_eval.choice.ipynb #99d478e9
 def encode_pair(
     tokenizer:Tokenizer, # Of the model
     context:str, # Text before the answer
@@ -71,6 +72,7 @@ def _answer_states(model, contexts, counts, conts):
     if conts.shape[1] == 1: return x
     return torch.cat([x, model.hidden(conts[:, :-1], fork(cache, counts, conts.shape[1] - 1))], 1)
 
+# %% ../../nbs/720_eval.choice.ipynb #ad7a1157
 def _losses(model, x, targets, chunk):
     "Cross-entropy of each position, float64 on the CPU"
     w = model.head_weight
@@ -103,6 +105,7 @@ class Job(NamedTuple):
     question:int # Index of the question
     first:int # Index of its first answer
 
+# %% ../../nbs/720_eval.choice.ipynb #77fd360d
 def _jobs(pairs, limit):
     "One job for a question, or one for each answer if its context must be cut"
     for q,group in enumerate(pairs):
@@ -117,6 +120,7 @@ def _fits(jobs, limit):
     "Whether jobs fit into the context of a model together"
     return max(len(j.context) for j in jobs) + max(len(a) for j in jobs for a in j.answers) <= limit + 1
 
+# %% ../../nbs/720_eval.choice.ipynb #7112f488
 def job_batches(
     jobs:list[Job], # In any order
     size:int, # Jobs of a batch, at most
@@ -183,6 +187,7 @@ def __repr__(self:Choices):
     return (f'acc {self.acc:.3f} ± {self.acc_stderr:.3f}, acc_norm {self.acc_norm:.3f} ± {self.acc_norm_stderr:.3f} '
             f'on {len(self.right):,} questions')
 
+# %% ../../nbs/720_eval.choice.ipynb #2c8402fd
 @patch
 def against(self:Choices,
     other:Choices, # Of another model, on the same questions
@@ -202,6 +207,7 @@ def cloze(
     "The answers themselves"
     return f'{_passage(row)}Question: {row["question"]}\nAnswer:', list(row['choices'])
 
+# %% ../../nbs/720_eval.choice.ipynb #c9914a2b
 def letters(
     row:dict, # `question`, `choices`, perhaps `passage`
 )->tuple[str,list]: # Context and answers
@@ -231,6 +237,7 @@ def _check_rows(rows, forms):
             raise ValueError(f'question {i}: answer {row["answer"]} is none of its {len(answers)} choices')
         if '' in answers: raise ValueError(f'question {i} has an empty choice; each needs text')
 
+# %% ../../nbs/720_eval.choice.ipynb #55d25846
 def multiple_choice(
     model:Model, # Any
     tokenizer:Tokenizer, # Of the model

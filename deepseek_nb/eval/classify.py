@@ -88,6 +88,7 @@ def _checked(probabilities, n):
         raise ValueError('probabilities must be finite, not negative, and add up to 1 for each text')
     return p
 
+# %% ../../nbs/730_eval.classify.ipynb #4792ae53
 def calibration(
     probabilities:np.ndarray, # Of each class for each text `n k`
     truth:list, # Number of the class of each text
@@ -127,6 +128,7 @@ class Classified:
         return (f'accuracy {self.accuracy:.3f} ({bounds[accuracy]}), macro-F1 {self.macro_f1:.3f} ({bounds[macro_f1]}){sure} '
                 f'on {self.table.sum():,} texts of {len(self.classes)} classes')
 
+# %% ../../nbs/730_eval.classify.ipynb #6283864e
 @patch
 def rows(self:Classified)->list: # A dict for each class; a measure without texts or predictions is not a number
     "The measures of each class"

@@ -105,6 +105,7 @@ def _decode_rate(model, ids, cached, steps, clock):
         model(ids[:, i:i+1], cache, logits_to_keep=1)
     return steps/(clock() - start)
 
+# %% ../../nbs/710_eval.quality.ipynb #572728ad
 @torch.inference_mode()
 def token_rates(
     models:dict, # Name -> model
