@@ -186,7 +186,8 @@ def _batch(ids, attention_mask):
     if ids.ndim != 2: raise ValueError(f'prompt has shape {tuple(ids.shape)}; give `b s`, batch × positions')
     if ids.is_floating_point(): raise TypeError(f'prompt has dtype {ids.dtype}; give token ids as int64')
     if attention_mask is not None and attention_mask.shape != ids.shape:
-        raise ValueError(f'attention_mask has shape {tuple(attention_mask.shape)}, the prompt {tuple(ids.shape)}; give 0 or 1 for each token')
+        shapes = f'attention_mask has shape {tuple(attention_mask.shape)}, the prompt {tuple(ids.shape)}'
+        raise ValueError(f'{shapes}; give 0 or 1 for each token')
     return ids
 
 # %% ../../nbs/410_infer.generate.ipynb #2cd9269e
