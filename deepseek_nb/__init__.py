@@ -9,17 +9,17 @@ Packages:
 
 Modules:
 
-- `deepseek_nb.arch.attention`: Grouped-query attention, and DeepSeek's multi-head latent attention in its two forms, which give the same answer at different costs
-- `deepseek_nb.arch.cache`: What a model remembers of its context: keys and values for GQA, one latent a token for MLA, written in place
-- `deepseek_nb.arch.model`: A block is a choice of attention and feed-forward around a residual stream; a model is a list of blocks. This is DeepSeek-V3
-- `deepseek_nb.arch.moe`: The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
-- `deepseek_nb.arch.mtp`: One more block behind the model reads the next token and predicts the one after it: a denser signal in training, a draft for free at inference
+- `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
+- `deepseek_nb.arch.cache`: Keys and values of past tokens for GQA, one latent a token for MLA: allocated ahead, written in place, grown and rewound
+- `deepseek_nb.arch.model`: A block adds attention and a feed-forward to the residual stream; a model is an embedding, a list of blocks, a norm and a head. With V3's config it is DeepSeek-V3
+- `deepseek_nb.arch.moe`: The feed-forward layers: a SwiGLU in a dense block; selected routed experts and shared experts in a mixture
+- `deepseek_nb.arch.mtp`: One more block predicts the token after the next: more signal in training, and a draft for speculative decoding
 - `deepseek_nb.arch.norm`: Divide each row by its root mean square and scale each channel: the normalisation in front of every attention and feed-forward
-- `deepseek_nb.arch.picture`: A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
-- `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
-- `deepseek_nb.arch.rope`: A query and a key are turned by their positions, so that their product knows only how far apart they are
-- `deepseek_nb.arch.routing`: Which experts a token visits, with what weight, and how the load is kept even without dropping a token
-- `deepseek_nb.arch.show`: A config, a model, a cache and a routing result, as a notebook displays them
+- `deepseek_nb.arch.picture`: A diagram of any release, drawn from its config, and the data flow of MLA's two forms with their FLOPs and bytes
+- `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, computed from its config
+- `deepseek_nb.arch.rope`: RoPE turns queries and keys by their positions, so that attention depends on distances alone; YaRN and Llama 3's rule stretch it to longer contexts
+- `deepseek_nb.arch.routing`: A router selects a few experts for each token; a bias or a loss keeps the load balanced, and no token is dropped
+- `deepseek_nb.arch.show`: How a notebook shows a config, a model, a cache and a routing result
 - `deepseek_nb.bench.caches`: What a KV cache saves, the time to the first token with a prefix cache in memory or on disk, and the time and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both: perplexity, cache, parameters, and the same answers in transformers.
 - `deepseek_nb.bench.layers`: An MoE layer, an attention layer and sparse neurons beside transformers or PyTorch, and beside what the machine allows.
@@ -32,10 +32,11 @@ Modules:
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step beside PEFT, and the memory of QLoRA beside full fine-tuning.
 - `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
-- `deepseek_nb.core.dispatch`: A readable definition, its faster twins, and a registry that picks one
-- `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its fast versions, whichever chapter was imported first
-- `deepseek_nb.core.nbproc`: `%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
-- `deepseek_nb.core.plot`: Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+- `deepseek_nb.core.dispatch`: A readable definition, faster implementations with the same parameters, and a registry that picks the best one for each call
+- `deepseek_nb.core.lazy`: A class offers all its methods, and an operation all its implementations, whichever chapter was imported first: the chapter that adds one is imported when it is first used
+- `deepseek_nb.core.nbproc`: Cells that begin with `%%cpp` or `%%cu` are compiled where they stand, and exported as source files of the package
+- `deepseek_nb.core.plot`: Plots that read well on light and on dark pages, in colours that colour-blind readers can tell apart
+- `deepseek_nb.core.reading`: What the parts of a chapter mean, each shown on a small live example: parameters and shapes, methods that later chapters add, operations with several implementations, C++ cells and stored outputs
 - `deepseek_nb.cuda.attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
 - `deepseek_nb.cuda.build`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
 - `deepseek_nb.cuda.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
@@ -67,7 +68,7 @@ Modules:
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
 - `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
 - `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
-- `deepseek_nb.kernels.compile`: `model.compile()`: one graph for every token, traced once, whatever the cache holds
+- `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
 - `deepseek_nb.kernels.flash`: Keys pass by once, in blocks. Three numbers a query are enough to correct what came before, so the scores are never all in memory
 - `deepseek_nb.kernels.gemm`: Weights are read where they lie: along a row for a few tokens, across tokens for many
 - `deepseek_nb.kernels.moe`: Route, sort, gate, multiply, project, combine: nothing is gathered, nothing is copied but a panel of tokens
@@ -106,7 +107,7 @@ Modules:
 - `deepseek_nb.train.dynamic`: A mixture of experts spends the same FLOPs on every token. Four rules spend less where less is enough, within a budget, and a training method prepares a model for it.
 - `deepseek_nb.train.latent`: A trained model with grouped-query attention becomes a model with multi-head latent attention, with a smaller KV cache and DeepSeek-V3's architecture. What is exact is kept exact.
 - `deepseek_nb.train.lora`: A weight stays as it is; beside it two thin matrices learn what is to change, and can be exchanged for others at any time
-- `deepseek_nb.train.loss`: What is scored, what a token may look at, and a vocabulary whose logits are never all in memory
+- `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed a chunk at a time so that they never fill memory
 - `deepseek_nb.train.mini`: DeepSeek-V3's shape in fifteen megabytes, trained on public text from one file of settings, measured on documents that it hasn't seen
 - `deepseek_nb.train.neurons`: The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. With 70% of the FLOPs the output hardly changes.
 - `deepseek_nb.train.parallel`: Copies of a model, pieces of a model, or experts that live elsewhere: three ways to share a training step, each equal to one process

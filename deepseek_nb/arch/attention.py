@@ -1,4 +1,4 @@
-"""Grouped-query attention, and DeepSeek's multi-head latent attention in its two forms, which give the same answer at different costs
+"""Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
 
 `attend` is softmax attention, the definition that every kernel must match. `GQA` is the attention of Llama and Qwen2, and so of the R1 distillations. `MLA` is
 DeepSeek's: it caches one small latent for a token instead of keys and values for every head, and reads it either *naively*, by expanding it, or *absorbed*, by moving the

@@ -1,4 +1,4 @@
-"""What a model remembers of its context: keys and values for GQA, one latent a token for MLA, written in place
+"""Keys and values of past tokens for GQA, one latent a token for MLA: allocated ahead, written in place, grown and rewound
 
 A `Cache` holds what every layer remembers of the tokens so far. It is allocated ahead and written in place, grows by doubling when it is full, and can be
 rewound, which speculation needs when a guess turns out wrong. It knows its config, so it stores keys and values for GQA and latents for MLA without being told."""

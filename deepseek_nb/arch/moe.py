@@ -1,4 +1,4 @@
-"""The feed-forward: one SwiGLU in a dense block, a few chosen out of many in a mixture, and the shared experts that every token visits
+"""The feed-forward layers: a SwiGLU in a dense block; selected routed experts and shared experts in a mixture
 
 `run_experts` sends each token through its experts and adds up what they return. Its definition is a loop over experts; the faster twin sorts tokens by expert first, so that each expert is one matrix product over
 adjacent rows. `SwiGLU` is the dense feed-forward and the shared experts, `Experts` the stacked weights of the routed ones, and `MoE` the whole layer."""

@@ -1,4 +1,4 @@
-"""Which experts a token visits, with what weight, and how the load is kept even without dropping a token
+"""A router selects a few experts for each token; a bias or a loss keeps the load balanced, and no token is dropped
 
 `route` turns router logits into `k` experts and weights a token: affinities by softmax, sigmoid or the root of a softplus; groups limited by their best expert (V2) or their two best (V3); a
 bias that moves the choice and never the weight. `Gate` is the router with its weights. Two ways keep the load even: V3's bias, nudged by `update_bias`, and the losses of V2 and V3."""

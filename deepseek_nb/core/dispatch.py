@@ -1,4 +1,4 @@
-"""A readable definition, its faster twins, and a registry that picks one
+"""A readable definition, faster implementations with the same parameters, and a registry that picks the best one for each call
 
 The readable version of an operation is its definition; faster twins have the same signature and the same result.
 `@op` turns a definition into a callable that passes each call to the best twin for its tensors' device, `@NAME.twin(kind)` registers a twin, `use` picks

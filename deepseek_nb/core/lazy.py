@@ -1,4 +1,4 @@
-"""A class has all its methods, and an operation all its fast versions, whichever chapter was imported first
+"""A class offers all its methods, and an operation all its implementations, whichever chapter was imported first: the chapter that adds one is imported when it is first used
 
 A book adds things in the order of its chapters: `Model` is built in one, learns to load in a later one and to generate in a third. A user imports the class from wherever and must find the same methods. So the export writes down what each chapter
 adds, in `deepseek_nb/_later.py`: methods that are patched into earlier classes, and twins that are registered for earlier operations. `@extended` gives a class a placeholder for each such method, which imports its chapter when it is first touched;

@@ -32,7 +32,7 @@ def defined_names(
 )->dict: # Names such as `attend`, `Cache`, `Cache.rewind`, each with its line
     "Find the names that code defines, patched methods included."
     from nbdev.doclinks import patch_name
-    public = lambda o: isinstance(o, (ast.FunctionDef, ast.ClassDef)) and (private or not o.name.startswith('_'))
+    public = lambda o: isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name != '_' and (private or not o.name.startswith('_'))
     found = {}
     for tree in filter(public, ast.parse(code).body):
         names = patch_name(tree) # several where a method is patched into several classes
