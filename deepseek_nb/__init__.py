@@ -60,7 +60,7 @@ Modules:
 - `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only the new tokens. It measures prefill and decode separately.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, all at once or streamed, with stop strings.
-- `deepseek_nb.infer.inside`: What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
+- `deepseek_nb.infer.inside`: The residual stream, attention patterns, the logit lens and expert loads of a model while it reads a text
 - `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it: a GGUF file on its own quantised blocks, a folder in floats, or in any format or dtype that is named.
 - `deepseek_nb.infer.paged`: The KV cache of all sequences lives in fixed-size pages of one pool, as in vLLM. Memory is bounded, hardly any is wasted, and sequences with a common prefix share its pages.
 - `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.

@@ -46,32 +46,28 @@ class PagePool:
         self.layers = [[x.new_zeros(pages, *x.shape[1:-2], page, x.shape[-1]) for x in kinds] for _ in range(c.n_layers)]
         self.refs,self.free = [0]*pages,[*range(pages)][::-1]
 
-    def encode(self,
-        *new:Tensor, # A layer's tensors, time second from the end
-    )->list[Tensor]: # As many positions
-        "What the pool stores for a layer's tensors"
-        return list(new)
-    def decode(self,
-        *stored:Tensor, # As `encode` gave it
-    )->list[Tensor]: # A layer's tensors
-        "A layer's tensors from what the pool stores"
-        return list(stored)
+    @property
+    def nbytes(self)->int: return sum(x.nbytes for layer in self.layers for x in layer)
+    @property
+    def page_bytes(self)->int: return self.nbytes//self.pages
+    def __repr__(self):
+        used = f'{self.pages - len(self.free)} of {self.pages} pages of {self.page} positions in use'
+        return f'{type(self).__name__}({used}, {self.nbytes:,} bytes)'
 
 # %% ../../nbs/440_infer.paged.ipynb #8ffddfb1
-@patch(as_prop=True)
-def nbytes(self:PagePool)->int: # Constant over the pool's life
-    "Bytes of all pages"
-    return sum(x.nbytes for layer in self.layers for x in layer)
-
-@patch(as_prop=True)
-def page_bytes(self:PagePool)->int: # Over all layers
-    "Bytes of one page"
-    return self.nbytes//self.pages
+@patch
+def encode(self:PagePool,
+    *new:Tensor, # A layer's tensors, time second from the end
+)->list[Tensor]: # As many positions
+    "What the pool stores for a layer's tensors"
+    return list(new)
 
 @patch
-def __repr__(self:PagePool):
-    used = f'{self.pages - len(self.free)} of {self.pages} pages of {self.page} positions in use'
-    return f'{type(self).__name__}({used}, {self.nbytes:,} bytes)'
+def decode(self:PagePool,
+    *stored:Tensor, # As `encode` gave it
+)->list[Tensor]: # A layer's tensors
+    "A layer's tensors from what the pool stores"
+    return list(stored)
 
 # %% ../../nbs/440_infer.paged.ipynb #9f4d62a0
 @patch(cls_method=True)
