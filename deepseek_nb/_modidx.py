@@ -674,7 +674,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepseek_nb/core/lazy.py'),
                                        'deepseek_nb.core.lazy.exported_code': ('core.lazy.html#exported_code', 'deepseek_nb/core/lazy.py'),
                                        'deepseek_nb.core.lazy.extended': ('core.lazy.html#extended', 'deepseek_nb/core/lazy.py'),
-                                       'deepseek_nb.core.lazy.is_added': ('core.lazy.html#is_added', 'deepseek_nb/core/lazy.py'),
+                                       'deepseek_nb.core.lazy.is_patch': ('core.lazy.html#is_patch', 'deepseek_nb/core/lazy.py'),
                                        'deepseek_nb.core.lazy.later_table': ('core.lazy.html#later_table', 'deepseek_nb/core/lazy.py'),
                                        'deepseek_nb.core.lazy.methods_in': ('core.lazy.html#methods_in', 'deepseek_nb/core/lazy.py'),
                                        'deepseek_nb.core.lazy.origins': ('core.lazy.html#origins', 'deepseek_nb/core/lazy.py'),
