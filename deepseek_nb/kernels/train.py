@@ -278,6 +278,7 @@ class NormGradient(torch.autograd.Function):
     )->tuple: # Gradients of x and weight
         return *rms_norm_backward(dy, *ctx.saved_tensors), None
 
+# %% ../../nbs/545_kernels.train.ipynb #02f57461
 @rms_norm.twin('torch', label='gradient', supports=lambda x, weight, eps:
                x.device.type=='cpu' and x.dtype==weight.dtype and x.dtype.itemsize>=4 and needs_grad(x, weight))
 def rms_norm_trained(
