@@ -59,7 +59,7 @@ Modules:
 - `deepseek_nb.infer.prefix`: A prompt that begins as an earlier one did is computed from where it differs: a radix tree over tokens, pages shared between requests, and a bill that adds up
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
 - `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
-- `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
+- `deepseek_nb.kernels.build`: C++ kernels are compiled once on each machine, for exactly its processor, and loaded as PyTorch operators.
 - `deepseek_nb.kernels.compile`: `model.compile()`: one graph for every token, traced once, whatever the cache holds
 - `deepseek_nb.kernels.flash`: Keys pass by once, in blocks. Three numbers a query are enough to correct what came before, so the scores are never all in memory
 - `deepseek_nb.kernels.gemm`: Weights are read where they lie: along a row for a few tokens, across tokens for many
