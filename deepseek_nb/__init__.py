@@ -84,6 +84,8 @@ Modules:
 - `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on what and when; and *not yet* where nothing was
+- `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one thin function for each verb: chat, generate, quantize, finetune, eval, bench and others.
+- `deepseek_nb.tools.doctor`: What this machine offers: device, processor, threads, compilers, kernels, memory and cache folder, and what each missing thing would be for.
 - `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.
 - `deepseek_nb.tools.glossary`: Each term has one sentence and the chapter that explains it, and its first use on a page links to its entry.
 - `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.

@@ -89,8 +89,9 @@ def build_kernel(
     "Compile a kernel, unless that was done before"
     out,files = library_path(name)
     if out.exists(): return out
-    out.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(f'{out}.lock'):
+    locks = cache_dir()/'locks'
+    for folder in (out.parent, locks): folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(locks/f'{out.name}.lock'):
         if not out.exists(): _compile(name, files, out)
     return out
 
