@@ -19,7 +19,7 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.files.safetensors import read_json
 from deepseek_nb.train import teacher as module
 from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack
-from deepseek_nb.train.distill import KINDS, distillation_loss, divergence
+from deepseek_nb.train.distill import DIVERGENCES, distillation_loss, divergence
 from deepseek_nb.train.teacher import (
     TeacherLogits,
     answers,
@@ -71,7 +71,7 @@ def test_tail_is_exact(r):
         torch.testing.assert_close(merged(z, indices, T), logs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', DIVERGENCES)
 def test_merging_is_a_lower_bound_that_grows_with_k(kind, r):
     zs, zt = (2*torch.randn(5, 40, dtype=torch.float64) for _ in range(2))
     full, last = divergence(zs, zt, kind), torch.zeros(5, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_width_of_indices(w, kind):
 def test_loss_from_all_logits_is_the_online_loss(tmp_path, r):
     teacher, student, data = llama(40), llama(), rows(r)
     folder = write_logits(teacher, data, tmp_path/'a', k=None, batch_size=4, shard=5)
-    for kind in KINDS:
+    for kind in DIVERGENCES:
         T, mix, batch = r.uniform(.5, 3), r.uniform(0, .9), collate(r.sample(data, 4))
         got, n = offline_loss(folder, kind, temperature=T, mix=mix, chunk=3)(student, batch)
         want, m = distillation_loss(teacher, kind, T, mix)(student, batch)
