@@ -83,6 +83,7 @@ Modules:
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model with a small share of its parameters, and can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: What is scored, what a token may look at, and a vocabulary whose logits are never all in memory
 - `deepseek_nb.train.mini`: DeepSeek-V3's shape in fifteen megabytes, trained on public text from one file of settings, measured on documents that it hasn't seen
+- `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
 - `deepseek_nb.train.optim`: AdamW scales each gradient element by its history. Muon orthogonalises the momentum of whole matrices, as DeepSeek-V4 does.
 - `deepseek_nb.train.parallel`: A training step shared by several processes, with data, fully sharded or expert parallelism, each equal to one process.
 - `deepseek_nb.train.peft`: Saving and loading LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
@@ -91,6 +92,8 @@ Modules:
 - `deepseek_nb.train.schedule`: Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
 - `deepseek_nb.train.sft`: Rows with text, messages, prompt and completion, or classes become training examples. Only the answer counts in the loss.
 - `deepseek_nb.train.split`: Rows that share a key never lie on both sides of a split, and shared n-grams show how much of a test was in the training text.
+- `deepseek_nb.train.stages`: Distillation as a list of stages, from a general to a domain teacher or through an assistant model, resumable at any point.
+- `deepseek_nb.train.teacher`: A teacher's answers are computed once and stored: all logits, the top-k with the mass of the rest, or generated text.
 - `deepseek_nb.train.trainer`: The training loop on one page: gradient accumulation, clipping, mixed precision, activation checkpointing and evaluation.
 - `deepseek_nb.train.world`: Each process (rank) gets its share of a batch, and all-reduce adds up losses, token counts and gradient norms over the ranks."""
 

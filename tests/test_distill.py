@@ -34,7 +34,7 @@ from deepseek_nb.train.distill import (
     residuals,
 )
 from deepseek_nb.train.loss import language_loss
-from deepseek_nb.train.on_policy import Collapsed, CollapseGuard, OnPolicy, measures, prompts_of, write
+from deepseek_nb.train.on_policy import Collapsed, CollapseGuard, OnPolicy, measures, prompts_of, sample_answers
 from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
@@ -289,13 +289,13 @@ def counting(rows, r, s=12):
 def test_prompts_and_writing(r):
     model = llama()
     prompts = [torch.randint(64, (r.randrange(1, 9),)).tolist() for _ in range(5)]
-    answers, ended = write(model, prompts, 7, temperature=0., eos_token_id=[9])
+    answers, ended = sample_answers(model, prompts, 7, temperature=0., eos_token_id=[9])
     for p, a, e in zip(prompts, answers, ended, strict=True):
         alone = model.generate(torch.tensor([p]), 7, eos_token_id=[9])[0, len(p):].tolist()
         assert a == alone[:len(a)] and e == (a[-1] == 9) and (e or len(a) == 7)
     with torch.no_grad():
         for p in model.parameters(): p.add_(torch.randn_like(p)*.05)  # an update in place: nothing stale may be kept
-    for p, a in zip(prompts, write(model, prompts, 5, temperature=0., eos_token_id=[])[0], strict=True):
+    for p, a in zip(prompts, sample_answers(model, prompts, 5, temperature=0., eos_token_id=[])[0], strict=True):
         for _ in range(5):
             with use('reference'): p = [*p, model(torch.tensor([p]))[0, -1].argmax().item()]
         assert p[-5:] == a

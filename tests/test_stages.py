@@ -23,7 +23,7 @@ from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import example
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.resume import checkpoints
-from deepseek_nb.train.stages import Stage, arguments, distil_in_stages, learners, stage_trainer, text_losses
+from deepseek_nb.train.stages import Stage, distil_in_stages, learners, stage_arguments, stage_trainer, text_losses
 from deepseek_nb.train.teacher import write_logits
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
@@ -138,7 +138,7 @@ def test_projectors_resume(tmp_path):
         def before_update(self, t):
             if t.step == 4: raise KeyboardInterrupt
 
-    def trainer(out, *more): return stage_trainer(stage, llama(), arguments(stage, out, 2), texts, callbacks=more)
+    def trainer(out, *more): return stage_trainer(stage, llama(), stage_arguments(stage, out, 2), texts, callbacks=more)
     straight = trainer(None)
     straight.train()
     with pytest.raises(KeyboardInterrupt): trainer(tmp_path/'a', Stop()).train()

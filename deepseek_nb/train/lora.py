@@ -204,7 +204,8 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.r < 1: raise ValueError(f'LoraConfig: r is {self.r}; a rank is at least 1')
-        if not 0 <= self.lora_dropout < 1: raise ValueError(f'LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1')
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f'LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1')
         if not (self.target_modules or self.target_parameters): raise ValueError('LoraConfig: no target_modules and no target_parameters')
         if self.target_parameters and (self.use_dora or self.lora_dropout):
             raise ValueError('LoraConfig: target_parameters can\'t be combined with use_dora or lora_dropout, as in PEFT')
