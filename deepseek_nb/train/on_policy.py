@@ -23,7 +23,6 @@ from ..infer.generate import left_padded
 from .callbacks import Diverged, Guard
 from .data import IGNORE, collate, example
 from .loss import language_loss
-from .trainer import Trainer
 
 # %% ../../nbs/644_train.on_policy.ipynb #89879881
 def prompts_of(
