@@ -13,7 +13,7 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice
 from deepseek_nb.tools import cli
 from deepseek_nb.train import corpora, runs
-from deepseek_nb.train.bpe import save_tokenizer, train_bpe
+from deepseek_nb.train.bpe import save_bpe, train_bpe
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.resume import checkpoints
 
@@ -41,7 +41,7 @@ def models(tmp_path_factory):
     for seed, name in enumerate(('small', 'teacher')):
         torch.manual_seed(seed)
         Model(CONFIG, dtype='float32').init_weights(.1).save_pretrained(folder/name)
-        save_tokenizer(backend, folder/name, 64)
+        save_bpe(backend, folder/name, 64)
     (folder/'text.txt').write_text(LINE*60)
     return folder
 
