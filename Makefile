@@ -33,8 +33,7 @@ evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
-	$(BIN)/python -m deepseek_nb.tools.map
-	$(BIN)/python -m deepseek_nb.tools.site --readme
+	$(BIN)/python -m deepseek_nb.tools.front
 
 new-chapter: .venv/.dev  ## a notebook in the form of the house: make new-chapter NAME=145_arch.balance TITLE='Balance'
 	@$(BIN)/python -m deepseek_nb.tools.site --new "$$NAME" "$$TITLE"

@@ -47,7 +47,7 @@ def copy(tmp_path_factory):
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
     "The site, built once in a copy of what it is built from, also where several processes test."
-    from deepseek_nb.tools.site import build
+    from deepseek_nb.tools.site import build_site
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'site'
     with FileLock(f'{root}.lock'):
@@ -55,5 +55,5 @@ def site(tmp_path_factory):
             for name in ('nbs', 'deepseek_nb'):
                 shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
             shutil.copy(ROOT/'pyproject.toml', root)
-            build(root)
+            build_site(root)
     return root/'_docs'

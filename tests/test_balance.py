@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_loss, load, sequence_loss
+from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_load, expert_loss, sequence_loss
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import routes
 from deepseek_nb.train.balance import Balance, balance_terms, evenness, real, routers, row_routes, with_balance
@@ -47,7 +47,7 @@ def test_visits_and_bias_by_hand(checkpointing, accumulation):
             with torch.no_grad(): t.model(t.batch['tokens'])
             now = routes(t.model, t.batch['tokens'])
             mask = t.batch['documents'].flatten() >= 0
-            self.part = [load(r.experts[mask], 8) for r in now.values()]
+            self.part = [expert_load(r.experts[mask], 8) for r in now.values()]
             self.seen[-1] = [a + b for a,b in zip(self.seen[-1], self.part, strict=True)]
         def before_step(self, t): self.seen.append([0, 0])
         def before_update(self, t): self.before = [g.e_score_correction_bias.clone() for g in routers(t.model)]

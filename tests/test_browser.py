@@ -85,7 +85,7 @@ def window(browser, url):
     if faults: pytest.fail('\n'.join(map(str, faults)), pytrace=False)
 
 
-def names(site): return sorted(o.name for o in site.glob('*.html'))
+def names(site): return sorted(o.name for o in site.glob('*.html') if 'http-equiv="refresh"' not in o.read_text()[:1000])
 def place(page): return urlsplit(page.url).path.strip('/') or 'index.html'
 
 
@@ -131,11 +131,67 @@ def test_next_walks_the_book_and_previous_goes_back(book, window):
     assert follow(page, '.nav-page-previous a') == book[4]
 
 
+def go(page, name):
+    "Follow a link of the sidebar, its part opened first."
+    link = page.locator(f'#quarto-sidebar a[href="{name}"]')
+    part = page.locator('#quarto-sidebar .sidebar-item-section', has=link).locator('a.sidebar-item-toggle')
+    if not link.is_visible(): part.click()
+    return follow(page, f'#quarto-sidebar a[href="{name}"]')
+
+
 def test_sidebar_reaches_every_page(book, window):
     page = window()
     page.goto('/')
     for links in page.evaluate(LINKS, [book, '#quarto-sidebar']): assert {*book} <= {*links}
-    for name in book[1::12]: assert follow(page, f'#quarto-sidebar a[href="{name}"]') == name
+    for name in book[1::12]: assert go(page, name) == name
+
+
+def test_sidebar_folds_by_mouse_and_keyboard(window):
+    "Only the current part stands open, and another one opens and shuts without a mouse."
+    page = window()
+    page.goto('/arch.rope.html')
+    link = page.locator('#quarto-sidebar a[href$="quant.int8.html"]')
+    playwright.expect(page.locator('#quarto-sidebar a[href$="arch.cache.html"]')).to_be_visible()
+    playwright.expect(link).to_be_hidden()
+    part = page.get_by_role('button', name='Quantisation')
+    part.focus()
+    page.keyboard.press('Enter')
+    playwright.expect(link).to_be_visible()
+    page.keyboard.press('Space')
+    playwright.expect(link).to_be_hidden()
+    part.click()
+    playwright.expect(link).to_be_visible()
+
+
+def test_an_old_address_leads_on_with_its_anchor(window):
+    page = window()
+    page.goto('/quant.cache.html#quantizedcache')
+    page.wait_for_url('**/infer.quant_cache.html#quantizedcache')
+
+
+def test_front_page_shows_before_it_tells(window):
+    "The first screen holds the picture, the chart and the way to the paths, on a usual screen."
+    page = window(dict(width=1280, height=900))
+    page.goto('/')
+    for part in ('.way svg', '.rates svg', '.starts a >> nth=0', '.starts a >> nth=2'):
+        playwright.expect(page.locator(part)).to_be_in_viewport(ratio=.6)
+    assert follow(page, '.way a[href$="arch.cache.html"]') == 'arch.cache.html'
+
+
+def test_imports_are_folded(window):
+    page = window()
+    page.goto('/arch.cache.html')
+    fold = page.locator('details.code-fold', has_text='imports').first
+    assert not fold.get_attribute('open') and fold.locator('code').is_hidden()
+    fold.locator('summary').click()
+    playwright.expect(fold.locator('code')).to_contain_text('import')
+
+
+def test_a_term_leads_to_its_entry(window):
+    page = window()
+    page.goto('/arch.cache.html')
+    assert follow(page, 'a.term[href$="#gqa"]') == 'glossary.html'
+    playwright.expect(page.locator('#gqa')).to_contain_text('grouped-query')
 
 
 def test_sidebar_opens_in_a_narrow_window(book, window):
@@ -143,7 +199,7 @@ def test_sidebar_opens_in_a_narrow_window(book, window):
     page.goto('/')
     for name in (book[1], book[len(book)//2], book[-1], book[0]):
         page.click('.quarto-btn-toggle')
-        assert follow(page, f'#quarto-sidebar a[href="{name}"]') == name
+        assert go(page, name) == name
 
 
 def test_search_finds_a_symbol(window):
@@ -196,7 +252,7 @@ def test_theme_is_kept(window):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_accessible(window, scheme):
     page = window(WIDE, scheme)
-    for name in ('index', 'arch.attention', 'arch.routing', 'arch.cache'):
+    for name in ('index', 'contents', 'glossary', 'arch.attention', 'arch.routing', 'arch.cache'):
         page.goto(f'/{name}.html')
         page.add_script_tag(path=AXE)
         for o in page.evaluate('axe.run().then(o => o.violations)'):

@@ -579,9 +579,10 @@ def test_pack_takes_null(): assert pack('k', [('float', True, 'x')], (None,), to
 
 def test_a_model_runs_on_these_kernels(monkeypatch):
     "The twins where a model calls them, as on a GPU, but emulated"
-    from deepseek_nb.arch.attention import norm_rotate, rms_norm
+    from deepseek_nb.arch.attention import norm_rotate
     from deepseek_nb.arch.model import Model, add_attention, add_feed_forward, run_blocks
     from deepseek_nb.arch.moe import mixture
+    from deepseek_nb.arch.norm import rms_norm
     ops = [f.op for f in (attend_latent, norm_rotate, rms_norm, rotate, route)]
     for f in (run_blocks, add_attention, add_feed_forward, mixture):  # whole steps of C++, which a GPU doesn't have
         monkeypatch.setattr(f.op, 'twins', {n: t for n,t in f.op.twins.items() if t.kind != 'cpp'})

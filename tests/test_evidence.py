@@ -9,10 +9,13 @@ import time
 import pytest
 import torch
 
-from deepseek_nb import studies as evidence
-from deepseek_nb.studies import balancing, carry_out, find_study, overlap, read_plan, run_folder, runs, sparse, spread, stored, study, to_do
+from deepseek_nb import studies
+from deepseek_nb.studies import carry_out, find_study, open_study, read_plan, read_records, run_folder, study, to_do
+from deepseek_nb.studies.report import runs, spread
+from deepseek_nb.studies.texts import share_seen
 from deepseek_nb.train.mini import documents
 
+sparse, balancing = open_study('sparse'), open_study('balancing')
 PLAN = '''minutes = 1
 seeds = [0, 1]
 [settings]
@@ -61,27 +64,27 @@ def test_a_bad_plan_is_named_in_one_line(plan, old, new, said):
 def test_only_what_is_missing_runs(plan, tmp_path):
     p, out, said = read_plan(plan), tmp_path/'r'/'counting.json', []
     carry_out(p, out, tmp_path/'w', ['one:1'], said.append)
-    assert [(r['arm'], r['seed']) for r in stored(out)] == [('one', 1)] and len(said) == 1
+    assert [(r['arm'], r['seed']) for r in read_records(out)] == [('one', 1)] and len(said) == 1
     carry_out(p, out, tmp_path/'w', say=said.append)
-    assert len(stored(out)) == 4 and len(said) == 4 and to_do(p, stored(out)) == []
+    assert len(read_records(out)) == 4 and len(said) == 4 and to_do(p, read_records(out)) == []
     plan.write_text(PLAN.replace('n = 3', 'n = 4'))
     changed = read_plan(plan)
-    assert len(to_do(changed, stored(out))) == 4
+    assert len(to_do(changed, read_records(out))) == 4
     carry_out(changed, out, tmp_path/'w', ['two'], said.append)
-    assert sorted(r['result']['value'] for r in stored(out)) == [3, 4, 4, 5]  # the other arm's old records are still there
+    assert sorted(r['result']['value'] for r in read_records(out)) == [3, 4, 4, 5]  # the other arm's old records are still there
     assert run_folder(tmp_path, p, 'one', 0) != run_folder(tmp_path, changed, 'one', 0)
-    assert {*stored(out)[0]} == {'arm', 'seed', 'settings', 'result', 'minutes', 'commit', 'machine', 'date'}
-    assert runs('counting', tmp_path/'r') == stored(out) and runs('never', tmp_path) == []
+    assert {*read_records(out)[0]} == {'arm', 'seed', 'settings', 'result', 'minutes', 'commit', 'machine', 'date'}
+    assert runs('counting', tmp_path/'r') == read_records(out) and runs('never', tmp_path) == []
     with pytest.raises(KeyError, match="no run 'three'"): to_do(p, [], ['three'])
 
 
-def test_what_is_not_finite_is_not_stored(plan, tmp_path):
+def test_what_is_not_finite_is_not_read_records(plan, tmp_path):
     @study('counting')
     def broken(settings, seed, folder): return dict(curve=[[1, 2.], [2, float('nan')]])
     try:
         with pytest.raises(ValueError, match='counting, one, seed 0: not finite'): carry_out(read_plan(plan), tmp_path/'o.json', tmp_path)
     finally: study('counting')(counting)
-    assert stored(tmp_path/'o.json') == []
+    assert read_records(tmp_path/'o.json') == []
 
 
 def test_time_of_interrupted_runs_is_counted(plan, tmp_path):
@@ -109,7 +112,7 @@ def test_overlap_finds_what_was_planted():
     words = [f'w{i}' for i in range(400)]
     train = [' '.join(words[i:i+40]) for i in range(0, 400, 40)]
     test = [' '.join(['x', *words[60:60+n], 'y']) for n in (4, 7, 8, 12)]
-    assert overlap(train, test, 8) == .5 and overlap(train, test, 7) == .75 and overlap(train, ['new'], 8) == 0.
+    assert share_seen(train, test, 8) == .5 and share_seen(train, test, 7) == .75 and share_seen(train, ['new'], 8) == 0.
 
 
 def test_no_document_twice():
@@ -141,15 +144,17 @@ def test_a_finding_follows_its_runs():
     assert 'the dense model 4.100 ± 0.100 (± over 3 seeds)' in said(4.1, 5.)
     assert '**missed**' in said(4.11, 5.) and '**missed**' in said(4., 6.)
     more = [run('narrow', 0, test=5., flops=5.5), run('dense-little', 0, test=6., flops=10.), run('moe64-little', 0, test=6.5, flops=5.)]
-    text = sparse.finding([*dense, run('moe9', 0, test=4.1, flops=5.), *more])
-    assert 'with 55% of the FLOPs has 5.000.' in text
-    assert 'ten times, the dense model has 6.000. On that tenth the mixture has 6.500.' in text
+    assert sparse.finding([*dense, run('moe9', 0, test=4.1, flops=5.), *more]) == said(4.1, 5.)
     rows = {l.split('|')[1].strip(): l for l in sparse.table([o | dict(result=o['result'] | dict(params=2e6)) for o in dense + more],
                                                             dict(narrow=dict(ratio=2.))).splitlines()}
     assert '| 55% | 0.50 | 5.000 ± 0.000 | +0.900 |' in rows['narrow'] and '| 6.500 ± 0.000 | +0.500 |' in rows['moe64-little']
+    assert '| 100% |  | 6.000 ± 0.000 | +0.000 |' in rows['dense-little']
     loads = dict(none=6., bias=1.5, loss=1.25)
-    text = balancing.finding([run(a, s, busiest=x + s, test=4., topic=[.25, .75]) for a, x in loads.items() for s in range(2)])
-    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text and text.count('0.50 ± 0.00') == 3
+    rest = dict(test=4., topic=[.25, .75], entropy=.9, idle=0., token=[.1])
+    made = [run(a, s, busiest=x + s, **rest) for a, x in loads.items() for s in range(2)]
+    text = balancing.finding(made)
+    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text
+    assert balancing.tally(made).count('| 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 |') == 1
 
 
 def test_arms_differ(root, tmp_path):
@@ -168,7 +173,7 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
     plan = read_plan(tmp_path/'balancing.toml', smoke=True)
     assert plan.arms['bias']['steps'] == 40 and plan.arms['bias']['training']['save_steps'] == 5
     def start(work, out):
-        code = f"from deepseek_nb.studies import evidence; evidence('balancing', {str(tmp_path/'balancing.toml')!r}, "
+        code = f"from deepseek_nb.studies import run_study; run_study('balancing', {str(tmp_path/'balancing.toml')!r}, "
         code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"
         return subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
     def looks(): return [n for o in (tmp_path/'war').rglob('looks.txt') for n in o.read_text().splitlines()]
@@ -189,7 +194,7 @@ def test_minutes_outlive_a_killed_process(tmp_path):
     for n in (1, 2):
         assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
         assert json.loads((tmp_path/'m.json').read_text())['minutes'] > .5*n/60
-    with pytest.raises(ZeroDivisionError), evidence.stopwatch(tmp_path/'m.json') as minutes: 1/0 # noqa: B018
+    with pytest.raises(ZeroDivisionError), studies.stopwatch(tmp_path/'m.json') as minutes: 1/0 # noqa: B018
     assert json.loads((tmp_path/'m.json').read_text())['minutes'] >= minutes() - 1e-3 > .9/60
 
 
@@ -206,7 +211,7 @@ def test_information_equals_that_of_scikit_learn():
 
 
 def test_the_command(python, root, plan, tmp_path):
-    assert evidence.CHAPTERS and 'medical' in python('-m', 'deepseek_nb.tools.cli', 'evidence').splitlines()
+    assert 'medical' in python('-m', 'deepseek_nb.tools.cli', 'evidence').splitlines()
     command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'evidence', 'sparse', '--config', str(plan)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "is a plan of 'counting', not of 'sparse'" in done.stderr and done.stderr.count('\n') == 1

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.studies import compute as C
-from deepseek_nb.studies import evidence, read_plan
+from deepseek_nb.studies import open_study, read_plan, run_study
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.dynamic import keep_best
 from deepseek_nb.train.split import grams
 
+C = open_study('compute')
 PLAN = Path(__file__).parent.parent/'nbs/configs/evidence/compute.toml'
 
 
@@ -25,7 +25,7 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def smoke(work): return evidence('compute', PLAN, work/'compute.json', work, smoke=True)
+def smoke(work): return run_study('compute', PLAN, work/'compute.json', work, smoke=True)
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def test_smoke(smoke, work):
     assert len({(a['steps'], a['answered'], str(a['texts']), str(a['chance'])) for a in arms.values()}) == 1
     assert 'rule' not in arms['small'] and arms['spared']['rule'] in arms['spared']['tried']
     assert [*arms['full']['static']] == [*arms['full']['random']] == ['3']
-    assert evidence('compute', PLAN, work/'compute.json', work, smoke=True) == smoke # nothing is left to run
+    assert run_study('compute', PLAN, work/'compute.json', work, smoke=True) == smoke # nothing is left to run
     assert all('full, all experts' in C.table(smoke) and t in C.table(smoke) for t in arms['full']['full']) and C.times_table(smoke)
 
 
@@ -149,7 +149,7 @@ def test_bad_plans(tmp_path):
         assert old in text
         (path := tmp_path/'compute.toml').write_text(text.replace(old, new).replace('tasks = ["icd10", "sotu"]', 'tasks = ["tweets"]'))
         with pytest.raises(ValueError, match=words or "task 'tweets' is not known here") as e:
-            evidence('compute', path, tmp_path/'o', tmp_path, smoke=True)
+            run_study('compute', path, tmp_path/'o', tmp_path, smoke=True)
         assert '\n' not in str(e.value)
 
 
@@ -177,13 +177,17 @@ def test_tables_of_synthetic_runs():
     assert C.outcome(made)['spared, by rule']['saved'] == pytest.approx([.45, .45])
     assert C.outcome(made)['spared, by rule']['tasks']['x'] == pytest.approx([.58/.6, .57/.59])
     said = C.finding(made)
+    kept = f'{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%'
     assert 'missed (2 of 3)' in said and 'has **45.0 ± 0.0%** fewer FLOPs, takes **50.0 ± 0.0%** less time' in said
-    assert 'with 3.0 ± 0.0 of 8 experts a token' in said and f'**{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%** over 1 tasks' in said
-    assert '`small, all experts` keeps 83.3% with 0.0% fewer FLOPs' in said and 'the model `full` has' in said
-    assert said.endswith('all of them. Beside it `spared, best 3` keeps 83.2 ± 0.2%, `spared, by rule` keeps 96.6 ± 0.0%.')
+    assert 'with 3.0 ± 0.0 of 8 experts a token the model `full` has' in said and f'keeps **{kept}** of the accuracy' in said
+    assert said.endswith('The rule is ahead of all baselines.')
+    assert [l.split(' | ')[1:] for l in C.targets(made).splitlines()[2:]] == [
+        ['42%', '45.0 ± 0.0%', 'reached |'], ['35%', '50.0 ± 0.0%', 'reached |'], ['98%', kept, 'missed |']]
+    assert '| 100.0 | 70.0 ± 0.0 | 70.0 ± 0.0 | 83.3 ± 0.0 |' in lines['small, all experts']
+    assert '| 83.2 ± 0.2 |' in lines['spared, best 3'] and '| 96.6 ± 0.0 |' in lines['spared, by rule']
     assert C.preferred(made) == 'full' and C.preferred(made[-1:]) == 'spared'
     better = [synthetic(*a) for a in (('full', 0, .8), ('small', 0, .9))]
-    assert C.finding(better).endswith('the rule is not ahead of `small, all experts`.')
-    assert C.finding(made[:2]) == 'Not run yet: small.'
+    assert C.finding(better).endswith('The rule is not ahead of `small, all experts`.')
+    assert C.finding(made[:2]) == C.targets(made[:2]) == 'Not run yet: small.'
     C.plot_curves(made)
     plt.close('all')

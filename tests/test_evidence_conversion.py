@@ -3,11 +3,15 @@ import pytest
 import torch
 
 from deepseek_nb import Model, Tokenizer
-from deepseek_nb.studies import carry_out, conversion, overlap, read_plan
+from deepseek_nb.studies import carry_out, open_study, read_plan
+from deepseek_nb.studies.texts import share_seen
+from deepseek_nb.train.upcycle import random_rows, split_speeches
+
+conversion = open_study('conversion')
 
 
 @pytest.fixture(scope='module')
-def texts(): return conversion.texts_of()
+def texts(): return split_speeches()
 
 
 def test_no_speech_in_two_parts(texts):
@@ -15,14 +19,14 @@ def test_no_speech_in_two_parts(texts):
     for d in corpus('sotu'):
         assert sum(d['text'] in texts[k] for k in ('learn', 'validation', 'test')) <= 1
     assert all(len(t) > 100_000 for t in texts.values())
-    assert overlap([texts['learn']], texts['test'].split('\n\n'), 20) < .01
+    assert share_seen([texts['learn']], texts['test'].split('\n\n'), 20) < .01
 
 
 def test_rows_move_with_the_seed_alone(texts):
     tok = Tokenizer.from_pretrained('smollm2-135m')
-    one, same, other = (conversion.pieces(texts['test'][:50_000], tok, 3, 40, seed) for seed in (1, 1, 2))
+    one, same, other = (random_rows(texts['test'][:50_000], tok, 3, 40, seed) for seed in (1, 1, 2))
     assert one.shape == (3, 40) and torch.equal(one, same) and not torch.equal(one, other)
-    with pytest.raises(ValueError, match='a text of .* tokens has no rows of 64'): conversion.pieces('too short', tok, 1, 64)
+    with pytest.raises(ValueError, match='a text of .* tokens has no rows of 64'): random_rows('too short', tok, 1, 64)
 
 
 def test_smoke(root, tmp_path):
@@ -53,18 +57,18 @@ def synthetic(arm, seed, rise):
 
 def test_finding_of_synthetic_runs():
     made = [synthetic('mla-50', s, .03 + .01*s) for s in range(3)]
-    assert conversion.finding(made[:0]) == 'Not run yet: mla-50, mla-40, neurons-70, moe-69.'
+    assert conversion.finding(made[:0]) == 'Not run yet: mla-50, neurons-70, mla-40, moe-69.'
     said = conversion.finding(made)
-    assert said.startswith('Perplexity on test speeches rises by so much') and said.endswith('Not run yet: mla-40, neurons-70, moe-69.')
-    assert 'With half of the cache (`mla-50`): 50.0 ± 0.0%, 9.0 ± 1.0%, and **4.0 ± 1.0%**, on other text 8.0' in said
-    assert said.count('**reached once repaired**') == 1 and 'target at most 10%' in said and 'Tried' not in said
+    assert said.startswith('The target is an increase of perplexity') and said.endswith('Not run yet: neurons-70, mla-40, moe-69.')
+    assert 'Half of the cache (`mla-50`) **reached** the target once repaired: 4.0 ± 1.0% after distillation.' in said
+    assert '| +50.0% ± 0.0% | +9.0% ± 1.0% | +4.0% ± 1.0% | +8.0% ± 2.0% | 3 |' in conversion.summary(made)
+    assert 'at most 10%' in said
     made.append(synthetic('neurons-70', 0, .02))
     assert conversion.finding(made).endswith('Not run yet: mla-40, moe-69.')
     said = conversion.finding(made + [synthetic('mla-40', 0, .09), synthetic('moe-69', 0, .2)])
-    assert 'Not run yet' not in said and '50.0%, 14.0%, and **9.0%**, on other text 18.0%; **reached once distilled**. With' in said
+    assert 'Not run yet' not in said and '(`mla-40`) **reached** the target once distilled: 9.0% after' in said
     short = synthetic('moe-50', 0, .01)
     del short['result']['distilled']  # an arm of the frontier alone
     assert conversion.finding(made + [short]) == conversion.finding(made) and 'moe-50' not in conversion.rises(made + [short], 'distilled')
     assert '| moe-50 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
-    assert '50.0%, 25.0%, and **20.0%**, on other text 40.0%; **missed**. Tried' in said
-    assert said.endswith('pruned for kinds of tokens.') and said.count('Tried') == 1
+    assert said.endswith('(`moe-69`) **missed** it: 20.0% after distillation.')

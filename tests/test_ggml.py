@@ -19,14 +19,19 @@ from test_gguf import LLAMA, QWEN2, TOKENS, V2, V3, fresh, tensors, write_metada
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from deepseek_nb import Model
+from deepseek_nb import Model, QuantizedModel
+from deepseek_nb.core.device import pick_dtype
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.files.gguf import gguf_config, open_gguf
 from deepseek_nb.kernels import build
 from deepseek_nb.kernels.ggml import kernels, linear_ggml
 from deepseek_nb.kernels.panels import linear_panels
 from deepseek_nb.quant import QuantizedWeight, make_format, quantize
-from deepseek_nb.quant.ggml import KINDS, Ggml, as_int4, from_blocks, load_blocks, read_gguf
+from deepseek_nb.quant.ggml import BLOCK_KINDS as KINDS
+from deepseek_nb.quant.ggml import SPLIT, Ggml, from_blocks, split_blocks
 from deepseek_nb.quant.int4 import Int4
+from deepseek_nb.quant.int8 import Int8
+from deepseek_nb.quant.stream import GgufSource
 
 SEED = int(os.environ.get('SEED', random.randrange(10**6)))
 HERE = Path(__file__).parent
@@ -79,7 +84,7 @@ def test_special_scales(kind, bits):
     w = from_blocks(b, kind)
     np.testing.assert_array_equal(w.dequantize().numpy(), want)
     np.testing.assert_array_equal(w.rows(torch.tensor([4, 0])).numpy(), want[[4, 0]])
-    if kind in ('Q4_0', 'Q4_1'): np.testing.assert_array_equal(as_int4(w).dequantize().numpy(), want)
+    np.testing.assert_array_equal(split_blocks(w).dequantize().numpy(), want)
 
 
 @settings(max_examples=40, deadline=None)
@@ -88,12 +93,11 @@ def test_encoding_writes_the_package_s_bytes(kind, o, n, scale):
     w = torch.randn(o, 32*n)*scale
     q = quantize(w, Ggml(kind))
     np.testing.assert_array_equal(q.blocks.numpy(), gguf.quantize(w.numpy(), Q[kind]))
-    if kind in ('Q4_0', 'Q4_1'):
-        i = as_int4(q)
-        assert i.format == Int4(32, symmetric=kind == 'Q4_0') and i.nbytes == q.nbytes
-        assert torch.equal(i.dequantize(), q.dequantize())
-        def kinds(parts): return {k: (v.shape, v.dtype) for k, v in parts.items()}
-        assert kinds(i.parts()) == kinds(i.format.encode(i.dequantize()))
+    i = split_blocks(q)
+    assert i.format == (Int8(group=32) if kind == 'Q8_0' else Int4(32, symmetric=kind == 'Q4_0')) and i.nbytes == q.nbytes
+    assert torch.equal(i.dequantize(), q.dequantize())
+    def kinds(parts): return {k: (v.shape, v.dtype) for k, v in parts.items()}
+    assert kinds(i.parts()) == kinds(i.format.encode(i.dequantize()))
 
 
 def test_a_format_is_written_and_read():
@@ -111,12 +115,26 @@ def test_a_format_is_written_and_read():
     (lambda: quantize(torch.ones(2, 256), Ggml('Q6_K')), 'Q6_K is read only'),
     (lambda: quantize(torch.ones(2, 33), Ggml('Q8_0')), 'which do not divide a row of 33'),
     (lambda: quantize(torch.full((2, 32), 1e30), Ggml('Q4_1')), 'no float16 scale'),
-    (lambda: from_blocks(torch.zeros(2, 143, dtype=torch.uint8), 'Q4_K'), 'no whole number of Q4_K blocks of 144'),
-    (lambda: as_int4(quantize(torch.ones(2, 32), Ggml('Q8_0'))), 'blocks in Q8_0 are no grid of Int4'),
-    (lambda: as_int4(quantize(torch.ones(2, 32), Int4())), 'blocks in int4 are no grid of Int4')])
+    (lambda: from_blocks(torch.zeros(2, 143, dtype=torch.uint8), 'Q4_K'), 'no whole number of Q4_K blocks of 144')])
 def test_errors(call, said):
     with pytest.raises(ValueError, match=said) as e: call()
     assert '\n' not in str(e.value)
+
+
+def test_what_cannot_be_split_stays():
+    for w in (quantize(torch.ones(2, 32), Int4()), from_blocks(blocks('Q4_K', 3, 2), 'Q4_K'), from_blocks(blocks('Q6_K', 3, 2), 'Q6_K')):
+        assert split_blocks(w) is w
+
+
+def test_the_lowest_code_of_eight_bits():
+    "-128, which llama.cpp does not write, is multiplied as it decodes"
+    b = blocks('Q8_0', 20, 4)
+    b.view(20, 4, 34)[:, :, 2:] = 128
+    b.view(20, 4, 34)[:, :, :2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+    w, x = split_blocks(from_blocks(b, 'Q8_0')), torch.randn(3, 128)
+    assert w.dequantize().min() < -1.27
+    exact = x@w.dequantize().T
+    torch.testing.assert_close(torch.nn.functional.linear(x, w), exact, rtol=0, atol=.02*exact.abs().max().item())
 
 
 # ---- the product in C++
@@ -261,16 +279,18 @@ def test_a_model_is_the_one_that_decoding_gives(name, tmp_path):
     exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
-        kept = load_blocks(tmp_path/'m.gguf', torch.float32, 'cpu')
+        kept = QuantizedModel.from_pretrained(tmp_path/'m.gguf', device='cpu')
     own = weights(kept)
     for n, t in exact.state_dict().items():
         assert torch.equal(own[n].dequantize() if n in own else kept.state_dict()[n], t), n
     expanded = [str(w.message) for w in said if 'become floats' in str(w.message)]
-    assert bool(expanded) == config.mla and all('kv_b_proj' in m for m in expanded)
+    lost = {n for n in exact.state_dict() if 'kv_b_proj' in n} - {*own}
+    assert bool(expanded) == bool(lost) and all(m.count('_proj') == m.count('kv_b_proj') for m in expanded)
+    assert not any(split or w.format.name == 'ggml' for n, w in own.items() if 'kv_b_proj' in n)
     plain = {n for n, t in exact.state_dict().items() if t.ndim > 1 and 'gate.weight' not in n and 'kv_b_proj' not in n}
-    assert plain == {*own}, 'every matrix that is only multiplied stays in blocks'
-    assert {w.format.name for w in own.values()} <= {'ggml', 'int4'} and {'Q4_K', 'Q6_K'} & {*used.values()}
-    assert not any(w.format.name == 'ggml' and w.format.kind in ('Q4_0', 'Q4_1') for w in own.values())
+    assert plain == {n for n in own if 'kv_b_proj' not in n}, 'every matrix that is only multiplied stays in blocks'
+    assert {w.format.name for w in own.values()} <= {'ggml', 'int4', 'int8'} and {'Q4_K', 'Q6_K'} & {*used.values()}
+    assert not any(w.format.name == 'ggml' and w.format.kind in SPLIT for w in own.values())
     with use('reference'): a, b = exact(TOKENS), kept(TOKENS)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*a.abs().max().item())
 
@@ -285,7 +305,7 @@ def test_tensors_of_two_kinds_in_one_parameter_become_floats(tmp_path):
         w.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(x), Q[k]), raw_dtype=Q[k])
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
     with pytest.warns(UserWarning, match=r'layers.1.mlp.experts.gate_up_proj \(Q4_0, Q8_0\)'):
-        kept = load_blocks(tmp_path/'m.gguf', torch.float32, 'cpu')
+        kept = Model.from_pretrained(tmp_path/'m.gguf', device='cpu')
     exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
     assert torch.equal(kept.layers[1].mlp.experts.gate_up_proj, exact.layers[1].mlp.experts.gate_up_proj)
     assert isinstance(kept.layers[1].mlp.experts.down_proj, QuantizedWeight)
@@ -295,17 +315,18 @@ def test_kinds_that_stay_outside_are_named(tmp_path):
     config, _ = CONFIGS['llama']
     write(tmp_path/'m.gguf', fresh(config), False, ['Q5_0'])
     with pytest.warns(UserWarning, match=r'm.gguf: 23 weights become floats, .*embed_tokens.weight \(Q5_0\)'):
-        kept = load_blocks(tmp_path/'m.gguf', torch.float32, 'cpu')
+        kept = Model.from_pretrained(tmp_path/'m.gguf', device='cpu')
     exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
-    assert not weights(kept) and torch.equal(kept(TOKENS), exact(TOKENS))
+    exact.to(kept.dtype)
+    assert type(kept) is Model and torch.equal(kept(TOKENS), exact(TOKENS))
 
 
 def test_a_plain_file_has_no_blocks(tmp_path):
     write(tmp_path/'m.gguf', fresh(LLAMA), False, ['F16', 'BF16', 'F32'])
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        kept = load_blocks(tmp_path/'m.gguf', torch.bfloat16, 'cpu')
-    assert not weights(kept) and kept.dtype == torch.bfloat16
+        kept = Model.from_pretrained(tmp_path/'m.gguf', device='cpu')
+    assert type(kept) is Model and kept.dtype == pick_dtype(None, 'cpu')
 
 
 def test_damaged_files(tmp_path):
@@ -314,33 +335,34 @@ def test_damaged_files(tmp_path):
     raw = path.read_bytes()
     for n in (len(raw) - 1, len(raw)//2, 400, 3):
         path.write_bytes(raw[:n])
-        with pytest.raises(ValueError, match='truncated|not a GGUF file') as e: load_blocks(path)
+        with pytest.raises(ValueError, match='truncated|not a GGUF file') as e: Model.from_pretrained(path)
         assert str(path) in str(e.value) and '\n' not in str(e.value)
-    with pytest.raises(FileNotFoundError, match='none.gguf'): load_blocks(tmp_path/'none.gguf')
+    with pytest.raises(FileNotFoundError, match='none.gguf'): Model.from_pretrained(tmp_path/'none.gguf')
 
 
 def test_blocks_are_the_mapped_file(tmp_path):
     path = tmp_path/'m.gguf'
-    write(path, fresh(CONFIGS['llama'][0]), False, ['Q8_0'])
-    from deepseek_nb.files.gguf import gguf_config, open_gguf
+    write(path, fresh(CONFIGS['llama'][0]), False, ['Q6_K'])
     reader = open_gguf(path)
-    found = read_gguf(Model(gguf_config(reader, path), dtype=torch.float32, device='meta'), reader, path)
+    source = GgufSource(meta := Model(gguf_config(reader, path), dtype=torch.float32, device='meta'), reader, path)
     first, last = reader.data.ctypes.data, reader.data.ctypes.data + reader.data.nbytes
-    inside = {n for n, w in found.items() if isinstance(w, QuantizedWeight) and first <= w.blocks.data_ptr() < last}
-    outside = {n.split('.')[-2] for n, w in found.items() if isinstance(w, QuantizedWeight) and n not in inside}
-    assert outside == {'q_proj', 'k_proj'} and len(inside) > 10
+    parts = {k: source.parts(k, f) for k in meta.state_dict() if isinstance(f := source.format(k), Ggml)}
+    inside = {k for k, p in parts.items() if first <= p['blocks'].data_ptr() < last}
+    assert {k.split('.')[-2] for k in parts if k not in inside} == {'q_proj', 'k_proj'} and len(inside) > 10
 
 
 MEMORY = '''
 import resource, sys, warnings
 import torch
-from deepseek_nb.quant.ggml import load_blocks, open_gguf
+from deepseek_nb import Model
+from deepseek_nb.files.gguf import open_gguf
 from deepseek_nb.files.hub import fetch
+import deepseek_nb.infer.load, deepseek_nb.kernels.step_codes
 torch.set_num_threads(1)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 open_gguf(fetch('smollm2-135m'))
 before = peak()
-load_blocks('smollm2-135m', 'float32', 'cpu')
+Model.from_pretrained('smollm2-135m', device='cpu')
 print(peak() - before)'''
 
 
@@ -352,7 +374,7 @@ def test_the_floats_are_never_in_memory():
 
 
 def test_smollm2():
-    exact, kept = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'), load_blocks('smollm2-135m', 'float32', 'cpu')
+    exact, kept = (Model.from_pretrained('smollm2-135m', d, 'cpu') for d in ('float32', None))
     tokens = torch.randint(49152, (2, 30))
     with use('reference'): a, b = exact(tokens), kept(tokens)
     assert ((a - b).norm()/a.norm()).item() < 1e-5

@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT/'nbs').glob('[!_]*.ipynb'))
-CHAPTERS = [o for o in NOTEBOOKS if o.stem != 'index']
+STUDIES = [o for o in NOTEBOOKS if '"#| study' in o.read_text()]  # experiments: notebooks that export nothing
+CHAPTERS = [o for o in NOTEBOOKS if o.stem != 'index' and o not in STUDIES]
 BIN = Path(sys.executable).parent
 
 
@@ -63,7 +64,7 @@ def test_errors_are_expected_by_a_with_block():
 
 
 def test_readme_is_the_index():
-    from deepseek_nb.tools.site import readme
+    from deepseek_nb.tools.front import readme
     same = (ROOT/'README.md').read_text() == readme(ROOT/'nbs/index.ipynb')
     assert same, 'README.md is stale: run `make export`'
 
@@ -92,13 +93,15 @@ def test_lazy_names(python):
 
 
 def test_lazy_names_bring_their_patches():
-    import deepseek_nb
+    "Every chapter that nbdev lists with a method of a class from elsewhere is that method's home in the table"
+    from deepseek_nb._later import METHODS
     from deepseek_nb._modidx import d
+    homes = {c.rpartition('.')[2]: c for c in METHODS}
     for path, names in d['syms'].items():
         path = path.removeprefix('deepseek_nb.')
-        for owner in {o.removeprefix(f'deepseek_nb.{path}.').split('.')[0] for o in names} & set(deepseek_nb._HOMES):
-            known = deepseek_nb._HOMES[owner], *deepseek_nb._PATCHES.get(owner, ())
-            assert path in known, f'{path} gives {owner} methods: name it in _PATCHES'
+        for owner, _, method in (o.removeprefix(f'deepseek_nb.{path}.').partition('.') for o in names):
+            if method and owner in homes and homes[owner] != f'{path}.{owner}':
+                assert METHODS[homes[owner]].get(method) == path, f'{path} gives {owner} the method {method}: run nbdev-export'
 
 
 def test_no_triton(python):
@@ -116,9 +119,21 @@ def test_house_form(path):
     markdown = [source(c) for c in cells(path) if c['cell_type'] == 'markdown']
     assert re.match(r'# \S.*\n+> \S', markdown[0]), 'the first Markdown cell is `# Title` and a `> line`'
     if path.stem == 'index': return
+    assert re.match(r'\d{3}_[a-z0-9_.]+$', path.stem)
+    if path in STUDIES: return
     assert source(next(c for c in cells(path) if c['cell_type'] == 'code')) == f'#| default_exp {module(path)}'
     assert markdown[1].startswith('#| export\n'), 'the second Markdown cell is exported as the docstring of the module'
-    assert re.match(r'\d{3}_[a-z0-9_.]+$', path.stem)
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)
+def test_a_study_exports_nothing(path):
+    "Its cells are marked for `open_study`, which finds them by the name of the notebook"
+    code = [source(c) for c in cells(path) if c['cell_type'] == 'code']
+    assert path.stem.split('_')[1].startswith('studies.') and not exported(path).exists()
+    assert not any(re.match(r'#\|\s*(default_exp|exports?)\b', c) for c in code)
+    imports = [o for c in code for o in re.findall(r'^(?:from|import) (deepseek_nb\S*)', c, re.M)]
+    later = {f'deepseek_nb.{module(o)}' for o in CHAPTERS if o.stem > path.stem}
+    assert imports and not later & {*imports}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.stem)
@@ -167,8 +182,16 @@ def test_package_equals_notebooks(copy):
 
 def test_every_module_has_a_notebook():
     known = {exported(o) for o in CHAPTERS}
-    hand_written = {'__init__.py', '_modidx.py'}
+    hand_written = {'__init__.py', '_modidx.py', '_later.py'}
     assert {o for o in (ROOT/'deepseek_nb').rglob('*.py') if o.name not in hand_written or o in known} == known
+
+
+def test_package_docstring_lists_every_module():
+    "nbdev lists a module whose docstring has more than three lines: its title's line, and two wrapped lines or more."
+    docstring = ast.get_docstring(ast.parse((ROOT/'deepseek_nb/__init__.py').read_text()))
+    listed = set(re.findall(r'^- `deepseek_nb\.([\w.]+)`: .', docstring, re.M))
+    missing = {module(o).removesuffix('.__init__') for o in CHAPTERS} - listed
+    assert not missing, f'wrap the second Markdown cell of these chapters on two lines or more: {missing}'
 
 
 def test_ruff():

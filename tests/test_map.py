@@ -1,15 +1,29 @@
-"The stored map of the book shows the chapters that there are"
-import re
-from html import unescape
+"The pictures of the front page show what there is."
 from pathlib import Path
+from xml.etree import ElementTree
 
-from deepseek_nb.tools.map import PARTS, chapters
+import pytest
+
+from deepseek_nb.tools.book import by_part, chapters
+from deepseek_nb.tools.pictures import save_pictures
 
 NBS = Path(__file__).parents[1]/'nbs'
 
 
-def test_map_is_current():
-    shown = [unescape(t) for t in re.findall(r'<text[^>]*>([^<]+)</text>', (NBS/'map.svg').read_text())]
-    book = chapters(NBS)
-    expected = [c.title for c in book] + [PARTS[p] for p in {c.part for c in book}]
-    assert sorted(shown) == sorted(expected), 'the map is stale: run python -m deepseek_nb.tools.map'
+@pytest.mark.parametrize('name', ['map.svg', 'way.svg', 'rates.svg'])
+def test_picture_is_current(tmp_path, name):
+    (tmp_path/'results').symlink_to(NBS/'results')
+    save_pictures(tmp_path, chapters(NBS))
+    assert (tmp_path/name).read_text() == (NBS/name).read_text(), f'{name} is stale: run `make export`'
+
+
+def test_map_has_every_chapter():
+    of = lambda tag: [o for o in ElementTree.parse(NBS/'map.svg').iter('{http://www.w3.org/2000/svg}' + tag)]
+    book = [o for o in chapters(NBS) if o.number >= 0]
+    assert [o.text for o in of('title')] == [o.title for o in book]
+    assert {o.title for o in by_part(book)} <= {o.text for o in of('text')}
+
+
+def test_way_links_to_chapters():
+    links = {o.get('href') for o in ElementTree.parse(NBS/'way.svg').iter('{http://www.w3.org/2000/svg}a')}
+    assert len(links) > 6 and links <= {f'{o.module}.html' for o in chapters(NBS)}

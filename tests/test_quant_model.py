@@ -21,10 +21,10 @@ from deepseek_nb.quant.fp8 import FP8
 from deepseek_nb.quant.ggml import Ggml
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
-from deepseek_nb.quant.model import calibrate_model, load_model, plan, quantize_model
+from deepseek_nb.quant.model import calibrate_model, plan, quantize_model
 from deepseek_nb.quant.nf4 import NF4
 from deepseek_nb.quant.save import packed_tensors, packed_weights
-from deepseek_nb.quant.stream import Source, cuts, encode_from
+from deepseek_nb.quant.stream import WeightSource, encode_from, piece_borders
 from deepseek_nb.tools.cli import main
 
 SHARED = dict(vocab_size=160, dim=64, n_layers=2, inter_dim=96, max_positions=64, eos_ids=(2,), bos_id=1)
@@ -148,12 +148,12 @@ SHAPES = st.one_of(st.tuples(st.integers(1, 900), st.integers(1, 200)),
 def test_pieces_make_the_whole(shape, format, seed):
     torch.manual_seed(seed)
     w = torch.randn(shape)
-    source = Source(torch.nn.ParameterDict(dict(w=w)))
+    source = WeightSource(torch.nn.ParameterDict(dict(w=w)))
     expected = quantize(w, format)
     got = encode_from(source, 'w', shape, expected.format)
     for n, t in expected.named_buffers(): assert torch.equal(t.view(torch.uint8), dict(got.named_buffers())[n].view(torch.uint8)), n
     assert abs(got.error - relative_error(w, expected.dequantize())) < 1e-6
-    at = cuts(shape, expected.format)
+    at = piece_borders(shape, expected.format)
     assert at[0] == 0 and at[-1] == shape[0] and at == sorted(set(at))
 
 
@@ -346,12 +346,12 @@ def test_truncated(keep, few):
 def test_quantised_twice(few, floats, tmp_path):
     with pytest.raises(ValueError, match='is quantised already; leave dtype out') as e: QuantizedModel.from_pretrained(few, 'int8')
     assert len(lines(e)) == 1
-    with pytest.raises(ValueError, match="quant_method 'deepseek_nb'") as e: Model.from_pretrained(few)
-    assert len(lines(e)) == 1
     floats['llama'].save_pretrained(tmp_path/'llama')
-    assert type(load_model(tmp_path/'llama', 'bfloat16', 'cpu')) is Model
-    assert type(load_model(few, device='cpu')) is QuantizedModel and load_model(few, 'bfloat16', 'cpu').dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="unknown dtype 'int7'; there are float32"): load_model(few, 'int7')
+    assert type(Model.from_pretrained(tmp_path/'llama', 'bfloat16', 'cpu')) is Model
+    kept, back = (Model.from_pretrained(few, d, 'cpu') for d in (None, 'bfloat16'))
+    assert type(kept) is QuantizedModel and type(back) is Model and back.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="unknown dtype 'int7': there are 'float32'"): Model.from_pretrained(few, 'int7')
+
 
 
 def test_commands(floats, tmp_path, capsys):

@@ -10,10 +10,16 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from deepseek_nb.tools.site import book, definitions, link_pages, new_chapter, page_name, stage
+from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters
+from deepseek_nb.tools.glossary import link_terms, read_glossary
+from deepseek_nb.tools.moves import read_moves
+from deepseek_nb.tools.site import defined_names, link_pages, new_chapter, stage
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page_name(o).replace('.ipynb', '.html') for o in book(ROOT/'nbs')]
+PAGES = [f'{page_name(o).rsplit(".", 1)[0]}.html' for o in book(ROOT/'nbs')]
+MOVES = read_moves(ROOT/'nbs/moves.csv')
+OLD = {f'{o}.html' for o in MOVES}
+TERMS = read_glossary(ROOT/'nbs/glossary.md')
 HOLDS = {'a', 'code', 'pre'}
 LOADS = {('link', 'href'), ('script', 'src'), ('img', 'src'), ('source', 'src'), ('iframe', 'src')}
 
@@ -22,7 +28,7 @@ class Page(HTMLParser):
     "The ids of a page, its links, what it loads, its text, and the code in its prose with the link it is."
     def __init__(self, text):
         super().__init__()
-        self.ids, self.twice, self.links, self.loads, self.text, self.code, self.open = set(), set(), [], [], [], [], []
+        self.ids, self.twice, self.links, self.loads, self.text, self.code, self.open, self.prose = set(), set(), [], [], [], [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -39,6 +45,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text.append(data)
         tags = [tag for tag,_ in self.open]
+        if 'pre' not in tags: self.prose.append(data)
         if tags[-1:] == ['code'] and 'pre' not in tags: self.code.append((data, next((o for tag,o in self.open if tag == 'a'), None)))
 
 
@@ -47,7 +54,7 @@ def pages(site): return {o.name: Page(o.read_text()) for o in site.glob('*.html'
 
 
 def test_page_for_every_notebook(pages):
-    assert set(PAGES) == {o for o in pages if not o.startswith('source.')}
+    assert set(PAGES) | OLD == {o for o in pages if not o.startswith('source.')} and not OLD & set(PAGES)
 
 
 def test_links_and_anchors_resolve(site, pages):
@@ -102,7 +109,7 @@ def test_every_definition_leads_to_its_source(site, pages):
         module = ROOT/'deepseek_nb'/(name.removesuffix('.html').replace('.', '/') + '.py')
         if not module.exists(): continue
         lines = {}
-        for k,n in definitions(module.read_text()).items(): lines.setdefault(k.lower(), []).append(n)
+        for k,n in defined_names(module.read_text()).items(): lines.setdefault(k.lower(), []).append(n)
         for anchor, after in re.findall(r'<h3[^>]* data-anchor-id="([^"]+)">(.*?)<div class="exported', (site/name).read_text(), re.S):
             if anchor not in lines: continue
             line = re.search(f'href="source.{name}#(cb1-([0-9]+))"', after)
@@ -112,9 +119,12 @@ def test_every_definition_leads_to_its_source(site, pages):
     assert seen > 100
 
 
-def test_sidebar_follows_the_book(pages):
-    listed = list(dict.fromkeys(o.removeprefix('./') for o in pages['arch.rope.html'].links if o.removeprefix('./') in PAGES))
-    assert sorted(listed, key=PAGES.index) == PAGES and listed.index('arch.rope.html') < listed.index('files.hub.html')
+def test_sidebar_follows_the_book(site, pages):
+    nav = re.search(r'<nav id="quarto-sidebar".*?</nav>', (site/'arch.rope.html').read_text(), re.S)[0]
+    listed = [o.removeprefix('./') for o in Page(nav).links]
+    assert listed == PAGES
+    opened = re.findall(r'<ul[^>]*class="collapse[^"]* show"[^>]*>(.*?)</ul>', nav, re.S)
+    assert len(opened) == 1 and 'arch.rope.html' in opened[0] and 'quant.int8.html' not in opened[0], 'folded to the current part'
 
 
 def test_llms_txt_follows_the_book(site):
@@ -124,12 +134,97 @@ def test_llms_txt_follows_the_book(site):
 
 
 def test_prose_holds_no_directive(pages):
-    for name in {*PAGES} - {'tools.site.html'}: assert not [o for o in pages[name].text if re.match(r'\s*#\| *export', o)], name
+    for name in PAGES: assert not [o for o in pages[name].prose if re.match(r'\s*#\| *export', o)], name
 
 
 def test_search_covers_every_page(site, pages):
     entries = json.loads((site/'search.json').read_text())
     assert {o['href'].split('#')[0] for o in entries} == set(PAGES)
+
+
+# ---- one table of contents
+
+def test_every_list_is_current(tmp_path):
+    "The front page, the contents, the pictures, README and changelog are what the chapters' titles and first lines give."
+    from deepseek_nb.tools.front import write_front
+    for o in ('nbs', 'tests'): (tmp_path/o).mkdir()
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', dirs_exist_ok=True, ignore=shutil.ignore_patterns('.*'))
+    for o in ('README.md', 'CHANGELOG.md'): shutil.copy(ROOT/o, tmp_path)
+    stale = [o for o in write_front(tmp_path) if (tmp_path/o).read_text() != (ROOT/o).read_text()]
+    assert not stale, f'run `make export`: not what the chapters give are {stale}'
+
+
+def test_no_chapter_is_missing():
+    found = chapters(ROOT/'nbs')
+    listed = (ROOT/'nbs/contents.md').read_text()
+    assert not [o.notebook for o in found if f']({o.notebook})** {o.line}' not in listed]
+    assert sum(map(len, by_part(found).values())) == len([o for o in found if o.number >= 0])
+    front = re.findall(r'\]\(([\w./]+\.ipynb)\)', (ROOT/'nbs/index.ipynb').read_text())
+    assert len(front) < 50, 'the front page is no wall of links'
+
+
+def test_titles_stand_alone():
+    "A title names one chapter in a few words, and its line is whole without the page around it."
+    found = chapters(ROOT/'nbs')
+    assert len({o.title for o in found}) == len(found)
+    assert not [o.title for o in found if len(o.title.split()) > 8 or not o.line]
+
+
+def test_parts_are_ranges():
+    firsts = [o.first for o in BOOK_PARTS]
+    assert firsts == sorted(firsts) and {'serve', 'export', 'apps', 'platform'} <= {o.name for o in BOOK_PARTS}
+
+
+@pytest.mark.parametrize('path', PATHS, ids=lambda o: o.title)
+def test_paths_lead_through_the_site(pages, path):
+    steps = path_chapters(path, chapters(ROOT/'nbs'))
+    for i, (before, after) in enumerate(zip(steps, steps[1:], strict=False), 1):
+        page = pages[f'{before.module}.html']
+        assert f'{after.module}.html' in [o.removeprefix('./') for o in page.links]
+        assert f', {i} of {len(steps)}: ' in ''.join(page.text)
+
+
+# ---- old addresses
+
+def test_old_addresses_lead_on(site, pages):
+    "Every page that was published is a page, or leads to one, with its anchor."
+    for old in (ROOT/'tests/fixtures/pages.txt').read_text().split():
+        assert f'{MOVES.get(old, old)}.html' in PAGES, f'{old}: name its new page in nbs/moves.csv'
+        if old not in MOVES: continue
+        text = (site/f'{old}.html').read_text()
+        new = f'{MOVES[old]}.html'
+        assert f'content="0; url={new}"' in text and f'rel="canonical" href="{new}"' in text and f'"{new}" + location.hash' in text
+
+
+# ---- the glossary
+
+@pytest.mark.parametrize('term', TERMS, ids=lambda o: o.name)
+def test_a_chapter_explains_each_term(pages, term):
+    assert (ROOT/'nbs'/term.notebook).exists(), f'glossary.md: {term.name} leads to {term.notebook}, which is no chapter'
+    spaced = lambda o: re.escape(o).replace('\\ ', r'[\s-]').replace('\\-', r'[\s-]')
+    text = ' '.join(pages[page_name(term.notebook).replace('.ipynb', '.html')].text)
+    assert re.search('|'.join(map(spaced, (term.name, *term.also))), text, re.I), f'{term.notebook} does not say {term.name!r}'
+
+
+def test_glossary_is_alphabetical_and_anchored(site, pages):
+    anchors = [o.anchor for o in TERMS]
+    assert 80 <= len(anchors) == len(set(anchors)) and {*anchors} <= pages['glossary.html'].ids
+    names = [line for line in (ROOT/'nbs/glossary.md').read_text().splitlines() if line.startswith('- ')]
+    assert names == sorted(names, key=lambda o: re.search(r'\*\*(.+?)\*\*', o)[1].lower())
+
+
+def test_first_uses_lead_to_the_glossary(pages):
+    linked = [o for name in PAGES for o in pages[name].links if 'glossary.html#' in o]
+    assert len(linked) > 200 and {o.split('#')[1] for o in linked} > {'kv-cache', 'router', 'expert'}
+    for name in PAGES:
+        if name == 'glossary.html': continue
+        uses = [o for o in pages[name].links if 'glossary.html#' in o]
+        assert len(uses) == len(set(uses)), f'{name} links a term twice'
+
+
+@pytest.mark.parametrize('text', [
+    '# A router', '`router`', '```\nrouter\n```', '[router](x)', '$router$', '| router |', '<a title="router">', 'routers_2'])
+def test_no_term_is_linked_in(text): assert link_terms([text], TERMS) == [text]
 
 
 # ---- tutorials, and new chapters
@@ -153,19 +248,19 @@ def sidebar(folder):
 
 def test_tutorials_come_first(tmp_path):
     root = project(tmp_path, '010_core.config.ipynb', 'index.ipynb', 'tutorials/10_hour.ipynb', 'tutorials/20_real.ipynb')
-    assert stage(root, root/'_proc') == ['index.ipynb', 'tutorials.hour.ipynb', 'tutorials.real.ipynb', 'core.ipynb']
-    assert [o if isinstance(o, str) else o['section'] for o in sidebar(root)] == ['index.ipynb', 'Tutorials', 'Part 0 · Foundations']
-    assert '](core.ipynb)' in (root/'_proc/tutorials.hour.ipynb').read_text()
+    assert stage(root, root/'_proc') == ['index.ipynb', 'tutorials.hour.ipynb', 'tutorials.real.ipynb', 'core.config.ipynb']
+    assert [o if isinstance(o, str) else o['section'] for o in sidebar(root)] == ['index.ipynb', 'Tutorials', 'Foundations']
+    assert '](core.config.ipynb)' in (root/'_proc/tutorials.hour.ipynb').read_text()
 
 
 def test_site_without_tutorials(tmp_path):
     root = project(tmp_path, 'index.ipynb', '010_core.config.ipynb')
-    assert stage(root, root/'_proc') == ['index.ipynb', 'core.ipynb']
+    assert stage(root, root/'_proc') == ['index.ipynb', 'core.config.ipynb']
     assert not any('Tutorials' in str(o) for o in sidebar(root))
 
 
 def test_two_notebooks_are_not_one_page(tmp_path):
-    for names in (('010_core.config.ipynb', '100_core.ipynb'), ('tutorials/10_hour.ipynb', '500_tutorials.hour.ipynb')):
+    for names in (('010_core.config.ipynb', '020_core.config.ipynb'), ('tutorials/10_hour.ipynb', '500_tutorials.hour.ipynb')):
         root = project(tmp_path/names[0], *names)
         with pytest.raises(ValueError, match='are both the page .+: rename one'): book(root/'nbs')
 

@@ -16,7 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.config import CHUNK, Arena, Config
+from ..core.config import Config
+from ..core.device import ARENA_CHUNK, Arena
 from ..core.lazy import extended
 
 # %% ../../nbs/130_arch.cache.ipynb #8a24eab7
@@ -80,7 +81,7 @@ def grow(self:Cache,
     if capacity > self.c.max_positions:
         raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
     size = sum(-(-prod(s)*self.dtype.itemsize//64)*64 for s in cache_shapes(self.c, self.batch, capacity))*len(self.slots)
-    arena = Arena(min(size, CHUNK)) if self.device.type == 'cpu' else None
+    arena = Arena(min(size, ARENA_CHUNK)) if self.device.type == 'cpu' else None
     for slot in self.slots:
         new = self._empty(capacity, arena)
         for a,b in zip(new, slot.tensors, strict=True): a[..., :self.length, :] = b[..., :self.length, :]

@@ -20,11 +20,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .attention import GQA, MLA, Context, RMSNorm, document_mask, one_document, visible
+from .attention import GQA, MLA, Context, document_mask, one_document, visible
 from .cache import Cache, cache_shapes
 from .moe import MoE, SwiGLU
+from .norm import RMSNorm
 from .rope import cos_sin, frequencies, rotary_factor
-from ..core.config import Config, huge_pages, pick_device, pick_dtype
+from ..core.config import Config
+from ..core.device import huge_pages, pick_device, pick_dtype
 from ..core.dispatch import op
 from ..core.lazy import extended
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .routing import Gate, normal
+from .routing import Gate
 from ..core.config import Config
 from ..core.dispatch import op
 
@@ -87,14 +87,16 @@ def run_grouped(
     return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
 
 # %% ../../nbs/150_arch.moe.ipynb #87b26e27
+def _stack(e, out, into): return nn.Parameter(torch.empty(e, out, into).uniform_(-into**-.5, into**-.5))  # as nn.Linear begins
+
 class Experts(nn.Module):
     "The routed experts of a layer, stacked"
     def __init__(self,
         c:Config, # Sizes: n_routed_experts, moe_inter_dim, dim
     ):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(normal(c.n_routed_experts, 2*c.moe_inter_dim, c.dim))
-        self.down_proj = nn.Parameter(normal(c.n_routed_experts, c.dim, c.moe_inter_dim))
+        self.gate_up_proj = _stack(c.n_routed_experts, 2*c.moe_inter_dim, c.dim)
+        self.down_proj = _stack(c.n_routed_experts, c.dim, c.moe_inter_dim)
 
     def forward(self,
         x:Tensor, # Tokens `n d`

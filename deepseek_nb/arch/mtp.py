@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attention import Context, RMSNorm
+from .attention import Context
 from .model import Block, Model, head
+from .norm import RMSNorm
 from ..core.config import Config
 
 # %% ../../nbs/180_arch.mtp.ipynb #d07fb766

@@ -128,7 +128,7 @@ def _v3(mt='deepseek_v3', **kw):
                   n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, moe_inter_dim=2048,
                   n_expert_groups=8, n_limited_groups=4, route_scale=2.5, n_mtp_layers=1,
                   q_lora_rank=1536, rope=_yarn(1.), vocab_size=129280, bos_id=0, eos_ids=(1,),
-                  **_MLA, **family(mt)[3], **kw)
+                  **_MLA, **family(mt).defaults, **kw)
 
 # %% ../../nbs/165_arch.releases.ipynb #391b050e
 _LLAMA3 = dict(theta=5e5, eps=1e-5, bos=128000, eos=128001, kind='llama3', factor=8., original_positions=8192)

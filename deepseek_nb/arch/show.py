@@ -19,7 +19,7 @@ from .cache import Cache
 from .model import Model
 from .picture import human
 from .releases import summary
-from .routing import Route, load, max_violation
+from .routing import Route, expert_load, max_violation
 from ..core.config import Config
 
 # %% ../../nbs/175_arch.show.ipynb #23488573
@@ -104,7 +104,7 @@ def route_html(
 )->str: # HTML
     "The load of a routing result"
     (n,e),k = r.scores.shape,r.experts.shape[1]
-    visits = load(r.experts, e)
+    visits = expert_load(r.experts, e)
     text = f'{n:,} tokens, {k} of {e} experts each; mean load {n*k/e:,.1f}, busiest {visits.max().item():,}'
     return f'<p>{text}, maximal violation {max_violation(visits):.2f}</p>{load_squares(visits.tolist())}'
 

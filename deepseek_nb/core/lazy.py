@@ -125,6 +125,7 @@ def write_later(
     text += '\n\n'.join(f'{k} = {pformat(v, width=140, sort_dicts=False)}' for k,v in dict(METHODS=methods, TWINS=twins).items()) + '\n'
     if file.exists() and file.read_text() == text: return False
     new = file.with_suffix('.new')
+    new.parent.mkdir(parents=True, exist_ok=True)
     new.write_text(text)
     new.replace(file)
     return True

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ..arch.attention import norm_rotate, rms_norm
+from ..arch.attention import norm_rotate
+from ..arch.norm import rms_norm
 from ..arch.rope import rotate
 from .build import launch
 from ..kernels.build import operator_name

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..arch.attention import GQA, visible
 from ..arch.model import Model, check_tokens, head
 from ..arch.rope import rotate
-from ..arch.routing import Route, load, max_violation
+from ..arch.routing import Route, expert_load, max_violation
 from ..core.plot import GREY
 
 # %% ../../nbs/430_infer.inside.ipynb #82474806
@@ -145,7 +145,7 @@ def load_map(
     seen:dict, # From `routes`
 )->Tensor: # Load by layer and expert, 1 where it is even, `layers e`
     "How the load is spread in every layer"
-    visits = torch.stack([load(r.experts, r.scores.shape[1]) for r in seen.values()]).float()
+    visits = torch.stack([expert_load(r.experts, r.scores.shape[1]) for r in seen.values()]).float()
     return visits/visits.mean(-1, keepdim=True)
 
 # %% ../../nbs/430_infer.inside.ipynb #6823dc50
@@ -156,7 +156,7 @@ def draw_load(
 )->None:
     "Draw the load of each expert in each layer"
     heat(ax, load_map(seen), 'load / mean', high=high)
-    worst = [max_violation(load(r.experts, r.scores.shape[1])) for r in seen.values()]
+    worst = [max_violation(expert_load(r.experts, r.scores.shape[1])) for r in seen.values()]
     ax.set_yticks(range(len(seen)), [f'layer {i}\nviolation {v:.1f}' for i,v in zip(seen, worst, strict=True)], fontsize=8)
     ax.set(xlabel='expert')
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .build import Kernels
 from .gemm import FLOATS, check_tensor
 from ..quant import QuantizedWeight, linear_quantized
-from ..quant.ggml import KINDS
+from ..quant.ggml import BLOCK_KINDS
 
 # %% ../../nbs/538_kernels.ggml.ipynb #c8d004d2
 kernels = Kernels('ggml.cpp', linear_ggml=lambda x, blocks, kind, y: None)
@@ -37,6 +37,6 @@ def linear_ggml(
     n = x.reshape(-1, x.shape[-1]).float().contiguous()
     check_tensor('x', n, (None, w.shape[-1]))
     y = n.new_empty(n.shape[0], w.shape[0])
-    kernels.load().linear_ggml(n, w.blocks.contiguous(), [*KINDS].index(w.format.kind), y)
+    kernels.load().linear_ggml(n, w.blocks.contiguous(), [*BLOCK_KINDS].index(w.format.kind), y)
     if bias is not None: y += bias
     return y.to(x.dtype).reshape(*x.shape[:-1], w.shape[0])

@@ -19,7 +19,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from ..arch.attention import attend
-from ..core.config import huge_pages
+from ..core.device import huge_pages
 from ..core.dispatch import op
 from .build import Kernels
 from .gemm import check_tensor, no_grad

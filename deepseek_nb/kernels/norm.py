@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ..arch.attention import norm_rotate, rms_norm
+from ..arch.attention import norm_rotate
+from ..arch.norm import rms_norm
 from ..arch.rope import rotate
 from .build import Kernels
 from .gemm import FLOATS, check_tensor, no_grad

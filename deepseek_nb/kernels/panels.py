@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.config import Arena
+from ..core.device import Arena
 from .build import Kernels
 from .gemm import FLOATS, check_tensor
 from ..quant import Layout, QuantizedWeight, embed_quantized, linear_quantized, prepack

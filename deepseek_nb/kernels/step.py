@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..arch.attention import GQA, MLA, Context, RMSNorm
+from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
 from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
+from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from .build import Kernels
 from .gemm import FLOATS, linear_cpp, no_grad

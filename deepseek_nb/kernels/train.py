@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.library import custom_op
 
-from ..arch.attention import attend, rms_norm
+from ..arch.attention import attend
 from ..arch.moe import group_tokens, run_experts
+from ..arch.norm import rms_norm
 from .build import operator_name
 
 # %% ../../nbs/545_kernels.train.ipynb #ca019b35

@@ -51,10 +51,10 @@ def go_on(
         if text: say(talk, text, **kw)
 
 def _load(model, dtype, device):
+    from deepseek_nb.arch.model import Model
     from deepseek_nb.files.tokenizer import Tokenizer
-    from deepseek_nb.quant.model import load_model
     tok = Tokenizer.from_pretrained(model)
-    return load_model(model, dtype, device), tok
+    return Model.from_pretrained(model, dtype, device), tok
 
 # %% ../../nbs/960_tools.cli.ipynb #6e56cddc
 def chat(
@@ -216,8 +216,8 @@ def evidence(
 ):
     "Run an experiment of the book, or go on with it"
     from deepseek_nb import studies
-    if not name: return print(*studies.CHAPTERS, sep='\n')
-    studies.evidence(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
+    if not name: return print(*studies.study_names(), sep='\n')
+    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
 
 # %% ../../nbs/960_tools.cli.ipynb #6dcb858e
 def doctor(
@@ -238,7 +238,7 @@ def bench(
     dtype:str = '', # float32 or bfloat16, for benchmarks that can choose
 ):
     "Run a benchmark: ours and a peer, alternating"
-    from deepseek_nb.bench import main as run
+    from deepseek_nb.bench import run_command as run
     given = dict(out=out, plot=plot, device=device, dtype=dtype)
     run([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 

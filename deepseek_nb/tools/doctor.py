@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..core.config import pick_device, pick_dtype
+from ..core.device import pick_device, pick_dtype
 from ..core.nbproc import find_compiler
 from ..files.hub import cache_dir
 from ..kernels.build import target

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ..arch.attention import GQA, Context, rms_norm
+from ..arch.attention import GQA, Context
 from ..arch.model import Block, add_attention, add_feed_forward
 from ..arch.moe import SwiGLU
+from ..arch.norm import rms_norm
 from ..arch.rope import rotate
 from ..kernels.gradients import attend_tokens, attend_tokens_back, heads_of, norm_back, pool, swiglu, swiglu_back
 from ..quant import QuantizedWeight

@@ -24,7 +24,7 @@ import torch
 
 from ..arch.model import Model
 from ..arch.mtp import MTPLoss, acceptance
-from ..arch.routing import load as visits_of
+from ..arch.routing import expert_load
 from ..core.config import Config, Rope, family
 from ..files.safetensors import some
 from ..files.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def make_recipe(
 )->Recipe: # Checked
     "Put a recipe together, with the habits of the model's family"
     mt = model.get('model_type')
-    habits = family(mt)[3] | dict(rope=Rope(interleaved=family(mt)[1]), bos_id=0, eos_ids=(1,))
+    habits = family(mt).defaults | dict(rope=Rope(interleaved=family(mt).mla), bos_id=0, eos_ids=(1,))
     try: config = Config(**habits | model)
     except TypeError as e: raise ValueError(f'{path}, [model]: {str(e).removeprefix("Config.__init__() ")}') from None
     rest = {k: tuple(v) if isinstance(v, list) else v for k,v in rest.items()}
@@ -227,7 +227,7 @@ def asked(
 )->list: # Visits of each router's experts `e`, the multi-token-prediction block's last
     "How often each expert is asked"
     gates,visits = routers(model),{}
-    def count(i, route): visits[i] = visits_of(route.experts, len(gates[i].weight)).cpu()
+    def count(i, route): visits[i] = expert_load(route.experts, len(gates[i].weight)).cpu()
     with watch(gates, count):
         x = model.hidden(tokens)
         if hasattr(model, 'mtp'): model.hidden_ahead(x, tokens)

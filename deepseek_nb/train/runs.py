@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from ..arch.model import Model
+from ..core.device import pick_dtype
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
-from ..quant.model import QuantizedModel, load_model
+from ..quant.model import QuantizedModel
 from .balance import Balance, routers, with_balance
+from .convert import convert as convert_model
+from .convert import write_tokenizer
 from .corpora import CORPORA, corpus
 from .data import packed, to_dataset, tokenised
-from .latent import convert as convert_model
-from .latent import save_tokenizer
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
@@ -86,7 +87,7 @@ class Named:
     quantise:str|None = None # int8, int4, nf4 ...: the weights are frozen, adapters learn
     def load(self)->tuple[Model,Tokenizer]:
         tok = Tokenizer.from_pretrained(self.name)
-        if not self.quantise: return load_model(self.name, self.dtype, self.device), tok
+        if not self.quantise: return Model.from_pretrained(self.name, self.dtype or pick_dtype(None, self.device), self.device), tok
         return QuantizedModel.from_pretrained(self.name, self.quantise, self.device, compute=self.dtype), tok
 
 def write_result(
@@ -96,7 +97,7 @@ def write_result(
 )->Path: # The folder
     "Write a model that every verb of the command line loads"
     model.save_pretrained(folder)
-    if not (folder/'tokenizer.json').is_file(): save_tokenizer(tok, folder)
+    if not (folder/'tokenizer.json').is_file(): write_tokenizer(tok, folder)
     return folder
 
 # %% ../../nbs/685_train.runs.ipynb #b635017d

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from ..core.config import pick_dtype
+from ..core.device import pick_dtype
 from ..core.lazy import extended
 from ..files.tokenizer import Tokenizer
 from ..kernels.train import experts_forward
