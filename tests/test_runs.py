@@ -13,6 +13,7 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice
 from deepseek_nb.tools import cli
 from deepseek_nb.train import corpora, runs
+from deepseek_nb.train import repair as repairs
 from deepseek_nb.train.bpe import save_bpe, train_bpe
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.resume import checkpoints
@@ -104,17 +105,17 @@ def test_interrupted_finetuning_ends_as_one_that_was_not(lora, call, place, monk
 def test_interrupted_conversion_goes_on(call, place, monkeypatch):
     assert call('convert', FILES['convert'])[0] == 0
     want = Model.from_pretrained('out/model', 'float32', 'cpu').state_dict()
-    repair, calls = runs.latent.repair, []
+    repair, calls = repairs.repair, []
 
     def once(*args, **kw):
         if calls: raise KeyboardInterrupt
         calls.append(1)
         return repair(*args, **kw)
 
-    monkeypatch.setattr(runs.latent, 'repair', once)
+    monkeypatch.setattr(repairs, 'repair', once)
     other = FILES['convert'].replace('"out"', '"other"')
     assert call('convert', other)[0] == 130
-    monkeypatch.setattr(runs.latent, 'repair', repair)
+    monkeypatch.setattr(repairs, 'repair', repair)
     code, out, _ = call('convert', other)
     assert code == 0 and '1 of 2 blocks were done' in out
     assert all(t.equal(want[k]) for k, t in Model.from_pretrained('other/model', 'float32', 'cpu').state_dict().items())

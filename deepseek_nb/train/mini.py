@@ -336,7 +336,8 @@ def _card(model, recipe, found, most):
     share = {k: f'{v:.0%}' for k,v in found.get('acceptance', dict.fromkeys(('greedy', 'sampled'), 0)).items()}
     a,plural = recipe.training,'thread' if torch.get_num_threads() == 1 else 'threads'
     return _CARD.format(params=c.params()/1e6, mtp=mtp/1e6, active=c.active_params()/1e6, layers=c.n_layers, dim=c.dim,
-        e=c.n_routed_experts,        k=c.n_activated_experts, shared=c.n_shared_experts, w=c.vocab_size, every=recipe.held_out, length=recipe.length, rows=most,
+        e=c.n_routed_experts, k=c.n_activated_experts, shared=c.n_shared_experts, w=c.vocab_size, every=recipe.held_out,
+        length=recipe.length, rows=most,
         corpora=', '.join(_SOURCES.get(n, n) for n in recipe.corpora), steps=found['steps'], tokens=found['tokens']/1e6,
         batch=a.per_device_train_batch_size*recipe.length, minutes=found['seconds']/60, optim=a.optim, rate=a.learning_rate,
         threads=f'{torch.get_num_threads()} {plural}', processor=_processor(), **share,
