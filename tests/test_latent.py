@@ -147,7 +147,7 @@ def test_the_split_of_pairs_is_the_best():
         lost = {(m, n - m): (price.sum() - price[:m, 0].sum() - price[:n-m, 1].sum()).item() for m in range(7) if 0 <= n - m <= m}
         first, second, found = choose_pairs(lam, gamma, n)
         assert abs(found - min(lost.values())) < 1e-9 and abs(lost[first, second] - found) < 1e-9
-    with pytest.raises(ValueError, match='13 turning pairs must be between 1 and 12'): choose_pairs(lam, gamma, 13)
+    with pytest.raises(ValueError, match='13 rotary pairs must be between 1 and 12'): choose_pairs(lam, gamma, 13)
 
 
 @pytest.mark.parametrize('c', [1, 4, 11, 12, 15])
@@ -270,7 +270,7 @@ def test_bad_requests(tmp_path):
     model, tokens = fresh(GQA), torch.randint(80, (8, 20))
     with pytest.raises(ValueError, match="to 'gqa' must be 'mla', 'moe' or 'neurons'"): convert(model, 'gqa', tokens)
     with pytest.raises(ValueError, match='latent width 49 must be between 2 and the model width 48'): to_mla(model, tokens, 49, 8)
-    with pytest.raises(ValueError, match='9 turning pairs must be between 1 and 8'): convert(model, 'mla', tokens, latent=9, rotary=18)
+    with pytest.raises(ValueError, match='9 rotary pairs must be between 1 and 8'): convert(model, 'mla', tokens, latent=9, rotary=18)
     with pytest.raises(ValueError, match='this qwen2 model has biases'): mla_config(replace(GQA, model_type='qwen2', attn_bias=True), 9, 4)
     with pytest.raises(ValueError, match='latent attention already'): to_mla(to_mla(model, tokens, 9, 4), tokens, 9, 4)
     mixture = to_moe(model, moe_config(GQA, 6, 3, 2), tokens)

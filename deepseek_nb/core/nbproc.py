@@ -1,4 +1,4 @@
-"""`%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
+"""Cells that begin with `%%cpp` or `%%cu` are compiled where they stand, and exported as source files of the package
 
 A kernel lives in the chapter that explains it, after its Python twin. The cell magics `%%cpp` and `%%cu` compile a cell where it stands,
 and `ExportSources`, a processor of nbdev's export, writes the cells marked `#| cpp NAME` or `#| cu NAME` to `csrc/NAME` in the package.

@@ -100,24 +100,25 @@ class Skip:
         keep:Callable, # From router and `Route` to what stays `n k`
     ):
         self.keep = keep
-        self.handles = [moe.gate.register_forward_hook(self.choose), moe.experts.register_forward_pre_hook(self.narrow),
-                        moe.experts.register_forward_hook(self.widen)]
+        self.handles = [moe.gate.register_forward_hook(self._choose), moe.experts.register_forward_pre_hook(self._narrow),
+                        moe.experts.register_forward_hook(self._widen)]
 
-    def choose(self, gate, args, r):
+    def _choose(self, gate, args, r):
         w = r.weights*self.keep(gate, r)
         if gate.c.norm_topk: w = w*(r.weights.sum(-1, keepdim=True)/w.sum(-1, keepdim=True).clamp(min=1e-20))
         return Route(w, r.experts, r.scores)
 
-    def narrow(self, experts, args):
+    def _narrow(self, experts, args):
         x,w,chosen = args
         self.n,self.at = len(x),None
         if passes_over_zeros(experts, *args): return
         self.at = torch.where(w != 0)
         return x[self.at[0]], w[self.at][:,None], chosen[self.at][:,None]
 
-    def widen(self, experts, args, y): return y if self.at is None else y.new_zeros(self.n, y.shape[-1]).index_add(0, self.at[0], y)
+    def _widen(self, experts, args, y): return y if self.at is None else y.new_zeros(self.n, y.shape[-1]).index_add(0, self.at[0], y)
 
-    def remove(self):
+    def remove(self)->None:
+        "Compute all selected experts again"
         for h in self.handles: h.remove()
 
 # %% ../../nbs/660_train.dynamic.ipynb #4b071353
@@ -143,6 +144,7 @@ class Spent:
     def __repr__(self):
         return f'{self.experts.numel()} tokens, {self.experts.float().mean():.2f} experts each, {self.share:.1%} of the active FLOPs'
 
+# %% ../../nbs/660_train.dynamic.ipynb #2c6f0182
 @torch.no_grad()
 def spent(
     model:Model, # With mixtures

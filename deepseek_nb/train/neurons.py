@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -81,27 +82,30 @@ class Neurons(SwiGLU):
         "Compare the FLOPs of a token with the dense feed-forward's"
         return neuron_share(len(self.scale), self.k)
 
-    def affinities(self,
-        gate:Tensor, # After silu `… f`
-        up:Tensor, # `… f`
-    )->Tensor: # `… f`
-        "Predict each neuron's contribution from the half that is computed first"
-        return torch.where(self.up_first, up, gate).abs()*self.scale
-
-    def hidden(self,
-        x:Tensor, # `… d`
-    )->Tensor: # `… f`, zero where a neuron isn't selected
-        "Compute the input of the last projection"
-        gate,up = F.silu(self.gate_proj(x)),self.up_proj(x)
-        a = self.affinities(gate, up).detach()
-        least = a.kthvalue(a.shape[-1] - self.k + 1, -1, keepdim=True).values
-        return gate*up*(a >= least)
-
     def forward(self,
         x:Tensor, # `… d`
     )->Tensor: # `… d`
         "Compute all neurons, and sum the selected ones"
         return ask_neurons(x, self)
+
+# %% ../../nbs/651_train.neurons.ipynb #2fc3850e
+@patch
+def affinities(self:Neurons,
+    gate:Tensor, # After silu `… f`
+    up:Tensor, # `… f`
+)->Tensor: # `… f`
+    "Predict each neuron's contribution from the half that is computed first"
+    return torch.where(self.up_first, up, gate).abs()*self.scale
+
+@patch
+def hidden(self:Neurons,
+    x:Tensor, # `… d`
+)->Tensor: # `… f`, zero where a neuron isn't selected
+    "Compute the input of the last projection"
+    gate,up = F.silu(self.gate_proj(x)),self.up_proj(x)
+    a = self.affinities(gate, up).detach()
+    least = a.kthvalue(a.shape[-1] - self.k + 1, -1, keepdim=True).values
+    return gate*up*(a >= least)
 
 # %% ../../nbs/651_train.neurons.ipynb #286758c5
 @torch.no_grad()
