@@ -78,7 +78,7 @@ def test_frozen_halves(name, targets, choice):
 
 
 def test_frozen_in_pieces(monkeypatch):
-    monkeypatch.setattr(frozen, 'PIECE', 7)
+    monkeypatch.setattr(frozen, 'PIECE_TOKENS', 7)
     m = shake(LoraConfig(3, 7, 'all-linear').apply(made('llama')))
     some = batch(2, 20)
     same(learn(m, some, 'auto'), learn(m, some, 'reference'))

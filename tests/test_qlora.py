@@ -105,7 +105,7 @@ from deepseek_nb import bench, Config
 from deepseek_nb.arch.model import Model
 from deepseek_nb.kernels import attention, norm, train
 from deepseek_nb.quant.model import quantize_model
-from deepseek_nb.kernels import panels
+from deepseek_nb.kernels import codes
 from deepseek_nb.train import frozen, qlora
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.loss import language_loss
