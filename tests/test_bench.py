@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepseek_nb import bench
+from deepseek_nb import Config, Model, bench
 from deepseek_nb.bench import (
     Comparison,
     Machine,
@@ -19,19 +19,20 @@ from deepseek_nb.bench import (
     bandwidth,
     best_rate,
     bound,
+    caches,
     compare,
     gemm_rate,
     load_result,
     machine,
-    main,
+    make_record,
     operations,
     peak_bytes,
-    record,
     roofline,
     run_benchmark,
+    run_command,
     save_result,
     seconds,
-    show,
+    si,
 )
 
 
@@ -99,7 +100,7 @@ def test_two_contenders(names):
 
 @pytest.mark.parametrize('x, text', [
     (0, '0 '), (1, '1.00 '), (999.96, '1.00 k'), (999, '999 '), (1234, '1.23 k'), (1.5e12, '1.50 T'), (2e-6, '2.00 µ'), (3e-10, '3e-10 ')])
-def test_prefixes(x, text): assert show(x) == text
+def test_prefixes(x, text): assert si(x) == text
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak cannot be reset elsewhere')
@@ -130,7 +131,7 @@ def test_machine_is_stored_only_when_asked(tmp_path, monkeypatch):
 
 def test_records(tmp_path):
     path = tmp_path/'deep'/'x.json'
-    save_result(path, record('x', dict(a=Comparison(('o', 'p'), ([1.], [2.])), b=[Work('w', 1, 2)]), 'numpy', 'absent-package'))
+    save_result(path, make_record('x', dict(a=Comparison(('o', 'p'), ([1.], [2.])), b=[Work('w', 1, 2)]), 'numpy', 'absent-package'))
     found = load_result('x', path.parent)
     assert found['result']['a']['ratio'] == 2 and found['result']['b'][0]['name'] == 'w'
     assert set(found['versions']) == {'python', 'torch', 'numpy'} and len(found['date']) == 10
@@ -164,11 +165,11 @@ def test_command(registry, tmp_path, capsys):
         "A toy"
         return Comparison(('ours', 'peer'), ([1.], [2.]))
     registry['toy'] = bench.Benchmark(toy, ('numpy',))
-    assert main([]) == 0 and 'toy              A toy' in capsys.readouterr().out
-    assert main(['toy', '--out', str(tmp_path/'toy.json')]) == 0 and 'peer / ours: **2.00**' in capsys.readouterr().out
-    assert main(['toy', '--json']) == 0
+    assert run_command([]) == 0 and 'toy              A toy' in capsys.readouterr().out
+    assert run_command(['toy', '--out', str(tmp_path/'toy.json')]) == 0 and 'peer / ours: **2.00**' in capsys.readouterr().out
+    assert run_command(['toy', '--json']) == 0
     assert json.loads(capsys.readouterr().out)['result'] == load_result('toy', tmp_path)['result']
-    with pytest.raises(KeyError, match="no benchmark 'absent': there are machine, roofline, toy"): main(['absent'])
+    with pytest.raises(KeyError, match="no benchmark 'absent': there are machine, roofline, toy"): run_command(['absent'])
     with pytest.raises(KeyError, match='no benchmark'): run_benchmark('absent')
 
 
@@ -194,25 +195,27 @@ def test_no_part_below_measures():
 
 
 def test_benchmarks_of_later_chapters_are_found(capsys):
-    assert main([]) == 0
+    assert run_command([]) == 0
     names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert {'moe-decode', 'import-time', 'load-smollm2', 'dispatch', 'machine'} <= names
 
 
 def test_contenders_are_equal_before_they_are_timed(monkeypatch):
     pytest.importorskip('transformers')
-    from deepseek_nb.bench import peers as benchmarks
-    shape = benchmarks.BENCH_MOE | dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=96, moe_intermediate_size=32)
-    found = benchmarks.moe_decode(cached=20, repeats=2, shape=shape)
+    from deepseek_nb.bench import models, startup
+    from deepseek_nb.bench.layers import pair
+    from deepseek_nb.bench.limits import BENCH_MOE
+    shape = BENCH_MOE | dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=96, moe_intermediate_size=32)
+    found = models.moe_decode(cached=20, repeats=2, shape=shape)
     assert found.names == ('deepseek_nb', 'transformers') and len(found.ratios) == 2
-    a, b = benchmarks.pair(shape, seed=1)[0], benchmarks.pair(shape, seed=2)[1]
-    with pytest.raises(ValueError, match='nothing was timed'): benchmarks.check_logits(a, b)
-    monkeypatch.setattr(benchmarks, 'pair', lambda shape, seed: (a, b))
-    with pytest.raises(ValueError, match='greedy tokens differ'): benchmarks.moe_decode(cached=20, repeats=2, shape=shape)
+    a, b = pair(shape, seed=1)[0], pair(shape, seed=2)[1]
+    with pytest.raises(ValueError, match='nothing was timed'): startup.check_logits(a, b)
+    monkeypatch.setattr(models, 'pair', lambda shape, seed: (a, b))
+    with pytest.raises(ValueError, match='greedy tokens differ'): models.moe_decode(cached=20, repeats=2, shape=shape)
 
 
 def test_fresh_imports_are_timed():
-    from deepseek_nb.bench.peers import import_seconds
+    from deepseek_nb.bench.startup import import_seconds
     assert 0 < import_seconds('import decimal') < 30
 
 
@@ -226,3 +229,26 @@ def test_stored_results_say_where_they_come_from():
 def test_import_is_light():
     code = "import sys, deepseek_nb.bench; print([m for m in ('matplotlib', 'transformers', 'torch._dynamo') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+# ---- the cache benchmark
+
+WIDTHS = dict(vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=64)
+LATENT = dict(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+CACHED = dict(gqa=Config('llama', **WIDTHS, n_kv_heads=2, head_dim=8), mla=Config('deepseek_v3', **WIDTHS, **LATENT))
+
+
+@pytest.mark.parametrize('config', CACHED.values(), ids=CACHED.keys())
+@pytest.mark.parametrize('s, n', [(1, 1), (1, 9), (7, 5), (40, 3)])
+def test_with_and_without_a_cache(config, s, n):
+    torch.manual_seed(s)
+    model, ids = Model(config, dtype=torch.float32, device='cpu'), torch.randint(64, (2, s))
+    a, b = caches.with_cache(model, ids, n), caches.without_cache(model, ids, n)
+    assert a.shape == (2, n) and a.tolist() == b.tolist() == model.generate(ids, n)[:, s:].tolist()
+
+
+def test_unequal_tokens_are_not_timed(monkeypatch):
+    model = Model(CACHED['gqa'], dtype=torch.float32, device='cpu')
+    assert caches.cache_or_recompute(8, 4, 2, model).names == ('cached', 'recomputed')
+    monkeypatch.setattr(caches, 'without_cache', lambda model, ids, n: caches.with_cache(model, ids, n) + 1)
+    with pytest.raises(ValueError, match='greedy tokens differ.*nothing was timed'): caches.cache_or_recompute(8, 4, 1, model)

@@ -134,7 +134,7 @@ def test_next_walks_the_book_and_previous_goes_back(book, window):
 def go(page, name):
     "Follow a link of the sidebar, its part opened first."
     link = page.locator(f'#quarto-sidebar a[href="{name}"]')
-    part = page.locator('#quarto-sidebar .sidebar-item-section', has=link).locator('a.sidebar-item-toggle')
+    part = page.locator('#quarto-sidebar .sidebar-item-section', has=page.locator(f'a[href="{name}"]')).locator('a.sidebar-item-toggle')
     if not link.is_visible(): part.click()
     return follow(page, f'#quarto-sidebar a[href="{name}"]')
 
@@ -157,8 +157,10 @@ def test_sidebar_folds_by_mouse_and_keyboard(window):
     part.focus()
     page.keyboard.press('Enter')
     playwright.expect(link).to_be_visible()
+    page.wait_for_timeout(500) # a section that is still opening can't shut
     page.keyboard.press('Space')
     playwright.expect(link).to_be_hidden()
+    page.wait_for_timeout(500)
     part.click()
     playwright.expect(link).to_be_visible()
 

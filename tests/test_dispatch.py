@@ -77,10 +77,11 @@ def test_availability_is_asked_once_and_late():
     assert [ran(fn) for _ in range(3)] == ['torch'] * 3 and len(asked) == 1
 
 
-def test_devices():
+def test_devices(monkeypatch):
     fn = op(tagged(4))
     fn.twin('cpp')(tagged(1)); fn.twin('cuda')(tagged(0)); fn.twin('torch', device='meta')(tagged(3))
     assert ran(fn) == 'cpp'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     assert fn.op.plan('auto', 'cuda') == ('cuda/cuda', 'reference')
     assert fn.op.plan('auto', 'meta') == ('torch/meta', 'reference')
     assert fn(x=torch.ones(1, device='meta')).device.type == 'meta'

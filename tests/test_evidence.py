@@ -1,10 +1,15 @@
 "The form of experiments, and those on language: plans, records, interruptions, leaks"
+import inspect
 import json
 import os
+import pickle
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -215,3 +220,36 @@ def test_the_command(python, root, plan, tmp_path):
     command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'evidence', 'sparse', '--config', str(plan)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "is a plan of 'counting', not of 'sparse'" in done.stderr and done.stderr.count('\n') == 1
+
+
+# ---- a study is a notebook
+
+def test_a_study_is_a_module_of_its_marked_cells(python, root):
+    assert sys.modules['deepseek_nb.studies.sparse'] is sparse is open_study('sparse')
+    assert sparse.__file__ == str(root/'nbs/910_studies.sparse.ipynb') and sparse.sparse is find_study('sparse')
+    assert '"#| study' in (root/'nbs/910_studies.sparse.ipynb').read_text()
+    assert inspect.getsource(sparse.token_flops).startswith('def token_flops(')
+    with pytest.raises(KeyError, match="no experiment 'tea'"): open_study('tea')
+    with pytest.raises(ModuleNotFoundError): __import__('deepseek_nb.studies.tea')
+
+
+def test_a_traceback_names_the_cell():
+    try: sparse.token_flops(None, 3)
+    except AttributeError as e: text = ''.join(traceback.format_exception(e))
+    assert re.search(r'910_studies.sparse.ipynb, cell \d+", line \d+, in token_flops\n    matrices = c.active_params', text)
+
+
+def test_what_a_study_defines_is_found_in_another_process():
+    batches = open_study('compute').ByLength([dict(tokens=[1, 2], label=3)], 8)
+    assert pickle.loads(pickle.dumps(sparse.token_flops)) is sparse.token_flops
+    code = 'import pickle, sys; print(pickle.load(sys.stdin.buffer).lengths.tolist())'
+    done = subprocess.run([sys.executable, '-c', code], input=pickle.dumps(batches), capture_output=True)
+    assert done.stdout.decode().strip() == '[2]', done.stderr
+
+
+def test_experiments_need_the_repository(root, tmp_path):
+    shutil.copytree(root/'deepseek_nb', tmp_path/'deepseek_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    for args in ([], ['sparse', '--smoke']):
+        command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'evidence', *args]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+        assert done.returncode == 2 and 'clone the repository' in done.stderr and done.stderr.count('\n') == 1, done.stderr

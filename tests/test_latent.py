@@ -18,22 +18,10 @@ from deepseek_nb.arch.rope import frequencies
 from deepseek_nb.bench import load_result
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.train.latent import (
-    choose_pairs,
-    compress,
-    convert,
-    folded_rope,
-    joined,
-    mla_config,
-    moment,
-    reconstruct,
-    roots,
-    save_tokenizer,
-    shared_pairs,
-    standing,
-    stream_error,
-    to_mla,
-)
+from deepseek_nb.train.convert import convert, joined_halves, write_tokenizer
+from deepseek_nb.train.latent import compress, mla_config, roots, to_mla
+from deepseek_nb.train.repair import reconstruct, stream_error
+from deepseek_nb.train.rotary_pairs import choose_pairs, folded_rope, mean_rotation, moment, shared_pairs
 from deepseek_nb.train.upcycle import moe_config, to_moe
 
 transformers = pytest.importorskip('transformers')
@@ -144,12 +132,12 @@ def test_pairs_add_up_to_the_scores(seed):
     torch.testing.assert_close(lam.sum(), (old_q.abs().square().mean(0).view(3, 2, 4).sum(1)*old_k.abs().square().mean(0)).sum())
 
 
-def test_standing_is_the_mean_turn():
+def test_a_static_pair_has_the_mean_rotation():
     freqs = torch.tensor([1., .1, 0.])
     distance = torch.arange(100.).double()
     p = (1/(1 + distance))/(1/(1 + distance)).sum()
     want = torch.stack([(p*torch.exp(-1j*w*distance)).sum() for w in freqs.double()])
-    torch.testing.assert_close(standing(freqs, 100), want)
+    torch.testing.assert_close(mean_rotation(freqs, 100), want)
 
 
 def test_the_split_of_pairs_is_the_best():
@@ -159,7 +147,7 @@ def test_the_split_of_pairs_is_the_best():
         lost = {(m, n - m): (price.sum() - price[:m, 0].sum() - price[:n-m, 1].sum()).item() for m in range(7) if 0 <= n - m <= m}
         first, second, found = choose_pairs(lam, gamma, n)
         assert abs(found - min(lost.values())) < 1e-9 and abs(lost[first, second] - found) < 1e-9
-    with pytest.raises(ValueError, match='13 turning pairs must be between 1 and 12'): choose_pairs(lam, gamma, 13)
+    with pytest.raises(ValueError, match='13 rotary pairs must be between 1 and 12'): choose_pairs(lam, gamma, 13)
 
 
 @pytest.mark.parametrize('c', [1, 4, 11, 12, 15])
@@ -222,7 +210,7 @@ def test_training_brings_some_of_it_back():
     more = torch.randint(80, (160, 48))
     mixture, errors = convert(model, 'moe', more, steps=60, experts=6, active=3, shared=2, how=dict(lr=1e-2))
     assert all(after <= before for before, after in errors) and errors[0][1] < .97*errors[0][0]
-    both = joined(new, mixture)
+    both = joined_halves(new, mixture)
     assert both.config.mla and both.config.n_routed_experts == 6
     torch.testing.assert_close(both.layers[0].mlp.gate.weight, mixture.layers[0].mlp.gate.weight)
 
@@ -235,7 +223,7 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
-from deepseek_nb.train.latent import convert
+from deepseek_nb.train.convert import convert
 
 def run(to, folder):
     torch.set_num_threads(1)
@@ -282,7 +270,7 @@ def test_bad_requests(tmp_path):
     model, tokens = fresh(GQA), torch.randint(80, (8, 20))
     with pytest.raises(ValueError, match="to 'gqa' must be 'mla', 'moe' or 'neurons'"): convert(model, 'gqa', tokens)
     with pytest.raises(ValueError, match='latent width 49 must be between 2 and the model width 48'): to_mla(model, tokens, 49, 8)
-    with pytest.raises(ValueError, match='9 turning pairs must be between 1 and 8'): convert(model, 'mla', tokens, latent=9, rotary=18)
+    with pytest.raises(ValueError, match='9 rotary pairs must be between 1 and 8'): convert(model, 'mla', tokens, latent=9, rotary=18)
     with pytest.raises(ValueError, match='this qwen2 model has biases'): mla_config(replace(GQA, model_type='qwen2', attn_bias=True), 9, 4)
     with pytest.raises(ValueError, match='latent attention already'): to_mla(to_mla(model, tokens, 9, 4), tokens, 9, 4)
     mixture = to_moe(model, moe_config(GQA, 6, 3, 2), tokens)
@@ -312,7 +300,7 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
     theirs = hf(every.save_pretrained(tmp_path/'every'))(text[:1]).logits
     assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 30 layers of float32, logits up to 30
     both = to_moe(latent, moe_config(latent.config, 12, 11, 4), text)
-    save_tokenizer(tok, both.save_pretrained(tmp_path))
+    write_tokenizer(tok, both.save_pretrained(tmp_path))
     theirs, reader = hf(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [dict(role='user', content='What is the capital of France?')]
     prompt = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -327,7 +315,7 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
 def test_the_tokenizer_reads_the_same(smol, tmp_path):
     tok, r = smol[1], random.Random(3)
     fresh(replace(GQA, vocab_size=40)).save_pretrained(tmp_path)
-    save_tokenizer(tok, tmp_path)
+    write_tokenizer(tok, tmp_path)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
     letters = 'aZ 09\n\t.,\'"éß你😀<|im_start|>'
     for _ in range(200):

@@ -9,19 +9,22 @@ from torch.nn.functional import silu
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import MoE, SwiGLU
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.train.latent import convert, to_mla
+from deepseek_nb.train.convert import convert
+from deepseek_nb.train.latent import to_mla
 from deepseek_nb.train.neurons import (
     Neurons,
+    ask_neurons_cpp,
+    askable,
     better_half,
     choose_neurons,
     correlation,
     load_neurons,
+    neuron_kernels,
     neuron_share,
     save_neurons,
     to_neurons,
 )
-from deepseek_nb.train.neurons_cpp import ask_neurons_cpp, askable, kernels
-from deepseek_nb.train.refit import activations, readers, refit
+from deepseek_nb.train.repair import _expert_hidden, readers, refit
 from deepseek_nb.train.upcycle import contributions, moe_config
 
 GQA = Config('llama', vocab_size=80, dim=48, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=8, inter_dim=96, max_positions=256,
@@ -168,12 +171,12 @@ def test_readers_hold_the_whole_output(e, k, shared, n):
     for at, h, down in readers(moe, x): total[at] += h@down.T
     torch.testing.assert_close(total, moe(x[None])[0], rtol=1e-4, atol=1e-4)
     gate_up = torch.randn(14, 48)
-    torch.testing.assert_close(activations(x, gate_up), silu(x@gate_up[:7].T)*(x@gate_up[7:].T))
+    torch.testing.assert_close(_expert_hidden(x, gate_up), silu(x@gate_up[:7].T)*(x@gate_up[7:].T))
 
 
 # The kernel
 
-needs_cpp = pytest.mark.skipif(not kernels.ready(), reason='no C++ kernels here')
+needs_cpp = pytest.mark.skipif(not neuron_kernels.ready(), reason='no C++ kernels here')
 
 
 def near(new, x, dtype=torch.float32):
@@ -253,7 +256,7 @@ def test_saved_and_loaded(tmp_path):
     for p in new.parameters(): p += .01*torch.randn(p.shape)  # as training would
     again = load_neurons(save_neurons(new, tmp_path/'n'), 'float32', 'cpu')
     assert torch.equal(again(tokens), new(tokens)) and again.layers[1].mlp.k == 40
-    assert askable(torch.randn(1, 48), again.layers[0].mlp) or not kernels.ready()
+    assert askable(torch.randn(1, 48), again.layers[0].mlp) or not neuron_kernels.ready()
     transformers = pytest.importorskip('transformers')
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'n', dtype=torch.float32)
     for b in new.layers: b.mlp.k = 96  # all neurons: what others make of the folder

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from deepseek_nb.arch.cache import Cache, Slot, cache_shapes
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset
-from deepseek_nb.bench.peers import BENCH_MOE
+from deepseek_nb.bench.limits import BENCH_MOE
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded

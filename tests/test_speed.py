@@ -13,26 +13,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_nb import Config, Model, bench
 from deepseek_nb.arch.attention import visible
-from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, find_benchmark, limits, main, scaling
+from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, find_benchmark, limits, run_command, scaling
 from deepseek_nb.bench import layers as speed
 from deepseek_nb.bench import models as speed_models
+from deepseek_nb.bench.layers import pair
 from deepseek_nb.bench.limits import (
+    BENCH_MOE,
     Case,
     Speed,
     attention_work,
     better,
     ceilings,
-    expected_visits,
     ffn_work,
     fold_words,
     forward_work,
     least,
     pairs,
-    reader,
+    read_kernels,
+    selected_experts,
     speed_of,
     train_work,
 )
-from deepseek_nb.bench.peers import BENCH_MOE, pair
 from deepseek_nb.bench.scaling import Scaling, Sweep, scaling_of, slope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.tools import cli
@@ -85,8 +86,8 @@ def test_bytes_are_those_of_the_weights_and_the_cache(config):
     model = model_of(config)
     held = sum(p.numel() for p in model.parameters()) + sum(b.numel() for n, b in model.named_buffers() if n.endswith('bias'))
     rows = 0 if config.tie_embeddings else config.dim*(1 - config.vocab_size)
-    assert forward_work(config, 1, visits=config.n_routed_experts).bytes == 4*(held + rows) + config.cache_bytes_per_token(4)
-    a, b = (forward_work(config, 1, past, 3, visits=2, itemsize=2).bytes for past in (10, 110))
+    assert forward_work(config, 1, experts=config.n_routed_experts).bytes == 4*(held + rows) + config.cache_bytes_per_token(4)
+    a, b = (forward_work(config, 1, past, 3, experts=2, itemsize=2).bytes for past in (10, 110))
     assert b - a == 3*100*config.cache_bytes_per_token(2)
 
 
@@ -127,11 +128,11 @@ def test_flops_of_a_training_step(config):
 
 
 @pytest.mark.parametrize('n', [1, 2, 7, 40])
-def test_expected_visits(n):
+def test_selected_experts(n):
     c, draw = CONFIGS['mla'], torch.Generator().manual_seed(n)
     seen = [torch.rand(n, 8, generator=draw).topk(3).indices.unique().numel() for _ in range(3000)]
-    assert abs(sum(seen)/len(seen) - expected_visits(c, n)) < .1
-    more, fewer = (ffn_work(c, 1, n, visits=v).bytes for v in (8, 3))
+    assert abs(sum(seen)/len(seen) - selected_experts(c, n)) < .1
+    more, fewer = (ffn_work(c, 1, n, experts=v).bytes for v in (8, 3))
     assert more - fewer == 4*5*3*32*24 and ffn_work(c, 0, n).bytes == ffn_work(c, 0, n, 5).bytes
 
 
@@ -140,7 +141,7 @@ def test_bench_moe_is_as_large_as_it_was():
     c = Config.from_hf(dict(model_type='deepseek_v3') | BENCH_MOE)
     assert round(forward_work(c, 2048, keep=2048).flops/1e9) == 173
     assert round(train_work(c, 256, 8)[0].flops/1e9) in range(405, 409)
-    assert round(forward_work(c, 1, 2048, visits=4).bytes/1e6) == round(127.3 + 10.5)
+    assert round(forward_work(c, 1, 2048, experts=4).bytes/1e6) == round(127.3 + 10.5)
     assert round(forward_work(c, 1, 128, 32).bytes/1e6) in range(545, 570)
 
 
@@ -149,7 +150,7 @@ def test_bench_moe_is_as_large_as_it_was():
 @pytest.mark.parametrize('n', [0, 1, 7, 1000, 65537, 2**18 + 3])
 @pytest.mark.parametrize('threads', [1, 2])
 def test_every_word_is_read(n, threads):
-    if not reader.ready(): pytest.skip('no C++ compiler')
+    if not read_kernels.ready(): pytest.skip('no C++ compiler')
     before, words = torch.get_num_threads(), torch.randint(-2**62, 2**62, (n,))
     torch.set_num_threads(threads)
     try: assert fold_words(words) == reduce(xor, words.tolist(), 0)
@@ -160,7 +161,7 @@ def test_every_word_is_read(n, threads):
 
 
 def test_ceilings_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(limits.reader, 'ready', lambda: False)
+    monkeypatch.setattr(limits.read_kernels, 'ready', lambda: False)
     ticks = count()
     found = ceilings(clock=lambda: next(ticks)*1e-3, n=16, rows=32)
     assert found.read == pytest.approx(4*32*32/1e-3) and found.flops['float32'] == pytest.approx(2*32**3/1e-3)
@@ -215,13 +216,13 @@ def test_the_kinder_peer_takes_the_fused_path():
     (torch.tensor([torch.nan, 1.]), torch.ones(2), 'outputs differ by nan'), (torch.tensor([torch.inf]), torch.ones(1), 'by inf'),
     (torch.zeros(2), torch.zeros(2), 'outputs differ by nan'), (torch.tensor([1, 2]), torch.tensor([1, 3]), 'tokens differ')])
 def test_disagreement(a, b, said):
-    with pytest.raises(ValueError, match=f'{said}.*nothing was timed'): speed.same(a, b)
+    with pytest.raises(ValueError, match=f'{said}.*nothing was timed'): speed.check_same(a, b)
 
 
 def test_agreement_is_relative():
     x = torch.randn(100)
-    speed.same(x*1e6, x*1e6 + x.abs().max()*50)
-    with pytest.raises(ValueError): speed.same(x*1e6, x*1e6 + x.abs().max()*200)
+    speed.check_same(x*1e6, x*1e6 + x.abs().max()*50)
+    with pytest.raises(ValueError): speed.check_same(x*1e6, x*1e6 + x.abs().max()*200)
     close = torch.tensor([[1., 1.0001]])
     with pytest.raises(ValueError, match='tokens differ'): speed_models.same_next(speed.Place(), close, close.flip(1))
 
@@ -295,8 +296,8 @@ def test_visits_are_the_routers():
     seen = []
     def note(router, args, out): seen.append(len(set(out[2].flatten().tolist())))
     for layer in peer.model.layers[1:]: layer.mlp.gate.register_forward_hook(note)
-    assert speed.count_visits(peer, lambda: peer(tokens)) == sum(seen)/2 and len(seen) == 2
-    assert speed.count_visits(peer.lm_head, lambda: peer(tokens)) is None
+    assert speed.count_experts(peer, lambda: peer(tokens)) == sum(seen)/2 and len(seen) == 2
+    assert speed.count_experts(peer.lm_head, lambda: peer(tokens)) is None
     assert [len(layer.mlp.gate._forward_hooks) for layer in peer.model.layers[1:]] == [1, 1]
 
 
@@ -318,13 +319,13 @@ def test_slopes(power):
 
 def test_slopes_by_theory():
     "At full size, with the counts alone"
-    c = scaling.bench_config()
+    c = limits.bench_config()
     time = lambda works: tuple(least(HOST, (w,))[0] for w in works)
     context, tokens, experts = (8192, 16384, 32768), (256, 1024, 4096), (64, 128, 256)
     assert slope(context, time(attention_work(c, s) for s in context)) == pytest.approx(2, abs=.1)
     assert slope(context, time(attention_work(c, 1, t) for t in context)) == pytest.approx(1, abs=.3)
     assert slope(tokens, time(ffn_work(c, 7, n) for n in tokens)) == pytest.approx(1, abs=.2)
-    many = [scaling.bench_config(n_routed_experts=e) for e in experts]
+    many = [limits.bench_config(n_routed_experts=e) for e in experts]
     assert slope(experts, time(ffn_work(m, 7, 256) for m in many)) == pytest.approx(1, abs=.1)
     assert slope(experts, time(ffn_work(m, 7, 4096) for m in many)) == pytest.approx(0, abs=.05)
 
@@ -367,7 +368,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 
 def test_every_benchmark_is_listed(capsys):
-    assert main([]) == 0
+    assert run_command([]) == 0
     assert {*NAMES, 'scaling'} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
 
 

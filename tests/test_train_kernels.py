@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from deepseek_nb.arch.attention import attend, visible
+from deepseek_nb.arch.attention import attend, attend_sdpa, visible
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import run_experts
 from deepseek_nb.arch.norm import rms_norm
@@ -180,9 +180,14 @@ def test_other_attention_is_pytorchs(r):
     "Padding, a past, and no gradient go to the fused function"
     q, k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 4)
     for kw in (dict(causal=True), dict(mask=visible(5, 9, torch.tensor([0, 2]))), {}):
-        against_float64(lambda q, k, v, kw=kw: train.attend_trained(q, k, v, .3, **kw),
-                        lambda q, k, v, kw=kw: attend.op.reference(q, k, v, .3, **kw), (q, k, v))
-    assert not train.attend_trained(q, k[:, :, :5], v[:, :, :5], .3, causal=True).requires_grad
+        with use('torch'):
+            assert attend.op.choose(q.clone().requires_grad_(), k, v, .3, **kw).fn is attend_sdpa
+            against_float64(lambda q, k, v, kw=kw: attend(q, k, v, .3, **kw),
+                            lambda q, k, v, kw=kw: attend.op.reference(q, k, v, .3, **kw), (q, k, v))
+    with use('torch'):
+        prompt = k[:, :, :5], v[:, :, :5], .3
+        assert attend.op.choose(q, *prompt, causal=True).fn is attend_sdpa and not attend(q, *prompt, causal=True).requires_grad
+        assert attend.op.choose(q.clone().requires_grad_(), *prompt, causal=True).fn is train.attend_trained
 
 
 # Norm

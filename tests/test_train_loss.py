@@ -17,7 +17,7 @@ from deepseek_nb.arch.attention import document_mask
 from deepseek_nb.core.config import Config
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.quant import quantize
-from deepseek_nb.train.loss import IGNORE, language_loss, linear_cross_entropy, score
+from deepseek_nb.train.loss import IGNORE, cross_entropy_, language_loss, linear_cross_entropy
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 SIZES = dict(vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=48, max_positions=64)
@@ -89,7 +89,7 @@ def test_score_of_extreme_logits():
     logits = torch.tensor([[1e4, 0, -1e4], [-1e4, -1e4, -1e4 + 3]])
     labels = torch.tensor([2, 2])
     want = F.cross_entropy(logits.double(), labels, reduction='sum')
-    assert abs(score(logits, labels).double() - want) < 1e-2 and logits.isfinite().all()
+    assert abs(cross_entropy_(logits, labels).double() - want) < 1e-2 and logits.isfinite().all()
     torch.testing.assert_close(logits[0], torch.tensor([1., 0, -1]))
 
 

@@ -1,4 +1,4 @@
-"""One more block behind the model reads the next token and predicts the one after it: a denser signal in training, a draft for free at inference
+"""One more block predicts the token after the next: more signal in training, and a draft for speculative decoding
 
 Multi-token prediction as in DeepSeek-V3. `MTP` is a block with a way in of its own, `model.add_mtp()` puts as many of them behind a model as its config counts, `model.hidden_ahead` runs them, and `MTPLoss` adds their loss to any other.
 `acceptance` measures how often the model agrees with what the block foretold."""

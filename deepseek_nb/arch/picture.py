@@ -1,4 +1,4 @@
-"""A picture of any release from its config alone, and the two forms of latent attention as data flow with their FLOPs and bytes
+"""A diagram of any release, drawn from its config, and the data flow of MLA's two forms with their FLOPs and bytes
 
 `draw_architecture` draws what a config says: embedding, blocks, router, experts, head, with the parameters of each part beside it. `draw_attention` draws both forms of MLA as operations and the tensors that
 flow between them. Neither contains a number of its own: parameters come from `shapes`, and the FLOPs add up to `mla_flops`."""

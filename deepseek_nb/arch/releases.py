@@ -1,4 +1,4 @@
-"""Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, from its config alone
+"""Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, computed from its config
 
 A `Config` fixes the name and shape of every weight (`shapes`). Sums over those shapes give what a model takes to hold and to run, and the sums are checked
 here against the published checkpoints, to the last parameter. `preset` knows the official releases; `releases` puts them side by side."""

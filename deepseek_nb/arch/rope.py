@@ -1,4 +1,4 @@
-"""A query and a key are turned by their positions, so that their product knows only how far apart they are
+"""RoPE turns queries and keys by their positions, so that attention depends on distances alone; YaRN and Llama 3's rule stretch it to longer contexts
 
 Rotary embedding turns pairs of dimensions of a query or key by an angle proportional to the position. `frequencies` gives the angular speeds, stretched
 for long contexts by YaRN (DeepSeek) or by Llama 3's rule; `cos_sin` turns positions into angles, and `rotate` applies them to either layout of the pairs."""

@@ -1,4 +1,4 @@
-"""A config, a model, a cache and a routing result, as a notebook displays them
+"""How a notebook shows a config, a model, a cache and a routing result
 
 A notebook asks an object for Markdown or HTML before it prints its `repr`. This chapter answers for `Config`, `Model`, `Cache` and `Route`: sizes and costs, a table of blocks, what is remembered, the load of each expert. In a terminal
 nothing changes."""

@@ -25,9 +25,11 @@ from . import save_result
 from ..files.hub import cache_dir
 from ..files.safetensors import read_json
 from ..files.tokenizer import Tokenizer
+from ..train.convert import convert, joined_halves, write_tokenizer
 from ..train.corpora import sotu
-from ..train.latent import convert, fingerprint, joined, save_tokenizer, to_mla
+from ..train.latent import to_mla
 from ..train.loss import language_loss
+from ..train.repair import conversion_key
 
 # %% ../../nbs/785_bench.conversion.ipynb #46bc8412
 TEST_YEARS = (2016, 2020, 2024)  # Years of the speeches that perplexity is measured on
@@ -66,7 +68,7 @@ def same_in_transformers(
 )->dict: # Our answer, whether transformers gives the same, and the largest difference of the logits
     "Save a model, load it in transformers, and compare"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    save_tokenizer(tok, model.save_pretrained(folder))
+    write_tokenizer(tok, model.save_pretrained(folder))
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation='eager').eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     if ids != tok.chat(QUESTION): raise ValueError(f'{folder}: transformers renders the question as {ids}, not {tok.chat(QUESTION)}')
@@ -112,7 +114,7 @@ def trained(
     how = lambda to: dict(steps=steps, state=state/f'{to}-{steps}', how=dict(batch=2))
     latent,e1 = convert(model, 'mla', calibration, latent=128, rotary=64, **how('mla'))
     mixture,e2 = convert(model, 'moe', calibration, **how('moe'), **MIXTURE)
-    made = {'128 + 64': latent, '8 of 12': mixture, 'both': joined(latent, mixture)}
+    made = {'128 + 64': latent, '8 of 12': mixture, 'both': joined_halves(latent, mixture)}
     return {n + f', {steps} steps'*(steps > 0): m for n,m in made.items()}, dict(mla=e1, moe=e2)
 
 # %% ../../nbs/785_bench.conversion.ipynb #48665aba
@@ -129,7 +131,7 @@ def conversion(
     tok,model = Tokenizer.from_pretrained('smollm2-135m'),model or Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
     model.requires_grad_(False)
     calibration,text = addresses(tok, range(1950, 2011), rows, 512),addresses(tok, TEST_YEARS, windows, s)
-    state,of = Path(state or cache_dir()/'conversion'),fingerprint(model, torch.cat([calibration.flatten(), text.flatten()]))
+    state,of = Path(state or cache_dir()/'conversion'),conversion_key(model, torch.cat([calibration.flatten(), text.flatten()]))
     keep = partial(kept, state/'found.json', of)
     table = [keep(n, lambda n=n, make=make: model_costs(n, make(), text)) for n,make in untrained(model, calibration, latents).items()]
     made,errors = trained(model, calibration, steps, state)

@@ -1,4 +1,4 @@
-"""`%%cpp` and `%%cu` cells compile where they stand and are exported to `csrc/`
+"""Cells that begin with `%%cpp` or `%%cu` are compiled where they stand, and exported as source files of the package
 
 A kernel lives in the chapter that explains it, after its Python twin. The cell magics `%%cpp` and `%%cu` compile a cell where it stands,
 and `ExportSources`, a processor of nbdev's export, writes the cells marked `#| cpp NAME` or `#| cu NAME` to `csrc/NAME` in the package.
@@ -159,6 +159,7 @@ def run_magic(
     parent = shell.get_parent() if hasattr(shell, 'get_parent') else {}
     cells = _session.setdefault(name, {})
     cells[(parent.get('metadata') or {}).get('cellId', cell)] = cell
+    if name.endswith(('.h', '.cuh')) and not variable and not hasattr(shell, 'get_parent'): return
     try: library = compile_source(join_cells(cells.values(), name), name, kind, check=not variable)
     except FileNotFoundError as e: return print(f'{name}: not compiled, {e}')
     if variable: shell.push({variable: library})

@@ -1,4 +1,4 @@
-"""Pictures that read on a light page and on a dark one, in colours that everybody can tell apart
+"""Plots that read well on light and on dark pages, in colours that colour-blind readers can tell apart
 
 `style` makes a figure fit any page: nothing behind it, grey lines and text that stand out from white and from black, no frame that carries no information. `COLOURS` are those of Okabe and Ito, which people with any kind of colour
 vision can tell apart."""

@@ -1,4 +1,4 @@
-"""What each layer adds, where a head looks, what the model would say at half its depth, and which experts a sentence visits
+"""The residual stream, attention patterns, the logit lens and expert loads of a model while it reads a text
 
 `record` keeps the residual stream of a forward pass, and `attention_pattern` and `logit_lens` read it: where each head looks, and which token each layer would predict. `routes` collects what every router of a mixture decided.
 All of it happens through forward hooks on the real modules, so the model isn't changed, and the hooks are gone afterwards."""

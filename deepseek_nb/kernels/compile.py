@@ -1,4 +1,4 @@
-"""`model.compile()`: one graph for every token, traced once, whatever the cache holds
+"""`model.compile()` turns the decode step into one graph, traced once for every cache length
 
 `model.compile()` turns the decode step into one graph without a break: PyTorch's Inductor on the CPU and on cards with Triton, a CUDA graph on cards without. `decode_step` is that step, with the position as a tensor and the cache at its full capacity, so that neither a longer context nor a
 larger cache is traced again. Calls with a single token and a cache go through it, `generate` and `stream` included, unless a C++ or CUDA kernel does half a block in one call, which is faster still; all others stay as they were. Nothing is imported or compiled before the first such call."""

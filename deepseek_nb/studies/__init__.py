@@ -80,6 +80,7 @@ class StudyLoader:
             linecache.cache[name] = len(code), None, code.splitlines(keepends=True), name
             exec(compile(code, name, 'exec'), vars(module))
 
+# %% ../../nbs/900_studies.ipynb #b782b835
 class StudyFinder:
     "Find `deepseek_nb.studies.NAME` in the notebook of the study"
     @staticmethod
@@ -104,7 +105,7 @@ def open_study(
     "Load a study from its notebook"
     known = study_names()
     if name in known: return import_module(f'deepseek_nb.studies.{name}')
-    raise KeyError(f'there is no study {name!r}; there are {", ".join(known)}')
+    raise KeyError(f'there is no experiment {name!r}; there are {", ".join(known)}')
 
 # %% ../../nbs/900_studies.ipynb #5988436a
 STUDIES = {} # Name -> function, of the studies that are loaded

@@ -138,13 +138,13 @@ class ReadingPath(NamedTuple):
 
 PATHS = [
     ReadingPath('Understand', 'DeepSeek-V3 whole: every part of it in the order in which a token meets it, then how it is trained', (
-        'core.config', 'arch.rope', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
+        'core.reading', 'core.config', 'arch.rope', 'arch.norm', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
         'files.tokenizer', 'infer.load', 'infer.generate', 'quant', 'train.loss', 'train.trainer')),
     ReadingPath('Run', 'Load a model, talk to it, make it smaller, fine-tune it: in Python and in a terminal', (
         'tutorials.first_hour', 'infer.load', 'infer.conversation', 'infer.generate', 'quant.model', 'train.lora', 'train.runs',
         'tools.doctor', 'tools.cli')),
     ReadingPath('Build', 'Write a kernel, measure it, and add a chapter', (
-        'core.dispatch', 'core.nbproc', 'kernels', 'kernels.build', 'kernels.gemm', 'cuda.emulation', 'cuda.build', 'bench',
+        'core.reading', 'core.dispatch', 'core.nbproc', 'kernels', 'kernels.build', 'kernels.gemm', 'cuda.emulation', 'cuda.build', 'bench',
         'tools.site'))]
 
 # %% ../../nbs/964_tools.book.ipynb #ba24e752
@@ -190,7 +190,7 @@ def starts_line(
     found:list, # `Chapter`s of the book
 )->str: # Markdown, one line
     "Link to the first chapter of each path."
-    first = lambda path: f'[{path.title}]({path_chapters(path, found)[0].notebook}), {len(path.modules)} chapters'
+    first = lambda path: f'[{path.title}]({path_chapters(path, found)[0].notebook}), {len(path.modules)} pages'
     return 'Three paths: ' + ' · '.join(map(first, PATHS))
 
 # %% ../../nbs/964_tools.book.ipynb #999c4a43

@@ -28,10 +28,11 @@ from .moves import read_moves, write_redirects
 # %% ../../nbs/970_tools.site.ipynb #0a98387a
 def defined_names(
     code:str, # Python
+    private:bool=False, # Whether to find names that begin with an underscore too
 )->dict: # Names such as `attend`, `Cache`, `Cache.rewind`, each with its line
-    "Find the public names that code defines, patched methods included."
+    "Find the names that code defines, patched methods included."
     from nbdev.doclinks import patch_name
-    public = lambda o: isinstance(o, (ast.FunctionDef, ast.ClassDef)) and not o.name.startswith('_')
+    public = lambda o: isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name != '_' and (private or not o.name.startswith('_'))
     found = {}
     for tree in filter(public, ast.parse(code).body):
         names = patch_name(tree) # several where a method is patched into several classes
@@ -67,14 +68,15 @@ def exported_block(
     return [mk_cell(f'{heading}\n\n::: {{.exported}}', 'markdown'), body, mk_cell(':::', 'markdown')]
 
 def name_heading(
-    names:list, # Names that a cell defines
+    names:list, # Public names that a cell defines; without one there is no heading
     links:dict, # Markdown links from names to their source
+    others:list=(), # Names that get an anchor alone
 )->str: # Markdown: a heading with the anchor of the first, anchors of the others, and the link to the source
     "Write the heading of an exported cell."
     title = ', '.join(o for o in names if '.' not in o or o.split('.')[0] not in names)
-    first, *more = dict.fromkeys(o.lower() for o in names)
-    anchors = ''.join(f'<div id="{o}"></div>' for o in more)
-    return f'### {title} {{#{first}}}\n\n{anchors}\n\n{links.get(names[0], "")}'
+    ids = list(dict.fromkeys(o.lower() for o in (*names, *others)))
+    anchors = ''.join(f'<div id="{o}"></div>' for o in ids[bool(names):])
+    return f'### {title} {{#{ids[0]}}}\n\n{anchors}\n\n{links.get(names[0], "")}' if names else anchors
 
 # %% ../../nbs/970_tools.site.ipynb #7f432cde
 def only_imports(
@@ -99,8 +101,8 @@ def show_source(
         return [cell]
     if not exported: return [cell]
     cell.set_source(re.sub(r'^#\| *export.*\n', '', cell.source, flags=re.M))
-    names = list(defined_names(cell.source))
-    return exported_block(cell, name_heading(names, links or {}) if names else '')
+    names, known = list(defined_names(cell.source)), defined_names(cell.source, private=True)
+    return exported_block(cell, name_heading(names, links or {}, [o for o in known if o not in names]))
 
 # %% ../../nbs/970_tools.site.ipynb #25c481f3
 def link_pages(
@@ -122,10 +124,12 @@ def own_ids(
     texts:list, # Markdown cells of a page, in order
 )->list: # The same with every heading's anchor its own
     "Keep the headings of a page apart."
-    defined, seen = set(re.findall(r'\{#([^}]+)\}', '\n'.join(texts))), []
-    def count(m): return f'{{#{m[1]}}}' if (seen.append(m[1]) or seen.count(m[1])) == 1 else f'{{#{m[1]}-{seen.count(m[1])}}}'
+    defined, seen = set(re.findall(r'(?:\{#|<div id=")([^}"]+)[}"]', '\n'.join(texts))), []
+    def count(m):
+        seen.append(m[2])
+        return m[1] + (m[2] if seen.count(m[2]) == 1 else f'{m[2]}-{seen.count(m[2])}') + m[3]
     def section(m): return f'{m[0]} {{#{word}-section}}' if (word := re.sub(r'[`@]', '', m[1].lower())) in defined else m[0]
-    return [re.sub(r'^##+ (\S+)$', section, re.sub(r'\{#([^}]+)\}', count, o), flags=re.M) for o in texts]
+    return [re.sub(r'^##+ (\S+)$', section, re.sub(r'(\{#|<div id=")([^}"]+)([}"])', count, o), flags=re.M) for o in texts]
 
 # %% ../../nbs/970_tools.site.ipynb #1cfd4d0b
 def path_lines(

@@ -27,10 +27,10 @@ from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from .balance import Balance, routers, with_balance
+from .convert import convert as convert_model
+from .convert import write_tokenizer
 from .corpora import CORPORA, corpus
 from .data import packed, to_dataset, tokenised
-from .latent import convert as convert_model
-from .latent import save_tokenizer
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
@@ -97,7 +97,7 @@ def write_result(
 )->Path: # The folder
     "Write a model that every verb of the command line loads"
     model.save_pretrained(folder)
-    if not (folder/'tokenizer.json').is_file(): save_tokenizer(tok, folder)
+    if not (folder/'tokenizer.json').is_file(): write_tokenizer(tok, folder)
     return folder
 
 # %% ../../nbs/685_train.runs.ipynb #b635017d
