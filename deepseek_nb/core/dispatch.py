@@ -133,6 +133,7 @@ def load(
         wanted = kind in kinds and (device is None or on not in DEVICES.values() or on == device)
         if wanted and name not in self.twins: import_module(f'deepseek_nb.{module}')
 
+# %% ../../nbs/030_core.dispatch.ipynb #2ceca37c
 @patch
 def plan(
     self:Op,
@@ -148,6 +149,7 @@ def plan(
     names = tuple(t.name for k in kinds for t in ranked if t.kind == k and t.runs_on(device))
     return self.plans.setdefault((choice, device), names)
 
+# %% ../../nbs/030_core.dispatch.ipynb #25c6d80a
 # As torch.compiler.assume_constant_result marks it, which would import torch._dynamo here and now
 Op.plan._dynamo_marked_constant = True
 
@@ -167,6 +169,7 @@ def add(
     self.twins[twin.name] = twin
     self.plans.clear()
 
+# %% ../../nbs/030_core.dispatch.ipynb #c6272fdf
 @patch
 def twin(
     self:Op,
