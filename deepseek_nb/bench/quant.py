@@ -24,7 +24,7 @@ from .layers import Place
 from .limits import BENCH_MOE
 from .llama import decode_race, our_prompt, ours_at, prompt_race
 from ..eval.perplexity import speeches
-from ..eval.quality import SMALL_MOE, as_bytes, judged, messages, pieces, token_rates, train_bytes, ways
+from ..eval.quality import SMALL_MOE, as_bytes, evaluate_formats, excerpts, messages, quantizers, token_rates, train_bytes
 from ..files.hub import cache_dir, fetch
 from ..files.tokenizer import Tokenizer
 from ..quant import relative_error
@@ -154,12 +154,12 @@ def quality(
     "Bytes and perplexity of every format, on SmolLM2 and on a model trained for it"
     state,tok = Path(state or cache_dir()/'quality'),Tokenizer.from_pretrained('smollm2-135m')
     def chosen(made): return {n: f for n,f in made.items() if not only or n in only}
-    made = chosen(ways(pieces(tok.encode(messages()), 8, 512)) | {'the file as it is': own_blocks})
+    made = chosen(quantizers(excerpts(tok.encode(messages()), 8, 512)) | {'the file as it is': own_blocks})
     smol,ids = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'),torch.tensor(tok.encode(speeches()))[:tokens]
-    verdicts = [*judged(state/'smollm2.json', smol, ids, made, window=1024)]
+    verdicts = [*evaluate_formats(state/'smollm2.json', smol, ids, made, window=1024)]
     own,losses = train_bytes(SMALL_MOE, data := as_bytes(messages()), steps)
-    made = chosen(ways(pieces(data, 32, 256)))
-    mine = [*judged(state/'trained.json', own, as_bytes(speeches())[:tokens or 40_000], made, window=256)]
+    made = chosen(quantizers(excerpts(data, 32, 256)))
+    mine = [*evaluate_formats(state/'trained.json', own, as_bytes(speeches())[:tokens or 40_000], made, window=256)]
     for f in ('smollm2.json', 'trained.json'): os.remove(state/f)
     return dict(smollm2=verdicts, trained=mine, losses=[round(l, 4) for l in losses])
 
@@ -170,6 +170,6 @@ def format_rates(
 )->dict: # Name -> tokens a second
     "SmolLM2 decoding in every format, all in turn"
     model = Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
-    made = ways(torch.zeros(1, 1)) | {'the file as it is': own_blocks}
+    made = quantizers(torch.zeros(1, 1)) | {'the file as it is': own_blocks}
     made = {n: f for n,f in made.items() if (n in only if only else 'GPTQ' not in n)}
     return token_rates({'float32': model} | {n: f(model) for n,f in made.items()}, rounds=rounds)

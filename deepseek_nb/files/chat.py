@@ -113,6 +113,7 @@ def _mark_blocks(blocks):
     if i is None: raise ValueError('continue_final_message: the last message holds no text')
     return [*blocks[:i], {**blocks[i], 'text': blocks[i]['text'] + f'{_END} '}, *blocks[i+1:]]
 
+# %% ../../nbs/220_files.chat.ipynb #f0507a97
 def _cut_end(text):
     "A prompt up to its mark"
     if _END not in text: raise ValueError('continue_final_message: the chat template leaves out the last message')

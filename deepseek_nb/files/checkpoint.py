@@ -86,6 +86,7 @@ def _ignored(k, found, wanted, config):
     return (k.endswith('rotary_emb.inv_freq') or (config.tie_embeddings and k == 'lm_head.weight')
             or (k.endswith('_scale_inv') and k.removesuffix('_scale_inv') in wanted))
 
+# %% ../../nbs/230_files.checkpoint.ipynb #e6eaf885
 def match_keys(
     found:dict[str, Entry], # What is on disk, without `model.`
     wanted:dict[str, Tensor], # What the model needs
@@ -177,6 +178,7 @@ def progress(
     from tqdm import tqdm
     return tqdm(total=total, desc=desc, unit='B', unit_scale=True, disable=total <= 1e9 or not sys.stderr.isatty())
 
+# %% ../../nbs/230_files.checkpoint.ipynb #fefd2a8e
 def _weight(t, scale, block, e):
     "A stored tensor as the model wants it"
     if scale is not None: return dequant_fp8(t, next(v for _,v in read_tensors(dict(s=scale))), block)
@@ -212,6 +214,7 @@ def _copy_all(found, wanted, block):
                 wanted[k].copy_(_weight(t, found.get(k+'_scale_inv'), block, found[k]))
                 bar.update(found[k].nbytes)
 
+# %% ../../nbs/230_files.checkpoint.ipynb #9e0fd627
 @torch.no_grad()
 def fill(
     model:torch.nn.Module, # A `Model`, on the meta device or allocated
@@ -294,6 +297,7 @@ def umask()->int: # The bits that new files lack
     os.umask(m := os.umask(0))
     return m
 
+# %% ../../nbs/230_files.checkpoint.ipynb #7288133b
 def kept_tensors(
     model:Model, # With `kept` and `source`, where it was loaded with such tensors
 )->dict: # By disk key; mapped from the checkpoint that the model came from

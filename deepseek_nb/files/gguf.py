@@ -147,6 +147,7 @@ def _low_high(f, inv_wavelen, L):
     gap = L*(x[0]-x[-1])/(s[0]-s[-1])
     return float(L*x[0] - s[0]*gap), float(L*x[0] + (1-s[0])*gap)
 
+# %% ../../nbs/240_files.gguf.ipynb #81dce399
 def llama3_rope(
     factors:Tensor, # `rope_freqs.weight`, `width/2`
     theta:float, # Base frequency
@@ -166,6 +167,7 @@ def _yarn(m, **shared):
     return Rope(kind='yarn', mscale=mscale or 1., mscale_all_dim=mscale, original_positions=m.need('rope.scaling.original_context_length'),
                 beta_fast=m.get('rope.scaling.yarn_beta_fast', 32.), beta_slow=m.get('rope.scaling.yarn_beta_slow', 1.), **shared)
 
+# %% ../../nbs/240_files.gguf.ipynb #1d36e74c
 def gguf_rope(
     m:Meta, # Metadata
     interleaved:bool, # Whether the model's weights hold rotary pairs side by side
@@ -288,6 +290,7 @@ def _block_views(c, arch, i, rest, t, names):
     heads = {'self_attn.q_proj': c.n_heads, 'self_attn.k_proj': c.n_kv_heads}.get(stem) if arch == 'llama' else None
     return {f'{blk}{_BLOCK[stem]}.{suffix}': rearrange(t, '(h s j) ... -> h j s ...', h=heads, s=2) if heads else t}
 
+# %% ../../nbs/240_files.gguf.ipynb #825c29ac
 def _kv_b_views(c, blk, t):
     "Views of `kv_b_proj` as newer files split it"
     k,v = rearrange(t, '(h m) c -> h m c', h=c.n_heads).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
@@ -341,6 +344,7 @@ class BlockFormat(NamedTuple):
 PLAIN = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, F64=torch.float64)
 BLOCKS = dict(Q8_0=BlockFormat(34, q8_0), Q4_0=BlockFormat(18, q4_0), Q4_1=BlockFormat(20, q4_1))
 
+# %% ../../nbs/240_files.gguf.ipynb #6891dbc5
 def dequant(
     data:Tensor, # Bytes of whole blocks, flat uint8
     kind:str, # A GGML type's name, such as 'Q4_1'

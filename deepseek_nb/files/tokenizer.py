@@ -200,6 +200,7 @@ def encode(self:Tokenizer,
         at = m.end()
     return ids + self._plain(text[at:])
 
+# %% ../../nbs/210_files.tokenizer.ipynb #14816463
 @patch
 def _plain(self:Tokenizer, text):
     "Ids of text in which no control token is recognised"
@@ -217,6 +218,7 @@ def id_to_token(self:Tokenizer,
     if int(id) not in self._tokens: raise ValueError(f'token id {int(id)} is outside the vocabulary of {len(self)} tokens')
     return self._tokens[int(id)]
 
+# %% ../../nbs/210_files.tokenizer.ipynb #efe32e29
 @patch
 def id_to_bytes(self:Tokenizer,
     id:int, # Token id
@@ -225,6 +227,7 @@ def id_to_bytes(self:Tokenizer,
     token = self.id_to_token(id)
     return token.encode() if int(id) in self._added else token_bytes(token)
 
+# %% ../../nbs/210_files.tokenizer.ipynb #090b004c
 @patch
 def decode(self:Tokenizer,
     ids,                     # Token ids: a list or a one-dimensional tensor
@@ -273,6 +276,7 @@ def _backend(vocab, merges, added, **flags):
     backend.add_tokens([AddedToken(t, normalized=False) for t in added if t not in control])
     return backend
 
+# %% ../../nbs/210_files.tokenizer.ipynb #15afdf1c
 def _gguf_backend(get, added):
     "Plain-text backend of a GGUF header"
     tokens, pre = get('tokens'), get('pre', 'default')
@@ -312,6 +316,7 @@ def _bpe_spec(folder):
         raise ValueError(f'{folder}/tokenizer.json is not byte-level BPE (its model is {kind}), and nothing else is read')
     return spec
 
+# %% ../../nbs/210_files.tokenizer.ipynb #e8c5928b
 def _folder_backend(spec, added):
     "Plain-text backend of a `tokenizer.json`"
     from tokenizers import Tokenizer as Backend
@@ -336,6 +341,7 @@ def _eos_ids(folder, added, named):
     ids = [i for ids in listed for i in (ids if isinstance(ids, list) else [ids])] + [added.get(named.get('eos_token'), {}).get('id')]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
+# %% ../../nbs/210_files.tokenizer.ipynb #8ae84067
 def _template(folder, config):
     "The chat template of a folder, or a dict if it has several"
     if (path := folder/'chat_template.jinja').exists(): return path.read_text(encoding='utf-8')

@@ -140,10 +140,10 @@ def quantize(
     print(m.save_pretrained(out))
 
 def _calibrated(name, text, format, embedding):
-    from deepseek_nb.eval.quality import pieces
+    from deepseek_nb.eval.quality import excerpts
     from deepseek_nb.quant.model import calibrate_model
     m,tok = _load(name, 'float32', 'cpu')
-    return calibrate_model(m, pieces(tok.encode(text), 8, 512), format, embedding)
+    return calibrate_model(m, excerpts(tok.encode(text), 8, 512), format, embedding)
 
 # %% ../../nbs/960_tools.cli.ipynb #adeb797b
 def finetune(
