@@ -171,13 +171,13 @@ import torch
 from deepseek_nb.core import nbproc
 text = nbproc.source_text('axpy.cpp').replace('i < x.numel()', 'i <= x.numel()')
 nbproc._session['axpy.cpp'] = {0: text}
-from deepseek_nb.kernels.build import load
+from deepseek_nb.kernels.build import load_kernel as load
 load('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))'''
     done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O1')
     assert done.returncode and 'heap-buffer-overflow' in done.stderr
 
 
-BUILD = 'from deepseek_nb.kernels.team import share; assert share(4, 50).min() == 0; print("built")'
+BUILD = 'from deepseek_nb.kernels.team import thread_shares; assert thread_shares(4, 50).min() == 0; print("built")'
 
 
 def test_two_processes_build_at_once(tmp_path):
@@ -193,9 +193,9 @@ def test_two_processes_build_at_once(tmp_path):
 def test_another_processor_gets_another_library(monkeypatch, tmp_path):
     monkeypatch.setenv('DEEPSEEK_NB_CACHE', str(tmp_path))
     files, compiler = {'a.cpp': 'int a();'}, build.find_compiler('cpp')
-    here = build.fingerprint(files, compiler)
+    here = build.build_key(files, compiler)
     monkeypatch.setattr(build, 'processor', lambda: 'Linux x86_64 another')
-    assert build.fingerprint(files, compiler) != here
+    assert build.build_key(files, compiler) != here
 
 
 def test_without_a_compiler(tmp_path):
@@ -235,19 +235,19 @@ def test_broken_source_is_one_line(monkeypatch):
     from deepseek_nb.core import nbproc
     monkeypatch.setitem(nbproc._session, 'broken.cpp', {0: 'int f() { return x; }'})
     with pytest.raises(ValueError, match="broken.cpp does not compile: .*'x' was not declared|broken.cpp does not compile: .*undeclared"
-                       "|broken.cpp does not compile: .*‘x’ was not declared"): build.build('broken.cpp')
+                       "|broken.cpp does not compile: .*‘x’ was not declared"): build.build_kernel('broken.cpp')
 
 
 def test_operators_declare_what_they_do():
     x, w, y = torch.randn(3, 8), torch.randn(5, 8), torch.empty(3, 5)
-    opcheck(gemm.kernels.load().linear, (x, w, y))
+    opcheck(gemm.gemm_kernels.load().linear, (x, w, y))
     gate_up, down, experts = torch.randn(4, 12, 8), torch.randn(4, 8, 6), torch.tensor([[0, 1], [2, 3], [1, 1]])
-    opcheck(moe.kernels.load().experts, (x, torch.rand(3, 2), experts, gate_up, down, torch.empty(3, 8)))
+    opcheck(moe.moe_kernels.load().experts, (x, torch.rand(3, 2), experts, gate_up, down, torch.empty(3, 8)))
     chosen = torch.empty(3, 2)
-    opcheck(moe.kernels.routing, (torch.randn(3, 8), None, [2, 1, 1, 1, 1], 2.5, chosen, chosen.long(), torch.empty(3, 8)))
+    opcheck(moe.moe_kernels.routing, (torch.randn(3, 8), None, [2, 1, 1, 1, 1], 2.5, chosen, chosen.long(), torch.empty(3, 8)))
     half = step.feed_forward_half(Model(QWEN, dtype=torch.float32, device='cpu').layers[0])
     ws = [w.detach() for w in half.weights]
-    opcheck(step.kernels.load().ffn_step, (torch.randn(1, 2, 36), ws, None, half.sizes, half.numbers, torch.empty(1, 2, 36)))
+    opcheck(step.step_kernels.load().ffn_step, (torch.randn(1, 2, 36), ws, half.sizes, half.numbers, torch.empty(1, 2, 36)))
 
 
 def test_whole_graph():

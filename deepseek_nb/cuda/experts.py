@@ -21,7 +21,7 @@ from .device import check_argument, needs_no_grad
 from .route import combine, sort_by_expert
 from .tiles import COLUMNS, aligned, tile_defines, tile_rows, tile_shared
 from ..kernels.build import operator_name
-from ..kernels.moe import expected_visits
+from ..kernels.moe import expected_experts
 
 # %% ../../nbs/580_cuda.experts.ipynb #5f768542
 def experts_cost(
@@ -32,7 +32,7 @@ def experts_cost(
     f:int, # Hidden width of an expert
 )->tuple[float,float]: # FLOPs, bytes in bfloat16
     "The least that the routed experts of a layer must compute and move"
-    return 6*n*k*d*f, 2*(3*d*f*expected_visits(n, e, k) + 2*n*d + 2*n*k*(f + d))
+    return 6*n*k*d*f, 2*(3*d*f*expected_experts(n, e, k) + 2*n*d + 2*n*k*(f + d))
 
 # %% ../../nbs/580_cuda.experts.ipynb #fff30272
 def cut_tiles(
