@@ -66,6 +66,7 @@ Modules:
 - `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
+- `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
 - `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
 - `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
 - `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
