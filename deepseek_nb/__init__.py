@@ -67,19 +67,23 @@ Modules:
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
 - `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
-- `deepseek_nb.kernels.attention`: Prompt or decode step, grouped or latent, padded or not: blocks of queries, and an equal share of their keys for each thread
+- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
 - `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
+- `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
 - `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
-- `deepseek_nb.kernels.flash`: Keys pass by once, in blocks. Three numbers a query are enough to correct what came before, so the scores are never all in memory
-- `deepseek_nb.kernels.gemm`: Weights are read where they lie: along a row for a few tokens, across tokens for many
-- `deepseek_nb.kernels.moe`: Route, sort, gate, multiply, project, combine: nothing is gathered, nothing is copied but a panel of tokens
-- `deepseek_nb.kernels.norm`: What stands between the products moves every byte once, and no more
-- `deepseek_nb.kernels.panels`: Sixteen rows side by side, four numbers a lane: what one instruction multiplies lies together
-- `deepseek_nb.kernels.simd`: One text for AVX-512, AVX2, NEON and the rest: a vector type, its lanes, an exponential, a transposition
-- `deepseek_nb.kernels.step`: Between two tokens there is time to read the weights once, and for nothing else
-- `deepseek_nb.kernels.step_codes`: The step of a whole model in one call, with its weights read in 8 or 4 bits
-- `deepseek_nb.kernels.team`: A kernel of several stages needs its threads once, and a barrier between the stages
-- `deepseek_nb.kernels.train`: A training step's backward pass through experts and attention, written out: into place, in pieces that stay in the cache, and without a padded copy
+- `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and sum, so the matrix of scores is never stored
+- `deepseek_nb.kernels.gemm`: The matrix product behind all CPU kernels: dot products along a row of weights for a few tokens, register tiles across tokens for many
+- `deepseek_nb.kernels.ggml`: A few rows of a quantised GGUF weight are decoded into the first-level cache, multiplied by every token, and overwritten by the next rows
+- `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights
+- `deepseek_nb.kernels.moe`: Dropless routing and experts as one kernel: tokens are sorted by expert and read where they lie, and weighted results are added in place
+- `deepseek_nb.kernels.norm`: Normalisation and rotary positions are memory-bound: one pass in C++ reads and writes each number once
+- `deepseek_nb.kernels.panels`: Sixteen rows of an int8 or int4 weight side by side, in the order in which a processor's integer instructions read them
+- `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, an exponential and a transposition
+- `deepseek_nb.kernels.stages`: Attention and feed-forward of one transformer block in C++, as stages of one team of threads with barriers between them
+- `deepseek_nb.kernels.step`: All transformer blocks of a decode step in one C++ call, instead of some sixty PyTorch calls a layer
+- `deepseek_nb.kernels.step_codes`: All transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices
+- `deepseek_nb.kernels.team`: A kernel of several stages starts its threads once and synchronises them with a barrier between the stages
+- `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand to move less memory than autograd's
 - `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
 - `deepseek_nb.quant.ggml`: A GGUF file's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K blocks as a format, so that a model multiplies what the file holds instead of a float32 copy.
 - `deepseek_nb.quant.gptq`: The error of one weight is made good by those that are still to be rounded, as far as the inputs allow
@@ -98,27 +102,37 @@ Modules:
 - `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.
 - `deepseek_nb.tools.pictures`: A token's way through DeepSeek-V3, measured rates beside peers, and a map of the book: three SVG files made from data.
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, its stored outputs and its links, without running a cell and without another host.
-- `deepseek_nb.train.balance`: Left to itself, a router sends everything to a few experts. A bias that moves after each step keeps all of them busy, and a small loss keeps single sequences from bunching
-- `deepseek_nb.train.bpe`: Merges learned from text, DeepSeek's borders between words, and a tokenizer in the layout that everybody reads
+- `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
+- `deepseek_nb.train.bpe`: Byte-level BPE merges are learnt from text, with DeepSeek-V3's word splitting, and saved in Hugging Face's tokenizer format.
 - `deepseek_nb.train.callbacks`: Callbacks act at named events of a training run: they show its progress, draw its loss, and stop it before it diverges.
 - `deepseek_nb.train.convert`: One call converts a trained model to latent attention, to a mixture of experts, or to single neurons as experts, and repairs it. Attention and experts together are a DeepSeek-V3.
-- `deepseek_nb.train.corpora`: Newspapers, plays, speeches, dictionaries and examinations that package registries serve, pinned, cached and read without installing anything
+- `deepseek_nb.train.corpora`: Prose, plays, speeches, dictionary entries, diagnoses and exam questions, downloaded from package registries and checked against pinned hashes.
 - `deepseek_nb.train.data`: Text is tokenised, packed into rows of one length and read in shuffled batches. A killed run resumes at the exact batch where it stopped.
-- `deepseek_nb.train.distill`: A student learns from what a teacher thinks of every token, instead of from the one token that came
+- `deepseek_nb.train.distill`: A student model learns from a teacher's probabilities for every token of the vocabulary, not only from the one token in the text.
 - `deepseek_nb.train.dynamic`: A mixture of experts spends the same FLOPs on every token. Four rules spend less where less is enough, within a budget, and a training method prepares a model for it.
+- `deepseek_nb.train.esft`: A task activates only a few of a model's experts. ESFT trains those and freezes everything else.
+- `deepseek_nb.train.frozen`: When only adapters learn, half a block keeps its input and little else, and its backward pass multiplies by each frozen weight once
 - `deepseek_nb.train.latent`: A trained model with grouped-query attention becomes a model with multi-head latent attention, with a smaller KV cache and DeepSeek-V3's architecture. What is exact is kept exact.
-- `deepseek_nb.train.lora`: A weight stays as it is; beside it two thin matrices learn what is to change, and can be exchanged for others at any time
+- `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model with a small share of its parameters, and can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed a chunk at a time so that they never fill memory
-- `deepseek_nb.train.mini`: DeepSeek-V3's shape in fifteen megabytes, trained on public text from one file of settings, measured on documents that it hasn't seen
+- `deepseek_nb.train.mini`: A DeepSeek-V3 of 15 MB with its own tokenizer is pre-trained on public text from one file of settings, and evaluated on held-out documents.
 - `deepseek_nb.train.neurons`: The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. With 70% of the FLOPs the output hardly changes.
-- `deepseek_nb.train.parallel`: Copies of a model, pieces of a model, or experts that live elsewhere: three ways to share a training step, each equal to one process
+- `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
+- `deepseek_nb.train.optim`: AdamW scales each gradient element by its history. Muon orthogonalises the momentum of whole matrices, as DeepSeek-V4 does.
+- `deepseek_nb.train.parallel`: A training step shared by several processes, with data, fully sharded or expert parallelism, each equal to one process.
+- `deepseek_nb.train.peft`: Saving and loading LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+- `deepseek_nb.train.qlora`: LoRA on a quantised model: gradients pass through int8, int4 or NF4 weights without dequantising a whole matrix.
 - `deepseek_nb.train.repair`: Each converted block is trained alone, or fitted in closed form, to give what the original block gave. It needs no labels and little memory, and continues after an interruption.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint with the same bits as an uninterrupted run.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. This chapter finds which rotary pairs of a GQA model it can keep, and what the others lose when they stop rotating.
+- `deepseek_nb.train.schedule`: Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
 - `deepseek_nb.train.sft`: Rows with text, messages, prompt and completion, or classes become training examples. Only the answer counts in the loss.
 - `deepseek_nb.train.split`: Rows that share a key never lie on both sides of a split, and shared n-grams show how much of a test was in the training text.
+- `deepseek_nb.train.stages`: Distillation as a list of stages, from a general to a domain teacher or through an assistant model, resumable at any point.
+- `deepseek_nb.train.teacher`: A teacher's answers are computed once and stored: all logits, the top-k with the mass of the rest, or generated text.
 - `deepseek_nb.train.trainer`: The training loop on one page: gradient accumulation, clipping, mixed precision, activation checkpointing and evaluation.
-- `deepseek_nb.train.upcycle`: The feed-forward of a trained dense model becomes a mixture of experts: as copies, which add parameters, or split into parts, which save FLOPs, with a router fitted in closed form."""
+- `deepseek_nb.train.upcycle`: The feed-forward of a trained dense model becomes a mixture of experts: as copies, which add parameters, or split into parts, which save FLOPs, with a router fitted in closed form.
+- `deepseek_nb.train.world`: Each process (rank) gets its share of a batch, and all-reduce adds up losses, token counts and gradient norms over the ranks."""
 
 __version__ = "0.1.0"
 

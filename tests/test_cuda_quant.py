@@ -25,7 +25,7 @@ from deepseek_nb.cuda.quant import (
     vector_launch,
 )
 from deepseek_nb.cuda.quant_experts import experts_in_codes, fits_coded_experts, group_of, run_experts_codes
-from deepseek_nb.kernels.panels import Panels, pack
+from deepseek_nb.kernels.panels import Panels, pack_panels
 from deepseek_nb.quant import QuantizedWeight, linear_quantized, quantize
 from deepseek_nb.quant.fp8 import FP8, rounded_fp8
 from deepseek_nb.quant.int4 import Int4
@@ -275,7 +275,7 @@ def test_missing_barrier_of_one_token(monkeypatch):
 def test_linear(order, f):
     x,w,bias = torch.randn(272, 2, 3).to(BF16).permute(1, 2, 0), weight(7, 272, f), torch.randn(8).to(BF16)[1:]
     meant = rounded(x) if f == Int8() else x
-    for y in (linear_codes(x, w, bias), linear_codes(x, pack(w), bias)):
+    for y in (linear_codes(x, w, bias), linear_codes(x, pack_panels(w), bias)):
         assert y.shape == (2, 3, 7) and y.dtype == BF16 and right(y, meant, decoded(w), bias)
     assert linear_codes(x[:0], w).shape == (0, 3, 7)
 
@@ -284,9 +284,9 @@ def test_linear(order, f):
 def test_panels_are_put_in_order(f):
     stack = quantize(torch.randn(3, 20, 80), f)
     before = {n: t.clone() for n,t in stack.parts().items()}
-    pack(stack)
+    pack_panels(stack)
     one,again = in_order(stack[1]), in_order(stack)
-    assert isinstance(pack(quantize(torch.randn(4, 32), f)).layout, Panels) and in_order(again) is again
+    assert isinstance(pack_panels(quantize(torch.randn(4, 32), f)).layout, Panels) and in_order(again) is again
     for n,t in before.items(): assert torch.equal(again.parts()[n], t) and torch.equal(one.parts()[n], t[1])
     assert {n for n,_ in again.named_buffers()} == set(before)
 
@@ -395,7 +395,7 @@ def test_experts(order, formats, n, k, e, d, f):
     args = torch.randn(n, d).to(BF16), torch.rand(n, k), torch.rand(n, e).topk(k).indices, *stacks(e, d, f, formats)
     highest = 64 if Int8() in formats else 128
     for rows in {64, highest}: assert right_experts(codes_run(args, rows), *args)
-    assert right_experts(run_experts_codes(*args[:3], *map(pack, args[3:])), *args)      # 16 rows, and parts put in order
+    assert right_experts(run_experts_codes(*args[:3], *map(pack_panels, args[3:])), *args)      # 16 rows, and parts put in order
 
 
 @needs_cpp

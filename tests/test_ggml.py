@@ -24,8 +24,8 @@ from deepseek_nb.core.device import pick_dtype
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.gguf import gguf_config, open_gguf
 from deepseek_nb.kernels import build
-from deepseek_nb.kernels.ggml import kernels, linear_ggml
-from deepseek_nb.kernels.panels import linear_panels
+from deepseek_nb.kernels.codes import linear_panels
+from deepseek_nb.kernels.ggml import ggml_kernels, linear_ggml
 from deepseek_nb.quant import QuantizedWeight, make_format, quantize
 from deepseek_nb.quant.ggml import BLOCK_KINDS as KINDS
 from deepseek_nb.quant.ggml import SPLIT, Ggml, from_blocks, split_blocks
@@ -223,7 +223,7 @@ def test_clean_under_sanitizers():
 @needs_compiler
 def test_the_operator_declares_what_it_does():
     w = from_blocks(blocks('Q4_K', 5, 1), 'Q4_K')
-    opcheck(kernels.load().linear_ggml, (torch.randn(3, 256), w.blocks, 3, torch.empty(3, 5)))
+    opcheck(ggml_kernels.load().linear_ggml, (torch.randn(3, 256), w.blocks, 3, torch.empty(3, 5)))
     with pytest.raises(ValueError, match='^x is float32 of shape'): linear_ggml(torch.randn(3, 255), w)
 
 

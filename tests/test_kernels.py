@@ -177,7 +177,7 @@ load('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))'''
     assert done.returncode and 'heap-buffer-overflow' in done.stderr
 
 
-BUILD = 'from deepseek_nb.kernels.team import share; assert share(4, 50).min() == 0; print("built")'
+BUILD = 'from deepseek_nb.kernels.team import thread_shares; assert thread_shares(4, 50).min() == 0; print("built")'
 
 
 def test_two_processes_build_at_once(tmp_path):
@@ -240,14 +240,14 @@ def test_broken_source_is_one_line(monkeypatch):
 
 def test_operators_declare_what_they_do():
     x, w, y = torch.randn(3, 8), torch.randn(5, 8), torch.empty(3, 5)
-    opcheck(gemm.kernels.load().linear, (x, w, y))
+    opcheck(gemm.gemm_kernels.load().linear, (x, w, y))
     gate_up, down, experts = torch.randn(4, 12, 8), torch.randn(4, 8, 6), torch.tensor([[0, 1], [2, 3], [1, 1]])
-    opcheck(moe.kernels.load().experts, (x, torch.rand(3, 2), experts, gate_up, down, torch.empty(3, 8)))
+    opcheck(moe.moe_kernels.load().experts, (x, torch.rand(3, 2), experts, gate_up, down, torch.empty(3, 8)))
     chosen = torch.empty(3, 2)
-    opcheck(moe.kernels.routing, (torch.randn(3, 8), None, [2, 1, 1, 1, 1], 2.5, chosen, chosen.long(), torch.empty(3, 8)))
+    opcheck(moe.moe_kernels.routing, (torch.randn(3, 8), None, [2, 1, 1, 1, 1], 2.5, chosen, chosen.long(), torch.empty(3, 8)))
     half = step.feed_forward_half(Model(QWEN, dtype=torch.float32, device='cpu').layers[0])
     ws = [w.detach() for w in half.weights]
-    opcheck(step.kernels.load().ffn_step, (torch.randn(1, 2, 36), ws, None, half.sizes, half.numbers, torch.empty(1, 2, 36)))
+    opcheck(step.step_kernels.load().ffn_step, (torch.randn(1, 2, 36), ws, half.sizes, half.numbers, torch.empty(1, 2, 36)))
 
 
 def test_whole_graph():

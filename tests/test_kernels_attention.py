@@ -14,7 +14,7 @@ from deepseek_nb.arch import rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import attention, flash, norm
 
-pytestmark = pytest.mark.skipif(not attention.kernels.ready(), reason='no C++ compiler')
+pytestmark = pytest.mark.skipif(not attention.attention_kernels.ready(), reason='no C++ compiler')
 KINDS = torch.float32, torch.bfloat16
 
 
@@ -74,7 +74,7 @@ def one_ragged(r):
     q, k, v = spaced(r, dtype, b, g*each, s, x), spaced(r, dtype, b, g, t, x), spaced(r, dtype, b, g, t, 16)
     length = torch.randint(s, t + 1, (b,))
     start = (torch.rand(b)*length).long()
-    got = attention.kernels.attend(q, k, v, .3, None, True, start, length)
+    got = attention.attention_kernels.attend(q, k, v, .3, None, True, start, length)
     for i in range(b):
         n = length[i]
         want = exact(q[i:i+1], k[i:i+1, :, :n], v[i:i+1, :, :n], .3, att.visible(s, n, start[i:i+1]))
@@ -95,7 +95,7 @@ def one_latent(r):
 def one_stream(r):
     s, t, x, v = r.randint(1, 64), r.choice([1, 5, 64, 65, 200]), r.choice([16, 48]), r.choice([16, 32, 80])
     q, k, w = torch.randn(s, x), torch.randn(t, x), torch.randn(t, v)
-    close(flash.stream(q, k, w, .3), flash.flash(q.double(), k.double(), w.double(), .3), f'stream {s=} {t=} {x=} {v=}')
+    close(flash.flash_cpp(q, k, w, .3), flash.flash(q.double(), k.double(), w.double(), .3), f'stream {s=} {t=} {x=} {v=}')
 
 
 def sweep(n=60, seed=None):

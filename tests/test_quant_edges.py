@@ -5,16 +5,16 @@ from torch.nn import functional as F
 
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.cuda.experts import fits_experts
-from deepseek_nb.kernels.gemm import kernels as float_kernels
-from deepseek_nb.kernels.gemm import linear_cpp
+from deepseek_nb.kernels.codes import linear_panels, panel_kernels
+from deepseek_nb.kernels.gemm import gemm_kernels, linear_cpp
 from deepseek_nb.kernels.ggml import linear_ggml
-from deepseek_nb.kernels.panels import kernels, linear_panels, pack
+from deepseek_nb.kernels.panels import pack_panels
 from deepseek_nb.quant import quantize
 from deepseek_nb.quant.ggml import from_blocks
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, rounded
 
-needs_compiler = pytest.mark.skipif(not (kernels.ready() and float_kernels.ready()), reason='no C++ compiler')
+needs_compiler = pytest.mark.skipif(not (panel_kernels.ready() and gemm_kernels.ready()), reason='no C++ compiler')
 FORMATS = ['int8', Int8(group=32), Int4(), Int4(64, symmetric=True)]
 BAD = [float('nan'), float('inf'), -float('inf')]
 
@@ -86,7 +86,7 @@ def test_the_definition_agrees_on_what_is_not_finite():
 @pytest.mark.parametrize('f', FORMATS, ids=str)
 def test_embedding_is_decoding(f):
     for o, i in ((1, 1), (5, 31), (16, 32), (17, 97), (40, 64), (33, 200)):
-        w, ids = pack(quantize(torch.randn(o, i), f)), torch.randint(o, (3, 7))
+        w, ids = pack_panels(quantize(torch.randn(o, i), f)), torch.randint(o, (3, 7))
         assert torch.equal(F.embedding(ids, w), w.dequantize()[ids])
         assert F.embedding(ids[:0], w).shape == (0, 7, i)
         for bad in (-1, o):
@@ -99,7 +99,7 @@ def test_panels_give_back_every_part(f):
     for o, i in ((1, 1), (5, 31), (16, 32), (17, 97), (40, 64), (33, 200)):
         w = quantize(torch.randn(2, o, i), f)
         parts = {n: t.clone() for n, t in w.parts().items()}
-        again = pack(w).parts()
+        again = pack_panels(w).parts()
         assert parts.keys() == again.keys() and all(torch.equal(again[n], t) and again[n].dtype == t.dtype for n, t in parts.items())
 
 

@@ -7,12 +7,12 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.kernels.step import blocks_of
-from deepseek_nb.kernels.step_codes import codes_of, kernels, run_blocks_codes
+from deepseek_nb.kernels.step_codes import codes_of, run_blocks_codes, step_codes_kernels
 from deepseek_nb.quant import quantize, relative_error, take_place
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 
-pytestmark = pytest.mark.skipif(not kernels.ready(), reason='no C++ compiler')
+pytestmark = pytest.mark.skipif(not step_codes_kernels.ready(), reason='no C++ compiler')
 
 MLA = Config('deepseek_v3', vocab_size=64, dim=80, n_layers=2, n_heads=3, inter_dim=96, q_lora_rank=40, kv_lora_rank=56,
              qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=32, n_dense_layers=1, n_routed_experts=6, n_shared_experts=1,

@@ -45,7 +45,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text.append(data)
         tags = [tag for tag,_ in self.open]
-        if 'pre' not in tags: self.prose.append(data)
+        if not {'pre', 'code'} & {*tags}: self.prose.append(data)
         if tags[-1:] != ['code'] or {'pre', 'header'} & {*tags}: return
         self.code.append((data, next((o for tag,o in self.open if tag == 'a'), None)))
 

@@ -132,6 +132,7 @@ def run_magic(
     parent = shell.get_parent() if hasattr(shell, 'get_parent') else {}
     cells = _session.setdefault(name, {})
     cells[(parent.get('metadata') or {}).get('cellId', cell)] = cell
+    if name.endswith(('.h', '.cuh')) and not variable and not hasattr(shell, 'get_parent'): return
     try: library = compile_source(join_cells(cells.values(), name), name, kind, check=not variable)
     except FileNotFoundError as e: return print(f'{name}: not compiled, {e}')
     if variable: shell.push({variable: library})

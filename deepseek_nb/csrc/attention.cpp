@@ -2,13 +2,13 @@
 
 // %% ../../nbs/522_kernels.attention.ipynb #3d2a91aa
 #include "attention.h"
+#include "tensors.h"
 #include <optional>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/ops.h>
 
-using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
-template <class T> View<T> view(const Tensor& x) { return {(T*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+template <class T> View<T> view(const Tensor& x) { return {data<T>(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
 inline Tensor result(const Tensor& q, int64_t v) {
     return torch::stable::transpose(torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), v}), 1, 2);
@@ -19,10 +19,6 @@ template <class T> void run(Attention<T, T> a, const Maybe& mask) {
     float* scratch = memory.need(torch::stable::get_num_threads() * attention_room(a.x, a.v));
     team([&](const Team& t) { attention(t, a, scratch); });
 }
-template <class F> void by_type(const Tensor& t, F f) {
-    if (t.scalar_type() == torch::headeronly::ScalarType::Float) f(float());
-    else f(bf16());
-}
 
 // %% ../../nbs/522_kernels.attention.ipynb #bae51e8a
 Tensor attend(Tensor q, Tensor k, Tensor v, double scale, Maybe mask, bool causal, Maybe start, Maybe length) {
@@ -30,8 +26,8 @@ Tensor attend(Tensor q, Tensor k, Tensor v, double scale, Maybe mask, bool causa
     by_type(q, [&]<class T>(T) {
         Attention<T, T> a{q.size(0), k.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), k.size(3), v.size(3),
                           view<const T>(q), view<const T>(k), view<const T>(v), view<T>(out), float(scale), causal};
-        if (start) a.start = (const int64_t*)start->data_ptr();
-        if (length) a.length = (const int64_t*)length->data_ptr();
+        if (start) a.start = data<const int64_t>(*start);
+        if (length) a.length = data<const int64_t>(*length);
         run(a, mask);
     });
     return out;
@@ -39,7 +35,7 @@ Tensor attend(Tensor q, Tensor k, Tensor v, double scale, Maybe mask, bool causa
 Tensor attend_latent(Tensor q, Tensor z, int64_t c, double scale, Maybe mask) {
     const Tensor out = result(q, c);
     by_type(q, [&]<class T>(T) {
-        const View<const T> keys{(const T*)z.data_ptr(), z.stride(0), 0, z.stride(1)};
+        const View<const T> keys{data<const T>(z), z.stride(0), 0, z.stride(1)};
         run(Attention<T, T>{q.size(0), 1, q.size(1), q.size(2), z.size(1), z.size(2), c,
                             view<const T>(q), keys, keys, view<T>(out), float(scale), !mask}, mask);
     });
@@ -48,7 +44,8 @@ Tensor attend_latent(Tensor q, Tensor z, int64_t c, double scale, Maybe mask) {
 
 // %% ../../nbs/522_kernels.attention.ipynb #d19f3ba4
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, bool causal, Tensor? start=None, Tensor? length=None) -> Tensor");
+    m.def("attend(Tensor q, Tensor k, Tensor v, float scale, Tensor? mask, bool causal, Tensor? start=None, "
+          "Tensor? length=None) -> Tensor");
     m.def("attend_latent(Tensor q, Tensor z, int c, float scale, Tensor? mask) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {

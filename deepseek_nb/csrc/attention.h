@@ -9,9 +9,12 @@ template <class T> struct View {
     T* data;
     int64_t b, h, s;
     T* at(int64_t i, int64_t j, int64_t k) const { return data + i * b + j * h + k * s; }
+    View<const T> read_only() const { return {data, b, h, s}; }
 };
+// queries row up to row + rows of key head j in batch row i, and the keys that they see
 struct Block { int64_t i, j, row, rows, from, to; };
 
+// %% ../../nbs/522_kernels.attention.ipynb #bec3d599
 template <class Q, class T> struct Attention {
     int64_t b, g, heads, s, t, x, v;
     View<const Q> q;
@@ -26,7 +29,9 @@ template <class Q, class T> struct Attention {
         const int64_t end = length ? length[i] : t;
         return causal ? end - s + row / heads : end - 1;
     }
-    int64_t first(int64_t i, int64_t row) const { return std::max<int64_t>(0, start ? std::min(start[i], last(i, row)) : 0); }
+    int64_t first(int64_t i, int64_t row) const {
+        return std::max<int64_t>(0, start ? std::min(start[i], last(i, row)) : 0);
+    }
 };
 
 // %% ../../nbs/522_kernels.attention.ipynb #59c80931
@@ -34,7 +39,8 @@ template <class Q, class T, class F> void each_block(const Attention<Q, T>& a, F
     const int64_t rows = a.heads * a.s, parts = (rows + PANEL - 1) / PANEL;
     for (int64_t n = 0, before = 0; n < a.b * a.g * parts; ++n) {
         const int64_t p = n % parts, i = n / parts / a.g, row = rows * p / parts, end = rows * (p + 1) / parts;
-        const int64_t from = a.first(i, row), to = std::max(from, a.last(i, end - 1) + 1), cost = std::max<int64_t>(1, to - from);
+        const int64_t from = a.first(i, row), to = std::max(from, a.last(i, end - 1) + 1);
+        const int64_t cost = std::max<int64_t>(1, to - from);
         f(Block{i, n / parts % a.g, row, end - row, from, to}, before, before + cost);
         before += cost;
     }
@@ -43,7 +49,9 @@ template <class Q, class T, class F> void each_block(const Attention<Q, T>& a, F
 // %% ../../nbs/522_kernels.attention.ipynb #881f2ad4
 template <class Q, class T> void hide(const Attention<Q, T>& a, const Block& w, int64_t t, int64_t n, float* s) {
     const int64_t start = a.start ? a.start[w.i] : 0, wide = lanes(w.rows);
-    const auto reach = [&](int64_t key) { return std::clamp<int64_t>((key - a.last(w.i, 0)) * a.heads - w.row, 0, w.rows); };
+    const auto reach = [&](int64_t key) {
+        return std::clamp<int64_t>((key - a.last(w.i, 0)) * a.heads - w.row, 0, w.rows);
+    };
     for (int64_t k = 0; k < n && a.causal; ++k) {
         float* row = s + k * wide;
         std::fill(row, row + reach(t + k), -__builtin_inff());
@@ -56,7 +64,8 @@ template <class Q, class T> void hide(const Attention<Q, T>& a, const Block& w, 
 }
 
 // %% ../../nbs/522_kernels.attention.ipynb #95e3fee4
-template <class Q, class T> bool mask_lacks(const Attention<Q, T>& a, const Block& w, int64_t t, int64_t n, bool what) {
+template <class Q, class T>
+bool mask_lacks(const Attention<Q, T>& a, const Block& w, int64_t t, int64_t n, bool what) {
     for (int64_t p = w.row / a.heads; p <= (w.row + w.rows - 1) / a.heads; ++p)
         if (memchr(a.mask.at(w.i, 0, p) + t, what, n)) return false;
     return true;
@@ -89,7 +98,8 @@ template <class Q, class T> void begin(const Attention<Q, T>& a, const Block& w,
     const float* rows[PANEL];
     for (int64_t r = 0; r < w.rows; ++r) {
         float* to = room.k() + r * room.x;
-        copy_row(a.q.at(w.i, w.j * a.heads + (w.row + r) % a.heads, (w.row + r) / a.heads), a.x, a.scale * 1.44269504f, to);
+        const Q* from = a.q.at(w.i, w.j * a.heads + (w.row + r) % a.heads, (w.row + r) / a.heads);
+        copy_row(from, a.x, a.scale * 1.44269504f, to);
         rows[r] = to;
     }
     pack_queries(w.rows, a.x, rows, room.q());
@@ -98,26 +108,32 @@ template <class Q, class T> void begin(const Attention<Q, T>& a, const Block& w,
     std::fill(s.top, s.top + PANEL, -__builtin_inff());
     std::fill(s.sum, s.sum + PANEL, 0.f);
 }
-template <class Q, class T> void finish(const Attention<Q, T>& a, const Block& w, int64_t r, const float* o, float sum) {
+template <class Q, class T>
+void finish(const Attention<Q, T>& a, const Block& w, int64_t r, const float* o, float sum) {
     Q* to = a.out.at(w.i, w.j * a.heads + (w.row + r) % a.heads, (w.row + r) / a.heads);
     const float by = 1 / sum;
     for (int64_t c = 0; c < a.v; ++c) narrow(o[c] * by, to + c);
 }
 
 // %% ../../nbs/522_kernels.attention.ipynb #32d84a6f
-template <class T> Rows as_floats(const View<const T>& x, const T* from, int64_t n, int64_t width, bool copy, float* to) {
+template <class T>
+Rows as_floats(const View<const T>& x, const T* from, int64_t n, int64_t width, bool copy, float* to) {
     if constexpr (std::is_same_v<T, float>) if (!copy) return {from, x.s};
     const int64_t ld = round_up(width, L);
     for (int64_t r = 0; r < n; ++r) copy_row(from + r * x.s, width, 1, to + r * ld);
     return {to, ld};
 }
-// What comes after n rows, if rows are neighbours
-template <class T> Ahead after(const View<const T>& x, const T* from, int64_t n, int64_t width, int64_t left, int64_t hop) {
-    return {(const char*)(from + n * x.s), (const char*)(from + (n + (x.s == width ? std::min(KEYS, left) : 0)) * x.s), hop};
+// The rows to prefetch: those after the next n, if rows are contiguous
+template <class T>
+Ahead after(const View<const T>& x, const T* from, int64_t n, int64_t width, int64_t left, int64_t hop) {
+    const int64_t end = n + (x.s == width ? std::min(KEYS, left) : 0);
+    return {(const char*)(from + n * x.s), (const char*)(from + end * x.s), hop};
 }
 
 // %% ../../nbs/522_kernels.attention.ipynb #7839338b
-template <class Q, class T> void attend_keys(const Attention<Q, T>& a, const Block& w, int64_t t, int64_t end, const Room& room, const State& state) {
+template <class Q, class T>
+void attend_keys(const Attention<Q, T>& a, const Block& w, int64_t t, int64_t end, const Room& room,
+                 const State& state) {
     const int64_t n = std::min(KEYS, end - t), left = end - t - n;
     if (a.mask.data && mask_lacks(a, w, t, n, true)) return;
     const T *k = a.k.at(w.i, w.j, t), *v = a.values.at(w.i, w.j, t);
@@ -150,7 +166,8 @@ template <class Q, class T> struct Shares {
         const State state = here.state(slot(team.rank, start));
         begin(a, w, here, slot(team.rank, start));
         const int64_t stop = std::min(w.to, w.from + next - start);
-        for (int64_t t = w.from + std::max<int64_t>(0, mine - start); t < stop; t += KEYS) attend_keys(a, w, t, stop, here, state);
+        for (int64_t t = w.from + std::max<int64_t>(0, mine - start); t < stop; t += KEYS)
+            attend_keys(a, w, t, stop, here, state);
         if (start >= mine && end <= next)
             for (int64_t r = 0; r < w.rows; ++r) finish(a, w, r, state.o + r * state.ldo, state.sum[r]);
     }

@@ -4,33 +4,30 @@
 #pragma once
 #include "gemm.h"
 
-template <class M> struct Visit {
-    M gate, up, down;
-    int64_t f, n;
-    std::vector<const float*> in;
-    std::vector<float*> out;
-    const float* weight;
-    float *panel, *hidden;
+template <class M> struct Group {
+    M gate, up, down;              // weights of the expert
+    int64_t f, n;                  // hidden width, tokens
+    std::vector<const float*> in;  // rows of the tokens
+    std::vector<float*> out;       // rows that results are added to
+    const float* weight;           // router weight of each token
+    float *panel, *hidden;         // packed tokens, hidden activations
 };
 
 // %% ../../nbs/515_kernels.moe.ipynb #82a58a19
-template <class T> void hidden_few(const Team& t, const Visit<const T*>& v, int64_t d, const Visit<const T*>* next) {
+template <class T> void hidden_few(const Team& t, const Group<const T*>& v, int64_t d, const Group<const T*>* next) {
     const auto [begin, end] = t.share(v.f);
     const int64_t r = end - begin;
     thread_local Buffer buffer;
-    float *up = buffer.need((r + L) * FEW), *h = v.hidden + begin;
+    float *up = buffer.need((r + L) * FEW), *hidden = v.hidden + begin;
     fetch(v.up + begin * d);
-    skinny(r, v.n, d, v.gate + begin * d, d, v.in.data(), h, v.f);
+    skinny(r, v.n, d, v.gate + begin * d, d, v.in.data(), hidden, v.f);
     if (next) fetch(next->gate + t.share(next->f).first * d);
     skinny(r, v.n, d, v.up + begin * d, d, v.in.data(), up, r);
-    for (int64_t j = 0; j < v.n; ++j) {
-        float *g = h + j * v.f, *u = up + j * r;
-        int64_t i = 0;
-        for (; i + L <= r; i += L) store(g + i, silu(load(g + i)) * load(u + i));
-        for (; i < r; ++i) g[i] = silu(splat(g[i]))[0] * u[i];
-    }
+    for (int64_t j = 0; j < v.n; ++j) swiglu(hidden + j * v.f, up + j * r, 0, r);
 }
-template <class T> void project_few(const Team& t, const Visit<const T*>& v, int64_t d, const Visit<const T*>* next) {
+
+// %% ../../nbs/515_kernels.moe.ipynb #8d1c1906
+template <class T> void project_few(const Team& t, const Group<const T*>& v, int64_t d, const Group<const T*>* next) {
     const auto [begin, end] = t.share(d);
     const int64_t r = end - begin;
     thread_local Buffer buffer;
@@ -44,7 +41,7 @@ template <class T> void project_few(const Team& t, const Visit<const T*>& v, int
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #5123c00a
-template <class T> void hidden_panel(const Team& t, const Visit<const T*>& v, int64_t d) {
+template <class T> void hidden_panel(const Team& t, const Group<const T*>& v, int64_t d) {
     alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
     const auto [begin, end] = t.share(v.f);
     const int64_t blocks = (end - begin + ROWS - 1) / ROWS;
@@ -54,12 +51,13 @@ template <class T> void hidden_panel(const Team& t, const Visit<const T*>& v, in
         multiply(m, v.n, d, v.up + f * d, v.panel, up, f + m < end ? v.gate + (f + m) * d : v.down);
         for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < v.n; j += L)
-                store(v.hidden + j / W * W * v.f + (f + i) * W + j % W, silu(load(gate + i * PANEL + j)) * load(up + i * PANEL + j));
+                store(v.hidden + j / W * W * v.f + (f + i) * W + j % W,
+                      silu(load(gate + i * PANEL + j)) * load(up + i * PANEL + j));
     }
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #17aa2142
-template <bool ADD, class T> void project_panel(const Team& t, const Visit<const T*>& v, int64_t d) {
+template <bool ADD, class T> void project_panel(const Team& t, const Group<const T*>& v, int64_t d) {
     alignas(64) float block[BLOCK * PANEL];
     const auto [begin, end] = t.share(d);
     for (int64_t r = begin; r < end; r += BLOCK) {
@@ -77,34 +75,35 @@ template <bool ADD, class T> void project_panel(const Team& t, const Visit<const
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #9b5a1875
-template <class T> int64_t room(const Visit<const T*>& v, int64_t d) { return v.n > FEW ? (d + v.f) * PANEL : v.n * v.f; }
-
-template <class T> void place(std::vector<Visit<const T*>>& visits, int64_t d, float* memory) {
-    for (auto& v : visits) {
+template <class T> int64_t group_memory(const Group<const T*>& v, int64_t d) {
+    return v.n > FEW ? (d + v.f) * PANEL : v.n * v.f;
+}
+template <class T> void place(std::vector<Group<const T*>>& groups, int64_t d, float* memory) {
+    for (auto& v : groups) {
         v.panel = memory, v.hidden = memory + (v.n > FEW ? d * PANEL : 0);
-        memory += room(v, d);
+        memory += group_memory(v, d);
     }
 }
-template <class T> void together(const Team& t, const std::vector<Visit<const T*>>& visits, int64_t d) {
-    for (auto& v : visits)
-        if (v.n > FEW) {
-            const auto [k0, k1] = t.share((d + L - 1) / L);
-            pack(v.n, d, k0 * L, std::min(d, k1 * L), v.in.data(), v.panel);
-        }
+
+// %% ../../nbs/515_kernels.moe.ipynb #15d651ee
+template <class T> void together(const Team& t, const std::vector<Group<const T*>>& groups, int64_t d) {
+    const auto [begin, end] = t.share((d + L - 1) / L);
+    for (auto& v : groups)
+        if (v.n > FEW) pack(v.n, d, begin * L, std::min(d, end * L), v.in.data(), v.panel);
     t.wait();
-    const Visit<const T*>* last = visits.data() + visits.size() - 1;
-    for (auto& v : visits) v.n > FEW ? hidden_panel(t, v, d) : hidden_few(t, v, d, &v < last ? &v + 1 : nullptr);
-    if (visits.size()) fetch(visits[0].down + t.share(d).first * visits[0].f);
+    const auto after = [&](auto& v) { return &v == &groups.back() ? nullptr : &v + 1; };
+    for (auto& v : groups) v.n > FEW ? hidden_panel(t, v, d) : hidden_few(t, v, d, after(v));
+    if (groups.size()) fetch(groups[0].down + t.share(d).first * groups[0].f);
     t.wait();
-    for (auto& v : visits) v.n > FEW ? project_panel<true>(t, v, d) : project_few(t, v, d, &v < last ? &v + 1 : nullptr);
+    for (auto& v : groups) v.n > FEW ? project_panel<true>(t, v, d) : project_few(t, v, d, after(v));
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #8c7e6d95
-template <class T> void apart(std::vector<Visit<const T*>>& visits, int64_t d, std::atomic<size_t>& next) {
+template <class T> void apart(std::vector<Group<const T*>>& groups, int64_t d, std::atomic<size_t>& next) {
     const Team alone{0, 1, nullptr};
     thread_local Buffer panel, hidden;
-    for (size_t i; (i = next.fetch_add(1)) < visits.size();) {
-        auto& v = visits[i];
+    for (size_t i; (i = next.fetch_add(1)) < groups.size();) {
+        auto& v = groups[i];
         v.panel = panel.need(d * PANEL), v.hidden = hidden.need(v.f * PANEL);
         pack(v.n, d, 0, d, v.in.data(), v.panel);
         hidden_panel(alone, v, d);
@@ -113,6 +112,7 @@ template <class T> void apart(std::vector<Visit<const T*>>& visits, int64_t d, s
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #851f841e
+// slot[start[i]], slot[start[i] + 1], …: the choices that fell on expert i
 struct Sorted { std::vector<int64_t> start, slot; };
 
 inline Sorted sort_by_expert(const int64_t* experts, const float* weights, int64_t choices, int64_t e) {
@@ -125,24 +125,31 @@ inline Sorted sort_by_expert(const int64_t* experts, const float* weights, int64
     return s;
 }
 
-template <class M> struct Stack { M gate_up, down; int64_t e, f, d; };
-template <class T> const T* from_row(const T* w, int64_t row, int64_t K) { return w + row * K; }
-
 // %% ../../nbs/515_kernels.moe.ipynb #86757257
+template <class T> const T* from_row(const T* w, int64_t row, int64_t K) { return w + row * K; }
+template <class M> struct Stack {
+    M gate_up, down;
+    int64_t e, f, d;
+    M gate(int64_t i) const { return from_row(gate_up, 2 * i * f, d); }
+    M up(int64_t i) const { return from_row(gate_up, (2 * i + 1) * f, d); }
+    M projection(int64_t i) const { return from_row(down, i * d, f); }
+};
+
+// %% ../../nbs/515_kernels.moe.ipynb #f740cf75
 template <class M, class In, class Out>
-std::vector<Visit<M>> make_visits(const Stack<M>& w, const Sorted& s, const float* weights, std::vector<float>& weight, In row_in, Out row_out) {
-    std::vector<Visit<M>> visits;
+std::vector<Group<M>> make_groups(const Stack<M>& w, const Sorted& s, const float* weights, std::vector<float>& weight,
+                                  In row_in, Out row_out) {
+    std::vector<Group<M>> groups;
     weight.resize(s.slot.size());
     for (int64_t i = 0; i < w.e; ++i)
         for (int64_t a = s.start[i]; a < s.start[i + 1]; a += PANEL) {
             const int64_t n = std::min<int64_t>(PANEL, s.start[i + 1] - a);
-            Visit<M> v{from_row(w.gate_up, 2 * i * w.f, w.d), from_row(w.gate_up, (2 * i + 1) * w.f, w.d), from_row(w.down, i * w.d, w.f),
-                       w.f, n, {}, {}, &weight[a], nullptr, nullptr};
+            Group<M> v{w.gate(i), w.up(i), w.projection(i), w.f, n, {}, {}, &weight[a], nullptr, nullptr};
             for (int64_t j = a; j < a + n; ++j) {
                 weight[j] = weights[s.slot[j]];
                 v.in.push_back(row_in(s.slot[j])), v.out.push_back(row_out(s.slot[j]));
             }
-            visits.push_back(std::move(v));
+            groups.push_back(std::move(v));
         }
-    return visits;
+    return groups;
 }

@@ -2,38 +2,34 @@
 
 // %% ../../nbs/520_kernels.flash.ipynb #b2ea5153
 #include "flash.h"
+#include "tensors.h"
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
-using torch::stable::Tensor;
-static float* data(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
 
 std::vector<float> packed_queries(const Tensor& q, float scale) {
     const int64_t rows = q.size(0), x = q.size(1);
     std::vector<float> scaled(rows * x), packed(x * PANEL);
-    std::vector<const float*> each;
-    for (int64_t r = 0; r < rows; ++r) {
-        copy_row(data(q) + r * x, x, scale * 1.44269504f, &scaled[r * x]);
-        each.push_back(&scaled[r * x]);
-    }
-    pack_queries(rows, x, each.data(), packed.data());
+    for (int64_t r = 0; r < rows; ++r) copy_row(data<float>(q) + r * x, x, scale * 1.44269504f, &scaled[r * x]);
+    pack_queries(rows, x, row_pointers(scaled.data(), rows, x).data(), packed.data());
     return packed;
 }
 
 // %% ../../nbs/520_kernels.flash.ipynb #f6a45bac
-void stream(Tensor q, Tensor k, Tensor v, double scale, Tensor o) {
+void flash(Tensor q, Tensor k, Tensor v, double scale, Tensor out) {
     const int64_t rows = q.size(0), x = q.size(1), width = v.size(1);
+    const float *key = data<float>(k), *value = data<float>(v);
     const std::vector<float> packed = packed_queries(q, scale);
     std::vector<float> s(KEYS * PANEL), sum(PANEL), top(PANEL, -__builtin_inff()), factor(PANEL);
-    const State state{data(o), top.data(), sum.data(), factor.data(), width};
+    const State state{data<float>(out), top.data(), sum.data(), factor.data(), width};
     for (int64_t t = 0; t < k.size(0); t += KEYS) {
         const int64_t n = std::min(KEYS, k.size(0) - t);
-        Ahead ahead{(const char*)data(k), (const char*)data(k), 64};
-        scores(n, x, rows, {data(k) + t * x, x}, packed.data(), s.data(), ahead);
+        Ahead ahead{(const char*)key, (const char*)key, 64};
+        scores(n, x, rows, {key + t * x, x}, packed.data(), s.data(), ahead);
         softmax(s.data(), n, rows, state);
-        weighted(n, width, rows, s.data(), {data(v) + t * width, width}, state, ahead);
+        weighted(n, width, rows, s.data(), {value + t * width, width}, state, ahead);
     }
-    for (int64_t i = 0; i < rows * width; ++i) data(o)[i] /= sum[i / width];
+    for (int64_t i = 0; i < rows * width; ++i) state.o[i] /= sum[i / width];
 }
-STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) { m.def("stream(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) o) -> ()"); }
-STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("stream", TORCH_BOX(&stream)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
+    m.def("flash(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("flash", TORCH_BOX(&flash)); }

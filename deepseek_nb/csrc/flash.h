@@ -7,9 +7,9 @@
 constexpr int64_t KEYS = 64;
 
 struct Rows { const float* data; int64_t ld; };
+// of each query: weighted values, largest score, sum of exponentials, and the factor on what was summed before
 struct State { float *o, *top, *sum, *factor; int64_t ldo; };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline bool paired(int64_t rows) { return rows <= L / 2; }
 inline int64_t lanes(int64_t rows) { return paired(rows) ? L / 2 : round_up(rows, L); }
 
@@ -53,16 +53,19 @@ template <int M> void score_pairs(int64_t x, const float* k, int64_t ldk, const 
 template <int... I> inline vec add_neighbours(vec a, vec b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
-using Heights = std::make_integer_sequence<int, ROWS>;
-using Score = void (*)(int64_t, const float*, int64_t, const float*, float*, Ahead&);
-template <int... M> constexpr std::array<Score, ROWS> scorers(std::integer_sequence<int, M...>) { return {&score_pairs<M + 1>...}; }
+using ScorePairs = void (*)(int64_t, const float*, int64_t, const float*, float*, Ahead&);
+template <int... M> constexpr std::array<ScorePairs, ROWS> scorers(std::integer_sequence<int, M...>) {
+    return {&score_pairs<M + 1>...};
+}
 inline constexpr auto SCORERS = scorers(Heights());
 
+// %% ../../nbs/520_kernels.flash.ipynb #edae87d5
 // s (n × lanes) = k (n × x) · q (x × lanes)
 inline void scores(int64_t n, int64_t x, int64_t rows, Rows k, const float* q, float* s, Ahead& ahead) {
     if (paired(rows)) {
         in_tiles(n, [&](int64_t i, int64_t m) { SCORERS[m - 1](x, k.data + i * k.ld, k.ld, q, s + i * L, ahead); });
-        for (int64_t i = 0; i < n; i += 2) store(s + i * L / 2, add_neighbours(load(s + i * L), load(s + i * L + L), Lanes()));
+        for (int64_t i = 0; i < n; i += 2)
+            store(s + i * L / 2, add_neighbours(load(s + i * L), load(s + i * L + L), Lanes()));
     } else for (int64_t j = 0, wide = lanes(rows); j < wide; j += W)
         in_tiles(n, [&](int64_t i, int64_t m) {
             const float* here = k.data + i * k.ld;
@@ -83,13 +86,12 @@ inline vec exp2(vec x) {
 }
 
 // %% ../../nbs/520_kernels.flash.ipynb #ad908736
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
 inline vec both_halves(vec x, vec (*join)(vec, vec)) { return join(x, swap_lanes<L / 2>(x, Lanes())); }
 
 inline void soften(float* s, int64_t n, int64_t step, bool pairs, float* top, float* sum, float* factor) {
     vec most = load(top), total = {};
     for (int64_t r = 0; r < n; ++r) most = larger(load(s + r * step), most);
-    if (pairs) most = both_halves(most, larger);
+    if (pairs) most = both_halves(most, larger<vec>);
     const vec base = most == -__builtin_inff() ? vec{} : most, f = exp2(load(top) - base);
     for (int64_t r = 0; r < n; ++r) {
         const vec p = exp2(load(s + r * step) - base);
@@ -99,10 +101,13 @@ inline void soften(float* s, int64_t n, int64_t step, bool pairs, float* top, fl
     if (pairs) total = both_halves(total, [](vec a, vec b) { return a + b; });
     store(top, most), store(factor, f), store(sum, load(sum) * f + total);
 }
+
+// %% ../../nbs/520_kernels.flash.ipynb #7038a745
 inline void softmax(float* s, int64_t n, int64_t rows, const State& state) {
     const int64_t step = round_up(rows, L), vecs = round_up(n * lanes(rows), step) / step;
     std::fill(s + n * lanes(rows), s + vecs * step, -__builtin_inff());
-    for (int64_t j = 0; j < step; j += L) soften(s + j, vecs, step, paired(rows), state.top + j, state.sum + j, state.factor + j);
+    for (int64_t j = 0; j < step; j += L)
+        soften(s + j, vecs, step, paired(rows), state.top + j, state.sum + j, state.factor + j);
 }
 
 // %% ../../nbs/520_kernels.flash.ipynb #93233f77
@@ -126,7 +131,9 @@ void weigh(int64_t n, const float* p, int64_t ldp, Rows v, const float* factor, 
 
 // %% ../../nbs/520_kernels.flash.ipynb #203f1fe0
 using Weigh = void (*)(int64_t, const float*, int64_t, Rows, const float*, float*, int64_t, Ahead&);
-template <int N, int... M> constexpr std::array<Weigh, ROWS> weighers(std::integer_sequence<int, M...>) { return {&weigh<M + 1, N>...}; }
+template <int N, int... M> constexpr std::array<Weigh, ROWS> weighers(std::integer_sequence<int, M...>) {
+    return {&weigh<M + 1, N>...};
+}
 inline constexpr std::array<Weigh, ROWS> WEIGHERS[] = {weighers<1>(Heights()), weighers<2>(Heights())};
 
 // o (rows × width) = factor · o + sᵀ (rows × n) · v (n × width)
@@ -134,7 +141,8 @@ inline void weighted(int64_t n, int64_t width, int64_t rows, const float* s, Row
     for (int64_t j = 0; j < width; j += W)
         in_tiles(rows, [&](int64_t i, int64_t m) {
             float* o = state.o + i * state.ldo + j;
-            WEIGHERS[width - j > L][m - 1](n, s + i, lanes(rows), {v.data + j, v.ld}, state.factor + i, o, state.ldo, ahead);
+            WEIGHERS[width - j > L][m - 1](n, s + i, lanes(rows), {v.data + j, v.ld}, state.factor + i, o, state.ldo,
+                                           ahead);
         });
 }
 

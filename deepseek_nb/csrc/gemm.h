@@ -9,8 +9,9 @@
 #include <memory>
 #include <vector>
 
-constexpr int FEW = L == 16 ? 24 : 12, AHEAD = 4096;
-constexpr int power_of_two(int n) { return n < 2 ? n : 2 * power_of_two(n / 2); } // The largest that isn't larger
+constexpr int FEW = L == 16 ? 24 : 12;  // tokens that are multiplied row by row
+constexpr int AHEAD = 4096;             // weights between a load and its prefetch
+constexpr int power_of_two(int n) { return n < 2 ? n : 2 * power_of_two(n / 2); }  // the largest up to n
 
 // The sums of n vectors, M of them for each row of c
 template <int M, int n, int begin = 0> void add_up(vec* s, float* c, int64_t ldc) {
@@ -18,13 +19,16 @@ template <int M, int n, int begin = 0> void add_up(vec* s, float* c, int64_t ldc
         constexpr int some = power_of_two(std::min(L, n - begin)), run = std::min(M, some);
         float sums_of[L];
         store(sums_of, sums<some>(s + begin));
-        for (int i = begin; i < begin + some; i += run) memcpy(c + i / M * ldc + i % M, sums_of + i - begin, run * sizeof(float));
+        for (int i = begin; i < begin + some; i += run)
+            memcpy(c + i / M * ldc + i % M, sums_of + i - begin, run * sizeof(float));
         add_up<M, n, begin + some>(s, c, ldc);
     }
 }
 
+// %% ../../nbs/510_kernels.gemm.ipynb #507828c7
 // c[j][i] = w_i · x_j
-template <int M, int N, class T> void dots(int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
+template <int M, int N, class T>
+void dots(int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
     vec s[N][M];
     for (auto& token : s) for (vec& x : token) x = vec{};
     int64_t k = 0;
@@ -44,26 +48,31 @@ template <int M, int N, class T> void dots(int64_t K, const T* w, int64_t ldw, c
     add_up<M, M * N>(&s[0][0], c, ldc);
 }
 
-// %% ../../nbs/510_kernels.gemm.ipynb #507828c7
+// %% ../../nbs/510_kernels.gemm.ipynb #a3a8d28d
+using UpToTokens = std::make_integer_sequence<int, TOKENS>;
 template <int M, class T, int... N>
-inline void dots_up_to(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc, std::integer_sequence<int, N...>) {
+inline void dots_up_to(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc,
+                       std::integer_sequence<int, N...>) {
     ((n == N + 1 && (dots<M, N + 1>(K, w, ldw, x, c, ldc), true)) || ...);
 }
-template <int M, class T> inline void dots_block(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
+template <int M, class T>
+inline void dots_block(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
     const int64_t blocks = (n + TOKENS - 1) / TOKENS;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t j = n * b / blocks, some = n * (b + 1) / blocks - j;
-        dots_up_to<M>(some, K, w, ldw, x + j, c + j * ldc, ldc, std::make_integer_sequence<int, TOKENS>());
+        dots_up_to<M>(some, K, w, ldw, x + j, c + j * ldc, ldc, UpToTokens());
     }
 }
 
-// What a run over rows will want first
+// %% ../../nbs/510_kernels.gemm.ipynb #d80ed7a0
 template <class T> inline void fetch(const T* w) {
     for (int64_t i = 0; i < AHEAD; i += 64 / sizeof(T)) __builtin_prefetch(w + i, 0, 2);
 }
 
 // c[j][r] = w_r · x_j for R rows and n tokens
-template <class T> inline void skinny(int64_t R, int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
+template <class T>
+inline void skinny(int64_t R, int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c,
+                   int64_t ldc) {
     int64_t r = 0;
     if (n == 1) for (; r + 8 <= R; r += 8) dots<8, 1>(K, w + r * ldw, ldw, x, c + r, ldc);
     for (; r + 4 <= R; r += 4) dots_block<4>(n, K, w + r * ldw, ldw, x, c + r, ldc);
@@ -73,7 +82,8 @@ template <class T> inline void skinny(int64_t R, int64_t n, int64_t K, const T* 
 // %% ../../nbs/510_kernels.gemm.ipynb #893b3920
 // c (M × N·L) = a (M × K) · b (K × N·L)
 template <int M, int N>
-void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, const float* next) {
+void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+          const float* next) {
     vec s[M][N];
     for (auto& row : s) for (vec& x : row) x = vec{};
     for (int64_t line = 0; line < K; line += 16) {
@@ -92,15 +102,19 @@ void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, f
 
 // %% ../../nbs/510_kernels.gemm.ipynb #e2a92e62
 using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, const float*);
-template <int N, int... M> constexpr std::array<Tile, ROWS> tiles(std::integer_sequence<int, M...>) { return {&tile<M + 1, N>...}; }
+using Heights = std::make_integer_sequence<int, ROWS>;
+template <int N, int... M> constexpr std::array<Tile, ROWS> tiles(std::integer_sequence<int, M...>) {
+    return {&tile<M + 1, N>...};
+}
 inline Tile pick_tile(int m, int n) {
-    static constexpr auto one = tiles<1>(std::make_integer_sequence<int, ROWS>()), two = tiles<2>(std::make_integer_sequence<int, ROWS>());
+    static constexpr auto one = tiles<1>(Heights()), two = tiles<2>(Heights());
     return (n == 1 ? one : two)[m - 1];
 }
 
 // %% ../../nbs/510_kernels.gemm.ipynb #d747fa0d
 constexpr int W = 2 * L, PANEL = 64;
 
+// features begin up to end of n tokens
 inline void pack(int64_t n, int64_t K, int64_t begin, int64_t end, const float* const* x, float* panel) {
     for (int64_t j = 0; j < n; j += L) {
         float* strip = panel + j / W * W * K + j % W;
@@ -115,18 +129,22 @@ inline void pack(int64_t n, int64_t K, int64_t begin, int64_t end, const float* 
     }
 }
 
-// %% ../../nbs/510_kernels.gemm.ipynb #426d2bb2
+// %% ../../nbs/510_kernels.gemm.ipynb #29fc5450
 // c (R × n, PANEL apart) = w (R × K) · panel (K × n)
-inline void multiply(int64_t R, int64_t n, int64_t K, const float* w, const float* panel, float* c, const float* after) {
+inline void multiply(int64_t R, int64_t n, int64_t K, const float* w, const float* panel, float* c,
+                     const float* after) {
     const int64_t blocks = (R + ROWS - 1) / ROWS;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t r = R * i / blocks, end = R * (i + 1) / blocks;
         const float* here = w + r * K;
         const float* next = i + 1 < blocks ? w + end * K : after ? after : here;
         for (int64_t j = 0; j < n; j += W)
-            pick_tile(end - r, n - j > L ? 2 : 1)(K, here, K, panel + j * K, W, c + r * PANEL + j, PANEL, j ? here : next);
+            pick_tile(end - r, n - j > L ? 2 : 1)(K, here, K, panel + j * K, W, c + r * PANEL + j, PANEL,
+                                                  j ? here : next);
     }
 }
+
+// %% ../../nbs/510_kernels.gemm.ipynb #426d2bb2
 inline void multiply(int64_t R, int64_t n, int64_t K, const bf16* w, const float* panel, float* c, const bf16*) {
     thread_local std::vector<float> wide;
     wide.resize(std::max<size_t>(wide.size(), ROWS * K));
@@ -150,7 +168,7 @@ template <class F> inline void columns(int64_t R, int64_t n, const float* c, F u
         }
 }
 
-// Memory that only grows
+// %% ../../nbs/510_kernels.gemm.ipynb #fe0e092c
 struct Buffer {
     std::unique_ptr<float[]> memory;
     size_t size = 0;
@@ -159,27 +177,39 @@ struct Buffer {
         return memory.get();
     }
 };
+inline std::vector<const float*> row_pointers(const float* x, int64_t n, int64_t ld) {
+    std::vector<const float*> rows(n);
+    for (int64_t j = 0; j < n; ++j) rows[j] = x + j * ld;
+    return rows;
+}
 
 // %% ../../nbs/510_kernels.gemm.ipynb #bac9aed5
+inline int64_t panel_size(int64_t n, int64_t K) { return n <= FEW ? 0 : round_up(n, PANEL) * K; }
+
+inline void pack_together(const Team& t, int64_t n, int64_t K, const float* const* x, float* panel) {
+    const auto [begin, end] = t.share((K + L - 1) / L);
+    for (int64_t j = 0; j < n; j += PANEL)
+        pack(std::min<int64_t>(PANEL, n - j), K, begin * L, std::min(K, end * L), x + j, panel + j * K);
+    t.wait();
+}
+
+// %% ../../nbs/510_kernels.gemm.ipynb #761bdc02
 constexpr int BLOCK = 48;
-inline int64_t panel_size(int64_t n, int64_t K) { return n <= FEW ? 0 : (n + PANEL - 1) / PANEL * PANEL * K; }
 
 // y[j][r] = w_r · x_j for all R rows, shared by the team
-template <class T> void product(const Team& t, int64_t R, int64_t n, int64_t K, const T* w, const float* const* x, float* y, int64_t ldy, float* panel) {
+template <class T>
+void product(const Team& t, int64_t R, int64_t n, int64_t K, const T* w, const float* const* x, float* y, int64_t ldy,
+             float* panel) {
     const auto [begin, end] = t.share(R);
     if (n <= FEW) return skinny(end - begin, n, K, w + begin * K, K, x, y + begin, ldy);
-    const auto [k0, k1] = t.share((K + L - 1) / L);
-    for (int64_t j = 0; j < n; j += PANEL) pack(std::min<int64_t>(PANEL, n - j), K, k0 * L, std::min(K, k1 * L), x + j, panel + j * K);
-    t.wait();
+    pack_together(t, n, K, x, panel);
     alignas(64) float block[BLOCK * PANEL];
     for (int64_t r = begin; r < end; r += BLOCK)
         for (int64_t j = 0; j < n; j += PANEL) {
             const int64_t m = std::min<int64_t>(BLOCK, end - r), some = std::min<int64_t>(PANEL, n - j);
             multiply(m, some, K, w + r * K, panel + j * K, block, r + m < end ? w + (r + m) * K : nullptr);
             columns(m, some, block, [&](int64_t a, int64_t i, vec v, int64_t wide) {
-                float* to = y + (j + a) * ldy + r + i;
-                if (wide == L) store(to, v);
-                else memcpy(to, &v, wide * sizeof(float));
+                store_part(y + (j + a) * ldy + r + i, v, wide);
             });
         }
 }

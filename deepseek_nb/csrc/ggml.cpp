@@ -2,13 +2,11 @@
 
 // %% ../../nbs/538_kernels.ggml.ipynb #212b5154
 #include "gemm.h"
+#include "tensors.h"
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-using torch::stable::Tensor;
 
 inline float half(const uint8_t* p) {
     uint16_t h;
@@ -59,7 +57,7 @@ template <bool MINS> struct Q4 {
     }
 };
 
-// %% ../../nbs/538_kernels.ggml.ipynb #b37f1078
+// %% ../../nbs/538_kernels.ggml.ipynb #bed16124
 struct Q4_K {
     static constexpr int N = 256, BYTES = 144;
     static void expand(const uint8_t* p, float* w) {
@@ -69,10 +67,13 @@ struct Q4_K {
         for (int j = 0; j < 8; ++j, w += 32) {
             const float step = d * (j < 4 ? s[j] & 63 : (s[j + 4] & 15) | s[j - 4] >> 6 << 4);
             const float low = m * (j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | s[j] >> 6 << 4);
-            for (int i = 0; i < 32; i += L) store(w + i, step * floats(bytes(q + j / 2 * 32 + i) >> j % 2 * 4 & 15) - low);
+            for (int i = 0; i < 32; i += L)
+                store(w + i, step * floats(bytes(q + j / 2 * 32 + i) >> j % 2 * 4 & 15) - low);
         }
     }
 };
+
+// %% ../../nbs/538_kernels.ggml.ipynb #0d7803db
 struct Q6_K {
     static constexpr int N = 256, BYTES = 210;
     static void expand(const uint8_t* p, float* w) {
@@ -90,41 +91,48 @@ struct Q6_K {
 };
 
 // %% ../../nbs/538_kernels.ggml.ipynb #7758a9e6
-template <class B> void blocks_product(const Team& t, int64_t R, int64_t n, int64_t K, const uint8_t* w, const float* const* x, float* y, float* panel) {
-    const int64_t row = K / B::N * B::BYTES, at_once = n > FEW ? ROWS : 4;
+// rows first up to first + m of a weight with K numbers a row, as floats
+template <class B> void expand_rows(const uint8_t* w, int64_t first, int64_t m, int64_t K, float* to) {
+    const int64_t blocks = K / B::N;
+    for (int64_t b = 0; b < m * blocks; ++b) B::expand(w + (first * blocks + b) * B::BYTES, to + b * B::N);
+}
+
+// %% ../../nbs/538_kernels.ggml.ipynb #d9d7403e
+template <class B>
+void blocks_product(const Team& t, int64_t R, int64_t n, int64_t K, const uint8_t* w, const float* const* x, float* y,
+                    float* panel) {
+    const int64_t at_once = n > FEW ? ROWS : 4;
     static thread_local Buffer memory;
     float* rows = memory.need(at_once * K);
-    if (n > FEW) {
-        const auto [k0, k1] = t.share((K + L - 1) / L);
-        for (int64_t j = 0; j < n; j += PANEL) pack(std::min<int64_t>(PANEL, n - j), K, k0 * L, std::min(K, k1 * L), x + j, panel + j * K);
-        t.wait();
-    }
+    if (n > FEW) pack_together(t, n, K, x, panel);
     alignas(64) float block[ROWS * PANEL];
     const auto [begin, end] = t.share(R);
     for (int64_t r = begin; r < end; r += at_once) {
         const int64_t m = std::min(at_once, end - r);
-        for (int64_t i = 0; i < m; ++i)
-            for (int64_t b = 0; b < K / B::N; ++b) B::expand(w + (r + i) * row + b * B::BYTES, rows + i * K + b * B::N);
+        expand_rows<B>(w, r, m, K, rows);
         if (n <= FEW) skinny(m, n, K, rows, K, x, y + r, R);
         else for (int64_t j = 0; j < n; j += PANEL) {
             const int64_t some = std::min<int64_t>(PANEL, n - j);
             multiply(m, some, K, rows, panel + j * K, block, (const float*)nullptr);
-            columns(m, some, block, [&](int64_t a, int64_t i, vec v, int64_t wide) { memcpy(y + (j + a) * R + r + i, &v, wide * sizeof(float)); });
+            columns(m, some, block, [&](int64_t a, int64_t i, vec v, int64_t wide) {
+                store_part(y + (j + a) * R + r + i, v, wide);
+            });
         }
     }
 }
 
-// %% ../../nbs/538_kernels.ggml.ipynb #d9d7403e
+// %% ../../nbs/538_kernels.ggml.ipynb #c8d004d2
 void linear_ggml(Tensor x, Tensor blocks, int64_t kind, Tensor y) {
     const int64_t n = x.size(0), K = x.size(1), R = y.size(1);
     static thread_local Buffer panels;
     float* panel = panels.need(panel_size(n, K));
-    std::vector<const float*> rows(n);
-    for (int64_t j = 0; j < n; ++j) rows[j] = static_cast<const float*>(x.data_ptr()) + j * K;
-    constexpr auto all = std::array{&blocks_product<Q8_0>, &blocks_product<Q4<false>>, &blocks_product<Q4<true>>, &blocks_product<Q4_K>, &blocks_product<Q6_K>};
-    const auto run = all[kind];
-    const auto* w = static_cast<const uint8_t*>(blocks.data_ptr());
-    team([&](const Team& t) { run(t, R, n, K, w, rows.data(), static_cast<float*>(y.data_ptr()), panel); });
+    const auto rows = row_pointers(data<float>(x), n, K);
+    constexpr auto all = std::array{&blocks_product<Q8_0>, &blocks_product<Q4<false>>, &blocks_product<Q4<true>>,
+                                    &blocks_product<Q4_K>, &blocks_product<Q6_K>};
+    STD_TORCH_CHECK(kind >= 0 && kind < int64_t(all.size()), "there is no kind ", kind, " of block");
+    team([&](const Team& t) { all[kind](t, R, n, K, data<uint8_t>(blocks), rows.data(), data<float>(y), panel); });
 }
-STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) { m.def("linear_ggml(Tensor x, Tensor blocks, int kind, Tensor(a!) y) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
+    m.def("linear_ggml(Tensor x, Tensor blocks, int kind, Tensor(a!) y) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("linear_ggml", TORCH_BOX(&linear_ggml)); }

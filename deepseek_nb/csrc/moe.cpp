@@ -3,60 +3,60 @@
 // %% ../../nbs/515_kernels.moe.ipynb #2b8f9a9e
 #include "experts.h"
 #include "route.h"
+#include "tensors.h"
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
-using torch::stable::Tensor;
-template <class T> T* data(const Tensor& t) { return static_cast<T*>(const_cast<void*>(t.data_ptr())); }
+// n tokens and their choices
+struct Tokens { const float* x; const float* weights; int64_t n, k; };
 
-template <class T> void run_together(const Stack<const T*>& w, const Sorted& s, const float* weights, const float* x, int64_t n, int64_t k, float* y) {
+template <class T> void run_together(const Stack<const T*>& w, const Sorted& s, const Tokens& a, float* y) {
     std::vector<float> weight;
-    auto visits = make_visits(w, s, weights, weight, [&](int64_t i) { return x + i / k * w.d; }, [&](int64_t i) { return y + i / k * w.d; });
+    auto groups = make_groups(w, s, a.weights, weight, [&](int64_t i) { return a.x + i / a.k * w.d; },
+                              [&](int64_t i) { return y + i / a.k * w.d; });
     int64_t size = 0;
-    for (auto& v : visits) size += room(v, w.d);
+    for (auto& v : groups) size += group_memory(v, w.d);
     static thread_local Buffer memory;
-    place(visits, w.d, memory.need(size));
-    memset(y, 0, n * w.d * sizeof(float));
-    team([&](const Team& t) { together(t, visits, w.d); });
+    place(groups, w.d, memory.need(size));
+    memset(y, 0, a.n * w.d * sizeof(float));
+    team([&](const Team& t) { together(t, groups, w.d); });
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #d09b788c
-template <class T> void run_apart(const Stack<const T*>& w, const Sorted& s, const float* weights, const float* x, int64_t n, int64_t k, float* y) {
+template <class T> void run_apart(const Stack<const T*>& w, const Sorted& s, const Tokens& a, float* y) {
     static thread_local Buffer memory;
     std::vector<float> weight;
-    float* z = memory.need(n * k * w.d);
-    auto visits = make_visits(w, s, weights, weight, [&](int64_t i) { return x + i / k * w.d; }, [&](int64_t i) { return z + i * w.d; });
+    float* z = memory.need(a.n * a.k * w.d);
+    auto groups = make_groups(w, s, a.weights, weight, [&](int64_t i) { return a.x + i / a.k * w.d; },
+                              [&](int64_t i) { return z + i * w.d; });
     std::atomic<size_t> next{0};
     team([&](const Team& t) {
-        apart(visits, w.d, next);
+        apart(groups, w.d, next);
         t.wait();
-        const auto [begin, end] = t.share(n);
+        const auto [begin, end] = t.share(a.n);
         memset(y + begin * w.d, 0, (end - begin) * w.d * sizeof(float));
-        for (int64_t i = begin * k; i < end * k; ++i)
-            if (weights[i] != 0) for (int64_t c = 0; c < w.d; ++c) y[i / k * w.d + c] += z[i * w.d + c];
+        for (int64_t i = begin * a.k; i < end * a.k; ++i)
+            if (a.weights[i] != 0) for (int64_t c = 0; c < w.d; ++c) y[i / a.k * w.d + c] += z[i * w.d + c];
     });
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #0372ccce
-template <class T> void run(const Tensor& x, const Tensor& weights, const Tensor& experts, const Tensor& gate_up, const Tensor& down, const Tensor& y) {
-    const int64_t n = x.size(0), k = experts.size(1);
-    const Stack<const T*> w{data<T>(gate_up), data<T>(down), gate_up.size(0), down.size(2), x.size(1)};
-    for (int64_t i = 0; i < n * k; ++i)
-        STD_TORCH_CHECK(data<int64_t>(experts)[i] >= 0 && data<int64_t>(experts)[i] < w.e, "experts holds an index outside the stack");
-    const Sorted s = sort_by_expert(data<int64_t>(experts), data<float>(weights), n * k, w.e);
-    const int64_t m = s.slot.size();
-    const bool many = m >= 32 * w.e && m >= PANEL * int64_t(torch::stable::get_num_threads());
-    (many ? run_apart<T> : run_together<T>)(w, s, data<float>(weights), data<float>(x), n, k, data<float>(y));
-}
 void experts(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down, Tensor y) {
-    gate_up.scalar_type() == torch::headeronly::ScalarType::Float ? run<float>(x, weights, experts, gate_up, down, y)
-                                                                  : run<bf16>(x, weights, experts, gate_up, down, y);
+    const int64_t n = x.size(0), k = experts.size(1), e = gate_up.size(0), *chosen = data<int64_t>(experts);
+    for (int64_t i = 0; i < n * k; ++i)
+        STD_TORCH_CHECK(chosen[i] >= 0 && chosen[i] < e, "experts holds an index outside the stack");
+    const Sorted s = sort_by_expert(chosen, data<float>(weights), n * k, e);
+    const int64_t m = s.slot.size();
+    const bool many = m >= 32 * e && m >= PANEL * int64_t(torch::stable::get_num_threads());
+    by_type(gate_up, [&]<class T>(T) {
+        const Stack<const T*> w{data<T>(gate_up), data<T>(down), e, down.size(2), x.size(1)};
+        (many ? run_apart<T> : run_together<T>)(w, s, {data<float>(x), data<float>(weights), n, k}, data<float>(y));
+    });
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #99473a33
-void routing(Tensor logits, std::optional<Tensor> bias, std::vector<int64_t> how, double scale, Tensor weights, Tensor experts, Tensor scores) {
-    const Router r{logits.size(1), weights.size(1), how[0], how[1], how[2], how[3], how[4], float(scale)};
+void routing(Tensor logits, std::optional<Tensor> bias, std::vector<int64_t> settings, double scale, Tensor weights,
+             Tensor experts, Tensor scores) {
+    const Router r{record<RouterSettings>(settings), logits.size(1), weights.size(1), float(scale)};
     team([&](const Team& t) {
         const auto [begin, end] = t.share(logits.size(0));
         for (int64_t i = begin; i < end; ++i)
@@ -66,7 +66,8 @@ void routing(Tensor logits, std::optional<Tensor> bias, std::vector<int64_t> how
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("experts(Tensor x, Tensor weights, Tensor experts, Tensor gate_up, Tensor down, Tensor(a!) y) -> ()");
-    m.def("routing(Tensor logits, Tensor? bias, int[] how, float scale, Tensor(a!) weights, Tensor(b!) experts, Tensor(c!) scores) -> ()");
+    m.def("routing(Tensor logits, Tensor? bias, int[] settings, float scale, Tensor(a!) weights, Tensor(b!) experts, "
+          "Tensor(c!) scores) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("experts", TORCH_BOX(&experts));

@@ -4,10 +4,7 @@
 #include "norm.h"
 #include "team.h"
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-using torch::stable::Tensor;
-template <class T> T* data(const Tensor& t) { return static_cast<T*>(const_cast<void*>(t.data_ptr())); }
 template <class F> void each_row(int64_t n, int64_t d, F f) {
     const auto rows = [&](const Team& t) {
         const auto [begin, end] = t.share(n);
@@ -15,34 +12,27 @@ template <class F> void each_row(int64_t n, int64_t d, F f) {
     };
     n * d < 16384 ? rows(Team{0, 1, nullptr}) : team(rows);
 }
-template <class F> void by_type(const Tensor& t, F f) {
-    if (t.scalar_type() == torch::headeronly::ScalarType::Float) f(float());
-    else f(bf16());
-}
 
 // %% ../../nbs/525_kernels.norm.ipynb #6aed6e84
 void rms_norm(Tensor x, Tensor weight, double eps, Tensor y) {
     const int64_t d = x.size(1), ld = x.stride(0);
     by_type(x, [&]<class T>(T) {
-        each_row(x.size(0), d, [&](int64_t i) { normalise(data<T>(x) + i * ld, d, data<T>(weight), float(eps), data<T>(y) + i * d); });
+        each_row(x.size(0), d, [&](int64_t i) {
+            normalise(data<T>(x) + i * ld, d, data<T>(weight), float(eps), data<T>(y) + i * d);
+        });
     });
 }
 
 // %% ../../nbs/525_kernels.norm.ipynb #e9929795
-struct Angles {
-    const float *cos, *sin;
-    int64_t batch, step;
-    Angles(const Tensor& c, const Tensor& s) : cos(data<float>(c)), sin(data<float>(s)), batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)) {}
-    int64_t at(int64_t i, int64_t k) const { return i * batch + k * step; }
-};
 void rotate(Tensor x, Tensor cos, Tensor sin, bool interleaved, Tensor y) {
     const Angles angles(cos, sin);
     const int64_t b = x.size(0), h = x.size(1), s = x.size(2), r = x.size(3);
-    const auto at = [h, s](const Tensor& t, int64_t n) { return n / h / s * t.stride(0) + n % h * t.stride(1) + n / h % s * t.stride(2); };
+    const auto at = [h, s](const Tensor& t, int64_t n) {
+        return n / h / s * t.stride(0) + n % h * t.stride(1) + n / h % s * t.stride(2);
+    };
     by_type(x, [&]<class T>(T) {
         each_row(b * s * h, r, [&](int64_t n) {
-            const int64_t a = angles.at(n / h / s, n / h % s);
-            turn(data<T>(x) + at(x, n), r, angles.cos + a, angles.sin + a, interleaved, data<T>(y) + at(y, n));
+            angles.apply(data<T>(x) + at(x, n), n / h / s, n / h % s, interleaved, data<T>(y) + at(y, n));
         });
     });
 }
@@ -54,16 +44,18 @@ void norm_rotate(Tensor x, Tensor weight, Tensor cos, Tensor sin, double eps, bo
     by_type(x, [&]<class T>(T) {
         each_row(b * s, d, [&](int64_t n) {
             const T* from = data<T>(x) + n / s * x.stride(0) + n % s * x.stride(1);
-            const int64_t a = angles.at(n / s, n % s);
             normalise(from, c, data<T>(weight), float(eps), data<T>(y) + n * d);
-            turn(from + c, d - c, angles.cos + a, angles.sin + a, interleaved, data<T>(y) + n * d + c);
+            angles.apply(from + c, n / s, n % s, interleaved, data<T>(y) + n * d + c);
         });
     });
 }
+
+// %% ../../nbs/525_kernels.norm.ipynb #b3440e5f
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) y) -> ()");
     m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool interleaved, Tensor(a!) y) -> ()");
-    m.def("norm_rotate(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps, bool interleaved, Tensor(a!) y) -> ()");
+    m.def("norm_rotate(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps, bool interleaved, Tensor(a!) y) "
+          "-> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("rms_norm", TORCH_BOX(&rms_norm));

@@ -2,8 +2,9 @@
 
 // %% ../../nbs/525_kernels.norm.ipynb #cc7e6278
 #pragma once
-#include "simd.h"
+#include "tensors.h"
 #include <cmath>
+#include <type_traits>
 
 template <class X, class G, class Y> inline void normalise(const X* x, int64_t d, const G* weight, float eps, Y* y) {
     vec squares = {};
@@ -12,17 +13,44 @@ template <class X, class G, class Y> inline void normalise(const X* x, int64_t d
     float total = sum(squares);
     for (; i < d; ++i) total += widen(x[i]) * widen(x[i]);
     const float scale = 1 / std::sqrt(total / d + eps);
-    for (i = 0; i < d; ++i) narrow(widen(x[i]) * scale * widen(weight[i]), y + i);
+    i = 0;
+    if constexpr (std::is_same_v<Y, float>)
+        for (; i + L <= d; i += L) store(y + i, load(x + i) * scale * load(weight + i));
+    for (; i < d; ++i) narrow(widen(x[i]) * scale * widen(weight[i]), y + i);
 }
 
-// %% ../../nbs/525_kernels.norm.ipynb #179b0629
+// %% ../../nbs/525_kernels.norm.ipynb #6f8ef4ca
 template <class X, class Y> inline void turn_pair(const X* x, int64_t i, int64_t j, float cos, float sin, Y* y) {
     const float a = widen(x[i]), b = widen(x[j]);
     narrow(a * cos - b * sin, y + i);
     narrow(a * sin + b * cos, y + j);
 }
-template <class X, class Y> inline void turn(const X* x, int64_t r, const float* cos, const float* sin, bool interleaved, Y* y) {
+template <class X, class Y>
+inline void turn(const X* x, int64_t r, const float* cos, const float* sin, bool interleaved, Y* y) {
     const int64_t half = r / 2;
-    if (interleaved) for (int64_t i = 0; i < half; ++i) turn_pair(x, 2 * i, 2 * i + 1, cos[i], sin[i], y);
-    else for (int64_t i = 0; i < half; ++i) turn_pair(x, i, i + half, cos[i], sin[i], y);
+    int64_t i = 0;
+    if (interleaved) {
+        for (; i < half; ++i) turn_pair(x, 2 * i, 2 * i + 1, cos[i], sin[i], y);
+        return;
+    }
+    if constexpr (std::is_same_v<Y, float>)
+        for (; i + L <= half; i += L) {
+            const vec a = load(x + i), b = load(x + i + half), c = load(cos + i), s = load(sin + i);
+            store(y + i, a * c - b * s), store(y + i + half, a * s + b * c);
+        }
+    for (; i < half; ++i) turn_pair(x, i, i + half, cos[i], sin[i], y);
 }
+
+// %% ../../nbs/525_kernels.norm.ipynb #5a933081
+struct Angles {
+    const float *cos, *sin;
+    int64_t batch, step, half;
+    Angles(const Tensor& c, const Tensor& s)
+        : cos(data<float>(c)), sin(data<float>(s)), batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)),
+          half(c.size(3)) {}
+    // rotates a row at position s of batch row b
+    template <class X, class Y> void apply(const X* x, int64_t b, int64_t s, bool interleaved, Y* y) const {
+        const int64_t at = b * batch + s * step;
+        turn(x, 2 * half, cos + at, sin + at, interleaved, y);
+    }
+};

@@ -178,7 +178,7 @@ __device__ inline uint32_t round_pair(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 #else
-    return pack(low, high);
+    return pack_panels(low, high);
 #endif
 }
 

@@ -5,25 +5,43 @@
 #include "panels.h"
 #include <torch/csrc/stable/library.h>
 
-template <class T> struct Weights<T, Matrix> {
-    const int64_t* row;
-    const T* vector(int64_t i) const { return (const T*)row[5 * i]; }
-    Matrix matrix(int64_t i) const { return {(const uint8_t*)row[5 * i], row[5 * i + 1], row[5 * i + 2], row[5 * i + 3]}; }
-    int64_t size(int64_t i) const { return row[5 * i + 4]; }
-    int64_t width(int64_t i) const { return row[5 * i + 2]; }
-    Weights from(int64_t i) const { return {row + 5 * i}; }
+// a row of Python's table; zeros for a weight that the model lacks
+struct TableRow {
+    int64_t address, format, group;
+    int64_t width;  // numbers in a row of the weight
+    int64_t bytes;  // of a panel
+    int64_t size;   // length of the first axis
 };
-inline auto own_rows(const Team& t, const Matrix&, int64_t R) {
-    const auto [first, last] = t.share(panels_of(R));
-    return std::pair<int64_t, int64_t>{first * P, std::min(R, last * P)};
-}
-inline Matrix from_row(const Matrix& m, int64_t row, int64_t) { return {m.data + row / P * m.size, m.kind, m.K, m.size}; }
+template <class T> struct Weights<T, Matrix> {
+    const TableRow* rows;
+    const T* vector(int64_t i) const { return (const T*)rows[i].address; }
+    const float* floats(int64_t i) const { return (const float*)rows[i].address; }
+    Matrix matrix(int64_t i) const {
+        const TableRow& w = rows[i];
+        return {(const uint8_t*)w.address, Format(w.format), w.group, w.width, w.bytes};
+    }
+    int64_t size(int64_t i) const { return rows[i].size; }
+    int64_t width(int64_t i) const { return rows[i].width; }
+    Weights from(int64_t i) const { return {rows + i}; }
+};
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #b8b69761
+inline Matrix from_row(const Matrix& m, int64_t row, int64_t) {
+    Matrix part = m;
+    part.data = m.panel(row / PANEL_ROWS);
+    return part;
+}
+inline std::pair<int64_t, int64_t> own_rows(const Team& t, const Matrix&, int64_t R) {
+    const auto [first, last] = t.share(panels_of(R));
+    return {std::min(R, first * PANEL_ROWS), std::min(R, last * PANEL_ROWS)};
+}
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #d7a4f2dc
+// columns 32 g to 32 g + 31 of 16 rows, each column as 16 numbers, ld apart
 template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int64_t ld) {
     const int64_t each = m.blocks();
     const uint8_t* group = m.data + g / each * (F::SCALES + each * F::BYTES);
-    for (int h = 0; h < H; ++h) {
+    for (int h = 0; h < PASSES; ++h) {
         ivec w[8];
         F::read(group + F::SCALES + g % each * F::BYTES + h * 4 * L, w);
         const vec d = F::step(group + h * 2 * L), low = F::low(group + h * 2 * L, d);
@@ -36,126 +54,152 @@ template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int6
     }
 }
 inline void decode(const Matrix& m, int64_t g, float* to, int64_t ld) {
-    as_kind(m, [&](auto f) { decode_block<decltype(f)>(m, g, to, ld); });
+    as_format(m, [&](auto f) { decode_block<decltype(f)>(m, g, to, ld); });
 }
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #6c1dc194
 template <class T> void absorb(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* q, float* out) {
-    const int64_t x = w.nope + w.r, blocks = blocks_of(w.c), ld = w.h * (w.c + w.r);
+    const int64_t x = w.query(), blocks = blocks_of(w.c), ld = w.h * w.cached();
     const auto [begin, end] = t.share(w.h * blocks);
     thread_local Buffer buffer;
     float* columns = buffer.need(32 * w.nope);
     for (int64_t task = begin; task < end; ++task) {
-        const int64_t head = task / blocks, g = task % blocks;
-        for (int64_t i = 0; i < w.nope; i += P) decode(from_row(w.kv_b, head * (w.nope + w.v) + i, w.c), g, columns + i, w.nope);
+        const int64_t head = task / blocks, g = task % blocks, wide = std::min<int64_t>(32, w.c - 32 * g);
+        for (int64_t i = 0; i < w.nope; i += PANEL_ROWS)
+            decode(from_row(w.kv_b, head * (w.nope + w.v) + i, w.c), g, columns + i, w.nope);
         const auto rows = row_pointers(q + head * x, n, w.h * x);
-        skinny(std::min<int64_t>(32, w.c - 32 * g), n, w.nope, columns, w.nope, rows.data(), out + head * (w.c + w.r) + 32 * g, ld);
+        skinny(wide, n, w.nope, columns, w.nope, rows.data(), out + head * w.cached() + 32 * g, ld);
     }
 }
 
-// %% ../../nbs/540_kernels.step_codes.ipynb #d7a4f2dc
-template <class T> void expand(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* const* latents, float* out) {
-    const int64_t each = w.v / P;
+// %% ../../nbs/540_kernels.step_codes.ipynb #c0bcdeb1
+template <class T>
+void expand(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* const* latents, float* out) {
+    const int64_t each = w.v / PANEL_ROWS;
     auto [at, end] = t.share(w.h * each);
     thread_local Rounded codes;
     codes.take(n, w.c);
     while (at < end) {
-        const int64_t head = at / each, stop = std::min(end, (head + 1) * each);
+        const int64_t head = at / each, stop = std::min(end, (head + 1) * each), first = at % each;
         for (int64_t j = 0; j < n; ++j) codes.round(j, latents[head * n + j], w.c);
         const Matrix values = from_row(w.kv_b, head * (w.nope + w.v) + w.nope, w.c);
-        rows_of(values, at % each, at % each + stop - at, w.v, n, codes.rows.data(), out + head * w.v, w.h * w.v);
+        rows_of(values, {first, first + stop - at, w.v, n, codes.rows.data(), out + head * w.v, w.h * w.v});
         at = stop;
     }
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #47d9fe97
-inline int64_t code_words(const Visit<Matrix>& v, int64_t K) { return v.n * CODES * blocks_of(K); }
-inline int64_t room(const Visit<Matrix>& v, int64_t d) { return code_words(v, d) + code_words(v, v.f) + v.n * v.f; }
-inline void place(std::vector<Visit<Matrix>>& visits, int64_t d, float* memory) {
-    for (auto& v : visits) {
+using GroupOfCodes = Group<Matrix>;
+inline int64_t code_words(const GroupOfCodes& v, int64_t K) { return v.n * CODES * blocks_of(K); }
+inline int32_t* input_codes(const GroupOfCodes& v) { return (int32_t*)v.panel; }
+inline int32_t* hidden_codes(const GroupOfCodes& v) { return (int32_t*)(v.hidden + v.n * v.f); }
+
+inline int64_t group_memory(const GroupOfCodes& v, int64_t d) {
+    return code_words(v, d) + code_words(v, v.f) + v.n * v.f;
+}
+inline void place(std::vector<GroupOfCodes>& groups, int64_t d, float* memory) {
+    for (auto& v : groups) {
         v.panel = memory, v.hidden = memory + code_words(v, d);
-        memory += room(v, d);
+        memory += group_memory(v, d);
     }
 }
-inline void take_codes(Rounded& codes, const float* memory, int64_t n, int64_t K) {
-    codes.take(n, K);
-    for (int64_t j = 0; j < n; ++j) codes.rows[j] = codes_in((const int32_t*)memory + j * CODES * blocks_of(K), K);
-}
-// the blocks of 32 that this thread rounds, of all rows; wide(v): numbers in a row of a visit
-template <class W, class F> void each_share(const Team& t, const std::vector<Visit<Matrix>>& visits, W wide, F use) {
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #398b9d32
+// the blocks of 32 that this thread rounds, of all rows; wide(v): numbers in a row of a group
+template <class Wide, class F>
+void each_share(const Team& t, const std::vector<GroupOfCodes>& groups, Wide wide, F use) {
     int64_t blocks = 0, at = 0;
-    for (auto& v : visits) blocks += v.n * blocks_of(wide(v));
+    for (auto& v : groups) blocks += v.n * blocks_of(wide(v));
     const auto [begin, end] = t.share(blocks);
-    for (auto& v : visits)
+    for (auto& v : groups)
         for (int64_t j = 0, G = blocks_of(wide(v)); j < v.n; ++j, at += G)
             if (begin < at + G && at < end) use(v, j, std::max<int64_t>(0, begin - at), std::min(G, end - at));
 }
 
-// %% ../../nbs/540_kernels.step_codes.ipynb #398b9d32
-inline void hidden_codes(const Team& t, const Visit<Matrix>& v, int64_t d) {
+// %% ../../nbs/540_kernels.step_codes.ipynb #761e9a50
+inline void take_codes(Rounded& codes, const int32_t* memory, int64_t n, int64_t K) {
+    codes.take(n, K);
+    for (int64_t j = 0; j < n; ++j) codes.rows[j] = codes_in(memory + j * CODES * blocks_of(K), K);
+}
+inline void gate_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     thread_local Rounded codes;
     thread_local Buffer buffer;
-    take_codes(codes, v.panel, v.n, d);
+    take_codes(codes, input_codes(v), v.n, d);
     const auto [first, last] = t.share(panels_of(v.f));
     float* up = buffer.need(v.n * v.f);
-    rows_of(v.gate, first, last, v.f, v.n, codes.rows.data(), v.hidden, v.f);
-    rows_of(v.up, first, last, v.f, v.n, codes.rows.data(), up, v.f);
-    for (int64_t j = 0; j < v.n; ++j) {
-        const int64_t end = j * v.f + std::min(last * P, v.f);
-        int64_t i = j * v.f + first * P;
-        for (; i + L <= end; i += L) store(v.hidden + i, silu(load(v.hidden + i)) * load(up + i));
-        for (; i < end; ++i) v.hidden[i] = silu(splat(v.hidden[i]))[0] * up[i];
-    }
+    rows_of(v.gate, {first, last, v.f, v.n, codes.rows.data(), v.hidden, v.f});
+    rows_of(v.up, {first, last, v.f, v.n, codes.rows.data(), up, v.f});
+    const auto [begin, end] = own_rows(t, v.gate, v.f);
+    for (int64_t j = 0; j < v.n; ++j) swiglu(v.hidden, up, j * v.f + begin, j * v.f + end);
 }
-inline void project_codes(const Team& t, const Visit<Matrix>& v, int64_t d) {
+inline void project_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     thread_local Rounded codes;
     thread_local Buffer buffer;
-    take_codes(codes, v.hidden + v.n * v.f, v.n, v.f);
+    take_codes(codes, hidden_codes(v), v.n, v.f);
     const auto [first, last] = t.share(panels_of(d));
     float* o = buffer.need(v.n * d);
-    rows_of(v.down, first, last, d, v.n, codes.rows.data(), o, d);
-    for (int64_t j = 0; j < v.n; ++j)
-        for (int64_t i = first * P; i < std::min(last * P, d); ++i) v.out[j][i] += v.weight[j] * o[j * d + i];
+    rows_of(v.down, {first, last, d, v.n, codes.rows.data(), o, d});
+    const auto [begin, end] = own_rows(t, v.down, d);
+    for (int64_t j = 0; j < v.n; ++j) for (int64_t i = begin; i < end; ++i) v.out[j][i] += v.weight[j] * o[j * d + i];
 }
-inline void together(const Team& t, const std::vector<Visit<Matrix>>& visits, int64_t d) {
-    each_share(t, visits, [&](auto&) { return d; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
-        round_blocks(v.in[j], d, (int32_t*)v.panel + j * CODES * blocks_of(d), from, to);
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #6516b5af
+inline void together(const Team& t, const std::vector<GroupOfCodes>& groups, int64_t d) {
+    each_share(t, groups, [&](auto&) { return d; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
+        round_blocks(v.in[j], d, input_codes(v) + j * CODES * blocks_of(d), from, to);
     });
     t.wait();
-    for (auto& v : visits) hidden_codes(t, v, d);
+    for (auto& v : groups) gate_codes(t, v, d);
     t.wait();
-    each_share(t, visits, [](auto& v) { return v.f; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
-        round_blocks(v.hidden + j * v.f, v.f, (int32_t*)(v.hidden + v.n * v.f) + j * CODES * blocks_of(v.f), from, to);
+    each_share(t, groups, [](auto& v) { return v.f; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
+        round_blocks(v.hidden + j * v.f, v.f, hidden_codes(v) + j * CODES * blocks_of(v.f), from, to);
     });
     t.wait();
-    for (auto& v : visits) project_codes(t, v, d);
+    for (auto& v : groups) project_codes(t, v, d);
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #78bad322
-using Numbers = std::vector<int64_t>;
+using Integers = std::vector<int64_t>;
+using Reals = std::vector<double>;
+
 template <class F> void with_codes(const Tensor& table, bool single, F use) {
-    if (single) use(Weights<float, Matrix>{data<int64_t>(table)});
-    else use(Weights<bf16, Matrix>{data<int64_t>(table)});
+    STD_TORCH_CHECK(table.size(1) * sizeof(int64_t) == sizeof(TableRow), "a row of the table has ", table.size(1));
+    const TableRow* rows = (const TableRow*)table.data_ptr();
+    if (single) use(Weights<float, Matrix>{rows});
+    else use(Weights<bf16, Matrix>{rows});
 }
-void attention_codes(Tensor x, Tensor table, bool single, Tensors biases, Numbers sizes, std::vector<double> numbers, Tensor cos, Tensor sin,
-                     Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
-    const Attending a{{}, biases, caches, sizes, numbers, past, maybe(pad)};
-    with_codes(table, single, [&](auto w) { run_attention(x, w, a, Angles(cos, sin), y); });
+void attention_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals numbers, Tensor cos, Tensor sin,
+                     Tensors cache, int64_t past, std::optional<Tensor> pad, Tensor y) {
+    const Step step(x, cos, sin, past, pad);
+    with_codes(table, single, [&](auto w) {
+        run_attention(w, step, record<AttentionSizes>(sizes), record<AttentionNumbers>(numbers), data<float>(x), cache,
+                      data<float>(y));
+    });
 }
-void ffn_codes(Tensor x, Tensor table, bool single, std::optional<Tensor> bias, Numbers how, std::vector<double> numbers, Tensor y) {
-    with_codes(table, single, [&](auto w) { run_ffn(x, w, table.size(0), bias ? data<float>(*bias) : nullptr, how, numbers, y); });
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #867ec827
+void ffn_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals numbers, Tensor y) {
+    with_codes(table, single, [&](auto w) {
+        run_ffn(w, x.size(0) * x.size(1), x.size(2), record<FeedSizes>(sizes), record<FeedNumbers>(numbers),
+                data<float>(x), data<float>(y));
+    });
 }
-void blocks_codes(Tensor x, Tensor table, bool single, Numbers counts, Tensors biases, Numbers sizes, std::vector<double> numbers,
-                  Tensors router_biases, Numbers how, std::vector<double> ffn_numbers, Tensor cos, Tensor sin, Tensors caches, int64_t past,
-                  std::optional<Tensor> pad, Tensor y) {
-    const Attending a{{}, biases, caches, sizes, numbers, past, maybe(pad)};
-    with_codes(table, single, [&](auto w) { run_blocks(x, w, a, {router_biases, how, ffn_numbers}, counts, Angles(cos, sin), y); });
+void blocks_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals numbers, Tensor cos, Tensor sin,
+                  Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
+    const Step step(x, cos, sin, past, pad);
+    with_codes(table, single, [&](auto w) {
+        run_blocks(w, table.size(0) / (2 * HALF), step, record<StepSizes>(sizes), record<StepNumbers>(numbers),
+                   data<float>(x), caches, data<float>(y));
+    });
 }
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #840e2317
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("attention_codes(Tensor x, Tensor table, bool single, Tensor[] biases, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
-          "Tensor(a!)[] caches, int past, Tensor? pad, Tensor(b!) y) -> ()");
-    m.def("ffn_codes(Tensor x, Tensor table, bool single, Tensor? bias, int[] how, float[] numbers, Tensor(a!) y) -> ()");
-    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, int[] counts, Tensor[] biases, int[] sizes, float[] numbers, "
-          "Tensor[] router_biases, int[] how, float[] ffn_numbers, Tensor cos, Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, "
-          "Tensor(c!) y) -> ()");
+    m.def("attention_codes(Tensor x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
+          "Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
+    m.def("ffn_codes(Tensor x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor(a!) y) -> ()");
+    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
+          "Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("attention_codes", TORCH_BOX(&attention_codes));

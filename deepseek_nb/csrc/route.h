@@ -4,20 +4,44 @@
 #pragma once
 #include "simd.h"
 #include <cmath>
+#include <type_traits>
 #include <vector>
+#include <torch/headeronly/util/Exception.h>
 
-struct Router { int64_t e, k, groups, keep, score, sum2, norm; float scale; };
+enum class Score : int64_t { softmax, sigmoid, sqrtsoftplus };
+struct RouterSettings {
+    int64_t groups, keep;  // groups of experts, and how many of them a token may use
+    Score score;           // function of the logits
+    int64_t sum_two;       // rank groups by their two best experts
+    int64_t normalise;     // weights of the chosen experts add up to one
+};
+struct Router : RouterSettings { int64_t e, k; float scale; };
 
+// %% ../../nbs/515_kernels.moe.ipynb #69a0f944
+// A struct of 64-bit fields from Python's list of numbers
+template <class S, class T> S record(const std::vector<T>& numbers) {
+    static_assert(sizeof(S) % sizeof(T) == 0 && std::is_trivially_copyable_v<S>);
+    STD_TORCH_CHECK(numbers.size() * sizeof(T) == sizeof(S), "a record of ", sizeof(S) / sizeof(T), " numbers has ",
+                    numbers.size());
+    S s;
+    memcpy(&s, numbers.data(), sizeof(S));
+    return s;
+}
+
+// %% ../../nbs/515_kernels.moe.ipynb #2782f8f6
 inline void affinity(const Router& r, const float* logits, float* scores) {
+    const bool softmax = r.score == Score::softmax;
     float top = -INFINITY, total = 0;
-    if (r.score == 0) for (int64_t i = 0; i < r.e; ++i) top = logits[i] > top || logits[i] != logits[i] ? logits[i] : top;
+    if (softmax) for (int64_t i = 0; i < r.e; ++i) top = logits[i] > top || logits[i] != logits[i] ? logits[i] : top;
     for (int64_t i = 0; i < r.e; i += L) {
         const int wide = std::min<int64_t>(L, r.e - i);
-        const vec x = load_part(logits + i, wide), y = r.score == 0 ? exp(x - top) : 1.f / (1.f + exp(-x));
-        memcpy(scores + i, &y, wide * sizeof(float));
+        const vec x = load_part(logits + i, wide), y = softmax ? exp(x - top) : 1.f / (1.f + exp(-x));
+        store_part(scores + i, y, wide);
     }
-    if (r.score == 2) for (int64_t i = 0; i < r.e; ++i) scores[i] = std::sqrt(logits[i] > 20 ? logits[i] : std::log1p(std::exp(logits[i])));
-    if (r.score) return;
+    if (r.score == Score::sqrtsoftplus)
+        for (int64_t i = 0; i < r.e; ++i)
+            scores[i] = std::sqrt(logits[i] > 20 ? logits[i] : std::log1p(std::exp(logits[i])));
+    if (!softmax) return;
     for (int64_t i = 0; i < r.e; ++i) total += scores[i];
     for (int64_t i = 0; i < r.e; ++i) scores[i] /= total;
 }
@@ -35,28 +59,32 @@ struct Keys {
         }
     }
     template <int... I> static ivec count(std::integer_sequence<int, I...>) { return ivec{I...}; }
-    int64_t take() {
-        ivec top, at = count(Lanes());
-        memcpy(&top, of.data(), sizeof top);
-        for (int32_t i = L; i < int32_t(of.size()); i += L) {
-            ivec x;
-            memcpy(&x, &of[i], sizeof x);
-            const ivec more = x > top;
-            top = more ? x : top, at = more ? i + count(Lanes()) : at;
-        }
-        const int64_t found = -most(top == most(top) ? -at : INT32_MIN - ivec{});
-        of[found] = INT32_MIN;
-        return found;
-    }
+    int64_t take();
 };
 
-// %% ../../nbs/515_kernels.moe.ipynb #3a9d6a36
+// %% ../../nbs/515_kernels.moe.ipynb #fcfde4cf
+// the place of the largest, which is taken out
+inline int64_t Keys::take() {
+    ivec top, at = count(Lanes());
+    memcpy(&top, of.data(), sizeof top);
+    for (int32_t i = L; i < int32_t(of.size()); i += L) {
+        ivec x;
+        memcpy(&x, &of[i], sizeof x);
+        const ivec more = x > top;
+        top = more ? x : top, at = more ? i + count(Lanes()) : at;
+    }
+    const int64_t found = -largest(top == largest(top) ? -at : INT32_MIN - ivec{});
+    of[found] = INT32_MIN;
+    return found;
+}
+
+// %% ../../nbs/515_kernels.moe.ipynb #b9e289d7
 inline void limit_groups(const Router& r, float* choice, Keys& keys) {
     const int64_t n = r.e / r.groups;
     std::vector<float> rank(r.groups);
     for (int64_t g = 0; g < r.groups; ++g) {
         keys.order(choice + g * n, n);
-        for (int64_t i = 0; i <= r.sum2; ++i) rank[g] += choice[g * n + keys.take()];
+        for (int64_t i = 0; i <= r.sum_two; ++i) rank[g] += choice[g * n + keys.take()];
     }
     keys.order(rank.data(), r.groups);
     for (int64_t i = 0; i < r.keep; ++i) keys.take();
@@ -64,8 +92,9 @@ inline void limit_groups(const Router& r, float* choice, Keys& keys) {
         if (keys.of[g] != INT32_MIN) std::fill_n(choice + g * n, n, -INFINITY);
 }
 
-// %% ../../nbs/515_kernels.moe.ipynb #b9e289d7
-inline void route(const Router& r, const float* logits, const float* bias, float* weights, int64_t* experts, float* scores) {
+// %% ../../nbs/515_kernels.moe.ipynb #1413f6c5
+inline void route(const Router& r, const float* logits, const float* bias, float* weights, int64_t* experts,
+                  float* scores) {
     thread_local std::vector<float> choice;
     thread_local Keys keys;
     affinity(r, logits, scores);
@@ -78,5 +107,5 @@ inline void route(const Router& r, const float* logits, const float* bias, float
         const int64_t at = experts[j] = keys.take();
         weights[j] = scores[at], total += scores[at];
     }
-    for (int64_t j = 0; j < r.k; ++j) weights[j] *= r.scale / (r.norm ? total : 1.f);
+    for (int64_t j = 0; j < r.k; ++j) weights[j] *= r.scale / (r.normalise ? total : 1.f);
 }

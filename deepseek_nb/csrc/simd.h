@@ -35,6 +35,8 @@ template <class T> inline vec load_part(const T* p, int n) {
     memcpy(part, p, n * sizeof(T));
     return load(part);
 }
+inline void store_part(float* p, vec v, int n) { n == L ? store(p, v) : (void)memcpy(p, &v, n * sizeof(float)); }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // %% ../../nbs/508_kernels.simd.ipynb #d84311a5
 inline float widen(float x) { return x; }
@@ -63,22 +65,24 @@ inline void keep(vec& v) {
 }
 
 // %% ../../nbs/508_kernels.simd.ipynb #ab3543fc
-template <int S, class V, int... I> inline V swap_lanes(V v, std::integer_sequence<int, I...>) { return __builtin_shufflevector(v, v, (I ^ S)...); }
+template <int S, class V, int... I> inline V swap_lanes(V v, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(v, v, (I ^ S)...);
+}
+template <class V> inline V larger(V a, V b) { return a > b ? a : b; }
+
 template <int S = L / 2> inline float sum(vec v) {
     if constexpr (S == 0) return v[0];
     else return sum<S / 2>(v + swap_lanes<S>(v, Lanes()));
 }
-template <int S = L / 2> inline int32_t most(ivec v) {
+template <int S = L / 2, class V> inline auto largest(V v) {
     if constexpr (S == 0) return v[0];
-    else {
-        const ivec w = swap_lanes<S>(v, Lanes());
-        return most<S / 2>(w > v ? w : v);
-    }
+    else return largest<S / 2>(larger(swap_lanes<S>(v, Lanes()), v));
 }
 
 // %% ../../nbs/508_kernels.simd.ipynb #38be1552
 template <int S, int... I> inline vec fold(vec a, vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (I & S ? L + I : I)...) + __builtin_shufflevector(a, b, (I & S ? L + (I ^ S) : I ^ S)...);
+    return __builtin_shufflevector(a, b, (I & S ? L + I : I)...) +
+           __builtin_shufflevector(a, b, (I & S ? L + (I ^ S) : I ^ S)...);
 }
 // Lane i: the sum of v[i], for n vectors, a power of two
 template <int n, int S = L / 2> inline vec sums(vec* v) {
@@ -118,4 +122,13 @@ inline vec exp(vec x) {
     const vec y = (vec)((ivec)p + (exponent << 23));
     return x < -87.3f ? vec{} : x > 88.7228f ? splat(__builtin_inff()) : x != x ? x : y;
 }
+
+// %% ../../nbs/508_kernels.simd.ipynb #8c22f4c3
 inline vec silu(vec x) { return x / (1.f + exp(-x)); }
+
+// gate[i] = silu(gate[i]) * up[i] for i from begin up to end
+inline void swiglu(float* gate, const float* up, int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + L <= end; i += L) store(gate + i, silu(load(gate + i)) * load(up + i));
+    for (; i < end; ++i) gate[i] = silu(splat(gate[i]))[0] * up[i];
+}

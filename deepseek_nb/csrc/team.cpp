@@ -9,7 +9,8 @@ using torch::stable::Tensor;
 
 void shares(Tensor owner, Tensor mirrored, int64_t rounds) {
     const int64_t n = owner.size(0);
-    int64_t *first = static_cast<int64_t*>(owner.data_ptr()), *second = static_cast<int64_t*>(mirrored.data_ptr());
+    int64_t *first = static_cast<int64_t*>(owner.data_ptr());
+    int64_t *second = static_cast<int64_t*>(mirrored.data_ptr());
     team([&](const Team& t) {
         const auto [begin, end] = t.share(n);
         for (int64_t round = 0; round < rounds; ++round) {
@@ -20,5 +21,7 @@ void shares(Tensor owner, Tensor mirrored, int64_t rounds) {
         }
     });
 }
-STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) { m.def("shares(Tensor(a!) owner, Tensor(b!) mirrored, int rounds) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
+    m.def("shares(Tensor(a!) owner, Tensor(b!) mirrored, int rounds) -> ()");
+}
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("shares", TORCH_BOX(&shares)); }

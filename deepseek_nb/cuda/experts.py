@@ -19,7 +19,7 @@ from .norm import check
 from .route import combine, sort_by_expert
 from .tiles import COLUMNS, aligned, cards_ready, tile_defines, tile_rows, tile_shared
 from ..kernels.build import operator_name
-from ..kernels.moe import expected_visits
+from ..kernels.moe import expected_experts
 
 # %% ../../nbs/580_cuda.experts.ipynb #5f768542
 def experts_cost(
@@ -30,7 +30,7 @@ def experts_cost(
     f:int, # Hidden width of an expert
 )->tuple[float,float]: # FLOPs, bytes in bfloat16
     "The least that the routed experts of a layer must compute and move"
-    return 6*n*k*d*f, 2*(3*d*f*expected_visits(n, e, k) + 2*n*d + 2*n*k*(f + d))
+    return 6*n*k*d*f, 2*(3*d*f*expected_experts(n, e, k) + 2*n*d + 2*n*k*(f + d))
 
 # %% ../../nbs/580_cuda.experts.ipynb #fff30272
 def cut_tiles(

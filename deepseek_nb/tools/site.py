@@ -125,9 +125,11 @@ def own_ids(
 )->list: # The same with every heading's anchor its own
     "Keep the headings of a page apart."
     defined, seen = set(re.findall(r'(?:\{#|<div id=")([^}"]+)[}"]', '\n'.join(texts))), []
-    def count(m): return f'{{#{m[1]}}}' if (seen.append(m[1]) or seen.count(m[1])) == 1 else f'{{#{m[1]}-{seen.count(m[1])}}}'
+    def count(m):
+        seen.append(m[2])
+        return m[1] + (m[2] if seen.count(m[2]) == 1 else f'{m[2]}-{seen.count(m[2])}') + m[3]
     def section(m): return f'{m[0]} {{#{word}-section}}' if (word := re.sub(r'[`@]', '', m[1].lower())) in defined else m[0]
-    return [re.sub(r'^##+ (\S+)$', section, re.sub(r'\{#([^}]+)\}', count, o), flags=re.M) for o in texts]
+    return [re.sub(r'^##+ (\S+)$', section, re.sub(r'(\{#|<div id=")([^}"]+)([}"])', count, o), flags=re.M) for o in texts]
 
 # %% ../../nbs/970_tools.site.ipynb #1cfd4d0b
 def path_lines(

@@ -24,7 +24,7 @@ from ..arch.moe import SwiGLU
 from ..core.dispatch import op
 from ..files.safetensors import read_header, read_tensors, write_tensors
 from ..kernels.build import Kernels
-from ..kernels.gemm import FLOATS, check_tensor, no_grad
+from ..kernels.gemm import FLOATS, check_tensor, without_grad
 from .upcycle import block_streams, carried, fill_ffn
 
 # %% ../../nbs/651_train.neurons.ipynb #8aef790d
@@ -196,7 +196,7 @@ def askable(
     if any(type(p) is not nn.Linear or p._forward_hooks or p._forward_pre_hooks for p in parts): return False
     gate,up,down = (p.weight for p in parts)
     alike = gate.dtype == up.dtype == down.dtype == x.dtype and gate.is_cpu and x.is_cpu
-    return alike and gate.is_contiguous() and up.is_contiguous() and down.stride(0) == 1 and no_grad(x, gate, up, down)
+    return alike and gate.is_contiguous() and up.is_contiguous() and down.stride(0) == 1 and without_grad(x, gate, up, down)
 
 # %% ../../nbs/651_train.neurons.ipynb #ddaa1caa
 @ask_neurons.twin('cpp', available=neuron_kernels.ready, supports=askable)
