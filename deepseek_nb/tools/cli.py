@@ -151,22 +151,22 @@ def finetune(
 ):
     "Train a model or an adapter, or go on with it"
     from deepseek_nb.train import runs
-    done = runs.finetune(config)
+    done = runs.finetune_run(config)
     if runs.world().rank == 0: print(done)
 
 def distill(
     config:str, # A TOML file with `student`, [models.NAME], [data] and [[stage]]
 ):
     "Train a student to predict like a teacher, or go on with it"
-    from deepseek_nb.train.runs import distil
-    print(distil(config))
+    from deepseek_nb.train.runs import distil_run
+    print(distil_run(config))
 
 def convert(
     config:str, # A TOML file with `to`, [model], [data] and [sizes]
 ):
     "Give a model latent attention or experts, or go on with it"
-    from deepseek_nb.train.runs import convert as run
-    print(run(config))
+    from deepseek_nb.train.runs import convert_run
+    print(convert_run(config))
 
 # %% ../../nbs/960_tools.cli.ipynb #82980f19
 def evaluate(
