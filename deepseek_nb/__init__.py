@@ -3,7 +3,7 @@
 Packages:
 
 - `deepseek_nb.quant`: A matrix stored as small integers and scales, which a layer uses as if it were a tensor
-- `deepseek_nb.kernels`: An operation has a definition that you can read and twins that are fast; one call chooses between them, another shows what there is
+- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` chooses between them and `kernels.twins` lists them
 - `deepseek_nb.bench`: Timers for contenders that alternate, peak memory, the rates of a machine, its roofline, and results that are stored as files.
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
 
