@@ -3,7 +3,7 @@
 Packages:
 
 - `deepseek_nb.quant`: A matrix stored as small integers and scales, which a layer uses as if it were a tensor
-- `deepseek_nb.kernels`: An operation has a definition that you can read and twins that are fast; one call chooses between them, another shows what there is
+- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` chooses between them and `kernels.twins` lists them
 - `deepseek_nb.bench`: Timers for contenders that alternate, peak memory, the rates of a machine, its roofline, and results that are stored as files.
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
 
@@ -37,16 +37,18 @@ Modules:
 - `deepseek_nb.core.nbproc`: Cells that begin with `%%cpp` or `%%cu` are compiled where they stand, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that read well on light and on dark pages, in colours that colour-blind readers can tell apart
 - `deepseek_nb.core.reading`: What the parts of a chapter mean, each shown on a small live example: parameters and shapes, methods that later chapters add, operations with several implementations, C++ cells and stored outputs
-- `deepseek_nb.cuda.attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
-- `deepseek_nb.cuda.build`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
-- `deepseek_nb.cuda.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
-- `deepseek_nb.cuda.emulation`: A header in which the threads of a block are fibers, so that a kernel can be tested without a GPU
-- `deepseek_nb.cuda.experts`: The grouped feed-forward in CUDA C++: one launch for all experts, SwiGLU in the first product, no copy of the tokens
-- `deepseek_nb.cuda.fp8`: DeepSeek-V3's format on a GPU: one scale for 128 activations, one for 128×128 weights, and sums that leave FP8's accumulator every 128 columns
-- `deepseek_nb.cuda.norm`: What MLA does to a token's latent after the projection, in one kernel that reads and writes it once
-- `deepseek_nb.cuda.quant`: Integers multiplied as integers, and weights that become bfloat16 in the registers of the thread that needs them
-- `deepseek_nb.cuda.route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
-- `deepseek_nb.cuda.tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
+- `deepseek_nb.cuda.attention`: Attention over the latent KV cache on tensor cores, with the cache split over multiprocessors and read once, also ragged and paged.
+- `deepseek_nb.cuda.build`: A `.cu` file is compiled for the GPU or the CPU when it is first launched, with NVRTC, nvcc, or a C++ compiler and the emulation.
+- `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
+- `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers, so that kernels are tested without a GPU and in several orders of threads.
+- `deepseek_nb.cuda.experts`: The routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
+- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 on a GPU: a scale for 128 activations and for 128×128 weights, and partial sums in float32 every 128 columns.
+- `deepseek_nb.cuda.int8`: W8A8 linear layers on a GPU: activations rounded to 8 bits in blocks of 32, integers multiplied on tensor cores, and a GEMV for one token.
+- `deepseek_nb.cuda.norm`: The norm and the rotation of MLA's latent in one kernel that reads and writes it once, and rotary embedding of queries.
+- `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: weights decoded to bfloat16 in registers, and the CUDA twins of quantised layers.
+- `deepseek_nb.cuda.quant_experts`: Grouped int8 and int4 experts on a GPU: only the experts that the batch selects are read, and decoded in registers.
+- `deepseek_nb.cuda.route`: Expert selection with a warp a token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
+- `deepseek_nb.cuda.tiles`: A matrix product in tiles: asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
 - `deepseek_nb.eval.choice`: Scores each answer of a question by its log-likelihood and counts how often the right one wins, with the definitions of lm-evaluation-harness.
 - `deepseek_nb.eval.classify`: Accuracy, macro-F1 and micro-F1 from one confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.perplexity`: Measures how well a model predicts a text: the number of equally likely tokens that its uncertainty corresponds to, on a text longer than its context.
@@ -66,8 +68,9 @@ Modules:
 - `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
+- `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
-- `deepseek_nb.kernels.build`: C++ is compiled on the processor that runs it, when it is first called, once
+- `deepseek_nb.kernels.build`: C++ kernels are compiled once on each machine, for exactly its processor, and loaded as PyTorch operators.
 - `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
 - `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
 - `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and sum, so the matrix of scores is never stored
@@ -93,36 +96,48 @@ Modules:
 - `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
 - `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
-- `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
+- `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages and leave them out, cap frequent classes, and choose a learning rate.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on which machine and when, and *not yet* where nothing was measured.
+- `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one thin function for each verb: chat, generate, quantize, finetune, eval, bench and others.
+- `deepseek_nb.tools.doctor`: What this machine offers: device, processor, threads, compilers, kernels, memory and cache folder, and what each missing thing would be for.
 - `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.
 - `deepseek_nb.tools.glossary`: Each term has one sentence and the chapter that explains it, and its first use on a page links to its entry.
 - `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.
 - `deepseek_nb.tools.pictures`: A token's way through DeepSeek-V3, measured rates beside peers, and a map of the book: three SVG files made from data.
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, its stored outputs and its links, without running a cell and without another host.
-- `deepseek_nb.train.balance`: Left to itself, a router sends everything to a few experts. A bias that moves after each step keeps all of them busy, and a small loss keeps single sequences from bunching
-- `deepseek_nb.train.bpe`: Merges learned from text, DeepSeek's borders between words, and a tokenizer in the layout that everybody reads
+- `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
+- `deepseek_nb.train.bpe`: Byte-level BPE merges are learnt from text, with DeepSeek-V3's word splitting, and saved in Hugging Face's tokenizer format.
 - `deepseek_nb.train.callbacks`: Callbacks act at named events of a training run: they show its progress, draw its loss, and stop it before it diverges.
 - `deepseek_nb.train.convert`: One call converts a trained model to latent attention, to a mixture of experts, or to single neurons as experts, and repairs it. Attention and experts together are a DeepSeek-V3.
-- `deepseek_nb.train.corpora`: Newspapers, plays, speeches, dictionaries and examinations that package registries serve, pinned, cached and read without installing anything
+- `deepseek_nb.train.corpora`: Prose, plays, speeches, dictionary entries, diagnoses and exam questions, downloaded from package registries and checked against pinned hashes.
 - `deepseek_nb.train.data`: Text is tokenised, packed into rows of one length and read in shuffled batches. A killed run resumes at the exact batch where it stopped.
-- `deepseek_nb.train.distill`: A student learns from what a teacher thinks of every token, instead of from the one token that came
+- `deepseek_nb.train.distill`: A student model learns from a teacher's probabilities for every token of the vocabulary, not only from the one token in the text.
 - `deepseek_nb.train.dynamic`: A mixture of experts spends the same FLOPs on every token. Four rules spend less where less is enough, within a budget, and a training method prepares a model for it.
+- `deepseek_nb.train.esft`: A task activates only a few of a model's experts. ESFT trains those and freezes everything else.
 - `deepseek_nb.train.frozen`: When only adapters learn, half a block keeps its input and little else, and its backward pass multiplies by each frozen weight once
 - `deepseek_nb.train.latent`: A trained model with grouped-query attention becomes a model with multi-head latent attention, with a smaller KV cache and DeepSeek-V3's architecture. What is exact is kept exact.
-- `deepseek_nb.train.lora`: A weight stays as it is; beside it two thin matrices learn what is to change, and can be exchanged for others at any time
+- `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model with a small share of its parameters, and can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed a chunk at a time so that they never fill memory
-- `deepseek_nb.train.mini`: DeepSeek-V3's shape in fifteen megabytes, trained on public text from one file of settings, measured on documents that it hasn't seen
-- `deepseek_nb.train.neurons`: The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. With 70% of the FLOPs the output hardly changes.
-- `deepseek_nb.train.parallel`: Copies of a model, pieces of a model, or experts that live elsewhere: three ways to share a training step, each equal to one process
+- `deepseek_nb.train.mini`: A DeepSeek-V3 of 15 MB with its own tokenizer is pre-trained on public text from one file of settings, and evaluated on held-out documents.
+- `deepseek_nb.train.neurons`: The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. At 70% of the FLOPs its squared error is about a quarter of that of experts with 16 neurons.
+- `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
+- `deepseek_nb.train.optim`: AdamW scales each gradient element by its history. Muon orthogonalises the momentum of whole matrices, as DeepSeek-V4 does.
+- `deepseek_nb.train.parallel`: A training step shared by several processes, with data, fully sharded or expert parallelism, each equal to one process.
+- `deepseek_nb.train.peft`: Saving and loading LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+- `deepseek_nb.train.qlora`: LoRA on a quantised model: gradients pass through int8, int4 or NF4 weights without dequantising a whole matrix.
 - `deepseek_nb.train.repair`: Each converted block is trained alone, or fitted in closed form, to give what the original block gave. It needs no labels and little memory, and continues after an interruption.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint with the same bits as an uninterrupted run.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. This chapter finds which rotary pairs of a GQA model it can keep, and what the others lose when they stop rotating.
+- `deepseek_nb.train.runs`: One TOML file describes a fine-tuning, a distillation or a conversion, and an interrupted run resumes when it is called again.
+- `deepseek_nb.train.schedule`: Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
 - `deepseek_nb.train.sft`: Rows with text, messages, prompt and completion, or classes become training examples. Only the answer counts in the loss.
 - `deepseek_nb.train.split`: Rows that share a key never lie on both sides of a split, and shared n-grams show how much of a test was in the training text.
+- `deepseek_nb.train.stages`: Distillation as a list of stages, from a general to a domain teacher or through an assistant model, resumable at any point.
+- `deepseek_nb.train.teacher`: A teacher's answers are computed once and stored: all logits, the top-k with the mass of the rest, or generated text.
 - `deepseek_nb.train.trainer`: The training loop on one page: gradient accumulation, clipping, mixed precision, activation checkpointing and evaluation.
-- `deepseek_nb.train.upcycle`: The feed-forward of a trained dense model becomes a mixture of experts: as copies, which add parameters, or split into parts, which save FLOPs, with a router fitted in closed form."""
+- `deepseek_nb.train.upcycle`: The feed-forward of a trained dense model becomes a mixture of experts: as copies, which add parameters, or split into parts, which save FLOPs, with a router fitted in closed form.
+- `deepseek_nb.train.world`: Each process (rank) gets its share of a batch, and all-reduce adds up losses, token counts and gradient norms over the ranks."""
 
 __version__ = "0.1.0"
 

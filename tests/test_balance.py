@@ -54,12 +54,12 @@ def test_visits_and_bias_by_hand(checkpointing, accumulation):
         def after_step(self, t):
             want = [b + .05*torch.sign(v.float().mean() - v) for b,v in zip(self.before, self.seen[-1], strict=True)]
             for b,w in zip(routers(t.model), want, strict=True): torch.testing.assert_close(b.e_score_correction_bias, w)
-            for a,b in zip(balance.visits, self.seen[-1], strict=True): assert torch.equal(a, b)
+            for a,b in zip(balance.counts, self.seen[-1], strict=True): assert torch.equal(a, b)
     balance = Balance(.05, until=1.)
     a = args(gradient_checkpointing=checkpointing, gradient_accumulation_steps=accumulation, eval_steps=1)
     history = Trainer(fresh(), a, rows(), rows(), callbacks=[balance, Ask()]).train()
     for row in history: assert len(row['max_load']) == len(row['load_entropy']) == 2
-    assert sum(v.sum() for v in balance.visits) == 2*2*history[-1]['tokens']
+    assert sum(v.sum() for v in balance.counts) == 2*2*history[-1]['tokens']
     assert not any(g._forward_hooks for g in balance.routers)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_nb import Tokenizer
-from deepseek_nb.train.bpe import SPECIAL, bytes_per_token, cut_vocabulary, join, learn_merges, save_tokenizer, splitter, train_bpe
+from deepseek_nb.train.bpe import SPECIAL, bytes_per_token, cut_vocabulary, join, learn_merges, save_bpe, splitter, train_bpe
 
 TEXT = [f'The {a} {b} of the {c} in {y}, which {a}s and {b}s; "{c}!" said he. Ärger für 深度学习 и т. д.\n' for y in (1789, 1914, 2024)
         for a in ('quick', 'router', 'expert', 'latent') for b in ('fox', 'token', 'cache', 'gate') for c in ('dog', 'model', 'layer')]
@@ -19,7 +19,7 @@ def backend(): return train_bpe(TEXT, 360)
 
 
 @pytest.fixture(scope='module')
-def folder(backend, tmp_path_factory): return save_tokenizer(backend, tmp_path_factory.mktemp('tokenizer')/'t', 512)
+def folder(backend, tmp_path_factory): return save_bpe(backend, tmp_path_factory.mktemp('tokenizer')/'t', 512)
 
 
 @pytest.fixture(scope='module')
@@ -111,7 +111,7 @@ def test_bytes_per_token(backend, tok):
 
 
 def test_saving_replaces_a_whole_file(backend, tmp_path):
-    for _ in range(2): save_tokenizer(backend, tmp_path/'t')
+    for _ in range(2): save_bpe(backend, tmp_path/'t')
     assert sorted(p.name for p in (tmp_path/'t').iterdir()) == ['tokenizer.json', 'tokenizer_config.json']
 
 

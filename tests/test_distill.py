@@ -21,7 +21,7 @@ from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import IGNORE, example
 from deepseek_nb.train.distill import (
-    KINDS,
+    DIVERGENCES,
     Match,
     attention_distance,
     attention_logs,
@@ -34,7 +34,7 @@ from deepseek_nb.train.distill import (
     residuals,
 )
 from deepseek_nb.train.loss import language_loss
-from deepseek_nb.train.on_policy import Collapsed, CollapseGuard, OnPolicy, measures, prompts_of, write
+from deepseek_nb.train.on_policy import Collapsed, CollapseGuard, OnPolicy, measures, prompts_of, sample_answers
 from deepseek_nb.train.trainer import Trainer, TrainingArguments
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
@@ -72,7 +72,7 @@ def by_definition(zs, zt, kind, share=None, T=1.):
     "From probabilities, in float64, term by term as the papers write them"
     q, p = ((z.double()/T).softmax(-1) for z in (zs, zt))
     def kl(a, b): return (a*(a/b).log()).sum(-1)
-    share = KINDS[kind] if share is None else share
+    share = DIVERGENCES[kind] if share is None else share
     if kind == 'forward': return kl(p, q)
     if kind == 'reverse': return kl(q, p)
     if kind == 'skew': return kl(p, share*p + (1-share)*q)
@@ -81,11 +81,11 @@ def by_definition(zs, zt, kind, share=None, T=1.):
     return share*kl(p, m) + (1-share)*kl(q, m)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', DIVERGENCES)
 def test_divergence_is_its_definition(kind, r):
     for _ in range(5):
         shape = [r.randrange(1, 5) for _ in range(r.randrange(1, 3))] + [r.randrange(2, 40)]
-        T, share = r.uniform(.3, 5), None if KINDS[kind] is None else r.uniform(.05, .95)
+        T, share = r.uniform(.3, 5), None if DIVERGENCES[kind] is None else r.uniform(.05, .95)
         zs, zt = 2*torch.randn(2, *shape, dtype=torch.float64)
         got = divergence(zs, zt, kind, share, T)
         torch.testing.assert_close(got, by_definition(zs, zt, kind, share, T), rtol=1e-9, atol=1e-12)
@@ -107,7 +107,7 @@ def test_skew_ends_in_plain_kl(kind, end):
     torch.testing.assert_close(divergence(zs, zt, kind, 1e-9), divergence(zs, zt, end), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', DIVERGENCES)
 def test_extreme_logits_stay_finite(kind):
     zs = (torch.randn(4, 50)*1e4).requires_grad_()
     d = divergence(zs, torch.randn(4, 50)*1e4, kind)
@@ -115,7 +115,7 @@ def test_extreme_logits_stay_finite(kind):
     assert d.isfinite().all() and zs.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', DIVERGENCES)
 def test_high_temperature_compares_logits(kind):
     zs, zt = torch.randn(2, 5, 20, dtype=torch.float64)
     a = {'forward': 1, 'reverse': 1, 'skew': .9**2, 'skew_reverse': .9**2, 'js': .25}[kind]  # curvature of the kind at p = q
@@ -177,7 +177,7 @@ def definition_loss(teacher, student, batch, kind, T, mix, share=None):
     return (1-mix)*T**2*divergence(zs[seen], zt[seen].detach(), kind, share, T).sum() + mix*ce
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', DIVERGENCES)
 @pytest.mark.parametrize('tied', [False, True])
 def test_loss_and_gradients_of_a_model(kind, tied, r):
     teacher, student = deepseek(), llama(tie_embeddings=tied)
@@ -289,13 +289,13 @@ def counting(rows, r, s=12):
 def test_prompts_and_writing(r):
     model = llama()
     prompts = [torch.randint(64, (r.randrange(1, 9),)).tolist() for _ in range(5)]
-    answers, ended = write(model, prompts, 7, temperature=0., eos_token_id=[9])
+    answers, ended = sample_answers(model, prompts, 7, temperature=0., eos_token_id=[9])
     for p, a, e in zip(prompts, answers, ended, strict=True):
         alone = model.generate(torch.tensor([p]), 7, eos_token_id=[9])[0, len(p):].tolist()
         assert a == alone[:len(a)] and e == (a[-1] == 9) and (e or len(a) == 7)
     with torch.no_grad():
         for p in model.parameters(): p.add_(torch.randn_like(p)*.05)  # an update in place: nothing stale may be kept
-    for p, a in zip(prompts, write(model, prompts, 5, temperature=0., eos_token_id=[])[0], strict=True):
+    for p, a in zip(prompts, sample_answers(model, prompts, 5, temperature=0., eos_token_id=[])[0], strict=True):
         for _ in range(5):
             with use('reference'): p = [*p, model(torch.tensor([p]))[0, -1].argmax().item()]
         assert p[-5:] == a

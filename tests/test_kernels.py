@@ -171,7 +171,7 @@ import torch
 from deepseek_nb.core import nbproc
 text = nbproc.source_text('axpy.cpp').replace('i < x.numel()', 'i <= x.numel()')
 nbproc._session['axpy.cpp'] = {0: text}
-from deepseek_nb.kernels.build import load
+from deepseek_nb.kernels.build import load_kernel as load
 load('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))'''
     done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O1')
     assert done.returncode and 'heap-buffer-overflow' in done.stderr
@@ -193,9 +193,9 @@ def test_two_processes_build_at_once(tmp_path):
 def test_another_processor_gets_another_library(monkeypatch, tmp_path):
     monkeypatch.setenv('DEEPSEEK_NB_CACHE', str(tmp_path))
     files, compiler = {'a.cpp': 'int a();'}, build.find_compiler('cpp')
-    here = build.fingerprint(files, compiler)
+    here = build.build_key(files, compiler)
     monkeypatch.setattr(build, 'processor', lambda: 'Linux x86_64 another')
-    assert build.fingerprint(files, compiler) != here
+    assert build.build_key(files, compiler) != here
 
 
 def test_without_a_compiler(tmp_path):
@@ -235,7 +235,7 @@ def test_broken_source_is_one_line(monkeypatch):
     from deepseek_nb.core import nbproc
     monkeypatch.setitem(nbproc._session, 'broken.cpp', {0: 'int f() { return x; }'})
     with pytest.raises(ValueError, match="broken.cpp does not compile: .*'x' was not declared|broken.cpp does not compile: .*undeclared"
-                       "|broken.cpp does not compile: .*‘x’ was not declared"): build.build('broken.cpp')
+                       "|broken.cpp does not compile: .*‘x’ was not declared"): build.build_kernel('broken.cpp')
 
 
 def test_operators_declare_what_they_do():

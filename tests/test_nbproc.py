@@ -187,3 +187,47 @@ for _ in range(3):
     assert {'cpp', 'cu'} <= shell.magics_manager.magics['cell'].keys()
 print('three shells')
 ''') == 'three shells'
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    "A path on which compilers are scripts that tell a version and call the real one"
+    real = {n: find_compiler('cpp') for n in ('g++',)}['g++']
+    monkeypatch.delenv('CXX', raising=False)
+
+    def make(**versions):
+        for name, said in versions.items():
+            file = tmp_path/name.replace('_', '-').replace('pp', '++')
+            file.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "{said}"; else exec {real} "$@"; fi\n')
+            file.chmod(0o755)
+        monkeypatch.setenv('PATH', str(tmp_path))
+        return tmp_path
+    return make
+
+
+@needs_cpp
+def test_a_newer_compiler_beside_an_old_default_is_found(compilers):
+    folder = compilers(cpp='c++ (Debian 9.4.0-1) 9.4.0', gpp='g++ (Debian 9.4.0-1) 9.4.0', gpp_12='g++-12 (Debian) 12.2.0',
+                       gpp_13='g++-13 (Debian) 13.1.0', gpp_10='g++-10 (Debian) 10.2.1')
+    assert find_compiler('cpp') == str(folder/'g++-13')
+
+
+@needs_cpp
+def test_a_versioned_clang_is_found(compilers):
+    folder = compilers(cpp='c++ (GCC) 8.5.0', clangpp_16='Debian clang version 16.0.6 (15)')
+    assert find_compiler('cpp') == str(folder/'clang++-16')
+
+
+@needs_cpp
+def test_only_an_old_compiler_is_named(compilers):
+    folder = compilers(gpp='g++ (Ubuntu 11.4.0-1ubuntu1) 11.4.0')
+    with pytest.raises(FileNotFoundError) as e: find_compiler('cpp')
+    assert str(e.value) == f'{folder}/g++ is GCC 11, but kernels need GCC 12 or newer, or clang; install one or set CXX to its path'
+
+
+@needs_cpp
+def test_the_default_is_taken_where_it_is_new_enough(compilers, monkeypatch):
+    folder = compilers(cpp='c++ (GCC) 12.1.0', gpp_14='g++-14 (GCC) 14.1.0', gpp_9='g++-9 (GCC) 9.1.0')
+    assert find_compiler('cpp') == str(folder/'c++')
+    monkeypatch.setenv('CXX', 'g++-9')
+    assert find_compiler('cpp') == str(folder/'g++-9'), 'who sets CXX decides'

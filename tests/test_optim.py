@@ -158,7 +158,7 @@ def test_groups_hold_every_parameter_once(config):
     assert [g['params'] for g in muon_groups(model)] == [[model.norm.weight]] == [g['params'] for g in param_groups(model)]
     model.norm.weight.requires_grad_(False)
     for make in (param_groups, muon_groups):
-        with pytest.raises(ValueError, match='^no parameter of this Model learns'): make(model)
+        with pytest.raises(ValueError, match='^no parameter of this Model is trainable'): make(model)
 
 
 def test_rest_is_torchs_adamw():
@@ -307,9 +307,9 @@ def test_schedule_resumes(name):
 def test_bad_schedules_are_refused():
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
     for call, text in {lambda: ours.get_scheduler('step', optimiser): "no schedule 'step'; known are constant, linear",
-                       lambda: ours.get_scheduler('cosine', optimiser, 3): "schedule 'cosine' ends; give num_training_steps",
-                       lambda: ours.get_wsd_schedule(optimiser, 1, 1): 'give num_training_steps or num_stable_steps',
-                       lambda: ours.get_wsd_schedule(optimiser, 1, 1, 5, 5): 'give num_training_steps or num_stable_steps',
-                       lambda: ours.get_wsd_schedule(optimiser, 4, 4, 5): '4 steps of warm-up and 4 of decay are more than 5',
+                       lambda: ours.get_scheduler('cosine', optimiser, 3): "schedule 'cosine' has an end; give num_training_steps",
+                       lambda: ours.get_wsd_schedule(optimiser, 1, 1): 'give either num_training_steps or num_stable_steps',
+                       lambda: ours.get_wsd_schedule(optimiser, 1, 1, 5, 5): 'give either num_training_steps or num_stable_steps',
+                       lambda: ours.get_wsd_schedule(optimiser, 4, 4, 5): '4 steps of warmup and 4 of decay are more than 5',
                        lambda: ours.get_wsd_schedule(optimiser, 1, 1, 5, warmup_type='log'): "no shape 'log'"}.items():
         with pytest.raises(ValueError, match=f'^{re.escape(text)}'): call()

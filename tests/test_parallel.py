@@ -25,19 +25,19 @@ from deepseek_nb.train.parallel import (
     WAYS,
     Parallel,
     ParallelExperts,
+    _small_batch,
     is_share,
     rehearse,
-    run_elsewhere,
+    run_parallel_experts,
     shard,
     share_experts,
     skeleton,
-    small_batch,
     small_model,
     whole,
     whole_state,
 )
 from deepseek_nb.train.trainer import Trainer, TrainingArguments
-from deepseek_nb.train.world import World, launch, own_rows, reduce_total, setup, sum_over, total_norm, world
+from deepseek_nb.train.world import World, launch_processes, own_rows, reduce_total, setup, sum_over, total_norm, world
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 TIED = Config('llama', vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=48, max_positions=64, n_kv_heads=2, head_dim=8,
@@ -87,15 +87,15 @@ def accumulated(how):
     alone, shared = small_model(), small_model()
     loss = shard(shared, how)
     for i, rows in enumerate((5, 1)):
-        language_loss(alone, small_batch(i, rows))[0].backward()
-        loss(shared, own_rows(small_batch(i, rows)))[0].backward()
+        language_loss(alone, _small_batch(i, rows))[0].backward()
+        loss(shared, own_rows(_small_batch(i, rows)))[0].backward()
     for p in shared.parameters(): p.grad.mul_(world().size)
     return differences(shared, alone)
 
 
 def collected(how):
     alone, shared = small_model(), small_model()
-    shard(shared, how)(shared, own_rows(small_batch(0)))
+    shard(shared, how)(shared, own_rows(_small_batch(0)))
     state, want = whole_state(shared), alone.state_dict()
     if world().rank: return len(state)
     return [list(state) == list(want), all(torch.equal(state[k], t) for k, t in want.items())]
@@ -118,7 +118,7 @@ def exchanged(trial):
     sum(y.square().sum() for y in want).backward()
     mine = x[here.rank].clone().requires_grad_(), weights[here.rank].clone().requires_grad_()
     own = [w.detach().chunk(here.size)[here.rank].clone().requires_grad_() for w in (gate_up, down)]
-    got = run_elsewhere(*mine, experts[here.rank], *own, dist.group.WORLD)
+    got = run_parallel_experts(*mine, experts[here.rank], *own, dist.group.WORLD)
     got.square().sum().backward()
     pairs = [(got, want[here.rank]), *((a.grad, b.grad) for a, b in zip(mine, alone[here.rank], strict=True)),
              *((a.grad, b.grad.chunk(here.size)[here.rank]) for a, b in zip(own, (gate_up, down), strict=True))]
@@ -185,12 +185,12 @@ def two(folder):
 def three(folder):
     "Five rows, and then two, over three processes"
     setup()
-    out = dict(rows=len(own_rows(small_batch(0))['tokens']), data=rehearse('data', steps=3), shard=rehearse('shard', steps=3))
+    out = dict(rows=len(own_rows(_small_batch(0))['tokens']), data=rehearse('data', steps=3), shard=rehearse('shard', steps=3))
     out['muon'] = rehearse('shard', muon, steps=2)
     alone, shared = small_model(), small_model()
     loss = shard(shared, 'data')
-    language_loss(alone, small_batch(0, 2))[0].backward()
-    total, n = loss(shared, own_rows(small_batch(0, 2)))
+    language_loss(alone, _small_batch(0, 2))[0].backward()
+    total, n = loss(shared, own_rows(_small_batch(0, 2)))
     total.backward()
     for p in shared.parameters(): p.grad.mul_(world().size)
     out['ragged'] = differences(shared, alone)
@@ -201,7 +201,7 @@ def three(folder):
 def started(program, processes, folder):
     code = f'import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_parallel as t\nt.SEED = {SEED}\n'
     code += f't.{program}({str(folder)!r})\n'
-    launch(code, processes, timeout=900)
+    launch_processes(code, processes, timeout=900)
     return json.loads((folder/f'{program}.json').read_text())
 
 
@@ -269,7 +269,7 @@ def test_resume_is_exact(found):
 
 
 def test_errors_in_two_processes(found):
-    assert found['refused'] == "a run shared as 'shard' can't be resumed, its optimiser is in pieces; begin anew, or share as 'data'"
+    assert found['refused'] == "a run with 'shard' can't be resumed, because its optimiser is sharded; begin anew, or use 'data'"
     assert found['uneven'] == "5 experts can't be shared evenly by 2 processes; use a divisor of 5"
     assert found['sums'] == [3., 6, [2, 1]]
 
@@ -287,7 +287,7 @@ def test_experts_need_a_divisor(found3): assert found3['error'] == "4 experts ca
 
 def test_alone_nothing_changes():
     assert setup() == world() == World(0, 1) and not dist.is_initialized()
-    model, batch = small_model(), small_batch(0)
+    model, batch = small_model(), _small_batch(0)
     assert own_rows(batch)['tokens'].equal(batch['tokens'])
     assert shard(model, 'expert') is language_loss and not any(is_share(p) for p in model.parameters())
     assert whole_state(model).keys() == model.state_dict().keys()
@@ -300,7 +300,7 @@ def test_alone_nothing_changes():
 @pytest.mark.parametrize('rows', (1, 2, 5, 8))
 @pytest.mark.parametrize('size', (1, 2, 3, 7))
 def test_rows_are_shared_out(rows, size):
-    batch = small_batch(0, rows) | dict(other=torch.arange(rows))
+    batch = _small_batch(0, rows) | dict(other=torch.arange(rows))
     parts = [own_rows(batch, World(rank, size)) for rank in range(size)]
     scored = [p for p in parts if (p['labels'] != IGNORE).any()]
     for name in batch: assert torch.cat([p[name] for p in scored]).equal(batch[name]), name
@@ -317,21 +317,21 @@ def test_skeleton_costs_no_memory_and_keeps_everything():
     known = [[(n, p.shape, p.requires_grad) for n, p in m.named_parameters()] for m in (blank, model)]
     assert known[0] == known[1]
     blank.load_state_dict(model.state_dict(), assign=True)
-    batch = small_batch(0)
+    batch = _small_batch(0)
     assert torch.equal(language_loss(blank, batch)[0], language_loss(model, batch)[0])
 
 
 def test_total_norm_of_copies_is_torchs():
     model = small_model()
-    language_loss(model, small_batch(0))[0].backward()
+    language_loss(model, _small_batch(0))[0].backward()
     assert total_norm(model.parameters()).equal(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
 
 
 def test_bad_ways_are_refused():
     for f in (lambda: Parallel('tensor'), lambda: shard(small_model(), 'tensor')):
-        with pytest.raises(ValueError, match=r"^no way to share called 'tensor'; known are data, shard, expert$"): f()
+        with pytest.raises(ValueError, match=r"^no parallelism called 'tensor'; known are data, shard, expert$"): f()
     with pytest.raises(ValueError, match='^no layer of this Model has routed experts'): share_experts(tied())
-    with pytest.raises(RuntimeError, match='^2 processes: .*ZeroDivisionError: division by zero\n'): launch('print(1/0)')
+    with pytest.raises(RuntimeError, match='^2 processes: .*ZeroDivisionError: division by zero\n'): launch_processes('print(1/0)')
 
 
 def test_shares_are_seen(folder):

@@ -13,9 +13,9 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.picture import draw_architecture, draw_attention, expert_grid, human, mla_steps, part_params
 from deepseek_nb.arch.releases import PRESETS, preset
 from deepseek_nb.arch.routing import Route
-from deepseek_nb.arch.show import kind, model_table, show
+from deepseek_nb.arch.show import model_table, module_kind, show
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.infer.inside import attention_pattern, logit_lens, record, routes, watch
+from deepseek_nb.infer.inside import attention_pattern, logit_lens, record_stream, routes, watch
 
 MLA = [o for o in PRESETS if preset(o).mla]
 MOE = [o for o in PRESETS if preset(o).n_routed_experts]
@@ -90,9 +90,9 @@ def test_lazy_names_display(python):
 
 def test_equal_layers_are_told_by_what_they_hold():
     model = Model(LATENT, torch.float32, 'cpu')
-    assert kind(model.layers[1]) == kind(model.layers[2]) != kind(model.layers[0])
+    assert module_kind(model.layers[1]) == module_kind(model.layers[2]) != module_kind(model.layers[0])
     model.layers[2].self_attn.o_proj = torch.nn.Linear(40, 32, bias=True)
-    assert kind(model.layers[1]) != kind(model.layers[2])
+    assert module_kind(model.layers[1]) != module_kind(model.layers[2])
     assert '| 2 | MLA | MoE |' in show(model)
 
 
@@ -106,7 +106,7 @@ def test_route_of_nothing_and_of_one():
 def test_record_and_pattern_are_the_models_own(config):
     torch.manual_seed(0)
     model, tokens = Model(config, torch.float32, 'cpu').requires_grad_(False), torch.randint(64, (2, 7))
-    r = record(model, tokens)
+    r = record_stream(model, tokens)
     close(model.norm(r.stream[-1]), model.hidden(tokens))
     close(logit_lens(model, r)[1][-1, ..., 0], model(tokens).argmax(-1))
     attn, x = model.layers[1].self_attn, model.layers[1].input_layernorm(r.stream[1])

@@ -13,7 +13,8 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice
 from deepseek_nb.tools import cli
 from deepseek_nb.train import corpora, runs
-from deepseek_nb.train.bpe import save_tokenizer, train_bpe
+from deepseek_nb.train import repair as repairs
+from deepseek_nb.train.bpe import save_bpe, train_bpe
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.resume import checkpoints
 
@@ -41,7 +42,7 @@ def models(tmp_path_factory):
     for seed, name in enumerate(('small', 'teacher')):
         torch.manual_seed(seed)
         Model(CONFIG, dtype='float32').init_weights(.1).save_pretrained(folder/name)
-        save_tokenizer(backend, folder/name, 64)
+        save_bpe(backend, folder/name, 64)
     (folder/'text.txt').write_text(LINE*60)
     return folder
 
@@ -104,17 +105,17 @@ def test_interrupted_finetuning_ends_as_one_that_was_not(lora, call, place, monk
 def test_interrupted_conversion_goes_on(call, place, monkeypatch):
     assert call('convert', FILES['convert'])[0] == 0
     want = Model.from_pretrained('out/model', 'float32', 'cpu').state_dict()
-    repair, calls = runs.latent.repair, []
+    repair, calls = repairs.repair, []
 
     def once(*args, **kw):
         if calls: raise KeyboardInterrupt
         calls.append(1)
         return repair(*args, **kw)
 
-    monkeypatch.setattr(runs.latent, 'repair', once)
+    monkeypatch.setattr(repairs, 'repair', once)
     other = FILES['convert'].replace('"out"', '"other"')
     assert call('convert', other)[0] == 130
-    monkeypatch.setattr(runs.latent, 'repair', repair)
+    monkeypatch.setattr(repairs, 'repair', repair)
     code, out, _ = call('convert', other)
     assert code == 0 and '1 of 2 blocks were done' in out
     assert all(t.equal(want[k]) for k, t in Model.from_pretrained('other/model', 'float32', 'cpu').state_dict().items())
@@ -146,7 +147,7 @@ def test_adapter_beside_few_bits(call, place):
     start = Model.from_pretrained('small', 'float32', 'cpu')
     assert list(start.load_adapter('out/adapter').peft_config) == ['default']
     code, _, err = call('finetune', few.removesuffix(LORA))
-    assert code == 2 and err == 'deepseek-nb: run.toml: weights in few bits are frozen; add a table [lora]\n'
+    assert code == 2 and err == 'deepseek-nb: run.toml: quantised weights are frozen; add a table [lora]\n'
 
 
 def test_chats_and_classes(call, place):
@@ -194,7 +195,7 @@ def test_a_file_that_is_not_there(verb, place, capsys):
     ('finetune', ('output_dir = "out"', ''), 'run.toml, [training]: output_dir is missing'),
     ('finetune', ('[data]', '[balance]\n[data]'), 'Model has no router to balance; give a model with n_routed_experts'),
     ('finetune', ('[data]', '[balance]\nfactor = 1\n[data]'), 'run.toml, [balance]: factor is not known; known are gamma, sequence, until'),
-    ('finetune', ('[data]', '[parallel]\nhow = "apart"\n[data]'), "no way to share called 'apart'; known are data, shard, expert"),
+    ('finetune', ('[data]', '[parallel]\nhow = "apart"\n[data]'), "no parallelism called 'apart'; known are data, shard, expert"),
     ('finetune', ('[data]', '[lora]\nrank = 4\n[data]'), 'run.toml, [lora]: rank is not known; known are '),
     ('distill', ('teacher = "b"', 'teacher = "c"'), '[[stage]] 2, teacher: c is not known; known are a, b'),
     ('distill', ('student = "a"', 'student = "c"'), 'run.toml, student: c is not known; known are a, b'),
@@ -225,7 +226,7 @@ def test_a_mixture_is_balanced(place, sequence):
     text = FILES['finetune'].replace(MODEL, MODEL.replace('small', 'mini'))
     text += f'[balance]\ngamma = 0.01\nuntil = 1.0\nsequence = {sequence}\n'
     (place/'run.toml').write_text(text)
-    report = runs.finetune('run.toml').report
+    report = runs.finetune_run('run.toml').report
     assert len(report) == 4 and all(len(r['max_load']) == 5 for r in report)
     before, after = (Model.from_pretrained(n, 'float32', 'cpu').state_dict() for n in ('mini', 'out/model'))
     for k in [k for k in before if k.endswith('correction_bias')]:
@@ -233,7 +234,7 @@ def test_a_mixture_is_balanced(place, sequence):
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
         assert 0 < steps.abs().max() < 4.001
     (place/'run.toml').write_text(text.partition('[balance]')[0].replace('"out"', '"alone"'))
-    alone = runs.finetune('run.toml').report
+    alone = runs.finetune_run('run.toml').report
     added = report[0]['loss'] - alone[0]['loss']
     assert 'max_load' not in alone[0] and (added > 1e-3 if sequence else added == 0)
 

@@ -23,7 +23,7 @@ from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import example
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.resume import checkpoints
-from deepseek_nb.train.stages import Stage, arguments, distil_in_stages, learners, stage_trainer, text_losses
+from deepseek_nb.train.stages import Stage, distil_in_stages, learners, stage_arguments, stage_trainer, text_losses
 from deepseek_nb.train.teacher import write_logits
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
@@ -138,7 +138,7 @@ def test_projectors_resume(tmp_path):
         def before_update(self, t):
             if t.step == 4: raise KeyboardInterrupt
 
-    def trainer(out, *more): return stage_trainer(stage, llama(), arguments(stage, out, 2), texts, callbacks=more)
+    def trainer(out, *more): return stage_trainer(stage, llama(), stage_arguments(stage, out, 2), texts, callbacks=more)
     straight = trainer(None)
     straight.train()
     with pytest.raises(KeyboardInterrupt): trainer(tmp_path/'a', Stop()).train()
@@ -170,12 +170,12 @@ def test_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize('change,why', [
     (dict(temperature=3.), 'stage 2 was begun with temperature 2.0, this list has 3.0'), (dict(steps=6), 'stage 2 was begun with steps 5'),
     (dict(data=count(25)), 'stage 2 was begun with data'), (dict(teacher=llama(3, 48, 6)), 'stage 2 was begun with teacher'),
-    (dict(learns=llama(2, 32, 1)), 'other models learn there'), (dict(name='else'), "stage 2 was begun with name 'through it'")])
+    (dict(learns=llama(2, 32, 1)), 'the run there trains other models'), (dict(name='else'), "stage 2 was begun with name 'through it'")])
 def test_another_run_is_refused(change, why, tmp_path):
     student, stages = everything(tmp_path/'answers')
     stages = stages[:2]
     distil_in_stages(student, stages, tmp_path/'run')
-    with pytest.raises(ValueError, match='holds a distillation; go on with resume=True'): distil_in_stages(student, stages, tmp_path/'run')
+    with pytest.raises(ValueError, match='holds a distillation; use resume=True'): distil_in_stages(student, stages, tmp_path/'run')
     stages = [stages[0], replace(stages[1], **change)]
     with pytest.raises(ValueError, match=why): distil_in_stages(student, stages, tmp_path/'run', resume=True)
 
@@ -183,7 +183,7 @@ def test_another_run_is_refused(change, why, tmp_path):
 @pytest.mark.parametrize('bad,why', [
     (dict(kind='kl'), "kind 'kl' is not known"), (dict(temperature=0.), 'temperature is 0.0'),
     (dict(schedule='steep'), "lr_scheduler_type 'steep'"),
-    (dict(teacher=None, own=.5), "stage 'one': only a model as teacher"), (dict(data=[]), 'the data set is empty'),
+    (dict(teacher=None, own=.5), "stage 'one': matching hidden states and own text need"), (dict(data=[]), 'the data set is empty'),
     (dict(hidden=1., settings=dict(optim='muon')), 'projectors are trained by AdamW')])
 def test_bad_stages(bad, why, tmp_path):
     stage = replace(Stage('one', count(12), llama(3, 48, 5).requires_grad_(False), steps=2), **bad)

@@ -19,14 +19,14 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.files.safetensors import read_json
 from deepseek_nb.train import teacher as module
 from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack
-from deepseek_nb.train.distill import KINDS, distillation_loss, divergence
+from deepseek_nb.train.distill import DIVERGENCES, distillation_loss, divergence
 from deepseek_nb.train.teacher import (
     TeacherLogits,
     answers,
     bytes_a_token,
-    compact,
+    compact_logits,
     continued,
-    merged,
+    merge_tail,
     offline_loss,
     row_keys,
     text_examples,
@@ -68,27 +68,27 @@ def test_tail_is_exact(r):
         p = (z.double()/T).softmax(-1)
         torch.testing.assert_close(logs[:, :k].double().exp(), p.sort(descending=True).values[:, :k], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(logs[:, k].double().exp(), p.sort(descending=True).values[:, k:].sum(-1), rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(merged(z, indices, T), logs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(merge_tail(z, indices, T), logs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', DIVERGENCES)
 def test_merging_is_a_lower_bound_that_grows_with_k(kind, r):
     zs, zt = (2*torch.randn(5, 40, dtype=torch.float64) for _ in range(2))
     full, last = divergence(zs, zt, kind), torch.zeros(5, dtype=torch.float64)
     for k in (1, 3, 10, 30, 39):
         logs, indices = top_and_tail(zt, k)
-        now = divergence(merged(zs, indices), logs, kind)
+        now = divergence(merge_tail(zs, indices), logs, kind)
         assert (now >= last - 1e-10).all() and (now <= full + 1e-10).all()
         last = now
     torch.testing.assert_close(last, full)  # one token in the tail is no loss
-    assert gradcheck(lambda z: divergence(merged(z, indices[:, :4], 2.), logs[:, :5], kind), zs.requires_grad_())
+    assert gradcheck(lambda z: divergence(merge_tail(z, indices[:, :4], 2.), logs[:, :5], kind), zs.requires_grad_())
 
 
 @pytest.mark.parametrize('w,kind', [(2**16, torch.uint16), (2**16+1, torch.int32)])
 def test_width_of_indices(w, kind):
     z = torch.randn(2, w)
     z[:, w-1] = 20.
-    got = compact(z, 3, 1.)
+    got = compact_logits(z, 3, 1.)
     assert got['indices'].dtype == kind and got['values'].dtype == torch.float16
     assert (got['indices'].long()[:, 0] == w-1).all()
     assert sum(t.nbytes for t in got.values()) == 2*bytes_a_token(w, 3)
@@ -97,7 +97,7 @@ def test_width_of_indices(w, kind):
 def test_loss_from_all_logits_is_the_online_loss(tmp_path, r):
     teacher, student, data = llama(40), llama(), rows(r)
     folder = write_logits(teacher, data, tmp_path/'a', k=None, batch_size=4, shard=5)
-    for kind in KINDS:
+    for kind in DIVERGENCES:
         T, mix, batch = r.uniform(.5, 3), r.uniform(0, .9), collate(r.sample(data, 4))
         got, n = offline_loss(folder, kind, temperature=T, mix=mix, chunk=3)(student, batch)
         want, m = distillation_loss(teacher, kind, T, mix)(student, batch)

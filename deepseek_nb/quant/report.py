@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..arch.model import Model
 from ..arch.picture import human
-from ..arch.show import table as markdown_table
+from ..arch.show import markdown_table
 from . import Format, QuantizedWeight
 from .model import QuantizedModel, owners, role
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ..arch.show import table
+from ..arch.show import markdown_table as table
 from . import read_records
 
 # %% ../../nbs/902_studies.report.ipynb #fa1eec29

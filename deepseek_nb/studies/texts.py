@@ -1,4 +1,4 @@
-"""A test text must not occur in the training text. The studies share these few functions, which find repeated passages, leave them out, cap frequent classes, and give the score of a baseline without a model.
+"""A test text must not occur in the training text. The studies share these few functions, which find repeated passages and leave them out, cap frequent classes, and choose a learning rate.
 
 `word_runs`, `share_seen` and `unseen` look for test texts in training texts, `at_most` and `shuffled` make samples, and `best_tried` reads
 which learning rate did best on validation texts."""

@@ -132,17 +132,15 @@ def before_update(self:Guard,
     middle = median(self.recent or [t.loss])
     high = t.loss > self.factor*abs(middle) + self.margin and len(self.recent) >= 5
     self.bad,t.healthy = self.bad + 1 if high else 0,not high
-    if not finite or self.bad >= self.patience: self.stop(t, middle)
+    if not finite or self.bad >= self.patience: self._stop(t, middle)
     if high: return
     self.recent.append(t.loss)
-    if self.every and (self.kept is None or t.step >= self.kept + self.every): self.keep(t)
+    if self.every and (self.kept is None or t.step >= self.kept + self.every): self._keep(t)
 
 # %% ../../nbs/614_train.callbacks.ipynb #f564ad2f
 @patch
 @torch.no_grad()
-def keep(self:Guard,
-    t, # The trainer, whose weights are healthy
-)->None:
+def _keep(self:Guard, t):
     "Copy trained parameters and buffers"
     now = [*t.params, *t.model.buffers()]
     if self.good: torch._foreach_copy_(self.good, now)
@@ -151,10 +149,7 @@ def keep(self:Guard,
 
 @patch
 @torch.no_grad()
-def stop(self:Guard,
-    t, # The trainer of a diverged run
-    middle:float, # Median of its recent losses
-)->None:
+def _stop(self:Guard, t, middle):
     "Restore the last healthy weights and raise `Diverged`"
     if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
     left = f'weights are those after step {self.kept}' if self.good else 'weights are those before this step'

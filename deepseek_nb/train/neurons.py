@@ -1,4 +1,4 @@
-"""The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. With 70% of the FLOPs the output hardly changes.
+"""The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. At 70% of the FLOPs its squared error is about a quarter of that of experts with 16 neurons.
 
 `to_neurons` gives every block of a dense model a mixture whose experts are single neurons (`Neurons`). One of a neuron's two input rows serves as its
 router row: the one that predicts the neuron's output better, which `better_half` finds on calibration text. `ask_neurons` has a C++ twin for few tokens,

@@ -89,6 +89,7 @@ def check_arguments(
         _need(getattr(a, name) in (None, 'no', 'steps', 'epoch'), f"{name} is {getattr(a, name)!r}; use 'no', 'steps' or 'epoch'")
     _need(a.report_to in ('none', []), f"report_to {a.report_to!r} is not known here; use 'none' and read `trainer.history`")
 
+# %% ../../nbs/615_train.trainer.ipynb #b65304e2
 OPTIMIZERS = dict(adamw='adamw', adamw_torch='adamw', adamw_torch_fused='adamw', muon='muon')  # Name in the settings: kind
 
 def _need(ok, msg):
@@ -253,6 +254,7 @@ def add_callback(self:Trainer,
     if not any(type(new).__name__ in (k.__name__ for k in type(c).__mro__) for c in self.callbacks): self.callbacks.append(new)
     self.callbacks.sort(key=lambda c: c.order)
 
+# %% ../../nbs/615_train.trainer.ipynb #03e6dabd
 @patch
 def tokenised(self:Trainer,
     data, # Rows with text columns, examples, batches, or None
@@ -268,14 +270,22 @@ def tokenised(self:Trainer,
 
 # %% ../../nbs/615_train.trainer.ipynb #1f78ff11
 @patch
+def make_batches(self:Trainer,
+    size:int, # Rows of a batch, all ranks together
+)->None:
+    "Make the batches of a run, and count its steps"
+    a = self.args
+    self.batches = as_batches(self.train_dataset, size, self.model, seed=a.seed, workers=a.dataloader_num_workers)
+    self.max_steps = count_steps(self.batches, a)
+    self.eval_every = steps_between(a.eval_strategy, a.eval_steps, a, self.batches)
+    self.save_every = steps_between(a.save_strategy, a.save_steps, a, self.batches)
+
+@patch
 def begin(self:Trainer)->None:
     "Make what a run needs"
     a,(optimizer,schedule) = self.args,self.optimizers
     torch.manual_seed(a.seed)
-    self.batches = as_batches(self.train_dataset, a.per_device_train_batch_size, self.model, seed=a.seed, workers=a.dataloader_num_workers)
-    self.max_steps = count_steps(self.batches, a)
-    self.eval_every,self.save_every = (steps_between(*how, a, self.batches)
-                                       for how in ((a.eval_strategy, a.eval_steps), (a.save_strategy, a.save_steps)))
+    self.make_batches(a.per_device_train_batch_size)
     self.optimizer = optimizer or make_optimizer(self.model, a)
     self.lr_scheduler = schedule or make_schedule(self.optimizer, a, self.max_steps)
     self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.**10, enabled=self.dtype == torch.float16)
@@ -311,6 +321,7 @@ def fit(self:Trainer)->None:
         while self.step < self.max_steps: self.one_step()
     except CancelFit: pass
 
+# %% ../../nbs/615_train.trainer.ipynb #18f6139f
 @patch
 def one_step(self:Trainer)->None:
     "Take one optimiser step and add its row to the history"
