@@ -37,16 +37,18 @@ Modules:
 - `deepseek_nb.core.nbproc`: Cells that begin with `%%cpp` or `%%cu` are compiled where they stand, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that read well on light and on dark pages, in colours that colour-blind readers can tell apart
 - `deepseek_nb.core.reading`: What the parts of a chapter mean, each shown on a small live example: parameters and shapes, methods that later chapters add, operations with several implementations, C++ cells and stored outputs
-- `deepseek_nb.cuda.attention`: Attention over the latent cache on tensor cores, with the cache split among multiprocessors and read once
-- `deepseek_nb.cuda.build`: The same `.cu` file runs on the GPU, built when it is first launched, and on the CPU, where every thread is a fiber
-- `deepseek_nb.cuda.device`: Number formats, tensor cores and asynchronous copies, as PTX and as plain C++, and what a kernel's parameters say about its arguments
-- `deepseek_nb.cuda.emulation`: A header in which the threads of a block are fibers, so that a kernel can be tested without a GPU
-- `deepseek_nb.cuda.experts`: The grouped feed-forward in CUDA C++: one launch for all experts, SwiGLU in the first product, no copy of the tokens
-- `deepseek_nb.cuda.fp8`: DeepSeek-V3's format on a GPU: one scale for 128 activations, one for 128×128 weights, and sums that leave FP8's accumulator every 128 columns
-- `deepseek_nb.cuda.norm`: What MLA does to a token's latent after the projection, in one kernel that reads and writes it once
-- `deepseek_nb.cuda.quant`: Integers multiplied as integers, and weights that become bfloat16 in the registers of the thread that needs them
-- `deepseek_nb.cuda.route`: Choose experts with a warp a token, sort tokens by expert without a sort, and add up what the experts return
-- `deepseek_nb.cuda.tiles`: A matrix product in blocks of 128 columns: copies in the background, a layout without bank conflicts, and the warp's own share
+- `deepseek_nb.cuda.attention`: Attention over the latent KV cache on tensor cores, with the cache split over multiprocessors and read once, also ragged and paged.
+- `deepseek_nb.cuda.build`: A `.cu` file is compiled for the GPU or the CPU when it is first launched, with NVRTC, nvcc, or a C++ compiler and the emulation.
+- `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
+- `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers, so that kernels are tested without a GPU and in several orders of threads.
+- `deepseek_nb.cuda.experts`: The routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
+- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 on a GPU: a scale for 128 activations and for 128×128 weights, and partial sums in float32 every 128 columns.
+- `deepseek_nb.cuda.int8`: W8A8 linear layers on a GPU: activations rounded to 8 bits in blocks of 32, integers multiplied on tensor cores, and a GEMV for one token.
+- `deepseek_nb.cuda.norm`: The norm and the rotation of MLA's latent in one kernel that reads and writes it once, and rotary embedding of queries.
+- `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: weights decoded to bfloat16 in registers, and the CUDA twins of quantised layers.
+- `deepseek_nb.cuda.quant_experts`: Grouped int8 and int4 experts on a GPU: only the experts that the batch selects are read, and decoded in registers.
+- `deepseek_nb.cuda.route`: Expert selection with a warp a token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
+- `deepseek_nb.cuda.tiles`: A matrix product in tiles: asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
 - `deepseek_nb.eval.choice`: Scores each answer of a question by its log-likelihood and counts how often the right one wins, with the definitions of lm-evaluation-harness.
 - `deepseek_nb.eval.classify`: Accuracy, macro-F1 and micro-F1 from one confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.perplexity`: Measures how well a model predicts a text: the number of equally likely tokens that its uncertainty corresponds to, on a text longer than its context.
@@ -127,6 +129,7 @@ Modules:
 - `deepseek_nb.train.repair`: Each converted block is trained alone, or fitted in closed form, to give what the original block gave. It needs no labels and little memory, and continues after an interruption.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint with the same bits as an uninterrupted run.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. This chapter finds which rotary pairs of a GQA model it can keep, and what the others lose when they stop rotating.
+- `deepseek_nb.train.runs`: One TOML file describes a fine-tuning, a distillation or a conversion, and an interrupted run resumes when it is called again.
 - `deepseek_nb.train.schedule`: Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
 - `deepseek_nb.train.sft`: Rows with text, messages, prompt and completion, or classes become training examples. Only the answer counts in the loss.
 - `deepseek_nb.train.split`: Rows that share a key never lie on both sides of a split, and shared n-grams show how much of a test was in the training text.
