@@ -170,9 +170,11 @@ def test_experiments_say_what_their_runs_say(claims, results):
         done = runs(name, RESULTS/'evidence')
         assert claim == claims.EXPERIMENTS[name] and command == f'`deepseek-nb evidence {name}`'
         if not done: assert (said, on) == ('not yet', ''); continue
-        assert said == open_study(name).finding(done) and f'{len(done)} runs' in on
+        words = open_study(name).finding(done)
+        assert said == claims.outcome(words) and f'{len(done)} runs' in on and words in claims.findings(RESULTS)
+        assert all(part in words for part in said.split(' · ')), said
     shutil.rmtree(results/'evidence', ignore_errors=True)
-    assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')}
+    assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')} and 'No experiment' in claims.findings(results)
 
 
 # ---- the page
@@ -183,7 +185,7 @@ def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get
 def test_the_page_is_what_the_results_say(claims):
     shown = [o for cell in PAGE for o in outputs(cell)]
     tables = claims.claims(RESULTS, claims.ARTICLE), claims.claims(RESULTS, claims.OURS), claims.experiments(RESULTS)
-    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS)):
+    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS), claims.findings(RESULTS)):
         assert what in shown, 'nbs/980_tools.claims.ipynb is stale: run it and store its outputs'
         shown.remove(what)
     assert not numbers(' '.join(shown)), 'the page shows a number that no record holds'

@@ -20,7 +20,9 @@ from deepseek_nb.core import nbproc
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.cuda import build as cuda
 from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged, attend_ragged, fits
-from deepseek_nb.cuda.build import ORDERS, cubin, emulate, find_nvrtc, launch, pack, resources, thread_order
+from deepseek_nb.cuda.build import cubin, emulate, find_nvrtc, launch, resources, signatures
+from deepseek_nb.cuda.device import Parameter, kernels_in, pack_arguments, structs_in
+from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.norm import norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda, takes
 from deepseek_nb.cuda.route import combine, route_cuda, sort_by_expert
 
@@ -158,11 +160,12 @@ def test_copies_come_late():
     assert y[:4].equal(x[:4]) and y[4:12].isnan().all() and y[12:20].equal(x) and y[20:].eq(0).all()
 
 
-def start(*args, shared=4): launch('row_sum.cu', 'row_sum', 1, 32, *args, shared=shared)
+def start(*args, shared=4, **named): launch('row_sum.cu', 'row_sum', 1, 32, *args, shared=shared, **named)
 
 
 @pytest.mark.parametrize('call,message', [
     (lambda: start(torch.ones(4), torch.ones(1)), 'row_sum takes 3 arguments, 2 given'),
+    (lambda: start(torch.ones(4), y=torch.ones(1), e=4), "row_sum has no parameter 'e' left; it takes x, y, d"),
     (lambda: start(torch.ones(4), torch.ones(1, device='meta'), 4), 'row_sum: y is on meta, the kernel runs on cpu'),
     (lambda: start(torch.ones(4, device='meta')), 'kernels run on cpu or cuda, not on meta'),
     (lambda: start(torch.ones(4), 1, 4), 'y must be a tensor, not int'),
@@ -574,7 +577,48 @@ def test_no_compiler_is_an_empty_table(monkeypatch):
     with pytest.raises(FileNotFoundError, match='no CUDA compiler: absent-nvcc not found'): cubin('row_sum.cu', 'sm_80')
 
 
-def test_pack_takes_null(): assert pack('k', [('float', True, 'x')], (None,), torch.device('cpu'))[0].value is None
+def test_pack_takes_null():
+    assert pack_arguments('k', [Parameter('float', True, 'x')], (None,), torch.device('cpu'))[0].value is None
+
+
+STRUCT = '''
+struct Small { int one_line; };
+struct Rows {                              // a comment
+    const float* x;                        // another
+    int n, d;
+    int64_t step;
+    __device__ int size() const {
+        int here = n * d;
+        return here;
+    }
+};
+extern "C" __global__ void add(float* y, Rows rows, float scale) {
+'''
+
+
+def test_structs_are_read_from_the_source():
+    kernels, structs = kernels_in(STRUCT), structs_in(STRUCT)
+    assert structs == {'Rows': [('float', True, 'x'), ('int', False, 'n'), ('int', False, 'd'), ('int64_t', False, 'step')]}
+    assert kernels == {'add': [('float', True, 'y'), ('Rows', False, 'rows'), ('float', False, 'scale')]}
+    x, rows = torch.ones(4), dict(x=None, n=2, d=3, step=2**40)
+    packed = pack_arguments('add', kernels['add'], (x, rows, .5), torch.device('cpu'), structs)
+    assert (packed[1].x, packed[1].n, packed[1].d, packed[1].step, packed[2].value) == (None, 2, 3, 2**40, .5)
+    for wrong, said in ((dict(n=1), 'rows has the fields x, n, d, step, not n'), (rows | dict(x=x.double()), 'x must be torch.float32')):
+        with pytest.raises(ValueError, match=said): pack_arguments('add', kernels['add'], (x, wrong, .5), torch.device('cpu'), structs)
+
+
+LATER = 'experts.cu', 'int8_vector.cu', 'quant_vector.cu', 'quant_int8.cu', 'quant_decoded.cu', 'quant_experts.cu'
+
+
+@pytest.mark.parametrize('name', [*SIZES, *LATER])
+def test_every_parameter_is_known(name):
+    "A struct that Python could not fill would show only when its kernel is launched"
+    from deepseek_nb.cuda.device import POINTERS, SCALARS
+    kernels, structs = signatures(name)
+    for p in (p for ps in kernels.values() for p in ps):
+        if p.pointer: assert p.kind in POINTERS or structs[p.kind]
+        else: assert p.kind in SCALARS or structs[p.kind], p
+    for line in (nbproc.source_text(name)).splitlines(): assert len(line) <= 120, line
 
 
 def test_a_model_runs_on_these_kernels(monkeypatch):
@@ -585,6 +629,7 @@ def test_a_model_runs_on_these_kernels(monkeypatch):
     from deepseek_nb.arch.norm import rms_norm
     ops = [f.op for f in (attend_latent, norm_rotate, rms_norm, rotate, route)]
     for f in (run_blocks, add_attention, add_feed_forward, mixture):  # whole steps of C++, which a GPU doesn't have
+        f.op.plan('auto', 'cpu')  # loads them
         monkeypatch.setattr(f.op, 'twins', {n: t for n,t in f.op.twins.items() if t.kind != 'cpp'})
         monkeypatch.setattr(f.op, 'plans', {})
     c = replace(preset('deepseek-v3'), vocab_size=64, dim=64, n_layers=2, n_dense_layers=1, inter_dim=64, n_heads=2, q_lora_rank=64,
@@ -593,9 +638,10 @@ def test_a_model_runs_on_these_kernels(monkeypatch):
     model,tokens = Model(c, dtype=torch.bfloat16, device='cpu'),torch.randint(0, 64, (2, 6))
     ran = []
     for op in ops:
-        twin = replace(op.twins['cuda/cuda'], device='cpu')
+        op.plan('auto', 'cpu')
+        twin = replace(op.twins['cuda/cuda'], device='cpu', available=None)
         counted = replace(twin, fn=lambda *args, fn=twin.fn, name=op.name, **kwargs: ran.append(name) or fn(*args, **kwargs))
-        monkeypatch.setitem(op.twins, 'cuda/cuda', counted)
+        monkeypatch.setitem(op.twins, counted.name, counted)
         monkeypatch.setattr(op, 'plans', {})
 
     def logits(kind):

@@ -12,7 +12,8 @@ from deepseek_nb.core.nbproc import find_compiler, source_text
 from deepseek_nb.cuda import experts as cuda_experts
 from deepseek_nb.cuda import fp8 as cuda_fp8
 from deepseek_nb.cuda import tiles as cuda_tiles
-from deepseek_nb.cuda.build import ARCHS, ORDERS, find_nvrtc, resources, thread_order
+from deepseek_nb.cuda.build import ARCHS, find_nvrtc, resources
+from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.experts import cut_tiles, experts_cost, experts_in_tiles, fits_experts, run_experts_cuda
 from deepseek_nb.cuda.fp8 import (
     dequant_tiles,
@@ -79,11 +80,19 @@ def guarded(t, at_end):
     there = torch.frombuffer((ctypes.c_char*n).from_address(base + 4096 + (inside - n if at_end else 0)), dtype=torch.uint8)
     return there.copy_(raw(t)).view(t.dtype).view(t.shape)
 
+def moved_to(a, at_end):
+    if isinstance(a, dict): return {k: moved_to(v, at_end) for k,v in a.items()}
+    return guarded(a, at_end) if isinstance(a, torch.Tensor) else a
+
+def copy_back(a, m):
+    if isinstance(a, dict): [copy_back(v, m[k]) for k,v in a.items()]
+    elif isinstance(a, torch.Tensor): raw(a).copy_(raw(m))
+
 def guarded_launch(name, kernel, grid, block, *args, **options):
-    moved = [guarded(a, at_end) if isinstance(a, torch.Tensor) else a for a in args]
-    launch(name, kernel, grid, block, *moved, **options)
-    for a,m in zip(args, moved):
-        if isinstance(a, torch.Tensor): raw(a).copy_(raw(m))
+    given = dict(options, args=dict(enumerate(args)))
+    moved = moved_to(given, at_end)
+    launch(name, kernel, grid, block, *moved.pop('args').values(), **moved)
+    copy_back(options, moved)
 
 for module in (cuda_experts, cuda_fp8, cuda_route, cuda_tiles): module.launch = guarded_launch
 for at_end in (True, False):
@@ -383,4 +392,12 @@ def test_linear_under_compile():
 
 
 def test_twins_stay_away_without_a_card():
-    assert torch.cuda.is_available() or not cuda_tiles.cards_ready()
+    from deepseek_nb.arch.attention import attend_latent, norm_rotate
+    from deepseek_nb.arch.norm import rms_norm
+    from deepseek_nb.arch.rope import rotate
+    from deepseek_nb.arch.routing import route
+    from deepseek_nb.quant import linear_quantized
+    ops = [f.op for f in (attend_latent, norm_rotate, rms_norm, rotate, route, run_experts, linear_fp8, linear_quantized)]
+    twins = [t for op in ops for t in op.twins.values() if t.kind == 'cuda']
+    assert len(twins) >= len(ops) and all(t.available is not None for t in twins)
+    assert torch.cuda.is_available() or not any(t.runs_on('cuda') for t in twins)

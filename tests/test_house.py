@@ -190,7 +190,7 @@ def test_package_docstring_lists_every_module():
     "nbdev lists a module whose docstring has more than three lines: its title's line, and two wrapped lines or more."
     docstring = ast.get_docstring(ast.parse((ROOT/'deepseek_nb/__init__.py').read_text()))
     listed = set(re.findall(r'^- `deepseek_nb\.([\w.]+)`: .', docstring, re.M))
-    missing = {module(o).removesuffix('.__init__') for o in CHAPTERS} - listed
+    missing = {module(o).removesuffix('.__init__') for o in CHAPTERS if exported(o).exists()} - listed
     assert not missing, f'wrap the second Markdown cell of these chapters on two lines or more: {missing}'
 
 

@@ -203,7 +203,7 @@ def test_old_addresses_lead_on(site, pages):
 @pytest.mark.parametrize('term', TERMS, ids=lambda o: o.name)
 def test_a_chapter_explains_each_term(pages, term):
     assert (ROOT/'nbs'/term.notebook).exists(), f'glossary.md: {term.name} leads to {term.notebook}, which is no chapter'
-    spaced = lambda o: re.escape(o).replace('\\ ', r'[\s-]').replace('\\-', r'[\s-]')
+    spaced = lambda o: re.escape(o).replace('\\ ', r'[\s-]+').replace('\\-', r'[\s-]+')
     text = ' '.join(pages[page_name(term.notebook).replace('.ipynb', '.html')].text)
     assert re.search('|'.join(map(spaced, (term.name, *term.also))), text, re.I), f'{term.notebook} does not say {term.name!r}'
 

@@ -137,7 +137,7 @@ def compact(
 # %% ../../nbs/170_arch.picture.ipynb #494abf12
 def expert_grid(
     c:Config, # A config with experts
-)->list: # A tuple for each expert: column, row, whether the example token visits it
+)->list: # A tuple for each expert: column, row, whether it is selected for the example token
     "Where to draw each expert"
     g,m,k = c.n_expert_groups,c.n_limited_groups,c.n_activated_experts
     rows = g if g > 1 else -(-c.n_routed_experts//32)

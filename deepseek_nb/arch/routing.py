@@ -102,19 +102,19 @@ def expert_load(
     return torch.bincount(experts.flatten(), minlength=e)
 
 def max_violation(
-    visits:Tensor, # Load of each expert `e`
+    loads:Tensor, # Load of each expert `e`
 )->float: # 0 when even, e/k − 1 at worst
     "How far the most loaded expert is above the mean"
-    return (visits.max()/visits.float().mean() - 1).item()
+    return (loads.max()/loads.float().mean() - 1).item()
 
 # %% ../../nbs/140_arch.routing.ipynb #54041a6b
 @patch
 def update_bias(self:Gate,
-    visits:Tensor, # Load of each expert in the last step `e`
+    loads:Tensor, # Load of each expert in the last step `e`
     gamma:float = .001, # Step
 )->None:
     "Move the bias towards an even load"
-    with torch.no_grad(): self.e_score_correction_bias += gamma*torch.sign(visits.float().mean() - visits)
+    with torch.no_grad(): self.e_score_correction_bias += gamma*torch.sign(loads.float().mean() - loads)
 
 # %% ../../nbs/140_arch.routing.ipynb #8492ef3f
 def expert_loss(

@@ -81,7 +81,7 @@ def cache_table(
     "A cache as a table"
     c,size = cache.c,cache.batch*cache.c.cache_bytes_per_token(cache.dtype.itemsize)
     held = f'latents, {c.kv_lora_rank} + {c.qk_rope_head_dim}' if c.mla else f'keys and values, {c.n_kv_heads} × {c.head_dim}'
-    rows = [['remembers', held],
+    rows = [['caches', held],
             ['rows', cache.batch], ['positions', f'{cache.length:,} of {cache.capacity:,}'], ['limit', f'{c.max_positions:,}'],
             ['allocated', f"{human(cache.nbytes, 'B')} in {str(cache.dtype).removeprefix('torch.')}"], ['a position', human(size, 'B')]]
     if cache.pad is not None: rows.append(['padding', ', '.join(map(str, cache.pad.tolist()))])
@@ -89,14 +89,14 @@ def cache_table(
 
 # %% ../../nbs/175_arch.show.ipynb #0a26024f
 def load_squares(
-    visits:list, # Tokens that visited each expert
+    loads:list, # Tokens that were routed to each expert
 )->str: # HTML
     "A square for each expert, the bluer the more tokens visit it"
-    most = max(max(visits), 1)
-    colour = [f'#0072b2{20 + 235*n//most:02x}' for n in visits]
-    squares = ''.join(f'<i title="{i}: {n}" style="background:{c}"></i>' for i,(n,c) in enumerate(zip(visits, colour, strict=True)))
+    most = max(max(loads), 1)
+    colour = [f'#0072b2{20 + 235*n//most:02x}' for n in loads]
+    squares = ''.join(f'<i title="{i}: {n}" style="background:{c}"></i>' for i,(n,c) in enumerate(zip(loads, colour, strict=True)))
     grid = 'display:grid;grid-template-columns:repeat(auto-fill,14px);grid-auto-rows:14px;gap:2px;max-width:512px'
-    label = f'Load of {len(visits)} experts, from {min(visits)} to {max(visits)} tokens'
+    label = f'Load of {len(loads)} experts, from {min(loads)} to {max(loads)} tokens'
     return f'<div role="img" aria-label="{label}" style="{grid}">{squares}</div>'
 
 def route_html(
@@ -104,9 +104,9 @@ def route_html(
 )->str: # HTML
     "The load of a routing result"
     (n,e),k = r.scores.shape,r.experts.shape[1]
-    visits = expert_load(r.experts, e)
-    text = f'{n:,} tokens, {k} of {e} experts each; mean load {n*k/e:,.1f}, busiest {visits.max().item():,}'
-    return f'<p>{text}, maximal violation {max_violation(visits):.2f}</p>{load_squares(visits.tolist())}'
+    loads = expert_load(r.experts, e)
+    text = f'{n:,} tokens, {k} of {e} experts each; mean load {n*k/e:,.1f}, busiest {loads.max().item():,}'
+    return f'<p>{text}, maximal violation {max_violation(loads):.2f}</p>{load_squares(loads.tolist())}'
 
 # %% ../../nbs/175_arch.show.ipynb #0c786dfc
 TABLES = {Config: config_table, Model: model_table, Cache: cache_table, Route: route_html}

@@ -60,7 +60,7 @@ ARENA_CHUNK = 2**25 # bytes that an arena asks for at once
 class Arena:
     "Memory in large pages, handed out in pieces"
     def __init__(self,
-        chunk:int = ARENA_CHUNK, # Bytes asked for at once
+        chunk:int = ARENA_CHUNK, # Bytes to allocate at once
     ): self.size,self.chunk,self.used,self.lock = chunk,torch.empty(0, dtype=torch.uint8),0,Lock()
     def take(self,
         shape:tuple, # Of the piece

@@ -11,21 +11,39 @@
 #endif
 
 constexpr int WIDTH = LATENT + ROTARY, STRIDE = (WIDTH + 63) / 64 * 64, WARPS = 8;
-constexpr int M = ROWS / 16, M_WARPS = ROWS == 64 ? 2 : 1, MT = M / M_WARPS;            // tiles of 16 rows: of the block, and of a warp in S
+constexpr int M = ROWS / 16, M_WARPS = ROWS == 64 ? 2 : 1, MT = M / M_WARPS;
 constexpr int FREE_WARPS = WARPS / M_WARPS, N_WARPS = FREE_WARPS < KEYS / 8 ? FREE_WARPS : KEYS / 8;
-constexpr int NT = KEYS / 8 / N_WARPS, NC = LATENT / 8 / WARPS;                         // tiles of 8 columns of a warp: in S, and in O
+constexpr int NT = KEYS / 8 / N_WARPS, NC = LATENT / 8 / WARPS;
 static_assert(LATENT % 128 == 0 && WIDTH % 32 == 0, "widths must fill the warps' tiles");
 
-__device__ inline int at(int row, int column, int stride = STRIDE) { return row * stride + (column / 8 ^ row % 8) * 8 + column % 8; }
+__device__ inline int at(int row, int column, int stride = STRIDE) {
+    return row * stride + (column / 8 ^ row % 8) * 8 + column % 8;
+}
+
+struct Thread {                            // where a thread stands in the block
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m_warp = warp / N_WARPS, n_warp = warp % N_WARPS;
+    __device__ int row(int m, int half) const { return m * 16 + lane / 4 + 8 * half; }  // of S and O
+};
 
 // %% ../../nbs/577_cuda.attention.ipynb #148745ac
 struct Cache {
     const bf16* z;
-    const int* table;
-    int64_t batch, row;
-    int page, pages;
+    const int* table;                      // pages of each sequence, or null
+    const int* lengths;                    // positions in use of each sequence, or null
+    int64_t batch, row;                    // steps in elements
+    int t, page, pages;                    // most positions; positions of a page; pages of a sequence
+    __device__ int length(int b) const { return lengths ? min(lengths[b], t) : t; }
     __device__ const bf16* key(int b, int i) const {
         return table ? z + (int64_t(table[b * pages + i / page]) * page + i % page) * row : z + b * batch + i * row;
+    }
+};
+
+struct View {
+    const uint8_t* mask;
+    int64_t batch;                         // step of the mask
+    int s, t;                              // new positions, and positions of the cache
+    __device__ bool sees(int b, int i, int key, int length) const {
+        return mask ? mask[b * batch + int64_t(i) * t + key] : key <= length - s + i;
     }
 };
 
@@ -48,61 +66,61 @@ __device__ inline void load_queries(bf16* tile, const bf16* q, int first, int ro
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #3a06ba2e
-__device__ inline void multiply_keys(float (&s)[MT][NT][4], const bf16* q, const bf16* k, int m_warp, int n_warp, int lane) {
+__device__ inline void multiply_keys(float (&s)[MT][NT][4], const bf16* q, const bf16* k, Thread me) {
     for (int i = 0; i < WIDTH; i += 32) {
         uint32_t a[MT][2][4], b[4];
         for (int m = 0; m < MT; ++m)
             for (int half = 0; half < 2; ++half)
-                load_matrix(a[m][half], &q[at((m_warp * MT + m) * 16 + lane % 16, i + half * 16 + lane / 16 * 8)]);
+                load_matrix(a[m][half], &q[at((me.m_warp * MT + m) * 16 + me.lane % 16,
+                                              i + half * 16 + me.lane / 16 * 8)]);
         for (int n = 0; n < NT; ++n) {
-            load_matrix(b, &k[at((n_warp * NT + n) * 8 + lane % 8, i + lane / 8 * 8)]);
+            load_matrix(b, &k[at((me.n_warp * NT + n) * 8 + me.lane % 8, i + me.lane / 8 * 8)]);
             for (int m = 0; m < MT; ++m) mma_bf16(s[m][n], a[m][0], b), mma_bf16(s[m][n], a[m][1], b + 2);
         }
     }
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #5723c5c4
-__device__ inline void add_values(float (&o)[M][NC][4], const bf16* p, const bf16* z, int warp, int lane) {
+__device__ inline void add_values(float (&o)[M][NC][4], const bf16* p, const bf16* z, Thread me) {
     for (int i = 0; i < KEYS; i += 16) {
         uint32_t a[M][4], b[4];
-        for (int m = 0; m < M; ++m) load_matrix(a[m], &p[at(m * 16 + lane % 16, i + lane / 16 * 8, 64)]);
+        for (int m = 0; m < M; ++m) load_matrix(a[m], &p[at(m * 16 + me.lane % 16, i + me.lane / 16 * 8, 64)]);
         for (int n = 0; n < NC; n += 2) {
-            load_matrix<true>(b, &z[at(i + lane % 16, (warp * NC + n) * 8 + lane / 16 * 8)]);
+            load_matrix<true>(b, &z[at(i + me.lane % 16, (me.warp * NC + n) * 8 + me.lane / 16 * 8)]);
             for (int m = 0; m < M; ++m) mma_bf16(o[m][n], a[m], b), mma_bf16(o[m][n + 1], a[m], b + 2);
         }
     }
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #d5f3a435
-struct Sight {
-    const uint8_t* mask;
-    int64_t batch;
-    int length, end, s, t;
-    __device__ bool sees(int b, int i, int key) const {
-        return key < end && (mask ? mask[b * batch + int64_t(i) * t + key] : key <= length - s + i);
-    }
+struct Block {
+    int b, row;                            // sequence, and first row of queries
+    int length, first, end;                // of the sequence; keys of this part of the cache
 };
 
 // %% ../../nbs/577_cuda.attention.ipynb #c9422b6b
-__device__ inline void mask_scores(float (&s)[MT][NT][4], float scale, const Sight& sight, int b, int row, int key) {
+__device__ inline void mask_scores(float (&s)[MT][NT][4], float scale, const View& view, const Block& block, int first,
+        Thread me) {
     for (int m = 0; m < MT; ++m)
         for (int half = 0; half < 2; ++half) {
-            const int i = (row + m * 16 + half * 8) % sight.s;                          // which of the s new positions
+            const int i = (block.row + me.row(me.m_warp * MT + m, half)) % view.s;      // which of the s new positions
             for (int n = 0; n < NT; ++n)
                 for (int j = 0; j < 2; ++j) {
+                    const int key = first + (me.n_warp * NT + n) * 8 + me.lane % 4 * 2 + j;
                     float& score = s[m][n][2 * half + j];
-                    score = sight.sees(b, i, key + n * 8 + j) ? score * scale : -infinity();
+                    score = key < block.end && view.sees(block.b, i, key, block.length) ? score * scale : -infinity();
                 }
         }
 }
 
-__device__ inline void largest_scores(const float (&s)[MT][NT][4], float* partial, int m_warp, int n_warp, int lane) {
+// %% ../../nbs/577_cuda.attention.ipynb #5e7576b9
+__device__ inline void largest_scores(const float (&s)[MT][NT][4], float* partial, Thread me) {
     for (int m = 0; m < MT; ++m)
         for (int half = 0; half < 2; ++half) {
             float top = -infinity();
             for (int n = 0; n < NT; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
             top = warp_max(top, 4);                                                     // the four lanes of a row
-            if (lane % 4 == 0) partial[((m_warp * MT + m) * 16 + lane / 4 + 8 * half) * N_WARPS + n_warp] = top;
+            if (me.lane % 4 == 0) partial[me.row(me.m_warp * MT + m, half) * N_WARPS + me.n_warp] = top;
         }
 }
 
@@ -113,16 +131,17 @@ __device__ inline float shrink_row(float& top, const float* partial) {
     return exp2f(old - (top == -infinity() ? 0 : top));
 }
 
-__device__ inline void probabilities(float (&s)[MT][NT][4], const float (&top)[M][2], float (&sum)[M][2], bf16* p, int m_warp, int n_warp, int lane) {
+__device__ inline void probabilities(float (&s)[MT][NT][4], const float (&top)[M][2], float (&sum)[M][2], bf16* p,
+        Thread me) {
     for (int m = 0; m < M; ++m) {
-        if (m / MT != m_warp) continue;
+        if (m / MT != me.m_warp) continue;
         for (int half = 0; half < 2; ++half) {
             const float base = top[m][half] == -infinity() ? 0 : top[m][half];
             for (int n = 0; n < NT; ++n) {
                 const float x = exp2f(s[m % MT][n][2 * half] - base), y = exp2f(s[m % MT][n][2 * half + 1] - base);
+                const int column = (me.n_warp * NT + n) * 8 + me.lane % 4 * 2;
                 sum[m][half] += x + y;
-                uint32_t* to = reinterpret_cast<uint32_t*>(&p[at(m * 16 + lane / 4 + 8 * half, (n_warp * NT + n) * 8 + lane % 4 * 2, 64)]);
-                *to = pack(x, y);
+                *reinterpret_cast<uint32_t*>(&p[at(me.row(m, half), column, 64)]) = pack(x, y);
             }
         }
     }
@@ -133,86 +152,97 @@ struct Shared { bf16 *q, *z, *p; float* partial; };
 struct Running { float o[M][NC][4] = {}, top[M][2], sum[M][2] = {}; };
 
 // %% ../../nbs/577_cuda.attention.ipynb #98562325
-__device__ inline void attend_tile(Running& run, const Shared& shared, const bf16* z, const Sight& sight, float scale, int b, int row, int first) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m_warp = warp / N_WARPS, n_warp = warp % N_WARPS;
-    const bool scores = m_warp < M_WARPS;
+__device__ inline void attend_tile(Running& run, const Shared& shared, const bf16* z, const View& view, float scale,
+        const Block& block, int first, Thread me) {
+    const bool scores = me.m_warp < M_WARPS;
     float s[MT][NT][4] = {};
     if (scores) {
-        multiply_keys(s, shared.q, z, m_warp, n_warp, lane);
-        mask_scores(s, scale, sight, b, row + m_warp * MT * 16 + lane / 4, first + n_warp * NT * 8 + lane % 4 * 2);
-        largest_scores(s, shared.partial, m_warp, n_warp, lane);
+        multiply_keys(s, shared.q, z, me);
+        mask_scores(s, scale, view, block, first, me);
+        largest_scores(s, shared.partial, me);
     }
     __syncthreads();
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
-            const float shrink = shrink_row(run.top[m][half], &shared.partial[(m * 16 + lane / 4 + 8 * half) * N_WARPS]);
+            const float shrink = shrink_row(run.top[m][half], &shared.partial[me.row(m, half) * N_WARPS]);
             run.sum[m][half] *= shrink;
             UNROLL for (int n = 0; n < NC; ++n) run.o[m][n][2 * half] *= shrink, run.o[m][n][2 * half + 1] *= shrink;
         }
-    if (scores) probabilities(s, run.top, run.sum, shared.p, m_warp, n_warp, lane);
+    if (scores) probabilities(s, run.top, run.sum, shared.p, me);
     __syncthreads();
-    add_values(run.o, shared.p, z, warp, lane);
+    add_values(run.o, shared.p, z, me);
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #a2d42b26
-__device__ inline void total_sums(float (&sum)[M][2], float* partial) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m_warp = warp / N_WARPS, n_warp = warp % N_WARPS;
+__device__ inline void total_sums(float (&sum)[M][2], float* partial, Thread me) {
     __syncthreads();
     for (int m = 0; m < M; ++m)
         for (int half = 0; half < 2; ++half) {
             const float total = warp_sum(sum[m][half], 4);
-            if (m / MT == m_warp && lane % 4 == 0) partial[(m * 16 + lane / 4 + 8 * half) * N_WARPS + n_warp] = total;
+            if (m / MT == me.m_warp && me.lane % 4 == 0) partial[me.row(m, half) * N_WARPS + me.n_warp] = total;
         }
     __syncthreads();
     for (int m = 0; m < M; ++m)
         for (int half = 0; half < 2; ++half) {
             sum[m][half] = 0;
-            for (int w = 0; w < N_WARPS; ++w) sum[m][half] += partial[(m * 16 + lane / 4 + 8 * half) * N_WARPS + w];
+            for (int w = 0; w < N_WARPS; ++w) sum[m][half] += partial[me.row(m, half) * N_WARPS + w];
         }
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #ceed05fb
-__device__ inline void write_rows(const Running& run, bf16* out, float* part, float* logs, int first, int rows) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ inline void write_rows(const Running& run, bf16* out, float* part, float* logs, int first, int rows,
+        Thread me) {
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
-            const int64_t row = first + m * 16 + lane / 4 + 8 * half;
+            const int64_t row = first + me.row(m, half);
             if (row >= rows) continue;
             const float total = run.sum[m][half];
             UNROLL for (int n = 0; n < NC; ++n) {
-                const int64_t to = row * LATENT + (warp * NC + n) * 8 + lane % 4 * 2;
+                const int64_t to = row * LATENT + (me.warp * NC + n) * 8 + me.lane % 4 * 2;
                 const float x = run.o[m][n][2 * half] / total, y = run.o[m][n][2 * half + 1] / total;
                 if (part) *reinterpret_cast<float2*>(part + to) = make_float2(x, y);
                 else *reinterpret_cast<uint32_t*>(out + to) = pack(x, y);
             }
-            if (part && warp == 0 && lane % 4 == 0) logs[row] = run.top[m][half] + log2f(total);
+            if (part && me.warp == 0 && me.lane % 4 == 0) logs[row] = run.top[m][half] + log2f(total);
         }
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #0c5a7a6d
-extern "C" __global__ void __launch_bounds__(256, 1) attend_part(const bf16* q, const bf16* z, const int* table, const int* lengths, const uint8_t* mask,
-        bf16* out, float* part, float* logs, int rows, int s, int t, int64_t z_batch, int64_t z_row, int page, int pages, int64_t mask_batch, float scale) {
-    DYNAMIC_SHARED(bf16, memory);
-    const Shared shared{memory, memory + ROWS * STRIDE, memory + (ROWS + 2 * KEYS) * STRIDE,
-                        reinterpret_cast<float*>(memory + (ROWS + 2 * KEYS) * STRIDE + ROWS * 64)};
-    const int b = blockIdx.z, row = blockIdx.y * ROWS, length = lengths ? min(lengths[b], t) : t, tiles = (length + KEYS - 1) / KEYS;
-    const int stretch = (tiles + gridDim.x - 1) / gridDim.x * KEYS, first = blockIdx.x * stretch, end = min(first + stretch, length);
-    const Cache cache{z, table, z_batch, z_row, page, pages};
-    const Sight sight{mask, mask_batch, length, end, s, t};
-    Running run;
+__device__ inline Block block_of(const Cache& cache) {
+    const int b = blockIdx.z, length = cache.length(b), tiles = (length + KEYS - 1) / KEYS;
+    const int keys = (tiles + gridDim.x - 1) / gridDim.x * KEYS, first = blockIdx.x * keys;
+    return {b, int(blockIdx.y * ROWS), length, first, min(first + keys, length)};
+}
+
+__device__ inline void attend_keys(Running& run, const Shared& shared, const Cache& cache, const View& view,
+        float scale, const Block& block, Thread me) {
     for (int m = 0; m < M; ++m) run.top[m][0] = run.top[m][1] = -infinity();
-    load_queries(shared.q, q + int64_t(b) * rows * WIDTH, row, rows);
-    load_keys(shared.z, cache, b, first, end);
-    for (int i = first; i < end; i += KEYS) {
+    load_keys(shared.z, cache, block.b, block.first, block.end);
+    for (int i = block.first; i < block.end; i += KEYS) {
         wait_copies();
         __syncthreads();
-        const int now = (i - first) / KEYS % 2 * KEYS * STRIDE;
-        if (i + KEYS < end) load_keys(shared.z + KEYS * STRIDE - now, cache, b, i + KEYS, end);
-        attend_tile(run, shared, shared.z + now, sight, scale, b, row, i);
+        const int now = (i - block.first) / KEYS % 2 * KEYS * STRIDE;
+        if (i + KEYS < block.end) load_keys(shared.z + KEYS * STRIDE - now, cache, block.b, i + KEYS, block.end);
+        attend_tile(run, shared, shared.z + now, view, scale, block, i, me);
     }
-    total_sums(run.sum, shared.partial);
-    const int64_t at_part = (int64_t(blockIdx.x) * gridDim.z + b) * rows, at_out = int64_t(b) * rows * LATENT;
-    write_rows(run, out + at_out, part ? part + at_part * LATENT : nullptr, part ? logs + at_part : nullptr, row, rows);
+}
+
+// %% ../../nbs/577_cuda.attention.ipynb #5ff615a6
+extern "C" __global__ void __launch_bounds__(256, 1) attend_part(const bf16* q, bf16* out, float* part,
+        float* logs, int rows, Cache cache, View view, float scale) {
+    DYNAMIC_SHARED(bf16, memory);
+    bf16 *keys = memory + ROWS * STRIDE, *p = keys + 2 * KEYS * STRIDE;
+    const Shared shared{memory, keys, p, reinterpret_cast<float*>(p + ROWS * 64)};
+    const Block block = block_of(cache);
+    const Thread me;
+    Running run;
+    load_queries(shared.q, q + int64_t(block.b) * rows * WIDTH, block.row, rows);
+    attend_keys(run, shared, cache, view, scale, block, me);
+    total_sums(run.sum, shared.partial, me);
+    const int64_t at_part = (int64_t(blockIdx.x) * gridDim.z + block.b) * rows;
+    out += int64_t(block.b) * rows * LATENT;
+    if (part) part += at_part * LATENT, logs += at_part;
+    write_rows(run, out, part, logs, block.row, rows, me);
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #7d2af145
@@ -220,11 +250,13 @@ extern "C" __global__ void merge_parts(const float* part, const float* logs, bf1
     const int64_t row = blockIdx.x;
     float top = -infinity(), sum = 0;
     for (int i = 0; i < parts; ++i) top = fmaxf(top, logs[i * rows + row]);
-    for (int i = 0; i < parts; ++i) if (logs[i * rows + row] != -infinity()) sum += exp2f(logs[i * rows + row] - top);
+    for (int i = 0; i < parts; ++i)
+        if (logs[i * rows + row] != -infinity()) sum += exp2f(logs[i * rows + row] - top);
     for (int j = threadIdx.x; j < LATENT; j += blockDim.x) {
         float y = 0;
         for (int i = 0; i < parts; ++i)
-            if (logs[i * rows + row] != -infinity()) y += exp2f(logs[i * rows + row] - top) * part[(i * rows + row) * LATENT + j];
+            if (logs[i * rows + row] != -infinity())
+                y += exp2f(logs[i * rows + row] - top) * part[(i * rows + row) * LATENT + j];
         out[row * LATENT + j] = from_float<bf16>(y / sum);
     }
 }

@@ -6,9 +6,9 @@
 #ifndef VECTOR
 #define VECTOR 1
 #endif
-template <class T> struct alignas(VECTOR * sizeof(T)) Vector { T x[VECTOR]; };
 
-template <class T> __device__ void combine(const T* rows, const int* position, const float* weights, const T* more, T* y, int k, int d) {
+template <class T>
+__device__ void combine(const T* rows, const int* position, const float* weights, const T* more, T* y, int k, int d) {
     const int64_t token = blockIdx.x;
     const int j = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     if (j >= d) return;
@@ -18,19 +18,20 @@ template <class T> __device__ void combine(const T* rows, const int* position, c
         const int row = position[token * k + slot];
         if (row < 0) continue;
         const float weight = weights[token * k + slot];
-        const Vector<T> v = *reinterpret_cast<const Vector<T>*>(rows + int64_t(row) * d + j);
+        const auto v = load_vector<VECTOR>(rows + int64_t(row) * d + j);
         for (int i = 0; i < VECTOR; ++i) sum[i] += weight * to_float(v.x[i]);
     }
-    Vector<T> out;
+    Vector<T, VECTOR> out;
     for (int i = 0; i < VECTOR; ++i) out.x[i] = from_float<T>(sum[i]);
-    *reinterpret_cast<Vector<T>*>(y + token * d + j) = out;
+    store_vector(y + token * d + j, out);
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #6af62712
-extern "C" __global__ void combine_f32(const float* rows, const int* position, const float* weights, const float* more, float* y, int k, int d) {
+extern "C" __global__ void combine_f32(const float* rows, const int* position, const float* weights, const float* more,
+        float* y, int k, int d) {
     combine(rows, position, weights, more, y, k, d);
 }
-
-extern "C" __global__ void combine_bf16(const bf16* rows, const int* position, const float* weights, const bf16* more, bf16* y, int k, int d) {
+extern "C" __global__ void combine_bf16(const bf16* rows, const int* position, const float* weights, const bf16* more,
+        bf16* y, int k, int d) {
     combine(rows, position, weights, more, y, k, d);
 }

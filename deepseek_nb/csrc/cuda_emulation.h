@@ -128,7 +128,9 @@ static bool run_block(int n, Order& order) {
             if (fibers[i]->wait == ready && !(asleep >> (i / 32) & 1)) resume(*fibers[i]);
         for (int first = 0; first < n; first += 32) release_warp(first, n);
         release_block(n);
-        const auto is = [n](Wait w) { return std::any_of(&fibers[0], &fibers[n], [w](auto& f) { return f->wait == w; }); };
+        const auto is = [n](Wait w) {
+            return std::any_of(&fibers[0], &fibers[n], [w](auto& f) { return f->wait == w; });
+        };
         if (!is(ready)) return !is(at_warp) && !is(at_block);
     }
 }
@@ -142,7 +144,8 @@ static const char* run_grid(const unsigned* shape, size_t shared, int kind, unsi
     const int n = blockDim.x * blockDim.y * blockDim.z;
     while (int(fibers.size()) < (n + 31) / 32 * 32) fibers.emplace_back(new Fiber);
     for (int i = 0; i < n; ++i)
-        fibers[i]->index = i, fibers[i]->thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+        fibers[i]->index = i,
+        fibers[i]->thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     std::vector<char> memory(shared + 192);
     shared_memory = memory.data() + (128 - uintptr_t(memory.data()) % 128);
     Order order{kind, seed};
@@ -151,7 +154,8 @@ static const char* run_grid(const unsigned* shape, size_t shared, int kind, unsi
         memset(memory.data(), 0xff, memory.size());
         const char* wrong = run_block(n, order) ? nullptr : "threads wait at different barriers";
         if (wrong) fibers.clear();
-        for (int i = 0; i < 64 && !wrong; ++i) if (shared_memory[shared + i] != char(0xff)) wrong = "writes behind its shared memory";
+        for (int i = 0; i < 64 && !wrong; ++i)
+            if (shared_memory[shared + i] != char(0xff)) wrong = "writes behind its shared memory";
         if (!wrong) continue;
         snprintf(message, sizeof message, "block (%u, %u, %u): %s", blockIdx.x, blockIdx.y, blockIdx.z, wrong);
         return message;
@@ -164,7 +168,8 @@ static const char* run_grid(const unsigned* shape, size_t shared, int kind, unsi
 namespace emulation {
 static void *kernel, **arguments;
 
-template <class... A> const char* launch(void (*f)(A...), void** args, const unsigned* shape, size_t shared, int kind, unsigned seed) {
+template <class... A>
+const char* launch(void (*f)(A...), void** args, const unsigned* shape, size_t shared, int kind, unsigned seed) {
     kernel = reinterpret_cast<void*>(f), arguments = args;
     body = [] {
         const auto call = []<size_t... i>(std::index_sequence<i...>) {
@@ -195,13 +200,15 @@ static void __syncwarp(uint32_t mask = ~0u) { emulation::meet(mask, 0); }
 static uint32_t __ballot_sync(uint32_t mask, int predicate) {
     emulation::meet(mask, int(predicate != 0));
     uint32_t votes = 0;
-    for (int l = 0; l < 32; ++l) if (emulation::self->met >> l & 1) votes |= uint32_t(emulation::peer<int>(l)) << l;
+    for (int l = 0; l < 32; ++l)
+        if (emulation::self->met >> l & 1) votes |= uint32_t(emulation::peer<int>(l)) << l;
     return votes;
 }
 static uint32_t __match_any_sync(uint32_t mask, int value) {
     emulation::meet(mask, value);
     uint32_t same = 0;
-    for (int l = 0; l < 32; ++l) if (emulation::self->met >> l & 1) same |= uint32_t(emulation::peer<int>(l) == value) << l;
+    for (int l = 0; l < 32; ++l)
+        if (emulation::self->met >> l & 1) same |= uint32_t(emulation::peer<int>(l) == value) << l;
     return same;
 }
 static int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
@@ -230,7 +237,11 @@ template <class T> T __shfl_up_sync(uint32_t mask, T value, int by, int width = 
 template <class T> T atomicAdd(T* at, T value) { const T old = *at; *at = old + value; return old; }
 template <class T> T atomicMax(T* at, T value) { const T old = *at; *at = std::max(old, value); return old; }
 template <class T> T atomicExch(T* at, T value) { const T old = *at; *at = value; return old; }
-template <class T> T atomicCAS(T* at, T expected, T value) { const T old = *at; if (old == expected) *at = value; return old; }
+template <class T> T atomicCAS(T* at, T expected, T value) {
+    const T old = *at;
+    if (old == expected) *at = value;
+    return old;
+}
 static void __threadfence() {}
 using std::max, std::min;
 static float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -254,7 +265,11 @@ static uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 namespace emulation {
 struct Fragment { uint32_t a[4], b[2]; };
 
-template <class E> E element(uint32_t word, int i) { E e; memcpy(&e, reinterpret_cast<char*>(&word) + i * sizeof e, sizeof e); return e; }
+template <class E> E element(uint32_t word, int i) {
+    E e;
+    memcpy(&e, reinterpret_cast<char*>(&word) + i * sizeof e, sizeof e);
+    return e;
+}
 
 template <class E> void mma(float* d, const uint32_t* a, const uint32_t* b) {
     constexpr int p = 4 / sizeof(E);
@@ -263,7 +278,8 @@ template <class E> void mma(float* d, const uint32_t* a, const uint32_t* b) {
         const int row = lane() / 4 + 8 * (i / 2), column = 2 * (lane() % 4) + i % 2;
         for (int k = 0; k < 8 * p; ++k) {
             const int t = k % (4 * p) / p, half = k / (4 * p);
-            const uint32_t x = peer<Fragment>(row % 8 * 4 + t).a[row / 8 + 2 * half], y = peer<Fragment>(column * 4 + t).b[half];
+            const uint32_t x = peer<Fragment>(row % 8 * 4 + t).a[row / 8 + 2 * half];
+            const uint32_t y = peer<Fragment>(column * 4 + t).b[half];
             d[i] += to_float(element<E>(x, k % p)) * to_float(element<E>(y, k % p));
         }
     }
@@ -274,7 +290,8 @@ template <class E> void mma(float* d, const uint32_t* a, const uint32_t* b) {
 namespace emulation {
 static void load_matrix(uint32_t* r, const void* row, bool transposed) {
     struct alignas(16) Row { uint16_t x[8]; };
-    if (uintptr_t(row) % 16) fprintf(stderr, "load_matrix: the row of lane %d is not aligned to 16 bytes\n", lane()), abort();
+    if (uintptr_t(row) % 16)
+        fprintf(stderr, "load_matrix: the row of lane %d is not aligned to 16 bytes\n", lane()), abort();
     meet(~0u, *static_cast<const Row*>(row));
     const int g = lane() / 4, t = lane() % 4;
     for (int m = 0; m < 4; ++m)

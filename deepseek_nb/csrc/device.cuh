@@ -37,16 +37,40 @@ __device__ inline e4m3 to_e4m3(float x) {
     return {uint8_t(sign | ((u + 0x7ffff + (u >> 20 & 1)) >> 20) - (120 << 3))};
 }
 
+// %% ../../nbs/562_cuda.device.ipynb #0c95c9a4
 template <class T> __device__ inline T from_float(float x);
 template <> __device__ inline float from_float<float>(float x) { return x; }
 template <> __device__ inline bf16 from_float<bf16>(float x) { return {bf16_bits(x)}; }
 template <> __device__ inline e4m3 from_float<e4m3>(float x) { return to_e4m3(x); }
 __device__ inline float infinity() { return __uint_as_float(0x7f800000); }
-__device__ inline uint32_t pack(float low, float high) { return bf16_bits(low) | uint32_t(bf16_bits(high)) << 16; }
+
+__device__ inline uint32_t pack(float low, float high) {   // two bf16 in a register
+#if __CUDA_ARCH__ >= 800
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return bf16_bits(low) | uint32_t(bf16_bits(high)) << 16;
+#endif
+}
+
+// %% ../../nbs/562_cuda.device.ipynb #76464c6a
+template <class T, int n> struct alignas(n * sizeof(T)) Vector { T x[n]; };
+
+template <int n, class T> __device__ inline Vector<T, n> load_vector(const T* from) {
+    return *reinterpret_cast<const Vector<T, n>*>(from);
+}
+template <class T, int n> __device__ inline void store_vector(T* to, Vector<T, n> v) {
+    *reinterpret_cast<Vector<T, n>*>(to) = v;
+}
+
+__device__ inline float larger(float a, float b) { return a > b || a != a ? a : b; }
 
 // %% ../../nbs/562_cuda.device.ipynb #fae97c80
 #ifdef __CUDACC__
-#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(128) unsigned char shared_bytes[]; type* name = reinterpret_cast<type*>(shared_bytes)
+#define DYNAMIC_SHARED(type, name) \
+    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
+    type* name = reinterpret_cast<type*>(shared_bytes)
 #else
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulation::shared_memory)
 #endif
@@ -82,8 +106,10 @@ __device__ inline void mma_bf16(float* d, const uint32_t* a, const uint32_t* b) 
 #ifndef __CUDACC__
     emulation::mma<bf16>(d, a, b);
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     __trap();
 #endif
@@ -94,8 +120,10 @@ __device__ inline void mma_e4m3(float* d, const uint32_t* a, const uint32_t* b) 
 #ifndef __CUDACC__
     emulation::mma<e4m3>(d, a, b);
 #elif __CUDA_ARCH__ >= 890
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
     __trap();
 #endif
@@ -122,7 +150,8 @@ __device__ inline void copy_async(void* to, const void* from, bool valid = true)
     emulation::self->copies.push_back({to, valid ? from : nullptr, emulation::self->group});
 #elif __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0) : "memory");
+                 :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
 #else
     __trap();
 #endif

@@ -8,17 +8,12 @@
 #endif
 
 __device__ inline float expand(uint32_t byte) {
-    const float size = (byte & 0x7f) == 0x7f ? __uint_as_float(0x7fc00000) : __uint_as_float((byte & 0x7f) << 20) * 0x1p120f;
+    const bool nan = (byte & 0x7f) == 0x7f;
+    const float size = nan ? __uint_as_float(0x7fc00000) : __uint_as_float((byte & 0x7f) << 20) * 0x1p120f;
     return byte & 0x80 ? -size : size;
 }
 __device__ inline uint32_t widen(uint32_t word) {
-#if __CUDA_ARCH__ >= 800
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(expand(word >> 8)), "f"(expand(word)));
-    return pair;
-#else
     return pack(expand(word), expand(word >> 8));
-#endif
 }
 
 // %% ../../nbs/582_cuda.fp8.ipynb #dc6e0f7f
@@ -37,11 +32,13 @@ __device__ inline void mma_fp8(float* sum, const uint32_t* a, const uint32_t* b)
 
 // %% ../../nbs/582_cuda.fp8.ipynb #6adc8e3c
 #if !WARPGROUP
-__device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, const char* b, const float (&factor)[M][2]) {
+__device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, const char* b,
+        const float (&factor)[M][2]) {
     const int lane = threadIdx.x % 32;
     uint32_t x[M][4][4];
     #pragma unroll
-    for (int i = 0; i < M * 4; ++i) load_matrix(x[i / 4][i % 4], a + at(warp_row(i / 4) + lane % 16, i % 4 * 2 + lane / 16));
+    for (int i = 0; i < M * 4; ++i)
+        load_matrix(x[i / 4][i % 4], a + at(warp_row(i / 4) + lane % 16, i % 4 * 2 + lane / 16));
     #pragma unroll
     for (int n = 0; n < N; ++n) {
         uint32_t y[4][2];
@@ -61,7 +58,8 @@ __device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, con
 
 // %% ../../nbs/582_cuda.fp8.ipynb #b2393d97
 #if WARPGROUP
-__device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, const char* b, const float (&factor)[M][2]) {
+__device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, const char* b,
+        const float (&factor)[M][2]) {
     #pragma unroll
     for (int m = 0; m < M; ++m) {
         float inner[N][4] = {};
@@ -73,8 +71,11 @@ __device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, con
 #endif
 
 // %% ../../nbs/582_cuda.fp8.ipynb #943a8f3a
-template <class T> __device__ void scaled_product(const e4m3* x, const float* s, const e4m3* w, const float* ws, T* y, int n, int d, int o) {
-    const int across = (o + COLUMNS - 1) / COLUMNS, first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
+template <class T>
+__device__ void scaled_product(const e4m3* x, const float* s, const e4m3* w, const float* ws, T* y,
+        int n, int d, int o) {
+    const int across = (o + COLUMNS - 1) / COLUMNS;
+    const int first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
     const int blocks = (d + 127) / 128, lane = threadIdx.x % 32;
     auto a = [&](int r) { return first + r < n ? x + int64_t(first + r) * d : nullptr; };
     auto b = [&](int r) { return column + r < o ? w + int64_t(column + r) * d : nullptr; };
@@ -96,9 +97,11 @@ template <class T> __device__ void scaled_product(const e4m3* x, const float* s,
 }
 
 // %% ../../nbs/582_cuda.fp8.ipynb #86131d23
-extern "C" __global__ void __launch_bounds__(128) fp8_product_f32(const e4m3* x, const float* s, const e4m3* w, const float* ws, float* y, int n, int d, int o) {
+extern "C" __global__ void __launch_bounds__(128) fp8_product_f32(const e4m3* x, const float* s, const e4m3* w,
+        const float* ws, float* y, int n, int d, int o) {
     scaled_product(x, s, w, ws, y, n, d, o);
 }
-extern "C" __global__ void __launch_bounds__(128) fp8_product_bf16(const e4m3* x, const float* s, const e4m3* w, const float* ws, bf16* y, int n, int d, int o) {
+extern "C" __global__ void __launch_bounds__(128) fp8_product_bf16(const e4m3* x, const float* s, const e4m3* w,
+        const float* ws, bf16* y, int n, int d, int o) {
     scaled_product(x, s, w, ws, y, n, d, o);
 }

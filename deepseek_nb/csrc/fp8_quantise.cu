@@ -17,29 +17,28 @@ __device__ inline uint32_t round_four(const float* x, float scale) {
     return word;
 }
 
+// %% ../../nbs/582_cuda.fp8.ipynb #98770e95
 extern "C" __global__ void round_e4m3(const float* x, e4m3* q, int words) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < words) reinterpret_cast<uint32_t*>(q)[i] = round_four(x + i * 4, 1.f);
 }
 
 // %% ../../nbs/582_cuda.fp8.ipynb #f36c6016
-__device__ inline float larger(float a, float b) { return a > b || a != a ? a : b; }
-
 __device__ inline float largest(float x) {
     for (int bits = 16; bits; bits /= 2) x = larger(x, __shfl_xor_sync(WARP, x, bits));
     return x;
 }
-__device__ inline float largest_of(const float* x) { return larger(larger(fabsf(x[0]), fabsf(x[1])), larger(fabsf(x[2]), fabsf(x[3]))); }
+
+template <class T> __device__ float load_four(float (&to)[4], const T* x) {    // their largest magnitude
+    const auto four = load_vector<4>(x);
+    float size = 0;
+    for (int i = 0; i < 4; ++i) to[i] = to_float(four.x[i]), size = larger(size, fabsf(to[i]));
+    return size;
+}
 
 __device__ inline float scale_for(float size, int ue8m0) {
     const float scale = larger(size, 1e-4f) / 448;
     return ue8m0 && scale == scale ? __uint_as_float(__float_as_uint(scale) + 0x7fffff & 0x7f800000) : scale;
-}
-
-template <class T> __device__ void load_four(float* to, const T* x) {
-    struct alignas(4 * sizeof(T)) Four { T x[4]; };
-    const Four four = *reinterpret_cast<const Four*>(x);
-    for (int i = 0; i < 4; ++i) to[i] = to_float(four.x[i]);
 }
 
 // %% ../../nbs/582_cuda.fp8.ipynb #4cf6cead
@@ -50,21 +49,27 @@ template <class T> __device__ void quantise_tile(const T* x, e4m3* q, float* sca
     const int column = tile * 128 + lane * 4;
     const int64_t at = int64_t(row) * d + column;
     float v[4] = {};
-    if (column < d) load_four(v, x + at);
-    const float scale = scale_for(largest(largest_of(v)), ue8m0);
+    const float size = column < d ? load_four(v, x + at) : 0;
+    const float scale = scale_for(largest(size), ue8m0);
     if (column < d) *reinterpret_cast<uint32_t*>(q + at) = round_four(v, scale);
     if (lane == 0) scales[int64_t(row) * across + tile] = scale;
 }
-extern "C" __global__ void quantise_tiles_f32(const float* x, e4m3* q, float* scales, int d, int ue8m0) { quantise_tile(x, q, scales, d, ue8m0); }
-extern "C" __global__ void quantise_tiles_bf16(const bf16* x, e4m3* q, float* scales, int d, int ue8m0) { quantise_tile(x, q, scales, d, ue8m0); }
+
+extern "C" __global__ void quantise_tiles_f32(const float* x, e4m3* q, float* scales, int d, int ue8m0) {
+    quantise_tile(x, q, scales, d, ue8m0);
+}
+extern "C" __global__ void quantise_tiles_bf16(const bf16* x, e4m3* q, float* scales, int d, int ue8m0) {
+    quantise_tile(x, q, scales, d, ue8m0);
+}
 
 // %% ../../nbs/582_cuda.fp8.ipynb #3ed447a2
 template <class T> __device__ void quantise_block(const T* x, e4m3* q, float* scales, int o, int d, int ue8m0) {
     DYNAMIC_SHARED(float, sizes);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * 128 + lane * 4, top = blockIdx.y * 128;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = blockIdx.x * 128 + lane * 4, top = blockIdx.y * 128;
     const int end = column < d ? min(o, top + 128) : 0;
     float v[4], size = 0;
-    for (int r = top + warp; r < end; r += 8) load_four(v, x + int64_t(r) * d + column), size = larger(size, largest_of(v));
+    for (int r = top + warp; r < end; r += 8) size = larger(size, load_four(v, x + int64_t(r) * d + column));
     size = largest(size);
     if (lane == 0) sizes[warp] = size;
     __syncthreads();
@@ -75,5 +80,11 @@ template <class T> __device__ void quantise_block(const T* x, e4m3* q, float* sc
     }
     if (threadIdx.x == 0) scales[blockIdx.y * gridDim.x + blockIdx.x] = scale;
 }
-extern "C" __global__ void quantise_blocks_f32(const float* x, e4m3* q, float* scales, int o, int d, int ue8m0) { quantise_block(x, q, scales, o, d, ue8m0); }
-extern "C" __global__ void quantise_blocks_bf16(const bf16* x, e4m3* q, float* scales, int o, int d, int ue8m0) { quantise_block(x, q, scales, o, d, ue8m0); }
+
+// %% ../../nbs/582_cuda.fp8.ipynb #7e60260b
+extern "C" __global__ void quantise_blocks_f32(const float* x, e4m3* q, float* scales, int o, int d, int ue8m0) {
+    quantise_block(x, q, scales, o, d, ue8m0);
+}
+extern "C" __global__ void quantise_blocks_bf16(const bf16* x, e4m3* q, float* scales, int o, int d, int ue8m0) {
+    quantise_block(x, q, scales, o, d, ue8m0);
+}

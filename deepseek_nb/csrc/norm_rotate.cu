@@ -7,7 +7,12 @@
 #define VECTOR 1
 #endif
 
-template <class T> struct alignas(VECTOR * sizeof(T)) Vector { T x[VECTOR]; };
+struct Rows {
+    int s, c, r;                           // rows of a sequence, normalised columns, rotated columns
+    int64_t batch, row, angle_batch;       // steps of y and of the angles
+    float eps;
+    int interleaved;                       // pairs are (0,1),(2,3)… rather than (0,r/2),(1,r/2+1)…
+};
 
 __device__ inline float block_sum(float x, float* partial) {
     x = warp_sum(x);
@@ -21,69 +26,78 @@ template <class T> __device__ void norm_row(const T* x, const T* weight, T* y, i
     const int first = threadIdx.x * VECTOR, step = blockDim.x * VECTOR;
     float squares = 0;
     for (int j = first; j < c; j += step) {
-        const Vector<T> v = *reinterpret_cast<const Vector<T>*>(x + j);
+        const auto v = load_vector<VECTOR>(x + j);
         for (int k = 0; k < VECTOR; ++k) squares += to_float(v.x[k]) * to_float(v.x[k]);
     }
     const float scale = rsqrtf(block_sum(squares, partial) / c + eps);
     for (int j = first; j < c; j += step) {
-        Vector<T> v = *reinterpret_cast<const Vector<T>*>(x + j);
-        const Vector<T> w = *reinterpret_cast<const Vector<T>*>(weight + j);
+        auto v = load_vector<VECTOR>(x + j);
+        const auto w = load_vector<VECTOR>(weight + j);
         for (int k = 0; k < VECTOR; ++k) v.x[k] = from_float<T>(to_float(v.x[k]) * scale * to_float(w.x[k]));
-        *reinterpret_cast<Vector<T>*>(y + j) = v;
+        store_vector(y + j, v);
     }
 }
 
-template <class T> __device__ void rotate_row(const T* x, const float* cosine, const float* sine, T* y, int r, int interleaved) {
-    for (int p = threadIdx.x; p < r / 2; p += blockDim.x) {
-        const int i = interleaved ? 2 * p : p, j = interleaved ? i + 1 : p + r / 2;
-        const float u = to_float(x[i]), v = to_float(x[j]);
-        y[i] = from_float<T>(u * cosine[p] - v * sine[p]);
-        y[j] = from_float<T>(u * sine[p] + v * cosine[p]);
-    }
+// %% ../../nbs/570_cuda.norm.ipynb #b53fd31e
+struct Pair { int first, second; };
+
+__device__ inline Pair pair_of(int p, int r, int interleaved) {
+    return interleaved ? Pair{2 * p, 2 * p + 1} : Pair{p, p + r / 2};
+}
+
+template <class T> __device__ void rotate_pair(const T* x, T* y, Pair at, float cosine, float sine) {
+    const float u = to_float(x[at.first]), v = to_float(x[at.second]);
+    y[at.first] = from_float<T>(u * cosine - v * sine);
+    y[at.second] = from_float<T>(u * sine + v * cosine);
 }
 
 // %% ../../nbs/570_cuda.norm.ipynb #091e9639
-template <class T> __device__ void norm_rotate(const T* x, const T* weight, const float* cosine, const float* sine, T* y, int s, int c, int r,
-                                               int64_t y_batch, int64_t y_row, int64_t angle_batch, float eps, int interleaved) {
+template <class T>
+__device__ void norm_rotate(const T* x, const T* weight, const float* cosine, const float* sine, T* y, const Rows& n) {
     DYNAMIC_SHARED(float, partial);
-    const int b = blockIdx.x / s, i = blockIdx.x % s;
-    const int64_t angles = b * angle_batch + int64_t(i) * (r / 2);
-    x += blockIdx.x * int64_t(c + r), y += b * y_batch + i * y_row;
-    norm_row(x, weight, y, c, eps, partial);
-    rotate_row(x + c, cosine + angles, sine + angles, y + c, r, interleaved);
+    const int b = blockIdx.x / n.s, i = blockIdx.x % n.s;
+    const int64_t angles = b * n.angle_batch + int64_t(i) * (n.r / 2);
+    x += blockIdx.x * int64_t(n.c + n.r), y += b * n.batch + i * n.row;
+    norm_row(x, weight, y, n.c, n.eps, partial);
+    for (int p = threadIdx.x; p < n.r / 2; p += blockDim.x)
+        rotate_pair(x + n.c, y + n.c, pair_of(p, n.r, n.interleaved), cosine[angles + p], sine[angles + p]);
 }
 
-extern "C" __global__ void norm_rotate_f32(const float* x, const float* weight, const float* cosine, const float* sine, float* y, int s, int c, int r,
-                                           int64_t y_batch, int64_t y_row, int64_t angle_batch, float eps, int interleaved) {
-    norm_rotate(x, weight, cosine, sine, y, s, c, r, y_batch, y_row, angle_batch, eps, interleaved);
+// %% ../../nbs/570_cuda.norm.ipynb #b975abb4
+extern "C" __global__ void norm_rotate_f32(const float* x, const float* weight, const float* cosine,
+        const float* sine, float* y, Rows rows) {
+    norm_rotate(x, weight, cosine, sine, y, rows);
+}
+extern "C" __global__ void norm_rotate_bf16(const bf16* x, const bf16* weight, const float* cosine,
+        const float* sine, bf16* y, Rows rows) {
+    norm_rotate(x, weight, cosine, sine, y, rows);
 }
 
-extern "C" __global__ void norm_rotate_bf16(const bf16* x, const bf16* weight, const float* cosine, const float* sine, bf16* y, int s, int c, int r,
-                                            int64_t y_batch, int64_t y_row, int64_t angle_batch, float eps, int interleaved) {
-    norm_rotate(x, weight, cosine, sine, y, s, c, r, y_batch, y_row, angle_batch, eps, interleaved);
-}
+// %% ../../nbs/570_cuda.norm.ipynb #e428b58f
+struct Queries {
+    int64_t pairs;                         // of all heads and rows
+    int h, s, r;                           // heads, rows of a sequence, rotated columns
+    int64_t batch, head, row, angle_batch; // steps of x and of the angles
+    int interleaved;
+};
 
-// %% ../../nbs/570_cuda.norm.ipynb #88d7597d
-template <class T> __device__ void rotate_pair(const T* x, const float* cosine, const float* sine, T* y, int64_t pairs, int h, int s, int r,
-                                               int64_t x_batch, int64_t x_head, int64_t x_row, int64_t angle_batch, int interleaved) {
+template <class T>
+__device__ void rotate_queries(const T* x, const float* cosine, const float* sine, T* y, const Queries& q) {
     const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (n >= pairs) return;
-    const int p = n % (r / 2), i = n / (r / 2) % s, head = n / (r / 2) / s % h, b = n / (r / 2) / s / h;
-    const int j = interleaved ? 2 * p : p, k = interleaved ? j + 1 : p + r / 2;
-    const T* from = x + b * x_batch + head * x_head + i * x_row;
-    const int64_t angle = b * angle_batch + int64_t(i) * (r / 2) + p, to = (n - p) * 2;
-    const float u = to_float(from[j]), v = to_float(from[k]);
-    y[to + j] = from_float<T>(u * cosine[angle] - v * sine[angle]);
-    y[to + k] = from_float<T>(u * sine[angle] + v * cosine[angle]);
+    if (n >= q.pairs) return;
+    const int64_t row = n / (q.r / 2);
+    const int p = n % (q.r / 2), i = row % q.s, head = row / q.s % q.h, b = row / q.s / q.h;
+    const int64_t angle = b * q.angle_batch + int64_t(i) * (q.r / 2) + p;
+    const T* from = x + b * q.batch + head * q.head + i * q.row;
+    rotate_pair(from, y + row * q.r, pair_of(p, q.r, q.interleaved), cosine[angle], sine[angle]);
 }
 
-// %% ../../nbs/570_cuda.norm.ipynb #750dda70
-extern "C" __global__ void rotate_f32(const float* x, const float* cosine, const float* sine, float* y, int64_t pairs, int h, int s, int r,
-                                      int64_t x_batch, int64_t x_head, int64_t x_row, int64_t angle_batch, int interleaved) {
-    rotate_pair(x, cosine, sine, y, pairs, h, s, r, x_batch, x_head, x_row, angle_batch, interleaved);
+// %% ../../nbs/570_cuda.norm.ipynb #778f71bb
+extern "C" __global__ void rotate_f32(const float* x, const float* cosine, const float* sine, float* y,
+        Queries queries) {
+    rotate_queries(x, cosine, sine, y, queries);
 }
-
-extern "C" __global__ void rotate_bf16(const bf16* x, const float* cosine, const float* sine, bf16* y, int64_t pairs, int h, int s, int r,
-                                       int64_t x_batch, int64_t x_head, int64_t x_row, int64_t angle_batch, int interleaved) {
-    rotate_pair(x, cosine, sine, y, pairs, h, s, r, x_batch, x_head, x_row, angle_batch, interleaved);
+extern "C" __global__ void rotate_bf16(const bf16* x, const float* cosine, const float* sine, bf16* y,
+        Queries queries) {
+    rotate_queries(x, cosine, sine, y, queries);
 }

@@ -3,24 +3,24 @@
 // %% ../../nbs/585_cuda.quant.ipynb #d4387260
 #include "quant.cuh"
 
-template <class W> __device__ void decoded_product(const bf16* x, const W& w, const bf16* bias, bf16* y, int n, int blocks, int o) {
-    const int across = (o + COLUMNS - 1) / COLUMNS, first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
-    auto token = [&](int r) { return first + r < n ? first + r : -1; };
-    auto row = [&](int r) { return int64_t(column + r < o ? column + r : -1); };
+template <class W> __device__ void decoded_product(const bf16* x, const W& w, const Output& out) {
+    const int across = (out.o + COLUMNS - 1) / COLUMNS;
+    const int first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
+    auto token = [&](int r) { return first + r < out.n ? first + r : -1; };
+    auto row = [&](int r) { return int64_t(column + r < out.o ? column + r : -1); };
     float sum[M][N][4] = {};
-    decoded_tile(sum, x, w, token, row, blocks);
+    decoded_tile(sum, x, w, token, row);
     each_pair<N>(sum, [&](int r, int c, float u, float v) {
         const int row = first + r, col = column + warp_column() + c;
-        if (row < n && col < o) put_pair(y, bias, row, col, o, u * w.last(col), v * w.last(min(col + 1, o - 1)));
+        if (row < out.n && col < out.o)
+            put_pair(out.y, out.bias, row, col, out.o, u * w.last(col), v * w.last(min(col + 1, out.o - 1)));
     });
 }
 
-extern "C" __global__ void __launch_bounds__(128) w4a16_product(const bf16* x, const uint8_t* w, const void* scales, const void* mins,
-    const bf16* bias, bf16* y, int n, int blocks, int o, int groups, int each) {
-    decoded_product(x, Nibbles{w, static_cast<const uint16_t*>(scales), static_cast<const uint16_t*>(mins), blocks, groups, each},
-                    bias, y, n, blocks, o);
+// %% ../../nbs/585_cuda.quant.ipynb #8b3518b0
+extern "C" __global__ void __launch_bounds__(128) w4a16_product(const bf16* x, Nibbles w, Output out) {
+    decoded_product(x, w, out);
 }
-extern "C" __global__ void __launch_bounds__(128) w8a16_product(const bf16* x, const uint8_t* w, const void* scales,
-    const bf16* bias, bf16* y, int n, int blocks, int o, int width, int groups, int each) {
-    decoded_product(x, Bytes{w, scales, width, groups, each}, bias, y, n, blocks, o);
+extern "C" __global__ void __launch_bounds__(128) w8a16_product(const bf16* x, Bytes w, Output out) {
+    decoded_product(x, w, out);
 }

@@ -10,6 +10,12 @@
 constexpr int SLOTS = (EXPERTS + 31) / 32;
 enum Score { softmax, sigmoid, sqrtsoftplus };
 
+struct Rule {
+    int score, k, norm;                    // a `Score`; experts a token; whether weights are normalised
+    int keep, sum2;                        // groups that are kept; ranked by their best two experts, or by the best
+    float scale;                           // factor on the weights
+};
+
 __device__ inline uint32_t to_key(float x) {
     const uint32_t u = __float_as_uint(x);
     return x != x ? 0xffffffff : u >> 31 ? ~u : u | 0x80000000;
@@ -37,20 +43,23 @@ __device__ inline void affinities(float* x, int score) {
 __device__ inline uint32_t group_rank(const uint32_t* keys, int group, int lane, bool sum2) {
     uint32_t first = 0, second = 0;
     for (int j = 0; j < SLOTS; ++j)
-        if ((j * 32 + lane) / (EXPERTS / GROUPS) == group) second = max(second, min(first, keys[j])), first = max(first, keys[j]);
+        if ((j * 32 + lane) / (EXPERTS / GROUPS) == group)
+            second = max(second, min(first, keys[j])), first = max(first, keys[j]);
     const uint32_t best = warp_max(first);
     if (!sum2) return best;
     const int owner = __ffs(__ballot_sync(WARP, first == best)) - 1;
     return to_key(to_value(best) + to_value(warp_max(lane == owner ? second : first)));
 }
 
+// %% ../../nbs/572_cuda.route.ipynb #a4e7d16f
 __device__ inline void limit_groups(uint32_t* keys, int keep, int lane, bool sum2) {
     uint32_t ranks[GROUPS], kept = 0;
     for (int g = 0; g < GROUPS; ++g) ranks[g] = group_rank(keys, g, lane, sum2);
     for (int i = 0; i < keep; ++i) {
         int best = -1;
         uint32_t top = 0;
-        for (int g = 0; g < GROUPS; ++g) if (!(kept >> g & 1) && (best < 0 || ranks[g] > top)) best = g, top = ranks[g];
+        for (int g = 0; g < GROUPS; ++g)
+            if (!(kept >> g & 1) && (best < 0 || ranks[g] > top)) best = g, top = ranks[g];
         kept |= 1u << best;
     }
     for (int j = 0; j < SLOTS; ++j)
@@ -75,20 +84,29 @@ __device__ inline float score_of(const float* scores, int expert) {
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #249b32b4
-struct Rule { int score, sum2, keep, k, norm; float scale; };
-
-template <class T> __device__ void route(const T* logits, const float* bias, float* weights, int64_t* experts, float* all, int n, Rule rule) {
-    const int lane = threadIdx.x % 32, token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (token >= n) return;
-    float scores[SLOTS];
-    uint32_t keys[SLOTS];
-    for (int j = 0; j < SLOTS; ++j) scores[j] = j * 32 + lane < EXPERTS ? to_float(logits[int64_t(token) * EXPERTS + j * 32 + lane]) : -infinity();
-    affinities(scores, rule.score);
+template <class T>
+__device__ void load_scores(float* scores, uint32_t* keys, const T* logits, const float* bias, float* all, int score) {
+    const int lane = threadIdx.x % 32;
+    for (int j = 0; j < SLOTS; ++j)
+        scores[j] = j * 32 + lane < EXPERTS ? to_float(logits[j * 32 + lane]) : -infinity();
+    affinities(scores, score);
     for (int j = 0; j < SLOTS; ++j) {
         const int expert = j * 32 + lane;
         keys[j] = expert < EXPERTS ? to_key(scores[j] + (bias ? bias[expert] : 0)) : 0;
-        if (expert < EXPERTS) all[int64_t(token) * EXPERTS + expert] = scores[j];
+        if (expert < EXPERTS) all[expert] = scores[j];
     }
+}
+
+// %% ../../nbs/572_cuda.route.ipynb #ddf172dd
+template <class T>
+__device__ void route(const T* logits, const float* bias, float* weights, int64_t* experts, float* all, int n,
+        const Rule& rule) {
+    const int lane = threadIdx.x % 32;
+    const int64_t token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (token >= n) return;
+    float scores[SLOTS];
+    uint32_t keys[SLOTS];
+    load_scores(scores, keys, logits + token * EXPERTS, bias, all + token * EXPERTS, rule.score);
     if (rule.keep < GROUPS) limit_groups(keys, rule.keep, lane, rule.sum2);
     float weight = 0;
     int chosen = 0;
@@ -98,16 +116,17 @@ template <class T> __device__ void route(const T* logits, const float* bias, flo
         if (lane == i) weight = score, chosen = expert;
     }
     const float total = rule.norm ? warp_sum(weight) + 1e-20f : 1;
-    if (lane < rule.k) weights[int64_t(token) * rule.k + lane] = weight / total * rule.scale, experts[int64_t(token) * rule.k + lane] = chosen;
+    if (lane >= rule.k) return;
+    weights[token * rule.k + lane] = weight / total * rule.scale;
+    experts[token * rule.k + lane] = chosen;
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #40ee076f
-extern "C" __global__ void __launch_bounds__(128) route_f32(const float* logits, const float* bias, float* weights, int64_t* experts, float* all, int n,
-                                                            int score, int sum2, int keep, int k, int norm, float scale) {
-    route(logits, bias, weights, experts, all, n, Rule{score, sum2, keep, k, norm, scale});
+extern "C" __global__ void __launch_bounds__(128) route_f32(const float* logits, const float* bias,
+        float* weights, int64_t* experts, float* all, int n, Rule rule) {
+    route(logits, bias, weights, experts, all, n, rule);
 }
-
-extern "C" __global__ void __launch_bounds__(128) route_bf16(const bf16* logits, const float* bias, float* weights, int64_t* experts, float* all, int n,
-                                                             int score, int sum2, int keep, int k, int norm, float scale) {
-    route(logits, bias, weights, experts, all, n, Rule{score, sum2, keep, k, norm, scale});
+extern "C" __global__ void __launch_bounds__(128) route_bf16(const bf16* logits, const float* bias,
+        float* weights, int64_t* experts, float* all, int n, Rule rule) {
+    route(logits, bias, weights, experts, all, n, rule);
 }

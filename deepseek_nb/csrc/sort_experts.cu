@@ -52,7 +52,8 @@ extern "C" __global__ void scan_experts(int* counts, int* offsets, int blocks, i
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #e32b9bbf
-extern "C" __global__ void place_experts(const int64_t* experts, const int* places, int* order, int* position, int64_t rows, int e) {
+extern "C" __global__ void place_experts(const int64_t* experts, const int* places, int* order, int* position,
+        int64_t rows, int e) {
     DYNAMIC_SHARED(int, next);
     const int lane = threadIdx.x;
     for (int j = lane; j < e; j += 32) next[j] = places[blockIdx.x * e + j];

@@ -3,8 +3,10 @@
 // %% ../../nbs/575_cuda.tiles.ipynb #a488ff4e
 #include "tiles.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) tile_product(const bf16* x, const bf16* w, bf16* y, int n, int d, int o) {
-    const int across = (o + COLUMNS - 1) / COLUMNS, first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
+extern "C" __global__ void __launch_bounds__(128) tile_product(const bf16* x, const bf16* w, bf16* y,
+        int n, int d, int o) {
+    const int across = (o + COLUMNS - 1) / COLUMNS;
+    const int first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
     auto a = [&](int r) { return first + r < n ? x + int64_t(first + r) * d : nullptr; };
     auto b = [&](int r) { return column + r < o ? w + int64_t(column + r) * d : nullptr; };
     float sum[M][N][4] = {};

@@ -33,13 +33,18 @@ __device__ inline void wait_stage() {
 #endif
 }
 
-template <class RowA, class RowB, class Step> __device__ void pipeline(RowA a, RowB b, int chunks, Step step) {
+// %% ../../nbs/575_cuda.tiles.ipynb #34d70727
+template <class RowA, class RowB, class Step>
+__device__ void pipeline(RowA a, RowB b, int chunks, Step step) {
     DYNAMIC_SHARED(char, bytes);
     char* tiles = bytes + (-reinterpret_cast<uint64_t>(bytes) & 1023);
     const int steps = (chunks + 7) / 8;
     auto load = [&](int s) {
         char* tile = tiles + s % STAGES * STAGE;
-        if (s < steps) load_tile(tile, ROWS, a, s * 8, chunks), load_tile(tile + ROWS * 128, COLUMNS, b, s * 8, chunks);
+        if (s < steps) {
+            load_tile(tile, ROWS, a, s * 8, chunks);
+            load_tile(tile + ROWS * 128, COLUMNS, b, s * 8, chunks);
+        }
         commit_copies();
     };
     for (int s = 0; s < STAGES - 1; ++s) load(s);
@@ -69,7 +74,8 @@ __device__ inline void multiply(float (&sum)[M][N][4], const char* a, const char
         #pragma unroll
         for (int m = 0; m < M; ++m) load_matrix(x[m], a + at(warp_row(m) + lane % 16, c + lane / 16));
         #pragma unroll
-        for (int n = 0; n < N; n += 2) load_matrix(y[n], b + at(warp_column() + n * 8 + lane / 16 * 8 + lane % 8, c + lane / 8 % 2));
+        for (int n = 0; n < N; n += 2)
+            load_matrix(y[n], b + at(warp_column() + n * 8 + lane / 16 * 8 + lane % 8, c + lane / 8 % 2));
         #pragma unroll
         for (int m = 0; m < M; ++m)
             #pragma unroll
@@ -79,14 +85,16 @@ __device__ inline void multiply(float (&sum)[M][N][4], const char* a, const char
 #endif
 
 // %% ../../nbs/575_cuda.tiles.ipynb #a6b638e1
-template <int count, class Store> __device__ void each_pair(const float (&sum)[M][N][4], Store store) {
+template <int count, class Store>
+__device__ void each_pair(const float (&sum)[M][N][4], Store store) {
     const int lane = threadIdx.x % 32;
     #pragma unroll
     for (int m = 0; m < M; ++m)
         #pragma unroll
         for (int n = 0; n < count; ++n)
             #pragma unroll
-            for (int i = 0; i < 4; i += 2) store(warp_row(m) + i * 4 + lane / 4, n * 8 + lane % 4 * 2, sum[m][n][i], sum[m][n][i + 1]);
+            for (int i = 0; i < 4; i += 2)
+                store(warp_row(m) + i * 4 + lane / 4, n * 8 + lane % 4 * 2, sum[m][n][i], sum[m][n][i + 1]);
 }
 
 __device__ inline void store_pair(float* to, float a, float b) { *reinterpret_cast<float2*>(to) = make_float2(a, b); }
@@ -100,9 +108,11 @@ __device__ inline uint64_t describe(const char* tile, int chunk) {
 #define FOUR(s) "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
 #define SIXTEEN(n) FOUR(sum[n]), FOUR(sum[n + 1]), FOUR(sum[n + 2]), FOUR(sum[n + 3])
 #define WGMMA(kind, transposed) asm volatile("wgmma.mma_async.sync.aligned." kind \
-    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}," \
-    " %64, %65, 1, 1, 1" transposed ";" : SIXTEEN(0), SIXTEEN(4), SIXTEEN(8), SIXTEEN(12) : "l"(describe(a, chunk)), "l"(describe(b, chunk)))
+    " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1" transposed ";" \
+    : SIXTEEN(0), SIXTEEN(4), SIXTEEN(8), SIXTEEN(12) : "l"(describe(a, chunk)), "l"(describe(b, chunk)))
 #endif
 
 // %% ../../nbs/575_cuda.tiles.ipynb #e372dc7a
@@ -115,7 +125,8 @@ template <class E> __device__ void wgmma(float (&sum)[16][4], const char* a, con
     for (int j = 0; j < 64 * 32; ++j) {
         const int i = j / 32 % 4, n = j / 128, byte = j % 32;
         if (byte % sizeof(E)) continue;
-        const char *x = a + at(row + i / 2 * 8, chunk + byte / 16) + byte % 16, *y = b + at(n * 8 + column + i % 2, chunk + byte / 16) + byte % 16;
+        const char* x = a + at(row + i / 2 * 8, chunk + byte / 16) + byte % 16;
+        const char* y = b + at(n * 8 + column + i % 2, chunk + byte / 16) + byte % 16;
         sum[n][i] += to_float(*reinterpret_cast<const E*>(x)) * to_float(*reinterpret_cast<const E*>(y));
     }
 #else
@@ -131,6 +142,7 @@ __device__ inline void pin(float (&sum)[16][4]) {
 #endif
 }
 
+// %% ../../nbs/575_cuda.tiles.ipynb #88363644
 template <class E> __device__ void wgmma_step(float (&sum)[16][4], const char* a, const char* b) {
     pin(sum);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

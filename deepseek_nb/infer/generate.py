@@ -184,7 +184,7 @@ def _batch(ids, attention_mask):
     "A prompt `b s`, or an error that says how to make one"
     if not isinstance(ids, Tensor): raise TypeError(f'prompt is a {type(ids).__name__}; give a tensor `b s`, such as torch.tensor([ids])')
     if ids.ndim != 2: raise ValueError(f'prompt has shape {tuple(ids.shape)}; give `b s`, batch × positions')
-    if ids.is_floating_point(): raise TypeError(f'prompt has dtype {ids.dtype}; give token ids as int64')
+    if ids.numel() and ids.is_floating_point(): raise TypeError(f'prompt has dtype {ids.dtype}; give token ids as int64')
     if attention_mask is not None and attention_mask.shape != ids.shape:
         shapes = f'attention_mask has shape {tuple(attention_mask.shape)}, the prompt {tuple(ids.shape)}'
         raise ValueError(f'{shapes}; give 0 or 1 for each token')

@@ -145,8 +145,8 @@ def load_map(
     seen:dict, # From `routes`
 )->Tensor: # Load by layer and expert, 1 where it is even, `layers e`
     "The load of each expert in every layer"
-    visits = torch.stack([expert_load(r.experts, r.scores.shape[1]) for r in seen.values()]).float()
-    return visits/visits.mean(-1, keepdim=True)
+    loads = torch.stack([expert_load(r.experts, r.scores.shape[1]) for r in seen.values()]).float()
+    return loads/loads.mean(-1, keepdim=True)
 
 # %% ../../nbs/430_infer.inside.ipynb #6823dc50
 def draw_load(

@@ -8,16 +8,18 @@ that contradicts itself, gives *not yet* and never a number. `python -m deepseek
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'ARTICLE', 'OURS', 'FRONT_PAGE', 'where', 'checked_record', 'Claim', 'times_as', 'claim_row',
-           'ClaimTable', 'experiment_row', 'experiments', 'claims', 'peer_row', 'measured', 'print_claims']
+           'ClaimTable', 'outcome', 'experiment_row', 'experiments', 'findings', 'claims', 'peer_row', 'measured',
+           'print_claims']
 
 # %% ../../nbs/980_tools.claims.ipynb #53d6753b
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..bench import Comparison, find_benchmark, load_result, si
-from ..studies import open_study
+from ..studies import open_study, study_folder
 from ..studies.report import runs
 
 # %% ../../nbs/980_tools.claims.ipynb #9be44b73
@@ -93,24 +95,39 @@ EXPERIMENTS = dict(
     balancing='A bias keeps all experts at work, and costs no loss')
 
 # %% ../../nbs/980_tools.claims.ipynb #f9a74658
+def outcome(
+    said:str, # A finding
+)->str: # Its bold words: whether the target was reached, and the numbers that say so
+    "The key results of a finding, short enough for a table"
+    return ' · '.join(re.findall(r'\*\*([^*]+)\*\*', said)) or said
+
 def experiment_row(
     name:str, # Of an experiment
     folder:str|Path = 'results', # Where records lie
-)->tuple: # Claim, what was found, on what, command
-    "One experiment beside what was found"
+)->tuple: # Claim, outcome, on what, command
+    "One experiment beside its outcome"
     done,command = runs(name, Path(folder)/'evidence'),f'`deepseek-nb evidence {name}`'
     if not done: return EXPERIMENTS[name], 'not yet', '', command
-    said = open_study(name).finding(done)
     hosts = sorted({r['machine']['cpu'] for r in done})
     on = f"{', '.join(hosts)}; {len(done)} runs, {sum(r['minutes'] for r in done):.0f} minutes; {max(r['date'] for r in done)}"
-    return EXPERIMENTS[name], said, on, command
+    return EXPERIMENTS[name], outcome(open_study(name).finding(done)), on, command
 
 # %% ../../nbs/980_tools.claims.ipynb #011c497d
 def experiments(
     folder:str|Path = 'results', # Where records lie
-)->ClaimTable: # Claim, what was found, on what, command
-    "All experiments beside what was found"
+)->ClaimTable: # Claim, outcome, on what, command
+    "All experiments beside their outcomes"
     return ClaimTable(tuple(experiment_row(n, folder) for n in EXPERIMENTS))
+
+# %% ../../nbs/980_tools.claims.ipynb #b349cc0b
+def findings(
+    folder:str|Path = 'results', # Where records lie
+)->str: # Markdown, one paragraph an experiment
+    "What the experiments found, in the words of their chapters"
+    def page(name): return next(study_folder().glob(f'[0-9]*_studies.{name}.ipynb')).name
+    done = {n: d for n in EXPERIMENTS if (d := runs(n, Path(folder)/'evidence'))}
+    said = [f'[{n.capitalize()}]({page(n)}). {open_study(n).finding(d)}' for n,d in done.items()]
+    return '\n\n'.join(said) or 'No experiment has been run yet.'
 
 # %% ../../nbs/980_tools.claims.ipynb #d160d1e6
 ARTICLE = (

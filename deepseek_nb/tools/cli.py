@@ -165,22 +165,22 @@ def run_finetune(
 ):
     "Train a model or an adapter, or continue"
     from deepseek_nb.train import runs
-    done = runs.finetune(config)
+    done = runs.finetune_run(config)
     if runs.world().rank == 0: print(done)
 
 def run_distillation(
     config:str, # A TOML file with `student`, [models.NAME], [data] and [[stage]]
 ):
     "Train a student to predict like a teacher, or continue"
-    from deepseek_nb.train.runs import distil
-    print(distil(config))
+    from deepseek_nb.train.runs import distil_run
+    print(distil_run(config))
 
 def run_conversion(
     config:str, # A TOML file with `to`, [model], [data] and [sizes]
 ):
     "Give a model latent attention or experts, or continue"
-    from deepseek_nb.train.runs import convert as run
-    print(run(config))
+    from deepseek_nb.train.runs import convert_run
+    print(convert_run(config))
 
 # %% ../../nbs/960_tools.cli.ipynb #82980f19
 def evaluate(
