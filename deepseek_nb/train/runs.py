@@ -124,6 +124,7 @@ class DataSource:
     def __post_init__(self):
         if self.kind not in _COLUMNS: raise ValueError(f"kind {self.kind!r} of the data is not known; known are {', '.join(_COLUMNS)}")
 
+# %% ../../nbs/685_train.runs.ipynb #8e5e4861
 def read_rows(
     s:DataSource, # Names the data
 ): # `datasets.Dataset`
@@ -174,6 +175,7 @@ class Balancing:
     until:float = 14.3/14.8 # Share of the steps after which the bias is constant
     sequence:float = 0. # Factor of the sequence-wise loss
 
+# %% ../../nbs/685_train.runs.ipynb #f8a86e52
 @dataclass(frozen=True)
 class Tuning:
     "The tables of a fine-tuning"
@@ -185,6 +187,7 @@ class Tuning:
     parallel:dict|None = None # Of `Sharing`
     merge:bool = False # Whether adapters are added to the weights at the end
 
+# %% ../../nbs/685_train.runs.ipynb #1a88bb0d
 def finetune_trainer(
     d:Tuning, # From a file
     where:str, # For errors
@@ -245,6 +248,7 @@ class Distillation:
     save_steps:int = 0 # Steps between checkpoints; 0: at the end of each stage
     every:int = 0 # Steps between measurements; 0: at the end of each stage
 
+# %% ../../nbs/685_train.runs.ipynb #a2216a3d
 def read_stage(
     table:dict, # Of the file
     models:dict, # By name
@@ -260,6 +264,7 @@ def read_stage(
     if teacher is not None and not Path(teacher).is_dir(): known({teacher: 0}, models, f'{where}, teacher')
     return Stage(**table | dict(data=data, teacher=models.get(teacher, teacher), learns=models.get(learns)))
 
+# %% ../../nbs/685_train.runs.ipynb #7c8535a2
 def distil_run(
     path:str|Path, # A TOML file with the fields of `Distillation`
 )->Outcome: # With the report of the stages
@@ -301,6 +306,7 @@ class Moe:
     router:str|None = None # Of a split: 'regression' or 'centroid'
     noise:float|None = None # Of copies
 
+# %% ../../nbs/685_train.runs.ipynb #fc42e416
 @dataclass(frozen=True)
 class Repair:
     "How blocks are trained"
@@ -340,6 +346,7 @@ def calibration_rows(
     if len(rows) < n: raise ValueError(f'{s.source}: has {len(rows)} rows of {s.length} tokens, not {n}; set rows or length lower')
     return torch.tensor(rows)
 
+# %% ../../nbs/685_train.runs.ipynb #882c4178
 def convert_run(
     path:str|Path, # A TOML file with the fields of `Conversion`
 )->Outcome: # With the blocks' errors
