@@ -325,7 +325,9 @@ def test_fp8(order, f):
 def test_a_layer_on_a_card(monkeypatch):
     "`F.linear` finds the twin, as on a GPU, but emulated"
     op = linear_quantized.op
-    monkeypatch.setitem(op.twins, 'cuda/cuda', replace(op.twins['cuda/cuda'], device='cpu', available=None))
+    op.plan('auto', 'cpu')
+    twin = replace(op.twins['cuda/cuda'], device='cpu', available=None)
+    monkeypatch.setitem(op.twins, twin.name, twin)
     monkeypatch.setattr(op, 'plans', {})
     x,w = torch.randn(3, 96).to(BF16), weight(8, 96, Int4())
     with torch.no_grad(): assert torch.equal(F.linear(x, w), linear_codes(x, w))
@@ -476,5 +478,5 @@ def test_compiles_for_a_target(file, defines):
     assert {a for _,a in found} == {arch}
     used = {k: v for k,v in found.items() if not (k[0].startswith('w8a8') and defines.get('ROWS') == 128)}  # integers stop at 64
     for (kernel,arch),(registers,*_,spilled) in used.items():
-        assert registers < 255 and spilled <= 4*(arch == 'sm_100' and kernel in ('w4a16_down', 'w8a16_gate_up')), (kernel, arch, spilled)
+        assert registers < 255 and spilled <= 4*(arch == 'sm_100' and kernel in ('w8a16_down', 'w8a16_gate_up')), (kernel, arch, spilled)
     if defines: assert max(decoded_shared(defines['ROWS'], b) for b in (4, 8))*2 <= 228*1024 and qc.STAGES == 3

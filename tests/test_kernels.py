@@ -68,7 +68,7 @@ def sweep_route(rounds):
         keep, how = random.randint(1, g), random.choice(['max', 'sum2'])
         k = random.randint(1, keep * per)
         c = router(g * per, g, n_limited_groups=keep, group_score=how, n_activated_experts=k, norm_topk=random.random() < .5,
-                   score_func=random.choice(list(moe.SCORES)), route_scale=random.choice([1., 2.5]))
+                   score_func=random.choice(['softmax', 'sigmoid', 'sqrtsoftplus']), route_scale=random.choice([1., 2.5]))
         logits, bias = draw(random.randint(1, 50), g * per), random.choice([None, .3 * torch.randn(g * per)])
         a, b = moe.routing(logits, c, bias), route.op.reference(logits, c, bias)
         dense = [torch.zeros_like(r.scores).scatter(1, r.experts, r.weights) for r in (a, b)]

@@ -147,7 +147,7 @@ def test_adapter_beside_few_bits(call, place):
     start = Model.from_pretrained('small', 'float32', 'cpu')
     assert list(start.load_adapter('out/adapter').peft_config) == ['default']
     code, _, err = call('finetune', few.removesuffix(LORA))
-    assert code == 2 and err == 'deepseek-nb: run.toml: weights in few bits are frozen; add a table [lora]\n'
+    assert code == 2 and err == 'deepseek-nb: run.toml: quantised weights are frozen; add a table [lora]\n'
 
 
 def test_chats_and_classes(call, place):
@@ -226,7 +226,7 @@ def test_a_mixture_is_balanced(place, sequence):
     text = FILES['finetune'].replace(MODEL, MODEL.replace('small', 'mini'))
     text += f'[balance]\ngamma = 0.01\nuntil = 1.0\nsequence = {sequence}\n'
     (place/'run.toml').write_text(text)
-    report = runs.finetune('run.toml').report
+    report = runs.finetune_run('run.toml').report
     assert len(report) == 4 and all(len(r['max_load']) == 5 for r in report)
     before, after = (Model.from_pretrained(n, 'float32', 'cpu').state_dict() for n in ('mini', 'out/model'))
     for k in [k for k in before if k.endswith('correction_bias')]:
@@ -234,7 +234,7 @@ def test_a_mixture_is_balanced(place, sequence):
         torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
         assert 0 < steps.abs().max() < 4.001
     (place/'run.toml').write_text(text.partition('[balance]')[0].replace('"out"', '"alone"'))
-    alone = runs.finetune('run.toml').report
+    alone = runs.finetune_run('run.toml').report
     added = report[0]['loss'] - alone[0]['loss']
     assert 'max_load' not in alone[0] and (added > 1e-3 if sequence else added == 0)
 

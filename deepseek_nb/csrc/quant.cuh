@@ -54,8 +54,8 @@ struct Bytes {
     static constexpr int WORDS = 2;
     const uint8_t* codes;
     const void* scales;                    // of groups in float16, or of rows in float32
-    int width, groups, each;               // of a row, a multiple of 16; groups of a row, or 0; blocks of a group
-    __device__ int depth() const { return (width + 31) / 32; }
+    int blocks, width, groups, each;       // of a row, a multiple of 16; groups of a row, or 0; blocks of a group
+    __device__ int depth() const { return blocks; }
     __device__ int chunks() const { return width / 16; }
     __device__ float2 grid(int64_t row, int block) const {
         const uint16_t* steps = static_cast<const uint16_t*>(scales);

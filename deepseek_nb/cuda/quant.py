@@ -63,8 +63,8 @@ def weight_struct(
     "A weight as the kernels take it"
     groups,each = (-(-i//abs(group)), abs(group)//32) if group else (0, 1)
     codes,scales,*mins = parts
-    fields = dict(codes=codes, scales=scales, groups=groups, each=each)
-    return fields | (dict(mins=mins[0], blocks=-(-i//32)) if group > 0 else dict(width=i))
+    fields = dict(codes=codes, scales=scales, blocks=-(-i//32), groups=groups, each=each)
+    return fields | (dict(mins=mins[0]) if group > 0 else dict(width=i))
 
 # %% ../../nbs/585_cuda.quant.ipynb #20b1343a
 def product_decoded(

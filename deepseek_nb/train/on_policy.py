@@ -166,6 +166,7 @@ def faults(self:CollapseGuard,
     high = [k for k in ('repetition',) if now[k] > self.usual[k] + self.more]
     return [f'{k} {now[k]:.3g}, usually {self.usual[k]:.3g}' for k in low + high]
 
+# %% ../../nbs/644_train.on_policy.ipynb #83e22919
 @patch
 @torch.no_grad()
 def _give_up(self:CollapseGuard, t, bad):

@@ -221,6 +221,7 @@ def set_callbacks(
     if lost := [name for name,state in states if state]:
         raise ValueError(f'{where}: holds a state of {some(lost)}; give this callback again')
 
+# %% ../../nbs/617_train.resume.ipynb #31a22b69
 def set_run_state(
     t:Trainer, # Trainer that has begun
     state:dict, # From `run_state`

@@ -56,6 +56,7 @@ class Stage:
     batch_size:int = 8 # Rows of a batch
     settings:dict = field(default_factory=dict) # Further fields of `TrainingArguments`
 
+# %% ../../nbs/646_train.stages.ipynb #0216f123
 def stage_arguments(
     stage:Stage, # Stage with settings
     folder:Path|None = None, # Folder of checkpoints
@@ -66,6 +67,7 @@ def stage_arguments(
              per_device_train_batch_size=stage.batch_size, disable_tqdm=True, save_total_limit=1)
     return TrainingArguments(**s | stage.settings, output_dir=folder, save_steps=save_steps)
 
+# %% ../../nbs/646_train.stages.ipynb #27c0acc5
 def stage_loss(
     stage:Stage, # Stage with teacher and divergence
     model:Model, # Model to train

@@ -356,6 +356,7 @@ def backward(self:Trainer,
     self.scaler.scale(self.part[0]).backward()
     self.total,self.scored = self.total + self.part[0].detach(),self.scored + int(self.part[1])
 
+# %% ../../nbs/615_train.trainer.ipynb #a61bb880
 @patch
 def update(self:Trainer)->None:
     "Divide and clip the gradients, and update the weights"
