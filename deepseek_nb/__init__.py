@@ -67,7 +67,7 @@ Modules:
 - `deepseek_nb.infer.paged`: The KV cache of all sequences lives in fixed-size pages of one pool, as in vLLM. Memory is bounded, hardly any is wasted, and sequences with a common prefix share its pages.
 - `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
-- `deepseek_nb.infer.quant_cache`: Latents, keys and values as codes with scales, the rotary key as it is: what a context costs falls to less than half
+- `deepseek_nb.infer.quant_cache`: Latents, keys and values of the KV cache in 8 bits, which takes less than half of its memory.
 - `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
 - `deepseek_nb.kernels.build`: C++ kernels are compiled once on each machine, for exactly its processor, and loaded as PyTorch operators.
@@ -86,14 +86,14 @@ Modules:
 - `deepseek_nb.kernels.step_codes`: All transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices
 - `deepseek_nb.kernels.team`: A kernel of several stages starts its threads once and synchronises them with a barrier between the stages
 - `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand to move less memory than autograd's
-- `deepseek_nb.quant.fp8`: DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
+- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint, E4M3 with one scale for each block of 128×128, kept and used as published.
 - `deepseek_nb.quant.ggml`: A GGUF file's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K blocks as a format, so that a model multiplies what the file holds instead of a float32 copy.
-- `deepseek_nb.quant.gptq`: The error of one weight is made good by those that are still to be rounded, as far as the inputs allow
-- `deepseek_nb.quant.int8`: One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
+- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: the weights that are rounded later compensate for the errors of those before.
+- `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group: a quarter of float32's memory for a small error.
 - `deepseek_nb.quant.model`: Quantise a model in memory, or load a checkpoint quantised: which parameters, into which format, and on which path they run.
-- `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
+- `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, with scales that are themselves quantised to 8 bits.
 - `deepseek_nb.quant.report`: Every parameter of a model with its format, its bytes and its relative error, or the reason why it stayed float.
-- `deepseek_nb.quant.save`: A folder of codes and scales that says how to read them, written whole or not at all, and mapped instead of read
+- `deepseek_nb.quant.save`: A quantised model as a folder of safetensors, written atomically and mapped into memory when it is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
 - `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
 - `deepseek_nb.studies.texts`: A test text must not occur in the training text. The studies share these few functions, which find repeated passages and leave them out, cap frequent classes, and choose a learning rate.

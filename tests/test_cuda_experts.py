@@ -398,6 +398,7 @@ def test_twins_stay_away_without_a_card():
     from deepseek_nb.arch.routing import route
     from deepseek_nb.quant import linear_quantized
     ops = [f.op for f in (attend_latent, norm_rotate, rms_norm, rotate, route, run_experts, linear_fp8, linear_quantized)]
+    for op in ops: op.plan('auto', 'cuda')  # loads them
     twins = [t for op in ops for t in op.twins.values() if t.kind == 'cuda']
     assert len(twins) >= len(ops) and all(t.available is not None for t in twins)
     assert torch.cuda.is_available() or not any(t.runs_on('cuda') for t in twins)

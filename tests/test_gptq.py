@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.quant import QuantizedWeight, quantize
-from deepseek_nb.quant.gptq import Hessian, calibrate, gptq, inverse_factor, output_error, quantize_layers
+from deepseek_nb.quant.gptq import Hessian, collect_hessians, gptq, inverse_factor, output_error, quantize_layers
 from deepseek_nb.quant.int4 import Int4, unpack_nibbles
 
 FORMATS = dict(sym32=Int4(symmetric=True), asym32=Int4(), sym64=Int4(64, symmetric=True), asym64=Int4(64))
@@ -176,7 +176,7 @@ def made(c):
 def test_every_matrix_of_the_layers_is_heard(c):
     model = made(c)
     want = {f'layers.{n}': p for n,p in model.layers.named_parameters() if p.ndim > 1 and 'mlp.gate.' not in n}
-    found = calibrate(model, torch.randint(64, (3, 40)))
+    found = collect_hessians(model, torch.randint(64, (3, 40)))
     assert found.keys() == want.keys()
     for n,h in found.items():
         *stack,_,i = want[n].shape
@@ -188,7 +188,7 @@ def test_hears_what_is_multiplied():
     model,tokens = made(GQA),torch.randint(64, (2, 30))
     seen,m = [],model.layers[1].mlp.down_proj
     handle = m.register_forward_pre_hook(lambda m, args: seen.append(args[0][0]))
-    found = calibrate(model, tokens)['layers.1.mlp.down_proj.weight']
+    found = collect_hessians(model, tokens)['layers.1.mlp.down_proj.weight']
     handle.remove()
     want = 0
     for x in seen:
@@ -201,7 +201,7 @@ def test_experts_hear_their_own_tokens():
     model,tokens = made(MLA),torch.randint(64, (2, 30))
     seen,m = [],model.layers[1].mlp.experts
     handle = m.register_forward_pre_hook(lambda m, args: seen.append(args))
-    found = calibrate(model, tokens, first=0)
+    found = collect_hessians(model, tokens, first=0)
     handle.remove()
     for e in range(4):
         x = torch.cat([x[(chosen == e).any(-1)] for x,_,chosen in seen])
@@ -220,12 +220,12 @@ def test_layers_in_few_bits(c):
         assert quantize_layers(model, tokens) is model
     assert all(torch.equal(model.get_parameter(n), p) for n,p in kept.items())
     assert not any(isinstance(m, nn.Linear) and isinstance(m.weight, nn.Parameter) for m in model.layers.modules())
-    assert sum(isinstance(m, QuantizedWeight) for m in model.modules()) == len(calibrate(made(c), tokens))
+    assert sum(isinstance(m, QuantizedWeight) for m in model.modules()) == len(collect_hessians(made(c), tokens))
     assert model(tokens).isfinite().all() and not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_an_error_leaves_no_hook():
     model = made(GQA)
     for tokens in (torch.full((1, 4), 99), torch.zeros(4, dtype=torch.long)):
-        with pytest.raises((ValueError, IndexError)): calibrate(model, tokens)
+        with pytest.raises((ValueError, IndexError)): collect_hessians(model, tokens)
         assert not any(m._forward_pre_hooks for m in model.modules())

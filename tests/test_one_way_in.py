@@ -138,9 +138,12 @@ def test_no_import_for_its_side_effect():
 
 
 def public(path):
-    "What a module offers: its `__all__`"
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__': return ast.literal_eval(node.value)
+    "What a module offers in its `__all__` and doesn't import from another"
+    body = ast.parse(path.read_text()).body
+    imported = {a.asname or a.name for node in body if isinstance(node, ast.ImportFrom) for a in node.names}
+    for node in body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '__all__':
+            return [name for name in ast.literal_eval(node.value) if name not in imported]
     return []
 
 

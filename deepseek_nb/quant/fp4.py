@@ -1,4 +1,4 @@
-"""How DeepSeek-V4 stores its experts: E2M1, fifteen different numbers, with a power of two for 32 neighbours
+"""The format of DeepSeek-V4's experts (MXFP4): E2M1 numbers of 4 bits, with a power of two as the scale of 32 neighbours.
 
 `FP4` keeps a weight as DeepSeek-V4 publishes its experts: floating-point numbers of 4 bits, two in a byte, and one byte of exponent for 32 of them. The two together are also known as MXFP4."""
 

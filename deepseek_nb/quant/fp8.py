@@ -1,4 +1,4 @@
-"""DeepSeek-V3's own weights: E4M3, one scale for a block of 128×128, kept and used as they were published
+"""The format of DeepSeek-V3's checkpoint, E4M3 with one scale for each block of 128×128, kept and used as published.
 
 `FP8` keeps a weight as DeepSeek publishes it: numbers of 8 bits with 4 of exponent, and a scale for each block of 128×128, in float32 or as a bare power of two. `round_activations_fp8` does the same to activations, in runs of 128. `small_codes` and `small_values` define
 small floating-point numbers in arithmetic."""

@@ -1,4 +1,4 @@
-"""Sixteen levels for 32 neighbours, placed by a scale, or by a scale and a minimum
+"""Weights in 4 bits: 32 neighbours share a scale, or a scale and a minimum, and each is one of sixteen evenly spaced levels.
 
 `Int4` gives 32 neighbours of a row (or 64, or 128) sixteen evenly spaced levels. Symmetric levels need one number, the step; asymmetric ones also say where they begin. Two codes share a byte, in the order of GGUF's Q4_0 and Q4_1, whose grids these are."""
 

@@ -1,4 +1,4 @@
-"""One scale an output channel for weights, one for 32 neighbours in an activation: a quarter of the memory for a loss that is hard to measure
+"""Weights and activations in 8 bits (W8A8), with one scale for each output channel or group: a quarter of float32's memory for a small error.
 
 `Int8` stores a weight as whole numbers from -127 to 127 with one scale an output channel, or one for a group of neighbours. `round_activations` does the same to activations, in blocks of 32, at the moment of the product: with 8 bits on both sides a product is a sum of integers. The two
 together are known as W8A8, dynamic because the activations' scales are found on the way."""

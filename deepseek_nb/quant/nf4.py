@@ -1,4 +1,4 @@
-"""Sixteen levels at the quantiles of a normal distribution, and scales that are themselves kept in eight bits
+"""Sixteen levels at the quantiles of a normal distribution, with scales that are themselves quantised to 8 bits.
 
 `NF4` is QLoRA's format: 64 neighbours share their largest magnitude, and each is one of sixteen levels between -1 and 1 that lie where normal numbers are. With `double`, the magnitudes are stored in 8 bits too. Codes and scales are those of bitsandbytes on a CPU, bit for bit,
 where 64 divides the width."""

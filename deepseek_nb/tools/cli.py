@@ -154,10 +154,10 @@ def write_quantized(
     print(m.save_pretrained(out))
 
 def _calibrated(name, text, format, embedding):
-    from deepseek_nb.eval.quality import excerpts
+    from deepseek_nb.eval.quality import pieces
     from deepseek_nb.quant.model import calibrate_model
     m,tok = _load(name, 'float32', 'cpu')
-    return calibrate_model(m, excerpts(tok.encode(text), 8, 512), format, embedding)
+    return calibrate_model(m, pieces(tok.encode(text), 8, 512), format, embedding)
 
 # %% ../../nbs/960_tools.cli.ipynb #adeb797b
 def run_finetune(
@@ -213,7 +213,7 @@ def _perplexity(text, tokens, window, stride, *model):
 def _questions(name, n, *model):
     from deepseek_nb.eval.choice import multiple_choice
     from deepseek_nb.train.corpora import choices
-    if n < 0: raise ValueError(f'{n} examples were asked for; give 0 for all, or more')
+    if n < 0: raise ValueError(f'{n} examples are too few; give 0 for all, or more')
     rows = choices(name).shuffle(seed=0)
     found = multiple_choice(*_load(*model), rows.select(range(min(n or len(rows), len(rows)))))
     names = ('acc', 'acc_stderr', 'acc_norm', 'acc_norm_stderr')
@@ -262,7 +262,7 @@ def run_bench(
     dtype:str = '', # float32 or bfloat16, for benchmarks that can choose
 ):
     "Run a benchmark: ours and a peer, alternating"
-    from deepseek_nb.bench import run_command as run
+    from deepseek_nb.bench import main as run
     given = dict(out=out, plot=plot, device=device, dtype=dtype)
     run([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 

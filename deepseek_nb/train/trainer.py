@@ -126,7 +126,8 @@ def master_weights(
 )->list[nn.Parameter]: # Trainable parameters, in float32 or wider
     "Convert trainable parameters to float32"
     params = [p for p in model.parameters() if p.requires_grad]
-    if not params: raise ValueError(f'{type(model).__name__} has nothing to train: all of its parameters are frozen; call requires_grad_()')
+    how = "load it with dtype='float32', or add adapters with LoraConfig" if hasattr(model, 'merge_to_float') else 'call requires_grad_()'
+    if not params: raise ValueError(f'{type(model).__name__} has nothing to train: all of its parameters are frozen; {how}')
     for p in params:
         if p.dtype in HALVES: p.data = p.data.float()
     return params
