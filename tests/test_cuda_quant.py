@@ -455,9 +455,9 @@ def test_missing_barrier_of_the_tokens(monkeypatch):
     args = torch.randn(19, 64).to(BF16), torch.rand(19, 2), torch.rand(19, 4).topk(2).indices, *stacks(4, 64, 32, (Int4(), Int4()))
     exact = experts_exact(*args)[0]
     assert error(codes_run(args, 16), exact) < 2**-6
-    text = source_text('quant_experts.cu')
+    text = source_text('experts.cuh')
     assert text.count('    __syncthreads();\n') == 1
-    monkeypatch.setitem(nbproc._session, 'quant_experts.cu', {'cell': text.replace('    __syncthreads();\n', '')})
+    monkeypatch.setitem(nbproc._session, 'experts.cuh', {'cell': text.replace('    __syncthreads();\n', '')})
     def wrong(order):
         with thread_order(order): return not error(codes_run(args, 16), exact) < 2**-6
     assert any([wrong(o) for o in ORDERS])

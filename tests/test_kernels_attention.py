@@ -285,7 +285,7 @@ def test_shares(r):
     "Every key of every block belongs to exactly one piece, and no thread has more than another by more than a unit"
     for _ in range(200):
         keys, threads = [r.randint(1, 300) for _ in range(r.randint(1, 9))], r.randint(1, 9)
-        pieces, held = attention.shares(keys, threads), [0]*threads
+        pieces, held = attention.key_shares(keys, threads), [0]*threads
         for i, n in enumerate(keys): assert [x for b, _, first, end in pieces if b == i for x in range(first, end)] == list(range(n))
         for _, thread, first, end in pieces: held[thread] += end - first
         assert max(held) <= -(-sum(keys)//(16*threads))*16
