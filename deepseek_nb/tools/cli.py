@@ -24,12 +24,12 @@ def _load(model, dtype, device, warm=False):
     "A model and its tokenizer, with a notice if kernels are compiled"
     from deepseek_nb.arch.model import Model
     from deepseek_nb.files.tokenizer import Tokenizer
-    from deepseek_nb.infer.load import warm_up
+    from deepseek_nb.infer.load import warm_kernels
     from deepseek_nb.kernels.build import compiling_notice
     tok = Tokenizer.from_pretrained(model)
     with compiling_notice():
         m = Model.from_pretrained(model, dtype, device)
-        if warm: warm_up(m)
+        if warm: warm_kernels(m)
     return m, tok
 
 def say(
