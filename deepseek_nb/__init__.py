@@ -2,7 +2,7 @@
 
 Packages:
 
-- `deepseek_nb.quant`: A matrix stored as small integers and scales, which a layer uses as if it were a tensor
+- `deepseek_nb.quant`: Weights stored as small integers and scales, which PyTorch's layers use in place of a parameter.
 - `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` chooses between them and `kernels.twins` lists them
 - `deepseek_nb.bench`: Timers for contenders that alternate, peak memory, the rates of a machine, its roofline, and results that are stored as files.
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
