@@ -314,7 +314,7 @@ def test_tensors_of_two_kinds_in_one_parameter_become_floats(tmp_path):
 def test_kinds_that_stay_outside_are_named(tmp_path):
     config, _ = CONFIGS['llama']
     write(tmp_path/'m.gguf', fresh(config), False, ['Q5_0'])
-    with pytest.warns(UserWarning, match=r'm.gguf: 23 weights become floats, .*embed_tokens.weight \(Q5_0\)'):
+    with pytest.warns(UserWarning, match=r'm.gguf: 23 weights are decoded to floats, .*embed_tokens.weight \(Q5_0\)'):
         kept = Model.from_pretrained(tmp_path/'m.gguf', device='cpu')
     exact = Model.from_pretrained(tmp_path/'m.gguf', dtype=torch.float32, device='cpu')
     exact.to(kept.dtype)

@@ -11,9 +11,9 @@ constexpr int SLOTS = (EXPERTS + 31) / 32;
 enum Score { softmax, sigmoid, sqrtsoftplus };
 
 struct Rule {
-    int score, k, norm;                    // a `Score`; experts a token; whether weights are normalised
-    int keep, sum2;                        // groups that are kept; ranked by their best two experts, or by the best
-    float scale;                           // factor on the weights
+    int score, k, norm;                    // a `Score`; experts per token; whether weights are normalised
+    int keep, sum2;                        // groups to keep; whether a group is ranked by its best two experts
+    float scale;                           // factor of the weights
 };
 
 __device__ inline uint32_t to_key(float x) {
@@ -72,7 +72,7 @@ __device__ inline int choose(uint32_t* keys, int lane) {
     int expert = EXPERTS;
     for (int j = 0; j < SLOTS; ++j) if (keys[j] > top) top = keys[j], expert = j * 32 + lane;
     const uint32_t best = warp_max(top);
-    expert = int(~warp_max(top == best ? ~uint32_t(expert) : 0));              // the lowest of the best
+    expert = int(~warp_max(top == best ? ~uint32_t(expert) : 0));              // lowest number of the best
     for (int j = 0; j < SLOTS; ++j) if (j * 32 + lane == expert) keys[j] = 0;
     return expert;
 }

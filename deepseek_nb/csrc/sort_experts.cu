@@ -3,7 +3,7 @@
 // %% ../../nbs/572_cuda.route.ipynb #21182d5f
 #include "device.cuh"
 
-constexpr int ROWS = 256;                  // choices of a block
+constexpr int ROWS = 256;                  // entries of a block
 
 __device__ inline int expert_of(const int64_t* experts, int64_t row, int64_t rows, int e) {
     const int64_t x = row < rows ? experts[row] : -1;
