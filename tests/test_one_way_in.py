@@ -147,7 +147,6 @@ def public(path):
     return []
 
 
-@pytest.mark.xfail(reason='until every part has given its names to one module')
 def test_no_public_name_is_defined_twice():
     homes = defaultdict(set)
     for p in (ROOT/'deepseek_nb').rglob('[!_]*.py'):

@@ -117,7 +117,8 @@ def quote_alt(
     code:str, # Source of a code cell
 )->str: # The same with `fig-alt` and `fig-cap` in quotes
     "Quote the text about a picture."
-    return re.sub(r'^(#\| *fig-(?:alt|cap): *)(?!["\'])(.+)$', lambda m: m[1] + json.dumps(m[2], ensure_ascii=False), code, flags=re.M)
+    quoted = lambda m: f'{m[1]} {json.dumps(m[2], ensure_ascii=False)}'
+    return re.sub(r'^(#\| *fig-(?:alt|cap):)(?! *["\']) *(.+)$', quoted, code, flags=re.M)
 
 # %% ../../nbs/970_tools.site.ipynb #f54796b6
 def own_ids(
@@ -172,6 +173,8 @@ def stage_cells(
     for cell in nb.cells:
         prose = cell.cell_type != 'code'
         cell.set_source(inline_pictures(link_pages(cell.source, dirname(notebook)), root/'nbs') if prose else quote_alt(cell.source))
+        for data in (o['data'] for o in cell.get('outputs', ()) if 'text/markdown' in o.get('data', {})):
+            data['text/markdown'] = link_pages(''.join(data['text/markdown']), dirname(notebook))
     nb.cells = [o for cell in nb.cells for o in (show_source(cell, links) if cell.cell_type == 'code' else [cell])]
     prose = [o for o in nb.cells if o.cell_type == 'markdown']
     texts = link_terms(own_ids([o.source for o in prose]), terms, notebook)

@@ -64,13 +64,23 @@ class Balance(Callback):
         self.gamma = gamma if callable(gamma) else lambda share: gamma if share < until else 0.
         self.on,self.counts = False,None
 
-    def before_fit(self, t):
+    def before_fit(self,
+        t, # The trainer
+    ):
         self.routers,self.hooks = routers(t.model),ExitStack()
         self.hooks.enter_context(watch(self.routers, self._count))
-    def before_step(self, t): self.counts = [g.weight.new_zeros(len(g.weight), dtype=torch.int64) for g in self.routers]
-    def before_loss(self, t): self.on,self.real = True,real(t.batch)
-    def after_loss(self, t): self.on = False
-    def cleanup(self, t):
+    def before_step(self,
+        t, # The trainer
+    ): self.counts = [g.weight.new_zeros(len(g.weight), dtype=torch.int64) for g in self.routers]
+    def before_loss(self,
+        t, # The trainer
+    ): self.on,self.real = True,real(t.batch)
+    def after_loss(self,
+        t, # The trainer
+    ): self.on = False
+    def cleanup(self,
+        t, # The trainer
+    ):
         self.on = False
         if hasattr(self, 'hooks'): self.hooks.close()
 

@@ -172,17 +172,25 @@ def _silent(t): return not watched() if t.args.disable_tqdm is None else t.args.
 class Progress(Callback):
     "A progress bar with loss, throughput and remaining time, and the loss curve at the end"
     order = 100
-    def before_fit(self, t):
+    def before_fit(self,
+        t, # The trainer
+    ):
         from tqdm import tqdm
         self.bar = tqdm(total=t.max_steps, initial=t.step, unit='step', disable=_silent(t), dynamic_ncols=True)
-    def after_step(self, t):
+    def after_step(self,
+        t, # The trainer
+    ):
         if not self.bar.disable:
             shown = {k: f'{v:.4g}' for k,v in t.history[-1].items() if k in ('loss', 'eval_loss')}
             self.bar.set_postfix(shown | {'tokens/s': f'{t.history.throughput():,.0f}'}, refresh=False)
         self.bar.update()
-    def after_fit(self, t):
+    def after_fit(self,
+        t, # The trainer
+    ):
         if in_notebook() and not _silent(t) and t.history: _show(t.history)
-    def cleanup(self, t):
+    def cleanup(self,
+        t, # The trainer
+    ):
         if hasattr(self, 'bar'): self.bar.close()
 
 def _show(history, screen=None):
@@ -199,6 +207,10 @@ def _show(history, screen=None):
 class LivePlot(Callback):
     "The loss curve, redrawn during the run"
     order,screen = 101,None
-    def after_step(self, t):
+    def after_step(self,
+        t, # The trainer
+    ):
         if t.step%t.args.logging_steps == 0 or t.step == t.max_steps: self.screen = _show(t.history, self.screen)
-    def cleanup(self, t): self.screen = None
+    def cleanup(self,
+        t, # The trainer
+    ): self.screen = None

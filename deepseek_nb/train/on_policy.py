@@ -132,13 +132,19 @@ class CollapseGuard(Guard):
 
     def state_dict(self):
         return dict(recent=[list(r) for r in self.streams], bad=self.bad, usual=self.usual, first=self.first, strikes=self.strikes)
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state, # What `state_dict` gave
+    ):
         for r,losses in zip(self.streams, state['recent'], strict=True): r.extend(losses)
         self.bad,self.usual,self.first,self.strikes = state['bad'],state['usual'],list(state['first']),state['strikes']
-    def cleanup(self, t):
+    def cleanup(self,
+        t, # The trainer
+    ):
         super().cleanup(t)
         for r in self.streams: r.clear()
-    def before_update(self, t):
+    def before_update(self,
+        t, # The trainer
+    ):
         "Judge the text, then the loss and the gradient"
         now,bad = self.source.measured,[]
         self.recent = self.streams[now is not None]
@@ -152,7 +158,9 @@ class CollapseGuard(Guard):
         every,self.every = self.every,0 if self.strikes else self.every
         super().before_update(t)
         self.every,t.healthy = every,t.healthy and not self.strikes
-    def after_step(self, t):
+    def after_step(self,
+        t, # The trainer
+    ):
         "Add the measurement to the history"
         if self.source.measured: t.history[-1] |= self.source.measured
 

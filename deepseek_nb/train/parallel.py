@@ -237,7 +237,9 @@ class Parallel(Callback):
         if how not in WAYS: raise ValueError(f"no parallelism called {how!r}; known are {', '.join(WAYS)}")
         self.how,self.alone = how,True
 
-    def before_fit(self, t):
+    def before_fit(self,
+        t, # The trainer
+    ):
         here = setup()
         self.alone,self.before = here.size == 1,dict(args=t.args, compute_loss=t.compute_loss)
         if self.alone: return
@@ -247,13 +249,19 @@ class Parallel(Callback):
         self._distribute(t)
         self._quiet(t, here.rank)
 
-    def before_loss(self, t):
+    def before_loss(self,
+        t, # The trainer
+    ):
         if not self.alone: t.batch = own_rows(t.batch)
-    def after_backward(self, t):
+    def after_backward(self,
+        t, # The trainer
+    ):
         if self.alone: return
         total,n = reduce_total(t.total, t.scored)
         t.total,t.scored = total/world().size,n/world().size
-    def after_step(self, t):
+    def after_step(self,
+        t, # The trainer
+    ):
         if not self.alone: t.history[-1]['tokens'] = round(t.history[-1]['tokens']*world().size)
 
 # %% ../../nbs/625_train.parallel.ipynb #a5ff18d2
