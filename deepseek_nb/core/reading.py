@@ -9,6 +9,6 @@ notebooks are exported as the package `deepseek_nb`. It exports `LEGEND`, the na
 __all__ = ['LEGEND']
 
 # %% ../../nbs/000_core.reading.ipynb #132cef32
-LEGEND = dict(b='batch', s='query positions', t='key positions', n='tokens (b s flattened)', d='model width', h='heads',
-              c='latent', r='rotary', v='value width', x='query and key width', e='experts', k='experts a token',
-              g='groups, of experts or of heads that share a key', f='expert hidden width', w='vocabulary')
+LEGEND = dict(b='rows of a batch', s='query positions', t='key positions', n='tokens of a batch (b times s)', d='model width', h='heads',
+              c='latent width', r='rotary width', v='value width', x='query and key width', e='experts', k='experts per token',
+              g='groups, of experts or of heads that share a key', f='expert hidden width', w='vocabulary size')

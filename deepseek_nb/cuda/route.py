@@ -34,7 +34,7 @@ def _route(
     logits:Tensor, bias:Tensor|None, score:str, groups:int, keep:int, sum2:bool, k:int, norm:bool, scale:float,
 )->tuple[Tensor,Tensor,Tensor]:
     n,e = logits.shape
-    if k > min(e, 32): raise ValueError(f'logits {tuple(logits.shape)}: the kernel selects at most 32 and at most e, not {k}')
+    if k > min(e, 32): raise ValueError(f'logits {tuple(logits.shape)}: expected k of at most 32 and at most e, not {k}')
     if groups > 32 or e%groups: raise ValueError(f'logits {tuple(logits.shape)}: expected at most 32 groups that divide e, not {groups}')
     if bias is not None: bias = check_argument('bias', bias, (e,), torch.float32)
     weights,experts,scores = _empty_route(logits, k)

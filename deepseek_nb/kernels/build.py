@@ -193,7 +193,7 @@ class Kernels:
         if self.failed: return False
         try: return bool(self.load())
         except (ValueError, OSError) as e: self.failed = str(e)
-        if self.failed not in _said: warnings.warn(f'{self.failed}; slower twins run instead (see: deepseek-nb doctor)', stacklevel=2)
+        if self.failed not in _said: warnings.warn(f'{self.failed}; slower code runs instead (see: deepseek-nb doctor)', stacklevel=2)
         _said.add(self.failed)
         return False
 

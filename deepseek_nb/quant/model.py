@@ -213,7 +213,7 @@ def save_pretrained(self:QuantizedModel,
 )->Path: # The folder
     "Write a quantised checkpoint"
     if names := getattr(self, 'peft_config', None):
-        raise ValueError(f'adapters {", ".join(names)} stand beside the codes; save_adapter(folder), or merge_to_float() and save that')
+        raise ValueError(f'the model has adapters ({", ".join(names)}): call save_adapter(folder), or merge_to_float() and save that model')
     return save_packed(self, folder, max_shard_bytes)
 
 # %% ../../nbs/380_quant.model.ipynb #455362d6

@@ -207,7 +207,7 @@ def held_losses(
     model:Model, # Model to evaluate
     tok:Tokenizer, # The model's tokenizer
     rows, # Held-out rows
-)->dict: # `loss` (nats a token), `perplexity`, `bits_per_byte`, `tokens`
+)->dict: # `loss` (nats per token), `perplexity`, `bits_per_byte`, `tokens` (number of scored tokens)
     "Measure loss, perplexity and bits per byte"
     total,n,size = 0.,0,0
     bytes_of = [0 if i in tok.special_tokens.values() else len(tok.id_to_bytes(i)) for i in range(len(tok))]

@@ -50,11 +50,11 @@ class TrainingArguments:
     adam_beta1:float = .9 # Decay rate of the running mean of gradients
     adam_beta2:float = .999 # Decay rate of the running mean of squared gradients
     adam_epsilon:float = 1e-8 # Added to the denominator of the update
-    num_train_epochs:float = 3. # Passes over the data, where max_steps is −1
+    num_train_epochs:float = 3. # Passes over the data, used if max_steps is −1
     max_steps:int = -1 # Optimiser steps; −1: computed from num_train_epochs
     warmup_steps:int = 0 # Steps of the learning rate's linear warmup
     warmup_ratio:float = 0. # Warmup as a share of all steps, where warmup_steps is 0
-    lr_scheduler_type:str = 'linear' # 'linear', 'cosine', 'warmup_stable_decay', or another that `get_scheduler` knows
+    lr_scheduler_type:str = 'linear' # 'linear', 'cosine', 'warmup_stable_decay', or another that `get_scheduler` supports
     max_grad_norm:float = 1. # The gradient is clipped to this norm; 0: not clipped
     seed:int = 42 # Seed of the order of the data and of dropout
     optim:str = 'adamw' # 'adamw' or 'muon'; transformers' 'adamw_torch' and 'adamw_torch_fused' are 'adamw'
