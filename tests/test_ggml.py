@@ -283,7 +283,7 @@ def test_a_model_is_the_one_that_decoding_gives(name, tmp_path):
     own = weights(kept)
     for n, t in exact.state_dict().items():
         assert torch.equal(own[n].dequantize() if n in own else kept.state_dict()[n], t), n
-    expanded = [str(w.message) for w in said if 'become floats' in str(w.message)]
+    expanded = [str(w.message) for w in said if 'are decoded to floats' in str(w.message)]
     lost = {n for n in exact.state_dict() if 'kv_b_proj' in n} - {*own}
     assert bool(expanded) == bool(lost) and all(m.count('_proj') == m.count('kv_b_proj') for m in expanded)
     assert not any(split or w.format.name == 'ggml' for n, w in own.items() if 'kv_b_proj' in n)
