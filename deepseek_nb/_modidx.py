@@ -2416,6 +2416,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site.inline_pictures': ( 'tools.site.html#inline_pictures',
                                                                                     'deepseek_nb/tools/site.py'),
+                                        'deepseek_nb.tools.site.inputs_key': ('tools.site.html#inputs_key', 'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site.link_pages': ('tools.site.html#link_pages', 'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site.name_heading': ( 'tools.site.html#name_heading',
                                                                                  'deepseek_nb/tools/site.py'),

@@ -46,14 +46,7 @@ def copy(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
-    "The site, built once in a copy of what it is built from, also where several processes test."
+    "The site in `_docs`, built once, also where several processes test; `make docs` finds it there."
     from deepseek_nb.tools.site import build_site
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'site'
-    with FileLock(f'{root}.lock'):
-        if not root.exists():
-            for name in ('nbs', 'deepseek_nb'):
-                shutil.copytree(ROOT/name, root/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
-            shutil.copy(ROOT/'pyproject.toml', root)
-            build_site(root)
-    return root/'_docs'
+    with FileLock(f"{base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base}/site.lock"): return build_site(ROOT)

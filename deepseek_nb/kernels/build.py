@@ -68,7 +68,8 @@ def build_key(
     compiler:str, # Path of the compiler
 )->str: # 16 hexadecimal digits
     "Hash of everything that a library depends on"
-    facts = [files, compiler_flags(), compiler, compiler_version(compiler), processor(), torch.__version__]
+    flags = [f.replace(str(Path(torch.__file__).parent), 'torch') for f in compiler_flags()]  # the same PyTorch elsewhere is the same
+    facts = [files, flags, compiler, compiler_version(compiler), processor(), torch.__version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/505_kernels.build.ipynb #23cf9f83

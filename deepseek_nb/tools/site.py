@@ -10,7 +10,7 @@ deepseek_nb.tools.site` builds the site into `_docs`; with `--new NAME TITLE` it
 # %% auto #0
 __all__ = ['CHAPTER', 'defined_names', 'source_page', 'source_links', 'exported_block', 'name_heading', 'only_imports',
            'show_source', 'link_pages', 'quote_alt', 'own_ids', 'path_lines', 'inline_pictures', 'stage_cells',
-           'stage_page', 'stage_sources', 'stage_front', 'stage', 'build_site', 'new_chapter']
+           'stage_page', 'stage_sources', 'stage_front', 'stage', 'inputs_key', 'build_site', 'new_chapter']
 
 # %% ../../nbs/970_tools.site.ipynb #4d33a036
 import ast
@@ -18,6 +18,8 @@ import json
 import re
 import shutil
 import sys
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from posixpath import dirname, join, normpath
 
@@ -247,11 +249,21 @@ def stage(
     return [*pages.values(), *stage_sources(root, folder, modules)]
 
 # %% ../../nbs/970_tools.site.ipynb #efe60adb
+def inputs_key(
+    root:Path, # Folder of the project
+)->str: # Hexadecimal digits
+    "Hash of everything that a site is made from."
+    files = [p for o in ('nbs', 'deepseek_nb') for p in (root/o).rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    facts = [[p.relative_to(root).as_posix(), sha256(p.read_bytes()).hexdigest()] for p in sorted(files) if p.name[0] != '.' and p.name != 'llms.txt']
+    return sha256(json.dumps([facts, version('smalldocs'), version('nbdev')]).encode()).hexdigest()
+
 def build_site(
     root:Path, # Folder of the project
 )->Path: # The site, `_docs`
-    "Render the whole site, with nothing fetched from elsewhere."
+    "Render the whole site, with nothing fetched from elsewhere, unless it is there already."
     from smalldocs import config, layout, site
+    key, stamp = inputs_key(root), root/'_docs/.inputs'
+    if stamp.exists() and stamp.read_text() == key: return stamp.parent
     pages = stage(root, root/'_proc')
     layout.KATEX = 'katex'
     made = site.Site(config.load(root/'_proc'))
@@ -260,7 +272,9 @@ def build_site(
     if made.broken: raise ValueError('broken links: ' + '; '.join(f'{page} → {link}' for page,link in made.broken))
     if (root/'nbs/moves.csv').exists(): write_redirects(Path(made.out), read_moves(root/'nbs/moves.csv'))
     shutil.rmtree(root/'_docs', ignore_errors=True)
-    return Path(shutil.move(made.out, root/'_docs'))
+    shutil.move(made.out, root/'_docs')
+    stamp.write_text(key)
+    return stamp.parent
 
 # %% ../../nbs/970_tools.site.ipynb #d09931b1
 CHAPTER = [
