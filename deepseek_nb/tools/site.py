@@ -254,7 +254,8 @@ def inputs_key(
 )->str: # Hexadecimal digits
     "Hash of everything that a site is made from."
     files = [p for o in ('nbs', 'deepseek_nb') for p in (root/o).rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-    facts = [[p.relative_to(root).as_posix(), sha256(p.read_bytes()).hexdigest()] for p in sorted(files) if p.name[0] != '.' and p.name != 'llms.txt']
+    files = sorted(p for p in files if p.name[0] != '.' and p.name != 'llms.txt')
+    facts = [[p.relative_to(root).as_posix(), sha256(p.read_bytes()).hexdigest()] for p in files]
     return sha256(json.dumps([facts, version('smalldocs'), version('nbdev')]).encode()).hexdigest()
 
 def build_site(
