@@ -36,7 +36,7 @@ def r(request):
 def close(got, want, tol=None):
     assert got.shape == want.shape
     if not want.numel(): return
-    scale = max(want.double().abs().max().item(), 1. if tol == TOL[torch.bfloat16] else .1)  # terms of this size may cancel
+    scale = max(want.double().abs().max().item(), 1.)  # a score's gradient is a difference of products of this size, which may cancel
     err = (got.double()-want.double()).abs().max().item()/scale
     assert err <= (tol or TOL[got.dtype]), f'{err:.1e} of the largest value, in {got.dtype}'
 

@@ -136,6 +136,7 @@ def check_tokens(
     if tokens.shape[1] == 0: raise ValueError('the prompt is empty; give at least one token')
     if tokens.shape[1] > c.max_positions:
         raise ValueError(f'prompt of {tokens.shape[1]} tokens is longer than max_positions {c.max_positions}; shorten it')
+    if is_compiling(): return # the values aren't known
     low,high = tokens.aminmax()
     if low < 0 or high >= c.vocab_size:
         raise ValueError(f'token id {(low if low<0 else high).item()} is outside the vocabulary of {c.vocab_size}')

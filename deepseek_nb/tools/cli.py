@@ -154,10 +154,10 @@ def write_quantized(
     print(m.save_pretrained(out))
 
 def _calibrated(name, text, format, embedding):
-    from deepseek_nb.eval.quality import pieces
+    from deepseek_nb.eval.quality import excerpts
     from deepseek_nb.quant.model import calibrate_model
     m,tok = _load(name, 'float32', 'cpu')
-    return calibrate_model(m, pieces(tok.encode(text), 8, 512), format, embedding)
+    return calibrate_model(m, excerpts(tok.encode(text), 8, 512), format, embedding)
 
 # %% ../../nbs/960_tools.cli.ipynb #adeb797b
 def run_finetune(
@@ -262,9 +262,9 @@ def run_bench(
     dtype:str = '', # float32 or bfloat16, for benchmarks that can choose
 ):
     "Run a benchmark: ours and a peer, alternating"
-    from deepseek_nb.bench import main as run
+    from deepseek_nb.bench import run_command
     given = dict(out=out, plot=plot, device=device, dtype=dtype)
-    run([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
+    run_command([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 
 
 
