@@ -229,7 +229,8 @@ def map_square(
     title = escape(chapter.title)
     rect = f'<rect x="{x:g}" y="{y:g}" width="20" height="20" rx="3" class="dk-{"on" if number else "box"}"/>'
     text = f'<text x="{x + 10:g}" y="{y + 14:g}" class="dk-m dk-n">{number}</text>' if number else ''
-    return f'<a href="{chapter.module}.html" aria-label="{title}"><title>{title}</title>{rect}{text}</a>'
+    label = f'{number} {title}' if number else title # a name that is spoken holds the text that is seen
+    return f'<a href="{chapter.module}.html" aria-label="{label}"><title>{title}</title>{rect}{text}</a>'
 
 def draw_map(
     found:list, # `Chapter`s of the book
