@@ -1,9 +1,9 @@
 """Processes of Python that start with PyTorch loaded, forked from one that imported it and nothing of ours
 
-`run` and `start` take the words behind `python` on a command line, as `subprocess.run` and `subprocess.Popen` do behind `sys.executable`, and
-give what these give. An import of PyTorch takes one to two seconds, a fork of a process that has done it a few milliseconds. Not for tests
-of what `import torch` itself brings, of variables that are read when it is loaded (OMP_NUM_THREADS is 1, or what the server was started
-with), or of the seed of `hash`, which all forks share. Where there is no Linux, each process is a new interpreter.
+`run` and `start` take the words behind `python` on a command line, as `subprocess.run` and `subprocess.Popen` do behind
+`sys.executable`, and give what these give. An import of PyTorch takes one to two seconds, a fork of a process that has done it a few
+milliseconds. Not for tests of what `import torch` itself brings, of variables that are read when it is loaded (OMP_NUM_THREADS is 1),
+or of the seed of `hash`, which all forks share. Elsewhere than on Linux each process is a new interpreter.
 """
 import atexit
 import json
@@ -20,7 +20,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'matplotlib.pyplot', 'pytest'  # an optimiser imports the second
+# What a test that trains needs; an optimiser imports the second
+TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'matplotlib.pyplot', 'pytest'
 
 # ---- the server
 
@@ -111,8 +112,9 @@ def server(modules):
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen()
-        env = dict(OMP_NUM_THREADS='1') | {k: v for k, v in os.environ.items() if not k.startswith(('PYTEST_', 'COV_'))}
-        code = f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import warm; del sys.path[0]; warm.serve({listener.fileno()}, {modules})'
+        env = os.environ | dict(OMP_NUM_THREADS='1')
+        code = f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import warm; del sys.path[0]\n'
+        code += f'warm.serve({listener.fileno()}, {modules})'
         p = subprocess.Popen([sys.executable, '-c', code], env=env, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
         listener.close()
         _servers[modules] = str(path), p
