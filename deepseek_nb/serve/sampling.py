@@ -11,7 +11,7 @@ __all__ = ['LIMITS', 'OPEN', 'SamplingParams', 'nucleus_threshold', 'truncate', 
            'most_likely', 'sample_rows']
 
 # %% ../../nbs/452_serve.sampling.ipynb #45661a32
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
