@@ -69,6 +69,7 @@ Modules:
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values of the KV cache in 8 bits, which takes less than half of its memory.
 - `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
+- `deepseek_nb.infer.ragged`: Sequences of different lengths share one forward pass: some bring a chunk of a prompt, others one new token, and each gets the result that it would get alone.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
 - `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
