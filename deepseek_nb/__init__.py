@@ -42,8 +42,8 @@ Modules:
 - `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
 - `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers, so that kernels are tested without a GPU and in several orders of threads.
 - `deepseek_nb.cuda.experts`: The routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
-- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 on a GPU: a scale for 128 activations and for 128×128 weights, and partial sums in float32 every 128 columns.
-- `deepseek_nb.cuda.int8`: W8A8 linear layers on a GPU: activations rounded to 8 bits in blocks of 32, integers multiplied on tensor cores, and a GEMV for one token.
+- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 matrix product on a GPU, with a scale for each 128 activations and each 128×128 block of weights, and float32 sums every 128 columns.
+- `deepseek_nb.cuda.int8`: Linear layers with 8-bit weights and activations (W8A8) on a GPU: activations are rounded in blocks of 32, tensor cores multiply the integers, and a GEMV handles one token.
 - `deepseek_nb.cuda.norm`: The norm and the rotation of MLA's latent in one kernel that reads and writes it once, and rotary embedding of queries.
 - `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: weights decoded to bfloat16 in registers, and the CUDA twins of quantised layers.
 - `deepseek_nb.cuda.quant_experts`: Grouped int8 and int4 experts on a GPU: only the experts that the batch selects are read, and decoded in registers.
@@ -62,13 +62,14 @@ Modules:
 - `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only the new tokens. It measures prefill and decode separately.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, all at once or streamed, with stop strings.
-- `deepseek_nb.infer.inside`: The residual stream, attention patterns, the logit lens and expert loads of a model while it reads a text
+- `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
 - `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it: a GGUF file on its own quantised blocks, a folder in floats, or in any format or dtype that is named.
-- `deepseek_nb.infer.paged`: The KV cache of all sequences lives in fixed-size pages of one pool, as in vLLM. Memory is bounded, hardly any is wasted, and sequences with a common prefix share its pages.
+- `deepseek_nb.infer.paged`: Stores the KV cache of all sequences in fixed-size pages of one pool, as in vLLM. Memory is bounded, little of it is wasted, and sequences share the pages of a common prefix.
 - `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
 - `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
 - `deepseek_nb.infer.quant_cache`: Latents, keys and values of the KV cache in 8 bits, which takes less than half of its memory.
 - `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
+- `deepseek_nb.infer.ragged`: Sequences of different lengths share one forward pass: some bring a chunk of a prompt, others one new token, and each gets the result that it would get alone.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
 - `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
@@ -81,15 +82,15 @@ Modules:
 - `deepseek_nb.kernels.norm`: Normalisation and rotary positions are memory-bound: one pass in C++ reads and writes each number once
 - `deepseek_nb.kernels.panels`: Sixteen rows of an int8 or int4 weight side by side, in the order in which a processor's integer instructions read them
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, an exponential and a transposition
-- `deepseek_nb.kernels.stages`: Attention and feed-forward of one transformer block in C++, as stages of one team of threads with barriers between them
-- `deepseek_nb.kernels.step`: All transformer blocks of a decode step in one C++ call, instead of some sixty PyTorch calls a layer
-- `deepseek_nb.kernels.step_codes`: All transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices
+- `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
+- `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
+- `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
 - `deepseek_nb.kernels.team`: A kernel of several stages starts its threads once and synchronises them with a barrier between the stages
 - `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand to move less memory than autograd's
 - `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): E2M1 numbers of 4 bits, with a power of two as the scale of 32 neighbours.
-- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint, E4M3 with one scale for each block of 128×128, kept and used as published.
-- `deepseek_nb.quant.ggml`: A GGUF file's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K blocks as a format, so that a model multiplies what the file holds instead of a float32 copy.
-- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: the weights that are rounded later compensate for the errors of those before.
+- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
+- `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
+- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: each weight's rounding error is compensated by the weights that are rounded after it.
 - `deepseek_nb.quant.int4`: Weights in 4 bits: 32 neighbours share a scale, or a scale and a minimum, and each is one of sixteen evenly spaced levels.
 - `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group: a quarter of float32's memory for a small error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.

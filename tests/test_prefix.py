@@ -376,8 +376,8 @@ def test_bad_input(model, tmp_path):
     with pytest.raises(ValueError, match='is no string'): prefix.insert(PROMPT, model.new_cache(1), user=3)
     with pytest.raises(ValueError, match='disk_nbytes is 9, and there is no folder'): PrefixCache(model, disk_nbytes=9)
     with pytest.raises(ValueError, match='pages of 0 positions'): PrefixCache(model, page=0)
-    with pytest.raises(ValueError, match='holds no page of'): PrefixCache(model, nbytes=10)
-    with pytest.raises(ValueError, match='holds no page of'): PrefixCache(model, 10**5, folder=tmp_path, disk_nbytes=10)
+    with pytest.raises(ValueError, match='is smaller than one page'): PrefixCache(model, nbytes=10)
+    with pytest.raises(ValueError, match='is smaller than one page'): PrefixCache(model, 10**5, folder=tmp_path, disk_nbytes=10)
     with pytest.raises(ValueError, match='is no string'): prefix.generate(PROMPT, user=None)
     with pytest.raises(ValueError, match=r'prompt has shape \(2, 3\)'): prefix.stream(torch.ones(2, 3, dtype=torch.long))
     for name in ('cache', 'past_key_values', 'attention_mask'):

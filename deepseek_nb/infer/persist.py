@@ -130,7 +130,7 @@ class PageStore:
         nbytes:int|None = None, # Most bytes of all pages in the folder; None: no limit
     ):
         if nbytes is not None and nbytes < START + size:
-            raise ValueError(f'a budget of {nbytes:,} bytes on disk holds no page of {START + size:,}; raise it')
+            raise ValueError(f'a budget of {nbytes:,} bytes on disk is smaller than one page of {START + size:,}; raise the budget')
         self.folder,self.model,self.form,self.page,self.size,self.nbytes = _page_folder(Path(folder)),model,form,page,size,nbytes
         self.warned = set()
 
