@@ -3,7 +3,7 @@
 Packages:
 
 - `deepseek_nb.quant`: Weights stored as small integer codes and scales. A layer uses a quantised weight in place of a parameter.
-- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` chooses between them and `kernels.twins` lists them
+- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
 
