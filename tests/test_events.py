@@ -158,7 +158,8 @@ def test_why_an_answer_ended():
 def test_the_format_is_read_off_the_template():
     from deepseek_nb.files.chat import TEMPLATES
     assert answer_format(TEMPLATES['deepseek-v3.1']) == 'v31' and answer_format(TEMPLATES['deepseek-r1-distill']) == 'r1'
-    assert answer_format('<｜Assistant｜> <｜tool▁sep｜> ```json') == 'v3' and answer_format('<｜Assistant｜> <｜tool▁sep｜> ```json </think>') == 'r1'
+    v3 = '<｜Assistant｜> <｜tool▁sep｜> ```json'
+    assert answer_format(v3) == 'v3' and answer_format(v3 + '</think>') == 'r1'
     assert [answer_format(f'<｜DSML｜{t.block}>') for t in DSML.values()] == list(DSML)
     assert answer_format('<|im_start|>') == 'smollm2' and answer_format(None, 'deepseek_v4') == 'v4' and answer_format('{{ x }}') == 'plain'
 
