@@ -72,15 +72,15 @@ Modules:
 - `deepseek_nb.infer.ragged`: Sequences of different lengths share one forward pass: some bring a chunk of a prompt, others one new token, and each gets the result that it would get alone.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
-- `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
+- `deepseek_nb.kernels.codes`: Multiplies int8 or int4 weights by activations that are rounded to int8, with the processor's byte instructions.
 - `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
 - `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and a running sum, so the matrix of scores is never stored.
 - `deepseek_nb.kernels.gemm`: The matrix product that all CPU kernels use: dot products along the rows of the weights for few tokens, and register tiles for many tokens.
-- `deepseek_nb.kernels.ggml`: A few rows of a quantised GGUF weight are decoded into the first-level cache, multiplied by every token, and overwritten by the next rows
+- `deepseek_nb.kernels.ggml`: Decodes a few rows of a quantised GGUF weight into the first-level cache, multiplies them by all tokens, and continues with the next rows.
 - `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights
 - `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
 - `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
-- `deepseek_nb.kernels.panels`: Sixteen rows of an int8 or int4 weight side by side, in the order in which a processor's integer instructions read them
+- `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
@@ -98,10 +98,12 @@ Modules:
 - `deepseek_nb.quant.report`: Every parameter of a model with its format, its bytes and its relative error, or the reason why it stayed float.
 - `deepseek_nb.quant.save`: A quantised model as a folder of safetensors, written atomically and mapped into memory when it is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
-- `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.
+- `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
+- `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
+- `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.

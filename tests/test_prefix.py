@@ -375,7 +375,7 @@ def test_bad_input(model, tmp_path):
         assert '\n' not in str(e.value)
     with pytest.raises(ValueError, match='is not a string'): prefix.insert(PROMPT, model.new_cache(1), user=3)
     with pytest.raises(ValueError, match='disk_nbytes is 9, and there is no folder'): PrefixCache(model, disk_nbytes=9)
-    with pytest.raises(ValueError, match='pages of 0 positions'): PrefixCache(model, page=0)
+    with pytest.raises(ValueError, match='not 1 pages of 0'): PrefixCache(model, page=0)
     with pytest.raises(ValueError, match='is smaller than one page'): PrefixCache(model, nbytes=10)
     with pytest.raises(ValueError, match='is smaller than one page'): PrefixCache(model, 10**5, folder=tmp_path, disk_nbytes=10)
     with pytest.raises(ValueError, match='is not a string'): prefix.generate(PROMPT, user=None)
