@@ -20,16 +20,16 @@ Modules:
 - `deepseek_nb.arch.rope`: RoPE turns queries and keys by their positions, so that attention depends on distances alone; YaRN and Llama 3's rule stretch it to longer contexts
 - `deepseek_nb.arch.routing`: A router selects a few experts for each token; a bias or a loss keeps the load balanced, and no token is dropped
 - `deepseek_nb.arch.show`: How a notebook shows a config, a model, a cache and a routing result
-- `deepseek_nb.bench.caches`: What a KV cache saves, the time to the first token with a prefix cache in memory or on disk, and the time and error of paged and quantised caches.
-- `deepseek_nb.bench.conversion`: SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both: perplexity, cache, parameters, and the same answers in transformers.
-- `deepseek_nb.bench.layers`: An MoE layer, an attention layer and sparse neurons beside transformers or PyTorch, and beside what the machine allows.
-- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the least time that a machine needs for them.
-- `deepseek_nb.bench.llama`: Decode, prefill and load of a 4-bit model beside llama.cpp's fastest setting, and where its greedy text differs from float32.
-- `deepseek_nb.bench.models`: Prefill, decode, training steps and compiled decode of whole models beside transformers, and beside what the machine allows.
-- `deepseek_nb.bench.quant`: Speed, bytes, peak memory, perplexity and error of a model in 8 and 4 bits, beside the same model in float32.
-- `deepseek_nb.bench.scaling`: How time grows with tokens, experts, batch and context, and memory with context, each beside its theoretical slope.
-- `deepseek_nb.bench.startup`: How long importing, loading a checkpoint and dispatching a call take, beside PyTorch and transformers.
-- `deepseek_nb.bench.training`: Time and memory of a LoRA training step beside PEFT, and the memory of QLoRA beside full fine-tuning.
+- `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
+- `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
+- `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
+- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
+- `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
+- `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
+- `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
+- `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
+- `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
+- `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
 - `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
 - `deepseek_nb.core.dispatch`: A readable definition, faster implementations with the same parameters, and a registry that picks the best one for each call
@@ -97,7 +97,7 @@ Modules:
 - `deepseek_nb.quant.report`: Every parameter of a model with its format, its bytes and its relative error, or the reason why it stayed float.
 - `deepseek_nb.quant.save`: A quantised model as a folder of safetensors, written atomically and mapped into memory when it is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
-- `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
+- `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on which machine and when, and *not yet* where nothing was measured.

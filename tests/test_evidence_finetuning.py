@@ -135,7 +135,7 @@ def test_going_on_after_a_kill_changes_nothing(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(('line', 'said'), [
     ('method = "prefix"', "no method 'prefix'"), ('layers = 31', 'smollm2-135m has 30 blocks'),
     ('samples = 30', '[settings.steps] has no number of steps for 30 samples'),
-    ('test = 20000', 'texts, 2002 are needed'), ('classes = {"noun.food" = "echinoderms"}', "'echinoderms' is no single token"),
+    ('test = 20000', 'texts, but 2002 are needed'), ('classes = {"noun.food" = "echinoderms"}', "'echinoderms' is no single token"),
     ('learning_rate = 0.0\nsweep = {lora = []}', "no learning rate was tried for 'lora'"), ('lenght = 9', "'lenght'")])
 def test_bad_config_is_one_line(tmp_path, capsys, line, said):
     text = CONFIG.read_text()
