@@ -70,7 +70,7 @@ def prefill(
 def our_steps(
     model:Model, # Model
     prompt:torch.Tensor, # Token ids `b s`
-)->Callable: # `(token, keep=False, logits=False)` to the next token `b 1` or its logits; without `keep` the token is removed from the cache
+)->Callable: # Function of a token `b 1` that returns the next one, or logits; the token stays in the cache only with `keep=True`
     "Fill our cache with a prompt and return a function that decodes one token"
     cache = model.new_cache(prompt.shape[0], prompt.shape[1] + 64)
     with torch.inference_mode(): model(prompt, cache=cache, logits_to_keep=1)
@@ -88,7 +88,7 @@ def peer_steps(
     "Fill the peer's cache with a prompt and return a function that decodes one token"
     from transformers import DynamicCache
     cache = DynamicCache(config=model.config)
-    with torch.inference_mode(): model(prompt, None, None, cache, logits_to_keep=1) # the cache is the fourth argument; its name differs between versions
+    with torch.inference_mode(): model(prompt, None, None, cache, logits_to_keep=1) # the name of the fourth argument varies
     def step(token, keep=False, logits=False):
         with torch.inference_mode(): found = model(token, None, None, cache, logits_to_keep=1).logits[:, -1:]
         if not keep: cache.crop(-1)

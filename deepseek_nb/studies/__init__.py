@@ -279,7 +279,7 @@ def run_study(
     "Run or resume the plan of an experiment"
     find_study(name)
     plan = read_plan(config, smoke)
-    if plan.study != name: raise ValueError(f'{config} is a plan of {plan.study!r}, not of {name!r}; the file must have the name of the experiment')
+    if plan.study != name: raise ValueError(f'{config} is a plan of {plan.study!r}, not of {name!r}; a plan has the name of its experiment')
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'deepseek_nb'/'evidence'
     with tempfile.TemporaryDirectory() as new:
         work,usual = work or (new if smoke else cache),Path(new if smoke else 'nbs/results/evidence')

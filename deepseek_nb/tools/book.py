@@ -91,7 +91,7 @@ class BookPart(NamedTuple):
 
 # %% ../../nbs/964_tools.book.ipynb #2d57b5ba
 BOOK_PARTS = [BookPart(*o) for o in (
-    (0, 'core', 'Foundations', 'How to read a chapter, one config for every release, and the choice of the fastest implementation of an operation'),
+    (0, 'core', 'Foundations', 'How to read a chapter, the config of every release, and the choice of the fastest kernel of an operation'),
     (100, 'arch', 'Architecture', 'DeepSeek-V3 from rotary positions to the whole model'),
     (200, 'files', 'Files', 'Tokenizers, chat templates, safetensors and GGUF'),
     (300, 'quant', 'Quantisation', 'int8, int4, NF4, FP8, FP4, GGUF blocks and GPTQ, and models with quantised weights'),
@@ -99,7 +99,7 @@ BOOK_PARTS = [BookPart(*o) for o in (
     (450, 'serve', 'Serving', 'A server for many requests'),
     (500, 'kernels', 'CPU kernels', 'C++ for GEMM, attention, experts, norms, whole decode steps and backward passes'),
     (560, 'cuda', 'CUDA kernels', 'CUDA C++ for GPUs, which tests run on a CPU'),
-    (600, 'train', 'Training', 'Data, loss, optimisers, the trainer, LoRA, distillation, and the conversion of dense models to mixtures of experts'),
+    (600, 'train', 'Training', 'Data, loss, optimisers, the trainer, LoRA, distillation, and conversion to latent attention and experts'),
     (700, 'eval', 'Evaluation', 'Perplexity, multiple choice and classification, each with its uncertainty'),
     (750, 'bench', 'Benchmarks', 'Speed and memory, compared with transformers, llama.cpp and PEFT and with the limits of the machine'),
     (800, 'export', 'Export', 'Models for other runtimes'),
@@ -135,7 +135,7 @@ class ReadingPath(NamedTuple):
     modules:tuple # Modules and tutorials in the order of reading
 
 PATHS = [
-    ReadingPath('Understand', 'DeepSeek-V3 completely: every part of it in the order in which it processes a token, and how it is trained', (
+    ReadingPath('Understand', 'DeepSeek-V3 completely: all its parts in the order in which a token passes through them, and its training', (
         'core.reading', 'core.config', 'arch.rope', 'arch.norm', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
         'files.tokenizer', 'infer.load', 'infer.generate', 'quant', 'train.loss', 'train.trainer')),
     ReadingPath('Run', 'Load a model, chat with it, quantise it and fine-tune it, in Python and in a terminal', (

@@ -246,7 +246,7 @@ def draw_map(
         parts.append(f'<a href="contents.html#{part.anchor}">{words(112, y + 15, part.title, "b e")}</a>')
         parts += [map_square(o, 124 + 24*(i % PER_ROW), y + 24*(i//PER_ROW), stations.get(o.module)) for i,o in enumerate(of)]
         y += 24*-(-len(of)//PER_ROW) + 6
-    return picture(128 + 24*PER_ROW, y + 2, parts, f'Map of the chapters by part; the chapters of the reading path {path.title} are numbered')
+    return picture(128 + 24*PER_ROW, y + 2, parts, f'Map of the chapters by part; those on the reading path {path.title} are numbered')
 
 # %% ../../nbs/975_tools.pictures.ipynb #53e8e0bf
 def save_pictures(

@@ -171,7 +171,7 @@ def stage_cells(
     name = page_name(notebook).removesuffix('.ipynb')
     links = source_links(root/f'deepseek_nb/{name.replace(".", "/")}.py', name)
     nb.cells = [o for o in nb.cells if o.cell_type == 'code' or not o.source.startswith('#| hide\n')]
-    if notebook == FRONT[0] and nb.cells: nb.cells[0].set_source(f'{nb.cells[0].source}\n\n- toc: false') # the front page has the full width
+    if notebook == FRONT[0] and nb.cells: nb.cells[0].set_source(f'{nb.cells[0].source}\n\n- toc: false') # use the full width
     for cell in nb.cells:
         prose = cell.cell_type != 'code'
         cell.set_source(inline_pictures(link_pages(cell.source, dirname(notebook)), root/'nbs') if prose else quote_alt(cell.source))
@@ -296,7 +296,7 @@ def new_chapter(
     "Start a chapter with the form of the other chapters."
     from fastcore.nbio import mk_cell, new_nb, write_nb
     if not re.fullmatch(r'\d{3}_[a-z]\w*(\.[a-z]\w*)*', name) or name != name.lower():
-        raise ValueError(f'{name!r} is no name of a chapter: give three digits and a module in lower case, such as 145_arch.balance')
+        raise ValueError(f'{name!r} is no chapter name: give three digits and a module in lower case, such as 145_arch.balance')
     if not title.strip(): raise ValueError(f'{name} has no title: give TITLE="Balance"')
     for o in book(nbs):
         if o[:4] == name[:4]: raise ValueError(f'{name[:3]} is taken by {nbs}/{o}: choose another number')
