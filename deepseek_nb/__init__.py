@@ -5,7 +5,7 @@ Packages:
 - `deepseek_nb.quant`: Weights stored as small integer codes and scales. A layer uses a quantised weight in place of a parameter.
 - `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
-- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
+- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a stored record of each run. This chapter reads plans, runs and resumes experiments, and imports studies from their notebooks.
 
 Modules:
 
@@ -20,16 +20,16 @@ Modules:
 - `deepseek_nb.arch.rope`: RoPE turns queries and keys by their positions, so that attention depends on distances alone; YaRN and Llama 3's rule stretch it to longer contexts
 - `deepseek_nb.arch.routing`: A router selects a few experts for each token; a bias or a loss keeps the load balanced, and no token is dropped
 - `deepseek_nb.arch.show`: How a notebook shows a config, a model, a cache and a routing result
-- `deepseek_nb.bench.caches`: What a KV cache saves, the time to the first token with a prefix cache in memory or on disk, and the time and error of paged and quantised caches.
-- `deepseek_nb.bench.conversion`: SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both: perplexity, cache, parameters, and the same answers in transformers.
-- `deepseek_nb.bench.layers`: An MoE layer, an attention layer and sparse neurons beside transformers or PyTorch, and beside what the machine allows.
-- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the least time that a machine needs for them.
-- `deepseek_nb.bench.llama`: Decode, prefill and load of a 4-bit model beside llama.cpp's fastest setting, and where its greedy text differs from float32.
-- `deepseek_nb.bench.models`: Prefill, decode, training steps and compiled decode of whole models beside transformers, and beside what the machine allows.
-- `deepseek_nb.bench.quant`: Speed, bytes, peak memory, perplexity and error of a model in 8 and 4 bits, beside the same model in float32.
-- `deepseek_nb.bench.scaling`: How time grows with tokens, experts, batch and context, and memory with context, each beside its theoretical slope.
-- `deepseek_nb.bench.startup`: How long importing, loading a checkpoint and dispatching a call take, beside PyTorch and transformers.
-- `deepseek_nb.bench.training`: Time and memory of a LoRA training step beside PEFT, and the memory of QLoRA beside full fine-tuning.
+- `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
+- `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
+- `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
+- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
+- `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
+- `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
+- `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
+- `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
+- `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
+- `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
 - `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
 - `deepseek_nb.core.dispatch`: A readable definition, faster implementations with the same parameters, and a registry that picks the best one for each call
@@ -105,17 +105,17 @@ Modules:
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
-- `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
+- `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
-- `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
-- `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on which machine and when, and *not yet* where nothing was measured.
-- `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one thin function for each verb: chat, generate, quantize, finetune, eval, bench and others.
-- `deepseek_nb.tools.doctor`: What this machine offers: device, processor, threads, compilers, kernels, memory and cache folder, and what each missing thing would be for.
-- `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.
-- `deepseek_nb.tools.glossary`: Each term has one sentence and the chapter that explains it, and its first use on a page links to its entry.
-- `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.
-- `deepseek_nb.tools.pictures`: A token's way through DeepSeek-V3, measured rates beside peers, and a map of the book: three SVG files made from data.
-- `deepseek_nb.tools.site`: Each notebook becomes a page with its code, its stored outputs and its links, without running a cell and without another host.
+- `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
+- `deepseek_nb.tools.claims`: Each claim with the command that measures it, the result, the machine and the date, or *not yet* if nothing was measured.
+- `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
+- `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
+- `deepseek_nb.tools.front`: One command makes the front page, the table of contents, the README and the changelog's table of moves from the titles and first lines of the chapters.
+- `deepseek_nb.tools.glossary`: A glossary with one sentence for each term and a link to the chapter that explains it. The first use of a term on a page links to its entry.
+- `deepseek_nb.tools.moves`: Redirects from the old addresses of pages to the new ones, and a table of the moves in the changelog, both made from one file.
+- `deepseek_nb.tools.pictures`: Three SVG pictures made from data: the way of a token through DeepSeek-V3, measured rates compared with other libraries, and a map of the book.
+- `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
 - `deepseek_nb.train.bpe`: Byte-level BPE merges are learnt from text, with DeepSeek-V3's word splitting, and saved in Hugging Face's tokenizer format.
 - `deepseek_nb.train.callbacks`: Callbacks act at named events of a training run: they show its progress, draw its loss, and stop it before it diverges.
