@@ -168,6 +168,17 @@ def watched()->bool: # True in a terminal and in an interactive notebook
 
 def _silent(t): return not watched() if t.args.disable_tqdm is None else t.args.disable_tqdm
 
+# %% ../../nbs/614_train.callbacks.ipynb #e6304271
+def _show(history, screen=None):
+    "Display a loss curve, in place of the previous one if there is one"
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    fig = history.plot()
+    if screen: screen.update(fig)
+    else: screen = display(fig, display_id=True)
+    plt.close(fig)
+    return screen
+
 # %% ../../nbs/614_train.callbacks.ipynb #9742dbb2
 class Progress(Callback):
     "A progress bar with loss, throughput and remaining time, and the loss curve at the end"
@@ -192,16 +203,6 @@ class Progress(Callback):
         t, # The trainer
     ):
         if hasattr(self, 'bar'): self.bar.close()
-
-def _show(history, screen=None):
-    "Display a loss curve, in place of the previous one if there is one"
-    import matplotlib.pyplot as plt
-    from IPython.display import display
-    fig = history.plot()
-    if screen: screen.update(fig)
-    else: screen = display(fig, display_id=True)
-    plt.close(fig)
-    return screen
 
 # %% ../../nbs/614_train.callbacks.ipynb #7b6c1ecc
 class LivePlot(Callback):

@@ -248,6 +248,7 @@ def scored(
     at = (labels != IGNORE).nonzero()[:,0]
     return at, labels[at]
 
+# %% ../../nbs/640_train.distill.ipynb #a5b8468d
 def blended(
     z:Tensor, # Logits of the student `m w`
     pull:Tensor, # Divergence from the teacher `m`

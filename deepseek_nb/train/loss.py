@@ -65,6 +65,7 @@ def _add_product(out, a, b):
     "Add a product in place, without a temporary if the dtypes are equal"
     return out.addmm_(a, b) if out.dtype == a.dtype else out.add_(a@b)
 
+# %% ../../nbs/605_train.loss.ipynb #5a1f3eb5
 class _ChunkedLoss(torch.autograd.Function):
     "Summed cross-entropy, with both gradients computed in the forward pass"
     @staticmethod
