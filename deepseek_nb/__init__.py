@@ -2,8 +2,8 @@
 
 Packages:
 
-- `deepseek_nb.quant`: Weights stored as small integers and scales, which PyTorch's layers use in place of a parameter.
-- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` chooses between them and `kernels.twins` lists them
+- `deepseek_nb.quant`: Weights stored as small integer codes and scales. A layer uses a quantised weight in place of a parameter.
+- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
 
@@ -38,13 +38,13 @@ Modules:
 - `deepseek_nb.core.plot`: Plots that read well on light and on dark pages, in colours that colour-blind readers can tell apart
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
 - `deepseek_nb.cuda.attention`: Attention over the latent KV cache on tensor cores, with the cache split over multiprocessors and read once, also ragged and paged.
-- `deepseek_nb.cuda.build`: A `.cu` file is compiled for the GPU or the CPU when it is first launched, with NVRTC, nvcc, or a C++ compiler and the emulation.
+- `deepseek_nb.cuda.build`: Compiles a `.cu` file at its first launch, for the GPU with NVRTC or nvcc, or for the CPU with a C++ compiler and the emulation.
 - `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
-- `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers, so that kernels are tested without a GPU and in several orders of threads.
+- `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers on the CPU, so that kernels can be tested without a GPU and in several thread orders.
 - `deepseek_nb.cuda.experts`: The routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
-- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 on a GPU: a scale for 128 activations and for 128×128 weights, and partial sums in float32 every 128 columns.
-- `deepseek_nb.cuda.int8`: W8A8 linear layers on a GPU: activations rounded to 8 bits in blocks of 32, integers multiplied on tensor cores, and a GEMV for one token.
-- `deepseek_nb.cuda.norm`: The norm and the rotation of MLA's latent in one kernel that reads and writes it once, and rotary embedding of queries.
+- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 matrix product on a GPU, with a scale for each 128 activations and each 128×128 block of weights, and float32 sums every 128 columns.
+- `deepseek_nb.cuda.int8`: Linear layers with 8-bit weights and activations (W8A8) on a GPU: activations are rounded in blocks of 32, tensor cores multiply the integers, and a GEMV handles one token.
+- `deepseek_nb.cuda.norm`: Normalises and rotates MLA's latent in a single kernel, which reads and writes it once, and applies RoPE to queries.
 - `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: weights decoded to bfloat16 in registers, and the CUDA twins of quantised layers.
 - `deepseek_nb.cuda.quant_experts`: Grouped int8 and int4 experts on a GPU: only the experts that the batch selects are read, and decoded in registers.
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
@@ -60,36 +60,37 @@ Modules:
 - `deepseek_nb.files.locate`: A path or a name becomes a folder or a file on this machine, and its config can be read without its weights.
 - `deepseek_nb.files.safetensors`: Weights are read from safetensors files one tensor at a time, with flat memory use. A new file gets its name only when it is complete.
 - `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
-- `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only the new tokens. It measures prefill and decode separately.
-- `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, all at once or streamed, with stop strings.
-- `deepseek_nb.infer.inside`: The residual stream, attention patterns, the logit lens and expert loads of a model while it reads a text
-- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it: a GGUF file on its own quantised blocks, a folder in floats, or in any format or dtype that is named.
-- `deepseek_nb.infer.paged`: The KV cache of all sequences lives in fixed-size pages of one pool, as in vLLM. Memory is bounded, hardly any is wasted, and sequences with a common prefix share its pages.
-- `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
-- `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
-- `deepseek_nb.infer.quant_cache`: Latents, keys and values of the KV cache in 8 bits, which takes less than half of its memory.
-- `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
-- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
+- `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
+- `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
+- `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
+- `deepseek_nb.infer.paged`: Stores the KV cache of all sequences in fixed-size pages of one pool, as in vLLM. Memory is bounded, little of it is wasted, and sequences share the pages of a common prefix.
+- `deepseek_nb.infer.persist`: Stores pages of the KV cache as files, so that a cached prompt survives a restart. Each file is named by a hash of everything that its content depends on, and checked when it is read.
+- `deepseek_nb.infer.prefix`: Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
+- `deepseek_nb.infer.quant_cache`: Stores the latents, keys and values of the KV cache in 8 bits. This takes less than half of the memory of a float32 cache.
+- `deepseek_nb.infer.radix`: A tree over token ids finds the pages of the KV cache that belong to the longest known prefix of a prompt. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
+- `deepseek_nb.infer.ragged`: Sequences of different lengths share one forward pass: some bring a chunk of a prompt, others one new token, and each gets the result that it would get alone.
+- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
-- `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
-- `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
-- `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and sum, so the matrix of scores is never stored
-- `deepseek_nb.kernels.gemm`: The matrix product behind all CPU kernels: dot products along a row of weights for a few tokens, register tiles across tokens for many
-- `deepseek_nb.kernels.ggml`: A few rows of a quantised GGUF weight are decoded into the first-level cache, multiplied by every token, and overwritten by the next rows
-- `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights
-- `deepseek_nb.kernels.moe`: Dropless routing and experts as one kernel: tokens are sorted by expert and read where they lie, and weighted results are added in place
-- `deepseek_nb.kernels.norm`: Normalisation and rotary positions are memory-bound: one pass in C++ reads and writes each number once
-- `deepseek_nb.kernels.panels`: Sixteen rows of an int8 or int4 weight side by side, in the order in which a processor's integer instructions read them
-- `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, an exponential and a transposition
-- `deepseek_nb.kernels.stages`: Attention and feed-forward of one transformer block in C++, as stages of one team of threads with barriers between them
-- `deepseek_nb.kernels.step`: All transformer blocks of a decode step in one C++ call, instead of some sixty PyTorch calls a layer
-- `deepseek_nb.kernels.step_codes`: All transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices
-- `deepseek_nb.kernels.team`: A kernel of several stages starts its threads once and synchronises them with a barrier between the stages
-- `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand to move less memory than autograd's
+- `deepseek_nb.kernels.codes`: Multiplies int8 or int4 weights by activations that are rounded to int8, with the processor's byte instructions.
+- `deepseek_nb.kernels.compile`: `model.compile()` compiles the decode step to a single graph, which is traced once for all cache lengths.
+- `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and a running sum, so the matrix of scores is never stored.
+- `deepseek_nb.kernels.gemm`: The matrix product that all CPU kernels use: dot products along the rows of the weights for few tokens, and register tiles for many tokens.
+- `deepseek_nb.kernels.ggml`: Decodes a few rows of a quantised GGUF weight into the first-level cache, multiplies them by all tokens, and continues with the next rows.
+- `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights.
+- `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
+- `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
+- `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
+- `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
+- `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
+- `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
+- `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
+- `deepseek_nb.kernels.team`: A kernel with several stages starts its threads once, and synchronises them with a barrier after each stage.
+- `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand so that they move fewer bytes than autograd's.
 - `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): E2M1 numbers of 4 bits, with a power of two as the scale of 32 neighbours.
-- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint, E4M3 with one scale for each block of 128×128, kept and used as published.
-- `deepseek_nb.quant.ggml`: A GGUF file's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K blocks as a format, so that a model multiplies what the file holds instead of a float32 copy.
-- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: the weights that are rounded later compensate for the errors of those before.
+- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
+- `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
+- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: each weight's rounding error is compensated by the weights that are rounded after it.
 - `deepseek_nb.quant.int4`: Weights in 4 bits: 32 neighbours share a scale, or a scale and a minimum, and each is one of sixteen evenly spaced levels.
 - `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group: a quarter of float32's memory for a small error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.
@@ -97,6 +98,13 @@ Modules:
 - `deepseek_nb.quant.report`: Every parameter of a model with its format, its bytes and its relative error, or the reason why it stayed float.
 - `deepseek_nb.quant.save`: A quantised model as a folder of safetensors, written atomically and mapped into memory when it is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
+- `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.
+- `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
+- `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
+- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
+- `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
+- `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
+- `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
 - `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
