@@ -371,8 +371,10 @@ def test_ranks_share_a_batch(stream):
 
 
 @pytest.mark.parametrize('options,error', [
-    (dict(batch_size=0), 'batch_size 0 must be at least 1'), (dict(batch_size=12, drop_last=True), '11 examples are too few for a batch of 12'),
-    (dict(batch_size=3, world=2), 'batch_size 3 does not divide among 2'), (dict(batch_size=2, world=2, rank=2), 'rank 2 must be from 0 to 1')])
+    (dict(batch_size=0), 'batch_size 0 must be at least 1'),
+    (dict(batch_size=12, drop_last=True), '11 examples are too few for a batch of 12'),
+    (dict(batch_size=3, world=2), 'batch_size 3 does not divide among 2'),
+    (dict(batch_size=2, world=2, rank=2), 'rank 2 must be from 0 to 1')])
 def test_bad_options(options, error):
     with pytest.raises(ValueError, match=error): Batches(LETTERS, **options)
 

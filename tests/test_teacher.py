@@ -184,7 +184,8 @@ def test_full_disk(tmp_path, r, monkeypatch):
 def test_refusals(tmp_path, r):
     teacher, data = llama(40), rows(r, 6)
     folder = write_logits(teacher, data, tmp_path/'a', k=5, shard=4)
-    for args, why in (((llama(40), data), 'contains outputs of another teacher'), ((teacher, data[::-1]), 'contains outputs for other data')):
+    for args, why in (((llama(40), data), 'contains outputs of another teacher'),
+                      ((teacher, data[::-1]), 'contains outputs for other data')):
         with pytest.raises(ValueError, match=why): write_logits(*args, folder, k=5, shard=4)
         with pytest.raises(ValueError, match=why): TeacherLogits(folder, *args)
     with pytest.raises(ValueError, match='holds temperature 1.0, not 2.0'):
