@@ -2600,6 +2600,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'deepseek_nb/studies/report.py'),
                                             'deepseek_nb.studies.report._all_shares': ( 'studies.report.html#_all_shares',
                                                                                         'deepseek_nb/studies/report.py'),
+                                            'deepseek_nb.studies.report._machine': ( 'studies.report.html#_machine',
+                                                                                     'deepseek_nb/studies/report.py'),
                                             'deepseek_nb.studies.report.by_arm': ( 'studies.report.html#by_arm',
                                                                                    'deepseek_nb/studies/report.py'),
                                             'deepseek_nb.studies.report.draw_spread': ( 'studies.report.html#draw_spread',

@@ -2,7 +2,7 @@
 
 // %% ../../nbs/560_cuda.emulation.ipynb #d0c6b671
 #pragma once
-#undef _FORTIFY_SOURCE                     // it takes a jump between stacks for a mistake
+#undef its checks would reject a jump between stacks
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -38,16 +38,16 @@ struct Fiber {
     bool started = false;
     Wait wait = done;
     dim3 thread;
-    int index = 0, group = 0;              // number in the block; group of asynchronous copies
-    uint32_t mask = 0, met = 0;            // lanes that it waits for; lanes that it met last
-    alignas(16) char out[32], view[32];    // what it offers; what it offered when they met
+    int index = 0, group = 0;              // index in the block; group of asynchronous copies
+    uint32_t mask = 0, met = 0;            // lanes that it waits for; lanes of the last exchange
+    alignas(16) char out[32], view[32];    // value that it passes on; its value in the last exchange
     std::vector<Copy> copies;
 };
 
 static std::vector<std::unique_ptr<Fiber>> fibers;
 static Fiber* self;
 static jmp_buf scheduler;
-static void (*body)();                     // calls the kernel with its arguments
+static void (*body)();                     // call the kernel with its arguments
 static char* shared_memory;
 }  // namespace emulation
 
@@ -106,7 +106,7 @@ static void release_block(int n) {
 // %% ../../nbs/560_cuda.emulation.ipynb #8b07c088
 namespace emulation {
 struct Order {
-    int kind;                              // 0 forwards, 1 backwards, 2 random
+    int kind;                              // 0 forward, 1 backward, 2 random
     uint64_t state;
     uint32_t random() { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 33; }
     std::vector<int> turns(int n) {

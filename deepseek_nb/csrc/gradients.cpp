@@ -8,7 +8,7 @@
 
 inline vec load_some(const float* p, int n) { return n == L ? load(p) : load_part(p, n); }
 
-// calls f(i, n) for each vector, n numbers from i on
+// call f(i, n) for each vector: n numbers from index i on
 template <class F> void each_vector(int64_t n, F f) {
     team([&](const Team& t) {
         const auto [begin, end] = t.share(n / L);
@@ -63,7 +63,7 @@ void norm_back(Tensor dy, Tensor x, Tensor weight, double eps, Tensor rest, Tens
 }
 
 // %% ../../nbs/546_kernels.gradients.ipynb #81e3aa00
-// element (i, k) lies at data[i * row + k * column]
+// element (i, k) is data[i * row + k * column]
 struct Strided { const float* data; int64_t row, column; };
 
 // c (M × N·L) = [c +] a (M × K) · b (K × N·L)
@@ -101,12 +101,12 @@ inline void multiply_add(int64_t R, int64_t n, int64_t K, Strided a, Rows b, flo
 constexpr int64_t BLOCK_OF = 4 * ROWS;
 
 struct Head {
-    int64_t s, x, sp, xp;  // positions and width, and both in whole vectors
+    int64_t s, x, sp, xp;  // positions and width; both rounded up to whole vectors
     float *k, *v;          // keys and values, sp × xp
     float *kt, *vt;        // transposed, xp × sp
     float *dk, *dv;        // their gradients
-    float *q, *d, *dq;     // a block's queries, gradient of the output, gradient of the queries
-    float *p, *e;          // a block's probabilities, and their gradients
+    float *q, *d, *dq;     // of a block: queries, gradient of the output, gradient of the queries
+    float *p, *e;          // of a block: probabilities, and their gradients
     Head(int64_t s, int64_t x, Buffer& memory) : s(s), x(x), sp(round_up(s, L)), xp(round_up(x, L)) {
         float* at = memory.need(8 * sp * xp + 3 * BLOCK_OF * xp + 2 * BLOCK_OF * sp);
         for (float** part : {&k, &v, &kt, &vt, &dk, &dv}) *part = at, at += sp * xp;
@@ -158,14 +158,14 @@ inline void soften_row_back(const float* p, float* e, int64_t end) {
 
 // %% ../../nbs/546_kernels.gradients.ipynb #afec3dd0
 struct Layout {
-    int64_t b, s, x, heads, shared;  // shared: query heads of a key head
+    int64_t b, s, x, heads, shared;  // shared: query heads per key head
     const uint8_t* mask;             // null: causal
-    int64_t mask_row, mask_step;     // between batch rows, between queries
+    int64_t mask_row, mask_step;     // strides between batch rows, and between queries
     Layout(const Tensor& q, const Tensor& k, int64_t b, int64_t x, const std::optional<Tensor>& m)
         : b(b), s(q.size(0) / b), x(x), heads(q.size(1) / x), shared(q.size(1) / k.size(1)),
           mask(m ? data<uint8_t>(*m) : nullptr), mask_row(!m || m->size(0) == 1 ? 0 : m->stride(0)),
           mask_step(m ? m->stride(1) : 0) {}
-    // head j of tensor t from position i of batch row row on
+    // head j of tensor t, from position i of batch row `row` on
     Rows at(const Tensor& t, int64_t row, int64_t i, int64_t j) const {
         return {data<float>(t) + (row * s + i) * t.stride(0) + j * x, t.stride(0)};
     }
@@ -181,7 +181,7 @@ template <class F> void each_head(const Layout& l, F f) {
 }
 
 // %% ../../nbs/546_kernels.gradients.ipynb #256e1482
-// a block's n queries from position i on, and their probabilities over the keys before end
+// the probabilities of n queries from position i on, over the keys before end
 inline void probabilities(const Layout& l, const Head& h, const Tensor& q, int64_t row, int64_t j, int64_t i, int64_t n,
                           int64_t end, float scale) {
     h.take(l.at(q, row, i, j), n, n, scale, h.q);
@@ -206,7 +206,7 @@ void attend_tokens(Tensor q, Tensor k, Tensor v, int64_t b, int64_t x, double sc
 }
 
 // %% ../../nbs/546_kernels.gradients.ipynb #b3111057
-// the gradients of a block of n queries from position i on; adds to those of the keys before them
+// compute the gradients of n queries from position i on, and add to those of the keys and values
 inline void block_back(const Layout& l, const Head& h, int64_t i, int64_t n, int64_t end) {
     const int64_t last = i + n;
     multiply_add(last, h.xp, n, {h.p, 1, h.sp}, {h.d, h.xp}, h.dv, h.xp, true);
