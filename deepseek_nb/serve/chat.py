@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
-from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
 from .engine import Engine
 from .events import ContentDelta, ReasoningDelta, Splitter, ToolCallStart
@@ -96,7 +95,8 @@ def only(self:Fields,
     "Accept a field only with values that change nothing"
     value = self.left.pop(field, None)
     if value is not None and value not in values:
-        raise self.wrong(field, f'is {value!r:.60}, which this server can\'t do; leave it out' + (f', or give {values[0]!r}' if values else ''))
+        hint = f', or give {values[0]!r}' if values else ''
+        raise self.wrong(field, f"is {value!r:.60}, which this server can't do; leave it out{hint}")
 
 @patch
 def done(self:Fields)->None:

@@ -19,7 +19,7 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
-from .chat import ApiError, Fields, ServedModel, read_messages, sampling_from
+from .chat import Fields, ServedModel, read_messages, sampling_from
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallStart
 from .sampling import SamplingParams
 from .stream import Piece
