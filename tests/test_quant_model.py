@@ -134,7 +134,7 @@ def test_embedding_in_float(floats, tokens):
     model = quantize_model(floats['v3'], 'int8', embedding=None)
     assert torch.equal(model.embed_tokens.weight, floats['v3'].embed_tokens.weight)
     assert torch.equal(model.lm_head.weight, floats['v3'].lm_head.weight)
-    assert {r.reason for r in model.quantization_report().rows} == {'', 'norm', 'router', 'left in float'}
+    assert {r.reason for r in model.quantization_report().rows} == {'', 'norm', 'router', 'not quantised'}
 
 
 # ---- pieces
@@ -322,7 +322,7 @@ DAMAGE = {
     'symmetric': (lambda q: q['weights'][KEY].update(symmetric=True), '1 keys unused: layers.1.mlp.experts.down_proj.mins'),
     'shape': (lambda q: q['weights'][KEY].update(shape=[4, 64, 33]), r'is \[4, 64, 33\], but config.json implies \[4, 64, 32\]'),
     'one less': (lambda q: q['weights'].pop(KEY), '1 keys missing: layers.1.mlp.experts.down_proj; 3 keys unused'),
-    'one more': (lambda q: q['weights'].update({'layers.9.x': q['weights'][KEY]}), 'a format for layers.9.x, which the model lacks')}
+    'one more': (lambda q: q['weights'].update({'layers.9.x': q['weights'][KEY]}), 'layers.9.x, which is not a weight of the model')}
 
 
 @pytest.mark.parametrize('name', DAMAGE)

@@ -105,7 +105,7 @@ def find(self:Markers,
 class Until(NamedTuple):
     "What a parser asks for: the text up to a tag"
     matcher:object # With `find(text, end) -> Found`, such as `Markers`
-    event:Callable|None = None # Turns a piece of text into an event; None: collect it
+    event:Callable|None = None # Turns a piece of text into an event, or into None to say nothing; None: collect the text
     trim:bool = False # Whether newlines at the beginning are left out
 
 # %% ../../nbs/460_serve.events.ipynb #e2a66433
@@ -154,7 +154,7 @@ def _answer(self:Driver, end):
     self._leading = self._leading and not self._text
     found = matcher.find(self._text, end)
     waits = found.tag is None and not end
-    if event and found.before: self._out.append(event(found.before))
+    if event and found.before and (e := event(found.before)) is not None: self._out.append(e)
     if event or not waits: self._text = found.rest
     if not waits: self._advance(found)
     return not waits

@@ -61,6 +61,7 @@ class Dsml(NamedTuple):
     "The tags of a release that writes calls as markup"
     block:str # Tag of the block
     space:str = '' # Between the marker and the names of the inner tags
+    blank:str = '' # Line of a call without parameters
 
     def opened(self,
         tag:str, # `invoke` or `parameter`
@@ -69,11 +70,11 @@ class Dsml(NamedTuple):
         tag:str = '', # `invoke` or `parameter`; '': the block
     )->str: return f'</｜DSML｜{self.space + tag if tag else self.block}>' # the closing tag
 
-DSML = dict(v32=Dsml('function_calls'), v4=Dsml('tool_calls'), v41=Dsml(' calls', ' '))
+DSML = dict(v32=Dsml('function_calls', blank='\n'), v4=Dsml('tool_calls'), v41=Dsml(' calls', ' ', '\n'))
 
 # %% ../../nbs/464_serve.tools.ipynb #1eebddd6
 def _write_dsml(tags, calls):
-    rows = ''.join(f'{tags.opened("invoke")}{c.name}">\n{_parameters(tags, c)}{tags.closed("invoke")}\n' for c in calls)
+    rows = ''.join(f'{tags.opened("invoke")}{c.name}">\n{_parameters(tags, c) or tags.blank}{tags.closed("invoke")}\n' for c in calls)
     return f'<｜DSML｜{tags.block}>\n{rows}{tags.closed()}'
 
 def _parameters(tags, call):
@@ -188,7 +189,7 @@ def _read_parameter(tags, index, first, raw):
     "Parser of a parameter behind its opening tag; returns what ended it, and whether it was one"
     name = yield Until(Markers(_STRING, _JSON, only='[^"]'))
     if not name.tag:
-        yield ContentDelta(raw + name.before)
+        if name.tag == '': yield ContentDelta(raw + name.before)
         return name,False
     string = name.tag == _STRING
     yield ToolCallDelta(index, ('{' if first else ', ') + json.dumps(name.before, ensure_ascii=False) + (': "' if string else ': '))
@@ -265,11 +266,11 @@ class _Object:
 
     def _value(self, head=''):
         "Parser of a value; returns its text, with what was read of it before"
-        matcher = JsonValue()
+        matcher,text = JsonValue(),[]
         matcher.find(head)
-        found = yield Until(matcher)
-        self.raw += found.before
-        return head + found.before, found.tag
+        found = yield Until(matcher, text.append)
+        self.raw += ''.join(text)
+        return head + ''.join(text), found.tag
 
 # %% ../../nbs/464_serve.tools.ipynb #e682cf66
 @patch
