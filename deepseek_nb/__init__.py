@@ -102,6 +102,7 @@ Modules:
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
 - `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.
 - `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
+- `deepseek_nb.serve.grammar`: A grammar decides before each token which ones may follow, so an answer is valid JSON, matches a schema or a regular expression, or calls a tool correctly.
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
