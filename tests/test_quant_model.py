@@ -386,7 +386,7 @@ def test_saved_tokenizer_is_the_file_s(tmp_path):
 def test_calibrating_from_the_command_line(tmp_path, capsys):
     (tmp_path/'short.txt').write_text('Too short.')
     argv = ['quantize', 'smollm2-135m', '--dtype', 'int4', '--calibrate', str(tmp_path/'short.txt'), '--out', str(tmp_path/'out')]
-    assert main(argv) == 2 and 'tokens has no excerpt of 512; give a longer one' in capsys.readouterr().err
+    assert main(argv) == 2 and 'tokens is too short for an excerpt of 512; give a longer text' in capsys.readouterr().err
     (tmp_path/'long.txt').write_text('One word and another. '*400)
     argv = ['quantize', 'smollm2-135m', '--dtype', 'fp8', '--calibrate', str(tmp_path/'long.txt'), '--out', str(tmp_path/'out')]
     assert main(argv) == 2 and "GPTQ rounds to grids of 'int4', not to 'fp8'" in capsys.readouterr().err

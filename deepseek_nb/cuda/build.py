@@ -259,15 +259,17 @@ class Loaded:
             self.call('cuCtxGetCurrent', ctypes.byref(self.context))
             self.call('cuModuleLoadData', ctypes.byref(self.module), image)
 
-    def call(self,
-        function:str, # Function of the driver
-        *args, # Arguments of the function
-    ):
-        "Call the driver; if it fails, raise a `RuntimeError` with its message"
-        code,text = getattr(self.driver, function)(*args),ctypes.c_char_p()
-        if not code: return
-        self.driver.cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f'{self.name}: {function} failed on {self.device}: {(text.value or b"unknown error").decode()} ({code})')
+# %% ../../nbs/565_cuda.build.ipynb #12c9e368
+@patch
+def call(self:Loaded,
+    function:str, # Function of the driver
+    *args, # Arguments of the function
+):
+    "Call the driver; if it fails, raise a `RuntimeError` with its message"
+    code,text = getattr(self.driver, function)(*args),ctypes.c_char_p()
+    if not code: return
+    self.driver.cuGetErrorString(code, ctypes.byref(text))
+    raise RuntimeError(f'{self.name}: {function} failed on {self.device}: {(text.value or b"unknown error").decode()} ({code})')
 
 # %% ../../nbs/565_cuda.build.ipynb #f597a07d
 @patch
