@@ -53,12 +53,12 @@ Modules:
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, as the number of equally likely tokens with the same uncertainty.
 - `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
-- `deepseek_nb.files.chat`: A conversation becomes a prompt by the checkpoint's own chat template, rendered exactly as transformers renders it. Control tokens inside a message stay plain text.
-- `deepseek_nb.files.checkpoint`: A folder of safetensors is streamed into a model, DeepSeek's FP8 weights included, and written back in a form that transformers loads. A key that doesn't fit is an error.
-- `deepseek_nb.files.gguf`: llama.cpp's file format: one file with metadata, tokenizer and quantised weights. This chapter reads a config from the metadata and fills a model from the tensors.
+- `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
+- `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
+- `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
 - `deepseek_nb.files.hub`: Finding a model's files by a path, a Hugging Face id or a registered name. Downloads are verified and cached.
-- `deepseek_nb.files.locate`: A path or a name becomes a folder or a file on this machine, and its config can be read without its weights.
-- `deepseek_nb.files.safetensors`: Weights are read from safetensors files one tensor at a time, with flat memory use. A new file gets its name only when it is complete.
+- `deepseek_nb.files.locate`: Finding the folder or file of a checkpoint by a path or a name, and reading the model's config without its weights.
+- `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
@@ -102,6 +102,7 @@ Modules:
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
 - `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.
 - `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
+- `deepseek_nb.serve.grammar`: A grammar decides before each token which ones may follow, so an answer is valid JSON, matches a schema or a regular expression, or calls a tool correctly.
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
@@ -130,7 +131,7 @@ Modules:
 - `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
 - `deepseek_nb.train.latent`: Convert a trained model with grouped-query attention to multi-head latent attention, which has a smaller KV cache and is the attention of DeepSeek-V3.
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
-- `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that they never exist in memory all at once
+- `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.
 - `deepseek_nb.train.mini`: Pre-train a model with the DeepSeek-V3 architecture, 6.6 million parameters and its own tokenizer on public text, and evaluate it on held-out documents.
 - `deepseek_nb.train.neurons`: Every neuron of a feed-forward becomes an expert, and one half of the neuron serves as its router. In a layer of SmolLM2, at 70% of the FLOPs, the squared error is a quarter of that of experts with 16 neurons.
 - `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
@@ -142,8 +143,8 @@ Modules:
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint, and its results are bit-identical to those of an uninterrupted run.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
-- `deepseek_nb.train.schedule`: Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
-- `deepseek_nb.train.sft`: Text, chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
+- `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
+- `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
 - `deepseek_nb.train.split`: Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.
 - `deepseek_nb.train.stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
 - `deepseek_nb.train.teacher`: The outputs of a teacher are computed once and stored: all logits, the top-k probabilities with the mass of the tail, or generated text.

@@ -396,7 +396,7 @@ def test_bad_data():
 @pytest.mark.parametrize('change', [dict(seed=1), dict(batch_size=3), dict(shuffle=False), dict(drop_last=True)])
 def test_a_state_of_other_batches(change):
     state = Batches(LETTERS, **dict(batch_size=2, seed=0) | change).state_dict()
-    with pytest.raises(ValueError, match='use the same seed, or start a new run'): Batches(LETTERS, 2, seed=0).load_state_dict(state)
+    with pytest.raises(ValueError, match='use the same .*, or start a new run'): Batches(LETTERS, 2, seed=0).load_state_dict(state)
     fewer = Batches(LETTERS[1:], 2).state_dict()
     with pytest.raises(ValueError, match='the saved state has examples 10'): Batches(LETTERS, 2).load_state_dict(fewer)
     with pytest.raises(KeyError, match='belongs to another kind of dataset'):

@@ -188,7 +188,7 @@ def test_refusals(tmp_path, r):
                       ((teacher, data[::-1]), 'contains outputs for other data')):
         with pytest.raises(ValueError, match=why): write_logits(*args, folder, k=5, shard=4)
         with pytest.raises(ValueError, match=why): TeacherLogits(folder, *args)
-    with pytest.raises(ValueError, match='holds temperature 1.0, not 2.0'):
+    with pytest.raises(ValueError, match='contains temperature 1.0, not 2.0'):
         write_logits(teacher, data, folder, k=5, temperature=2., shard=4)
     with pytest.raises(ValueError, match='k is 64; it must be at least 1 and less than the 64'): write_logits(teacher, data, folder, k=64)
     with pytest.raises(ValueError, match='k is 0'): write_logits(teacher, data, folder, k=0)
@@ -203,7 +203,7 @@ def test_refusals(tmp_path, r):
     with pytest.raises(ValueError, match='logits-00000.safetensors: truncated'): TeacherLogits(folder)
     about = read_json(folder/'about.json')
     (folder/'about.json').write_text(json.dumps(about | dict(version=9)))
-    with pytest.raises(ValueError, match='holds version 9, not 1'): TeacherLogits(folder)
+    with pytest.raises(ValueError, match='contains version 9, not 1'): TeacherLogits(folder)
 
 
 # ---- texts

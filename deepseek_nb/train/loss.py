@@ -1,4 +1,4 @@
-"""Cross-entropy summed over scored tokens, with logits computed in chunks, so that they never exist in memory all at once
+"""Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.
 
 Every training loss of this book is called as `loss(model, batch)` and returns the summed loss and the number of scored tokens.
 `linear_cross_entropy` computes the cross-entropy of a linear head and its gradients, with the logits of a few rows at a time.

@@ -1,4 +1,4 @@
-"""Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
+"""Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
 
 This module defines learning-rate schedules under the names of transformers, such as `get_linear_schedule_with_warmup`. Each has
 the same value as that of transformers at every step. `get_scheduler` makes a schedule by its short name."""

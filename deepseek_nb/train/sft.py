@@ -1,4 +1,4 @@
-"""Text, chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
+"""Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
 
 Supervised fine-tuning (SFT) trains a model to give desired answers. `chat_data` scores only the assistant's tokens,
 `completion_data` only the completion, and `classification_data` only the name of the class. `sft_data` recognises the
