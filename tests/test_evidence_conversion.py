@@ -26,7 +26,7 @@ def test_rows_move_with_the_seed_alone(texts):
     tok = Tokenizer.from_pretrained('smollm2-135m')
     one, same, other = (random_rows(texts['test'][:50_000], tok, 3, 40, seed) for seed in (1, 1, 2))
     assert one.shape == (3, 40) and torch.equal(one, same) and not torch.equal(one, other)
-    with pytest.raises(ValueError, match='a text of .* tokens has no rows of 64'): random_rows('too short', tok, 1, 64)
+    with pytest.raises(ValueError, match='a text of .* tokens is too short for rows of 64'): random_rows('too short', tok, 1, 64)
 
 
 def test_smoke(root, tmp_path):

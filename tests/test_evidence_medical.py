@@ -111,7 +111,7 @@ def test_bad_plan(smoke, work, tmp_path):
         return lambda: run_study('medical', tmp_path/'medical.toml', tmp_path/'out.json', work, only=['general'], smoke=True)
     for old,new,why in (("['general', 'general']", "['verses']", "path names 'verses'; there are texts of general, domain"),
                         ('[smoke]\n', '[smoke]\ncolour = 1\n', "'colour', which \\[settings\\] does not have"),
-                        ('vocabulary = 300', 'vocabulary = 90000', 'the text has pairs for [0-9]+ tokens, not for 90000')):
+                        ('vocabulary = 300', 'vocabulary = 90000', 'the text has only enough pairs for [0-9]+ tokens, not 90000')):
         with pytest.raises(ValueError, match=why): wrong(old, new)()
 
 

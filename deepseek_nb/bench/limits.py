@@ -54,7 +54,7 @@ def _sizes(shapes): return [prod(s) for s in shapes.values()], [prod(s) for s in
 
 # %% ../../nbs/755_bench.limits.ipynb #bf72511b
 def attention_work(
-    c:Config, # Any config
+    c:Config, # Config of a model
     s:int, # New tokens of each row
     past:int=0, # Cached tokens of each row
     batch:int=1, # Rows `b`
@@ -71,7 +71,7 @@ def attention_work(
 
 # %% ../../nbs/755_bench.limits.ipynb #adc3c898
 def attend_work(
-    c:Config, # Any config
+    c:Config, # Config of a model
     t:int, # Cached tokens
     batch:int=1, # Rows `b`
     itemsize:int=4, # Bytes of an element of the cache
@@ -92,7 +92,7 @@ def selected_experts(
 
 # %% ../../nbs/755_bench.limits.ipynb #45165a46
 def ffn_work(
-    c:Config, # Any config
+    c:Config, # Config of a model
     layer:int, # Index of the block
     n:int, # Tokens
     experts:float|None=None, # Number of different experts that the tokens select; None: the expected number
@@ -108,7 +108,7 @@ def ffn_work(
 
 # %% ../../nbs/755_bench.limits.ipynb #cfa20a72
 def forward_work(
-    c:Config, # Any config
+    c:Config, # Config of a model
     s:int, # New tokens of each row
     past:int=0, # Cached tokens of each row
     batch:int=1, # Rows `b`
@@ -126,7 +126,7 @@ def forward_work(
 
 # %% ../../nbs/755_bench.limits.ipynb #7cc03fcc
 def train_work(
-    c:Config, # Any config
+    c:Config, # Config of a model
     s:int, # Tokens of each row
     batch:int=1, # Rows `b`
     itemsize:int=4, # Bytes of an element

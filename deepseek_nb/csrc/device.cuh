@@ -76,7 +76,7 @@ __device__ inline float larger(float a, float b) { return a > b || a != a ? a : 
 #endif
 
 #ifdef __CUDACC__
-#define for a loop whose index must be known at compile time
+#define UNROLL _Pragma("unroll")           // for a loop whose index must be known at compile time
 #else
 #define UNROLL
 #endif

@@ -25,6 +25,8 @@ void swiglu_forward(Tensor gate, Tensor up, Tensor h) {
         store_part(to + i, silu(load_some(g + i, n)) * load_some(u + i, n), n);
     });
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #503ee238
 void swiglu_back(Tensor dh, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
     const float *d = data<float>(dh), *g = data<float>(gate), *u = data<float>(up);
     float *dg = data<float>(dgate), *du = data<float>(dup);
@@ -52,6 +54,8 @@ inline void norm_row(const float* dy, const float* x, const float* w, const floa
         store_part(dx + c, load_some(rest + c, m) + r * u, m);
     }
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #9fceafb3
 void norm_back(Tensor dy, Tensor x, Tensor weight, double eps, Tensor rest, Tensor dx) {
     const int64_t d = x.size(1);
     auto row = [d](const Tensor& t, int64_t i) { return data<float>(t) + i * d; };
@@ -171,6 +175,8 @@ struct Layout {
     }
     const uint8_t* sees(int64_t row, int64_t i) const { return mask ? mask + row * mask_row + i * mask_step : nullptr; }
 };
+
+// %% ../../nbs/546_kernels.gradients.ipynb #7af011de
 template <class F> void each_head(const Layout& l, F f) {
     team([&](const Team& t) {
         static thread_local Buffer memory;
@@ -188,6 +194,8 @@ inline void probabilities(const Layout& l, const Head& h, const Tensor& q, int64
     multiply_add(n, end, h.x, {h.q, h.xp, 1}, {h.kt, h.sp}, h.p, h.sp, false);
     for (int64_t r = 0; r < n; ++r) soften_row(h.p + r * h.sp, i + r + 1, end, l.sees(row, i + r));
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #af3cffbb
 void attend_tokens(Tensor q, Tensor k, Tensor v, int64_t b, int64_t x, double scale, std::optional<Tensor> mask,
                    Tensor o) {
     const Layout l(q, k, b, x, mask);
@@ -215,6 +223,8 @@ inline void block_back(const Layout& l, const Head& h, int64_t i, int64_t n, int
     multiply_add(n, h.xp, last, {h.e, h.sp, 1}, {h.k, h.xp}, h.dq, h.xp, false);
     multiply_add(last, h.xp, n, {h.e, 1, h.sp}, {h.q, h.xp}, h.dk, h.xp, true);
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #074ba7f7
 inline void begin_back(const Layout& l, const Head& h, const Tensor& k, const Tensor& v, int64_t row, int64_t g) {
     h.take(l.at(k, row, 0, g), l.s, h.sp, 1.f, h.k);
     h.take(l.at(v, row, 0, g), l.s, h.sp, 1.f, h.v);

@@ -123,7 +123,7 @@ _EMULATION = ('-x', 'c++', '-std=c++20', '-O2', '-w', '-shared', '-fPIC', '-fno-
 def emulate(
     name:str, # File in `csrc/`
     **defines, # Sizes known at compile time
-)->Emulated: # Its kernels
+)->Emulated: # Kernels of the file, compiled for the CPU
     "Compile a CUDA file for the CPU"
     compiler,text = find_compiler('cpp'),source_text(name)
     flags = [*_EMULATION, *macros(defines), *os.environ.get('DEEPSEEK_NB_CXXFLAGS', '').split()]
@@ -147,7 +147,7 @@ def find_nvrtc()->Path|None: # Path of the library; None if it is not found
 @lru_cache
 def nvrtc(
     path:Path, # Path of the library
-): # Open library
+): # Loaded library
     "Load NVRTC"
     return ctypes.CDLL(str(path))
 
@@ -259,15 +259,17 @@ class Loaded:
             self.call('cuCtxGetCurrent', ctypes.byref(self.context))
             self.call('cuModuleLoadData', ctypes.byref(self.module), image)
 
-    def call(self,
-        function:str, # Function of the driver
-        *args, # Arguments of the function
-    ):
-        "Call the driver; if it fails, raise a `RuntimeError` with its message"
-        code,text = getattr(self.driver, function)(*args),ctypes.c_char_p()
-        if not code: return
-        self.driver.cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f'{self.name}: {function} failed on {self.device}: {(text.value or b"unknown error").decode()} ({code})')
+# %% ../../nbs/565_cuda.build.ipynb #12c9e368
+@patch
+def call(self:Loaded,
+    function:str, # Function of the driver
+    *args, # Arguments of the function
+):
+    "Call the driver; if it fails, raise a `RuntimeError` with its message"
+    code,text = getattr(self.driver, function)(*args),ctypes.c_char_p()
+    if not code: return
+    self.driver.cuGetErrorString(code, ctypes.byref(text))
+    raise RuntimeError(f'{self.name}: {function} failed on {self.device}: {(text.value or b"unknown error").decode()} ({code})')
 
 # %% ../../nbs/565_cuda.build.ipynb #f597a07d
 @patch

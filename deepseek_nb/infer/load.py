@@ -48,6 +48,7 @@ def _load_floats(cls, path, dtype, device, mtp):
     if mtp: model.add_mtp()
     return (fill_gguf(model, open_gguf(path), device, path) if path.suffix == '.gguf' else fill(model, path, device)).eval()
 
+# %% ../../nbs/400_infer.load.ipynb #fc4eac6a
 @patch(cls_method=True)
 def from_pretrained(cls:Model,
     path_or_name:str|Path, # Folder, .gguf file, or name: `smollm2-135m` or any hub id
@@ -80,6 +81,7 @@ class DecodePath:
         where = f'{self.threads} threads' if self.device == 'cpu' else self.device
         return f"weights in {' and '.join(self.formats)}; decode step: {how} ({self.twin}), {where}"
 
+# %% ../../nbs/400_infer.load.ipynb #1ee8d577
 def decode_path(
     model:Model, # Model
 )->DecodePath: # Formats, twin, device and threads

@@ -109,6 +109,7 @@ def check_attention(
     if k.shape[1] == 0 or h%k.shape[1]: raise ValueError(f'k has {k.shape[1]} heads, which do not divide the {h} of q')
     return None if mask is None else check_mask(mask, b, s, k.shape[2])
 
+# %% ../../nbs/522_kernels.attention.ipynb #85686d05
 def check_mask(
     mask:Tensor, # True where a key is visible to a query, `s t` or `b 1 s t`, axes may be 1
     b:int, # Number of rows

@@ -142,6 +142,7 @@ def flash_heads(
     hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     return each, dict(is_causal=False, attn_mask=hidden.expand(b, 1, -1, -1))
 
+# %% ../../nbs/546_kernels.gradients.ipynb #a9c50f33
 @attend_tokens.twin('torch', 'cpu', supports=lambda q, k, v, b, x, scale, mask=None: q.dtype.itemsize >= 4)
 def _attend_tokens_flash(q, k, v, b, x, scale, mask=None):
     each,how = flash_heads(q, k, v, b, x, mask)

@@ -66,6 +66,7 @@ def check_angles(
     check_tensor('cos', cos, (1 if cos.shape[0] == 1 else b, 1, s, half), (torch.float32,))
     check_tensor('sin', sin, tuple(cos.shape), (torch.float32,))
 
+# %% ../../nbs/525_kernels.norm.ipynb #493dd08f
 @rotate.twin('cpp', available=norm_kernels.ready, supports=lambda x, cos, sin, interleaved: one_pass(x) and without_grad(cos, sin))
 def rotate_cpp(
     x:Tensor, # Queries or keys `b h s r`

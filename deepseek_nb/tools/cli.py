@@ -137,6 +137,7 @@ def _calibrated(name, text, format, embedding):
     m,tok = _load(name, 'float32', 'cpu')
     return calibrate_model(m, excerpts(tok.encode(text), 8, 512), format, embedding)
 
+# %% ../../nbs/960_tools.cli.ipynb #8f3c2c62
 def write_quantized(
     model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
     dtype:str = 'int8', # int8, int4, nf4, fp8 or fp4

@@ -259,6 +259,7 @@ def inputs_key(
     facts = [[p.relative_to(root).as_posix(), sha256(p.read_bytes()).hexdigest()] for p in files]
     return sha256(json.dumps([facts, version('smalldocs'), version('nbdev')]).encode()).hexdigest()
 
+# %% ../../nbs/970_tools.site.ipynb #94300a1d
 def build_site(
     root:Path, # Folder of the project
 )->Path: # The site, `_docs`
