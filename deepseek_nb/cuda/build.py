@@ -123,7 +123,7 @@ _EMULATION = ('-x', 'c++', '-std=c++20', '-O2', '-w', '-shared', '-fPIC', '-fno-
 def emulate(
     name:str, # File in `csrc/`
     **defines, # Sizes known at compile time
-)->Emulated: # Its kernels
+)->Emulated: # Kernels of the file, compiled for the CPU
     "Compile a CUDA file for the CPU"
     compiler,text = find_compiler('cpp'),source_text(name)
     flags = [*_EMULATION, *macros(defines), *os.environ.get('DEEPSEEK_NB_CXXFLAGS', '').split()]
@@ -147,7 +147,7 @@ def find_nvrtc()->Path|None: # Path of the library; None if it is not found
 @lru_cache
 def nvrtc(
     path:Path, # Path of the library
-): # Open library
+): # Loaded library
     "Load NVRTC"
     return ctypes.CDLL(str(path))
 

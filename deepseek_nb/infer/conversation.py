@@ -47,8 +47,8 @@ class Stats:
 class Conversation:
     "A model, a tokenizer, the messages, and their KV cache"
     def __init__(self,
-        model:Model, # Any chat model
-        tok:Tokenizer, # Its tokenizer
+        model:Model, # Chat model
+        tok:Tokenizer, # Tokenizer of the model
         system:str|None = None, # System message
         **options, # For the chat template, such as `thinking`
     ):
@@ -59,7 +59,7 @@ class Conversation:
 # %% ../../nbs/420_infer.conversation.ipynb #68885f41
 @patch
 def _timed(self:Conversation, tokens, ids):
-    "Pass tokens on, counting and timing them"
+    "Yield the tokens, and count and time them"
     start,held = perf_counter(),list(ids)
     try:
         for t in tokens:
@@ -73,7 +73,7 @@ def _timed(self:Conversation, tokens, ids):
 # %% ../../nbs/420_infer.conversation.ipynb #223e972c
 @patch
 def _answered(self:Conversation, user, tokens, stopper):
-    "Pass text on, and append question and answer to the messages at the end"
+    "Yield the text, and append question and answer to the messages at the end"
     pieces = []
     try:
         ends = {*self.model.config.eos_ids, *self.tok.eos_ids}

@@ -61,7 +61,7 @@ def page_keys(
     ids:list, # Token ids
     page:int, # Tokens of a page
 )->list[bytes]: # A key for each whole page
-    "Keys of a prompt's pages, each from the one before"
+    "Keys of a prompt's pages; each depends on the previous key"
     keys = [root]
     for i in range(0, len(ids)//page*page, page): keys.append(sha256(keys[-1] + struct.pack(f'<{page}q', *ids[i:i+page])).digest())
     return keys[1:]
@@ -135,7 +135,7 @@ class PageStore:
         self.warned = set()
 
     def path(self,
-        key:bytes, # A page's key
+        key:bytes, # Key of a page
     )->Path: # Path, whether or not it exists
         "The file of a page"
         return self.folder/f'{key.hex()}.page'
@@ -143,7 +143,7 @@ class PageStore:
 # %% ../../nbs/442_infer.persist.ipynb #c7a984e0
 @patch
 def head(self:PageStore,
-    key:bytes, # A page's key
+    key:bytes, # Key of a page
 )->Head: # Expected header
     "Header that a page's file must have"
     return Head(MAGIC, _VERSION, self.size, bytes.fromhex(self.model), key)
