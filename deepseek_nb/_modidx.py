@@ -2398,6 +2398,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'deepseek_nb.serve.events.Markers': ('serve.events.html#markers', 'deepseek_nb/serve/events.py'),
                                           'deepseek_nb.serve.events.Markers.__init__': ( 'serve.events.html#markers.__init__',
                                                                                          'deepseek_nb/serve/events.py'),
+                                          'deepseek_nb.serve.events.Markers._before': ( 'serve.events.html#markers._before',
+                                                                                        'deepseek_nb/serve/events.py'),
                                           'deepseek_nb.serve.events.Markers._held': ( 'serve.events.html#markers._held',
                                                                                       'deepseek_nb/serve/events.py'),
                                           'deepseek_nb.serve.events.Markers.find': ( 'serve.events.html#markers.find',
