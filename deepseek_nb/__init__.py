@@ -78,9 +78,13 @@ Modules:
 - `deepseek_nb.kernels.gemm`: The matrix product behind all CPU kernels: dot products along a row of weights for a few tokens, register tiles across tokens for many
 - `deepseek_nb.kernels.ggml`: A few rows of a quantised GGUF weight are decoded into the first-level cache, multiplied by every token, and overwritten by the next rows
 - `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights
+- `deepseek_nb.kernels.invariant`: Products whose result for a token has the same bits, whichever other tokens are multiplied in the same call.
 - `deepseek_nb.kernels.moe`: Dropless routing and experts as one kernel: tokens are sorted by expert and read where they lie, and weighted results are added in place
 - `deepseek_nb.kernels.norm`: Normalisation and rotary positions are memory-bound: one pass in C++ reads and writes each number once
+- `deepseek_nb.kernels.paged`: Attention of a ragged batch reads keys and values in their pages, without a copy, and gives each query the same bits in any company.
 - `deepseek_nb.kernels.panels`: Sixteen rows of an int8 or int4 weight side by side, in the order in which a processor's integer instructions read them
+- `deepseek_nb.kernels.ragged`: All blocks of a model run on rows of different lengths in one C++ call, through pages, and each row gets the bits that it gets alone.
+- `deepseek_nb.kernels.ragged_codes`: Quantised models serve rows of different lengths in one C++ call, with the same bits as for each row alone.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, an exponential and a transposition
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
