@@ -38,6 +38,11 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
                                '_mark_row': 'files.chat',
                                '_same': 'files.chat'},
  'quant.model.QuantizedModel': {'_repr_markdown_': 'quant.report', 'merge_to_float': 'train.qlora'},
+ 'serve.events.Splitter': {'_read_block': 'serve.tools',
+                           '_read_call': 'serve.tools',
+                           '_read_object': 'serve.tools',
+                           '_read_hermes': 'serve.tools',
+                           'program': 'serve.tools'},
  'train.callbacks.History': {'plot_balance': 'train.balance'},
  'train.trainer.Trainer': {'checkpoints_callback': 'train.resume', 'save_model': 'train.resume'}}
 

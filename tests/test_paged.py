@@ -419,9 +419,9 @@ def test_bad_input(config):
             PagePool(config, pages, page)
     with pytest.raises(ValueError, match=r'a budget of 10 bytes is smaller than one page of [\d,]+ bytes; raise the budget'):
         PagePool.sized(config, 10)
-    with pytest.raises(ValueError, match='pages of 0 positions'): PagePool.sized(config, 10**6, page=0)
+    with pytest.raises(ValueError, match='not 1 pages of 0'): PagePool.sized(config, 10**6, page=0)
     pool = PagePool(config, 4, 4)
-    with pytest.raises(ValueError, match='a cache of 0 rows'): PagedCache(pool, 0)
+    with pytest.raises(ValueError, match='a cache needs at least 1 row, not 0'): PagedCache(pool, 0)
     for p in (-1, 0, 4):
         for name in ('share', 'drop'):
             with pytest.raises(ValueError, match=f'cannot {name} page {p}: it is not in use'): getattr(pool, name)(p)

@@ -86,7 +86,7 @@ def linear_fp8(
     x:Tensor, # Activations `n i`
     weight:Tensor, # Weights, e4m3 `o i`
     scale:Tensor, # Block scales of the weight `⌈o/128⌉ ⌈i/128⌉`
-)->Tensor: # `n o`, dtype of x
+)->Tensor: # Outputs `n o`, in the dtype of x
     "A linear layer in DeepSeek-V3's FP8"
     return einsum(dequant_tiles(*quant_tiles(x)), dequant_fp8(weight, scale), 'n i, o i -> n o').to(x.dtype)
 

@@ -48,7 +48,7 @@ class Record(NamedTuple):
 def record_stream(
     model:Model, # Model
     tokens:Tensor, # Token ids `b s`
-)->Record: # Its residual stream
+)->Record: # Token ids and residual stream
     "Run a forward pass and keep the residual stream"
     check_tokens(tokens, model.config)
     x = model.embed_tokens(tokens)
@@ -113,7 +113,7 @@ def logit_lens(
     r:Record, # Residual stream, from `record_stream`
     k:int = 1, # Number of most probable tokens to return
 )->tuple[Tensor,Tensor]: # Probabilities and token ids, `layers+1 b s k`
-    "The next tokens that each block would predict"
+    "The most probable next tokens if the model ended after each block"
     best = [head(model.norm(x), model.head_weight).softmax(-1).topk(k) for x in r.stream]
     return torch.stack([o.values for o in best]), torch.stack([o.indices for o in best])
 
