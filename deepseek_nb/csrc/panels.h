@@ -8,7 +8,7 @@
 #endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #7ea7e3f6
-// s + Σ w_i a_i over the four bytes of each lane; w below 16 or so, or any w where WIDE
+// s + Σ w_i a_i over the four bytes of each lane; if WIDE is false, w must be small, such as 4-bit codes
 #if defined(__AVX512VNNI__)
 constexpr bool WIDE = true;
 inline ivec dot(ivec s, ivec w, int32_t a) {
@@ -46,11 +46,11 @@ inline ivec dot_signed(ivec s, ivec w, int32_t a) {
 
 // %% ../../nbs/537_kernels.codes.ipynb #bdd804d4
 struct Codes {
-    const int32_t* codes;     // four in a word
-    const float *scale, *sum;  // of each block
+    const int32_t* codes;     // four codes per word
+    const float *scale, *sum;  // for each block
 };
 inline int64_t blocks_of(int64_t K) { return (K + 31) / 32; }
-constexpr int CODES = 8 + 2;  // words for a block: codes, scale, sum
+constexpr int CODES = 8 + 2;  // words per block: codes, scale, sum
 
 inline Codes codes_in(const int32_t* memory, int64_t K) {
     const float* scale = (const float*)(memory + 8 * blocks_of(K));
@@ -68,7 +68,7 @@ inline float largest_magnitude(const float (&x)[32]) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
-// blocks from up to before to
+// round the blocks with from <= index < to
 inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
     const int64_t G = blocks_of(K);
     int8_t* codes = (int8_t*)memory;
@@ -110,7 +110,7 @@ inline ivec ints(const uint8_t* p) {
 
 // %% ../../nbs/537_kernels.codes.ipynb #fb7d061b
 struct Int8 {
-    static constexpr int BYTES = 512, SCALES = 64;  // of a block's codes and of a group's scales, for 16 rows
+    static constexpr int BYTES = 512, SCALES = 64;  // bytes of a block's codes and of a group's scales, for 16 rows
     static constexpr bool END = true, SIGNED = !WIDE;
     static void read(const uint8_t* p, ivec (&w)[8]) {
         for (int i = 0; i < 8; ++i) w[i] = WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i);
@@ -143,17 +143,17 @@ template <bool MINS> struct Int4 {
 };
 
 // %% ../../nbs/537_kernels.codes.ipynb #c33db43f
-constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel, vectors that hold one number of each
+constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
 
 enum class Format : int64_t { int8, int8_groups, int4, int4_mins };
 struct Matrix {
     const uint8_t* data = nullptr;
     Format format = Format::int8;
-    int64_t group = 0;  // numbers in a group; 0: the whole row
-    int64_t K = 0;      // numbers in a row
-    int64_t bytes = 0;  // of a panel
+    int64_t group = 0;  // numbers per group; 0: the whole row
+    int64_t K = 0;      // numbers per row
+    int64_t bytes = 0;  // bytes per panel
     const uint8_t* panel(int64_t i) const { return data + i * bytes; }
-    int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // in a group
+    int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // blocks per group
     explicit operator bool() const { return data; }
 };
 template <class F> void as_format(const Matrix& m, F use) {
@@ -164,7 +164,7 @@ template <class F> void as_format(const Matrix& m, F use) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #0a441108
-// the sums of a block's products, in two chains, so that one need not wait for the other
+// the sums of a block's products, in two independent chains, so that neither waits for the other
 template <class F> inline ivec block_dot(const ivec (&w)[8], const int32_t* codes) {
     ivec a = {}, b = {};
     for (int i = 0; i < 8; i += 2) {
@@ -191,7 +191,7 @@ void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c
                 F::read(at, w);
                 for (int j = 0; j < N; ++j) {
                     const vec sums = __builtin_convertvector(block_dot<F>(w, x[j].codes + 8 * g), vec);
-                    s[j] += sums * (d * x[j].scale[g]) + low * x[j].sum[g];
+                    s[j] += muladd(sums, d * x[j].scale[g], low * x[j].sum[g]);
                 }
             }
         }
@@ -205,7 +205,7 @@ void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c
 #include <unistd.h>
 constexpr int64_t TILE = 16;
 inline bool tiles_allowed() {
-    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for the tiles' data
+    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for tile data
     return yes;
 }
 struct Tiles {
@@ -224,7 +224,6 @@ struct Tiles {
 // %% ../../nbs/537_kernels.codes.ipynb #89a1d27a
 #if defined(__AMX_INT8__) && defined(__linux__)
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
-    if (F::END) return panel + F::SCALES;
     for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
         ivec w[8];
         F::read(panel + (g / each + 1) * F::SCALES + g * F::BYTES, w);
@@ -232,21 +231,19 @@ template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel
     }
     return to;
 }
-// sums (16 tokens × 16 rows) of the products of one block
-template <class F>
+// the sums (16 tokens × 16 rows) of one block
 inline void tile_block(const int32_t* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
     _tile_zero(2);
     _tile_loadd(0, x, 4 * step);
     _tile_loadd(1, w, 64);
-    if (F::END) _tile_dpbssd(2, 0, 1);
-    else _tile_dpbsud(2, 0, 1);
+    _tile_dpbsud(2, 0, 1);
     _tile_stored(2, sums, 64);
 }
 #endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #d4ccab5c
 #if defined(__AMX_INT8__) && defined(__linux__)
-// c[j] (16 rows) = panel · x_j for 16 tokens, whose codes are equally far apart
+// c[j] (16 rows) = panel · x_j for 16 tokens, whose codes have equal distances in memory
 template <class F>
 void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
     const int64_t each = m.blocks(), step = x[1].codes - x[0].codes;
@@ -254,12 +251,12 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
     vec s[TILE] = {};
     for (int64_t g = 0; g < blocks_of(m.K); ++g) {
         const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
-        const vec d = F::step(group), low = F::END ? vec{} : F::low(group, d);
-        tile_block<F>(x[0].codes + 8 * g, step, codes + 512 * g, sums);
+        const vec d = F::step(group), low = F::low(group, d);
+        tile_block(x[0].codes + 8 * g, step, codes + 512 * g, sums);
         const float *scale = x[0].scale + g, *sum = x[0].sum + g;
         for (int j = 0; j < TILE; ++j) {
-            s[j] += __builtin_convertvector(ints((const uint8_t*)sums[j]), vec) * (d * scale[j * step]);
-            if (!F::END) s[j] += low * sum[j * step];
+            const vec dots = __builtin_convertvector(ints((const uint8_t*)sums[j]), vec);
+            s[j] += muladd(dots, d * scale[j * step], low * sum[j * step]);
         }
     }
     for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
@@ -268,10 +265,10 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
 
 // %% ../../nbs/537_kernels.codes.ipynb #8b93cdd8
 struct Range {
-    int64_t first, last, R;  // panels first up to last; rows of the matrix
-    int64_t n;               // tokens
+    int64_t first, last, R;  // panels with first <= index < last; rows of the matrix
+    int64_t n;               // number of tokens
     const Codes* x;
-    float* y;                // result of token j at y + j ld
+    float* y;                // the result of token j is at y + j ld
     int64_t ld;
     void write(int64_t panel, int64_t j, const float* c) const {
         const int64_t r = panel * PANEL_ROWS;
@@ -281,7 +278,7 @@ struct Range {
 
 // %% ../../nbs/537_kernels.codes.ipynb #ce0785a2
 #if defined(__AMX_INT8__) && defined(__linux__)
-// computes as many tokens as fill tiles, and returns how many
+// compute as many tokens as fill whole tiles, and return their number
 template <class F> int64_t tile_rows(const Matrix& m, const Range& r) {
     if (r.n < TILE || !tiles_allowed()) return 0;
     const Tiles tiles;
