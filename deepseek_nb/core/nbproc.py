@@ -305,7 +305,8 @@ def slowest(
     "The longest, longest first"
     return '\n'.join(f'{s:6.1f} s  {name}' for name,s in sorted(times.items(), key=lambda o: -o[1])[:n])
 
-PRELOADED = ['nbdev.test', 'execnb.shell', 'fastcore.test', 'einops', 'matplotlib.pyplot', 'torch', 'torch._dynamo']
+PRELOADED = ['nbdev.test', 'execnb.shell', 'IPython.core.magics.execution', 'matplotlib_inline.backend_inline', 'fastcore.test', 'einops',
+             'matplotlib.pyplot', 'torch', 'torch._dynamo']
 
 def fresh_processes(
     cells:list, # All cells that will be tested
@@ -315,7 +316,7 @@ def fresh_processes(
     from fastcore.parallel import parallel
     set_forkserver_preload(PRELOADED)
     def run(_, paths, **kwargs):
-        results = parallel(run_alone, paths, max_tasks_per_child=1, **kwargs)
+        results = [*parallel(run_alone, paths[::-1], max_tasks_per_child=1, **kwargs)][::-1]
         print(slowest({Path(p).name: seconds for p,(_, seconds) in zip(paths, results, strict=True)}))
         return results
     nbdev.test.parallel = run
