@@ -2,144 +2,155 @@
 
 Packages:
 
-- `deepseek_nb.quant`: Weights stored as small integers and scales, which PyTorch's layers use in place of a parameter.
-- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` chooses between them and `kernels.twins` lists them
+- `deepseek_nb.quant`: Weights stored as small integer codes and scales. A layer uses a quantised weight in place of a parameter.
+- `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
-- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a record of every run. This chapter carries the plan out, resumes it, and opens the notebook of a study as a module.
+- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a stored record of each run. This chapter reads plans, runs and resumes experiments, and imports studies from their notebooks.
 
 Modules:
 
 - `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
-- `deepseek_nb.arch.cache`: Keys and values of past tokens for GQA, one latent a token for MLA: allocated ahead, written in place, grown and rewound
+- `deepseek_nb.arch.cache`: The keys and values of earlier tokens, or one latent per token for MLA, are stored for later decode steps
 - `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
-- `deepseek_nb.arch.moe`: The feed-forward layers: a SwiGLU in a dense block; selected routed experts and shared experts in a mixture
-- `deepseek_nb.arch.mtp`: One more block predicts the token after the next: more signal in training, and a draft for speculative decoding
-- `deepseek_nb.arch.norm`: Divide each row by its root mean square and scale each channel: the normalisation in front of every attention and feed-forward
-- `deepseek_nb.arch.picture`: A diagram of any release, drawn from its config, and the data flow of MLA's two forms with their FLOPs and bytes
-- `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs a token and cache bytes a token of every DeepSeek model, computed from its config
-- `deepseek_nb.arch.rope`: RoPE turns queries and keys by their positions, so that attention depends on distances alone; YaRN and Llama 3's rule stretch it to longer contexts
-- `deepseek_nb.arch.routing`: A router selects a few experts for each token; a bias or a loss keeps the load balanced, and no token is dropped
-- `deepseek_nb.arch.show`: How a notebook shows a config, a model, a cache and a routing result
-- `deepseek_nb.bench.caches`: What a KV cache saves, the time to the first token with a prefix cache in memory or on disk, and the time and error of paged and quantised caches.
-- `deepseek_nb.bench.conversion`: SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both: perplexity, cache, parameters, and the same answers in transformers.
-- `deepseek_nb.bench.layers`: An MoE layer, an attention layer and sparse neurons beside transformers or PyTorch, and beside what the machine allows.
-- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the least time that a machine needs for them.
-- `deepseek_nb.bench.llama`: Decode, prefill and load of a 4-bit model beside llama.cpp's fastest setting, and where its greedy text differs from float32.
-- `deepseek_nb.bench.models`: Prefill, decode, training steps and compiled decode of whole models beside transformers, and beside what the machine allows.
-- `deepseek_nb.bench.quant`: Speed, bytes, peak memory, perplexity and error of a model in 8 and 4 bits, beside the same model in float32.
-- `deepseek_nb.bench.scaling`: How time grows with tokens, experts, batch and context, and memory with context, each beside its theoretical slope.
-- `deepseek_nb.bench.startup`: How long importing, loading a checkpoint and dispatching a call take, beside PyTorch and transformers.
-- `deepseek_nb.bench.training`: Time and memory of a LoRA training step beside PEFT, and the memory of QLoRA beside full fine-tuning.
-- `deepseek_nb.core.config`: One frozen dataclass holds every size and every choice of mechanism of a model, and reads and writes Hugging Face's `config.json`
-- `deepseek_nb.core.device`: Where tensors go, in which precision weights are kept, and how large tensors get memory that a processor reads fast
-- `deepseek_nb.core.dispatch`: A readable definition, faster implementations with the same parameters, and a registry that picks the best one for each call
-- `deepseek_nb.core.lazy`: A class offers all its methods, and an operation all its implementations, whichever chapter was imported first: the chapter that adds one is imported when it is first used
-- `deepseek_nb.core.nbproc`: Cells that begin with `%%cpp` or `%%cu` are compiled where they stand, and exported as source files of the package
-- `deepseek_nb.core.plot`: Plots that read well on light and on dark pages, in colours that colour-blind readers can tell apart
+- `deepseek_nb.arch.moe`: The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
+- `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
+- `deepseek_nb.arch.norm`: RMSNorm divides each row by its root mean square and scales each channel. It normalises the input of every attention layer and feed-forward network
+- `deepseek_nb.arch.picture`: Diagrams of a model's architecture, drawn from its config, and of the data flow of MLA's two forms, with FLOPs and bytes
+- `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs and KV cache bytes per token of every DeepSeek release, computed from its config
+- `deepseek_nb.arch.rope`: RoPE rotates queries and keys by their positions, so that attention scores depend only on distances; YaRN and Llama 3's rule extend it to longer contexts
+- `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
+- `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
+- `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
+- `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
+- `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
+- `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
+- `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
+- `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
+- `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
+- `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
+- `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
+- `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
+- `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
+- `deepseek_nb.core.device`: How the device of tensors and the dtype of weights are chosen, and how weights get memory with large pages, which a processor reads faster
+- `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
+- `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
+- `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
+- `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
-- `deepseek_nb.cuda.attention`: Attention over the latent KV cache on tensor cores, with the cache split over multiprocessors and read once, also ragged and paged.
-- `deepseek_nb.cuda.build`: A `.cu` file is compiled for the GPU or the CPU when it is first launched, with NVRTC, nvcc, or a C++ compiler and the emulation.
+- `deepseek_nb.cuda.attention`: Attention over MLA's latent KV cache on tensor cores. The cache is split over multiprocessors and may be ragged or paged.
+- `deepseek_nb.cuda.build`: Compiles a `.cu` file at its first launch, for the GPU with NVRTC or nvcc, or for the CPU with a C++ compiler and the emulation.
 - `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
-- `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers, so that kernels are tested without a GPU and in several orders of threads.
-- `deepseek_nb.cuda.experts`: The routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
-- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 on a GPU: a scale for 128 activations and for 128×128 weights, and partial sums in float32 every 128 columns.
-- `deepseek_nb.cuda.int8`: W8A8 linear layers on a GPU: activations rounded to 8 bits in blocks of 32, integers multiplied on tensor cores, and a GEMV for one token.
-- `deepseek_nb.cuda.norm`: The norm and the rotation of MLA's latent in one kernel that reads and writes it once, and rotary embedding of queries.
-- `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: weights decoded to bfloat16 in registers, and the CUDA twins of quantised layers.
-- `deepseek_nb.cuda.quant_experts`: Grouped int8 and int4 experts on a GPU: only the experts that the batch selects are read, and decoded in registers.
+- `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers on the CPU, so that kernels can be tested without a GPU and in several thread orders.
+- `deepseek_nb.cuda.experts`: Computes the routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
+- `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 matrix product on a GPU, with a scale for each 128 activations and each 128×128 block of weights, and float32 sums every 128 columns.
+- `deepseek_nb.cuda.int8`: Linear layers with 8-bit weights and activations (W8A8) on a GPU: activations are rounded in blocks of 32, tensor cores multiply the integers, and a GEMV handles one token.
+- `deepseek_nb.cuda.norm`: Normalises and rotates MLA's latent in a single kernel, which reads and writes it once, and applies RoPE to queries.
+- `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: the weights are decoded to bfloat16 in registers, and the CUDA twins select the kernel for each format.
+- `deepseek_nb.cuda.quant_experts`: Int8 and int4 experts on a GPU: only the weights of experts that the batch selects are read, and int4 weights are decoded in registers.
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
-- `deepseek_nb.cuda.tiles`: A matrix product in tiles: asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
-- `deepseek_nb.eval.choice`: Scores each answer of a question by its log-likelihood and counts how often the right one wins, with the definitions of lm-evaluation-harness.
-- `deepseek_nb.eval.classify`: Accuracy, macro-F1 and micro-F1 from one confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
-- `deepseek_nb.eval.perplexity`: Measures how well a model predicts a text: the number of equally likely tokens that its uncertainty corresponds to, on a text longer than its context.
-- `deepseek_nb.eval.quality`: Size, perplexity and decoding speed of every quantisation format, on SmolLM2 and on a small mixture of experts trained in float32 for this purpose.
-- `deepseek_nb.files.chat`: A conversation becomes a prompt by the checkpoint's own chat template, rendered exactly as transformers renders it. Control tokens inside a message stay plain text.
-- `deepseek_nb.files.checkpoint`: A folder of safetensors is streamed into a model, DeepSeek's FP8 weights included, and written back in a form that transformers loads. A key that doesn't fit is an error.
-- `deepseek_nb.files.gguf`: llama.cpp's file format: one file with metadata, tokenizer and quantised weights. This chapter reads a config from the metadata and fills a model from the tensors.
-- `deepseek_nb.files.hub`: Turns a folder, a Hugging Face id or a registered name into files on this machine. A download is checked, cached, and needed only once.
-- `deepseek_nb.files.locate`: A path or a name becomes a folder or a file on this machine, and its config can be read without its weights.
-- `deepseek_nb.files.safetensors`: Weights are read from safetensors files one tensor at a time, with flat memory use. A new file gets its name only when it is complete.
-- `deepseek_nb.files.tokenizer`: Text becomes token ids, and token ids become text again, with the vocabulary of a `tokenizer.json` or of a GGUF file. Control tokens in a user's text stay plain text.
-- `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only the new tokens. It measures prefill and decode separately.
-- `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, all at once or streamed, with stop strings.
-- `deepseek_nb.infer.inside`: The residual stream, attention patterns, the logit lens and expert loads of a model while it reads a text
-- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it: a GGUF file on its own quantised blocks, a folder in floats, or in any format or dtype that is named.
-- `deepseek_nb.infer.paged`: The KV cache of all sequences lives in fixed-size pages of one pool, as in vLLM. Memory is bounded, hardly any is wasted, and sequences with a common prefix share its pages.
-- `deepseek_nb.infer.persist`: Pages of the KV cache are kept as files, so a prompt survives a restart. A file is found by a hash of its content, checked when it is read, and never trusted if damaged.
-- `deepseek_nb.infer.prefix`: The KV cache of earlier prompts is shared between requests: a prompt that begins like an earlier one is computed only from where it differs. Hits and misses are counted as DeepSeek's API counts them.
-- `deepseek_nb.infer.quant_cache`: Latents, keys and values of the KV cache in 8 bits, which takes less than half of its memory.
-- `deepseek_nb.infer.radix`: A tree over token ids says which pages of the KV cache hold which prompts. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
-- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, prompts and decode steps: every thread gets an equal share of the keys
+- `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
+- `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
+- `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
+- `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, as the number of equally likely tokens with the same uncertainty.
+- `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
+- `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
+- `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
+- `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
+- `deepseek_nb.files.hub`: Finding a model's files by a path, a Hugging Face id or a registered name. Downloads are verified and cached.
+- `deepseek_nb.files.locate`: Finding the folder or file of a checkpoint by a path or a name, and reading the model's config without its weights.
+- `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
+- `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
+- `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
+- `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
+- `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
+- `deepseek_nb.infer.paged`: Stores the KV cache of all sequences in fixed-size pages of one pool, as in vLLM. Memory is bounded, little of it is wasted, and sequences share the pages of a common prefix.
+- `deepseek_nb.infer.persist`: Stores pages of the KV cache as files, so that a cached prompt survives a restart. Each file is named by a hash of everything that its content depends on, and checked when it is read.
+- `deepseek_nb.infer.prefix`: Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
+- `deepseek_nb.infer.quant_cache`: Stores the latents, keys and values of the KV cache in 8 bits. This takes less than half of the memory of a float32 cache.
+- `deepseek_nb.infer.radix`: A tree over token ids finds the pages of the KV cache that belong to the longest known prefix of a prompt. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
+- `deepseek_nb.infer.ragged`: Sequences of different lengths share one forward pass: some bring a chunk of a prompt, others one new token, and each gets the result that it would get alone.
+- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
-- `deepseek_nb.kernels.codes`: Products of int8 or int4 weights with activations that are rounded to int8 on the way, by the processor's byte instructions
-- `deepseek_nb.kernels.compile`: `model.compile()` turns the decode step into one graph, traced once for every cache length
-- `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and sum, so the matrix of scores is never stored
-- `deepseek_nb.kernels.gemm`: The matrix product behind all CPU kernels: dot products along a row of weights for a few tokens, register tiles across tokens for many
-- `deepseek_nb.kernels.ggml`: A few rows of a quantised GGUF weight are decoded into the first-level cache, multiplied by every token, and overwritten by the next rows
-- `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights
-- `deepseek_nb.kernels.moe`: Dropless routing and experts as one kernel: tokens are sorted by expert and read where they lie, and weighted results are added in place
-- `deepseek_nb.kernels.norm`: Normalisation and rotary positions are memory-bound: one pass in C++ reads and writes each number once
-- `deepseek_nb.kernels.panels`: Sixteen rows of an int8 or int4 weight side by side, in the order in which a processor's integer instructions read them
-- `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, an exponential and a transposition
-- `deepseek_nb.kernels.stages`: Attention and feed-forward of one transformer block in C++, as stages of one team of threads with barriers between them
-- `deepseek_nb.kernels.step`: All transformer blocks of a decode step in one C++ call, instead of some sixty PyTorch calls a layer
-- `deepseek_nb.kernels.step_codes`: All transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices
-- `deepseek_nb.kernels.team`: A kernel of several stages starts its threads once and synchronises them with a barrier between the stages
-- `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand to move less memory than autograd's
-- `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): E2M1 numbers of 4 bits, with a power of two as the scale of 32 neighbours.
-- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint, E4M3 with one scale for each block of 128×128, kept and used as published.
-- `deepseek_nb.quant.ggml`: A GGUF file's Q8_0, Q4_0, Q4_1, Q4_K and Q6_K blocks as a format, so that a model multiplies what the file holds instead of a float32 copy.
-- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: the weights that are rounded later compensate for the errors of those before.
-- `deepseek_nb.quant.int4`: Weights in 4 bits: 32 neighbours share a scale, or a scale and a minimum, and each is one of sixteen evenly spaced levels.
-- `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group: a quarter of float32's memory for a small error.
+- `deepseek_nb.kernels.codes`: Multiplies int8 or int4 weights by activations that are rounded to int8, with the processor's byte instructions.
+- `deepseek_nb.kernels.compile`: `model.compile()` compiles the decode step to a single graph, which is traced once for all cache lengths.
+- `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and a running sum, so the matrix of scores is never stored.
+- `deepseek_nb.kernels.gemm`: The matrix product that all CPU kernels use: dot products along the rows of the weights for few tokens, and register tiles for many tokens.
+- `deepseek_nb.kernels.ggml`: Decodes a few rows of a quantised GGUF weight into the first-level cache, multiplies them by all tokens, and continues with the next rows.
+- `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights.
+- `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
+- `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
+- `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
+- `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
+- `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
+- `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
+- `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
+- `deepseek_nb.kernels.team`: A kernel with several stages starts its threads once, and synchronises them with a barrier after each stage.
+- `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand so that they move fewer bytes than autograd's.
+- `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): 4-bit floating-point numbers (E2M1), with a power of two as the scale of each 32 neighbouring weights.
+- `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
+- `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
+- `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: each weight's rounding error is compensated by the weights that are rounded after it.
+- `deepseek_nb.quant.int4`: Weights in 4 bits: each is rounded to one of sixteen evenly spaced levels, and 32 neighbouring weights share a scale, or a scale and a minimum.
+- `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group of weights: a quarter of float32's memory, with a small error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.
-- `deepseek_nb.quant.nf4`: Sixteen levels at the quantiles of a normal distribution, with scales that are themselves quantised to 8 bits.
-- `deepseek_nb.quant.report`: Every parameter of a model with its format, its bytes and its relative error, or the reason why it stayed float.
-- `deepseek_nb.quant.save`: A quantised model as a folder of safetensors, written atomically and mapped into memory when it is loaded.
-- `deepseek_nb.quant.stream`: A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
-- `deepseek_nb.studies.report`: How the studies sum up their records: a mean with its standard deviation over seeds, tables, plots with error bars, and one sentence about what was run.
+- `deepseek_nb.quant.nf4`: 4-bit weights with sixteen levels at the quantiles of a normal distribution, and scales that are themselves quantised to 8 bits.
+- `deepseek_nb.quant.report`: A table of all parameters of a model: format, bytes, and relative error, or the reason why a parameter is not quantised.
+- `deepseek_nb.quant.save`: Saving a quantised model as a folder of safetensors files, and mapping the files into memory when the model is loaded.
+- `deepseek_nb.quant.stream`: A checkpoint is read and quantised a few rows at a time, so quantising a model never needs memory for all of its float32 weights.
+- `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
+- `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
+- `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.
+- `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
+- `deepseek_nb.serve.grammar`: A grammar decides before each token which ones may follow, so an answer is valid JSON, matches a schema or a regular expression, or calls a tool correctly.
+- `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
+- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
+- `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
+- `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
+- `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
+- `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
-- `deepseek_nb.tools.book`: Chapters, parts and reading paths, read from the notebooks, so that the front page, the README, the sidebar and the map agree.
-- `deepseek_nb.tools.claims`: Every claim beside the command that measures it, what was found, on which machine and when, and *not yet* where nothing was measured.
-- `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one thin function for each verb: chat, generate, quantize, finetune, eval, bench and others.
-- `deepseek_nb.tools.doctor`: What this machine offers: device, processor, threads, compilers, kernels, memory and cache folder, and what each missing thing would be for.
-- `deepseek_nb.tools.front`: What the front page, the table of contents, the README and the changelog say of the chapters is written by one command.
-- `deepseek_nb.tools.glossary`: Each term has one sentence and the chapter that explains it, and its first use on a page links to its entry.
-- `deepseek_nb.tools.moves`: The address that a page once had leads to where its text is now, and the changelog lists the moves from the same file.
-- `deepseek_nb.tools.pictures`: A token's way through DeepSeek-V3, measured rates beside peers, and a map of the book: three SVG files made from data.
-- `deepseek_nb.tools.site`: Each notebook becomes a page with its code, its stored outputs and its links, without running a cell and without another host.
+- `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
+- `deepseek_nb.tools.claims`: Each claim with the command that measures it, the result, the machine and the date, or *not yet* if nothing was measured.
+- `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
+- `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
+- `deepseek_nb.tools.front`: One command makes the front page, the table of contents, the README and the changelog's table of moves from the titles and first lines of the chapters.
+- `deepseek_nb.tools.glossary`: A glossary with one sentence for each term and a link to the chapter that explains it. The first use of a term on a page links to its entry.
+- `deepseek_nb.tools.moves`: Redirects from the old addresses of pages to the new ones, and a table of the moves in the changelog, both made from one file.
+- `deepseek_nb.tools.pictures`: Three SVG pictures made from data: the way of a token through DeepSeek-V3, measured rates compared with other libraries, and a map of the book.
+- `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
-- `deepseek_nb.train.bpe`: Byte-level BPE merges are learnt from text, with DeepSeek-V3's word splitting, and saved in Hugging Face's tokenizer format.
-- `deepseek_nb.train.callbacks`: Callbacks act at named events of a training run: they show its progress, draw its loss, and stop it before it diverges.
-- `deepseek_nb.train.convert`: One call converts a trained model to latent attention, to a mixture of experts, or to single neurons as experts, and repairs it. Attention and experts together are a DeepSeek-V3.
-- `deepseek_nb.train.corpora`: Prose, plays, speeches, dictionary entries, diagnoses and exam questions, downloaded from package registries and checked against pinned hashes.
+- `deepseek_nb.train.bpe`: Learn byte-level BPE merges from text, with DeepSeek-V3's word splitting, and save the tokenizer in Hugging Face's format.
+- `deepseek_nb.train.callbacks`: Callbacks run at named events of a training run: they show its progress, plot its loss, and stop it when it diverges.
+- `deepseek_nb.train.convert`: Convert a trained model to latent attention, to a mixture of experts, or to single neurons as experts, and repair it. With both latent attention and experts, it is a DeepSeek-V3.
+- `deepseek_nb.train.corpora`: Load prose, plays, speeches, dictionary entries, diagnoses and exam questions, downloaded from package registries and checked against pinned hashes.
 - `deepseek_nb.train.data`: Text is tokenised, packed into rows of one length and read in shuffled batches. A killed run resumes at the exact batch where it stopped.
 - `deepseek_nb.train.distill`: A student model learns from a teacher's probabilities for every token of the vocabulary, not only from the one token in the text.
-- `deepseek_nb.train.dynamic`: A mixture of experts spends the same FLOPs on every token. Four rules spend less where less is enough, within a budget, and a training method prepares a model for it.
-- `deepseek_nb.train.esft`: A task activates only a few of a model's experts. ESFT trains those and freezes everything else.
-- `deepseek_nb.train.frozen`: When only adapters learn, half a block keeps its input and little else, and its backward pass multiplies by each frozen weight once
-- `deepseek_nb.train.latent`: A trained model with grouped-query attention becomes a model with multi-head latent attention, with a smaller KV cache and DeepSeek-V3's architecture. What is exact is kept exact.
-- `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model with a small share of its parameters, and can be swapped, merged and mixed in a batch.
-- `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed a chunk at a time so that they never fill memory
+- `deepseek_nb.train.dynamic`: Activate fewer experts for some tokens or layers to meet a FLOPs budget, by one of four rules, and train a model for a varying number of experts.
+- `deepseek_nb.train.esft`: The tokens of one task are routed mostly to a few experts. ESFT trains only these experts and freezes all other parameters.
+- `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
+- `deepseek_nb.train.latent`: Convert a trained model with grouped-query attention to multi-head latent attention, which has a smaller KV cache and is the attention of DeepSeek-V3.
+- `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
+- `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.
 - `deepseek_nb.train.mini`: Pre-train a model with the DeepSeek-V3 architecture, 6.6 million parameters and its own tokenizer on public text, and evaluate it on held-out documents.
-- `deepseek_nb.train.neurons`: The finest mixture of experts: every neuron of a feed-forward is an expert, and one half of the neuron is its router. At 70% of the FLOPs its squared error is about a quarter of that of experts with 16 neurons.
+- `deepseek_nb.train.neurons`: Every neuron of a feed-forward becomes an expert, and one half of the neuron serves as its router. In a layer of SmolLM2, at 70% of the FLOPs, the squared error is a quarter of that of experts with 16 neurons.
 - `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
-- `deepseek_nb.train.optim`: AdamW scales each gradient element by its history. Muon orthogonalises the momentum of whole matrices, as DeepSeek-V4 does.
-- `deepseek_nb.train.parallel`: A training step shared by several processes, with data, fully sharded or expert parallelism, each equal to one process.
-- `deepseek_nb.train.peft`: Saving and loading LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+- `deepseek_nb.train.optim`: AdamW scales each element of the gradient by its running mean square. Muon, the optimiser of DeepSeek-V4, orthogonalises the momentum of whole matrices.
+- `deepseek_nb.train.parallel`: Several processes share a training step by data parallelism, fully sharded data parallelism or expert parallelism, and get the same result as one process.
+- `deepseek_nb.train.peft`: Save and load LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
 - `deepseek_nb.train.qlora`: LoRA on a quantised model: gradients pass through int8, int4 or NF4 weights without dequantising a whole matrix.
-- `deepseek_nb.train.repair`: Each converted block is trained alone, or fitted in closed form, to give what the original block gave. It needs no labels and little memory, and continues after an interruption.
-- `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint with the same bits as an uninterrupted run.
-- `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. This chapter finds which rotary pairs of a GQA model it can keep, and what the others lose when they stop rotating.
-- `deepseek_nb.train.runs`: One TOML file describes a fine-tuning, a distillation or a conversion, and an interrupted run resumes when it is called again.
-- `deepseek_nb.train.schedule`: Warmup, then a linear, cosine or warmup–stable–decay schedule, each equal to that of transformers at every step.
-- `deepseek_nb.train.sft`: Rows with text, messages, prompt and completion, or classes become training examples. Only the answer counts in the loss.
-- `deepseek_nb.train.split`: Rows that share a key never lie on both sides of a split, and shared n-grams show how much of a test was in the training text.
-- `deepseek_nb.train.stages`: Distillation as a list of stages, from a general to a domain teacher or through an assistant model, resumable at any point.
-- `deepseek_nb.train.teacher`: A teacher's answers are computed once and stored: all logits, the top-k with the mass of the rest, or generated text.
+- `deepseek_nb.train.repair`: Train each converted block separately to give the same output as the original block, or fit it in closed form, without labels and with little memory.
+- `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint, and its results are bit-identical to those of an uninterrupted run.
+- `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
+- `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
+- `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
+- `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
+- `deepseek_nb.train.split`: Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.
+- `deepseek_nb.train.stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
+- `deepseek_nb.train.teacher`: The outputs of a teacher are computed once and stored: all logits, the top-k probabilities with the mass of the tail, or generated text.
 - `deepseek_nb.train.trainer`: Build a trainer with gradient accumulation, clipping, mixed precision, activation checkpointing and evaluation, then fine-tune a model with it.
-- `deepseek_nb.train.upcycle`: The feed-forward of a trained dense model becomes a mixture of experts: as copies, which add parameters, or split into parts, which save FLOPs, with a router fitted in closed form.
-- `deepseek_nb.train.world`: Each process (rank) gets its share of a batch, and all-reduce adds up losses, token counts and gradient norms over the ranks."""
+- `deepseek_nb.train.upcycle`: Turn the feed-forward of a trained dense model into a mixture of experts: copy it, which adds parameters, or split it into parts, which saves FLOPs.
+- `deepseek_nb.train.world`: Each process (rank) computes its share of a batch, and all-reduce sums losses, token counts and gradient norms over the ranks."""
 
 __version__ = "0.1.0"
 

@@ -117,7 +117,7 @@ def test_saving_replaces_a_whole_file(backend, tmp_path):
 
 @pytest.mark.parametrize('call,match', [
     (lambda: train_bpe(TEXT, 100), 'vocab_size 100 is less than the 261 control tokens and bytes'),
-    (lambda: train_bpe([], 300), 'the text has pairs for 261 tokens, not for 300'),
+    (lambda: train_bpe([], 300), 'the text has only enough pairs for 261 tokens, not 300'),
     (lambda: train_bpe(TEXT, 300, 0), 'digits is 0'),
     (lambda: cut_vocabulary(train_bpe(TEXT, 300), 301), 'vocab_size 301 must be between 261 and 300')])
 def test_bad_calls(call, match):

@@ -128,7 +128,7 @@ def test_paired_comparison():
     d,e = a.against(b)
     assert d == pytest.approx(a.acc_norm - b.acc_norm) and e == pytest.approx((a.hits(len) - b.hits(len)).std(ddof=1)/20)
     assert a.against(a) == (0., 0.)
-    with pytest.raises(ValueError, match='answered different questions'): a.against(C.Choices(a.scores, answers, [1]*400))
+    with pytest.raises(ValueError, match='the results are for different questions'): a.against(C.Choices(a.scores, answers, [1]*400))
 
 
 def test_examples_go_first(tok):
@@ -140,9 +140,9 @@ def test_examples_go_first(tok):
 
 
 @pytest.mark.parametrize('row,error', [
-    (dict(answer=2), 'question 1: answer 2 is none of its 2 choices'), (dict(answer=-1), 'question 1: answer -1 is none'),
-    (dict(choices=['a', '']), 'question 1 has an empty choice'), (dict(choices=[]), 'question 1: answer 0 is none of its 0 choices'),
-    (dict(context='   '), 'nothing but space'), (dict(choices=['w '*99, 'a']), 'has .* tokens; each needs 1 to 48')])
+    (dict(answer=2), 'question 1: answer 2 is not one of its 2 choices'), (dict(answer=-1), 'question 1: answer -1 is none'),
+    (dict(choices=['a', '']), 'question 1 has an empty choice'), (dict(choices=[]), 'question 1: answer 0 is not one of its 0 choices'),
+    (dict(context='   '), 'consists of white space only'), (dict(choices=['w '*99, 'a']), 'has .* tokens; each needs 1 to 48')])
 def test_bad_questions(models, tok, row, error):
     good = dict(context='c', choices=['a', 'b'], answer=0, form='')
     with pytest.raises(ValueError, match=error) as e: C.multiple_choice(models['llama'], tok, [good, good | row], form)

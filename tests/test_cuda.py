@@ -81,7 +81,7 @@ def test_divergent_barrier_is_reported(order):
 def test_write_behind_shared_memory_is_reported():
     with source('behind.cu', 'extern "C" __global__ void behind(float* y) { DYNAMIC_SHARED(float, a); a[threadIdx.x] = 1; }'):
         launch('behind.cu', 'behind', 1, 8, torch.ones(1), shared=32)
-        with pytest.raises(RuntimeError, match='writes behind its shared memory'):
+        with pytest.raises(RuntimeError, match='writes past the end of its shared memory'):
             launch('behind.cu', 'behind', 1, 9, torch.ones(1), shared=32)
 
 

@@ -197,7 +197,7 @@ def test_answers_and_nothing_else(tok, texts):
 
 def test_templates(v4):
     assert scored(v4, TALK, chat_template='deepseek-v3.1') == ['4<｜end▁of▁sentence｜>', '7, I think.<｜end▁of▁sentence｜>']
-    with pytest.raises(ValueError, match='^message 2: the chat template writes the earlier messages differently') as e:
+    with pytest.raises(ValueError, match='^message 2: the chat template renders earlier messages differently') as e:
         scored(v4, TALK, chat_template='deepseek-r1-distill')
     assert '\n' not in str(e.value)
 
@@ -251,7 +251,7 @@ def test_against_transformers(v4):
     assert [l != IGNORE for l in got['labels']] == [bool(m) for m in want['assistant_masks'][1:]] + [False]
 
 
-@pytest.mark.parametrize('messages,error', [(TALK[:2], 'no answer of the assistant'), (TALK[2:], "message 0 is the assistant's")])
+@pytest.mark.parametrize('messages,error', [(TALK[:2], 'no message of the assistant'), (TALK[2:], "message 0 is the assistant's")])
 def test_conversations_without_an_answer(tok, messages, error):
     with pytest.raises(ValueError, match=error): chat_example(tok, messages)
 
@@ -268,7 +268,7 @@ def test_long_conversations(tok):
 
 @pytest.mark.parametrize('labels', [['good', 'bat'], [0, 2], [-1], [True], [1.5], [None]])
 def test_labels_outside_the_classes(labels):
-    with pytest.raises(ValueError, match='is none of the 2 classes: bad, good') as e: S.class_numbers(labels, ['bad', 'good'])
+    with pytest.raises(ValueError, match='is not one of the 2 classes: bad, good') as e: S.class_numbers(labels, ['bad', 'good'])
     assert '\n' not in str(e.value)
 
 
@@ -278,7 +278,7 @@ def test_declared_classes(tok):
     made = S.classification_data(data, tok)
     assert [tok.decode([l for l in r['labels'] if l != IGNORE]) for r in made] == [' yes<|im_end|>', ' no<|im_end|>']
     with pytest.raises(ValueError, match='the classes are not distinct'): S.classification_data(data, tok, ['a', 'a'])
-    with pytest.raises(ValueError, match='label 1 .row 0. is none of the 1 classes'): S.classification_data(data, tok, ['only'])
+    with pytest.raises(ValueError, match='label 1 .row 0. is not one of the 1 classes'): S.classification_data(data, tok, ['only'])
 
 
 @pytest.mark.parametrize('length', [12, 20, 200])
@@ -371,14 +371,16 @@ def test_ranks_share_a_batch(stream):
 
 
 @pytest.mark.parametrize('options,error', [
-    (dict(batch_size=0), 'batch_size 0 must be at least 1'), (dict(batch_size=12, drop_last=True), '11 examples make no batch of 12'),
-    (dict(batch_size=3, world=2), 'batch_size 3 does not divide among 2'), (dict(batch_size=2, world=2, rank=2), 'rank 2 is none of 2')])
+    (dict(batch_size=0), 'batch_size 0 must be at least 1'),
+    (dict(batch_size=12, drop_last=True), '11 examples are too few for a batch of 12'),
+    (dict(batch_size=3, world=2), 'batch_size 3 does not divide among 2'),
+    (dict(batch_size=2, world=2, rank=2), 'rank 2 must be from 0 to 1')])
 def test_bad_options(options, error):
     with pytest.raises(ValueError, match=error): Batches(LETTERS, **options)
 
 
 def test_bad_data():
-    with pytest.raises(ValueError, match='0 examples make no batch'): Batches([], 2)
+    with pytest.raises(ValueError, match='0 examples are too few for a batch'): Batches([], 2)
     nothing = to_dataset(lambda: iter(()), streaming=True)
     with pytest.raises(ValueError, match='the stream holds no examples'): next(iter(Batches(nothing, 2)))
     with pytest.raises(ValueError, match='the stream holds no full batch'):
@@ -387,17 +389,17 @@ def test_bad_data():
         firsts(Batches(LETTERS, 11, max_length=3), 1)
     buffered = to_dataset(LETTERS, streaming=True).shuffle(seed=0)
     for stream in (buffered, buffered.map(lambda row: row)):
-        with pytest.raises(ValueError, match='the stream has a shuffle buffer'): Batches(stream, 2)
+        with pytest.raises(ValueError, match="the contents of the stream's shuffle buffer"): Batches(stream, 2)
     with pytest.raises(ValueError, match='give workers=0'): Batches(to_dataset(LETTERS, streaming=True), 2, workers=1)
 
 
 @pytest.mark.parametrize('change', [dict(seed=1), dict(batch_size=3), dict(shuffle=False), dict(drop_last=True)])
 def test_a_state_of_other_batches(change):
     state = Batches(LETTERS, **dict(batch_size=2, seed=0) | change).state_dict()
-    with pytest.raises(ValueError, match='continue with the same, or begin anew'): Batches(LETTERS, 2, seed=0).load_state_dict(state)
+    with pytest.raises(ValueError, match='use the same .*, or start a new run'): Batches(LETTERS, 2, seed=0).load_state_dict(state)
     fewer = Batches(LETTERS[1:], 2).state_dict()
-    with pytest.raises(ValueError, match='the state has examples 10'): Batches(LETTERS, 2).load_state_dict(fewer)
-    with pytest.raises(KeyError, match='of another kind of dataset'):
+    with pytest.raises(ValueError, match='the saved state has examples 10'): Batches(LETTERS, 2).load_state_dict(fewer)
+    with pytest.raises(KeyError, match='belongs to another kind of dataset'):
         Batches(to_dataset(LETTERS, streaming=True), 2).load_state_dict(Batches(LETTERS, 2).state_dict())
 
 

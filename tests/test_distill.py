@@ -219,8 +219,8 @@ def test_quantised_teacher_and_head(r):
 @pytest.mark.parametrize('bad,why', [
     (dict(kind='kl'), "kind 'kl' is not known"), (dict(temperature=-1.), 'temperature is -1.0; it must be above 0'),
     (dict(temperature=math.nan), 'temperature is nan'), (dict(mix=-.1), 'mix is -0.1'),
-    (dict(kind='js', share=0.), 'share 0.0 must lie between'),
-    (dict(kind='reverse', share=.5), "kind 'reverse' takes no share")])
+    (dict(kind='js', share=0.), 'share 0.0 must be between'),
+    (dict(kind='reverse', share=.5), "kind 'reverse' has no share")])
 def test_bad_settings(bad, why):
     with pytest.raises(ValueError, match=why): distillation_loss(llama(), **bad)
 

@@ -178,8 +178,8 @@ def test_tables_of_synthetic_runs():
     assert C.outcome(made)['spared, by rule']['tasks']['x'] == pytest.approx([.58/.6, .57/.59])
     said = C.finding(made)
     kept = f'{100*(.58/.6 + .57/.59)/2:.1f} ± 0.0%'
-    assert 'missed (2 of 3)' in said and 'has **45.0 ± 0.0%** fewer FLOPs, takes **50.0 ± 0.0%** less time' in said
-    assert 'with 3.0 ± 0.0 of 8 experts a token the model `full` has' in said and f'keeps **{kept}** of the accuracy' in said
+    assert 'missed (2 of 3)' in said and 'has **45.0 ± 0.0% fewer FLOPs**, takes **50.0 ± 0.0% less time**' in said
+    assert 'with 3.0 ± 0.0 of 8 experts per token the model `full` has' in said and f'keeps **{kept} of the accuracy**' in said
     assert said.endswith('The rule is ahead of all baselines.')
     assert [l.split(' | ')[1:] for l in C.targets(made).splitlines()[2:]] == [
         ['42%', '45.0 ± 0.0%', 'reached |'], ['35%', '50.0 ± 0.0%', 'reached |'], ['98%', kept, 'missed |']]

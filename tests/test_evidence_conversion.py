@@ -26,7 +26,7 @@ def test_rows_move_with_the_seed_alone(texts):
     tok = Tokenizer.from_pretrained('smollm2-135m')
     one, same, other = (random_rows(texts['test'][:50_000], tok, 3, 40, seed) for seed in (1, 1, 2))
     assert one.shape == (3, 40) and torch.equal(one, same) and not torch.equal(one, other)
-    with pytest.raises(ValueError, match='a text of .* tokens has no rows of 64'): random_rows('too short', tok, 1, 64)
+    with pytest.raises(ValueError, match='a text of .* tokens is too short for rows of 64'): random_rows('too short', tok, 1, 64)
 
 
 def test_smoke(root, tmp_path):
@@ -60,15 +60,15 @@ def test_finding_of_synthetic_runs():
     assert conversion.finding(made[:0]) == 'Not run yet: mla-50, neurons-70, mla-40, moe-69.'
     said = conversion.finding(made)
     assert said.startswith('The target is an increase of perplexity') and said.endswith('Not run yet: neurons-70, mla-40, moe-69.')
-    assert 'Half of the cache (`mla-50`) **reached** the target once repaired: 4.0 ± 1.0% after distillation.' in said
+    assert '**Half of the cache: reached** once repaired (`mla-50`), 4.0 ± 1.0% after distillation.' in said
     assert '| +50.0% ± 0.0% | +9.0% ± 1.0% | +4.0% ± 1.0% | +8.0% ± 2.0% | 3 |' in conversion.summary(made)
     assert 'at most 10%' in said
     made.append(synthetic('neurons-70', 0, .02))
     assert conversion.finding(made).endswith('Not run yet: mla-40, moe-69.')
     said = conversion.finding(made + [synthetic('mla-40', 0, .09), synthetic('moe-69', 0, .2)])
-    assert 'Not run yet' not in said and '(`mla-40`) **reached** the target once distilled: 9.0% after' in said
+    assert 'Not run yet' not in said and '**40% of the cache: reached** once distilled (`mla-40`), 9.0% after' in said
     short = synthetic('moe-50', 0, .01)
     del short['result']['distilled']  # an arm of the frontier alone
     assert conversion.finding(made + [short]) == conversion.finding(made) and 'moe-50' not in conversion.rises(made + [short], 'distilled')
     assert '| moe-50 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
-    assert said.endswith('(`moe-69`) **missed** it: 20.0% after distillation.')
+    assert said.endswith('router: missed** (`moe-69`), 20.0% after distillation.')

@@ -135,7 +135,7 @@ def test_going_on_after_a_kill_changes_nothing(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize(('line', 'said'), [
     ('method = "prefix"', "no method 'prefix'"), ('layers = 31', 'smollm2-135m has 30 blocks'),
     ('samples = 30', '[settings.steps] has no number of steps for 30 samples'),
-    ('test = 20000', 'texts, 2002 are needed'), ('classes = {"noun.food" = "echinoderms"}', "'echinoderms' is no single token"),
+    ('test = 20000', 'texts, but 2002 are needed'), ('classes = {"noun.food" = "echinoderms"}', "'echinoderms' is no single token"),
     ('learning_rate = 0.0\nsweep = {lora = []}', "no learning rate was tried for 'lora'"), ('lenght = 9', "'lenght'")])
 def test_bad_config_is_one_line(tmp_path, capsys, line, said):
     text = CONFIG.read_text()
@@ -174,7 +174,7 @@ def test_tables_of_synthetic_runs():
     assert ft.differences(found, 'lora', 'dora') == {}
     said = ft.finding(records)
     assert said.startswith('Of 4 differences these count: **LoRA is better than full at 50**.')
-    assert ft.counted(synthetic((0, 1)), 8) == 'Of 4 differences between methods **none counts**.'
+    assert ft.counted(synthetic((0, 1)), 8) == '**None of 4 differences between methods counts.**'
     assert 'A step with LoRA takes 100% of the time' in said
     assert ft.faster(records, 'ready_step', 1) == []
     more = records + [r | dict(settings=r['settings'] | dict(workers=w), result=dict(encoded_step=19.+w))

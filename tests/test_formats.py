@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.checkpoint import dequant_fp8, quant_fp8
-from deepseek_nb.quant import QuantizedWeight, make_format, quantize, relative_error, take_place
+from deepseek_nb.quant import QuantizedWeight, make_format, quantize, relative_error, replace_parameter
 from deepseek_nb.quant.fp4 import E2M1, FP4, power_above, to_e2m1
 from deepseek_nb.quant.fp8 import FP8, round_activations_fp8, rounded_fp8, small_codes, small_values
 from deepseek_nb.quant.int4 import Int4, pack_nibbles, unpack_nibbles
@@ -267,8 +267,8 @@ def test_model_dtype(f, dtype):
 @every_format
 def test_in_layers(f):
     layer, table, x = nn.Linear(70, 9), nn.Embedding(9, 70), torch.randn(4, 70, requires_grad=True)
-    take_place(layer, 'weight', quantize(layer.weight, f))
-    take_place(table, 'weight', layer.weight)
+    replace_parameter(layer, 'weight', quantize(layer.weight, f))
+    replace_parameter(table, 'weight', layer.weight)
     w = layer.weight.dequantize()
     with use('reference'): y = layer(x)
     torch.testing.assert_close(y, x @ w.T + layer.bias)

@@ -110,7 +110,7 @@ def test_a_stack_is_its_matrices(f):
 @pytest.mark.parametrize('x', [torch.zeros(0, 64), torch.zeros(500, 64), torch.randn(31, 64)], ids=['none', 'zeros', 'few'])
 def test_too_little_is_rounded_and_said(x):
     w = torch.randn(6, 64)
-    with pytest.warns(UserWarning, match='^up: 1 of 1 matrices saw fewer than 32 tokens and are rounded to the nearest level$'):
+    with pytest.warns(UserWarning, match='^up: 1 of 1 matrices received fewer than 32 tokens and are rounded to nearest$'):
         q = gptq(w, heard(x), 'int4', name='up')
     assert torch.equal(q.dequantize(), quantize(w, 'int4').dequantize())
 
@@ -146,8 +146,8 @@ def test_bfloat16_weights():
 @pytest.mark.parametrize('change,said', [
     (lambda w, h: (w[:, 1:], h), r'^weight of shape \(8, 63\): its hessian has \(64, 64\)$'),
     (lambda w, h: (w[None], h), r'^weight of shape \(1, 8, 64\): its hessian has \(64, 64\)$'),
-    (lambda w, h: (w/0, h), '^weight: NaN or infinite values in it or in its inputs$'),
-    (lambda w, h: (w, heard(torch.full((100, 64), torch.nan))), '^weight: NaN or infinite values in it or in its inputs$'),
+    (lambda w, h: (w/0, h), '^weight: NaN or infinite values in the weight or in its inputs$'),
+    (lambda w, h: (w, heard(torch.full((100, 64), torch.nan))), '^weight: NaN or infinite values in the weight or in its inputs$'),
     (lambda w, h: (w*1e7, h), '^int4: numbers beyond 65504 have no float16 scale; use int8$')])
 def test_bad_input(change, said):
     w,h = change(torch.randn(8, 64), heard(correlated(200, 64, 0)))
@@ -155,7 +155,7 @@ def test_bad_input(change, said):
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ValueError, match='^weight: gptq rounds to the grids of int4, not to int8$'):
+    with pytest.raises(ValueError, match='^weight: gptq quantises to int4, not to int8$'):
         gptq(torch.randn(8, 64), heard(correlated(200, 64, 0)), 'int8')
 
 

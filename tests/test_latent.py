@@ -71,7 +71,7 @@ def test_stretched_frequencies_stay_as_they_are():
         model, tokens = fresh(c), torch.randint(80, (2, 100))
         new = to_mla(model, tokens, 9, 8)
         torch.testing.assert_close(new(tokens), model(tokens), rtol=0, atol=1e-3)
-        with pytest.raises(ValueError, match=f'frequencies stretched by {rope.kind}'): to_mla(model, tokens, 9, 4)
+        with pytest.raises(ValueError, match=f'frequencies scaled by {rope.kind}'): to_mla(model, tokens, 9, 4)
 
 
 def test_the_folded_sequence_repeats_the_originals():
@@ -261,7 +261,7 @@ def test_a_state_of_another_conversion_is_refused(tmp_path):
     run()
     others = (dict(steps=3), 'steps'), (dict(t=tokens.flip(1)), 'model'), (dict(m=fresh(GQA)), 'model'), (dict(latent=13), 'config')
     for kw, odd in others:
-        with pytest.raises(ValueError, match=rf'is the state of another conversion \(.*{odd}.* differ\); delete it'): run(**kw)
+        with pytest.raises(ValueError, match=rf'belongs to another conversion \(.*{odd}.* differ\); delete it'): run(**kw)
     (tmp_path/'s'/'block-001.safetensors').write_bytes(b'half')
     with pytest.raises(ValueError, match='block-001.safetensors: truncated'): run()
 
@@ -272,7 +272,7 @@ def test_bad_requests(tmp_path):
     with pytest.raises(ValueError, match='latent width 49 must be between 2 and the model width 48'): to_mla(model, tokens, 49, 8)
     with pytest.raises(ValueError, match='9 rotary pairs must be between 1 and 8'): convert(model, 'mla', tokens, latent=9, rotary=18)
     with pytest.raises(ValueError, match='this qwen2 model has biases'): mla_config(replace(GQA, model_type='qwen2', attn_bias=True), 9, 4)
-    with pytest.raises(ValueError, match='latent attention already'): to_mla(to_mla(model, tokens, 9, 4), tokens, 9, 4)
+    with pytest.raises(ValueError, match='already has latent attention'): to_mla(to_mla(model, tokens, 9, 4), tokens, 9, 4)
     mixture = to_moe(model, moe_config(GQA, 6, 3, 2), tokens)
     latent = to_mla(mixture, tokens, 25, 16) # the other order works too
     assert latent.config.model_type == 'deepseek_v3' and latent.config.is_moe(0)

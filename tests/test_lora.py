@@ -217,7 +217,7 @@ def test_an_adapter_for_each_row(name):
         for i, r in enumerate(rows):
             alone = m.set_adapter(*([r] if r else []))(tokens[i:i+1])
             assert (mixed[i]-alone[0]).abs().max() < 1e-5*alone.abs().max()
-        with pytest.raises(ValueError, match='chosen for 5 rows, the batch has 4'), m.adapters(rows): m(tokens[:4])
+        with pytest.raises(ValueError, match='chosen for 5 rows, but the batch has 4'), m.adapters(rows): m(tokens[:4])
         with m.adapters(rows): text = m.generate(tokens, max_new_tokens=3)
         for i, r in enumerate(rows):
             with m.adapters(r): assert torch.equal(m.generate(tokens[i:i+1], max_new_tokens=3)[0], text[i])
@@ -241,7 +241,7 @@ def test_refused():
     with pytest.raises(ValueError, match='matches no weight'): LoraConfig(target_parameters=STACKS).apply(m)
     assert not lora_weights(m) and all(p.requires_grad for p in m.parameters())
     for name in ('', 'a.b'):
-        with pytest.raises(ValueError, match="can't name an adapter"): LoraConfig(target_modules=['q_proj']).apply(m, name)
+        with pytest.raises(ValueError, match="can't be the name of an adapter"): LoraConfig(target_modules=['q_proj']).apply(m, name)
     LoraConfig(target_modules=['q_proj']).apply(m)
     m.merge_adapter()
     for f in (m.set_adapter, lambda: m.delete_adapter('default')):
@@ -288,7 +288,7 @@ def test_affinity_by_hand():
             assert torch.allclose(s, want/want.sum(), atol=1e-6)
     with pytest.raises(ValueError, match='no routed experts'): expert_affinity(made('llama'), some)
     with pytest.raises(ValueError, match="'gate' or 'token'"): expert_affinity(m, some, 'other')
-    with pytest.raises(ValueError, match='data are empty'): expert_affinity(m, [])
+    with pytest.raises(ValueError, match='there are no batches'): expert_affinity(m, [])
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12).filter(lambda x: sum(x) > .1), st.floats(.01, 1))

@@ -97,8 +97,8 @@ def test_a_file_moves_between_notebooks(project):
 
 
 @pytest.mark.parametrize('cells, message', [
-    (['#| cpp a.cpp\nint f();'], 'must stand below a first line `%%cpp a.cpp`'),
-    (['%%cpp b.cpp\n#| cpp a.cpp\nint f();'], 'must stand below a first line `%%cpp a.cpp`'),
+    (['#| cpp a.cpp\nint f();'], 'must follow a first line `%%cpp a.cpp`'),
+    (['%%cpp b.cpp\n#| cpp a.cpp\nint f();'], 'must follow a first line `%%cpp a.cpp`'),
     (['%%cpp\n#| cpp\nint f();'], 'needs a plain file name'),
     (['%%cpp ../a.cpp\n#| cpp ../a.cpp\nint f();'], "not '../a.cpp'"),
     (['%%cpp a.py\n#| cpp a.py\nint f();'], "not 'a.py'"),
@@ -113,7 +113,7 @@ def test_bad_cells_write_nothing(project, cells, message):
 
 def test_two_notebooks_may_not_share_a_file(project):
     for nb in ('00_a.ipynb', '01_b.ipynb'): write(project, nb, cell('a.cpp', 'int one();'))
-    with pytest.raises(ValueError, match='01_b.ipynb: a.cpp is exported by 00_a.ipynb too'): export(project)
+    with pytest.raises(ValueError, match='01_b.ipynb: a.cpp is also exported by 00_a.ipynb'): export(project)
 
 
 def test_package_sources_equal_the_notebooks():

@@ -95,7 +95,7 @@ def test_costs():
     assert neuron_share(1536, 1536) == 1 and abs(neuron_share(1536, 844) - .7) < .001 and neuron_share(300, 0) == 1/3
     assert Neurons(8, 30, 15).share == 2/3
     for k in (0, 31):
-        with pytest.raises(ValueError, match=f'{k} of 30 neurons cannot be active; choose from 1 to 30'): Neurons(8, 30, k)
+        with pytest.raises(ValueError, match=f'k is {k}; it must be from 1 to the 30 neurons'): Neurons(8, 30, k)
 
 
 def test_a_model_of_neurons_generates_as_it_reads():
@@ -106,9 +106,9 @@ def test_a_model_of_neurons_generates_as_it_reads():
     assert torch.equal(logits.argmax(-1), out[0, 9:]) and len(out[0]) == 21
     torch.testing.assert_close(to_neurons(to_mla(model, tokens, 25, 16), 96, tokens)(tokens), to_mla(model, tokens, 25, 16)(tokens))
     mixture = Model(moe_config(GQA, 6, 3, 2), 'float32', 'cpu')
-    with pytest.raises(ValueError, match='is a mixture already; give a dense one'): to_neurons(mixture, 40, tokens)
+    with pytest.raises(ValueError, match='already has experts; give a dense model'): to_neurons(mixture, 40, tokens)
     biased = fresh(replace(GQA, mlp_bias=True))
-    with pytest.raises(ValueError, match='has biases, which experts lack'): to_neurons(biased, 40, tokens)
+    with pytest.raises(ValueError, match="has biases, which experts don't support"): to_neurons(biased, 40, tokens)
 
 
 def test_conversion_repairs_neurons_and_knows_its_state(tmp_path):
@@ -261,5 +261,5 @@ def test_saved_and_loaded(tmp_path):
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'n', dtype=torch.float32)
     for b in new.layers: b.mlp.k = 96  # all neurons: what others make of the folder
     torch.testing.assert_close(dense(tokens).logits, new(tokens), rtol=1e-4, atol=1e-4)
-    with pytest.raises(FileNotFoundError, match='neurons.safetensors is missing: no folder of save_neurons'):
+    with pytest.raises(FileNotFoundError, match='neurons.safetensors is missing, so save_neurons did not write this folder'):
         load_neurons(model.save_pretrained(tmp_path/'dense'))

@@ -306,10 +306,10 @@ def test_schedule_resumes(name):
 
 def test_bad_schedules_are_refused():
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
-    for call, text in {lambda: ours.get_scheduler('step', optimiser): "no schedule 'step'; known are constant, linear",
-                       lambda: ours.get_scheduler('cosine', optimiser, 3): "schedule 'cosine' has an end; give num_training_steps",
+    for call, text in {lambda: ours.get_scheduler('step', optimiser): "unknown schedule 'step'; known are constant, linear",
+                       lambda: ours.get_scheduler('cosine', optimiser, 3): "schedule 'cosine' depends on the length of the run; give",
                        lambda: ours.get_wsd_schedule(optimiser, 1, 1): 'give either num_training_steps or num_stable_steps',
                        lambda: ours.get_wsd_schedule(optimiser, 1, 1, 5, 5): 'give either num_training_steps or num_stable_steps',
-                       lambda: ours.get_wsd_schedule(optimiser, 4, 4, 5): '4 steps of warmup and 4 of decay are more than 5',
-                       lambda: ours.get_wsd_schedule(optimiser, 1, 1, 5, warmup_type='log'): "no shape 'log'"}.items():
+                       lambda: ours.get_wsd_schedule(optimiser, 4, 4, 5): '4 steps of warmup and 4 of decay are more than all 5 steps',
+                       lambda: ours.get_wsd_schedule(optimiser, 1, 1, 5, warmup_type='log'): "unknown shape 'log'"}.items():
         with pytest.raises(ValueError, match=f'^{re.escape(text)}'): call()

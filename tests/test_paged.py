@@ -415,11 +415,13 @@ def test_a_cache_of_another_model_or_batch(model):
 @pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
 def test_bad_input(config):
     for pages,page in ((0, 4), (4, 0), (-1, 4)):
-        with pytest.raises(ValueError, match=f'a pool of {pages} pages of {page} positions holds nothing'): PagePool(config, pages, page)
-    with pytest.raises(ValueError, match=r'a budget of 10 bytes holds no page of [\d,]+ bytes; raise it'): PagePool.sized(config, 10)
-    with pytest.raises(ValueError, match='pages of 0 positions'): PagePool.sized(config, 10**6, page=0)
+        with pytest.raises(ValueError, match=f'a pool needs at least 1 page of at least 1 position, not {pages} pages of {page}'):
+            PagePool(config, pages, page)
+    with pytest.raises(ValueError, match=r'a budget of 10 bytes is smaller than one page of [\d,]+ bytes; raise the budget'):
+        PagePool.sized(config, 10)
+    with pytest.raises(ValueError, match='not 1 pages of 0'): PagePool.sized(config, 10**6, page=0)
     pool = PagePool(config, 4, 4)
-    with pytest.raises(ValueError, match='a cache of 0 rows'): PagedCache(pool, 0)
+    with pytest.raises(ValueError, match='a cache needs at least 1 row, not 0'): PagedCache(pool, 0)
     for p in (-1, 0, 4):
         for name in ('share', 'drop'):
             with pytest.raises(ValueError, match=f'cannot {name} page {p}: it is not in use'): getattr(pool, name)(p)

@@ -329,7 +329,7 @@ def test_total_norm_of_copies_is_torchs():
 
 def test_bad_ways_are_refused():
     for f in (lambda: Parallel('tensor'), lambda: shard(small_model(), 'tensor')):
-        with pytest.raises(ValueError, match=r"^no parallelism called 'tensor'; known are data, shard, expert$"): f()
+        with pytest.raises(ValueError, match=r"^unknown parallelism 'tensor'; known are data, shard, expert$"): f()
     with pytest.raises(ValueError, match='^no layer of this Model has routed experts'): share_experts(tied())
     with pytest.raises(RuntimeError, match='^2 processes: .*ZeroDivisionError: division by zero\n'): launch_processes('print(1/0)')
 

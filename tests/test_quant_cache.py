@@ -158,7 +158,7 @@ def test_bytes_are_the_formula(config, dtype, form):
     assert pool.nbytes == 5*4*one == sum(x.nbytes for layer in pool.layers for x in layer) and pool.page_bytes == 4*one
     small = QuantizedPool.sized(config, pool.nbytes - 1, 4, dtype, format=form.name, scales=form.scales)
     assert small.pages == 4 and small.form == form
-    with pytest.raises(ValueError, match='holds no page of'): QuantizedPool.sized(config, 10, format=form.name)
+    with pytest.raises(ValueError, match='is smaller than one page'): QuantizedPool.sized(config, 10, format=form.name)
 
 
 def test_memory_is_bounded(model, form):
@@ -343,7 +343,8 @@ def test_another_model_or_batch(model, form):
         assert '\n' not in str(e.value) and len(bad) == 0
     cache = quantised(model, form)
     with pytest.raises(ValueError, match='cannot rewind 1 tokens of a cache that holds 0'): cache.rewind(1)
-    with pytest.raises(ValueError, match='is no cache of one row'): PrefixCache(model, page=4, nbytes=10**6).insert([1, 2, 3, 4, 5], cache)
+    with pytest.raises(ValueError, match='must be a cache of this model with one row'):
+        PrefixCache(model, page=4, nbytes=10**6).insert([1, 2, 3, 4, 5], cache)
 
 
 def test_a_full_pool_of_codes(model, form):

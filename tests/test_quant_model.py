@@ -134,7 +134,7 @@ def test_embedding_in_float(floats, tokens):
     model = quantize_model(floats['v3'], 'int8', embedding=None)
     assert torch.equal(model.embed_tokens.weight, floats['v3'].embed_tokens.weight)
     assert torch.equal(model.lm_head.weight, floats['v3'].lm_head.weight)
-    assert {r.reason for r in model.quantization_report().rows} == {'', 'norm', 'router', 'left in float'}
+    assert {r.reason for r in model.quantization_report().rows} == {'', 'norm', 'router', 'not quantised'}
 
 
 # ---- pieces
@@ -322,7 +322,7 @@ DAMAGE = {
     'symmetric': (lambda q: q['weights'][KEY].update(symmetric=True), '1 keys unused: layers.1.mlp.experts.down_proj.mins'),
     'shape': (lambda q: q['weights'][KEY].update(shape=[4, 64, 33]), r'is \[4, 64, 33\], but config.json implies \[4, 64, 32\]'),
     'one less': (lambda q: q['weights'].pop(KEY), '1 keys missing: layers.1.mlp.experts.down_proj; 3 keys unused'),
-    'one more': (lambda q: q['weights'].update({'layers.9.x': q['weights'][KEY]}), 'a format for layers.9.x, which the model lacks')}
+    'one more': (lambda q: q['weights'].update({'layers.9.x': q['weights'][KEY]}), 'layers.9.x, which is not a weight of the model')}
 
 
 @pytest.mark.parametrize('name', DAMAGE)
@@ -386,7 +386,7 @@ def test_saved_tokenizer_is_the_file_s(tmp_path):
 def test_calibrating_from_the_command_line(tmp_path, capsys):
     (tmp_path/'short.txt').write_text('Too short.')
     argv = ['quantize', 'smollm2-135m', '--dtype', 'int4', '--calibrate', str(tmp_path/'short.txt'), '--out', str(tmp_path/'out')]
-    assert main(argv) == 2 and 'tokens has no excerpt of 512; give a longer one' in capsys.readouterr().err
+    assert main(argv) == 2 and 'tokens is too short for an excerpt of 512; give a longer text' in capsys.readouterr().err
     (tmp_path/'long.txt').write_text('One word and another. '*400)
     argv = ['quantize', 'smollm2-135m', '--dtype', 'fp8', '--calibrate', str(tmp_path/'long.txt'), '--out', str(tmp_path/'out')]
     assert main(argv) == 2 and "GPTQ rounds to grids of 'int4', not to 'fp8'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.kernels.step import blocks_of
 from deepseek_nb.kernels.step_codes import codes_of, run_blocks_codes, step_codes_kernels
-from deepseek_nb.quant import quantize, relative_error, take_place
+from deepseek_nb.quant import quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 
@@ -30,7 +30,7 @@ def shrunk(c, f, dtype=torch.float32):
     for name,m in [*model.layers.named_modules()]:
         for p,w in [*m.named_parameters(recurse=False)]:
             if p.endswith('bias'): w.normal_()
-            if w.ndim > 1 and not name.endswith('mlp.gate'): take_place(m, p, quantize(w, f))
+            if w.ndim > 1 and not name.endswith('mlp.gate'): replace_parameter(m, p, quantize(w, f))
     return model.to(dtype)
 
 

@@ -206,7 +206,7 @@ def test_full_disk_leaves_the_old_checkpoint_whole(tmp_path, n):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
     try:
-        with pytest.raises(ValueError, match='checkpoint-4: not written .*; earlier checkpoints are whole, make room and resume') as e:
+        with pytest.raises(ValueError, match='checkpoint-4: not written .*; earlier checkpoints are intact; free disk space') as e:
             Trainer(fresh(), a, rows()).train(resume_from_checkpoint=True)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert '\n' not in str(e.value)
@@ -245,7 +245,7 @@ def test_total_limit(tmp_path):
 def test_another_model(tmp_path):
     a = args(output_dir=tmp_path, save_steps=2)
     interrupted(a)
-    with pytest.raises(ValueError, match=r'checkpoint-4: is of another model \(llama, 2 layers, width 16.*this one is deepseek_v3'):
+    with pytest.raises(ValueError, match=r'checkpoint-4: belongs to another model \(llama, 2 layers, width 16.*this model is deepseek_v3'):
         Trainer(fresh(MOE), a, rows()).train(resume_from_checkpoint=True)
 
 
@@ -259,7 +259,7 @@ def test_another_base(tmp_path):
     with pytest.raises(KeyboardInterrupt): Trainer(half(0), a, rows(), callbacks=[Stop(3)]).train()
     saved = checkpoints(tmp_path)[-1]
     assert sorted(p.name for p in saved.iterdir()) == sorted([META, TENSORS, TRAINED])
-    with pytest.raises(ValueError, match='is of another model'): Trainer(half(1), a, rows()).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match='belongs to another model'): Trainer(half(1), a, rows()).train(resume_from_checkpoint=True)
     assert len(Trainer(half(0), a, rows()).train(resume_from_checkpoint=saved)) == 6
 
 
@@ -268,7 +268,7 @@ def test_other_settings_data_or_callbacks(tmp_path):
     interrupted(a)
     for changed in (dict(learning_rate=.02), dict(seed=1), dict(optim='muon'), dict(max_steps=9), dict(per_device_train_batch_size=2)):
         name, = changed
-        with pytest.raises(ValueError, match=f'made with {name}='):
+        with pytest.raises(ValueError, match=f'saved with {name}='):
             Trainer(fresh(), args(output_dir=tmp_path, save_steps=2, **changed) if name != 'max_steps' else
                     args(output_dir=tmp_path, max_steps=9), rows()).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match='examples 21'): Trainer(fresh(), a, rows(22)).train(resume_from_checkpoint=True)
@@ -276,7 +276,7 @@ def test_other_settings_data_or_callbacks(tmp_path):
         def state_dict(self): return dict(seen=1)
     other = args(output_dir=tmp_path/'memory', save_steps=2)
     with pytest.raises(KeyboardInterrupt): Trainer(fresh(), other, rows(), callbacks=[Memory(), Stop(3)]).train()
-    with pytest.raises(ValueError, match='holds a state of Memory'): Trainer(fresh(), other, rows()).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match='contains a state for Memory'): Trainer(fresh(), other, rows()).train(resume_from_checkpoint=True)
 
 
 def test_an_adapter_is_saved_for_peft_too(tmp_path):
@@ -293,7 +293,7 @@ def test_an_adapter_is_saved_for_peft_too(tmp_path):
     tokens = rows()[1]['tokens'][None]
     torch.testing.assert_close(other(tokens), trainer.model.eval()(tokens), atol=1e-6, rtol=0)
     a = args(output_dir=tmp_path)
-    with pytest.raises(ValueError, match='is of another model'):
+    with pytest.raises(ValueError, match='belongs to another model'):
         Trainer(fresh(seed=1), a, rows(), lora_config=config).train(resume_from_checkpoint=True)
 
 
@@ -302,7 +302,8 @@ def test_version_and_damage(tmp_path):
     saved = interrupted(a)[-1]
     meta = json.loads((saved/META).read_text())
     (saved/META).write_text(json.dumps(meta | dict(version=99)))
-    with pytest.raises(ValueError, match='has version 99, where 1 is known'): Trainer(fresh(), a, rows()).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match='has version 99, but 1 is expected'):
+        Trainer(fresh(), a, rows()).train(resume_from_checkpoint=True)
     (saved/META).write_text(json.dumps(meta)[:-9])
     with pytest.raises(ValueError, match='not valid JSON'): Trainer(fresh(), a, rows()).train(resume_from_checkpoint=True)
     (saved/META).write_text(json.dumps(meta))
@@ -311,17 +312,17 @@ def test_version_and_damage(tmp_path):
 
 
 def test_where_there_is_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match='holds no checkpoint to resume from'):
+    with pytest.raises(FileNotFoundError, match='contains no checkpoint to resume from'):
         Trainer(fresh(), args(output_dir=tmp_path), rows()).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match='needs output_dir'): Trainer(fresh(), args(), rows()).train(resume_from_checkpoint=True)
-    with pytest.raises(FileNotFoundError, match='is no checkpoint'):
+    with pytest.raises(FileNotFoundError, match='is not a checkpoint'):
         Trainer(fresh(), args(), rows()).train(resume_from_checkpoint=tmp_path)
 
 
 def test_a_new_run_refuses_an_old_folder(tmp_path):
     a = args(output_dir=tmp_path, save_steps=2)
     interrupted(a)
-    with pytest.raises(ValueError, match='is of an earlier run'): Trainer(fresh(), a, rows()).train()
+    with pytest.raises(ValueError, match='belongs to an earlier run'): Trainer(fresh(), a, rows()).train()
 
 
 def test_a_finished_run_resumes_to_its_end(tmp_path):

@@ -30,7 +30,7 @@ FILES = dict(
     distill=f'output_dir = "out"\nstudent = "a"\nsave_steps = 2\n[models.a]\n{MODEL}[models.b]\n{MODEL.replace("small", "teacher")}{DATA}'
             '[[stage]]\nname = "text"\nsteps = 3\n[[stage]]\nname = "teacher"\nteacher = "b"\nsteps = 3\n',
     convert=f'output_dir = "out"\nto = "mla"\nrows = 16\nsteps = 3\n[model]\n{MODEL}{DATA}[sizes]\nlatent = 24\nrotary = 8\n')
-FINISHED = dict(finetune='finished after step 4 of 4', distill='2 of 2 stages were done', convert='finished before')
+FINISHED = dict(finetune='finished after step 4 of 4', distill='2 of 2 stages were finished', convert='finished earlier')
 VERBS = list(FILES)
 
 
@@ -117,7 +117,7 @@ def test_interrupted_conversion_goes_on(call, place, monkeypatch):
     assert call('convert', other)[0] == 130
     monkeypatch.setattr(repairs, 'repair', repair)
     code, out, _ = call('convert', other)
-    assert code == 0 and '1 of 2 blocks were done' in out
+    assert code == 0 and '1 of 2 blocks were finished' in out
     assert all(t.equal(want[k]) for k, t in Model.from_pretrained('other/model', 'float32', 'cpu').state_dict().items())
 
 
@@ -136,7 +136,7 @@ def test_interrupted_distillation_ends_as_one_that_was_not(call, place, monkeypa
     assert [p.name for p in checkpoints('other/2-teacher')] == ['checkpoint-2']
     monkeypatch.setattr(runs, 'distil_in_stages', make)
     code, out, _ = call('distill', other)
-    assert code == 0 and '1 of 2 stages were done' in out
+    assert code == 0 and '1 of 2 stages were finished' in out
     assert all(t.equal(want[k]) for k, t in Model.from_pretrained('other/model', 'float32', 'cpu').state_dict().items())
 
 
@@ -201,12 +201,12 @@ def test_a_file_that_is_not_there(verb, place, capsys):
     ('distill', ('student = "a"', 'student = "c"'), 'run.toml, student: c is not known; known are a, b'),
     ('distill', ('name = "text"', 'name = "text"\nstep = 3'), '[[stage]] 1: step is not known; known are '),
     ('distill', ('name = "text"', 'name = "text"\nsettings = {optimizer = "muon"}'), 'settings: optimizer is not known; known are '),
-    ('distill', ('teacher = "b"', 'teacher = 2'), '[[stage]] 2: teacher and learns are names'),
+    ('distill', ('teacher = "b"', 'teacher = 2'), '[[stage]] 2: teacher and learns must be names'),
     ('distill', (FILES['distill'][FILES['distill'].index('[[stage]]'):], ''), 'run.toml: stage is missing'),
-    ('distill', ('[models.b]', '[texts]\nx = 1\n[models.b]'), 'run.toml, [texts.x]: is 1, where a table is expected'),
+    ('distill', ('[models.b]', '[texts]\nx = 1\n[models.b]'), 'run.toml, [texts.x]: is 1; it must be a table'),
     ('convert', ('latent = 24', 'experts = 24'), 'run.toml, [sizes]: experts is not known; known are constant, latent, rotary'),
     ('convert', ('"mla"', '"gqa"'), "run.toml: to is 'gqa'; it must be 'mla' or 'moe'"),
-    ('convert', ('rows = 16', 'rows = 1600'), 'set rows or length lower')])
+    ('convert', ('rows = 16', 'rows = 1600'), 'reduce rows or length')])
 def test_one_line_for_what_is_meant_otherwise(verb, change, said, call):
     code, _, err = call(verb, FILES[verb].replace(*change))
     assert code == 2 and err.count('\n') == 1 and said in err

@@ -293,7 +293,7 @@ def test_a_new_chapter_is_in_the_form_of_the_house(tmp_path):
 
 @pytest.mark.parametrize('name', ['14_arch.balance', '145_Arch.balance', '145_arch-balance', '145_arch.', '../145_x', '145', ''])
 def test_bad_names_of_chapters(tmp_path, name):
-    with pytest.raises(ValueError, match='names no chapter: give three digits and a module') as e: new_chapter(name, 'Title', tmp_path)
+    with pytest.raises(ValueError, match='is no chapter name: give three digits and a module') as e: new_chapter(name, 'Title', tmp_path)
     assert '\n' not in str(e.value) and not [*tmp_path.iterdir()]
 
 
@@ -305,7 +305,7 @@ def test_make_starts_a_chapter(tmp_path):
     run = lambda *args: subprocess.run([*make, *args], cwd=root, capture_output=True, text=True)
     assert run('NAME=145_arch.balance', "TITLE=The load's balance").stdout == 'nbs/145_arch.balance.ipynb\n'
     assert "# The load's balance\\n" in (root/'nbs/145_arch.balance.ipynb').read_text()
-    assert 'names no chapter' in run().stderr and 'has no title' in run('NAME=146_arch.load').stderr
+    assert 'is no chapter name' in run().stderr and 'has no title' in run('NAME=146_arch.load').stderr
 
 
 def test_a_taken_number_is_one_line():

@@ -364,7 +364,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert '<svg' in (tmp_path/'toy.svg').read_text()
     assert cli.main(['bench', 'toy']) == 0 and '| **2.00** (2.00 to 2.00) |' in capsys.readouterr().out
     monkeypatch.setitem(BENCHMARKS, 'list', bench.Benchmark(lambda: [1]))
-    assert cli.main(['bench', 'list', '--plot', str(tmp_path/'no.svg')]) == 2 and 'a list has no picture' in capsys.readouterr().err
+    assert cli.main(['bench', 'list', '--plot', str(tmp_path/'no.svg')]) == 2 and 'a list has no plot' in capsys.readouterr().err
 
 
 def test_every_benchmark_is_listed(capsys):

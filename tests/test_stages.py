@@ -168,14 +168,16 @@ def test_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('change,why', [
-    (dict(temperature=3.), 'stage 2 was begun with temperature 2.0, this list has 3.0'), (dict(steps=6), 'stage 2 was begun with steps 5'),
-    (dict(data=count(25)), 'stage 2 was begun with data'), (dict(teacher=llama(3, 48, 6)), 'stage 2 was begun with teacher'),
-    (dict(learns=llama(2, 32, 1)), 'the run there trains other models'), (dict(name='else'), "stage 2 was begun with name 'through it'")])
+    (dict(temperature=3.), 'stage 2 was started with temperature 2.0, but this list has 3.0'),
+    (dict(steps=6), 'stage 2 was started with steps 5'),
+    (dict(data=count(25)), 'stage 2 was started with data'), (dict(teacher=llama(3, 48, 6)), 'stage 2 was begun with teacher'),
+    (dict(learns=llama(2, 32, 1)), 'the run in this folder trains other models'),
+    (dict(name='else'), "stage 2 was started with name 'through it'")])
 def test_another_run_is_refused(change, why, tmp_path):
     student, stages = everything(tmp_path/'answers')
     stages = stages[:2]
     distil_in_stages(student, stages, tmp_path/'run')
-    with pytest.raises(ValueError, match='holds a distillation; use resume=True'): distil_in_stages(student, stages, tmp_path/'run')
+    with pytest.raises(ValueError, match='contains a distillation run; use resume=True'): distil_in_stages(student, stages, tmp_path/'run')
     stages = [stages[0], replace(stages[1], **change)]
     with pytest.raises(ValueError, match=why): distil_in_stages(student, stages, tmp_path/'run', resume=True)
 
@@ -183,7 +185,7 @@ def test_another_run_is_refused(change, why, tmp_path):
 @pytest.mark.parametrize('bad,why', [
     (dict(kind='kl'), "kind 'kl' is not known"), (dict(temperature=0.), 'temperature is 0.0'),
     (dict(schedule='steep'), "lr_scheduler_type 'steep'"),
-    (dict(teacher=None, own=.5), "stage 'one': matching hidden states and own text need"), (dict(data=[]), 'the data set is empty'),
+    (dict(teacher=None, own=.5), "stage 'one': matching hidden states and generating text need"), (dict(data=[]), 'the data set is empty'),
     (dict(hidden=1., settings=dict(optim='muon')), 'projectors are trained by AdamW')])
 def test_bad_stages(bad, why, tmp_path):
     stage = replace(Stage('one', count(12), llama(3, 48, 5).requires_grad_(False), steps=2), **bad)

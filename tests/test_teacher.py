@@ -157,7 +157,7 @@ def test_killed_and_run_again(tmp_path, r):
             p.send_signal(signal.SIGKILL)
             p.wait()
             kills += 1
-            with pytest.raises(FileNotFoundError, match='shards absent'): TeacherLogits(tmp_path/'war')
+            with pytest.raises(FileNotFoundError, match='shards are missing'): TeacherLogits(tmp_path/'war')
         elif b'done' in p.communicate()[0]: break
     assert kills == 3
     for f in peace.iterdir(): assert (tmp_path/'war'/f.name).read_bytes() == f.read_bytes()
@@ -171,7 +171,7 @@ def test_full_disk(tmp_path, r, monkeypatch):
         if '00001' in path.name: path.with_name(f'.{path.name}.0.tmp').write_bytes(b'half'); raise OSError(28, 'No space left on device')
         write(path, tensors)
     monkeypatch.setattr(module, 'write_tensors', full)
-    with pytest.raises(OSError, match='logits-00001.safetensors: the shard cannot be written .*No space left.*finished shards stay') as e:
+    with pytest.raises(OSError, match='logits-00001.safetensors: the shard cannot be written .*No space left.*finished shards remain') as e:
         write_logits(teacher, data, tmp_path/'a', k=5, shard=2)
     assert '\n' not in str(e.value)
     first = (tmp_path/'a'/'logits-00000.safetensors').read_bytes()
@@ -184,17 +184,18 @@ def test_full_disk(tmp_path, r, monkeypatch):
 def test_refusals(tmp_path, r):
     teacher, data = llama(40), rows(r, 6)
     folder = write_logits(teacher, data, tmp_path/'a', k=5, shard=4)
-    for args, why in (((llama(40), data), 'holds answers of another teacher'), ((teacher, data[::-1]), 'holds answers to other data')):
+    for args, why in (((llama(40), data), 'contains outputs of another teacher'),
+                      ((teacher, data[::-1]), 'contains outputs for other data')):
         with pytest.raises(ValueError, match=why): write_logits(*args, folder, k=5, shard=4)
         with pytest.raises(ValueError, match=why): TeacherLogits(folder, *args)
-    with pytest.raises(ValueError, match='holds temperature 1.0, not 2.0'):
+    with pytest.raises(ValueError, match='contains temperature 1.0, not 2.0'):
         write_logits(teacher, data, folder, k=5, temperature=2., shard=4)
     with pytest.raises(ValueError, match='k is 64; it must be at least 1 and less than the 64'): write_logits(teacher, data, folder, k=64)
     with pytest.raises(ValueError, match='k is 0'): write_logits(teacher, data, folder, k=0)
     with pytest.raises(ValueError, match='a stream has no length'): write_logits(teacher, iter(data), tmp_path/'b', k=5)
     with pytest.raises(FileNotFoundError, match='about.json: no such file'): TeacherLogits(tmp_path/'none')
     with pytest.raises(ValueError, match='written at temperature 1.0'): offline_loss(folder, temperature=3.)
-    with pytest.raises(ValueError, match="the teacher's answers are over 64 tokens, the student has 72"):
+    with pytest.raises(ValueError, match="the teacher has 64 tokens, but the student 72"):
         offline_loss(folder)(llama(vocab_size=72), collate(data[:2]))
     with pytest.raises(ValueError, match='row 0 of the batch is not among the 6 rows'): TeacherLogits(folder)(collate([example([1, 2])]))
     shard = folder/'logits-00000.safetensors'
@@ -202,7 +203,7 @@ def test_refusals(tmp_path, r):
     with pytest.raises(ValueError, match='logits-00000.safetensors: truncated'): TeacherLogits(folder)
     about = read_json(folder/'about.json')
     (folder/'about.json').write_text(json.dumps(about | dict(version=9)))
-    with pytest.raises(ValueError, match='holds version 9, not 1'): TeacherLogits(folder)
+    with pytest.raises(ValueError, match='contains version 9, not 1'): TeacherLogits(folder)
 
 
 # ---- texts
@@ -241,9 +242,9 @@ def test_interrupted_texts_are_the_same(tmp_path, r, monkeypatch):
     with open(tmp_path/'b'/'texts.part', 'a') as f: f.write('{"prompt": "wh')  # what a kill may leave
     assert write_texts(teacher, tok, PROMPTS, tmp_path/'b', **how).read_text() == want
     assert len(calls) == 3 + 2 and len(want.splitlines()) == len(PROMPTS)
-    with pytest.raises(ValueError, match='answers to other data'): write_texts(teacher, tok, PROMPTS[:3], tmp_path/'b', **how)
+    with pytest.raises(ValueError, match='outputs for other data'): write_texts(teacher, tok, PROMPTS[:3], tmp_path/'b', **how)
     with pytest.raises(ValueError, match='settings'): write_texts(teacher, tok, PROMPTS, tmp_path/'b', **how | dict(seed=8))
-    with pytest.raises(ValueError, match='answers of another teacher'): write_texts(llama(40), tok, PROMPTS, tmp_path/'b', **how)
+    with pytest.raises(ValueError, match='outputs of another teacher'): write_texts(llama(40), tok, PROMPTS, tmp_path/'b', **how)
 
 
 def test_a_student_with_another_vocabulary_reads_the_texts(tmp_path, r):
@@ -255,4 +256,4 @@ def test_a_student_with_another_vocabulary_reads_the_texts(tmp_path, r):
     assert text_examples(texts, student, max_length=4)[0]['tokens'] == student.encode('abcd')
     assert one['tokens'][:3] != teacher.encode('abc')
     student.eos_ids = ()
-    with pytest.raises(ValueError, match='names no end-of-text token'): text_examples(texts, student)
+    with pytest.raises(ValueError, match='has no end-of-text token'): text_examples(texts, student)

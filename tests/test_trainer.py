@@ -462,9 +462,9 @@ def test_columns_are_streamed_and_evaluated(tok):
     ([dict(question='a', answer='b')], 'has the columns question, answer; known layouts are `messages`, `prompt` and `completion`, `text`'),
     ([dict(prompt='a')], 'has the columns prompt; known layouts are'),
     ([dict(prompt='a', completion=[])], 'prompt is a str and completion a list'),
-    ([dict(messages=TURNS[0][:1])], 'has no answer of the assistant'),
+    ([dict(messages=TURNS[0][:1])], 'has no message of the assistant'),
     ([dict(messages=[TURNS[0][0], dict(role='assistant', content='long '*200)])], 'more than the context of 128'),
-    ([dict(text=3)], "column 'text' holds a int")])
+    ([dict(text=3)], "column 'text' must contain text, not int")])
 def test_columns_that_cannot_be_read(tok, data, said):
     with pytest.raises((KeyError, ValueError)) as e: Trainer(fresh(WORDS), args(), data, processing_class=tok)
     assert said in str(e.value) and '\n' not in str(e.value)

@@ -349,7 +349,7 @@ def roofline(
     ax.loglog(xs, [min(host.flops[dtype], x * host.read) / 1e9 for x in xs], color=COLOURS['blue'], lw=2)
     for w, colour in zip(works, [*COLOURS.values()][1:] * len(works), strict=False):
         ax.plot(w.intensity, w.flops / w.seconds / 1e9, 'o', color=colour, label=w.name)
-    ax.set(xlabel='FLOPs a byte', ylabel=f'GFLOP/s ({dtype})')
+    ax.set(xlabel='FLOPs per byte', ylabel=f'GFLOP/s ({dtype})')
     ax.legend(fontsize=8)
     style(fig)
 

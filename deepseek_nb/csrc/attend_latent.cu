@@ -20,18 +20,18 @@ __device__ inline int at(int row, int column, int stride = STRIDE) {
     return row * stride + (column / 8 ^ row % 8) * 8 + column % 8;
 }
 
-struct Thread {                            // where a thread stands in the block
+struct Thread {                            // indices of a thread in its block
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m_warp = warp / N_WARPS, n_warp = warp % N_WARPS;
-    __device__ int row(int m, int half) const { return m * 16 + lane / 4 + 8 * half; }  // of S and O
+    __device__ int row(int m, int half) const { return m * 16 + lane / 4 + 8 * half; }  // a row of S and O
 };
 
 // %% ../../nbs/577_cuda.attention.ipynb #148745ac
 struct Cache {
     const bf16* z;
     const int* table;                      // pages of each sequence, or null
-    const int* lengths;                    // positions in use of each sequence, or null
-    int64_t batch, row;                    // steps in elements
-    int t, page, pages;                    // most positions; positions of a page; pages of a sequence
+    const int* lengths;                    // positions in use per sequence, or null
+    int64_t batch, row;                    // strides in elements
+    int t, page, pages;                    // largest number of positions; positions per page; pages per sequence
     __device__ int length(int b) const { return lengths ? min(lengths[b], t) : t; }
     __device__ const bf16* key(int b, int i) const {
         return table ? z + (int64_t(table[b * pages + i / page]) * page + i % page) * row : z + b * batch + i * row;
@@ -40,8 +40,8 @@ struct Cache {
 
 struct View {
     const uint8_t* mask;
-    int64_t batch;                         // step of the mask
-    int s, t;                              // new positions, and positions of the cache
+    int64_t batch;                         // stride of the mask
+    int s, t;                              // new positions, and positions in the cache
     __device__ bool sees(int b, int i, int key, int length) const {
         return mask ? mask[b * batch + int64_t(i) * t + key] : key <= length - s + i;
     }
@@ -95,7 +95,7 @@ __device__ inline void add_values(float (&o)[M][NC][4], const bf16* p, const bf1
 // %% ../../nbs/577_cuda.attention.ipynb #d5f3a435
 struct Block {
     int b, row;                            // sequence, and first row of queries
-    int length, first, end;                // of the sequence; keys of this part of the cache
+    int length, first, end;                // length of the sequence; first and last key of this part of the cache
 };
 
 // %% ../../nbs/577_cuda.attention.ipynb #c9422b6b
@@ -103,7 +103,7 @@ __device__ inline void mask_scores(float (&s)[MT][NT][4], float scale, const Vie
         Thread me) {
     for (int m = 0; m < MT; ++m)
         for (int half = 0; half < 2; ++half) {
-            const int i = (block.row + me.row(me.m_warp * MT + m, half)) % view.s;      // which of the s new positions
+            const int i = (block.row + me.row(me.m_warp * MT + m, half)) % view.s;      // index of the new position
             for (int n = 0; n < NT; ++n)
                 for (int j = 0; j < 2; ++j) {
                     const int key = first + (me.n_warp * NT + n) * 8 + me.lane % 4 * 2 + j;

@@ -11,7 +11,7 @@ template <class T> struct View {
     T* at(int64_t i, int64_t j, int64_t k) const { return data + i * b + j * h + k * s; }
     View<const T> read_only() const { return {data, b, h, s}; }
 };
-// queries row up to row + rows of key head j in batch row i, and the keys that they see
+// queries from row up to row + rows of key head j in batch row i, and the range of keys visible to them
 struct Block { int64_t i, j, row, rows, from, to; };
 
 // %% ../../nbs/522_kernels.attention.ipynb #bec3d599
@@ -123,7 +123,7 @@ Rows as_floats(const View<const T>& x, const T* from, int64_t n, int64_t width, 
     for (int64_t r = 0; r < n; ++r) copy_row(from + r * x.s, width, 1, to + r * ld);
     return {to, ld};
 }
-// The rows to prefetch: those after the next n, if rows are contiguous
+// memory to prefetch: the rows after the next n, if rows are contiguous
 template <class T>
 Ahead after(const View<const T>& x, const T* from, int64_t n, int64_t width, int64_t left, int64_t hop) {
     const int64_t end = n + (x.s == width ? std::min(KEYS, left) : 0);

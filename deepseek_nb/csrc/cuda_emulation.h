@@ -2,7 +2,7 @@
 
 // %% ../../nbs/560_cuda.emulation.ipynb #d0c6b671
 #pragma once
-#undef _FORTIFY_SOURCE                     // it takes a jump between stacks for a mistake
+#undef _FORTIFY_SOURCE                     // its checks would reject a jump between stacks
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -38,16 +38,16 @@ struct Fiber {
     bool started = false;
     Wait wait = done;
     dim3 thread;
-    int index = 0, group = 0;              // number in the block; group of asynchronous copies
-    uint32_t mask = 0, met = 0;            // lanes that it waits for; lanes that it met last
-    alignas(16) char out[32], view[32];    // what it offers; what it offered when they met
+    int index = 0, group = 0;              // index in the block; group of asynchronous copies
+    uint32_t mask = 0, met = 0;            // lanes that it waits for; lanes of the last exchange
+    alignas(16) char out[32], view[32];    // value that it passes on; its value in the last exchange
     std::vector<Copy> copies;
 };
 
 static std::vector<std::unique_ptr<Fiber>> fibers;
 static Fiber* self;
 static jmp_buf scheduler;
-static void (*body)();                     // calls the kernel with its arguments
+static void (*body)();                     // call the kernel with its arguments
 static char* shared_memory;
 }  // namespace emulation
 
@@ -106,7 +106,7 @@ static void release_block(int n) {
 // %% ../../nbs/560_cuda.emulation.ipynb #8b07c088
 namespace emulation {
 struct Order {
-    int kind;                              // 0 forwards, 1 backwards, 2 random
+    int kind;                              // 0 forward, 1 backward, 2 random
     uint64_t state;
     uint32_t random() { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 33; }
     std::vector<int> turns(int n) {
@@ -138,24 +138,35 @@ static bool run_block(int n, Order& order) {
 
 // %% ../../nbs/560_cuda.emulation.ipynb #446d15b0
 namespace emulation {
-static const char* run_grid(const unsigned* shape, size_t shared, int kind, unsigned seed) {
-    static char message[128];
-    gridDim = {shape[0], shape[1], shape[2]}, blockDim = {shape[3], shape[4], shape[5]};
-    const int n = blockDim.x * blockDim.y * blockDim.z;
+static void place_threads(int n) {
     while (int(fibers.size()) < (n + 31) / 32 * 32) fibers.emplace_back(new Fiber);
     for (int i = 0; i < n; ++i)
         fibers[i]->index = i,
         fibers[i]->thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+}
+// run the current block, and return what is wrong with it
+static const char* block_error(int n, size_t shared, Order& order) {
+    if (!run_block(n, order)) return fibers.clear(), "threads wait at different barriers";
+    for (int i = 0; i < 64; ++i)
+        if (shared_memory[shared + i] != char(0xff)) return "writes past the end of its shared memory";
+    return nullptr;
+}
+}  // namespace emulation
+
+// %% ../../nbs/560_cuda.emulation.ipynb #c4f74ca4
+namespace emulation {
+static const char* run_grid(const unsigned* shape, size_t shared, int kind, unsigned seed) {
+    static char message[128];
+    gridDim = {shape[0], shape[1], shape[2]}, blockDim = {shape[3], shape[4], shape[5]};
+    const int n = blockDim.x * blockDim.y * blockDim.z;
+    place_threads(n);
     std::vector<char> memory(shared + 192);
     shared_memory = memory.data() + (128 - uintptr_t(memory.data()) % 128);
     Order order{kind, seed};
     for (int b : order.turns(gridDim.x * gridDim.y * gridDim.z)) {
         blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
         memset(memory.data(), 0xff, memory.size());
-        const char* wrong = run_block(n, order) ? nullptr : "threads wait at different barriers";
-        if (wrong) fibers.clear();
-        for (int i = 0; i < 64 && !wrong; ++i)
-            if (shared_memory[shared + i] != char(0xff)) wrong = "writes behind its shared memory";
+        const char* wrong = block_error(n, shared, order);
         if (!wrong) continue;
         snprintf(message, sizeof message, "block (%u, %u, %u): %s", blockIdx.x, blockIdx.y, blockIdx.z, wrong);
         return message;

@@ -44,7 +44,7 @@ template <> __device__ inline bf16 from_float<bf16>(float x) { return {bf16_bits
 template <> __device__ inline e4m3 from_float<e4m3>(float x) { return to_e4m3(x); }
 __device__ inline float infinity() { return __uint_as_float(0x7f800000); }
 
-__device__ inline uint32_t pack(float low, float high) {   // two bf16 in a register
+__device__ inline uint32_t pack(float low, float high) {   // two bf16 numbers in a register
 #if __CUDA_ARCH__ >= 800
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -76,7 +76,7 @@ __device__ inline float larger(float a, float b) { return a > b || a != a ? a : 
 #endif
 
 #ifdef __CUDACC__
-#define UNROLL _Pragma("unroll")           // before a loop whose index must be known at compile time
+#define UNROLL _Pragma("unroll")           // for a loop whose index must be known at compile time
 #else
 #define UNROLL
 #endif
@@ -94,7 +94,7 @@ __device__ inline float warp_max(float x, int width = 32) {
 }
 __device__ inline uint32_t warp_max(uint32_t x) {
 #if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(WARP, x);     // one instruction, for integers alone
+    return __reduce_max_sync(WARP, x);     // a single instruction, only for integers
 #else
     for (int bits = 16; bits; bits /= 2) x = max(x, __shfl_xor_sync(WARP, x, bits));
     return x;

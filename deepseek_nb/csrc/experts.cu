@@ -15,7 +15,7 @@ extern "C" __global__ void cut_tiles(const int* offsets, Tile* tile, int tiles, 
 
 // %% ../../nbs/580_cuda.experts.ipynb #f60b960c
 struct Sizes {
-    int k, d, f;                           // experts a token, model width, hidden width
+    int k, d, f;                           // experts per token, model width, hidden width
 };
 
 extern "C" __global__ void __launch_bounds__(128) gate_up(const bf16* x, const int* order, const Tile* tiles,

@@ -112,7 +112,7 @@ template <class T> void apart(std::vector<Group<const T*>>& groups, int64_t d, s
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #851f841e
-// slot[start[i]], slot[start[i] + 1], …: the choices that fell on expert i
+// slot[start[i]] to slot[start[i + 1] - 1]: the choices of expert i
 struct Sorted { std::vector<int64_t> start, slot; };
 
 inline Sorted sort_by_expert(const int64_t* experts, const float* weights, int64_t choices, int64_t e) {

@@ -7,7 +7,7 @@
 constexpr int64_t KEYS = 64;
 
 struct Rows { const float* data; int64_t ld; };
-// of each query: weighted values, largest score, sum of exponentials, and the factor on what was summed before
+// for each query: weighted values, largest score, sum of exponentials, and the factor of earlier sums
 struct State { float *o, *top, *sum, *factor; int64_t ldo; };
 
 inline bool paired(int64_t rows) { return rows <= L / 2; }

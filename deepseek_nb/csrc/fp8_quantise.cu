@@ -29,7 +29,7 @@ __device__ inline float largest(float x) {
     return x;
 }
 
-template <class T> __device__ float load_four(float (&to)[4], const T* x) {    // their largest magnitude
+template <class T> __device__ float load_four(float (&to)[4], const T* x) {    // returns their largest magnitude
     const auto four = load_vector<4>(x);
     float size = 0;
     for (int i = 0; i < 4; ++i) to[i] = to_float(four.x[i]), size = larger(size, fabsf(to[i]));

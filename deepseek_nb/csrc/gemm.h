@@ -11,9 +11,9 @@
 
 constexpr int FEW = L == 16 ? 24 : 12;  // tokens that are multiplied row by row
 constexpr int AHEAD = 4096;             // weights between a load and its prefetch
-constexpr int power_of_two(int n) { return n < 2 ? n : 2 * power_of_two(n / 2); }  // the largest up to n
+constexpr int power_of_two(int n) { return n < 2 ? n : 2 * power_of_two(n / 2); }  // the largest power of two up to n
 
-// The sums of n vectors, M of them for each row of c
+// sum the lanes of n vectors, and write M sums to each row of c
 template <int M, int n, int begin = 0> void add_up(vec* s, float* c, int64_t ldc) {
     if constexpr (begin < n) {
         constexpr int some = power_of_two(std::min(L, n - begin)), run = std::min(M, some);
@@ -114,7 +114,7 @@ inline Tile pick_tile(int m, int n) {
 // %% ../../nbs/510_kernels.gemm.ipynb #d747fa0d
 constexpr int W = 2 * L, PANEL = 64;
 
-// features begin up to end of n tokens
+// pack the features from begin up to end of n tokens
 inline void pack(int64_t n, int64_t K, int64_t begin, int64_t end, const float* const* x, float* panel) {
     for (int64_t j = 0; j < n; j += L) {
         float* strip = panel + j / W * W * K + j % W;
@@ -130,7 +130,7 @@ inline void pack(int64_t n, int64_t K, int64_t begin, int64_t end, const float* 
 }
 
 // %% ../../nbs/510_kernels.gemm.ipynb #29fc5450
-// c (R × n, PANEL apart) = w (R × K) · panel (K × n)
+// c (R × n, rows PANEL apart) = w (R × K) · panel (K × n)
 inline void multiply(int64_t R, int64_t n, int64_t K, const float* w, const float* panel, float* c,
                      const float* after) {
     const int64_t blocks = (R + ROWS - 1) / ROWS;
@@ -196,7 +196,7 @@ inline void pack_together(const Team& t, int64_t n, int64_t K, const float* cons
 // %% ../../nbs/510_kernels.gemm.ipynb #761bdc02
 constexpr int BLOCK = 48;
 
-// y[j][r] = w_r · x_j for all R rows, shared by the team
+// y[j][r] = w_r · x_j for all R rows, which the threads of the team divide
 template <class T>
 void product(const Team& t, int64_t R, int64_t n, int64_t K, const T* w, const float* const* x, float* y, int64_t ldy,
              float* panel) {

@@ -91,7 +91,7 @@ struct Q6_K {
 };
 
 // %% ../../nbs/538_kernels.ggml.ipynb #7758a9e6
-// rows first up to first + m of a weight with K numbers a row, as floats
+// decode m rows of a weight with K numbers per row, from row first on
 template <class B> void expand_rows(const uint8_t* w, int64_t first, int64_t m, int64_t K, float* to) {
     const int64_t blocks = K / B::N;
     for (int64_t b = 0; b < m * blocks; ++b) B::expand(w + (first * blocks + b) * B::BYTES, to + b * B::N);

@@ -8,7 +8,7 @@
 
 inline vec load_some(const float* p, int n) { return n == L ? load(p) : load_part(p, n); }
 
-// calls f(i, n) for each vector, n numbers from i on
+// call f(i, n) for each vector: n numbers from index i on
 template <class F> void each_vector(int64_t n, F f) {
     team([&](const Team& t) {
         const auto [begin, end] = t.share(n / L);
@@ -25,6 +25,8 @@ void swiglu_forward(Tensor gate, Tensor up, Tensor h) {
         store_part(to + i, silu(load_some(g + i, n)) * load_some(u + i, n), n);
     });
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #503ee238
 void swiglu_back(Tensor dh, Tensor gate, Tensor up, Tensor dgate, Tensor dup) {
     const float *d = data<float>(dh), *g = data<float>(gate), *u = data<float>(up);
     float *dg = data<float>(dgate), *du = data<float>(dup);
@@ -52,6 +54,8 @@ inline void norm_row(const float* dy, const float* x, const float* w, const floa
         store_part(dx + c, load_some(rest + c, m) + r * u, m);
     }
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #9fceafb3
 void norm_back(Tensor dy, Tensor x, Tensor weight, double eps, Tensor rest, Tensor dx) {
     const int64_t d = x.size(1);
     auto row = [d](const Tensor& t, int64_t i) { return data<float>(t) + i * d; };
@@ -63,7 +67,7 @@ void norm_back(Tensor dy, Tensor x, Tensor weight, double eps, Tensor rest, Tens
 }
 
 // %% ../../nbs/546_kernels.gradients.ipynb #81e3aa00
-// element (i, k) lies at data[i * row + k * column]
+// element (i, k) is data[i * row + k * column]
 struct Strided { const float* data; int64_t row, column; };
 
 // c (M × N·L) = [c +] a (M × K) · b (K × N·L)
@@ -101,12 +105,12 @@ inline void multiply_add(int64_t R, int64_t n, int64_t K, Strided a, Rows b, flo
 constexpr int64_t BLOCK_OF = 4 * ROWS;
 
 struct Head {
-    int64_t s, x, sp, xp;  // positions and width, and both in whole vectors
+    int64_t s, x, sp, xp;  // positions and width; both rounded up to whole vectors
     float *k, *v;          // keys and values, sp × xp
     float *kt, *vt;        // transposed, xp × sp
     float *dk, *dv;        // their gradients
-    float *q, *d, *dq;     // a block's queries, gradient of the output, gradient of the queries
-    float *p, *e;          // a block's probabilities, and their gradients
+    float *q, *d, *dq;     // of a block: queries, gradient of the output, gradient of the queries
+    float *p, *e;          // of a block: probabilities, and their gradients
     Head(int64_t s, int64_t x, Buffer& memory) : s(s), x(x), sp(round_up(s, L)), xp(round_up(x, L)) {
         float* at = memory.need(8 * sp * xp + 3 * BLOCK_OF * xp + 2 * BLOCK_OF * sp);
         for (float** part : {&k, &v, &kt, &vt, &dk, &dv}) *part = at, at += sp * xp;
@@ -158,19 +162,21 @@ inline void soften_row_back(const float* p, float* e, int64_t end) {
 
 // %% ../../nbs/546_kernels.gradients.ipynb #afec3dd0
 struct Layout {
-    int64_t b, s, x, heads, shared;  // shared: query heads of a key head
+    int64_t b, s, x, heads, shared;  // shared: query heads per key head
     const uint8_t* mask;             // null: causal
-    int64_t mask_row, mask_step;     // between batch rows, between queries
+    int64_t mask_row, mask_step;     // strides between batch rows, and between queries
     Layout(const Tensor& q, const Tensor& k, int64_t b, int64_t x, const std::optional<Tensor>& m)
         : b(b), s(q.size(0) / b), x(x), heads(q.size(1) / x), shared(q.size(1) / k.size(1)),
           mask(m ? data<uint8_t>(*m) : nullptr), mask_row(!m || m->size(0) == 1 ? 0 : m->stride(0)),
           mask_step(m ? m->stride(1) : 0) {}
-    // head j of tensor t from position i of batch row row on
+    // head j of tensor t, from position i of batch row `row` on
     Rows at(const Tensor& t, int64_t row, int64_t i, int64_t j) const {
         return {data<float>(t) + (row * s + i) * t.stride(0) + j * x, t.stride(0)};
     }
     const uint8_t* sees(int64_t row, int64_t i) const { return mask ? mask + row * mask_row + i * mask_step : nullptr; }
 };
+
+// %% ../../nbs/546_kernels.gradients.ipynb #7af011de
 template <class F> void each_head(const Layout& l, F f) {
     team([&](const Team& t) {
         static thread_local Buffer memory;
@@ -181,13 +187,15 @@ template <class F> void each_head(const Layout& l, F f) {
 }
 
 // %% ../../nbs/546_kernels.gradients.ipynb #256e1482
-// a block's n queries from position i on, and their probabilities over the keys before end
+// the probabilities of n queries from position i on, over the keys before end
 inline void probabilities(const Layout& l, const Head& h, const Tensor& q, int64_t row, int64_t j, int64_t i, int64_t n,
                           int64_t end, float scale) {
     h.take(l.at(q, row, i, j), n, n, scale, h.q);
     multiply_add(n, end, h.x, {h.q, h.xp, 1}, {h.kt, h.sp}, h.p, h.sp, false);
     for (int64_t r = 0; r < n; ++r) soften_row(h.p + r * h.sp, i + r + 1, end, l.sees(row, i + r));
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #af3cffbb
 void attend_tokens(Tensor q, Tensor k, Tensor v, int64_t b, int64_t x, double scale, std::optional<Tensor> mask,
                    Tensor o) {
     const Layout l(q, k, b, x, mask);
@@ -206,7 +214,7 @@ void attend_tokens(Tensor q, Tensor k, Tensor v, int64_t b, int64_t x, double sc
 }
 
 // %% ../../nbs/546_kernels.gradients.ipynb #b3111057
-// the gradients of a block of n queries from position i on; adds to those of the keys before them
+// compute the gradients of n queries from position i on, and add to those of the keys and values
 inline void block_back(const Layout& l, const Head& h, int64_t i, int64_t n, int64_t end) {
     const int64_t last = i + n;
     multiply_add(last, h.xp, n, {h.p, 1, h.sp}, {h.d, h.xp}, h.dv, h.xp, true);
@@ -215,6 +223,8 @@ inline void block_back(const Layout& l, const Head& h, int64_t i, int64_t n, int
     multiply_add(n, h.xp, last, {h.e, h.sp, 1}, {h.k, h.xp}, h.dq, h.xp, false);
     multiply_add(last, h.xp, n, {h.e, 1, h.sp}, {h.q, h.xp}, h.dk, h.xp, true);
 }
+
+// %% ../../nbs/546_kernels.gradients.ipynb #074ba7f7
 inline void begin_back(const Layout& l, const Head& h, const Tensor& k, const Tensor& v, int64_t row, int64_t g) {
     h.take(l.at(k, row, 0, g), l.s, h.sp, 1.f, h.k);
     h.take(l.at(v, row, 0, g), l.s, h.sp, 1.f, h.v);

@@ -69,12 +69,12 @@ template <class T> __device__ void put_pair(T* y, const T* bias, int64_t row, in
     if (two) to[1] = from_float<T>(v);
 }
 
-struct Integers {                          // activations and weights of W8A8
+struct Integers {                          // operands of W8A8
     const uint8_t* x;
-    const float* s;                        // scales of blocks of 32 activations
+    const float* s;                        // scale of each block of 32 activations
     const uint8_t* w;
-    const float* ws;                       // scales of rows
-    int d;                                 // width
+    const float* ws;                       // scale of each row of weights
+    int d;                                 // width of a row
 };
 
 // %% ../../nbs/584_cuda.int8.ipynb #50ca1268
@@ -91,7 +91,7 @@ __device__ inline int dot(uint4 a, uint4 b) {
 }
 
 // %% ../../nbs/584_cuda.int8.ipynb #003042c6
-constexpr int TOGETHER = 4;                // weight rows of a block
+constexpr int TOGETHER = 4;                // weight rows per thread block
 
 template <class Store> __device__ void finish_rows(float (&sum)[TOGETHER], Store store) {
     DYNAMIC_SHARED(float, partial);

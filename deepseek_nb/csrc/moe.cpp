@@ -6,7 +6,7 @@
 #include "tensors.h"
 #include <torch/csrc/stable/library.h>
 
-// n tokens and their choices
+// n tokens, and the weights of their k choices
 struct Tokens { const float* x; const float* weights; int64_t n, k; };
 
 template <class T> void run_together(const Stack<const T*>& w, const Sorted& s, const Tokens& a, float* y) {

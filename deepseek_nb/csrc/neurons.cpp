@@ -45,12 +45,12 @@ inline float kth_largest(const std::vector<float>& all, int64_t k) {
 
 // %% ../../nbs/651_train.neurons.ipynb #857c5d3e
 template <class T> struct Feed {
-    const T *gate, *up, *down;   // rows of the two input projections, and columns of the last one, each `f d`
-    const bool* up_first;        // whether the up row predicts
-    const float* scale;          // what its size is multiplied by
+    const T *gate, *up, *down;   // rows of the two input projections, and columns of the down projection, each `f d`
+    const bool* up_first;        // whether the up row is the router
+    const float* scale;          // factor of the prediction
     int64_t d;
 
-    // The half of neuron j that predicts, and the other one
+    // The router half of neuron j, and its other half
     float first(int64_t j, const float* x) const { return up_first[j] ? dot(up + j * d, x, d) : opened(dot(gate + j * d, x, d)); }
     float second(int64_t j, const float* x) const { return up_first[j] ? opened(dot(gate + j * d, x, d)) : dot(up + j * d, x, d); }
     void prefetch(int64_t j) const {
@@ -60,7 +60,7 @@ template <class T> struct Feed {
 };
 
 // %% ../../nbs/651_train.neurons.ipynb #4856f292
-// Sums neurons begin to end whose affinity is at least `least` into `y`
+// Adds the neurons from begin to end whose affinity is at least `least` to `y`
 template <class T> void sum_selected(const Feed<T>& w, const float* x, const float* half, const float* affinity,
                                      float least, int64_t begin, int64_t end, float* y) {
     std::fill(y, y + w.d, 0.f);

@@ -48,7 +48,7 @@ struct Angles {
     Angles(const Tensor& c, const Tensor& s)
         : cos(data<float>(c)), sin(data<float>(s)), batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)),
           half(c.size(3)) {}
-    // rotates a row at position s of batch row b
+    // rotate a row at position s of batch row b
     template <class X, class Y> void apply(const X* x, int64_t b, int64_t s, bool interleaved, Y* y) const {
         const int64_t at = b * batch + s * step;
         turn(x, 2 * half, cos + at, sin + at, interleaved, y);

@@ -9,9 +9,9 @@
 
 struct Rows {
     int s, c, r;                           // rows of a sequence, normalised columns, rotated columns
-    int64_t batch, row, angle_batch;       // steps of y and of the angles
+    int64_t batch, row, angle_batch;       // strides of y and of the angles
     float eps;
-    int interleaved;                       // pairs are (0,1),(2,3)… rather than (0,r/2),(1,r/2+1)…
+    int interleaved;                       // whether pairs are (0,1),(2,3)… rather than (0,r/2),(1,r/2+1)…
 };
 
 __device__ inline float block_sum(float x, float* partial) {
@@ -75,9 +75,9 @@ extern "C" __global__ void norm_rotate_bf16(const bf16* x, const bf16* weight, c
 
 // %% ../../nbs/570_cuda.norm.ipynb #e428b58f
 struct Queries {
-    int64_t pairs;                         // of all heads and rows
+    int64_t pairs;                         // pairs of all heads and rows
     int h, s, r;                           // heads, rows of a sequence, rotated columns
-    int64_t batch, head, row, angle_batch; // steps of x and of the angles
+    int64_t batch, head, row, angle_batch; // strides of x and of the angles
     int interleaved;
 };
 

@@ -8,7 +8,7 @@
 #endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #7ea7e3f6
-// s + Σ w_i a_i over the four bytes of each lane; w below 16 or so, or any w where WIDE
+// s + Σ w_i a_i over the four bytes of each lane; if WIDE is false, w must be small, such as 4-bit codes
 #if defined(__AVX512VNNI__)
 constexpr bool WIDE = true;
 inline ivec dot(ivec s, ivec w, int32_t a) {
@@ -46,11 +46,11 @@ inline ivec dot_signed(ivec s, ivec w, int32_t a) {
 
 // %% ../../nbs/537_kernels.codes.ipynb #bdd804d4
 struct Codes {
-    const int32_t* codes;     // four in a word
-    const float *scale, *sum;  // of each block
+    const int32_t* codes;     // four codes per word
+    const float *scale, *sum;  // for each block
 };
 inline int64_t blocks_of(int64_t K) { return (K + 31) / 32; }
-constexpr int CODES = 8 + 2;  // words for a block: codes, scale, sum
+constexpr int CODES = 8 + 2;  // words per block: codes, scale, sum
 
 inline Codes codes_in(const int32_t* memory, int64_t K) {
     const float* scale = (const float*)(memory + 8 * blocks_of(K));
@@ -68,7 +68,7 @@ inline float largest_magnitude(const float (&x)[32]) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
-// blocks from up to before to
+// round the blocks with from <= index < to
 inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
     const int64_t G = blocks_of(K);
     int8_t* codes = (int8_t*)memory;
@@ -110,7 +110,7 @@ inline ivec ints(const uint8_t* p) {
 
 // %% ../../nbs/537_kernels.codes.ipynb #fb7d061b
 struct Int8 {
-    static constexpr int BYTES = 512, SCALES = 64;  // of a block's codes and of a group's scales, for 16 rows
+    static constexpr int BYTES = 512, SCALES = 64;  // bytes of a block's codes and of a group's scales, for 16 rows
     static constexpr bool END = true, SIGNED = !WIDE;
     static void read(const uint8_t* p, ivec (&w)[8]) {
         for (int i = 0; i < 8; ++i) w[i] = WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i);
@@ -143,17 +143,17 @@ template <bool MINS> struct Int4 {
 };
 
 // %% ../../nbs/537_kernels.codes.ipynb #c33db43f
-constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel, vectors that hold one number of each
+constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
 
 enum class Format : int64_t { int8, int8_groups, int4, int4_mins };
 struct Matrix {
     const uint8_t* data = nullptr;
     Format format = Format::int8;
-    int64_t group = 0;  // numbers in a group; 0: the whole row
-    int64_t K = 0;      // numbers in a row
-    int64_t bytes = 0;  // of a panel
+    int64_t group = 0;  // numbers per group; 0: the whole row
+    int64_t K = 0;      // numbers per row
+    int64_t bytes = 0;  // bytes per panel
     const uint8_t* panel(int64_t i) const { return data + i * bytes; }
-    int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // in a group
+    int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // blocks per group
     explicit operator bool() const { return data; }
 };
 template <class F> void as_format(const Matrix& m, F use) {
@@ -164,7 +164,7 @@ template <class F> void as_format(const Matrix& m, F use) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #0a441108
-// the sums of a block's products, in two chains, so that one need not wait for the other
+// the sums of a block's products, in two independent chains, so that neither waits for the other
 template <class F> inline ivec block_dot(const ivec (&w)[8], const int32_t* codes) {
     ivec a = {}, b = {};
     for (int i = 0; i < 8; i += 2) {
@@ -205,7 +205,7 @@ void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c
 #include <unistd.h>
 constexpr int64_t TILE = 16;
 inline bool tiles_allowed() {
-    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for the tiles' data
+    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for tile data
     return yes;
 }
 struct Tiles {
@@ -232,7 +232,7 @@ template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel
     }
     return to;
 }
-// sums (16 tokens × 16 rows) of the products of one block
+// the sums (16 tokens × 16 rows) of one block
 template <class F>
 inline void tile_block(const int32_t* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
     _tile_zero(2);
@@ -246,7 +246,7 @@ inline void tile_block(const int32_t* x, int64_t step, const uint8_t* w, int32_t
 
 // %% ../../nbs/537_kernels.codes.ipynb #d4ccab5c
 #if defined(__AMX_INT8__) && defined(__linux__)
-// c[j] (16 rows) = panel · x_j for 16 tokens, whose codes are equally far apart
+// c[j] (16 rows) = panel · x_j for 16 tokens, whose codes have equal distances in memory
 template <class F>
 void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
     const int64_t each = m.blocks(), step = x[1].codes - x[0].codes;
@@ -268,10 +268,10 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
 
 // %% ../../nbs/537_kernels.codes.ipynb #8b93cdd8
 struct Range {
-    int64_t first, last, R;  // panels first up to last; rows of the matrix
-    int64_t n;               // tokens
+    int64_t first, last, R;  // panels with first <= index < last; rows of the matrix
+    int64_t n;               // number of tokens
     const Codes* x;
-    float* y;                // result of token j at y + j ld
+    float* y;                // the result of token j is at y + j ld
     int64_t ld;
     void write(int64_t panel, int64_t j, const float* c) const {
         const int64_t r = panel * PANEL_ROWS;
@@ -281,7 +281,7 @@ struct Range {
 
 // %% ../../nbs/537_kernels.codes.ipynb #ce0785a2
 #if defined(__AMX_INT8__) && defined(__linux__)
-// computes as many tokens as fill tiles, and returns how many
+// compute as many tokens as fill whole tiles, and return their number
 template <class F> int64_t tile_rows(const Matrix& m, const Range& r) {
     if (r.n < TILE || !tiles_allowed()) return 0;
     const Tiles tiles;

@@ -17,7 +17,7 @@ __device__ inline float half_to_float(uint16_t h) {
 
 __device__ inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t set) {
 #ifdef __CUDACC__
-    uint32_t y;                            // two constants make two instructions of it unless told otherwise
+    uint32_t y;                            // without this, the compiler uses two instructions for the two constants
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(set));
     return y;
 #else
@@ -27,11 +27,11 @@ __device__ inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t set) {
 
 // %% ../../nbs/585_cuda.quant.ipynb #472d4ec7
 struct Nibbles {
-    static constexpr int WORDS = 1;        // of a lane for a block of 32
+    static constexpr int WORDS = 1;        // words of a lane per block of 32
     const uint8_t* codes;
     const uint16_t* scales;
-    const uint16_t* mins;                  // null for symmetric levels
-    int blocks, groups, each;              // of a row; blocks of a group
+    const uint16_t* mins;                  // null for symmetric weights
+    int blocks, groups, each;              // per row: blocks and groups; blocks per group
     __device__ int depth() const { return blocks; }
     __device__ int chunks() const { return blocks; }
     __device__ float2 grid(int64_t row, int block) const {
@@ -54,7 +54,7 @@ struct Bytes {
     static constexpr int WORDS = 2;
     const uint8_t* codes;
     const void* scales;                    // of groups in float16, or of rows in float32
-    int blocks, width, groups, each;       // of a row, a multiple of 16; groups of a row, or 0; blocks of a group
+    int blocks, width, groups, each;       // blocks per row; width, a multiple of 16; groups per row, or 0; blocks per group
     __device__ int depth() const { return blocks; }
     __device__ int chunks() const { return width / 16; }
     __device__ float2 grid(int64_t row, int block) const {
@@ -151,7 +151,7 @@ __device__ void decoded_tile(float (&sum)[M][N][4], const bf16* x, const W& w, T
 
 // %% ../../nbs/585_cuda.quant.ipynb #aa332794
 struct Output {
-    const bf16* bias;                      // or null
+    const bf16* bias;                      // bias, or null
     bf16* y;
-    int n, o;                              // tokens, outputs
+    int n, o;                              // number of tokens and of outputs
 };

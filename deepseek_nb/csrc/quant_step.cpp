@@ -5,11 +5,11 @@
 #include "panels.h"
 #include <torch/csrc/stable/library.h>
 
-// a row of Python's table; zeros for a weight that the model lacks
+// a row of Python's table; all zeros if the model lacks the weight
 struct TableRow {
     int64_t address, format, group;
-    int64_t width;  // numbers in a row of the weight
-    int64_t bytes;  // of a panel
+    int64_t width;  // numbers per row of the weight
+    int64_t bytes;  // bytes per panel
     int64_t size;   // length of the first axis
 };
 template <class T> struct Weights<T, Matrix> {
@@ -37,7 +37,7 @@ inline std::pair<int64_t, int64_t> own_rows(const Team& t, const Matrix&, int64_
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #d7a4f2dc
-// columns 32 g to 32 g + 31 of 16 rows, each column as 16 numbers, ld apart
+// write columns 32 g to 32 g + 31 of 16 rows: each column is 16 numbers, and columns are ld numbers apart
 template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int64_t ld) {
     const int64_t each = m.blocks();
     const uint8_t* group = m.data + g / each * (F::SCALES + each * F::BYTES);
@@ -105,7 +105,7 @@ inline void place(std::vector<GroupOfCodes>& groups, int64_t d, float* memory) {
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #398b9d32
-// the blocks of 32 that this thread rounds, of all rows; wide(v): numbers in a row of a group
+// call use for the blocks of 32 that this thread rounds, over all rows; wide(v): numbers per row of a group
 template <class Wide, class F>
 void each_share(const Team& t, const std::vector<GroupOfCodes>& groups, Wide wide, F use) {
     int64_t blocks = 0, at = 0;

@@ -10,15 +10,15 @@
 
 enum class Score : int64_t { softmax, sigmoid, sqrtsoftplus };
 struct RouterSettings {
-    int64_t groups, keep;  // groups of experts, and how many of them a token may use
+    int64_t groups, keep;  // groups of experts, and groups that a token may use
     Score score;           // function of the logits
-    int64_t sum_two;       // rank groups by their two best experts
-    int64_t normalise;     // weights of the chosen experts add up to one
+    int64_t sum_two;       // 1: rank groups by the sum of their two best experts
+    int64_t normalise;     // 1: weights of the selected experts add up to one
 };
 struct Router : RouterSettings { int64_t e, k; float scale; };
 
 // %% ../../nbs/515_kernels.moe.ipynb #69a0f944
-// A struct of 64-bit fields from Python's list of numbers
+// convert a list of 64-bit numbers from Python to a struct
 template <class S, class T> S record(const std::vector<T>& numbers) {
     static_assert(sizeof(S) % sizeof(T) == 0 && std::is_trivially_copyable_v<S>);
     STD_TORCH_CHECK(numbers.size() * sizeof(T) == sizeof(S), "a record of ", sizeof(S) / sizeof(T), " numbers has ",
@@ -63,7 +63,7 @@ struct Keys {
 };
 
 // %% ../../nbs/515_kernels.moe.ipynb #fcfde4cf
-// the place of the largest, which is taken out
+// return the index of the largest key, and remove it
 inline int64_t Keys::take() {
     ivec top, at = count(Lanes());
     memcpy(&top, of.data(), sizeof top);

@@ -84,7 +84,7 @@ template <int S, int... I> inline vec fold(vec a, vec b, std::integer_sequence<i
     return __builtin_shufflevector(a, b, (I & S ? L + I : I)...) +
            __builtin_shufflevector(a, b, (I & S ? L + (I ^ S) : I ^ S)...);
 }
-// Lane i: the sum of v[i], for n vectors, a power of two
+// the sums of n vectors, n a power of two: lane i is the sum of v[i]
 template <int n, int S = L / 2> inline vec sums(vec* v) {
     if constexpr (S == 0) return v[0];
     else {
@@ -126,7 +126,7 @@ inline vec exp(vec x) {
 // %% ../../nbs/508_kernels.simd.ipynb #8c22f4c3
 inline vec silu(vec x) { return x / (1.f + exp(-x)); }
 
-// gate[i] = silu(gate[i]) * up[i] for i from begin up to end
+// gate[i] = silu(gate[i]) * up[i] for begin <= i < end
 inline void swiglu(float* gate, const float* up, int64_t begin, int64_t end) {
     int64_t i = begin;
     for (; i + L <= end; i += L) store(gate + i, silu(load(gate + i)) * load(up + i));

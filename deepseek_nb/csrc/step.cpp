@@ -7,7 +7,7 @@
 using Integers = std::vector<int64_t>;
 using Reals = std::vector<double>;
 
-// calls use with the weights in their type
+// call use with the weights in their dtype
 template <class F> void with_type(const Tensors& weights, F use) {
     by_type(weights[0], [&]<class T>(T) { use(Weights<T, const T*>{weights.data()}); });
 }

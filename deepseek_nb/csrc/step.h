@@ -11,20 +11,20 @@
 enum class AttentionKind : int64_t { gqa, mla };
 struct AttentionSizes {
     AttentionKind kind;
-    int64_t heads, interleaved;         // query heads; how rotary pairs lie
+    int64_t heads, interleaved;         // query heads; 1 if rotary pairs are adjacent
     int64_t kv_heads, head;             // GQA: key heads, width of a head
-    int64_t q_latent, latent;           // MLA: width of the latents of queries (0: none), and of keys and values
-    int64_t rotary, nope, value;        // MLA: widths of a head's rotary part, of the rest of a key, and of a value
+    int64_t q_latent, latent;           // MLA: latent width of queries (0: none), and of keys and values
+    int64_t rotary, nope, value;        // MLA: widths per head of rotary part, rest of the key, and value
 };
-struct AttentionNumbers { double eps, scale; };        // of the norm, on the scores
-struct FeedSizes { int64_t k; RouterSettings router; };  // experts per token; zeros without a mixture
+struct AttentionNumbers { double eps, scale; };        // epsilon of the norm, factor of the scores
+struct FeedSizes { int64_t k; RouterSettings router; };  // experts per token; zeros for a dense feed-forward
 struct FeedNumbers { double eps, route_scale; };
 
 struct StepSizes { AttentionSizes attention; FeedSizes feed; };
 struct StepNumbers { AttentionNumbers attention; FeedNumbers feed; };
 
 // %% ../../nbs/530_kernels.stages.ipynb #a9e328e9
-constexpr int64_t HALF = 8;  // places of a half
+constexpr int64_t HALF = 8;  // weights of a sublayer
 struct MlaPlace { enum { norm, kv_a, kv_norm, kv_b, o, q, q_a, q_norm }; };
 struct GqaPlace { enum { norm, q, k, v, o, q_bias, k_bias, v_bias }; };
 struct FeedPlace { enum { norm, router, bias, gate_up, down, gate, up, project }; };
@@ -56,7 +56,7 @@ struct Step {
 // %% ../../nbs/530_kernels.stages.ipynb #701e9290
 template <class T> auto own_rows(const Team& t, const T*, int64_t R) { return t.share(R); }
 
-// y += x, for the rows that a product with w gave this thread
+// y += x for the rows of w that this thread multiplied
 template <class M> void add_share(const Team& t, const M& w, int64_t n, int64_t d, const float* x, float* y) {
     const auto [begin, end] = own_rows(t, w, d);
     for (int64_t j = 0; j < n; ++j) for (int64_t i = begin; i < end; ++i) y[j * d + i] += x[j * d + i];
@@ -91,10 +91,10 @@ const float* const* normalised(const Team& t, int64_t n, int64_t d, const float*
 template <class T, class M> struct Mla {
     const T *norm, *q_norm, *kv_norm;
     M q_a, q, kv_a, kv_b, o;
-    int64_t d, h, q_rank, c, r, nope, v;  // c latent, r rotary, v value
+    int64_t d, h, q_rank, c, r, nope, v;  // c: width of the latent, r: of the rotary part, v: of a value
     float eps, scale;
     bool interleaved;
-    int64_t cached() const { return c + r; }    // numbers of a token in the cache
+    int64_t cached() const { return c + r; }    // numbers per token in the cache
     int64_t query() const { return nope + r; }  // width of a head's query
 };
 template <class T, class M>
@@ -106,7 +106,7 @@ Mla<T, M> mla_weights(const Weights<T, M>& w, const AttentionSizes& n, const Att
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #e259daf8
-// W strips of a head's expansion from column col on, as floats: in place, or widened into to
+// W columns of a head's expansion, from column col on, as floats: in place, or copied to `to`
 template <class T> Rows strip(const Mla<T, const T*>& w, int64_t head, int64_t col, int64_t wide, float* to) {
     const T* from = w.kv_b + head * (w.nope + w.v) * w.c + col;
     if constexpr (std::is_same_v<T, float>) if (wide == W) return {from, w.c};
@@ -151,10 +151,10 @@ void expand(const Team& t, const Mla<T, const T*>& w, int64_t n, const float* co
 
 // %% ../../nbs/530_kernels.stages.ipynb #fc3fcd54
 template <class T, class M> struct MlaStage {
-    static constexpr int64_t TENSORS = 1;  // of a layer's cache
+    static constexpr int64_t TENSORS = 1;  // tensors per layer in the cache
     const Step& step;
-    float *xn, *qa, *kv, *q, *ql, *o, *ov;  // normed input, query latent, latent and rotary key, query, absorbed
-    float *panel, *scratch;                 // query, weighted latents, values
+    float *xn, *qa, *kv, *q, *ql, *o, *ov;  // normalised input; latent of the query; latent and rotary key;
+    float *panel, *scratch;                 // query; absorbed query; weighted latents; values
     std::vector<const float*> xs, qas, ovs, latents;
 
     MlaStage(const Step& step, const Mla<T, M>& w);
@@ -184,7 +184,7 @@ void MlaStage<T, M>::project(const Team& t, const Mla<T, M>& w, const float* x) 
     const int64_t n = step.n;
     const float* const* rows = normalised(t, n, w.d, x, w.norm, w.eps, xs);
     product(t, w.cached(), n, w.d, w.kv_a, rows, kv, w.cached(), panel);
-    if (n > FEW) t.wait();  // the panel is used again
+    if (n > FEW) t.wait();  // the next product overwrites the panel
     if (w.q_rank) {
         product(t, w.q_rank, n, w.d, w.q_a, rows, qa, w.q_rank, panel);
         t.wait();
@@ -252,7 +252,7 @@ Gqa<T, M> gqa_weights(const Weights<T, M>& w, const AttentionSizes& n, const Att
 
 // %% ../../nbs/530_kernels.stages.ipynb #6d3c121e
 template <class T, class M> struct GqaStage {
-    static constexpr int64_t TENSORS = 2;  // of a layer's cache
+    static constexpr int64_t TENSORS = 2;  // tensors per layer in the cache
     const Step& step;
     float *xn, *q, *k, *v, *o, *panel, *scratch;
     std::vector<const float*> xs, os;
@@ -280,7 +280,7 @@ void GqaStage<T, M>::project(const Team& t, const Gqa<T, M>& w, const float* x) 
     auto to = [&](int64_t R, const M& matrix, const T* bias, float* out) {
         product(t, R, n, w.d, matrix, rows, out, R, panel);
         add_bias(t, matrix, R, n, bias, out);
-        if (n > FEW) t.wait();  // the panel is used again
+        if (n > FEW) t.wait();  // the next product overwrites the panel
     };
     to(w.h * w.x, w.q, w.q_bias, q), to(w.g * w.x, w.k, w.k_bias, k), to(w.g * w.x, w.v, w.v_bias, v);
     t.wait();
@@ -324,12 +324,12 @@ void GqaStage<T, M>::operator()(const Team& t, const Gqa<T, M>& w, const float* 
 
 // %% ../../nbs/530_kernels.stages.ipynb #4d5c29b7
 template <class T, class M> struct Ffn {
-    const T *norm, *gate;  // null without a norm; null without a router
-    const float* bias;     // of the router
+    const T *norm, *gate;  // null if there is no norm or no router
+    const float* bias;     // bias of the router
     Router router;
     Stack<M> routed;
     M dense_gate, dense_up, dense_down;
-    int64_t dense_f;       // hidden width of the dense or shared part; 0: none
+    int64_t dense_f;       // hidden width of the dense feed-forward or shared experts; 0: none
     float eps;
 };
 template <class T, class M>
@@ -353,7 +353,7 @@ template <class T, class M> struct FfnStage {
     std::vector<float> weight, ones;
     std::vector<Group<M>> groups;
     Buffer memory;
-    // e experts, of which k for a token; f: width of the widest dense feed-forward
+    // e experts, k per token; f: width of the widest dense feed-forward
     FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f) : n(n), d(d), experts(n * k), ones(PANEL, 1.f) {
         static thread_local Buffer buffer;
         xn = buffer.need(n * (d + 2 * e + k) + panel_size(n, d));
@@ -416,7 +416,7 @@ void FfnStage<T, M>::begin(const Team& t, const Ffn<T, M>& w, const float* x, fl
 template <class T, class M>
 void FfnStage<T, M>::operator()(const Team& t, const Ffn<T, M>& w, const float* x, float* y) {
     if (w.norm && !w.gate && n <= ALONE) return few_dense(t, w, x, y);
-    const bool last = t.rank == t.size - 1;  // this thread routes a single token
+    const bool last = t.rank == t.size - 1;  // with one token, share gives it to this thread
     begin(t, w, x, y);
     if (last && !w.gate) gather(w, y);
     t.wait();

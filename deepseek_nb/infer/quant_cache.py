@@ -1,4 +1,4 @@
-"""Latents, keys and values of the KV cache in 8 bits, which takes less than half of its memory.
+"""Stores the latents, keys and values of the KV cache in 8 bits. This takes less than half of the memory of a float32 cache.
 
 A `QuantizedCache` is a `Cache` of 8-bit codes, int8 or E4M3, with one scale per 32 channels or one per row.
 MLA's rotary key stays in the model's dtype. The cache supports everything that a `Cache` does: appending, growing, rewinding and reuse.
@@ -25,11 +25,11 @@ from ..core.config import Config
 from .paged import PagePool, check_new
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #413049f8
-MOST = dict(int8=127., fp8=448.)  # format -> its largest code
+MOST = dict(int8=127., fp8=448.)  # largest code of each format
 
 @dataclass(frozen=True)
 class CacheFormat:
-    "The 8-bit format of a cache: the type of the codes and the block of a scale"
+    "The 8-bit format of a cache: type of the codes, and channels per scale"
     name:str = 'int8' # 'int8' or 'fp8' (E4M3)
     scales:int|str = 32 # Channels per scale: 32, or 'token' for the whole row
     def __post_init__(self):
@@ -53,9 +53,9 @@ def encode(self:CacheFormat,
 # %% ../../nbs/446_infer.quant_cache.ipynb #7d57b10c
 @patch
 def decode(self:CacheFormat,
-    codes:Tensor, # From `encode` `… i`
-    scales:Tensor, # From `encode` `… g`
-)->Tensor: # `… i`, float32
+    codes:Tensor, # Codes, from `encode` `… i`
+    scales:Tensor, # Scales, from `encode` `… g`
+)->Tensor: # Decoded rows `… i`, float32
     "Multiply codes by their scales"
     x = codes.float() if self.name == 'int8' else codes.view(torch.float8_e4m3fn).float()
     if scales.shape[-1] == 1: return x*scales
@@ -76,8 +76,8 @@ def encode_layer(
 def decode_layer(
     form:CacheFormat, # Format of codes and scales
     c:Config, # The model's config
-    *stored:Tensor, # From `encode_layer`
-    dtype:torch.dtype = torch.float32, # dtype of the activations
+    *stored:Tensor, # Result of `encode_layer`
+    dtype:torch.dtype = torch.float32, # Dtype of the activations
 )->list[Tensor]: # The tensors of a plain cache, decoded
     "A layer's tensors, decoded from what is stored"
     pairs = [form.decode(*stored[i:i+2]).to(dtype) for i in range(0, len(stored) - 1, 2)]
@@ -98,8 +98,8 @@ def quantized_bytes(
 class QuantizedSlot(Slot):
     "One layer's part of a quantised cache"
     def append(self,
-        *new:Tensor, # New positions, one tensor for each that is cached
-    )->list[Tensor]: # Old and new positions, decoded
+        *new:Tensor, # New positions: as many tensors as a layer stores
+    )->list[Tensor]: # Tensors of all positions, old and new, decoded
         "Store the codes of new positions and return all positions"
         cache = self.cache
         check_new(cache, new)
@@ -110,9 +110,9 @@ class QuantizedCache(Cache):
     "A KV cache in 8-bit codes"
     def __init__(self,
         c:Config, # The model's config
-        batch:int = 1, # b, sequences
+        batch:int = 1, # Number of sequences b
         max_len:int = 0, # Positions to allocate; more are allocated when they are needed
-        dtype:torch.dtype = torch.float32, # dtype of the activations
+        dtype:torch.dtype = torch.float32, # Dtype of the activations
         device:torch.device|str = 'cpu', # Device of the activations
         format:str = 'int8', # Type of the codes: 'int8' or 'fp8'
         scales:int|str = 32, # Channels per scale: 32, or 'token' for the whole row
@@ -121,7 +121,7 @@ class QuantizedCache(Cache):
         super().__init__(c, batch, max_len, dtype, device)
         self.slots = [QuantizedSlot(self, s.tensors) for s in self.slots]
 
-    def _empty(self, t, *arena):  # no arena: it is for tensors that kernels read in place, and they don't read codes
+    def _empty(self, t, *arena):  # no arena: it is for tensors that kernels read in place, but no kernel reads these codes
         kinds = encode_layer(self.form, self.c, *super()._empty(0))
         return [x.new_zeros(*x.shape[:-2], t, x.shape[-1]) for x in kinds]
     def __getitem__(self, layer):
@@ -134,10 +134,10 @@ class QuantizedCache(Cache):
 # %% ../../nbs/446_infer.quant_cache.ipynb #afc11876
 @patch(cls_method=True)
 def of(cls:QuantizedCache,
-    model:Model, # The model to use it with
+    model:Model, # Model that will use the cache
     *args, # `batch` and `max_len`, as for `Model.new_cache`
     **kwargs, # `format` and `scales`
-)->QuantizedCache: # Empty
+)->QuantizedCache: # Empty cache
     "A quantised cache for a model, with its dtype and device"
     return cls(model.config, *args, dtype=model.dtype, device=model.device, **kwargs)
 
@@ -148,7 +148,7 @@ class QuantizedPool(PagePool):
         c:Config, # The model's config
         pages:int, # Number of pages
         page:int = 16, # Positions per page
-        dtype:torch.dtype = torch.float32, # dtype of the activations
+        dtype:torch.dtype = torch.float32, # Dtype of the activations
         device:torch.device|str = 'cpu', # Device of the activations
         format:str = 'int8', # Type of the codes: 'int8' or 'fp8'
         scales:int|str = 32, # Channels per scale: 32, or 'token' for the whole row
@@ -161,7 +161,7 @@ class QuantizedPool(PagePool):
         "The tensors to store for new positions of a layer"
         return encode_layer(self.form, self.c, *new)
     def decode(self,
-        *stored:Tensor, # From `encode`
+        *stored:Tensor, # Result of `encode`
     )->list[Tensor]: # The tensors of a plain cache, decoded
         "A layer's tensors, decoded from what is stored"
         return decode_layer(self.form, self.c, *stored, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""The format of DeepSeek-V4's experts (MXFP4): E2M1 numbers of 4 bits, with a power of two as the scale of 32 neighbours.
+"""The format of DeepSeek-V4's experts (MXFP4): 4-bit floating-point numbers (E2M1), with a power of two as the scale of each 32 neighbouring weights.
 
 `FP4` stores a weight as DeepSeek-V4 publishes its experts: floating-point numbers of 4 bits (E2M1), two in a byte,
 and for each 32 of them a power of two in one byte (E8M0) as the scale. This combination is called MXFP4."""
@@ -21,12 +21,12 @@ from .int4 import groups_of
 from .nf4 import pack_pairs, unpack_pairs
 
 # %% ../../nbs/345_quant.fp4.ipynb #4b0c198b
-E2M1 = torch.tensor([0., .5, 1., 1.5, 2., 3., 4., 6., -0., -.5, -1., -1.5, -2., -3., -4., -6.])  # by code
+E2M1 = torch.tensor([0., .5, 1., 1.5, 2., 3., 4., 6., -0., -.5, -1., -1.5, -2., -3., -4., -6.])  # value of each code
 
 def to_e2m1(
     x:Tensor, # Numbers, not NaN, any shape
 )->Tensor: # Codes 0 to 15, uint8, the shape of `x`
-    "Encode numbers as E2M1, ties to even; magnitudes above 6 saturate"
+    "Encode numbers in E2M1, ties to even; magnitudes above 6 saturate"
     return small_codes(x, 1, 0, 6.) | x.signbit().to(torch.uint8) << 3
 
 # %% ../../nbs/345_quant.fp4.ipynb #c96ef4fc
@@ -42,8 +42,8 @@ def power_above(
 class FP4(Format, name='fp4'):
     "E2M1 codes with a power of two as the scale of 32 neighbours, as in DeepSeek-V4's experts"
     def encode(self,
-        w:Tensor, # `… o i`, float
-    )->dict: # codes uint8 `… o ⌈i/2⌉`, scales E8M0 `… o ⌈i/32⌉`
+        w:Tensor, # Weight `… o i`, float
+    )->dict: # `codes` uint8 `… o ⌈i/2⌉`, `scales` E8M0 `… o ⌈i/32⌉`
         "Divide each block by its scale and round to E2M1"
         blocks = groups_of(w, 32)
         scales = power_above(blocks.abs().amax(-1)/6)
@@ -51,8 +51,8 @@ class FP4(Format, name='fp4'):
         codes = rearrange(to_e2m1(blocks/scales[..., None]), '... g a -> ... (g a)')[..., :w.shape[-1]]
         return dict(codes=pack_pairs(codes, high_first=False), scales=scales.to(torch.float8_e8m0fnu))
     def decode(self,
-        parts:dict, # codes and scales from `encode`
-        shape:tuple, # Shape of the result, `… o i`
+        parts:dict, # `codes` and `scales` from `encode`
+        shape:tuple, # Shape of the weight `… o i`
     )->Tensor: # `… o i`, float32
         "Look up each code and multiply by the scale of its block"
         numbers = E2M1.to(parts['codes'].device)[unpack_pairs(parts['codes'], high_first=False)[..., :shape[-1]].int()]

@@ -29,7 +29,7 @@ from ..core.lazy import extended
 from ..files.gguf import PLAIN, open_gguf
 from ..files.locate import load_config, locate
 from ..files.safetensors import some
-from . import Format, QuantizedWeight, linear_quantized, make_format, prepack, take_place
+from . import Format, QuantizedWeight, linear_quantized, make_format, prepack, replace_parameter
 from .gptq import quantize_layers
 from .int8 import Int8
 from .save import PackedSource, packed_weights, parts_like, read_packed, save_packed
@@ -112,7 +112,7 @@ def fill_quantized(
         t = getattr(m, name)
         if key in planned:
             w = encode_from(source, key, tuple(t.shape), planned[key], t.dtype, device)
-            take_place(m, name, w if isinstance(source, PackedSource) else prepack(w))
+            replace_parameter(m, name, w if isinstance(source, PackedSource) else prepack(w))
         else:
             source.read(key, w := torch.empty(t.shape, dtype=t.dtype))
             w = w.to(device)

@@ -1,4 +1,4 @@
-"""A quantised model as a folder of safetensors, written atomically and mapped into memory when it is loaded.
+"""Saving a quantised model as a folder of safetensors files, and mapping the files into memory when the model is loaded.
 
 `save_packed` writes a quantised model into a folder: safetensors, and a `config.json` whose `quantization_config` names the format of each weight.
 `PackedSource` maps the files into memory. They hold codes and scales in the order of `Format.encode`, not in that of a kernel."""
@@ -44,7 +44,7 @@ def packed_tensors(
     return {disk_key(k): t for k,t in exact.items()} | {disk_key(f'{k}.{n}'): t for k,w in packed.items() for n,t in w.parts().items()}
 
 # %% ../../nbs/378_quant.save.ipynb #a928f0c1
-_METHOD,_VERSION = 'deepseek_nb',1  # of `quantization_config`
+_METHOD,_VERSION = 'deepseek_nb',1  # `quant_method` and `version` in `quantization_config`
 
 def packed_config(
     model:torch.nn.Module, # A `Model`
@@ -116,7 +116,7 @@ def parts_like(
     format:Format, # Format of the weight
     shape:tuple, # Shape of the weight, `… o i`
 )->dict: # Name -> dtype and shape; an axis is None where several rows share an entry
-    "Give the dtype and shape of each part of a weight"
+    "Dtype and shape of each part of a weight"
     if isinstance(format, Ggml):
         kind = BLOCK_KINDS[format.kind]
         return dict(blocks=(torch.uint8, (*shape[:-1], shape[-1]//kind.width*kind.nbytes)))
@@ -130,9 +130,9 @@ def _fits(t, dtype, shape):
 
 # %% ../../nbs/378_quant.save.ipynb #041fca06
 def _expected(source, shapes):
-    "Key -> dtype (None: any) and shape of each tensor that the files must hold"
+    "Key -> dtype (None: any) and shape of each tensor that the files must contain"
     for k,s in shapes.items():
-        if k not in source.weights: raise ValueError(f'{source.path}: config.json has a format for {k}, which the model lacks')
+        if k not in source.weights: raise ValueError(f'{source.path}: config.json has a format for {k}, which is not a weight of the model')
         want = [*source.weights[k].shape]
         if want != s: raise ValueError(f'{source.path}: {k} is {s}, but config.json implies {want}')
     parts = {f'{k}.{n}': l for k,f in source.formats.items() for n,l in parts_like(f, tuple(shapes[k])).items()}
@@ -142,8 +142,8 @@ def _check_packed(source, found, shapes):
     "Compare the tensors of the files with config.json"
     likes = _expected(source, shapes)
     missing,unused = [k for k in likes if k not in found],[k for k in found if k not in likes and k not in source.kept]
-    said = [f'{len(ks)} keys {what}: {some(ks)}' for what,ks in (('missing', missing), ('unused', unused)) if ks]
-    if said: raise ValueError(f"{source.path}: {'; '.join(said)}; does config.json belong to these weights?")
+    problems = [f'{len(ks)} keys {what}: {some(ks)}' for what,ks in (('missing', missing), ('unused', unused)) if ks]
+    if problems: raise ValueError(f"{source.path}: {'; '.join(problems)}; does config.json belong to these weights?")
     if odd := [k for k,(dtype,shape) in likes.items() if not _fits(found[k], dtype or found[k].dtype, shape)]:
         e = found[odd[0]]
         raise ValueError(f'{e.path}: {odd[0]} is {e.dtype} of shape {[*e.shape]}, which contradicts its format; save the model again')
@@ -170,16 +170,16 @@ def parts(self:PackedSource,
     key:str, # A key of the model's `state_dict`
     format:Format, # Ignored: the checkpoint determines the format of each weight
 )->dict: # Name -> tensor, as returned by `Format.encode`
-    "Return the codes and scales of a weight"
+    "Codes and scales of a weight"
     return {k[len(key)+1:]: t for k,t in self.tensors.items() if k.startswith(f'{key}.')}
 
 @patch
 def read(self:PackedSource,
     key:str, # A key of the model's `state_dict`
-    out:Tensor, # Filled with successive entries of the weight's first axis
+    out:Tensor, # Filled with consecutive entries of the first axis
     first:int = 0, # Index of the first entry
 ):
-    "Copy a range of a weight into a tensor, decoded"
+    "Fill a tensor with a piece of a weight, dequantised"
     format = self.formats.get(key)
     t = format.decode(self.parts(key, format), self.weights[key].shape) if format else self.tensors[key]
     out.copy_(t[first:first+len(out)])

@@ -1,4 +1,4 @@
-"""A checkpoint is read and quantised some rows at a time, so that a quantised model never needs the memory of its float32 weights.
+"""A checkpoint is read and quantised a few rows at a time, so quantising a model never needs memory for all of its float32 weights.
 
 A `WeightSource` reads a weight piece by piece from a model in memory, from safetensors (`FolderSource`) or from GGUF (`GgufSource`).
 `encode_from` quantises the pieces into one `QuantizedWeight` and measures the error.
@@ -47,7 +47,7 @@ def piece_borders(
     shape:tuple, # Shape of the weight `… o i`
     format:Format, # The format to encode in
 )->list[int]: # First index of each piece, then the length of the axis
-    "Cut a weight into pieces"
+    "Borders of the pieces of a weight"
     n,unit = shape[0],1 if len(shape) > 2 else rows_together(format, shape[1]) or shape[0]
     return [*range(0, n, max(1, _PIECE//math.prod(shape[1:])//unit)*unit), n]
 
@@ -60,7 +60,7 @@ class WeightSource:
     ): self.weights = model.state_dict()
     def whole(self,
         key:str, # A key of the model's `state_dict`
-    )->bool: # True if it must be read at once
+    )->bool: # True if it must be read as a whole
         "Whether a weight cannot be read in pieces"
         return False
     def read(self,
@@ -131,8 +131,8 @@ def encode_from(
     format:Format, # The format to encode in
     dtype:torch.dtype = torch.float32, # dtype that the model computes in
     device:torch.device|str = 'cpu', # Device of the quantised weight
-)->QuantizedWeight: # With its relative error as `error`
-    "A quantised weight, from the codes of a file or from floats in pieces"
+)->QuantizedWeight: # Has its relative error as `error`
+    "Make a quantised weight from the codes of a file, or by encoding floats in pieces"
     parts,total = source.parts(key, format),ErrorSum()
     if parts is None: parts = _encode_pieces(source, key, shape, format, device, total)
     w = QuantizedWeight(format, shape, {n: t.to(device) for n,t in parts.items()}, dtype)
@@ -189,7 +189,7 @@ def read(self:FolderSource,
 def parts(self:FolderSource,
     key:str, # A key of the model's `state_dict`
     format:Format, # The wanted format
-)->dict|None: # Codes and scales of a published FP8 weight; None if floats must be encoded
+)->dict|None: # Codes and scales of an FP8 weight; None if floats must be encoded
     "Codes and scales that the files already have"
     t,(*stack,o,i) = self.weights[key],self.weights[key].shape
     split = len(self._views(key, t)) > math.prod(stack)  # gate and up are two tensors on disk

@@ -189,7 +189,7 @@ def pretrain(
     minutes:float = 45., # Minutes of training, if steps is 0
     steps:int = 0, # Optimiser steps of the whole run; 0: as many as fit into the minutes
     callbacks:list = (), # Further callbacks
-)->Trainer: # With the trained model and the history
+)->Trainer: # Trainer with the trained model and the history
     "Train, or resume an interrupted run"
     note = (out := Path(out))/'steps.json'
     if note.is_file(): steps = json.loads(note.read_text())

@@ -1,4 +1,4 @@
-"""Saving and loading LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+"""Save and load LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
 
 `Model.save_adapter` writes an adapter as PEFT does, and `Model.load_adapter` reads what PEFT or this package wrote:
 projections, DoRA's magnitudes and stacks of experts, under PEFT's names."""
@@ -38,10 +38,10 @@ def read_config(
 )->LoraConfig: # Config of the adapter
     "Read the config of an adapter"
     d = read_json(path := Path(folder)/'adapter_config.json')
-    if (kind := d.get('peft_type', 'LORA')) != 'LORA': raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' is read here")
+    if (kind := d.get('peft_type', 'LORA')) != 'LORA': raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' is supported")
     for k,v in NEUTRAL.items():
         if (got := d.get(k)) not in (v, None, [], {}):
-            raise ValueError(f'{path}: {k} is {got!r}; adapters with this setting can\'t be read here')
+            raise ValueError(f'{path}: {k} is {got!r}; this setting is not supported')
     known = {f.name for f in fields(LoraConfig)}
     try: return LoraConfig(**{k: v for k,v in d.items() if k in known and v is not None})
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
@@ -75,10 +75,10 @@ def file_parts(
     key:str, # Name of the layer or stack, from `candidates`
     shape:tuple, # Shape of the weight `… o i`
     r:int, # Rank
-    dora:bool, # Whether there is a magnitude
-    inner:bool = False, # Whether it is the inner of two adapted stacks
-)->list[FilePart]: # A, B, and with DoRA the magnitude
-    "Names and shapes of one weight's adapter in the file"
+    dora:bool, # Whether the adapter has a magnitude
+    inner:bool = False, # Whether this is the inner of two adapted stacks
+)->list[FilePart]: # Matrices A and B, and with DoRA the magnitude
+    "Names and shapes in the file for the adapter of one weight"
     *stack,o,i = shape
     if not stack:
         stem = f'base_model.model.{key}'
@@ -92,10 +92,10 @@ def file_parts(
 
 # %% ../../nbs/632_train.peft.ipynb #210179e4
 def layout(
-    model:Model, # With or without adapters
+    model:Model, # Model, with or without adapters
     config:LoraConfig, # Config of an adapter
-)->dict: # Name of a layer or stack: list of `FilePart`
-    "All parts of an adapter in its file"
+)->dict: # List of `FilePart` for each name of a layer or stack
+    "Find the names and shapes of a whole adapter"
     found,out = chosen_weights(model, config, strict=False),{}
     for key,(m,name) in found.items():
         both = isinstance(m, Experts) and name == 'gate_up_proj' and f'{key.rpartition(".")[0]}.down_proj' in found
@@ -114,7 +114,7 @@ def adapter_at(
 # %% ../../nbs/632_train.peft.ipynb #092bff4c
 @patch
 def save_adapter(self:Model,
-    folder:str|Path, # Created if absent; an adapter in it is replaced
+    folder:str|Path, # Folder, created if absent; an adapter in it is replaced
     name:str|None = None, # Name of the adapter; None: the only one
 )->Path: # The folder
     "Save an adapter in PEFT's format"
@@ -138,21 +138,21 @@ def save_adapter(self:Model,
 
 # %% ../../nbs/632_train.peft.ipynb #7213c4b4
 def _check_parts(path, found, parts):
-    "Refuse a file whose keys or shapes differ from the expected parts"
+    "Raise an error if keys or shapes of a file differ from the expected parts"
     wanted = {p.key: p.shape for p in parts}
     said = [f'{len(ks)} keys {what}: {some(ks)}' for what,ks in (
         ('missing', [k for k in wanted if k not in found]), ('unused', [k for k in found if k not in wanted])) if ks]
     if said: raise ValueError(f"{path}: {'; '.join(said)}; does the adapter belong to this model?")
     for k,shape in wanted.items():
         if (got := found[k].shape) != shape:
-            raise ValueError(f'{path}: {k} has shape {list(got)}, this model needs {list(shape)}; it is an adapter of another model')
+            raise ValueError(f'{path}: {k} has shape {list(got)}, but this model needs {list(shape)}; the adapter belongs to another model')
 
 # %% ../../nbs/632_train.peft.ipynb #33926ffe
 @patch
 def load_adapter(self:Model,
     folder:str|Path, # Folder with adapter_config.json and adapter_model.safetensors
     name:str = 'default', # Name for the adapter
-    is_trainable:bool = False, # Whether to train it further
+    is_trainable:bool = False, # Whether to continue training the adapter
 )->Model: # The same model, with this adapter active
     "Load an adapter that PEFT or `save_adapter` wrote"
     path,config = Path(folder)/'adapter_model.safetensors',read_config(folder)

@@ -1,4 +1,4 @@
-"""Rows that share a key never lie on both sides of a split, and shared n-grams show how much of a test was in the training text.
+"""Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.
 
 A test score means something only if the test was not in the training data. `split_by_key` splits a dataset by a hash of each
 row's key, and `overlap` measures contamination: the share of a test's n-grams that also occur in training text."""
@@ -18,7 +18,7 @@ def in_test(
     key, # Any value with a string form
     test:float, # Share of the keys in the test part
     seed:int = 0, # Another seed gives another split
-)->bool: # The same for equal keys, on any machine
+)->bool: # Same result for equal keys, on any machine
     "Decide whether a key belongs to the test part"
     plain = ' '.join(str(key).lower().split())
     return int.from_bytes(hashlib.sha256(f'{seed}:{plain}'.encode()).digest()[:8], 'big') < test*2**64
@@ -39,20 +39,21 @@ def split_by_key(
 class Overlap:
     "Contamination of a test by training text"
     shares:list # For each test text, the share of its n-grams that occur in training text
-    n:int # Words of an n-gram
+    n:int # Number of words per n-gram
     value = property(lambda self: sum(self.shares)/len(self.shares)) # Mean share
     def rows(self,
-        least:float = 0., # Share that a text must exceed
-    )->list: # Numbers of test texts
-        "Test texts that share more than this"
+        least:float = 0., # Texts with a larger share are returned
+    )->list: # Indices of test texts
+        "Test texts with more than a given share of known n-grams"
         return [i for i,s in enumerate(self.shares) if s > least]
-    def __repr__(self): return f'{self.value:.2%} of the {self.n}-grams of {len(self.shares):,} texts; {len(self.rows()):,} texts share any'
+    def __repr__(self):
+        return f'{self.value:.2%} of the {self.n}-grams, mean of {len(self.shares):,} texts; {len(self.rows()):,} texts share at least one'
 
 # %% ../../nbs/603_train.split.ipynb #3be19918
 def grams(
     text:str, # Text of any length
-    n:int, # Words of an n-gram
-)->set: # Hashes
+    n:int, # Number of words per n-gram
+)->set: # Hashes of the n-grams
     "Set of the n-grams of a text"
     words = ''.join(c if c.isalnum() else ' ' for c in text.lower()).split()
     return {hash(tuple(words[i:i+n])) for i in range(max(1, len(words)-n+1))} if words else set()
@@ -60,10 +61,10 @@ def grams(
 def overlap(
     train:Iterable[str], # Training texts
     test:Iterable[str], # Test texts
-    n:int = 13, # Words of an n-gram
-)->Overlap: # Share of each test text
+    n:int = 13, # Number of words per n-gram
+)->Overlap: # Shares of the test texts
     "Measure how many n-grams a test shares with training text"
     known = set().union(*(grams(t, n) for t in train))
     found = [(grams(t, n), grams(t, n) & known) for t in test]
-    if not found: raise ValueError('the test holds no texts')
+    if not found: raise ValueError('test is empty; give at least one text')
     return Overlap([len(both)/max(1, len(all)) for all,both in found], n)

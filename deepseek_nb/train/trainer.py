@@ -192,6 +192,7 @@ def as_batches(
     if hasattr(data, '__len__') and not len(data): raise ValueError('the data set is empty; give at least one example')
     return Batches(data, size, max_length=getattr(getattr(model, 'config', None), 'max_positions', None), **kwargs)
 
+# %% ../../nbs/615_train.trainer.ipynb #f74e30a4
 def count_steps(
     batches, # From `as_batches`
     args:TrainingArguments, # Settings with max_steps or num_train_epochs
