@@ -204,7 +204,8 @@ from deepseek_nb.core.nbproc import run_alone
 path = Path(tempfile.mkdtemp())/'x.ipynb'
 with contextlib.redirect_stderr(io.StringIO()) as err:
     for body in ('return one();', 'return missing;'):
-        cells = ['import deepseek_nb.core.nbproc', '%%cpp {name}\\nstatic int one() {{ return 1; }}', '%%cpp {name}\\nint two() {{ ' + body + ' }}']
+        texts = 'static int one() {{ return 1; }}', 'int two() {{ ' + body + ' }}'
+        cells = ['import deepseek_nb.core.nbproc', *('%%cpp {name}\\n' + t for t in texts)]
         write_nb(new_nb([mk_cell(c) for c in cells]), path)
         print(run_alone(path)[0], end=' ')
 print('missing' in err.getvalue())
