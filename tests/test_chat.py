@@ -139,13 +139,13 @@ def test_prefix_in_blocks_and_thoughts():
 @pytest.mark.parametrize('messages, words', [
     ([], 'at least one message'), (['x'], "message 0 is 'x'"), ([dict(role='assistant')], "no 'content' to continue"),
     ([dict(role='assistant', content=[])], "no 'content' to continue"),
-    ([dict(role='assistant', content=[dict(type='image')])], 'holds no text')])
+    ([dict(role='assistant', content=[dict(type='image')])], 'contains no text')])
 def test_bad_messages(messages, words):
     with pytest.raises(ValueError, match=words): render(CHATML, messages, continue_final_message=True)
 
 
 def test_prefix_left_out():
-    with pytest.raises(ValueError, match='leaves out the last message'):
+    with pytest.raises(ValueError, match='omits the last message'):
         render('constant', [dict(role='assistant', content='x', prefix=True)])
 
 

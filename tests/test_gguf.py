@@ -204,7 +204,7 @@ def test_files_without_groups_warn(tmp_path):
     for key in ('deepseek2.expert_group_count', 'deepseek2.expert_group_used_count'): w.kv_data[0].pop(key)
     for name, x in tensors(fresh(config), False): w.add_tensor(name, x)
     w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
-    with pytest.warns(UserWarning, match='records no expert groups'): assert load_config(tmp_path/'m.gguf') == config
+    with pytest.warns(UserWarning, match='contains no expert groups'): assert load_config(tmp_path/'m.gguf') == config
 
 
 @pytest.mark.parametrize('kind', sorted(q.name for q in gguf.quants._type_traits))

@@ -142,8 +142,8 @@ def _check_packed(source, found, shapes):
     "Compare the tensors of the files with config.json"
     likes = _expected(source, shapes)
     missing,unused = [k for k in likes if k not in found],[k for k in found if k not in likes and k not in source.kept]
-    said = [f'{len(ks)} keys {what}: {some(ks)}' for what,ks in (('missing', missing), ('unused', unused)) if ks]
-    if said: raise ValueError(f"{source.path}: {'; '.join(said)}; does config.json belong to these weights?")
+    problems = [f'{len(ks)} keys {what}: {some(ks)}' for what,ks in (('missing', missing), ('unused', unused)) if ks]
+    if problems: raise ValueError(f"{source.path}: {'; '.join(problems)}; does config.json belong to these weights?")
     if odd := [k for k,(dtype,shape) in likes.items() if not _fits(found[k], dtype or found[k].dtype, shape)]:
         e = found[odd[0]]
         raise ValueError(f'{e.path}: {odd[0]} is {e.dtype} of shape {[*e.shape]}, which contradicts its format; save the model again')
