@@ -42,7 +42,8 @@ def needed(names):
         if (name, extra) in found: continue
         found[name, extra] = dist = distribution(name)
         wanted = (Requirement(r) for r in dist.requires or ())
-        todo += [(canonicalize_name(r.name), e) for r in wanted if not r.marker or r.marker.evaluate(dict(extra=extra)) for e in ('', *r.extras)]
+        wanted = [r for r in wanted if not r.marker or r.marker.evaluate(dict(extra=extra))]
+        todo += [(canonicalize_name(r.name), e) for r in wanted for e in ('', *r.extras)]
     return {name: dist for (name, _), dist in found.items()}
 
 
