@@ -158,7 +158,7 @@ def test_a_finding_follows_its_runs():
     rest = dict(test=4., topic=[.25, .75], entropy=.9, idle=0., token=[.1])
     made = [run(a, s, busiest=x + s, **rest) for a, x in loads.items() for s in range(2)]
     text = balancing.finding(made)
-    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text
+    assert all(f'**{x + .5:.2f} ± 0.71 times' in text for x in loads.values()) and 'After 7 steps' in text
     assert balancing.tally(made).count('| 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 |') == 1
 
 

@@ -53,9 +53,9 @@ def encode(self:CacheFormat,
 # %% ../../nbs/446_infer.quant_cache.ipynb #7d57b10c
 @patch
 def decode(self:CacheFormat,
-    codes:Tensor, # From `encode` `… i`
-    scales:Tensor, # From `encode` `… g`
-)->Tensor: # `… i`, float32
+    codes:Tensor, # Codes, from `encode` `… i`
+    scales:Tensor, # Scales, from `encode` `… g`
+)->Tensor: # Decoded rows `… i`, float32
     "Multiply codes by their scales"
     x = codes.float() if self.name == 'int8' else codes.view(torch.float8_e4m3fn).float()
     if scales.shape[-1] == 1: return x*scales

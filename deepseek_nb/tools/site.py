@@ -34,7 +34,8 @@ def defined_names(
 )->dict: # Name such as `attend`, `Cache` or `Cache.rewind` -> number of its line
     "Find the names that code defines, including patched methods."
     from nbdev.doclinks import patch_name
-    public = lambda o: isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name != '_' and (private or not o.name.startswith('_'))
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    public = lambda o: isinstance(o, kinds) and o.name != '_' and (private or not o.name.startswith('_'))
     found = {}
     for tree in filter(public, ast.parse(code).body):
         names = patch_name(tree) # several names if a method is patched into several classes
