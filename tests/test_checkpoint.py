@@ -130,10 +130,10 @@ def test_truncated(saved, keep):
 
 def test_garbage(saved):
     (saved/ck.SINGLE).write_bytes((20).to_bytes(8, 'little') + b'not json at all, no no no')
-    with pytest.raises(ValueError, match='no safetensors file') as e: load(saved)
+    with pytest.raises(ValueError, match='not a safetensors file') as e: load(saved)
     one_line(e)
     (saved/ck.SINGLE).write_bytes(b'<html>404 not found</html>'*10)
-    with pytest.raises(ValueError, match='no safetensors file') as e: load(saved)
+    with pytest.raises(ValueError, match='not a safetensors file') as e: load(saved)
     one_line(e)
 
 
