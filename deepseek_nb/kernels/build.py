@@ -31,7 +31,16 @@ from time import perf_counter
 import torch
 from filelock import FileLock
 
-from ..core.nbproc import FLAGS, compiler_version, find_compiler, first_error, note_compiled, source_text, torch_headers, with_includes
+from deepseek_nb.core.nbproc import (
+    FLAGS,
+    compiler_version,
+    find_compiler,
+    first_error,
+    note_compiled,
+    source_text,
+    torch_headers,
+    with_includes,
+)
 from ..files.hub import cache_dir
 
 # %% ../../nbs/505_kernels.build.ipynb #c2504972
