@@ -39,12 +39,13 @@ void dots(int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, i
             __builtin_prefetch(w + i * ldw + k + AHEAD, 0, 2);
             vec a = load(w + i * ldw + k);
             keep(a);
-            for (int j = 0; j < N; ++j) s[j][i] += a * y[j];
+            for (int j = 0; j < N; ++j) s[j][i] = muladd(a, y[j], s[j][i]);
         }
     }
     if (k < K)
         for (int i = 0; i < M; ++i)
-            for (int j = 0; j < N; ++j) s[j][i] += load_part(w + i * ldw + k, K - k) * load_part(x[j] + k, K - k);
+            for (int j = 0; j < N; ++j)
+                s[j][i] = muladd(load_part(w + i * ldw + k, K - k), load_part(x[j] + k, K - k), s[j][i]);
     add_up<M, M * N>(&s[0][0], c, ldc);
 }
 
@@ -93,7 +94,7 @@ void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, f
             for (int j = 0; j < N; ++j) y[j] = load(b + k * ldb + j * L);
             for (int i = 0; i < M; ++i) {
                 const vec x = splat(a[i * lda + k]);
-                for (int j = 0; j < N; ++j) s[i][j] += x * y[j];
+                for (int j = 0; j < N; ++j) s[i][j] = muladd(x, y[j], s[i][j]);
             }
         }
     }

@@ -191,7 +191,7 @@ void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c
                 F::read(at, w);
                 for (int j = 0; j < N; ++j) {
                     const vec sums = __builtin_convertvector(block_dot<F>(w, x[j].codes + 8 * g), vec);
-                    s[j] += sums * (d * x[j].scale[g]) + low * x[j].sum[g];
+                    s[j] += muladd(sums, d * x[j].scale[g], low * x[j].sum[g]);
                 }
             }
         }
@@ -224,7 +224,6 @@ struct Tiles {
 // %% ../../nbs/537_kernels.codes.ipynb #89a1d27a
 #if defined(__AMX_INT8__) && defined(__linux__)
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
-    if (F::END) return panel + F::SCALES;
     for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
         ivec w[8];
         F::read(panel + (g / each + 1) * F::SCALES + g * F::BYTES, w);
@@ -233,13 +232,11 @@ template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel
     return to;
 }
 // the sums (16 tokens × 16 rows) of one block
-template <class F>
 inline void tile_block(const int32_t* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
     _tile_zero(2);
     _tile_loadd(0, x, 4 * step);
     _tile_loadd(1, w, 64);
-    if (F::END) _tile_dpbssd(2, 0, 1);
-    else _tile_dpbsud(2, 0, 1);
+    _tile_dpbsud(2, 0, 1);
     _tile_stored(2, sums, 64);
 }
 #endif
@@ -254,12 +251,12 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
     vec s[TILE] = {};
     for (int64_t g = 0; g < blocks_of(m.K); ++g) {
         const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
-        const vec d = F::step(group), low = F::END ? vec{} : F::low(group, d);
-        tile_block<F>(x[0].codes + 8 * g, step, codes + 512 * g, sums);
+        const vec d = F::step(group), low = F::low(group, d);
+        tile_block(x[0].codes + 8 * g, step, codes + 512 * g, sums);
         const float *scale = x[0].scale + g, *sum = x[0].sum + g;
         for (int j = 0; j < TILE; ++j) {
-            s[j] += __builtin_convertvector(ints((const uint8_t*)sums[j]), vec) * (d * scale[j * step]);
-            if (!F::END) s[j] += low * sum[j * step];
+            const vec dots = __builtin_convertvector(ints((const uint8_t*)sums[j]), vec);
+            s[j] += muladd(dots, d * scale[j * step], low * sum[j * step]);
         }
     }
     for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);

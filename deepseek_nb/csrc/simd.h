@@ -5,6 +5,11 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int L = 16, ROWS = 14, TOKENS = 6;
@@ -36,6 +41,18 @@ template <class T> inline vec load_part(const T* p, int n) {
     return load(part);
 }
 inline void store_part(float* p, vec v, int n) { n == L ? store(p, v) : (void)memcpy(p, &v, n * sizeof(float)); }
+// a · b + c, in one instruction with one rounding where the processor has it
+inline vec muladd(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // %% ../../nbs/508_kernels.simd.ipynb #d84311a5

@@ -2,9 +2,9 @@
 
 // %% ../../nbs/530_kernels.stages.ipynb #75662e66
 #pragma once
-#include "attention.h"
-#include "experts.h"
+#include "invariant.h"
 #include "norm.h"
+#include "paged.h"
 #include "route.h"
 #include <optional>
 
@@ -34,7 +34,7 @@ template <class T, class M> struct Weights {
     const Tensor* first;
     const T* vector(int64_t i) const { return data<T>(first[i]); }
     const float* floats(int64_t i) const { return data<float>(first[i]); }
-    M matrix(int64_t i) const { return data<T>(first[i]); }
+    M matrix(int64_t i) const { return M{data<T>(first[i])}; }
     int64_t size(int64_t i) const { return first[i].size(0); }
     int64_t width(int64_t i) const { return first[i].size(first[i].dim() - 1); }
     Weights from(int64_t i) const { return {first + i}; }
@@ -51,7 +51,24 @@ struct Step {
     void rotate(float* x, int64_t token, bool interleaved) const {
         angles.apply(x, token / s, token % s, interleaved, x);
     }
+    // where the cache holds a new token
+    template <class T> T* place(const View<T>& cache, int64_t token, int64_t head) const {
+        return cache.at(token / s, head, past + token % s);
+    }
+    int64_t room(int64_t x, int64_t v) const { return torch::stable::get_num_threads() * attention_room(x, v); }
+    template <class T> void attend(const Team& t, const Heads<T>& m, float* scratch) const {
+        const int64_t qs = m.g * m.heads * m.x, os = m.g * m.heads * m.v;
+        Attention<float, T> a{b, m.g, m.heads, s, past + s, m.x, m.v, {m.q, s * qs, m.x, qs}, m.k,
+                              m.values, {m.out, s * os, m.v, os}, m.scale};
+        a.start = pad;
+        attention(t, a, scratch);
+    }
 };
+// the positions of a layer's cache: `b g t x`, or `b t x` without heads
+template <class T> View<T> cache_view(const Tensor& a) {
+    if (a.dim() == 3) return {data<T>(a), a.stride(0), 0, a.stride(1)};
+    return {data<T>(a), a.stride(0), a.stride(1), a.stride(2)};
+}
 
 // %% ../../nbs/530_kernels.stages.ipynb #701e9290
 template <class T> auto own_rows(const Team& t, const T*, int64_t R) { return t.share(R); }
@@ -107,7 +124,7 @@ Mla<T, M> mla_weights(const Weights<T, M>& w, const AttentionSizes& n, const Att
 
 // %% ../../nbs/530_kernels.stages.ipynb #e259daf8
 // W columns of a head's expansion, from column col on, as floats: in place, or copied to `to`
-template <class T> Rows strip(const Mla<T, const T*>& w, int64_t head, int64_t col, int64_t wide, float* to) {
+template <class T, Floats<T> M> Rows strip(const Mla<T, M>& w, int64_t head, int64_t col, int64_t wide, float* to) {
     const T* from = w.kv_b + head * (w.nope + w.v) * w.c + col;
     if constexpr (std::is_same_v<T, float>) if (wide == W) return {from, w.c};
     for (int64_t i = 0; i < w.nope; ++i)
@@ -117,7 +134,7 @@ template <class T> Rows strip(const Mla<T, const T*>& w, int64_t head, int64_t c
 
 // %% ../../nbs/530_kernels.stages.ipynb #3141a7d9
 // out[token][head] (c) = q[token][head] (nope) · W[head] (nope × c)
-template <class T> void absorb(const Team& t, const Mla<T, const T*>& w, int64_t n, const float* q, float* out) {
+template <class T, Floats<T> M> void absorb(const Team& t, const Mla<T, M>& w, int64_t n, const float* q, float* out) {
     const int64_t x = w.query(), strips = (w.c + W - 1) / W;
     const auto [begin, end] = t.share(w.h * strips);
     alignas(64) float part[ROWS * W];
@@ -138,8 +155,8 @@ template <class T> void absorb(const Team& t, const Mla<T, const T*>& w, int64_t
 
 // %% ../../nbs/530_kernels.stages.ipynb #09ab1b2b
 // out[token][head] (v) = W[head] (v × c) · latents[head][token]
-template <class T>
-void expand(const Team& t, const Mla<T, const T*>& w, int64_t n, const float* const* latents, float* out) {
+template <class T, Floats<T> M>
+void expand(const Team& t, const Mla<T, M>& w, int64_t n, const float* const* latents, float* out) {
     auto [row, end] = t.share(w.h * w.v);
     while (row < end) {
         const int64_t head = row / w.v, stop = std::min(end, (head + 1) * w.v);
@@ -150,27 +167,27 @@ void expand(const Team& t, const Mla<T, const T*>& w, int64_t n, const float* co
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #fc3fcd54
-template <class T, class M> struct MlaStage {
+template <class T, class M, class S = Step> struct MlaStage {
     static constexpr int64_t TENSORS = 1;  // tensors per layer in the cache
-    const Step& step;
+    const S& step;
     float *xn, *qa, *kv, *q, *ql, *o, *ov;  // normalised input; latent of the query; latent and rotary key;
     float *panel, *scratch;                 // query; absorbed query; weighted latents; values
     std::vector<const float*> xs, qas, ovs, latents;
 
-    MlaStage(const Step& step, const Mla<T, M>& w);
+    MlaStage(const S& step, const Mla<T, M>& w);
     void project(const Team& t, const Mla<T, M>& w, const float* x) const;
-    void write(const Team& t, const Mla<T, M>& w, const Tensor& cache) const;
+    void write(const Team& t, const Mla<T, M>& w, const View<T>& cache) const;
     void operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache, float* y) const;
 };
 
 // %% ../../nbs/530_kernels.stages.ipynb #076ade8d
-template <class T, class M>
-MlaStage<T, M>::MlaStage(const Step& step, const Mla<T, M>& w) : step(step), latents(w.h * step.n) {
+template <class T, class M, class S>
+MlaStage<T, M, S>::MlaStage(const S& step, const Mla<T, M>& w) : step(step), latents(w.h * step.n) {
     const int64_t n = step.n, qx = w.query(), wide = w.cached();
     const int64_t most = panel_size(n, std::max({w.d, w.q_rank, w.h * w.v}));
     static thread_local Buffer buffer;
     float* at = buffer.need(n * (w.d + w.q_rank + wide + w.h * (qx + wide + w.c + w.v)) + most +
-                            torch::stable::get_num_threads() * attention_room(wide, w.c));
+                            step.room(wide, w.c));
     auto take = [&](int64_t size) { return std::exchange(at, at + size); };
     xn = take(n * w.d), qa = take(n * w.q_rank), kv = take(n * wide), q = take(n * w.h * qx);
     ql = take(n * w.h * wide), o = take(n * w.h * w.c), ov = take(n * w.h * w.v), panel = take(most), scratch = at;
@@ -179,8 +196,8 @@ MlaStage<T, M>::MlaStage(const Step& step, const Mla<T, M>& w) : step(step), lat
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #462956f4
-template <class T, class M>
-void MlaStage<T, M>::project(const Team& t, const Mla<T, M>& w, const float* x) const {
+template <class T, class M, class S>
+void MlaStage<T, M, S>::project(const Team& t, const Mla<T, M>& w, const float* x) const {
     const int64_t n = step.n;
     const float* const* rows = normalised(t, n, w.d, x, w.norm, w.eps, xs);
     product(t, w.cached(), n, w.d, w.kv_a, rows, kv, w.cached(), panel);
@@ -195,14 +212,14 @@ void MlaStage<T, M>::project(const Team& t, const Mla<T, M>& w, const float* x) 
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #72f38da4
-template <class T, class M>
-void MlaStage<T, M>::write(const Team& t, const Mla<T, M>& w, const Tensor& cache) const {
+template <class T, class M, class S>
+void MlaStage<T, M, S>::write(const Team& t, const Mla<T, M>& w, const View<T>& cache) const {
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
         float* row = kv + j * w.cached();
         normalise(row, w.c, w.kv_norm, 1e-6f, row);
         step.rotate(row + w.c, j, w.interleaved);
-        T* to = data<T>(cache) + j / step.s * cache.stride(0) + (step.past + j % step.s) * cache.stride(1);
+        T* to = step.place(cache, j, 0);
         for (int64_t i = 0; i < w.cached(); ++i) narrow(row[i], to + i);
         for (int64_t i = 0; i < w.h; ++i) {
             float* rotary = ql + (j * w.h + i) * w.cached() + w.c;
@@ -213,19 +230,17 @@ void MlaStage<T, M>::write(const Team& t, const Mla<T, M>& w, const Tensor& cach
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #660b2353
-template <class T, class M>
-void MlaStage<T, M>::operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache,
-                                float* y) const {
-    const int64_t n = step.n, s = step.s, wide = w.cached();
-    const View<const T> keys{data<T>(*cache), cache->stride(0), 0, cache->stride(1)};
-    Attention<float, T> a{step.b, 1, w.h, s, step.past + s, wide, w.c, {ql, s * w.h * wide, wide, w.h * wide}, keys,
-                          keys, {o, s * w.h * w.c, w.c, w.h * w.c}, w.scale};
-    a.start = step.pad;
+template <class T, class M, class S>
+void MlaStage<T, M, S>::operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache,
+                                   float* y) const {
+    const int64_t n = step.n;
+    const View<T> keys = cache_view<T>(*cache);
+    const Heads<T> heads{1, w.h, w.cached(), w.c, ql, keys.read_only(), keys.read_only(), o, w.scale};
     project(t, w, x);
-    write(t, w, *cache);
+    write(t, w, keys);
     absorb(t, w, n, q, ql);
     t.wait();
-    attention(t, a, scratch);
+    step.attend(t, heads, scratch);
     t.wait();
     expand(t, w, n, latents.data(), ov);
     t.wait();
@@ -251,17 +266,17 @@ Gqa<T, M> gqa_weights(const Weights<T, M>& w, const AttentionSizes& n, const Att
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #6d3c121e
-template <class T, class M> struct GqaStage {
+template <class T, class M, class S = Step> struct GqaStage {
     static constexpr int64_t TENSORS = 2;  // tensors per layer in the cache
-    const Step& step;
+    const S& step;
     float *xn, *q, *k, *v, *o, *panel, *scratch;
     std::vector<const float*> xs, os;
 
-    GqaStage(const Step& step, const Gqa<T, M>& w) : step(step) {
+    GqaStage(const S& step, const Gqa<T, M>& w) : step(step) {
         const int64_t n = step.n, qw = w.h * w.x, kw = w.g * w.x, most = panel_size(n, std::max(w.d, qw));
         static thread_local Buffer buffer;
         float* at = buffer.need(n * (w.d + 2 * qw + 2 * kw) + most +
-                                torch::stable::get_num_threads() * attention_room(w.x, w.x));
+                                step.room(w.x, w.x));
         auto take = [&](int64_t size) { return std::exchange(at, at + size); };
         xn = take(n * w.d), q = take(n * qw), k = take(n * kw), v = take(n * kw), o = take(n * qw);
         panel = take(most), scratch = at;
@@ -273,8 +288,8 @@ template <class T, class M> struct GqaStage {
 };
 
 // %% ../../nbs/530_kernels.stages.ipynb #7a45b6f5
-template <class T, class M>
-void GqaStage<T, M>::project(const Team& t, const Gqa<T, M>& w, const float* x) const {
+template <class T, class M, class S>
+void GqaStage<T, M, S>::project(const Team& t, const Gqa<T, M>& w, const float* x) const {
     const int64_t n = step.n;
     const float* const* rows = normalised(t, n, w.d, x, w.norm, w.eps, xs);
     auto to = [&](int64_t R, const M& matrix, const T* bias, float* out) {
@@ -287,8 +302,8 @@ void GqaStage<T, M>::project(const Team& t, const Gqa<T, M>& w, const float* x) 
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #87cb070e
-template <class T, class M>
-void GqaStage<T, M>::write(const Team& t, const Gqa<T, M>& w, const View<T>& keys, const View<T>& values) const {
+template <class T, class M, class S>
+void GqaStage<T, M, S>::write(const Team& t, const Gqa<T, M>& w, const View<T>& keys, const View<T>& values) const {
     const auto [begin, end] = t.share(step.n * (w.h + w.g));
     for (int64_t u = begin; u < end; ++u) {
         const int64_t j = u / (w.h + w.g), head = u % (w.h + w.g);
@@ -296,27 +311,24 @@ void GqaStage<T, M>::write(const Team& t, const Gqa<T, M>& w, const View<T>& key
             step.rotate(q + (j * w.h + head) * w.x, j, w.interleaved);
             continue;
         }
-        const int64_t i = head - w.h, at = (j * w.g + i) * w.x, position = step.past + j % step.s;
+        const int64_t i = head - w.h, at = (j * w.g + i) * w.x;
         step.rotate(k + at, j, w.interleaved);
-        T *key = keys.at(j / step.s, i, position), *value = values.at(j / step.s, i, position);
+        T *key = step.place(keys, j, i), *value = step.place(values, j, i);
         for (int64_t c = 0; c < w.x; ++c) narrow(k[at + c], key + c), narrow(v[at + c], value + c);
     }
     t.wait();
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #c56f62f3
-template <class T, class M>
-void GqaStage<T, M>::operator()(const Team& t, const Gqa<T, M>& w, const float* x, const Tensor* cache,
-                                float* y) const {
-    const int64_t n = step.n, s = step.s, qw = w.h * w.x;
-    auto view = [](const Tensor& a) { return View<T>{data<T>(a), a.stride(0), a.stride(1), a.stride(2)}; };
-    const View<T> keys = view(cache[0]), values = view(cache[1]);
-    Attention<float, T> a{step.b, w.g, w.h / w.g, s, step.past + s, w.x, w.x, {q, s * qw, w.x, qw}, keys.read_only(),
-                          values.read_only(), {o, s * qw, w.x, qw}, w.scale};
-    a.start = step.pad;
+template <class T, class M, class S>
+void GqaStage<T, M, S>::operator()(const Team& t, const Gqa<T, M>& w, const float* x, const Tensor* cache,
+                                   float* y) const {
+    const int64_t n = step.n, qw = w.h * w.x;
+    const View<T> keys = cache_view<T>(cache[0]), values = cache_view<T>(cache[1]);
+    const Heads<T> heads{w.g, w.h / w.g, w.x, w.x, q, keys.read_only(), values.read_only(), o, w.scale};
     project(t, w, x);
     write(t, w, keys, values);
-    attention(t, a, scratch);
+    step.attend(t, heads, scratch);
     t.wait();
     product(t, w.d, n, qw, w.o, os.data(), y, w.d, panel);
     add_share(t, w.o, n, w.d, x, y);
@@ -422,7 +434,7 @@ void FfnStage<T, M>::operator()(const Team& t, const Ffn<T, M>& w, const float* 
     t.wait();
     if (w.gate) {
         const int64_t e = w.routed.e, k = w.router.k;
-        product(t, e, n, d, w.gate, rows.data(), logits, e, panel);
+        product(t, e, n, d, Dots<T>{w.gate}, rows.data(), logits, e, panel);
         t.wait();
         const auto [first, stop] = t.share(n);
         for (int64_t j = first; j < stop; ++j)
@@ -435,15 +447,15 @@ void FfnStage<T, M>::operator()(const Team& t, const Ffn<T, M>& w, const float* 
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #8b4ce8c8
-template <class T, class M, class F>
-void with_attention(const Weights<T, M>& first, const Step& step, const AttentionSizes& sizes,
+template <class T, class M, class S, class F>
+void with_attention(const Weights<T, M>& first, const S& step, const AttentionSizes& sizes,
                     const AttentionNumbers& numbers, F use) {
     if (sizes.kind == AttentionKind::mla) {
         auto weights = [&](const Weights<T, M>& w) { return mla_weights(w, sizes, numbers); };
-        use(MlaStage<T, M>(step, weights(first)), weights);
+        use(MlaStage<T, M, S>(step, weights(first)), weights);
     } else {
         auto weights = [&](const Weights<T, M>& w) { return gqa_weights(w, sizes, numbers); };
-        use(GqaStage<T, M>(step, weights(first)), weights);
+        use(GqaStage<T, M, S>(step, weights(first)), weights);
     }
 }
 template <class T, class M>
@@ -466,19 +478,19 @@ void run_ffn(const Weights<T, M>& weights, int64_t n, int64_t d, const FeedSizes
 
 // %% ../../nbs/530_kernels.stages.ipynb #afac5ce2
 template <class T, class M>
-FfnStage<T, M> largest_ffn(const Weights<T, M>& weights, int64_t layers, const Step& step, int64_t k) {
+FfnStage<T, M> largest_ffn(const Weights<T, M>& weights, int64_t layers, int64_t n, int64_t d, int64_t k) {
     int64_t e = 0, wide = 0;
     for (int64_t i = 0; i < layers; ++i) {
         const auto w = weights.from((2 * i + 1) * HALF);
         if (w.vector(FeedPlace::router)) e = std::max(e, w.size(FeedPlace::router));
         else wide = std::max(wide, w.width(FeedPlace::project));
     }
-    return {step.n, step.d, e, k, wide};
+    return {n, d, e, k, wide};
 }
-template <class T, class M>
-void run_blocks(const Weights<T, M>& weights, int64_t layers, const Step& step, const StepSizes& sizes,
+template <class T, class M, class S>
+void run_blocks(const Weights<T, M>& weights, int64_t layers, const S& step, const StepSizes& sizes,
                 const StepNumbers& numbers, float* x, const Tensors& caches, float* y) {
-    FfnStage<T, M> feed = largest_ffn(weights, layers, step, sizes.feed.k);
+    FfnStage<T, M> feed = largest_ffn(weights, layers, step.n, step.d, sizes.feed.k);
     with_attention(weights, step, sizes.attention, numbers.attention, [&](const auto& attend, auto with) {
         team([&](const Team& t) {
             for (int64_t i = 0; i < layers; ++i) {

@@ -203,11 +203,11 @@ def sentiment()->Iterator[dict]: # `text`, `label`, `score` from -4 to 4, `sourc
             yield dict(text=text.strip(), label=label, score=float(score), source=source, key=f'{source}-{key}')
 
 # %% ../../nbs/602_train.corpora.ipynb #78c7da8a
-@lru_cache(maxsize=3)
+@lru_cache
 def corpus(
     name:str, # Key of `CORPORA`
 ): # `datasets.Dataset` with `text`, `key` and, except for Shakespeare, `label`
-    "Load a corpus as a dataset, or return the one loaded before"
+    "Load a corpus as a dataset"
     from datasets import Dataset
     if name not in CORPORA: raise ValueError(f'unknown corpus {name!r}: known are {", ".join(CORPORA)}')
     return Dataset.from_list(list(CORPORA[name]()))
