@@ -16,23 +16,23 @@ template <class T> struct Heads {
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #912925b7
-constexpr int64_t CHUNK = 256;  // positions of a partial result
+constexpr int64_t CHUNK = 256;  // positions per partial result
 
-// queries first up to first + rows of a row and a key head; the positions from up to to
+// queries from first up to first + rows of a row and a key head, and positions from `from` up to `to`
 struct Piece {
     int64_t row, head, first, rows, from, to;
-    int64_t parts, slot;  // pieces of these queries, place of the partial results
+    int64_t parts, slot;  // pieces of these queries; index of the partial results
     int64_t cost() const { return (to - from) * (rows + 4); }
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #bb5d3098
 struct Ragged {
-    int64_t n, d, page, width;  // tokens, width of the model, positions of a page, pages in a row of the table
+    int64_t n, d, page, width;  // tokens, width of the model, positions per page, pages per row of the table
     const int64_t *starts, *past, *table;
-    std::vector<int64_t> row;   // of each token
+    std::vector<int64_t> row;   // row of each token
     std::vector<Piece> pieces;
     std::vector<int64_t> ends;
-    int64_t slots = 0, merged = 0, heads;  // partial results, queries that have several
+    int64_t slots = 0, merged = 0, heads;  // partial results; queries with several partial results
 
     Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& past, const Tensor& table, int64_t page, int64_t g,
            int64_t heads);
@@ -42,7 +42,7 @@ struct Ragged {
     template <class T> T* at(const View<T>& cache, int64_t row, int64_t head, int64_t position) const {
         return cache.at(table[row * width + position / page], head, position % page);
     }
-    // where the cache holds a new token
+    // address of a new token in the cache
     template <class T> T* place(const View<T>& cache, int64_t token, int64_t head) const {
         return at(cache, row[token], head, past[row[token]] + token - starts[row[token]]);
     }
@@ -77,7 +77,7 @@ inline Ragged::Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& 
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #0781c4be
-// s[j][i] = k_i · q_j, KEYS apart
+// s[j][i] = k_i · q_j; rows of s are KEYS apart
 template <int M, int N, class T>
 void score_tile(int64_t x, const T* k, int64_t ld, const float* const* q, float* s, const T* next) {
     vec sum[N][M];
@@ -106,7 +106,7 @@ inline void score_queries(int64_t n, int64_t x, const T* k, int64_t ld, const fl
                           std::integer_sequence<int, N...>) {
     ((n == N + 1 && (score_tile<M, N + 1>(x, k, ld, q, s, next), true)) || ...);
 }
-// the scores of n keys; each pass over the keys prefetches its share of the next ones
+// the scores of n keys; each pass over the keys prefetches a part of the next ones
 template <class T>
 void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, const float* const* q, float* s,
                 const T* next) {
@@ -123,9 +123,9 @@ void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, cons
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #26a33702
-struct Softmax { float *top, *factor, *sum; };  // of each query; L partial sums for one
+struct Softmax { float *top, *factor, *sum; };  // for each query; sum has L partial sums per query
 
-// n scores of query r, which sees the first seen of them
+// n scores of query r; the first `seen` of them are visible to it
 inline void soften_row(float* s, int64_t n, int64_t seen, int64_t r, const Softmax& state) {
     const int64_t wide = round_up(n, L);
     std::fill(s + std::clamp<int64_t>(seen, 0, n), s + wide, -__builtin_inff());
@@ -213,7 +213,7 @@ struct Desk {
 template <class T> struct PieceRun {
     const Ragged& r;
     const Heads<T>& a;
-    const Piece &w, &after;  // this piece, and what this thread does next
+    const Piece &w, &after;  // this piece, and the next piece of this thread
     const Desk& m;
 
     int64_t head(int64_t i) const { return w.head * a.heads + (w.first + i) % a.heads; }
@@ -267,7 +267,7 @@ template <class T> void PieceRun<T>::operator()(float* partial) const {
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #9abeda18
-// the result of query i, from its partial results, which begin at piece w
+// the result of query i from its partial results, the first of which is in piece w
 template <class T> void merge_parts(const Ragged& r, const Heads<T>& a, const Piece& w, int64_t i, const float* partial) {
     const int64_t each = a.v + 2, hop = w.rows * each;
     const float* first = partial + (w.slot + i) * each;

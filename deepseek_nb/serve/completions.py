@@ -196,10 +196,19 @@ class ChatRun:
         text = served.prompt(request.messages, request.tools, request.thinking)
         ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline)
         self.answers = []
-        for i in range(request.n):
-            self.answers.append(served.ask(text, ids, request.thinking, request.tools, request.max_tokens, stop=request.stop,
-                                           params=self._params(i), user=f'{owner}/{request.user}', deadline=deadline))
+        try:
+            for i in range(request.n):
+                how['params'] = self._params(i)
+                self.answers.append(served.ask(text, ids, request.thinking, request.tools, request.max_tokens, **how))
+        except Exception:
+            self.cancel()
+            raise
+
+    def cancel(self)->None:
+        "Stop what still runs"
+        for a in self.answers: a.stream.cancel()
 
     def _params(self, i):
         "Settings of an answer; answers to one request have seeds of their own"
