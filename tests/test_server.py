@@ -111,7 +111,8 @@ def test_completions(live):
 
 @pytest.mark.parametrize('body, status, part', [
     (dict(colour='red'), 400, 'colour is not known here'), (dict(temperature=3), 400, 'temperature is 3'), (dict(n=True), 400, 'n must be'),
-    (dict(model='x'), 404, 'is not served here'), (dict(model=None), 400, 'model is missing'), (dict(messages=[]), 400, 'messages is empty'),
+    (dict(model='x'), 404, 'is not served here'), (dict(model=None), 400, 'model is missing'),
+    (dict(messages=[]), 400, 'messages is empty'),
     (dict(messages='hi'), 400, 'messages must be a list'), (dict(messages=[{}]), 400, 'messages[0].role is missing'),
     (dict(logit_bias={'9999': 1}), 400, 'token id 9999'), (dict(max_tokens=100_000), 400, 'maximum context length'),
     (dict(stop=['']), 400, 'stop must be'),
