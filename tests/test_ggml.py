@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import warm
 from gguf import GGMLQuantizationType as Q
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -195,6 +196,7 @@ def test_nan_and_infinity_come_out_where_they_went_in(kind):
 
 def run(code, **env):
     env = {**os.environ, 'SEED': str(SEED), **env}
+    if 'LD_PRELOAD' not in env: return warm.run('-c', code, env=env, cwd=HERE)
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 

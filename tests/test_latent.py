@@ -2,15 +2,15 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import shapes
@@ -235,23 +235,26 @@ def run(to, folder):
 
 if __name__ == '__main__':
     to, folder = sys.argv[1], Path(sys.argv[2])
-    model, errors = run(to, None if folder.name == 'whole' else folder)
+    model, errors = run(to, folder)
     torch.save((model.state_dict(), [*map(tuple, errors)]), folder.with_suffix('.pt'))
 '''
 
 
 @pytest.mark.parametrize('to', ['mla', 'moe'])
 def test_killed_and_resumed_to_the_bit(to, tmp_path):
-    (tmp_path/'program.py').write_text(RUN)
-    def start(name): return subprocess.Popen([sys.executable, tmp_path/'program.py', to, tmp_path/name], cwd=ROOT)
-    p = start('cut')
+    (program := tmp_path/'program.py').write_text(RUN)
+    def start(): return warm.start(program, to, tmp_path/'cut', cwd=ROOT, modules=warm.TRAINING)
+    p = start()
     while not (tmp_path/'cut'/'state.json').is_file() and p.poll() is None: time.sleep(.002)
     p.send_signal(signal.SIGKILL)
     p.wait()
     assert len(json.loads((tmp_path/'cut'/'state.json').read_text())['errors']) == 1
-    assert [start(name).wait() for name in ('cut', 'whole')] == [0, 0]
-    (a, e), (b, f) = (torch.load(tmp_path/f'{name}.pt') for name in ('whole', 'cut'))
-    assert e == f and all(torch.equal(t, b[k]) for k, t in a.items())
+    assert start().wait() == 0
+    threads = torch.get_num_threads()
+    try: model, e = run_path(program)['run'](to, None)
+    finally: torch.set_num_threads(threads)
+    b, f = torch.load(tmp_path/'cut.pt')
+    assert [*map(tuple, e)] == f and all(torch.equal(t, b[k]) for k, t in model.state_dict().items())
 
 
 def test_a_state_of_another_conversion_is_refused(tmp_path):
