@@ -168,7 +168,7 @@ def test_full_disk_keeps_what_is_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize('change,why', [
     (dict(temperature=3.), 'stage 2 was started with temperature 2.0, but this list has 3.0'),
     (dict(steps=6), 'stage 2 was started with steps 5'),
-    (dict(data=count(25)), 'stage 2 was started with data'), (dict(teacher=llama(3, 48, 6)), 'stage 2 was begun with teacher'),
+    (dict(data=count(25)), 'stage 2 was started with data'), (dict(teacher=llama(3, 48, 6)), 'stage 2 was started with teacher'),
     (dict(learns=llama(2, 32, 1)), 'the run in this folder trains other models'),
     (dict(name='else'), "stage 2 was started with name 'through it'")])
 def test_another_run_is_refused(change, why, tmp_path):

@@ -27,6 +27,7 @@ from fastcore.basics import patch
 from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from .engine import QueueFull
+from .text import TextRun, read_completion
 
 # %% ../../nbs/480_serve.app.ipynb #0f228fe0
 def key_digest(
@@ -317,13 +318,18 @@ async def chat(self:Server,
     return await self.handle(request, lambda served, body, owner: ChatRun(served, read_chat(body), owner, dialect))
 
 @patch
+async def complete(self:Server, request): # `POST …/completions`
+    "A text completion"
+    return await self.handle(request, lambda served, body, owner: TextRun(served, read_completion(body, served.tok), owner))
+
+@patch
 def routes(self:Server)->list: # Starlette's routes
     "All routes"
     from starlette.routing import Route
     out = []
     for base in ('/v1', '', '/beta'):
         chat = partial(self.chat, dialect='openai' if base == '/v1' else 'deepseek')
-        out += [Route(f'{base}/chat/completions', chat, methods=['POST'])]
+        out += [Route(f'{base}/chat/completions', chat, methods=['POST']), Route(f'{base}/completions', self.complete, methods=['POST'])]
         out += [Route(f'{base}/models', self.list_models), Route(f'{base}/models/{{name:path}}', self.get_model)]
     return out + [Route('/health', self.health), Route('/ready', self.health), Route('/metrics', self.metrics),
                   *[Route(path, self.tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
