@@ -16,7 +16,7 @@ from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull
 from deepseek_nb.infer.ragged import run_rows
 from deepseek_nb.kernels import invariant, paged, ragged, ragged_codes
 from deepseek_nb.kernels.step import blocks_of
-from deepseek_nb.quant import quantize, relative_error, take_place
+from deepseek_nb.quant import quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 
@@ -41,7 +41,7 @@ def made(c, f):
     for name,m in [*model.layers.named_modules()]:
         for p,w in [*m.named_parameters(recurse=False)]:
             if p.endswith('bias'): w.normal_()
-            if FORMATS[f] and w.ndim > 1 and not name.endswith('mlp.gate'): take_place(m, p, quantize(w, FORMATS[f]))
+            if FORMATS[f] and w.ndim > 1 and not name.endswith('mlp.gate'): replace_parameter(m, p, quantize(w, FORMATS[f]))
     return model.bfloat16() if f == 'bfloat16' else model
 
 
