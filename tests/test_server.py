@@ -113,7 +113,8 @@ def test_a_required_tool_is_called():
     live = Live()
     try:
         live.server.models['mini'].format = 'v31'
-        schema = dict(type='object', properties=dict(n=dict(type='integer', maximum=9, minimum=0)), required=['n'], additionalProperties=False)
+        fields = dict(n=dict(type='integer', maximum=9, minimum=0))
+        schema = dict(type='object', properties=fields, required=['n'], additionalProperties=False)
         tool = dict(type='function', function=dict(name='look', parameters=schema))
         how = dict(model='mini', messages=HI, temperature=1, seed=1, max_tokens=200, tools=[tool], tool_choice='required')
         message = live.client().chat.completions.create(**how).choices[0]

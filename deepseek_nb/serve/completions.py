@@ -243,7 +243,8 @@ class ChatRun:
         ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         last = request.messages[-1]
-        how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline, begun=last['content'] if last.get('prefix') else '')
+        begun = last['content'] if last.get('prefix') else ''
+        how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline, begun=begun)
         self.answers,grammar = [],grammar_for(served, request)
         try:
             for i in range(request.n):
