@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # An old pip takes 40 seconds to resolve what a new one resolves in ten. Bytecode is written when a module is first imported: few of 20,000 are
-INSTALL = $(PIP) install --no-compile --upgrade pip || true; $(PIP) install --no-compile
+INSTALL = $(PIP) install --no-compile --upgrade pip || true; PYTHONWARNINGS=ignore $(PIP) install --no-compile
 # Two notebooks, and two files of tests, run side by side: each gets half of the cores
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
