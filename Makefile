@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# An old pip takes 40 seconds to resolve what a new one resolves in ten. Bytecode is written when a module is first imported: few of 20,000 are
+INSTALL = $(PIP) install --no-compile --upgrade pip || true; PYTHONWARNINGS=ignore $(PIP) install --no-compile
 # Two notebooks, and two files of tests, run side by side: each gets half of the cores
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
@@ -15,6 +17,7 @@ demo: .venv/.installed  ## a question answered by a real model, then a chat wher
 	$(BIN)/deepseek-nb chat --demo
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
+	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting
 	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
@@ -53,11 +56,11 @@ clean:  ## all that make made
 
 .venv/.installed: pyproject.toml | .venv/.made
 	@echo 'Installing into .venv: a few minutes the first time, most of it PyTorch'
-	$(PIP) install -e .
+	$(INSTALL) -e .
 	@touch $@
 
 .venv/.dev: pyproject.toml | .venv/.made
 	@echo 'Installing into .venv, with the tools: a few minutes the first time, most of it PyTorch'
-	$(PIP) install -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	@touch .venv/.installed $@
 	@if [ -d .git ]; then $(HOOKS) || echo 'git hooks are not installed; nothing else needs them'; fi

@@ -7,29 +7,40 @@ from pathlib import Path
 
 import pytest
 import setuptools  # noqa: F401, before threads of torch.compile import it side by side, at which it fails
+import warm
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
 
+LONG = 'kernels cuda cuda_quant cuda_experts compile quant_model ragged browser latent gguf evidence'.split()
+
+
 def pytest_collection_modifyitems(items):
-    "Files of few tests come first: these take longest, and where two run side by side none is left for the end."
+    "What takes longest comes first, then files of few tests: where two run side by side, only short ones are left for the end."
     tests = Counter(i.path for i in items)
-    items.sort(key=lambda i: tests[i.path])
+    items.sort(key=lambda i: (i.path.stem.removeprefix('test_') not in LONG, tests[i.path]))
 
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
 
 
+def printed(p):
+    assert p.returncode == 0, p.stderr
+    return p.stdout.strip()
+
+
 @pytest.fixture(scope='session')
 def python():
+    "Runs code in a process of its own, which has PyTorch loaded and nothing else, and returns what it printed."
+    return lambda code, *args, **kwargs: printed(warm.run(*(['-c', code] if args == () else [code, *args]), **kwargs))
+
+
+@pytest.fixture(scope='session')
+def interpreter():
     "Runs code in a fresh interpreter and returns what it printed."
-    def run(code, *args, **kwargs):
-        p = subprocess.run([sys.executable, *(['-c', code] if args == () else [code, *args])], capture_output=True, text=True, **kwargs)
-        assert p.returncode == 0, p.stderr
-        return p.stdout.strip()
-    return run
+    return lambda code: printed(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True))
 
 
 @pytest.fixture(scope='session')

@@ -3,13 +3,13 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb import Config, Model, bench
 from deepseek_nb.bench import (
@@ -175,7 +175,7 @@ def test_command(registry, tmp_path, capsys):
 
 def test_the_verb_runs_a_benchmark():
     code = 'from deepseek_nb.tools.cli import main; raise SystemExit(main(["bench", "absent"]))'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    done = warm.run('-c', code)
     assert done.returncode == 2 and "no benchmark 'absent'" in done.stderr and 'moe-decode' in done.stderr
 
 
@@ -228,7 +228,7 @@ def test_stored_results_say_where_they_come_from():
 
 def test_import_is_light():
     code = "import sys, deepseek_nb.bench; print([m for m in ('matplotlib', 'transformers', 'torch._dynamo') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert warm.run('-c', code).stdout.strip() == '[]'
 
 
 # ---- the cache benchmark

@@ -2,11 +2,10 @@
 import os
 import pty
 import shutil
-import subprocess
-import sys
 from io import StringIO
 
 import pytest
+import warm
 
 from deepseek_nb.core.nbproc import find_compiler
 from deepseek_nb.kernels import build
@@ -35,8 +34,7 @@ print('loaded')"""
 
 
 def test_ranks_compile_once(counted):
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    ranks = [subprocess.Popen([sys.executable, '-c', CODE], **pipes) for _ in range(3)]
+    ranks = [warm.start('-c', CODE) for _ in range(3)]
     said = []
     for p in ranks:
         out, err = p.communicate(timeout=300)
@@ -44,7 +42,7 @@ def test_ranks_compile_once(counted):
         said.append(err)
     assert len(counted.read_text().splitlines()) == 1, 'one process compiles, the others wait for it'
     assert sum('compiling kernels once' in e for e in said) == 1
-    done = subprocess.run([sys.executable, '-c', CODE], capture_output=True, text=True)
+    done = warm.run('-c', CODE)
     assert done.stdout == 'loaded\n' and not done.stderr and len(counted.read_text().splitlines()) == 1, 'a second run uses the cache'
 
 

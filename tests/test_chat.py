@@ -161,7 +161,7 @@ def test_a_template_that_fails(template):
 
 def test_no_template(smol):
     bare = Tokenizer(smol.backend, {'<|im_end|>': dict(id=2, special=True)})
-    with pytest.raises(ValueError, match='no chat template: pass chat_template'): bare.chat([dict(role='user', content='x')])
+    with pytest.raises(ValueError, match='no chat template: set chat_template'): bare.chat([dict(role='user', content='x')])
 
 
 def test_fallback_says_so(deepseek):

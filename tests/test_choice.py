@@ -140,7 +140,7 @@ def test_examples_go_first(tok):
 
 
 @pytest.mark.parametrize('row,error', [
-    (dict(answer=2), 'question 1: answer 2 is not one of its 2 choices'), (dict(answer=-1), 'question 1: answer -1 is none'),
+    (dict(answer=2), 'question 1: answer 2 is not one of its 2 choices'), (dict(answer=-1), 'question 1: answer -1 is not one'),
     (dict(choices=['a', '']), 'question 1 has an empty choice'), (dict(choices=[]), 'question 1: answer 0 is not one of its 0 choices'),
     (dict(context='   '), 'consists of white space only'), (dict(choices=['w '*99, 'a']), 'has .* tokens; each needs 1 to 48')])
 def test_bad_questions(models, tok, row, error):

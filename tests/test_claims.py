@@ -2,11 +2,10 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from deepseek_nb.bench import BENCHMARKS, Comparison, find_benchmark, make_record, save_result
 
@@ -77,12 +76,12 @@ def test_commands_find_their_benchmarks(claims, every):
     call = {'deepseek-nb bench': 'from deepseek_nb.tools.cli import main; raise SystemExit(main(["bench"]))'}
     assert by.keys() <= call.keys()
     for command, names in by.items():
-        done = subprocess.run([sys.executable, '-c', call[command]], capture_output=True, text=True, check=True)
+        done = warm.run('-c', call[command], check=True)
         assert names <= {line.split()[0] for line in done.stdout.splitlines() if line.strip()}, command
 
 
 def test_module_prints_the_page(every, tmp_path):
-    page = subprocess.run([sys.executable, '-m', 'deepseek_nb.tools.claims'], capture_output=True, text=True, cwd=tmp_path)
+    page = warm.run('-m', 'deepseek_nb.tools.claims', cwd=tmp_path)
     assert page.returncode == 0 and page.stdout.count('| not yet |') == len(every) and 'Nothing was measured yet.' in page.stdout
 
 

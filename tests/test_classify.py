@@ -114,7 +114,7 @@ def test_bad_probabilities(p, error):
 @pytest.mark.parametrize('truth,said,error', [
     ([], [], 'there are no texts'), ([0], [0, 1], '1 true classes and 2 predictions'),
     ([4], [0], 'label 4 .row 0. is not one of the 4 classes'),
-    ([-1], [0], 'label -1 .row 0. is none'), ([0], [4], 'label 4 .row 0. is none'), (['x'], [0], "label 'x' .row 0. is none")])
+    ([-1], [0], 'label -1 .row 0. is not one'), ([0], [4], 'label 4 .row 0. is not one'), (['x'], [0], "label 'x' .row 0. is not one")])
 def test_labels_outside_the_classes(truth, said, error):
     with pytest.raises(ValueError, match=error) as e: C.classified(truth, said, ['a', 'b', 'c', 'd'])
     assert '\n' not in str(e.value)

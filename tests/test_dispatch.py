@@ -2,13 +2,12 @@
 import asyncio
 import copy
 import pickle
-import subprocess
-import sys
 import threading
 import warnings
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb.core import dispatch
 from deepseek_nb.core.dispatch import ORDER, chosen, op, twin_errors, twins, use
@@ -208,4 +207,4 @@ def test_table():
 
 def test_import_is_light():
     code = "import sys, deepseek_nb.core.dispatch; print([m for m in ('torch._dynamo', 'einops', 'IPython') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert warm.run('-c', code).stdout.strip() == '[]'

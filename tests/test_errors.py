@@ -6,12 +6,11 @@ templates in test_chat.py; here the rest, and all of them through `deepseek-nb`.
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb import Cache, Model, Tokenizer
 from deepseek_nb.arch.rope import geometric
@@ -340,7 +339,7 @@ def test_hub_out_of_reach(tmp_path):
     "In a process of its own, as huggingface_hub reads its settings when it is imported"
     env = os.environ | dict(HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
     code = "import sys; from deepseek_nb.tools.cli import main; sys.exit(main(['info', 'org/name']))"
-    run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    run = warm.run('-c', code, env=env)
     assert run.returncode == 2 and run.stderr.endswith('\n'), run.stderr
     one_line(run.stderr[:-1], 'org/name', 'HF_HUB_OFFLINE')
 

@@ -1,6 +1,7 @@
 "The text of an answer becomes the same events wherever it is cut, in every format, and nothing of it is lost."
 import json
 import random
+from time import perf_counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -98,6 +99,15 @@ def test_a_long_answer_costs_time_in_proportion(format):
     text = 'word <b> ' * 1000
     s = Splitter(format, format in THINKING)
     assert len(joined(e for c in text for e in s.feed(c))) == 1 and len(s._text) < 20
+
+
+def test_a_thousand_newlines_cost_little():
+    s = Splitter('v4', thinking=True)
+    for _ in range(8000): assert s.feed('\n') == []
+    s.feed('a')
+    tick = perf_counter()
+    for _ in range(8000): assert s.feed('\n') == []
+    assert s.feed('b') == [ReasoningDelta('\n'*8000 + 'b')] and perf_counter() - tick < 3
 
 
 def test_a_name_that_never_ends_is_given_back():

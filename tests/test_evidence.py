@@ -6,13 +6,13 @@ import pickle
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb import studies
 from deepseek_nb.studies import carry_out, find_study, open_study, read_plan, read_records, run_folder, study, to_do
@@ -158,7 +158,7 @@ def test_a_finding_follows_its_runs():
     rest = dict(test=4., topic=[.25, .75], entropy=.9, idle=0., token=[.1])
     made = [run(a, s, busiest=x + s, **rest) for a, x in loads.items() for s in range(2)]
     text = balancing.finding(made)
-    assert all(f'**{x + .5:.2f} ± 0.71**' in text for x in loads.values()) and 'After 7 steps' in text
+    assert all(f'**{x + .5:.2f} ± 0.71 times' in text for x in loads.values()) and 'After 7 steps' in text
     assert balancing.tally(made).count('| 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 |') == 1
 
 
@@ -180,7 +180,7 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
     def start(work, out):
         code = f"from deepseek_nb.studies import run_study; run_study('balancing', {str(tmp_path/'balancing.toml')!r}, "
         code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"
-        return subprocess.Popen([sys.executable, '-c', code], env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
+        return warm.start('-c', code, modules=warm.TRAINING)
     def looks(): return [n for o in (tmp_path/'war').rglob('looks.txt') for n in o.read_text().splitlines()]
     p = start(tmp_path/'war', tmp_path/'war.json')
     while p.poll() is None and len(looks()) < 3: time.sleep(.01)
@@ -197,7 +197,7 @@ def test_minutes_outlive_a_killed_process(tmp_path):
     code = "import os, pathlib, time\nfrom deepseek_nb.studies import stopwatch\n"
     code += f"with stopwatch(pathlib.Path({str(tmp_path/'m.json')!r}), .01): time.sleep(.6); os.kill(os.getpid(), 9)"
     for n in (1, 2):
-        assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
+        assert warm.run('-c', code).returncode == -signal.SIGKILL
         assert json.loads((tmp_path/'m.json').read_text())['minutes'] > .5*n/60
     with pytest.raises(ZeroDivisionError), studies.stopwatch(tmp_path/'m.json') as minutes: 1/0 # noqa: B018
     assert json.loads((tmp_path/'m.json').read_text())['minutes'] >= minutes() - 1e-3 > .9/60
@@ -217,8 +217,7 @@ def test_information_equals_that_of_scikit_learn():
 
 def test_the_command(python, root, plan, tmp_path):
     assert 'medical' in python('-m', 'deepseek_nb.tools.cli', 'evidence').splitlines()
-    command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'evidence', 'sparse', '--config', str(plan)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = warm.run('-m', 'deepseek_nb.tools.cli', 'evidence', 'sparse', '--config', plan)
     assert done.returncode == 2 and "is a plan of 'counting', not of 'sparse'" in done.stderr and done.stderr.count('\n') == 1
 
 
@@ -239,17 +238,17 @@ def test_a_traceback_names_the_cell():
     assert re.search(r'910_studies.sparse.ipynb, cell \d+", line \d+, in token_flops\n    matrices = c.active_params', text)
 
 
-def test_what_a_study_defines_is_found_in_another_process():
+def test_what_a_study_defines_is_found_in_another_process(tmp_path):
     batches = open_study('compute').ByLength([dict(tokens=[1, 2], label=3)], 8)
     assert pickle.loads(pickle.dumps(sparse.token_flops)) is sparse.token_flops
     code = 'import pickle, sys; print(pickle.load(sys.stdin.buffer).lengths.tolist())'
-    done = subprocess.run([sys.executable, '-c', code], input=pickle.dumps(batches), capture_output=True)
-    assert done.stdout.decode().strip() == '[2]', done.stderr
+    (tmp_path/'pickled').write_bytes(pickle.dumps(batches))
+    with open(tmp_path/'pickled', 'rb') as f: done = warm.run('-c', code, stdin=f)
+    assert done.stdout.strip() == '[2]', done.stderr
 
 
 def test_experiments_need_the_repository(root, tmp_path):
     shutil.copytree(root/'deepseek_nb', tmp_path/'deepseek_nb', ignore=shutil.ignore_patterns('__pycache__'))
     for args in ([], ['sparse', '--smoke']):
-        command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'evidence', *args]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+        done = warm.run('-m', 'deepseek_nb.tools.cli', 'evidence', *args, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
         assert done.returncode == 2 and 'clone the repository' in done.stderr and done.stderr.count('\n') == 1, done.stderr

@@ -74,8 +74,8 @@ def test_readme_is_the_index():
 def imported(python, code): return set(python(f'import sys; {code}; print(*{{o.split(".")[0] for o in sys.modules}})').split())
 
 
-def test_package_imports_no_torch(python):
-    assert not imported(python, 'import deepseek_nb') & {'torch', 'numpy', 'fastcore', 'einops', 'transformers'}
+def test_package_imports_no_torch(interpreter):
+    assert not imported(interpreter, 'import deepseek_nb') & {'torch', 'numpy', 'fastcore', 'einops', 'transformers'}
 
 
 def test_model_imports_nothing_heavy(python):

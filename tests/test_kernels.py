@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from torch.library import opcheck
 
 from deepseek_nb.arch.model import Model
@@ -135,6 +136,7 @@ def test_kernels_equal_float64():
 
 def run(code, **env):
     env = {k: v for k, v in {**os.environ, 'SEED': str(SEED), **env}.items() if v is not None}
+    if 'LD_PRELOAD' not in env: return warm.run('-c', code, env=env, cwd=HERE)
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 
@@ -159,7 +161,7 @@ def test_clean_under_sanitizers():
     # a frame that the sanitizer puts on the heap misaligns vectors of 64 bytes (GCC 110027)
     done = run('import test_kernels as t, test_kernels_attention as a; t.sweep(3); a.sweep(3)', LD_PRELOAD=library,
                ASAN_OPTIONS='detect_leaks=0:detect_stack_use_after_return=0', OMP_NUM_THREADS='2',
-               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O1')
+               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O0')
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -173,7 +175,7 @@ text = nbproc.source_text('axpy.cpp').replace('i < x.numel()', 'i <= x.numel()')
 nbproc._session['axpy.cpp'] = {0: text}
 from deepseek_nb.kernels.build import load_kernel as load
 load('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))'''
-    done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O1')
+    done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O0')
     assert done.returncode and 'heap-buffer-overflow' in done.stderr
 
 
@@ -182,8 +184,7 @@ BUILD = 'from deepseek_nb.kernels.team import thread_shares; assert thread_share
 
 def test_two_processes_build_at_once(tmp_path):
     env = {**os.environ, 'DEEPSEEK_NB_CACHE': str(tmp_path)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    both = [subprocess.Popen([sys.executable, '-c', BUILD], env=env, **pipes) for _ in range(2)]
+    both = [warm.start('-c', BUILD, env=env) for _ in range(2)]
     for p in both:
         out, err = p.communicate(timeout=300)
         assert out == 'built\n', err

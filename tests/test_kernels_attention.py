@@ -1,12 +1,11 @@
 "Attention, RMSNorm and rotation in C++ against float64, over ragged shapes, dtypes, strides, instruction sets and numbers of threads"
 import os
 import random
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import warm
 from fastcore.test import expect_fail
 
 from deepseek_nb.arch import attention as att
@@ -122,9 +121,9 @@ def test_random_shapes(one, threads, r):
 
 @pytest.mark.parametrize('isa', ['avx2', 'portable'])
 def test_other_instruction_sets(isa):
-    env = dict(os.environ, DEEPSEEK_NB_ISA=isa, OMP_NUM_THREADS='2', PYTHONPATH=os.path.dirname(__file__))
+    env = dict(os.environ, DEEPSEEK_NB_ISA=isa, PYTHONPATH=os.path.dirname(__file__))
     code = 'import test_kernels_attention as t; t.sweep(40)'
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    done = warm.run('-c', code, env=env)
     if "it may be" in done.stderr: pytest.skip(f'no {isa} on this processor')
     assert done.returncode == 0, done.stderr
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deepseek_nb.core import nbproc
 from deepseek_nb.core.nbproc import COMPILERS, compile_source, find_compiler, first_error, join_cells, run_magic
 
 needs_cpp = pytest.mark.skipif(not any(shutil.which(n) for n in COMPILERS['cpp'][1]), reason='no C++ compiler')
@@ -148,8 +149,10 @@ def test_first_error(log, first): assert first_error(log, 'a.cu') == first
 def test_no_compiler(kind, variable, monkeypatch, capsys):
     monkeypatch.setenv(variable, 'absent')
     with pytest.raises(FileNotFoundError, match=f'absent not found; install one or set {variable}'): find_compiler(kind)
-    run_magic(kind, f'absent.{kind}', 'int f();', None)
+    monkeypatch.setattr(nbproc, '_session', {})
+    run_magic(kind, f'absent.{kind} lib', 'int f();', None)
     assert capsys.readouterr().out.count('\n') == 1
+    assert nbproc.check_rest() == [f'absent.{kind}'] and capsys.readouterr().out.count('\n') == 1
 
 
 @needs_cpp
@@ -187,6 +190,37 @@ for _ in range(3):
     assert {'cpp', 'cu'} <= shell.magics_manager.magics['cell'].keys()
 print('three shells')
 ''') == 'three shells'
+
+
+@needs_cpp
+@pytest.mark.parametrize('name', ['t.cpp', 't.h'])
+def test_a_file_that_no_cell_calls_is_checked_after_the_last_cell(name, python):
+    "In a test, cells aren't compiled one by one: an error that no call meets must still fail the notebook"
+    said = python(f'''
+import contextlib, io, tempfile
+from pathlib import Path
+from fastcore.nbio import mk_cell, new_nb, write_nb
+from deepseek_nb.core.nbproc import run_alone
+path = Path(tempfile.mkdtemp())/'x.ipynb'
+with contextlib.redirect_stderr(io.StringIO()) as err:
+    for body in ('return one();', 'return missing;'):
+        texts = 'static int one() {{ return 1; }}', 'int two() {{ ' + body + ' }}'
+        cells = ['import deepseek_nb.core.nbproc', *('%%cpp {name}\\n' + t for t in texts)]
+        write_nb(new_nb([mk_cell(c) for c in cells]), path)
+        print(run_alone(path)[0], end=' ')
+print('missing' in err.getvalue())
+''')
+    assert said.split() == ['True', 'False', 'True']
+
+
+@needs_cpp
+def test_cells_that_say_the_same_as_the_exported_file_share_its_library(monkeypatch):
+    exported = nbproc.source_text('axpy.cpp')
+    cells = [part.partition('\n')[2] for part in exported.split('\n// %% ')[1:]]
+    monkeypatch.setitem(nbproc._session, 'axpy.cpp', dict(enumerate('#| cpp axpy.cpp\n' + c for c in cells)))
+    assert nbproc.source_text('axpy.cpp') == exported
+    nbproc._session['axpy.cpp'][0] += '\nint more();'
+    assert 'int more();' in nbproc.source_text('axpy.cpp')
 
 
 @pytest.fixture

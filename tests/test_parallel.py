@@ -8,11 +8,13 @@ import inspect
 import json
 import os
 import random
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 
 from deepseek_nb import Model
 from deepseek_nb.arch.moe import run_experts
@@ -199,9 +201,16 @@ def three(folder):
 
 
 def started(program, processes, folder):
+    "The program in processes as `torchrun` would start them, which takes twice as long to import what they need"
     code = f'import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_parallel as t\nt.SEED = {SEED}\n'
     code += f't.{program}({str(folder)!r})\n'
-    launch_processes(code, processes, timeout=900)
+    with socket.create_server(('localhost', 0)) as s: port = s.getsockname()[1]
+    env = os.environ | dict(MASTER_ADDR='localhost', MASTER_PORT=str(port), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
+    ranks = [warm.start('-c', code, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), modules=(*warm.TRAINING, 'torch.distributed.fsdp'))
+             for i in range(processes)]
+    for p in ranks:
+        _, said = p.communicate(timeout=900)
+        assert p.returncode == 0, said
     return json.loads((folder/f'{program}.json').read_text())
 
 
@@ -332,6 +341,7 @@ def test_bad_ways_are_refused():
         with pytest.raises(ValueError, match=r"^unknown parallelism 'tensor'; known are data, shard, expert$"): f()
     with pytest.raises(ValueError, match='^no layer of this Model has routed experts'): share_experts(tied())
     with pytest.raises(RuntimeError, match='^2 processes: .*ZeroDivisionError: division by zero\n'): launch_processes('print(1/0)')
+    assert sorted(launch_processes("import os; print(os.environ['RANK'])", 3).split()) == ['0', '1', '2']
 
 
 def test_shares_are_seen(folder):

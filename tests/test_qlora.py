@@ -1,10 +1,9 @@
 "Adapters beside codes: gradients, losses, merging, memory"
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from test_lora import FAMILIES, STACKS, batch, made, same, shake
 
 from deepseek_nb import Model
@@ -127,7 +126,7 @@ def test_memory_of_a_step():
     "What a step adds to the model: adapters and activations, not gradients and moments of every weight"
     def peak(few):
         code = MEASURE.format(few=few)
-        return int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
+        return int(warm.run('-c', code, modules=warm.TRAINING, check=True).stdout)
     full, few = peak(None), peak('nf4')
     weights = 4*8*(512*512*2+2*512*256+3*512*1536)
     assert full > 2.5*weights and few < .35*full

@@ -195,7 +195,7 @@ def test_a_file_that_is_not_there(verb, place, capsys):
     ('finetune', ('output_dir = "out"', ''), 'run.toml, [training]: output_dir is missing'),
     ('finetune', ('[data]', '[balance]\n[data]'), 'Model has no router to balance; give a model with n_routed_experts'),
     ('finetune', ('[data]', '[balance]\nfactor = 1\n[data]'), 'run.toml, [balance]: factor is not known; known are gamma, sequence, until'),
-    ('finetune', ('[data]', '[parallel]\nhow = "apart"\n[data]'), "no parallelism called 'apart'; known are data, shard, expert"),
+    ('finetune', ('[data]', '[parallel]\nhow = "apart"\n[data]'), "unknown parallelism 'apart'; known are data, shard, expert"),
     ('finetune', ('[data]', '[lora]\nrank = 4\n[data]'), 'run.toml, [lora]: rank is not known; known are '),
     ('distill', ('teacher = "b"', 'teacher = "c"'), '[[stage]] 2, teacher: c is not known; known are a, b'),
     ('distill', ('student = "a"', 'student = "c"'), 'run.toml, student: c is not known; known are a, b'),

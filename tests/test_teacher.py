@@ -6,12 +6,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+import warm
 from torch.autograd import gradcheck
 
 from deepseek_nb.arch.model import Model
@@ -125,18 +124,21 @@ def test_what_is_asked_is_part_of_the_key():
     assert len({*keys}) == 3
 
 
+def write_24(folder):
+    torch.manual_seed(5)
+    return write_logits(llama(40), rows(random.Random(1), 24), folder, k=5, batch_size=2, shard=2)
+
+
 SCRIPT = '''
-import sys, torch
+import sys
 sys.path.insert(0, {tests!r})
-from test_teacher import llama, rows
-import random, time
-torch.manual_seed(5)
-teacher = llama(40)
+from test_teacher import write_24
+import time
 from deepseek_nb.train import teacher as module
 inner = module.answers
 def slowly(*args, **kw): time.sleep(.25); return inner(*args, **kw)
 module.answers = slowly
-module.write_logits(teacher, rows(random.Random(1), 24), sys.argv[1], k=5, batch_size=2, shard=2)
+write_24(sys.argv[1])
 print('done')
 '''
 
@@ -144,11 +146,10 @@ print('done')
 def test_killed_and_run_again(tmp_path, r):
     "kill -9 at random moments until a run ends by itself; all shards equal those of a run in peace"
     code = SCRIPT.format(tests=os.path.dirname(__file__))
-    peace = tmp_path/'peace'
-    subprocess.run([sys.executable, '-c', code, str(peace)], stdout=subprocess.PIPE, check=True)
-    kills = 0
+    peace, kills = tmp_path/'peace', 0
+    write_24(peace)
     for _ in range(12):
-        p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'war')], stdout=subprocess.PIPE)
+        p = warm.start('-c', code, tmp_path/'war', modules=warm.TRAINING)
         while p.poll() is None and not (tmp_path/'war'/'about.json').is_file(): time.sleep(.02)
         have = len(list((tmp_path/'war').glob('*.safetensors')))
         while p.poll() is None and kills < 3 and len(list((tmp_path/'war').glob('*.safetensors'))) <= have: time.sleep(.01)
@@ -158,7 +159,7 @@ def test_killed_and_run_again(tmp_path, r):
             p.wait()
             kills += 1
             with pytest.raises(FileNotFoundError, match='shards are missing'): TeacherLogits(tmp_path/'war')
-        elif b'done' in p.communicate()[0]: break
+        elif 'done' in p.communicate()[0]: break
     assert kills == 3
     for f in peace.iterdir(): assert (tmp_path/'war'/f.name).read_bytes() == f.read_bytes()
     assert {f.name for f in (tmp_path/'war').iterdir()} == {f.name for f in peace.iterdir()}

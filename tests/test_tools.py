@@ -167,6 +167,14 @@ def test_calls_are_written_as_deepseek_writes_them_into_prompts(recipe):
             assert text.endswith('\n\n' + write_calls(format, calls))
 
 
+def test_the_built_in_template_writes_the_same_calls():
+    from deepseek_nb.files.chat import TEMPLATES, render
+    calls = [Call('f', '{"a": 1}'), Call('g', '{}')]
+    turn = dict(role='assistant', content='ok', tool_calls=[dict(type='function', function=c._asdict()) for c in calls])
+    prompt = render(TEMPLATES['deepseek-v3.1'], [dict(role='user', content='hi'), turn], bos_token='', add_generation_prompt=False)
+    assert prompt == f"<｜User｜>hi<｜Assistant｜></think>ok{write_calls('v31', calls)}<｜end▁of▁sentence｜>"
+
+
 def cases():
     "BFCL's accepted calls, of each parameter the first value"
     for name in ('simple_python', 'live_simple', 'parallel', 'live_parallel', 'parallel_multiple', 'multiple', 'simple_java'):

@@ -1,13 +1,12 @@
 "The Trainer against loops written by hand."
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek_nb.arch.model import Model
@@ -512,7 +511,7 @@ def test_the_curve_is_shown_in_a_notebook(monkeypatch):
 
 
 def test_saving_needs_no_import(tmp_path):
-    "A fresh process that imports the Trainer alone saves, resumes and writes the model."
+    "A process that imports the Trainer alone saves, resumes and writes the model."
     code = """
 import sys, torch
 from deepseek_nb import Trainer, TrainingArguments, Model
@@ -527,6 +526,6 @@ for resume,n in ((False, 2), (True, 2)):
     assert len(t.history) == n
 print(sorted(p.name for p in t.save_model().iterdir()))
 """
-    done = subprocess.run([sys.executable, '-c', code, str(tmp_path/'out')], capture_output=True, text=True)
+    done = warm.run('-c', code, tmp_path/'out', modules=warm.TRAINING)
     assert done.returncode == 0, done.stderr
     assert "'checkpoint-2', 'config.json'" in done.stdout

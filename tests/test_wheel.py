@@ -3,9 +3,12 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,12 +34,33 @@ def test_wheel_is_whole(wheel):
     assert any(o.endswith('.dist-info/licenses/LICENSE') for o in names)
 
 
+def needed(names):
+    "All distributions that these need, with what these need in turn"
+    found, todo = {}, [(n, '') for n in names]
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in found: continue
+        found[name, extra] = dist = distribution(name)
+        wanted = (Requirement(r) for r in dist.requires or ())
+        wanted = [r for r in wanted if not r.marker or r.marker.evaluate(dict(extra=extra))]
+        todo += [(canonicalize_name(r.name), e) for r in wanted for e in ('', *r.extras)]
+    return {name: dist for (name, _), dist in found.items()}
+
+
 @pytest.fixture(scope='module')
 def installed(wheel, tmp_path_factory):
-    "A new environment with the wheel and its dependencies."
-    env = tmp_path_factory.mktemp('env')
-    run(sys.executable, '-m', 'venv', env)
-    run(env/'bin/python', '-m', 'pip', '--disable-pip-version-check', 'install', '--quiet', '--prefer-binary', '--no-compile', wheel)
+    "A new environment with the wheel, and with this one's copies of what it needs and of nothing else: as pip would fill it, in less time"
+    env, pip = tmp_path_factory.mktemp('env'), (sys.executable, '-m', 'pip', '--disable-pip-version-check', '--python')
+    run(sys.executable, '-m', 'venv', '--without-pip', env)
+    run(*pip, env/'bin/python', 'install', '--quiet', '--no-deps', '--no-compile', '--no-index', wheel)
+    site, = env.glob('lib/python*/site-packages')
+    metadata, = distributions(name='deepseek-nb', path=[str(site)])
+    for r in map(Requirement, metadata.requires):
+        if r.marker and not r.marker.evaluate(dict(extra='')): continue
+        for dist in needed([canonicalize_name(r.name)]).values():
+            for top in {f.parts[0] for f in dist.files} - {'..', '__pycache__'}:
+                if not (site/top).exists(): (site/top).symlink_to(Path(dist.locate_file(top)))
+    run(*pip, env/'bin/python', 'check')
     return env/'bin'
 
 

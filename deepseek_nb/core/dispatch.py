@@ -87,13 +87,18 @@ class Twin:
     label:str = ''                  # Distinguishes twins of the same kind and device
     @property
     def name(self): return '/'.join(filter(None, (self.kind, self.device, self.label)))
+    def serves(
+        self,
+        device:str, # Type of device
+    )->bool: # Whether the twin is for it, and this machine has it
+        "Whether the twin is for a type of device"
+        return self.device in (None, device) and (device != 'cuda' or torch.cuda.is_available())
     def runs_on(
         self,
         device:str, # Type of device
     )->bool: # Whether the twin can run on this machine's device
         "Whether the twin is available on a type of device"
-        if self.device not in (None, device) or (device == 'cuda' and not torch.cuda.is_available()): return False
-        return self.available is None or bool(self.available())
+        return self.serves(device) and (self.available is None or bool(self.available()))
 
 # %% ../../nbs/030_core.dispatch.ipynb #be087b8c
 def check_signature(
@@ -116,7 +121,7 @@ class Op:
         self,
         reference:Callable, # The definition
     ):
-        self.reference, self.name, self.plans, self.warned = reference, reference.__name__, {}, set()
+        self.reference, self.name, self.plans, self.asked, self.warned = reference, reference.__name__, {}, {}, set()
         self.twins = {'reference': Twin('reference', reference)}
         self.later = _later.TWINS.get(f'{reference.__module__}.{reference.__qualname__}'.removeprefix('deepseek_nb.'), {})
 
@@ -146,7 +151,7 @@ def plan(
     self.load(kinds, device)
     book = [*self.later]
     ranked = sorted(self.twins.values(), key=lambda t: -book.index(t.name) if t.name in book else -len(book))
-    names = tuple(t.name for k in kinds for t in ranked if t.kind == k and t.runs_on(device))
+    names = tuple(t.name for k in kinds for t in ranked if t.kind == k and t.serves(device))
     return self.plans.setdefault((choice, device), names)
 
 # %% ../../nbs/030_core.dispatch.ipynb #25c6d80a
@@ -175,7 +180,7 @@ def twin(
     self:Op,
     kind:str, # `cuda`, `cpp`, `compile` or `torch`
     device:str|None=None, # Type of device on which it runs; None: `cpu` for C++, `cuda` for CUDA, otherwise any
-    available:Callable|None=None, # `() -> bool`, called once, before the first call; None: always available
+    available:Callable|None=None, # `() -> bool`, called once, before it first runs; None: always available
     supports:Callable|None=None, # `(*args) -> bool`, called for each call; None: all arguments
     label:str='', # Distinguishes twins of the same kind and device
 )->Callable: # Decorator
@@ -186,6 +191,19 @@ def twin(
         self.add(Twin(kind, fn, device or DEVICES.get(kind), available, supports, label))
         return fn
     return register
+
+# %% ../../nbs/030_core.dispatch.ipynb #5c1e7a41
+@patch
+def ready(
+    self:Op,
+    name:str, # Name of a twin
+)->bool: # True if it can run
+    "Whether a twin is available on this machine"
+    ask = self.twins[name].available
+    if ask is not None and ask not in self.asked: self.asked[ask] = bool(ask())
+    return ask is None or self.asked[ask]
+
+Op.ready._dynamo_marked_constant = True
 
 # %% ../../nbs/030_core.dispatch.ipynb #c3de41b1
 @patch
@@ -198,7 +216,7 @@ def fall_back(
     "Warn once that a twin of another kind than the chosen one runs"
     if choice in self.warned: return
     self.warned.add(choice)
-    known = any(self.twins[n].kind == choice for n in self.plan(choice, device))
+    known = any(self.twins[n].kind == choice and self.ready(n) for n in self.plan(choice, device))
     why = "doesn't support these arguments" if known else f'is missing or unavailable on {device}'
     warnings.warn(f'{self.name}: the {choice!r} twin {why}, {name!r} runs instead', stacklevel=4)
 
@@ -215,7 +233,7 @@ def choose(
     choice, device = chosen(), device_of(args, kwargs)
     for name in self.plan(choice, device):
         twin = self.twins[name]
-        if twin.supports is None or twin.supports(*args, **kwargs): break
+        if (twin.supports is None or twin.supports(*args, **kwargs)) and (twin.available is None or self.ready(name)): break
     if choice != 'auto' and twin.kind != choice: self.fall_back(choice, name, device)
     return twin
 
@@ -255,7 +273,7 @@ def twin_errors(
     exact = fn.op.reference(*args, **kwargs)
     twins = [fn.op.twins[n] for n in fn.op.plan('auto', device_of(args, kwargs))]
     return {t.name: ((t.fn(*args, **kwargs) - exact).abs().max() / exact.abs().max()).item()
-            for t in twins if t.supports is None or t.supports(*args, **kwargs)}
+            for t in twins if (t.supports is None or t.supports(*args, **kwargs)) and fn.op.ready(t.name)}
 
 # %% ../../nbs/030_core.dispatch.ipynb #a8ce2982
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@
 #include "experts.h"
 #include <type_traits>
 
-// a matrix of numbers whose products add in one order, for any number of tokens
+// a matrix whose products have one order of additions for any number of tokens
 template <class T> struct Dots {
     const T* data;
     operator const T*() const { return data; }
 };
 template <class M, class T> concept Floats = std::is_convertible_v<M, const T*>;
 
-constexpr int64_t NEAR = 1 << 18;  // bytes of weights in a block
+constexpr int64_t NEAR = 1 << 18;  // bytes of weights per block
 
 // c[j][r] = w_r · x_j
 template <class T>

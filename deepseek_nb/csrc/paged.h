@@ -16,23 +16,23 @@ template <class T> struct Heads {
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #912925b7
-constexpr int64_t CHUNK = 256;  // positions of a partial result
+constexpr int64_t CHUNK = 256;  // positions per partial result
 
-// queries first up to first + rows of a row and a key head; the positions from up to to
+// queries from first up to first + rows of a row and a key head, and positions from `from` up to `to`
 struct Piece {
     int64_t row, head, first, rows, from, to;
-    int64_t parts, slot;  // pieces of these queries, place of the partial results
+    int64_t parts, slot;  // pieces of these queries; index of the partial results
     int64_t cost() const { return (to - from) * (rows + 4); }
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #bb5d3098
 struct Ragged {
-    int64_t n, d, page, width;  // tokens, width of the model, positions of a page, pages in a row of the table
+    int64_t n, d, page, width;  // tokens, width of the model, positions per page, pages per row of the table
     const int64_t *starts, *past, *table;
-    std::vector<int64_t> row;   // of each token
+    std::vector<int64_t> row;   // row of each token
     std::vector<Piece> pieces;
     std::vector<int64_t> ends;
-    int64_t slots = 0, merged = 0, heads;  // partial results, queries that have several
+    int64_t slots = 0, merged = 0, heads;  // partial results; queries with several partial results
 
     Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& past, const Tensor& table, int64_t page, int64_t g,
            int64_t heads);
@@ -42,7 +42,7 @@ struct Ragged {
     template <class T> T* at(const View<T>& cache, int64_t row, int64_t head, int64_t position) const {
         return cache.at(table[row * width + position / page], head, position % page);
     }
-    // where the cache holds a new token
+    // address of a new token in the cache
     template <class T> T* place(const View<T>& cache, int64_t token, int64_t head) const {
         return at(cache, row[token], head, past[row[token]] + token - starts[row[token]]);
     }
@@ -77,17 +77,17 @@ inline Ragged::Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& 
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #0781c4be
-// s[j][i] = k_i · q_j, KEYS apart; prefetches as much from next on as it reads of k
+// s[j][i] = k_i · q_j; rows of s are KEYS apart
 template <int M, int N, class T>
-void score_tile(int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s, const T* next) {
+void score_tile(int64_t x, const T* k, int64_t ld, const float* const* q, float* s, const T* next) {
     vec sum[N][M];
     for (auto& row : sum) for (vec& y : row) y = vec{};
     int64_t c = 0;
-    for (; c + L <= x; c += L, next += M * L) {
+    for (; c + L <= x; c += L) {
         vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(q + j * ldq + c), keep(y[j]);
+        for (int j = 0; j < N; ++j) y[j] = load(q[j] + c), keep(y[j]);
         for (int i = 0; i < M; ++i) {
-            __builtin_prefetch(next + i * L, 0, 2);
+            __builtin_prefetch(next + i * ld + c, 0, 2);
             vec a = load(k + i * ld + c);
             keep(a);
             for (int j = 0; j < N; ++j) sum[j][i] = muladd(a, y[j], sum[j][i]);
@@ -96,40 +96,36 @@ void score_tile(int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, 
     if (c < x)
         for (int i = 0; i < M; ++i)
             for (int j = 0; j < N; ++j)
-                sum[j][i] = muladd(load_part(k + i * ld + c, x - c), load(q + j * ldq + c), sum[j][i]);
+                sum[j][i] = muladd(load_part(k + i * ld + c, x - c), load_part(q[j] + c, x - c), sum[j][i]);
     add_up<M, M * N>(&sum[0][0], s, KEYS);
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #e9e0a760
 template <int M, class T, int... N>
-inline void score_queries(int64_t n, int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s,
-                          const T* next, std::integer_sequence<int, N...>) {
-    ((n == N + 1 && (score_tile<M, N + 1>(x, k, ld, q, ldq, s, next), true)) || ...);
+inline void score_queries(int64_t n, int64_t x, const T* k, int64_t ld, const float* const* q, float* s, const T* next,
+                          std::integer_sequence<int, N...>) {
+    ((n == N + 1 && (score_tile<M, N + 1>(x, k, ld, q, s, next), true)) || ...);
 }
-constexpr int64_t SMALL = 1 << 12;  // numbers of queries that stay in the first-level cache
-
-// the scores of n keys, which are read once if the queries are small, and otherwise once for each tile of queries
+// the scores of n keys; each pass over the keys prefetches a part of the next ones
 template <class T>
-void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s,
+void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, const float* const* q, float* s,
                 const T* next) {
-    const int64_t blocks = (rows + TOKENS - 1) / TOKENS, hop = rows * x <= SMALL ? 4 : n;
-    for (int64_t first = 0; first < n; first += hop)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t j = rows * b / blocks, some = rows * (b + 1) / blocks - j;
-            for (int64_t i = first; i < std::min(n, first + hop); i += i + 4 <= n ? 4 : 1) {
-                const T* ahead = (b ? k : next) + i * ld;
-                const float* from = q + j * ldq;
-                float* to = s + j * KEYS + i;
-                if (i + 4 <= n) score_queries<4>(some, x, k + i * ld, ld, from, ldq, to, ahead, UpToTokens());
-                else score_queries<1>(some, x, k + i * ld, ld, from, ldq, to, ahead, UpToTokens());
-            }
+    const int64_t blocks = (rows + TOKENS - 1) / TOKENS;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t j = rows * b / blocks, some = rows * (b + 1) / blocks - j;
+        for (int64_t i = 0; i < n; i += i + 4 <= n ? 4 : 1) {
+            const T* ahead = (i * blocks / n == b ? next : k) + i * ld;
+            float* to = s + j * KEYS + i;
+            if (i + 4 <= n) score_queries<4>(some, x, k + i * ld, ld, q + j, to, ahead, UpToTokens());
+            else score_queries<1>(some, x, k + i * ld, ld, q + j, to, ahead, UpToTokens());
         }
+    }
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #26a33702
-struct Softmax { float *top, *factor, *sum; };  // of each query; L partial sums for one
+struct Softmax { float *top, *factor, *sum; };  // for each query; sum has L partial sums per query
 
-// n scores of query r, which sees the first seen of them
+// n scores of query r; the first `seen` of them are visible to it
 inline void soften_row(float* s, int64_t n, int64_t seen, int64_t r, const Softmax& state) {
     const int64_t wide = round_up(n, L);
     std::fill(s + std::clamp<int64_t>(seen, 0, n), s + wide, -__builtin_inff());
@@ -200,6 +196,7 @@ struct Desk {
     int64_t ldq, ldo;
     float *q, *s, *o, *part, *ones;
     Softmax softmax;
+    const float* queries[PANEL];
     static int64_t size(int64_t x, int64_t v) {
         return PANEL * (round_up(x, L) + KEYS + round_up(v, L) + L + 3) + KEYS * L;
     }
@@ -208,6 +205,7 @@ struct Desk {
         q = take(PANEL * ldq), s = take(PANEL * KEYS), o = take(PANEL * ldo), part = take(KEYS * L);
         softmax = {take(PANEL), take(PANEL), take(PANEL * L)}, ones = take(PANEL);
         std::fill(ones, ones + PANEL, 1.f);
+        for (int64_t r = 0; r < PANEL; ++r) queries[r] = q + r * ldq;
     }
 };
 
@@ -215,7 +213,7 @@ struct Desk {
 template <class T> struct PieceRun {
     const Ragged& r;
     const Heads<T>& a;
-    const Piece &w, &after;  // this piece, and what this thread does next
+    const Piece &w, &after;  // this piece, and the next piece of this thread
     const Desk& m;
 
     int64_t head(int64_t i) const { return w.head * a.heads + (w.first + i) % a.heads; }
@@ -226,7 +224,6 @@ template <class T> struct PieceRun {
     void operator()(float* partial) const;
 };
 template <class T> void PieceRun<T>::begin() const {
-    std::fill(m.q, m.q + w.rows * m.ldq, 0.f);
     for (int64_t i = 0; i < w.rows; ++i)
         copy_row(a.query(r.token(w, i), head(i)), a.x, a.scale * 1.44269504f, m.q + i * m.ldq);
     std::fill(m.o, m.o + w.rows * m.ldo, 0.f);
@@ -241,7 +238,7 @@ template <class T> void PieceRun<T>::block(int64_t t) const {
     for (int64_t i = 0, some; i < n; i += some) {
         some = std::min(n - i, r.page - (t + i) % r.page);
         const T* ahead = latent ? next(t + i + KEYS) : r.at(a.values, w.row, w.head, t + i);
-        score_keys(some, w.rows, a.x, keys(w, t + i), a.k.s, m.q, m.ldq, m.s + i, ahead);
+        score_keys(some, w.rows, a.x, keys(w, t + i), a.k.s, m.queries, m.s + i, ahead);
     }
     for (int64_t i = 0; i < w.rows; ++i) soften_row(m.s + i * KEYS, n, r.last(w, i) - t + 1, i, m.softmax);
     for (int64_t i = 0, some; i < n; i += some) {
@@ -270,7 +267,7 @@ template <class T> void PieceRun<T>::operator()(float* partial) const {
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #9abeda18
-// the result of query i, from its partial results, which begin at piece w
+// the result of query i from its partial results, the first of which is in piece w
 template <class T> void merge_parts(const Ragged& r, const Heads<T>& a, const Piece& w, int64_t i, const float* partial) {
     const int64_t each = a.v + 2, hop = w.rows * each;
     const float* first = partial + (w.slot + i) * each;

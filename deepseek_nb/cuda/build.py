@@ -29,7 +29,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core.nbproc import find_compiler, first_error, source_text, with_includes
+from ..core.nbproc import find_compiler, first_error, note_compiled, source_text, with_includes
 from .device import kernels_in, ordered_arguments, pack_arguments, structs_in
 from .emulation import ORDERS, current_order
 from ..files.hub import cache_dir
@@ -46,13 +46,18 @@ def cached(
     files = {name: source_text(name), **with_includes(source_text(name))}
     key,folder = hashlib.sha256(json.dumps([files, facts]).encode()).hexdigest()[:16], cache_dir()/'kernels'
     out = folder/f'{Path(name).stem}-{key}{suffix}'
-    if out.exists(): return out
+    if not out.exists(): _make(out, files, make)
+    note_compiled('cu' if suffix == '.cubin' else 'cpp', files)
+    return out
+
+def _make(out, files, make):
+    "Make a file in a folder that holds its sources"
+    folder = out.parent
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=folder) as here:
         for file,content in files.items(): Path(here, file).write_text(content, encoding='utf-8')
         make(Path(here), Path(here)/'out')
         os.replace(Path(here)/'out', out)
-    return out
 
 # %% ../../nbs/565_cuda.build.ipynb #d84be98b
 def run_compiler(

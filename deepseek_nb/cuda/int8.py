@@ -44,6 +44,7 @@ def _integers_of(q, s, w, ws):
     q,w = (aligned(check_argument(*a, torch.int8)).view(torch.uint8) for a in (('q', q, (n, i)), ('w', w, (o, i))))
     return dict(x=q, s=s, w=w, ws=ws, d=i)
 
+# %% ../../nbs/584_cuda.int8.ipynb #dfa791ff
 def product_int8(
     q:Tensor, # Activations, int8 `n i`
     s:Tensor, # Scales of the activations `n ⌈i/32⌉`

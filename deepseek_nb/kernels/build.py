@@ -31,7 +31,16 @@ from time import perf_counter
 import torch
 from filelock import FileLock
 
-from ..core.nbproc import FLAGS, compiler_version, find_compiler, first_error, source_text, torch_headers, with_includes
+from deepseek_nb.core.nbproc import (
+    FLAGS,
+    compiler_version,
+    find_compiler,
+    first_error,
+    note_compiled,
+    source_text,
+    torch_headers,
+    with_includes,
+)
 from ..files.hub import cache_dir
 
 # %% ../../nbs/505_kernels.build.ipynb #c2504972
@@ -89,12 +98,16 @@ def build_kernel(
 )->Path: # Path of the library
     "Compile a kernel, unless its library exists"
     out,files = library_path(name)
-    if out.exists(): return out
+    if not out.exists(): _compile_once(name, files, out)
+    note_compiled('cpp', files)
+    return out
+
+def _compile_once(name, files, out):
+    "Compile a kernel, unless another process did so meanwhile"
     locks = cache_dir()/'locks'
     for folder in (out.parent, locks): folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with FileLock(locks/f'{out.name}.lock'):
         if not out.exists(): _compile(name, files, out)
-    return out
 
 def _compile(name, files, out):
     "Run the compiler in a temporary folder"

@@ -120,7 +120,8 @@ def kernels_take(
     twins,x = add_attention.op.twins,model.embed_tokens.weight[:1,None].expand(cache.batch, 1, -1)
     plan = [twins[name] for name in add_attention.op.plan('auto', model.device.type)]
     ctx = Context((), cache=cache[0])
-    return any(t.kind in ('cuda', 'cpp') and (t.supports is None or t.supports(x, model.layers[-1], ctx)) for t in plan)
+    return any(t.kind in ('cuda', 'cpp') and (t.supports is None or t.supports(x, model.layers[-1], ctx)) and add_attention.op.ready(t.name)
+               for t in plan)
 
 # %% ../../nbs/555_kernels.compile.ipynb #79aedde0
 class Stepper:

@@ -75,8 +75,8 @@ class Markers:
     ):
         bad = [(a, b) for a in tags for b in tags if a in b[:-1]]
         if bad: raise ValueError(f'the tag {bad[0][0]!r} lies inside {bad[0][1]!r}, so the first to be complete would depend on the cut')
-        self._gap,longest = '\n*' if newlines else '',sorted(tags, key=len, reverse=True)
-        self._pattern = re.compile(f'({self._gap})({"|".join(map(re.escape, longest)) or "(?!)"})')
+        longest = sorted(tags, key=len, reverse=True)
+        self._gap,self._pattern = '\n' if newlines else '',re.compile('|'.join(map(re.escape, longest)) or '(?!)')
         self._begun = {t[:n] for t in tags for n in range(1, len(t))}
         self._reach = max(map(len, tags), default=1) - 1
         self._only = re.compile(f'(?:{only}){{0,{limit}}}') if only else None
@@ -86,8 +86,12 @@ class Markers:
 def _held(self:Markers, text):
     "Characters at the end of a text that may belong to a tag"
     n = next((n for n in range(min(self._reach, len(text)), 0, -1) if text[-n:] in self._begun), 0)
-    kept = text[:len(text) - n]
-    return n + (len(kept) - len(kept.rstrip('\n')) if self._gap else 0)
+    return len(text) - self._before(text, len(text) - n)
+
+@patch
+def _before(self:Markers, text, stop):
+    "Where the text before a tag ends"
+    return len(text[:stop].rstrip(self._gap)) if self._gap else stop
 
 @patch
 def find(self:Markers,
@@ -96,9 +100,9 @@ def find(self:Markers,
 )->Found: # Certain text, tag, and the rest
     "Look for the first tag"
     hit = self._pattern.search(text)
-    stop = hit.start() if hit else len(text) - self._held(text)
+    stop = self._before(text, hit.start()) if hit else len(text) - self._held(text)
     if self._only and (n := self._only.match(text).end()) < stop: return Found(text[:n], '', text[n:])
-    if hit: return Found(text[:stop], hit[2], text[hit.end():], hit[0])
+    if hit: return Found(text[:stop], hit[0], text[hit.end():], text[stop:hit.end()])
     return Found(text, None, '') if end else Found(text[:stop], None, text[stop:])
 
 # %% ../../nbs/460_serve.events.ipynb #d88bb99a
@@ -134,7 +138,9 @@ def _advance(self:Driver, value):
     "Resume the parser until it asks for text"
     self._want = None
     try:
-        while not isinstance(said := self._program.send(value), Until): self._out,value = [*self._out, said],None
+        while not isinstance(said := self._program.send(value), Until):
+            self._out.append(said)
+            value = None
     except StopIteration: return
     self._want,self._leading = said,said.trim
 

@@ -26,6 +26,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 from ..files.hub import cache_dir, sha256
@@ -202,6 +203,7 @@ def sentiment()->Iterator[dict]: # `text`, `label`, `score` from -4 to 4, `sourc
             yield dict(text=text.strip(), label=label, score=float(score), source=source, key=f'{source}-{key}')
 
 # %% ../../nbs/602_train.corpora.ipynb #78c7da8a
+@lru_cache
 def corpus(
     name:str, # Key of `CORPORA`
 ): # `datasets.Dataset` with `text`, `key` and, except for Shakespeare, `label`

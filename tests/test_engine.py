@@ -1,0 +1,192 @@
+"""The same answer alone and in company: random mixes of requests, arrivals, cancellations and preemptions."""
+import random
+import threading
+
+import pytest
+import torch
+
+from deepseek_nb.arch.model import Model
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.infer.paged import PagePool
+from deepseek_nb.serve.engine import Engine, QueueFull
+from deepseek_nb.serve.sampling import RowSampler, SamplingParams
+from deepseek_nb.serve.stream import Request, Stream
+
+LATENT = Config('deepseek_v3', vocab_size=256, dim=64, n_layers=2, n_heads=4, inter_dim=128, q_lora_rank=48, kv_lora_rank=32,
+                qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_dense_layers=1, n_routed_experts=8, n_shared_experts=1,
+                n_activated_experts=2, moe_inter_dim=32, n_expert_groups=4, n_limited_groups=2, score_func='sigmoid', score_bias=True,
+                group_score='sum2', norm_topk=True, route_scale=2.5, max_positions=512, rope=Rope(interleaved=True))
+GROUPED = Config('qwen2', vocab_size=256, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, inter_dim=96, attn_bias=True,
+                 max_positions=512)
+
+
+class Bytes:
+    "A tokenizer whose tokens are bytes."
+    eos_ids, _skip, chat_template = (), (), None
+    def id_to_bytes(self, i): return bytes([i])
+    def stream_decoder(self, skip_special=False):
+        from deepseek_nb.files.tokenizer import StreamDecoder
+        return StreamDecoder(self, skip_special)
+
+
+@pytest.fixture(scope='module', params=[LATENT, GROUPED], ids=lambda c: c.model_type)
+def model(request):
+    torch.manual_seed(0)
+    return Model(request.param, dtype=torch.float32, device='cpu').requires_grad_(False).init_weights(std=.2)
+
+
+def requests(draw, n):
+    "Random requests of two users, some with a common prefix."
+    shared = [draw.randrange(256) for _ in range(150)]
+    for i in range(n):
+        prompt = shared[:draw.randrange(150)] if draw.random() < .5 else []
+        prompt = prompt + [draw.randrange(256) for _ in range(draw.randrange(1, 40))]
+        how = dict(temperature=draw.choice([0., .7, 1.5]), top_p=draw.choice([1., .8]), top_k=draw.choice([0, 20]), seed=i,
+                   presence_penalty=draw.choice([0., 1.]), repetition_penalty=draw.choice([1., 1.3]), logprobs=draw.choice([None, 0, 3]))
+        yield Request(prompt, SamplingParams(**how), max_tokens=draw.randrange(1, 70), stop_ids=(), user=draw.choice(['ann', 'bob']))
+
+
+def run(engine):
+    while engine.step(): continue
+
+
+def tokens(stream): return [(p.id, p.logprob, p.top) for p in stream.arrived() if p is not None]
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_alone_and_in_company(model, seed):
+    "Ids, log-probabilities and alternatives are equal to the bit, whoever else is served, and cancelled answers are beginnings."
+    draw = random.Random(seed)
+    asked = [*requests(draw, 10)]
+    page = PagePool(model.config, 1, 64).page_bytes
+    engine = Engine(model, Bytes(), nbytes=draw.choice([7, 9, 40])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]))
+    streams, waiting, cancelled = [], [*asked], set()
+    while waiting or engine.count:
+        while waiting and draw.random() < .3: streams.append(engine.submit(waiting.pop(0)))
+        if streams and draw.random() < .01: streams[n := draw.randrange(len(streams))].cancel(); cancelled.add(n)
+        engine.step()
+        assert len(engine.rows) <= engine.max_rows
+    for i,(stream,request) in enumerate(zip(streams, asked, strict=True)):
+        alone = Engine(model, Bytes(), budget=512)
+        one = alone.submit(request)
+        run(alone)
+        got, want = tokens(stream), tokens(one)
+        assert len(want) == request.max_tokens and one.finish == 'length'
+        assert got == (want[:len(got)] if stream.finish == 'cancelled' else want)
+        assert stream.finish == 'length' or i in cancelled
+    assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+    engine.prefix.clear()
+    assert len(engine.pool.free) == engine.pool.pages and not any(engine.pool.refs)
+    assert not engine.queue.waiting and not engine.queue.running
+
+
+def test_preemption_happens_and_changes_nothing(model):
+    asked = [Request([i]*120, SamplingParams(seed=i), max_tokens=100, stop_ids=()) for i in range(4)]
+    results = []
+    for pages in (9, 40):
+        engine = Engine(model, Bytes(), nbytes=pages*PagePool(model.config, 1, 64).page_bytes)
+        streams = [engine.submit(r) for r in asked]
+        run(engine)
+        results.append([tokens(s) for s in streams])
+        assert (engine.stats.preempted > 0) == (pages == 9)
+    assert results[0] == results[1] and all(len(t) == 100 for t in results[0])
+
+
+def test_users_never_share_a_prefix(model):
+    engine, prompt = Engine(model, Bytes()), [7]*130
+    hits = []
+    for user in ('ann', 'bob', 'ann'):
+        stream = engine.submit(Request(prompt, max_tokens=1, user=user))
+        run(engine)
+        hits.append(stream.usage.prompt_cache_hit_tokens)
+    assert hits == [0, 0, 128]
+
+
+def test_a_prefix_in_prefill_is_awaited(model):
+    "Eight answers to one long prompt compute it once."
+    engine = Engine(model, Bytes(), budget=64)
+    streams = [engine.submit(Request([5]*200, SamplingParams(seed=i), max_tokens=3, stop_ids=())) for i in range(8)]
+    run(engine)
+    assert engine.stats.prompt_tokens == 200 + 7*(200 - 192)
+    assert [s.usage.prompt_cache_hit_tokens for s in streams] == [0] + [192]*7
+
+
+def test_cancelled_within_one_step(model):
+    engine = Engine(model, Bytes(), budget=32)
+    running, waiting = (engine.submit(Request([1]*200, max_tokens=200, stop_ids=())) for _ in range(2))
+    engine.step()
+    for s in (running, waiting): s.cancel()
+    engine.step()
+    assert (running.finish, waiting.finish, engine.count) == ('cancelled', 'cancelled', 0)
+    engine.prefix.clear()
+    assert len(engine.pool.free) == engine.pool.pages
+
+
+def test_deadline(model):
+    engine = Engine(model, Bytes())
+    stream = engine.submit(Request([1], max_tokens=400, stop_ids=(), deadline=0.))
+    run(engine)
+    assert (stream.finish, engine.count) == ('deadline', 0)
+
+
+def test_an_error_ends_its_request_alone(model):
+    "A grammar that fails, and a model that fails."
+    class Broken:
+        finished = False
+        def mask(self): raise RuntimeError('no mask')
+    engine = Engine(model, Bytes())
+    bad = engine.submit(Request([1], grammar=Broken()))
+    good = engine.submit(Request([2], SamplingParams(seed=0), max_tokens=5, stop_ids=()))
+    run(engine)
+    assert bad.finish == 'error' and len(tokens(good)) == 5
+    with pytest.raises(RuntimeError, match='no mask'): bad.text()
+    with Engine(model, Bytes()) as engine:
+        ragged, engine.model = engine.model.ragged, _Failing(model)
+        stream = engine.submit(Request([1], max_tokens=3))
+        with pytest.raises(RuntimeError, match='out of order'): stream.text()
+        engine.model = model
+        assert ragged and len([*engine.submit(Request([1], max_tokens=3, stop_ids=()))]) == 3
+
+
+class _Failing:
+    "A model whose steps fail."
+    def __init__(self, model): self.config, self.device, self.head_weight = model.config, model.device, model.head_weight
+    def ragged(self, *args): raise RuntimeError('out of order')
+
+
+def test_many_threads_submit(model):
+    with Engine(model, Bytes(), max_waiting=1000) as engine:
+        results = {}
+        def ask(i): results[i] = [p.id for p in engine.submit(Request([i], SamplingParams(seed=1), max_tokens=4, stop_ids=()))]
+        threads = [threading.Thread(target=ask, args=(i % 8,)) for i in range(40)]
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert len(results) == 8 and engine.count == 0 and engine.stats.finished['length'] == 40
+
+
+def test_limits(model):
+    engine = Engine(model, Bytes(), max_rows=1, max_waiting=1, nbytes=3*PagePool(model.config, 1, 64).page_bytes)
+    with pytest.raises(ValueError, match='maximum context length is 512'): engine.submit(Request([1]*500, max_tokens=13))
+    with pytest.raises(ValueError, match='need more than the 3 pages'): engine.submit(Request([1]*150, max_tokens=100))
+    with pytest.raises(ValueError, match='token id 256 in logit_bias'): engine.submit(Request([1], SamplingParams(logit_bias={256: 1}), 5))
+    for _ in range(2): engine.submit(Request([1], max_tokens=2))
+    with pytest.raises(QueueFull, match='2 requests run or wait'): engine.submit(Request([1], max_tokens=2))
+    run(engine)
+    engine.submit(Request([1], max_tokens=2))
+
+
+def test_frequency_of_draws():
+    "A hundred thousand draws of one row follow the truncated distribution."
+    logits = torch.tensor([2., 1., 0., -1., -2.])
+    row = RowSampler(SamplingParams(seed=3, top_k=3, temperature=.8), [])
+    counts = torch.zeros(5)
+    for _ in range(5_000): counts[row.sample(logits).id] += 1
+    want = 5_000*torch.cat([(logits[:3]/.8).softmax(0), torch.zeros(2)])
+    assert counts[3:].sum() == 0
+    assert ((counts - want)[:3]**2/want[:3]).sum() < 13.8  # two degrees of freedom: exceeded once in a thousand seeds
+
+
+def test_a_stream_that_nobody_reads():
+    stream = Stream(Request([1]))
+    stream.end('length')
+    assert stream.text() == '' and stream.text() == ''

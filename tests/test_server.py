@@ -1,0 +1,259 @@
+"""Other people's clients, unmodified, against a live server on loopback."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from deepseek_nb.arch.model import Model
+from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.serve.app import Server, ServerConfig, key_digest
+from deepseek_nb.serve.chat import ServedModel
+from deepseek_nb.serve.engine import Engine
+
+openai = pytest.importorskip('openai')
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+HI = [dict(role='user', content='The Congress of the United States')]
+
+
+class Live:
+    "A server in a thread."
+    def __init__(self, **config):
+        model, self.tok = Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini')
+        self.tok.chat_template = TEMPLATE
+        self.engine = Engine(model, self.tok)
+        self.server, ready = Server([ServedModel('mini', self.engine, self.tok)], ServerConfig(port=0, **config)), threading.Event()
+        self.thread = threading.Thread(target=self.server.run, args=(ready.set,), daemon=True)
+        self.thread.start()
+        assert ready.wait(60)
+        self.port = self.server.address[1]
+
+    def client(self, key='none', base='/v1', **kw):
+        return openai.OpenAI(api_key=key, base_url=f'http://127.0.0.1:{self.port}{base}', max_retries=0, timeout=60, **kw)
+
+    def raw(self, data, wait=5.):
+        "The bytes that come back for bytes that are sent."
+        with socket.create_connection(('127.0.0.1', self.port), timeout=wait) as s:
+            s.sendall(data)
+            s.shutdown(socket.SHUT_WR)
+            out = b''
+            while piece := s.recv(2**16): out += piece
+        return out
+
+    def idle(self, seconds=10.):
+        "Wait until nothing runs."
+        end = time.monotonic() + seconds
+        while (self.engine.count or sum(self.server.running.values())) and time.monotonic() < end: time.sleep(.01)
+        assert not self.engine.count and not sum(self.server.running.values())
+
+    def stop(self):
+        self.server.uvicorn.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope='module')
+def live():
+    live = Live(max_body=100_000)
+    yield live
+    live.stop()
+
+
+def post(live, body, path='/v1/chat/completions', headers=''):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{headers}\r\n'
+    status, _, rest = live.raw(head.encode() + data, 30.).partition(b'\r\n')
+    return int(status.split()[1]), json.loads(rest.partition(b'\r\n\r\n')[2])
+
+
+def test_openai_client(live):
+    "Whole and streamed answers of OpenAI's own package are the same, and so is the usage."
+    client, how = live.client(), dict(model='mini', messages=HI, temperature=0, max_tokens=8)
+    whole = client.chat.completions.create(**how, logprobs=True, top_logprobs=2)
+    parts = [*client.chat.completions.create(**how, stream=True, stream_options=dict(include_usage=True))]
+    text = ''.join(p.choices[0].delta.content or '' for p in parts if p.choices)
+    assert text == whole.choices[0].message.content and text
+    assert parts[-1].usage.total_tokens == whole.usage.total_tokens and not parts[-1].choices
+    assert [p.choices[0].finish_reason for p in parts if p.choices][-1] == whole.choices[0].finish_reason == 'length'
+    content = whole.choices[0].logprobs.content
+    assert b''.join(bytes(t.bytes) for t in content).decode() == text and all(len(t.top_logprobs) == 2 for t in content)
+    assert [m.id for m in client.models.list()] == ['mini'] and client.models.retrieve('mini').id == 'mini'
+
+
+def test_deepseek_dialect(live):
+    "Without /v1 the usage rides on the last chunk, always."
+    how = dict(model='mini', messages=HI, max_tokens=4, extra_body=dict(user_id='ann'))
+    parts = [*live.client(base='').chat.completions.create(**how, stream=True)]
+    assert parts[-1].choices[0].finish_reason and parts[-1].usage.prompt_cache_hit_tokens + parts[-1].usage.prompt_cache_miss_tokens > 0
+
+
+def test_json_schema(live):
+    "A schema holds at any temperature, also in a stream."
+    client = live.client()
+    fields = dict(n=dict(type='integer', maximum=9, minimum=0), yes=dict(type='boolean'))
+    schema = dict(type='object', properties=fields, required=['n', 'yes'], additionalProperties=False)
+    form = dict(type='json_schema', json_schema=dict(name='x', schema=schema, strict=True))
+    for seed in range(4):
+        how = dict(model='mini', messages=HI, temperature=1.5, seed=seed, max_tokens=60, response_format=form)
+        whole = client.chat.completions.create(**how).choices[0].message.content
+        parts = [*client.chat.completions.create(**how, stream=True)]
+        assert ''.join(p.choices[0].delta.content or '' for p in parts) == whole and json.loads(whole).keys() == {'n', 'yes'}
+    with pytest.raises(openai.BadRequestError, match='the word "json"'):
+        client.chat.completions.create(model='mini', messages=HI, response_format=dict(type='json_object'))
+
+
+def test_a_required_tool_is_called():
+    "In each format that has tools, whatever the model would rather say; the arguments follow the schema, whole and streamed."
+    live = Live()
+    try:
+        live.server.models['mini'].format = 'v31'
+        fields = dict(n=dict(type='integer', maximum=9, minimum=0))
+        schema = dict(type='object', properties=fields, required=['n'], additionalProperties=False)
+        tool = dict(type='function', function=dict(name='look', parameters=schema))
+        how = dict(model='mini', messages=HI, temperature=1, seed=1, max_tokens=200, tools=[tool], tool_choice='required')
+        message = live.client().chat.completions.create(**how).choices[0]
+        assert message.finish_reason == 'tool_calls' and message.message.content is None
+        call = message.message.tool_calls[0].function
+        assert call.name == 'look' and 0 <= json.loads(call.arguments)['n'] <= 9
+        stream = live.client().chat.completions.create(**how, stream=True)
+        parts = [d for p in stream for d in p.choices[0].delta.tool_calls or ()]
+        assert ''.join(d.function.arguments for d in parts if d.index == 0) == call.arguments
+    finally: live.stop()
+
+
+def test_seeds_and_n(live):
+    client, how = live.client(), dict(model='mini', messages=HI, max_tokens=12, temperature=1, seed=5)
+    one, two = (client.chat.completions.create(**how, n=3) for _ in range(2))
+    texts = [c.message.content for c in one.choices]
+    assert texts == [c.message.content for c in two.choices] and len({*texts}) > 1
+    assert client.chat.completions.create(**how).choices[0].message.content == texts[0]
+
+
+def test_completions(live):
+    client, ids = live.client(), live.tok.encode('The Congress of the')
+    out = client.completions.create(model='mini', prompt=[ids, ids], max_tokens=1, temperature=0, echo=True, logprobs=1)
+    lists = out.choices[0].logprobs
+    assert out.choices[0].text == out.choices[1].text and len(lists.token_logprobs) == len(ids) + 1 and lists.token_logprobs[0] is None
+    assert max(lists.token_logprobs[1:]) <= 0
+
+
+@pytest.mark.parametrize('body, status, part', [
+    (dict(colour='red'), 400, 'colour is not known here'), (dict(temperature=3), 400, 'temperature is 3'), (dict(n=True), 400, 'n must be'),
+    (dict(model='x'), 404, 'is not served here'), (dict(model=None), 400, 'model is missing'),
+    (dict(messages=[]), 400, 'messages is empty'),
+    (dict(messages='hi'), 400, 'messages must be a list'), (dict(messages=[{}]), 400, 'messages[0].role is missing'),
+    (dict(logit_bias={'9999': 1}), 400, 'token id 9999'), (dict(max_tokens=100_000), 400, 'maximum context length'),
+    (dict(stop=['']), 400, 'stop must be'),
+    (dict(messages=[dict(role='user', content='word '*3_000)]), 400, 'maximum context length'),
+    (dict(store=True), 400, 'store is True'),
+    (dict(thinking=dict(type='enabled')), 400, 'not trained to think'), (dict(timeout='soon'), 400, 'timeout must be a number')])
+def test_every_wrong_field_is_named(live, body, status, part):
+    got, answer = post(live, dict(model='mini', messages=HI, max_tokens=2) | body)
+    assert got == status and part in answer['error']['message'] and answer['error'].keys() == {'message', 'type', 'param', 'code'}
+
+
+@pytest.mark.parametrize('body', [b'', b'{', b'\xff\xfe\x00', b'[1]', b'null', b'['*50_000, b'{"a":' * 9_000, '"é"'.encode('latin-1')])
+def test_broken_bodies(live, body): assert post(live, body)[0] == 400
+
+
+def test_too_large(live): assert post(live, b' '*100_001)[0] == 413
+
+
+def test_paths(live):
+    for path in ('/v1/models/..%2f..%2fetc%2fpasswd', '/../../etc/passwd', '/v1/models/x', '/nothing', '/v1/chat'):
+        assert live.raw(f'GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'.encode()).split()[1] in (b'404', b'405', b'400')
+
+
+def test_a_client_that_leaves(live):
+    "In a stream, before its first event, and without a stream: pages and counts come back."
+    for stream, wait in ((True, .2), (True, 0), (False, .1)):
+        data = json.dumps(dict(model='mini', messages=HI, max_tokens=450, stream=stream, logit_bias={1: -100})).encode()
+        with socket.create_connection(('127.0.0.1', live.port)) as s:
+            s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
+            time.sleep(wait)
+        live.idle()
+    assert {p for r in live.engine.rows for p in r.cache.tables[0]} == set()
+
+
+def test_half_a_request(live):
+    "A client that stops sending is no request, and doesn't disturb others."
+    with socket.create_connection(('127.0.0.1', live.port)) as s:
+        s.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model"')
+        assert live.client().chat.completions.create(model='mini', messages=HI, max_tokens=1).choices
+    live.idle()
+
+
+def test_a_slow_reader(live):
+    "An answer that nobody reads ends, and the others don't wait."
+    with socket.create_connection(('127.0.0.1', live.port)) as s:
+        data = json.dumps(dict(model='mini', messages=HI, max_tokens=300, stream=True)).encode()
+        s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
+        assert live.client().chat.completions.create(model='mini', messages=HI, max_tokens=3).choices
+        end = time.monotonic() + 30
+        while live.engine.count and time.monotonic() < end: time.sleep(.01)
+        assert not live.engine.count
+    live.idle()
+
+
+def test_timeout_ends_with_usage(live):
+    how = dict(model='mini', messages=HI, max_tokens=400, logit_bias={1: -100})
+    out = live.client().chat.completions.create(**how, extra_body=dict(timeout=.05))
+    assert out.choices[0].finish_reason == 'length' and 0 <= out.usage.completion_tokens < 400
+
+
+def test_many_at_once(live):
+    "Twenty clients get what one gets."
+    client, texts = live.client(), {}
+    def ask(i):
+        how = dict(model='mini', messages=HI, max_tokens=10, temperature=1, seed=i % 4, user=str(i % 3))
+        texts[i] = client.chat.completions.create(**how).choices[0].message.content
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(20)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(texts) == 20 and all(texts[i] == texts[i % 4] for i in texts)
+
+
+def test_keys_and_limits():
+    live = Live(keys=dict(ann=key_digest('sk-ann')), per_key=2)
+    try:
+        how = dict(model='mini', messages=HI, max_tokens=400, logit_bias={1: -100})
+        for key in ('sk-bob', 'x', 'sk-an', 'sk-annn'):
+            with pytest.raises(openai.AuthenticationError): live.client(key).chat.completions.create(**how)
+        client = live.client('sk-ann')
+        streams = [client.chat.completions.create(**how, stream=True) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError): client.chat.completions.create(model='mini', messages=HI, max_tokens=1)
+        for s in streams: s.close()
+        live.idle()
+        assert client.chat.completions.create(model='mini', messages=HI, max_tokens=1).choices
+    finally: live.stop()
+
+
+SERVE = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_server import *
+model, tok = Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini')
+tok.chat_template = TEMPLATE
+server = Server([ServedModel('mini', Engine(model, tok), tok)], ServerConfig(port=0, drain=20))
+server.run(lambda: print(server.address[1], flush=True))
+"""
+
+
+def test_sigterm_completes_the_answers():
+    code = SERVE.format(folder=os.path.dirname(__file__))
+    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    try:
+        client = openai.OpenAI(api_key='x', base_url=f'http://127.0.0.1:{int(process.stdout.readline())}/v1', max_retries=0)
+        stream = client.chat.completions.create(model='mini', messages=HI, max_tokens=300, logit_bias={1: -100}, stream=True,
+                                                stream_options=dict(include_usage=True))
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        parts = [*stream]
+        assert parts[-1].usage.completion_tokens == 300 and process.wait(60) in (0, -signal.SIGTERM, 143)
+    finally: process.kill()
