@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # An old pip takes 40 seconds to resolve what a new one resolves in ten. Bytecode is written when a module is first imported: few of 20,000 are
-INSTALL = $(PIP) install --no-compile --upgrade pip || true; $(PIP) install --no-compile
+INSTALL = $(PIP) install --no-compile --upgrade pip || true; PYTHONWARNINGS=ignore $(PIP) install --no-compile
 # Two notebooks, and two files of tests, run side by side: each gets half of the cores
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
@@ -11,10 +11,14 @@ HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig 
 # Hundreds of processes import the package: its bytecode is kept, also where the environment says otherwise
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test sanitize docs bench evidence-smoke export new-chapter hooks clean
+.PHONY: demo serve test sanitize docs bench evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
+
+serve: .venv/.installed  ## the demo's model behind OpenAI's and DeepSeek's API, at http://127.0.0.1:8000/v1
+	$(PIP) install -e '.[serve]'
+	$(BIN)/deepseek-nb serve $(MODEL)
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
 	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting

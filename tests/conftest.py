@@ -13,10 +13,13 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[1]
 
 
+LONG = 'kernels cuda cuda_quant cuda_experts compile quant_model ragged browser latent gguf evidence'.split()
+
+
 def pytest_collection_modifyitems(items):
-    "Files of few tests come first: these take longest, and where two run side by side none is left for the end."
+    "What takes longest comes first, then files of few tests: where two run side by side, only short ones are left for the end."
     tests = Counter(i.path for i in items)
-    items.sort(key=lambda i: tests[i.path])
+    items.sort(key=lambda i: (i.path.stem.removeprefix('test_') not in LONG, tests[i.path]))
 
 
 @pytest.fixture(scope='session')

@@ -175,11 +175,13 @@ def test_the_model_is_what_it_was(tmp_path):
 
 
 def test_many_models_share_no_limit():
-    for seed in range(9):
-        m, prompt = model(replace(GQA, n_layers=1, dim=32+8*seed), seed=seed), torch.randint(64, (1, 3))
-        expected = tokens(m, prompt, 2)
-        assert torch.equal(through(m.compile('eager'), prompt, 2), expected)
-    assert graphs() == 9
+    "A graph too many of one function is an error; the limit is 8, and lowered here, as each graph takes a second"
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for seed in range(3):
+            m, prompt = model(replace(GQA, n_layers=1, dim=32+8*seed), seed=seed), torch.randint(64, (1, 3))
+            expected = tokens(m, prompt, 2)
+            assert torch.equal(through(m.compile('eager'), prompt, 2), expected)
+    assert graphs() == 3
 
 
 def test_bad_calls_say_the_same():

@@ -161,7 +161,7 @@ def test_clean_under_sanitizers():
     # a frame that the sanitizer puts on the heap misaligns vectors of 64 bytes (GCC 110027)
     done = run('import test_kernels as t, test_kernels_attention as a; t.sweep(3); a.sweep(3)', LD_PRELOAD=library,
                ASAN_OPTIONS='detect_leaks=0:detect_stack_use_after_return=0', OMP_NUM_THREADS='2',
-               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O1')
+               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O0')
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -175,7 +175,7 @@ text = nbproc.source_text('axpy.cpp').replace('i < x.numel()', 'i <= x.numel()')
 nbproc._session['axpy.cpp'] = {0: text}
 from deepseek_nb.kernels.build import load_kernel as load
 load('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))'''
-    done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O1')
+    done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O0')
     assert done.returncode and 'heap-buffer-overflow' in done.stderr
 
 

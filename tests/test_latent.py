@@ -298,10 +298,12 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
     text = torch.tensor(ids*12)[:240].view(2, 120)
     latent = to_mla(model, text, 320, 128)
     assert latent.config.cache_bytes_per_token() > model.config.cache_bytes_per_token() # so wide that it must answer right
-    every = to_moe(latent, moe_config(latent.config, 12, 12, 4), text) # with a choice among 12 in 30 layers, rounding makes some of them
+    first = Model(replace(latent.config, n_layers=8), 'float32', 'cpu')
+    first.load_state_dict({k: t for k, t in latent.state_dict().items() if k in first.state_dict()})
+    every = to_moe(first, moe_config(first.config, 12, 12, 4), text) # with a choice among 12, rounding makes some of them
     mine = every(text[:1])
     theirs = hf(every.save_pretrained(tmp_path/'every'))(text[:1]).logits
-    assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 30 layers of float32, logits up to 30
+    assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 8 layers of float32
     both = to_moe(latent, moe_config(latent.config, 12, 11, 4), text)
     write_tokenizer(tok, both.save_pretrained(tmp_path))
     theirs, reader = hf(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)

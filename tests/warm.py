@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 
 # What a test that trains needs; an optimiser imports the second
-TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'matplotlib.pyplot', 'pytest'
+TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'datasets', 'matplotlib.pyplot', 'pytest'
 
 # ---- the server
 

@@ -201,9 +201,10 @@ def compile_grammar(
 )->Grammar: # At the beginning of an answer
     "The grammar of an answer"
     trie = token_trie(tokenizer, tuple(eos_ids))
-    rules = tool_rules(tokenizer, value) if kind == 'tools' else _body(kind, value)
-    if not after: return _grammar(trie, f'start: body\n{rules}')
-    return _grammar(trie, f'start: thought /\\n{{0,2}}/ body\n{_until(tokenizer, after, "thought")}{rules}')
+    start = f'start: thought /\\n{{0,2}}/ body\n{_until(tokenizer, after, "thought")}' if after else 'start: body\n'
+    if kind != 'tools': return _grammar(trie, start + _body(kind, value))
+    try: return _grammar(trie, start + tool_rules(tokenizer, value))
+    except ValueError: return _grammar(trie, start + tool_rules(tokenizer, value, careful=True))
 
 # %% ../../nbs/468_serve.grammar.ipynb #16f94302
 class ToolGrammar(NamedTuple):
@@ -245,11 +246,12 @@ def _functions(g):
 def tool_rules(
     tok:Tokenizer, # Of the model
     g:ToolGrammar, # What is asked
+    careful:bool = False, # Whether to try each tool's schema by itself
 )->str: # Rules, the first of them called `body`
     "The grammar of an answer with tool calls, in Lark"
     frame,rules,calls = FRAMES[g.format] if g.format in FRAMES else None,[],[]
     for i,t in enumerate(_functions(g)):
-        rules.append(_arguments_rules(tok, g.format, t, f'a{i}'))
+        rules.append(_arguments_rules(tok, g.format, t, f'a{i}', careful))
         calls.append(f'{_literal(tok, frame.head.replace("NAME", t["name"]))} a{i} {_literal(tok, frame.tail)}')
     more = f'({_literal(tok, frame.between)} call){{0,127}}' if g.parallel and g.choice in ('auto', 'required') else ''
     rest = f'call {more} {_literal(tok, frame.end)}'
@@ -262,13 +264,13 @@ _OPEN_OBJECT,_CLOSES = dict(type='object'),'</｜DSML｜'
 _NOTES = {'type', 'description', 'title', 'default', 'examples', '$comment', 'deprecated', 'readOnly', 'writeOnly'}
 _DEFS = '$defs','definitions'
 
-def _arguments_rules(tok, format, tool, name):
+def _arguments_rules(tok, format, tool, name, careful):
     "Rules for the arguments of a tool"
     schema = tool.get('parameters') or dict(type='object', properties={}, additionalProperties=False)
     write = _dsml_rules if format in DSML else lambda tok, format, schema, name: f'{name}: {json_rule(schema)}\n'
     try:
         rules = write(tok, format, schema | dict(type='object'), name)
-        _matcher(token_trie(tok), f'start: {name}\n{rules}')
+        if careful: _matcher(token_trie(tok), f'start: {name}\n{rules}')
         return rules
     except ValueError as e:
         if tool.get('strict'): raise ValueError(f'the strict tool {tool["name"]!r}: {e}') from None
