@@ -36,7 +36,16 @@ def read_settings(
     models = given.pop('models', ['smollm2-135m'])
     if not models: raise ValueError('no model is named; give at least one')
     engine = {k: given.pop(k, default) for k,default in ENGINE_SETTINGS.items()}
+    _check_types(given, ServerConfig())
+    _check_types({k: v for k,v in engine.items() if k != 'folder'}, ENGINE_SETTINGS)
     return models, ServerConfig(**given), engine
+
+def _check_types(given, defaults):
+    "Raise an error if a setting has another type than its default"
+    for name,value in given.items():
+        want = type(defaults[name] if isinstance(defaults, dict) else getattr(defaults, name))
+        if isinstance(value, (int, float) if want is float else want): continue
+        raise ValueError(f'{name} is {value!r}; it must be of type {want.__name__}')
 
 # %% ../../nbs/494_serve.start.ipynb #8ae9874a
 def load_served(
