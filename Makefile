@@ -11,10 +11,14 @@ HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig 
 # Hundreds of processes import the package: its bytecode is kept, also where the environment says otherwise
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test sanitize docs bench evidence-smoke export new-chapter hooks clean
+.PHONY: demo serve test sanitize docs bench evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
+
+serve: .venv/.installed  ## the demo's model behind OpenAI's and DeepSeek's API, at http://127.0.0.1:8000/v1
+	$(PIP) install -e '.[serve]'
+	$(BIN)/deepseek-nb serve $(MODEL)
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
 	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting

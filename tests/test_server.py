@@ -93,6 +93,40 @@ def test_deepseek_dialect(live):
     assert parts[-1].choices[0].finish_reason and parts[-1].usage.prompt_cache_hit_tokens + parts[-1].usage.prompt_cache_miss_tokens > 0
 
 
+def test_json_schema(live):
+    "A schema holds at any temperature, also in a stream."
+    client = live.client()
+    fields = dict(n=dict(type='integer', maximum=9, minimum=0), yes=dict(type='boolean'))
+    schema = dict(type='object', properties=fields, required=['n', 'yes'], additionalProperties=False)
+    form = dict(type='json_schema', json_schema=dict(name='x', schema=schema, strict=True))
+    for seed in range(4):
+        how = dict(model='mini', messages=HI, temperature=1.5, seed=seed, max_tokens=60, response_format=form)
+        whole = client.chat.completions.create(**how).choices[0].message.content
+        parts = [*client.chat.completions.create(**how, stream=True)]
+        assert ''.join(p.choices[0].delta.content or '' for p in parts) == whole and json.loads(whole).keys() == {'n', 'yes'}
+    with pytest.raises(openai.BadRequestError, match='the word "json"'):
+        client.chat.completions.create(model='mini', messages=HI, response_format=dict(type='json_object'))
+
+
+def test_a_required_tool_is_called():
+    "In each format that has tools, whatever the model would rather say; the arguments follow the schema, whole and streamed."
+    live = Live()
+    try:
+        live.server.models['mini'].format = 'v31'
+        fields = dict(n=dict(type='integer', maximum=9, minimum=0))
+        schema = dict(type='object', properties=fields, required=['n'], additionalProperties=False)
+        tool = dict(type='function', function=dict(name='look', parameters=schema))
+        how = dict(model='mini', messages=HI, temperature=1, seed=1, max_tokens=200, tools=[tool], tool_choice='required')
+        message = live.client().chat.completions.create(**how).choices[0]
+        assert message.finish_reason == 'tool_calls' and message.message.content is None
+        call = message.message.tool_calls[0].function
+        assert call.name == 'look' and 0 <= json.loads(call.arguments)['n'] <= 9
+        stream = live.client().chat.completions.create(**how, stream=True)
+        parts = [d for p in stream for d in p.choices[0].delta.tool_calls or ()]
+        assert ''.join(d.function.arguments for d in parts if d.index == 0) == call.arguments
+    finally: live.stop()
+
+
 def test_seeds_and_n(live):
     client, how = live.client(), dict(model='mini', messages=HI, max_tokens=12, temperature=1, seed=5)
     one, two = (client.chat.completions.create(**how, n=3) for _ in range(2))

@@ -17,7 +17,7 @@ constexpr int64_t NEAR = 1 << 18;  // bytes of weights per block
 // c[j][r] = w_r · x_j
 template <class T>
 void dot_rows(int64_t R, int64_t n, int64_t K, const T* w, const float* const* x, float* c, int64_t ldc) {
-    if (n <= TOKENS) return skinny(R, n, K, w, K, x, c, ldc);
+    if (n <= FEW) return skinny(R, n, K, w, K, x, c, ldc);
     const int64_t most = std::max<int64_t>(8, NEAR / (K * sizeof(T)) / 4 * 4), blocks = (n + TOKENS - 1) / TOKENS;
     for (int64_t r = 0; r < R; r += most)
         for (int64_t b = 0; b < blocks; ++b) {

@@ -77,17 +77,17 @@ inline Ragged::Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& 
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #0781c4be
-// s[j][i] = k_i · q_j; rows of s are KEYS apart
+// s[j][i] = k_i · q_j; rows of s are KEYS apart. Prefetches as much behind next as it reads of k
 template <int M, int N, class T>
-void score_tile(int64_t x, const T* k, int64_t ld, const float* const* q, float* s, const T* next) {
+void score_tile(int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s, const T* next) {
     vec sum[N][M];
     for (auto& row : sum) for (vec& y : row) y = vec{};
     int64_t c = 0;
-    for (; c + L <= x; c += L) {
+    for (; c + L <= x; c += L, next += M * L) {
         vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(q[j] + c), keep(y[j]);
+        for (int j = 0; j < N; ++j) y[j] = load(q + j * ldq + c), keep(y[j]);
         for (int i = 0; i < M; ++i) {
-            __builtin_prefetch(next + i * ld + c, 0, 2);
+            __builtin_prefetch(next + i * L, 0, 2);
             vec a = load(k + i * ld + c);
             keep(a);
             for (int j = 0; j < N; ++j) sum[j][i] = muladd(a, y[j], sum[j][i]);
@@ -96,30 +96,34 @@ void score_tile(int64_t x, const T* k, int64_t ld, const float* const* q, float*
     if (c < x)
         for (int i = 0; i < M; ++i)
             for (int j = 0; j < N; ++j)
-                sum[j][i] = muladd(load_part(k + i * ld + c, x - c), load_part(q[j] + c, x - c), sum[j][i]);
+                sum[j][i] = muladd(load_part(k + i * ld + c, x - c), load(q + j * ldq + c), sum[j][i]);
     add_up<M, M * N>(&sum[0][0], s, KEYS);
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #e9e0a760
 template <int M, class T, int... N>
-inline void score_queries(int64_t n, int64_t x, const T* k, int64_t ld, const float* const* q, float* s, const T* next,
-                          std::integer_sequence<int, N...>) {
-    ((n == N + 1 && (score_tile<M, N + 1>(x, k, ld, q, s, next), true)) || ...);
+inline void score_queries(int64_t n, int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s,
+                          const T* next, std::integer_sequence<int, N...>) {
+    ((n == N + 1 && (score_tile<M, N + 1>(x, k, ld, q, ldq, s, next), true)) || ...);
 }
-// the scores of n keys; each pass over the keys prefetches a part of the next ones
+constexpr int64_t SMALL = 1 << 12;  // numbers of queries that stay in the first-level cache
+
+// the scores of n keys, which are read once if the queries are small, and otherwise once for each tile of queries
 template <class T>
-void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, const float* const* q, float* s,
+void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s,
                 const T* next) {
-    const int64_t blocks = (rows + TOKENS - 1) / TOKENS;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t j = rows * b / blocks, some = rows * (b + 1) / blocks - j;
-        for (int64_t i = 0; i < n; i += i + 4 <= n ? 4 : 1) {
-            const T* ahead = (i * blocks / n == b ? next : k) + i * ld;
-            float* to = s + j * KEYS + i;
-            if (i + 4 <= n) score_queries<4>(some, x, k + i * ld, ld, q + j, to, ahead, UpToTokens());
-            else score_queries<1>(some, x, k + i * ld, ld, q + j, to, ahead, UpToTokens());
+    const int64_t blocks = (rows + TOKENS - 1) / TOKENS, hop = rows * x <= SMALL ? 4 : n;
+    for (int64_t first = 0; first < n; first += hop)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t j = rows * b / blocks, some = rows * (b + 1) / blocks - j;
+            for (int64_t i = first; i < std::min(n, first + hop); i += i + 4 <= n ? 4 : 1) {
+                const T* ahead = (b ? k : next) + i * ld;
+                const float* from = q + j * ldq;
+                float* to = s + j * KEYS + i;
+                if (i + 4 <= n) score_queries<4>(some, x, k + i * ld, ld, from, ldq, to, ahead, UpToTokens());
+                else score_queries<1>(some, x, k + i * ld, ld, from, ldq, to, ahead, UpToTokens());
+            }
         }
-    }
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #26a33702
@@ -196,7 +200,6 @@ struct Desk {
     int64_t ldq, ldo;
     float *q, *s, *o, *part, *ones;
     Softmax softmax;
-    const float* queries[PANEL];
     static int64_t size(int64_t x, int64_t v) {
         return PANEL * (round_up(x, L) + KEYS + round_up(v, L) + L + 3) + KEYS * L;
     }
@@ -205,7 +208,6 @@ struct Desk {
         q = take(PANEL * ldq), s = take(PANEL * KEYS), o = take(PANEL * ldo), part = take(KEYS * L);
         softmax = {take(PANEL), take(PANEL), take(PANEL * L)}, ones = take(PANEL);
         std::fill(ones, ones + PANEL, 1.f);
-        for (int64_t r = 0; r < PANEL; ++r) queries[r] = q + r * ldq;
     }
 };
 
@@ -224,6 +226,7 @@ template <class T> struct PieceRun {
     void operator()(float* partial) const;
 };
 template <class T> void PieceRun<T>::begin() const {
+    std::fill(m.q, m.q + w.rows * m.ldq, 0.f);
     for (int64_t i = 0; i < w.rows; ++i)
         copy_row(a.query(r.token(w, i), head(i)), a.x, a.scale * 1.44269504f, m.q + i * m.ldq);
     std::fill(m.o, m.o + w.rows * m.ldo, 0.f);
@@ -238,7 +241,7 @@ template <class T> void PieceRun<T>::block(int64_t t) const {
     for (int64_t i = 0, some; i < n; i += some) {
         some = std::min(n - i, r.page - (t + i) % r.page);
         const T* ahead = latent ? next(t + i + KEYS) : r.at(a.values, w.row, w.head, t + i);
-        score_keys(some, w.rows, a.x, keys(w, t + i), a.k.s, m.queries, m.s + i, ahead);
+        score_keys(some, w.rows, a.x, keys(w, t + i), a.k.s, m.q, m.ldq, m.s + i, ahead);
     }
     for (int64_t i = 0; i < w.rows; ++i) soften_row(m.s + i * KEYS, n, r.last(w, i) - t + 1, i, m.softmax);
     for (int64_t i = 0, some; i < n; i += some) {

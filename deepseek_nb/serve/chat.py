@@ -230,6 +230,7 @@ def ask(self:ServedModel,
     thinking:bool = False, # Whether reasoning comes first
     tools:list|None = None, # Tools that may be called
     max_tokens:int|None = None, # Most tokens of the answer; None: what the context leaves
+    begun:str = '', # Beginning of the answer, if the prompt contains it
     **settings, # Other fields of `Request`
 )->Answer:
     "Start a request"
@@ -238,4 +239,4 @@ def ask(self:ServedModel,
                                      'shorten them', 'messages', code='context_length_exceeded')
     stream = self.engine.submit(Request(ids, max_tokens=left if max_tokens is None else max_tokens, **settings))
     opened = thinking and text.rstrip().endswith('<think>')
-    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False))
+    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun))

@@ -8,7 +8,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized',
            'run_finetune', 'run_distillation', 'run_conversion', 'evaluate', 'run_evidence', 'doctor', 'build_kernels',
-           'run_bench', 'usage', 'main']
+           'run_server', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -252,6 +252,22 @@ def build_kernels(
     begin = perf_counter()
     found = build_all([name] if name else None, lambda n,path: print(f'{n:<16} {path}', flush=True))
     print(f'{len(found)} kernels ready after {perf_counter() - begin:.0f} s')
+
+# %% ../../nbs/960_tools.cli.ipynb #5e7e1a02
+def run_server(
+    models:str = 'smollm2-135m', # Folder, .gguf file, or name of a model; several are separated by commas
+    config:str = '', # TOML file with settings and keys
+    host:str = '', # Address to listen on; default: 127.0.0.1
+    port:int = 0, # Port to listen on; default: 8000
+    memory:int = 0, # MB of KV cache for each model; default: 1024
+    max_rows:int = 0, # Most requests that run together; default: 32
+):
+    "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
+    from deepseek_nb.serve.start import read_settings, serve_models
+    given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None)
+    given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
+    names,server,engine = read_settings(config or None, **given)
+    serve_models(names, server, **engine)
 
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(

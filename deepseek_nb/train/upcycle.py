@@ -234,9 +234,6 @@ def split(
     moe.gate.e_score_correction_bias.copy_(bias)
     return moe
 
-
-
-
 # %% ../../nbs/650_train.upcycle.ipynb #afcb5332
 def by_rows(
     run:Callable, # Function of activations `b s d` and further arguments
