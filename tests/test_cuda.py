@@ -533,7 +533,7 @@ def sanitized(*args):
     "Python with AddressSanitizer, and emulated kernels built for it"
     library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
-    flags = '-fsanitize=address,undefined -fno-sanitize-recover=all -O0'
+    flags = '-fsanitize=address,undefined -fno-sanitize-recover=all -O1'
     env = dict(LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS=flags, OMP_NUM_THREADS='1')
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env={**os.environ, **env})
 

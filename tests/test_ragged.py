@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb.arch.model import Model, head
 from deepseek_nb.core.config import Config, Rope
@@ -250,6 +251,7 @@ def test_bad_rows_are_named():
 def run(code, **env):
     path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     env = dict(os.environ, OMP_NUM_THREADS='2', PYTHONPATH=path, SEED=str(SEED)) | env
+    if 'LD_PRELOAD' not in env: return warm.run('-c', code, env=env)
     return subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
 
 

@@ -11,7 +11,7 @@ __all__ = ['RaggedBatch', 'run_rows', 'pages_needed', 'reserve_rows', 'check_row
 
 # %% ../../nbs/448_infer.ragged.ipynb #44bf1597
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ def _check_caches(caches, model):
         if cache.batch != 1: raise ValueError(f'row {i} has a cache of {cache.batch} rows; give each row a cache of its own')
         if cache.pad is not None: raise ValueError(f'the cache of row {i} begins with padding; a ragged batch has none')
         if cache.pool is not caches[0].pool: raise ValueError(f'row {i} has another pool than row 0; all rows of a step share one')
-        check_cache(cache, model.config, model.dtype)
+        if i == 0: check_cache(cache, model.config, model.dtype) # the others have the same pool
     if len({*map(id, caches)}) < len(caches): raise ValueError('two rows have the same cache; fork it')
 
 # %% ../../nbs/448_infer.ragged.ipynb #958cad80
@@ -119,7 +119,8 @@ def ragged_angles(self:Model,
     counts:list, # Number of new tokens of each row
 )->tuple[Tensor,Tensor]: # cos and sin `1 1 n r/2`
     "Rotary angles of the new tokens of all rows"
-    positions = torch.cat([torch.arange(c.length, c.length + n) for c,n in zip(caches, counts, strict=True)]).to(self.device)
+    rows = (range(c.length, c.length + n) for c,n in zip(caches, counts, strict=True))
+    positions = torch.tensor([*chain.from_iterable(rows)], device=self.device)
     end = max(c.length + n for c,n in zip(caches, counts, strict=True))
     return tuple(a[:, :, positions] for a in self.angles(0, end))
 
