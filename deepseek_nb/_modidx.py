@@ -1877,7 +1877,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepseek_nb/kernels/norm.py'),
                                           'deepseek_nb.kernels.norm.rotate_cpp': ( 'kernels.norm.html#rotate_cpp',
                                                                                    'deepseek_nb/kernels/norm.py')},
-            'deepseek_nb.kernels.paged': { 'deepseek_nb.kernels.paged.attend_paged': ( 'kernels.paged.html#attend_paged',
+            'deepseek_nb.kernels.paged': { 'deepseek_nb.kernels.paged.attend_pages': ( 'kernels.paged.html#attend_pages',
                                                                                        'deepseek_nb/kernels/paged.py')},
             'deepseek_nb.kernels.panels': { 'deepseek_nb.kernels.panels.PanelFormat': ( 'kernels.panels.html#panelformat',
                                                                                         'deepseek_nb/kernels/panels.py'),
