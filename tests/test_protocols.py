@@ -157,7 +157,8 @@ def test_messages_name_what_is_wrong(live, body, part):
     for path in ('/v1/messages', '/v1/messages/count_tokens'):
         if path == '/v1/messages' or 'max_tokens' not in body:
             status, said = post(live, dict(model='mini', messages=HI, max_tokens=2) | body, path)
-            assert (status, said['type'], said['error']['type']) == (400, 'error', 'invalid_request_error') and part in said['error']['message']
+            error = said['error']
+            assert (status, said['type'], error['type']) == (400, 'error', 'invalid_request_error') and part in error['message']
 
 
 def test_unknown_models(live):
