@@ -19,7 +19,7 @@ from deepseek_nb.arch.routing import route
 from deepseek_nb.core import nbproc
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.cuda import build as cuda
-from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged, attend_ragged, fits
+from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged_latents, attend_ragged, fits
 from deepseek_nb.cuda.build import cubin, emulate, find_nvrtc, launch, resources, signatures
 from deepseek_nb.cuda.device import Parameter, kernels_in, pack_arguments, structs_in
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
@@ -443,7 +443,7 @@ def test_attend_ragged_and_paged(page, order):
     pages = torch.randperm(4*t//page + 3)[:4*t//page].view(4, -1)
     pool = torch.full((4*t//page + 3, page, 160), torch.nan).bfloat16()
     pool[pages] = z.view(4, -1, page, 160)
-    for y in (attend_ragged(q, z, lengths, 128, .1), attend_paged(q, pool, pages.int(), lengths, 128, .1)):
+    for y in (attend_ragged(q, z, lengths, 128, .1), attend_paged_latents(q, pool, pages.int(), lengths, 128, .1)):
         for i,n in enumerate(lengths): close(y[i:i+1], exact_latent(q[i:i+1], z[i:i+1, :n], 128, .1), .01)
 
 

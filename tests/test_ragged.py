@@ -275,6 +275,6 @@ def test_clean_under_sanitizers():
 
 def test_kernels_refuse_what_they_cannot_read():
     with pytest.raises(ValueError, match='k is float32 of shape'):
-        paged.attend_paged(torch.randn(2, 3, 8), torch.randn(4, 3, 16, 9), torch.randn(4, 3, 16, 8), *[torch.zeros(1).long()]*3, .1)
+        paged.attend_pages(torch.randn(2, 3, 8), torch.randn(4, 3, 16, 9), torch.randn(4, 3, 16, 8), *[torch.zeros(1).long()]*3, .1)
     with pytest.raises(ValueError, match='x is float32 of shape'): invariant.linear_invariant(torch.randn(2, 3), torch.randn(4, 5))
     assert ragged_codes.ragged_codes_kernels.name == 'ragged_codes.cpp'

@@ -6,7 +6,7 @@
 
 template <class T> View<const T> pages(const Tensor& a) { return {data<T>(a), a.stride(0), a.stride(1), a.stride(2)}; }
 
-void attend_paged(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tensor table, double scale, Tensor y) {
+void attend_pages(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tensor table, double scale, Tensor y) {
     const int64_t g = k.size(1), heads = q.size(1) / g, x = q.size(2);
     const Ragged step(q.size(0), x, starts, past, table, k.size(2), g, heads);
     by_type(k, [&]<class T>(T) {
@@ -17,7 +17,7 @@ void attend_paged(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tens
     });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("attend_paged(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tensor table, float scale, "
+    m.def("attend_pages(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tensor table, float scale, "
           "Tensor(a!) y) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("attend_paged", TORCH_BOX(&attend_paged)); }
+STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("attend_pages", TORCH_BOX(&attend_pages)); }

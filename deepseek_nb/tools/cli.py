@@ -286,7 +286,7 @@ def run_bench(
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench)
+             build=build_kernels, bench=run_bench, serve=run_server)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"
