@@ -278,7 +278,7 @@ def test_resume_is_exact(found):
 
 
 def test_errors_in_two_processes(found):
-    assert found['refused'] == "a run with 'shard' can't be resumed, because its optimiser is sharded; begin anew, or use 'data'"
+    assert found['refused'] == "a run with 'shard' can't be resumed: its optimiser state is sharded; start a new run, or use 'data'"
     assert found['uneven'] == "5 experts can't be shared evenly by 2 processes; use a divisor of 5"
     assert found['sums'] == [3., 6, [2, 1]]
 
@@ -341,7 +341,7 @@ def test_bad_ways_are_refused():
         with pytest.raises(ValueError, match=r"^unknown parallelism 'tensor'; known are data, shard, expert$"): f()
     with pytest.raises(ValueError, match='^no layer of this Model has routed experts'): share_experts(tied())
     with pytest.raises(RuntimeError, match='^2 processes: .*ZeroDivisionError: division by zero\n'): launch_processes('print(1/0)')
-    assert sorted(launch_processes("import os; print(os.environ['RANK'])", 3).split()) == ['0', '1', '2']
+    assert sorted(launch_processes("import os; os.write(1, os.environ['RANK'].encode() + b'\\n')", 3).split()) == ['0', '1', '2']
 
 
 def test_shares_are_seen(folder):

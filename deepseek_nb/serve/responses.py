@@ -187,7 +187,9 @@ def read_responses(
     params,user = sampling_from(f),f.take('user', str) or f.take('safety_identifier', str) or ''
     kept = dict(metadata=f.take('metadata', dict, default={}), prompt_cache_key=f.take('prompt_cache_key', str))
     _read_text(f)
-    Fields(f.take('stream_options', dict, default={}), 'stream_options').only('include_obfuscation', False)
+    options = Fields(f.take('stream_options', dict, default={}), 'stream_options')
+    options.only('include_obfuscation', False)
+    options.done()
     for name,values in ACCEPTED.items(): f.only(name, *values)
     echo = dict(instructions=instructions, max_output_tokens=longest, reasoning=reasoning, tools=listed, tool_choice=choice)
     stream,thinking = f.take('stream', bool, default=False),reasoning['effort'] not in (None, 'none')
@@ -225,11 +227,12 @@ class ItemWriter:
 
     def feed(self,
         event, # Of a `Splitter`
+        status:str = 'completed', # Of an item that ends here; 'incomplete': it was cut
     )->list: # Events, without their numbers
         "Translate an event"
         if isinstance(event, ToolCallStart): return self.begin('function_call', 'fc', name=event.name)
         if isinstance(event, ToolCallDelta): return self.grow(event.arguments)
-        if isinstance(event, ToolCallEnd): return self.end()
+        if isinstance(event, ToolCallEnd): return self.end(status)
         if not event.text: return []
         kind,short = ('reasoning', 'rs') if isinstance(event, ReasoningDelta) else ('message', 'msg')
         begun = [] if self.open and self.open['type'] == kind else self.begin(kind, short)
@@ -358,10 +361,12 @@ def failed(self:ResponsesRun,
 async def chunks(self:ResponsesRun)->AsyncIterator[dict]:
     "All events of the stream"
     for name in ('created', 'in_progress'): yield self._numbered(dict(type=f'response.{name}', response=self.response('in_progress')))
-    async for events,_ in self.answer.steps():
+    status = 'completed'
+    async for events,piece in self.answer.steps():
+        if piece is None and self.answer.finish == 'length': status = 'incomplete'
         for event in events:
-            for e in self.writer.feed(event): yield self._numbered(e)
-    for e in self.writer.end('incomplete' if self.answer.finish == 'length' else 'completed'): yield self._numbered(e)
+            for e in self.writer.feed(event, status): yield self._numbered(e)
+    for e in self.writer.end(status): yield self._numbered(e)
     response = self._last()
     yield self._numbered(dict(type=f'response.{response["status"]}', response=response))
 
