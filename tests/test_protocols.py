@@ -130,6 +130,16 @@ def test_thinking_and_tools_through_the_clients(live, script):
     assert read_responses(dict(input=[hidden])).messages[0]['reasoning_content'] == 'Hm,\nlet me'
 
 
+def test_a_client_that_leaves_is_noticed(live):
+    "The generation stops, and the count of running requests comes back."
+    how = dict(model='mini', extra_body=dict(logit_bias={1: -100}), stream=True)
+    for stream in (claude(live).messages.create(messages=HI, max_tokens=450, **how), live.client().responses.create(input='hi', **how)):
+        next(iter(stream))
+        stream.close()
+        live.idle()
+    assert 'cancelled' in live.engine.stats.finished
+
+
 def test_errors_of_a_stream(live, script):
     script.pieces, script.error = ['a', 'b'], RuntimeError('inside')
     stream = claude(live).messages.create(model='script', messages=HI, max_tokens=5, stream=True)
@@ -208,6 +218,8 @@ def test_a_schema_and_a_required_tool(live):
     how = dict(model='mini', messages=HI, max_tokens=200, extra_body=dict(seed=3, temperature=1.5))
     said = claude(live).messages.create(**how, output_config=dict(format=dict(type='json_schema', schema=schema)))
     assert json.loads(said.content[0].text).keys() == {'n'} and said.stop_reason == 'end_turn'
+    with claude(live).messages.stream(**how, output_config=dict(format=dict(type='json_schema', schema=schema))) as stream:
+        assert stream.get_final_message().content[0].text == said.content[0].text
     live.server.models['mini'].format = 'v31'
     try:
         tool = dict(name='look', input_schema=schema)
