@@ -30,7 +30,7 @@ class Scripted(ServedModel):
 
     def prompt(self, messages, tools=None, thinking=False): return super().prompt(messages, tools, False) + '<think>'*thinking
 
-    def ask(self, text, ids, thinking=False, tools=None, max_tokens=None, **settings):
+    def ask(self, text, ids, thinking=False, tools=None, max_tokens=None, begun='', **settings):
         stream = Stream(Request(ids, **settings))
         stream.usage.prompt_tokens, stream.usage.prompt_cache_hit_tokens = 10, 4
         stream.usage.completion_tokens, stream.matched = len(self.pieces), self.matched
@@ -151,6 +151,7 @@ def test_errors_of_a_stream(live, script):
     (dict(tools=[dict(type='web_search_20250305', name='s')]), 'tools[0].type'),
     (dict(tools=[USE[0] | dict(defer_loading=True)]), 'tools[0].defer_loading'),
     (dict(tool_choice=dict(type='any')), 'tool_choice.type'),
+    (dict(tools=USE, tool_choice=dict(type='tool', name='x')), 'tool_choice.type'),
     (dict(output_config=dict(effort='high', format={})), 'output_config.format'),
     (dict(system=[dict(type='text', text='x', cache_control=dict(type='ephemeral', ttl='1h'))]), 'system[0].cache_control')])
 def test_messages_name_what_is_wrong(live, body, part):
@@ -176,10 +177,10 @@ def test_unknown_models(live):
     (dict(input=[dict(role='user', content='x', name='y')]), 'input[0].name'),
     (dict(input=[dict(role='user', content=[dict(type='input_image')])]), 'input[0].content[0].type'),
     (dict(background=True), 'background'),
-    (dict(text=dict(format=dict(type='json_object'))), 'text.format'), (dict(reasoning=dict(effort='huge')), 'reasoning.effort'),
+    (dict(text=dict(format=dict(type='xml'))), 'text.format.type'), (dict(reasoning=dict(effort='huge')), 'reasoning.effort'),
     (dict(reasoning=dict(effort='high')), 'thinking'), (dict(tools=[dict(type='web_search')]), 'tools[0].type'),
     (dict(max_output_tokens=0), 'max_output_tokens'),
-    (dict(tools=[FUNCTION[0] | dict(strict=True)]), 'tools[0].strict'), (dict(tool_choice='required'), 'tool_choice'),
+    (dict(tools=[FUNCTION[0] | dict(strict=1)]), 'tools[0].strict'), (dict(tool_choice='required'), 'tool_choice'),
     (dict(top_logprobs=3), 'top_logprobs'),
     (dict(stream_options=dict(colour=1)), 'stream_options.colour'), (dict(truncation='auto'), 'truncation'),
     (dict(max_tool_calls=1), 'max_tool_calls')])
@@ -195,6 +196,28 @@ def test_a_budget_of_thinking_in_the_engine(live):
     free = run(ids, 3)
     got = run(ids, 8, ThinkingBudget(5, 3, live.engine.model.config.vocab_size))
     assert got[:4] == [*free, 5] and got[4:] == run([*ids, *free, 5], 4)
+
+
+def test_a_schema_and_a_required_tool(live):
+    "Whatever the model would rather write; text.format, output_config.format, and tools that must be called."
+    fields = dict(n=dict(type='integer', maximum=9, minimum=0))
+    schema = dict(type='object', properties=fields, required=['n'], additionalProperties=False)
+    client, hot = live.client(), dict(temperature=1.5, extra_body=dict(seed=3))
+    said = client.responses.create(model='mini', input='hi', text=dict(format=dict(type='json_schema', name='x', schema=schema)), **hot)
+    assert json.loads(said.output_text).keys() == {'n'} and said.text.format.type == 'json_schema'
+    how = dict(model='mini', messages=HI, max_tokens=200, extra_body=dict(seed=3, temperature=1.5))
+    said = claude(live).messages.create(**how, output_config=dict(format=dict(type='json_schema', schema=schema)))
+    assert json.loads(said.content[0].text).keys() == {'n'} and said.stop_reason == 'end_turn'
+    live.server.models['mini'].format = 'v31'
+    try:
+        tool = dict(name='look', input_schema=schema)
+        said = claude(live).messages.create(**how, tools=[tool], tool_choice=dict(type='any'))
+        assert said.stop_reason == 'tool_use' and {(b.name, *b.input) for b in said.content} == {('look', 'n')}
+        tool = dict(type='function', name='look', parameters=schema)
+        said = client.responses.create(model='mini', input='hi', tools=[tool], tool_choice=dict(type='function', name='look'), **hot)
+        assert {(c.name, *json.loads(c.arguments)) for c in said.output} == {('look', 'n')}
+    finally: live.server.models['mini'].format = 'plain'
+    assert post(live, dict(model='mini', input='hi', text=dict(format=dict(type='json_object'))), '/v1/responses')[0] == 400
 
 
 def test_keys_of_messages():

@@ -8,8 +8,8 @@ A budget of thinking is kept: a `ThinkingBudget` closes the reasoning when it is
 
 # %% auto #0
 __all__ = ['ERROR_TYPES', 'CACHE', 'TEXT_EXTRAS', 'NEW_BLOCKS', 'anthropic_error', 'user_turn', 'assistant_turn', 'read_turns',
-           'ThinkingBudget', 'MessagesRequest', 'read_tool_uses', 'read_budget', 'read_anthropic', 'BlockWriter',
-           'MessagesRun', 'add_event', 'count_tokens']
+           'ThinkingBudget', 'MessagesRequest', 'read_tool_uses', 'read_budget', 'read_output', 'read_anthropic',
+           'BlockWriter', 'MessagesRun', 'add_event', 'count_tokens']
 
 # %% ../../nbs/478_serve.anthropic.ipynb #fce8b9f8
 import json
@@ -21,6 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .chat import ApiError, Fields, ServedModel, sampling_from
+from .completions import grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .responses import add_turn, chat_call, text_parts
 from .sampling import SamplingParams
@@ -106,18 +107,21 @@ def read_turns(
 # %% ../../nbs/478_serve.anthropic.ipynb #4b4b984f
 class ThinkingBudget:
     "Closes the reasoning after a number of tokens"
-    finished = False # A budget doesn't end the answer
     def __init__(self,
         close:int, # Token id of `</think>`
         budget:int, # Most tokens of reasoning
         width:int, # Size of the vocabulary
+        inner = None, # Grammar of the answer; None: any text
     ):
-        self.close,self.left = close,budget
+        self.close,self.left,self.inner = close,budget,inner
         self.all = np.full(-(-width//32), -1, np.int32)
+
+    @property
+    def finished(self)->bool: return self.inner is not None and self.inner.finished # Whether the answer is complete
 
     def mask(self)->np.ndarray: # One bit a token
         "Which tokens are allowed now"
-        if self.left != 0: return self.all
+        if self.left != 0: return self.all if self.inner is None else self.inner.mask()
         only = np.zeros_like(self.all)
         only.view(np.uint32)[self.close//32] = 1 << self.close % 32
         return only
@@ -126,6 +130,7 @@ class ThinkingBudget:
         id:int, # Token that was drawn
     )->None:
         "Count a token"
+        if self.inner is not None: self.inner.accept(id)
         self.left = -1 if id == self.close or self.left < 0 else self.left - 1
 
 # %% ../../nbs/478_serve.anthropic.ipynb #7b3a46c8
@@ -137,6 +142,8 @@ class MessagesRequest:
     max_tokens:int|None = None # Most tokens of the answer
     stop:tuple = () # Strings that end the answer
     tools:list|None = None # Functions that the model may call, in the form of chat completions
+    choice:str = 'auto' # Whether a tool must be called: 'auto', 'required', or the name of a tool
+    format:tuple = () # Form of the answer: kind and value for `compile_grammar`; (): any text
     thinking:bool = False # Whether the model reasons first
     budget:int|None = None # Most tokens of reasoning; None: no limit
     stream:bool = False # Whether the answer comes as events
@@ -145,26 +152,31 @@ class MessagesRequest:
 # %% ../../nbs/478_serve.anthropic.ipynb #47787d12
 def read_tool_uses(
     fields:Fields, # Body
-)->list|None: # In the form of chat completions
+)->tuple: # Tools in the form of chat completions or None, and whether one must be called
     "The fields `tools` and `tool_choice`"
-    choice,out = _may_call(fields),[]
+    out = []
     for i,tool in enumerate(fields.take('tools', list, default=[])):
         f = Fields(tool, f'tools[{i}]')
-        f.only('type', 'custom'), f.only('strict', False), f.only('cache_control', *CACHE)
+        f.only('type', 'custom'), f.only('cache_control', *CACHE)
         given = dict(name=f.take('name', str, needed=True), description=f.take('description', str),
-                     parameters=f.take('input_schema', dict, needed=True))
+                     parameters=f.take('input_schema', dict, needed=True), strict=f.take('strict', bool) or None)
         f.done()
         out.append(dict(type='function', function={k: v for k,v in given.items() if v is not None}))
-    return out if choice and out else None
+    choice = _choice(fields, [tool['function']['name'] for tool in out])
+    return (None, 'auto') if choice == 'none' else (out or None, choice)
 
-def _may_call(fields):
-    "Whether the field `tool_choice` allows calls"
+# %% ../../nbs/478_serve.anthropic.ipynb #b54f7feb
+def _choice(fields, names):
+    "The field `tool_choice`, in the form of chat completions"
     choice = Fields(fields.take('tool_choice', dict, default=dict(type='auto')), 'tool_choice')
     kind = choice.take('type', str, needed=True)
-    if kind not in ('auto', 'none'): raise choice.wrong('type', f"is {kind!r:.40}; this server can do 'auto' and 'none'")
+    known = dict(auto='auto', none='none', any='required') | (dict(tool=choice.take('name', str)) if kind == 'tool' else {})
+    if kind not in known: raise choice.wrong('type', f'is {kind!r:.40}; known are auto, none, any, tool')
+    if kind == 'any' and not names or kind == 'tool' and known[kind] not in names:
+        raise choice.wrong('type', f'{kind} needs one of the tools')
     choice.only('disable_parallel_tool_use', False)
     choice.done()
-    return kind == 'auto'
+    return known[kind]
 
 # %% ../../nbs/478_serve.anthropic.ipynb #55e68fc9
 def read_budget(
@@ -180,6 +192,22 @@ def read_budget(
     return kind != 'disabled',budget
 
 # %% ../../nbs/478_serve.anthropic.ipynb #b8ca819b
+def read_output(
+    fields:Fields, # Body
+)->tuple: # Kind and value for `compile_grammar`; (): any text
+    "The field `output_config`"
+    inner = Fields(fields.take('output_config', dict, default={}), 'output_config')
+    inner.only('effort', 'high')
+    form = inner.take('format', dict)
+    inner.done()
+    if form is None: return ()
+    f = Fields(form, 'output_config.format')
+    if f.take('type', str) != 'json_schema': raise f.wrong('type', "must be 'json_schema'")
+    schema = f.take('schema', dict, needed=True)
+    f.done()
+    return 'schema',schema
+
+# %% ../../nbs/478_serve.anthropic.ipynb #dcc80142
 def _read_stops(fields):
     "The field `stop_sequences`"
     stop = fields.take('stop_sequences', list, default=[])
@@ -195,15 +223,14 @@ def read_anthropic(
     f = Fields(body)
     longest,(thinking,budget) = f.take('max_tokens', int, needed=not counting),read_budget(f)
     if longest is not None and longest < 1: raise f.wrong('max_tokens', f'is {longest}; it must be at least 1')
-    messages,tools = read_turns(f),read_tool_uses(f)
+    messages,(tools,choice),form = read_turns(f),read_tool_uses(f),read_output(f)
     if thinking and messages[-1].get('prefix'): raise f.wrong('messages', 'ends with the assistant, which thinking excludes')
-    metadata,effort = (Fields(f.take(name, dict, default={}), name) for name in ('metadata', 'output_config'))
+    metadata = Fields(f.take('metadata', dict, default={}), 'metadata')
     user = metadata.take('user_id', str, default='')
-    effort.only('effort', 'high')
     f.only('service_tier', 'auto', 'standard_only'), f.only('cache_control', *CACHE)
     stream = f.take('stream', bool, default=False)
-    out = MessagesRequest(messages, sampling_from(f), longest, _read_stops(f), tools, thinking, budget, stream, user)
-    for fields in (metadata, effort, f): fields.done()
+    out = MessagesRequest(messages, sampling_from(f), longest, _read_stops(f), tools, choice, form, thinking, budget, stream, user)
+    for fields in (metadata, f): fields.done()
     return out
 
 # %% ../../nbs/478_serve.anthropic.ipynb #fd7132f1
@@ -267,19 +294,22 @@ class MessagesRun:
         self.served,self.request,self.id = served,request,f'msg_{uuid4().hex}'
         text = served.prompt(request.messages, request.tools, request.thinking)
         ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
-        self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, params=request.params, stop=request.stop,
-                                 grammar=self._budget(), user=f'{owner}/{request.user}')
+        last = request.messages[-1]
+        begun = last['content'] if last.get('prefix') else ''
+        how = dict(params=request.params, stop=request.stop, user=f'{owner}/{request.user}', begun=begun, grammar=self._grammar())
+        self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, **how)
 
     def cancel(self)->None:
         "Stop what still runs"
         self.answer.stream.cancel()
 
-    def _budget(self):
-        "What closes the reasoning, if there is a limit"
-        if self.request.budget is None or self.request.budget >= self.request.max_tokens: return None
+    def _grammar(self):
+        "What an answer must look like, and what closes the reasoning if there is a limit"
+        grammar = grammar_for(self.served, self.request, 'output_config.format')
+        if self.request.budget is None or self.request.budget >= self.request.max_tokens: return grammar
         close = self.served.tok.encode('</think>', special=True)
         if len(close) != 1: raise ApiError(400, f'{self.served.name} has no token for </think>; leave budget_tokens out', 'thinking')
-        return ThinkingBudget(close[0], self.request.budget, self.served.engine.model.config.vocab_size)
+        return ThinkingBudget(close[0], self.request.budget, self.served.engine.model.config.vocab_size, grammar)
 
 # %% ../../nbs/478_serve.anthropic.ipynb #e0798d7c
 @patch

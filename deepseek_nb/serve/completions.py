@@ -214,19 +214,20 @@ async def merged(
 # %% ../../nbs/472_serve.completions.ipynb #d62c009e
 def grammar_for(
     served:ServedModel, # Model that answers
-    r:ChatRequest, # What was asked for
+    r, # What was asked for, with `format`, `tools`, `choice`, `thinking` and `messages`
+    name:str = 'response_format', # Field that asks for the form of the answer
 )->Grammar|None: # For one answer; None: any text
     "What an answer must look like"
     after = '</think>' if r.thinking else None
     strict = any(t['function'].get('strict') for t in r.tools or ())
-    if r.format and r.tools: raise ApiError(400, "response_format can't be combined with tools; leave one out", 'response_format')
+    if r.format and r.tools: raise ApiError(400, f"{name} can't be combined with tools; leave one out", name)
     if r.format == ('json', None) and 'json' not in str([m['content'] for m in r.messages]).lower():
-        raise ApiError(400, 'response_format json_object needs the word "json" in a message', 'messages')
+        raise ApiError(400, f'{name} json_object needs the word "json" in a message', 'messages')
     try:
         if r.format: return compile_grammar(served.tok, *r.format, after=after, eos_ids=served.engine.ends)
         if not r.tools or r.choice == 'auto' and not strict: return None
         return compile_grammar(served.tok, 'tools', ToolGrammar(served.format, r.tools, r.choice), after, served.engine.ends)
-    except ValueError as error: raise ApiError(400, str(error), 'response_format' if r.format else 'tools') from None
+    except ValueError as error: raise ApiError(400, str(error), name if r.format else 'tools') from None
 
 # %% ../../nbs/472_serve.completions.ipynb #31cdce7b
 class ChatRun:

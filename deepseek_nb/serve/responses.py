@@ -8,7 +8,8 @@ Nothing is stored: a request brings the whole conversation, so `store: true` and
 
 # %% auto #0
 __all__ = ['ACCEPTED', 'TEXTS', 'text_parts', 'add_turn', 'chat_call', 'read_items', 'ResponsesRequest', 'read_functions',
-           'read_reasoning', 'read_responses', 'new_item', 'new_part', 'ItemWriter', 'ResponsesRun']
+           'read_choice', 'read_reasoning', 'read_text_format', 'read_responses', 'new_item', 'new_part', 'ItemWriter',
+           'ResponsesRun']
 
 # %% ../../nbs/476_serve.responses.ipynb #55cbf57c
 import time
@@ -20,7 +21,7 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from .chat import ApiError, Fields, ServedModel, sampling_from
-from .completions import EFFORTS
+from .completions import EFFORTS, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .sampling import SamplingParams
 
@@ -125,6 +126,8 @@ class ResponsesRequest:
     params:SamplingParams # How tokens are chosen
     max_tokens:int|None = None # Most tokens of the answer; None: what the context leaves
     tools:list|None = None # Functions that the model may call, in the form of chat completions
+    choice:str = 'auto' # Whether a tool must be called: 'auto', 'required', or the name of a tool
+    format:tuple = () # Form of the answer: kind and value for `compile_grammar`; (): any text
     thinking:bool = False # Whether the model reasons first
     stream:bool = False # Whether the answer comes as events
     user:str = '' # The user's id, if the body has one
@@ -134,21 +137,30 @@ class ResponsesRequest:
 # %% ../../nbs/476_serve.responses.ipynb #d7af6e4b
 def read_functions(
     fields:Fields, # Body
-)->tuple: # Tools in the form of chat completions or None, tools as the response repeats them, choice
-    "The fields `tools` and `tool_choice`"
-    tools,choice = fields.take('tools', list, default=[]),fields.take('tool_choice', str, dict, default='auto')
+)->tuple: # Tools in the form of chat completions, and as the response repeats them
+    "The field `tools`"
     fields.only('parallel_tool_calls', True)
-    if choice not in ('auto', 'none'): raise fields.wrong('tool_choice', f"is {choice!r:.60}; this server can do 'auto' and 'none'")
     chat,echo = [],[]
-    for i,tool in enumerate(tools):
+    for i,tool in enumerate(fields.take('tools', list, default=[])):
         f = Fields(tool, f'tools[{i}]')
         if f.take('type', str) != 'function': raise f.wrong('type', "must be 'function'")
         given = dict(name=f.take('name', str, needed=True), description=f.take('description', str), parameters=f.take('parameters', dict))
-        f.only('strict', False)
+        strict = f.take('strict', bool, default=False)
         f.done()
-        chat.append(dict(type='function', function={k: v for k,v in given.items() if v is not None}))
-        echo.append(dict(type='function', strict=False, **given))
-    return (None if choice == 'none' else chat or None),echo,choice
+        chat.append(dict(type='function', function={k: v for k,v in (given | dict(strict=strict or None)).items() if v is not None}))
+        echo.append(dict(type='function', strict=strict, **given))
+    return chat,echo
+
+def read_choice(
+    fields:Fields, # Body
+    tools:list, # In the form of chat completions
+)->str: # 'none', 'auto', 'required', or the name of a tool
+    "The field `tool_choice`"
+    choice = fields.take('tool_choice', str, dict, default='auto')
+    if choice in ('none', 'auto') or choice == 'required' and tools: return choice
+    name = choice.get('name') if isinstance(choice, dict) and choice.get('type') == 'function' and len(choice) == 2 else None
+    if name in [t['function']['name'] for t in tools]: return name
+    raise fields.wrong('tool_choice', f"is {choice!r:.60}; it must be 'none', 'auto', 'required', or name one of the tools")
 
 # %% ../../nbs/476_serve.responses.ipynb #540f910f
 def read_reasoning(
@@ -162,17 +174,40 @@ def read_reasoning(
     inner.done()
     return dict(effort=effort, summary=None)
 
-def _read_text(fields):
+# %% ../../nbs/476_serve.responses.ipynb #f93fa5e8
+def read_text_format(
+    fields:Fields, # Body
+)->tuple: # Kind and value for `compile_grammar`; (): any text
     "The field `text`"
     inner = Fields(fields.take('text', dict, default={}), 'text')
-    inner.only('format', dict(type='text'))
+    f = Fields(inner.take('format', dict, default=dict(type='text')), 'text.format')
     inner.only('verbosity', 'medium')
-    inner.done()
+    kind = f.take('type', str, needed=True)
+    known = 'text', 'json_object', 'json_schema'
+    if kind not in known: raise f.wrong('type', f'is {kind!r:.40}; known are {", ".join(known)}')
+    out = () if kind == 'text' else ('json', None)
+    if kind == 'json_schema':
+        f.take('name', str), f.take('description', str), f.take('strict', bool)
+        out = 'schema',f.take('schema', dict, needed=True)
+    for rest in (inner, f): rest.done()
+    return out
 
 # %% ../../nbs/476_serve.responses.ipynb #769abfd3
 ACCEPTED = dict(store=(False,), background=(False,), truncation=('disabled',), service_tier=('auto', 'default'), top_logprobs=(0,),
                 previous_response_id=(), conversation=(), prompt=(), max_tool_calls=())
 
+def _others(f):
+    "Fields that change nothing, or are only repeated in the response"
+    options,include = Fields(f.take('stream_options', dict, default={}), 'stream_options'),f.take('include', list, default=[])
+    if include not in ([], ['reasoning.encrypted_content']): raise f.wrong('include', "can only be ['reasoning.encrypted_content']")
+    options.only('include_obfuscation', False)
+    options.done()
+    for name,values in ACCEPTED.items(): f.only(name, *values)
+    kept = dict(metadata=f.take('metadata', dict, default={}), prompt_cache_key=f.take('prompt_cache_key', str))
+    names = f.take('user', str),f.take('safety_identifier', str)
+    return kept | dict(user=names[0] or names[1]),bool(include)
+
+# %% ../../nbs/476_serve.responses.ipynb #942af38e
 def read_responses(
     body:dict, # Parsed JSON, without `model`
 )->ResponsesRequest:
@@ -181,20 +216,15 @@ def read_responses(
     instructions,longest = f.take('instructions', str),f.take('max_output_tokens', int)
     if longest is not None and longest < 1: raise f.wrong('max_output_tokens', f'is {longest}; it must be at least 1')
     messages = read_items(f.take('input', str, list, needed=True), instructions)
-    tools,listed,choice = read_functions(f)
-    reasoning,include = read_reasoning(f),f.take('include', list, default=[])
-    if include not in ([], ['reasoning.encrypted_content']): raise f.wrong('include', "can only be ['reasoning.encrypted_content']")
-    params,user = sampling_from(f),f.take('user', str) or f.take('safety_identifier', str) or ''
-    kept = dict(metadata=f.take('metadata', dict, default={}), prompt_cache_key=f.take('prompt_cache_key', str))
-    _read_text(f)
-    options = Fields(f.take('stream_options', dict, default={}), 'stream_options')
-    options.only('include_obfuscation', False)
-    options.done()
-    for name,values in ACCEPTED.items(): f.only(name, *values)
-    echo = dict(instructions=instructions, max_output_tokens=longest, reasoning=reasoning, tools=listed, tool_choice=choice)
-    stream,thinking = f.take('stream', bool, default=False),reasoning['effort'] not in (None, 'none')
+    tools,listed = read_functions(f)
+    choice,form,reasoning = read_choice(f, tools),read_text_format(f),read_reasoning(f)
+    said = dict(tool_choice=body.get('tool_choice') or 'auto', text=body.get('text') or dict(format=dict(type='text')))
+    echo,encrypted = _others(f)
+    echo |= dict(instructions=instructions, max_output_tokens=longest, reasoning=reasoning, tools=listed, **said)
+    out = ResponsesRequest(messages, sampling_from(f), longest, None if choice == 'none' else tools or None, choice, form,
+        reasoning['effort'] not in (None, 'none'), f.take('stream', bool, default=False), echo['user'] or '', encrypted, echo)
     f.done()
-    return ResponsesRequest(messages, params, longest, tools, thinking, stream, user, bool(include), echo | kept | dict(user=user or None))
+    return out
 
 # %% ../../nbs/476_serve.responses.ipynb #3fcf1def
 def new_item(
@@ -303,7 +333,7 @@ class ResponsesRun:
         text = served.prompt(request.messages, request.tools, request.thinking)
         ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
         self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, params=request.params,
-                                 user=f'{owner}/{request.user}')
+                                 grammar=grammar_for(served, request, 'text.format'), user=f'{owner}/{request.user}')
         self.writer = ItemWriter(self.id[5:], request.encrypted)
 
     def cancel(self)->None:
@@ -332,7 +362,7 @@ def response(self:ResponsesRun,
                 model=self.served.name, output=[*self.writer.items], usage=self.usage() if ended else None)
     how = {n: getattr(p, n) for n in ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty')} | dict(top_logprobs=0)
     fixed = dict(store=False, background=False, truncation='disabled', service_tier='default', parallel_tool_calls=True,
-                 previous_response_id=None, max_tool_calls=None, safety_identifier=None, text=dict(format=dict(type='text')))
+                 previous_response_id=None, max_tool_calls=None, safety_identifier=None)
     return head | dict(error=None, incomplete_details=None) | how | fixed | self.request.echo | more
 
 # %% ../../nbs/476_serve.responses.ipynb #eb0a16a5
