@@ -7,7 +7,7 @@ Fields that DeepSeek added to OpenAI's API are understood: `thinking`, `reasonin
 
 # %% auto #0
 __all__ = ['EFFORTS', 'ChatRequest', 'read_stop', 'read_logprobs', 'read_thinking', 'check_tools', 'read_format', 'read_chat',
-           'token_logprob', 'piece_logprobs', 'delta_of', 'usage_of', 'merged', 'grammar_for', 'ChatRun', 'add_delta']
+           'piece_logprobs', 'delta_of', 'usage_of', 'merged', 'grammar_for', 'ChatRun', 'add_delta']
 
 # %% ../../nbs/472_serve.completions.ipynb #6661fcd7
 import asyncio
@@ -147,7 +147,7 @@ def _accept(f):
     for name,values in neutral.items(): f.only(name, *values)
 
 # %% ../../nbs/472_serve.completions.ipynb #77580ae2
-def token_logprob(
+def _token_logprob(
     tok:Tokenizer, # Decodes
     id:int, # Token
     logprob:float, # Its log-probability
@@ -161,7 +161,7 @@ def piece_logprobs(
     piece:Piece, # A token of an answer
 )->dict: # OpenAI's form
     "A token with its alternatives"
-    return token_logprob(tok, piece.id, piece.logprob) | dict(top_logprobs=[token_logprob(tok, *t) for t in piece.top])
+    return _token_logprob(tok, piece.id, piece.logprob) | dict(top_logprobs=[_token_logprob(tok, *t) for t in piece.top])
 
 # %% ../../nbs/472_serve.completions.ipynb #e67e2b75
 def delta_of(
@@ -266,7 +266,7 @@ class ChatRun:
 
 # %% ../../nbs/472_serve.completions.ipynb #d535577f
 @patch
-def chunk(self:ChatRun,
+def _chunk(self:ChatRun,
     choices:list, # What is new
     **more, # Other fields
 )->dict:
@@ -276,7 +276,7 @@ def chunk(self:ChatRun,
     return head | dict(choices=choices) | usage | more
 
 @patch
-def choice(self:ChatRun,
+def _choice(self:ChatRun,
     i:int, # Number of the answer
     delta:dict, # What is new
     logprobs:dict|None = None, # Of its tokens
@@ -287,19 +287,19 @@ def choice(self:ChatRun,
 
 # %% ../../nbs/472_serve.completions.ipynb #2d60f0be
 @patch
-async def answer_choices(self:ChatRun,
+async def _answer_choices(self:ChatRun,
     i:int, # Number of the answer
 )->AsyncIterator[dict]:
     "The choices of one answer's chunks"
     first = dict(role='assistant', content='') | (dict(reasoning_content='') if self.request.thinking else {})
-    yield self.choice(i, first)
+    yield self._choice(i, first)
     held = [] # log-probabilities of tokens whose text has not been shown
     async for events,piece in self.answers[i].steps():
         if piece is not None and piece.logprob is not None: held.append(piece_logprobs(self.served.tok, piece))
         for delta in filter(None, map(delta_of, events)):
-            yield self.choice(i, delta, self._logprobs(held, delta))
+            yield self._choice(i, delta, self._logprobs(held, delta))
             held = []
-    yield self.choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish)
+    yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish)
 
 @patch
 def _logprobs(self:ChatRun, held, delta):
@@ -311,11 +311,11 @@ def _logprobs(self:ChatRun, held, delta):
 async def chunks(self:ChatRun)->AsyncIterator[dict]:
     "All chunks of the stream"
     left = len(self.answers)
-    async for _,choice in merged(*[self.answer_choices(i) for i in range(left)]):
+    async for _,choice in merged(*[self._answer_choices(i) for i in range(left)]):
         left -= choice['finish_reason'] is not None
         last = not left and choice['finish_reason'] is not None and self.dialect == 'deepseek'
-        yield self.chunk([choice], **dict(usage=usage_of(self.answers)) if last else {})
-    if self.request.include_usage and self.dialect == 'openai': yield self.chunk([], usage=usage_of(self.answers))
+        yield self._chunk([choice], **dict(usage=usage_of(self.answers)) if last else {})
+    if self.request.include_usage and self.dialect == 'openai': yield self._chunk([], usage=usage_of(self.answers))
 
 # %% ../../nbs/472_serve.completions.ipynb #18532f4c
 def add_delta(
@@ -330,18 +330,19 @@ def add_delta(
         if call['index'] == len(calls): calls.append({k: v for k,v in call.items() if k != 'index'})
         else: calls[call['index']]['function']['arguments'] += call['function']['arguments']
 
+# %% ../../nbs/472_serve.completions.ipynb #d167c9fb
 @patch
 async def whole(self:ChatRun)->dict: # OpenAI's `chat.completion`
     "All answers, when they are complete"
     choices = [dict(index=i, message=dict(role='assistant', content=None, refusal=None), logprobs=None, finish_reason=None)
                for i in range(len(self.answers))]
-    async for i,new in merged(*[self.answer_choices(i) for i in range(len(choices))]):
+    async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
         add_delta(choices[i]['message'], new['delta'])
         choices[i]['finish_reason'] = new['finish_reason']
         choices[i]['logprobs'] = _joined(choices[i]['logprobs'], new['logprobs'])
     for c in choices:
         if 'tool_calls' in c['message']: c['message']['content'] = c['message']['content'] or None
-    return self.chunk(choices) | dict(object='chat.completion', usage=usage_of(self.answers))
+    return self._chunk(choices) | dict(object='chat.completion', usage=usage_of(self.answers))
 
 def _joined(a, b):
     "Log-probabilities of two pieces of an answer"

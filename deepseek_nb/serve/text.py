@@ -67,6 +67,7 @@ class TextRequest:
     include_usage:bool = False # Whether a stream reports the usage in a chunk of its own
     user:str = '' # The user's id, if the body has one
 
+# %% ../../nbs/474_serve.text.ipynb #76d5059e
 def read_completion(
     body:dict, # Parsed JSON, without `model`
     tok:Tokenizer, # Encodes prompts
@@ -126,7 +127,7 @@ class TextRun:
 
 # %% ../../nbs/474_serve.text.ipynb #30bae463
 @patch
-def echoed(self:TextRun,
+def _echoed(self:TextRun,
     answer:Answer, # To one of the prompts
 )->tuple[str,list]: # Its prompt: the text, and the tokens
     "What stands in front of an answer with `echo`"
@@ -134,7 +135,7 @@ def echoed(self:TextRun,
     return self.served.tok.decode(ids), answer.stream.prompt_logprobs or [Drawn(i) for i in ids]
 
 @patch
-def choice(self:TextRun,
+def _choice(self:TextRun,
     i:int, # Number of the answer
     text:str, # What is new
     drawn:list, # Tokens of the text
@@ -147,22 +148,22 @@ def choice(self:TextRun,
 
 # %% ../../nbs/474_serve.text.ipynb #795d08df
 @patch
-async def answer_choices(self:TextRun,
+async def _answer_choices(self:TextRun,
     i:int, # Number of the answer
 )->AsyncIterator[dict]:
     "The choices of one answer's chunks"
     answer,start,drawn,echo = self.answers[i],0,[],self.request.echo
     async for piece in answer.stream.aiter():
-        text,before = self.echoed(answer) if echo else ('', [])
+        text,before = self._echoed(answer) if echo else ('', [])
         text,drawn,echo = text + piece.text,before + drawn + [piece],False
         if not text: continue
-        yield self.choice(i, text, drawn, start)
+        yield self._choice(i, text, drawn, start)
         start,drawn = start + len(text),[]
-    text,before = self.echoed(answer) if echo else ('', [])
-    yield self.choice(i, text, before + drawn, start, answer.finish)
+    text,before = self._echoed(answer) if echo else ('', [])
+    yield self._choice(i, text, before + drawn, start, answer.finish)
 
 @patch
-def chunk(self:TextRun,
+def _chunk(self:TextRun,
     choices:list, # What is new
     **more, # Other fields
 )->dict:
@@ -172,7 +173,7 @@ def chunk(self:TextRun,
 
 # %% ../../nbs/474_serve.text.ipynb #2b654e5a
 @patch
-def usage(self:TextRun)->dict:
+def _usage(self:TextRun)->dict:
     "The usage of all prompts together"
     each = [usage_of(self.answers[i:i + self.request.n]) for i in range(0, len(self.answers), self.request.n)]
     total = {k: sum(u[k] for u in each) for k,v in each[0].items() if isinstance(v, int)}
@@ -182,16 +183,16 @@ def usage(self:TextRun)->dict:
 @patch
 async def chunks(self:TextRun)->AsyncIterator[dict]:
     "All chunks of the stream"
-    async for _,choice in merged(*[self.answer_choices(i) for i in range(len(self.answers))]): yield self.chunk([choice])
-    if self.request.include_usage: yield self.chunk([], usage=self.usage())
+    async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
+    if self.request.include_usage: yield self._chunk([], usage=self._usage())
 
 @patch
 async def whole(self:TextRun)->dict: # OpenAI's `text_completion`
     "All answers, when they are complete"
     choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
-    async for i,new in merged(*[self.answer_choices(i) for i in range(len(choices))]):
+    async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
         c = choices[i]
         c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
         old = c['logprobs'] or {}
         if new['logprobs']: c['logprobs'] = {k: old.get(k, []) + v for k,v in new['logprobs'].items()}
-    return self.chunk(choices, usage=self.usage())
+    return self._chunk(choices, usage=self._usage())
