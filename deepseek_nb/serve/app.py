@@ -7,8 +7,7 @@ The routes hold no logic: they read a body, start a run of a protocol, and send 
 
 # %% auto #0
 __all__ = ['OPENAI', 'RESPONSES', 'ANTHROPIC', 'key_digest', 'owner_of', 'ServerConfig', 'json_body', 'event_bytes',
-           'with_comments', 'Wire', 'event_stream', 'as_api_error', 'while_connected', 'Server', 'events_response',
-           'metrics_text']
+           'with_comments', 'Wire', 'event_stream', 'as_api_error', 'while_connected', 'Server', 'metrics_text']
 
 # %% ../../nbs/480_serve.app.ipynb #9476bc0a
 import asyncio
@@ -189,9 +188,9 @@ class Server:
                            code='model_not_found')
         return self.models[name]
 
-# %% ../../nbs/480_serve.app.ipynb #e04ebabd
+# %% ../../nbs/480_serve.app.ipynb #d72297e5
 @patch
-def admit(self:Server,
+def _admit(self:Server,
     request, # Starlette's request
 )->str: # Name of the key
     "Check the key, and whether its owner may send another request"
@@ -203,7 +202,7 @@ def admit(self:Server,
     return owner
 
 @patch
-def response(self:Server,
+def _response(self:Server,
     error:Exception, # What went wrong
     wire:Wire = OPENAI, # Form of the error
 ):
@@ -213,7 +212,7 @@ def response(self:Server,
     return JSONResponse(wire.error(api), api.status, {'retry-after': '1'} if api.status in (429, 503) else {})
 
 # %% ../../nbs/480_serve.app.ipynb #a8b6ed09
-def events_response(
+def _events_response(
     run, # Of a protocol; it has `chunks`
     keep_alive:float, # Seconds without an event after which a comment is sent
     leave:Callable, # Called at the end, also if the client has left before the first event
@@ -230,7 +229,7 @@ def events_response(
     return Events(events, media_type='text/event-stream', headers=headers)
 
 @patch
-def leave(self:Server,
+def _leave(self:Server,
     owner:str, # Name of the key
     run, # Its run; None: none was started
 )->None:
@@ -240,50 +239,50 @@ def leave(self:Server,
 
 # %% ../../nbs/480_serve.app.ipynb #c895fe02
 @patch
-async def handle(self:Server,
+async def _handle(self:Server,
     request, # Starlette's request
     start:Callable, # Starts a run, `start(served, fields, owner)`; it has `chunks` and `whole`
     wire:Wire = OPENAI, # Form of events and errors
 ):
     "Answer a request that generates"
     from starlette.responses import JSONResponse
-    try: owner = self.admit(request)
-    except Exception as error: return self.response(error, wire)
+    try: owner = self._admit(request)
+    except Exception as error: return self._response(error, wire)
     self.running[owner] += 1
     run,response = None,None
     try:
         body = await json_body(request, self.config.max_body)
         served = self.model(Fields(body).take('model', str))
         run = start(served, {k: v for k,v in body.items() if k != 'model'}, owner)
-        if run.request.stream: response = events_response(run, self.config.keep_alive, lambda: self.leave(owner, run), wire)
+        if run.request.stream: response = _events_response(run, self.config.keep_alive, lambda: self._leave(owner, run), wire)
         return response or JSONResponse(await while_connected(request, run.whole()), headers={'x-request-id': run.id})
-    except Exception as error: return self.response(error, wire)
+    except Exception as error: return self._response(error, wire)
     finally:
-        if response is None: self.leave(owner, run)
+        if response is None: self._leave(owner, run)
 
 # %% ../../nbs/480_serve.app.ipynb #a65eacc7
 @patch
-def card(self:Server,
+def _card(self:Server,
     m:ServedModel, # Model
 )->dict: # OpenAI's form
     "A model in the list of models"
     return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context)
 
 @patch
-async def list_models(self:Server, request): # `GET /v1/models`
+async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
     from starlette.responses import JSONResponse
-    return JSONResponse(dict(object='list', data=[*map(self.card, self.models.values())]))
+    return JSONResponse(dict(object='list', data=[*map(self._card, self.models.values())]))
 
 @patch
-async def get_model(self:Server, request): # `GET /v1/models/NAME`
+async def _get_model(self:Server, request): # `GET /v1/models/NAME`
     "One model"
     from starlette.responses import JSONResponse
-    try: return JSONResponse(self.card(self.model(request.path_params['name'])))
-    except ApiError as error: return self.response(error)
+    try: return JSONResponse(self._card(self.model(request.path_params['name'])))
+    except ApiError as error: return self._response(error)
 
 @patch
-async def health(self:Server, request): # `GET /health` and `/ready`
+async def _health(self:Server, request): # `GET /health` and `/ready`
     "Whether the server lives, and whether it takes requests"
     from starlette.responses import JSONResponse
     ready = not self.draining
@@ -291,7 +290,7 @@ async def health(self:Server, request): # `GET /health` and `/ready`
 
 # %% ../../nbs/480_serve.app.ipynb #dc70a439
 @patch
-async def tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
+async def _tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
     "Text to token ids, and back"
     from starlette.responses import JSONResponse
     try:
@@ -304,7 +303,7 @@ async def tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
             out = dict(tokens=ids, count=len(ids), max_model_len=served.context)
         fields.done()
         return JSONResponse(out)
-    except Exception as error: return self.response(error)
+    except Exception as error: return self._response(error)
 
 # %% ../../nbs/480_serve.app.ipynb #43ff0a7d
 def metrics_text(
@@ -329,45 +328,45 @@ def metrics_text(
     return '\n'.join(lines) + '\n'
 
 @patch
-async def metrics(self:Server, request): # `GET /metrics`
+async def _metrics(self:Server, request): # `GET /metrics`
     "The metrics"
     from starlette.responses import PlainTextResponse
     return PlainTextResponse(metrics_text(self.models.values()), media_type='text/plain; version=0.0.4')
 
 # %% ../../nbs/480_serve.app.ipynb #4a186994
 @patch
-async def chat(self:Server,
+async def _chat(self:Server,
     request, # Starlette's request
     dialect:str, # Where a stream reports the usage
 ): # `POST …/chat/completions`
     "A chat completion"
-    return await self.handle(request, lambda served, body, owner: ChatRun(served, read_chat(body), owner, dialect))
+    return await self._handle(request, lambda served, body, owner: ChatRun(served, read_chat(body), owner, dialect))
 
 @patch
-async def complete(self:Server, request): # `POST …/completions`
+async def _complete(self:Server, request): # `POST …/completions`
     "A text completion"
-    return await self.handle(request, lambda served, body, owner: TextRun(served, read_completion(body, served.tok), owner))
+    return await self._handle(request, lambda served, body, owner: TextRun(served, read_completion(body, served.tok), owner))
 
 # %% ../../nbs/480_serve.app.ipynb #9451ae8d
 @patch
-async def respond(self:Server, request): # `POST …/responses`
+async def _respond(self:Server, request): # `POST …/responses`
     "A response of OpenAI's Responses"
-    return await self.handle(request, lambda served, body, owner: ResponsesRun(served, read_responses(body), owner), RESPONSES)
+    return await self._handle(request, lambda served, body, owner: ResponsesRun(served, read_responses(body), owner), RESPONSES)
 
 @patch
-async def message(self:Server, request): # `POST …/v1/messages`
+async def _message(self:Server, request): # `POST …/v1/messages`
     "A message of Anthropic's Messages"
-    return await self.handle(request, lambda served, body, owner: MessagesRun(served, read_anthropic(body), owner), ANTHROPIC)
+    return await self._handle(request, lambda served, body, owner: MessagesRun(served, read_anthropic(body), owner), ANTHROPIC)
 
 @patch
-async def message_tokens(self:Server, request): # `POST …/v1/messages/count_tokens`
+async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_tokens`
     "The number of tokens of a prompt"
     from starlette.responses import JSONResponse
     try:
         owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
         body = await json_body(request, self.config.max_body)
         return JSONResponse(count_tokens(self.model(Fields(body).take('model', str)), {k: v for k,v in body.items() if k != 'model'}))
-    except Exception as error: return self.response(error, ANTHROPIC)
+    except Exception as error: return self._response(error, ANTHROPIC)
 
 # %% ../../nbs/480_serve.app.ipynb #28a7313f
 @patch
@@ -376,20 +375,15 @@ def routes(self:Server)->list: # Starlette's routes
     from starlette.routing import Route
     out = []
     for base in ('/v1', '', '/beta'):
-        chat = partial(self.chat, dialect='openai' if base == '/v1' else 'deepseek')
-        out += [Route(f'{base}/chat/completions', chat, methods=['POST']), Route(f'{base}/completions', self.complete, methods=['POST'])]
-        out += [Route(f'{base}/models', self.list_models), Route(f'{base}/models/{{name:path}}', self.get_model)]
-    out += [Route(f'{base}/responses', self.respond, methods=['POST']) for base in ('/v1', '')]
+        chat = partial(self._chat, dialect='openai' if base == '/v1' else 'deepseek')
+        out += [Route(f'{base}/chat/completions', chat, methods=['POST']), Route(f'{base}/completions', self._complete, methods=['POST'])]
+        out += [Route(f'{base}/models', self._list_models), Route(f'{base}/models/{{name:path}}', self._get_model)]
+    out += [Route(f'{base}/responses', self._respond, methods=['POST']) for base in ('/v1', '')]
     for base in ('/v1', '/anthropic/v1'):
-        out += [Route(f'{base}/messages', self.message, methods=['POST']),
-                Route(f'{base}/messages/count_tokens', self.message_tokens, methods=['POST'])]
-    return out + [Route('/health', self.health), Route('/ready', self.health), Route('/metrics', self.metrics),
-                  *[Route(path, self.tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
-
-@patch(as_prop=True)
-def address(self:Server)->tuple:
-    "Host and port that the server listens on"
-    return self.uvicorn.servers[0].sockets[0].getsockname()[:2]
+        out += [Route(f'{base}/messages', self._message, methods=['POST']),
+                Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
+    return out + [Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
+                  *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 @patch
 def app(self:Server): # ASGI application
@@ -403,6 +397,11 @@ def app(self:Server): # ASGI application
     return Starlette(routes=self.routes(), lifespan=lifespan)
 
 # %% ../../nbs/480_serve.app.ipynb #49a7ae34
+@patch(as_prop=True)
+def address(self:Server)->tuple:
+    "Host and port that the server listens on"
+    return self.uvicorn.servers[0].sockets[0].getsockname()[:2]
+
 @patch
 async def drain(self:Server)->None:
     "Let the running answers finish, or cut them"
