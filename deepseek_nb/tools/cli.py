@@ -263,7 +263,7 @@ def run_server(
     max_rows:int = 0, # Most requests that run together; default: 32
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
-    from deepseek_nb.serve.start import read_settings, serve_models
+    from deepseek_nb.tools.serving import read_settings, serve_models
     given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None)
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
     names,server,engine = read_settings(config or None, **given)
