@@ -29,6 +29,7 @@ from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropi
 from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from .engine import QueueFull
+from .page import chat_page
 from .responses import ResponsesRun, read_responses
 from .text import TextRun, read_completion
 
@@ -288,6 +289,13 @@ async def _health(self:Server, request): # `GET /health` and `/ready`
     ready = not self.draining
     return JSONResponse(dict(status='ok' if ready else 'draining'), 200 if ready or request.url.path == '/health' else 503)
 
+@patch
+async def _page(self:Server, request): # `GET /`
+    "The chat page; it loads nothing from other hosts"
+    from starlette.responses import HTMLResponse
+    rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
+    return HTMLResponse(chat_page([*self.models], bool(self.config.keys)), headers={'content-security-policy': rules})
+
 # %% ../../nbs/480_serve.app.ipynb #dc70a439
 @patch
 async def _tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
@@ -382,7 +390,7 @@ def routes(self:Server)->list: # Starlette's routes
     for base in ('/v1', '/anthropic/v1'):
         out += [Route(f'{base}/messages', self._message, methods=['POST']),
                 Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
-    return out + [Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
+    return out + [Route('/', self._page), Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 @patch
