@@ -154,7 +154,7 @@ def test_head_of_codes():
 @pytest.mark.parametrize('label', (-1, 6, 1000))
 def test_labels_outside_the_classes_are_refused(label):
     labels = torch.tensor([0, label, IGNORE])
-    with pytest.raises(ValueError, match=rf'^label {label} is outside the 6 classes; -100 marks'):
+    with pytest.raises(ValueError, match=rf'^label {label} is outside the 6 classes; unscored positions have -100'):
         linear_cross_entropy(torch.randn(3, 5), torch.randn(6, 5), labels)
 
 
