@@ -16,8 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
 
-serve: .venv/.installed  ## the demo's model behind OpenAI's and DeepSeek's API, at http://127.0.0.1:8000/v1
-	$(PIP) install -e '.[serve]'
+serve: .venv/.serve  ## the demo's model behind OpenAI's and DeepSeek's API, at http://127.0.0.1:8000/v1
 	$(BIN)/deepseek-nb serve $(MODEL)
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
@@ -62,6 +61,11 @@ clean:  ## all that make made
 	@echo 'Installing into .venv: a few minutes the first time, most of it PyTorch'
 	$(INSTALL) -e .
 	@touch $@
+
+.venv/.serve: pyproject.toml | .venv/.made
+	@echo 'Installing into .venv, with the server: a few minutes the first time, most of it PyTorch'
+	$(INSTALL) -e '.[serve]'
+	@touch .venv/.installed $@
 
 .venv/.dev: pyproject.toml | .venv/.made
 	@echo 'Installing into .venv, with the tools: a few minutes the first time, most of it PyTorch'

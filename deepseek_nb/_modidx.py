@@ -3141,6 +3141,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'deepseek_nb/tools/serving.py'),
                                            'deepseek_nb.tools.serving.load_served': ( 'tools.serving.html#load_served',
                                                                                       'deepseek_nb/tools/serving.py'),
+                                           'deepseek_nb.tools.serving.missing_packages': ( 'tools.serving.html#missing_packages',
+                                                                                           'deepseek_nb/tools/serving.py'),
                                            'deepseek_nb.tools.serving.new_key': ( 'tools.serving.html#new_key',
                                                                                   'deepseek_nb/tools/serving.py'),
                                            'deepseek_nb.tools.serving.read_settings': ( 'tools.serving.html#read_settings',
