@@ -135,7 +135,9 @@ def go(page, name):
     "Follow a link of the sidebar, its part opened first."
     link = page.locator(f'#quarto-sidebar a[href="{name}"]')
     part = page.locator('#quarto-sidebar .sidebar-item-section', has=page.locator(f'a[href="{name}"]')).locator('a.sidebar-item-toggle')
-    if not link.is_visible(): part.click()
+    if not link.is_visible():
+        part.click()
+        page.locator('#quarto-sidebar ul.show', has=page.locator(f'a[href="{name}"]')).wait_for() # open, not opening: a click on what moves may miss
     return follow(page, f'#quarto-sidebar a[href="{name}"]')
 
 
@@ -201,6 +203,7 @@ def test_sidebar_opens_in_a_narrow_window(book, window):
     page.goto('/')
     for name in (book[1], book[len(book)//2], book[-1], book[0]):
         page.click('.quarto-btn-toggle')
+        page.locator('#quarto-sidebar.show').wait_for()
         assert go(page, name) == name
 
 
