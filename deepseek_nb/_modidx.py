@@ -620,6 +620,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'deepseek_nb/bench/serve.py'),
                                          'deepseek_nb.bench.serve.without_end': ( 'bench.serve.html#without_end',
                                                                                   'deepseek_nb/bench/serve.py'),
+                                         'deepseek_nb.bench.serve.without_folders': ( 'bench.serve.html#without_folders',
+                                                                                      'deepseek_nb/bench/serve.py'),
                                          'deepseek_nb.bench.serve.write_model': ( 'bench.serve.html#write_model',
                                                                                   'deepseek_nb/bench/serve.py')},
             'deepseek_nb.bench.startup': { 'deepseek_nb.bench.startup.check_logits': ( 'bench.startup.html#check_logits',

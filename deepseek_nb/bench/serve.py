@@ -7,9 +7,9 @@ measured, so an interrupted benchmark continues where it stopped. `ARMS` lists w
 
 # %% auto #0
 __all__ = ['RATES', 'ARMS', 'USAGE', 'COMMANDS', 'Arm', 'first_tokens', 'without_end', 'write_model', 'prepare_models', 'Command',
-           'program', 'version_of', 'NotStarted', 'free_port', 'wait_until_ready', 'running', 'host_busy', 'Sizes',
-           'first_tokens_again', 'measure', 'Run', 'runs_of', 'ServeReport', 'report_of', 'measure_arm', 'measure_all',
-           'serve_load', 'middle', 'cell']
+           'program', 'version_of', 'NotStarted', 'without_folders', 'free_port', 'wait_until_ready', 'running',
+           'host_busy', 'Sizes', 'first_tokens_again', 'measure', 'Run', 'runs_of', 'ServeReport', 'report_of',
+           'measure_arm', 'measure_all', 'serve_load', 'middle', 'cell']
 
 # %% ../../nbs/792_bench.serve.ipynb #345509c0
 import asyncio
@@ -53,24 +53,25 @@ class Arm(NamedTuple):
     form:str              # Format of the weights
     file:str              # Below the folder of models, see `prepare_models`
     core:tuple = (1, 8)   # Numbers of streams that every round measures
-    more:tuple = (4, 16, 32)  # Numbers of streams that the first round measures besides
-    rates:tuple = ()      # Requests per second of the open loops of the first round
+    more:tuple = (4, 16, 32)  # Numbers of streams that the last round measures besides
+    rates:tuple = ()      # Requests per second of the open loops of the last round
 
     @property
     def name(self): return f'{self.server}, {self.model} {self.form}'
 
 RATES = .5, 1., 2.
+_OURS = (1, 8, 16), (4, 32)
 ARMS = (
-    Arm('deepseek_nb', 'SmolLM2', 'int4', 'smollm2-int4', (1, 8, 16), (4, 32), RATES),
+    Arm('deepseek_nb', 'SmolLM2', 'int4', 'smollm2-int4', *_OURS, RATES),
     Arm('llama-server', 'SmolLM2', 'Q4_0', 'q4_0.gguf', rates=RATES),
-    Arm('llama-cpp-python', 'SmolLM2', 'Q4_0', 'q4_0.gguf', more=(4, 16)),
-    Arm('deepseek_nb', 'SmolLM2', 'float32', 'smollm2-float32', (1, 8, 16), (4, 32)),
-    Arm('transformers', 'SmolLM2', 'float32', 'smollm2-float32', rates=RATES),
     Arm('vllm', 'SmolLM2', 'float32', 'smollm2-float32', rates=RATES),
-    Arm('deepseek_nb', 'bench-moe', 'float32', 'moe-float32', (1, 8, 16), (4, 32)),
-    Arm('deepseek_nb', 'bench-moe', 'int4', 'moe-int4', (1, 8, 16), (4, 32)),
-    Arm('transformers-serial', 'bench-moe', 'float32', 'moe-float32', more=(4,)),
-    Arm('vllm', 'bench-moe', 'float32', 'moe-float32'))
+    Arm('deepseek_nb', 'bench-moe', 'float32', 'moe-float32', *_OURS),
+    Arm('deepseek_nb', 'bench-moe', 'int4', 'moe-int4', *_OURS),
+    Arm('deepseek_nb', 'SmolLM2', 'float32', 'smollm2-float32', *_OURS),
+    Arm('vllm', 'bench-moe', 'float32', 'moe-float32', more=(4, 16)),
+    Arm('transformers', 'SmolLM2', 'float32', 'smollm2-float32', more=(4, 16)),
+    Arm('llama-cpp-python', 'SmolLM2', 'Q4_0', 'q4_0.gguf', more=(4,)),
+    Arm('transformers-serial', 'bench-moe', 'float32', 'moe-float32', more=(4,)))
 
 # %% ../../nbs/792_bench.serve.ipynb #eb9f3615
 def first_tokens(
@@ -182,6 +183,12 @@ def version_of(
 class NotStarted(RuntimeError):
     "A server that did not start"
 
+def without_folders(
+    text:str, # What a server said
+)->str:
+    "A message without folders of this machine"
+    return re.sub(r'(/[\w.+-]+){2,}/', '…/', text)
+
 def free_port()->int:
     "A port that nobody listens on"
     with socket.socket() as s:
@@ -201,9 +208,12 @@ def wait_until_ready(
             with urllib.request.urlopen(f'http://127.0.0.1:{port}/v1/models', timeout=5) as r: return json.load(r)['data'][0]['id']
         except (OSError, ValueError, LookupError): time.sleep(.05)
     lines = [l.strip() for l in log.read_text(errors='replace').splitlines() if l.strip()] or ['it wrote nothing']
-    raise NotStarted(f'exit status {process.poll()}: {lines[-1][:200]}')
+    why = f'exit status {process.poll()}' if process.poll() is not None else f'no answer for {seconds:.0f} s'
+    raise NotStarted(f'{why}: {lines[-1][:200]}')
 
 # %% ../../nbs/792_bench.serve.ipynb #955a25ca
+_ENV = dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='2', VLLM_MLA_DISABLE='1', VLLM_NO_USAGE_STATS='1')
+
 @contextmanager
 def running(
     arm:Arm, # What to start
@@ -216,7 +226,7 @@ def running(
     if (path := program(arm.server, peers)) is None: raise NotStarted(f'{command.program} is not installed')
     words = [path, *map(str, command.options(Path(folder)/arm.file, port, threads))]
     with TemporaryDirectory() as tmp, open(log := Path(tmp)/'log', 'w') as out:
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='2', VLLM_NO_USAGE_STATS='1')
+        env = os.environ | _ENV | dict(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND=f'0-{threads - 1}')
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
         try:
             if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[:threads])
@@ -304,12 +314,12 @@ class Run(NamedTuple):
 def runs_of(
     arm:Arm, # Arm
     round:int, # From 0
+    last:bool = False, # Whether it is the last one
 )->list[Run]:
     "The runs of an arm in a round"
     found = [('closed', n) for n in arm.core]
-    if not round:
-        found += [('closed', n) for n in arm.more] + [('open', r) for r in arm.rates]
-        if arm.model == 'SmolLM2' and arm.form != 'float32' or arm.rates: found += [('shared', 8), ('prefix', 1)]
+    if last: found += [('closed', n) for n in arm.more] + [('prefix', 1)]
+    if last and arm.rates: found += [('shared', 8), *[('open', r) for r in arm.rates]]
     return [Run(arm.name, *f, round) for f in found]
 
 # %% ../../nbs/792_bench.serve.ipynb #b882eff1
@@ -383,13 +393,13 @@ def measure_all(
     "Measure the runs that the report lacks"
     until = time.monotonic() + 60*minutes
     for i in range(rounds):
-        order = [*arms]
-        random.Random(i).shuffle(order)
+        order,last = [*arms],i == rounds - 1
+        if not last: random.Random(i).shuffle(order)
         for arm in order:
-            todo = [r for r in runs_of(arm, i) if r not in report.done()]
+            todo = [r for r in runs_of(arm, i, last) if r not in report.done()]
             if not todo or arm.name in report.left or time.monotonic() > until: continue
             try: measure_arm(report, arm, todo, save, words[arm.model], start, sizes, until)
-            except (NotStarted, ValueError) as e: report.left[arm.name] = str(e)
+            except (NotStarted, ValueError) as e: report.left[arm.name] = without_folders(str(e))
             save()
     return report
 
@@ -417,6 +427,7 @@ def serve_load(
     out:str = '', # Record to continue and to write after each run
     smoke:bool = False, # Whether to measure only a tiny model with our server
     rounds:int = 2, # Rounds
+    only:str = '', # Part of the names of the arms to measure; '': all
     minutes:float = 14., # No run begins later; call it again for the rest
     peers:str = '', # Folder with the programs of the peers; '': the PATH
     models:str = '', # Folder for the models; '': one that is removed at the end
@@ -424,6 +435,7 @@ def serve_load(
 )->ServeReport:
     "Servers under load, ours against transformers, llama.cpp and vLLM: throughput, latencies and goodput at 1 to 32 streams"
     arms,sizes,rounds = (_TINY, Sizes(12, 4, 8, 100, .1), 1) if smoke else (ARMS, Sizes(), rounds)
+    arms = tuple(a for a in arms if only in a.name)
     report = _resume(out, sizes, threads)
     with TemporaryDirectory() as tmp:
         words = _prepared(folder := Path(models or tmp), smoke, arms, peers)
