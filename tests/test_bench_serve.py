@@ -20,13 +20,13 @@ from deepseek_nb.bench.load import (
     arrivals,
     ask,
     closed_loop,
+    load_summary,
     one_token_words,
     open_loop,
     percentiles,
     random_prompts,
     read_chunks,
     read_events,
-    summary,
 )
 from deepseek_nb.bench.serve import Arm, Command, NotStarted, Run, ServeReport, Sizes, measure_all, report_of, running, runs_of
 from deepseek_nb.files.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def test_failures_are_kept(answer, part):
     async def work():
         async with Stub(answer) as to: return await closed_loop(to, ['a', 'b'], 3, 1)
     traces = run(work())
-    found = summary(traces)
+    found = load_summary(traces)
     assert all(part in t.error for t in traces) and part in found['error'] and (found['requests'], found['failed']) == (2, 2)
     assert 'throughput' not in found
 
@@ -173,7 +173,7 @@ def test_one_stall_among_a_thousand_gaps():
     "p99 sees ten stalls in 500 gaps and not three; the longest sees each."
     def found(stalls):
         gaps = [.5 if i < stalls else .01 for i in range(500)]
-        return summary([Trace(0., tuple(np.cumsum([.1, *gaps])), 501)])
+        return load_summary([Trace(0., tuple(np.cumsum([.1, *gaps])), 501)])
     few, many = found(3), found(10)
     assert few['itl'] == pytest.approx([.01, .01], abs=1e-4) and few['longest'] == pytest.approx(.5, abs=1e-4)
     assert many['itl'] == pytest.approx([.01, .5], abs=1e-4)
@@ -183,7 +183,7 @@ def test_tpot_is_a_mean_and_itl_is_not():
     "Four tokens at a time: the same time a token, gaps four times as long."
     single, fours = Trace(0., tuple(.1*i for i in range(1, 14)), 13), Trace(0., (.1, .5, .9, 1.3), 13)
     assert single.tpot == pytest.approx(fours.tpot) == pytest.approx(.1)
-    assert summary([single])['itl'][0] == pytest.approx(.1) and summary([fours])['itl'][0] == pytest.approx(.4)
+    assert load_summary([single])['itl'][0] == pytest.approx(.1) and load_summary([fours])['itl'][0] == pytest.approx(.4)
 
 
 LIMITS = {Limits(1., .25): 3, Limits(1., .125): 2, Limits(.5, .25): 2, Limits(.5, .125): 1, Limits(.4, .25): 0, Limits(9, 9): 4}
@@ -191,7 +191,7 @@ LIMITS = {Limits(1., .25): 3, Limits(1., .125): 2, Limits(.5, .25): 2, Limits(.5
 @pytest.mark.parametrize('limits, kept', LIMITS.items())
 def test_goodput_counts_requests_that_keep_both_limits(limits, kept):
     first = [Trace(0., (.5, .75, 1.), 5), Trace(0., (.5, 1.5), 5), Trace(1., (2., 2.25), 3), Trace(0., (3., 4.), 11)]
-    found = summary([*first, Trace(0., error='refused')], limits)
+    found = load_summary([*first, Trace(0., error='refused')], limits)
     assert (found['kept'], found['failed'], found['seconds']) == (kept, 1, 4.)
     assert found['goodput'] == pytest.approx(kept/4) and found['throughput'] == 24/4
 
