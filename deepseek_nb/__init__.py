@@ -104,6 +104,7 @@ Modules:
 - `deepseek_nb.quant.report`: A table of all parameters of a model: format, bytes, and relative error, or the reason why a parameter is not quantised.
 - `deepseek_nb.quant.save`: Saving a quantised model as a folder of safetensors files, and mapping the files into memory when the model is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised a few rows at a time, so quantising a model never needs memory for all of its float32 weights.
+- `deepseek_nb.serve.adapters`: The LoRA adapters of a served model by name: they are loaded and unloaded while the model answers, and never share cached prefixes.
 - `deepseek_nb.serve.anthropic`: Anthropic's protocol for the same models: content in blocks, thinking with a budget, tool use, named events, and counting of tokens
 - `deepseek_nb.serve.app`: An HTTP server for the chat API: keys, limits, streams that notice when a client leaves, metrics, and an orderly end
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.

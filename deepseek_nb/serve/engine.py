@@ -24,9 +24,11 @@ from fastcore.basics import patch
 
 from ..arch.model import Model, head
 from ..files.tokenizer import Tokenizer
+from ..infer.adapters import SharedAdapter
 from ..infer.conversation import common_prefix
 from ..infer.paged import PagedCache, PagePool, PoolFull
 from ..infer.prefix import PrefixCache
+from .adapters import Adapters, cache_space
 from .sampling import Drawn, RowSampler, most_likely, sample_rows
 from .schedule import FairQueue, plan_step
 from .stream import Piece, Request, Stream, TextOut
@@ -38,8 +40,10 @@ class Row:
         stream:Stream, # Where its pieces go
         tok:Tokenizer, # Decodes
         ends:tuple, # End tokens of the model
+        adapter:SharedAdapter|None = None, # Its LoRA adapter; None: the model itself
     ):
         r = stream.request
+        self.adapter,self.space = adapter,cache_space(r.user, adapter) # whose pages of the prefix cache it may use
         self.stream,self.user,self.tokens,self.cache,self.entered = stream,r.user,list(r.prompt),None,False
         self.sampler = RowSampler(r.params, r.prompt, r.grammar)
         self.out = TextOut(tok, r.stop, ends if r.stop_ids is None else r.stop_ids)
@@ -87,7 +91,7 @@ class Engine:
         self.ends = tuple({*c.eos_ids, *tok.eos_ids})
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
         self.stats,self.on_step,self.thread,self.closing,self.aborting = EngineStats(),None,None,False,False
-        self.count,self.lock = 0,Lock() # requests that run or wait
+        self.count,self.lock,self.adapters = 0,Lock(),Adapters(model) # requests that run or wait; LoRA adapters
 
 # %% ../../nbs/458_serve.engine.ipynb #0be847c8
 @patch
@@ -105,7 +109,7 @@ def check(self:Engine,
     for what,ids in {'the prompt': r.prompt, 'logit_bias': r.params.logit_bias, 'stop_ids': r.stop_ids or ()}.items():
         bad = [i for i in ids if not 0 <= i < c.vocab_size]
         if bad: raise ValueError(f'token id {bad[0]} in {what} is outside of the vocabulary of {c.vocab_size}')
-    if r.adapter is not None: raise ValueError(f'adapter {r.adapter!r} is not loaded; this engine has none')
+    if r.adapter is not None: self.adapters[r.adapter] # raises an error if it is not loaded
 
 # %% ../../nbs/458_serve.engine.ipynb #a8c53e52
 class QueueFull(RuntimeError):
@@ -120,10 +124,10 @@ def submit(self:Engine,
     if self.closing: raise QueueFull('the engine is closing; send the request to another server')
     if self.count >= self.max_waiting + self.max_rows:
         raise QueueFull(f'{self.count} requests run or wait, and the engine takes {self.max_waiting + self.max_rows}; try again later')
-    stream = Stream(request)
+    row = Row(Stream(request), self.tok, self.ends, None if request.adapter is None else self.adapters[request.adapter])
     with self.lock: self.count += 1
-    self.inbox.put(Row(stream, self.tok, self.ends))
-    return stream
+    self.inbox.put(row)
+    return row.stream
 
 # %% ../../nbs/458_serve.engine.ipynb #901a3483
 @patch
@@ -149,7 +153,7 @@ def has_room(self:Engine,
 )->bool: # Whether it can enter now
     "Whether the pool has pages for a row"
     busy = self.busy()
-    shared = len(busy.intersection(self.prefix.tree.match(row.tokens, row.user)))
+    shared = len(busy.intersection(self.prefix.tree.match(row.tokens, row.space)))
     need = -(-(len(row.tokens) + 1)//self.pool.page) - shared + len(self.rows)
     return not self.rows or need <= self.pool.pages - len(busy)
 
@@ -158,8 +162,8 @@ def is_computed(self:Engine,
     row:Row, # The next one
 )->bool: # Whether a row in prefill has a page more of this prompt than the prefix cache
     "Whether waiting saves work"
-    known = len(self.prefix.tree.match(row.tokens[:-1], row.user))*self.pool.page
-    same = [common_prefix(r.tokens, row.tokens[:-1]) for r in self.rows if r.user == row.user and r.pending > 1]
+    known = len(self.prefix.tree.match(row.tokens[:-1], row.space))*self.pool.page
+    same = [common_prefix(r.tokens, row.tokens[:-1]) for r in self.rows if r.space == row.space and r.pending > 1]
     return max(same, default=0) >= known + self.pool.page
 
 # %% ../../nbs/458_serve.engine.ipynb #865b6975
@@ -168,7 +172,7 @@ def enter(self:Engine,
     row:Row, # Its tokens are computed from now on
 )->None:
     "Give a row its cache"
-    pages = [] if row.stream.request.prompt_logprobs else self.prefix.pages(row.tokens, row.user)
+    pages = [] if row.stream.request.prompt_logprobs else self.prefix.pages(row.tokens, row.space)
     row.cache = PagedCache.from_pages(self.pool, [pages], len(pages)*self.pool.page)
     self.rows.append(row)
     self.queue.charge(row.user, prompt=row.pending)
@@ -191,7 +195,7 @@ def _release(self:Engine,
     row:Row, # Runs
 )->None:
     "Take a row out of the batch; the prefix cache keeps its pages while there is room"
-    self.prefix.insert(row.tokens, row.cache, row.user)
+    self.prefix.insert(row.tokens, row.cache, row.space)
     row.cache.free()
     row.cache = None
     self.rows.remove(row)
@@ -241,7 +245,8 @@ def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row ru
         counts = dict(zip(self.rows, plan_step([r.pending for r in self.rows], self.budget), strict=True))
         counts = {row: n for row,n in counts.items() if n}
         tokens = [t for row,n in counts.items() for t in row.tokens[len(row.cache):][:n]]
-        try: x = self.model.ragged(torch.tensor(tokens, device=self.model.device), [r.cache for r in counts], [*counts.values()])
+        ids,own = torch.tensor(tokens, device=self.model.device),[r.adapter and r.adapter.layers for r in counts]
+        try: x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own)
         except PoolFull:
             if len(self.rows) == 1: raise
             gone.append(self.preempt().stream)
@@ -308,7 +313,7 @@ def _count(self:Engine, row):
     usage,timing,now = row.stream.usage,row.stream.timing,monotonic() - row.stream.started
     if not row.new:
         timing.prefill = now - timing.queue
-        self.prefix.insert(row.tokens, row.cache, row.user)
+        self.prefix.insert(row.tokens, row.cache, row.space)
     timing.decode = now - timing.queue - timing.prefill
     usage.completion_tokens += 1
     self.stats.output_tokens += 1
