@@ -30,7 +30,8 @@ KINDS = dict(
     all=dict(r=8, lora_alpha=32, target_modules='all-linear', rank_pattern={'o_proj': 17}),
     dora=dict(r=5, target_modules='all-linear', use_dora=True, use_rslora=True),
     feed=dict(r=2, target_modules=['gate_proj', 'down_proj', 'o_proj'], layers_to_transform=[1]),
-    experts=dict(r=4, target_modules=['o_proj', 'kv_b_proj'], target_parameters=STACKS))
+    experts=dict(r=4, target_modules=['o_proj', 'kv_b_proj'], target_parameters=STACKS),
+    router=dict(r=3, target_modules=['o_proj'], target_parameters=['mlp.gate.weight']))
 
 
 def written(c, kind, folder, seed=0, dtype=torch.float32):
@@ -137,3 +138,153 @@ def test_close_to_the_definition(c, f, most, tmp_path):
         want = model.norm(run_adapted_rows.op.reference(model.embed_tokens(text), model.layers, batch, [own]))
         error = apart if f == 'float32' else relative_error  # the definition doesn't round activations, and a router may choose others
         assert error(got[0], want) < most and apart(got[0], plain) > 1e-2, kind
+
+
+# ---- against peft
+
+peft = pytest.importorskip('peft')
+transformers = pytest.importorskip('transformers')
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize('family, how', [
+    ('llama', dict(target_modules='all-linear', lora_alpha=16)), ('qwen2', dict(target_modules=['q_proj', 'v_proj'], use_rslora=True)),
+    ('qwen2', dict(target_modules='all-linear', use_dora=True)), ('deepseek_v3', dict(target_modules='all-linear')),
+    ('deepseek_v3', dict(target_modules=['kv_b_proj', 'o_proj'], target_parameters=STACKS)),
+    ('deepseek_v2', dict(target_modules=['kv_a_proj_with_mqa', 'kv_b_proj'], use_dora=True))])
+def test_logits_are_those_of_peft(family, how, tmp_path):
+    "Three rows of a step: two adapters and none, against peft's unmerged models in transformers"
+    for i in range(40):
+        r = random.Random(f'{family} {how} {i}')
+        config = FAMILIES[family](r)
+        if family.startswith('deepseek') and config.first_k_dense_replace >= config.num_hidden_layers: continue
+        theirs = oracle(config, r.randrange(10**6))
+        ids = torch.randint(config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(i))
+        if not steady(theirs, ids): continue
+        theirs.save_pretrained(tmp_path/f'base{i}')
+        model = Model.from_pretrained(tmp_path/f'base{i}', dtype='float32', device='cpu')
+        want,own = [theirs(ids).logits[0]],[None]
+        wrapped = peft.get_peft_model(theirs, peft.LoraConfig(r=3, **how)).eval()
+        for name in 'ab':
+            for k,p in wrapped.named_parameters():
+                if 'lora_' in k and 'magnitude' not in k: p.normal_(std=.5*p.shape[-1]**-.5)
+                if 'magnitude' in k: p.mul_(1 + .3*torch.randn_like(p))
+            if not steady(wrapped, ids): break
+            wrapped.save_pretrained(tmp_path/f'{i}{name}')
+            want.append(wrapped(ids).logits[0]), own.append(read_adapter(model, tmp_path/f'{i}{name}', name).layers)
+        if len(want) == 3: break
+    pool = PagePool(model.config, 6, 16)
+    hidden = model.ragged(ids[0].repeat(3), [PagedCache(pool) for _ in range(3)], [9]*3, own).split(9)
+    for h,w in zip(hidden, want, strict=True): assert apart(head(h, model.head_weight), w) < 1e-5
+    assert apart(want[1], want[0]) > 1e-2 < apart(want[1], want[2])
+
+
+# ---- the engine
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A model and the folders of three adapters"
+    torch.manual_seed(0)
+    model = Model(GROUPED, dtype=torch.float32, device='cpu').requires_grad_(False).init_weights(std=.2)
+    return model, [written(GROUPED, k, tmp_path_factory.mktemp('adapters')/k, i) for i,k in enumerate(['all', 'qv', 'dora'])]
+
+
+def engine_of(base, **how):
+    from deepseek_nb.serve.engine import Engine
+    engine = Engine(base[0], Bytes(), **how)
+    for name,folder in zip('abc', base[1], strict=True): engine.adapters.load(name, folder)
+    return engine
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_alone_and_in_company(base, seed):
+    "Ids and log-probabilities, over mixes of adapters, prefixes, arrivals, cancellations and preemptions"
+    from test_engine import requests
+    from dataclasses import replace
+    draw = random.Random(seed)
+    asked = [replace(r, adapter=draw.choice([None, 'a', 'b', 'c'])) for r in requests(draw, 8)]
+    page = PagePool(GROUPED, 1, 64).page_bytes
+    engine = engine_of(base, nbytes=draw.choice([7, 9])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]))
+    streams,waiting = [],[*asked]
+    while waiting or engine.count:
+        while waiting and draw.random() < .3: streams.append(engine.submit(waiting.pop(0)))
+        if streams and draw.random() < .01: draw.choice(streams).cancel()
+        engine.step()
+    for stream,request in zip(streams, asked, strict=True):
+        one = engine_of(base, budget=512)
+        want = one.submit(request)
+        run(one)
+        got,want = tokens(stream),tokens(want)
+        assert len(want) == request.max_tokens
+        assert got == (want[:len(got)] if stream.finish == 'cancelled' else want)
+    engine.prefix.clear()
+    assert len(engine.pool.free) == engine.pool.pages and not any(engine.pool.refs)
+
+
+def test_prefixes_are_apart(base, tmp_path):
+    "By adapter, and by content: a new version under the old name finds no pages of the old one"
+    from deepseek_nb.serve.stream import Request
+    engine,hits = engine_of(base, folder=tmp_path/'cache'),[]
+
+    def ask(adapter, user='ann'):
+        stream = engine.submit(Request([7]*130, max_tokens=1, user=user, adapter=adapter))
+        run(engine)
+        hits.append(stream.usage.prompt_cache_hit_tokens)
+        return tokens(stream)
+    for adapter in (None, 'a', 'b', None, 'a', 'b'): ask(adapter)
+    assert hits == [0, 0, 0, 128, 128, 128]
+    ask(None, f"ann\0{engine.adapters['a'].digest}"), ask('a', 'bob')
+    assert hits[6:] == [0, 0]
+    old = engine.adapters['a'].digest
+    engine.adapters.load('a', base[1][2], replace=True)
+    ask('a')
+    assert hits[8] == 0 and engine.adapters['a'].digest != old
+    engine.adapters.load('a', base[1][0], replace=True)
+    ask('a')
+    assert hits[9] == 128 and engine.adapters['a'].digest == old
+
+
+def test_unloaded_in_use(base):
+    "The row ends as if nothing had happened, and a new request is refused"
+    from deepseek_nb.serve.sampling import SamplingParams
+    from deepseek_nb.serve.stream import Request
+    asked = Request([1, 2, 3], SamplingParams(seed=1), max_tokens=20, stop_ids=(), adapter='a')
+    engine = engine_of(base)
+    want = engine.submit(asked)
+    run(engine)
+    stream = engine.submit(asked)
+    engine.step()
+    engine.adapters.unload('a')
+    with pytest.raises(ValueError, match="adapter 'a' is not loaded; b, c is"): engine.submit(asked)
+    engine.adapters.load('a', base[1][1])
+    run(engine)
+    assert tokens(stream) == tokens(want) and stream.finish == 'length'
+    assert len(tokens(engine.submit(asked))) == 0
+    with pytest.raises(ValueError, match="adapter 'z' is not loaded"): engine.adapters.unload('z')
+
+
+def test_one_base_in_memory(base):
+    "A view shares every weight, and the model has no adapter"
+    for a in engine_of(base).adapters:
+        held = {p.data_ptr() for p in a.layers.parameters()}
+        assert {p.data_ptr() for p in base[0].layers.parameters()} <= held
+        assert a.nbytes < sum(p.nbytes for p in base[0].parameters())
+    assert not lora_weights(base[0])
+
+
+def test_wrong_folders_are_named(base, tmp_path):
+    from deepseek_nb.serve.adapters import Adapters
+    adapters,folder = Adapters(base[0]),shutil.copytree(base[1][1], tmp_path/'a')
+    path = folder/'adapter_model.safetensors'
+    stored = load_file(path)
+    key = next(k for k in stored if 'lora_A' in k)
+    save_file(stored | {key: torch.zeros(3, 32)}, path)
+    said = rf'{key} has shape \[3, 32\], but this model needs \[3, 64\]'
+    with pytest.raises(ValueError, match=said): adapters.load('x', folder)
+    save_file(stored | {key: torch.full((3, 64), torch.nan)}, path)
+    with pytest.raises(ValueError, match='not finite'): adapters.load('x', folder)
+    for missing in ('adapter_model.safetensors', 'adapter_config.json'):
+        (folder/missing).unlink()
+        with pytest.raises(FileNotFoundError, match=missing): adapters.load('x', folder)
+    assert not len(adapters)

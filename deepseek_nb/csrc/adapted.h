@@ -194,6 +194,10 @@ void expand(const Team& t, const Mla<T, Adapted<M>>& w, int64_t n, const float* 
 }
 
 // %% ../../nbs/543_kernels.adapted.ipynb #cd7bd6b5
+template <class T, class M> Adapted<Dots<T>> router_of(const Ffn<T, Adapted<M>>& w) {
+    const auto& m = w.dense_gate;
+    return {{w.gate}, m.adapters, m.place - FeedPlace::gate + FeedPlace::router, 0};
+}
 template <class M> bool any_of(const Group<Adapted<M>>& v) { return v.gate.any() || v.up.any() || v.down.any(); }
 template <class M> bool any_of(const std::vector<Group<Adapted<M>>>& groups) {
     for (auto& v : groups) if (any_of(v)) return true;

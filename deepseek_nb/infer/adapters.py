@@ -68,6 +68,4 @@ def read_adapter(
     view = shared_view(model)
     view.load_adapter(folder)
     tensors = adapter_weights(view.layers)
-    if router := next((k for k in tensors if '.mlp.gate.weight.' in k), None):
-        raise ValueError(f"{folder}: {router.partition('.weight.')[0]} is a router, whose adapter can't run in a batch; merge it into the model")
     return SharedAdapter(name, Path(folder), view.layers, _digest(name, tensors), sum(t.nbytes for t in tensors.values()))

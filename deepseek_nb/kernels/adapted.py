@@ -36,7 +36,6 @@ class LowRankTable:
         self.kept,rows = [],[]
         for h in Blocks(own).halves:
             rows += [self._row(w) for w in h.weights]
-            if 'router' in h.fields and hasattr(h.weights[h.fields.index('router')], 'chosen'): raise ValueError('a router has an adapter')
         self.rows = torch.tensor(rows)
 
     def _row(self, w):
@@ -69,10 +68,6 @@ def tables_of(
     return torch.stack([low_rank_table(b).rows for b in found]), rows.repeat_interleave(torch.tensor(counts))
 
 # %% ../../nbs/543_kernels.adapted.ipynb #6bcf219f
-def _has_router(own):
-    "Whether an adapter changes a router, which the kernels don't do"
-    return any(hasattr(getattr(getattr(b.mlp, 'gate', None), 'weight', None), 'chosen') for blocks in own if blocks is not None for b in blocks)
-
 def _run(x, batch, own, call):
     "Run a batch with adapters in parts"
     table,of = tables_of(own, batch.counts)
@@ -81,8 +76,7 @@ def _run(x, batch, own, call):
     return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, step)
 
 @run_adapted_rows.twin('cpp', available=adapted_kernels.ready, supports=lambda x, blocks, batch, own:
-                       pages_fit(x, batch.caches[0]) and not has_codes(blocks) and has_floats(blocks_of(blocks, x[None, :1]))
-                       and not _has_router(own))
+                       pages_fit(x, batch.caches[0]) and not has_codes(blocks) and has_floats(blocks_of(blocks, x[None, :1])))
 def run_adapted_floats(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
@@ -95,8 +89,7 @@ def run_adapted_floats(
 
 # %% ../../nbs/543_kernels.adapted.ipynb #275fc634
 @run_adapted_rows.twin('cpp', label='codes', available=adapted_kernels.ready, supports=lambda x, blocks, batch, own:
-                       pages_fit(x, batch.caches[0]) and codes_of(blocks_of(blocks, x[None, :1])) is not None
-                       and not _has_router(own))
+                       pages_fit(x, batch.caches[0]) and codes_of(blocks_of(blocks, x[None, :1])) is not None)
 def run_adapted_codes(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
