@@ -394,15 +394,24 @@ def routes(self:Server)->list: # Starlette's routes
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 @patch
+async def _no_route(self:Server, request, error): # Starlette's error: 404 or 405
+    "A path that isn't served, in the form of its protocol"
+    message = f'{request.method} {request.url.path:.100} is no route of this server'
+    response = self._response(ApiError(error.status_code, message), ANTHROPIC if '/messages' in request.url.path else OPENAI)
+    response.headers.update(error.headers or {})
+    return response
+
+@patch
 def app(self:Server): # ASGI application
     "The application"
     from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
     @asynccontextmanager
     async def lifespan(app):
         for m in self.models.values(): m.engine.start()
         yield
         await self.drain()
-    return Starlette(routes=self.routes(), lifespan=lifespan)
+    return Starlette(routes=self.routes(), lifespan=lifespan, exception_handlers={HTTPException: self._no_route})
 
 # %% ../../nbs/480_serve.app.ipynb #49a7ae34
 @patch(as_prop=True)
