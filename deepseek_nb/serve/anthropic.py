@@ -337,7 +337,8 @@ def _stopped(self:MessagesRun):
 def _started(self:MessagesRun):
     "The first event"
     message = dict(id=self.id, type='message', role='assistant', model=self.served.name, content=[])
-    none,new = dict.fromkeys(('stop_reason', 'stop_sequence', 'stop_details', 'container')),dict(output_tokens=0, output_tokens_details=None)
+    none = dict.fromkeys(('stop_reason', 'stop_sequence', 'stop_details', 'container'))
+    new = dict(output_tokens=0, output_tokens_details=None)
     return dict(type='message_start', message=message | none | dict(usage=self.usage() | new))
 
 # %% ../../nbs/478_serve.anthropic.ipynb #600dc274
