@@ -2373,6 +2373,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'deepseek_nb/serve/app.py'),
                                        'deepseek_nb.serve.app.Server._metrics': ( 'serve.app.html#server._metrics',
                                                                                   'deepseek_nb/serve/app.py'),
+                                       'deepseek_nb.serve.app.Server._no_route': ( 'serve.app.html#server._no_route',
+                                                                                   'deepseek_nb/serve/app.py'),
                                        'deepseek_nb.serve.app.Server._page': ('serve.app.html#server._page', 'deepseek_nb/serve/app.py'),
                                        'deepseek_nb.serve.app.Server._respond': ( 'serve.app.html#server._respond',
                                                                                   'deepseek_nb/serve/app.py'),
