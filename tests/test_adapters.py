@@ -1,17 +1,13 @@
 "LoRA adapters in serving: each row has the bits that it has alone, and the logits of peft's model."
-import json
-import os
 import random
 import shutil
-import subprocess
-import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import warm
 from safetensors.torch import load_file, save_file
-from test_engine import GROUPED, Bytes, run, tokens
+from test_engine import GROUPED, Bytes, requests, run, tokens
 from test_parity import FAMILIES, apart, oracle, steady
 from test_ragged import CONFIGS, SEED, made
 
@@ -21,6 +17,10 @@ from deepseek_nb.infer.paged import PagedCache, PagePool
 from deepseek_nb.infer.ragged import RaggedBatch, run_adapted_rows
 from deepseek_nb.kernels import adapted
 from deepseek_nb.quant import relative_error
+from deepseek_nb.serve.adapters import Adapters
+from deepseek_nb.serve.engine import Engine
+from deepseek_nb.serve.sampling import SamplingParams
+from deepseek_nb.serve.stream import Request
 from deepseek_nb.train.lora import LoraConfig, lora_weights
 
 needs_compiler = pytest.mark.skipif(not adapted.adapted_kernels.ready(), reason='no C++ compiler')
@@ -103,8 +103,11 @@ def sweep(rounds, formats, folder):
             for _ in range(rounds): same(model, own, r)
 
 
+ALL = [(c, f) for c in CONFIGS for f in ('float32', 'int8', 'int4')] + [('mla', 'bfloat16'), ('gqa', 'bfloat16')]
+
+
 @needs_compiler
-@pytest.mark.parametrize('c, f', [(c, f) for c in CONFIGS for f in ('float32', 'int8', 'int4')] + [('mla', 'bfloat16'), ('gqa', 'bfloat16')])
+@pytest.mark.parametrize('c, f', ALL)
 def test_bits_are_those_of_a_row_alone(c, f, tmp_path):
     r = random.Random(f'{SEED} {c} {f}')
     torch.manual_seed(SEED)
@@ -191,7 +194,6 @@ def base(tmp_path_factory):
 
 
 def engine_of(base, **how):
-    from deepseek_nb.serve.engine import Engine
     engine = Engine(base[0], Bytes(), **how)
     for name,folder in zip('abc', base[1], strict=True): engine.adapters.load(name, folder)
     return engine
@@ -200,8 +202,6 @@ def engine_of(base, **how):
 @pytest.mark.parametrize('seed', range(2))
 def test_alone_and_in_company(base, seed):
     "Ids and log-probabilities, over mixes of adapters, prefixes, arrivals, cancellations and preemptions"
-    from test_engine import requests
-    from dataclasses import replace
     draw = random.Random(seed)
     asked = [replace(r, adapter=draw.choice([None, 'a', 'b', 'c'])) for r in requests(draw, 8)]
     page = PagePool(GROUPED, 1, 64).page_bytes
@@ -224,7 +224,6 @@ def test_alone_and_in_company(base, seed):
 
 def test_prefixes_are_apart(base, tmp_path):
     "By adapter, and by content: a new version under the old name finds no pages of the old one"
-    from deepseek_nb.serve.stream import Request
     engine,hits = engine_of(base, folder=tmp_path/'cache'),[]
 
     def ask(adapter, user='ann'):
@@ -247,8 +246,6 @@ def test_prefixes_are_apart(base, tmp_path):
 
 def test_unloaded_in_use(base):
     "The row ends as if nothing had happened, and a new request is refused"
-    from deepseek_nb.serve.sampling import SamplingParams
-    from deepseek_nb.serve.stream import Request
     asked = Request([1, 2, 3], SamplingParams(seed=1), max_tokens=20, stop_ids=(), adapter='a')
     engine = engine_of(base)
     want = engine.submit(asked)
@@ -274,7 +271,6 @@ def test_one_base_in_memory(base):
 
 
 def test_wrong_folders_are_named(base, tmp_path):
-    from deepseek_nb.serve.adapters import Adapters
     adapters,folder = Adapters(base[0]),shutil.copytree(base[1][1], tmp_path/'a')
     path = folder/'adapter_model.safetensors'
     stored = load_file(path)
