@@ -1,8 +1,13 @@
 "LoRA adapters in serving: each row has the bits that it has alone, and the logits of peft's model."
+import json
+import os
 import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request as HttpRequest
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_engine import GROUPED, Bytes, requests, run, tokens
 from test_parity import FAMILIES, apart, oracle, steady
 from test_ragged import CONFIGS, SEED, made
+from test_server import HI, Live, openai
 
 from deepseek_nb.arch.model import Model, head
 from deepseek_nb.infer.adapters import read_adapter
@@ -18,7 +24,9 @@ from deepseek_nb.infer.ragged import RaggedBatch, run_adapted_rows
 from deepseek_nb.kernels import adapted
 from deepseek_nb.quant import relative_error
 from deepseek_nb.serve.adapters import Adapters
+from deepseek_nb.serve.app import key_digest
 from deepseek_nb.serve.engine import Engine
+from deepseek_nb.serve.lora import add_adapter
 from deepseek_nb.serve.sampling import SamplingParams
 from deepseek_nb.serve.stream import Request
 from deepseek_nb.train.lora import LoraConfig, lora_weights
@@ -132,7 +140,7 @@ def test_close_to_the_definition(c, f, most, tmp_path):
     model,text = made(c, f),torch.randint(64, (40,), generator=torch.Generator().manual_seed(1))
     plain = alone(model, text, None)
     for kind,own in zip(KINDS, views(model, c, tmp_path, KINDS), strict=True):
-        assert twin(model, own) == ('cpp/cpu' if f == 'float32' else 'cpp/cpu/codes')
+        assert twin(model, own) == 'cpp/cpu'
         got = in_company(model, [text, text], [own, None], random.Random(1), 16)
         assert torch.equal(got[1], plain)
         cache = PagedCache(PagePool(model.config, 4, dtype=model.dtype))
@@ -284,3 +292,112 @@ def test_wrong_folders_are_named(base, tmp_path):
         (folder/missing).unlink()
         with pytest.raises(FileNotFoundError, match=missing): adapters.load('x', folder)
     assert not len(adapters)
+
+
+# ---- the server
+
+
+@pytest.fixture(scope='module')
+def live(tmp_path_factory):
+    "A server with an adapter, an admin key and a folder of adapters"
+    root = tmp_path_factory.mktemp('adapters')
+    for i,kind in enumerate(['all', 'qv', 'dora']): written(Model.from_pretrained('mini').config, kind, root/kind, i)
+    outside = shutil.copytree(root/'all', tmp_path_factory.mktemp('elsewhere')/'all')
+    live = Live(admin_key=key_digest('root'), adapter_dir=str(root), keys=dict(ann=key_digest('a')))
+    add_adapter(live.server.models, 'mini', 'law', root/'all')
+    live.root,live.outside = root,outside
+    yield live
+    live.stop()
+
+
+def change(live, verb, key='root', **body):
+    "Status and text of an answer to the administrator"
+    address,headers = f'http://127.0.0.1:{live.port}/v1/{verb}_lora_adapter',{'authorization': f'Bearer {key}'}
+    try:
+        with urlopen(HttpRequest(address, json.dumps(body).encode(), headers), timeout=60) as r: return r.status, r.read().decode()
+    except HTTPError as e: return e.code, json.loads(e.read())['error']['message']
+
+
+def said(live, model, **how):
+    chat = live.client('a').chat.completions.create(model=model, messages=HI, temperature=0, max_tokens=8, **how)
+    return chat.model, chat.choices[0].message.content
+
+
+def test_the_model_field_chooses(live):
+    "By every protocol; the list says which base an adapter has"
+    client,both = live.client('a'),('mini', 'law')
+    chats = [said(live, m) for m in both]
+    assert [m for m,_ in chats] == [*both] and chats[0][1] != chats[1][1]
+    texts = [client.completions.create(model=m, prompt='The Congress', temperature=0, max_tokens=8).choices[0].text for m in both]
+    assert texts[0] != texts[1]
+    answers = [client.responses.create(model=m, input='The Congress', temperature=0, max_output_tokens=8) for m in both]
+    assert [a.model for a in answers] == [*both] and answers[0].output_text != answers[1].output_text
+    cards = {m.id: m for m in client.models.list()}
+    assert (cards['mini'].parent, cards['mini'].root) == (None, 'mini') and (cards['law'].parent, cards['law'].root) == ('mini', 'all')
+    assert client.models.retrieve('law').id == 'law'
+    with pytest.raises(openai.NotFoundError) as e: said(live, 'tax')
+    assert e.value.code == 'model_not_found' and 'known are mini, law' in e.value.message
+
+
+def test_loaded_and_unloaded(live):
+    "In vLLM's words; a name that is taken, and one that is unknown"
+    want = said(live, 'law')[1]
+    assert change(live, 'load', lora_name='two', lora_path='all') == (200, "Success: LoRA adapter 'two' added successfully.")
+    assert said(live, 'two') == ('two', want)
+    for name,why in {'two': 'is loaded already', 'mini': 'is the name of another model', '../x': 'is no name for an adapter'}.items():
+        status,text = change(live, 'load', lora_name=name, lora_path='qv')
+        assert status == 400 and why in text
+    assert change(live, 'load', lora_name='two', lora_path=str(live.root/'qv'), load_inplace=True)[0] == 200
+    assert said(live, 'two')[1] != want
+    assert change(live, 'unload', lora_name='two') == (200, "Success: LoRA adapter 'two' removed successfully.")
+    assert change(live, 'unload', lora_name='two')[0] == 404
+    with pytest.raises(openai.NotFoundError): said(live, 'two')
+    for body in (dict(lora_name='x'), dict(lora_name='x', lora_path=3), dict(lora_name='x', lora_path='qv', extra=1)):
+        assert change(live, 'load', **body)[0] == 400
+
+
+def test_an_adapter_of_another_model(live):
+    folder = shutil.copytree(live.root/'qv', live.root/'other')
+    stored = load_file(folder/'adapter_model.safetensors')
+    key = next(k for k in stored if 'lora_B' in k)
+    save_file(stored | {key: torch.zeros(5, 3)}, folder/'adapter_model.safetensors')
+    status,text = change(live, 'load', lora_name='other', lora_path='other')
+    assert status == 400 and f'{key} has shape [5, 3], but this model needs {list(stored[key].shape)}' in text
+    assert str(live.root) not in text
+
+
+def test_paths_lead_nowhere_else(live):
+    "One answer to all of them, so nobody learns what exists elsewhere"
+    (live.root/'link').symlink_to(live.outside)
+    (live.root/'half').mkdir()
+    for n in ('adapter_config.json', 'adapter_model.safetensors'): (live.root/'half'/n).symlink_to(live.outside/n)
+    os.mkfifo(live.root/'pipe')
+    tricks = ['link', 'half', 'pipe', '..', '.', '', '/', '/etc', str(live.outside), f'../{live.outside.parent.name}/all', 'all/../../all',
+              f'{live.root}/../{live.outside.parent.name}/all', 'all\0', '~', '$HOME', 'file:///etc', '\udcff', 'a'*10_000,
+              'qv/adapter_config.json']
+    answers = {change(live, 'load', lora_name='trick', lora_path=path) for path in tricks}
+    assert len(answers) == 1 and answers.pop()[0] == 400
+    assert [m.id for m in live.client('a').models.list()] == ['mini', 'law']
+
+
+def test_only_the_administrator(live):
+    for key in ('a', 'wrong', '', key_digest('root')): assert change(live, 'load', key, lora_name='x', lora_path='qv')[0] == 401
+    with pytest.raises(openai.AuthenticationError): live.client('root').chat.completions.create(model='mini', messages=HI, max_tokens=1)
+    live.server.config.admin_key,kept = '',live.server.config.admin_key
+    assert [change(live, v, lora_name='x', lora_path='qv')[0] for v in ('load', 'unload')] == [404, 404]
+    live.server.config.admin_key,live.server.config.adapter_dir = kept,''
+    assert change(live, 'load', lora_name='x', lora_path='qv')[0] == 403
+    live.server.config.adapter_dir = str(live.root)
+
+
+def test_unloaded_during_a_stream(live):
+    "The stream ends as it would have; the next request finds no such model"
+    change(live, 'load', lora_name='short', lora_path='dora')
+    how = dict(model='short', messages=HI, temperature=0, max_tokens=60)
+    want = live.client('a').chat.completions.create(**how).choices[0].message.content
+    parts = live.client('a').chat.completions.create(**how, stream=True)
+    first = next(parts)
+    assert change(live, 'unload', lora_name='short')[0] == 200
+    assert ''.join(p.choices[0].delta.content or '' for p in [first, *parts] if p.choices) == want
+    with pytest.raises(openai.NotFoundError): live.client('a').chat.completions.create(**how)
+    live.idle()

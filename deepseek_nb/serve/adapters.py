@@ -38,7 +38,8 @@ class Adapters:
     "The LoRA adapters of one model, by name"
     def __init__(self,
         model:Model, # Model that they belong to; it is unchanged
-    ): self.model,self.loaded,self.lock = model,{},Lock()
+        kind:type = PagePool, # Pool of the KV cache, for the trial run
+    ): self.model,self.kind,self.loaded,self.lock = model,kind,{},Lock()
     def __len__(self): return len(self.loaded)
     def __iter__(self)->Iterator[SharedAdapter]: return iter([*self.loaded.values()])
     def __contains__(self, name): return name in self.loaded
@@ -58,7 +59,7 @@ def check_name(
 @torch.no_grad()
 def _try_out(self:Adapters, adapter):
     "Run one token, which also compiles the kernels"
-    with PagedCache(PagePool(self.model.config, 1, 16, self.model.dtype, self.model.device)) as cache:
+    with PagedCache(self.kind(self.model.config, 1, 16, self.model.dtype, self.model.device)) as cache:
         x = self.model.ragged(torch.zeros(1, dtype=torch.long, device=self.model.device), [cache], [1], [adapter.layers])
     if not x.isfinite().all(): raise ValueError(f'{adapter.folder}: the adapter gives numbers that are not finite')
 
