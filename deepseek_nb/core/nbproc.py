@@ -315,7 +315,8 @@ class ExportSources:
         from nbdev.config import get_config
         nb = Path(self.nb.path_).resolve()
         config = get_config(nb.parent)
-        for folder, files in self.files.items(): write_sources(files, nb, (config.lib_path if folder == 'csrc' else config.config_path)/folder)
+        write_sources(self.files['csrc'], nb, Path(config.lib_path)/'csrc')
+        write_sources(self.files['examples'], nb, Path(config.config_path)/'examples')
 
 # %% ../../nbs/040_core.nbproc.ipynb #4cbe122d
 def run_alone(
