@@ -16,20 +16,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from test_protocols import Scripted
 from test_server import Live
 
 from deepseek_nb.serve.app import key_digest
 from deepseek_nb.serve.clients import CLIENTS, client_env, missing, prepare, run_client
 from deepseek_nb.serve.tools import Call, write_calls
 
-pytest.importorskip('starlette')
-protocols = pytest.importorskip('test_protocols')
 EXAMPLES = Path(__file__).parent.parent/'examples'
 QUESTION = 'The Congress of the United States'
 SAID = 'It is 18 °C in Köln 🌡, and dry.'
 
 
-class Scripted(protocols.Scripted):
+class Reporter(Scripted):
     "A model with V4's format that thinks, calls a tool, and tells what it got, one character at a time"
     def prompt(self, messages, tools=None, thinking=False):
         self.messages = messages
@@ -45,7 +44,7 @@ class Scripted(protocols.Scripted):
 @pytest.fixture(scope='module')
 def live():
     live = Live(keys={name: key_digest(f'sk-{name}') for name in (*CLIENTS, 'ann')})
-    live.script = live.server.models['script'] = Scripted('script', live.engine, live.tok, 'v4')
+    live.script = live.server.models['script'] = Reporter('script', live.engine, live.tok, 'v4')
     how = dict(model='mini', messages=[dict(role='user', content=QUESTION)], temperature=0, max_tokens=200)
     live.plain = live.client('sk-ann').chat.completions.create(**how)
     yield live
