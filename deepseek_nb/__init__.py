@@ -84,6 +84,7 @@ Modules:
 - `deepseek_nb.kernels.paged`: Attention of a ragged batch that reads keys and values directly from their pages; the result of a query has the same bits in any batch.
 - `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
 - `deepseek_nb.kernels.ragged`: Runs all blocks of a model on rows of different lengths in one C++ call, with pages; each row gets the same bits as alone.
+- `deepseek_nb.kernels.ragged_cache`: Runs all blocks of a model on a ragged batch and reads the KV cache directly from pages of int8 codes; each row gets the same bits as alone.
 - `deepseek_nb.kernels.ragged_codes`: Runs quantised models on rows of different lengths in one C++ call; each row gets the same bits as alone.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
@@ -105,6 +106,7 @@ Modules:
 - `deepseek_nb.serve.anthropic`: Anthropic's protocol for the same models: content in blocks, thinking with a budget, tool use, named events, and counting of tokens
 - `deepseek_nb.serve.app`: An HTTP server for the chat API: keys, limits, streams that notice when a client leaves, metrics, and an orderly end
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
+- `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning apart, call a tool and meet errors
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
 - `deepseek_nb.serve.connection`: A server must read what slow clients send, write what slow clients read, and stop generating as soon as nobody waits
 - `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.

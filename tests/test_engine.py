@@ -8,6 +8,7 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.paged import PagePool
+from deepseek_nb.infer.quant_cache import QuantizedPool
 from deepseek_nb.serve.engine import Engine, QueueFull
 from deepseek_nb.serve.sampling import RowSampler, SamplingParams
 from deepseek_nb.serve.stream import Request, Stream
@@ -90,6 +91,23 @@ def test_preemption_happens_and_changes_nothing(model):
         results.append([tokens(s) for s in streams])
         assert (engine.stats.preempted > 0) == (pages == 9)
     assert results[0] == results[1] and all(len(t) == 100 for t in results[0])
+
+
+def test_a_quantised_cache_alone_in_company_and_behind_a_prefix(model, tmp_path):
+    "Small pool or large, prefix in memory, on disk or computed: the same bits; the pool holds codes"
+    asked,results = [Request([i % 3]*130, SamplingParams(seed=i), max_tokens=70, stop_ids=()) for i in range(6)],[]
+    for pages in (9, 60):
+        engine = Engine(model, Bytes(), nbytes=pages*QuantizedPool(model.config, 1, 64).page_bytes, kv_cache='int8', folder=tmp_path)
+        assert type(engine.pool) is QuantizedPool and engine.pool.pages == pages
+        streams = [engine.submit(r) for r in asked]
+        run(engine)
+        results.append([tokens(s) for s in streams])
+        assert pages == 60 or engine.stats.preempted
+    assert engine.stats.cached_tokens and results[0] == results[1]
+    for r,want in zip(asked, results[0], strict=True):
+        one = (alone := Engine(model, Bytes(), kv_cache='int8')).submit(r)
+        run(alone)
+        assert tokens(one) == want
 
 
 def test_users_never_share_a_prefix(model):

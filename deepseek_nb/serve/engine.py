@@ -28,6 +28,7 @@ from ..files.tokenizer import Tokenizer
 from ..infer.conversation import common_prefix
 from ..infer.paged import PagedCache, PagePool, PoolFull
 from ..infer.prefix import PrefixCache
+from ..infer.quant_cache import QuantizedPool
 from .sampling import Drawn, RowSampler, most_likely, sample_rows
 from .schedule import FairQueue, plan_step
 from .stream import Piece, Request, Stream, TextOut
@@ -81,6 +82,11 @@ class StepRecord(NamedTuple):
     preempted:list # Streams that gave their pages back
 
 # %% ../../nbs/458_serve.engine.ipynb #1367bc7c
+def _pool_kind(kv_cache):
+    kinds = dict(auto=PagePool, int8=QuantizedPool)
+    if kv_cache not in kinds: raise ValueError(f"kv_cache is {kv_cache!r}; it may be {' or '.join(kinds)}")
+    return kinds[kv_cache]
+
 class Engine:
     "Runs requests together"
     def __init__(self,
@@ -92,10 +98,11 @@ class Engine:
         budget:int = 256, # Most tokens of a step
         max_waiting:int = 256, # Most requests that wait
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
+        kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
     ):
-        c = model.config
-        whole = -(-c.max_positions//page)*max_rows*PagePool(c, 1, page, model.dtype, model.device).page_bytes
-        pool = PagePool.sized(c, min(nbytes, whole), page, model.dtype, model.device)
+        c,kind = model.config,_pool_kind(kv_cache)
+        whole = -(-c.max_positions//page)*max_rows*kind(c, 1, page, model.dtype, model.device).page_bytes
+        pool = kind.sized(c, min(nbytes, whole), page, model.dtype, model.device)
         self.model,self.tok,self.pool,self.prefix = model,tok,pool,PrefixCache(model, pool=pool, folder=folder)
         self.max_rows,self.budget,self.max_waiting = max_rows,budget,max_waiting
         self.ends = tuple({*c.eos_ids, *tok.eos_ids})

@@ -22,7 +22,7 @@ from ..serve.chat import ServedModel
 from ..serve.engine import Engine
 
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
-ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None)  # defaults; memory in MB
+ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None, kv_cache='auto')  # defaults; memory in MB
 
 def read_settings(
     path:str|Path|None = None, # TOML file; None: no file
