@@ -29,9 +29,9 @@ from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from .connection import blank_lines, event_bytes, json_body, patient_protocol, while_connected, with_comments
 from .engine import EngineClosed, QueueFull
+from .experts import experts_report, has_router
 from .logs import RequestLog, log_settings
 from .metrics import EngineMetrics
-from .experts import experts_report, has_router
 from .page import chat_page
 from .responses import ResponsesRun, read_responses
 from .text import TextRun, read_completion
