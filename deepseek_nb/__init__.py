@@ -107,6 +107,7 @@ Modules:
 - `deepseek_nb.serve.anthropic`: Anthropic's protocol for the same models: content in blocks, thinking with a budget, tool use, named events, and counting of tokens
 - `deepseek_nb.serve.app`: An HTTP server for the chat API: keys, limits, streams that notice when a client leaves, metrics, and an orderly end
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
+- `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning apart, call a tool and meet errors
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
 - `deepseek_nb.serve.connection`: A server must read what slow clients send, write what slow clients read, and stop generating as soon as nobody waits
 - `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.

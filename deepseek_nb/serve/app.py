@@ -419,11 +419,18 @@ def run(self:Server,
     server.run()
 
 # %% ../../nbs/480_serve.app.ipynb #16759422
+def _is_news(record):
+    "Whether a message is for the log; Java's client offers HTTP/2 with each request, and going on with HTTP/1.1 is no fault"
+    return not any(part in record.getMessage() for part in ('Unsupported upgrade request', 'No supported WebSocket library'))
+
 def _uvicorn(uvicorn):
     "A server of uvicorn that drains before it closes connections"
     class Draining(uvicorn.Server):
         ready = staticmethod(lambda: None)
-        def __init__(self, owner, config): self.owner = owner; super().__init__(config)
+        def __init__(self, owner, config):
+            self.owner = owner
+            super().__init__(config)
+            logging.getLogger('uvicorn.error').addFilter(_is_news)
         async def startup(self, sockets=None):
             await super().startup(sockets)
             if self.started: self.ready()

@@ -91,7 +91,8 @@ def check_tools(
     for i,tool in enumerate(tools or ()):
         inner = Fields(tool, f'tools[{i}]')
         if inner.take('type', str) != 'function': raise inner.wrong('type', "must be 'function'")
-        if not isinstance(inner.take('function', dict, needed=True).get('name'), str): raise inner.wrong('function', 'needs a name')
+        function = Fields(inner.take('function', dict, needed=True), f'tools[{i}].function')
+        function.take('name', str, needed=True), function.take('parameters', dict), function.take('strict', bool)
     return (None, 'auto') if choice == 'none' else (tools, _choice(fields, choice, tools))
 
 def _choice(fields, choice, tools):
