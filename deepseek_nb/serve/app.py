@@ -24,14 +24,13 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
-from .adapters import NoAdapter
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
 from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from .connection import blank_lines, event_bytes, json_body, patient_protocol, while_connected, with_comments
 from .engine import EngineClosed, QueueFull
+from .experts import experts_report, has_router
 from .logs import RequestLog, log_settings
-from .lora import all_served, find_served, load_lora, unload_lora
 from .metrics import EngineMetrics
 from .page import chat_page
 from .responses import ResponsesRun, read_responses
@@ -62,9 +61,6 @@ class ServerConfig:
     host:str = '127.0.0.1' # Address to listen on
     port:int = 8000 # Port to listen on
     keys:dict = field(default_factory=dict) # Name of each key -> SHA-256 of the key, see `key_digest`; empty: everybody may ask
-    admin_key:str = '' # SHA-256 of the key that may load and unload adapters, see `key_digest`; '': nobody may
-    adapters:dict = field(default_factory=dict) # Name of each LoRA adapter of the first model -> its folder
-    adapter_dir:str = '' # Folder that contains all adapters that may be loaded over HTTP; '': none
     max_body:int = 2**22 # Most bytes of a request
     patience:float = 30. # Seconds that a client has to send the head of a request, and as many again for its body
     per_key:int = 64 # Most requests of one key at a time
@@ -118,7 +114,6 @@ def as_api_error(
     if isinstance(error, ClientDisconnect): return ApiError(499, 'the client has left')
     if isinstance(error, EngineClosed): return ApiError(503, str(error), kind='server_error', code='draining')
     if isinstance(error, QueueFull): return ApiError(429, str(error), kind='rate_limit_error', code='queue_full')
-    if isinstance(error, NoAdapter): return ApiError(404, str(error), 'model', code='model_not_found')
     if isinstance(error, ValueError): return ApiError(400, str(error))
     logging.getLogger('deepseek_nb.serve').exception('a request failed', exc_info=error)
     return ApiError(500, f'{type(error).__name__}: the server could not complete the answer', kind='server_error')
@@ -139,7 +134,10 @@ class Server:
     )->ServedModel:
         "The model that a request names"
         if name is None: raise ApiError(400, 'model is missing; it is one of ' + ', '.join(self.models), 'model')
-        return find_served(self.models, name)
+        if name not in self.models:
+            raise ApiError(404, f'model {name!r:.60} is not served here; known are {", ".join(self.models)}', 'model',
+                           code='model_not_found')
+        return self.models[name]
 
 # %% ../../nbs/480_serve.app.ipynb #d72297e5
 @patch
@@ -264,15 +262,13 @@ def _card(self:Server,
     m:ServedModel, # Model
 )->dict: # OpenAI's form
     "A model in the list of models"
-    adapter = m.engine.adapters.loaded.get(m.adapter)
-    return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
-                root=adapter.folder.name if adapter else m.name, parent=m.base)
+    return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context)
 
 @patch
 async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
     from starlette.responses import JSONResponse
-    return JSONResponse(dict(object='list', data=[*map(self._card, all_served(self.models))]))
+    return JSONResponse(dict(object='list', data=[*map(self._card, self.models.values())]))
 
 @patch
 async def _get_model(self:Server, request): # `GET /v1/models/NAME`
@@ -295,8 +291,8 @@ async def _page(self:Server, request): # `GET /`
     "The chat page; it loads nothing from other hosts"
     from starlette.responses import HTMLResponse
     rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
-    names = [m.name for m in all_served(self.models)]
-    return HTMLResponse(chat_page(names, bool(self.config.keys)), headers={'content-security-policy': rules})
+    mixtures = [name for name,m in self.models.items() if has_router(m.engine.model)]
+    return HTMLResponse(chat_page([*self.models], bool(self.config.keys), mixtures), headers={'content-security-policy': rules})
 
 # %% ../../nbs/480_serve.app.ipynb #dc70a439
 @patch
@@ -306,14 +302,44 @@ async def _tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
     try:
         owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
         fields = Fields(await json_body(request, self.config.max_body, self.config.patience))
-        served = self.model(fields.take('model', str))
+        served = self.model(fields.take('model', str, default=next(iter(self.models))))
         if request.url.path.endswith('/detokenize'): out = dict(prompt=served.tok.decode(fields.take('tokens', list, needed=True)))
         else:
-            ids = served.tok.encode(fields.take('prompt', str, needed=True))
+            first = [served.tok.bos_id] if fields.take('add_special_tokens', bool, default=False) and served.tok.bos_id is not None else []
+            ids = first + served.tok.encode(fields.take('prompt', str, needed=True), special=True)
             out = dict(tokens=ids, count=len(ids), max_model_len=served.context)
         fields.done()
         return JSONResponse(out)
     except Exception as error: return self._response(error, request=request)
+
+# %% ../../nbs/480_serve.app.ipynb #70ce1f00
+@patch
+async def _tokenizer_info(self:Server, request): # `GET /tokenizer_info`
+    "What a client must know of a tokenizer to use it"
+    from starlette.responses import JSONResponse
+    try:
+        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+        served = self.model(request.query_params.get('model', next(iter(self.models))))
+        named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
+        template = served.tok.chat_template
+        if isinstance(template, dict): template = template.get('default')
+        return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
+    except Exception as error: return self._response(error, request=request)
+
+# %% ../../nbs/480_serve.app.ipynb #70ce1f01
+@patch
+async def _experts(self:Server, request): # `POST /v1/experts`
+    "The experts of some tokens; they are computed outside of the event loop"
+    from starlette.responses import JSONResponse
+    try: owner = self._admit(request)
+    except Exception as error: return self._response(error, request=request)
+    self.running[owner] += 1
+    try:
+        body = await json_body(request, self.config.max_body, self.config.patience)
+        served = self.model(Fields(body).take('model', str))
+        return JSONResponse(await asyncio.to_thread(experts_report, served, {k: v for k,v in body.items() if k != 'model'}))
+    except Exception as error: return self._response(error, request=request)
+    finally: self._leave(owner, None)
 
 # %% ../../nbs/480_serve.app.ipynb #43ff0a7d
 @patch
@@ -357,27 +383,6 @@ async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_t
         return JSONResponse(count_tokens(self.model(Fields(body).take('model', str)), {k: v for k,v in body.items() if k != 'model'}))
     except Exception as error: return self._response(error, ANTHROPIC, request)
 
-# %% ../../nbs/480_serve.app.ipynb #a7c0de02
-@patch
-def _check_admin(self:Server,
-    request, # Starlette's request
-)->None:
-    "Raise an error for anybody but the administrator"
-    if not self.config.admin_key: raise ApiError(404, f'{request.url.path} is off: this server has no admin key', code='not_found')
-    header = request.headers.get('authorization') or request.headers.get('x-api-key')
-    owner_of(header, {'admin': self.config.admin_key})
-
-@patch
-async def _change_adapters(self:Server, request): # `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`
-    "Load or unload an adapter"
-    from starlette.responses import PlainTextResponse
-    try:
-        self._check_admin(request)
-        body = await json_body(request, self.config.max_body, self.config.patience)
-        change = unload_lora if request.url.path.endswith('/unload_lora_adapter') else load_lora
-        return PlainTextResponse(await asyncio.to_thread(change, self.models, body, self.config.adapter_dir))
-    except Exception as error: return self._response(error, request=request)
-
 # %% ../../nbs/480_serve.app.ipynb #28a7313f
 @patch
 def routes(self:Server)->list: # Starlette's routes
@@ -392,8 +397,8 @@ def routes(self:Server)->list: # Starlette's routes
     for base in ('/v1', '/anthropic/v1'):
         out += [Route(f'{base}/messages', self._message, methods=['POST']),
                 Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
-    out += [Route(f'/v1/{verb}_lora_adapter', self._change_adapters, methods=['POST']) for verb in ('load', 'unload')]
     return out + [Route('/', self._page), Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
+                  Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 @patch
@@ -447,11 +452,18 @@ def run(self:Server,
     server.run()
 
 # %% ../../nbs/480_serve.app.ipynb #16759422
+def _is_news(record):
+    "Whether a message is for the log; Java's client offers HTTP/2 with each request, and going on with HTTP/1.1 is no fault"
+    return not any(part in record.getMessage() for part in ('Unsupported upgrade request', 'No supported WebSocket library'))
+
 def _uvicorn(uvicorn):
     "A server of uvicorn that drains before it closes connections"
     class Draining(uvicorn.Server):
         ready = staticmethod(lambda: None)
-        def __init__(self, owner, config): self.owner = owner; super().__init__(config)
+        def __init__(self, owner, config):
+            self.owner = owner
+            super().__init__(config)
+            logging.getLogger('uvicorn.error').addFilter(_is_news)
         async def startup(self, sockets=None):
             await super().startup(sockets)
             if self.started: self.ready()
