@@ -19,7 +19,6 @@ from ..files.tokenizer import Tokenizer
 from ..infer.load import decode_path, warm_kernels
 from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ServedModel
-from ..serve.lora import add_adapter
 from ..serve.engine import Engine
 from ..serve.lora import add_adapter
 
@@ -91,7 +90,6 @@ def serve_models(
         raise ValueError(f"a server needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[serve]'")
     served = [load_served(name, **engine) for name in models]
     server = Server(served, config)
-    for name,folder in config.adapters.items(): add_adapter(server.models, served[0].name, name, folder)
     for name,folder in config.adapters.items(): add_adapter(server.models, served[0].name, name, folder)
     for m in served:
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
