@@ -9,6 +9,7 @@ compiles their kernels, and serves them until the process is stopped. `deepseek-
 __all__ = ['ENGINE_SETTINGS', 'read_settings', 'load_served', 'missing_packages', 'serve_models', 'new_key']
 
 # %% ../../nbs/955_tools.serving.ipynb #1f56653c
+import logging
 import tomllib
 from dataclasses import fields
 from importlib.util import find_spec
@@ -22,7 +23,8 @@ from ..serve.chat import ServedModel
 from ..serve.engine import Engine
 
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
-ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None, kv_cache='auto')  # defaults; memory in MB
+# Defaults; memory and disk in MB
+ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None, disk=4096, kv_cache='auto')
 
 def read_settings(
     path:str|Path|None = None, # TOML file; None: no file
@@ -52,6 +54,8 @@ def _check_types(given, defaults):
 def load_served(
     name:str, # Folder, `.gguf` file, or name of a model
     memory:int = 1024, # MB of KV cache
+    folder:str|Path|None = None, # Where cached prompts survive a restart; None: nowhere
+    disk:int = 4096, # MB of cached prompts in the folder
     **settings, # Of the engine
 )->ServedModel:
     "Load a model for a server, with its kernels"
@@ -60,7 +64,9 @@ def load_served(
     with compiling_notice():
         model = Model.from_pretrained(name)
         warm_kernels(model)
-    return ServedModel(Path(name).name.removesuffix('.gguf'), Engine(model, tok, nbytes=memory*2**20, **settings), tok)
+    disk_nbytes = None if folder is None else disk*2**20
+    engine = Engine(model, tok, nbytes=memory*2**20, folder=folder, disk_nbytes=disk_nbytes, **settings)
+    return ServedModel(Path(name).name.removesuffix('.gguf'), engine, tok)
 
 def missing_packages(
     names:tuple = ('starlette', 'uvicorn', 'llguidance', 'prometheus_client'), # Packages of the extra `serve`
@@ -78,6 +84,7 @@ def serve_models(
         raise ValueError(f"a server needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[serve]'")
     served = [load_served(name, **engine) for name in models]
     server = Server(served, config)
+    logging.captureWarnings(config.log_format != 'off') # they go into the log, in its form
     for m in served:
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         print(decode_path(m.engine.model))
