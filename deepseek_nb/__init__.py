@@ -104,6 +104,7 @@ Modules:
 - `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group of weights: a quarter of float32's memory, with a small error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.
 - `deepseek_nb.quant.nf4`: 4-bit weights with sixteen levels at the quantiles of a normal distribution, and scales that are themselves quantised to 8 bits.
+- `deepseek_nb.quant.publish`: Rewrite a checkpoint in the quantised formats that vLLM, SGLang and transformers load: DeepSeek's FP8 blocks, and compressed-tensors in int4 and int8.
 - `deepseek_nb.quant.report`: A table of all parameters of a model: format, bytes, and relative error, or the reason why a parameter is not quantised.
 - `deepseek_nb.quant.save`: Saving a quantised model as a folder of safetensors files, and mapping the files into memory when the model is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised a few rows at a time, so quantising a model never needs memory for all of its float32 weights.
@@ -134,6 +135,7 @@ Modules:
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Each claim with the command that measures it, the result, the machine and the date, or *not yet* if nothing was measured.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
+- `deepseek_nb.tools.deploy`: A settings file, a container and a systemd unit: a server without root's rights that restarts, drains and keeps its caches
 - `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
 - `deepseek_nb.tools.front`: One command makes the front page, the table of contents, the README and the changelog's table of moves from the titles and first lines of the chapters.
 - `deepseek_nb.tools.glossary`: A glossary with one sentence for each term and a link to the chapter that explains it. The first use of a term on a page links to its entry.
