@@ -99,11 +99,13 @@ class Engine:
         max_waiting:int = 256, # Most requests that wait
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
         kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
+        disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
     ):
         c,kind = model.config,_pool_kind(kv_cache)
         whole = -(-c.max_positions//page)*max_rows*kind(c, 1, page, model.dtype, model.device).page_bytes
         pool = kind.sized(c, min(nbytes, whole), page, model.dtype, model.device)
-        self.model,self.tok,self.pool,self.prefix = model,tok,pool,PrefixCache(model, pool=pool, folder=folder)
+        self.model,self.tok,self.pool = model,tok,pool
+        self.prefix = PrefixCache(model, pool=pool, folder=folder, disk_nbytes=disk_nbytes)
         self.max_rows,self.budget,self.max_waiting = max_rows,budget,max_waiting
         self.ends = tuple({*c.eos_ids, *tok.eos_ids})
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
