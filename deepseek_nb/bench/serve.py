@@ -71,6 +71,7 @@ ARMS = (
     Arm('deepseek_nb', 'bench-moe', 'int4', 'moe-int4', *_OURS),
     Arm('deepseek_nb', 'SmolLM2', 'float32', 'smollm2-float32', *_OURS),
     Arm('vllm', 'bench-moe', 'float32', 'moe-float32', more=(4, 16)),
+    Arm('transformers-serial', 'SmolLM2', 'float32', 'smollm2-float32', more=(4,)),
     Arm('transformers', 'SmolLM2', 'float32', 'smollm2-float32', more=(4, 16)),
     Arm('llama-cpp-python', 'SmolLM2', 'Q4_0', 'q4_0.gguf', more=(4,)),
     Arm('transformers-serial', 'bench-moe', 'float32', 'moe-float32', more=(4,)))
