@@ -137,7 +137,8 @@ def go(page, name):
     part = page.locator('#quarto-sidebar .sidebar-item-section', has=page.locator(f'a[href="{name}"]')).locator('a.sidebar-item-toggle')
     if not link.is_visible():
         part.click()
-        page.locator('#quarto-sidebar ul.show', has=page.locator(f'a[href="{name}"]')).wait_for() # open, not opening: a click on what moves may miss
+        # Open, not opening: a click on what moves may miss
+        page.locator('#quarto-sidebar ul.show', has=page.locator(f'a[href="{name}"]')).wait_for()
     return follow(page, f'#quarto-sidebar a[href="{name}"]')
 
 

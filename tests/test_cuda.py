@@ -520,9 +520,9 @@ LOOP = '    UNROLL for (int m = 0; m < M; ++m)\n'
                                        ('    __syncthreads();\n    add_values', '    add_values')])
 def test_missing_barrier_of_attention(line, rest):
     q,z = bf16(1, 3, 1, 160),bf16(1, 200, 160)
-    text = nbproc.source_text('attend_latent.cu')
-    assert text.count(line) == 1
-    with mock.patch.dict(nbproc._session, {'attend_latent.cu': {0: text.replace(line, rest)}}):
+    texts = {name: nbproc.source_text(name) for name in ('attend_latent.cu', 'attend.cuh')}
+    assert sum(t.count(line) for t in texts.values()) == 1
+    with mock.patch.dict(nbproc._session, {name: {0: t.replace(line, rest)} for name,t in texts.items()}):
         assert caught(lambda: attend_latent_cuda(q, z, 128, .1), exact_latent(q, z, 128, .1), .01)
 
 

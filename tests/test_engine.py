@@ -8,6 +8,7 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.paged import PagePool
+from deepseek_nb.infer.quant_cache import QuantizedPool
 from deepseek_nb.serve.engine import Engine, QueueFull
 from deepseek_nb.serve.sampling import RowSampler, SamplingParams
 from deepseek_nb.serve.stream import Request, Stream
@@ -92,6 +93,23 @@ def test_preemption_happens_and_changes_nothing(model):
     assert results[0] == results[1] and all(len(t) == 100 for t in results[0])
 
 
+def test_a_quantised_cache_alone_in_company_and_behind_a_prefix(model, tmp_path):
+    "Small pool or large, prefix in memory, on disk or computed: the same bits; the pool holds codes"
+    asked,results = [Request([i % 3]*130, SamplingParams(seed=i), max_tokens=70, stop_ids=()) for i in range(6)],[]
+    for pages in (9, 60):
+        engine = Engine(model, Bytes(), nbytes=pages*QuantizedPool(model.config, 1, 64).page_bytes, kv_cache='int8', folder=tmp_path)
+        assert type(engine.pool) is QuantizedPool and engine.pool.pages == pages
+        streams = [engine.submit(r) for r in asked]
+        run(engine)
+        results.append([tokens(s) for s in streams])
+        assert pages == 60 or engine.stats.preempted
+    assert engine.stats.cached_tokens and results[0] == results[1]
+    for r,want in zip(asked, results[0], strict=True):
+        one = (alone := Engine(model, Bytes(), kv_cache='int8')).submit(r)
+        run(alone)
+        assert tokens(one) == want
+
+
 def test_users_never_share_a_prefix(model):
     engine, prompt = Engine(model, Bytes()), [7]*130
     hits = []
@@ -152,6 +170,43 @@ class _Failing:
     "A model whose steps fail."
     def __init__(self, model): self.config, self.device, self.head_weight = model.config, model.device, model.head_weight
     def ragged(self, *args): raise RuntimeError('out of order')
+
+
+def test_a_prefix_cache_that_fails(model, monkeypatch):
+    "A lookup that fails ends its request alone; what can't be stored is a warning."
+    engine = Engine(model, Bytes())
+    good = engine.submit(Request([2]*80, SamplingParams(seed=0), max_tokens=5, stop_ids=()))
+    engine.step()
+    with monkeypatch.context() as patched:
+        def fails(*args, **kwargs): raise OSError('no such disk')
+        patched.setattr(engine.prefix, 'pages', fails)
+        bad = engine.submit(Request([1], max_tokens=5))
+        engine.step()
+        assert bad.finish == 'error' and good.finish is None and engine.count == 1
+        patched.setattr(engine.prefix, 'insert', fails)
+        with pytest.warns(UserWarning, match='could not store a prompt .OSError: no such disk'): run(engine)
+    assert len(tokens(good)) == 5 and (engine.count, engine.rows, engine.queue.running) == (0, [], {})
+    engine.prefix.clear()
+    assert len(engine.pool.free) == engine.pool.pages
+
+
+def test_text_that_fails_ends_its_request_alone(model):
+    engine = Engine(model, Bytes())
+    bad, good = (engine.submit(Request([i], SamplingParams(seed=0), max_tokens=4, stop_ids=())) for i in (1, 2))
+    engine.step()
+    def fails(token): raise KeyError(token)
+    engine.rows[0].out.push = fails
+    run(engine)
+    assert (bad.finish, good.finish, engine.count) == ('error', 'length', 0) and len(tokens(good)) == 4
+
+
+def test_closed_before_it_was_started(model):
+    "What was submitted ends, with or without an answer."
+    for drain, finish in ((True, 'length'), (False, 'cancelled')):
+        engine = Engine(model, Bytes())
+        stream = engine.submit(Request([1], max_tokens=2, stop_ids=()))
+        engine.close(drain=drain)
+        assert stream.finish == finish and engine.count == 0
 
 
 def test_many_threads_submit(model):

@@ -160,6 +160,32 @@ def test_free_strings_and_open_objects_as_markup(tok):
         assert not takes(tok, g(), write_calls(format, [Call('f', '{"b": 1}')]))
 
 
+def test_parameters_as_markup_in_the_order_of_the_schema_as_text_where_text_may_be(tok):
+    "Required ones needn't come first; a value of any type or of several is written as text or as JSON; what no value fits is left out"
+    fields = dict(a=dict(type='integer'), b={}, c=dict(anyOf=[dict(type='string'), dict(type='null')]), d=dict(type=['string', 'number']),
+                  e=dict(type='boolean', enum=['yes']), f=dict(type='integer'))
+    tool = dict(name='f', strict=True, parameters=dict(type='object', properties=fields, required=['f', 'b'], additionalProperties=False))
+    for format in ('v32', 'v4', 'v41'):
+        def ok(as_json=(), **args):
+            text = write_calls(format, [Call('f', json.dumps(args))])  # noqa: B023
+            for t in as_json: text = text.replace(f'string="true">{t}', f'string="false">"{t}"')
+            return takes(tok, compile_grammar(tok, 'tools', ToolGrammar(format, [tool], 'required')), text)  # noqa: B023
+        assert ok(a=1, b='x', f=2) and ok(b=[1], f=2) and ok(b='x', c='y', d='z', f=3) and ok('xyz', b='x', c='y', d='z', f=3)
+        assert ok(b='', c=None, d=5, f=3) and ok(b='x', c='false', d='5', f=3)
+        assert not any([ok(f=2, b='x'), ok(a=1, f=2), ok(b='x', d=True, f=2), ok(b='x', c=5, f=2)])
+        assert not ok(b='x', e='yes', f=2) and not ok(b='x', f='2')
+
+
+@pytest.mark.parametrize('parameters', [dict(properties=[]), dict(properties=5), dict(required='a'), dict(required=[1]),
+                                        dict(properties=dict(a=5))])
+def test_schemas_of_parameters_that_are_none(tok, parameters):
+    for format in ('v31', 'v4'):
+        tool = dict(name='f', parameters=parameters)
+        with pytest.raises(ValueError, match="the strict tool 'f'"):
+            compile_grammar(tok, 'tools', ToolGrammar(format, [tool | dict(strict=True)], 'f'))
+        assert takes(tok, compile_grammar(tok, 'tools', ToolGrammar(format, [tool], 'f')), write_calls(format, [Call('f', '{"x": "y"}')]))
+
+
 @pytest.mark.parametrize('schema,message', [
     ({'not': {}}, 'the key "not"'), (dict(type='array', uniqueItems=True), 'the key "uniqueItems"'), ({'if': {}}, 'the key "if"'),
     (dict(oneOf=[dict(type='number'), {}]), 'the key "oneOf"'), (dict(type='string', format='zip'), 'format: zip'),

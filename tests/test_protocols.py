@@ -279,8 +279,13 @@ def recipe():
 def simple(events):
     "Events with neighbouring deltas joined, without ids, times, and what only one of the two sends"
     drop = {'id', 'item_id', 'call_id', 'signature', 'sequence_number', 'model', 'phase', 'encrypted_content', 'created_at', 'completed_at'}
+    # What Anthropic's and OpenAI's schemas need, see test_schema, and DeepSeek leaves out
+    drop |= {'citations', 'caller', 'container', 'stop_details'}
+    drop |= {'cache_creation', 'inference_geo', 'server_tool_use', 'output_tokens_details'}
     def cut(x):
-        if isinstance(x, dict): return {k: cut(v) for k, v in x.items() if k not in drop}
+        if isinstance(x, dict):
+            named = x.get('type') == 'response.function_call_arguments.done'
+            return {k: cut(v) for k, v in x.items() if k not in drop and not (named and k == 'name')}
         return [*map(cut, x)] if isinstance(x, list) else x
     out = []
     for e in map(cut, events):

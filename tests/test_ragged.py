@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from deepseek_nb.arch.model import Model, head
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull
+from deepseek_nb.infer.quant_cache import QuantizedPool
 from deepseek_nb.infer.ragged import run_rows
-from deepseek_nb.kernels import invariant, paged, ragged, ragged_codes
+from deepseek_nb.kernels import invariant, paged, ragged, ragged_cache, ragged_codes
 from deepseek_nb.kernels.step import blocks_of
 from deepseek_nb.quant import quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
@@ -46,25 +48,25 @@ def made(c, f):
     return model.bfloat16() if f == 'bfloat16' else model
 
 
-def twin(model):
+def twin(model, kind=PagePool):
     "The twin of `run_rows` that a step of this model takes"
     with torch.inference_mode():
-        cache = PagedCache(PagePool(model.config, 2, dtype=model.dtype))
+        cache = PagedCache(kind(model.config, 2, dtype=model.dtype))
         x = model.embed_tokens(torch.tensor([1]))
         return run_rows.op.choose(x, model.layers, ragged.RaggedBatch([cache], [1], ())).name
 
 
 @torch.inference_mode()
-def alone(model, text, page=64, chunk=10**9):
+def alone(model, text, page=64, chunk=10**9, kind=PagePool):
     "Hidden states of one text, in calls of `chunk` tokens"
-    with PagedCache(PagePool(model.config, -(-len(text)//page) + 1, page, dtype=model.dtype)) as cache:
+    with PagedCache(kind(model.config, -(-len(text)//page) + 1, page, dtype=model.dtype)) as cache:
         return torch.cat([model.ragged(part, [cache], [len(part)]) for part in text.split(min(chunk, len(text)))])
 
 
 @torch.inference_mode()
-def in_company(model, texts, r, page):
+def in_company(model, texts, r, page, kind=PagePool):
     "Rows join, bring chunks, are thrown out and start again, in any order; their hidden states"
-    pool = PagePool(model.config, sum(-(-len(t)//page) for t in texts) + 2, page, dtype=model.dtype)
+    pool = kind(model.config, sum(-(-len(t)//page) for t in texts) + 2, page, dtype=model.dtype)
     caches,found = [PagedCache(pool) for _ in texts],[torch.full((len(t), model.config.dim), torch.nan, dtype=model.dtype) for t in texts]
     while left := [i for i,t in enumerate(texts) if len(caches[i]) < len(t)]:
         rows = r.sample(left, r.randint(1, len(left)))
@@ -77,15 +79,15 @@ def in_company(model, texts, r, page):
     return found
 
 
-def same(model, r, most=330):
+def same(model, r, most=330, kind=PagePool):
     "One random mix of rows"
     texts = [torch.randint(64, (r.choice([1, 2, 5, 17, 63, 64, 65, r.randint(1, most)]),)) for _ in range(r.randint(1, 5))]
     threads = torch.get_num_threads()
     torch.set_num_threads(r.randint(1, 3))
-    found = in_company(model, texts, r, r.choice([1, 7, 16, 64, 128]))
+    found = in_company(model, texts, r, r.choice([1, 7, 16, 64, 128]), kind)
     for t,h in zip(texts, found, strict=True):
         torch.set_num_threads(r.randint(1, 3))
-        one = alone(model, t, r.choice([16, 64]), r.choice([1, 29, 10**9]) if len(t) < 70 else r.choice([100, 10**9]))
+        one = alone(model, t, r.choice([16, 64]), r.choice([1, 29, 10**9]) if len(t) < 70 else r.choice([100, 10**9]), kind)
         assert one.isfinite().all() and torch.equal(one, h), f'{[*map(len, texts)]}, row of {len(t)}, seed {SEED}'
     torch.set_num_threads(threads)
 
@@ -109,6 +111,51 @@ def test_bits_are_those_of_a_row_alone(c, f):
     torch.manual_seed(SEED)
     model = made(c, f)
     for _ in range(3): same(model, r)
+
+
+@needs_compiler
+@pytest.mark.parametrize('c', CONFIGS)
+def test_bits_are_those_of_a_row_alone_with_a_quantised_cache(c):
+    r = random.Random(f'{SEED} {c} cache')
+    torch.manual_seed(SEED)
+    for f in ('float32', 'bfloat16', 'int8') if c in ('mla', 'gqa') else r.sample(['float32', 'int4'], 1):
+        model,kind = made(c, f),partial(QuantizedPool, scales=r.choice([32, 'token']))
+        assert twin(model, kind) == 'cpp/cpu/cache', f
+        assert twin(model, partial(QuantizedPool, format='fp8')) == 'reference'
+        same(model, r, kind=kind)
+
+
+@needs_compiler
+@torch.inference_mode()
+@pytest.mark.parametrize('c', ['mla', 'gqa'])
+def test_a_quantised_cache_is_that_of_the_definition(c):
+    "Codes and scales that the kernel wrote, and its hidden states"
+    torch.manual_seed(SEED)
+    model,text = made(c, 'float32'),torch.randint(64, (150,))
+    def written():
+        pool = QuantizedPool(CONFIGS[c], 3, 64)
+        return model.ragged(text, [PagedCache(pool)], [150]), pool.layers[0]
+    got,pages = written()
+    with use('reference'): want,exact = written()
+    assert relative_error(want, got) < 5e-3
+    for a,b in zip(pages, exact, strict=True):
+        if a.dtype == torch.int8: assert (a.int() - b.int()).abs().max() <= 1 and (a != b).float().mean() < .01
+        else: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_nan_and_unused_slots_of_a_quantised_cache():
+    "NaN in a token stays in its row, and what stands in unused slots reaches nobody"
+    for c in ('mla', 'gqa'):
+        model = made(c, 'float32')
+        model.embed_tokens.weight[63] = torch.nan
+        pool,texts = QuantizedPool(CONFIGS[c], 8, 64),(torch.arange(50), torch.tensor([1, 2, 63, 4, 5]))
+        for layer in pool.layers:
+            for x in layer: x.fill_(torch.nan if x.is_floating_point() else 77)
+        sick = model.ragged(torch.cat(texts), [PagedCache(pool), PagedCache(pool)], [50, 5])
+        assert torch.equal(sick[:50], alone(model, texts[0], kind=QuantizedPool))
+        assert sick[52:].isnan().all() and sick[:50].isfinite().all()
 
 
 @torch.inference_mode()
@@ -278,3 +325,5 @@ def test_kernels_refuse_what_they_cannot_read():
         paged.attend_pages(torch.randn(2, 3, 8), torch.randn(4, 3, 16, 9), torch.randn(4, 3, 16, 8), *[torch.zeros(1).long()]*3, .1)
     with pytest.raises(ValueError, match='x is float32 of shape'): invariant.linear_invariant(torch.randn(2, 3), torch.randn(4, 5))
     assert ragged_codes.ragged_codes_kernels.name == 'ragged_codes.cpp'
+    with pytest.raises(ValueError, match='q is float32 of shape'):
+        ragged_cache.attend_code_pages(torch.randn(2, 3, 8), QuantizedPool(GQA, 2), 0, *[torch.zeros(1).long()]*3, .1)

@@ -37,11 +37,11 @@ class Live:
     def client(self, key='none', base='/v1', **kw):
         return openai.OpenAI(api_key=key, base_url=f'http://127.0.0.1:{self.port}{base}', max_retries=0, timeout=60, **kw)
 
-    def raw(self, data, wait=5.):
-        "The bytes that come back for bytes that are sent."
+    def raw(self, data, wait=30., half=False):
+        "The bytes that come back for bytes that are sent, until the server closes; half: the sending side is closed at once."
         with socket.create_connection(('127.0.0.1', self.port), timeout=wait) as s:
             s.sendall(data)
-            s.shutdown(socket.SHUT_WR)
+            if half: s.shutdown(socket.SHUT_WR)
             out = b''
             while piece := s.recv(2**16): out += piece
         return out
@@ -68,7 +68,7 @@ def live():
 def post(live, body, path='/v1/chat/completions', headers=''):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{headers}\r\n'
-    status, _, rest = live.raw(head.encode() + data, 30.).partition(b'\r\n')
+    status, _, rest = live.raw(head.encode() + data).partition(b'\r\n')
     return int(status.split()[1]), json.loads(rest.partition(b'\r\n\r\n')[2])
 
 

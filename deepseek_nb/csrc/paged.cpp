@@ -4,13 +4,12 @@
 #include "paged.h"
 #include <torch/csrc/stable/library.h>
 
-template <class T> View<const T> pages(const Tensor& a) { return {data<T>(a), a.stride(0), a.stride(1), a.stride(2)}; }
-
 void attend_pages(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tensor table, double scale, Tensor y) {
     const int64_t g = k.size(1), heads = q.size(1) / g, x = q.size(2);
     const Ragged step(q.size(0), x, starts, past, table, k.size(2), g, heads);
     by_type(k, [&]<class T>(T) {
-        const Heads<T> a{g, heads, x, v.size(3), data<float>(q), pages<T>(k), pages<T>(v), data<float>(y), float(scale)};
+        const auto keys = step.view<const T>(&k), values = step.view<const T>(&v);
+        const Heads<View<const T>> a{g, heads, x, v.size(3), data<float>(q), keys, values, data<float>(y), float(scale)};
         static thread_local Buffer memory;
         float* scratch = memory.need(step.room(a.x, a.v));
         team([&](const Team& t) { step.attend(t, a, scratch); });

@@ -5,15 +5,28 @@
 #include "attention.h"
 #include "tensors.h"
 
-template <class T> struct Heads {
+template <class V> struct Heads {
     int64_t g, heads, x, v;    // key heads, query heads of each, widths of a key and of a value
     const float* q;            // tokens × (g heads) × x
-    View<const T> k, values;   // pages × g × positions × x
+    V k, values;               // pages × g × positions × x
     float* out;                // tokens × (g heads) × v
     float scale;
     const float* query(int64_t token, int64_t head) const { return q + (token * g * heads + head) * x; }
     float* result(int64_t token, int64_t head) const { return out + (token * g * heads + head) * v; }
 };
+
+// %% ../../nbs/524_kernels.paged.ipynb #785213e8
+struct FloatCache {
+    static constexpr int64_t LATENT = 1, KEY = 1;  // tensors of latents, and of keys or values
+    template <class T> static View<T> view(const Tensor* cache) {
+        const Tensor& a = *cache;
+        if (a.dim() == 3) return {data<T>(a), a.stride(0), 0, a.stride(1)};
+        return {data<T>(a), a.stride(0), a.stride(1), a.stride(2)};
+    }
+};
+template <class T> void write_row(const float* x, int64_t n, T* to) {
+    for (int64_t i = 0; i < n; ++i) narrow(x[i], to + i);
+}
 
 // %% ../../nbs/524_kernels.paged.ipynb #912925b7
 constexpr int64_t CHUNK = 256;  // positions per partial result
@@ -26,7 +39,7 @@ struct Piece {
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #bb5d3098
-struct Ragged {
+struct Ragged : FloatCache {
     int64_t n, d, page, width;  // tokens, width of the model, positions per page, pages per row of the table
     const int64_t *starts, *past, *table;
     std::vector<int64_t> row;   // row of each token
@@ -39,17 +52,17 @@ struct Ragged {
     void cut(int64_t i, int64_t head);
     int64_t token(const Piece& p, int64_t r) const { return starts[p.row] + (p.first + r) / heads; }
     int64_t last(const Piece& p, int64_t r) const { return past[p.row] + (p.first + r) / heads; }
-    template <class T> T* at(const View<T>& cache, int64_t row, int64_t head, int64_t position) const {
+    template <class V> auto at(const V& cache, int64_t row, int64_t head, int64_t position) const {
         return cache.at(table[row * width + position / page], head, position % page);
     }
     // address of a new token in the cache
-    template <class T> T* place(const View<T>& cache, int64_t token, int64_t head) const {
+    template <class V> auto place(const V& cache, int64_t token, int64_t head) const {
         return at(cache, row[token], head, past[row[token]] + token - starts[row[token]]);
     }
     int64_t room(int64_t x, int64_t v) const;
     int64_t at_cost(int64_t cost) const;
-    template <class T> void merge(const Team& t, const Heads<T>& a, const float* partial) const;
-    template <class T> void attend(const Team& t, const Heads<T>& a, float* scratch) const;
+    template <class V> void merge(const Team& t, const Heads<V>& a, const float* partial) const;
+    template <class V> void attend(const Team& t, const Heads<V>& a, float* scratch) const;
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #d103c170
@@ -198,34 +211,37 @@ void sum_values(int64_t rows, int64_t n, int64_t width, const float* p, const T*
 // %% ../../nbs/524_kernels.paged.ipynb #44cc2491
 struct Desk {
     int64_t ldq, ldo;
-    float *q, *s, *o, *part, *ones;
+    float *q, *s, *o, *part, *ones, *decoded;
     Softmax softmax;
     static int64_t size(int64_t x, int64_t v) {
-        return PANEL * (round_up(x, L) + KEYS + round_up(v, L) + L + 3) + KEYS * L;
+        return PANEL * (round_up(x, L) + KEYS + round_up(v, L) + L + 3) + KEYS * (L + round_up(std::max(x, v), L));
     }
     Desk(float* at, int64_t x, int64_t v) : ldq(round_up(x, L)), ldo(round_up(v, L)) {
         auto take = [&](int64_t n) { return std::exchange(at, at + n); };
         q = take(PANEL * ldq), s = take(PANEL * KEYS), o = take(PANEL * ldo), part = take(KEYS * L);
-        softmax = {take(PANEL), take(PANEL), take(PANEL * L)}, ones = take(PANEL);
+        softmax = {take(PANEL), take(PANEL), take(PANEL * L)}, ones = take(PANEL), decoded = at;
         std::fill(ones, ones + PANEL, 1.f);
     }
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #b368ff17
-template <class T> struct PieceRun {
+template <class V> struct PieceRun {
     const Ragged& r;
-    const Heads<T>& a;
+    const Heads<V>& a;
     const Piece &w, &after;  // this piece, and the next piece of this thread
     const Desk& m;
 
     int64_t head(int64_t i) const { return w.head * a.heads + (w.first + i) % a.heads; }
-    const T* keys(const Piece& p, int64_t t) const { return r.at(a.k, p.row, p.head, t); }
-    const T* next(int64_t t) const { return t < w.to ? keys(w, t) : keys(after, after.from); }
+    auto keys(const Piece& p, int64_t t) const { return r.at(a.k, p.row, p.head, t); }
+    auto next(int64_t t) const { return t < w.to ? keys(w, t) : keys(after, after.from); }
+    auto values(int64_t t) const { return r.at(a.values, w.row, w.head, t); }
+    bool latent() const { return a.k.data == a.values.data; }
+    template <class F> void runs(int64_t t, int64_t n, F f) const;
     void begin() const;
     void block(int64_t t) const;
     void operator()(float* partial) const;
 };
-template <class T> void PieceRun<T>::begin() const {
+template <class V> void PieceRun<V>::begin() const {
     std::fill(m.q, m.q + w.rows * m.ldq, 0.f);
     for (int64_t i = 0; i < w.rows; ++i)
         copy_row(a.query(r.token(w, i), head(i)), a.x, a.scale * 1.44269504f, m.q + i * m.ldq);
@@ -235,25 +251,36 @@ template <class T> void PieceRun<T>::begin() const {
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #ff95f903
-template <class T> void PieceRun<T>::block(int64_t t) const {
+// f(first, n) for each run of the n positions from t on
+template <class V> template <class F> void PieceRun<V>::runs(int64_t t, int64_t n, F f) const {
+    for (int64_t i = 0, some; i < n; i += some) f(i, some = std::min(n - i, r.page - (t + i) % r.page));
+}
+template <class T> void score_block(const PieceRun<View<const T>>& p, int64_t t, int64_t n) {
+    const auto &a = p.a;
+    p.runs(t, n, [&](int64_t i, int64_t some) {
+        const T* ahead = p.latent() ? p.next(t + i + KEYS) : p.values(t + i);
+        score_keys(some, p.w.rows, a.x, p.keys(p.w, t + i), a.k.s, p.m.q, p.m.ldq, p.m.s + i, ahead);
+    });
+}
+template <class T> void sum_block(const PieceRun<View<const T>>& p, int64_t t, int64_t n) {
+    const Desk& m = p.m;
+    p.runs(t, n, [&](int64_t i, int64_t some) {
+        const T *v = p.values(t + i), *ahead = p.latent() ? v : p.next(t + i + KEYS);
+        sum_values(p.w.rows, some, p.a.v, m.s + i, v, p.a.values.s, i ? m.ones : m.softmax.factor, m.o, m.ldo, ahead,
+                   m.part);
+    });
+}
+
+// %% ../../nbs/524_kernels.paged.ipynb #530917f3
+template <class V> void PieceRun<V>::block(int64_t t) const {
     const int64_t n = std::min(KEYS, w.to - t);
-    const bool latent = a.k.data == a.values.data;
-    for (int64_t i = 0, some; i < n; i += some) {
-        some = std::min(n - i, r.page - (t + i) % r.page);
-        const T* ahead = latent ? next(t + i + KEYS) : r.at(a.values, w.row, w.head, t + i);
-        score_keys(some, w.rows, a.x, keys(w, t + i), a.k.s, m.q, m.ldq, m.s + i, ahead);
-    }
+    score_block(*this, t, n);
     for (int64_t i = 0; i < w.rows; ++i) soften_row(m.s + i * KEYS, n, r.last(w, i) - t + 1, i, m.softmax);
-    for (int64_t i = 0, some; i < n; i += some) {
-        some = std::min(n - i, r.page - (t + i) % r.page);
-        const T* v = r.at(a.values, w.row, w.head, t + i);
-        sum_values(w.rows, some, a.v, m.s + i, v, a.values.s, i ? m.ones : m.softmax.factor, m.o, m.ldo,
-                   latent ? v : next(t + i + KEYS), m.part);
-    }
+    sum_block(*this, t, n);
 }
 
 // %% ../../nbs/524_kernels.paged.ipynb #994dd74d
-template <class T> void PieceRun<T>::operator()(float* partial) const {
+template <class V> void PieceRun<V>::operator()(float* partial) const {
     begin();
     for (int64_t t = w.from; t < w.to; t += KEYS) block(t);
     for (int64_t i = 0; i < w.rows; ++i) {
@@ -271,7 +298,7 @@ template <class T> void PieceRun<T>::operator()(float* partial) const {
 
 // %% ../../nbs/524_kernels.paged.ipynb #9abeda18
 // the result of query i from its partial results, the first of which is in piece w
-template <class T> void merge_parts(const Ragged& r, const Heads<T>& a, const Piece& w, int64_t i, const float* partial) {
+template <class V> void merge_parts(const Ragged& r, const Heads<V>& a, const Piece& w, int64_t i, const float* partial) {
     const int64_t each = a.v + 2, hop = w.rows * each;
     const float* first = partial + (w.slot + i) * each;
     float top = -__builtin_inff(), total = 0;
@@ -285,7 +312,7 @@ template <class T> void merge_parts(const Ragged& r, const Heads<T>& a, const Pi
     const float by = 1 / total;
     for (int64_t c = 0; c < a.v; ++c) to[c] *= by;
 }
-template <class T> void Ragged::merge(const Team& t, const Heads<T>& a, const float* partial) const {
+template <class V> void Ragged::merge(const Team& t, const Heads<V>& a, const float* partial) const {
     const auto [begin, end] = t.share(merged);
     int64_t at = 0;
     for (auto& p : pieces)
@@ -302,13 +329,13 @@ inline int64_t Ragged::room(int64_t x, int64_t v) const {
 inline int64_t Ragged::at_cost(int64_t cost) const {
     return cost ? std::lower_bound(ends.begin(), ends.end(), cost) - ends.begin() + 1 : 0;
 }
-template <class T> void Ragged::attend(const Team& t, const Heads<T>& a, float* scratch) const {
+template <class V> void Ragged::attend(const Team& t, const Heads<V>& a, float* scratch) const {
     float* partial = scratch + t.size * Desk::size(a.x, a.v);
     const Desk desk(scratch + t.rank * Desk::size(a.x, a.v), a.x, a.v);
     const auto [begin, end] = t.share(ends.back());
     const int64_t first = at_cost(begin), last = at_cost(end);
     for (int64_t i = first; i < last; ++i)
-        PieceRun<T>{*this, a, pieces[i], pieces[std::min(i + 1, last - 1)], desk}(partial);
+        PieceRun<V>{*this, a, pieces[i], pieces[std::min(i + 1, last - 1)], desk}(partial);
     if (!slots) return;
     t.wait();
     merge(t, a, partial);

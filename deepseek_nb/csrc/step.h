@@ -41,7 +41,7 @@ template <class T, class M> struct Weights {
 };
 
 // %% ../../nbs/530_kernels.stages.ipynb #141c41dc
-struct Step {
+struct Step : FloatCache {
     int64_t b, s, n, d, past;
     const int64_t* pad;  // left padding of each batch row, or null
     Angles angles;
@@ -52,11 +52,11 @@ struct Step {
         angles.apply(x, token / s, token % s, interleaved, x);
     }
     // where the cache holds a new token
-    template <class T> T* place(const View<T>& cache, int64_t token, int64_t head) const {
+    template <class V> auto place(const V& cache, int64_t token, int64_t head) const {
         return cache.at(token / s, head, past + token % s);
     }
     int64_t room(int64_t x, int64_t v) const { return torch::stable::get_num_threads() * attention_room(x, v); }
-    template <class T> void attend(const Team& t, const Heads<T>& m, float* scratch) const {
+    template <class T> void attend(const Team& t, const Heads<View<const T>>& m, float* scratch) const {
         const int64_t qs = m.g * m.heads * m.x, os = m.g * m.heads * m.v;
         Attention<float, T> a{b, m.g, m.heads, s, past + s, m.x, m.v, {m.q, s * qs, m.x, qs}, m.k,
                               m.values, {m.out, s * os, m.v, os}, m.scale};
@@ -64,11 +64,6 @@ struct Step {
         attention(t, a, scratch);
     }
 };
-// the positions of a layer's cache: `b g t x`, or `b t x` without heads
-template <class T> View<T> cache_view(const Tensor& a) {
-    if (a.dim() == 3) return {data<T>(a), a.stride(0), 0, a.stride(1)};
-    return {data<T>(a), a.stride(0), a.stride(1), a.stride(2)};
-}
 
 // %% ../../nbs/530_kernels.stages.ipynb #701e9290
 template <class T> auto own_rows(const Team& t, const T*, int64_t R) { return t.share(R); }
@@ -168,7 +163,7 @@ void expand(const Team& t, const Mla<T, M>& w, int64_t n, const float* const* la
 
 // %% ../../nbs/530_kernels.stages.ipynb #fc3fcd54
 template <class T, class M, class S = Step> struct MlaStage {
-    static constexpr int64_t TENSORS = 1;  // tensors per layer in the cache
+    static constexpr int64_t TENSORS = S::LATENT;  // tensors per layer in the cache
     const S& step;
     float *xn, *qa, *kv, *q, *ql, *o, *ov;  // normalised input; latent of the query; latent and rotary key;
     float *panel, *scratch;                 // query; absorbed query; weighted latents; values
@@ -176,7 +171,7 @@ template <class T, class M, class S = Step> struct MlaStage {
 
     MlaStage(const S& step, const Mla<T, M>& w);
     void project(const Team& t, const Mla<T, M>& w, const float* x) const;
-    void write(const Team& t, const Mla<T, M>& w, const View<T>& cache) const;
+    template <class V> void write(const Team& t, const Mla<T, M>& w, const V& cache) const;
     void operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache, float* y) const;
 };
 
@@ -212,15 +207,14 @@ void MlaStage<T, M, S>::project(const Team& t, const Mla<T, M>& w, const float* 
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #72f38da4
-template <class T, class M, class S>
-void MlaStage<T, M, S>::write(const Team& t, const Mla<T, M>& w, const View<T>& cache) const {
+template <class T, class M, class S> template <class V>
+void MlaStage<T, M, S>::write(const Team& t, const Mla<T, M>& w, const V& cache) const {
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
         float* row = kv + j * w.cached();
         normalise(row, w.c, w.kv_norm, 1e-6f, row);
         step.rotate(row + w.c, j, w.interleaved);
-        T* to = step.place(cache, j, 0);
-        for (int64_t i = 0; i < w.cached(); ++i) narrow(row[i], to + i);
+        write_row(row, w.cached(), step.place(cache, j, 0));
         for (int64_t i = 0; i < w.h; ++i) {
             float* rotary = ql + (j * w.h + i) * w.cached() + w.c;
             memcpy(rotary, q + (j * w.h + i) * w.query() + w.nope, w.r * sizeof(float));
@@ -234,8 +228,9 @@ template <class T, class M, class S>
 void MlaStage<T, M, S>::operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache,
                                    float* y) const {
     const int64_t n = step.n;
-    const View<T> keys = cache_view<T>(*cache);
-    const Heads<T> heads{1, w.h, w.cached(), w.c, ql, keys.read_only(), keys.read_only(), o, w.scale};
+    const auto keys = step.template view<T>(cache);
+    const auto pages = keys.read_only();
+    const Heads<decltype(keys.read_only())> heads{1, w.h, w.cached(), w.c, ql, pages, pages, o, w.scale};
     project(t, w, x);
     write(t, w, keys);
     absorb(t, w, n, q, ql);
@@ -267,7 +262,7 @@ Gqa<T, M> gqa_weights(const Weights<T, M>& w, const AttentionSizes& n, const Att
 
 // %% ../../nbs/530_kernels.stages.ipynb #6d3c121e
 template <class T, class M, class S = Step> struct GqaStage {
-    static constexpr int64_t TENSORS = 2;  // tensors per layer in the cache
+    static constexpr int64_t TENSORS = 2 * S::KEY;  // tensors per layer in the cache
     const S& step;
     float *xn, *q, *k, *v, *o, *panel, *scratch;
     std::vector<const float*> xs, os;
@@ -283,7 +278,7 @@ template <class T, class M, class S = Step> struct GqaStage {
         xs = row_pointers(xn, n, w.d), os = row_pointers(o, n, qw);
     }
     void project(const Team& t, const Gqa<T, M>& w, const float* x) const;
-    void write(const Team& t, const Gqa<T, M>& w, const View<T>& keys, const View<T>& values) const;
+    template <class V> void write(const Team& t, const Gqa<T, M>& w, const V& keys, const V& values) const;
     void operator()(const Team& t, const Gqa<T, M>& w, const float* x, const Tensor* cache, float* y) const;
 };
 
@@ -302,8 +297,8 @@ void GqaStage<T, M, S>::project(const Team& t, const Gqa<T, M>& w, const float* 
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #87cb070e
-template <class T, class M, class S>
-void GqaStage<T, M, S>::write(const Team& t, const Gqa<T, M>& w, const View<T>& keys, const View<T>& values) const {
+template <class T, class M, class S> template <class V>
+void GqaStage<T, M, S>::write(const Team& t, const Gqa<T, M>& w, const V& keys, const V& values) const {
     const auto [begin, end] = t.share(step.n * (w.h + w.g));
     for (int64_t u = begin; u < end; ++u) {
         const int64_t j = u / (w.h + w.g), head = u % (w.h + w.g);
@@ -313,8 +308,8 @@ void GqaStage<T, M, S>::write(const Team& t, const Gqa<T, M>& w, const View<T>& 
         }
         const int64_t i = head - w.h, at = (j * w.g + i) * w.x;
         step.rotate(k + at, j, w.interleaved);
-        T *key = step.place(keys, j, i), *value = step.place(values, j, i);
-        for (int64_t c = 0; c < w.x; ++c) narrow(k[at + c], key + c), narrow(v[at + c], value + c);
+        write_row(k + at, w.x, step.place(keys, j, i));
+        write_row(v + at, w.x, step.place(values, j, i));
     }
     t.wait();
 }
@@ -324,8 +319,9 @@ template <class T, class M, class S>
 void GqaStage<T, M, S>::operator()(const Team& t, const Gqa<T, M>& w, const float* x, const Tensor* cache,
                                    float* y) const {
     const int64_t n = step.n, qw = w.h * w.x;
-    const View<T> keys = cache_view<T>(cache[0]), values = cache_view<T>(cache[1]);
-    const Heads<T> heads{w.g, w.h / w.g, w.x, w.x, q, keys.read_only(), values.read_only(), o, w.scale};
+    const auto keys = step.template view<T>(cache), values = step.template view<T>(cache + S::KEY);
+    const Heads<decltype(keys.read_only())> heads{w.g, w.h / w.g, w.x, w.x, q, keys.read_only(), values.read_only(), o,
+                                                  w.scale};
     project(t, w, x);
     write(t, w, keys, values);
     step.attend(t, heads, scratch);

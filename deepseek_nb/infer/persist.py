@@ -259,7 +259,7 @@ def save(self:PageStore,
 )->int: # Number of pages written
     "Write the missing pages of a prompt"
     if self.nbytes is not None: keys = keys[:self.nbytes//(START + self.size)]
-    missing = [i for i,k in enumerate(keys) if k in self.warned or not self.path(k).exists()]
+    missing = [i for i,k in enumerate(keys) if k in self.warned or not os.path.exists(self.path(k))]
     self.touch(keys)
     if missing and self.nbytes is not None and not self.make_room(len(missing)*(START + self.size)): return 0
     count = sum(self.write(keys[i], read(i)) for i in missing)

@@ -34,7 +34,8 @@ def anthropic_error(
     error:ApiError, # What went wrong
 )->dict: # Anthropic's form
     "The body of a response to an error, also an event of a stream"
-    return dict(type='error', error=dict(type=ERROR_TYPES.get(error.status, 'invalid_request_error'), message=error.message))
+    what = dict(type=ERROR_TYPES.get(error.status, 'invalid_request_error'), message=error.message)
+    return dict(type='error', error=what, request_id=None)
 
 # %% ../../nbs/478_serve.anthropic.ipynb #dd83ee6f
 CACHE = dict(type='ephemeral'), dict(type='ephemeral', ttl='5m') # values of `cache_control` that ask for what happens anyway
@@ -234,7 +235,8 @@ def read_anthropic(
     return out
 
 # %% ../../nbs/478_serve.anthropic.ipynb #fd7132f1
-NEW_BLOCKS = dict(text=dict(text=''), thinking=dict(thinking='', signature=''), tool_use=dict(input={})) # Kind -> an empty block
+NEW_BLOCKS = dict(text=dict(text='', citations=None), thinking=dict(thinking='', signature=''),
+                  tool_use=dict(input={}, caller=dict(type='direct'))) # Kind -> an empty block
 
 class BlockWriter:
     "Writes the blocks of an answer as events"
@@ -317,21 +319,27 @@ def usage(self:MessagesRun)->dict: # Anthropic's form
     "The usage so far"
     used = self.answer.stream.usage
     hit = used.prompt_cache_hit_tokens
+    none = dict(cache_creation=None, inference_geo=None, server_tool_use=None)
     return dict(input_tokens=used.prompt_tokens - hit, cache_creation_input_tokens=0, cache_read_input_tokens=hit,
-                output_tokens=used.completion_tokens, service_tier='standard')
+                output_tokens=used.completion_tokens, output_tokens_details=dict(thinking_tokens=self.answer.reasoning),
+                service_tier='standard') | none
 
 @patch
 def _stopped(self:MessagesRun):
     "Why the answer ended"
     matched,finish = self.answer.stream.matched,self.answer.finish
-    if finish == 'stop' and isinstance(matched, str): return dict(stop_reason='stop_sequence', stop_sequence=matched)
-    return dict(stop_reason=dict(stop='end_turn', length='max_tokens', tool_calls='tool_use')[finish], stop_sequence=None)
+    reason = dict(stop='end_turn', length='max_tokens', tool_calls='tool_use')[finish]
+    found = dict(stop_reason=reason, stop_sequence=None)
+    if finish == 'stop' and isinstance(matched, str): found = dict(stop_reason='stop_sequence', stop_sequence=matched)
+    return found | dict(stop_details=None, container=None)
 
 @patch
 def _started(self:MessagesRun):
     "The first event"
-    message = dict(id=self.id, type='message', role='assistant', model=self.served.name, content=[], stop_reason=None, stop_sequence=None)
-    return dict(type='message_start', message=message | dict(usage=self.usage() | dict(output_tokens=0)))
+    message = dict(id=self.id, type='message', role='assistant', model=self.served.name, content=[])
+    none = dict.fromkeys(('stop_reason', 'stop_sequence', 'stop_details', 'container'))
+    new = dict(output_tokens=0, output_tokens_details=None)
+    return dict(type='message_start', message=message | none | dict(usage=self.usage() | new))
 
 # %% ../../nbs/478_serve.anthropic.ipynb #600dc274
 @patch
@@ -347,7 +355,8 @@ async def chunks(self:MessagesRun)->AsyncIterator[dict]:
         for event in events:
             for e in writer.feed(event): yield e
     for e in writer.end(): yield e
-    yield dict(type='message_delta', delta=self._stopped(), usage=self.usage())
+    usage = {k: v for k,v in self.usage().items() if k not in ('cache_creation', 'inference_geo')}
+    yield dict(type='message_delta', delta=self._stopped(), usage=usage)
     yield dict(type='message_stop')
 
 # %% ../../nbs/478_serve.anthropic.ipynb #10fa1780
@@ -366,7 +375,7 @@ def add_event(
         for name,new in event['delta'].items():
             if name != 'type': block[dict(partial_json='input').get(name, name)] += new
     elif kind == 'content_block_stop': _parse_input(message['content'][event['index']])
-    elif kind == 'message_delta': message.update(event['delta'], usage=event['usage'])
+    elif kind == 'message_delta': message.update(event['delta'], usage=message['usage'] | event['usage'])
 
 # %% ../../nbs/478_serve.anthropic.ipynb #acf0fc43
 def _parse_input(block):

@@ -259,16 +259,34 @@ def tool_rules(
     else: first = f'body: /\\n{{0,2}}/ {_literal(tok, frame.begin)} {rest}\n'
     return first + 'call: ' + '\n    | '.join(calls) + '\n' + '\n'.join(rules)
 
-# %% ../../nbs/468_serve.grammar.ipynb #e858bb78
+# %% ../../nbs/468_serve.grammar.ipynb #42431e67
 _OPEN_OBJECT,_CLOSES = dict(type='object'),'</｜DSML｜'
 _NOTES = {'type', 'description', 'title', 'default', 'examples', '$comment', 'deprecated', 'readOnly', 'writeOnly'}
 _DEFS = '$defs','definitions'
 
+def _parameters(schema):
+    "Parameters of a function, in the schema's order; names of those that must be there; and definitions that they share"
+    fields,needed = schema.get('properties', {}),schema.get('required', [])
+    if not isinstance(fields, dict) or not isinstance(needed, list|tuple) or not all(isinstance(k, str) for k in needed):
+        raise ValueError('the key "properties" of the schema must be an object, and "required" a list of names')
+    return fields | {k: {} for k in needed if k not in fields},needed,{k: schema[k] for k in _DEFS if k in schema}
+
+def _without_impossible(tok, schema):
+    "A schema without the optional parameters that no value fits, as JSON would have it"
+    fields,needed,shared = _parameters(schema)
+    def fits(field):
+        try: _matcher(token_trie(tok), 'start: ' + json_rule(field | shared if isinstance(field, dict) else field))
+        except ValueError as e: return 'Unsatisfiable' not in str(e)
+        return True
+    return schema | dict(properties={k: f for k,f in fields.items() if k in needed or fits(f)})
+
+# %% ../../nbs/468_serve.grammar.ipynb #e858bb78
 def _arguments_rules(tok, format, tool, name, careful):
     "Rules for the arguments of a tool"
     schema = tool.get('parameters') or dict(type='object', properties={}, additionalProperties=False)
     write = _dsml_rules if format in DSML else lambda tok, format, schema, name: f'{name}: {json_rule(schema)}\n'
     try:
+        if careful and format in DSML: schema = _without_impossible(tok, schema)
         rules = write(tok, format, schema | dict(type='object'), name)
         if careful: _matcher(token_trie(tok), f'start: {name}\n{rules}')
         return rules
@@ -282,8 +300,7 @@ def _dsml_rules(tok, format, schema, name):
     tags = DSML[format]
     if odd := set(schema) - _NOTES - {*_DEFS, 'properties', 'required', 'additionalProperties', '$schema', '$id', 'strict'}:
         raise ValueError(f'the key "{min(odd)}" of the schema can\'t be guaranteed for parameters as markup')
-    needed,shared = schema.get('required', ()),{k: schema[k] for k in _DEFS if k in schema}
-    fields = {k: {} for k in needed} | schema.get('properties', {})
+    fields,needed,shared = _parameters(schema)
     items,rules = [],[]
     for i,(key,field) in enumerate(fields.items()):
         if not re.fullmatch(r'[^"\n]{1,200}', key): raise ValueError(f'{key!r} can\'t be the name of a parameter as markup')
@@ -297,21 +314,29 @@ def _dsml_rules(tok, format, schema, name):
 # %% ../../nbs/468_serve.grammar.ipynb #35e4225d
 _TRUE,_FALSE = '"\\"true\\">"','"\\"false\\">"'
 
+def _takes_any_text(field):
+    "Whether every text is a value of a parameter, alone or among other types"
+    if not isinstance(field, dict): return field is True
+    if 'anyOf' in field: return not set(field) - (_NOTES - {'type'}) - {'anyOf'} and any(map(_takes_any_text, field['anyOf']))
+    kinds = field.get('type', 'string')
+    return not set(field) - _NOTES and 'string' in ([kinds] if isinstance(kinds, str) else kinds)
+
 def _field_rules(tok, tags, field, shared, name):
     "Rules for the value of a parameter, from `string=` on"
     field = {} if field is True else field
     if not isinstance(field, dict): raise ValueError(json_rule(field) and 'the key "not" of the schema can\'t be guaranteed')
     close = tags.closed('parameter') + '\n'
     as_json = [f'{name}: {_FALSE} {name}j {_literal(tok, close)}', f'{name}j: {json_rule(field | shared)}']
+    if _takes_any_text(field):
+        as_text,until = f'{name}: {_TRUE} {name}s {_literal(tok, close.removeprefix(_CLOSES))}',_until(tok, _CLOSES, f'{name}s')
+        if field.get('type') == 'string': return [as_text, until]
+        return [as_text + as_json[0].replace(f'{name}:', '\n    |', 1), until, as_json[1]]
     if field.get('type') != 'string': return as_json # which may be a string too
-    if not set(field) - _NOTES:
-        return [f'{name}: {_TRUE} {name}s {_literal(tok, close.removeprefix(_CLOSES))}', _until(tok, _CLOSES, f'{name}s')]
     texts = [field['const']] if 'const' in field else field.get('enum', [])
     if set(field) - _NOTES - {'enum', 'const'} or not all(isinstance(t, str) and t and '</' not in t for t in texts): return as_json
     return [f'{name}: {_TRUE} ({" | ".join(map(_text, texts))}) {_literal(tok, close)}']
 
 def _free_rules(tok, tags, name):
     "Items and rules for parameters of any name"
-    rules = [f'{name}_p: {_literal(tok, tags.opened("parameter"))} /[^"\\n]{{1,64}}/ "\\" string=" ({name}_s | {name}_v)']
-    rules += _field_rules(tok, tags, dict(type='string'), {}, f'{name}_s')
+    rules = [f'{name}_p: {_literal(tok, tags.opened("parameter"))} /[^"\\n]{{1,64}}/ "\\" string=" {name}_v']
     return [f'{name}_p{{0,64}}'],rules + _field_rules(tok, tags, {}, {}, f'{name}_v')

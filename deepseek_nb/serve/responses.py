@@ -203,9 +203,9 @@ def _others(f):
     options.only('include_obfuscation', False)
     options.done()
     for name,values in ACCEPTED.items(): f.only(name, *values)
-    kept = dict(metadata=f.take('metadata', dict, default={}), prompt_cache_key=f.take('prompt_cache_key', str))
-    names = f.take('user', str),f.take('safety_identifier', str)
-    return kept | dict(user=names[0] or names[1]),bool(include)
+    kept = dict(metadata=f.take('metadata', dict, default={}))
+    kept |= {name: f.take(name, str) for name in ('prompt_cache_key', 'safety_identifier')}
+    return kept | ({} if (user := f.take('user', str)) is None else dict(user=user)),bool(include)
 
 # %% ../../nbs/476_serve.responses.ipynb #942af38e
 def read_responses(
@@ -222,7 +222,8 @@ def read_responses(
     echo,encrypted = _others(f)
     echo |= dict(instructions=instructions, max_output_tokens=longest, reasoning=reasoning, tools=listed, **said)
     out = ResponsesRequest(messages, sampling_from(f), longest, None if choice == 'none' else tools or None, choice, form,
-        reasoning['effort'] not in (None, 'none'), f.take('stream', bool, default=False), echo['user'] or '', encrypted, echo)
+        reasoning['effort'] not in (None, 'none'), f.take('stream', bool, default=False),
+        echo.get('user') or echo['safety_identifier'] or '', encrypted, echo)
     f.done()
     return out
 
@@ -270,11 +271,11 @@ class ItemWriter:
 
 # %% ../../nbs/476_serve.responses.ipynb #37457998
 @patch
-def _at(self:ItemWriter, name, **more):
+def _at(self:ItemWriter, event, **more):
     "An event about the item that grows"
     part = dict(content_index=0) if self.open['type'] in TEXTS and 'item' not in more else {}
     item = {} if 'item' in more else dict(item_id=self.open['id'])
-    return dict(type=f'response.{name}', **item, output_index=len(self.items), **part, **more)
+    return dict(type=f'response.{event}', **item, output_index=len(self.items), **part, **more)
 
 @patch
 def begin(self:ItemWriter,
@@ -313,7 +314,7 @@ def end(self:ItemWriter,
         out += [self._at(f'{TEXTS[kind]}.done', text=self.text, **logprobs), self._at('content_part.done', part=item['content'][0])]
     else:
         item['arguments'] = self.text
-        out.append(self._at('function_call_arguments.done', arguments=self.text))
+        out.append(self._at('function_call_arguments.done', name=item['name'], arguments=self.text))
     if kind == 'reasoning' and self.encrypted: item['encrypted_content'] = b64encode(self.text.encode()).decode()
     out.append(self._at('output_item.done', item=item))
     self.items.append(item)
@@ -362,7 +363,7 @@ def response(self:ResponsesRun,
                 model=self.served.name, output=[*self.writer.items], usage=self.usage() if ended else None)
     how = {n: getattr(p, n) for n in ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty')} | dict(top_logprobs=0)
     fixed = dict(store=False, background=False, truncation='disabled', service_tier='default', parallel_tool_calls=True,
-                 previous_response_id=None, max_tool_calls=None, safety_identifier=None)
+                 previous_response_id=None, max_tool_calls=None)
     return head | dict(error=None, incomplete_details=None) | how | fixed | self.request.echo | more
 
 # %% ../../nbs/476_serve.responses.ipynb #eb0a16a5

@@ -100,13 +100,14 @@ class Stream:
         self.usage,self.timing = Usage(len(request.prompt)),Timing()
         self.finish = None # 'stop', 'length', 'cancelled', 'deadline' or 'error'; None: not finished
         self.matched,self.error = None,None # What ended the answer: a stop string or a token; an exception
-        self.prompt_logprobs,self.cancelled = [],False
+        self.prompt_logprobs,self.cancelled,self.shown = [],False,[] # `shown`: the text of each piece
         self.started = monotonic()
 
     def put(self,
         item:Piece|None, # None: the end
     )->None:
         "Pass a piece to the reader; called by the engine"
+        if item is not None: self.shown.append(item.text)
         self.pieces.put(item)
         if self.listener is not None: self.listener()
 

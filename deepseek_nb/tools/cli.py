@@ -261,10 +261,12 @@ def run_server(
     port:int = 0, # Port to listen on; default: 8000
     memory:int = 0, # MB of KV cache for each model; default: 1024
     max_rows:int = 0, # Most requests that run together; default: 32
+    kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
     from deepseek_nb.tools.serving import read_settings, serve_models
-    given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None)
+    given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None,
+                 kv_cache=kv_cache or None)
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
     names,server,engine = read_settings(config or None, **given)
     serve_models(names, server, **engine)

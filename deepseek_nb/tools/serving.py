@@ -22,7 +22,7 @@ from ..serve.chat import ServedModel
 from ..serve.engine import Engine
 
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
-ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None)  # defaults; memory in MB
+ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None, kv_cache='auto')  # defaults; memory in MB
 
 def read_settings(
     path:str|Path|None = None, # TOML file; None: no file
@@ -63,7 +63,7 @@ def load_served(
     return ServedModel(Path(name).name.removesuffix('.gguf'), Engine(model, tok, nbytes=memory*2**20, **settings), tok)
 
 def missing_packages(
-    names:tuple = ('starlette', 'uvicorn', 'llguidance'), # Packages of the extra `serve`
+    names:tuple = ('starlette', 'uvicorn', 'llguidance', 'prometheus_client'), # Packages of the extra `serve`
 )->list: # Those that are not installed
     "The packages that a server lacks"
     return [n for n in names if find_spec(n) is None]
@@ -74,7 +74,8 @@ def serve_models(
     **engine, # Settings of each engine, see `ENGINE_SETTINGS`
 )->None:
     "Load models, and serve them until the process is stopped"
-    if missing := missing_packages(): raise ValueError(f"a server needs {', '.join(missing)}: pip install 'deepseek-nb[serve]'")
+    if missing := missing_packages():
+        raise ValueError(f"a server needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[serve]'")
     served = [load_served(name, **engine) for name in models]
     server = Server(served, config)
     for m in served:
