@@ -129,6 +129,26 @@ def test_a_prefix_in_prefill_is_awaited(model):
     assert [s.usage.prompt_cache_hit_tokens for s in streams] == [0] + [192]*7
 
 
+def test_a_page_that_is_not_full_is_shared(model):
+    "A repeated prompt costs one token, and one that differs inside of a page the tokens from there; the bits are those of a request alone."
+    prompt = [i*7 % 256 for i in range(150)]
+    asked = [Request(p, SamplingParams(seed=i, logprobs=1), max_tokens=5, stop_ids=(), user=u)
+             for i,(p,u) in enumerate([(prompt, ''), (prompt, ''), (prompt[:140] + [1, 2, 3], ''), (prompt[:129] + [9], ''), (prompt, 'bob')])]
+    for pages in (3, 40): # of three pages, none is left for a copy
+        engine, got, hits = Engine(model, Bytes(), nbytes=pages*PagePool(model.config, 1, 64).page_bytes), [], []
+        for r in asked:
+            stream = engine.submit(r)
+            run(engine)
+            hits.append(stream.usage.prompt_cache_hit_tokens)
+            got.append(tokens(stream))
+            assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+        assert hits == ([0, 149, 140, 128, 0] if pages > 3 else [0, 128, 128, 128, 0])
+        for r,answer in zip(asked, got, strict=True):
+            alone = (one := Engine(model, Bytes())).submit(r)
+            run(one)
+            assert tokens(alone) == answer
+
+
 def test_cancelled_within_one_step(model):
     engine = Engine(model, Bytes(), budget=32)
     running, waiting = (engine.submit(Request([1]*200, max_tokens=200, stop_ids=())) for _ in range(2))
