@@ -1,7 +1,13 @@
 """The server's chat page in a real browser: it streams, stops, stays within the window, and loads nothing from elsewhere."""
+import json
+import urllib.error
+import urllib.request
+
 import pytest
-from test_browser import CHROMIUM, FLAGS
-from test_server import Live
+from test_browser import AXE, CHROMIUM, FLAGS
+from test_server import HI, Live
+
+from deepseek_nb.serve.experts import chosen_experts
 
 
 @pytest.fixture(scope='module')
@@ -51,4 +57,63 @@ def test_stop(live, chromium):
     page.wait_for_selector('article.assistant small:not(:empty)')
     live.idle()
     assert page.inner_text('#send') == 'Send'
+    page.close()
+
+
+def post(live, path, **body):
+    data = json.dumps(dict(model='mini') | body).encode()
+    request = urllib.request.Request(f'http://127.0.0.1:{live.port}{path}', data, {'content-type': 'application/json'})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as r: return json.loads(r.read())
+    except urllib.error.HTTPError as error: return json.loads(error.read())['error']
+
+
+def test_experts_of_an_answer(live):
+    "The ids of an answer, their experts, and an answer that comes at the same time stays as it was"
+    ask = dict(messages=HI, max_tokens=24, temperature=0, return_token_ids=True)
+    answer = post(live, '/v1/chat/completions', **ask)
+    ids, prompt = answer['choices'][0]['token_ids'], answer['prompt_token_ids']
+    assert len(ids) == answer['usage']['completion_tokens'] and len(prompt) == answer['usage']['prompt_tokens']
+    stream = live.client().chat.completions.create(model='mini', messages=HI, max_tokens=24, temperature=0, stream=True,
+                                                   extra_body=dict(return_token_ids=True))
+    chunks = iter(stream)
+    first = next(chunks)
+    assert first.prompt_token_ids == prompt
+    report = post(live, '/v1/experts', tokens=prompt + ids, last=len(ids))
+    rest = list(chunks)
+    assert [t for c in rest for t in c.choices[0].token_ids] == ids and all(not hasattr(c, 'prompt_token_ids') for c in rest)
+    assert ''.join(c.choices[0].delta.content or '' for c in rest) == answer['choices'][0]['message']['content']
+    want = chosen_experts(live.engine.model, prompt + ids)
+    assert report['layers'] == [*want] and report['n_experts'] == 32 and len(report['tokens']) == len(ids)
+    for row, (layer, r) in enumerate(want.items()):
+        for token, experts in zip(report['tokens'], r.experts[-len(ids):].tolist(), strict=True):
+            assert {*token['experts'][row]} == {*experts}, layer
+    assert 'token_ids' not in post(live, '/v1/chat/completions', messages=HI, max_tokens=1)['choices'][0]
+    for body, said in ((dict(tokens=[1], colour=1), 'colour'), (dict(tokens=['a']), 'must be ids'), (dict(tokens=[1]*513), 'is 512')):
+        assert said in post(live, '/v1/experts', **body)['message']
+
+
+@pytest.mark.skipif(not AXE.exists(), reason='axe-core is absent: .ci/run puts it into .venv')
+@pytest.mark.parametrize('scheme, width', [('light', 360), ('dark', 1000)])
+def test_experts_and_access(live, chromium, scheme, width):
+    "With the keyboard alone: ask, open the experts, go through the tokens; and axe finds nothing before and after"
+    page = chromium.new_page(color_scheme=scheme, viewport=dict(width=width, height=640))
+    faults = lambda: page.evaluate('axe.run().then(o => o.violations.map(v => v.id + ": " + v.nodes[0].html))')
+    page.goto(f'http://127.0.0.1:{live.port}/')
+    page.evaluate(AXE.read_text())
+    assert not faults()
+    page.keyboard.type('The Congress')
+    page.keyboard.press('Enter')
+    page.wait_for_selector('article.assistant button', timeout=60_000)
+    page.focus('article.assistant button')
+    page.keyboard.press('Enter')
+    page.wait_for_selector('figure output:not(:empty)', timeout=60_000)
+    assert 'experts' in page.inner_text('figure output') and '5 layers of 32' in page.inner_text('figure output')
+    assert page.evaluate('document.activeElement.type') == 'range'
+    page.keyboard.press('ArrowRight')
+    assert page.inner_text('figure output').count('layer') == 5 and page.inner_text('figure output').startswith('"')
+    drawn = 'c => [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data].filter((v, i) => i % 4 == 3 && v == 255).length'
+    assert page.eval_on_selector('figure canvas', drawn) == 5*6
+    assert not faults()
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
     page.close()

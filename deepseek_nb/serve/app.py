@@ -29,6 +29,7 @@ from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from .connection import blank_lines, event_bytes, json_body, patient_protocol, while_connected, with_comments
 from .engine import EngineClosed, QueueFull
+from .experts import experts_report, has_router
 from .logs import RequestLog, log_settings
 from .metrics import EngineMetrics
 from .page import chat_page
@@ -290,7 +291,8 @@ async def _page(self:Server, request): # `GET /`
     "The chat page; it loads nothing from other hosts"
     from starlette.responses import HTMLResponse
     rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
-    return HTMLResponse(chat_page([*self.models], bool(self.config.keys)), headers={'content-security-policy': rules})
+    mixtures = [name for name,m in self.models.items() if has_router(m.engine.model)]
+    return HTMLResponse(chat_page([*self.models], bool(self.config.keys), mixtures), headers={'content-security-policy': rules})
 
 # %% ../../nbs/480_serve.app.ipynb #dc70a439
 @patch
@@ -300,14 +302,44 @@ async def _tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
     try:
         owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
         fields = Fields(await json_body(request, self.config.max_body, self.config.patience))
-        served = self.model(fields.take('model', str))
+        served = self.model(fields.take('model', str, default=next(iter(self.models))))
         if request.url.path.endswith('/detokenize'): out = dict(prompt=served.tok.decode(fields.take('tokens', list, needed=True)))
         else:
-            ids = served.tok.encode(fields.take('prompt', str, needed=True))
+            first = [served.tok.bos_id] if fields.take('add_special_tokens', bool, default=False) and served.tok.bos_id is not None else []
+            ids = first + served.tok.encode(fields.take('prompt', str, needed=True), special=True)
             out = dict(tokens=ids, count=len(ids), max_model_len=served.context)
         fields.done()
         return JSONResponse(out)
     except Exception as error: return self._response(error, request=request)
+
+# %% ../../nbs/480_serve.app.ipynb #70ce1f00
+@patch
+async def _tokenizer_info(self:Server, request): # `GET /tokenizer_info`
+    "What a client must know of a tokenizer to use it"
+    from starlette.responses import JSONResponse
+    try:
+        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+        served = self.model(request.query_params.get('model', next(iter(self.models))))
+        named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
+        template = served.tok.chat_template
+        if isinstance(template, dict): template = template.get('default')
+        return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
+    except Exception as error: return self._response(error, request=request)
+
+# %% ../../nbs/480_serve.app.ipynb #70ce1f01
+@patch
+async def _experts(self:Server, request): # `POST /v1/experts`
+    "The experts of some tokens; they are computed outside of the event loop"
+    from starlette.responses import JSONResponse
+    try: owner = self._admit(request)
+    except Exception as error: return self._response(error, request=request)
+    self.running[owner] += 1
+    try:
+        body = await json_body(request, self.config.max_body, self.config.patience)
+        served = self.model(Fields(body).take('model', str))
+        return JSONResponse(await asyncio.to_thread(experts_report, served, {k: v for k,v in body.items() if k != 'model'}))
+    except Exception as error: return self._response(error, request=request)
+    finally: self._leave(owner, None)
 
 # %% ../../nbs/480_serve.app.ipynb #43ff0a7d
 @patch
@@ -366,6 +398,7 @@ def routes(self:Server)->list: # Starlette's routes
         out += [Route(f'{base}/messages', self._message, methods=['POST']),
                 Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
     return out + [Route('/', self._page), Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
+                  Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 @patch

@@ -42,6 +42,7 @@ class ChatRequest:
     include_usage:bool = False # Whether a stream reports the usage in a chunk of its own
     user:str = '' # The user's id, if the body has one
     timeout:float|None = None # Seconds after which the answer ends with what it has
+    token_ids:bool = False # Whether the ids of the tokens are reported
 
 # %% ../../nbs/472_serve.completions.ipynb #b14b9ff1
 EFFORTS = 'none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max', 'ultra'
@@ -134,7 +135,7 @@ def read_chat(
     out = ChatRequest(read_messages(f.take('messages', list, needed=True)), sampling_from(f, logprobs=read_logprobs(f)),
         longest[0] if longest else None, read_stop(f), f.take('n', int, default=1), *check_tools(f), read_format(f), read_thinking(f),
         f.take('stream', bool, default=False), options.take('include_usage', bool, default=False),
-        f.take('user_id', str) or f.take('user', str) or '', f.take('timeout', float))
+        f.take('user_id', str) or f.take('user', str) or '', f.take('timeout', float), f.take('return_token_ids', bool, default=False))
     options.only('include_obfuscation', False)
     if body.get('stream_options') is not None and not out.stream: raise f.wrong('stream_options', 'needs stream: true')
     if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')
@@ -247,7 +248,7 @@ class ChatRun:
         last = request.messages[-1]
         begun = last['content'] if last.get('prefix') else ''
         how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline, begun=begun)
-        self.answers,grammar = [],grammar_for(served, request)
+        self.answers,self.prompt,grammar = [],ids,grammar_for(served, request)
         try:
             for i in range(request.n):
                 how |= dict(params=self._params(i), grammar=grammar and grammar.fork())
@@ -282,9 +283,11 @@ def _choice(self:ChatRun,
     delta:dict, # What is new
     logprobs:dict|None = None, # Of its tokens
     finish:str|None = None, # Why the answer ended
+    ids:list = (), # Its tokens
 )->dict:
     "What is new in one answer"
-    return dict(index=i, delta=delta, logprobs=logprobs, finish_reason=finish)
+    more = dict(token_ids=[*ids]) if self.request.token_ids else {}
+    return dict(index=i, delta=delta, logprobs=logprobs, finish_reason=finish) | more
 
 # %% ../../nbs/472_serve.completions.ipynb #2d60f0be
 @patch
@@ -294,13 +297,14 @@ async def _answer_choices(self:ChatRun,
     "The choices of one answer's chunks"
     first = dict(role='assistant', content='') | (dict(reasoning_content='') if self.request.thinking else {})
     yield self._choice(i, first)
-    held = [] # log-probabilities of tokens whose text has not been shown
+    held,ids = [],[] # log-probabilities and ids of tokens whose text has not been shown
     async for events,piece in self.answers[i].steps():
+        if piece is not None: ids.append(piece.id)
         if piece is not None and piece.logprob is not None: held.append(piece_logprobs(self.served.tok, piece))
         for delta in filter(None, map(delta_of, events)):
-            yield self._choice(i, delta, self._logprobs(held, delta))
-            held = []
-    yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish)
+            yield self._choice(i, delta, self._logprobs(held, delta), ids=ids)
+            held,ids = [],[]
+    yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish, ids)
 
 @patch
 def _logprobs(self:ChatRun, held, delta):
@@ -311,11 +315,12 @@ def _logprobs(self:ChatRun, held, delta):
 @patch
 async def chunks(self:ChatRun)->AsyncIterator[dict]:
     "All chunks of the stream"
-    left = len(self.answers)
+    left,prompt = len(self.answers),dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
     async for _,choice in merged(*[self._answer_choices(i) for i in range(left)]):
         left -= choice['finish_reason'] is not None
         last = not left and choice['finish_reason'] is not None and self.dialect == 'deepseek'
-        yield self._chunk([choice], **dict(usage=usage_of(self.answers)) if last else {})
+        yield self._chunk([choice], **prompt, **dict(usage=usage_of(self.answers)) if last else {})
+        prompt = {}
     if self.request.include_usage and self.dialect == 'openai': yield self._chunk([], usage=usage_of(self.answers))
 
 # %% ../../nbs/472_serve.completions.ipynb #18532f4c
@@ -341,9 +346,11 @@ async def whole(self:ChatRun)->dict: # OpenAI's `chat.completion`
         add_delta(choices[i]['message'], new['delta'])
         choices[i]['finish_reason'] = new['finish_reason']
         choices[i]['logprobs'] = _joined(choices[i]['logprobs'], new['logprobs'])
+        if 'token_ids' in new: choices[i]['token_ids'] = choices[i].get('token_ids', []) + new['token_ids']
     for c in choices:
         if 'tool_calls' in c['message']: c['message']['content'] = c['message']['content'] or None
-    return self._chunk(choices) | dict(object='chat.completion', usage=usage_of(self.answers))
+    more = dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
+    return self._chunk(choices, **more) | dict(object='chat.completion', usage=usage_of(self.answers))
 
 def _joined(a, b):
     "Log-probabilities of two pieces of an answer"
