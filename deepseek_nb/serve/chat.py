@@ -14,7 +14,7 @@ __all__ = ['KINDS', 'ROLES', 'MESSAGE_FIELDS', 'ApiError', 'Fields', 'sampling_f
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fastcore.basics import patch
@@ -160,6 +160,8 @@ class ServedModel:
     tok:Tokenizer # Its tokenizer, with the chat template
     format:str = '' # How it writes reasoning and tool calls, one of `FORMATS`; '': as its template says
     created:int = field(default_factory=lambda: int(time.time())) # Seconds since 1970
+    adapter:str|None = None # Name of the LoRA adapter that answers; None: the model itself
+    base:str|None = None # Name of the adapter's model
 
     def __post_init__(self):
         template = self.tok.chat_template
@@ -168,6 +170,12 @@ class ServedModel:
 
     @property
     def context(self)->int: return self.engine.model.config.max_positions # Most tokens of prompt and answer
+
+    def with_adapter(self,
+        name:str, # Name of a LoRA adapter of this model
+    )->'ServedModel':
+        "The model as it answers with an adapter"
+        return replace(self, name=name, adapter=name, base=self.name)
 
 # %% ../../nbs/470_serve.chat.ipynb #7a02d182
 @patch
@@ -237,6 +245,7 @@ def ask(self:ServedModel,
     left = self.context - len(ids)
     if left < 1: raise ApiError(400, f"this model's maximum context length is {self.context} tokens, and the messages have {len(ids)}; "
                                      'shorten them', 'messages', code='context_length_exceeded')
-    stream = self.engine.submit(Request(ids, max_tokens=left if max_tokens is None else max_tokens, **settings))
+    most = left if max_tokens is None else max_tokens
+    stream = self.engine.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
     opened = thinking and text.rstrip().endswith('<think>')
     return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun))
