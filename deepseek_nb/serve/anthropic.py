@@ -226,7 +226,7 @@ def read_anthropic(
     "Read the body of a request"
     f = Fields(body)
     if f.take('thread', dict) is not None:
-        raise ApiError(400, 'thread asks the server to keep the conversation, which it does not; send all messages', 'thread', code=NO_THREADS)
+        raise ApiError(400, 'thread asks the server to keep the conversation; it keeps none, send all messages', 'thread', code=NO_THREADS)
     longest,(thinking,budget) = f.take('max_tokens', int, needed=not counting),read_budget(f)
     if longest is not None and longest < 1: raise f.wrong('max_tokens', f'is {longest}; it must be at least 1')
     messages,(tools,choice),form = read_turns(f),read_tool_uses(f),read_output(f)
