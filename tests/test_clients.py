@@ -33,7 +33,7 @@ SAID = 'It is 18 °C in Köln 🌡, and dry.'
 
 class Reporter(Scripted):
     "A model with V4's format that thinks, calls a tool, and tells what it got, one character at a time"
-    def prompt(self, messages, tools=None, thinking=False):
+    def prompt(self, messages, tools=None, thinking=False, effort=None):
         self.messages = messages
         return super().prompt(messages, tools, thinking)
 

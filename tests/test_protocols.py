@@ -28,7 +28,8 @@ class Scripted(ServedModel):
     "A served model whose answers are given: every protocol's own work without a model."
     pieces, finish, error, matched = [TEXT], 'stop', None, None
 
-    def prompt(self, messages, tools=None, thinking=False): return super().prompt(messages, tools, False) + '<think>'*thinking
+    def prompt(self, messages, tools=None, thinking=False, effort=None):
+        return super().prompt(messages, tools, False) + '<think>'*thinking
 
     def ask(self, text, ids, thinking=False, tools=None, max_tokens=None, begun='', **settings):
         stream = Stream(Request(ids, **settings))

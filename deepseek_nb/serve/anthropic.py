@@ -300,7 +300,7 @@ class MessagesRun:
     ):
         self.served,self.request,self.id = served,request,f'msg_{uuid4().hex}'
         text = served.prompt(request.messages, request.tools, request.thinking)
-        ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
+        ids = served.ids(request.messages, request.tools, request.thinking)
         last = request.messages[-1]
         begun = last['content'] if last.get('prefix') else ''
         how = dict(params=request.params, stop=request.stop, user=f'{owner}/{request.user}', begun=begun, grammar=self._grammar())
@@ -404,4 +404,4 @@ def count_tokens(
     "The number of tokens of a prompt"
     r = read_anthropic(body, counting=True)
     served.prompt(r.messages, r.tools, r.thinking) # refuses what the model can't do
-    return dict(input_tokens=len(served.tok.chat(r.messages, r.tools, thinking=r.thinking)))
+    return dict(input_tokens=len(served.ids(r.messages, r.tools, r.thinking)))

@@ -476,7 +476,7 @@ def run(self:Server,
     "Serve until SIGTERM or SIGINT"
     import uvicorn
     c = self.config
-    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), timeout_graceful_shutdown=_FLUSH,
+    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), ws='none', timeout_graceful_shutdown=_FLUSH,
                               log_config=log_settings(c.log_format), log_level='warning', access_log=False)
     server = _uvicorn(uvicorn)(self, settings)
     if ready is not None: server.ready = ready
