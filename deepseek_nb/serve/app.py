@@ -282,6 +282,7 @@ async def _get_model(self:Server, request): # `GET /v1/models/NAME`
     try: return JSONResponse(self._card(self.model(request.path_params['name'])))
     except ApiError as error: return self._response(error, request=request)
 
+# %% ../../nbs/480_serve.app.ipynb #486e7624
 @patch
 async def _health(self:Server, request): # `GET /health` and `/ready`
     "Whether the server lives, and whether it takes requests"
@@ -429,6 +430,7 @@ def routes(self:Server)->list: # Starlette's routes
                   Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
+# %% ../../nbs/480_serve.app.ipynb #0915169e
 @patch
 async def _no_route(self:Server, request, error): # Starlette's error: 404 or 405
     "A path that isn't served, in the form of its protocol"
