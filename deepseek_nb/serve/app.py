@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
 
@@ -266,17 +267,20 @@ async def _handle(self:Server,
 @patch
 def _card(self:Server,
     m:ServedModel, # Model
-)->dict: # OpenAI's form
+)->dict: # The fields of OpenAI's form and of Anthropic's
     "A model in the list of models"
+    since = datetime.fromtimestamp(m.created, UTC).isoformat().replace('+00:00', 'Z')
     adapter = m.engine.adapters.loaded.get(m.adapter)
     return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
-                root=adapter.folder.name if adapter else m.name, parent=m.base)
+                root=adapter.folder.name if adapter else m.name, parent=m.base,
+                type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
 
 @patch
 async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
     from starlette.responses import JSONResponse
-    return JSONResponse(dict(object='list', data=[*map(self._card, all_served(self.models))]))
+    data = [*map(self._card, all_served(self.models))]
+    return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
 @patch
 async def _get_model(self:Server, request): # `GET /v1/models/NAME`
