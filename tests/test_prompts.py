@@ -1,6 +1,7 @@
 "The prompts of V3.2, V4 and V4.1: the same text as DeepSeek's own conversion writes, for conversations of every kind."
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,3 +95,52 @@ def test_unknown_roles_and_efforts():
     hard = dict(messages=[dict(role='user', content='x')], thinking=True, reasoning_effort='huge')
     for bad in (dict(messages=[dict(role='robot', content='x')]), hard):
         with pytest.raises(ValueError, match='rejects this conversation'): render(TEMPLATES['deepseek-v4'], **bad)
+
+
+# ---- behind the server
+
+@pytest.fixture
+def served():
+    "A model of V4's type without a chat template, and without a model; what would be asked is kept"
+    from deepseek_nb.files.tokenizer import Tokenizer
+    from deepseek_nb.serve.chat import Answer, ServedModel
+    from deepseek_nb.serve.events import Splitter
+    from deepseek_nb.serve.stream import Request, Stream
+    class Asked(ServedModel):
+        def ask(self, text, ids, thinking=False, tools=None, max_tokens=None, begun='', **settings):
+            self.asked = dict(text=text, ids=ids, begun=begun)
+            return Answer(Stream(Request(ids)), Splitter(self.format, thinking=thinking, tools=tools or False))
+    tok = Tokenizer.from_pretrained('mini')
+    tok.chat_template = None
+    return Asked('m', SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type='deepseek_v4')), ends=()), tok)
+
+
+@pytest.mark.parametrize('effort,begin', [(None, 'Absolute'), ('xhigh', 'Absolute'), ('max', 'Beyond'), ('ultra', 'Beyond'), ('low', None)])
+def test_the_effort_of_a_request_is_in_the_prompt(served, effort, begin):
+    from deepseek_nb.serve.completions import ChatRun, read_chat
+    from deepseek_nb.serve.responses import ResponsesRun, read_responses
+    hi = [dict(role='user', content='hi')]
+    body = dict(messages=hi, tools=TOOLS, thinking=dict(type='enabled'))
+    ChatRun(served, read_chat(body | (dict(reasoning_effort=effort) if effort else {})))
+    asked = [served.asked]
+    if effort:
+        ResponsesRun(served, read_responses(dict(input='hi', reasoning=dict(effort=effort))))
+        asked.append(served.asked)
+    for a in asked:
+        assert a['text'].endswith('<｜User｜>hi<｜Assistant｜><think>') and served.tok.decode(a['ids']) == a['text']
+        assert (f'Reasoning Effort: {begin}' if begin else '<｜begin▁of▁sentence｜>') in a['text']
+        assert ('Effort' in a['text']) == bool(begin)
+    assert served.format == 'v4' and '### Available Tool Schemas' in asked[0]['text']
+
+
+def test_without_thinking_and_with_a_begun_answer(served):
+    from deepseek_nb.serve.completions import ChatRun, read_chat
+    def ask(thinking, **begun):
+        talk = [dict(role='user', content='hi'), *([dict(role='assistant', prefix=True, **begun)] if begun else [])]
+        mode = dict(type='enabled' if thinking else 'disabled')
+        ChatRun(served, read_chat(dict(messages=talk, thinking=mode, reasoning_effort='low')))
+        return served.asked['text'].rpartition('<｜Assistant｜>')[2], served.asked['begun']
+    assert ask(False) == ('</think>', '') and ask(False, content='He') == ('</think>He', 'He')
+    assert ask(True, content='He') == ('<think></think>He', 'He')
+    assert ask(True, content='', reasoning_content='Hm') == ('<think>Hm', 'Hm')
+    assert ask(True, content='He', reasoning_content='Hm') == ('<think>Hm</think>He', 'He')
