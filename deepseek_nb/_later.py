@@ -87,5 +87,6 @@ TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm',
  'kernels.gradients.swiglu': {'cpp/cpu': 'kernels.gradients'},
  'kernels.gradients.swiglu_back': {'cpp/cpu': 'kernels.gradients'},
  'kernels.gradients.norm_back': {'cpp/cpu': 'kernels.gradients'},
+ 'infer.ragged.run_adapted_rows': {'cpp/cpu': 'kernels.adapted', 'cpp/cpu/cache': 'kernels.adapted'},
  'cuda.fp8.linear_fp8': {'cuda/cuda': 'cuda.fp8'},
  'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'}}
