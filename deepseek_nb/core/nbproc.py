@@ -155,7 +155,8 @@ def compile_source(
         return ctypes.CDLL(f'{folder}/cell.out') if kind == 'cpp' and not check else None
 
 # %% ../../nbs/040_core.nbproc.ipynb #417e5f36
-SUFFIXES = {'cpp': ('.cpp', '.h', '.hpp'), 'cu': ('.cu', '.cuh'), 'example': ('.py', '.mjs', '.java', '.cpp', '.sh')}
+SUFFIXES = {'cpp': ('.cpp', '.h', '.hpp'), 'cu': ('.cu', '.cuh'),
+            'example': ('.py', '.mjs', '.java', '.cpp', '.sh', '.toml', '.service', 'Containerfile')}
 
 def check_name(
     kind:str, # Language, `cpp` or `cu`
@@ -265,7 +266,7 @@ def comment_mark(
     name:str, # Name of a file
 )->str: # How a comment begins in its language
     "The beginning of a comment"
-    return '#' if name.endswith(('.py', '.sh')) else '//'
+    return '//' if name.endswith(('.mjs', '.java', *SUFFIXES['cpp'], *SUFFIXES['cu'])) else '#'
 
 # %% ../../nbs/040_core.nbproc.ipynb #3aab1a12
 def exports(

@@ -353,6 +353,8 @@ Ffn<T, M> ffn_weights(const Weights<T, M>& w, const FeedSizes& n, const FeedNumb
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #062740d2
+template <class T, class M> Dots<T> router_of(const Ffn<T, M>& w) { return {w.gate}; }
+
 template <class T, class M> struct FfnStage {
     int64_t n, d;
     float *xn, *logits, *scores, *weights, *panel;
@@ -430,7 +432,7 @@ void FfnStage<T, M>::operator()(const Team& t, const Ffn<T, M>& w, const float* 
     t.wait();
     if (w.gate) {
         const int64_t e = w.routed.e, k = w.router.k;
-        product(t, e, n, d, Dots<T>{w.gate}, rows.data(), logits, e, panel);
+        product(t, e, n, d, router_of(w), rows.data(), logits, e, panel);
         t.wait();
         const auto [first, stop] = t.share(n);
         for (int64_t j = first; j < stop; ++j)

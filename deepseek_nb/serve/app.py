@@ -17,13 +17,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
 
 from fastcore.basics import patch
 
+from .adapters import NoAdapter
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
 from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
@@ -31,6 +34,7 @@ from .connection import blank_lines, event_bytes, json_body, patient_protocol, w
 from .engine import EngineClosed, QueueFull
 from .experts import experts_report, has_router
 from .logs import RequestLog, log_settings
+from .lora import all_served, find_served, load_lora, unload_lora
 from .metrics import EngineMetrics
 from .page import chat_page
 from .responses import ResponsesRun, read_responses
@@ -61,6 +65,9 @@ class ServerConfig:
     host:str = '127.0.0.1' # Address to listen on
     port:int = 8000 # Port to listen on
     keys:dict = field(default_factory=dict) # Name of each key -> SHA-256 of the key, see `key_digest`; empty: everybody may ask
+    admin_key:str = '' # SHA-256 of the key that may load and unload adapters, see `key_digest`; '': nobody may
+    adapters:dict = field(default_factory=dict) # Name of each LoRA adapter of the first model -> its folder
+    adapter_dir:str = '' # Folder that contains all adapters that may be loaded over HTTP; '': none
     max_body:int = 2**22 # Most bytes of a request
     patience:float = 30. # Seconds that a client has to send the head of a request, and as many again for its body
     per_key:int = 64 # Most requests of one key at a time
@@ -114,6 +121,7 @@ def as_api_error(
     if isinstance(error, ClientDisconnect): return ApiError(499, 'the client has left')
     if isinstance(error, EngineClosed): return ApiError(503, str(error), kind='server_error', code='draining')
     if isinstance(error, QueueFull): return ApiError(429, str(error), kind='rate_limit_error', code='queue_full')
+    if isinstance(error, NoAdapter): return ApiError(404, str(error), 'model', code='model_not_found')
     if isinstance(error, ValueError): return ApiError(400, str(error))
     logging.getLogger('deepseek_nb.serve').exception('a request failed', exc_info=error)
     return ApiError(500, f'{type(error).__name__}: the server could not complete the answer', kind='server_error')
@@ -128,16 +136,14 @@ class Server:
         self.models,self.config = {m.name: m for m in models},config or ServerConfig()
         self.running,self.draining,self.hurry,self.started = Counter(),False,False,time.time()
         self.metrics = EngineMetrics({m.name: m.engine for m in models})
+        self.readers = ThreadPoolExecutor(4, 'reader') # prompts are read here; other work can't take these threads
 
     def model(self,
         name:str|None, # As the client calls it
     )->ServedModel:
         "The model that a request names"
         if name is None: raise ApiError(400, 'model is missing; it is one of ' + ', '.join(self.models), 'model')
-        if name not in self.models:
-            raise ApiError(404, f'model {name!r:.60} is not served here; known are {", ".join(self.models)}', 'model',
-                           code='model_not_found')
-        return self.models[name]
+        return find_served(self.models, name)
 
 # %% ../../nbs/480_serve.app.ipynb #d72297e5
 @patch
@@ -202,7 +208,8 @@ async def _start(self:Server,
     body = await json_body(request, self.config.max_body, self.config.patience)
     served,record = self.model(Fields(body).take('model', str)),request.scope['record']
     record.model,record.key,record.tok = served.name,owner,served.tok
-    run = await asyncio.to_thread(start, served, {k: v for k,v in body.items() if k != 'model'}, owner)
+    fields = {k: v for k,v in body.items() if k != 'model'}
+    run = await asyncio.get_running_loop().run_in_executor(self.readers, start, served, fields, owner)
     record.answer,record.streams = run.id,[a.stream for a in getattr(run, 'answers', None) or [run.answer]]
     return run
 
@@ -260,15 +267,20 @@ async def _handle(self:Server,
 @patch
 def _card(self:Server,
     m:ServedModel, # Model
-)->dict: # OpenAI's form
+)->dict: # The fields of OpenAI's form and of Anthropic's
     "A model in the list of models"
-    return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context)
+    since = datetime.fromtimestamp(m.created, UTC).isoformat().replace('+00:00', 'Z')
+    adapter = m.engine.adapters.loaded.get(m.adapter)
+    return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
+                root=adapter.folder.name if adapter else m.name, parent=m.base,
+                type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
 
 @patch
 async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
     from starlette.responses import JSONResponse
-    return JSONResponse(dict(object='list', data=[*map(self._card, self.models.values())]))
+    data = [*map(self._card, all_served(self.models))]
+    return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
 @patch
 async def _get_model(self:Server, request): # `GET /v1/models/NAME`
@@ -277,6 +289,7 @@ async def _get_model(self:Server, request): # `GET /v1/models/NAME`
     try: return JSONResponse(self._card(self.model(request.path_params['name'])))
     except ApiError as error: return self._response(error, request=request)
 
+# %% ../../nbs/480_serve.app.ipynb #486e7624
 @patch
 async def _health(self:Server, request): # `GET /health` and `/ready`
     "Whether the server lives, and whether it takes requests"
@@ -292,7 +305,8 @@ async def _page(self:Server, request): # `GET /`
     from starlette.responses import HTMLResponse
     rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
     mixtures = [name for name,m in self.models.items() if has_router(m.engine.model)]
-    return HTMLResponse(chat_page([*self.models], bool(self.config.keys), mixtures), headers={'content-security-policy': rules})
+    page = chat_page([m.name for m in all_served(self.models)], bool(self.config.keys), mixtures)
+    return HTMLResponse(page, headers={'content-security-policy': rules})
 
 # %% ../../nbs/480_serve.app.ipynb #dc70a439
 @patch
@@ -383,6 +397,27 @@ async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_t
         return JSONResponse(count_tokens(self.model(Fields(body).take('model', str)), {k: v for k,v in body.items() if k != 'model'}))
     except Exception as error: return self._response(error, ANTHROPIC, request)
 
+# %% ../../nbs/480_serve.app.ipynb #a7c0de02
+@patch
+def _check_admin(self:Server,
+    request, # Starlette's request
+)->None:
+    "Raise an error for anybody but the administrator"
+    if not self.config.admin_key: raise ApiError(404, f'{request.url.path} is off: this server has no admin key', code='not_found')
+    header = request.headers.get('authorization') or request.headers.get('x-api-key')
+    owner_of(header, {'admin': self.config.admin_key})
+
+@patch
+async def _change_adapters(self:Server, request): # `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`
+    "Load or unload an adapter"
+    from starlette.responses import PlainTextResponse
+    try:
+        self._check_admin(request)
+        body = await json_body(request, self.config.max_body, self.config.patience)
+        change = unload_lora if request.url.path.endswith('/unload_lora_adapter') else load_lora
+        return PlainTextResponse(await asyncio.to_thread(change, self.models, body, self.config.adapter_dir))
+    except Exception as error: return self._response(error, request=request)
+
 # %% ../../nbs/480_serve.app.ipynb #28a7313f
 @patch
 def routes(self:Server)->list: # Starlette's routes
@@ -397,10 +432,12 @@ def routes(self:Server)->list: # Starlette's routes
     for base in ('/v1', '/anthropic/v1'):
         out += [Route(f'{base}/messages', self._message, methods=['POST']),
                 Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
+    out += [Route(f'/v1/{verb}_lora_adapter', self._change_adapters, methods=['POST']) for verb in ('load', 'unload')]
     return out + [Route('/', self._page), Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
                   Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
+# %% ../../nbs/480_serve.app.ipynb #0915169e
 @patch
 async def _no_route(self:Server, request, error): # Starlette's error: 404 or 405
     "A path that isn't served, in the form of its protocol"
@@ -435,7 +472,8 @@ async def drain(self:Server)->None:
     "Let the running answers finish, or cut them"
     self.draining,end = True,time.monotonic() + self.config.drain
     while sum(self.running.values()) and time.monotonic() < end and not self.hurry: await asyncio.sleep(.02)
-    await asyncio.gather(*[asyncio.to_thread(m.engine.close, drain=False) for m in self.models.values()])
+    close = asyncio.get_running_loop().run_in_executor
+    await asyncio.gather(*[close(self.readers, partial(m.engine.close, drain=False)) for m in self.models.values()])
 
 @patch
 def run(self:Server,
@@ -444,7 +482,7 @@ def run(self:Server,
     "Serve until SIGTERM or SIGINT"
     import uvicorn
     c = self.config
-    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), timeout_graceful_shutdown=_FLUSH,
+    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), ws='none', timeout_graceful_shutdown=_FLUSH,
                               log_config=log_settings(c.log_format), log_level='warning', access_log=False)
     server = _uvicorn(uvicorn)(self, settings)
     if ready is not None: server.ready = ready

@@ -35,7 +35,7 @@ class Client:
     build:str = '' # Command that compiles it; '': it needs none
     options:tuple = ('--tool',) # What it can do besides reasoning
 
-# %% ../../nbs/484_serve.clients.ipynb #39454da8
+# %% ../../nbs/484_serve.clients.ipynb #86235a24
 _NPM = 'apt-get install nodejs npm; npm install --prefix .venv/clients openai @anthropic-ai/sdk ai @ai-sdk/deepseek'
 _APT = 'apt-get install default-jdk-headless libgoogle-gson-java g++ libcurl4-openssl-dev nlohmann-json3-dev curl jq'
 
@@ -47,7 +47,7 @@ CLIENTS = {
     'node-openai': _node('chat_openai', 'openai'), 'node-anthropic': _node('chat_anthropic', '@anthropic-ai/sdk'),
     'ai-sdk': _node('chat_ai_sdk', '@ai-sdk/deepseek'),
     'java': Client('Chat.java', f'java -XX:TieredStopAtLevel=1 -cp {_GSON}:. Chat', _APT, ('java', 'javac'), files=(_GSON,),
-                   build=f'javac -cp {_GSON} Chat.java', options=('--json',)),
+                   build=f'javac -J-XX:TieredStopAtLevel=1 -cp {_GSON} Chat.java', options=('--json',)),
     'c++': Client('chat.cpp', './chat', _APT, ('g++', 'curl-config'), files=('/usr/include/nlohmann/json.hpp',),
                   build='g++ -std=c++17 -O0 chat.cpp -lcurl -o chat', options=('--json',)),
     'curl': Client('chat.sh', 'bash chat.sh', _APT, ('bash', 'curl', 'jq'), options=('--json',))}

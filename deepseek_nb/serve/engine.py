@@ -25,10 +25,12 @@ from fastcore.basics import patch
 
 from ..arch.model import Model, head
 from ..files.tokenizer import Tokenizer
+from ..infer.adapters import SharedAdapter
 from ..infer.conversation import common_prefix
 from ..infer.paged import PagedCache, PagePool, PoolFull
 from ..infer.prefix import PrefixCache
 from ..infer.quant_cache import QuantizedPool
+from .adapters import Adapters, cache_space
 from .sampling import Drawn, RowSampler, most_likely, sample_rows
 from .schedule import FairQueue, plan_step
 from .stream import Piece, Request, Stream, TextOut
@@ -40,8 +42,10 @@ class Row:
         stream:Stream, # Where its pieces go
         tok:Tokenizer, # Decodes
         ends:tuple, # End tokens of the model
+        adapter:SharedAdapter|None = None, # Its LoRA adapter; None: the model itself
     ):
         r = stream.request
+        self.adapter,self.space = adapter,cache_space(r.user, adapter) # whose pages of the prefix cache it may use
         self.stream,self.user,self.tokens,self.cache = stream,r.user,list(r.prompt),None
         self.entered,self.ended = False,False
         self.sampler = RowSampler(r.params, r.prompt, r.grammar)
@@ -99,13 +103,15 @@ class Engine:
         max_waiting:int = 256, # Most requests that wait
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
         kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
+        disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
     ):
         c,kind = model.config,_pool_kind(kv_cache)
         whole = -(-c.max_positions//page)*max_rows*kind(c, 1, page, model.dtype, model.device).page_bytes
         pool = kind.sized(c, min(nbytes, whole), page, model.dtype, model.device)
-        self.model,self.tok,self.pool,self.prefix = model,tok,pool,PrefixCache(model, pool=pool, folder=folder)
+        self.model,self.tok,self.pool = model,tok,pool
+        self.prefix = PrefixCache(model, pool=pool, folder=folder, disk_nbytes=disk_nbytes)
         self.max_rows,self.budget,self.max_waiting = max_rows,budget,max_waiting
-        self.ends = tuple({*c.eos_ids, *tok.eos_ids})
+        self.ends,self.adapters = tuple({*c.eos_ids, *tok.eos_ids}),Adapters(model, kind)
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
         self.stats,self.on_step,self.watch,self.thread = EngineStats(),None,None,None # `watch`: see `EngineWatch`
         self.count,self.lock,self.closing,self.aborting = 0,Lock(),False,False # `count`: requests that run or wait
@@ -126,7 +132,7 @@ def check(self:Engine,
     for what,ids in {'the prompt': r.prompt, 'logit_bias': r.params.logit_bias, 'stop_ids': r.stop_ids or ()}.items():
         bad = [i for i in ids if not 0 <= i < c.vocab_size]
         if bad: raise ValueError(f'token id {bad[0]} in {what} is outside of the vocabulary of {c.vocab_size}')
-    if r.adapter is not None: raise ValueError(f'adapter {r.adapter!r} is not loaded; this engine has none')
+    if r.adapter is not None: self.adapters[r.adapter] # raises an error if it is not loaded
 
 # %% ../../nbs/458_serve.engine.ipynb #a8c53e52
 class QueueFull(RuntimeError):
@@ -141,7 +147,8 @@ def submit(self:Engine,
 )->Stream: # Its answer
     "Let a request wait for its turn; from any thread"
     self.check(request)
-    row,most = Row(Stream(request), self.tok, self.ends),self.max_waiting + self.max_rows
+    adapter = None if request.adapter is None else self.adapters[request.adapter]
+    row,most = Row(Stream(request), self.tok, self.ends, adapter),self.max_waiting + self.max_rows
     with self.lock: # an engine that closes, and its count, are seen together: no request is accepted that nobody runs
         if self.closing: raise EngineClosed('the engine is closing; send the request to another server')
         if self.count >= most: raise QueueFull(f'{self.count} requests run or wait, and the engine takes {most}; try again later')
@@ -165,7 +172,7 @@ def receive(self:Engine,
 @patch
 def busy(self:Engine)->set:
     "Pages of the rows that run"
-    return {p for row in self.rows if row.cache is not None for p in row.cache.tables[0]}
+    return {p for row in self.rows for p in row.cache.tables[0]}
 
 @patch
 def has_room(self:Engine,
@@ -173,29 +180,17 @@ def has_room(self:Engine,
 )->bool: # Whether it can enter now
     "Whether the pool has pages for a row"
     busy = self.busy()
-    shared = len(busy.intersection(self.prefix.tree.match(row.tokens, row.user)))
+    shared = len(busy.intersection(self.prefix.tree.match(row.tokens, row.space)))
     need = -(-(len(row.tokens) + 1)//self.pool.page) - shared + len(self.rows)
     return not self.rows or need <= self.pool.pages - len(busy)
-
-@patch
-def known(self:Engine,
-    row:Row, # The next one
-)->tuple[list,int]: # Pages, and the number of positions of the prefix in them
-    "The longest prefix of a row's tokens that can be shared"
-    if row.stream.request.prompt_logprobs: return [], 0
-    page,pages = self.pool.page,self.prefix.pages(row.tokens, row.user)
-    last,n = self.prefix.tree.tail(row.tokens[:-1], row.user)
-    need = -(-(len(row.tokens) + 1)//page) - len(pages) + 1 # the shared page is kept until it is copied
-    if n < page//8 or need > self.pool.pages - len(self.busy().union(pages)): return pages, len(pages)*page
-    return [*pages, last], len(pages)*page + n
 
 @patch
 def is_computed(self:Engine,
     row:Row, # The next one
 )->bool: # Whether a row in prefill has a page more of this prompt than the prefix cache
     "Whether waiting saves work"
-    known = len(self.prefix.tree.match(row.tokens[:-1], row.user))*self.pool.page
-    same = [common_prefix(r.tokens, row.tokens[:-1]) for r in self.rows if r.user == row.user and r.pending > 1]
+    known = len(self.prefix.tree.match(row.tokens[:-1], row.space))*self.pool.page
+    same = [common_prefix(r.tokens, row.tokens[:-1]) for r in self.rows if r.space == row.space and r.pending > 1]
     return max(same, default=0) >= known + self.pool.page
 
 # %% ../../nbs/458_serve.engine.ipynb #865b6975
@@ -205,8 +200,8 @@ def enter(self:Engine,
 )->None:
     "Give a row its cache"
     self.rows.append(row)
-    pages,n = self.known(row)
-    row.cache = PagedCache.from_pages(self.pool, [pages], n)
+    pages = [] if row.stream.request.prompt_logprobs else self.prefix.pages(row.tokens, row.space)
+    row.cache = PagedCache.from_pages(self.pool, [pages], len(pages)*self.pool.page)
     self.queue.charge(row.user, prompt=row.pending)
     if row.entered: return
     row.entered = True
@@ -230,7 +225,7 @@ def _release(self:Engine,
 )->None:
     "Take a row out of the batch; the prefix cache keeps its pages while there is room"
     if row.cache is not None:
-        self._keep(row, tail=True)
+        self._keep(row)
         row.cache.free()
         row.cache = None
     self.rows.remove(row)
@@ -238,10 +233,9 @@ def _release(self:Engine,
 @patch
 def _keep(self:Engine,
     row:Row, # Runs
-    tail:bool = False, # Whether the row ends, so that its last page can be shared too
 )->None:
     "Store the pages of a row for later requests; a cache that can't is no reason to lose an answer"
-    try: self.prefix.insert(row.tokens, row.cache, row.user, tail)
+    try: self.prefix.insert(row.tokens, row.cache, row.space)
     except Exception as error: warnings.warn(f'the prefix cache could not store a prompt ({type(error).__name__}: {error})', stacklevel=2)
 
 # %% ../../nbs/458_serve.engine.ipynb #s4590624
@@ -294,7 +288,8 @@ def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row ru
         counts = dict(zip(self.rows, plan_step([r.pending for r in self.rows], self.budget), strict=True))
         counts = {row: n for row,n in counts.items() if n}
         tokens = [t for row,n in counts.items() for t in row.tokens[len(row.cache):][:n]]
-        try: x = self.model.ragged(torch.tensor(tokens, device=self.model.device), [r.cache for r in counts], [*counts.values()])
+        ids,own = torch.tensor(tokens, device=self.model.device),[r.adapter and r.adapter.layers for r in counts]
+        try: x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own)
         except PoolFull:
             if len(self.rows) == 1: raise
             gone.append(self.preempt().stream)
@@ -336,7 +331,7 @@ def _read_prompt(self:Engine,
     if not row.stream.request.prompt_logprobs: return
     found,prompt = row.stream.prompt_logprobs,row.stream.request.prompt
     if not found: found.append(Drawn(prompt[0]))
-    for logprobs in head(x[None], self.model.head_weight)[0].log_softmax(-1):
+    for logprobs in head(x, self.model.head_weight).log_softmax(-1): # of two axes: the bits don't depend on the chunk
         if len(found) == len(prompt): return
         token = prompt[len(found)]
         found.append(Drawn(token, float(logprobs[token]), most_likely(logprobs, row.stream.request.params.logprobs or 0)))

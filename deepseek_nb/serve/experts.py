@@ -49,6 +49,7 @@ def experts_report(
 )->dict: # Layers, number of experts, and for each token its text and its experts in each layer, the largest weight first
     "Which experts the tokens were routed to"
     fields,c = Fields(body),served.engine.model.config
+    if served.adapter: raise ApiError(400, f'the experts of adapter {served.name} are not shown; ask for those of {served.base}', 'model')
     if not has_router(served.engine.model): raise ApiError(400, f'model {served.name} has no router, so no token has experts', 'model')
     tokens = fields.take('tokens', list, needed=True)
     last = fields.take('last', int, default=len(tokens))

@@ -115,7 +115,8 @@ class TextRun:
         try:
             for i in range(len(r.prompts)*r.n):
                 params = SamplingParams(**vars(r.params) | dict(seed=None if r.params.seed is None else r.params.seed + i))
-                request = Request(r.prompts[i//r.n], params, r.max_tokens, r.stop, user=f'{owner}/{r.user}', prompt_logprobs=score)
+                how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score)
+                request = Request(r.prompts[i//r.n], params, r.max_tokens, r.stop, **how)
                 self.answers.append(Answer(served.engine.submit(request), Splitter()))
         except Exception:
             self.cancel()

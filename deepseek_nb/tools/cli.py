@@ -261,12 +261,16 @@ def run_server(
     port:int = 0, # Port to listen on; default: 8000
     memory:int = 0, # MB of KV cache for each model; default: 1024
     max_rows:int = 0, # Most requests that run together; default: 32
+    adapter:str = '', # LoRA adapters of the first model as name=folder, several separated by commas
     kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
+    log_format:str = '', # Form of the log on standard error: text, json or off; default: text
+    log_prompts:bool = False, # Write prompts and answers into the log
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
-    from deepseek_nb.tools.serving import read_settings, serve_models
+    from deepseek_nb.tools.serving import adapter_folders, read_settings, serve_models
     given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None,
-                 kv_cache=kv_cache or None)
+                 kv_cache=kv_cache or None, log_format=log_format or None, log_prompts=log_prompts or None,
+                 adapters=adapter_folders(adapter) or None)
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
     names,server,engine = read_settings(config or None, **given)
     serve_models(names, server, **engine)
@@ -279,11 +283,14 @@ def run_bench(
     plot:str = '', # File for a plot, for benchmarks that have one
     device:str = '', # cpu or cuda, for benchmarks with this option
     dtype:str = '', # float32 or bfloat16, for benchmarks with this option
+    options:str = '', # Further options of the benchmark: NAME=VALUE, separated by commas
+    smoke:bool = False, # A tiny run, for benchmarks with this option
 ):
     "Run a benchmark against another library"
     from deepseek_nb.bench import run_command
-    given = dict(out=out, plot=plot, device=device, dtype=dtype)
-    run_command([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
+    given = dict(out=out, plot=plot, device=device, dtype=dtype, options=options)
+    flags = [f'--{f}' for f,on in dict(json=as_json, smoke=smoke).items() if on]
+    run_command([*([name] if name else []), *flags, *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, finetune=run_finetune,

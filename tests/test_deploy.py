@@ -1,0 +1,56 @@
+"""The example files of a deployment: what they say is what the command line, the server and the repository have."""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepseek_nb.serve.app import Server
+from deepseek_nb.tools.deploy import check_command, commands_in, unit_value
+from deepseek_nb.tools.serving import read_settings
+
+ROOT = Path(__file__).parents[1]
+UNIT, CONTAINER = (ROOT/'examples'/name for name in ('deepseek-nb.service', 'Containerfile'))
+
+
+@pytest.mark.parametrize('path', [UNIT, CONTAINER], ids=lambda p: p.name)
+def test_commands(path):
+    command, = commands_in(path.read_text())
+    assert command[1] == 'serve' and check_command(command).keys() == {'--config', '--log-format'}
+
+
+def test_settings():
+    "They are read as they are; the time until SIGKILL is longer than the drain, in both files."
+    models, config, engine = read_settings(ROOT/'examples/server.toml')
+    seconds = [int(unit_value(UNIT.read_text(), 'TimeoutStopSec')), int(re.search(r'--stop-timeout (\d+)', CONTAINER.read_text())[1])]
+    assert models and config.keys and config.log_format == 'json' and not config.log_prompts and min(seconds) > config.drain + 5
+    assert engine['folder'].startswith('/var/cache/' + unit_value(UNIT.read_text(), 'CacheDirectory'))
+    assert f'EXPOSE {config.port}' in CONTAINER.read_text() and f'127.0.0.1:{config.port}/health' in CONTAINER.read_text()
+
+
+def test_container():
+    "Instructions that exist, sources that exist, no root, and a health check of a route that exists."
+    text = re.sub(r'\\\n', ' ', re.sub(r'^#.*\n', '', CONTAINER.read_text(), flags=re.M))
+    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    known = {'FROM', 'RUN', 'COPY', 'USER', 'ENV', 'VOLUME', 'EXPOSE', 'STOPSIGNAL', 'HEALTHCHECK', 'ENTRYPOINT', 'CMD'}
+    assert {word for word, _ in lines} == known and lines[0][0] == 'FROM'
+    names = [word for word, _ in lines]
+    sources = [o for word, rest in lines if word == 'COPY' for o in rest.split()[:-1]]
+    assert 'pyproject.toml' in sources and all((ROOT/o).exists() for o in sources)
+    made = re.search(r'useradd .*?--uid (\d+).* (\S+) &&', text)
+    assert int(made[1]) > 0 and dict(map(tuple, lines))['USER'] == made[2] and names.index('USER') < names.index('ENTRYPOINT')
+    assert '/health' in [r.path for r in Server([]).routes()]
+    assert '"/src[serve]"' in text and re.search(r'^serve = \[', (ROOT/'pyproject.toml').read_text(), re.M)
+
+
+@pytest.mark.skipif(not shutil.which('systemd-analyze'), reason='systemd-analyze is not installed')
+def test_unit(tmp_path):
+    "systemd itself reads the unit, and finds little that it may do."
+    text = UNIT.read_text().replace(unit_value(UNIT.read_text(), 'ExecStart').split()[0], sys.executable)
+    (path := tmp_path/UNIT.name).write_text(text)
+    done = subprocess.run(['systemd-analyze', 'verify', '--man=no', '--generators=no', path], capture_output=True, text=True, timeout=60)
+    assert not [line for line in done.stderr.splitlines() if UNIT.name in line], done.stderr
+    done = subprocess.run(['systemd-analyze', 'security', '--offline=true', path], capture_output=True, text=True, timeout=60)
+    assert float(re.search(r'exposure level for \S+: ([\d.]+)', done.stdout)[1]) < 3, done.stdout
