@@ -12,7 +12,7 @@ and `roofline` plots the rates of operations below these limits. `BENCHMARKS` li
 __all__ = ['BENCHMARKS', 'synchronise', 'seconds', 'si', 'Comparison', 'alternate', 'compare', 'fastest_of', 'peak_bytes',
            'peak_of', 'hardware', 'versions', 'make_record', 'save_result', 'load_result', 'best_rate', 'gemm_rate',
            'bandwidth', 'Machine', 'machine', 'Work', 'bound', 'roofline', 'Benchmark', 'find_benchmark',
-           'run_benchmark', 'operations', 'listing', 'result_text', 'run_command']
+           'run_benchmark', 'operations', 'listing', 'result_text', 'read_options', 'run_command']
 
 # %% ../../nbs/750_bench.ipynb #3028c2e4
 import argparse
@@ -383,7 +383,8 @@ BENCHMARKS = {  # name at the command line -> location
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
-    'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps')}
+    'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
+    'serve': Benchmark('bench.serve.serve_load')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(
@@ -447,7 +448,23 @@ def _parser():
     parser.add_argument('--plot', help='file for a plot, for benchmarks that have one')
     parser.add_argument('--device', help='device, for benchmarks with this option')
     parser.add_argument('--dtype', help='dtype, for benchmarks with this option')
+    parser.add_argument('--smoke', action='store_true', help='a tiny run, for benchmarks with this option')
+    parser.add_argument('--options', default='', help='further options of the benchmark: NAME=VALUE, separated by commas')
     return parser
+
+def read_options(
+    text:str, # NAME=VALUE, separated by commas
+)->dict: # Name -> number, or the text itself
+    "Read further options of a benchmark"
+    pairs = [o.partition('=') for o in text.split(',') if o]
+    if bad := [n for n,eq,_ in pairs if not eq]: raise ValueError(f'{bad[0]!r} is not an option; write NAME=VALUE')
+    return {n: _value(v) for n,_,v in pairs}
+
+def _value(text):
+    for read in (int, float):
+        try: return read(text)
+        except ValueError: continue
+    return text
 
 def run_command(
     argv:list|None=None, # Arguments; None: the command line's
@@ -455,7 +472,8 @@ def run_command(
     "Run a benchmark from the command line"
     args = _parser().parse_args(argv)
     if not args.name: return print(listing()) or 0
-    options = {k: v for k, v in vars(args).items() if k in ('device', 'dtype') and v}
+    options = {k: v for k, v in vars(args).items() if k in ('device', 'dtype', 'smoke') and v} | read_options(args.options)
+    if args.out and 'out' in signature(find_benchmark(args.name)).parameters: options['out'] = args.out
     result, content = run_benchmark(args.name, **options)
     if args.out: save_result(args.out, content)
     if args.plot: draw(result, args.plot)

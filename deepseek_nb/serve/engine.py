@@ -331,7 +331,7 @@ def _read_prompt(self:Engine,
     if not row.stream.request.prompt_logprobs: return
     found,prompt = row.stream.prompt_logprobs,row.stream.request.prompt
     if not found: found.append(Drawn(prompt[0]))
-    for logprobs in head(x[None], self.model.head_weight)[0].log_softmax(-1):
+    for logprobs in head(x, self.model.head_weight).log_softmax(-1): # of two axes: the bits don't depend on the chunk
         if len(found) == len(prompt): return
         token = prompt[len(found)]
         found.append(Drawn(token, float(logprobs[token]), most_likely(logprobs, row.stream.request.params.logprobs or 0)))

@@ -283,11 +283,14 @@ def run_bench(
     plot:str = '', # File for a plot, for benchmarks that have one
     device:str = '', # cpu or cuda, for benchmarks with this option
     dtype:str = '', # float32 or bfloat16, for benchmarks with this option
+    options:str = '', # Further options of the benchmark: NAME=VALUE, separated by commas
+    smoke:bool = False, # A tiny run, for benchmarks with this option
 ):
     "Run a benchmark against another library"
     from deepseek_nb.bench import run_command
-    given = dict(out=out, plot=plot, device=device, dtype=dtype)
-    run_command([*([name] if name else []), *(['--json'] if as_json else []), *(o for k,v in given.items() if v for o in (f'--{k}', v))])
+    given = dict(out=out, plot=plot, device=device, dtype=dtype, options=options)
+    flags = [f'--{f}' for f,on in dict(json=as_json, smoke=smoke).items() if on]
+    run_command([*([name] if name else []), *flags, *(o for k,v in given.items() if v for o in (f'--{k}', v))])
 
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, finetune=run_finetune,
