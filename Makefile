@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # An old pip takes 40 seconds to resolve what a new one resolves in ten. Bytecode is written when a module is first imported: few of 20,000 are
 INSTALL = $(PIP) install --no-compile --upgrade pip || true; PYTHONWARNINGS=ignore $(PIP) install --no-compile
-# Two notebooks, and two files of tests, run side by side: each gets half of the cores
+# Three notebooks, and three files of tests, run side by side, as some wait for others: each gets half of the cores
 HALF = $$(( ($$(getconf _NPROCESSORS_ONLN) + 1) / 2 ))
 HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig merge.jupyternotebook.driver '$(BIN)/nbdev-merge %O %A %B %P'
 
@@ -21,8 +21,8 @@ serve: .venv/.serve  ## the demo's model behind OpenAI's and DeepSeek's API, at 
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
 	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting
-	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 3
+	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	$(BIN)/python -m pytest tests -k sanitizers

@@ -62,10 +62,12 @@ Modules:
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
 - `deepseek_nb.files.hub`: Finding a model's files by a path, a Hugging Face id or a registered name. Downloads are verified and cached.
 - `deepseek_nb.files.locate`: Finding the folder or file of a checkpoint by a path or a name, and reading the model's config without its weights.
+- `deepseek_nb.files.prompts`: The checkpoints of DeepSeek-V3.2, V4 and V4.1 contain no chat template. Here their prompt formats are written as functions, tools, reasoning and tool results included.
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
 - `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory, and a different adapter for each row of a batch.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
+- `deepseek_nb.infer.drafts`: Guesses of the next tokens, from three sources: an earlier passage of the text, a smaller model, and the multi-token-prediction block of DeepSeek-V3.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
 - `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
@@ -75,6 +77,7 @@ Modules:
 - `deepseek_nb.infer.quant_cache`: Stores the latents, keys and values of the KV cache in 8 bits. This takes less than half of the memory of a float32 cache.
 - `deepseek_nb.infer.radix`: A tree over token ids finds the pages of the KV cache that belong to the longest known prefix of a prompt. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
 - `deepseek_nb.infer.ragged`: One forward pass for sequences of different lengths: some process a chunk of a prompt, others one new token, and each gets the same result as alone.
+- `deepseek_nb.infer.speculate`: The model verifies a draft of several tokens in one step. The text is the one that it would have written alone, and where drafts are often right it takes fewer steps.
 - `deepseek_nb.kernels.adapted`: Runs rows with different LoRA adapters in one C++ call, on float or quantised weights; each row gets the same bits as alone.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.

@@ -111,17 +111,17 @@ def sweep(rounds, formats, folder):
             for _ in range(rounds): same(model, own, r)
 
 
-ALL = [(c, f) for c in CONFIGS for f in ('float32', 'int8', 'int4')] + [('mla', 'bfloat16'), ('gqa', 'bfloat16')]
+MIXES = [('mla', f) for f in ('float32', 'int8', 'int4')] + [('direct', 'int4'), ('gqa', 'float32'), ('gqa', 'int8'), ('wide', 'bfloat16')]
 
 
 @needs_compiler
-@pytest.mark.parametrize('c, f', ALL)
+@pytest.mark.parametrize('c, f', MIXES)
 def test_bits_are_those_of_a_row_alone(c, f, tmp_path):
     r = random.Random(f'{SEED} {c} {f}')
     torch.manual_seed(SEED)
     model = made(c, f)
     own = views(model, c, tmp_path, r.sample([*KINDS], 3))
-    for _ in range(2): same(model, own, r, 150)
+    same(model, own, r, 150)
 
 
 def twin(model, own):
@@ -133,9 +133,8 @@ def twin(model, own):
 
 @needs_compiler
 @torch.inference_mode()
-@pytest.mark.parametrize('f, most', [('float32', 1e-5), ('int8', .06), ('int4', .06)])
-@pytest.mark.parametrize('c', ['mla', 'direct', 'gqa'])
-def test_close_to_the_definition(c, f, most, tmp_path):
+@pytest.mark.parametrize('c, f', [('mla', 'float32'), ('mla', 'int8'), ('direct', 'float32'), ('gqa', 'float32'), ('gqa', 'int4')])
+def test_close_to_the_definition(c, f, tmp_path):
     "Every kind of adapter, and the row without one has the bits of the step without adapters"
     model,text = made(c, f),torch.randint(64, (40,), generator=torch.Generator().manual_seed(1))
     plain = alone(model, text, None)
@@ -148,7 +147,7 @@ def test_close_to_the_definition(c, f, most, tmp_path):
         batch = RaggedBatch([cache], [40], model.ragged_angles([cache], [40]))
         want = model.norm(run_adapted_rows.op.reference(model.embed_tokens(text), model.layers, batch, [own]))
         error = apart if f == 'float32' else relative_error  # the definition doesn't round activations, and a router may choose others
-        assert error(got[0], want) < most and apart(got[0], plain) > 1e-2, kind
+        assert error(got[0], want) < (1e-5 if f == 'float32' else .06) and apart(got[0], plain) > 1e-2, kind
 
 
 # ---- against peft
@@ -207,11 +206,10 @@ def engine_of(base, **how):
     return engine
 
 
-@pytest.mark.parametrize('seed', range(2))
-def test_alone_and_in_company(base, seed):
+def test_alone_and_in_company(base):
     "Ids and log-probabilities, over mixes of adapters, prefixes, arrivals, cancellations and preemptions"
-    draw = random.Random(seed)
-    asked = [replace(r, adapter=draw.choice([None, 'a', 'b', 'c'])) for r in requests(draw, 8)]
+    draw = random.Random(SEED)
+    asked = [replace(r, adapter=draw.choice([None, 'a', 'b', 'c'])) for r in requests(draw, 6)]
     page = PagePool(GROUPED, 1, 64).page_bytes
     engine = engine_of(base, nbytes=draw.choice([7, 9])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]))
     streams,waiting = [],[*asked]
@@ -220,12 +218,13 @@ def test_alone_and_in_company(base, seed):
         if streams and draw.random() < .01: draw.choice(streams).cancel()
         engine.step()
     for stream,request in zip(streams, asked, strict=True):
-        one = engine_of(base, budget=512)
+        one = Engine(base[0], Bytes(), budget=512)
+        one.adapters = engine.adapters
         want = one.submit(request)
         run(one)
         got,want = tokens(stream),tokens(want)
-        assert len(want) == request.max_tokens
-        assert got == (want[:len(got)] if stream.finish == 'cancelled' else want)
+        assert len(want) == request.max_tokens, SEED
+        assert got == (want[:len(got)] if stream.finish == 'cancelled' else want), SEED
     engine.prefix.clear()
     assert len(engine.pool.free) == engine.pool.pages and not any(engine.pool.refs)
 

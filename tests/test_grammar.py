@@ -273,12 +273,24 @@ def test_too_deep_for_json(tok):
     with pytest.raises(ValueError, match='nested too deeply'): json_rule(schema)
 
 
+def says_why(message, schema):
+    "A refusal is one line, and the keys that it names are in the schema, or in the one of the drafts that it refers to"
+    assert '\n' not in message and len(message) < 400
+    named = re.match('the key (.*) of the schema', message)
+    text = json.dumps(schema)
+    if named and schema is not False and '"$ref": "http' not in text:
+        for key in re.findall('"([^"]+)"', named[1]): assert f'"{key}"' in text, message
+
+
 def outcomes(tok, rows):
     "Schemas that were refused, valid instances that weren't taken, invalid ones that were, and all instances"
     refused, lost, wrong, n = 0, 0, [], 0
     for schema, tests in rows:
         try: g = compile_grammar(tok, 'schema', schema)
-        except ValueError: refused += 1; continue  # noqa: E702
+        except ValueError as e:
+            says_why(str(e), schema)
+            refused += 1
+            continue
         for t in tests or []:
             ok, n = takes(tok, g.fork(), json.dumps(t['data'], ensure_ascii=False)), n + 1
             lost += t['valid'] and not ok
@@ -298,3 +310,20 @@ def test_no_invalid_instance_of_jsonschemabench_is_taken(tok):
     rows = list(map(json.loads, gzip.open(SETS/'jsonschemabench'/'maskbench_sample.jsonl.gz', 'rt')))[::20]
     refused, lost, wrong, n = outcomes(tok, [(r['schema'], r['tests']) for r in rows])
     assert not wrong and n > 300 and lost < 10 and refused < len(rows)/4
+
+
+@pytest.mark.skipif(not SETS.exists(), reason='the sets are not here')
+def test_the_masks_allow_valid_instances_token_by_token(tok):
+    rows = list(map(json.loads, gzip.open(SETS/'jsonschemabench'/'maskbench_sample.jsonl.gz', 'rt')))[::200]
+    n = 0
+    for r in rows:
+        valid = [t['data'] for t in r['tests'] or [] if t['valid']]
+        try: g = compile_grammar(tok, 'schema', r['schema'])
+        except ValueError: continue
+        for ids in [tok.encode(json.dumps(v, ensure_ascii=False)) for v in valid[:1]]:
+            if not takes(tok, g.fork(), tok.decode(ids)): continue
+            for i in [*ids, tok.eos_ids[0]]:
+                assert i in allowed(g)
+                g.accept(i)
+            n += 1
+    assert n > 10

@@ -177,3 +177,17 @@ def test_over_http(folder, smol, ours):
     finally:
         server.uvicorn.should_exit = True
         thread.join(60)
+
+
+def test_the_same_bits_as_the_engine():
+    "The log-probabilities of a prompt depend neither on its chunks nor on who computes them"
+    model, tok = H.Model.from_pretrained('mini', dtype='float32', device='cpu'), Tokenizer.from_pretrained('mini')
+    ids = torch.randint(4000, (150,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for budget in (256, 40):
+        engine = H.Engine(model, tok, budget=budget)
+        stream = engine.submit(H.Request(ids, max_tokens=1, prompt_logprobs=True))
+        while engine.count: engine.step()
+        found.append([d.logprob for d in stream.prompt_logprobs])
+    assert found[0] == found[1]
+    for start in (1, 60, 149): assert H.PairScorer(model).score([(ids[:start], ids[start:])])[0].logprob == sum(found[0][start:])

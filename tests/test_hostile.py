@@ -36,6 +36,7 @@ from deepseek_nb.serve.stream import Request  # noqa: E402
 
 TINY = Config('qwen2', vocab_size=4096, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, inter_dim=32, attn_bias=True,
               max_positions=512)
+ON = {0: -100, 1: -100}  # an answer that goes on to its limit: without the end tokens
 
 
 @pytest.fixture(scope='module')
@@ -123,7 +124,7 @@ def test_metrics_are_the_sums_of_the_usage(model, tok):
     try:
         usage = []
         for i in range(6):
-            body = dict(model='tiny', prompt=[1 + i % 2]*(70 + i), max_tokens=3 + i, logit_bias={0: -100}, stream=i % 2 == 1)
+            body = dict(model='tiny', prompt=[1 + i % 2]*(70 + i), max_tokens=3 + i, logit_bias=ON, stream=i % 2 == 1)
             if body['stream']: body['stream_options'] = dict(include_usage=True)
             status, _, text = direct.asked(body)
             assert status == 200
@@ -150,7 +151,7 @@ def test_the_log_tells_no_secrets(model, tok, lines):
     "One line a request, whatever its end; content only where it was asked for."
     words = 'The President shall'
     messages = [dict(role='user', content=words)]
-    chat = dict(model='tiny', messages=messages, max_tokens=4, temperature=0, logit_bias={0: -100}, user='ann@host')
+    chat = dict(model='tiny', messages=messages, max_tokens=4, temperature=0, logit_bias=ON, user='ann@host')
     for prompts in (False, True):
         direct = Direct(model, tok, ServerConfig(keys=dict(ann=key_digest('sk-ann')), log_format='off', log_prompts=prompts))
         try:
@@ -165,7 +166,7 @@ def test_the_log_tells_no_secrets(model, tok, lines):
             direct.asked(path='/v1/models/' + 'x'*5000)
             direct.asked(path='/health')
             found = [json.loads(line) for line in lines]
-            assert [f['status'] for f in found] == [200, 200, 400, 401, 404, 200] and found[-1]['level'] == 'debug'
+            assert [f['status'] for f in found] in ([200, o, 400, 401, 404, 200] for o in (200, 499)) and found[-1]['level'] == 'debug'
             first, left, bad, wrong, *_ = found
             assert (first['id'], first['prompt_tokens'], first['completion_tokens'], first['finish']) == \
                 ('trace-1', json.loads(text)['usage']['prompt_tokens'], 4, 'length')
@@ -244,7 +245,7 @@ def test_keys_and_users_are_apart(model, tok):
         def hits(key, **user):
             body = dict(model='tiny', prompt=[9]*150, max_tokens=1) | user
             return json.loads(direct.asked(body, authorization=f'Bearer {key}')[2])['usage']['prompt_cache_hit_tokens']
-        assert [hits('sk-a'), hits('sk-b'), hits('sk-a', user='1'), hits('sk-b', user='ann/1'), hits('sk-a', user='1')] == [0, 0, 0, 0, 128]
+        assert [hits('sk-a'), hits('sk-b'), hits('sk-a', user='1'), hits('sk-b', user='ann/1'), hits('sk-a', user='1')] == [0, 0, 0, 0, 149]
         with pytest.raises(ValueError, match="key name 'ann/1' has a /"): ServerConfig(keys={'ann/1': key_digest('x')})
     finally: direct.stop()
 
@@ -269,10 +270,22 @@ def test_schema_bombs(direct, schema):
     assert bomb in (200, 400) and good == 200
 
 
+def test_slow_work_beside_the_engine_delays_no_answer(direct):
+    "Threads that other routes use are all taken."
+    async def both():
+        end = threading.Event()
+        busy = [asyncio.ensure_future(asyncio.to_thread(end.wait, 60)) for _ in range(64)]
+        try: return (await asyncio.wait_for(direct.ask(dict(model='tiny', prompt=[1], max_tokens=2)), 30))[0]
+        finally:
+            end.set()
+            await asyncio.gather(*busy)
+    assert asyncio.run(both()) == 200
+
+
 # ---- connections
 
 def request(body, path='/v1/chat/completions', close='close'):
-    data = json.dumps(dict(model='mini', messages=HI, logit_bias={0: -100, 1: -100}) | body).encode()
+    data = json.dumps(dict(model='mini', messages=HI, logit_bias=ON) | body).encode()
     return f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: {close}\r\n\r\n'.encode() + data
 
 
@@ -352,7 +365,7 @@ def test_a_full_disk(model, tok, tmp_path, monkeypatch):
         with warnings.catch_warnings(record=True) as found, monkeypatch.context() as patched:
             warnings.simplefilter('always')
             patched.setattr(persist, 'open', lambda path, mode: Full(path) if 'w' in mode else builtins.open(path, mode), raising=False)
-            assert [hits(n) for n in (1, 2, 1, 2)] == [0, 0, 128, 128]
+            assert [hits(n) for n in (1, 2, 1, 2)] == [0, 0, 149, 149]
         assert [w for w in map(str, (w.message for w in found)) if 'cannot be written' in w] == \
             [f'{tmp_path}: a page cannot be written (No space left on device); prompts are not kept on disk']
         assert [*tmp_path.iterdir()] == []
@@ -447,7 +460,7 @@ def test_sigterm_under_load(monkeypatch):
 def test_the_drain_has_an_end(model, tok):
     direct = Direct(model, tok, ServerConfig(drain=.05, log_format='off'))
     async def both():
-        answer = asyncio.ensure_future(direct.ask(dict(model='tiny', prompt=[1], max_tokens=500, logit_bias={0: -100})))
+        answer = asyncio.ensure_future(direct.ask(dict(model='tiny', prompt=[1], max_tokens=500, logit_bias=ON)))
         while not direct.engine.rows: await asyncio.sleep(.001)
         begin = time.monotonic()
         await direct.server.drain()

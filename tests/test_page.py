@@ -93,6 +93,16 @@ def test_experts_of_an_answer(live):
         assert said in post(live, '/v1/experts', **body)['message']
 
 
+def test_the_tokenizer_for_harnesses(live):
+    "What lm-evaluation-harness asks before it scores over HTTP: no model is named, and the end token is one token"
+    with urllib.request.urlopen(f'http://127.0.0.1:{live.port}/tokenizer_info', timeout=60) as r: info = json.loads(r.read())
+    assert info['chat_template'] == live.tok.chat_template and info['model_max_length'] == 512
+    data = json.dumps(dict(prompt=info['eos_token'] + 'a', add_special_tokens=False)).encode()
+    request = urllib.request.Request(f'http://127.0.0.1:{live.port}/tokenize', data, {'content-type': 'application/json'})
+    with urllib.request.urlopen(request, timeout=60) as r: assert json.loads(r.read())['tokens'][0] == live.tok.eos_ids[0]
+    assert post(live, '/tokenize', prompt='a', add_special_tokens=True)['tokens'] == [live.tok.bos_id, *live.tok.encode('a')]
+
+
 @pytest.mark.skipif(not AXE.exists(), reason='axe-core is absent: .ci/run puts it into .venv')
 @pytest.mark.parametrize('scheme, width', [('light', 360), ('dark', 1000)])
 def test_experts_and_access(live, chromium, scheme, width):
@@ -104,6 +114,8 @@ def test_experts_and_access(live, chromium, scheme, width):
     assert not faults()
     page.keyboard.type('The Congress')
     page.keyboard.press('Enter')
+    page.wait_for_selector('article.assistant div:not(:empty)', timeout=60_000)
+    page.keyboard.press('Escape')
     page.wait_for_selector('article.assistant button', timeout=60_000)
     page.focus('article.assistant button')
     page.keyboard.press('Enter')

@@ -28,7 +28,8 @@ class Scripted(ServedModel):
     "A served model whose answers are given: every protocol's own work without a model."
     pieces, finish, error, matched = [TEXT], 'stop', None, None
 
-    def prompt(self, messages, tools=None, thinking=False): return super().prompt(messages, tools, False) + '<think>'*thinking
+    def prompt(self, messages, tools=None, thinking=False, effort=None):
+        return super().prompt(messages, tools, False) + '<think>'*thinking
 
     def ask(self, text, ids, thinking=False, tools=None, max_tokens=None, begun='', **settings):
         stream = Stream(Request(ids, **settings))
@@ -128,6 +129,20 @@ def test_thinking_and_tools_through_the_clients(live, script):
     assert plain(json.loads(final.to_json())) == plain(json.loads(whole.to_json())) and whole.output[0].content[0].text == 'Hm,\nlet me'
     hidden = dict(type='reasoning', id='r', summary=[], encrypted_content=whole.output[0].encrypted_content)
     assert read_responses(dict(input=[hidden])).messages[0]['reasoning_content'] == 'Hm,\nlet me'
+
+
+def test_the_tool_runner_of_anthropics_package(live, script):
+    "It asks the server to keep the conversation, is told that this one keeps none, and sends everything itself. The list of models too."
+    told = []
+    def weather(city='') -> str:
+        "The weather in a city"
+        told.append(city)
+        script.pieces = ['warm']
+        return 'warm'
+    runner = claude(live).beta.messages.tool_runner(model='script', messages=HI, max_tokens=90, tools=[anthropic.beta_tool(weather)])
+    assert [m.stop_reason for m in runner] == ['tool_use', 'end_turn'] and told == ['Rome', '']
+    first, = [m for m in claude(live).models.list() if m.id == 'mini']
+    assert (first.type, first.display_name, first.max_input_tokens) == ('model', 'mini', 512) and first.created_at.year >= 2026
 
 
 def test_a_client_that_leaves_is_noticed(live):

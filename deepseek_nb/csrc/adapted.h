@@ -6,8 +6,9 @@
 
 // an adapter of a weight, or of a stack of weights; a is null if there is none
 struct LowRank {
-    const float *a, *b, *gain;  // A (rank × K); B transposed, times the factor (rank × rows); DoRA's factors, or null
+    const float *a, *b, *gain;  // A (rank × K); B transposed, times the factor; DoRA's factors, or null
     int64_t rank, rows;         // rank; rows of the weight, or of each weight of a stack
+    int64_t block, first;       // b has blocks of rank × block; its row that belongs to the first row of this matrix
 };
 struct Adapters {
     const LowRank* table;  // for each adapter a row of `places`
@@ -36,7 +37,7 @@ template <class M> struct Adapted {
         LowRank v = adapters->at(adapter, place);
         if (!v.a || !row) return v;
         const int64_t expert = row / v.rows;
-        v.a += expert * v.rank * K, v.b += expert * v.rank * v.rows + row % v.rows;
+        v.a += expert * v.rank * K, v.b += expert * v.rank * round_up(v.rows, v.block), v.first = row % v.rows;
         return v;
     }
 };
@@ -84,7 +85,7 @@ void shrink(const Team& t, const Adapted<M>& m, int64_t n, int64_t K, const floa
 }
 
 // %% ../../nbs/547_kernels.adapted.ipynb #8833f1c6
-// y = (y + low · b) gain for the columns from begin up to end, in strips of N vectors
+// y = (y + low · b) gain for the columns from begin up to end, in strips of N vectors; rows of b are ld apart
 template <int N>
 int64_t grow_strips(int64_t rank, int64_t begin, int64_t end, const float* low, const float* b, int64_t ld,
                     const float* gain, float* y) {
@@ -97,15 +98,22 @@ int64_t grow_strips(int64_t rank, int64_t begin, int64_t end, const float* low, 
     }
     return begin;
 }
-inline void grow_row(int64_t rank, int64_t begin, int64_t end, const float* low, const float* b, int64_t ld,
-                     const float* gain, float* y) {
-    begin = grow_strips<4>(rank, begin, end, low, b, ld, gain, y);
+inline void grow_block(int64_t rank, int64_t end, const float* low, const float* b, int64_t ld, const float* gain, float* y) {
+    int64_t begin = grow_strips<4>(rank, 0, end, low, b, ld, gain, y);
     begin = grow_strips<1>(rank, begin, end, low, b, ld, gain, y);
     if (begin == end) return;
     const int some = end - begin;
     vec s = load_part(y + begin, some);
     for (int64_t k = 0; k < rank; ++k) s = muladd(splat(low[k]), load_part(b + k * ld + begin, some), s);
     store_part(y + begin, gain ? s * load_part(gain + begin, some) : s, some);
+}
+inline void grow_row(const LowRank& v, int64_t begin, int64_t end, const float* low, float* y) {
+    for (int64_t some; begin < end; begin += some) {
+        const int64_t at = (v.first + begin) % v.block;
+        some = std::min(end - begin, v.block - at);
+        grow_block(v.rank, some, low, v.b + (v.first + begin - at) * v.rank + at, v.block, v.gain ? v.gain + begin : nullptr,
+                   y + begin);
+    }
 }
 template <class M, class Token>
 void grow(const Team& t, const Adapted<M>& m, int64_t R, int64_t n, int64_t K, const float* low, Token token, float* y,
@@ -114,7 +122,7 @@ void grow(const Team& t, const Adapted<M>& m, int64_t R, int64_t n, int64_t K, c
     each_adapter(m, n, K, token, [&, begin = begin, end = end](const LowRank& v, const std::vector<int64_t>& rows,
                                                                int64_t before) {
         for (size_t i = 0; i < rows.size(); ++i)
-            grow_row(v.rank, begin, end, low + (before + i) * m.adapters->rank, v.b, v.rows, v.gain, y + rows[i] * ldy);
+            grow_row(v, begin, end, low + (before + i) * m.adapters->rank, y + rows[i] * ldy);
     });
 }
 
@@ -167,7 +175,7 @@ void absorb(const Team& t, const Mla<T, Adapted<M>>& w, int64_t n, const float* 
             for (int64_t j : rows) in.push_back(q + (j * w.h + i) * w.query());
             skinny(v.rank, in.size(), w.nope, v.b + i * (w.nope + w.v), v.rows, in.data(), low, v.rank);
             for (size_t j = 0; j < rows.size(); ++j)
-                grow_row(v.rank, 0, w.c, low + j * v.rank, v.a, w.c, nullptr, out + (rows[j] * w.h + i) * w.cached());
+                grow_block(v.rank, w.c, low + j * v.rank, v.a, w.c, nullptr, out + (rows[j] * w.h + i) * w.cached());
         }
     });
 }
@@ -187,8 +195,8 @@ void expand(const Team& t, const Mla<T, Adapted<M>>& w, int64_t n, const float* 
             for (int64_t j : rows) in.push_back(latents[i * n + j]);
             dot_rows(v.rank, in.size(), w.c, v.a, in.data(), low, v.rank);
             for (size_t j = 0; j < rows.size(); ++j)
-                grow_row(v.rank, 0, w.v, low + j * v.rank, v.b + row, v.rows, v.gain ? v.gain + row : nullptr,
-                         out + (rows[j] * w.h + i) * w.v);
+                grow_block(v.rank, w.v, low + j * v.rank, v.b + row, v.rows, v.gain ? v.gain + row : nullptr,
+                           out + (rows[j] * w.h + i) * w.v);
         }
     });
 }

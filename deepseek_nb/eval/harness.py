@@ -115,7 +115,7 @@ def score_rows(
     x,want = torch.cat(states),torch.tensor([t for row in targets for t in row], device=model.device)
     picked,best = [],[]
     for a,t in zip(x.split(chunk), want.split(chunk), strict=True):
-        logits = head(a[None], model.head_weight)[0].float()
+        logits = head(a, model.head_weight) # of two axes, so that its bits are independent of the number of rows
         best.append(logits.argmax(-1) == t)
         picked.append(logits.log_softmax(-1).gather(1, t[:, None])[:, 0].double())
     counts = [*map(len, targets)]

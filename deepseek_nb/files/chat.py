@@ -20,6 +20,7 @@ from functools import cache
 
 from fastcore.basics import patch
 
+from .prompts import STYLES, PromptStyle
 from .tokenizer import Tokenizer
 
 # %% ../../nbs/220_files.chat.ipynb #2b4c8c96
@@ -107,6 +108,12 @@ def _mark_end(row, field):
     if isinstance(row[field], str): return row | {k: f'{row[field]}{_END} ' for k in copies}
     return {**row, field: _mark_blocks(row[field])}
 
+def _begun(template, row, options):
+    "Which text of the last message is continued: its reasoning, if there is no content yet"
+    thinks = isinstance(template, PromptStyle) and options.get('thinking') and not row.get('content')
+    if thinks: row.setdefault('reasoning_content', '')
+    return 'reasoning_content' if thinks else 'content'
+
 def _mark_blocks(blocks):
     "Append the mark to the last content block with text"
     i = max((i for i, b in enumerate(blocks) if 'text' in b), default=None)
@@ -125,12 +132,12 @@ def _cut_end(text):
 def _compiled(template): return environment().from_string(template)
 
 def _run(template, data):
-    try: return _compiled(template).render(data)
+    try: return template(**data) if isinstance(template, PromptStyle) else _compiled(template).render(data)
     except Exception as e: raise ValueError(f'the chat template rejects this conversation: {" ".join(str(e).split())}') from e
 
 # %% ../../nbs/220_files.chat.ipynb #f40c0bf2
 def render(
-    template:str,    # Jinja source
+    template:str|PromptStyle, # Jinja source, or a format written as functions
     messages,        # Dicts with `role` and `content`, in order
     tools:list=None, # JSON schemas of the functions that the model may call
     add_generation_prompt:bool=True, # End with the header of an answer; ignored if the last message is continued
@@ -140,7 +147,7 @@ def render(
     "Render a conversation to a prompt"
     rows = normalise(messages)
     if field := continue_final_message or rows[-1].get('role') == 'assistant' and rows[-1].get('prefix'):
-        rows[-1] = _mark_end(rows[-1], field if isinstance(field, str) else 'content')
+        rows[-1] = _mark_end(rows[-1], field if isinstance(field, str) else _begun(template, rows[-1], options))
     data = dict(messages=rows, tools=plain_data(tools), add_generation_prompt=add_generation_prompt and not field)
     text = _run(template, dict(documents=None) | plain_data(options) | data)
     return _cut_end(text) if field else text
@@ -179,6 +186,9 @@ TEMPLATES['deepseek-r1-distill'] = '''{{ bos_token }}
 {%- else %}{{ raise_exception('the R1 distillations read system, user and assistant messages, without tools') }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}'''
+
+# %% ../../nbs/220_files.chat.ipynb #eaf91599
+TEMPLATES |= STYLES
 
 # %% ../../nbs/220_files.chat.ipynb #ac94f690
 def unused_pair(
@@ -219,14 +229,15 @@ def encode_marked(self:Tokenizer,
 def template_for(self:Tokenizer,
     tools:list=None, # JSON schemas of functions; a checkpoint may have a separate template for tools
     chat_template:str=None, # Jinja source, name of a template of the checkpoint, or key of `TEMPLATES`; None: the checkpoint's
-)->str: # Jinja source
+)->str|PromptStyle: # Jinja source, or a format written as functions
     "Select the chat template for a conversation"
     own = self.chat_template if isinstance(self.chat_template, dict) else {'default': self.chat_template}
     if chat_template: return own.get(chat_template) or TEMPLATES.get(chat_template, chat_template)
-    if template := tools and own.get('tool_use') or own.get('default'): return template
+    if template := tools and own.get('tool_use') or own.get('default'): return TEMPLATES.get(template, template)
     if '<｜User｜>' not in self.special_tokens:
         raise ValueError('this checkpoint has no chat template: set chat_template to Jinja source or one of ' + ', '.join(TEMPLATES))
-    name = 'deepseek-v3.1' if '<｜tool▁calls▁begin｜>' in self.special_tokens else 'deepseek-r1-distill'
+    marks = {'<｜System｜>': 'deepseek-v4.1', '｜DSML｜': 'deepseek-v4', '<｜tool▁calls▁begin｜>': 'deepseek-v3.1'}
+    name = next((name for mark,name in marks.items() if mark in self.special_tokens), 'deepseek-r1-distill')
     warnings.warn(f'this checkpoint has no chat template, {name} is used', stacklevel=2)
     return TEMPLATES[name]
 

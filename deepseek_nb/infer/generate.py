@@ -102,18 +102,28 @@ def sampling_of(
 
 # %% ../../nbs/410_infer.generate.ipynb #aa524d41
 @patch
+def adjusted(self:Sampling,
+    logits:Tensor, # Logits of the next token `b w`
+    seen:Tensor, # Tokens so far `b t`
+)->Tensor: # Logits `b w`, −∞ for tokens that can't be drawn
+    "Apply penalty, temperature and cuts"
+    if self.repetition_penalty != 1: logits = penalise(logits, seen, self.repetition_penalty)
+    if self.temperature == 0: return logits
+    logits = logits/self.temperature
+    if self.top_k: logits = keep_top_k(logits, self.top_k)
+    if self.top_p < 1: logits = keep_top_p(logits, self.top_p)
+    if self.min_p: logits = keep_min_p(logits, self.min_p)
+    return logits
+
+@patch
 def choose(self:Sampling,
     logits:Tensor, # Logits of the next token `b w`
     seen:Tensor, # Tokens so far `b t`
     generator:torch.Generator|None = None, # Source of randomness
 )->Tensor: # Tokens `b`
     "Choose the next token of each row"
-    if self.repetition_penalty != 1: logits = penalise(logits, seen, self.repetition_penalty)
+    logits = self.adjusted(logits, seen)
     if self.temperature == 0: return logits.argmax(-1)
-    logits = logits/self.temperature
-    if self.top_k: logits = keep_top_k(logits, self.top_k)
-    if self.top_p < 1: logits = keep_top_p(logits, self.top_p)
-    if self.min_p: logits = keep_min_p(logits, self.min_p)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:,0]
 
 # %% ../../nbs/410_infer.generate.ipynb #3719eb1f
@@ -204,6 +214,19 @@ def _one_cache(cache, past_key_values):
     return cache
 
 # %% ../../nbs/410_infer.generate.ipynb #11c3f247
+def _with_drafts(model, ids, how, n, eos, pad, attention_mask, cache, draft, draft_tokens):
+    "Tokens of `speculate`, one for all rows at a time"
+    if cache is not None: raise ValueError('a draft needs caches of its own; leave out cache, or the draft')
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    rows,live = [[] for _ in ids],[True]*len(ids)
+    for new in model.speculate([r[m.bool()].tolist() for r,m in zip(ids, mask, strict=True)], n, draft, draft_tokens, how, eos):
+        for row,more in zip(rows, new, strict=True): row += more
+        while any(live) and all(row or not on for row,on in zip(rows, live, strict=True)):
+            tokens = [row.pop(0) if row else pad for row in rows]
+            yield torch.tensor(tokens, device=model.device)
+            live = [on and t not in eos for on,t in zip(live, tokens, strict=True)]
+
+# %% ../../nbs/410_infer.generate.ipynb #57f3dc8e
 @patch
 @delegates(Sampling)
 def stream(self:Model,
@@ -217,12 +240,16 @@ def stream(self:Model,
     pad_token_id:int|None = None, # Token for rows that have ended; None: the first end token
     do_sample:bool|None = None, # True: temperature 1 by default; False: greedy; None: greedy if the temperature is 0
     mla:str = 'auto', # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
+    draft=None, # Speculative decoding: 'lookup', 'mtp' or a smaller `Model`; None: without drafts
+    draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
     **kwargs, # Fields of `Sampling`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
     how,n = sampling_of(do_sample, **kwargs),budget(self.config, _batch(ids, attention_mask).shape[1], max_new_tokens, max_length)
     eos,cache = _end_tokens(eos_token_id, self.config.eos_ids),_one_cache(cache, past_key_values)
     if pad_token_id is None: pad_token_id = eos[0] if eos else 0
+    if draft is not None: return _with_drafts(self, ids, how, n, eos, pad_token_id, attention_mask, cache, draft, draft_tokens)
+    if draft_tokens is not None: raise ValueError('draft_tokens is given without a draft; add draft="lookup", "mtp" or a smaller Model')
     if cache is None: cache = self.new_cache(len(ids), ids.shape[1] + n)
     return _steps(self, ids.to(self.device), cache, how, n=n, eos=eos, pad=pad_token_id, attention_mask=attention_mask, mla=mla)
 

@@ -22,7 +22,7 @@ import time
 import warnings
 from contextlib import suppress
 from hashlib import sha256
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,6 +262,6 @@ def save(self:PageStore,
     missing = [i for i,k in enumerate(keys) if k in self.warned or not os.path.exists(self.path(k))]
     self.touch(keys)
     if missing and self.nbytes is not None and not self.make_room(len(missing)*(START + self.size)): return 0
-    count = sum(self.write(keys[i], read(i)) for i in missing)
+    count = sum(1 for _ in takewhile(lambda i: self.write(keys[i], read(i)), missing))
     self.touch(keys)
     return count

@@ -17,8 +17,10 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from typing import NamedTuple
 
@@ -134,6 +136,7 @@ class Server:
         self.models,self.config = {m.name: m for m in models},config or ServerConfig()
         self.running,self.draining,self.hurry,self.started = Counter(),False,False,time.time()
         self.metrics = EngineMetrics({m.name: m.engine for m in models})
+        self.readers = ThreadPoolExecutor(4, 'reader') # prompts are read here; other work can't take these threads
 
     def model(self,
         name:str|None, # As the client calls it
@@ -205,7 +208,8 @@ async def _start(self:Server,
     body = await json_body(request, self.config.max_body, self.config.patience)
     served,record = self.model(Fields(body).take('model', str)),request.scope['record']
     record.model,record.key,record.tok = served.name,owner,served.tok
-    run = await asyncio.to_thread(start, served, {k: v for k,v in body.items() if k != 'model'}, owner)
+    fields = {k: v for k,v in body.items() if k != 'model'}
+    run = await asyncio.get_running_loop().run_in_executor(self.readers, start, served, fields, owner)
     record.answer,record.streams = run.id,[a.stream for a in getattr(run, 'answers', None) or [run.answer]]
     return run
 
@@ -263,17 +267,20 @@ async def _handle(self:Server,
 @patch
 def _card(self:Server,
     m:ServedModel, # Model
-)->dict: # OpenAI's form
+)->dict: # The fields of OpenAI's form and of Anthropic's
     "A model in the list of models"
+    since = datetime.fromtimestamp(m.created, UTC).isoformat().replace('+00:00', 'Z')
     adapter = m.engine.adapters.loaded.get(m.adapter)
     return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
-                root=adapter.folder.name if adapter else m.name, parent=m.base)
+                root=adapter.folder.name if adapter else m.name, parent=m.base,
+                type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
 
 @patch
 async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
     from starlette.responses import JSONResponse
-    return JSONResponse(dict(object='list', data=[*map(self._card, all_served(self.models))]))
+    data = [*map(self._card, all_served(self.models))]
+    return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
 @patch
 async def _get_model(self:Server, request): # `GET /v1/models/NAME`
@@ -282,6 +289,7 @@ async def _get_model(self:Server, request): # `GET /v1/models/NAME`
     try: return JSONResponse(self._card(self.model(request.path_params['name'])))
     except ApiError as error: return self._response(error, request=request)
 
+# %% ../../nbs/480_serve.app.ipynb #486e7624
 @patch
 async def _health(self:Server, request): # `GET /health` and `/ready`
     "Whether the server lives, and whether it takes requests"
@@ -429,6 +437,7 @@ def routes(self:Server)->list: # Starlette's routes
                   Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
+# %% ../../nbs/480_serve.app.ipynb #0915169e
 @patch
 async def _no_route(self:Server, request, error): # Starlette's error: 404 or 405
     "A path that isn't served, in the form of its protocol"
@@ -463,7 +472,8 @@ async def drain(self:Server)->None:
     "Let the running answers finish, or cut them"
     self.draining,end = True,time.monotonic() + self.config.drain
     while sum(self.running.values()) and time.monotonic() < end and not self.hurry: await asyncio.sleep(.02)
-    await asyncio.gather(*[asyncio.to_thread(m.engine.close, drain=False) for m in self.models.values()])
+    close = asyncio.get_running_loop().run_in_executor
+    await asyncio.gather(*[close(self.readers, partial(m.engine.close, drain=False)) for m in self.models.values()])
 
 @patch
 def run(self:Server,
@@ -472,7 +482,7 @@ def run(self:Server,
     "Serve until SIGTERM or SIGINT"
     import uvicorn
     c = self.config
-    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), timeout_graceful_shutdown=_FLUSH,
+    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), ws='none', timeout_graceful_shutdown=_FLUSH,
                               log_config=log_settings(c.log_format), log_level='warning', access_log=False)
     server = _uvicorn(uvicorn)(self, settings)
     if ready is not None: server.ready = ready

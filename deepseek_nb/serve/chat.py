@@ -25,7 +25,7 @@ from .events import ContentDelta, ReasoningDelta, Splitter, ToolCallStart
 from .reasoning import THINKING
 from .sampling import SamplingParams
 from .stream import Piece, Request, Stream
-from .tools import answer_format
+from .tools import NAMED_FORMATS, answer_format
 
 # %% ../../nbs/470_serve.chat.ipynb #ef344316
 class ApiError(Exception):
@@ -167,6 +167,8 @@ class ServedModel:
         template = self.tok.chat_template
         if isinstance(template, dict): template = template.get('tool_use') or template.get('default')
         self.format = self.format or answer_format(template, self.engine.model.config.model_type)
+        if self.format == 'v4' and '<｜System｜>' in self.tok.special_tokens: self.format = 'v41'
+        if not template: self.tok.chat_template = {f: name for name,f in NAMED_FORMATS.items()}.get(self.format)
 
     @property
     def context(self)->int: return self.engine.model.config.max_positions # Most tokens of prompt and answer
@@ -178,21 +180,35 @@ class ServedModel:
         return replace(self, name=name, adapter=name, base=self.name)
 
 # %% ../../nbs/470_serve.chat.ipynb #7a02d182
+def _options(thinking, effort): return dict(thinking=thinking) | ({} if effort is None else dict(reasoning_effort=effort))
+
 @patch
 def prompt(self:ServedModel,
     messages:list, # As `read_messages` gives them
     tools:list|None = None, # JSON schemas of the functions that the model may call
     thinking:bool = False, # Whether the model reasons before its answer
+    effort:str|None = None, # How much it reasons, where the template knows that; None: as the template says
 )->str: # The prompt's text
     "The text of a prompt, as the model's chat template writes it"
     if thinking and self.format not in THINKING:
         raise ApiError(400, f'{self.name} was not trained to think; leave thinking out', 'thinking')
     try:
-        text = self.tok.prompt(messages, tools, thinking=thinking)
-        if tools and self.tok.prompt(messages, thinking=thinking) == text:
+        text = self.tok.prompt(messages, tools, **_options(thinking, effort))
+        if tools and self.tok.prompt(messages, **_options(thinking, effort)) == text:
             raise ApiError(400, f"{self.name} can't call tools: its chat template has no place for them", 'tools')
     except ValueError as error: raise ApiError(400, str(error), 'messages') from None
     return text
+
+# %% ../../nbs/470_serve.chat.ipynb #2e36463f
+@patch
+def ids(self:ServedModel,
+    messages:list, # As `read_messages` gives them
+    tools:list|None = None, # JSON schemas of the functions that the model may call
+    thinking:bool = False, # Whether the model reasons before its answer
+    effort:str|None = None, # How much
+)->list: # Token ids; control tokens in messages are text
+    "The token ids of a prompt"
+    return self.tok.chat(messages, tools, **_options(thinking, effort))
 
 # %% ../../nbs/470_serve.chat.ipynb #1a546c52
 class AnswerStep(NamedTuple):
@@ -247,5 +263,5 @@ def ask(self:ServedModel,
                                      'shorten them', 'messages', code='context_length_exceeded')
     most = left if max_tokens is None else max_tokens
     stream = self.engine.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
-    opened = thinking and text.rstrip().endswith('<think>')
+    opened = thinking and '<think>' in text and '</think>' not in text.rpartition('<think>')[2]
     return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun))

@@ -43,6 +43,7 @@ class ChatRequest:
     user:str = '' # The user's id, if the body has one
     timeout:float|None = None # Seconds after which the answer ends with what it has
     token_ids:bool = False # Whether the ids of the tokens are reported
+    effort:str|None = None # How much the model reasons; None: nothing was said
 
 # %% ../../nbs/472_serve.completions.ipynb #b14b9ff1
 EFFORTS = 'none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max', 'ultra'
@@ -135,7 +136,8 @@ def read_chat(
     out = ChatRequest(read_messages(f.take('messages', list, needed=True)), sampling_from(f, logprobs=read_logprobs(f)),
         longest[0] if longest else None, read_stop(f), f.take('n', int, default=1), *check_tools(f), read_format(f), read_thinking(f),
         f.take('stream', bool, default=False), options.take('include_usage', bool, default=False),
-        f.take('user_id', str) or f.take('user', str) or '', f.take('timeout', float), f.take('return_token_ids', bool, default=False))
+        f.take('user_id', str) or f.take('user', str) or '', f.take('timeout', float), f.take('return_token_ids', bool, default=False),
+        body.get('reasoning_effort'))
     options.only('include_obfuscation', False)
     if body.get('stream_options') is not None and not out.stream: raise f.wrong('stream_options', 'needs stream: true')
     if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')
@@ -242,11 +244,12 @@ class ChatRun:
     ):
         self.served,self.request,self.dialect = served,request,dialect
         self.id,self.created = f'chatcmpl-{uuid4().hex}',int(time.time())
-        text = served.prompt(request.messages, request.tools, request.thinking)
-        ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
+        effort = dict(effort=request.effort) if request.thinking and request.effort else {}
+        text = served.prompt(request.messages, request.tools, request.thinking, **effort)
+        ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
         last = request.messages[-1]
-        begun = last['content'] if last.get('prefix') else ''
+        begun = last['content'] or last.get('reasoning_content', '') if last.get('prefix') else ''
         how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline, begun=begun)
         self.answers,self.prompt,grammar = [],ids,grammar_for(served, request)
         try:

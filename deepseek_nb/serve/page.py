@@ -107,6 +107,10 @@ function drawExperts(canvas, report, tokens) {
     used.forEach((share, e) => { pen.globalAlpha = share; pen.fillStyle = colour; pen.fillRect(e, row, 1, 1); });
   });
 }
+'''
+
+# %% ../../nbs/479_serve.page.ipynb #d39286fd
+SCRIPT += '''
 function describeExperts(report, tokens) {
   if (tokens.length === 1) return `"${tokens[0].text.trim()}": ` +
     report.layers.map((layer, i) => `layer ${layer} experts ${tokens[0].experts[i].join(", ")}`).join("; ");
@@ -117,7 +121,7 @@ function describeExperts(report, tokens) {
 }
 '''
 
-# %% ../../nbs/479_serve.page.ipynb #d39286fd
+# %% ../../nbs/479_serve.page.ipynb #8cb469b6
 SCRIPT += '''
 function expertsFigure(report) {
   const box = document.createElement("figure"), canvas = document.createElement("canvas");
@@ -134,6 +138,10 @@ function expertsFigure(report) {
   box.append(canvas, slider, words);
   return {box, update};
 }
+'''
+
+# %% ../../nbs/479_serve.page.ipynb #6f8e791b
+SCRIPT += '''
 function expertsButton(model, tokens, last) {
   const button = document.createElement("button");
   button.textContent = "Show experts";

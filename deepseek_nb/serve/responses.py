@@ -331,8 +331,9 @@ class ResponsesRun:
     ):
         self.served,self.request,self.sent = served,request,0 # events sent
         self.id,self.created = f'resp_{uuid4().hex}',int(time.time())
-        text = served.prompt(request.messages, request.tools, request.thinking)
-        ids = served.tok.chat(request.messages, request.tools, thinking=request.thinking)
+        effort = dict(effort=request.echo['reasoning']['effort']) if request.thinking else {}
+        text = served.prompt(request.messages, request.tools, request.thinking, **effort)
+        ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, params=request.params,
                                  grammar=grammar_for(served, request, 'text.format'), user=f'{owner}/{request.user}')
         self.writer = ItemWriter(self.id[5:], request.encrypted)

@@ -95,6 +95,7 @@ def load_served(
     with compiling_notice(): warm_engine(engine)
     return ServedModel(Path(name).name.removesuffix('.gguf'), engine, tok)
 
+# %% ../../nbs/955_tools.serving.ipynb #dfc1ff4e
 def missing_packages(
     names:tuple = ('starlette', 'uvicorn', 'llguidance', 'prometheus_client'), # Packages of the extra `serve`
 )->list: # Those that are not installed
