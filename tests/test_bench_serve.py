@@ -356,6 +356,13 @@ def test_the_best_peer_and_the_table():
     assert '50 (10 to 90)' in line and '50.0' in line
 
 
+def test_one_arm_alone(monkeypatch, tmp_path, quick):
+    "A server that reads a GGUF file, chosen by a part of its name; it isn't installed here."
+    monkeypatch.setattr(serve, 'program', lambda server, peers='': None)
+    report = serve.serve_load(only='llama-server', models=str(tmp_path))
+    assert report.left == {'llama-server, SmolLM2 Q4_0': 'llama-server is not installed'} and report.runs == []
+
+
 def test_smoke(tmp_path, capsys, monkeypatch):
     "Our own server as a process, through the command; a second call starts nothing."
     path = tmp_path/'serve.json'

@@ -429,7 +429,8 @@ def _prepared(folder, smoke, arms, peers):
     "Words of each model's tokenizer, after the models are written"
     if smoke: write_endless(Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini'), folder/'mini')
     else: prepare_models(folder, arms, program('llama-cpp-python', peers))
-    return {a.model: one_token_words(Tokenizer.from_pretrained(folder/a.file)) for a in arms if not a.file.endswith('.gguf')}
+    files = {a.model: 'smollm2-135m' if a.file.endswith('.gguf') else folder/a.file for a in arms}
+    return {model: one_token_words(Tokenizer.from_pretrained(file)) for model,file in files.items()}
 
 # %% ../../nbs/792_bench.serve.ipynb #30dbac4b
 def serve_load(
@@ -522,6 +523,7 @@ def _in_tens(ax):
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(NullFormatter())
 
+# %% ../../nbs/792_bench.serve.ipynb #672c96b4
 @patch
 def plot(self:ServeReport,
     model:str = 'SmolLM2', # Whose arms
