@@ -1,6 +1,7 @@
 """The same answer alone and in company: random mixes of requests, arrivals, cancellations and preemptions."""
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,48 @@ def test_a_prefix_in_prefill_is_awaited(model):
     run(engine)
     assert engine.stats.prompt_tokens == 200 + 7*(200 - 192)
     assert [s.usage.prompt_cache_hit_tokens for s in streams] == [0] + [192]*7
+
+
+def test_a_page_that_is_not_full_is_shared(model):
+    "A repeated prompt costs one token, and one that differs inside of a page the tokens from there; the bits are those of a request alone."
+    prompt = [i*7 % 256 for i in range(150)]
+    asked = [prompt, prompt, prompt[:140] + [1, 2, 3], prompt[:129] + [9], prompt]
+    asked = [Request(p, SamplingParams(seed=i, logprobs=1), max_tokens=5, stop_ids=(), user='bob' if i == 4 else '')
+             for i,p in enumerate(asked)]
+    for pages in (3, 40): # of three pages, none is left for a copy
+        engine, got, hits = Engine(model, Bytes(), nbytes=pages*PagePool(model.config, 1, 64).page_bytes), [], []
+        for r in asked:
+            stream = engine.submit(r)
+            run(engine)
+            hits.append(stream.usage.prompt_cache_hit_tokens)
+            got.append(tokens(stream))
+            assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+        assert hits == ([0, 149, 140, 128, 0] if pages > 3 else [0, 128, 128, 128, 0])
+        for r,answer in zip(asked, got, strict=True):
+            alone = (one := Engine(model, Bytes())).submit(r)
+            run(one)
+            assert tokens(alone) == answer
+
+
+@pytest.mark.parametrize(['kinds', 'exact'], [(['Q8_0', 'Q4_0', 'Q4_1'], True), (['Q6_K', 'Q4_K'], False)], ids=['split', 'blocks'])
+@pytest.mark.parametrize('name', ['llama', 'v3'])
+def test_a_gguf_model(name, kinds, exact, tmp_path):
+    "Blocks that become int8 or int4 give the same bits in any chunks; others run row by row, and a neighbour changes no bit."
+    from test_ggml import CONFIGS, fresh, write
+    config = replace(CONFIGS[name][0], vocab_size=256, max_positions=512)
+    write(tmp_path/'m.gguf', fresh(config), False, kinds)
+    model = Model.from_pretrained(tmp_path/'m.gguf', device='cpu')
+    asked = [Request([i]*70 + [7, i], SamplingParams(seed=i, logprobs=2), max_tokens=6, stop_ids=()) for i in range(3)]
+    want = []
+    for r in asked:
+        alone = (one := Engine(model, Bytes())).submit(r)
+        run(one)
+        want.append(tokens(alone))
+    for budget in (32, 256) if exact else (256,):
+        engine = Engine(model, Bytes(), budget=budget)
+        streams = [engine.submit(r) for r in [*asked, asked[0]][:4 if exact else 3]]
+        run(engine)
+        assert [tokens(s) for s in streams] == [*want, want[0]][:len(streams)]
 
 
 def test_cancelled_within_one_step(model):

@@ -45,17 +45,13 @@ inline ivec dot_signed(ivec s, ivec w, int32_t a) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #bdd804d4
-struct Codes {
-    const int32_t* codes;     // four codes per word
-    const float *scale, *sum;  // for each block
+struct CodeBlock {
+    int32_t codes[8];  // four codes per word
+    float scale, sum;
 };
+using Codes = const CodeBlock*;  // the blocks of a token
 inline int64_t blocks_of(int64_t K) { return (K + 31) / 32; }
-constexpr int CODES = 8 + 2;  // words per block: codes, scale, sum
-
-inline Codes codes_in(const int32_t* memory, int64_t K) {
-    const float* scale = (const float*)(memory + 8 * blocks_of(K));
-    return {memory, scale, scale + blocks_of(K)};
-}
+constexpr int CODES = sizeof(CodeBlock) / sizeof(int32_t);  // words per block
 
 // %% ../../nbs/537_kernels.codes.ipynb #974b579c
 inline float largest_magnitude(const float (&x)[32]) {
@@ -70,10 +66,9 @@ inline float largest_magnitude(const float (&x)[32]) {
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
 // round the blocks with from <= index < to
 inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
-    const int64_t G = blocks_of(K);
-    int8_t* codes = (int8_t*)memory;
-    float *scale = (float*)(memory + 8 * G), *sum = scale + G;
     for (int64_t g = from; g < to; ++g) {
+        CodeBlock& block = ((CodeBlock*)memory)[g];
+        int8_t codes[32];
         alignas(64) float part[32] = {};
         if (K - 32 * g >= 32) memcpy(part, x + 32 * g, sizeof part);
         else memcpy(part, x + 32 * g, (K - 32 * g) * sizeof(float));
@@ -81,14 +76,15 @@ inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t fro
         int32_t total = 0;
         for (int i = 0; i < 32; ++i) {
             const int32_t c = int32_t(rintf(part[i] * inverse));
-            codes[32 * g + i] = c, total += c;
+            codes[i] = c, total += c;
         }
-        scale[g] = step < INFINITY ? step : NAN, sum[g] = scale[g] * total;
+        memcpy(block.codes, codes, sizeof codes);
+        block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * total;
     }
 }
 inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
     round_blocks(x, K, memory, 0, blocks_of(K));
-    return codes_in(memory, K);
+    return (Codes)memory;
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #0abccd07
@@ -164,21 +160,29 @@ template <class F> void as_format(const Matrix& m, F use) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #0a441108
-// the sums of a block's products, in two independent chains, so that neither waits for the other
-template <class F> inline ivec block_dot(const ivec (&w)[8], const int32_t* codes) {
-    ivec a = {}, b = {};
-    for (int i = 0; i < 8; i += 2) {
-        a = F::SIGNED ? dot_signed(a, w[i], codes[i]) : dot(a, w[i], codes[i]);
-        b = F::SIGNED ? dot_signed(b, w[i + 1], codes[i + 1]) : dot(b, w[i + 1], codes[i + 1]);
-    }
-    return a + b;
+// sums[j] = the sums of the products of block g with token j; the tokens take turns, so that no addition waits for another
+template <class F, int N> inline void block_dots(const ivec (&w)[8], const Codes* x, int64_t g, ivec (&sums)[N]) {
+    constexpr int CHAINS = N == 1 ? 2 : 1;
+    ivec s[N * CHAINS] = {};
+    for (int i = 0; i < 8; ++i)
+        for (int j = 0; j < N; ++j) {
+            ivec& a = s[j + i % CHAINS];
+            a = F::SIGNED ? dot_signed(a, w[i], x[j][g].codes[i]) : dot(a, w[i], x[j][g].codes[i]);
+        }
+    for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? s[j] : s[0] + s[1];
+}
+// s + a block's part of the product
+inline vec add_block(vec s, ivec sums, vec d, vec low, const CodeBlock& x) {
+    return muladd(low, splat(x.sum), muladd(__builtin_convertvector(sums, vec) * x.scale, d, s));
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #ef63d646
 // c[j] (16 rows) = panel · x_j
 template <class F, int N>
-void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c)[PANEL_ROWS]) {
+void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* tokens, float (*c)[PANEL_ROWS]) {
     const int64_t G = blocks_of(m.K), each = m.blocks();
+    Codes x[N];  // in registers
+    std::copy_n(tokens, N, x);
     for (int h = 0; h < PASSES; ++h) {
         const uint8_t* at = panel + h * 4 * L;
         vec s[N] = {};
@@ -189,10 +193,9 @@ void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* x, float (*c
                 ivec w[8];
                 for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
                 F::read(at, w);
-                for (int j = 0; j < N; ++j) {
-                    const vec sums = __builtin_convertvector(block_dot<F>(w, x[j].codes + 8 * g), vec);
-                    s[j] += muladd(sums, d * x[j].scale[g], low * x[j].sum[g]);
-                }
+                ivec sums[N];
+                block_dots<F>(w, x, g, sums);
+                for (int j = 0; j < N; ++j) s[j] = add_block(s[j], sums[j], d, low, x[j][g]);
             }
         }
         for (int j = 0; j < N; ++j) store(&c[j][h * L], F::END ? s[j] * load((const float*)panel + h * L) : s[j]);
@@ -232,9 +235,9 @@ template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel
     return to;
 }
 // the sums (16 tokens × 16 rows) of one block
-inline void tile_block(const int32_t* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
+inline void tile_block(const CodeBlock* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
     _tile_zero(2);
-    _tile_loadd(0, x, 4 * step);
+    _tile_loadd(0, x, step * sizeof *x);
     _tile_loadd(1, w, 64);
     _tile_dpbsud(2, 0, 1);
     _tile_stored(2, sums, 64);
@@ -246,18 +249,14 @@ inline void tile_block(const int32_t* x, int64_t step, const uint8_t* w, int32_t
 // c[j] (16 rows) = panel · x_j for 16 tokens, whose codes have equal distances in memory
 template <class F>
 void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
-    const int64_t each = m.blocks(), step = x[1].codes - x[0].codes;
+    const int64_t each = m.blocks(), step = x[1] - x[0];
     alignas(64) int32_t sums[TILE][PANEL_ROWS];
     vec s[TILE] = {};
     for (int64_t g = 0; g < blocks_of(m.K); ++g) {
         const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
         const vec d = F::step(group), low = F::low(group, d);
-        tile_block(x[0].codes + 8 * g, step, codes + 512 * g, sums);
-        const float *scale = x[0].scale + g, *sum = x[0].sum + g;
-        for (int j = 0; j < TILE; ++j) {
-            const vec dots = __builtin_convertvector(ints((const uint8_t*)sums[j]), vec);
-            s[j] += muladd(dots, d * scale[j * step], low * sum[j * step]);
-        }
+        tile_block(x[0] + g, step, codes + 512 * g, sums);
+        for (int j = 0; j < TILE; ++j) s[j] = add_block(s[j], ints((const uint8_t*)sums[j]), d, low, x[j][g]);
     }
     for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
 }
@@ -272,7 +271,8 @@ struct Range {
     int64_t ld;
     void write(int64_t panel, int64_t j, const float* c) const {
         const int64_t r = panel * PANEL_ROWS;
-        memcpy(y + j * ld + r, c, std::min<int64_t>(PANEL_ROWS, R - r) * sizeof(float));
+        if (R - r >= PANEL_ROWS) memcpy(y + j * ld + r, c, PANEL_ROWS * sizeof(float));
+        else memcpy(y + j * ld + r, c, (R - r) * sizeof(float));
     }
 };
 
@@ -299,7 +299,7 @@ template <class F> int64_t tile_rows(const Matrix&, const Range&) { return 0; }
 #endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #c0969547
-constexpr int AT_ONCE = L == 16 ? 8 : 4;
+constexpr int AT_ONCE = L == 16 ? 12 : 4;
 using UpToOnce = std::make_integer_sequence<int, AT_ONCE>;
 
 template <class F, int... N>
@@ -310,9 +310,10 @@ inline void panel_up_to(int n, const Matrix& m, const uint8_t* panel, const Code
 template <class F> void panel_rows(const Matrix& m, const Range& r) {
     const int64_t done = tile_rows<F>(m, r);
     float c[AT_ONCE][PANEL_ROWS];
-    for (int64_t p = r.first; p < r.last && done < r.n; ++p)
-        for (int64_t j = done; j < r.n; j += AT_ONCE) {
-            const int some = std::min<int64_t>(AT_ONCE, r.n - j);
+    const int64_t left = r.n - done, blocks = (left + AT_ONCE - 1) / AT_ONCE;
+    for (int64_t p = r.first; p < r.last; ++p)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t j = done + left * b / blocks, some = done + left * (b + 1) / blocks - j;
             panel_up_to<F>(some, m, m.panel(p), r.x + j, c, UpToOnce());
             for (int i = 0; i < some; ++i) r.write(p, j + i, c[i]);
         }
@@ -345,7 +346,7 @@ inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix
         int32_t* memory = (int32_t*)panel;
         const auto [begin, end] = t.share(n);
         for (int64_t j = begin; j < end; ++j) round_row(x[j], K, memory + j * CODES * blocks_of(K));
-        for (int64_t j = 0; j < n; ++j) codes.rows[j] = codes_in(memory + j * CODES * blocks_of(K), K);
+        for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * CODES * blocks_of(K));
         t.wait();
     }
     const auto [first, last] = t.share(panels_of(R));

@@ -119,7 +119,7 @@ void each_share(const Team& t, const std::vector<GroupOfCodes>& groups, Wide wid
 // %% ../../nbs/540_kernels.step_codes.ipynb #761e9a50
 inline void take_codes(Rounded& codes, const int32_t* memory, int64_t n, int64_t K) {
     codes.take(n, K);
-    for (int64_t j = 0; j < n; ++j) codes.rows[j] = codes_in(memory + j * CODES * blocks_of(K), K);
+    for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * CODES * blocks_of(K));
 }
 inline void gate_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     thread_local Rounded codes;

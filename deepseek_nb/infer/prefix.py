@@ -224,7 +224,8 @@ def insert(self:PrefixCache,
     ids:list|Tensor, # Tokens of the cache, and maybe more, `s` or `1 s`
     cache:Cache, # Cache with one row
     user:str = '', # User id
-)->int: # Number of tokens that are stored
+    tail:bool = False, # Whether the last page is stored even if it is not full; the request must not write to it any more
+)->int: # Number of tokens that are stored in whole pages
     "Store the pages that a request has computed"
     self._check_cache(cache)
     ids = one_prompt(ids)[:len(cache)]
@@ -236,7 +237,13 @@ def insert(self:PrefixCache,
         self.tree.insert(ids, pages := found + new, user)
     if self.store is not None:
         self.store.save(self.store.keys(ids, user)[:len(pages)], lambda i: to_bytes(self.pool, pages[i]))
+    if tail and isinstance(cache, PagedCache) and len(ids) > len(pages)*self.tree.page: self._insert_tail(ids, cache, user)
     return len(pages)*self.tree.page
+
+@patch
+def _insert_tail(self:PrefixCache, ids, cache, user):
+    page = cache.tables[0][len(ids)//self.tree.page]
+    if self.tree.keep_tail(ids, page, user): self.pool.share(page)
 
 # %% ../../nbs/444_infer.prefix.ipynb #9605ad46
 @patch

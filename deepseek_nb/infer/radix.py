@@ -117,6 +117,42 @@ def __repr__(self:RadixTree):
             todo.append((child, f'{tokens} → pages {child.pages}', depth + 1))
     return '\n'.join(lines) or 'empty'
 
+# %% ../../nbs/443_infer.radix.ipynb #1b07fcfa
+@patch
+def _after(self:RadixTree, ids, user):
+    "The last edge of a prompt's known prefix, or the root, and the tokens after it"
+    path = self.path(ids, user)
+    known = sum(len(node.pages) for node in path)
+    return path[-1] if path else self.roots.get(user), tuple(ids[known*self.page:])
+
+@patch
+def tail(self:RadixTree,
+    ids:list, # Token ids
+    user:str = '', # User id
+)->tuple[int|None,int]: # Page number, and how many of the next tokens it begins with
+    "The page after the known prefix that shares the most tokens"
+    node,rest = self._after(ids, user)
+    shared = [(common_prefix(child.blocks[0], rest), child) for child in node.children.values()] if node else []
+    n,best = max(shared, key=lambda found: found[0], default=(0, None))
+    if not n: return None, 0
+    best.used = self.clock
+    return best.pages[0], n
+
+@patch
+def keep_tail(self:RadixTree,
+    ids:list, # Token ids; the pages before the last one are known
+    page:int, # Page with the tokens that fill no page
+    user:str = '', # User id
+)->bool: # Whether it was added; not if the tree has a page that begins with these tokens
+    "Add a page that is not full"
+    node,rest = self._after(ids, user)
+    if not 0 < len(rest) < self.page: raise ValueError(f'{len(rest)} tokens follow the known pages; 1 to {self.page - 1} are a tail')
+    if node is None: node = self.roots.setdefault(user, Node([], []))
+    if any(common_prefix(child.blocks[0], rest) == len(rest) for child in node.children.values()): return False
+    Node([rest], [page], node, self.clock)
+    self.size += 1
+    return True
+
 # %% ../../nbs/443_infer.radix.ipynb #9c3ed00a
 @patch
 def _shorten(self:RadixTree, leaf, n, busy):

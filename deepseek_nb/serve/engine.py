@@ -172,7 +172,7 @@ def receive(self:Engine,
 @patch
 def busy(self:Engine)->set:
     "Pages of the rows that run"
-    return {p for row in self.rows for p in row.cache.tables[0]}
+    return {p for row in self.rows if row.cache is not None for p in row.cache.tables[0]}
 
 @patch
 def has_room(self:Engine,
@@ -183,6 +183,18 @@ def has_room(self:Engine,
     shared = len(busy.intersection(self.prefix.tree.match(row.tokens, row.space)))
     need = -(-(len(row.tokens) + 1)//self.pool.page) - shared + len(self.rows)
     return not self.rows or need <= self.pool.pages - len(busy)
+
+@patch
+def known(self:Engine,
+    row:Row, # The next one
+)->tuple[list,int]: # Pages, and the number of positions of the prefix in them
+    "The longest prefix of a row's tokens that can be shared"
+    if row.stream.request.prompt_logprobs: return [], 0
+    page,pages = self.pool.page,self.prefix.pages(row.tokens, row.space)
+    last,n = self.prefix.tree.tail(row.tokens[:-1], row.space)
+    need = -(-(len(row.tokens) + 1)//page) - len(pages) + 1 # the shared page is kept until it is copied
+    if n < page//8 or need > self.pool.pages - len(self.busy().union(pages)): return pages, len(pages)*page
+    return [*pages, last], len(pages)*page + n
 
 @patch
 def is_computed(self:Engine,
@@ -200,8 +212,8 @@ def enter(self:Engine,
 )->None:
     "Give a row its cache"
     self.rows.append(row)
-    pages = [] if row.stream.request.prompt_logprobs else self.prefix.pages(row.tokens, row.space)
-    row.cache = PagedCache.from_pages(self.pool, [pages], len(pages)*self.pool.page)
+    pages,n = self.known(row)
+    row.cache = PagedCache.from_pages(self.pool, [pages], n)
     self.queue.charge(row.user, prompt=row.pending)
     if row.entered: return
     row.entered = True
@@ -225,7 +237,7 @@ def _release(self:Engine,
 )->None:
     "Take a row out of the batch; the prefix cache keeps its pages while there is room"
     if row.cache is not None:
-        self._keep(row)
+        self._keep(row, tail=True)
         row.cache.free()
         row.cache = None
     self.rows.remove(row)
@@ -233,9 +245,10 @@ def _release(self:Engine,
 @patch
 def _keep(self:Engine,
     row:Row, # Runs
+    tail:bool = False, # Whether the row ends, so that its last page can be shared too
 )->None:
     "Store the pages of a row for later requests; a cache that can't is no reason to lose an answer"
-    try: self.prefix.insert(row.tokens, row.cache, row.space)
+    try: self.prefix.insert(row.tokens, row.cache, row.space, tail)
     except Exception as error: warnings.warn(f'the prefix cache could not store a prompt ({type(error).__name__}: {error})', stacklevel=2)
 
 # %% ../../nbs/458_serve.engine.ipynb #s4590624
