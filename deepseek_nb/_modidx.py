@@ -586,6 +586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'deepseek_nb.bench.serve._end': ('bench.serve.html#_end', 'deepseek_nb/bench/serve.py'),
                                          'deepseek_nb.bench.serve._in_a_loop': ( 'bench.serve.html#_in_a_loop',
                                                                                  'deepseek_nb/bench/serve.py'),
+                                         'deepseek_nb.bench.serve._in_tens': ('bench.serve.html#_in_tens', 'deepseek_nb/bench/serve.py'),
                                          'deepseek_nb.bench.serve._lines': ('bench.serve.html#_lines', 'deepseek_nb/bench/serve.py'),
                                          'deepseek_nb.bench.serve._llama_python': ( 'bench.serve.html#_llama_python',
                                                                                     'deepseek_nb/bench/serve.py'),

@@ -40,7 +40,7 @@ from ..arch.show import markdown_table
 from . import make_record, save_result
 from .caches import bench_model
 from .load import USER, Endpoint, Limits, ask, closed_loop, load_summary, one_token_words, open_loop, random_prompts
-from ..core.plot import COLOURS, style
+from ..core.plot import COLOURS, GREY, style
 from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..quant.model import quantize_model
@@ -71,6 +71,7 @@ ARMS = (
     Arm('deepseek_nb', 'bench-moe', 'int4', 'moe-int4', *_OURS),
     Arm('deepseek_nb', 'SmolLM2', 'float32', 'smollm2-float32', *_OURS),
     Arm('vllm', 'bench-moe', 'float32', 'moe-float32', more=(4, 16)),
+    Arm('transformers-serial', 'SmolLM2', 'float32', 'smollm2-float32', more=(4,)),
     Arm('transformers', 'SmolLM2', 'float32', 'smollm2-float32', more=(4, 16)),
     Arm('llama-cpp-python', 'SmolLM2', 'Q4_0', 'q4_0.gguf', more=(4,)),
     Arm('transformers-serial', 'bench-moe', 'float32', 'moe-float32', more=(4,)))
@@ -362,6 +363,7 @@ def _in_a_loop(work):
     "Run a coroutine in a thread, because a notebook has a running event loop"
     with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, work).result()
 
+# %% ../../nbs/792_bench.serve.ipynb #ce8a1820
 def measure_arm(
     report:ServeReport, # Grows
     arm:Arm, # What to start
@@ -512,6 +514,14 @@ def _lines(report, ax, model, kind, path, scale=1.):
         if xs: ax.plot(xs, ys, _DASH.get(form, '-'), marker='o', ms=4, color=_MARKS.get(server), label=f'{server}, {form}')
 
 # %% ../../nbs/792_bench.serve.ipynb #7c39c4ab
+def _in_tens(ax):
+    "A logarithmic axis with ticks at 1, 2, 5"
+    from matplotlib.ticker import LogLocator, NullFormatter
+    ax.set_yscale('log')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
 @patch
 def plot(self:ServeReport,
     model:str = 'SmolLM2', # Whose arms
@@ -526,7 +536,9 @@ def plot(self:ServeReport,
         _lines(self, ax, model, kind, path, scale)
         ax.set_ylabel(label)
         if kind == 'closed': ax.set_xscale('log', base=2)
-        if path != first[1]: ax.set_yscale('log')
+        if path != first[1]: _in_tens(ax)
+        ax.xaxis.set_major_formatter('{x:g}')
     for ax in axes[1]: ax.set_xlabel('streams' if kind == 'closed' else 'arrivals, requests/s')
-    if axes[0, 0].lines: axes[0, 0].legend(fontsize=7)
     style(fig)
+    place = dict(loc='lower left', bbox_to_anchor=(0, 1.02), fontsize=8, ncol=3, frameon=False, labelcolor=GREY)
+    if axes[0, 0].lines: axes[0, 0].legend(**place) # behind `style`, so that it takes no room of the panels
