@@ -1,4 +1,4 @@
-"""One thread owns the model and runs all requests together, step by step. Each answer is the one that the request would have got alone.
+"""One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the one that the request would have got alone.
 
 An `Engine` joins the parts: requests wait in a `FairQueue`, enter when there are pages for them, run in the steps that `plan_step` divides, and leave when they end.
 Their KV caches are pages of one pool, which a `PrefixCache` shares between requests of one user. When the pool is full, the youngest row is preempted: it gives its pages back,
