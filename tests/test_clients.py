@@ -26,7 +26,7 @@ from deepseek_nb.serve.app import key_digest
 from deepseek_nb.serve.clients import CLIENTS, client_env, missing, prepare, run_client
 from deepseek_nb.serve.tools import Call, write_calls
 
-EXAMPLES = Path(__file__).parent.parent/'examples'
+EXAMPLES = Path(__file__).parent.parent/'nbs'/'examples'
 QUESTION = 'The Congress of the United States'
 SAID = 'It is 18 °C in Köln 🌡, and dry.'
 

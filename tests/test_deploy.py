@@ -12,7 +12,7 @@ from deepseek_nb.tools.deploy import check_command, commands_in, unit_value
 from deepseek_nb.tools.serving import read_settings
 
 ROOT = Path(__file__).parents[1]
-UNIT, CONTAINER = (ROOT/'examples'/name for name in ('deepseek-nb.service', 'Containerfile'))
+UNIT, CONTAINER = (ROOT/'nbs'/'examples'/name for name in ('deepseek-nb.service', 'Containerfile'))
 
 
 @pytest.mark.parametrize('path', [UNIT, CONTAINER], ids=lambda p: p.name)
@@ -23,7 +23,7 @@ def test_commands(path):
 
 def test_settings():
     "They are read as they are; the time until SIGKILL is longer than the drain, in both files."
-    models, config, engine = read_settings(ROOT/'examples/server.toml')
+    models, config, engine = read_settings(ROOT/'nbs/examples/server.toml')
     seconds = [int(unit_value(UNIT.read_text(), 'TimeoutStopSec')), int(re.search(r'--stop-timeout (\d+)', CONTAINER.read_text())[1])]
     assert models and config.keys and config.log_format == 'json' and not config.log_prompts and min(seconds) > config.drain + 5
     assert engine['folder'].startswith('/var/cache/' + unit_value(UNIT.read_text(), 'CacheDirectory'))

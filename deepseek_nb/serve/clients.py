@@ -1,6 +1,6 @@
 """Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning apart, call a tool and meet errors
 
-The programs of this chapter are exported to the folder `examples`, to be copied. `CLIENTS` says what each of them needs and how it is built and run,
+The programs of this chapter are exported to the folder `nbs/examples`, to be copied. `CLIENTS` says what each of them needs and how it is built and run,
 and `missing`, `prepare` and `run_client` do so: this chapter and its tests run the same text.
 None of them knows this server: with another address and key they speak to DeepSeek, OpenAI or Anthropic."""
 
