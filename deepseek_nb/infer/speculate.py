@@ -184,7 +184,7 @@ def _step(model, rows, lengths, fixed, how, gen, ends):
     counts,ahead = [*map(len, tokens)],[len(r.plan[1].tokens) + 1 for r in rows]
     x = model.ragged(torch.tensor(sum(tokens, []), device=model.device), [r.cache for r in rows], counts).split(counts)
     last = torch.cat([o[-k:] for o,k in zip(x, ahead, strict=True)])
-    logits = head(last[None], model.head_weight)[0].split(ahead)
+    logits = head(last, model.head_weight).split(ahead) # of two axes: the bits don't depend on the number of tokens
     notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, x, logits, strict=True)]
     seconds = (time.perf_counter() - start)/len(rows)
     for note in notes*decoding: lengths.note(*note, sum(counts)/len(rows), seconds)

@@ -328,7 +328,7 @@ def _draw(self:Engine,
     for row in ready:
         if row not in wanting: self.finish(row, 'length')
     if not wanting: return
-    logits = head(x[[ends[row] - 1 for row in wanting]][None], self.model.head_weight)[0]
+    logits = head(x[[ends[row] - 1 for row in wanting]], self.model.head_weight) # of two axes: the bits don't depend on the rows
     for row,drawn in zip(wanting, sample_rows(logits, [r.sampler for r in wanting]), strict=True):
         try: self._deliver(row, drawn)
         except Exception as error: self.finish(row, 'error', error)
