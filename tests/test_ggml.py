@@ -207,7 +207,7 @@ def test_narrower_instruction_sets(isa):
     code = '''import test_ggml as t
 t.sweep(20)
 for k in t.KINDS: t.test_rows_are_expanded_to_the_last_bit(k); t.test_nan_and_infinity_come_out_where_they_went_in(k)'''
-    done = run(code, DEEPSEEK_NB_ISA=isa)
+    done = run(code, **warm.built_for(isa))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -121,7 +121,7 @@ def test_random_shapes(one, threads, r):
 
 @pytest.mark.parametrize('isa', ['avx2', 'portable'])
 def test_other_instruction_sets(isa):
-    env = dict(os.environ, DEEPSEEK_NB_ISA=isa, PYTHONPATH=os.path.dirname(__file__))
+    env = dict(os.environ, **warm.built_for(isa), PYTHONPATH=os.path.dirname(__file__))
     code = 'import test_kernels_attention as t; t.sweep(40)'
     done = warm.run('-c', code, env=env)
     if "it may be" in done.stderr: pytest.skip(f'no {isa} on this processor')

@@ -23,6 +23,12 @@ from pathlib import Path
 # What a test that trains needs; an optimiser imports the second
 TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'datasets', 'matplotlib.pyplot', 'pytest'
 
+
+def built_for(isa):
+    "Variables that select an instruction set; the smallest has no multiply-add that a compiler could fuse, so -O1 will do, in half the time"
+    return dict(DEEPSEEK_NB_ISA=isa) | (dict(DEEPSEEK_NB_CXXFLAGS='-O1') if isa == 'portable' else {})
+
+
 # ---- the server
 
 
