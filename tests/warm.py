@@ -25,7 +25,7 @@ TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.al
 
 
 def built_for(isa):
-    "Variables that select an instruction set; the smallest has no multiply-add that a compiler could fuse, so -O1 will do, in half the time"
+    "Variables that select an instruction set; the smallest has no multiply-add that compilers fuse, so -O1 will do, in half the time"
     return dict(DEEPSEEK_NB_ISA=isa) | (dict(DEEPSEEK_NB_CXXFLAGS='-O1') if isa == 'portable' else {})
 
 
