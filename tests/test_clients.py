@@ -185,7 +185,7 @@ def test_a_stop_in_a_stream(live, folder, client, monkeypatch):
     env = client_env(f'http://127.0.0.1:{live.port}', f'sk-{client.name}', 'mini')
     process = subprocess.Popen([*shlex.split(client.run), QUESTION], cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                start_new_session=True, preexec_fn=heeds_interrupts)
-    watch = threading.Timer(60, process.kill)
+    watch = threading.Timer(60, os.killpg, (process.pid, signal.SIGKILL)) # what a shell has started too
     watch.start()
     try:
         assert process.stdout.read(1)
