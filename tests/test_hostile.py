@@ -189,11 +189,12 @@ def test_a_dead_engine_is_not_healthy(model, tok):
 
 # ---- many, and curious
 
-def test_no_growth_of_memory(direct):
+def test_no_growth_of_memory(direct, monkeypatch):
     """Requests that succeed, fail, stream and leave, each of another user, leave nothing behind.
 
     2,000 after a warm-up of 500; DEEPSEEK_NB_REQUESTS=10000 sends more (about 1 ms of CPU each).
     """
+    monkeypatch.setattr(logging.getLogger(REQUESTS), 'propagate', False)  # pytest keeps all lines that it sees
     count, turn = int(os.environ.get('DEEPSEEK_NB_REQUESTS', 2000)), iter(range(10**9))
     async def worker(until):
         while (i := next(turn)) < until:
