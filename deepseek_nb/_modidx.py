@@ -2968,6 +2968,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'deepseek_nb/serve/engine.py'),
                                           'deepseek_nb.serve.engine.Engine._run': ( 'serve.engine.html#engine._run',
                                                                                     'deepseek_nb/serve/engine.py'),
+                                          'deepseek_nb.serve.engine.Engine._tokens': ( 'serve.engine.html#engine._tokens',
+                                                                                       'deepseek_nb/serve/engine.py'),
                                           'deepseek_nb.serve.engine.Engine.admit': ( 'serve.engine.html#engine.admit',
                                                                                      'deepseek_nb/serve/engine.py'),
                                           'deepseek_nb.serve.engine.Engine.busy': ( 'serve.engine.html#engine.busy',

@@ -100,6 +100,7 @@ class Engine:
         page:int = 64, # Positions of a page
         max_rows:int = 32, # Most requests that run together
         budget:int = 256, # Most tokens of a step
+        beside:int = 64, # Most tokens of a step in which a row waits for its next token, but room for 16 of a prompt
         max_waiting:int = 256, # Most requests that wait
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
         kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
@@ -110,7 +111,7 @@ class Engine:
         pool = kind.sized(c, min(nbytes, whole), page, model.dtype, model.device)
         self.model,self.tok,self.pool = model,tok,pool
         self.prefix = PrefixCache(model, pool=pool, folder=folder, disk_nbytes=disk_nbytes)
-        self.max_rows,self.budget,self.max_waiting = max_rows,budget,max_waiting
+        self.max_rows,self.budget,self.beside,self.max_waiting = max_rows,budget,beside,max_waiting
         self.ends,self.adapters = tuple({*c.eos_ids, *tok.eos_ids}),Adapters(model, kind)
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
         self.stats,self.on_step,self.watch,self.thread = EngineStats(),None,None,None # `watch`: see `EngineWatch`
@@ -294,11 +295,17 @@ def drop_ended(self:Engine)->None:
 
 # %% ../../nbs/458_serve.engine.ipynb #665e397a
 @patch
+def _tokens(self:Engine)->int:
+    "Most tokens of the next step: prompts are cut finer while somebody waits for the next token of an answer"
+    decoding = sum(r.pending == 1 for r in self.rows)
+    return min(self.budget, max(self.beside, decoding + 16)) if decoding else self.budget
+
+@patch
 def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row runs
     "One forward pass; preempts rows until the pages suffice"
     gone = []
     while self.rows:
-        counts = dict(zip(self.rows, plan_step([r.pending for r in self.rows], self.budget), strict=True))
+        counts = dict(zip(self.rows, plan_step([r.pending for r in self.rows], self._tokens()), strict=True))
         counts = {row: n for row,n in counts.items() if n}
         tokens = [t for row,n in counts.items() for t in row.tokens[len(row.cache):][:n]]
         ids,own = torch.tensor(tokens, device=self.model.device),[r.adapter and r.adapter.layers for r in counts]

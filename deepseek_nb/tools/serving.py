@@ -27,7 +27,7 @@ from ..serve.stream import Request
 
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
 # Defaults; memory and disk in MB
-ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, max_waiting=256, folder=None, disk=4096, kv_cache='auto')
+ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, beside=64, max_waiting=256, folder=None, disk=4096, kv_cache='auto')
 
 def read_settings(
     path:str|Path|None = None, # TOML file; None: no file
