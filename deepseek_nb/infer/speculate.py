@@ -1,4 +1,4 @@
-"""The model verifies a draft of several tokens in one step. The text is the one that it would have written alone, and where drafts are often right it takes fewer steps.
+"""The model verifies a draft of several tokens in one step. The distribution of the text doesn't change, and where drafts are often right it takes fewer steps.
 
 `model.generate(ids, draft='lookup')` generates with drafts; `'mtp'` and a smaller `Model` are the other sources. `verify_fixed` and `verify_drawn` decide how many tokens of a
 draft to keep, so that the distribution of the text doesn't change. `DraftLength` chooses how many tokens to draft from measured times and acceptance,
