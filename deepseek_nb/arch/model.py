@@ -83,6 +83,7 @@ class Model(nn.Module):
     ):
         super().__init__()
         if config.index_n_heads: raise ValueError(f'model_type {config.model_type!r}: its sparse attention is not built yet')
+        if config.window: raise ValueError(f"model_type {config.model_type!r}: V4's attention is not built yet")
         self.config,c = config,config
         with torch.device('meta'):
             self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, _weight=torch.empty(c.vocab_size, c.dim))
