@@ -20,6 +20,7 @@ Modules:
 - `deepseek_nb.arch.rope`: RoPE rotates queries and keys by their positions, so that attention scores depend only on distances; YaRN and Llama 3's rule extend it to longer contexts
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
 - `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
+- `deepseek_nb.arch.sparse`: V3.2's lightning indexer scores all earlier tokens at a small cost, and each query attends only to the 2,048 tokens with the highest scores
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.

@@ -49,6 +49,7 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
 
 TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm', 'torch/gradient': 'kernels.train', 'cuda/cuda': 'cuda.norm'},
  'arch.attention.attend': {'torch': 'arch.attention', 'cpp/cpu': 'kernels.attention', 'torch/gradient': 'kernels.train'},
+ 'arch.sparse.top_positions': {'torch': 'arch.sparse'},
  'arch.moe.run_experts': {'torch': 'arch.moe',
                           'cpp/cpu': 'kernels.moe',
                           'torch/gradient': 'kernels.train',
