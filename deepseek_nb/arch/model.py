@@ -209,7 +209,7 @@ def context(self:Model,
     past,mask = len(cache) if cache is not None else 0,None
     if pad is not None: mask = visible(s, past+s, pad, self.device)
     elif not one_document(documents): mask = document_mask(documents)
-    return Context(self.angles(past, past+s, pad), mask, cache, mla)
+    return Context(self.angles(past, past+s, pad), mask, cache, mla, pad)
 
 # %% ../../nbs/160_arch.model.ipynb #7f1910b7
 @patch
