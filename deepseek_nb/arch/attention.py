@@ -62,12 +62,13 @@ class Context(NamedTuple):
     mask:Tensor|None = None # True where a query attends to a key, `s t` or `b 1 s t`; None: causal
     cache:object = None # The model's cache, or one layer's slot of it; None: no cached tokens
     mla:str = 'auto' # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
+    pad:Tensor|None = None # Padding tokens at the left of each row `b`; None: there are none
 
     def layer(self,
         i:int, # Index of a block
     )->'Context': # A copy with that layer's slot of the cache
         "The context of one layer"
-        return self if self.cache is None else Context(self.angles, self.mask, self.cache[i], self.mla)
+        return self if self.cache is None else self._replace(cache=self.cache[i])
 
 # %% ../../nbs/120_arch.attention.ipynb #eadbe5bb
 @op
