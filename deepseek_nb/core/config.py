@@ -148,7 +148,7 @@ def check_config(
 def _check_indexer(c, need):
     need(c.q_lora_rank, 'an indexer needs a latent of queries; set q_lora_rank')
     need(c.index_topk > 0, f'index_topk {c.index_topk} must be positive')
-    need(c.index_head_dim >= c.qk_rope_head_dim, f'index_head_dim {c.index_head_dim} is smaller than qk_rope_head_dim {c.qk_rope_head_dim}')
+    need(c.index_head_dim >= c.qk_rope_head_dim, f'index_head_dim {c.index_head_dim} is below qk_rope_head_dim {c.qk_rope_head_dim}')
 
 def _check_mixture(c, need):
     e,g,m,k = c.n_routed_experts, c.n_expert_groups, c.n_limited_groups, c.n_activated_experts
@@ -254,7 +254,7 @@ def _with_defaults(d, kw):
 def _check_layers(d):
     "Raise an error if a V3.2 config has layers of other kinds, or in another order, than V3.2"
     mixtures,attention = d.get('mlp_layer_types') or [],{*(d.get('layer_types') or [])} - {'indexed_attention'}
-    if attention: raise ValueError(f"config.json: layer_types has {', '.join(sorted(attention))}; every layer of V3.2 is 'indexed_attention'")
+    if attention: raise ValueError(f"config.json: layer_types has {sorted(attention)}; every layer of V3.2 is 'indexed_attention'")
     if mixtures != sorted(mixtures) or {*mixtures} - {'dense', 'sparse'}:
         raise ValueError("config.json: mlp_layer_types must be 'dense' layers followed by 'sparse' ones")
 
@@ -358,7 +358,8 @@ def from_hf(cls:Config,
     kw |= _v4_fields(d) if f.v4 else dict(rope=rope_from_hf(d, interleaved=f.mla))
     eos = d.get('eos_token_id')
     kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    kw['extra'] = {k:v for k,v in d.items() if k not in _CONSUMED and not (f.v4 and k in _V4_KEYS) and (k, mt) != ('layer_types', 'deepseek_v32')}
+    used = _CONSUMED | (_V4_KEYS if f.v4 else {'layer_types'} if mt == 'deepseek_v32' else set())
+    kw['extra'] = {k:v for k,v in d.items() if k not in used}
     return cls(model_type=mt, **_with_defaults(d, kw))
 
 # %% ../../nbs/010_core.config.ipynb #c75ea09f
