@@ -160,6 +160,7 @@ Modules:
 - `deepseek_nb.train.dynamic`: Activate fewer experts for some tokens or layers to meet a FLOPs budget, by one of four rules, and train a model for a varying number of experts.
 - `deepseek_nb.train.esft`: The tokens of one task are routed mostly to a few experts. ESFT trains only these experts and freezes all other parameters.
 - `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
+- `deepseek_nb.train.indexer`: Make a trained model with dense latent attention sparse: train V3.2's indexer to predict where the model attends, then train the model with the indexer's selection.
 - `deepseek_nb.train.latent`: Convert a trained model with grouped-query attention to multi-head latent attention, which has a smaller KV cache and is the attention of DeepSeek-V3.
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.

@@ -9,7 +9,7 @@ import torch
 from deepseek_nb import Config, Model, Tokenizer
 from deepseek_nb.arch.attention import visible
 from deepseek_nb.core.config import Rope
-from deepseek_nb.studies import carry_out, open_study, read_plan
+from deepseek_nb.studies import open_study
 from deepseek_nb.train.indexer import (attention_recall, attention_target, chosen, dense_streams, fit_indexer, index_loss, selected_loss,
                                        sparse_hidden, sparse_loss, sparsify, trained_scores, warm_up_indexer)
 
@@ -215,11 +215,3 @@ def test_study_of_synthetic_runs():
     assert '**89.0% ± 1.0% of the attention mass**' in said and f'{sum(math.exp(.1 + .01*s) - 1 for s in range(3))/3:+.1%}' in said
     assert '| indexer | 89.0% ± 1.0% | 94.5% ± 0.5% |' in study.recall_table(records)
     assert 'not been run' in study.rise_table([])
-
-
-def test_study_smoke(root, tmp_path):
-    plan = read_plan(root/'nbs/configs/evidence/indexer.toml', smoke=True)
-    found = carry_out(plan, tmp_path/'indexer.json', tmp_path, only=['window', 'best'], say=lambda o: None)
-    assert [r['arm'] for r in found] == ['best', 'window']
-    best, window = (r['result'] for r in found)
-    assert best['dense'] == window['dense'] and all(b >= w - 1e-6 for b, w in zip(best['recall'][0], window['recall'][0], strict=True))
