@@ -10,8 +10,20 @@ from deepseek_nb import Config, Model, Tokenizer
 from deepseek_nb.arch.attention import visible
 from deepseek_nb.core.config import Rope
 from deepseek_nb.studies import open_study
-from deepseek_nb.train.indexer import (attention_recall, attention_target, chosen, dense_streams, fit_indexer, index_loss, selected_loss,
-                                       sparse_hidden, sparse_loss, sparsify, trained_scores, warm_up_indexer)
+from deepseek_nb.train.indexer import (
+    attention_recall,
+    attention_target,
+    chosen,
+    dense_streams,
+    fit_indexer,
+    index_loss,
+    selected_loss,
+    sparse_hidden,
+    sparse_loss,
+    sparsify,
+    trained_scores,
+    warm_up_indexer,
+)
 
 KINDS = ('indexer', 'best', 'window', 'random')
 SEED = random.SystemRandom().randrange(10**6)
