@@ -5,7 +5,6 @@ many index heads, for which an index score of exactly zero is rare; the rule for
 """
 import os
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +16,9 @@ from deepseek_nb.arch.window import WindowAttention, window_mask
 from deepseek_nb.core.config import Config
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
-NAMES = {'wq_a.weight': 'q_a_proj.weight', 'q_norm.weight': 'q_a_norm.weight', 'wq_b.weight': 'q_b_proj.weight', 'wkv.weight': 'kv_proj.weight',
-         'kv_norm.weight': 'kv_norm.weight', 'wo_a.weight': 'o_a_proj.weight', 'wo_b.weight': 'o_b_proj.weight', 'attn_sink': 'sinks'}
+NAMES = {'wq_a.weight': 'q_a_proj.weight', 'q_norm.weight': 'q_a_norm.weight', 'wq_b.weight': 'q_b_proj.weight',
+         'wkv.weight': 'kv_proj.weight', 'kv_norm.weight': 'kv_norm.weight', 'wo_a.weight': 'o_a_proj.weight',
+         'wo_b.weight': 'o_b_proj.weight', 'attn_sink': 'sinks'}
 POOL = {'wkv.weight': 'kv_proj.weight', 'wgate.weight': 'gate_proj.weight', 'ape': 'position_bias', 'norm.weight': 'kv_norm.weight'}
 NAMES |= {f'compressor.{a}': f'compressor.{b}' for a, b in POOL.items()}
 NAMES |= {f'indexer.compressor.{a}': f'compressor.indexer.{b}' for a, b in POOL.items()}
@@ -44,17 +44,17 @@ def draw(r, **kw):
     from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
     rot, groups = r.choice([2, 4, 6]), r.choice([1, 2])
     v = rot + 2*r.randrange(1, 6)
-    m = kw.pop('m', 4)
     yarn = dict(rope_type='yarn', factor=4., original_max_position_embeddings=32, beta_fast=32., beta_slow=1., attention_factor=1.)
     share = dict(partial_rotary_factor=(rot + 1e-6)/v)
+    rates = dict(compressed_sparse_attention=kw.pop('m', 4), heavily_compressed_attention=r.choice([6, 8]))
+    sizes = dict(hidden_size=2*r.randrange(8, 20), num_attention_heads=groups*r.choice([1, 2, 3]), head_dim=v, q_lora_rank=r.randrange(5, 20),
+                 sliding_window=r.randrange(2, 9), o_groups=groups, o_lora_rank=r.randrange(3, 9), index_n_heads=16,
+                 index_head_dim=rot + 2*r.randrange(0, 4), index_topk=r.randrange(1, 5), rms_norm_eps=r.choice([1e-6, 1e-4]))
     hf = DeepseekV4Config(
-        vocab_size=64, hidden_size=2*r.randrange(8, 20), num_hidden_layers=3, num_attention_heads=groups*r.choice([1, 2, 3]), head_dim=v,
-        q_lora_rank=r.randrange(5, 20), sliding_window=kw.pop('window', r.randrange(2, 9)), o_groups=groups, o_lora_rank=r.randrange(3, 9),
-        index_n_heads=kw.pop('index_n_heads', 16), index_head_dim=rot + 2*r.randrange(0, 4), index_topk=kw.pop('index_topk', r.randrange(1, 5)),
-        partial_rotary_factor=(rot + 1e-6)/v, compress_rates=dict(compressed_sparse_attention=m, heavily_compressed_attention=r.choice([6, 8])),
-        layer_types=['sliding_attention', 'compressed_sparse_attention', 'heavily_compressed_attention'], mlp_layer_types=['moe']*3,
+        vocab_size=64, num_hidden_layers=3, compress_rates=rates, mlp_layer_types=['moe']*3, **share, **(sizes | kw),
+        layer_types=['sliding_attention', 'compressed_sparse_attention', 'heavily_compressed_attention'],
         rope_parameters=dict(main=dict(rope_type='default', rope_theta=1e4, **share), compress=yarn | dict(rope_theta=16e4, **share)),
-        moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, max_position_embeddings=512, rms_norm_eps=r.choice([1e-6, 1e-4]), **kw)
+        moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2, max_position_embeddings=512)
     hf._attn_implementation = 'eager'
     return hf, Config.from_hf(hf.to_dict())
 
