@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor
 
 from ..arch.attention import MLA, Context, visible
