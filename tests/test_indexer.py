@@ -13,7 +13,6 @@ from deepseek_nb.studies import open_study
 from deepseek_nb.train.indexer import (
     attention_recall,
     attention_target,
-    chosen,
     dense_streams,
     fit_indexer,
     index_loss,
@@ -21,6 +20,7 @@ from deepseek_nb.train.indexer import (
     sparse_hidden,
     sparse_loss,
     sparsify,
+    top_mask,
     trained_scores,
     warm_up_indexer,
 )
@@ -86,7 +86,7 @@ def test_target_by_a_loop_over_heads(pair):
                     wanted[b, s, :s+1] += (dots*attn.scale).softmax(0)/c.n_heads
         assert (target - wanted).abs().max() < 1e-5
         assert (target.sum(-1) - 1).abs().max() < 1e-5 and (target.triu(1) == 0).all()
-        some = chosen(torch.rand(2, LENGTH, LENGTH), 4)[:, 0]
+        some = top_mask(torch.rand(2, LENGTH, LENGTH), 4)[:, 0]
         among = attention_target(attn, x, ctx, some)
         assert (among.sum(-1) - 1).abs().max() < 1e-5 and (among[~some] == 0).all()
 
@@ -94,7 +94,7 @@ def test_target_by_a_loop_over_heads(pair):
 def test_loss_and_its_gradient():
     torch.manual_seed(SEED)
     scores = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
-    mask = chosen(torch.rand(2, 6, 6), 3)[:, 0]
+    mask = top_mask(torch.rand(2, 6, 6), 3)[:, 0]
     p = torch.rand(2, 6, 6, dtype=torch.float64).masked_fill(~mask, 0)
     p = p/p.sum(-1, keepdim=True)
     assert torch.autograd.gradcheck(lambda s: index_loss(s, p, mask), scores)
