@@ -69,6 +69,12 @@ def test_sparse_model_is_the_dense_one_while_all_is_selected(pair):
     for (_, x, _), (_, y, _) in zip(dense_streams(sparse, rows), dense_streams(dense, rows), strict=True): assert worst(x, y) < 1e-4
 
 
+def test_sparse_model_is_saved_and_loaded(pair, tmp_path):
+    _, sparse, rows = pair
+    again = Model.from_pretrained(sparse.save_pretrained(tmp_path), 'float32', 'cpu')
+    assert again.config.model_type == 'deepseek_v32' and torch.equal(again(rows), sparse(rows))
+
+
 def test_target_by_a_loop_over_heads(pair):
     "Keys and queries of each head written out, in float64"
     dense, _, rows = pair
