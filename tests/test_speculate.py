@@ -290,7 +290,8 @@ def test_grammars_and_all_sources_in_a_server():
     params = [SamplingParams(temperature=t, seed=rng.randrange(99), frequency_penalty=f) for t, f in ((0., 0.), (1., .5), (.8, 0.), (0., 1.))]
     results = []
     for draft in (None, 'lookup', 'mtp', model):
-        engine, grammars = Engine(model, tok, nbytes=2**23, draft=draft, draft_tokens=draft and 3), [schema_of(tok) for _ in params[:2]]
+        engine = Engine(model, tok, nbytes=2**23, draft=draft, draft_tokens=draft and 3)
+        grammars = [schema_of(tok) for _ in params[:2]]
         asked = [Request(prompt[i:], p, max_tokens=40, stop_ids=() if i > 1 else None, grammar=grammars[i] if i < 2 else None)
                  for i, p in enumerate(params)]
         streams = [engine.submit(r) for r in asked]
