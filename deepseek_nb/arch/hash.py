@@ -10,7 +10,7 @@ a router by table or by score, clamped routed experts and a clamped shared exper
 __all__ = ['hash_table', 'counted_table', 'hash_route', 'HashGate', 'swiglu_clamped', 'ClampedSwiGLU', 'expert_clamped',
            'run_clamped', 'run_clamped_grouped', 'ClampedMoE']
 
-# %% ../../nbs/152_arch.hash.ipynb #1f06d016
+# %% ../../nbs/152_arch.hash.ipynb #33b5067b
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -21,7 +21,7 @@ from .routing import Gate, Route, affinity
 from ..core.config import Config
 from ..core.dispatch import op
 
-# %% ../../nbs/152_arch.hash.ipynb #41a2107a
+# %% ../../nbs/152_arch.hash.ipynb #6d83b6a8
 def hash_table(
     w:int, # Number of tokens in the vocabulary
     e:int, # Number of experts
@@ -36,7 +36,7 @@ def hash_table(
     places = (rearrange(torch.arange(e), 'e -> e 1') + rearrange(shift, 'n k -> n 1 k'))%e
     return torch.take_along_dim(order[..., None], places, 1).flatten(0, 1)[:w]
 
-# %% ../../nbs/152_arch.hash.ipynb #05db70df
+# %% ../../nbs/152_arch.hash.ipynb #02134533
 def counted_table(
     counts:Tensor, # How often each token occurs in a text `w`
     e:int, # Number of experts
@@ -49,7 +49,7 @@ def counted_table(
         load[table[i]] += max(counts[i].item(), 1e-3)  # tokens that don't occur are spread too
     return table
 
-# %% ../../nbs/152_arch.hash.ipynb #f26b10bc
+# %% ../../nbs/152_arch.hash.ipynb #f0448aff
 def hash_route(
     logits:Tensor, # Router logits `n e`
     experts:Tensor, # Experts of each token, from the table `n k`
@@ -61,7 +61,7 @@ def hash_route(
     if c.norm_topk: weights = weights/(weights.sum(-1, keepdim=True) + 1e-20)
     return Route(weights*c.route_scale, experts, scores)
 
-# %% ../../nbs/152_arch.hash.ipynb #09da1e78
+# %% ../../nbs/152_arch.hash.ipynb #9901fdd2
 class HashGate(nn.Module):
     "A router whose experts follow from the token id"
     def __init__(self,
@@ -85,10 +85,10 @@ class HashGate(nn.Module):
         tokens:Tensor|None, # Token ids `n`
     )->Route: # Weights, experts and scores
         "Look up experts, and compute their weights in float32"
-        if tokens is None: raise ValueError('hash routing needs token ids; give the tokens of these activations, embeddings alone cannot be routed')
+        if tokens is None: raise ValueError('hash routing needs token ids; give the tokens, embeddings alone cannot be routed')
         return hash_route(F.linear(x.float(), self.weight.float()), self.tid2eid[tokens], self.c)
 
-# %% ../../nbs/152_arch.hash.ipynb #8962d4a0
+# %% ../../nbs/152_arch.hash.ipynb #8aee2a68
 def swiglu_clamped(
     gate:Tensor, # Output of the gate projection `… f`
     up:Tensor, # Output of the up projection `… f`
@@ -97,7 +97,7 @@ def swiglu_clamped(
     "The activation of a SwiGLU with limited inputs"
     return F.silu(gate.clamp(max=limit))*up.clamp(-limit, limit)
 
-# %% ../../nbs/152_arch.hash.ipynb #6409213a
+# %% ../../nbs/152_arch.hash.ipynb #a6f7ad8b
 class ClampedSwiGLU(SwiGLU):
     "A gated feed-forward network with limited activations"
     def __init__(self,
@@ -114,7 +114,7 @@ class ClampedSwiGLU(SwiGLU):
         "Apply the gated projections"
         return self.down_proj(swiglu_clamped(self.gate_proj(x), self.up_proj(x), self.limit))
 
-# %% ../../nbs/152_arch.hash.ipynb #50241f04
+# %% ../../nbs/152_arch.hash.ipynb #5c3b8a2f
 def expert_clamped(
     x:Tensor, # Tokens of one expert `n d`
     gate_up:Tensor, # Gate rows, then up rows of the expert `2f d`
@@ -140,7 +140,7 @@ def run_clamped(
         y = y.index_add(0, token, expert_clamped(x[token], gate_up[e], down[e], limit)*weights[token, slot, None].to(x.dtype))
     return y
 
-# %% ../../nbs/152_arch.hash.ipynb #8a507530
+# %% ../../nbs/152_arch.hash.ipynb #f588ddeb
 @run_clamped.twin('torch')
 def run_clamped_grouped(
     x:Tensor, # Tokens `n d`
@@ -158,7 +158,7 @@ def run_clamped_grouped(
     back = torch.empty_like(out).index_copy(0, order, out)
     return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
 
-# %% ../../nbs/152_arch.hash.ipynb #c609dfc6
+# %% ../../nbs/152_arch.hash.ipynb #bb628b55
 class ClampedMoE(nn.Module):
     "V4's mixture of experts: routed by table or by score, with clamped experts"
     def __init__(self,
