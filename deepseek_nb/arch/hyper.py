@@ -10,7 +10,7 @@ stochastic. `expand_streams` starts the streams from the embedding, and `HyperHe
 __all__ = ['sinkhorn', 'Mix', 'flat_rms', 'mix_weights', 'collapse', 'add_mixed', 'HyperConnection', 'expand_streams',
            'HyperHead']
 
-# %% ../../nbs/155_arch.hyper.ipynb #e9fdf73f
+# %% ../../nbs/155_arch.hyper.ipynb #57dcd4b6
 from collections.abc import Callable
 from math import log
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.config import Config
 
-# %% ../../nbs/155_arch.hyper.ipynb #88f5a3ef
+# %% ../../nbs/155_arch.hyper.ipynb #c4f89bf9
 def sinkhorn(
     z:Tensor, # Logits `… x x`
     iters:int, # Number of divisions of the columns, 20 in V4
@@ -36,7 +36,7 @@ def sinkhorn(
         m = m/(m.sum(-2, keepdim=True) + eps)
     return m
 
-# %% ../../nbs/155_arch.hyper.ipynb #3585528a
+# %% ../../nbs/155_arch.hyper.ipynb #ef54e71f
 class Mix(NamedTuple):
     "Weights of a site, which depend on the token"
     pre:Tensor # Weights of the streams in the input of the layer `b s x`
@@ -51,7 +51,7 @@ def flat_rms(
     flat = x.float().flatten(-2)
     return flat*(flat.square().mean(-1, keepdim=True) + eps).rsqrt()
 
-# %% ../../nbs/155_arch.hyper.ipynb #8e050040
+# %% ../../nbs/155_arch.hyper.ipynb #5fd4fe80
 def mix_weights(
     x:Tensor, # Streams `b s x d`
     fn:Tensor, # Matrix of the linear map `(2+x)x, x·d`
@@ -62,10 +62,11 @@ def mix_weights(
     "The three sets of weights of a site"
     n = x.shape[-2]
     sizes = [n, n, n*n]
-    pre,post,comb = (m*a + b for m,a,b in zip(F.linear(flat_rms(x, c.norm_eps), fn).split(sizes, -1), scale, base.split(sizes), strict=True))
+    parts = zip(F.linear(flat_rms(x, c.norm_eps), fn).split(sizes, -1), scale, base.split(sizes), strict=True)
+    pre,post,comb = (m*a + b for m,a,b in parts)
     return Mix(pre.sigmoid() + c.hc_eps, 2*post.sigmoid(), sinkhorn(comb.unflatten(-1, (n, n)), c.hc_iters, c.hc_eps))
 
-# %% ../../nbs/155_arch.hyper.ipynb #4ccf8cc1
+# %% ../../nbs/155_arch.hyper.ipynb #c4963315
 def collapse(
     x:Tensor, # Streams `b s x d`
     pre:Tensor, # Weights of the streams `b s x`
@@ -82,7 +83,7 @@ def add_mixed(
     mixed = einsum(m.comb, x.float(), 'b s i o, b s i d -> b s o d')
     return (mixed + einsum(m.post, y.float(), 'b s o, b s d -> b s o d')).to(x.dtype)
 
-# %% ../../nbs/155_arch.hyper.ipynb #dbea0536
+# %% ../../nbs/155_arch.hyper.ipynb #2d654e08
 def _logit(p): return log(p/(1 - p))
 
 class _Float32(nn.Module):
@@ -124,7 +125,7 @@ class HyperConnection(_Float32):
         m = mix_weights(x, self.fn, self.base, self.scale, self.c)
         return add_mixed(x, layer(collapse(x, m.pre)), m)
 
-# %% ../../nbs/155_arch.hyper.ipynb #55b8c141
+# %% ../../nbs/155_arch.hyper.ipynb #930d5301
 def expand_streams(
     x:Tensor, # Embedded tokens `b s d`
     n:int, # x, number of streams
