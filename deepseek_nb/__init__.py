@@ -66,6 +66,7 @@ Modules:
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
 - `deepseek_nb.files.hub`: Finding a model's files by a path, a Hugging Face id or a registered name. Downloads are verified and cached.
+- `deepseek_nb.files.layouts`: V4's checkpoints name their weights differently from V3's, transformers saves a third form, and the experts are stored in FP4. This chapter maps the names and reads the numbers
 - `deepseek_nb.files.locate`: Finding the folder or file of a checkpoint by a path or a name, and reading the model's config without its weights.
 - `deepseek_nb.files.prompts`: The checkpoints of DeepSeek-V3.2, V4 and V4.1 contain no chat template. Here their prompt formats are written as functions, tools, reasoning and tool results included.
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
