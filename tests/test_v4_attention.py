@@ -1,7 +1,7 @@
 """V4's attention against transformers' modules, on configs that are drawn anew in every run
 
-The seed is printed; SEED=n repeats a run. Ties of index scores are where transformers may select any entry, so configs that are compared with it have
-many index heads, for which an index score of exactly zero is rare; the rule for ties has a test of its own.
+The seed is printed; SEED=n repeats a run. Where index scores are tied, transformers may select any of the entries. So configs that
+are compared with it have many index heads, for which a score of exactly zero is rare; the rule for ties has a test of its own.
 """
 import os
 import random
@@ -47,7 +47,8 @@ def draw(r, **kw):
     yarn = dict(rope_type='yarn', factor=4., original_max_position_embeddings=32, beta_fast=32., beta_slow=1., attention_factor=1.)
     share = dict(partial_rotary_factor=(rot + 1e-6)/v)
     rates = dict(compressed_sparse_attention=kw.pop('m', 4), heavily_compressed_attention=r.choice([6, 8]))
-    sizes = dict(hidden_size=2*r.randrange(8, 20), num_attention_heads=groups*r.choice([1, 2, 3]), head_dim=v, q_lora_rank=r.randrange(5, 20),
+    sizes = dict(hidden_size=2*r.randrange(8, 20), num_attention_heads=groups*r.choice([1, 2, 3]), head_dim=v,
+                 q_lora_rank=r.randrange(5, 20),
                  sliding_window=r.randrange(2, 9), o_groups=groups, o_lora_rank=r.randrange(3, 9), index_n_heads=16,
                  index_head_dim=rot + 2*r.randrange(0, 4), index_topk=r.randrange(1, 5), rms_norm_eps=r.choice([1e-6, 1e-4]))
     hf = DeepseekV4Config(
