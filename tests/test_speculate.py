@@ -287,7 +287,8 @@ def test_grammars_and_all_sources_in_a_server():
     pytest.importorskip('llguidance')
     model, tok = Model.from_pretrained('mini', dtype='float32', device='cpu', mtp=True), Tokenizer.from_pretrained('mini')
     prompt, rng = tok.encode('The Congress of the United States, in the year of the Congress of the United States'), random.Random(SEED)
-    params = [SamplingParams(temperature=t, seed=rng.randrange(99), frequency_penalty=f) for t, f in ((0., 0.), (1., .5), (.8, 0.), (0., 1.))]
+    settings = (0., 0.), (1., .5), (.8, 0.), (0., 1.)
+    params = [SamplingParams(temperature=t, seed=rng.randrange(99), frequency_penalty=f) for t, f in settings]
     results = []
     for draft in (None, 'lookup', 'mtp', model):
         engine = Engine(model, tok, nbytes=2**23, draft=draft, draft_tokens=draft and 3)
