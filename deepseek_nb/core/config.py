@@ -143,6 +143,12 @@ def check_config(
     need(c.hc_mult >= 0 and c.hc_iters >= 1, f'hc_mult {c.hc_mult} must not be negative, and hc_iters {c.hc_iters} must be at least 1')
     if c.n_routed_experts: _check_mixture(c, need)
     if c.window or c.compress_ratios: _check_window(c, need)
+    if c.mla and c.index_n_heads: _check_indexer(c, need)
+
+def _check_indexer(c, need):
+    need(c.q_lora_rank, 'an indexer needs a latent of queries; set q_lora_rank')
+    need(c.index_topk > 0, f'index_topk {c.index_topk} must be positive')
+    need(c.index_head_dim >= c.qk_rope_head_dim, f'index_head_dim {c.index_head_dim} is below qk_rope_head_dim {c.qk_rope_head_dim}')
 
 def _check_mixture(c, need):
     e,g,m,k = c.n_routed_experts, c.n_expert_groups, c.n_limited_groups, c.n_activated_experts
@@ -238,12 +244,20 @@ def _with_defaults(d, kw):
     if d.get('topk_method'): kw |= _ROUTERS[d['topk_method']]
     if mt in ('deepseek', 'deepseek_v2') and kw.get('norm_topk'): kw['route_scale'] = 1.
     if mt == 'qwen2': kw |= dict(attn_bias=True, out_bias=False)
+    if mt == 'deepseek_v32' and d.get('mlp_layer_types'): kw['n_dense_layers'] = d['mlp_layer_types'].count('dense')
     if not family(mt).mla:
         kw.setdefault('n_kv_heads', kw['n_heads'])
         kw.setdefault('head_dim', kw['dim']//kw['n_heads'])
     return kw
 
 # %% ../../nbs/010_core.config.ipynb #bdec622f
+def _check_layers(d):
+    "Raise an error if a V3.2 config has layers of other kinds, or in another order, than V3.2"
+    mixtures,attention = d.get('mlp_layer_types') or [],{*(d.get('layer_types') or [])} - {'indexed_attention'}
+    if attention: raise ValueError(f"config.json: layer_types has {sorted(attention)}; every layer of V3.2 is 'indexed_attention'")
+    if mixtures != sorted(mixtures) or {*mixtures} - {'dense', 'sparse'}:
+        raise ValueError("config.json: mlp_layer_types must be 'dense' layers followed by 'sparse' ones")
+
 def check_sizes(
     d:dict, # Contents of a config.json
 )->None:
@@ -256,6 +270,7 @@ def check_sizes(
         need = [k for k in need if k != 'intermediate_size']
         need += ['n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size']
         need += ['head_dim', 'q_lora_rank', 'sliding_window', 'o_groups', 'o_lora_rank']
+    if d['model_type'] == 'deepseek_v32': need += ['q_lora_rank', 'index_n_heads', 'index_head_dim', 'index_topk']
     if miss := [k for k in need if d.get(k) is None]: raise ValueError(f"config.json: {', '.join(miss)} missing; add it")
     if bad := [k for k in need if not isinstance(d[k], int) or d[k] < 1]:
         raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be a positive integer')
@@ -268,6 +283,7 @@ def check_supported(
     if act != 'silu': raise ValueError(f"config.json: hidden_act {act!r} is not supported; only 'silu' is")
     if d['model_type'] == 'glm4_moe' and (d.get('partial_rotary_factor', .5) != 1 or d.get('use_qk_norm')):
         raise ValueError('config.json: glm4_moe is supported only with partial_rotary_factor 1 and without use_qk_norm')
+    if d['model_type'] == 'deepseek_v32': _check_layers(d)
     if d.get('use_sliding_window'): raise ValueError('config.json: use_sliding_window is not supported; set it to false')
     if not isinstance(method, str) or method not in _ROUTERS:
         raise ValueError(f"config.json: topk_method {method!r} is not one of {', '.join(_ROUTERS)}")
@@ -325,7 +341,7 @@ def _v4_fields(d):
     return dict(inter_dim=d['moe_intermediate_size']) | _v4_layers(d) | _v4_rope(d)
 
 # %% ../../nbs/010_core.config.ipynb #491b0c1e
-_CONSUMED = {*'model_type eos_token_id rope_theta rope_scaling rope_parameters rope_interleave topk_method'.split(),
+_CONSUMED = {*'model_type mlp_layer_types eos_token_id rope_theta rope_scaling rope_parameters rope_interleave topk_method'.split(),
              *'architectures transformers_version auto_map qk_head_dim hidden_act'.split(),
              *_NAMES.values(), *_GQA_NAMES.values(), *_MLA_NAMES, *MOE_NAMES.values()}
 
@@ -342,7 +358,8 @@ def from_hf(cls:Config,
     kw |= _v4_fields(d) if f.v4 else dict(rope=rope_from_hf(d, interleaved=f.mla))
     eos = d.get('eos_token_id')
     kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    kw['extra'] = {k:v for k,v in d.items() if k not in _CONSUMED and not (f.v4 and k in _V4_KEYS)}
+    used = _CONSUMED | (_V4_KEYS if f.v4 else {'layer_types'} if mt == 'deepseek_v32' else set())
+    kw['extra'] = {k:v for k,v in d.items() if k not in used}
     return cls(model_type=mt, **_with_defaults(d, kw))
 
 # %% ../../nbs/010_core.config.ipynb #c75ea09f
