@@ -1,10 +1,12 @@
 """Speculative decoding: the tokens of plain decoding, whatever the drafts, and the distribution of plain sampling
 
-Fresh random models and prompts; the seed is printed, SEED=n repeats a run, DRAWS=100000 draws more.
+Fresh random models and prompts; the seed is printed, SEED=n repeats a run, DRAWS=100000 draws more from models, PROMPTS=1000 compares more
+answers of a trained model. `python tests/test_speculate.py smollm2-135m` counts equal answers of a model and prints where others part.
 """
 import math
 import os
 import random
+import sys
 from itertools import product
 
 import pytest
@@ -19,8 +21,10 @@ from deepseek_nb.serve.engine import Engine
 from deepseek_nb.serve.grammar import compile_grammar
 from deepseek_nb.serve.sampling import SamplingParams
 from deepseek_nb.serve.stream import Request
+from deepseek_nb.train.corpora import corpus
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
+PROMPTS = int(os.environ.get('PROMPTS', 4))
 DRAWS = int(os.environ.get('DRAWS', 800))
 V = 6
 LLAMA = dict(dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim=8, max_positions=160)
@@ -275,6 +279,31 @@ def test_sampling_one_row_at_a_time_is_plain_sampling():
         assert texts[0] == texts[1]
 
 
+# ---- trained models
+
+def openings(tok, n, length=24):
+    "Beginnings of real texts, as token ids"
+    texts = [line for d in corpus('brown') for line in d['text'].split('\n') if len(line) > 150]
+    return [tok.encode(t)[:length] for t in random.Random(0).sample(texts, n)]
+
+
+def parted(model, draft, prompts, n):
+    "Greedy answers with drafts that differ from those of `generate`: prompt, position, and the gap between the two tokens' logits"
+    for prompt in prompts:
+        plain = model.generate(torch.tensor([prompt]), n, eos_token_id=[])[0]
+        new = model.generate(torch.tensor([prompt]), n, eos_token_id=[], draft=draft)[0]
+        if plain.equal(new): continue
+        at = int((plain != new).nonzero()[0])
+        with torch.no_grad(): logits = model(plain[None, :at], logits_to_keep=1)[0, -1]
+        yield prompt, at, float(logits[plain[at]] - logits[new[at]])
+
+
+@pytest.mark.parametrize('draft', ['lookup', 'mtp'])
+def test_greedy_answers_of_a_trained_model(draft):
+    model, tok = Model.from_pretrained('mini', dtype='float32', device='cpu', mtp=True), Tokenizer.from_pretrained('mini')
+    assert [*parted(model, draft, openings(tok, PROMPTS), 48)] == []
+
+
 # ---- in a server: a trained model, grammars, and all sources
 
 def schema_of(tok): return compile_grammar(tok, 'schema', dict(type='object', properties=dict(
@@ -319,3 +348,11 @@ def test_the_context_ends():
     ids = torch.tensor([[1, 2, 3]*50])
     with pytest.warns(UserWarning, match='will be generated'):
         assert model.generate(ids, 40, draft='lookup', eos_token_id=[]).shape[1] == model.config.max_positions
+
+
+if __name__ == '__main__':
+    name, n = sys.argv[1], int(os.environ.get('PROMPTS', 1000))
+    model, tok = Model.from_pretrained(name, dtype='float32', device='cpu', mtp=name == 'mini'), Tokenizer.from_pretrained(name)
+    for draft in ('lookup', *['mtp']*(name == 'mini')):
+        found = [*parted(model, draft, openings(tok, n), 48)]
+        print(f'{name}, {draft}: {n - len(found)} of {n} answers of 48 tokens are equal', *found, sep='\n', flush=True)
