@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arch.model import Model, add_attention, add_feed_forward
+from ..arch.model import Model, add_attention, add_feed_forward, check_plain
 from ..arch.moe import MoE, SwiGLU, expert
 from ..core.config import Config
 from ..files.checkpoint import materialise
@@ -250,6 +250,7 @@ def block_streams(
     tokens:Tensor, # Token ids `b s`
 )->Iterator[tuple]: # Each block, and the residual stream before it, after its attention, and after it `b s d`
     "Run text through the blocks one by one"
+    check_plain(model.config, 'running text through the blocks one by one')
     ctx = model.context(tokens.shape[1])
     x = model.embed_tokens(tokens.to(model.device))
     for block in model.layers:
