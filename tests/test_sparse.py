@@ -184,7 +184,8 @@ def test_cache_takes_what_the_formula_says(pair):
     c = ours.config
     cache = ours.new_cache(3, 48)
     ours(ids, cache=cache)
-    assert cache.nbytes == 3*48*c.cache_bytes_per_token(4) == 3*48*4*c.n_layers*(c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim), told
+    width = c.kv_lora_rank + c.qk_rope_head_dim + c.index_head_dim
+    assert cache.nbytes == 3*48*c.cache_bytes_per_token(4) == 3*48*4*c.n_layers*width, told
 
 
 # The selection
