@@ -1959,6 +1959,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'deepseek_nb.infer.generate.text_pieces': ( 'infer.generate.html#text_pieces',
                                                                                         'deepseek_nb/infer/generate.py')},
             'deepseek_nb.infer.inside': { 'deepseek_nb.infer.inside.Record': ('infer.inside.html#record', 'deepseek_nb/infer/inside.py'),
+                                          'deepseek_nb.infer.inside._selection': ( 'infer.inside.html#_selection',
+                                                                                   'deepseek_nb/infer/inside.py'),
                                           'deepseek_nb.infer.inside.attention_pattern': ( 'infer.inside.html#attention_pattern',
                                                                                           'deepseek_nb/infer/inside.py'),
                                           'deepseek_nb.infer.inside.draw_load': ( 'infer.inside.html#draw_load',
