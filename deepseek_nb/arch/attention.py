@@ -62,12 +62,16 @@ class Context(NamedTuple):
     mask:Tensor|None = None # True where a query attends to a key, `s t` or `b 1 s t`; None: causal
     cache:object = None # The model's cache, or one layer's slot of it; None: no cached tokens
     mla:str = 'auto' # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
+    pad:Tensor|None = None # Padding tokens at the left of each row `b`; None: there are none
+    tokens:Tensor|None = None # Token ids `b s`, for blocks that route by token
+    by_layer:tuple = () # Angles of each layer, if they differ between layers; empty: all layers use `angles`
 
     def layer(self,
         i:int, # Index of a block
-    )->'Context': # A copy with that layer's slot of the cache
+    )->'Context': # A copy with that layer's angles and slot of the cache
         "The context of one layer"
-        return self if self.cache is None else Context(self.angles, self.mask, self.cache[i], self.mla)
+        if self.by_layer: self = self._replace(angles=self.by_layer[i])
+        return self if self.cache is None else self._replace(cache=self.cache[i])
 
 # %% ../../nbs/120_arch.attention.ipynb #eadbe5bb
 @op
@@ -151,16 +155,30 @@ class MLA(nn.Module):
 
 # %% ../../nbs/120_arch.attention.ipynb #72e8d6a7
 @patch
+def query_latent(self:MLA,
+    x:Tensor, # Activations `b s d`
+)->Tensor: # Latents of queries; the activations themselves if queries have no latent
+    "Compress each token to a latent of its queries"
+    return self.q_a_layernorm(self.q_a_proj(x)) if self.c.q_lora_rank else x
+
+@patch
+def expand_queries(self:MLA,
+    latent:Tensor, # Latents of queries, from `query_latent`
+    angles:tuple, # cos and sin `b 1 s r/2`
+)->tuple[Tensor,Tensor]: # Non-rotary part `b h s x` and rotary part `b h s r`
+    "Project latents to queries, and rotate their rotary part"
+    c = self.c
+    q = rearrange((self.q_b_proj if c.q_lora_rank else self.q_proj)(latent), 'b s (h x) -> b h s x', h=c.n_heads)
+    q_nope,q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+    return q_nope, rotate(q_rope, *angles, c.rope.interleaved)
+
+@patch
 def queries(self:MLA,
     x:Tensor, # Activations `b s d`
     angles:tuple, # cos and sin `b 1 s r/2`
 )->tuple[Tensor,Tensor]: # Non-rotary part `b h s x` and rotary part `b h s r`
     "Project to queries, and rotate their rotary part"
-    c = self.c
-    q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
-    q = rearrange(q, 'b s (h x) -> b h s x', h=c.n_heads)
-    q_nope,q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-    return q_nope, rotate(q_rope, *angles, c.rope.interleaved)
+    return self.expand_queries(self.query_latent(x), angles)
 
 # %% ../../nbs/120_arch.attention.ipynb #6633a83a
 @op
@@ -219,6 +237,12 @@ def attend_latent(
 
 # %% ../../nbs/120_arch.attention.ipynb #954ffe91
 @patch
+def expansions(self:MLA)->tuple[Tensor,Tensor]: # Matrices of keys `h x c` and of values `h v c`
+    "The two parts of the matrix that expands latents"
+    w = torch.unflatten(self.kv_b_proj.weight, 0, (self.c.n_heads, -1))  # torch.unflatten decodes a quantised weight
+    return w.split([self.c.qk_nope_head_dim, self.c.v_head_dim], 1)
+
+@patch
 def absorbed(self:MLA,
     q_nope:Tensor, # Non-rotary part of the queries `b h s x`
     q_rope:Tensor, # Rotated part of the queries `b h s r`
@@ -226,11 +250,9 @@ def absorbed(self:MLA,
     mask:Tensor|None = None, # True where a query attends to a key; None: causal
 )->Tensor: # `b h s v`
     "Attend to the latents, with the expansion absorbed into query and output"
-    c = self.c
-    w = torch.unflatten(self.kv_b_proj.weight, 0, (c.n_heads, -1))  # torch.unflatten decodes a quantised weight
-    w_uk,w_uv = w.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+    w_uk,w_uv = self.expansions()
     q = torch.cat([einsum(q_nope, w_uk, 'b h s x, h x c -> b h s c'), q_rope], -1)
-    o = attend_latent(q, z, c.kv_lora_rank, self.scale, mask)
+    o = attend_latent(q, z, self.c.kv_lora_rank, self.scale, mask)
     return einsum(o, w_uv, 'b h s c, h v c -> b h s v')
 
 # %% ../../nbs/120_arch.attention.ipynb #ee2fb942
@@ -256,15 +278,25 @@ def cheaper_form(
 
 # %% ../../nbs/120_arch.attention.ipynb #dd552192
 @patch
+def attend_all(self:MLA,
+    q_nope:Tensor, # Non-rotary part of the queries `b h s x`
+    q_rope:Tensor, # Rotated part of the queries `b h s r`
+    z:Tensor, # Latents and rotary keys of all tokens `b t (c r)`
+    ctx:Context, # Mask and form of MLA
+)->Tensor: # `b h s v`
+    "Attend to all visible tokens, in the naive or absorbed form"
+    if ctx.mla not in ('auto', 'naive', 'absorbed'): raise ValueError(f"mla {ctx.mla!r} must be 'auto', 'naive' or 'absorbed'")
+    form = ctx.mla if ctx.mla != 'auto' else cheaper_form(self.c, q_nope.shape[2], z.shape[1])
+    return (self.naive if form == 'naive' else self.absorbed)(q_nope, q_rope, z, ctx.mask)
+
+@patch
 def forward(self:MLA,
     x:Tensor, # Activations `b s d`
     ctx:Context, # Rotary angles, mask, cache slot and form of MLA
 )->Tensor: # `b s d`
-    "Attend to all tokens, in the naive or absorbed form"
-    if ctx.mla not in ('auto', 'naive', 'absorbed'): raise ValueError(f"mla {ctx.mla!r} must be 'auto', 'naive' or 'absorbed'")
+    "Project, extend the cache, attend and project back"
     q_nope,q_rope = self.queries(x, ctx.angles)
     z = self.latents(x, ctx.angles)
     if ctx.cache is not None: z, = ctx.cache.append(z)
-    form = ctx.mla if ctx.mla != 'auto' else cheaper_form(self.c, x.shape[1], z.shape[1])
-    o = (self.naive if form == 'naive' else self.absorbed)(q_nope, q_rope, z, ctx.mask)
+    o = self.attend_all(q_nope, q_rope, z, ctx)
     return self.o_proj(rearrange(o, 'b h s v -> b s (h v)'))

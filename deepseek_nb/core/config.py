@@ -10,7 +10,8 @@ __all__ = ['MOE_NAMES', 'FAMILIES', 'Rope', 'rope_from_hf', 'Config', 'check_con
            'check_sizes', 'check_supported', 'check_types', 'rope_to_hf']
 
 # %% ../../nbs/010_core.config.ipynb #eb0c3358
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from math import inf, nextafter
 from typing import NamedTuple
 
 from fastcore.basics import patch
@@ -66,12 +67,12 @@ class Config:
     n_layers:int # Number of blocks
     n_heads:int # h, number of query heads
     inter_dim:int # Hidden width of a dense feed-forward network
-    n_kv_heads:int = 0 # GQA: number of key and value heads
-    head_dim:int = 0 # GQA: width of a head
-    q_lora_rank:int = 0 # MLA: width of the latent of queries; 0: queries have no latent
+    n_kv_heads:int = 0 # GQA: number of key and value heads; V4: 1, and its key is also its value
+    head_dim:int = 0 # GQA: width of a head; V4: v, width of a head
+    q_lora_rank:int = 0 # MLA and V4: width of the latent of queries; 0: queries have no latent
     kv_lora_rank:int = 0 # MLA: c, width of the cached latent of keys and values; 0: GQA
     qk_nope_head_dim:int = 0 # MLA: width of the non-rotary part of a head's query and key
-    qk_rope_head_dim:int = 0 # MLA: r, width of the rotary part; all heads share its key
+    qk_rope_head_dim:int = 0 # MLA and V4: r, width of the rotary part; in MLA all heads share its key
     v_head_dim:int = 0 # MLA: v, width of a head's value
     n_dense_layers:int = 0 # Number of first blocks with a dense feed-forward network
     moe_layer_freq:int = 1 # After the dense blocks, only blocks whose index is a multiple of this have a mixture
@@ -88,7 +89,19 @@ class Config:
     route_scale:float = 1. # Factor of the weights of the selected experts
     index_n_heads:int = 0 # DSA: heads of V3.2's lightning indexer; 0: dense attention
     index_head_dim:int = 0 # DSA: width of an indexer head
-    index_topk:int = 0 # DSA: number of keys that a query attends to
+    index_topk:int = 0 # DSA: number of keys that a query attends to; V4: number of compressed entries
+    window:int = 0 # V4: number of last tokens, the query's own included, that a query attends to; 0: attention is not V4's
+    compress_ratios:tuple[int,...] = () # V4: tokens per compressed entry of each layer; 0: the layer has a window only
+    mtp_ratios:tuple[int,...] = () # V4: the same, of the multi-token-prediction blocks
+    csa_ratio:int = 4 # V4: layers with this ratio have compressed sparse attention, those with another one the heavily compressed
+    compress_rope:Rope|None = None # V4: rotary embedding of layers with compressed entries, which differs from `rope`
+    o_groups:int = 0 # V4: groups of heads, each with its own first output projection
+    o_lora_rank:int = 0 # V4: o, width of the output of such a group
+    hc_mult:int = 0 # x, number of residual streams of hyper-connections; 0: one stream with plain residual connections
+    hc_iters:int = 20 # Hyper-connections: number of Sinkhorn iterations
+    hc_eps:float = 1e-6 # Hyper-connections: epsilon of the Sinkhorn iterations
+    n_hash_layers:int = 0 # Number of first layers that select experts by a table of token ids
+    swiglu_limit:float = 0. # Bound of the gate (above) and of the up projection (both sides) of a SwiGLU; 0: none
     attn_bias:bool = False # Whether the input projections of attention have biases
     out_bias:bool = False # Whether the output projection of attention has a bias
     mlp_bias:bool = False # Whether dense feed-forward networks have biases
@@ -106,6 +119,9 @@ class Config:
     @property
     def mla(self)->bool: return self.kv_lora_rank > 0
 
+    @property
+    def rotary_dim(self)->int: return self.qk_rope_head_dim if self.mla or self.window else self.head_dim
+
     def is_moe(self,
         layer:int, # Index of a block
     )->bool: # Whether its feed-forward network is a mixture of experts
@@ -119,11 +135,20 @@ def check_config(
     "Raise an error if fields of a config are inconsistent"
     def need(ok, msg):
         if not ok: raise ValueError(f'{c.model_type} config: {msg}')
-    rotary = c.qk_rope_head_dim if c.mla else c.head_dim
+    rotary = c.rotary_dim
     need(min(c.vocab_size, c.dim, c.n_layers, c.n_heads) > 0, 'vocab_size, dim, n_layers and n_heads must be positive')
     need(rotary > 0 and rotary%2==0, f'rotary width {rotary} must be even and positive, since RoPE rotates pairs of channels')
     need(c.mla or (c.n_kv_heads > 0 and c.n_heads%c.n_kv_heads==0), f'n_heads {c.n_heads} must be a multiple of n_kv_heads {c.n_kv_heads}')
+    need(0 <= c.n_hash_layers <= c.n_layers, f'n_hash_layers {c.n_hash_layers} must be between 0 and n_layers {c.n_layers}')
+    need(c.hc_mult >= 0 and c.hc_iters >= 1, f'hc_mult {c.hc_mult} must not be negative, and hc_iters {c.hc_iters} must be at least 1')
     if c.n_routed_experts: _check_mixture(c, need)
+    if c.window or c.compress_ratios: _check_window(c, need)
+    if c.mla and c.index_n_heads: _check_indexer(c, need)
+
+def _check_indexer(c, need):
+    need(c.q_lora_rank, 'an indexer needs a latent of queries; set q_lora_rank')
+    need(c.index_topk > 0, f'index_topk {c.index_topk} must be positive')
+    need(c.index_head_dim >= c.qk_rope_head_dim, f'index_head_dim {c.index_head_dim} is below qk_rope_head_dim {c.qk_rope_head_dim}')
 
 def _check_mixture(c, need):
     e,g,m,k = c.n_routed_experts, c.n_expert_groups, c.n_limited_groups, c.n_activated_experts
@@ -134,6 +159,24 @@ def _check_mixture(c, need):
     need(c.group_score != 'sum2' or g==1 or e//g >= 2, f"group_score 'sum2' needs two experts in each group; use fewer than {g} groups")
     need(c.score_func in ('softmax','sigmoid','sqrtsoftplus'), f'score_func {c.score_func!r} is not softmax, sigmoid or sqrtsoftplus')
 
+# %% ../../nbs/010_core.config.ipynb #0f18e499
+def _check_window(c, need):
+    ratios = set(c.compress_ratios) - {0}
+    need(c.window > 0, 'compress_ratios need a window of at least 1')
+    need(not c.mla and c.n_kv_heads == 1, f'a window needs n_kv_heads 1 and no kv_lora_rank; they are {c.n_kv_heads} and {c.kv_lora_rank}')
+    need(len(c.compress_ratios) == c.n_layers, f'compress_ratios have {len(c.compress_ratios)} entries for {c.n_layers} layers')
+    need(min(c.compress_ratios) >= 0, f'compress_ratios {c.compress_ratios} must not be negative')
+    need(c.q_lora_rank > 0 and c.o_lora_rank > 0, f'q_lora_rank {c.q_lora_rank} and o_lora_rank {c.o_lora_rank} must be positive')
+    need(c.o_groups > 0 and c.n_heads%c.o_groups == 0, f'o_groups {c.o_groups} does not divide n_heads {c.n_heads}')
+    need(c.rotary_dim <= c.head_dim, f'qk_rope_head_dim {c.rotary_dim} is larger than head_dim {c.head_dim}')
+    need(not ratios or c.compress_rope, 'compress_ratios above 0 need compress_rope')
+    if c.csa_ratio in ratios: _check_index(c, need)
+
+def _check_index(c, need):
+    sizes = c.index_n_heads, c.index_head_dim, c.index_topk
+    need(min(sizes) > 0, f'layers with compress ratio {c.csa_ratio} need index_n_heads, index_head_dim and index_topk; they are {sizes}')
+    need(c.rotary_dim <= c.index_head_dim, f'qk_rope_head_dim {c.rotary_dim} is larger than index_head_dim {c.index_head_dim}')
+
 # %% ../../nbs/010_core.config.ipynb #75a7a7d8
 _NAMES = dict(
     vocab_size='vocab_size', dim='hidden_size', n_layers='num_hidden_layers', n_heads='num_attention_heads', inter_dim='intermediate_size',
@@ -142,6 +185,11 @@ _NAMES = dict(
 _GQA_NAMES = dict(n_kv_heads='num_key_value_heads', head_dim='head_dim')
 _MLA_NAMES = {o:o for o in ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
                            'index_n_heads', 'index_head_dim', 'index_topk')}
+_V4_NAMES = _GQA_NAMES | {o:o for o in ('q_lora_rank', 'qk_rope_head_dim', 'index_n_heads', 'index_head_dim', 'index_topk', 'o_groups',
+                                       'o_lora_rank', 'hc_mult', 'hc_eps', 'swiglu_limit')} | dict(
+    window='sliding_window', hc_iters='hc_sinkhorn_iters', n_hash_layers='num_hash_layers', n_routed_experts='n_routed_experts',
+    n_shared_experts='n_shared_experts', n_activated_experts='num_experts_per_tok', moe_inter_dim='moe_intermediate_size',
+    score_func='scoring_func', norm_topk='norm_topk_prob', route_scale='routed_scaling_factor', n_mtp_layers='num_nextn_predict_layers')
 MOE_NAMES = dict(
     n_dense_layers='first_k_dense_replace', moe_layer_freq='moe_layer_freq', n_routed_experts='n_routed_experts',
     n_shared_experts='n_shared_experts', n_activated_experts='num_experts_per_tok', moe_inter_dim='moe_intermediate_size',
@@ -155,8 +203,10 @@ class Family(NamedTuple):
     mla:bool # Whether attention is MLA
     moe:bool # Whether blocks may have a mixture of experts
     defaults:dict # Fields of `Config` that config.json may not contain
+    v4:bool = False # Whether attention has V4's window and compressed entries
 
 _V3 = dict(score_func='sigmoid', score_bias=True, group_score='sum2', norm_topk=True)
+_V4 = dict(score_func='sqrtsoftplus', score_bias=True, group_score='sum2', norm_topk=True, n_kv_heads=1)
 FAMILIES = dict(
     llama=Family('LlamaForCausalLM', False, False, {}),
     qwen2=Family('Qwen2ForCausalLM', False, False, dict(attn_bias=True)),
@@ -164,6 +214,7 @@ FAMILIES = dict(
     deepseek_v2=Family('DeepseekV2ForCausalLM', True, True, {}),
     deepseek_v3=Family('DeepseekV3ForCausalLM', True, True, _V3),
     deepseek_v32=Family('DeepseekV32ForCausalLM', True, True, _V3),
+    deepseek_v4=Family('DeepseekV4ForCausalLM', False, True, _V4, v4=True),
     glm4_moe=Family('Glm4MoeForCausalLM', False, True, _V3)) # V3's mixture of experts with grouped-query attention
 
 # %% ../../nbs/010_core.config.ipynb #45ecca74
@@ -179,6 +230,7 @@ def hf_names(
 )->dict: # Field of `Config` -> its name in config.json
     "Names of the fields in the config.json of a family"
     f = family(model_type)
+    if f.v4: return {o: hf for o,hf in _NAMES.items() if o != 'inter_dim'} | _V4_NAMES
     return _NAMES | (_MLA_NAMES if f.mla else _GQA_NAMES) | (MOE_NAMES if f.moe else {})
 
 # %% ../../nbs/010_core.config.ipynb #7a87929c
@@ -192,12 +244,20 @@ def _with_defaults(d, kw):
     if d.get('topk_method'): kw |= _ROUTERS[d['topk_method']]
     if mt in ('deepseek', 'deepseek_v2') and kw.get('norm_topk'): kw['route_scale'] = 1.
     if mt == 'qwen2': kw |= dict(attn_bias=True, out_bias=False)
+    if mt == 'deepseek_v32' and d.get('mlp_layer_types'): kw['n_dense_layers'] = d['mlp_layer_types'].count('dense')
     if not family(mt).mla:
         kw.setdefault('n_kv_heads', kw['n_heads'])
         kw.setdefault('head_dim', kw['dim']//kw['n_heads'])
     return kw
 
 # %% ../../nbs/010_core.config.ipynb #bdec622f
+def _check_layers(d):
+    "Raise an error if a V3.2 config has layers of other kinds, or in another order, than V3.2"
+    mixtures,attention = d.get('mlp_layer_types') or [],{*(d.get('layer_types') or [])} - {'indexed_attention'}
+    if attention: raise ValueError(f"config.json: layer_types has {sorted(attention)}; every layer of V3.2 is 'indexed_attention'")
+    if mixtures != sorted(mixtures) or {*mixtures} - {'dense', 'sparse'}:
+        raise ValueError("config.json: mlp_layer_types must be 'dense' layers followed by 'sparse' ones")
+
 def check_sizes(
     d:dict, # Contents of a config.json
 )->None:
@@ -206,6 +266,11 @@ def check_sizes(
     need = ['vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'intermediate_size']
     if f.mla: need += ['kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim']
     if f.moe and d.get('n_routed_experts'): need += ['num_experts_per_tok', 'moe_intermediate_size']
+    if f.v4:
+        need = [k for k in need if k != 'intermediate_size']
+        need += ['n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size']
+        need += ['head_dim', 'q_lora_rank', 'sliding_window', 'o_groups', 'o_lora_rank']
+    if d['model_type'] == 'deepseek_v32': need += ['q_lora_rank', 'index_n_heads', 'index_head_dim', 'index_topk']
     if miss := [k for k in need if d.get(k) is None]: raise ValueError(f"config.json: {', '.join(miss)} missing; add it")
     if bad := [k for k in need if not isinstance(d[k], int) or d[k] < 1]:
         raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be a positive integer')
@@ -218,6 +283,7 @@ def check_supported(
     if act != 'silu': raise ValueError(f"config.json: hidden_act {act!r} is not supported; only 'silu' is")
     if d['model_type'] == 'glm4_moe' and (d.get('partial_rotary_factor', .5) != 1 or d.get('use_qk_norm')):
         raise ValueError('config.json: glm4_moe is supported only with partial_rotary_factor 1 and without use_qk_norm')
+    if d['model_type'] == 'deepseek_v32': _check_layers(d)
     if d.get('use_sliding_window'): raise ValueError('config.json: use_sliding_window is not supported; set it to false')
     if not isinstance(method, str) or method not in _ROUTERS:
         raise ValueError(f"config.json: topk_method {method!r} is not one of {', '.join(_ROUTERS)}")
@@ -234,8 +300,48 @@ def check_types(
         if isinstance(v, (int, float) if want is float else want) and (want is bool or not isinstance(v, bool)): continue
         raise ValueError(f'config.json: {names.get(f.name, f.name)} is {v!r}; it must be {want.__name__}')
 
+# %% ../../nbs/010_core.config.ipynb #7c009ec0
+_KINDS = dict(sliding_attention=None, compressed_sparse_attention=4, heavily_compressed_attention=128) # Ratios if compress_rates are absent
+_V4_KEYS = {*_V4_NAMES.values(), *'compress_ratios compress_rates compress_rope_theta'.split(),
+            *'layer_types mlp_layer_types partial_rotary_factor'.split()}
+
+def _v4_layers(d):
+    "Ratios and number of hash layers of a V4 config.json, in either form"
+    for k in ('compress_ratios', 'layer_types', 'mlp_layer_types'):
+        if not isinstance(d.get(k) or [], (list, tuple)): raise ValueError(f'config.json: {k} is {d[k]!r}; it must be a list')
+    n,rates = d['num_hidden_layers'],_KINDS | (d.get('compress_rates') or {})
+    kinds,feed = d.get('layer_types'),d.get('mlp_layer_types')
+    if bad := [k for k in kinds or () if k not in _KINDS]:
+        raise ValueError(f"config.json: layer_types has {bad[0]!r}; known are {', '.join(_KINDS)}")
+    ratios = tuple(rates[k] or 0 for k in kinds) if kinds else tuple(d.get('compress_ratios') or ())
+    if not all(type(x) is int for x in ratios) or len(ratios) < n:
+        raise ValueError(f'config.json: compress_ratios are {ratios}; give an integer for each of {n} layers')
+    mtp = tuple((d.get('compress_ratios') or ())[n:]) or (0,)*(d.get('num_nextn_predict_layers') or 0)
+    hashed = d.get('num_hash_layers') or 0 if feed is None else feed.count('hash_moe')
+    if feed is not None and list(feed) != ['hash_moe']*hashed + ['moe']*(n - hashed):
+        raise ValueError(f'config.json: mlp_layer_types {feed} must be hash_moe in the first layers and moe in all others')
+    return dict(compress_ratios=ratios[:n], mtp_ratios=mtp, csa_ratio=rates['compressed_sparse_attention'], n_hash_layers=hashed)
+
+# %% ../../nbs/010_core.config.ipynb #63208c4d
+def _v4_rope(d):
+    "Rotary settings and rotary width of a V4 config.json, in either form"
+    p = d.get('rope_parameters') or {}
+    if isinstance(p.get('main'), dict) and isinstance(p.get('compress'), dict):
+        main,compress = (rope_from_hf(d | dict(rope_parameters=p[k]), True) for k in ('main', 'compress'))
+    else:
+        main = Rope(d.get('rope_theta') or 10000., interleaved=True)
+        flat = p or d.get('rope_scaling') or {}
+        compress = rope_from_hf(d | dict(rope_parameters=flat | dict(rope_theta=d.get('compress_rope_theta') or 160000.)), True)
+    if compress.kind == 'yarn' and compress.attention_factor is None: compress = replace(compress, attention_factor=1.)
+    share = d.get('partial_rotary_factor')
+    return dict(rope=main, compress_rope=compress, qk_rope_head_dim=d.get('qk_rope_head_dim') or int(d['head_dim']*(share or .125)))
+
+def _v4_fields(d):
+    "Fields that only V4 has"
+    return dict(inter_dim=d['moe_intermediate_size']) | _v4_layers(d) | _v4_rope(d)
+
 # %% ../../nbs/010_core.config.ipynb #491b0c1e
-_CONSUMED = {*'model_type eos_token_id rope_theta rope_scaling rope_parameters rope_interleave topk_method'.split(),
+_CONSUMED = {*'model_type mlp_layer_types eos_token_id rope_theta rope_scaling rope_parameters rope_interleave topk_method'.split(),
              *'architectures transformers_version auto_map qk_head_dim hidden_act'.split(),
              *_NAMES.values(), *_GQA_NAMES.values(), *_MLA_NAMES, *MOE_NAMES.values()}
 
@@ -249,10 +355,12 @@ def from_hf(cls:Config,
     mt,f = d['model_type'],family(d['model_type'])
     kw = f.defaults | {ours: d[hf] for ours,hf in hf_names(mt).items() if d.get(hf) is not None}
     check_types(kw, hf_names(mt))
+    kw |= _v4_fields(d) if f.v4 else dict(rope=rope_from_hf(d, interleaved=f.mla))
     eos = d.get('eos_token_id')
     kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    kw['extra'] = {k:v for k,v in d.items() if k not in _CONSUMED}
-    return cls(model_type=mt, rope=rope_from_hf(d, interleaved=f.mla), **_with_defaults(d, kw))
+    used = _CONSUMED | (_V4_KEYS if f.v4 else {'layer_types'} if mt == 'deepseek_v32' else set())
+    kw['extra'] = {k:v for k,v in d.items() if k not in used}
+    return cls(model_type=mt, **_with_defaults(d, kw))
 
 # %% ../../nbs/010_core.config.ipynb #c75ea09f
 def rope_to_hf(
@@ -266,6 +374,34 @@ def rope_to_hf(
     if form == 'transformers': return dict(rope_parameters=dict(rope_type=r.kind or 'default', rope_theta=r.theta) | s)
     return dict(rope_theta=r.theta, rope_scaling=dict(type=r.kind, rope_type=r.kind) | s if r.kind else None)
 
+# %% ../../nbs/010_core.config.ipynb #f95c6771
+def _v4_kinds(c):
+    "The layers' kinds in transformers' form"
+    sliding,sparse,heavy = _KINDS
+    rates = {r for r in c.compress_ratios if r not in (0, c.csa_ratio)}
+    if len(rates) > 1: raise ValueError(f"compress_ratios {c.compress_ratios}: transformers' form has one ratio besides {c.csa_ratio}")
+    kinds = [sliding if r == 0 else sparse if r == c.csa_ratio else heavy for r in c.compress_ratios]
+    return dict(layer_types=kinds, compress_rates={sparse: c.csa_ratio, heavy: min(rates, default=128)})
+
+def _v4_to_hf(c, form):
+    "Keys that only V4's config.json has"
+    d = dict(num_key_value_heads=1, rope_theta=c.rope.theta, compress_rope_theta=c.compress_rope.theta if c.compress_rope else 160000.)
+    share = c.rotary_dim/c.head_dim
+    if int(c.head_dim*share) < c.rotary_dim: share = nextafter(share, inf)
+    if form == 'transformers':
+        ropes = dict(main=c.rope, compress=c.compress_rope or replace(c.rope, theta=160000.))
+        ropes = {k: rope_to_hf(r, form)['rope_parameters'] | dict(partial_rotary_factor=share) for k,r in ropes.items()}
+        feed = ['hash_moe']*c.n_hash_layers + ['moe']*(c.n_layers - c.n_hash_layers)
+        return d | _v4_kinds(c) | dict(mlp_layer_types=feed, partial_rotary_factor=share, rope_parameters=ropes)
+    d |= dict(compress_ratios=[*c.compress_ratios, *c.mtp_ratios], rope_scaling=_v4_scaling(c))
+    return d if set(c.compress_ratios) <= {0, 4, 128} and c.csa_ratio == 4 else d | _v4_kinds(c)
+
+def _v4_scaling(c):
+    "The official rope_scaling of V4, which has no mscale"
+    r = c.compress_rope
+    if not r or not r.kind: return None
+    return {k: v for k,v in rope_to_hf(r, 'official')['rope_scaling'].items() if 'mscale' not in k and (k, v) != ('attention_factor', 1)}
+
 # %% ../../nbs/010_core.config.ipynb #93985940
 @patch
 def to_hf(self:Config,
@@ -275,12 +411,14 @@ def to_hf(self:Config,
     if form not in ('official', 'transformers'): raise ValueError(f"form {form!r} must be 'official' or 'transformers'")
     mt,eos = self.model_type,self.eos_ids
     absent = {'out_bias', *([] if self.index_n_heads else ['index_n_heads', 'index_head_dim', 'index_topk'])}
-    d = dict(architectures=[family(mt).architecture], model_type=mt, hidden_act='silu') | self.extra | rope_to_hf(self.rope, form)
+    if family(mt).v4 and form == 'transformers': absent |= {'qk_rope_head_dim', 'n_hash_layers'}
+    d = dict(architectures=[family(mt).architecture], model_type=mt, hidden_act='silu') | self.extra
+    d |= _v4_to_hf(self, form) if family(mt).v4 else rope_to_hf(self.rope, form)
     d |= {hf: getattr(self, o) for o,hf in hf_names(mt).items() if o not in absent}
     d['eos_token_id'] = None if not eos else eos[0] if len(eos)==1 else list(eos)
     if mt == 'qwen2': d.pop('attention_bias')
     if self.mla:
         d |= dict(q_lora_rank=self.q_lora_rank or None, num_key_value_heads=self.n_heads, rope_interleave=self.rope.interleaved)
-    if self.n_routed_experts:
+    if self.n_routed_experts and not (family(mt).v4 and form == 'transformers'):
         d['topk_method'] = 'noaux_tc' if self.score_bias else 'greedy' if self.n_expert_groups==1 else 'group_limited_greedy'
     return d

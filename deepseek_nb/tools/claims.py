@@ -91,6 +91,7 @@ EXPERIMENTS = dict(
     compute='With 42% fewer FLOPs and 35% less time, a mixture of experts keeps 98% of the accuracy above chance',
     medical='With few labels, a student of two distillation stages has 21% more macro-F1 than a student of one stage',
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',
+    indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
     finetuning='LoRA is better with fewer than 1,000 samples, and full fine-tuning with more than 10,000',
     balancing='A bias on the router balances the load of experts without a higher loss')
 
