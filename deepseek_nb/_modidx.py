@@ -2398,6 +2398,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/kernels/build.py'),
                                            'deepseek_nb.kernels.build._compile_once': ( 'kernels.build.html#_compile_once',
                                                                                         'deepseek_nb/kernels/build.py'),
+                                           'deepseek_nb.kernels.build._link_names': ( 'kernels.build.html#_link_names',
+                                                                                      'deepseek_nb/kernels/build.py'),
                                            'deepseek_nb.kernels.build.build_all': ( 'kernels.build.html#build_all',
                                                                                     'deepseek_nb/kernels/build.py'),
                                            'deepseek_nb.kernels.build.build_kernel': ( 'kernels.build.html#build_kernel',
