@@ -14,6 +14,7 @@ import torch
 from deepseek_nb import Model
 from deepseek_nb.arch import sparse
 from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.routing import affinity, route
 from deepseek_nb.arch.sparse import DSA, attend_selected, index_scores, top_positions
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
@@ -297,6 +298,38 @@ def test_attention_reads_only_what_was_selected():
     other[[0, 3, 7]] = False
     z[:, other] = torch.nan
     assert torch.equal(attend_selected(q, z, positions, 6, .3), want)
+
+
+# The same rule in the router
+
+@pytest.mark.parametrize('score', ['softmax', 'sigmoid', 'sqrtsoftplus'])
+def test_experts_of_equal_scores_in_every_twin(score):
+    "Logits and biases of few values: prefill, single tokens and a permuted batch choose the experts that the rule names, in every twin"
+    r, found = random.Random(f'{SEED} {score}'), set()
+    torch.manual_seed(SEED)
+    for groups, per, keep, how in ((1, 12, 1, 'max'), (4, 4, 2, 'max'), (4, 4, 2, 'sum2'), (8, 8, 3, 'sum2')):
+        k = r.randrange(1, keep*per)
+        c = toy(n_routed_experts=groups*per, n_expert_groups=groups, n_limited_groups=keep, group_score=how, n_activated_experts=k,
+                score_func=score)
+        logits, bias = torch.tensor([-1., 0., 2.])[torch.randint(3, (20, groups*per))], torch.randint(2, (groups*per,))/4
+        choice = affinity(logits, score) + bias
+        want = [by_hand(row, groups, keep, how, k) for row in choice]
+        for name in route.op.plan('auto', 'cpu'):
+            twin = route.op.twins[name]
+            if not route.op.ready(name) or (twin.supports and not twin.supports(logits, c, bias)): continue
+            found.add(name)
+            chosen = lambda x, twin=twin, c=c, bias=bias: [sorted(e) for e in twin.fn(x, c, bias).experts.tolist()]
+            assert chosen(logits) == want, (SEED, name)
+            assert [chosen(x[None])[0] for x in logits] == want and chosen(logits.flip(0)) == want[::-1], (SEED, name)
+    assert 'reference' in found
+
+
+def by_hand(scores, groups, keep, how, k):
+    "Experts of one token, by lists: Python sorts keep the order of equal items"
+    x = scores.view(groups, -1)
+    rank = x.amax(-1) if how == 'max' else x.topk(2, -1).values.sum(-1)
+    kept = sorted(range(groups), key=lambda g: -rank[g].item())[:keep]
+    return sorted(sorted((e for e in range(len(scores)) if e//x.shape[1] in kept), key=lambda e: -scores[e].item())[:k])
 
 
 # Where V3 works
