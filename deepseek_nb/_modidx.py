@@ -528,6 +528,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/arch/sparse.py'),
                                          'deepseek_nb.arch.sparse.rotate_first': ( 'arch.sparse.html#rotate_first',
                                                                                    'deepseek_nb/arch/sparse.py'),
+                                         'deepseek_nb.arch.sparse.select_positions': ( 'arch.sparse.html#select_positions',
+                                                                                       'deepseek_nb/arch/sparse.py'),
                                          'deepseek_nb.arch.sparse.selected_mask': ( 'arch.sparse.html#selected_mask',
                                                                                     'deepseek_nb/arch/sparse.py'),
                                          'deepseek_nb.arch.sparse.sparse_cost': ( 'arch.sparse.html#sparse_cost',

@@ -71,14 +71,16 @@ def oracle(config, seed):
 class Spy:
     "Records scores, masks and positions of every selection within a `with` block"
     def __enter__(self):
-        self.calls, self.real = [], sparse.top_positions
-        def spied(scores, k, mask=None):
-            out = self.real(scores, k, mask)
-            self.calls.append((scores.clone(), k, mask, out))
+        self.calls, self.real = [], sparse.select_positions
+        def spied(q, k, w, a, mask=None):
+            out = self.real(q, k, w, a, mask)
+            seen = visible(q.shape[1], k.shape[1]) if mask is None else mask
+            self.calls.append((index_scores(q, k, w), a, seen, out))
             return out
-        sparse.top_positions = spied
+        spied.op, spied.twin = self.real.op, self.real.twin # for chapters that are imported meanwhile
+        sparse.select_positions = spied
         return self
-    def __exit__(self, *error): sparse.top_positions = self.real
+    def __exit__(self, *error): sparse.select_positions = self.real
 
     def margins(self):
         "Distance between the last selected and the first other score, relative to the largest, `b s`; ∞ where all are selected"
@@ -281,14 +283,6 @@ def test_dense_up_to_topk():
         assert not spy.calls and cache[0].tensors[1][:, :6].abs().sum(-1).min() > 0
 
 
-@pytest.mark.parametrize('chunk', [1, 100, 10**9])
-def test_chunks_of_queries(chunk, monkeypatch):
-    m, ids = model(toy()), torch.randint(50, (2, 30))
-    want = m(ids, mla='naive')
-    monkeypatch.setattr(sparse, 'CHUNK', chunk)
-    torch.testing.assert_close(m(ids, mla='absorbed'), want, rtol=1e-4, atol=1e-4)
-
-
 def test_attention_reads_only_what_was_selected():
     "Rows that no query selected may hold anything"
     torch.manual_seed(SEED)
@@ -342,7 +336,8 @@ def small():
         for _ in range(50):
             ids = torch.randint(50, (2, 30))
             logits, upto = clear(m, ids, mla='naive')
-            if min(upto) == 30: return m, ids, logits
+            parts = [clear(m, ids[:, part])[1] for part in (slice(0, 12), slice(12, 30))]
+            if min(upto) == 30 and parts == [[12]*2, [18]*2]: return m, ids, logits
     raise AssertionError(f'no tokens without near ties, SPARSE_SEED={SEED}')
 
 
@@ -445,3 +440,37 @@ def test_adapters_and_gradients(small):
     for k, p in own.named_parameters():
         if p.requires_grad: assert (p.grad is None) == ('.indexer.' in k), k
     same(own.merge_and_unload()(ids), logits, upto, SEED)
+
+
+@pytest.mark.parametrize('chunk', [1, 100, 10**9])
+def test_chunks_of_queries(small, chunk, monkeypatch):
+    m, ids, want = small
+    monkeypatch.setattr(sparse, 'CHUNK', chunk)
+    close(m(ids, mla='absorbed'), want)
+
+
+class Bytes:
+    "A tokenizer whose tokens are bytes"
+    eos_ids, _skip, chat_template = (), (), None
+    def id_to_bytes(self, i): return bytes([i])
+    def stream_decoder(self, skip_special=False):
+        from deepseek_nb.files.tokenizer import StreamDecoder
+        return StreamDecoder(self, skip_special)
+
+
+def test_server():
+    "Prompts with a common prefix, in pages and chunks, get the tokens of `generate`"
+    from deepseek_nb.serve.engine import Engine
+    from deepseek_nb.serve.sampling import SamplingParams
+    from deepseek_nb.serve.stream import Request
+    m, r = model(toy(index_n_heads=8), seed=0), random.Random(0)
+    engine, shared = Engine(m, Bytes(), budget=64), [r.randrange(50) for _ in range(80)]
+    prompts = [shared + [r.randrange(50) for _ in range(9)], [5, 6, 7], shared[:70], shared]
+    greedy = SamplingParams(temperature=0.)
+    streams = []
+    for group in (prompts[:2], prompts[2:]):
+        streams += [engine.submit(Request(p, greedy, max_tokens=8, stop_ids=())) for p in group]
+        while engine.step(): continue
+    for p, stream in zip(prompts, streams, strict=True):
+        want = m.generate(torch.tensor([p]), max_new_tokens=8, eos_token_id=-1)[0, len(p):].tolist()
+        assert [x.id for x in stream.arrived() if x is not None] == want
