@@ -10,7 +10,17 @@ from einops import repeat
 from torch import nn
 
 from deepseek_nb.arch.hyper import collapse
-from deepseek_nb.arch.v41 import V41_FLASH, Shared, V41Layer, V41Layout, cache_bytes_v41, candidate_blocks, first_pre, layer_plans, prefill
+from deepseek_nb.arch.v41 import (
+    V41_FLASH,
+    Borrowed,
+    V41Layer,
+    V41Layout,
+    cache_bytes_v41,
+    candidate_blocks,
+    first_pre,
+    layer_plans,
+    prefill_halves,
+)
 from deepseek_nb.core.config import Config, Rope
 
 SEED = int(os.environ.get('V41_SEED') or random.SystemRandom().randrange(2**32))
@@ -81,8 +91,8 @@ def test_a_prefix_gives_the_same_outputs(i):
     c,_,half,layers = draw(r)
     x = streams(c, 19)
     t = r.randint(1, 18)
-    whole,pre,_ = prefill(layers, x, half, 19)
-    part,pre_part,_ = prefill(layers, x[:, :t], half, t)
+    whole,pre,_ = prefill_halves(layers, x, half, 19)
+    part,pre_part,_ = prefill_halves(layers, x[:, :t], half, t)
     close(part, whole[:, :t])
     close(pre_part, pre[:, :t])
 
@@ -91,7 +101,7 @@ def test_a_prefix_gives_the_same_outputs(i):
 def test_a_borrowed_selection_is_within_the_candidates(i):
     r = random.Random(SEED + i)
     c,layout,half,layers = draw(r)
-    x,pre,shared,positions = streams(c, 17),None,Shared(),torch.arange(17)
+    x,pre,shared,positions = streams(c, 17),None,Borrowed(),torch.arange(17)
     pre = first_pre(x)
     for layer in layers:
         before = shared
@@ -115,13 +125,13 @@ def test_replay_is_exact_from_all_windows_on(i):
     c,_,half,layers = draw(r)
     enough = (len(layers) - half)*(c.window - 1) + 1
     x = streams(c, t := enough + r.randint(1, 6))
-    whole,pre,shared = prefill(layers, x, half, t)
-    last,last_pre,some = prefill(layers, x, half, enough)
+    whole,pre,shared = prefill_halves(layers, x, half, t)
+    last,last_pre,some = prefill_halves(layers, x, half, enough)
     assert torch.equal(some.entries, shared.entries) and torch.equal(some.keys, shared.keys)
     close(last[:, -1], whole[:, -1])
     close(last_pre[:, -1], pre[:, -1])
     if c.window > 1 and len(layers) - half <= 2:
-        fewer,_,_ = prefill(layers, x, half, 1)
+        fewer,_,_ = prefill_halves(layers, x, half, 1)
         assert (fewer[:, -1] - whole[:, -1]).abs().max() > 1e-4*whole.abs().max()
 
 
@@ -130,7 +140,7 @@ def test_tokens_that_the_last_one_depends_on(i):
     r = random.Random(SEED + i)
     c,_,half,layers = draw(r)
     n,t = len(layers) - half,24
-    x,pre,shared,positions = streams(c, t),None,Shared(),torch.arange(t)
+    x,pre,shared,positions = streams(c, t),None,Borrowed(),torch.arange(t)
     pre = first_pre(x)
     for layer in layers[:half]:
         shared = layer.attn.publish(layer.attn_norm(collapse(x, pre)), shared)
