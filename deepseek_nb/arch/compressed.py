@@ -175,7 +175,7 @@ class Indexer(nn.Module):
         latent:Tensor, # Normalised latent of the queries `b s q`
         keys:Tensor, # The indexer's own entries `b i u`
         angles:tuple, # cos and sin `b 1 s r/2`
-        may:Tensor, # True where a query sees an entry `b s i` or `1 s i`
+        may:Tensor|None = None, # True where a query sees an entry `b s i` or `1 s i`; None: everywhere
     )->Tensor: # Selected entries of each query in ascending order, then −1 `b s a`
         "Score all visible entries, and select the best"
         q = rotate_last(rearrange(self.wq_b(latent), 'b s (j u) -> b j s u', j=self.c.index_n_heads), angles)
@@ -192,6 +192,7 @@ def attend_chosen(
     sink:Tensor, # Logit of each head's sink `h`
     scale:float, # Factor of the scores
     near:Tensor|None = None, # True where a query attends to a key, `s t` or `b 1 s t`; None: everywhere
+    full:bool = False, # Whether `chosen` has no −1
 )->Tensor: # `b h s v`
     "Attention to keys and selected entries in one softmax"
     far = torch.zeros(*chosen.shape[:2], entries.shape[1] + 1, dtype=torch.bool, device=q.device)
@@ -207,10 +208,11 @@ def attend_gathered(
     sink:Tensor, # Logit of each head's sink `h`
     scale:float, # Factor of the scores
     near:Tensor|None = None, # True where the query attends to a key, `1 t` or `b 1 1 t`; None: everywhere
+    full:bool = False, # Whether `chosen` has no −1
 )->Tensor: # `b h 1 v`
     "The same for one query per row: read only its entries"
     rows = entries[torch.arange(len(q), device=q.device)[:, None], chosen[:, 0].clamp(min=0)]
-    return attend_entries(q, keys, rows, sink, scale, near, chosen >= 0)
+    return attend_entries(q, keys, rows, sink, scale, near, None if full else chosen >= 0)
 
 # %% ../../nbs/126_arch.compressed.ipynb #cff756ea
 class CompressedAttention(WindowAttention):
@@ -245,12 +247,12 @@ def attend_far(self:CompressedAttention,
 )->Tensor: # Weighted sums `b h s v`
     "Compress, select, and attend to keys and entries"
     s,slot = x.shape[1],ctx.cache
-    q,positions = self.queries(latent, ctx.angles),query_positions(ctx, s, x.device)
-    entries = self.compressor(x, None if slot is None else slot.compressor, ctx.pad)
-    own = self.indexer.compressor(x, None if slot is None else slot.indexer, ctx.pad) if self.indexer is not None else entries
-    may = visible_entries(positions, entries.shape[1], self.m)
-    if self.indexer is not None and entries.shape[1] > self.c.index_topk:
-        chosen = self.indexer(x, latent, own, ctx.angles, may)
-        return attend_chosen(q, keys, entries, chosen, self.attn_sink, self.scale, near)
-    if s == 1 and ctx.pad is None: may = None # all of them
-    return attend_entries(q, keys, entries, self.attn_sink, self.scale, near, may)
+    q,lists = self.queries(latent, ctx.angles),(None, None) if slot is None else (slot.compressor, slot.indexer)
+    entries = self.compressor(x, lists[0], ctx.pad)
+    own = None if self.indexer is None else self.indexer.compressor(x, lists[1], ctx.pad)
+    may = None  # a single query without padding sees all entries
+    if s > 1 or ctx.pad is not None: may = visible_entries(query_positions(ctx, s, x.device), entries.shape[1], self.m)
+    if own is None or own.shape[1] <= self.c.index_topk:
+        return attend_entries(q, keys, entries, self.attn_sink, self.scale, near, may)
+    chosen = self.indexer(x, latent, own, ctx.angles, may)
+    return attend_chosen(q, keys, entries, chosen, self.attn_sink, self.scale, near, full=may is None)
