@@ -329,7 +329,6 @@ def draw_attention(
     "Draw the naive and the absorbed form of MLA side by side"
     import matplotlib.pyplot as plt
     if not config.mla: raise ValueError(f'{config.model_type} has no latent attention to draw; give an MLA config such as deepseek-v3')
-    if config.index_n_heads and t > config.index_topk: raise ValueError(f'attention is sparse beyond {config.index_topk} keys; draw fewer')
     fig,axes = plt.subplots(1, 2, figsize=(7.2, 4.8))
     tensors,traffic = mla_tensors(config, s, t),mla_traffic(config, s, t)
     for ax,(form,steps) in zip(axes, mla_steps(config, s, t).items(), strict=True):
