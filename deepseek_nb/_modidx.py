@@ -975,6 +975,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepseek_nb/core/config.py'),
                                          'deepseek_nb.core.config._check_window': ( 'core.config.html#_check_window',
                                                                                     'deepseek_nb/core/config.py'),
+                                         'deepseek_nb.core.config._explicit': ('core.config.html#_explicit', 'deepseek_nb/core/config.py'),
                                          'deepseek_nb.core.config._v4_fields': ( 'core.config.html#_v4_fields',
                                                                                  'deepseek_nb/core/config.py'),
                                          'deepseek_nb.core.config._v4_kinds': ('core.config.html#_v4_kinds', 'deepseek_nb/core/config.py'),
