@@ -26,6 +26,7 @@ Modules:
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
 - `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
 - `deepseek_nb.arch.sparse`: V3.2's lightning indexer scores all earlier tokens at a small cost, and each query attends only to the 2,048 tokens with the highest scores
+- `deepseek_nb.arch.v41`: V4.1 stores 890 bytes of cache for each token: only four layers compress tokens to entries, the others borrow entries and selections, and a prompt runs through half of the layers
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
@@ -104,6 +105,7 @@ Modules:
 - `deepseek_nb.kernels.ragged_cache`: Runs all blocks of a model on a ragged batch and reads the KV cache directly from pages of int8 codes; each row gets the same bits as alone.
 - `deepseek_nb.kernels.ragged_codes`: Runs quantised models on rows of different lengths in one C++ call; each row gets the same bits as alone.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
+- `deepseek_nb.kernels.sparse`: DeepSeek sparse attention in C++: index scores, exact selection in linear time, and attention that reads only the selected latents.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
 - `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
@@ -128,6 +130,7 @@ Modules:
 - `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning apart, call a tool and meet errors
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
 - `deepseek_nb.serve.connection`: A server must read what slow clients send, write what slow clients read, and stop generating as soon as nobody waits
+- `deepseek_nb.serve.drafts`: Each row of a batch may bring a draft of its next tokens, which are verified in the same step. Answers have the same bits with and without drafts.
 - `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the one that the request would have got alone.
 - `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
 - `deepseek_nb.serve.experts`: Recompute the tokens of an answer and report which experts of a mixture each of them was routed to, without hooks in the model that serves.

@@ -72,7 +72,8 @@ def draw(r, **kw):
         hc_sinkhorn_iters=r.choice([1, 3, 20]), hc_eps=r.choice([1e-6, 1e-3]), swiglu_limit=r.choice([.5, 2., 10.]),
         mlp_layer_types=['hash_moe']*hashed + ['moe']*(n - hashed), n_routed_experts=e, num_experts_per_tok=r.randrange(1, 4),
         moe_intermediate_size=4*r.randrange(1, 5), scoring_func='sqrtsoftplus', routed_scaling_factor=r.choice([1., 1.5, 2.5]),
-        rms_norm_eps=r.choice([1e-6, 1e-4]), **share, tie_word_embeddings=False, max_position_embeddings=256, eos_token_id=r.choice([1, [1, 2]]),
+        rms_norm_eps=r.choice([1e-6, 1e-4]), **share, tie_word_embeddings=False, max_position_embeddings=256,
+        eos_token_id=r.choice([1, [1, 2]]),
         rope_parameters=dict(main=dict(rope_type='default', rope_theta=1e4, **share), compress=other | dict(rope_theta=16e4, **share)),
         attn_implementation='eager', experts_implementation='eager') | kw)
 

@@ -145,11 +145,12 @@ def test_pieces(r):
     close(got, torch.stack([run(a, x) for a, _ in pairs]))
 
 
-def test_rewinds(r):
+@pytest.mark.parametrize('n', [23, None])
+def test_rewinds(r, n):
     "A rewound cache has the bits of one that never saw the rejected tokens, for every length of a rewind over the ends of windows"
     hf, c = draw(r, index_n_heads=r.choice([1, 4]))
     attns, longest = [a for a, _ in layers(hf, c)], r.randrange(9, 13)
-    n, sizes = r.randrange(1, 30), cuts(r, 12)
+    n, sizes = n or r.randrange(1, 30), cuts(r, 12)  # after 23 tokens one more completes a window of 4, 6 or 8: all rows are needed
     text, draft = torch.randn(1, n + 12, c.dim), torch.randn(1, longest, c.dim)
 
     def state(taken):
@@ -158,11 +159,10 @@ def test_rewinds(r):
         if taken: feed(attns, cache, draft[:, :taken], cuts(r, taken))
         for part in ([taken] if taken < 2 else [1, taken - 1]): cache.rewind(part)
         y = feed(attns, cache, text[:, n:], sizes)
-        lists = [o for slot in cache.slots for o in slot.lists]
-        return y, [o.entries[:, :len(cache)//o.m] for o in lists]
+        return y, [o.entries[:, :len(cache)//o.m] for slot in cache.slots for o in slot.lists]
 
     clean = state(0)
-    for taken in range(1, longest + 1):
+    for taken in range(1, longest + 1) if n != 23 else [longest]:
         y, entries = state(taken)
         assert torch.equal(y, clean[0]), taken
         assert all(map(torch.equal, entries, clean[1])), taken

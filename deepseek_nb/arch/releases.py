@@ -246,7 +246,8 @@ def summary(
     itemsize:float = 2, # Bytes of a weight and of a cache element, 2 for bfloat16
 )->dict: # Label -> value, all text
     "Architecture, memory and FLOPs of a model"
-    attention = f'MLA, {c.n_heads} heads, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}'
+    attention = f'{attention_kind(c)}, {c.n_heads} heads, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}'
+    if c.mla and c.index_n_heads: attention += f', indexer {c.index_n_heads}×{c.index_head_dim}, top {c.index_topk:,}'
     if not c.mla: attention = f'{attention_kind(c)}, {c.n_heads} heads, {c.n_kv_heads} KV heads'
     if c.window:
         kinds = [sum(m == k for m in c.compress_ratios) for k in (c.csa_ratio, 0)]
