@@ -63,11 +63,14 @@ class Context(NamedTuple):
     cache:object = None # The model's cache, or one layer's slot of it; None: no cached tokens
     mla:str = 'auto' # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
     pad:Tensor|None = None # Padding tokens at the left of each row `b`; None: there are none
+    tokens:Tensor|None = None # Token ids `b s`, for blocks that route by token
+    by_layer:tuple = () # Angles of each layer, if they differ between layers; empty: all layers use `angles`
 
     def layer(self,
         i:int, # Index of a block
-    )->'Context': # A copy with that layer's slot of the cache
+    )->'Context': # A copy with that layer's angles and slot of the cache
         "The context of one layer"
+        if self.by_layer: self = self._replace(angles=self.by_layer[i])
         return self if self.cache is None else self._replace(cache=self.cache[i])
 
 # %% ../../nbs/120_arch.attention.ipynb #eadbe5bb

@@ -27,6 +27,7 @@ def cache_shapes(
     t:int, # Number of tokens
 )->list: # Shapes of the tensors of one layer
     "Shapes of the cache of one layer"
+    if c.window: raise ValueError(f"a {c.model_type} model has a window and compressed entries, for which this kind of cache has no room")
     if c.mla: return [(batch, t, c.kv_lora_rank + c.qk_rope_head_dim)] + [(batch, t, c.index_head_dim)]*bool(c.index_n_heads)
     return [(batch, c.n_kv_heads, t, c.head_dim)]*2
 

@@ -19,7 +19,7 @@ from itertools import groupby
 from math import log10, prod
 from typing import NamedTuple
 
-from .releases import shapes
+from .releases import attention_kind, shapes
 from ..core.config import Config
 from ..core.plot import COLOURS, GREY, style
 
@@ -65,7 +65,7 @@ def attention_part(
     "Box of attention"
     if not c.mla: return Part([f'GQA, {c.n_heads} heads', f'{c.n_kv_heads} KV heads, width {c.head_dim}'], params, 'blue')
     rank = f'query rank {c.q_lora_rank}' if c.q_lora_rank else 'full query'
-    lines = [f'MLA, {c.n_heads} heads', f'latent {c.kv_lora_rank} + {c.qk_rope_head_dim}', rank]
+    lines = [f'{attention_kind(c)}, {c.n_heads} heads', f'latent {c.kv_lora_rank} + {c.qk_rope_head_dim}', rank]
     return Part(lines + [f'indexer, top {c.index_topk:,}']*bool(c.index_n_heads), params, 'blue')
 
 # %% ../../nbs/170_arch.picture.ipynb #ca091a81

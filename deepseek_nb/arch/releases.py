@@ -195,7 +195,8 @@ def summary(
     itemsize:float = 2, # Bytes of a weight and of a cache element, 2 for bfloat16
 )->dict: # Label -> value, all text
     "Architecture, memory and FLOPs of a model"
-    attention = f'MLA, {c.n_heads} heads, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}'
+    attention = f'{attention_kind(c)}, {c.n_heads} heads, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}'
+    if c.mla and c.index_n_heads: attention += f', indexer {c.index_n_heads}×{c.index_head_dim}, top {c.index_topk:,}'
     if not c.mla: attention = f'{attention_kind(c)}, {c.n_heads} heads, {c.n_kv_heads} KV heads'
     routed = f'{c.n_routed_experts} routed + {c.n_shared_experts} shared of width {c.moe_inter_dim}, {c.n_activated_experts} active'
     ffn = f'{routed}, after {c.n_dense_layers} dense layers' if c.n_routed_experts else f'dense, width {c.inter_dim}'

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.attention import Context
-from ..arch.model import Model, check_cache, check_tokens, run_blocks
+from ..arch.model import Model, check_cache, check_plain, check_tokens, run_blocks
 from ..core.dispatch import op
 from .paged import PagedCache, PoolFull
 
@@ -146,6 +146,7 @@ def ragged(self:Model,
     own:list|None = None, # Blocks of each row, for rows with an adapter; None: those of the model
 )->Tensor: # Activations after the last norm `n d`
     "One forward pass for rows of different lengths, without the head"
+    check_plain(self.config, 'a ragged batch')
     check_rows(tokens, caches, counts, self)
     if own is not None and len(own) != len(counts): raise ValueError(f'{len(own)} blocks for {len(counts)} rows; give one for every row')
     reserve_rows(caches, counts)

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
-from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
+from ..arch.model import Block, HyperBlock, add_attention, add_feed_forward, head, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
@@ -79,7 +79,7 @@ def attention_half(
 )->Half: # Weights, with the attributes `sizes` and `numbers`
     "Collect the weights and sizes of a block's attention"
     a = block.self_attn
-    if type(a) not in (MLA, GQA): return Half(block, {})
+    if type(a) not in (MLA, GQA) or isinstance(block, HyperBlock): return Half(block, {})
     c,places = a.c,dict(MLA_PLACES if a.c.mla else GQA_PLACES)
     if c.mla and not c.q_lora_rank: places |= dict(q='self_attn.q_proj.weight', q_a=None, q_norm=None)
     if not c.mla and not c.attn_bias: places |= dict.fromkeys(['q_bias', 'k_bias', 'v_bias'])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..arch.model import Model, check_tokens
+from ..arch.model import Model, check_plain, check_tokens
 from ..arch.moe import Experts
 from . import Format, QuantizedWeight, make_format, replace_parameter
 from .int4 import Int4, groups_of, pack_nibbles
@@ -188,6 +188,7 @@ def quantize_layers(
 )->Model: # The same model, with all matrices of its layers in int4
     "Quantise all layers by GPTQ, from first to last"
     check_tokens(tokens, model.config)
+    check_plain(model.config, 'GPTQ')
     rows = [model.embed_tokens(row[None].to(model.device)) for row in tokens]
     ctx = model.context(tokens.shape[1])
     for i,block in enumerate(model.layers):

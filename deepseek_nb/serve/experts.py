@@ -13,7 +13,7 @@ from threading import Lock
 
 import torch
 
-from ..arch.model import Model, add_attention, add_feed_forward, check_tokens
+from ..arch.model import Model, add_attention, add_feed_forward, check_plain, check_tokens
 from ..arch.routing import Route
 from ..files.tokenizer import Tokenizer
 from .chat import ApiError, Fields, ServedModel
@@ -33,6 +33,7 @@ def chosen_experts(
     "The decisions of every router, without hooks"
     ids = torch.tensor([tokens], device=model.device)
     check_tokens(ids, model.config)
+    check_plain(model.config, 'showing the selected experts')
     x,context,out = model.embed_tokens(ids),model.context(len(tokens)),{}
     for i,block in enumerate(model.layers):
         x = add_attention(x, block, context.layer(i))

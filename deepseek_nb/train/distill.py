@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..arch.attention import document_mask, visible
-from ..arch.model import Model, head
+from ..arch.model import Model, check_plain, head
 from ..infer.inside import queries_keys, watch
 from ..kernels.train import needs_grad
 from .loss import IGNORE, LOGITS
@@ -182,6 +182,7 @@ def attention_logs(
     documents:Tensor|None = None, # Document number of each position `b s`
 )->Tensor: # Logarithms of the attention weights `b h s t`; about −10⁹ where masked
     "Compute the attention weights of a block"
+    check_plain(model.config, 'distilling attention')
     block,s = model.layers[block-1],x.shape[1]
     q,k = queries_keys(block.self_attn, block.input_layernorm(x), model.angles(0, s))
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale

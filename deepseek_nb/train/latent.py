@@ -19,7 +19,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ..arch.attention import GQA, MLA
-from ..arch.model import Model
+from ..arch.model import Model, check_plain
 from ..arch.rope import frequencies, rotary_factor
 from ..core.config import FAMILIES, Config
 from deepseek_nb.train.rotary_pairs import (
@@ -108,6 +108,7 @@ def mla_config(
     constant:bool = True, # Use a constant dimension of the latent
 )->Config: # Config with latent attention
     "Make a DeepSeek-V3 config with the same feed-forward"
+    check_plain(c, 'conversion to latent attention')
     if c.mla: raise ValueError(f'this {c.model_type} model already has latent attention')
     if c.attn_bias or c.out_bias or c.mlp_bias:
         raise ValueError(f'this {c.model_type} model has biases in attention or feed-forward, which can\'t be converted')

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arch.model import Model, add_attention, add_feed_forward
+from ..arch.model import Model, add_attention, add_feed_forward, check_plain
 from ..arch.moe import MoE, SwiGLU, expert
 from ..core.config import Config
 from ..files.checkpoint import materialise
@@ -45,7 +45,8 @@ def moe_config(
         raise ValueError(f'{c.inter_dim} neurons can\'t be divided evenly among {experts} + {shared} experts; choose other numbers')
     kind = dict(score_func='sigmoid', score_bias=True, group_score='sum2', norm_topk=True, route_scale=scale or float(active),
                 n_dense_layers=0)
-    return replace(c, model_type='deepseek_v3' if c.mla else 'glm4_moe', n_routed_experts=experts, n_activated_experts=active,
+    name = 'deepseek_v32' if c.index_n_heads else 'deepseek_v3' if c.mla else 'glm4_moe'
+    return replace(c, model_type=name, n_routed_experts=experts, n_activated_experts=active,
                    n_shared_experts=shared, moe_inter_dim=width or c.inter_dim//(experts + shared), **kind,
                    extra=c.extra if c.mla else c.extra | WHOLE)
 
@@ -249,6 +250,7 @@ def block_streams(
     tokens:Tensor, # Token ids `b s`
 )->Iterator[tuple]: # Each block, and the residual stream before it, after its attention, and after it `b s d`
     "Run text through the blocks one by one"
+    check_plain(model.config, 'running text through the blocks one by one')
     ctx = model.context(tokens.shape[1])
     x = model.embed_tokens(tokens.to(model.device))
     for block in model.layers:

@@ -1,0 +1,185 @@
+"Sparse attention in C++ against float64 and the definition: ragged sizes, ties, infinities, dtypes, strides, instruction sets and threads"
+import math
+import os
+import random
+import time
+
+import pytest
+import torch
+import warm
+from fastcore.test import expect_fail
+
+from deepseek_nb.arch import sparse as definition
+from deepseek_nb.arch.attention import visible
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.kernels import sparse
+from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
+
+pytestmark = pytest.mark.skipif(not (sparse.indexer_kernels.ready() and sparse.selected_kernels.ready()), reason='no C++ compiler')
+KINDS = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def r():
+    seed = int(os.environ.get('SEED', time.time_ns() % 10**9))
+    print(f'SEED={seed}')
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def cut(dtype, b, t, x):
+    "Rows in memory that isn't contiguous, between NaNs"
+    z = torch.full((b, t + 3, x + 5), torch.nan, dtype=dtype)
+    z[:, 1:t+1, 2:x+2] = torch.randn(b, t, x).to(dtype)
+    return z[:, 1:t+1, 2:x+2]
+
+
+def poisoned(run, *shape, dtype=torch.float32, fill=torch.nan):
+    "What an operator writes into memory that holds something else"
+    y = torch.full(shape, fill, dtype=dtype)
+    run(y)
+    return y
+
+
+def one_index(r):
+    "The bound is that of a float32 sum of u·j products: each of the two chains rounds once per term"
+    dtype, b, s = r.choice(KINDS), r.choice([1, 2]), r.choice([1, 1, 2, 5, 17])
+    t, j, u = r.choice([1, 2, 13, 14, 15, 56, 57, 130, 300]), r.choice([1, 2, 7, 8, 9, 16, 17, 33, 64]), r.choice([1, 3, 16, 24, 128])
+    q, k, w = torch.randn(b, s, j, u).to(dtype), cut(dtype, b, t, u), torch.randn(b, s, j)
+    dots = torch.einsum('bsju,btu->bsjt', q.double(), k.double())
+    exact = torch.einsum('bsjt,bsj->bst', dots.relu(), w.double())
+    size = torch.einsum('bsju,btu,bsj->bst', q.double().abs(), k.double().abs(), w.double().abs())
+    y = poisoned(lambda y: sparse.indexer_kernels.index_scores(q.float(), k, w, y), b, s, t)
+    what = f'{dtype} {b=} {s=} {t=} {j=} {u=}'
+    assert ((y - exact).abs() <= (u + j + 2)*2**-24*size).all(), what
+    i = r.randrange(s)
+    assert torch.equal(index_scores_cpp(q[:, i:i+1], k, w[:, i:i+1]), y[:, i:i+1]), what
+    a = r.choice([1, 2, t//2 + 1, t, t + 5])
+    mask = r.choice([None, torch.rand(b, s, t) < .5, torch.rand(b, 1, t) < .5, torch.rand(t) < .5])
+    seen = torch.ones(s, t).tril(t - s).bool() if mask is None else mask
+    assert torch.equal(select_cpp(q, k, w, a, mask), definition.top_positions.op.reference(y, a, seen.expand(b, s, t))), what
+
+
+def one_selection(r):
+    "Position by position what the stable sort of the definition gives"
+    n, t = r.choice([1, 2, 9]), r.choice([1, 2, 15, 16, 17, 100, 333])
+    odd = torch.tensor([0., -0., 1., -1., math.inf, -math.inf, math.nan, -math.nan, 1e-45, -1e-45, 3.4e38, -3.4e38])
+    scores = r.choice([torch.randn(n, t), torch.randint(-2, 3, (n, t)).float(), torch.zeros(n, t), odd[torch.randint(len(odd), (n, t))]])
+    scores = torch.where(torch.rand(n, t) < r.choice([0, 0, .3]), odd[r.randrange(len(odd))], scores).to(r.choice(KINDS))
+    mask, a = None if r.random() < .4 else torch.rand(n, t) < r.choice([0, .1, .5, .9, 1]), r.choice([1, 2, t//2 + 1, t, t + 7])
+    want = definition.top_positions.op.reference(scores, a, mask)
+    got = poisoned(lambda y: sparse.indexer_kernels.top_positions(scores.float(), mask, y), *want.shape, dtype=torch.int64, fill=-7)
+    assert torch.equal(got, want) and torch.equal(top_positions_cpp(scores, a, mask), want), f'{scores=} {a=} {mask=}'
+
+
+def one_attend(r):
+    dtype, b, s, h = r.choice(KINDS), r.choice([1, 2]), r.choice([1, 1, 3, 40]), r.choice([1, 2, 3, 5, 6, 7, 16, 20, 70])
+    c, rot, t, a = r.choice([1, 8, 16, 40, 128]), r.choice([0, 5, 8]), r.choice([1, 5, 70, 400]), r.choice([1, 3, 4, 63, 64, 65, 257, 300])
+    q, z = torch.randn(b, h, s, c + rot).to(dtype), cut(dtype, b, t, c + rot)
+    p = definition.top_positions.op.reference(torch.randn(b, s, t), a, torch.rand(b, s, t) < r.choice([.2, 1]))
+    if r.random() < .3: p = p.gather(-1, torch.rand(p.shape).argsort(-1))
+    if r.random() < .2: p[0, 0] = -1
+    exact = definition.attend_selected.op.reference(q.double(), z.double(), p, c, .3)
+    hidden = torch.ones(b, t + 1, 1, dtype=torch.bool).scatter(1, p.where(p >= 0, t).flatten(1)[..., None], False)[:, :t]
+    z[hidden.expand_as(z)] = torch.nan
+    y, what = attend_selected_cpp(q, z, p, c, .3), f'{dtype} {b=} {h=} {s=} {t=} {a=} {c=} {rot=}'
+    assert torch.equal(y.isnan(), exact.isnan()) and y.dtype == dtype, what
+    limit = 2e-6*max(1, z.abs().nan_to_num(0).max().item()) if dtype == torch.float32 else 2**-8*exact.nan_to_num(0).abs().max().item()
+    assert (y - exact).nan_to_num(0).abs().max() <= limit, what
+    i = r.randrange(s)
+    assert torch.equal(attend_selected_cpp(q[:, :, i:i+1], z, p[:, i:i+1], c, .3).nan_to_num(7), y[:, :, i:i+1].nan_to_num(7)), what
+
+
+ONES = [one_index, one_selection, one_attend]
+
+
+def sweep(n=12, seed=None):
+    "Random shapes for every operator"
+    r = random.Random(seed)
+    torch.manual_seed(r.randrange(10**9))
+    before = torch.get_num_threads()
+    for i in range(n):
+        torch.set_num_threads(1 + i%3)
+        for one in ONES: one(r)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('one', ONES)
+def test_random_shapes(one, r):
+    before = torch.get_num_threads()
+    for i in range(30):
+        torch.set_num_threads(1 + i%3)
+        one(r)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('isa', ['avx2', 'portable'])
+def test_other_instruction_sets(isa):
+    env = os.environ | warm.built_for(isa) | dict(DEEPSEEK_NB_CXXFLAGS='-O1', PYTHONPATH=os.path.dirname(__file__))
+    seed = time.time_ns() % 10**9
+    done = warm.run('-c', f'import test_sparse_kernels as t; t.sweep(10, {seed})', env=env)
+    if 'it may be' in done.stderr: pytest.skip(f'no {isa} on this processor')
+    assert done.returncode == 0, f'SEED={seed} {done.stderr}'
+
+
+def test_infinite_keys(r):
+    "A head that doesn't exist adds nothing to the score of an infinite key"
+    k = torch.ones(1, 3, 4)
+    k[0, 1], k[0, 2] = math.inf, math.nan
+    for sign in (1, -1):
+        q, w = torch.full((1, 1, 3, 4), float(sign)), torch.ones(1, 1, 3)
+        got, want = index_scores_cpp(q, k, w), definition.index_scores.op.reference(q, k, w)
+        assert torch.equal(got.nan_to_num(-7), want.nan_to_num(-7))
+
+
+def test_long_row(r):
+    "A row as long as a context, with ties at the edge of the selection"
+    scores = torch.randn(2, 20_011).mul(20).round()
+    for a in (1, 2048, 20_010): assert torch.equal(top_positions_cpp(scores, a), definition.top_positions.op.reference(scores, a))
+
+
+def test_prompt_decode_and_batch_agree(r):
+    "The three operations, for a prompt, for its last tokens one by one, and for each row of the batch alone"
+    b, s, t, j, u, h, c = 2, 33, 150, 8, 16, 6, 24
+    q, k, w, x, z = torch.randn(b, s, j, u), torch.randn(b, t, u), torch.randn(b, s, j), torch.randn(b, h, s, 32), torch.randn(b, t, 32)
+    k[:, ::3] = k[:, :1]                                                  # ties
+    p = top_positions_cpp(index_scores_cpp(q, k, w), 40, visible(s, t))
+    y = attend_selected_cpp(x, z, p, c, .2)
+    for i in range(b):
+        for n in (0, 7, s - 1):
+            end = t - s + n + 1
+            row = (slice(i, i+1), slice(n, n+1))
+            one = top_positions_cpp(index_scores_cpp(q[row], k[i:i+1, :end], w[row]), 40)
+            assert torch.equal(one, p[row])
+            assert torch.equal(attend_selected_cpp(x[i:i+1, :, n:n+1], z[i:i+1, :end], one, c, .2), y[i:i+1, :, n:n+1])
+
+
+def test_dispatch(r):
+    def run(q, k, w, x, z):
+        p = definition.top_positions(definition.index_scores(q, k, w), 5)
+        return definition.attend_selected(x, z, p, 8, .3)
+    args = torch.randn(1, 2, 3, 8), torch.randn(1, 9, 8), torch.randn(1, 2, 3), torch.randn(1, 4, 2, 12), torch.randn(1, 9, 12)
+    with use('reference'): want = run(*args)
+    with use('cpp'), torch.inference_mode(): assert (run(*args) - want).abs().max() < 1e-5
+    chosen, p = definition.attend_selected.op.choose, torch.zeros(1, 2, 5).long()
+    assert [definition.index_scores.op.choose(*args[:3]).name, chosen(*args[3:], p, 8, .3).name] == ['cpp/cpu']*2
+    assert chosen(args[3].requires_grad_(), args[4], p, 8, .3).name != 'cpp/cpu'
+
+
+def test_empty(r):
+    q, k, w = torch.randn(1, 2, 3, 8), torch.randn(1, 0, 8), torch.randn(1, 2, 3)
+    assert definition.index_scores(q, k, w).shape == (1, 2, 0)
+    assert definition.index_scores(q[:, :0], torch.randn(1, 4, 8), w[:, :0]).shape == (1, 0, 4)
+    assert definition.top_positions(torch.zeros(2, 0, 5), 3).shape == (2, 0, 3)
+
+
+def test_bad_arguments():
+    q, k, w = torch.zeros(1, 2, 3, 8), torch.zeros(1, 9, 8), torch.zeros(1, 2, 3)
+    with expect_fail(ValueError, 'k is float32 of shape (1, 9, 7)'): index_scores_cpp(q, k[..., 1:], w)
+    with expect_fail(ValueError, 'w is float32 of shape (1, 2, 2)'): select_cpp(q, k, w[..., 1:], 3)
+    with expect_fail(ValueError, 'mask is torch.float32'): top_positions_cpp(w, 2, w)
+    x, z, p = torch.zeros(1, 4, 2, 12), torch.zeros(1, 9, 12), torch.zeros(1, 2, 5, dtype=torch.int64)
+    with expect_fail(ValueError, 'positions is int64 of shape (1, 1, 5)'): attend_selected_cpp(x, z, p[:, 1:], 8, .1)
+    with expect_fail(ValueError, 'positions is int32'): attend_selected_cpp(x, z, p.int(), 8, .1)
+    with expect_fail(ValueError, 'c is 13; z is 12 wide'): attend_selected_cpp(x, z, p, 13, .1)
+    with expect_fail(RuntimeError, 'a selected position is beyond the cache'): attend_selected_cpp(x, z, p + 9, 8, .1)
