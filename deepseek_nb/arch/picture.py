@@ -37,7 +37,8 @@ def human(
 
 # %% ../../nbs/170_arch.picture.ipynb #a39c59cc
 PARTS = {'.experts.': 'routed experts', '.shared_experts.': 'shared experts', '.mlp.gate.': 'router', '.mlp.': 'dense',
-         '.self_attn.': 'attention', '_hc.': 'hyper-connections', 'hc_head.': 'hyper-connections', 'embed_tokens': 'embedding', 'lm_head': 'head', 'norm': 'norms'}
+         '.self_attn.': 'attention', '_hc.': 'hyper-connections', 'hc_head.': 'hyper-connections',
+         'embed_tokens': 'embedding', 'lm_head': 'head', 'norm': 'norms'}
 
 def part_params(
     c:Config, # Config of a model

@@ -140,7 +140,9 @@ def cache_bytes_per_token(self:Config,
     itemsize:int = 2, # Bytes of an element, 2 for bfloat16
 )->int: # Bytes, over all layers
     "Bytes of KV cache for one token"
-    if self.window: return int(sum((self.head_dim + self.index_head_dim*(m == self.csa_ratio))/m for m in self.compress_ratios if m)*itemsize)
+    if self.window:
+        widths = ((self.head_dim + self.index_head_dim*(m == self.csa_ratio))/m for m in self.compress_ratios if m)
+        return int(sum(widths)*itemsize)
     width = self.kv_lora_rank + self.qk_rope_head_dim + self.index_head_dim if self.mla else 2*self.n_kv_heads*self.head_dim
     return self.n_layers*width*itemsize
 
@@ -251,7 +253,8 @@ def summary(
     if not c.mla: attention = f'{attention_kind(c)}, {c.n_heads} heads, {c.n_kv_heads} KV heads'
     if c.window:
         kinds = [sum(m == k for m in c.compress_ratios) for k in (c.csa_ratio, 0)]
-        attention = f'{c.n_heads} heads of {c.head_dim}, window {c.window}, {kinds[0]} CSA, {c.n_layers - sum(kinds)} HCA and {kinds[1]} window layers'
+        layers = f'{kinds[0]} CSA, {c.n_layers - sum(kinds)} HCA and {kinds[1]} window layers'
+        attention = f'{c.n_heads} heads of {c.head_dim}, window {c.window}, {layers}'
     routed = f'{c.n_routed_experts} routed + {c.n_shared_experts} shared of width {c.moe_inter_dim}, {c.n_activated_experts} active'
     ffn = f'{routed}, after {c.n_dense_layers} dense layers' if c.n_routed_experts else f'dense, width {c.inter_dim}'
     gib,token = (lambda n: f'{n/2**30:,.2f} GiB'),c.cache_bytes_per_token(1)*itemsize
