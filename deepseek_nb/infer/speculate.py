@@ -220,7 +220,7 @@ def _drafters(draft, model, how, n):
         raise ValueError(f'the draft model has {a} tokens, the model {b}; both need the same vocabulary')
     return [ModelDrafter(draft, how, s) for s in seeds]
 
-# %% ../../nbs/449_infer.speculate.ipynb #71fe3f64
+# %% ../../nbs/449_infer.speculate.ipynb #c4e17a90
 def _caches(model, lengths, page, longest):
     "A cache for each row: pages of one pool, or for V4 a cache that rewinds"
     c,most = model.config,max(longest, 32)
@@ -234,6 +234,7 @@ def _run(model, tokens, caches):
     if not model.config.window: return model.ragged(torch.tensor(sum(tokens, []), device=device), caches, counts).split(counts)
     return [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
 
+# %% ../../nbs/449_infer.speculate.ipynb #71fe3f64
 def _step(model, rows, lengths, fixed, how, gen, ends):
     "Draft, run the model and verify, for all rows"
     decoding,start = all(r.fed for r in rows),time.perf_counter()
