@@ -69,7 +69,8 @@ def _attend_list(q:Tensor, z:Tensor, positions:Tensor, table:Tensor|None, c:int,
 _attend_list = custom_op(operator_name('cuda_attend_selected'), _attend_list, mutates_args=())
 
 @_attend_list.register_fake
-def _(q, z, positions, table, c, scale): return rearrange(q.new_empty(q.shape[0]*q.shape[2], q.shape[1], c), '(b s) h c -> b h s c', b=len(q))
+def _(q, z, positions, table, c, scale):
+    return rearrange(q.new_empty(q.shape[0]*q.shape[2], q.shape[1], c), '(b s) h c -> b h s c', b=len(q))
 
 @attend_selected.twin('cuda', available=cards_ready, supports=selection_fits)
 def attend_selected_cuda(
