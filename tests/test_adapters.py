@@ -211,7 +211,8 @@ def test_alone_and_in_company(base):
     draw = random.Random(SEED)
     asked = [replace(r, adapter=draw.choice([None, 'a', 'b', 'c'])) for r in requests(draw, 6)]
     page = PagePool(GROUPED, 1, 64).page_bytes
-    engine = engine_of(base, nbytes=draw.choice([7, 9])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]))
+    engine = engine_of(base, nbytes=draw.choice([7, 9])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]),
+                       draft=draw.choice(['lookup', base[0]]), draft_tokens=4)
     streams,waiting = [],[*asked]
     while waiting or engine.count:
         while waiting and draw.random() < .3: streams.append(engine.submit(waiting.pop(0)))
@@ -220,7 +221,7 @@ def test_alone_and_in_company(base):
     for stream,request in zip(streams, asked, strict=True):
         one = Engine(base[0], Bytes(), budget=512)
         one.adapters = engine.adapters
-        want = one.submit(request)
+        want = one.submit(replace(request, draft_tokens=None))
         run(one)
         got,want = tokens(stream),tokens(want)
         assert len(want) == request.max_tokens, SEED

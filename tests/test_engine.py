@@ -8,8 +8,11 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.paged import PagePool
 from deepseek_nb.infer.quant_cache import QuantizedPool
+from deepseek_nb.serve import drafts
 from deepseek_nb.serve.engine import Engine, QueueFull
 from deepseek_nb.serve.sampling import RowSampler, SamplingParams
 from deepseek_nb.serve.stream import Request, Stream
@@ -45,7 +48,8 @@ def requests(draw, n):
         prompt = prompt + [draw.randrange(256) for _ in range(draw.randrange(1, 40))]
         how = dict(temperature=draw.choice([0., .7, 1.5]), top_p=draw.choice([1., .8]), top_k=draw.choice([0, 20]), seed=i,
                    presence_penalty=draw.choice([0., 1.]), repetition_penalty=draw.choice([1., 1.3]), logprobs=draw.choice([None, 0, 3]))
-        yield Request(prompt, SamplingParams(**how), max_tokens=draw.randrange(1, 70), stop_ids=(), user=draw.choice(['ann', 'bob']))
+        yield Request(prompt, SamplingParams(**how), max_tokens=draw.randrange(1, 70), stop_ids=(), user=draw.choice(['ann', 'bob']),
+                      draft_tokens=draw.choice([None, None, 3, 0]))
 
 
 def run(engine):
@@ -57,11 +61,15 @@ def tokens(stream): return [(p.id, p.logprob, p.top) for p in stream.arrived() i
 
 @pytest.mark.parametrize('seed', range(4))
 def test_alone_and_in_company(model, seed):
-    "Ids, log-probabilities and alternatives are equal to the bit, whoever else is served, and cancelled answers are beginnings."
+    """Ids, log-probabilities and alternatives are equal to the bit, whoever else is served, with drafts and without, and cancelled answers
+    are beginnings."""
     draw = random.Random(seed)
     asked = [*requests(draw, 10)]
     page = PagePool(model.config, 1, 64).page_bytes
-    engine = Engine(model, Bytes(), nbytes=draw.choice([7, 9, 40])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]))
+    given = [dict(draft='lookup'), dict(draft='lookup', draft_tokens=draw.randrange(1, 9)), dict(draft=model, draft_tokens=4), {}][seed]
+    engine = Engine(model, Bytes(), nbytes=draw.choice([7, 9, 40])*page, max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]),
+                    **given)
+    if not given: asked = [replace(r, draft_tokens=None) for r in asked]
     streams, waiting, cancelled = [], [*asked], set()
     while waiting or engine.count:
         while waiting and draw.random() < .3: streams.append(engine.submit(waiting.pop(0)))
@@ -70,16 +78,106 @@ def test_alone_and_in_company(model, seed):
         assert len(engine.rows) <= engine.max_rows
     for i,(stream,request) in enumerate(zip(streams, asked, strict=True)):
         alone = Engine(model, Bytes(), budget=512)
-        one = alone.submit(request)
+        one = alone.submit(replace(request, draft_tokens=None))
         run(alone)
         got, want = tokens(stream), tokens(one)
+        assert 0 <= stream.accepted <= stream.drafted and (request.draft_tokens != 0 or not stream.drafted)
         assert len(want) == request.max_tokens and one.finish == 'length'
         assert got == (want[:len(got)] if stream.finish == 'cancelled' else want)
         assert stream.finish == 'length' or i in cancelled
     assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+    assert not given or engine.drafts.room == 64*engine.pool.pages and (given['draft'] == 'lookup' or engine.stats.accepted.total())
     engine.prefix.clear()
     assert len(engine.pool.free) == engine.pool.pages and not any(engine.pool.refs)
     assert not engine.queue.waiting and not engine.queue.running
+
+
+class Told:
+    "A drafter that knows the answer, and says something else now and then"
+    def __init__(self, answers): self.answers = answers
+    def kind(self, ids): return 0
+    def note(self, ids, x): pass
+    def feed(self, ids, n): return True
+    def draft(self, ids, n):
+        known = next(a for a in self.answers if a[:len(ids)] == ids)
+        return Draft([t if (len(ids) + i) % 7 else (t + 1) % 256 for i,t in enumerate(known[len(ids):][:n])])
+
+
+@pytest.fixture
+def told(monkeypatch):
+    "Drafts that are often right, for sampled answers too"
+    answers = []
+    monkeypatch.setattr(drafts, 'LookupDrafter', lambda: Told(answers))
+    return answers
+
+
+@pytest.mark.parametrize('kv_cache', ['auto', 'int8'])
+def test_drafts_that_are_right_change_nothing(model, told, kv_cache):
+    "Sampling, penalties, stop strings and end tokens, preemptions, a second turn behind an answer: bits, finish and cache hits."
+    draw, page = random.Random(4), 64
+    kind = QuantizedPool if kv_cache == 'int8' else PagePool
+    for given in (None, 'lookup'):
+        engine = Engine(model, Bytes(), nbytes=5*kind(model.config, 1, page).page_bytes, kv_cache=kv_cache, draft=given,
+                        draft_tokens=given and 6)
+        if given is None:
+            asked = [replace(r, draft_tokens=None, max_tokens=60, user='') for r in requests(draw, 5)]
+            asked[0] = replace(asked[0], params=SamplingParams(temperature=2., seed=0), stop=tuple(map(chr, range(40, 90))))
+            asked[1] = replace(asked[1], params=SamplingParams(temperature=2., seed=1), stop_ids=tuple(range(0, 256, 5)))
+        streams = [engine.submit(r) for r in asked]
+        run(engine)
+        found = [tokens(s) for s in streams]
+        told[:] = [r.prompt + [t[0] for t in f] for r,f in zip(asked, found, strict=True)]
+        again = [Request(told[i] + [1, 2], SamplingParams(seed=0, logprobs=2), max_tokens=5, stop_ids=()) for i in (1, 4)]
+        engine.drafts = None
+        later = [engine.submit(r) for r in again]
+        run(engine)
+        results = found, [(s.finish, s.matched, s.usage.completion_tokens) for s in streams], [tokens(s) for s in later]
+        assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+        if given is None: want, steps = results, engine.stats.steps
+    assert results == want and want[1][0][0] == want[1][1][0] == 'stop'
+    assert engine.stats.steps < .7*steps and engine.stats.draft_tokens == sum(s.drafted for s in streams)
+    assert engine.stats.accepted.total() == sum(s.accepted for s in streams) > .5*engine.stats.draft_tokens
+
+
+def test_a_draft_takes_nobodys_pages(model, told):
+    "Two rows that fit without drafts fit with them, and a row is never preempted for a draft."
+    asked = [Request([i]*60, SamplingParams(seed=i), max_tokens=5 if i else 4, stop_ids=()) for i in range(2)]
+    for given in (None, 'lookup'):
+        engine = Engine(model, Bytes(), nbytes=2*PagePool(model.config, 1, 64).page_bytes, draft=given, draft_tokens=given and 20)
+        streams = [engine.submit(r) for r in asked]
+        run(engine)
+        told[:] = [r.prompt + [t[0] for t in tokens(s)] for r,s in zip(asked, streams, strict=True)]
+        assert not engine.stats.preempted
+
+
+def test_drafters_that_fail_or_fall_behind(model, monkeypatch):
+    "A failing drafter costs its row the drafts and nothing else; a long prompt reaches a draft model in parts; room is bounded."
+    asked = Request([5]*200, SamplingParams(temperature=0.), max_tokens=12, stop_ids=())
+    small = Model(GROUPED, dtype=torch.float32, device='cpu').init_weights(.2)
+    wanted = None
+    for source in (None, small):
+        engine = Engine(model, Bytes(), draft=source, draft_tokens=source and 2)
+        stream = engine.submit(asked)
+        run(engine)
+        wanted = wanted or tokens(stream)
+        if source: assert tokens(stream) == wanted and stream.drafted
+    def fails(*args): raise MemoryError('too little')
+    monkeypatch.setattr(drafts.ModelDrafter, 'draft', fails)
+    engine = Engine(model, Bytes(), draft=small, draft_tokens=2)
+    stream = engine.submit(asked)
+    with pytest.warns(UserWarning, match='goes on without drafts .MemoryError: too little'): run(engine)
+    assert [t[0] for t in tokens(stream)] == [t[0] for t in wanted] and engine.drafts.room == 64*engine.pool.pages
+
+
+def test_a_draft_that_is_not_served(model):
+    engine = Engine(model, Bytes())
+    with pytest.raises(ValueError, match='served without drafts'): engine.submit(Request([1], draft_tokens=2))
+    engine.submit(Request([1], max_tokens=1, draft_tokens=0))
+    run(engine)
+    for said, kwargs in (("draft is 'fast'", dict(draft='fast')), ('without a draft', dict(draft_tokens=2)),
+                         ('draft_tokens is 0', dict(draft='lookup', draft_tokens=0)), ('no multi-token-prediction', dict(draft='mtp'))):
+        with pytest.raises(ValueError, match=said): Engine(model, Bytes(), **kwargs)
+    with use('reference'), pytest.warns(UserWarning, match='a draft may change a token'): Engine(model, Bytes(), draft='lookup')
 
 
 def test_preemption_happens_and_changes_nothing(model):

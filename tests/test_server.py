@@ -14,6 +14,7 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.serve.app import Server, ServerConfig, key_digest
 from deepseek_nb.serve.chat import ServedModel
+from deepseek_nb.serve.drafts import RowDrafts
 from deepseek_nb.serve.engine import Engine
 
 openai = pytest.importorskip('openai')
@@ -70,6 +71,26 @@ def post(live, body, path='/v1/chat/completions', headers=''):
     head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{headers}\r\n'
     status, _, rest = live.raw(head.encode() + data).partition(b'\r\n')
     return int(status.split()[1]), json.loads(rest.partition(b'\r\n\r\n')[2])
+
+
+def test_drafts_are_a_field(live):
+    "A whole number that the server can keep, or a 400 that names the field; the counters have vLLM's names."
+    body = dict(model='mini', messages=HI, max_tokens=3)
+    assert post(live, body | dict(draft_tokens=0))[0] == 200
+    for wrong in (-1, 65, 2.5, True, 'some', [3]):
+        status, answer = post(live, body | dict(draft_tokens=wrong))
+        assert status == 400 and answer['error']['param'] == 'draft_tokens', wrong
+    for path, more in (('/v1/chat/completions', {}), ('/v1/completions', dict(prompt='The', messages=None))):
+        status, answer = post(live, body | more | dict(draft_tokens=2), path)
+        assert status == 400 and 'draft_tokens is 2, and this model is served without drafts' in answer['error']['message']
+    live.engine.drafts = RowDrafts(live.engine.model, 'lookup', 3)
+    try: status, answer = post(live, body | dict(max_tokens=60, temperature=0, draft_tokens=3))
+    finally: live.idle(), setattr(live.engine, 'drafts', None)
+    details = answer['usage']['completion_tokens_details']
+    assert status == 200 and details['accepted_prediction_tokens'] + details['rejected_prediction_tokens'] == live.engine.stats.draft_tokens
+    text = live.server.metrics.text()
+    for name in ('drafts', 'draft_tokens', 'accepted_tokens'): assert f'vllm:spec_decode_num_{name}_total{{model_name="mini"}}' in text
+    assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="mini",position="0"}' in text
 
 
 def test_openai_client(live):

@@ -1,10 +1,12 @@
 """Speculative decoding: the tokens of plain decoding, whatever the drafts, and the distribution of plain sampling
 
-Fresh random models and prompts; the seed is printed, SEED=n repeats a run, DRAWS=100000 draws more.
+Fresh random models and prompts; the seed is printed, SEED=n repeats a run, DRAWS=100000 draws more from models, PROMPTS=1000 compares more
+answers of a trained model. `python tests/test_speculate.py smollm2-135m` counts equal answers of a model and prints where others part.
 """
 import math
 import os
 import random
+import sys
 from itertools import product
 
 import pytest
@@ -12,12 +14,18 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
+from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer import speculate as S
-from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.generate import Sampling, left_padded
+from deepseek_nb.serve.engine import Engine
+from deepseek_nb.serve.grammar import compile_grammar
+from deepseek_nb.serve.sampling import SamplingParams
+from deepseek_nb.serve.stream import Request
+from deepseek_nb.train.corpora import corpus
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
-DRAWS = int(os.environ.get('DRAWS', 1200))
+PROMPTS = int(os.environ.get('PROMPTS', 4))
+DRAWS = int(os.environ.get('DRAWS', 800))
 V = 6
 LLAMA = dict(dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim=8, max_positions=160)
 V3 = dict(dim=32, n_layers=2, n_heads=2, inter_dim=64, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
@@ -152,20 +160,176 @@ def test_sampling_follows_the_models_distribution(draft, how):
 def test_the_distribution_test_sees_a_wrong_rule(monkeypatch):
     "A rule that keeps every drafted token."
     torch.manual_seed(SEED)
-    how, keep = Sampling(temperature=1.), lambda logits, draft, *rest: [*draft.tokens, how.choose(logits[-1:], None).item()]
+    how = Sampling(temperature=1.)
+    def keep(logits, drafted, *rest):
+        return S.Verified(torch.cat([drafted, how.choose(logits[:, -1], None)[:, None]], 1), torch.full((len(drafted),), drafted.shape[1]))
     monkeypatch.setattr(S, 'verify_drawn', keep)
     model = build('deepseek_v3', V, std=.2)
     assert surprise(frequencies(model, [1, 2, 3, 1], build('llama', V, 1, std=.9), how, 3), exact(model, [1, 2, 3, 1], how, 3)) > 5
 
 
 def test_acceptance_is_the_shared_probability():
-    g = torch.Generator().manual_seed(SEED)
+    g, n = torch.Generator().manual_seed(SEED), 100_000
     for _ in range(3):
         p, q = (torch.randn(V, generator=g).softmax(-1) for _ in range(2))
-        drawn = torch.multinomial(q, 1500, replacement=True, generator=g).tolist()
-        kept = sum(len(S.verify_drawn(p.log().expand(2, V), Draft([x], [q]), [], Sampling(temperature=1.), g)) - 1 for x in drawn)
+        drawn, seen = torch.multinomial(q, n, replacement=True, generator=g)[:, None], torch.zeros(n, 1).long()
+        new = S.verify_drawn(p.log().expand(n, 2, V), drawn, q.expand(n, 1, V), seen, Sampling(temperature=1.), g)
         share = torch.minimum(p, q).sum().item()
-        assert abs(kept/1500 - share) < 5*math.sqrt(share*(1 - share)/1500) + 1e-6
+        assert abs(new.kept.float().mean().item() - share) < 5*math.sqrt(share*(1 - share)/n) + 1e-6
+
+
+# ---- the rules alone, on a model that is a table: a hundred thousand texts at once
+
+class Table:
+    "Logits of the next token that depend on the last one"
+    def __init__(self, g, how, sharp=1.): self.logits, self.how = sharp*torch.randn(V, V, generator=g), how
+    def __call__(self, text): return self.logits[text[:, -1]]
+    def probs(self, text): return self.how.adjusted(self(text), text).softmax(-1)
+
+    def continued(self, text, n):
+        "Probability of each of the V**n continuations"
+        texts, probs = text[None], torch.ones(1, dtype=torch.double)
+        for _ in range(n):
+            probs = (probs[:, None]*self.probs(texts).double()).flatten()
+            texts = torch.cat([texts.repeat_interleave(V, 0), torch.arange(V).repeat(len(texts))[:, None]], 1)
+        return probs
+
+
+def drafted(kind, source, texts, n, g):
+    "Drafts of n tokens, and their distributions if they were drawn"
+    text, probs = texts, []
+    for i in range(n):
+        q = source.probs(text)
+        probs.append(q)
+        new = (text[:, i] if kind == 'lookup' else q.argmax(-1) if kind == 'greedy' else torch.multinomial(q, 1, generator=g)[:, 0])
+        text = torch.cat([text, new[:, None]], 1)
+    return text[:, -n:], torch.stack(probs, 1)
+
+
+def two_tokens(kind, rule, target, source, start, rows, g, n=2):
+    "The first two new tokens of each row, from steps with drafts"
+    text = start.repeat(rows, 1)
+    draft, q = drafted(kind, source, text, n, g)
+    logits = torch.stack([target(torch.cat([text, draft[:, :k]], 1)) for k in range(n + 1)], 1)
+    new = rule(logits, draft, *([q] if kind == 'drawn' else []), text, target.how, g)
+    first, second = new.tokens[:, 0], new.tokens[:, 1] if new.tokens.shape[1] > 1 else torch.zeros(rows).long()
+    again = torch.cat([text, first[:, None]], 1)
+    return torch.stack([first, torch.where(new.kept > 0, second, target.how.choose(target(again), again, g))], 1)
+
+
+def deviation(found, probs):
+    "As `surprise`, of codes of texts"
+    counts = found.bincount(minlength=len(probs)).tolist()
+    return surprise({i: c for i, c in enumerate(counts) if c}, {i: p for i, p in enumerate(probs.tolist()) if p})
+
+
+RULES = [Sampling(temperature=1.), Sampling(temperature=1.3, top_k=4, top_p=.95, repetition_penalty=1.5)]
+
+
+@pytest.mark.parametrize('how', RULES, ids=['plain', 'penalised'])
+@pytest.mark.parametrize('kind', ['lookup', 'greedy', 'drawn'])
+def test_a_hundred_thousand_texts(kind, how):
+    "Copied tokens, a greedy draft, and drafts of a model that is near or far"
+    g = torch.Generator().manual_seed(SEED)
+    target, start = Table(g, how), torch.randint(V, (4,), generator=g)
+    far = Table(g, how, 2.)
+    near = Table(g, how)
+    near.logits = target.logits + .3*near.logits
+    for source in (near, far):
+        rule = S.verify_drawn if kind == 'drawn' else S.verify_fixed
+        found = two_tokens(kind, rule, target, source, start, 100_000, g)
+        assert deviation(found[:, 0]*V + found[:, 1], target.continued(start, 2)) < 5
+
+
+@pytest.mark.parametrize('wrong', ['keeps all', 'redraws from p', 'forgets penalties', 'looks at the draft'])
+def test_wrong_rules_are_seen(wrong):
+    "The last one verifies a draft only if it begins with token 0: the length of a draft then depends on a drafted token."
+    g, how = torch.Generator().manual_seed(SEED), RULES[wrong == 'forgets penalties']
+    target, far, start = Table(g, how), Table(g, how, 2.), torch.randint(V, (4,), generator=g)
+    def rule(logits, draft, q, seen, how, g):
+        new = S.verify_drawn(logits, draft, q, seen, Sampling(temperature=1.3) if wrong == 'forgets penalties' else how, g)
+        tokens, kept = new.tokens.clone(), new.kept
+        if wrong == 'keeps all': return S.Verified(torch.cat([draft, tokens[:, -1:]], 1), torch.full_like(kept, draft.shape[1]))
+        if wrong == 'redraws from p': tokens[kept == 0, 0] = how.choose(logits[kept == 0, 0], seen[kept == 0], g)
+        if wrong == 'looks at the draft':
+            tokens[:, 0] = torch.where(draft[:, 0] == 0, tokens[:, 0], how.choose(logits[:, 0], seen, g))
+            kept = torch.where(draft[:, 0] == 0, kept, 0)
+        return S.Verified(tokens, kept)
+    found = two_tokens('drawn', rule, target, far, start, 100_000, g)
+    counts, probs = found[:, 0].bincount(minlength=V).tolist(), target.continued(start, 1)
+    try: far_off = surprise({i: c for i, c in enumerate(counts) if c}, {i: p for i, p in enumerate(probs.tolist()) if p}) > 5
+    except AssertionError as error: far_off = 'exclude' in str(error)
+    assert far_off
+
+
+def test_sampling_one_row_at_a_time_is_plain_sampling():
+    "A fixed draft uses the random numbers of plain decoding, whatever it says."
+    how = RULES[1]
+    for seed in range(20):
+        g = torch.Generator().manual_seed(SEED + seed)
+        target, start = Table(g, how), torch.randint(V, (1, 4), generator=g)
+        texts = []
+        for length in (0, 3):
+            gen, text = torch.Generator().manual_seed(seed), start
+            while text.shape[1] < 30:
+                draft = drafted('greedy', target, text, length, g)[0] if length else text[:, :0]
+                logits = torch.stack([target(torch.cat([text, draft[:, :k]], 1)) for k in range(length + 1)], 1)
+                text = torch.cat([text, torch.tensor([S.verify_fixed(logits, draft, text, how, gen).row(0)])], 1)
+            texts.append(text[0, :30].tolist())
+        assert texts[0] == texts[1]
+
+
+# ---- trained models
+
+def openings(tok, n, length=24):
+    "Beginnings of real texts, as token ids"
+    texts = [line for d in corpus('brown') for line in d['text'].split('\n') if len(line) > 150]
+    return [tok.encode(t)[:length] for t in random.Random(0).sample(texts, n)]
+
+
+def parted(model, draft, prompts, n):
+    "Greedy answers with drafts that differ from those of `generate`: prompt, position, and the gap between the two tokens' logits"
+    for prompt in prompts:
+        plain = model.generate(torch.tensor([prompt]), n, eos_token_id=[])[0]
+        new = model.generate(torch.tensor([prompt]), n, eos_token_id=[], draft=draft)[0]
+        if plain.equal(new): continue
+        at = int((plain != new).nonzero()[0])
+        with torch.no_grad(): logits = model(plain[None, :at], logits_to_keep=1)[0, -1]
+        yield prompt, at, float(logits[plain[at]] - logits[new[at]])
+
+
+@pytest.mark.parametrize('draft', ['lookup', 'mtp'])
+def test_greedy_answers_of_a_trained_model(draft):
+    model, tok = Model.from_pretrained('mini', dtype='float32', device='cpu', mtp=True), Tokenizer.from_pretrained('mini')
+    assert [*parted(model, draft, openings(tok, PROMPTS), 48)] == []
+
+
+# ---- in a server: a trained model, grammars, and all sources
+
+def schema_of(tok): return compile_grammar(tok, 'schema', dict(type='object', properties=dict(
+    name=dict(type='string', maxLength=12), parts=dict(type='array', items=dict(type='integer'), minItems=3, maxItems=4)),
+    required=['name', 'parts'], additionalProperties=False))
+
+
+def test_grammars_and_all_sources_in_a_server():
+    "Answers within a schema, sampled and greedy rows beside them: the same tokens from all sources, and the grammar ends complete."
+    pytest.importorskip('llguidance')
+    model, tok = Model.from_pretrained('mini', dtype='float32', device='cpu', mtp=True), Tokenizer.from_pretrained('mini')
+    prompt, rng = tok.encode('The Congress of the United States, in the year of the Congress of the United States'), random.Random(SEED)
+    settings = (0., 0.), (1., .5), (.8, 0.), (0., 1.)
+    params = [SamplingParams(temperature=t, seed=rng.randrange(99), frequency_penalty=f) for t, f in settings]
+    results = []
+    for draft in (None, 'lookup', 'mtp', model):
+        engine = Engine(model, tok, nbytes=2**23, draft=draft, draft_tokens=draft and 3)
+        grammars = [schema_of(tok) for _ in params[:2]]
+        asked = [Request(prompt[i:], p, max_tokens=40, stop_ids=() if i > 1 else None, grammar=grammars[i] if i < 2 else None)
+                 for i, p in enumerate(params)]
+        streams = [engine.submit(r) for r in asked]
+        while engine.step(): continue
+        results.append([[p.id for p in s] for s in streams])
+        assert all(g.finished or len(t) == 40 for g, t in zip(grammars, results[-1], strict=False))
+        assert draft is None or all(s.drafted for s in streams[2:]) and engine.stats.accepted
+    assert results[1:] == results[:1]*3
 
 
 # ---- bad input
@@ -184,3 +348,11 @@ def test_the_context_ends():
     ids = torch.tensor([[1, 2, 3]*50])
     with pytest.warns(UserWarning, match='will be generated'):
         assert model.generate(ids, 40, draft='lookup', eos_token_id=[]).shape[1] == model.config.max_positions
+
+
+if __name__ == '__main__':
+    name, n = sys.argv[1], int(os.environ.get('PROMPTS', 1000))
+    model, tok = Model.from_pretrained(name, dtype='float32', device='cpu', mtp=name == 'mini'), Tokenizer.from_pretrained(name)
+    for draft in ('lookup', *['mtp']*(name == 'mini')):
+        found = [*parted(model, draft, openings(tok, n), 48)]
+        print(f'{name}, {draft}: {n - len(found)} of {n} answers of 48 tokens are equal', *found, sep='\n', flush=True)

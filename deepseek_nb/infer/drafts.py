@@ -13,6 +13,7 @@ __all__ = ['Draft', 'Drafter', 'LookupDrafter', 'pick', 'common', 'ModelDrafter'
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model, head
@@ -39,6 +40,13 @@ class Drafter:
         x:Tensor, # Activations of the verified positions after the last norm `m d`
     )->None:
         "Learn from a step of the model"
+
+    def feed(self,
+        ids:list, # All tokens of the row
+        n:int, # Most tokens to process
+    )->bool: # Whether it has caught up, so that a draft costs no more than `n` tokens besides its own
+        "Catch up with a long prompt, a part at a time"
+        return True
 
 # %% ../../nbs/447_infer.drafts.ipynb #8f96af5c
 class LookupDrafter(Drafter):
@@ -107,21 +115,40 @@ class ModelDrafter(Drafter):
         "Whether the model can go on"
         return 0 if len(ids) < self.model.config.max_positions else None
 
+    def _common(self, ids):
+        "Take back what is not in the row; the number of tokens that stay"
+        keep = common(self.fed, ids[:-1], self.agreed)
+        self.cache.rewind(len(self.fed) - keep)
+        self.fed = self.fed[:keep]
+        return keep
+
     @torch.no_grad()
     def draft(self,
         ids:list, # All tokens of the row
         n:int, # Number of tokens to propose
     )->Draft: # Up to `n` tokens
         "Generate after the tokens of the row"
-        keep = common(self.fed, ids[:-1], self.agreed)
-        self.cache.rewind(len(self.fed) - keep)
-        text,probs = list(ids),[]
+        keep,text,probs = self._common(ids),list(ids),[]
         for _ in range(min(n, self.model.config.max_positions - len(ids))):
             new,keep = torch.tensor([text[keep:]], device=self.model.device),len(text)
             t,q = pick(self.model(new, self.cache, logits_to_keep=1)[0,-1], text, self.how, self.gen)
             text.append(t); probs.append(q)
         self.fed,self.agreed = text[:-1],len(ids)
         return Draft(text[len(ids):], probs if self.how.temperature else None)
+
+# %% ../../nbs/447_infer.drafts.ipynb #1ad66991
+@patch
+@torch.no_grad()
+def feed(self:ModelDrafter,
+    ids:list, # All tokens of the row
+    n:int, # Most tokens to process
+)->bool: # Whether a draft has at most `n` tokens of the row to process
+    "Process a part of a long prompt"
+    keep = self._common(ids)
+    if len(ids) - keep <= n: return True
+    self.model(torch.tensor([ids[keep:keep+n]], device=self.model.device), self.cache, logits_to_keep=1)
+    self.fed,self.agreed = ids[:keep+n],keep + n
+    return len(ids) - keep <= 2*n
 
 # %% ../../nbs/447_infer.drafts.ipynb #d02d06c3
 def _last_output(model, cache, x, tokens):
@@ -139,9 +166,10 @@ class MTPDrafter(Drafter):
         model:Model, # Model with `mtp` blocks
         how:Sampling = _greedy, # Settings for choosing a token
         seed:int|None = None, # Seed; None: PyTorch's default generator
+        start:int = 0, # Number of first tokens whose activations are not known
     ):
         check_mtp(model)
-        self.model,self.how,self.new,self.cache = model,how,[],model.new_cache(1)
+        self.model,self.how,self.new,self.cache,self.start = model,how,[],model.new_cache(1),start
         del self.cache.slots[1:] # one block
         self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)
 
@@ -164,11 +192,26 @@ class MTPDrafter(Drafter):
         n:int, # Number of tokens to propose
     )->Draft: # `n` tokens
         "Run the block once per token"
-        h = _last_output(self.model, self.cache, torch.cat(self.new), ids[len(self.cache)+1:])
+        h = _last_output(self.model, self.cache, torch.cat(self.new), ids[self.start+len(self.cache)+1:])
         text,probs,self.new = list(ids),[],[]
         for i in range(n):
             if i: h = _last_output(self.model, self.cache, h[None], text[-1:])
             t,q = pick(head(h[None,None], self.model.head_weight)[0,0], text, self.how, self.gen)
             text.append(t); probs.append(q)
-        self.cache.rewind(len(self.cache) - len(ids) + 1)
+        self.cache.rewind(self.start + len(self.cache) - len(ids) + 1)
         return Draft(text[len(ids):], probs if self.how.temperature else None)
+
+# %% ../../nbs/447_infer.drafts.ipynb #9d74f025
+@patch
+@torch.no_grad()
+def feed(self:MTPDrafter, # noqa: F811
+    ids:list, # All tokens of the row
+    n:int, # Most activations that may wait
+)->bool: # True: a draft has at most `n` positions to process
+    "Run the block on activations that wait, if they are many"
+    new,at = sum(map(len, self.new)),self.start + len(self.cache) + 1
+    if new <= n: return True
+    x,ready = torch.cat(self.new),min(new - 1, len(ids) - at)
+    if ready: _last_output(self.model, self.cache, x[:ready], ids[at:at+ready])
+    self.new = [x[ready:]]
+    return True

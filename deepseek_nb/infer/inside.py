@@ -19,10 +19,11 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from ..arch.attention import GQA, visible
+from ..arch.attention import GQA, Context, visible
 from ..arch.model import Model, check_tokens, head
 from ..arch.rope import rotate
 from ..arch.routing import Route, expert_load, max_violation
+from ..arch.sparse import DSA, selected_mask
 from ..core.plot import GREY
 
 # %% ../../nbs/430_infer.inside.ipynb #82474806
@@ -104,7 +105,15 @@ def attention_pattern(
     angles = model.angles(0, s)
     q,k = queries_keys(block.self_attn, block.input_layernorm(r.stream[layer]), angles)
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale
-    return scores.masked_fill(~visible(s, s, device=scores.device), -torch.inf).softmax(-1)
+    seen = visible(s, s, device=scores.device)
+    if isinstance(block.self_attn, DSA): seen = seen & _selection(block, r.stream[layer], angles)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+def _selection(block, x, angles):
+    "True where sparse attention selects a key"
+    attn,x = block.self_attn,block.input_layernorm(x)
+    positions = attn.select(x, attn.query_latent(x), attn.indexer.keys(x, angles), Context(angles))
+    return torch.tensor(True) if positions is None else selected_mask(positions, x.shape[1])
 
 # %% ../../nbs/430_infer.inside.ipynb #74076f61
 @torch.no_grad()

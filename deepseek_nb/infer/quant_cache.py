@@ -70,7 +70,7 @@ def encode_layer(
     "The tensors to store for new positions of a layer"
     if not c.mla: return [part for x in new for part in form.encode(x)]
     latent,rotary = new[0].split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-    return [*form.encode(latent), rotary.detach()]
+    return [*form.encode(latent), rotary.detach(), *(k.detach() for k in new[1:])]
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #13f012de
 def decode_layer(
@@ -80,8 +80,8 @@ def decode_layer(
     dtype:torch.dtype = torch.float32, # Dtype of the activations
 )->list[Tensor]: # The tensors of a plain cache, decoded
     "A layer's tensors, decoded from what is stored"
-    pairs = [form.decode(*stored[i:i+2]).to(dtype) for i in range(0, len(stored) - 1, 2)]
-    return [torch.cat([pairs[0], stored[2]], -1)] if c.mla else pairs
+    if c.mla: return [torch.cat([form.decode(*stored[:2]).to(dtype), stored[2]], -1), *stored[3:]]
+    return [form.decode(*stored[i:i+2]).to(dtype) for i in range(0, len(stored), 2)]
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #8f1d79a3
 def quantized_bytes(
@@ -91,7 +91,7 @@ def quantized_bytes(
 )->int: # Bytes, over all layers
     "Bytes of cache per token"
     scales = lambda width: 4*(1 if form.scales == 'token' else -(-width//form.scales))
-    if c.mla: return c.n_layers*(c.kv_lora_rank + scales(c.kv_lora_rank) + itemsize*c.qk_rope_head_dim)
+    if c.mla: return c.n_layers*(c.kv_lora_rank + scales(c.kv_lora_rank) + itemsize*(c.qk_rope_head_dim + c.index_head_dim))
     return c.n_layers*2*c.n_kv_heads*(c.head_dim + scales(c.head_dim))
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #229ef46a

@@ -45,7 +45,7 @@ def owners(
         else: yield from ((f'{path}.{n}'.lstrip('.'), m, n) for n in (*m._parameters, *m._buffers) if getattr(m, n) is not None)
 
 # %% ../../nbs/380_quant.model.ipynb #68de9518
-_EXACT = {RMSNorm: 'norm', nn.RMSNorm: 'norm', Gate: 'router'}  # modules whose parameters stay float
+_EXACT = {RMSNorm: 'norm', nn.RMSNorm: 'norm', nn.LayerNorm: 'norm', Gate: 'router'}  # modules whose parameters stay float
 
 def role(
     key:str, # Key of a parameter in the state dict
@@ -54,6 +54,7 @@ def role(
 )->str: # 'linear', 'experts' or 'embedding', or the reason why the parameter stays float
     "The kind of a parameter, which determines its format"
     if name == 'bias': return 'bias'
+    if key.endswith('indexer.weights_proj.weight'): return 'indexer weights'
     if isinstance(m, nn.Embedding) or key == 'lm_head.weight': return 'embedding'
     return 'experts' if isinstance(m, Experts) else 'linear' if isinstance(m, nn.Linear) else _EXACT.get(type(m), 'unknown module')
 

@@ -26,7 +26,7 @@ from ..files.checkpoint import CARRIED, install, quant_fp8, umask
 from ..files.safetensors import INDEX, SINGLE, read_json, read_tensors, some, weight_map, write_tensors
 
 # %% ../../nbs/379_quant.publish.ipynb #88e71e25
-_MATRIX = re.compile(r'layers\.\d+\..*\.\w*_proj(_with_mqa)?\.weight')
+_MATRIX = re.compile(r'layers\.\d+\..*\.((?!weights_proj)\w*_proj(_with_mqa)?|indexer\.w(q_b|k))\.weight')
 
 def is_matrix(
     key:str, # Key in a checkpoint
@@ -98,7 +98,7 @@ class PackedInts:
         weights = dict(num_bits=self.bits, type='int', symmetric=True, dynamic=False, observer='minmax') | how
         scheme = dict(targets=['Linear'], weights=weights, input_activations=None, output_activations=None, format='pack-quantized')
         return dict(quant_method='compressed-tensors', format='pack-quantized', quantization_status='compressed',
-                    ignore=['lm_head', r're:.*mlp\.gate$'], config_groups=dict(group_0=scheme))
+                    ignore=['lm_head', r're:.*mlp\.gate$', r're:.*\.weights_proj$'], config_groups=dict(group_0=scheme))
 
 # %% ../../nbs/379_quant.publish.ipynb #f20ce5b6
 def _file(tensors, entries, form):

@@ -13,7 +13,6 @@ __all__ = ['Row', 'EngineWatch', 'EngineStats', 'StepRecord', 'Engine', 'QueueFu
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -31,8 +30,9 @@ from ..infer.paged import PagedCache, PagePool, PoolFull
 from ..infer.prefix import PrefixCache
 from ..infer.quant_cache import QuantizedPool
 from .adapters import Adapters, cache_space
-from .sampling import Drawn, RowSampler, most_likely, sample_rows
-from .schedule import FairQueue, plan_step
+from .drafts import RowDraft, RowDrafts, keeps_bits
+from .sampling import Drawn, RowSampler, most_likely, sample_ahead
+from .schedule import PROMPT_ROOM, FairQueue, plan_step
 from .stream import Piece, Request, Stream, TextOut
 
 # %% ../../nbs/458_serve.engine.ipynb #f0226b5a
@@ -48,13 +48,20 @@ class Row:
         self.adapter,self.space = adapter,cache_space(r.user, adapter) # whose pages of the prefix cache it may use
         self.stream,self.user,self.tokens,self.cache = stream,r.user,list(r.prompt),None
         self.entered,self.ended = False,False
-        self.sampler = RowSampler(r.params, r.prompt, r.grammar)
+        self.sampler,self.drafter = RowSampler(r.params, r.prompt, r.grammar),None # `drafter`: while it runs, if it has drafts
         self.out = TextOut(tok, r.stop, ends if r.stop_ids is None else r.stop_ids)
 
     @property
     def pending(self)->int: return len(self.tokens) - len(self.cache or ())
     @property
     def new(self)->int: return len(self.tokens) - len(self.stream.request.prompt)
+    @property
+    def longest(self)->int: return len(self.stream.request.prompt) + self.stream.request.max_tokens
+    @property
+    def draftable(self)->int: # Most tokens of a draft; the last token of the answer needs none behind it
+        if self.pending != 1 or not self.new: return 0
+        left,most = self.longest - len(self.tokens) - 1,self.stream.request.draft_tokens
+        return left if most is None else min(left, most)
 
 # %% ../../nbs/458_serve.engine.ipynb #0c1175cb
 class EngineWatch:
@@ -76,20 +83,34 @@ class EngineStats:
     prompt_tokens:int = 0 # Tokens of prompts that were computed
     cached_tokens:int = 0 # Tokens of prompts that the prefix cache had
     output_tokens:int = 0 # Tokens of answers
+    drafts:int = 0 # Drafts that were verified
+    draft_tokens:int = 0 # Their tokens
+    accepted:Counter = field(default_factory=Counter) # Drafted tokens that were kept, by their index in the draft
     preempted:int = 0 # Rows that gave their pages back
     finished:Counter = field(default_factory=Counter) # Requests by the reason of their end
 
 class StepRecord(NamedTuple):
     "What a step did, for pictures and tests"
-    counts:dict # Stream -> number of its tokens in this step
+    counts:dict # Stream -> number of its tokens in this step, without drafted ones
     waiting:int # Requests that wait
     preempted:list # Streams that gave their pages back
+    drafted:dict # Stream -> number of its drafted tokens
 
 # %% ../../nbs/458_serve.engine.ipynb #1367bc7c
 def _pool_kind(kv_cache):
     kinds = dict(auto=PagePool, int8=QuantizedPool)
     if kv_cache not in kinds: raise ValueError(f"kv_cache is {kv_cache!r}; it may be {' or '.join(kinds)}")
     return kinds[kv_cache]
+
+def _row_drafts(model, pool, draft, fixed):
+    "The drafts of an engine, with a warning where they are not neutral to the bit"
+    if draft is None and fixed is not None: raise ValueError('draft_tokens is given without a draft; give both, or none')
+    if draft is None: return None
+    found = RowDrafts(model, draft, fixed, pool.pages*pool.page)
+    if not keeps_bits(model, pool):
+        warnings.warn('on this path, the bits of a token depend on how many are computed with it: '
+                      'a draft may change a token whose best candidates are nearly equal', stacklevel=3)
+    return found
 
 class Engine:
     "Runs requests together"
@@ -105,6 +126,8 @@ class Engine:
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
         kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
         disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
+        draft=None, # Source of drafts: 'lookup', 'mtp' or a smaller `Model`; None: no drafts
+        draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
     ):
         c,kind = model.config,_pool_kind(kv_cache)
         whole = -(-c.max_positions//page)*max_rows*kind(c, 1, page, model.dtype, model.device).page_bytes
@@ -114,6 +137,7 @@ class Engine:
         self.max_rows,self.budget,self.beside,self.max_waiting = max_rows,budget,beside,max_waiting
         self.ends,self.adapters = tuple({*c.eos_ids, *tok.eos_ids}),Adapters(model, kind)
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
+        self.drafts = _row_drafts(model, pool, draft, draft_tokens)
         self.stats,self.on_step,self.watch,self.thread = EngineStats(),None,None,None # `watch`: see `EngineWatch`
         self.count,self.lock,self.closing,self.aborting = 0,Lock(),False,False # `count`: requests that run or wait
 
@@ -134,6 +158,8 @@ def check(self:Engine,
         bad = [i for i in ids if not 0 <= i < c.vocab_size]
         if bad: raise ValueError(f'token id {bad[0]} in {what} is outside of the vocabulary of {c.vocab_size}')
     if r.adapter is not None: self.adapters[r.adapter] # raises an error if it is not loaded
+    if r.draft_tokens and self.drafts is None:
+        raise ValueError(f'draft_tokens is {r.draft_tokens}, and this model is served without drafts; leave it out')
 
 # %% ../../nbs/458_serve.engine.ipynb #a8c53e52
 class QueueFull(RuntimeError):
@@ -215,6 +241,7 @@ def enter(self:Engine,
     self.rows.append(row)
     pages,n = self.known(row)
     row.cache = PagedCache.from_pages(self.pool, [pages], n)
+    if self.drafts is not None and row.stream.request.draft_tokens != 0: row.drafter = self.drafts.enter(n, row.longest)
     self.queue.charge(row.user, prompt=row.pending)
     if row.entered: return
     row.entered = True
@@ -241,6 +268,8 @@ def _release(self:Engine,
         self._keep(row, tail=True)
         row.cache.free()
         row.cache = None
+    if self.drafts is not None: self.drafts.leave(row.drafter)
+    row.drafter = None
     self.rows.remove(row)
 
 @patch
@@ -298,47 +327,124 @@ def drop_ended(self:Engine)->None:
 def _tokens(self:Engine)->int:
     "Most tokens of the next step: prompts are cut finer while somebody waits for the next token of an answer"
     decoding = sum(r.pending == 1 for r in self.rows)
-    return min(self.budget, max(self.beside, decoding + 16)) if decoding else self.budget
+    return min(self.budget, max(self.beside, decoding + PROMPT_ROOM)) if decoding else self.budget
+
+@patch
+def _plan(self:Engine,
+    drafting:bool = True, # Whether rows may have drafts
+)->tuple[dict,dict]: # `Row` -> number of its tokens, and `Row` -> its `RowDraft`
+    "Choose the tokens of the next step"
+    pending,source = [r.pending for r in self.rows],self.drafts if drafting else None
+    wanted = [] if source is None else [source.length(r.drafter, r.tokens, r.draftable, pending.count(1)) for r in self.rows]
+    counts = {r: n for r,n in zip(self.rows, plan_step(pending, self._tokens(), wanted), strict=True) if n}
+    drafts = {r: self._careful(r, source.draft, r.tokens, n - 1) for r,n in counts.items() if r.pending == 1 and n > 1}
+    return counts | {r: 1 + len(d.tokens if d else ()) for r,d in drafts.items()},{r: d for r,d in drafts.items() if d and d.tokens}
+
+@patch
+def _careful(self:Engine, row, call, *args):
+    "Call the drafter of a row; a drafter that fails is no reason to lose an answer"
+    if row.drafter is None: return None
+    try: return call(row.drafter, *args)
+    except Exception as error:
+        warnings.warn(f'a request goes on without drafts ({type(error).__name__}: {error})', stacklevel=2)
+        self.drafts.leave(row.drafter)
+        row.drafter = None
+
+# %% ../../nbs/458_serve.engine.ipynb #1fa355c5
+@patch
+def _forward(self:Engine,
+    counts:dict, # `Row` -> number of its tokens
+    drafts:dict, # `Row` -> its `RowDraft`
+)->torch.Tensor: # Activations after the last norm `n d`
+    "One forward pass"
+    new = {r: r.tokens[len(r.cache):] + (drafts[r].tokens if r in drafts else []) for r in counts}
+    ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
+    return self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], [r.adapter and r.adapter.layers for r in counts])
+
+def _decodes(row, n, drafts):
+    "Whether a row only decodes in a step, and its drafter has nothing else to do"
+    return row.new and n == 1 + len(drafts[row].tokens if row in drafts else ()) and (row.drafter is None or row.drafter.ready)
 
 @patch
 def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row runs
-    "One forward pass; preempts rows until the pages suffice"
-    gone = []
+    "One step; drops drafts, and preempts rows, until the pages suffice"
+    gone,drafting,start = [],True,monotonic()
     while self.rows:
-        counts = dict(zip(self.rows, plan_step([r.pending for r in self.rows], self._tokens()), strict=True))
-        counts = {row: n for row,n in counts.items() if n}
-        tokens = [t for row,n in counts.items() for t in row.tokens[len(row.cache):][:n]]
-        ids,own = torch.tensor(tokens, device=self.model.device),[r.adapter and r.adapter.layers for r in counts]
-        try: x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own)
+        counts,drafts = self._plan(drafting)
+        try: x = self._forward(counts, drafts)
         except PoolFull:
-            if len(self.rows) == 1: raise
-            gone.append(self.preempt().stream)
+            if drafts: drafting = False
+            elif len(self.rows) == 1: raise
+            else: gone.append(self.preempt().stream)
             continue
-        self.stats.steps += 1
-        if self.on_step is not None: self.on_step(StepRecord({r.stream: n for r,n in counts.items()}, len(self.queue), gone))
-        self._draw(x, counts)
+        self._record(counts, drafts, gone)
+        plain = self.drafts is not None and all(_decodes(r, n, drafts) for r,n in counts.items())
+        self._draw(x, counts, drafts)
+        if plain: self.drafts.lengths.time(sum(counts.values()), monotonic() - start)
         return counts
     return {}
 
 # %% ../../nbs/458_serve.engine.ipynb #7a0d1344
 @patch
+def _record(self:Engine, counts, drafts, gone):
+    "Count a step"
+    self.stats.steps += 1
+    if self.on_step is None: return
+    drafted = {r.stream: len(d.tokens) for r,d in drafts.items()}
+    self.on_step(StepRecord({r.stream: n - drafted.get(r.stream, 0) for r,n in counts.items()}, len(self.queue), gone, drafted))
+
+@patch
 def _draw(self:Engine,
     x:torch.Tensor, # Activations after the last norm `n d`
     counts:dict, # `Row` -> number of its tokens
+    drafts:dict, # `Row` -> its `RowDraft`
 )->None:
     "Draw the next tokens of the rows that are complete"
-    ends = dict(zip(counts, accumulate(counts.values()), strict=True))
-    for row,n in counts.items():
-        if not row.new: self._read_prompt(row, x[ends[row] - n:ends[row]])
-    ready = [row for row in counts if not row.pending]
-    wanting = [row for row in ready if row.stream.request.max_tokens]
+    parts,guesses = dict(zip(counts, x.split([*counts.values()]), strict=True)),{r: d.tokens for r,d in drafts.items()}
+    for row,own in parts.items():
+        if not row.new: self._read_prompt(row, own)
+        if row.pending > 0: self._careful(row, self.drafts and self.drafts.learn, row.tokens, own)
+    ready = [row for row in counts if row.pending <= 0]
+    wanting = {row: parts[row][-1 - len(guesses.get(row, ())):] for row in ready if row.stream.request.max_tokens}
     for row in ready:
         if row not in wanting: self.finish(row, 'length')
     if not wanting: return
-    logits = head(x[[ends[row] - 1 for row in wanting]], self.model.head_weight) # of two axes: the bits don't depend on the rows
-    for row,drawn in zip(wanting, sample_rows(logits, [r.sampler for r in wanting]), strict=True):
-        try: self._deliver(row, drawn)
-        except Exception as error: self.finish(row, 'error', error)
+    logits = head(torch.cat([*wanting.values()]), self.model.head_weight) # of two axes: the bits don't depend on the rows
+    found = sample_ahead(logits, [r.sampler for r in wanting], [guesses.get(r, ()) for r in wanting])
+    for row,drawn in zip(wanting, found, strict=True): self._settle(row, drawn, drafts.get(row), parts[row])
+
+# %% ../../nbs/458_serve.engine.ipynb #011004d0
+@patch
+def _settle(self:Engine,
+    row:Row, # Has drawn tokens
+    drawn:list, # A `Drawn` for each, the last may be an exception
+    draft:RowDraft|None, # What was drafted; None: nothing
+    x:torch.Tensor, # Activations of the row's positions in this step `m d`
+)->None:
+    "Forget the part of a draft that is wrong, and deliver what was drawn"
+    kept = len(drawn) - 1
+    extra = len(draft.tokens) - kept if draft else 0
+    row.cache.rewind(extra)
+    if draft: self._count_draft(row, draft, kept)
+    try:
+        for i,one in enumerate(drawn):
+            if row.ended: break
+            if i < kept: self._count_accepted(row, i)
+            self._deliver(row, one)
+    except Exception as error: self.finish(row, 'error', error)
+    self._careful(row, self.drafts and self.drafts.learn, row.tokens, x[:len(x) - extra])
+
+@patch
+def _count_draft(self:Engine, row, draft, kept):
+    self.drafts.lengths.note(draft.kind, len(draft.tokens), kept)
+    self.stats.drafts += 1
+    self.stats.draft_tokens += len(draft.tokens)
+    row.stream.drafted += len(draft.tokens)
+
+@patch
+def _count_accepted(self:Engine, row, i):
+    self.stats.accepted[i] += 1
+    row.stream.accepted += 1
 
 # %% ../../nbs/458_serve.engine.ipynb #46f13848
 @patch
@@ -370,7 +476,9 @@ def _deliver(self:Engine,
     done = row.out.matched is not None or getattr(r.grammar, 'finished', False)
     if not done and row.new == r.max_tokens: text,done = text + row.out.flush(),'length'
     row.stream.put(Piece(drawn.id, text, drawn.logprob, drawn.top))
-    if done: self.finish(row, 'length' if done == 'length' and row.out.matched is None else 'stop')
+    if not done: return
+    row.cache.rewind(len(row.cache) - len(row.tokens) + 1) # as without a draft: the last token is not in the cache
+    self.finish(row, 'length' if done == 'length' and row.out.matched is None else 'stop')
 
 @patch
 def _count(self:Engine, row):

@@ -44,6 +44,11 @@ COUNTERS = [
     EngineNumber('prompt_tokens', 'Tokens of the prompts that have entered', lambda e: e.stats.entered_tokens),
     EngineNumber('prefix_cache_queries', 'Tokens that were looked up in the prefix cache', lambda e: e.stats.entered_tokens),
     EngineNumber('prefix_cache_hits', 'Tokens that the prefix cache had', lambda e: e.stats.cached_tokens),
+    EngineNumber('spec_decode_num_drafts', 'Drafts that were verified', lambda e: e.stats.drafts),
+    EngineNumber('spec_decode_num_draft_tokens', 'Tokens of drafts', lambda e: e.stats.draft_tokens),
+    EngineNumber('spec_decode_num_accepted_tokens', 'Tokens of drafts that were kept', lambda e: e.stats.accepted.copy().total()),
+    EngineNumber('spec_decode_num_accepted_tokens_per_pos', 'Tokens of drafts that were kept, by their index in the draft',
+                 lambda e: {str(k): n for k,n in e.stats.accepted.copy().items()}, 'position'),
     EngineNumber('generation_tokens', 'Tokens of answers', lambda e: e.stats.output_tokens),
     EngineNumber('request_success', 'Requests by the reason of their end', lambda e: dict(e.stats.finished), 'finished_reason')]
 

@@ -8,10 +8,11 @@ everything else reads a single row, so that a neighbour can't change a bit of it
 
 # %% auto #0
 __all__ = ['LIMITS', 'OPEN', 'SamplingParams', 'nucleus_threshold', 'truncate', 'draw_token', 'unpack_mask', 'RowSampler',
-           'Drawn', 'most_likely', 'sample_rows']
+           'Drawn', 'most_likely', 'sample_ahead', 'sample_rows']
 
 # %% ../../nbs/452_serve.sampling.ipynb #45661a32
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -178,13 +179,31 @@ def note(self:RowSampler,
     return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.how.logprobs))
 
 # %% ../../nbs/452_serve.sampling.ipynb #a2de5275
+def sample_ahead(
+    logits:Tensor, # Logits after the last token of each row and after each token of its draft, one row after another `n w`, float32
+    rows:list, # A `RowSampler` for each
+    drafts:list, # Drafted tokens of each row; none for a row without a draft
+)->list: # For each row the `Drawn` of its new tokens; the last may be the exception that the row raised
+    "Draw tokens of each row until one differs from its draft"
+    best = logits.argmax(-1).tolist() if any(r.plain for r in rows) else [None]*len(logits)
+    left = zip(logits, best, strict=True)
+    return [_draw_until(row, [*islice(left, len(d) + 1)], d) for row,d in zip(rows, drafts, strict=True)]
+
 def sample_rows(
     logits:Tensor, # Logits of the next token of each row `b w`, float32
     rows:list, # A `RowSampler` for each
 )->list: # A `Drawn` for each, or the exception that its row raised
     "Draw the next token of each row"
-    best = logits.argmax(-1).tolist() if any(r.plain for r in rows) else None
-    return [_sample_one(r, x, best and best[i]) for i,(r,x) in enumerate(zip(rows, logits, strict=True))]
+    return [new for [new] in sample_ahead(logits, rows, [()]*len(rows))]
+
+# %% ../../nbs/452_serve.sampling.ipynb #c825a0bc
+def _draw_until(row, logits, draft):
+    "Draw the tokens of one row; `logits`: pairs of logits and their argmax"
+    new = []
+    for (x,best),guess in zip(logits, [*draft, None], strict=True):
+        new.append(_sample_one(row, x, best))
+        if isinstance(new[-1], Exception) or new[-1].id != guess: break
+    return new
 
 def _sample_one(row, logits, best):
     "The error of one row must not end the others"

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
 from .chat import Answer, ApiError, Fields, ServedModel, sampling_from
-from .completions import merged, read_stop, usage_of
+from .completions import drafted_tokens, merged, read_drafts, read_stop, usage_of
 from .events import Splitter
 from .sampling import Drawn, SamplingParams
 from .stream import Request
@@ -66,6 +66,7 @@ class TextRequest:
     stream:bool = False # Whether the answer comes in chunks
     include_usage:bool = False # Whether a stream reports the usage in a chunk of its own
     user:str = '' # The user's id, if the body has one
+    drafts:int|None = None # Most tokens that are drafted for a step; 0: none; None: as the server chooses
 
 # %% ../../nbs/474_serve.text.ipynb #76d5059e
 def read_completion(
@@ -82,7 +83,7 @@ def read_completion(
     out = TextRequest(
         prompts, sampling_from(f, logprobs=top), f.take('max_tokens', int, default=16), read_stop(f), f.take('n', int, default=1),
         echo, f.take('stream', bool, default=False), options.take('include_usage', bool, default=False),
-        f.take('user_id', str) or f.take('user', str) or '')
+        f.take('user_id', str) or f.take('user', str) or '', read_drafts(f))
     if out.max_tokens < 0: raise f.wrong('max_tokens', f'is {out.max_tokens}; it must be 0 or above')
     f.only('best_of', out.n)
     options.done()
@@ -115,7 +116,7 @@ class TextRun:
         try:
             for i in range(len(r.prompts)*r.n):
                 params = SamplingParams(**vars(r.params) | dict(seed=None if r.params.seed is None else r.params.seed + i))
-                how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score)
+                how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score, draft_tokens=r.drafts)
                 request = Request(r.prompts[i//r.n], params, r.max_tokens, r.stop, **how)
                 self.answers.append(Answer(served.engine.submit(request), Splitter()))
         except Exception:
@@ -179,7 +180,8 @@ def _usage(self:TextRun)->dict:
     each = [usage_of(self.answers[i:i + self.request.n]) for i in range(0, len(self.answers), self.request.n)]
     total = {k: sum(u[k] for u in each) for k,v in each[0].items() if isinstance(v, int)}
     cached = dict(cached_tokens=total['prompt_cache_hit_tokens'])
-    return total | dict(prompt_tokens_details=cached, completion_tokens_details=dict(reasoning_tokens=0), timing=each[0]['timing'])
+    details = dict(reasoning_tokens=0) | drafted_tokens(self.answers)
+    return total | dict(prompt_tokens_details=cached, completion_tokens_details=details, timing=each[0]['timing'])
 
 @patch
 async def chunks(self:TextRun)->AsyncIterator[dict]:

@@ -25,11 +25,12 @@ from .stream import Request
 # %% ../../nbs/461_serve.timeline.ipynb #6e400246
 class Moment(NamedTuple):
     "One step of an engine"
-    counts:dict # Stream -> number of its tokens in this step
+    counts:dict # Stream -> number of its tokens in this step, without drafted ones
     cached:dict # Stream -> positions in its cache after the step
     pages:dict # Stream -> pages that no earlier stream has too
     kept:int # Pages that only the prefix cache has
     preempted:list # Streams that gave their pages back before the step
+    drafted:dict # Stream -> number of its drafted tokens
 
 class Timeline:
     "What an engine does, step by step"
@@ -46,7 +47,8 @@ class Timeline:
             pages[stream] = len({*cache.tables[0]} - owned)
             owned |= {*cache.tables[0]}
         kept = self.engine.pool.pages - len(self.engine.pool.free) - len(owned)
-        self.moments.append(Moment(record.counts, {s: len(c) for s,c in rows.items()}, pages, kept, record.preempted))
+        cached = {s: len(c) - record.drafted.get(s, 0) for s,c in rows.items()}
+        self.moments.append(Moment(record.counts, cached, pages, kept, record.preempted, record.drafted))
 
 # %% ../../nbs/461_serve.timeline.ipynb #7d151003
 @patch

@@ -45,7 +45,8 @@ def moe_config(
         raise ValueError(f'{c.inter_dim} neurons can\'t be divided evenly among {experts} + {shared} experts; choose other numbers')
     kind = dict(score_func='sigmoid', score_bias=True, group_score='sum2', norm_topk=True, route_scale=scale or float(active),
                 n_dense_layers=0)
-    return replace(c, model_type='deepseek_v3' if c.mla else 'glm4_moe', n_routed_experts=experts, n_activated_experts=active,
+    name = 'deepseek_v32' if c.index_n_heads else 'deepseek_v3' if c.mla else 'glm4_moe'
+    return replace(c, model_type=name, n_routed_experts=experts, n_activated_experts=active,
                    n_shared_experts=shared, moe_inter_dim=width or c.inter_dim//(experts + shared), **kind,
                    extra=c.extra if c.mla else c.extra | WHOLE)
 
