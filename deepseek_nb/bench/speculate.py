@@ -77,6 +77,7 @@ def passages(
     texts = texts[::max(1, len(texts)//n)][:n]
     return [tok.decode(tok.encode(t[600:600 + 10*length])[:length]).partition(' ')[2] for t in texts]
 
+# %% ../../nbs/794_bench.speculate.ipynb #517e873e
 def copy_task(
     tok:Tokenizer, # With a chat template
     order:str, # What the user asks for
@@ -95,6 +96,7 @@ def copy_tasks(
     first,*rest = passages(tok, n + 1)
     return [copy_task(tok, 'Copy this text:', (first, t), first) for t in rest]
 
+# %% ../../nbs/794_bench.speculate.ipynb #43c1a836
 def tasks(
     tok:Tokenizer, # With a chat template
     n:int = 6, # Tasks of each kind
@@ -244,7 +246,8 @@ def _repr_markdown_(self:SpeculationReport):
     drafters = [{'drafter': name, 'γ': p.length, 'tokens a step': f'{p.race.per_step:.2f}', 'measured (quartiles)': _ratio(p.race),
                  'predicted': f'{p.expected:.2f}', 'difference': f'{p.error:+.0%}'} for name,ps in self.predictions.items() for p in ps]
     rows = [{'rows': n, 'tokens a step': f'{r.per_step:.2f}', 'lookup ÷ plain (quartiles)': _ratio(r)} for n,r in self.rows.items()]
-    return '\n\n'.join(['Time of a step with m tokens, relative to one:', *(markdown_table(t) for t in (steps, looked, drafters, rows))])
+    tables = [markdown_table([*t[0]], [[*row.values()] for row in t]) for t in (steps, looked, drafters, rows) if t]
+    return '\n\n'.join(['Time of a step with m tokens, relative to one:', *tables])
 
 # %% ../../nbs/794_bench.speculate.ipynb #7bf97277
 @patch

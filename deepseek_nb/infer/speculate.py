@@ -198,6 +198,7 @@ class _Row:
         self.cache.rewind(len(x) - good)
         self.ids,self.fed,self.left = self.ids + new,self.fed + good,self.left - len(new)
         self.drafter.note(self.ids, x[:good])
+        self.drafter.feed(self.ids, 64)
         self.ready += new
         self.done = not self.left or new[-1] in ends
         return kind,len(draft.tokens),len(new) - 1
