@@ -1,8 +1,10 @@
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,27 @@ def pytest_collection_modifyitems(items):
     "What takes longest comes first, then files of few tests: where two run side by side, only short ones are left for the end."
     tests = Counter(i.path for i in items)
     items.sort(key=lambda i: (i.path.stem.removeprefix('test_') not in LONG, tests[i.path]))
+
+
+def rewritten(config):
+    "Write the bytecode of the files of tests, with pytest's asserts, once rather than in each worker"
+    from _pytest.assertion import rewrite
+    for path in Path(__file__).parent.glob('test_*.py'):
+        pyc = rewrite.get_cache_dir(path)/f'{path.stem}{rewrite.PYC_TAIL}'
+        if rewrite._read_pyc(path, pyc) is None and rewrite.try_makedirs(pyc.parent):
+            stat, code = rewrite._rewrite_test(path, config)
+            rewrite._write_pyc(config.stash[rewrite.assertstate_key], code, stat, pyc)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    "Workers are forks of one process that imported PyTorch, transformers and the like, and share the servers of `warm`"
+    if sys.platform != 'linux': return
+    warm.share(warm.WORKER, ('torch',), warm.TRAINING)
+    for spec in specs:
+        if spec.popen and not spec.python: spec.python = shlex.join([sys.executable, warm.__file__])
+    # pytest's own way to do this, whose names may change
+    with suppress(ImportError, AttributeError, TypeError, OSError): sys.dont_write_bytecode or rewritten(config)
 
 
 @pytest.fixture(scope='session')

@@ -13,7 +13,6 @@ from deepseek_nb.studies import open_study
 from deepseek_nb.train.indexer import (
     attention_recall,
     attention_target,
-    chosen,
     dense_streams,
     fit_indexer,
     index_loss,
@@ -21,6 +20,7 @@ from deepseek_nb.train.indexer import (
     sparse_hidden,
     sparse_loss,
     sparsify,
+    top_mask,
     trained_scores,
     warm_up_indexer,
 )
@@ -69,6 +69,13 @@ def test_sparse_model_is_the_dense_one_while_all_is_selected(pair):
     for (_, x, _), (_, y, _) in zip(dense_streams(sparse, rows), dense_streams(dense, rows), strict=True): assert worst(x, y) < 1e-4
 
 
+def test_sparse_model_is_saved_and_loaded(pair, tmp_path):
+    _, sparse, rows = pair
+    again = Model.from_pretrained(sparse.save_pretrained(tmp_path), 'float32', 'cpu').requires_grad_(False)
+    assert all(torch.equal(t, again.state_dict()[k]) for k, t in sparse.state_dict().items())
+    assert again.config.model_type == 'deepseek_v32' and worst(again(rows), sparse(rows)) < 1e-5
+
+
 def test_target_by_a_loop_over_heads(pair):
     "Keys and queries of each head written out, in float64"
     dense, _, rows = pair
@@ -86,7 +93,7 @@ def test_target_by_a_loop_over_heads(pair):
                     wanted[b, s, :s+1] += (dots*attn.scale).softmax(0)/c.n_heads
         assert (target - wanted).abs().max() < 1e-5
         assert (target.sum(-1) - 1).abs().max() < 1e-5 and (target.triu(1) == 0).all()
-        some = chosen(torch.rand(2, LENGTH, LENGTH), 4)[:, 0]
+        some = top_mask(torch.rand(2, LENGTH, LENGTH), 4)[:, 0]
         among = attention_target(attn, x, ctx, some)
         assert (among.sum(-1) - 1).abs().max() < 1e-5 and (among[~some] == 0).all()
 
@@ -94,7 +101,7 @@ def test_target_by_a_loop_over_heads(pair):
 def test_loss_and_its_gradient():
     torch.manual_seed(SEED)
     scores = torch.randn(2, 6, 6, dtype=torch.float64, requires_grad=True)
-    mask = chosen(torch.rand(2, 6, 6), 3)[:, 0]
+    mask = top_mask(torch.rand(2, 6, 6), 3)[:, 0]
     p = torch.rand(2, 6, 6, dtype=torch.float64).masked_fill(~mask, 0)
     p = p/p.sum(-1, keepdim=True)
     assert torch.autograd.gradcheck(lambda s: index_loss(s, p, mask), scores)

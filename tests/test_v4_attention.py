@@ -5,12 +5,14 @@ are compared with it have many index heads, for which a score of exactly zero is
 """
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from deepseek_nb.arch.attention import Context
-from deepseek_nb.arch.compressed import CompressedAttention
+from deepseek_nb.arch.compressed import CompressedAttention, query_positions, visible_entries
+from deepseek_nb.arch.rewindable import RewindableCache, rewindable_bytes
 from deepseek_nb.arch.rope import cos_sin, frequencies, rotary_factor
 from deepseek_nb.arch.window import WindowAttention, window_mask
 from deepseek_nb.core.config import Config
@@ -102,9 +104,166 @@ def oracle(hf, theirs, x, start=0, cache=None):
     return theirs(x, position_embeddings=embeddings, position_ids=positions, attention_mask=bias, cache=cache)[0]
 
 
+def cuts(r, n, most=9):
+    "Pieces that a text of n tokens is cut into: any lengths, single tokens often"
+    out = []
+    while sum(out) < n: out.append(min(r.choice([1, 1, r.randrange(1, most)]), n - sum(out)))
+    return out
+
+
+def feed(attns, cache, x, sizes):
+    "Our layers on a text in pieces, with their cache"
+    out = []
+    for piece in x.split(sizes, 1):
+        cache.reserve(piece.shape[1])
+        assert all(a.c is cache.c for a in attns)
+        out.append(torch.stack([run(a, piece, cache.pad, cache[i], len(cache)) for i, a in enumerate(attns)]))
+        cache.advance(piece.shape[1])
+    return torch.cat(out, 2)
+
+
 def test_whole_texts(r):
     hf, c = draw(r)
     for ours, theirs in layers(hf, c):
-        for n in [*range(1, 14), r.randrange(14, 24), r.randrange(24, 40)]:
+        for n in [*range(1, 14, 3), *range(2, 14, 3), r.randrange(14, 24), r.randrange(24, 40)]:
             x = torch.randn(r.choice([1, 2]), n, c.dim)
             close(run(ours, x), oracle(hf, theirs, x))
+
+
+def test_pieces(r):
+    "Chunked prefill and decode equal the whole text, here and in transformers with its cache"
+    from transformers.cache_utils import DynamicCache
+    hf, c = draw(r, m=r.choice([2, 3, 4]))
+    pairs, n = layers(hf, c), 40
+    x, sizes = torch.randn(2, n, c.dim), cuts(r, 40)
+    got = feed([a for a, _ in pairs], RewindableCache(c, 2, r.choice([0, 10])), x, sizes)
+    past, start, want = DynamicCache(config=hf), 0, []
+    for piece in x.split(sizes, 1):
+        want.append(torch.stack([oracle(hf, theirs, piece, start, past) for _, theirs in pairs]))
+        start += piece.shape[1]
+    close(got, torch.cat(want, 2))
+    close(got, torch.stack([run(a, x) for a, _ in pairs]))
+
+
+@pytest.mark.parametrize('n', [23, None])
+def test_rewinds(r, n):
+    "A rewound cache has the bits of one that never saw the rejected tokens, for every length of a rewind over the ends of windows"
+    hf, c = draw(r, index_n_heads=r.choice([1, 4]))
+    attns, longest = [a for a, _ in layers(hf, c)], r.randrange(9, 13)
+    n, sizes = n or r.randrange(1, 30), cuts(r, 12)  # after 23 tokens one more completes a window of 4, 6 or 8: all rows are needed
+    text, draft = torch.randn(1, n + 12, c.dim), torch.randn(1, longest, c.dim)
+
+    def state(taken):
+        cache = RewindableCache(c, rewinds=longest)
+        feed(attns, cache, text[:, :n], [n])
+        if taken: feed(attns, cache, draft[:, :taken], cuts(r, taken))
+        for part in ([taken] if taken < 2 else [1, taken - 1]): cache.rewind(part)
+        y = feed(attns, cache, text[:, n:], sizes)
+        return y, [o.entries[:, :len(cache)//o.m] for slot in cache.slots for o in slot.lists]
+
+    clean = state(0)
+    for taken in range(1, longest + 1) if n != 23 else [longest]:
+        y, entries = state(taken)
+        assert torch.equal(y, clean[0]), taken
+        assert all(map(torch.equal, entries, clean[1])), taken
+
+
+def test_rewinding_too_far(r):
+    hf, c = draw(r)
+    cache = RewindableCache(c, rewinds=5)
+    cache.reserve(20)
+    cache.advance(20)
+    cache.rewind(3)
+    with pytest.raises(ValueError, match='cannot rewind 3 tokens, only 2'): cache.rewind(3)
+    cache.reserve(1)
+    cache.advance(1)
+    with pytest.raises(ValueError, match='cannot rewind 4 tokens, only 3'): cache.rewind(4)
+    with pytest.raises(ValueError, match='cannot rewind 19 tokens of a cache that holds 18'): cache.rewind(19)
+    with pytest.raises(ValueError, match='context of 513 tokens is longer than max_positions 512'): cache.reserve(495)
+    assert len(cache) == 18
+    cache.rewind(18)
+    assert len(cache) == 0
+
+
+def test_padded_rows(r):
+    "Rows with different padding equal the same rows alone, whole and in pieces, after a rewind too"
+    hf, c = draw(r)
+    attns, t = [a for a, _ in layers(hf, c)], r.randrange(12, 30)
+    pad = torch.tensor([0, *(r.randrange(t) for _ in range(2)), t - 1])
+    x = torch.randn(4, t + 12, c.dim)
+    alone = [torch.stack([run(a, x[b:b + 1, pad[b]:]) for a in attns])[:, 0] for b in range(4)]
+    for a, y in zip(attns, zip(*alone, strict=True), strict=True):
+        whole = run(a, x, pad)
+        assert whole.isfinite().all()
+        for b in range(4): close(whole[b, pad[b]:], y[b])
+    cache = RewindableCache(c, 4, rewinds=7)
+    cache.pad = pad
+    first = feed(attns, cache, x[:, :t], cuts(r, t))
+    feed(attns, cache, torch.randn(4, 7, c.dim), [7])
+    cache.rewind(7)
+    got = torch.cat([first, feed(attns, cache, x[:, t:], cuts(r, 12))], 2)
+    for b in range(4): close(got[:, b, pad[b]:], alone[b])
+
+
+@pytest.mark.parametrize('kind', ['all equal', 'one head'])
+def test_ties(r, kind):
+    "Of equal index scores the lowest entries are selected, in prefill, decode and padded batches alike"
+    hf, c = draw(r, index_n_heads=1, index_topk=r.randrange(2, 5))
+    csa = layers(hf, c)[1][0]
+    if kind == 'all equal': csa.indexer.wq_b.weight.zero_()
+    x, chosen = torch.randn(1, 40, c.dim), []
+    csa.indexer.register_forward_hook(lambda module, args, out: chosen.append(out))
+    whole, all_at_once = run(csa, x), chosen.pop()
+    if kind == 'all equal': assert torch.equal(all_at_once[0, -1], torch.arange(c.index_topk))
+    c1 = replace(c, n_layers=1, compress_ratios=c.compress_ratios[1:2])
+    csa.c = csa.indexer.c = c1
+    cache = RewindableCache(c1)
+    start = c.csa_ratio*(c.index_topk + 1) - 1
+    close(feed([csa], cache, x[:, :start], [start])[0], whole[:, :start])
+    chosen.clear()
+    close(feed([csa], cache, x[:, start:], [1]*(40 - start))[0], whole[:, start:])
+    assert torch.equal(torch.cat(chosen, 1), all_at_once[:, start:])
+    chosen.clear()
+    padded = torch.cat([torch.randn(1, 5, c.dim), x], 1)
+    run(csa, padded, torch.tensor([5]))
+    assert torch.equal(chosen[0][:, 5 + start:, :c.index_topk], all_at_once[:, start:])
+
+
+def test_bytes(r):
+    hf, c = draw(r, m=r.choice([2, 3, 4]))
+    for _ in range(5):
+        b, t, n, dtype = r.randrange(1, 4), r.randrange(200), r.randrange(40), r.choice([torch.float32, torch.bfloat16])
+        cache = RewindableCache(c, b, t, dtype, rewinds=n)
+        assert cache.nbytes == rewindable_bytes(c, t, b, dtype.itemsize, n)
+        cache.reserve(300)
+        assert cache.nbytes == rewindable_bytes(c, cache.capacity, b, dtype.itemsize, n) and cache.capacity >= 300
+
+
+def test_visibility(r):
+    "A window's last token sees its own entry, the token before it does not"
+    m, pad = r.randrange(2, 9), torch.tensor([0, r.randrange(1, 9)])
+    sees = visible_entries(query_positions(Context((), pad=pad), 40), 40//m, m)
+    for b in range(2):
+        for s in range(40):
+            for i in range(40//m): assert sees[b, s, i] == (pad[b] + m*i + m - 1 <= s)
+
+
+def test_drafts(r, monkeypatch):
+    "Greedy tokens with drafts are those of plain decoding, alone and in a padded batch, though rejected drafts are taken back"
+    from deepseek_nb.arch.model import Model
+    hf, c = draw(r, index_topk=3)
+    model, other = (Model(c, torch.float32, 'cpu').eval().requires_grad_(False) for _ in range(2))
+    for m in (model, other):
+        for p in m.parameters(): p.add_(torch.randn_like(p)*.1)
+    taken, rewind = [], RewindableCache.rewind
+    monkeypatch.setattr(RewindableCache, 'rewind', lambda cache, n: (taken.append(n), rewind(cache, n))[1])
+    ids = torch.randint(64, (2, 9)).repeat(1, 3)
+    mask = torch.ones_like(ids)
+    mask[1, :r.randrange(1, 20)] = 0
+    how = dict(max_new_tokens=16, eos_token_id=[])
+    plain = model.generate(ids, attention_mask=mask, **how)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=model.new_cache(2), **how), plain)
+    for source in ('lookup', model, other):
+        taken.clear()
+        assert torch.equal(model.generate(ids, attention_mask=mask, draft=source, draft_tokens=r.randrange(3, 7), **how), plain)
+    assert any(n > 0 for n in taken), 'the other model guesses wrong at least once'

@@ -17,11 +17,14 @@ import sys
 import tempfile
 import threading
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
 # What a test that trains needs; an optimiser imports the second
 TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'datasets', 'matplotlib.pyplot', 'pytest'
+# What the files of tests import, for the workers of pytest-xdist; setuptools as in conftest.py
+WORKER = 'setuptools', *TRAINING, 'peft', 'openai', 'anthropic', 'hypothesis'
 
 
 def built_for(isa):
@@ -73,7 +76,8 @@ def lived(*args):
 
 def serve(listener, modules):
     "Fork a process for each connection, which is told its id and at last its exit status"
-    for name in modules: import_module(name)
+    for name in modules:
+        with suppress(ImportError): import_module(name)
     listener = socket.socket(fileno=listener)
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -113,12 +117,14 @@ _servers = {}
 
 def server(modules):
     "The address of a server that has these modules"
+    for those, path in json.loads(os.environ.get('WARM_SERVERS', '[]')):
+        if modules == tuple(those): return path
     if modules not in _servers:
         path = Path(tempfile.mkdtemp(prefix='warm-'))/'s'
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen()
-        env = os.environ | dict(OMP_NUM_THREADS='1')
+        env = os.environ | (dict(TORCH_WARM_POOL='0') if modules == WORKER else dict(OMP_NUM_THREADS='1'))
         code = f'import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import warm; del sys.path[0]\n'
         code += f'warm.serve({listener.fileno()}, {modules})'
         p = subprocess.Popen([sys.executable, '-c', code], env=env, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
@@ -126,6 +132,11 @@ def server(modules):
         _servers[modules] = str(path), p
         atexit.register(lambda: (p.stdin.close(), p.wait(), path.unlink(), path.parent.rmdir()))
     return _servers[modules][0]
+
+
+def share(*kinds):
+    "Start a server for each of these modules, also for the processes that this one starts"
+    os.environ['WARM_SERVERS'] = json.dumps([[modules, server(modules)] for modules in kinds])
 
 
 class Process:
@@ -184,3 +195,14 @@ def run(*words, timeout=600, check=False, **kwargs):
     done = subprocess.CompletedProcess(words, p.returncode, out, err)
     if check: done.check_returncode()
     return done
+
+
+def replace(words):
+    "Let a fork do what this interpreter was started for, with its streams, and end with its exit status"
+    p = Process(words[words.index('-c'):], None, None, [sys.stdin, sys.stdout, sys.stderr], WORKER)
+    with open(os.devnull, 'r+') as nothing:
+        for fd in range(3): os.dup2(nothing.fileno(), fd)
+    return p.wait()
+
+
+if __name__ == '__main__': sys.exit(replace(sys.argv))

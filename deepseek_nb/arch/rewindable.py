@@ -37,7 +37,9 @@ class Ring:
     )->None:
         "Store rows; those that don't fit are not kept"
         size,skip = self.data.shape[1],max(rows.shape[1] - self.data.shape[1], 0)
-        self.data[:, torch.arange(column + skip, column + rows.shape[1], device=rows.device) % size] = rows[:, skip:].to(self.data.dtype)
+        start,n = (column + skip) % size,rows.shape[1] - skip
+        if start + n <= size: self.data[:, start:start + n] = rows[:, skip:]
+        else: self.data[:, torch.arange(start, start + n, device=rows.device) % size] = rows[:, skip:].to(self.data.dtype)
 
     def between(self,
         start:int, # First column

@@ -8,7 +8,7 @@ sparse attention. `attention_recall` and `selected_loss` measure what a selectio
 
 # %% auto #0
 __all__ = ['attention_target', 'index_loss', 'sparse_config', 'sparsify', 'trained_scores', 'dense_streams', 'fit_indexer',
-           'warm_up_indexer', 'preferences', 'chosen', 'attention_recall', 'selected_loss', 'sparse_hidden',
+           'warm_up_indexer', 'preferences', 'top_mask', 'attention_recall', 'selected_loss', 'sparse_hidden',
            'sparse_loss']
 
 # %% ../../nbs/662_train.indexer.ipynb #cd967f64
@@ -195,7 +195,7 @@ def preferences(
     age = torch.arange(s, device=x.device)
     return torch.where(age < first, s, age).float().expand(b, s, s)
 
-def chosen(
+def top_mask(
     scores:Tensor, # Scores `b s t`
     a:int, # Number of keys that a query attends to
 )->Tensor: # True for the selected keys `b 1 s t`
@@ -217,7 +217,7 @@ def attention_recall(
     for i,(block,x,ctx) in enumerate(dense_streams(model, tokens)):
         p = attention_target(block.self_attn, x, ctx, causal)
         scores = preferences(kind, block.self_attn, x, ctx, seed + i)
-        found.append([(p*chosen(scores, a)[:, 0]).sum(-1)[:, a:].mean().item() for a in sizes])
+        found.append([(p*top_mask(scores, a)[:, 0]).sum(-1)[:, a:].mean().item() for a in sizes])
     return found
 
 # %% ../../nbs/662_train.indexer.ipynb #caf95517
@@ -225,7 +225,7 @@ def _selected_hidden(model, tokens, kind, a, seed=0):
     ctx,x = model.context(tokens.shape[1]),model.embed_tokens(tokens)
     for i,block in enumerate(model.layers):
         scores = preferences(kind, block.self_attn, block.input_layernorm(x), ctx, seed + i)
-        x = _attend(block, x, ctx, chosen(scores, a))
+        x = _attend(block, x, ctx, top_mask(scores, a))
     return model.norm(x)
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def sparse_hidden(
     for block in model.layers:
         h,attn = block.input_layernorm(x),block.self_attn
         scores = trained_scores(attn, h, ctx)
-        mask = chosen(scores.detach(), model.config.index_topk)
+        mask = top_mask(scores.detach(), model.config.index_topk)
         total = total + index_loss(scores, attention_target(attn, h, ctx, mask[:, 0]), mask[:, 0])
         x = _attend(block, x, ctx, mask)
     return model.norm(x), total
