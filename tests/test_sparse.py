@@ -14,6 +14,7 @@ import torch
 from deepseek_nb import Model
 from deepseek_nb.arch import sparse
 from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.routing import affinity, route
 from deepseek_nb.arch.sparse import DSA, attend_selected, index_scores, top_positions
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
@@ -70,14 +71,16 @@ def oracle(config, seed):
 class Spy:
     "Records scores, masks and positions of every selection within a `with` block"
     def __enter__(self):
-        self.calls, self.real = [], sparse.top_positions
-        def spied(scores, k, mask=None):
-            out = self.real(scores, k, mask)
-            self.calls.append((scores.clone(), k, mask, out))
+        self.calls, self.real = [], sparse.select_positions
+        def spied(q, k, w, a, mask=None):
+            out = self.real(q, k, w, a, mask)
+            seen = visible(q.shape[1], k.shape[1]) if mask is None else mask
+            self.calls.append((index_scores(q, k, w), a, seen, out))
             return out
-        sparse.top_positions = spied
+        spied.op, spied.twin = self.real.op, self.real.twin # for chapters that are imported meanwhile
+        sparse.select_positions = spied
         return self
-    def __exit__(self, *error): sparse.top_positions = self.real
+    def __exit__(self, *error): sparse.select_positions = self.real
 
     def margins(self):
         "Distance between the last selected and the first other score, relative to the largest, `b s`; ∞ where all are selected"
@@ -280,14 +283,6 @@ def test_dense_up_to_topk():
         assert not spy.calls and cache[0].tensors[1][:, :6].abs().sum(-1).min() > 0
 
 
-@pytest.mark.parametrize('chunk', [1, 100, 10**9])
-def test_chunks_of_queries(chunk, monkeypatch):
-    m, ids = model(toy()), torch.randint(50, (2, 30))
-    want = m(ids, mla='naive')
-    monkeypatch.setattr(sparse, 'CHUNK', chunk)
-    torch.testing.assert_close(m(ids, mla='absorbed'), want, rtol=1e-4, atol=1e-4)
-
-
 def test_attention_reads_only_what_was_selected():
     "Rows that no query selected may hold anything"
     torch.manual_seed(SEED)
@@ -297,6 +292,38 @@ def test_attention_reads_only_what_was_selected():
     other[[0, 3, 7]] = False
     z[:, other] = torch.nan
     assert torch.equal(attend_selected(q, z, positions, 6, .3), want)
+
+
+# The same rule in the router
+
+@pytest.mark.parametrize('score', ['softmax', 'sigmoid', 'sqrtsoftplus'])
+def test_experts_of_equal_scores_in_every_twin(score):
+    "Logits and biases of few values: prefill, single tokens and a permuted batch choose the experts that the rule names, in every twin"
+    r, found = random.Random(f'{SEED} {score}'), set()
+    torch.manual_seed(SEED)
+    for groups, per, keep, how in ((1, 12, 1, 'max'), (4, 4, 2, 'max'), (4, 4, 2, 'sum2'), (8, 8, 3, 'sum2')):
+        k = r.randrange(1, keep*per)
+        c = toy(n_routed_experts=groups*per, n_expert_groups=groups, n_limited_groups=keep, group_score=how, n_activated_experts=k,
+                score_func=score)
+        logits, bias = torch.tensor([-1., 0., 2.])[torch.randint(3, (20, groups*per))], torch.randint(2, (groups*per,))/4
+        choice = affinity(logits, score) + bias
+        want = [by_hand(row, groups, keep, how, k) for row in choice]
+        for name in route.op.plan('auto', 'cpu'):
+            twin = route.op.twins[name]
+            if not route.op.ready(name) or (twin.supports and not twin.supports(logits, c, bias)): continue
+            found.add(name)
+            chosen = lambda x, twin=twin, c=c, bias=bias: [sorted(e) for e in twin.fn(x, c, bias).experts.tolist()]
+            assert chosen(logits) == want, (SEED, name)
+            assert [chosen(x[None])[0] for x in logits] == want and chosen(logits.flip(0)) == want[::-1], (SEED, name)
+    assert 'reference' in found
+
+
+def by_hand(scores, groups, keep, how, k):
+    "Experts of one token, by lists: Python sorts keep the order of equal items"
+    x = scores.view(groups, -1)
+    rank = x.amax(-1) if how == 'max' else x.topk(2, -1).values.sum(-1)
+    kept = sorted(range(groups), key=lambda g: -rank[g].item())[:keep]
+    return sorted(sorted((e for e in range(len(scores)) if e//x.shape[1] in kept), key=lambda e: -scores[e].item())[:k])
 
 
 # Where V3 works
@@ -309,7 +336,8 @@ def small():
         for _ in range(50):
             ids = torch.randint(50, (2, 30))
             logits, upto = clear(m, ids, mla='naive')
-            if min(upto) == 30: return m, ids, logits
+            parts = [clear(m, ids[:, part])[1] for part in (slice(0, 12), slice(12, 30))]
+            if min(upto) == 30 and parts == [[12]*2, [18]*2]: return m, ids, logits
     raise AssertionError(f'no tokens without near ties, SPARSE_SEED={SEED}')
 
 
@@ -412,3 +440,37 @@ def test_adapters_and_gradients(small):
     for k, p in own.named_parameters():
         if p.requires_grad: assert (p.grad is None) == ('.indexer.' in k), k
     same(own.merge_and_unload()(ids), logits, upto, SEED)
+
+
+@pytest.mark.parametrize('chunk', [1, 100, 10**9])
+def test_chunks_of_queries(small, chunk, monkeypatch):
+    m, ids, want = small
+    monkeypatch.setattr(sparse, 'CHUNK', chunk)
+    close(m(ids, mla='absorbed'), want)
+
+
+class Bytes:
+    "A tokenizer whose tokens are bytes"
+    eos_ids, _skip, chat_template = (), (), None
+    def id_to_bytes(self, i): return bytes([i])
+    def stream_decoder(self, skip_special=False):
+        from deepseek_nb.files.tokenizer import StreamDecoder
+        return StreamDecoder(self, skip_special)
+
+
+def test_server():
+    "Prompts with a common prefix, in pages and chunks, get the tokens of `generate`"
+    from deepseek_nb.serve.engine import Engine
+    from deepseek_nb.serve.sampling import SamplingParams
+    from deepseek_nb.serve.stream import Request
+    m, r = model(toy(index_n_heads=8), seed=0), random.Random(0)
+    engine, shared = Engine(m, Bytes(), budget=64), [r.randrange(50) for _ in range(80)]
+    prompts = [shared + [r.randrange(50) for _ in range(9)], [5, 6, 7], shared[:70], shared]
+    greedy = SamplingParams(temperature=0.)
+    streams = []
+    for group in (prompts[:2], prompts[2:]):
+        streams += [engine.submit(Request(p, greedy, max_tokens=8, stop_ids=())) for p in group]
+        while engine.step(): continue
+    for p, stream in zip(prompts, streams, strict=True):
+        want = m.generate(torch.tensor([p]), max_new_tokens=8, eos_token_id=-1)[0, len(p):].tolist()
+        assert [x.id for x in stream.arrived() if x is not None] == want

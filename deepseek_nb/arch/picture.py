@@ -37,7 +37,8 @@ def human(
 
 # %% ../../nbs/170_arch.picture.ipynb #a39c59cc
 PARTS = {'.experts.': 'routed experts', '.shared_experts.': 'shared experts', '.mlp.gate.': 'router', '.mlp.': 'dense',
-         '.self_attn.': 'attention', 'embed_tokens': 'embedding', 'lm_head': 'head', 'norm': 'norms'}
+         '.self_attn.': 'attention', '_hc.': 'hyper-connections', 'hc_head.': 'hyper-connections',
+         'embed_tokens': 'embedding', 'lm_head': 'head', 'norm': 'norms'}
 
 def part_params(
     c:Config, # Config of a model
@@ -46,7 +47,7 @@ def part_params(
     "Number of parameters of each part"
     found = {}
     for name,shape in shapes(c).items():
-        if layer is not None and not name.startswith(f'layers.{layer}.'): continue
+        if name.endswith('tid2eid') or layer is not None and not name.startswith(f'layers.{layer}.'): continue
         part = next(v for k,v in PARTS.items() if k in name)
         found[part] = found.get(part, 0) + prod(shape)
     return found
@@ -61,8 +62,14 @@ class Part(NamedTuple):
 def attention_part(
     c:Config, # Config of a model
     params:int, # Number of parameters of the attention of one layer
+    layer:int = 0, # Index of the layer
 )->Part: # Box
     "Box of attention"
+    if c.window:
+        m = c.compress_ratios[layer]
+        kind = 'window' if not m else 'CSA' if m == c.csa_ratio else 'HCA'
+        lines = [f'{kind}, {c.n_heads} heads', f'window of {c.window} tokens'] + [f'entries of {m} tokens']*bool(m)
+        return Part(lines + [f'indexer, top {c.index_topk:,}']*(kind == 'CSA'), params, 'blue')
     if not c.mla: return Part([f'GQA, {c.n_heads} heads', f'{c.n_kv_heads} KV heads, width {c.head_dim}'], params, 'blue')
     rank = f'query rank {c.q_lora_rank}' if c.q_lora_rank else 'full query'
     lines = [f'{attention_kind(c)}, {c.n_heads} heads', f'latent {c.kv_lora_rank} + {c.qk_rope_head_dim}', rank]
@@ -77,7 +84,8 @@ def ffn_parts(
     p = part_params(c, layer)
     if not c.is_moe(layer): return [Part(['SwiGLU', f'width {c.inter_dim:,}'], p['dense'], 'green')]
     groups = [f'in {c.n_limited_groups} of {c.n_expert_groups} groups']*(c.n_expert_groups > 1)
-    router = Part([f'router, {c.score_func}', f'{c.n_activated_experts} of {c.n_routed_experts}', *groups], p['router'], 'red')
+    name = 'table of token ids' if layer < c.n_hash_layers else f'router, {c.score_func}'
+    router = Part([name, f'{c.n_activated_experts} of {c.n_routed_experts}', *groups], p['router'], 'red')
     routed = Part([f'{c.n_routed_experts} experts', f'width {c.moe_inter_dim:,}'], p['routed experts'], 'orange')
     if not c.n_shared_experts: return [router, routed]
     return [router, routed, Part([f'{c.n_shared_experts} shared expert' + 's'*(c.n_shared_experts > 1)], p['shared experts'], 'green')]
@@ -86,9 +94,9 @@ def outline(
     c:Config, # Config of a model
 )->list: # Indices and boxes of the layers of each kind
     "Kinds of layers of a model, and their boxes"
-    kinds = sorted(range(c.n_layers), key=c.is_moe)
-    groups = [list(g) for _,g in groupby(kinds, key=c.is_moe)]
-    return [(g, [attention_part(c, part_params(c, g[0])['attention']), *ffn_parts(c, g[0])]) for g in groups]
+    def kind(i): return c.is_moe(i), i >= c.n_hash_layers, c.compress_ratios[i] if c.window else 0
+    groups = [list(g) for _,g in groupby(sorted(range(c.n_layers), key=kind), key=kind)]
+    return [(g, [attention_part(c, part_params(c, g[0])['attention'], g[0]), *ffn_parts(c, g[0])]) for g in groups]
 
 # %% ../../nbs/170_arch.picture.ipynb #d84e42bc
 def box(
@@ -329,7 +337,6 @@ def draw_attention(
     "Draw the naive and the absorbed form of MLA side by side"
     import matplotlib.pyplot as plt
     if not config.mla: raise ValueError(f'{config.model_type} has no latent attention to draw; give an MLA config such as deepseek-v3')
-    if config.index_n_heads and t > config.index_topk: raise ValueError(f'attention is sparse beyond {config.index_topk} keys; draw fewer')
     fig,axes = plt.subplots(1, 2, figsize=(7.2, 4.8))
     tensors,traffic = mla_tensors(config, s, t),mla_traffic(config, s, t)
     for ax,(form,steps) in zip(axes, mla_steps(config, s, t).items(), strict=True):

@@ -19,6 +19,7 @@ from einops import rearrange, reduce
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .sparse import top_positions
 from ..core.config import Config
 from ..core.dispatch import op
 from ..core.lazy import extended
@@ -43,7 +44,7 @@ def limit_groups(
     if groups == keep: return scores
     grouped = rearrange(scores, 'n (g e) -> n g e', g=groups)
     rank = grouped.amax(-1) if how == 'max' else grouped.topk(2, -1).values.sum(-1)
-    kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, rank.topk(keep, -1).indices, True)
+    kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, top_positions(rank, keep), True)
     return rearrange(grouped.masked_fill(~kept[...,None], -torch.inf), 'n g e -> n (g e)')
 
 # %% ../../nbs/140_arch.routing.ipynb #32e34f5c
@@ -63,7 +64,7 @@ def route(
     "Select k experts for each token"
     scores = affinity(logits, c.score_func)
     choice = limit_groups(scores if bias is None else scores + bias, c.n_expert_groups, c.n_limited_groups, c.group_score)
-    experts = choice.topk(c.n_activated_experts, -1, sorted=False).indices
+    experts = top_positions(choice, c.n_activated_experts)
     weights = scores.gather(-1, experts)
     if c.norm_topk: weights = weights/(weights.sum(-1, keepdim=True) + 1e-20)
     return Route(weights*c.route_scale, experts, scores)

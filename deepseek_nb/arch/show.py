@@ -82,6 +82,7 @@ def cache_table(
     c,size = cache.c,cache.batch*cache.c.cache_bytes_per_token(cache.dtype.itemsize)
     content = f'latents, {c.kv_lora_rank} + {c.qk_rope_head_dim}' if c.mla else f'keys and values, {c.n_kv_heads} × {c.head_dim}'
     if c.mla and c.index_n_heads: content += f', and index keys, {c.index_head_dim}'
+    if c.window: content = f'window of {c.window} keys, and entries of width {c.head_dim}'
     rows = [['caches', content],
             ['rows', cache.batch], ['positions', f'{cache.length:,} of {cache.capacity:,}'], ['limit', f'{c.max_positions:,}'],
             ['allocated', f"{human(cache.nbytes, 'B')} in {str(cache.dtype).removeprefix('torch.')}"], ['per token', human(size, 'B')]]

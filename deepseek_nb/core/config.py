@@ -11,7 +11,7 @@ __all__ = ['MOE_NAMES', 'FAMILIES', 'Rope', 'rope_from_hf', 'Config', 'check_con
 
 # %% ../../nbs/010_core.config.ipynb #eb0c3358
 from dataclasses import dataclass, field, fields, replace
-from math import inf, nextafter
+from math import inf, log, nextafter
 from typing import NamedTuple
 
 from fastcore.basics import patch
@@ -323,18 +323,24 @@ def _v4_layers(d):
     return dict(compress_ratios=ratios[:n], mtp_ratios=mtp, csa_ratio=rates['compressed_sparse_attention'], n_hash_layers=hashed)
 
 # %% ../../nbs/010_core.config.ipynb #63208c4d
+def _explicit(r):
+    "The factor of cos and sin in numbers, since the two forms have different defaults"
+    if r.kind != 'yarn' or r.attention_factor is not None or r.mscale_all_dim: return r
+    return replace(r, attention_factor=.1*log(r.factor) + 1 if r.factor > 1 else 1.)
+
 def _v4_rope(d):
     "Rotary settings and rotary width of a V4 config.json, in either form"
     p = d.get('rope_parameters') or {}
     if isinstance(p.get('main'), dict) and isinstance(p.get('compress'), dict):
-        main,compress = (rope_from_hf(d | dict(rope_parameters=p[k]), True) for k in ('main', 'compress'))
+        main,compress = (_explicit(rope_from_hf(d | dict(rope_parameters=p[k]), True)) for k in ('main', 'compress'))
     else:
         main = Rope(d.get('rope_theta') or 10000., interleaved=True)
         flat = p or d.get('rope_scaling') or {}
         compress = rope_from_hf(d | dict(rope_parameters=flat | dict(rope_theta=d.get('compress_rope_theta') or 160000.)), True)
-    if compress.kind == 'yarn' and compress.attention_factor is None: compress = replace(compress, attention_factor=1.)
-    share = d.get('partial_rotary_factor')
-    return dict(rope=main, compress_rope=compress, qk_rope_head_dim=d.get('qk_rope_head_dim') or int(d['head_dim']*(share or .125)))
+        if compress.kind == 'yarn' and compress.attention_factor is None: compress = replace(compress, attention_factor=1.)
+    share = p['main'].get('partial_rotary_factor') if isinstance(p.get('main'), dict) else None
+    width = int(d['head_dim']*(share or d.get('partial_rotary_factor') or .125))
+    return dict(rope=main, compress_rope=compress, qk_rope_head_dim=width if share else d.get('qk_rope_head_dim') or width)
 
 def _v4_fields(d):
     "Fields that only V4 has"

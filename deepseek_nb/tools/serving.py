@@ -21,6 +21,7 @@ from pathlib import Path
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
 from ..infer.load import decode_path, warm_kernels
+from ..kernels.layers import same_in_company
 from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ServedModel
 from ..serve.engine import Engine, EngineStats
@@ -138,6 +139,7 @@ def serve_models(
     for m in served:
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         print(decode_path(m.engine.model))
+        if why := same_in_company(m.engine.model, m.engine.pool): print(f'the last bits of an answer may depend on other requests: {why}')
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 
