@@ -1945,6 +1945,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'deepseek_nb/files/tokenizer.py'),
                                              'deepseek_nb.files.tokenizer._Header.__init__': ( 'files.tokenizer.html#_header.__init__',
                                                                                                'deepseek_nb/files/tokenizer.py'),
+                                             'deepseek_nb.files.tokenizer._Header.string': ( 'files.tokenizer.html#_header.string',
+                                                                                             'deepseek_nb/files/tokenizer.py'),
                                              'deepseek_nb.files.tokenizer._Header.take': ( 'files.tokenizer.html#_header.take',
                                                                                            'deepseek_nb/files/tokenizer.py'),
                                              'deepseek_nb.files.tokenizer._Header.unpack': ( 'files.tokenizer.html#_header.unpack',
