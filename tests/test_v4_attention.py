@@ -246,3 +246,24 @@ def test_visibility(r):
     for b in range(2):
         for s in range(40):
             for i in range(40//m): assert sees[b, s, i] == (pad[b] + m*i + m - 1 <= s)
+
+
+def test_drafts(r, monkeypatch):
+    "Greedy tokens with drafts are those of plain decoding, alone and in a padded batch, though rejected drafts are taken back"
+    from deepseek_nb.arch.model import Model
+    hf, c = draw(r, index_topk=3)
+    model, other = (Model(c, torch.float32, 'cpu').eval().requires_grad_(False) for _ in range(2))
+    for m in (model, other):
+        for p in m.parameters(): p.add_(torch.randn_like(p)*.1)
+    taken, rewind = [], RewindableCache.rewind
+    monkeypatch.setattr(RewindableCache, 'rewind', lambda cache, n: (taken.append(n), rewind(cache, n))[1])
+    ids = torch.randint(64, (2, 9)).repeat(1, 3)
+    mask = torch.ones_like(ids)
+    mask[1, :r.randrange(1, 20)] = 0
+    how = dict(max_new_tokens=16, eos_token_id=[])
+    plain = model.generate(ids, attention_mask=mask, **how)
+    assert torch.equal(model.generate(ids, attention_mask=mask, cache=model.new_cache(2), **how), plain)
+    for source in ('lookup', model, other):
+        taken.clear()
+        assert torch.equal(model.generate(ids, attention_mask=mask, draft=source, draft_tokens=r.randrange(3, 7), **how), plain)
+    assert any(n > 0 for n in taken), 'the other model guesses wrong at least once'

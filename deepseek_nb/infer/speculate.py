@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model, head
+from ..arch.rewindable import RewindableCache
 from .drafts import Draft, LookupDrafter, ModelDrafter, MTPDrafter
 from .generate import Sampling
 from .paged import PagedCache, PagePool
@@ -177,8 +178,8 @@ def _verify(logits, draft, ids, how, gen):
 
 class _Row:
     "A sequence that is being generated"
-    def __init__(self, ids, pool, drafter, left):
-        self.ids,self.cache,self.drafter,self.left,self.ready,self.done = list(ids),PagedCache(pool),drafter,left,[],left < 1
+    def __init__(self, ids, cache, drafter, left):
+        self.ids,self.cache,self.drafter,self.left,self.ready,self.done = list(ids),cache,drafter,left,[],left < 1
         self.fed,self.plan = 0,(None, Draft([]))
 
     def propose(self, lengths, fixed, rows):
@@ -219,13 +220,27 @@ def _drafters(draft, model, how, n):
         raise ValueError(f'the draft model has {a} tokens, the model {b}; both need the same vocabulary')
     return [ModelDrafter(draft, how, s) for s in seeds]
 
+# %% ../../nbs/449_infer.speculate.ipynb #c4e17a90
+def _caches(model, lengths, page, longest):
+    "A cache for each row: pages of one pool, or for V4 a cache that rewinds"
+    c,most = model.config,max(longest, 32)
+    if c.window: return [RewindableCache(c, 1, n, model.dtype, model.device, most) for n in lengths]
+    pool = PagePool(c, sum(-(-n//page) + 1 for n in lengths), page, model.dtype, model.device)
+    return [PagedCache(pool) for _ in lengths]
+
+def _run(model, tokens, caches):
+    "Activations of the new tokens of each row; V4's rows run one after another"
+    device,counts = model.device,[*map(len, tokens)]
+    if not model.config.window: return model.ragged(torch.tensor(sum(tokens, []), device=device), caches, counts).split(counts)
+    return [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
+
 # %% ../../nbs/449_infer.speculate.ipynb #71fe3f64
 def _step(model, rows, lengths, fixed, how, gen, ends):
     "Draft, run the model and verify, for all rows"
     decoding,start = all(r.fed for r in rows),time.perf_counter()
     tokens = [r.propose(lengths, fixed, len(rows)) for r in rows]
     counts,ahead = [*map(len, tokens)],[len(r.plan[1].tokens) + 1 for r in rows]
-    x = model.ragged(torch.tensor(sum(tokens, []), device=model.device), [r.cache for r in rows], counts).split(counts)
+    x = _run(model, tokens, [r.cache for r in rows])
     last = torch.cat([o[-k:] for o,k in zip(x, ahead, strict=True)])
     logits = head(last, model.head_weight).split(ahead) # of two axes: the bits don't depend on the number of tokens
     notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, x, logits, strict=True)]
@@ -247,9 +262,8 @@ def speculate(self:Model,
     "Generate with drafts"
     if draft_tokens is not None and draft_tokens < 1: raise ValueError(f'draft_tokens is {draft_tokens}; it must be 1 or above')
     how,lengths = how or Sampling(),DraftLength()
-    pages = sum(-(-(len(p) + n)//page) + 1 for p in prompts)
-    pool = PagePool(self.config, pages, page, self.dtype, self.device)
-    rows = [_Row(p, pool, d, n) for p,d in zip(prompts, _drafters(draft, self, how, len(prompts)), strict=True)]
+    caches = _caches(self, [len(p) + n for p in prompts], page, draft_tokens or lengths.most)
+    rows = [_Row(p, c, d, n) for p,c,d in zip(prompts, caches, _drafters(draft, self, how, len(prompts)), strict=True)]
     gen = None if how.seed is None else torch.Generator(self.device).manual_seed(how.seed)
     while live := [r for r in rows if not r.done]:
         _step(self, live, lengths, draft_tokens, how, gen, ends)
