@@ -39,6 +39,8 @@ Modules:
 - `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
 - `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
 - `deepseek_nb.bench.serve`: Our server, transformers serve, llama.cpp and vLLM with the same model and the same load: throughput, inter-token latency and time to first token at 1 to 32 streams, and goodput.
+- `deepseek_nb.bench.sparse`: The time of a decode step with DeepSeek sparse attention against dense MLA, from the kernels to a whole model, and the limit of the machine.
+- `deepseek_nb.bench.speculate`: What a drafted token costs and what it yields: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and draft models beside their prediction.
 - `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
 - `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
@@ -60,6 +62,7 @@ Modules:
 - `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: the weights are decoded to bfloat16 in registers, and the CUDA twins select the kernel for each format.
 - `deepseek_nb.cuda.quant_experts`: Int8 and int4 experts on a GPU: only the weights of experts that the batch selects are read, and int4 weights are decoded in registers.
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
+- `deepseek_nb.cuda.sparse`: DeepSeek sparse attention on a GPU: index scores on tensor cores, an exact radix selection, and flash-decoding over a list of positions.
 - `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
 - `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.

@@ -93,6 +93,7 @@ def common(
 )->int: # Number of first tokens that agree
     "Length of the common beginning"
     most = min(len(a), len(b))
+    start = min(start, most)
     while start < most and a[start] == b[start]: start += 1
     return start
 
