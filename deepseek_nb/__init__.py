@@ -40,6 +40,7 @@ Modules:
 - `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
 - `deepseek_nb.bench.serve`: Our server, transformers serve, llama.cpp and vLLM with the same model and the same load: throughput, inter-token latency and time to first token at 1 to 32 streams, and goodput.
 - `deepseek_nb.bench.sparse`: The time of a decode step with DeepSeek sparse attention against dense MLA, from the kernels to a whole model, and the limit of the machine.
+- `deepseek_nb.bench.speculate`: What a drafted token costs and what it yields: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and draft models beside their prediction.
 - `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
 - `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`

@@ -384,7 +384,8 @@ BENCHMARKS = {  # name at the command line -> location
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
-    'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode')}
+    'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
+    'speculate': Benchmark('bench.speculate.speculate')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..arch.model import Model, head
+from ..arch.model import Model, check_plain, head
 from ..arch.mtp import check_mtp
 from .generate import Sampling
 
@@ -93,6 +93,7 @@ def common(
 )->int: # Number of first tokens that agree
     "Length of the common beginning"
     most = min(len(a), len(b))
+    start = min(start, most)
     while start < most and a[start] == b[start]: start += 1
     return start
 
@@ -169,6 +170,7 @@ class MTPDrafter(Drafter):
         start:int = 0, # Number of first tokens whose activations are not known
     ):
         check_mtp(model)
+        check_plain(model.config, 'drafting by multi-token prediction')
         self.model,self.how,self.new,self.cache,self.start = model,how,[],model.new_cache(1),start
         del self.cache.slots[1:] # one block
         self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)

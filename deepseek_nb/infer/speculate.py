@@ -123,7 +123,7 @@ class DraftLength:
     )->None:
         "Learn from a draft that was verified"
         if not drafted: return
-        old = self.seen.get(kind, (1., 1.))
+        old = self.seen.get(kind, (0., 0.))
         self.seen[kind] = .9*old[0] + kept, .9*old[1] + min(kept + 1, drafted)
 
     def time(self,
@@ -140,7 +140,7 @@ def kept(self:DraftLength,
     kind, # Kind of the draft
 )->float: # Between 0 and 1
     "Estimated probability that a drafted token is kept"
-    kept,drafted = self.seen.get(kind, (1., 1.))
+    kept,drafted = self.seen.get(kind, (0., 0.))
     return (kept + .5)/(drafted + 1)
 
 @patch
@@ -151,7 +151,7 @@ def cost(self:DraftLength,
     n,m1,m2,t,mt = self.sums
     if not n: return 1.
     spread = n*m2 - m1*m1
-    b = max(0., (n*mt - m1*t)/spread) if spread > 1e-9 else 0.
+    b = max(0., (n*mt - m1*t)/spread) if spread > 1e-9 else .1*t/m1 # steps of one length only: a guess
     return max((t - b*m1)/n + b*m, 1e-9)
 
 # %% ../../nbs/449_infer.speculate.ipynb #93a8cb49
@@ -199,6 +199,7 @@ class _Row:
         self.cache.rewind(len(x) - good)
         self.ids,self.fed,self.left = self.ids + new,self.fed + good,self.left - len(new)
         self.drafter.note(self.ids, x[:good])
+        self.drafter.feed(self.ids, 64)
         self.ready += new
         self.done = not self.left or new[-1] in ends
         return kind,len(draft.tokens),len(new) - 1

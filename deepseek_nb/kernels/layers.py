@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..arch.attention import Context, attend, attend_latent
+from ..arch.attention import GQA, MLA, Context, attend, attend_latent
 from ..arch.model import Block, Model
 from ..infer.paged import PagedCache, PagePool
 from ..infer.ragged import RaggedBatch, run_rows
@@ -99,7 +99,8 @@ def needs_layers(
     batch:RaggedBatch, # Rows, with pages for the new tokens
 )->bool: # Whether no fused step can run them, and this twin can
     "Whether a batch runs layer by layer"
-    if not pages_fit(x, batch.caches[0]) or any(type(b) is not Block for b in blocks): return False
+    if not pages_fit(x, batch.caches[0]): return False
+    if any(type(b) is not Block or type(b.self_attn) not in (MLA, GQA) for b in blocks): return False
     found = blocks_of(blocks, x[None, :1])
     return not has_floats(found) and codes_of(found) is None
 

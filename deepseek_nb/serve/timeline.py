@@ -120,6 +120,8 @@ def _draw_tokens(self:Timeline, ax):
         ns = [sum(m.counts[s] for s,k in step.items() if k == kind) for m,step in zip(self.moments, self.kinds(), strict=True)]
         ax.bar(x, ns, .86, bottom=base, color=COLOURS[colour])
         base = [a + b for a,b in zip(base, ns, strict=True)]
+    drafted = [sum(m.drafted.values()) for m in self.moments]
+    if any(drafted): ax.bar(x, drafted, .86, bottom=base, color=COLOURS['sky'], label='drafted')
     ax.axhline(self.engine.budget, color=GREY, ls='--', lw=1, label='budget')
     ax.set(ylabel='tokens', xlabel='step')
 
