@@ -19,7 +19,7 @@ def counted(tmp_path, monkeypatch):
     "A compiler that writes down when it compiles, and an empty cache"
     log, script = tmp_path/'log', tmp_path/'counting-c++'
     log.touch()
-    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] || echo "$2" >> {log}\nexec {find_compiler("cpp")} "$@"\n')
+    script.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) echo "$2" >> {log};; esac\nexec {find_compiler("cpp")} "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv('CXX', str(script))
     monkeypatch.setenv('DEEPSEEK_NB_CACHE', str(tmp_path/'cache'))

@@ -104,16 +104,20 @@ class _Header:
     def __init__(self, path): self.path, self.file, self.size = path, open(path, 'rb'), Path(path).stat().st_size
 
     def take(self, n):
-        if self.file.tell() + n > self.size: raise ValueError(f'{self.path}: the GGUF header is truncated at {self.size} bytes')
-        return self.file.read(n)
+        found = self.file.read(n) if n <= self.size else b''
+        if len(found) < n: raise ValueError(f'{self.path}: the GGUF header is truncated at {self.size} bytes')
+        return found
 
     def unpack(self, fmt, n=1): return struct.unpack(f'<{n}{fmt}', self.take(n*struct.calcsize(f'<{fmt}')))
 
+    def string(self): return self.take(int.from_bytes(self.take(8), 'little')).decode(errors='replace')
+
     def value(self, kind):
-        if kind == 8: return self.take(*self.unpack('Q')).decode(errors='replace')
+        if kind == 8: return self.string()
         if kind in _SCALARS: return self.unpack(_SCALARS[kind])[0]
         if kind != 9: raise ValueError(f'{self.path}: value type {kind} in the GGUF header is unknown, the file is damaged')
         (kind,), (n,) = self.unpack('I'), self.unpack('Q')
+        if kind == 8: return [self.string() for _ in range(n)]
         return list(self.unpack(_SCALARS[kind], n)) if kind in _SCALARS else [self.value(kind) for _ in range(n)]
 
 # %% ../../nbs/210_files.tokenizer.ipynb #eae51e59

@@ -109,13 +109,22 @@ def _compile_once(name, files, out):
     with FileLock(locks/f'{out.name}.lock'):
         if not out.exists(): _compile(name, files, out)
 
+# %% ../../nbs/505_kernels.build.ipynb #9e53b0d4
+def _link_names(folder, compiler):
+    "Put empty libraries with PyTorch's names into a folder, for the linker of Linux; return its flags"
+    if platform.system() != 'Linux': return []
+    command = [compiler, '-shared', '-nostdlib', '-x', 'c++', os.devnull, '-Wl,-soname,libtorch_cpu.so', '-o', f'{folder}/libtorch_cpu.so']
+    if subprocess.run(command, capture_output=True).returncode: return []
+    os.symlink('libtorch_cpu.so', f'{folder}/libtorch.so')
+    return [f'-L{folder}', '-Wl,--no-as-needed']
+
 def _compile(name, files, out):
     "Run the compiler in a temporary folder"
     for tell in _started: tell(name)
     with tempfile.TemporaryDirectory(dir=out.parent) as here:
         for file, content in files.items(): Path(here, file).write_text(content, encoding='utf-8')
-        space = f"-DNAMESPACE=deepseek_nb_{out.stem.rpartition('-')[2]}"
-        command = [find_compiler('cpp'), f'{here}/{name}', *compiler_flags(), space, '-o', f'{here}/out.so']
+        compiler, space = find_compiler('cpp'), f"-DNAMESPACE=deepseek_nb_{out.stem.rpartition('-')[2]}"
+        command = [compiler, f'{here}/{name}', *_link_names(here, compiler), *compiler_flags(), space, '-o', f'{here}/out.so']
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode: raise ValueError(f'{name} does not compile: {first_error(done.stderr, name)}')
         os.replace(f'{here}/out.so', out)

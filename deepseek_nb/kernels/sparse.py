@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..arch.sparse import attend_selected, index_scores, top_positions
+from ..arch.sparse import attend_selected, index_scores, select_positions, top_positions
 from .build import Kernels
 from .gemm import FLOATS, check_tensor, without_grad
 
@@ -58,6 +58,8 @@ def top_positions_cpp(
     return y.reshape(*scores.shape[:-1], -1)
 
 # %% ../../nbs/526_kernels.sparse.ipynb #9fddd077
+@select_positions.twin('cpp', available=indexer_kernels.ready, supports=lambda q, k, w, a, mask=None:
+                       {q.dtype, k.dtype, w.dtype} <= {*FLOATS} and a > 0 and q.numel() > 0 and without_grad(q, k, w))
 def select_cpp(
     q:Tensor, # Rotated queries of the indexer `b s j u`
     k:Tensor, # Rotated keys of the indexer `b t u`, float32 or bfloat16
