@@ -68,6 +68,7 @@ def attention_layer(
     if c.mla: return DSA(c) if c.index_n_heads else MLA(c)
     return GQA(c)
 
+# %% ../../nbs/160_arch.model.ipynb #e2ab81db
 def feed_forward(
     c:Config, # The model's config
     layer:int, # Index of the block
@@ -77,6 +78,7 @@ def feed_forward(
     if c.swiglu_limit: return ClampedSwiGLU(c.dim, c.inter_dim, c.swiglu_limit)
     return SwiGLU(c.dim, c.inter_dim, bias=c.mlp_bias)
 
+# %% ../../nbs/160_arch.model.ipynb #770a2904
 class Block(nn.Module):
     "Attention and feed-forward, each with a norm before it and a residual connection"
     def __init__(self,
