@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+from functools import cache
 from itertools import product
 
 import pytest
@@ -24,7 +25,7 @@ from deepseek_nb.serve.stream import Request
 from deepseek_nb.train.corpora import corpus
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
-PROMPTS = int(os.environ.get('PROMPTS', 4))
+PROMPTS = int(os.environ.get('PROMPTS', 3))
 DRAWS = int(os.environ.get('DRAWS', 800))
 V = 6
 LLAMA = dict(dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim=8, max_positions=160)
@@ -283,8 +284,11 @@ def test_sampling_one_row_at_a_time_is_plain_sampling():
 
 def openings(tok, n, length=24):
     "Beginnings of real texts, as token ids"
-    texts = [line for d in corpus('brown') for line in d['text'].split('\n') if len(line) > 150]
-    return [tok.encode(t)[:length] for t in random.Random(0).sample(texts, n)]
+    return [tok.encode(t)[:length] for t in random.Random(0).sample(lines(), n)]
+
+
+@cache
+def lines(): return [line for d in corpus('brown') for line in d['text'].split('\n') if len(line) > 150]
 
 
 def parted(model, draft, prompts, n):

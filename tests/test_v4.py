@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from deepseek_nb import Model
+from deepseek_nb import Model, QuantizedModel
 from deepseek_nb.arch.attention import Context
 from deepseek_nb.arch.hash import ClampedMoE, HashGate
 from deepseek_nb.arch.hyper import HyperConnection, HyperHead
@@ -22,9 +22,11 @@ from deepseek_nb.arch.releases import preset, shapes
 from deepseek_nb.core.config import Config
 from deepseek_nb.files.checkpoint import quant_fp8
 from deepseek_nb.files.safetensors import read_header, read_tensors, write_tensors
+from deepseek_nb.infer.drafts import MTPDrafter
 from deepseek_nb.infer.inside import record_stream
 from deepseek_nb.infer.paged import PagePool
 from deepseek_nb.quant.fp4 import FP4
+from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.serve.experts import chosen_experts
 
 transformers = pytest.importorskip('transformers')
@@ -228,6 +230,34 @@ def test_released_weights(tmp_path):
     del out['mtp.0.e_proj.weight'], out['layers.0.ffn.experts.0.w1.scale']
     write_tensors(file, out)
     with pytest.raises(ValueError, match='FP4 weight without scales'): Model.from_pretrained(tmp_path, dtype='float32', device='cpu')
+
+
+def test_quantised_from_a_folder(pair):
+    "The same codes whether a folder in transformers' layout is quantised while it is read, or the loaded model"
+    read, made = QuantizedModel.from_pretrained(pair.folder, 'int8', device='cpu'), quantize_model(pair.ours, 'int8')
+    near(read(pair.ids), made(pair.ids))
+
+
+def test_multi_token_prediction(tmp_path):
+    "The block is saved under the release's names, loaded again, ignored by transformers, and sees no later token"
+    r = source('mtp')
+    hf = draw(r, num_nextn_predict_layers=1)
+    model = Model(Config.from_hf(hf.to_dict()), 'float32', 'cpu').add_mtp().init_weights(.2).requires_grad_(False)
+    model.save_pretrained(tmp_path)
+    names = {k for k in read_header(tmp_path/'model.safetensors') if k.startswith('mtp.0.')}
+    assert {f'mtp.0.{k}' for k in ('e_proj.weight', 'h_proj.weight', 'norm.weight', 'hc_head_fn', 'attn.wkv.weight')} <= names
+    loaded, ids = Model.from_pretrained(tmp_path, dtype='float32', device='cpu', mtp=True), torch.randint(hf.vocab_size, (2, 12))
+
+    def ahead(m, ids):
+        with m.keep_hidden() as kept: m.hidden(ids)
+        return m.hidden_ahead(kept[0], ids)[0]
+
+    want = ahead(model, ids)
+    near(ahead(loaded, ids), want)
+    near(ahead(model, ids[:, :7]), want[:, :6])
+    _, info = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values()), info
+    with pytest.raises(ValueError, match='needs one residual stream'): MTPDrafter(loaded)
 
 
 @pytest.mark.parametrize('form', ['official', 'transformers'])

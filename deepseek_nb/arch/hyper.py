@@ -94,6 +94,7 @@ class _Float32(nn.Module):
             return new if new.dtype == t.dtype else t.to(new.device)
         return super()._apply(keep, recurse)
 
+# %% ../../nbs/155_arch.hyper.ipynb #c31f49f4
 class HyperConnection(_Float32):
     "The connection of several residual streams around one layer"
     def __init__(self,
@@ -133,6 +134,7 @@ def expand_streams(
     "Start all streams from the embedding"
     return repeat(x, 'b s d -> b s x d', x=n)
 
+# %% ../../nbs/155_arch.hyper.ipynb #f766696c
 class HyperHead(_Float32):
     "Collapse of the streams before the last norm"
     def __init__(self,

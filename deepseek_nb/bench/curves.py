@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from fastcore.basics import patch
 
 from ..arch.releases import preset
+from ..arch.v41 import V41_FLASH, V41Layout
 from ..core.config import Config
 
 # %% ../../nbs/757_bench.curves.ipynb #049c7836
@@ -89,26 +90,23 @@ def entry_reads(
 
 # %% ../../nbs/757_bench.curves.ipynb #ba2ac2e2
 V41_SIZES = replace(preset('deepseek-v4-flash'), dim=5120, n_layers=40, q_lora_rank=1280, n_routed_experts=384, moe_inter_dim=2304,
-                    n_hash_layers=0, compress_ratios=(0,)*2 + (2,)*18 + (1,)*20, index_n_heads=32, index_head_dim=128, index_topk=512)
+                    n_hash_layers=0, compress_ratios=V41_FLASH.ratios, index_n_heads=32, index_head_dim=128, index_topk=512)
 
 def shared_reads(
     c:Config, # Config with V4.1's widths
-    kv_sources:tuple = (2, 8, 14, 20), # Layers that compute entries
-    index_sources:tuple = (2, 8, 14, 20, 24, 28, 32, 36), # Layers that have an indexer
-    candidates:int = 16384, # Tokens that layer 20 leaves to the indexers after it
+    o:V41Layout = V41_FLASH, # Which layers compute entries, have an indexer and borrow
 )->list[Reads]: # One for each layer
     "How the layers of V4.1 read the context, with the entries in FP4"
     entry = code_bytes(c.head_dim, 4, 16, 1) + code_bytes(c.index_head_dim, 4, 32, 1)
     token = code_bytes(c.head_dim - c.qk_rope_head_dim, 8, 64, 1) + 1 + 2*c.qk_rope_head_dim
-    return [Reads(4*c.n_heads*c.head_dim, 2*c.index_n_heads*c.index_head_dim*(i in index_sources), c.window, m, c.index_topk,
-                  candidates*(i > kv_sources[-1]), entry*(i in kv_sources), c.window*token)
-            for i,m in enumerate(c.compress_ratios)]
+    return [Reads(4*c.n_heads*c.head_dim, 2*c.index_n_heads*c.index_head_dim*(i in o.index_sources), c.window, m, c.index_topk,
+                  o.candidate_blocks*o.block*(i > o.candidate_source), entry*(i in o.kv_sources), c.window*token)
+            for i,m in enumerate(o.ratios)]
 
 # %% ../../nbs/757_bench.curves.ipynb #ce66d86e
 def shared_weights(
     c:Config, # Config with V4.1's widths
-    kv_sources:tuple = (2, 8, 14, 20), # Layers that compute entries
-    indexers:int = 8, # Number of layers with an indexer
+    o:V41Layout = V41_FLASH, # Which layers compute entries and have an indexer
     engrams:int = 2, # Number of layers with Engram
 )->int: # Number of weights that one token is multiplied with
     "Active weights of V4.1 in decoding"
@@ -116,8 +114,8 @@ def shared_weights(
     attention = d*q + q*c.n_heads*v + d*v + c.n_heads*v*c.o_lora_rank + c.o_groups*c.o_lora_rank*d
     experts = 3*d*c.moe_inter_dim*(c.n_activated_experts + c.n_shared_experts) + c.n_routed_experts*d
     layer = attention + experts + 2*(2 + x)*x*x*d
-    entries = sum(v*u + d*v*(2 if c.compress_ratios[i] > 1 else 1) for i in kv_sources)
-    return c.n_layers*layer + entries + indexers*(q*c.index_n_heads*u + d*c.index_n_heads) + engrams*24*256*d*(x + 1) + d*c.vocab_size
+    entries = sum(v*u + d*v*(2 if o.ratios[i] > 1 else 1) for i in o.kv_sources)
+    return c.n_layers*layer + entries + len(o.index_sources)*c.index_n_heads*(q*u + d) + engrams*24*256*d*(x + 1) + d*c.vocab_size
 
 # %% ../../nbs/757_bench.curves.ipynb #56b2cf58
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ def attention_work(
     itemsize:int=4, # Bytes of an element, 4 for float32
 )->Work: # FLOPs and bytes of one layer
     "Lower bounds of the FLOPs and bytes of one layer's attention"
+    if c.window: raise ValueError(f'{c.model_type}: the bounds are for attention to all cached tokens, not for a window and entries')
     held, multiplied = map(sum, _sizes(attention_shapes(c)))
     x, v, r, latent = c.qk_nope_head_dim, c.v_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
     naive = 2*c.n_heads*(past*latent*(x+v) + pairs(s, past)*(x+r+v))

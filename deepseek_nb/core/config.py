@@ -275,6 +275,7 @@ def check_sizes(
     if bad := [k for k in need if not isinstance(d[k], int) or d[k] < 1]:
         raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be a positive integer')
 
+# %% ../../nbs/010_core.config.ipynb #1f2a7611
 def check_supported(
     d:dict, # Contents of a config.json
 )->None:

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..arch.model import Model, head
+from ..arch.model import Model, check_plain, head
 from ..arch.mtp import check_mtp
 from .generate import Sampling
 
@@ -170,6 +170,7 @@ class MTPDrafter(Drafter):
         start:int = 0, # Number of first tokens whose activations are not known
     ):
         check_mtp(model)
+        check_plain(model.config, 'drafting by multi-token prediction')
         self.model,self.how,self.new,self.cache,self.start = model,how,[],model.new_cache(1),start
         del self.cache.slots[1:] # one block
         self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)

@@ -22,9 +22,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..files.checkpoint import dequant_fp8, disk_views, fp8_block, match_keys, match_shapes
+from ..files.checkpoint import dequant_fp8, disk_views, entries, fp8_block, match_keys, match_shapes
 from ..files.gguf import Meta, copy_blocks, gguf_views, match_tensors, tensor_bytes
-from ..files.safetensors import read_tensors, weight_map
+from ..files.layouts import dequant_fp4
+from ..files.safetensors import read_tensors
 from . import Format, QuantizedWeight, quantize
 from .fp8 import FP8, SIDE
 from .ggml import Ggml, block_format, from_blocks, split_blocks
@@ -146,28 +147,30 @@ class FolderSource(WeightSource):
         model:torch.nn.Module, # A `Model` of the folder's config, on the meta device
         path, # The folder, or one safetensors file
     ):
-        self.weights,self.block = model.state_dict(),fp8_block(model.config)
-        self.found = {k.removeprefix('model.'): e for k,e in weight_map(path).items()}
+        self.weights,self.block,self.config = model.state_dict(),fp8_block(model.config),model.config
+        self.found = entries(path, model.config)
         wanted = disk_views(model, stacked=self.found)
         self.kept = tuple(match_keys(self.found, wanted, model.config, path))
         match_shapes(self.found, wanted, model.config)
 
-    def _views(self, key, t): return disk_views(SimpleNamespace(state_dict=lambda: {key: t}), stacked=self.found)
+    def _views(self, key, t): return disk_views(SimpleNamespace(state_dict=lambda: {key: t}, config=self.config), stacked=self.found)
     def _tensor(self, key): return next(t for _,t in read_tensors({key: self.found[key]}))
 
     def whole(self,
         key:str, # A key of the model's `state_dict`
     )->bool: # True for FP8 weights, as a block of 128 rows may cross the border of a piece
         "Whether a weight cannot be read in pieces"
-        return f'{key}_scale_inv' in self.found
+        names = [*self._views(key, self.weights[key])]
+        return len(names) == 1 and f'{names[0]}_scale_inv' in self.found
 
 # %% ../../nbs/375_quant.stream.ipynb #8dd32ce8
 @patch
 def numbers(self:FolderSource,
     key:str, # Its key on disk, without `model.`
-)->Tensor: # A view of the file; for an FP8 weight dequantised float32
+)->Tensor: # A view of the file; for an FP8 or FP4 weight dequantised float32
     "A tensor of the files in floats"
     t,scale = self._tensor(key),f'{key}_scale_inv'
+    if scale in self.found and t.dtype == torch.int8: return dequant_fp4(t, self._tensor(scale))
     if scale in self.found: return dequant_fp8(t, self._tensor(scale), self.block)
     if t.dtype.itemsize > 1: return t
     raise ValueError(f'{self.found[key].path}: {key} is an FP8 weight without weight_scale_inv; download it again')
@@ -180,7 +183,7 @@ def read(self:FolderSource,
 ):
     "Fill a tensor with a piece of a weight"
     names = [*self._views(key, self.weights[key])]
-    if names == [key]: return out.copy_(self.numbers(key)[first:first+len(out)])
+    if self.weights[key].ndim < 3 or names == [key]: return out.copy_(self.numbers(names[0])[first:first+len(out)])
     each = len(names)//len(self.weights[key])
     for name,view in zip(names[each*first:], self._views(key, out).values(), strict=False): view.copy_(self.numbers(name))
 
