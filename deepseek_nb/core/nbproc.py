@@ -344,7 +344,7 @@ def slowest(
 
 # %% ../../nbs/040_core.nbproc.ipynb #fda60a1b
 PRELOADED = ['nbdev.test', 'execnb.shell', 'IPython.core.magics.execution', 'matplotlib_inline.backend_inline', 'fastcore.test', 'einops',
-             'matplotlib.pyplot', 'torch', 'torch._dynamo']
+             'matplotlib.pyplot', 'torch', 'torch._dynamo', 'datasets']
 
 def fresh_processes(
     cells:list, # All cells that will be tested; not used
