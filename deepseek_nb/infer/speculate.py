@@ -151,7 +151,8 @@ def cost(self:DraftLength,
     n,m1,m2,t,mt = self.sums
     if not n: return 1.
     spread = n*m2 - m1*m1
-    b = max(0., (n*mt - m1*t)/spread) if spread > 1e-9 else .1*t/m1 # steps of one length only: a guess
+    sure = 64*n # weight of a first guess, a tenth of the time per token, so that one slow step decides nothing
+    b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
     return max((t - b*m1)/n + b*m, 1e-9)
 
 # %% ../../nbs/449_infer.speculate.ipynb #93a8cb49

@@ -21,6 +21,7 @@ from pathlib import Path
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
 from ..infer.load import decode_path, warm_kernels
+from ..infer.speculate import DraftLength
 from ..kernels.layers import same_in_company
 from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ServedModel
@@ -68,6 +69,7 @@ def warm_engine(
     while engine.step(): continue
     engine.prefix.clear()
     engine.prefix.store,engine.stats = store,EngineStats()
+    if engine.drafts is not None: engine.drafts.lengths = DraftLength()
 
 # %% ../../nbs/955_tools.serving.ipynb #a7c0de12
 def adapter_folders(
