@@ -194,6 +194,7 @@ def norm_rotate(
     latent,k_rope = x.split([len(weight), 2*cos.shape[-1]], -1)
     return torch.cat([rms_norm(latent, weight, eps), rotate(k_rope[:,None], cos, sin, interleaved)[:,0]], -1)
 
+# %% ../../nbs/120_arch.attention.ipynb #5a55d304
 @patch
 def latents(self:MLA,
     x:Tensor, # Activations `b s d`
@@ -242,6 +243,7 @@ def expansions(self:MLA)->tuple[Tensor,Tensor]: # Matrices of keys `h x c` and o
     w = torch.unflatten(self.kv_b_proj.weight, 0, (self.c.n_heads, -1))  # torch.unflatten decodes a quantised weight
     return w.split([self.c.qk_nope_head_dim, self.c.v_head_dim], 1)
 
+# %% ../../nbs/120_arch.attention.ipynb #7f4153b0
 @patch
 def absorbed(self:MLA,
     q_nope:Tensor, # Non-rotary part of the queries `b h s x`
@@ -267,6 +269,7 @@ def mla_flops(
     absorbed = s*latent*(x+v) + s*t*(2*latent+r)
     return 2*c.n_heads*naive, 2*c.n_heads*absorbed
 
+# %% ../../nbs/120_arch.attention.ipynb #66fd81ab
 def cheaper_form(
     c:Config, # An MLA config
     s:int, # Number of queries
@@ -289,6 +292,7 @@ def attend_all(self:MLA,
     form = ctx.mla if ctx.mla != 'auto' else cheaper_form(self.c, q_nope.shape[2], z.shape[1])
     return (self.naive if form == 'naive' else self.absorbed)(q_nope, q_rope, z, ctx.mask)
 
+# %% ../../nbs/120_arch.attention.ipynb #6a2426d0
 @patch
 def forward(self:MLA,
     x:Tensor, # Activations `b s d`

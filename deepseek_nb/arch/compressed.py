@@ -132,6 +132,7 @@ def visible_entries(
     "Entries whose tokens are all at or before the query"
     return torch.arange(n, device=positions.device) < ((positions + 1)//m)[..., None]
 
+# %% ../../nbs/126_arch.compressed.ipynb #d6d30a5e
 def query_positions(
     ctx:Context, # Context of the layer
     s:int, # Number of new tokens

@@ -38,6 +38,7 @@ def normalise_token(
     flat = re.sub('[ \t\r\n]+', ' ', flat)
     return (flat if flat == ' ' else flat.strip()) or text
 
+# %% ../../nbs/157_arch.engram.ipynb #5930d192
 def compression_table(
     tok, # A tokenizer with `decode` and `id_to_token`
 )->Tensor: # Compressed id of each token `w`, numbered in the order of their first token
@@ -84,6 +85,7 @@ def is_prime(
     if n < 4: return n > 1
     return n%2 > 0 and n%3 > 0 and all(n%i and n%(i + 2) for i in range(5, isqrt(n) + 1, 6))
 
+# %% ../../nbs/157_arch.engram.ipynb #9723eaf5
 def table_rows(
     c:EngramConfig, # Settings
 )->dict: # Layer -> number of rows of each table, order by order `h`
@@ -230,6 +232,7 @@ class Ngrams(NamedTuple):
     rows:dict # Layer -> row of each table `b s h`
     real:Tensor|None # False for padding `b s`; None: no padding
 
+# %% ../../nbs/157_arch.engram.ipynb #3db988f8
 class NgramHash(nn.Module):
     "Hashes the n-grams of all layers that have a memory"
     def __init__(self,

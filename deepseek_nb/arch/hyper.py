@@ -74,6 +74,7 @@ def collapse(
     "Weighted sum of the streams"
     return einsum(pre, x.float(), 'b s x, b s x d -> b s d').to(x.dtype)
 
+# %% ../../nbs/155_arch.hyper.ipynb #0b73b9b9
 def add_mixed(
     x:Tensor, # Streams `b s x d`
     y:Tensor, # Output of a layer `b s d`

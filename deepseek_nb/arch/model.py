@@ -396,6 +396,7 @@ def residual_stream(self:Model,
         x = block(x, ctx.layer(i))
         yield x
 
+# %% ../../nbs/160_arch.model.ipynb #5d0f9a90
 @patch
 @contextmanager
 def keep_hidden(self:Model)->Iterator[list]: # List that gets the activations after the last norm `b s d`, one tensor per forward pass

@@ -117,6 +117,7 @@ class MoE(nn.Module):
         self.gate,self.experts = Gate(c),Experts(c)
         self.shared_experts = SwiGLU(c.dim, c.moe_inter_dim*c.n_shared_experts) if c.n_shared_experts else None
 
+# %% ../../nbs/150_arch.moe.ipynb #49da05b7
 @op
 def mixture(
     moe:MoE, # Layer that holds the weights

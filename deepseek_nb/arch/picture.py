@@ -258,6 +258,7 @@ class Step(NamedTuple):
     writes:tuple # Names of the tensors that it writes
     flops:int # FLOPs, a multiply-add counted as two
 
+# %% ../../nbs/170_arch.picture.ipynb #d9d8b795
 def mla_tensors(
     c:Config, # An MLA config
     s:int, # Number of queries

@@ -56,6 +56,7 @@ def attention_shapes(
     biased = (biased if c.attn_bias else set()) | ({'o_proj'} if c.out_bias else set())
     return {f'{n}.weight': v for n,v in s.items()} | {f'{n}.bias': v[:1] for n,v in s.items() if n in biased} | index_shapes(c)
 
+# %% ../../nbs/165_arch.releases.ipynb #4ed13b1a
 def index_shapes(
     c:Config, # Config of a model
 )->dict: # Name -> shape, empty without an indexer

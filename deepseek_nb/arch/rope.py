@@ -63,6 +63,7 @@ def yarn_bounds(
     def index(turns): return r*math.log(rope.original_positions/(turns*2*math.pi))/(2*math.log(rope.theta))
     return max(math.floor(index(rope.beta_fast)), 0), min(math.ceil(index(rope.beta_slow)), r-1)
 
+# %% ../../nbs/100_arch.rope.ipynb #3d4ff27e
 def yarn(
     rope:Rope, # Rotary settings
     r:int, # Rotary width

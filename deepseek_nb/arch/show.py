@@ -67,6 +67,7 @@ def model_rows(
     head = ['norm, tied head', '', '', *sizes_of(model.norm)] if tied else ['norm, head', '', '', *sizes_of(model.norm, model.lm_head)]
     return [*rows, head, ['**all**', '', '', *sizes_of(model)]]
 
+# %% ../../nbs/175_arch.show.ipynb #a2202c22
 def model_table(
     model:Model, # Model to display
 )->str: # Markdown
@@ -101,6 +102,7 @@ def load_squares(
     label = f'Load of {len(loads)} experts, from {min(loads)} to {max(loads)} tokens'
     return f'<div role="img" aria-label="{label}" style="{grid}">{squares}</div>'
 
+# %% ../../nbs/175_arch.show.ipynb #75ffa059
 def route_html(
     r:Route, # Routing result to display
 )->str: # HTML

@@ -35,6 +35,7 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(c.index_head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(c.dim, c.index_n_heads, bias=False)
 
+# %% ../../nbs/122_arch.sparse.ipynb #c30fa343
 def rotate_first(
     x:Tensor, # Queries or keys `b j s u`
     cos:Tensor, # `b 1 s r/2`

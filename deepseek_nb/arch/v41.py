@@ -43,6 +43,7 @@ class V41Layout:
 
 V41_FLASH = V41Layout((0,)*2 + (2,)*18 + (1,)*20, (2, 8, 14, 20), (2, 8, 14, 20, 24, 28, 32, 36), 20)
 
+# %% ../../nbs/158_arch.v41.ipynb #9611a748
 class LayerPlan(NamedTuple):
     "Mode of a layer"
     layer:int # Index of the layer
@@ -74,6 +75,7 @@ def fp4_bytes(
     "Memory of a row in FP4"
     return n/2 + n/group
 
+# %% ../../nbs/158_arch.v41.ipynb #276014a2
 def cache_bytes_v41(
     o:V41Layout, # Which layers compress
     v:int = 512, # Width of an entry
@@ -156,6 +158,7 @@ def angles(self:CSA2,
     "Rotary angles of the layer"
     return cos_sin(frequencies(self.rope, self.c.rotary_dim, positions.device), positions[None], rotary_factor(self.rope))
 
+# %% ../../nbs/158_arch.v41.ipynb #433d10c7
 @patch
 def publish(self:CSA2,
     x:Tensor, # Activations of all tokens from the first `b t d`
@@ -210,6 +213,7 @@ def first_pre(
     "Weights of the first site: stream 0 alone"
     return F.one_hot(torch.zeros(x.shape[:2], dtype=torch.long, device=x.device), x.shape[2]).float()
 
+# %% ../../nbs/158_arch.v41.ipynb #bb929dfb
 def single_pass(
     x:Tensor, # Streams `b s x d`
     pre:Tensor, # Weights of the streams, from the previous site `b s x`

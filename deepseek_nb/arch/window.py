@@ -48,6 +48,7 @@ def rotate_last(
     r = 2*angles[0].shape[-1]
     return torch.cat([x[..., :-r], rotate(x[..., -r:], *angles, True)], -1)
 
+# %% ../../nbs/124_arch.window.ipynb #fca60570
 def rotate_back(
     x:Tensor, # Rotated activations `b h s v`
     angles:tuple, # cos and sin `b 1 s r/2`
@@ -145,6 +146,7 @@ def padding(
     "Padding among the keys that a layer attends to"
     return None if ctx.pad is None else (ctx.pad - (past + s - t)).clamp(min=0)
 
+# %% ../../nbs/124_arch.window.ipynb #cc848b11
 @patch
 def forward(self:WindowAttention,
     x:Tensor, # Activations `b s d`

@@ -433,6 +433,7 @@ def listing()->str: # One line per benchmark
     "Names and docstrings of all benchmarks"
     return '\n'.join(f'{name:16} {_about(b)}' for name, b in sorted(BENCHMARKS.items()))
 
+# %% ../../nbs/750_bench.ipynb #77d4b43b
 def result_text(
     result, # Result of a benchmark
 )->str: # Markdown if the result supports it, otherwise JSON

@@ -104,6 +104,7 @@ def untrained(
     narrow = {f'{c} + {r}' + ', fitted'*(not k): partial(to_mla, model, calibration[:8], c, r, k) for c,r,k in latents}
     return {'dense': lambda: model} | narrow | {'8 of 12': lambda: convert(model, 'moe', calibration, 0, **MIXTURE)[0]}
 
+# %% ../../nbs/785_bench.conversion.ipynb #eff3644e
 def trained(
     model:Model, # SmolLM2
     calibration:Tensor, # Token ids `rows s`

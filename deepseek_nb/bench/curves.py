@@ -42,6 +42,7 @@ def attended(self:Reads,
     entries = t//self.ratio if self.ratio else 0
     return min(self.window, t) + (min(entries, self.topk) if self.topk else entries)
 
+# %% ../../nbs/757_bench.curves.ipynb #d6108644
 @patch
 def scored(self:Reads,
     t:int, # Number of tokens in the context
@@ -134,6 +135,7 @@ def flops(self:Decoder,
     return dict(weights=2*self.weights, attention=2*sum(l.key*l.attended(t) for l in self.layers),
                 index=self.index_rate*sum(l.score*l.scored(t) for l in self.layers))
 
+# %% ../../nbs/757_bench.curves.ipynb #73f7f3fb
 @patch
 def cache(self:Decoder,
     t:int, # Number of tokens in the context

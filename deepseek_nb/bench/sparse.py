@@ -32,6 +32,7 @@ def indexed_config(
                  max_positions=2**17, rope=Rope(interleaved=True))
     return Config('deepseek_v32', **shape | fields)
 
+# %% ../../nbs/774_bench.sparse.ipynb #9c86f9a4
 def unindexed_config(
     c:Config, # Config with an indexer
 )->Config: # The same with dense MLA

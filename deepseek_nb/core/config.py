@@ -225,6 +225,7 @@ def family(
     if isinstance(model_type, str) and model_type in FAMILIES: return FAMILIES[model_type]
     raise ValueError(f"config.json: model_type {model_type!r} is not known here; known are {', '.join(FAMILIES)}")
 
+# %% ../../nbs/010_core.config.ipynb #13df21df
 def hf_names(
     model_type:str, # `model_type` of a config.json
 )->dict: # Field of `Config` -> its name in config.json

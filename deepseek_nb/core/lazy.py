@@ -59,6 +59,7 @@ def origins(
         if isinstance(node, ast.ClassDef|ast.FunctionDef) and not is_patch(node): found[node.name] = f'{module}.{node.name}'
     return found
 
+# %% ../../nbs/005_core.lazy.ipynb #47e50346
 def is_patch(
     node:ast.stmt, # A statement of a chapter
 )->bool: # Whether it is a function decorated with `@patch`
@@ -78,6 +79,7 @@ def methods_in(
         for o in ast.walk(node.args.args[0].annotation):
             if isinstance(o, ast.Name) and o.id in names: yield names[o.id], node.name
 
+# %% ../../nbs/005_core.lazy.ipynb #ee852ec7
 def twins_in(
     tree:ast.Module, # Code of a chapter
     names:dict, # Name -> definition, from `origins`

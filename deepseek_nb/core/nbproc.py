@@ -40,6 +40,7 @@ def compiler_version(
     try: return subprocess.run([path, '--version'], capture_output=True, text=True).stdout
     except OSError: return ''
 
+# %% ../../nbs/040_core.nbproc.ipynb #3f5dfc26
 def gcc_version(
     path:str, # Path of a compiler
 )->int|None: # Major version; None if it is not GCC
@@ -198,6 +199,7 @@ def register_magics(
     shell.register_magic_function(lambda line, cell: note_example(line, cell, shell), magic_kind='cell', magic_name='example')
     return True
 
+# %% ../../nbs/040_core.nbproc.ipynb #53b8242f
 def serve_shells():
     "Register the magics with the running shell and with shells that this process starts later"
     if not register_magics(): return
@@ -235,6 +237,7 @@ def note_example(
     cells = _examples.setdefault(check_name('example', name.strip()), {})
     cells[(parent.get('metadata') or {}).get('cellId', cell)] = cell
 
+# %% ../../nbs/040_core.nbproc.ipynb #8e773f8c
 def example_text(
     name:str, # File name
 )->str: # Text of the file

@@ -156,6 +156,7 @@ def nvrtc(
     "Load NVRTC"
     return ctypes.CDLL(str(path))
 
+# %% ../../nbs/565_cuda.build.ipynb #e40a0ab4
 def has_compiler()->bool: # Whether NVRTC or nvcc is found
     "Whether this machine can compile for a GPU"
     try: return bool(find_nvrtc() or find_compiler('cu'))

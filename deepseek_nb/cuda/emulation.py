@@ -29,6 +29,7 @@ def thread_order(
     try: yield
     finally: _order.reset(token)
 
+# %% ../../nbs/560_cuda.emulation.ipynb #37aff4c8
 def current_order()->tuple: # Order and seed
     "The current thread order"
     return _order.get()

@@ -317,6 +317,7 @@ def apply_chat_template(self:HarnessMethods,
     "Render a conversation"
     return self.tok.prompt(chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
 
+# %% ../../nbs/740_eval.harness.ipynb #8c6ce1c5
 @patch
 def chat_template(self:HarnessMethods,
     chat_template:bool|str = False, # Name of a template; True: the default one

@@ -52,6 +52,7 @@ def layer_key(
     _,k,rest = key.split('.', 2)
     return f'layers.{n_layers + int(k)}.{rest}'
 
+# %% ../../nbs/230_files.checkpoint.ipynb #57c4a5bc
 def disk_key(
     key:str, # A key of `disk_views`
     config:Config|None = None, # The model's config

@@ -45,6 +45,7 @@ class Record(NamedTuple):
     tokens:Tensor # Token ids `b s`
     stream:Tensor # Residual stream after the embedding and after each block, `layers+1 b s d`
 
+# %% ../../nbs/430_infer.inside.ipynb #6120106a
 @torch.no_grad()
 def record_stream(
     model:Model, # Model
@@ -69,6 +70,7 @@ def heat(
     ax.figure.colorbar(image, ax=ax, pad=.015).set_label(label, color=GREY)
     return image
 
+# %% ../../nbs/430_infer.inside.ipynb #b05e66a1
 def name_tokens(
     ax, # Matplotlib axes with one column for each token
     names:list, # Text of each token
@@ -151,6 +153,7 @@ def routes(
     with watch([model.layers[i].mlp.gate for i in layers], lambda i,r: seen.__setitem__(layers[i], r)): model.hidden(tokens)
     return seen
 
+# %% ../../nbs/430_infer.inside.ipynb #3bf48d01
 def load_map(
     seen:dict, # Result of `routes`
 )->Tensor: # Load by layer and expert, relative to the mean load of the layer, `layers e`
@@ -177,6 +180,7 @@ def expert_weights(
     "Write the weights of a routing result into a matrix over all experts"
     return torch.zeros_like(r.scores).scatter(-1, r.experts, r.weights)
 
+# %% ../../nbs/430_infer.inside.ipynb #3dc865c4
 def draw_weights(
     ax, # Matplotlib axes
     r:Route, # Experts and weights of each token

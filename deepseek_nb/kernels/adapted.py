@@ -65,6 +65,7 @@ def low_rank_table(
     if own not in _tables: _tables[own] = LowRankTable(own)
     return _tables[own]
 
+# %% ../../nbs/547_kernels.adapted.ipynb #883fdff1
 def tables_of(
     own:list, # Blocks of each row; None: those of the model
     counts:list, # Number of new tokens of each row

@@ -31,6 +31,7 @@ class AttentionCost(NamedTuple):
     flops:int # FLOPs
     bytes:int # Bytes of the KV cache to read
 
+# %% ../../nbs/522_kernels.attention.ipynb #dbb63370
 def decode_cost(
     c:Config, # Config of the model
     t:int, # Number of cached tokens
@@ -50,6 +51,7 @@ class KeyShare(NamedTuple):
     start:int  # First key
     end:int    # Key after the last one
 
+# %% ../../nbs/522_kernels.attention.ipynb #d0117bb8
 def key_shares(
     keys:list, # Number of keys for each block of queries
     threads:int, # Number of threads

@@ -29,6 +29,7 @@ def has_panels(
     "Whether the kernels can multiply activations by a weight"
     return packable(w) and x.dtype in FLOATS and not (torch.is_grad_enabled() and x.requires_grad)
 
+# %% ../../nbs/537_kernels.codes.ipynb #bdaf527c
 @prepack.twin('cpp', available=panel_kernels.ready, supports=lambda w: packable(w) and w.device.type == 'cpu')
 def prepack_panels(
     w:QuantizedWeight, # Weight in a format of `PIECES`

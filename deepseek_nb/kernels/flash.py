@@ -28,6 +28,7 @@ class Partial(NamedTuple):
     total:Tensor  # Sum of the exponentials `s 1`
     o:Tensor      # Sum of the values, weighted with the exponentials `s v`
 
+# %% ../../nbs/520_kernels.flash.ipynb #735ab733
 def attend_partial(
     q:Tensor, # Queries `s x`
     k:Tensor, # Some keys `t x`
@@ -50,6 +51,7 @@ def merge_partials(
     fa,fb = (a.top - top).exp(),(b.top - top).exp()
     return Partial(top, a.total*fa + b.total*fb, a.o*fa + b.o*fb)
 
+# %% ../../nbs/520_kernels.flash.ipynb #61d65b73
 def flash(
     q:Tensor, # Queries `s x`
     k:Tensor, # Keys `t x`

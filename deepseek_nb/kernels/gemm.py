@@ -37,6 +37,7 @@ def linear(
     "Multiply tokens by a matrix of weights"
     return einsum(x, w, '... d, w d -> ... w')
 
+# %% ../../nbs/510_kernels.gemm.ipynb #0f735c84
 @linear.twin('torch')
 def linear_torch(
     x:Tensor, # Tokens `… d`

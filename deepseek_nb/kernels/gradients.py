@@ -56,6 +56,7 @@ def swiglu(
     "SiLU of the gate, multiplied by the up projection"
     return F.silu(gate)*up
 
+# %% ../../nbs/546_kernels.gradients.ipynb #3fb3fa53
 @op
 def swiglu_back(
     dh:Tensor, # Gradient of the result `n f`; may be overwritten

@@ -31,6 +31,7 @@ def expected_experts(
     "Number of experts that `n` tokens activate under uniform routing"
     return e*(1 - (1 - k/e)**n)
 
+# %% ../../nbs/515_kernels.moe.ipynb #9902799e
 def moe_bytes(
     n:int, # Number of tokens
     c:Config, # Sizes of the layer
@@ -73,6 +74,7 @@ class RouterSettings(NamedTuple):
     sum_two:int   # 1: groups are ranked by the sum of their two best experts
     normalise:int # 1: weights of the selected experts add up to one
 
+# %% ../../nbs/515_kernels.moe.ipynb #368b850a
 def router_settings(
     c:Config, # Config of a model with experts
 )->RouterSettings:

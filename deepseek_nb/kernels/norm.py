@@ -41,6 +41,7 @@ def one_pass(
     return (not is_compiling() and x.dtype in FLOATS and x.stride(-1) == 1 and all(w.dtype == x.dtype and w.is_contiguous() for w in others)
             and without_grad(x, *others))
 
+# %% ../../nbs/525_kernels.norm.ipynb #66c9dc06
 @rms_norm.twin('cpp', available=norm_kernels.ready, supports=lambda x, weight, eps: one_pass(x, weight))
 def rms_norm_cpp(
     x:Tensor, # Activations `… d`

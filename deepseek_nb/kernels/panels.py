@@ -34,6 +34,7 @@ PIECES = {  # format -> parts of a group, in order
     'int8': (PanelPiece('scales', torch.float16, 1), PanelPiece('codes', torch.int8, 4)),
     'int4': (PanelPiece('scales', torch.float16, 1), PanelPiece('mins', torch.float16, 1), PanelPiece('codes', torch.uint8, 4))}
 
+# %% ../../nbs/535_kernels.panels.ipynb #139c52bf
 def side_by_side(
     part:Tensor, # Part of a weight `… o a`, a divisible by w
     w:int, # Neighbouring numbers of a row that are stored together
@@ -97,6 +98,7 @@ def parts(self:Panels,
     rows = ((n, rearrange(t, '... p g a r w -> ... (p r) (g a w)')[..., :shape[-2], :]) for n,t in self.split(stored))
     return {n: self._finish(n, t) for n,t in rows}
 
+# %% ../../nbs/535_kernels.panels.ipynb #e0bcfd4e
 @patch
 def rows(self:Panels,
     stored:dict, # Dictionary with `panels`, bytes `p x`
@@ -140,6 +142,7 @@ def panel_format(
     f = w.format
     return PanelFormat(int(f.group > 0) if f.name == 'int8' else 2 + (not f.symmetric), f.group)
 
+# %% ../../nbs/535_kernels.panels.ipynb #cd4fdaa6
 def packable(
     w, # Weight: quantised, or a tensor
 )->bool: # Whether it is packed or can be packed

@@ -23,6 +23,7 @@ def lanes()->int: # L
     "Number of floats in a vector register"
     return simd_kernels.load().space.lanes()
 
+# %% ../../nbs/508_kernels.simd.ipynb #ffc4c235
 def exp(
     x:Tensor, # Numbers of any shape, float32
 )->Tensor: # Exponentials, of the same shape

@@ -39,6 +39,7 @@ class AttentionSizes(NamedTuple):
     nope:int = 0     # Width of a head's other part of query and key
     value:int = 0    # Width of a head's value
 
+# %% ../../nbs/530_kernels.stages.ipynb #01ba5cd2
 def attention_sizes(
     c:Config, # Config of a model
 )->AttentionSizes:

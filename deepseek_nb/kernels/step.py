@@ -177,6 +177,7 @@ def has_codes(
     "Whether a model is known to have quantised weights"
     return isinstance(blocks, nn.ModuleList) and blocks in collected and not collected[blocks].floats
 
+# %% ../../nbs/532_kernels.step.ipynb #12ac2df1
 def cache_fits(
     x:Tensor, # Residual stream `b s d`
     ctx:Context, # Mask and form of MLA

@@ -35,6 +35,7 @@ class TableRow(NamedTuple):
     bytes:int = 0   # Bytes per panel
     size:int = 0    # Length of the first axis
 
+# %% ../../nbs/540_kernels.step_codes.ipynb #bb3f2218
 def table_row(
     w:Tensor|QuantizedWeight, # Vector, or matrix in panels
 )->TableRow:

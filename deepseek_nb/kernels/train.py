@@ -127,6 +127,7 @@ def needs_grad(
     "Whether a gradient is needed"
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
+# %% ../../nbs/545_kernels.train.ipynb #70aac3ac
 @run_experts.twin('torch', label='gradient', supports=lambda x, weights, experts, gate_up, down:
                   is_compiling() or needs_grad(x, weights, gate_up, down))
 def run_trained(
@@ -152,6 +153,7 @@ def query_blocks(
             end = min(start + _QUERIES, q.shape[2])
             yield row, start, end, q[row, :, start:end]*scale
 
+# %% ../../nbs/545_kernels.train.ipynb #c6208ec1
 def masked_scores(
     q:Tensor, # Scaled queries of a block `h s x`
     k:Tensor, # Keys up to the end of the block `h t x`

@@ -72,6 +72,7 @@ def format_names()->list[str]: # Such as 'int8'
     "Names of all formats"
     return [*dict.fromkeys((*_CHAPTERS, *formats))]
 
+# %% ../../nbs/300_quant.ipynb #2c53b1a5
 def make_format(
     spec:str|dict|Format, # Name of a format, result of `Format.spec`, or a format
 )->Format: # A format is returned as it is
@@ -166,6 +167,7 @@ def linear_quantized(
     "Multiply activations by a quantised weight"
     return F.linear(x, w.dequantize(), bias)
 
+# %% ../../nbs/300_quant.ipynb #0cbe1131
 @op
 def embed_quantized(
     ids:Tensor, # Row numbers, any shape
@@ -173,7 +175,6 @@ def embed_quantized(
 )->Tensor: # `… i`
     "Look up rows of a quantised embedding"
     return w.rows(ids)
-
 
 
 # %% ../../nbs/300_quant.ipynb #f25bebf0

@@ -45,6 +45,7 @@ def pack_pairs(
     first,second = rearrange(F.pad(codes, (0, codes.shape[-1] % 2)), '... (j two) -> two ... j', two=2)
     return first << 4 | second if high_first else second << 4 | first
 
+# %% ../../nbs/330_quant.nf4.ipynb #45e9cc4f
 def unpack_pairs(
     packed:Tensor, # uint8 `… j`
     high_first:bool = True, # Whether the first of two codes is in the high four bits
@@ -106,6 +107,7 @@ class Shared(Layout):
     ):
         self.rows = rows
 
+# %% ../../nbs/330_quant.nf4.ipynb #367f9bc7
 def nested_rows(
     stored:dict, # Parts of a matrix in `NF4`
     ids:Tensor, # Row numbers, any shape

@@ -33,6 +33,7 @@ class ReportRow:
     error:float|None # Relative error of the values; None: not known
     reason:str # Why the parameter is not quantised, or another remark
 
+# %% ../../nbs/385_quant.report.ipynb #2b6d70d3
 def format_text(
     f:Format, # A format
 )->str: # Name of the format, and fields that differ from their defaults

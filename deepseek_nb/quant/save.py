@@ -173,6 +173,7 @@ def parts(self:PackedSource,
     "Codes and scales of a weight"
     return {k[len(key)+1:]: t for k,t in self.tensors.items() if k.startswith(f'{key}.')}
 
+# %% ../../nbs/378_quant.save.ipynb #53af6802
 @patch
 def read(self:PackedSource,
     key:str, # A key of the model's `state_dict`

@@ -175,6 +175,7 @@ def numbers(self:FolderSource,
     if t.dtype.itemsize > 1: return t
     raise ValueError(f'{self.found[key].path}: {key} is an FP8 weight without weight_scale_inv; download it again')
 
+# %% ../../nbs/375_quant.stream.ipynb #41042262
 @patch
 def read(self:FolderSource,
     key:str, # A key of the model's `state_dict`
@@ -249,6 +250,7 @@ def kinds(self:GgufSource,
     "GGML types of the tensors that make up a weight"
     return {self.m.tensors[n].tensor_type.name for n in self._views(key, self.weights[key])}
 
+# %% ../../nbs/375_quant.stream.ipynb #5370fb37
 @patch
 def format(self:GgufSource,
     key:str, # A key of the model's `state_dict`

@@ -119,6 +119,7 @@ def study(
         return f
     return register
 
+# %% ../../nbs/900_studies.ipynb #6bc90c65
 def find_study(
     name:str, # Registered name, or name of a study
 )->Callable: # Function of the experiment
@@ -138,6 +139,7 @@ class Plan:
         if not self.arms: raise ValueError(f'{self.study}: a plan needs arms; write a table [arms.NAME] for each')
         if not self.seeds: raise ValueError(f'{self.study}: a plan needs seeds, as in seeds = [0, 1, 2]')
 
+# %% ../../nbs/900_studies.ipynb #714d1648
 def merge_settings(
     a:dict, # Settings
     b:dict, # Settings that replace or extend them
@@ -172,6 +174,7 @@ def revision()->str: # Eight hexadecimal digits, and `+` if files differ from th
     except OSError: return ''
     return at.stdout.strip() + '+'*bool(changed.stdout.strip()) if at.returncode == 0 else ''
 
+# %% ../../nbs/900_studies.ipynb #69d06484
 def run_folder(
     work:str|Path, # Folder of all runs
     plan:Plan, # Plan of the run
@@ -223,6 +226,7 @@ def read_records(
     "Read the records of a file"
     return read_json(path)['runs'] if Path(path).exists() else []
 
+# %% ../../nbs/900_studies.ipynb #c695dd74
 def to_do(
     plan:Plan, # Plan
     done:list, # Records

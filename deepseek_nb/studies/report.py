@@ -25,6 +25,7 @@ def runs(
     "Read the stored runs of an experiment"
     return read_records(Path(folder)/f'{name}.json')
 
+# %% ../../nbs/902_studies.report.ipynb #ecada361
 def by_arm(
     records:list, # Records of one experiment
     value:Callable, # Function from a result to a number
@@ -43,6 +44,7 @@ class Spread(NamedTuple):
     def __format__(self, spec):
         return format(self.mean, spec) + f" ± {format(self.sd, spec.lstrip('+'))}"*(self.n > 1)
 
+# %% ../../nbs/902_studies.report.ipynb #c096703b
 def spread(
     values:list, # One number per seed
 )->Spread: # Mean, standard deviation and number of values
@@ -59,6 +61,7 @@ def in_words(
     "Format a mean with its standard deviation"
     return f'{spread(values):.{digits}f}'
 
+# %% ../../nbs/902_studies.report.ipynb #de3ca1be
 def spread_table(
     name:str, # Heading of the first column
     columns:dict, # Heading of a column -> name of the row -> one number per seed

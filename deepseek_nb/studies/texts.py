@@ -57,6 +57,7 @@ def at_most(
     def room(r): seen[r[by]] += 1; return seen[r[by]] <= n
     return [r for r in rows if room(r)]
 
+# %% ../../nbs/904_studies.texts.ipynb #e672f74c
 def shuffled(
     rows:list, # Rows of any type
     seed:int = 0, # Seed of the random order

@@ -118,6 +118,7 @@ def chapter_part(
         raise ValueError(f'{chapter.notebook} has a number of part {part.name}: choose a number of part {chapter.module.split(".")[0]}')
     return part
 
+# %% ../../nbs/964_tools.book.ipynb #be3997ed
 def by_part(
     found:list, # `Chapter`s
 )->dict: # `BookPart` -> its chapters, in the order of the book, without empty parts
@@ -156,6 +157,7 @@ def path_chapters(
     if lost: raise ValueError(f'the path {path.title!r} names {lost}, which are no chapters: correct PATHS')
     return [known[o] for o in path.modules]
 
+# %% ../../nbs/964_tools.book.ipynb #788b5eb0
 def path_places(
     module:str, # Name of a module or a tutorial
     found:list, # `Chapter`s of the book

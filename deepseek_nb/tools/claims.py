@@ -102,6 +102,7 @@ def outcome(
     "The main results of a finding, short enough for a table"
     return ' · '.join(re.findall(r'\*\*([^*]+)\*\*', said)) or said
 
+# %% ../../nbs/980_tools.claims.ipynb #1fa4a586
 def experiment_row(
     name:str, # Name of a study
     folder:str|Path = 'results', # Folder of the records

@@ -26,6 +26,7 @@ def unit_value(
     if len(found) != 1: raise ValueError(f'{name} stands {len(found)} times in the unit; it must stand there once')
     return found[0]
 
+# %% ../../nbs/962_tools.deploy.ipynb #349da4a7
 def commands_in(
     text:str, # A unit of systemd, or a container file
 )->list: # Words of each command that begins with deepseek-nb

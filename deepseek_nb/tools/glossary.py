@@ -27,6 +27,7 @@ class Term(NamedTuple):
         "Anchor of the entry on the glossary page."
         return re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')
 
+# %% ../../nbs/966_tools.glossary.ipynb #41e8eb77
 def read_glossary(
     path:Path, # Path of `glossary.md`
 )->list: # `Term`s in alphabetical order

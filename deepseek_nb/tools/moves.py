@@ -51,6 +51,7 @@ def moves_table(
     "Make a table of the moves, sorted by the old names."
     return '\n'.join(['| old | new |', '|---|---|', *(f'| `{old}` | `{new}` |' for old,new in sorted(moves.items()))])
 
+# %% ../../nbs/968_tools.moves.ipynb #d8282cc0
 def fill_block(
     text:str, # Text with the comments `<!-- NAME -->` and `<!-- /NAME -->`
     name:str, # Name of the block

@@ -108,6 +108,7 @@ def branch(
     return [stroke(f'M36 {y:g}H{x - 2:g}', (x - 2, y, 1, 0)), stroke(f'M{x + 20:g} {back - 12:g}V{back:g}H46', (46, back, -1, 0)),
             plus, words(36, back + 5, '+', 'b m')]
 
+# %% ../../nbs/975_tools.pictures.ipynb #858d80b0
 def attention_steps(
     c:Config, # Config with latent attention
     y:float, # Top edge
@@ -133,6 +134,7 @@ def expert_steps(
             linked_box(70, y + 77, 425, inside, 'arch.moe', 'exp', 118),
             expert_squares(c, 84, y + 115, 398), *branch(y + 11, y + 207, 70)]
 
+# %% ../../nbs/975_tools.pictures.ipynb #349ecc7c
 def layer_frame(
     c:Config, # Config of the model
 )->list: # SVG elements

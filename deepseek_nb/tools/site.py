@@ -52,6 +52,7 @@ def source_page(
     head = f'---\ntitle: The source of `{name}`\ndraft: true\ntoc: false\n---\n\nExported from [its chapter]({name}.ipynb).'
     return f'{head}\n\n``````{{.python code-line-numbers="true"}}\n{Path(module).read_text().strip()}\n``````\n'
 
+# %% ../../nbs/970_tools.site.ipynb #2e1cfa11
 def source_links(
     module:Path, # Python file of the package
     name:str, # Name of the module
@@ -70,6 +71,7 @@ def exported_block(
     from fastcore.nbio import mk_cell
     return [mk_cell(f'{heading}\n\n::: {{.exported}}', 'markdown'), body, mk_cell(':::', 'markdown')]
 
+# %% ../../nbs/970_tools.site.ipynb #5ce96a3d
 def name_heading(
     names:list, # Public names that the cell defines; if empty, there is no heading
     links:dict, # Name -> Markdown link to its source
@@ -116,6 +118,7 @@ def link_pages(
     page = lambda m: '](' + page_name(normpath(join(folder, m[1])))
     return re.sub(r'\]\(([\w./]+\.ipynb)(?=[)#])', page, re.sub(r'\A(#\|.*\n)+', '', text))
 
+# %% ../../nbs/970_tools.site.ipynb #b1291c12
 def quote_alt(
     code:str, # Source of a code cell
 )->str: # Source with `fig-alt` and `fig-cap` in quotes
@@ -215,6 +218,7 @@ def stage_sources(
     for name, text in made.items(): (folder/name).write_text(text)
     return list(made)
 
+# %% ../../nbs/970_tools.site.ipynb #640bc993
 def stage_front(
     nbs:Path, # Folder of notebooks
     folder:Path, # Folder for the pages

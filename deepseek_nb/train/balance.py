@@ -40,6 +40,7 @@ def real(
     documents = batch.get('documents')
     return None if documents is None or bool((documents >= 0).all()) else documents >= 0
 
+# %% ../../nbs/618_train.balance.ipynb #2921114a
 def last(
     mask:Tensor, # Mask of positions `b s`
     n:int, # Number of routed tokens
@@ -110,6 +111,7 @@ def after_update(self:Balance,
     for g,c in zip(self.routers, self.counts, strict=True):
         if g.e_score_correction_bias is not None: g.update_bias(c, gamma)
 
+# %% ../../nbs/618_train.balance.ipynb #1af11c81
 @patch
 def after_step(self:Balance,
     t:Trainer, # Trainer, to whose history two columns are added

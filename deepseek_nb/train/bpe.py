@@ -124,6 +124,7 @@ def cut_vocabulary(
     model |= dict(vocab={t: i for t,i in model['vocab'].items() if i < vocab_size}, merges=model['merges'][:vocab_size - n])
     return Backend.from_str(json.dumps(spec | dict(post_processor=None)))
 
+# %% ../../nbs/675_train.bpe.ipynb #06cbd5a4
 def bytes_per_token(
     backend, # Tokenizer of the `tokenizers` library, or a `Tokenizer`
     text:str, # Text, not empty

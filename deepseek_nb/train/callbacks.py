@@ -34,6 +34,7 @@ EVENTS = dict(
 class CancelStep(Exception): "Skips the update of this step"
 class CancelFit(Exception): "Ends the run as if it were finished"
 
+# %% ../../nbs/614_train.callbacks.ipynb #18c9f86a
 class Callback:
     "Has methods that run at the events of a training run"
     order = 0 # Callbacks with a lower order run first

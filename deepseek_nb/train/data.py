@@ -104,6 +104,7 @@ def encode_documents(
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     return columns([example([*bos, *tokenizer.encode(t), eos_id]) for t in rows[column]])
 
+# %% ../../nbs/600_train.data.ipynb #931703ad
 def columns(
     examples:list, # Dicts with the same keys
 )->dict: # One list per key
@@ -168,6 +169,7 @@ def pack_columns(
     out = [pack([examples[i] for i in sorted(row)], length, pad_id) for row in best_fit([len(e['tokens']) for e in examples], length)]
     return {k: [r[k][0] for r in out] for k in ('tokens', 'labels', 'documents')}
 
+# %% ../../nbs/600_train.data.ipynb #4e3866dc
 def packed(
     dataset, # Dataset with `tokens` and `labels`
     length:int, # Tokens of a row
@@ -307,6 +309,7 @@ def _identity(self:Batches):
     size = dict(block=self.block) if self.stream else dict(examples=len(self.dataset))
     return dict(seed=self.seed, batch_size=self.batch_size, shuffle=self.shuffle, drop_last=self.drop_last) | size
 
+# %% ../../nbs/600_train.data.ipynb #8d44e0af
 @patch
 def load_state_dict(self:Batches,
     state:dict, # From `state_dict`

@@ -167,6 +167,7 @@ def residuals(
         if i in blocks: kept[i] = x
     with watch([model.embed_tokens, *model.layers], see): yield kept
 
+# %% ../../nbs/640_train.distill.ipynb #58187b53
 def hidden_distance(
     student:Tensor, # Residual stream, projected to the teacher's width `… d`
     teacher:Tensor, # Residual stream `… d`
@@ -261,6 +262,7 @@ def blended(
     total = (1-mix)*temperature**2*pull.sum()
     return total + mix*F.cross_entropy(z, labels, reduction='sum') if mix else total
 
+# %% ../../nbs/640_train.distill.ipynb #7285b525
 def check_loss(
     kind:str, # One of `DIVERGENCES`
     share:float|None, # α of the skewed kinds, β of js

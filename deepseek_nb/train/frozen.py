@@ -74,6 +74,7 @@ def accumulate(self:Pairs,
     if dx is not None: dx.addmm_(dz, self.all)
     for (j,_,s),z,db in zip(self.each, (x@self.all.T).split(self.ranks, 1), self.dbs, strict=True): db.addmm_(z.T, dys[j], alpha=s)
 
+# %% ../../nbs/631_train.frozen.ipynb #66750808
 @patch
 def grads(self:Pairs)->list: # Gradients in the order of the tensors
     "Accumulated gradients of A and B"
@@ -116,6 +117,7 @@ def product(self:Frozen,
     if isinstance(w, QuantizedWeight): return out.copy_(F.linear(x, w, b))
     return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
 
+# %% ../../nbs/631_train.frozen.ipynb #22e52794
 @patch
 def input_gradient(self:Frozen,
     dys:list, # Gradients of the outputs `n o`

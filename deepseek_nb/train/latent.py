@@ -58,6 +58,7 @@ def roots(
     root = (values.clamp(min=0) + 1e-6*values[:, -1:].clamp(min=1e-12)).sqrt()
     return (vectors*root[:, None])@vectors.mT, (vectors/root[:, None])@vectors.mT
 
+# %% ../../nbs/655_train.latent.ipynb #16042045
 def compress(
     m:Tensor, # Matrix M of y = M x `n d`
     metric:Tensor, # Diagonal blocks of the metric `g x x`, with n columns in total

@@ -43,6 +43,7 @@ def rows_of(
     "Take rows of a weight, and dequantise them if necessary"
     return w[i:j] if isinstance(w, Tensor) else w.rows(torch.arange(i, min(j, len(w)), device=w.device))
 
+# %% ../../nbs/630_train.lora.ipynb #cdae643e
 @torch.no_grad()
 def row_norms(
     w:Tensor|QuantizedWeight, # Frozen weight `o i`
@@ -90,6 +91,7 @@ def gain(self:Adapter,
     "DoRA's factor on each row"
     return self.magnitude/row_norms(w, self.a, self.b*self.scale)
 
+# %% ../../nbs/630_train.lora.ipynb #de70d796
 @patch
 def change(self:Adapter,
     x:Tensor, # Input `… i`
@@ -221,6 +223,7 @@ def matches(
     if isinstance(targets, str): return targets == 'all-linear' or bool(re.fullmatch(targets, key))
     return any(key == t or key.endswith(f'.{t}') for t in targets or ())
 
+# %% ../../nbs/630_train.lora.ipynb #d0a3474e
 def candidates(
     model:Model, # Model, with or without adapters
 )->dict: # PEFT's name of each weight -> the module that contains it, and the name of its parameter
@@ -279,6 +282,7 @@ def lora_weights(
     "Find all weights with adapters"
     return {k: w for k,w in model.named_modules() if isinstance(w, LoraWeight)}
 
+# %% ../../nbs/630_train.lora.ipynb #d917d141
 def adapters_of(
     model:Model, # Model, with or without adapters
 )->dict[str, LoraConfig]: # Config for each name

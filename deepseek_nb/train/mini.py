@@ -117,6 +117,7 @@ def documents(
     n = min(most or len(texts), len(texts))
     return [texts[i*len(texts)//n] for i in range(n)]
 
+# %% ../../nbs/680_train.mini.ipynb #115e9627
 def set_aside(
     docs:list, # Documents in order
     every:int, # Every document whose number is a multiple of this is held out
@@ -231,6 +232,7 @@ def router_loads(
         if hasattr(model, 'mtp'): model.hidden_ahead(x, tokens)
     return [counts[i] for i in range(len(gates))]
 
+# %% ../../nbs/680_train.mini.ipynb #33c0927a
 def held_loads(
     model:Model, # Model with routers
     rows, # Held-out rows

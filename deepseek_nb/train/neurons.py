@@ -36,6 +36,7 @@ def correlation(
     a,b = a - a.mean(0),b - b.mean(0)
     return (a*b).sum(0)/(a.norm(dim=0)*b.norm(dim=0)).clamp(min=1e-20)
 
+# %% ../../nbs/651_train.neurons.ipynb #f5ce0535
 @torch.no_grad()
 def better_half(
     ffn:SwiGLU, # Feed-forward of a dense block
@@ -97,6 +98,7 @@ def affinities(self:Neurons,
     "Predict each neuron's contribution from its router half"
     return torch.where(self.up_first, up, gate).abs()*self.scale
 
+# %% ../../nbs/651_train.neurons.ipynb #498813ee
 @patch
 def hidden(self:Neurons,
     x:Tensor, # Inputs `… d`

@@ -120,6 +120,7 @@ def __call__(self:OnPolicy,
 # %% ../../nbs/644_train.on_policy.ipynb #29dc7425
 class Collapsed(Diverged): "Entropy, length or variety of the student's text is too low, or repetition too high"
 
+# %% ../../nbs/644_train.on_policy.ipynb #263eaa7d
 class CollapseGuard(Guard):
     "Stops a run whose student collapses and restores the weights of an earlier step"
     def __init__(self,
@@ -157,6 +158,7 @@ def load_state_dict(self:CollapseGuard,
     for r,losses in zip(self.streams, state['recent'], strict=True): r.extend(losses)
     self.bad,self.usual,self.first,self.strikes = state['bad'],state['usual'],list(state['first']),state['strikes']
 
+# %% ../../nbs/644_train.on_policy.ipynb #6f0d06d9
 @patch
 def cleanup(self:CollapseGuard,
     t, # The trainer

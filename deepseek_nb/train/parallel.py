@@ -159,6 +159,7 @@ def whole(
     dist.all_gather(parts := [torch.empty_like(x) for _ in range(world().size)], x.detach().contiguous())
     return torch.cat(parts)
 
+# %% ../../nbs/625_train.parallel.ipynb #32dc225d
 def whole_state(
     model:nn.Module, # Model, sharded or not; every rank must call this function
 )->dict: # Whole tensors on the CPU by name, on rank 0; empty on other ranks
@@ -307,6 +308,7 @@ def after_fit(self:Parallel,
     t.model = self.blank
     if out: write_whole(Path(out)/f'checkpoint-{t.step}', lambda folder: write_model(t.model, folder))
 
+# %% ../../nbs/625_train.parallel.ipynb #0027f9be
 @patch
 def cleanup(self:Parallel,
     t:Trainer, # Trainer after its run, also after an error

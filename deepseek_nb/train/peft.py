@@ -102,6 +102,7 @@ def layout(
         out[key] = file_parts(key, tuple(getattr(m, name).shape), pattern(config.rank_pattern, key, config.r), config.use_dora, both)
     return out
 
+# %% ../../nbs/632_train.peft.ipynb #bbf279d0
 def adapter_at(
     model:Model, # Model with adapters
     key:str, # Name of the layer or stack, from `candidates`

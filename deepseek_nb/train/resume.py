@@ -53,6 +53,7 @@ def to_json(
     if isinstance(x, tuple): return {'tuple': [to_json(v, tensors) for v in x]}
     return [to_json(v, tensors) for v in x] if isinstance(x, list) else x
 
+# %% ../../nbs/617_train.resume.ipynb #d30421f4
 def from_json(
     x, # Value that `json` has read
     tensors:dict, # Tensors by key, from the safetensors file
@@ -122,6 +123,7 @@ def identity(
         if not t.requires_grad and isinstance(t, nn.Parameter) and t.numel(): h.update(word_sums(t).numpy())
     return h.hexdigest()
 
+# %% ../../nbs/617_train.resume.ipynb #a52306e6
 def about(
     model:nn.Module, # Model, with or without adapters
 )->str: # Description for an error message
@@ -145,6 +147,7 @@ def learnt(
     "Trainable parameters and buffers"
     return {n: p for n,p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
 
+# %% ../../nbs/617_train.resume.ipynb #4becdc5d
 def write_model(
     model:nn.Module, # Model, with or without adapters
     folder:Path, # Folder to create
@@ -187,6 +190,7 @@ def random_state()->dict:
     return dict(torch=torch.get_rng_state(), python=random.getstate(), numpy=(kind, keys.tolist(), *rest),
                 accelerator=accelerator.get_rng_state_all() if hasattr(accelerator, 'get_rng_state_all') else [])
 
+# %% ../../nbs/617_train.resume.ipynb #e33fa3ad
 def set_random_state(
     state:dict, # From `random_state`
 )->None:
@@ -337,6 +341,7 @@ def checkpoints_callback(self:Trainer)->Checkpoints: # Callback for a run that s
     "Create the callback that saves checkpoints"
     return Checkpoints()
 
+# %% ../../nbs/617_train.resume.ipynb #6ef0046c
 @patch
 def save_model(self:Trainer,
     output_dir:str|Path|None = None, # Folder for the model; None: the run's output_dir

@@ -32,6 +32,7 @@ def complex_rows(
     re,im = rearrange(w.double(), f"(h {'j two' if interleaved else 'two j'}) d -> two h j d", h=h, two=2)
     return torch.complex(re, im)
 
+# %% ../../nbs/654_train.rotary_pairs.ipynb #5c0051f8
 def real_rows(
     w:Tensor, # Complex rows `… j d`
 )->Tensor: # Real rows, float64 `… (j two) d`, with real and imaginary parts alternating

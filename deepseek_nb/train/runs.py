@@ -71,6 +71,7 @@ def read_table(
     "Make an instance of a dataclass from a table"
     return kind(**check_table(kind, table, where))
 
+# %% ../../nbs/685_train.runs.ipynb #0048c184
 def read_file(
     path:str|Path, # A TOML file
     kind:type, # A dataclass
@@ -94,6 +95,7 @@ class Named:
         if not self.quantise: return Model.from_pretrained(self.name, self.dtype or pick_dtype(None, self.device), self.device), tok
         return QuantizedModel.from_pretrained(self.name, self.quantise, self.device, compute=self.dtype), tok
 
+# %% ../../nbs/685_train.runs.ipynb #a68fde7e
 def write_result(
     model:Model, # Model without adapters
     tok:Tokenizer, # The model's tokenizer
@@ -133,6 +135,7 @@ def read_rows(
     rows = corpus(s.source) if s.source in CORPORA else to_dataset(s.source, s.split)
     return rows if s.most is None else rows.select(range(min(s.most, len(rows))))
 
+# %% ../../nbs/685_train.runs.ipynb #9f8246f6
 def encode_rows(
     s:DataSource, # Description of the data
     rows, # Rows from `read_rows`
@@ -165,6 +168,7 @@ class Outcome:
     before:str = '' # Description of what earlier calls did
     def __repr__(self): return f'{self.report}\n{self.before and self.before + "; "}the result is in {self.folder}'
 
+# %% ../../nbs/685_train.runs.ipynb #93cf8a68
 @dataclass(frozen=True)
 class Sharing:
     "Distribution of a run over processes"
@@ -224,6 +228,7 @@ def write_trained(
     if not merge: return folder
     return write_result(model.merge_to_float() if isinstance(model, QuantizedModel) else model.merge_and_unload(), tok, out/'model')
 
+# %% ../../nbs/685_train.runs.ipynb #9473e128
 def finetune_run(
     path:str|Path, # TOML file with the fields of `Tuning`
 )->Outcome: # Result with the history

@@ -29,6 +29,7 @@ def _progress(step, begin, end):
     "Completed share of a phase"
     return (step - begin)/max(1, end - begin)
 
+# %% ../../nbs/612_train.schedule.ipynb #a1fb93d3
 def linear_factor(
     step:int, # Steps taken
     warmup:int, # Steps of warmup
@@ -58,6 +59,7 @@ def cosine_factor(
     if step < warmup: return warm_up(step, warmup)
     return max(0., .5*(1 + math.cos(2*math.pi*cycles*_progress(step, warmup, total))))
 
+# %% ../../nbs/612_train.schedule.ipynb #92118e44
 def get_cosine_schedule_with_warmup(
     optimizer:Optimizer, # Optimiser with the peak learning rate
     num_warmup_steps:int, # Steps of warmup

@@ -126,6 +126,7 @@ def column_names(
     first = next(iter(dataset.take(1) if hasattr(dataset, 'take') else dataset[:1] if isinstance(dataset, list) else ()), None)
     return list(first) if isinstance(first, dict) else None
 
+# %% ../../nbs/601_train.sft.ipynb #ef0e602b
 def sft_layout(
     names:list, # Columns of a dataset
 )->str: # A key of `LAYOUTS`

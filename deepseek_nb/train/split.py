@@ -58,6 +58,7 @@ def grams(
     words = ''.join(c if c.isalnum() else ' ' for c in text.lower()).split()
     return {hash(tuple(words[i:i+n])) for i in range(max(1, len(words)-n+1))} if words else set()
 
+# %% ../../nbs/603_train.split.ipynb #476821a5
 def overlap(
     train:Iterable[str], # Training texts
     test:Iterable[str], # Test texts

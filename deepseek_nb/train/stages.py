@@ -163,6 +163,7 @@ def learners(
     for s in stages: models += [s.learns] if s.learns is not None and not any(s.learns is m for m in models) else []
     return models
 
+# %% ../../nbs/646_train.stages.ipynb #e52e04dc
 def teacher_of(
     teacher, # Teacher of a stage
     models:list, # Models that are trained

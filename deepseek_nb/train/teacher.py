@@ -42,6 +42,7 @@ def top_and_tail(
     tail = z.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
     return torch.cat([values, tail], -1) - z.logsumexp(-1, keepdim=True), indices
 
+# %% ../../nbs/642_train.teacher.ipynb #5e19c5bc
 def merge_tail(
     logits:Tensor, # Logits of the student `n w`
     indices:Tensor, # Tokens of the teacher's top k `n k`
@@ -62,6 +63,7 @@ def compact_logits(
     values,indices = top_and_tail(logits, k, temperature)
     return dict(values=values.half().cpu(), indices=indices.to(torch.uint16 if logits.shape[-1] <= 2**16 else torch.int32).cpu())
 
+# %% ../../nbs/642_train.teacher.ipynb #cb5895f8
 def bytes_a_token(
     w:int, # Size of the vocabulary
     k:int|None, # Number of tokens to store; None: all
@@ -78,6 +80,7 @@ def row_keys(
     rows,sizes = torch.stack([batch['tokens'], batch['labels'], documents], 1).cpu(),(documents >= 0).sum(1).tolist()
     return [hashlib.blake2b(r[:, :n].contiguous().numpy().tobytes(), digest_size=16).digest() for r,n in zip(rows, sizes, strict=True)]
 
+# %% ../../nbs/642_train.teacher.ipynb #2df51202
 def data_fingerprint(
     dataset, # Examples; not a stream
 )->str: # 32 hexadecimal digits
@@ -102,6 +105,7 @@ def open_answers(
         with written(folder/ABOUT) as tmp: tmp.write_text(json.dumps(about, indent=1))
     check_answers(folder, about)
 
+# %% ../../nbs/642_train.teacher.ipynb #378b86a5
 def check_answers(
     folder:Path, # Folder with `about.json`
     about:dict, # Expected fields

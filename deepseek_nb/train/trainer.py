@@ -170,6 +170,7 @@ def make_optimizer(
     fused = all(p.device.type in ('cpu', 'cuda') for p in model.parameters() if p.requires_grad)
     return AdamW(param_groups(model, args.weight_decay), fused=fused, **kwargs)
 
+# %% ../../nbs/615_train.trainer.ipynb #0d914e4e
 def make_schedule(
     optimizer:Optimizer, # Optimiser whose learning rates are scaled
     args:TrainingArguments, # Settings that name the schedule
@@ -202,6 +203,7 @@ def count_steps(
     try: return math.ceil(args.num_train_epochs*len(batches)/args.gradient_accumulation_steps)
     except TypeError: raise ValueError('a stream has no length, so num_train_epochs has no effect; give max_steps') from None
 
+# %% ../../nbs/615_train.trainer.ipynb #56ba4cf5
 def steps_between(
     strategy:str|None, # 'no', 'steps', 'epoch', or None
     steps:int, # Value of the setting eval_steps or save_steps
@@ -282,6 +284,7 @@ def make_batches(self:Trainer,
     self.eval_every = steps_between(a.eval_strategy, a.eval_steps, a, self.batches)
     self.save_every = steps_between(a.save_strategy, a.save_steps, a, self.batches)
 
+# %% ../../nbs/615_train.trainer.ipynb #f294f010
 @patch
 def begin(self:Trainer)->None:
     "Make batches, optimiser, schedule and callbacks of a run"

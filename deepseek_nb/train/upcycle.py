@@ -99,6 +99,7 @@ def split_speeches(
         test=those(lambda y: y > 1990 and y%2), other='\n\n'.join(corpus('brown')['text'][::25]))
     return {k: t[:most or None] for k,t in found.items()}
 
+# %% ../../nbs/650_train.upcycle.ipynb #ff5d29f1
 def random_rows(
     text:str, # Text to cut
     tok:Tokenizer, # The model's tokenizer
@@ -121,6 +122,7 @@ def contributions(
     "Compute the norm of each neuron's contribution to each token"
     return (F.silu(ffn.gate_proj(x))*ffn.up_proj(x)).abs()*ffn.down_proj.weight.norm(dim=0)
 
+# %% ../../nbs/650_train.upcycle.ipynb #2257d186
 def fires(
     ffn:SwiGLU, # Feed-forward of a dense block
     x:Tensor, # Inputs of the feed-forward `n d`

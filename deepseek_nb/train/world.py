@@ -37,6 +37,7 @@ def world()->World: # Rank 0 of 1 if there is no process group
     "Rank of this process, and number of processes"
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else World(0, 1)
 
+# %% ../../nbs/608_train.world.ipynb #cb258fbc
 def setup()->World: # Rank and number of processes
     "Initialise the process group that torchrun started"
     if 'RANK' in os.environ and not dist.is_initialized():
@@ -68,6 +69,7 @@ def reduce_total(
     dist.all_reduce(both)
     return both[0].to(total.dtype), int(both[1])
 
+# %% ../../nbs/608_train.world.ipynb #9ddf3386
 def sum_over(
     x:Tensor, # Tensor of the same shape in each rank, such as expert loads
 )->Tensor: # Sum, of the shape of x
@@ -89,6 +91,7 @@ def is_share(
     "Whether a parameter is sharded over the ranks"
     return hasattr(x, 'full_tensor') or getattr(x, 'is_share', False)
 
+# %% ../../nbs/608_train.world.ipynb #86dd538b
 def total_norm(
     params, # Parameters; those without a gradient are skipped
 )->Tensor: # Scalar, the same on every rank
