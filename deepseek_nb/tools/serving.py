@@ -141,7 +141,7 @@ def serve_models(
     for m in served:
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         print(decode_path(m.engine.model))
-        if why := same_in_company(m.engine.model, m.engine.pool): print(f'the last bits of an answer may depend on other requests: {why}')
+        if not same_in_company(m.engine.model, m.engine.pool): print('the last bits of an answer may depend on other requests')
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 
