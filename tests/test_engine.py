@@ -252,7 +252,7 @@ def test_a_page_that_is_not_full_is_shared(model):
 @pytest.mark.parametrize(['kinds', 'exact'], [(['Q8_0', 'Q4_0', 'Q4_1'], True), (['Q6_K', 'Q4_K'], False)], ids=['split', 'blocks'])
 @pytest.mark.parametrize('name', ['llama', 'v3'])
 def test_a_gguf_model(name, kinds, exact, tmp_path):
-    "Blocks of a dense model, and those that become int8 or int4, give the same bits in any chunks; others run row by row: a neighbour changes no bit."
+    "Blocks of a dense model, and those that become int8 or int4, give the same bits in any chunks; others run row by row."
     from test_ggml import CONFIGS, fresh, write
     config = replace(CONFIGS[name][0], vocab_size=256, max_positions=512)
     write(tmp_path/'m.gguf', fresh(config), False, kinds)
