@@ -7,11 +7,12 @@ multi-token-prediction block beside what step times and acceptance predict, and 
 
 # %% auto #0
 __all__ = ['STEP_TOKENS', 'CHAT', 'step_of', 'step_times', 'passages', 'copy_task', 'copy_tasks', 'tasks', 'DraftRace',
-           'draft_race', 'draft_time', 'Prediction', 'predicted', 'rows_race', 'SpeculationReport',
+           'decode_seconds', 'draft_race', 'draft_time', 'Prediction', 'predicted', 'rows_race', 'SpeculationReport',
            'speculation_report', 'speculate']
 
 # %% ../../nbs/794_bench.speculate.ipynb #933e0126
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -113,8 +114,9 @@ class DraftRace:
     "Generation with drafts against generation without them"
     plain:list # Seconds without drafts in every round
     drafted:list # Seconds with drafts
-    tokens:int # New tokens
-    steps:int # Steps with drafts
+    tokens:int # New tokens that are timed
+    steps:int # Steps with drafts in which they were generated
+    prompt:float = 0. # Median seconds to the first token, without drafts
     @property
     def ratio(self)->float: return statistics.median(a/b for a,b in zip(self.plain, self.drafted, strict=True))
     @property
@@ -124,21 +126,40 @@ class DraftRace:
     @property
     def per_step(self)->float: return self.tokens/self.steps
 
+
+# %% ../../nbs/794_bench.speculate.ipynb #794race2
+def decode_seconds(
+    model:Model, # Model
+    ids:torch.Tensor, # Prompt `1 s`
+    n:int, # New tokens, 2 or more
+    **kw, # Further arguments of `stream`
+)->tuple[float,float]: # Seconds to the first token, and from there to the last
+    "Time a generation"
+    start = time.perf_counter()
+    tokens = model.stream(ids, n, eos_token_id=[], **kw)
+    next(tokens)
+    first = time.perf_counter()
+    for _ in tokens: continue
+    return first - start, time.perf_counter() - first
+
 def draft_race(
     model:Model, # Model
     prompt:list, # Token ids
     most:int = 96, # Most new tokens
     draft='lookup', # Source of drafts
     repeats:int = 5, # Rounds
-    **kw, # Further arguments of `generate`
+    **kw, # Further arguments of `stream`
 )->DraftRace:
-    "Time `generate` with and without drafts, alternately"
+    "Time decoding with and without drafts, alternately"
     ids = torch.tensor([prompt], device=model.device)
-    n = model.generate(ids, most).shape[1] - len(prompt)
-    arms = dict(plain=lambda: model.generate(ids, n, eos_token_id=[]),
-                drafted=lambda: model.generate(ids, n, eos_token_id=[], draft=draft, **kw))
+    n = max(2, model.generate(ids, most).shape[1] - len(prompt))
+    found = dict(plain=[], drafted=[])
+    alternate(dict(plain=lambda: found['plain'].append(decode_seconds(model, ids, n)),
+                   drafted=lambda: found['drafted'].append(decode_seconds(model, ids, n, draft=draft, **kw))), repeats)
     steps = sum(1 for _ in model.speculate([prompt], n, draft, **kw))
-    return DraftRace(**alternate(arms, repeats), tokens=n, steps=steps)
+    return DraftRace(**{k: [after for _,after in v] for k,v in found.items()}, tokens=n - 1, steps=max(1, steps - 1),
+                     prompt=statistics.median(first for first,_ in found['plain']))
+
 
 # %% ../../nbs/794_bench.speculate.ipynb #930219eb
 @torch.no_grad()

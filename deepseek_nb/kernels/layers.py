@@ -26,8 +26,7 @@ from ..infer.ragged import RaggedBatch, run_rows
 from .build import processor
 from .paged import attend_pages, paged_kernels
 from .ragged import BatchPart, pages_fit, parts_of
-from .step import blocks_of
-from .step_codes import codes_of
+from .step import blocks_of, collected
 from ..quant import QuantizedWeight
 
 # %% ../../nbs/543_kernels.layers.ipynb #e8748528
@@ -97,10 +96,13 @@ def needs_layers(
     batch:RaggedBatch, # Rows, with pages for the new tokens
 )->bool: # Whether no fused step can run them, and this twin can
     "Whether a batch runs layer by layer"
-    found = blocks_of(blocks, x[None, :1])
-    if found is None or found.floats or codes_of(found) is not None or not pages_fit(x, batch.caches[0]): return False
-    if not hasattr(found, 'exact'): found.exact = all(map(exact_block, blocks)) # `blocks_of` collects again if a weight is replaced
-    return found.exact
+    if not isinstance(blocks, nn.ModuleList) or not pages_fit(x, batch.caches[0]): return False
+    found = collected.get(blocks) or blocks_of(blocks, x[None, :1])
+    if found is None or found.floats: return False
+    if not hasattr(found, 'layers'): found.layers = all(map(exact_block, blocks)) and any(map(_has_ggml, blocks)) # once for all steps
+    return found.layers and found.holds() # no weight was replaced since
+
+def _has_ggml(block): return any(isinstance(m, QuantizedWeight) and m.format.name == 'ggml' for m in block.modules())
 
 
 # %% ../../nbs/543_kernels.layers.ipynb #543aaaa4

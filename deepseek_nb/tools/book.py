@@ -92,7 +92,7 @@ class BookPart(NamedTuple):
 # %% ../../nbs/964_tools.book.ipynb #2d57b5ba
 BOOK_PARTS = [BookPart(*o) for o in (
     (0, 'core', 'Foundations', 'How to read a chapter, the config of every release, and the choice of the fastest kernel of an operation'),
-    (100, 'arch', 'Architecture', 'DeepSeek-V3 from rotary positions to the whole model'),
+    (100, 'arch', 'Architecture', 'DeepSeek-V3 from rotary positions to the whole model; V3.2, V4 and Engram'),
     (200, 'files', 'Files', 'Tokenizers, chat templates, safetensors and GGUF'),
     (300, 'quant', 'Quantisation', 'int8, int4, NF4, FP8, FP4, GGUF blocks and GPTQ, and models with quantised weights'),
     (400, 'infer', 'Inference', 'Loading, generation, conversations, and paged, stored, shared and quantised KV caches'),
