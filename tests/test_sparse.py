@@ -15,7 +15,7 @@ from deepseek_nb import Model
 from deepseek_nb.arch import sparse
 from deepseek_nb.arch.attention import visible
 from deepseek_nb.arch.routing import affinity, route
-from deepseek_nb.arch.sparse import DSA, attend_selected, index_scores, top_positions
+from deepseek_nb.arch.sparse import DSA, attend_selected, index_scores, top_by_threshold, top_positions
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 
@@ -474,3 +474,9 @@ def test_server():
     for p, stream in zip(prompts, streams, strict=True):
         want = m.generate(torch.tensor([p]), max_new_tokens=8, eos_token_id=-1)[0, len(p):].tolist()
         assert [x.id for x in stream.arrived() if x is not None] == want
+
+
+def test_nothing_to_select():
+    for scores, k in ((torch.randn(2, 3, 0), 4), (torch.randn(2, 3, 5), 0)):
+        with use('reference'): want = top_positions(scores, k)
+        assert torch.equal(top_by_threshold(scores, k), want) and want.shape == (2, 3, 0)

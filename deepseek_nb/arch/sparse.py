@@ -103,6 +103,7 @@ def top_by_threshold(
 )->Tensor: # Selected positions `… a` in ascending order, then −1
     "Select the positions above the lowest selected score, and the first of those equal to it"
     a,t = min(k, scores.shape[-1]),scores.shape[-1]
+    if not a: return torch.empty(*scores.shape[:-1], 0, dtype=torch.long, device=scores.device)
     scores = scores.nan_to_num(torch.inf, torch.finfo(scores.dtype).max, -torch.inf)  # NaN is the largest, as in a sort
     if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
     least = scores.topk(a, -1, sorted=False).values.amin(-1, keepdim=True)
