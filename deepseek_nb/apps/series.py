@@ -11,7 +11,7 @@ __all__ = ['SETS', 'CATEGORIES', 'Labelled', 'DataSet', 'unpack', 'find_set', 'r
            'read_ucr', 'read_skab', 'circle', 'since_last', 'card_features', 'read_cards', 'Split', 'split_cards',
            'account_features', 'read_transfers', 'drop_repeats']
 
-# %% ../../nbs/854_apps.series.ipynb #2a52b7b5
+# %% ../../nbs/854_apps.series.ipynb #03d8f078
 import csv
 import gzip
 import io
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..files.hub import cache_dir
 
-# %% ../../nbs/854_apps.series.ipynb #9a4cfee7
+# %% ../../nbs/854_apps.series.ipynb #5a47ba6a
 @dataclass
 class Labelled:
     "A series with known anomalies"
@@ -47,12 +47,12 @@ class Labelled:
         if len(self.values) != len(self.labels):
             raise ValueError(f'{self.name}: {len(self.values)} observations, but {len(self.labels)} labels')
 
-# %% ../../nbs/854_apps.series.ipynb #a284453c
+# %% ../../nbs/854_apps.series.ipynb #494e973a
 class DataSet(NamedTuple):
     "Where a set can be had"
     url:str # Archive; '': no archive can be downloaded without a login
     how:str # How a person gets it
-    sign:str # Pattern of a file that the folder must contain
+    sign:str # Patterns of files, of which the folder must contain one
 
 def _archive(repository, commit): return f'https://github.com/{repository}/archive/{commit}.zip'
 
@@ -61,12 +61,12 @@ SETS = dict(
         'combined_windows.json'),
     skab=DataSet(_archive('waico/SKAB', 'b2c0d46c2971dcbfe71e26087b6d231998bb91c2'), 'clone github.com/waico/SKAB', 'anomaly-free.csv*'),
     ucr_anomaly=DataSet('https://www.cs.ucr.edu/~eamonn/time_series_data_2018/UCR_TimeSeriesAnomalyDatasets2021.zip',
-        'download the UCR anomaly archive from E. Keogh\'s page', '*UCR_Anomaly*'),
+        'download the UCR anomaly archive from E. Keogh\'s page', '*UCR_Anomaly* series.npz'),
     card_sparkov=DataSet('', 'run github.com/namebrandon/Sparkov_Data_Generation, or take kartik2112/fraud-detection from Kaggle',
         '*ra*.csv*'),
     amlsim=DataSet(_archive('IBM/AMLSim', '7338a4bcb1af9bcfea2201ad7daccfe2a4d569ca'), 'clone github.com/IBM/AMLSim', 'transactions.csv*'))
 
-# %% ../../nbs/854_apps.series.ipynb #e16cc688
+# %% ../../nbs/854_apps.series.ipynb #f4e7ba22
 def unpack(
     data:bytes, # A zip archive
     folder:str|Path, # Folder to write to
@@ -81,8 +81,8 @@ def unpack(
     for path in [*folder.rglob('*.tgz')]:
         with tarfile.open(path) as t: t.extractall(path.with_suffix(''), filter='data')
 
-# %% ../../nbs/854_apps.series.ipynb #249b6b68
-def _holds(folder, name): return next(Path(folder).rglob(SETS[name].sign), None) is not None
+# %% ../../nbs/854_apps.series.ipynb #584590c4
+def _holds(folder, name): return any(next(Path(folder).rglob(o), None) for o in SETS[name].sign.split())
 
 def _download(name, folder):
     try:
@@ -98,7 +98,7 @@ def find_set(
     "Find a set, downloading it if possible"
     if folder is not None:
         if _holds(folder, name): return Path(folder)
-        raise FileNotFoundError(f'{folder} contains no file {SETS[name].sign!r} of the set {name!r}: {SETS[name].how}')
+        raise FileNotFoundError(f'{folder} contains no {SETS[name].sign} of the set {name!r}: {SETS[name].how}')
     cached = cache_dir()/'data'/name
     if _holds(cached, name) or SETS[name].url and _download(name, cached): return cached
     local = Path(os.environ.get('DEEPSEEK_NB_DATA', '.'))/name
@@ -106,7 +106,7 @@ def find_set(
     raise FileNotFoundError(f'the set {name!r} is not here and could not be downloaded: {SETS[name].how}, '
                             f'and put its files in {name}/ below the folder that the environment variable DEEPSEEK_NB_DATA names')
 
-# %% ../../nbs/854_apps.series.ipynb #4387c248
+# %% ../../nbs/854_apps.series.ipynb #38b9cdbe
 def read_columns(
     path:str|Path, # A file with a head line, optionally compressed (`.gz`)
     delimiter:str = ',', # Character between two columns
@@ -129,7 +129,7 @@ def seconds(
     "Convert times to seconds; no time zone is UTC"
     return torch.tensor([datetime.fromisoformat(x).replace(tzinfo=UTC).timestamp() for x in texts], dtype=torch.float64)
 
-# %% ../../nbs/854_apps.series.ipynb #99451865
+# %% ../../nbs/854_apps.series.ipynb #a4c3c97c
 def _nab_series(path, name, windows):
     table = read_columns(path)
     at,values = seconds(table['timestamp']),numbers(table['value'])
@@ -150,7 +150,7 @@ def read_nab(
     paths = {f'{p.parent.name}/{p.name.removesuffix(".gz")}': p for p in folder.rglob('data/*/*.csv*')}
     return [_nab_series(paths[name], name.removesuffix('.csv'), truth[name]) for name in sorted(truth)]
 
-# %% ../../nbs/854_apps.series.ipynb #db9f434d
+# %% ../../nbs/854_apps.series.ipynb #b5845972
 def _ucr_series(name, values):
     train,first,last = map(int, name.split('_')[-3:])
     labels = torch.zeros(len(values), dtype=torch.bool)
@@ -167,7 +167,7 @@ def read_ucr(
     if texts: return [_ucr_series(k, numbers(p.read_text().split())) for k,p in texts.items()]
     with np.load(next(folder.rglob('*.npz'))) as z: return [_ucr_series(k, torch.tensor(z[k])) for k in sorted(z)]
 
-# %% ../../nbs/854_apps.series.ipynb #5c725c0f
+# %% ../../nbs/854_apps.series.ipynb #9fd100bb
 def _skab_series(path, name):
     table = read_columns(path, ';')
     names = [c for c in table if c not in ('datetime', 'anomaly', 'changepoint')]
@@ -183,7 +183,7 @@ def read_skab(
     paths = [p for o in ('valve1', 'valve2', 'other', 'anomaly-free') for p in sorted(folder.rglob(f'{o}/*.csv*'))]
     return [_skab_series(p, f'{p.parent.name}/{p.name.split(".")[0]}') for p in paths]
 
-# %% ../../nbs/854_apps.series.ipynb #b71ca06a
+# %% ../../nbs/854_apps.series.ipynb #e7dd3520
 CATEGORIES = ('entertainment', 'food_dining', 'gas_transport', 'grocery_net', 'grocery_pos', 'health_fitness', 'home', 'kids_pets', 'misc_net',
               'misc_pos', 'personal_care', 'shopping_net', 'shopping_pos', 'travel')
 
@@ -201,7 +201,7 @@ def since_last(
     "Logarithm of the time since the event before"
     return torch.cat([at.new_zeros(1), at.diff()]).clamp(min=0).log1p()
 
-# %% ../../nbs/854_apps.series.ipynb #371988ad
+# %% ../../nbs/854_apps.series.ipynb #5e1dc8c6
 def card_features(
     table:dict, # Columns of the payments of one card, in order of time
 )->Tensor: # `t m`
@@ -214,7 +214,7 @@ def card_features(
     columns = numbers(table['amt']).log1p(), since_last(at), 100*torch.hypot(lat, long), age, numbers(table['city_pop']).log1p()
     return torch.cat([torch.stack(columns, 1), circle(at, 86400), circle(at, 7*86400), kinds], 1).float()
 
-# %% ../../nbs/854_apps.series.ipynb #8901b359
+# %% ../../nbs/854_apps.series.ipynb #0d11aa19
 def read_cards(
     folder:str|Path|None = None, # Folder of the simulator's output; None: `find_set`
 )->list[Labelled]: # One series for each card
@@ -230,7 +230,7 @@ def read_cards(
         found.append(Labelled(name, card_features(part), numbers([table['is_fraud'][i] for i in own]) > 0, at[own]))
     return found
 
-# %% ../../nbs/854_apps.series.ipynb #2db102ec
+# %% ../../nbs/854_apps.series.ipynb #37b67344
 class Split(NamedTuple):
     "Series to learn from, to choose with, and to test on; `train` of the last two is the number of observations that are not scored"
     learn:list # `Labelled` series
@@ -254,7 +254,7 @@ def split_cards(
     spans = [(order[:a], 0., first), (order[a:b], first, second), (order[b:], second, math.inf)]
     return Split(*([until(cards[i], *span) for i in own] for own,*span in spans))
 
-# %% ../../nbs/854_apps.series.ipynb #58a859ad
+# %% ../../nbs/854_apps.series.ipynb #82c4f8d8
 def account_features(
     moves:list, # Transfers of one account in order of time: time, value, 1 (out) or -1 (in), and the other account
 )->Tensor: # `t m`
@@ -267,7 +267,7 @@ def account_features(
         last = at
     return torch.tensor(rows, dtype=torch.float32)
 
-# %% ../../nbs/854_apps.series.ipynb #7a7a3024
+# %% ../../nbs/854_apps.series.ipynb #992218ab
 def _graph(folder):
     nodes,table = (read_columns(next(folder.glob(f'{o}.csv*'))) for o in ('nodes', 'transactions'))
     moves = {}
@@ -288,7 +288,7 @@ def read_transfers(
     folders = sorted({p.parent for p in find_set('amlsim', folder).rglob('transactions.csv*')})
     return {f.name: _graph(f) for f in folders}
 
-# %% ../../nbs/854_apps.series.ipynb #db434f8b
+# %% ../../nbs/854_apps.series.ipynb #2f550a1d
 def drop_repeats(
     series:list, # `Labelled` series
     known:Iterable = (), # `Labelled` series that must not occur again
