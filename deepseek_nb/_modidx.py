@@ -120,6 +120,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'deepseek_nb.apps.series.drop_repeats': ( 'apps.series.html#drop_repeats',
                                                                                    'deepseek_nb/apps/series.py'),
                                          'deepseek_nb.apps.series.find_set': ('apps.series.html#find_set', 'deepseek_nb/apps/series.py'),
+                                         'deepseek_nb.apps.series.mix_days': ('apps.series.html#mix_days', 'deepseek_nb/apps/series.py'),
                                          'deepseek_nb.apps.series.numbers': ('apps.series.html#numbers', 'deepseek_nb/apps/series.py'),
                                          'deepseek_nb.apps.series.read_cards': ( 'apps.series.html#read_cards',
                                                                                  'deepseek_nb/apps/series.py'),

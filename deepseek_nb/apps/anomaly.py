@@ -11,7 +11,7 @@ __all__ = ['as_series', 'is_many', 'Scaling', 'fit_scaling', 'scaled', 'steps_be
            'hide_runs', 'FitSettings', 'draw_windows', 'signal_loss', 'train_net', 'Stream', 'Calibration', 'Detector',
            'check_series', 'choose_config', 'Reading', 'rate_interval', 'choose_threshold', 'Attended', 'Explanation']
 
-# %% ../../nbs/856_apps.anomaly.ipynb #641366c8
+# %% ../../nbs/856_apps.anomaly.ipynb #13ad9b56
 import json
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from torch import Tensor
 from .tcn import SignalConfig, SignalNet, SignalState, find_periods, receptive_field
 from ..files.safetensors import write_tensors
 
-# %% ../../nbs/856_apps.anomaly.ipynb #4179dc1b
+# %% ../../nbs/856_apps.anomaly.ipynb #0501e514
 def as_series(
     x, # Tensor, array or list `t` or `t m`
 )->Tensor: # `t m` float32
@@ -46,7 +46,7 @@ def is_many(
     "Distinguish several signals from one that is a list of numbers"
     return isinstance(series, Sequence) and len(series) > 0 and getattr(series[0], 'ndim', 0) > 0
 
-# %% ../../nbs/856_apps.anomaly.ipynb #f04fd4a4
+# %% ../../nbs/856_apps.anomaly.ipynb #3b5b2cf7
 @dataclass
 class Scaling:
     "Unit of each variable"
@@ -69,7 +69,7 @@ def scaled(
     "Express observations in the unit of each variable"
     return (x - s.centre)/s.spread
 
-# %% ../../nbs/856_apps.anomaly.ipynb #5c814ae7
+# %% ../../nbs/856_apps.anomaly.ipynb #139cb80a
 def steps_between(
     last:float, # Time of the last observation in seconds
     now:float, # Time of the new one
@@ -85,7 +85,7 @@ def steps_between(
                          'resample it, or fit a detector for this rate')
     return steps
 
-# %% ../../nbs/856_apps.anomaly.ipynb #8f751d76
+# %% ../../nbs/856_apps.anomaly.ipynb #c6bb7682
 def deviations(
     x:Tensor, # Scaled observations `b s m`; NaN: missing
     location:Tensor, # Forecast of each `b s m`
@@ -102,7 +102,7 @@ def over_variables(
     there = ~x.isnan()
     return (y*there).sum(-1)/there.sum(-1).clamp(min=1)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #5ca43c16
+# %% ../../nbs/856_apps.anomaly.ipynb #859df036
 def hide_runs(
     x:Tensor, # Observations `b s m`
     runs:int, # Number of runs in each window
@@ -114,7 +114,7 @@ def hide_runs(
     last = first + torch.randint(10, (runs, len(x), 1), generator=g)
     return x.masked_fill(((at >= first) & (at <= last)).any(0)[..., None], torch.nan)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #c34c1a63
+# %% ../../nbs/856_apps.anomaly.ipynb #7ee20208
 @dataclass
 class FitSettings:
     "How a detector learns"
@@ -144,7 +144,7 @@ def draw_windows(
         found.append((padded, F.pad(y[begin:begin+n], (0, pad)), torch.arange(s.length) < n))
     return tuple(torch.stack(o) for o in zip(*found, strict=True))
 
-# %% ../../nbs/856_apps.anomaly.ipynb #c007a5bd
+# %% ../../nbs/856_apps.anomaly.ipynb #c7cbd52b
 def signal_loss(
     net:SignalNet, # Network
     x:Tensor, # Scaled observations `b s m`; NaN: missing
@@ -164,7 +164,7 @@ def signal_loss(
     bce = F.binary_cross_entropy_with_logits(out.label, y, pos_weight=y.new_tensor(s.positive), reduction='none')
     return (bce*real).sum()/real.sum() + s.forecast*forecast
 
-# %% ../../nbs/856_apps.anomaly.ipynb #f86258d7
+# %% ../../nbs/856_apps.anomaly.ipynb #5a34bf79
 def train_net(
     net:SignalNet, # Network, changed in place
     series:list, # Pairs of scaled observations `t m` and labels `t`
@@ -185,7 +185,7 @@ def train_net(
         losses.append(loss.item())
     return losses
 
-# %% ../../nbs/856_apps.anomaly.ipynb #717fc1d6
+# %% ../../nbs/856_apps.anomaly.ipynb #e41aff90
 @dataclass
 class Stream:
     "What is kept of one stream"
@@ -221,7 +221,7 @@ class Detector:
         self.warm_up = (0 if labelled else receptive_field(net.c.kernel, net.c.dilations)) if warm_up is None else warm_up
         self.calibration,self.streams,self.losses = None,{},[]
 
-# %% ../../nbs/856_apps.anomaly.ipynb #4994e9e5
+# %% ../../nbs/856_apps.anomaly.ipynb #368a1c9a
 @patch(cls_method=True)
 def fit(cls:Detector,
     series, # Signal `t` or `t m`, or a list of signals; NaN: missing
@@ -245,7 +245,7 @@ def fit(cls:Detector,
     detector.losses = losses
     return detector
 
-# %% ../../nbs/856_apps.anomaly.ipynb #9c76182d
+# %% ../../nbs/856_apps.anomaly.ipynb #6918c663
 def check_series(
     x:list, # Signals `t m`
     y:list, # Labels `t`
@@ -265,7 +265,7 @@ def choose_config(
     p = find_periods(x)
     return SignalConfig(x.shape[1], dim=24 if len(p) != 2 else 32, periods=p*2 if len(p) == 1 else p)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #30365055
+# %% ../../nbs/856_apps.anomaly.ipynb #29f2f2ce
 @patch
 def advance(self:Detector,
     stream:Stream, # Stream, which is changed
@@ -285,7 +285,7 @@ def advance(self:Detector,
     stream.steps += len(x)
     return score*warm
 
-# %% ../../nbs/856_apps.anomaly.ipynb #ee9463db
+# %% ../../nbs/856_apps.anomaly.ipynb #d7a66fbc
 class Reading(NamedTuple):
     "What a detector says about an observation"
     score:float # The larger, the more anomalous
@@ -325,7 +325,7 @@ def score(self:Detector,
     ready = stream.steps > self.warm_up
     return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #aec694bf
+# %% ../../nbs/856_apps.anomaly.ipynb #7eaed7f3
 @patch
 def score_series(self:Detector,
     series, # Signal `t` or `t m`; NaN: missing
@@ -345,7 +345,7 @@ def score_series(self:Detector,
     flush(len(x))
     return torch.cat(scores)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #e6c258ac
+# %% ../../nbs/856_apps.anomaly.ipynb #e1dd31bf
 def _at_most(k, n, p):
     "Probability of at most k successes of n"
     i = torch.arange(k + 1, dtype=torch.float64)
@@ -370,7 +370,7 @@ def rate_interval(
     high = 1. if k == n else _bisect(lambda p: _at_most(k, n, p) > half)
     return low, high
 
-# %% ../../nbs/856_apps.anomaly.ipynb #f4c5cc3c
+# %% ../../nbs/856_apps.anomaly.ipynb #91571bf1
 def choose_threshold(
     scores:Tensor, # Scores of normal observations, in order `t`
     budget:float, # Acceptable share of them above the threshold
@@ -398,7 +398,7 @@ def calibrate(self:Detector,
     self.calibration = choose_threshold(scores, budget, confidence)
     return self.calibration
 
-# %% ../../nbs/856_apps.anomaly.ipynb #5192c319
+# %% ../../nbs/856_apps.anomaly.ipynb #2b2de06f
 class Attended(NamedTuple):
     "A stretch of the past that a score rests on"
     period:int # Period of the head
@@ -416,7 +416,7 @@ class Explanation:
     parts:list # Part of each variable in the score
     attended:list = field(default_factory=list) # `Attended` stretches, the largest weight first
 
-# %% ../../nbs/856_apps.anomaly.ipynb #2bd71957
+# %% ../../nbs/856_apps.anomaly.ipynb #32463f3f
 @patch
 def explain(self:Detector,
     key:str = '', # Stream
@@ -435,7 +435,7 @@ def explain(self:Detector,
     return Explanation(units(z), units(location), units(location - wide), units(location + wide), parts.tolist(),
                        sorted(rows, key=lambda r: -r.weight)[:most])
 
-# %% ../../nbs/856_apps.anomaly.ipynb #c67b625c
+# %% ../../nbs/856_apps.anomaly.ipynb #9d8111fd
 def _flat(stream):
     s = stream.state
     tensors = {f'conv.{i}': o for i,o in enumerate(s.convs)} | {f'attn.{i}': o for i,o in s.attns.items()} | dict(seen=s.seen)
@@ -457,7 +457,7 @@ def save(self:Detector,
         streams=[dict(key=k, time=s.time, steps=s.steps) for k,s in self.streams.items()])
     write_tensors(folder/'detector.safetensors', tensors | dict(about=torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)))
 
-# %% ../../nbs/856_apps.anomaly.ipynb #5a195d1a
+# %% ../../nbs/856_apps.anomaly.ipynb #710d1ddb
 def _stream(tensors, about):
     def under(name): return {k.removeprefix(name): v for k,v in tensors.items() if k.startswith(name)}
     convs = [v for _,v in sorted((int(k), v) for k,v in under('conv.').items())]

@@ -9,7 +9,7 @@ criterion of the UCR archive, and `nab_parts` and `nab_score` are the score of t
 __all__ = ['check_scores', 'recall_at', 'ranking_auc', 'average_precision', 'runs_of', 'EventScores', 'event_scores', 'ucr_hit',
            'ucr_chance', 'nab_sigmoid', 'nab_weights', 'nab_parts', 'nab_score']
 
-# %% ../../nbs/852_apps.detection.ipynb #fd43ef40
+# %% ../../nbs/852_apps.detection.ipynb #77edaa5e
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# %% ../../nbs/852_apps.detection.ipynb #1d9f129e
+# %% ../../nbs/852_apps.detection.ipynb #18f308a2
 def check_scores(
     scores:Tensor, # Scores `t`
     labels:Tensor, # True at an anomaly `t`
@@ -37,7 +37,7 @@ def recall_at(
     normal = scores[~labels].sort(descending=True).values
     return (scores[labels] > normal[int(rate*len(normal))]).float().mean().item()
 
-# %% ../../nbs/852_apps.detection.ipynb #bdfe3a01
+# %% ../../nbs/852_apps.detection.ipynb #f0667ec6
 def ranking_auc(
     scores:Tensor, # Scores `t`
     labels:Tensor, # True at an anomaly `t`
@@ -45,7 +45,7 @@ def ranking_auc(
     "Area under the ROC curve"
     check_scores(scores, labels)
     _,group,count = scores.double().unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1)/2)[group]
+    rank = (count.cumsum(0) - (count - 1).double()/2)[group]
     a,n = labels.sum().item(),(~labels).sum().item()
     return ((rank[labels].sum() - a*(a + 1)/2)/(a*n)).item()
 
@@ -60,7 +60,7 @@ def average_precision(
     alarms,hits = (none.index_add(0, group, w.double()) for w in (torch.ones_like(scores), labels))
     return ((hits.cumsum(0)/alarms.cumsum(0))*hits).sum().item()/labels.sum().item()
 
-# %% ../../nbs/852_apps.detection.ipynb #9986fdf6
+# %% ../../nbs/852_apps.detection.ipynb #86bd069c
 def runs_of(
     mask:Tensor, # `t`
 )->list: # First and last index of each stretch
@@ -80,7 +80,7 @@ class EventScores(NamedTuple):
         "Harmonic mean of recall and precision"
         return 2*self.recall*self.precision/max(self.recall + self.precision, 1e-12)
 
-# %% ../../nbs/852_apps.detection.ipynb #2f14f6c2
+# %% ../../nbs/852_apps.detection.ipynb #9a15bc8b
 def event_scores(
     alarms:Tensor, # True at an alarm `t`
     labels:Tensor, # True in an event `t`
@@ -95,7 +95,7 @@ def event_scores(
     return EventScores(len(delays)/len(events), 1 - false/len(runs) if runs else 1., sum(delays)/len(delays) if delays else 0.,
                        1000*false/max(1, int((~labels).sum())))
 
-# %% ../../nbs/852_apps.detection.ipynb #da82bcb4
+# %% ../../nbs/852_apps.detection.ipynb #7f679d9c
 def ucr_hit(
     scores:Tensor, # Scores `t` of the whole series
     train:int, # Number of observations at the beginning that are not searched
@@ -116,7 +116,7 @@ def ucr_chance(
     "Probability that a random position is right"
     return (min(n - 1, last + slack) - max(train, first - slack) + 1)/(n - train)
 
-# %% ../../nbs/852_apps.detection.ipynb #836a7486
+# %% ../../nbs/852_apps.detection.ipynb #892e1645
 def nab_sigmoid(
     y:Tensor, # Positions relative to the end of a window, in widths
 )->Tensor: # 1 long before the end, 0 at the end, -1 long after it
@@ -137,7 +137,7 @@ def nab_weights(
         w[a:b+1] = nab_sigmoid(-(b - i[a:b+1] + 1)/(b - a + 1))/nab_sigmoid(torch.tensor(-1., dtype=torch.float64))
     return w
 
-# %% ../../nbs/852_apps.detection.ipynb #80417780
+# %% ../../nbs/852_apps.detection.ipynb #7b34efe0
 def nab_parts(
     alarms:Tensor, # True at an alarm `t`
     windows:Sequence, # First and last index of each window, in order

@@ -8,10 +8,10 @@ downloads the public copy where that is possible, and otherwise takes a local fo
 
 # %% auto #0
 __all__ = ['SETS', 'CATEGORIES', 'Labelled', 'DataSet', 'unpack', 'find_set', 'read_columns', 'numbers', 'seconds', 'read_nab',
-           'read_ucr', 'read_skab', 'circle', 'since_last', 'card_features', 'read_cards', 'Split', 'split_cards',
-           'account_features', 'read_transfers', 'drop_repeats']
+           'read_ucr', 'read_skab', 'circle', 'since_last', 'card_features', 'mix_days', 'read_cards', 'Split',
+           'split_cards', 'account_features', 'read_transfers', 'drop_repeats']
 
-# %% ../../nbs/854_apps.series.ipynb #03d8f078
+# %% ../../nbs/854_apps.series.ipynb #3edccd49
 import csv
 import gzip
 import io
@@ -21,7 +21,7 @@ import os
 import tarfile
 import urllib.request
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..files.hub import cache_dir
 
-# %% ../../nbs/854_apps.series.ipynb #5a47ba6a
+# %% ../../nbs/854_apps.series.ipynb #f3541c5b
 @dataclass
 class Labelled:
     "A series with known anomalies"
@@ -47,7 +47,7 @@ class Labelled:
         if len(self.values) != len(self.labels):
             raise ValueError(f'{self.name}: {len(self.values)} observations, but {len(self.labels)} labels')
 
-# %% ../../nbs/854_apps.series.ipynb #494e973a
+# %% ../../nbs/854_apps.series.ipynb #07572c20
 class DataSet(NamedTuple):
     "Where a set can be had"
     url:str # Archive; '': no archive can be downloaded without a login
@@ -66,7 +66,7 @@ SETS = dict(
         '*ra*.csv*'),
     amlsim=DataSet(_archive('IBM/AMLSim', '7338a4bcb1af9bcfea2201ad7daccfe2a4d569ca'), 'clone github.com/IBM/AMLSim', 'transactions.csv*'))
 
-# %% ../../nbs/854_apps.series.ipynb #f4e7ba22
+# %% ../../nbs/854_apps.series.ipynb #d3ff3c59
 def unpack(
     data:bytes, # A zip archive
     folder:str|Path, # Folder to write to
@@ -81,7 +81,7 @@ def unpack(
     for path in [*folder.rglob('*.tgz')]:
         with tarfile.open(path) as t: t.extractall(path.with_suffix(''), filter='data')
 
-# %% ../../nbs/854_apps.series.ipynb #584590c4
+# %% ../../nbs/854_apps.series.ipynb #8a0d314d
 def _holds(folder, name): return any(next(Path(folder).rglob(o), None) for o in SETS[name].sign.split())
 
 def _download(name, folder):
@@ -106,7 +106,7 @@ def find_set(
     raise FileNotFoundError(f'the set {name!r} is not here and could not be downloaded: {SETS[name].how}, '
                             f'and put its files in {name}/ below the folder that the environment variable DEEPSEEK_NB_DATA names')
 
-# %% ../../nbs/854_apps.series.ipynb #38b9cdbe
+# %% ../../nbs/854_apps.series.ipynb #25166e03
 def read_columns(
     path:str|Path, # A file with a head line, optionally compressed (`.gz`)
     delimiter:str = ',', # Character between two columns
@@ -118,10 +118,10 @@ def read_columns(
     return dict(zip(head, zip(*rows, strict=True), strict=True))
 
 def numbers(
-    texts:Iterable, # Numbers as texts
+    texts:Iterable, # Numbers, or texts of numbers
 )->Tensor: # float64
     "Convert texts to numbers"
-    return torch.tensor([float(x) if x else math.nan for x in texts], dtype=torch.float64)
+    return torch.tensor([math.nan if x == '' else float(x) for x in texts], dtype=torch.float64)
 
 def seconds(
     texts:Iterable, # Times such as 2014-07-01 00:30:00
@@ -129,7 +129,7 @@ def seconds(
     "Convert times to seconds; no time zone is UTC"
     return torch.tensor([datetime.fromisoformat(x).replace(tzinfo=UTC).timestamp() for x in texts], dtype=torch.float64)
 
-# %% ../../nbs/854_apps.series.ipynb #a4c3c97c
+# %% ../../nbs/854_apps.series.ipynb #f84aaf34
 def _nab_series(path, name, windows):
     table = read_columns(path)
     at,values = seconds(table['timestamp']),numbers(table['value'])
@@ -150,7 +150,7 @@ def read_nab(
     paths = {f'{p.parent.name}/{p.name.removesuffix(".gz")}': p for p in folder.rglob('data/*/*.csv*')}
     return [_nab_series(paths[name], name.removesuffix('.csv'), truth[name]) for name in sorted(truth)]
 
-# %% ../../nbs/854_apps.series.ipynb #b5845972
+# %% ../../nbs/854_apps.series.ipynb #10a848d6
 def _ucr_series(name, values):
     train,first,last = map(int, name.split('_')[-3:])
     labels = torch.zeros(len(values), dtype=torch.bool)
@@ -167,7 +167,7 @@ def read_ucr(
     if texts: return [_ucr_series(k, numbers(p.read_text().split())) for k,p in texts.items()]
     with np.load(next(folder.rglob('*.npz'))) as z: return [_ucr_series(k, torch.tensor(z[k])) for k in sorted(z)]
 
-# %% ../../nbs/854_apps.series.ipynb #9fd100bb
+# %% ../../nbs/854_apps.series.ipynb #67168f49
 def _skab_series(path, name):
     table = read_columns(path, ';')
     names = [c for c in table if c not in ('datetime', 'anomaly', 'changepoint')]
@@ -183,9 +183,9 @@ def read_skab(
     paths = [p for o in ('valve1', 'valve2', 'other', 'anomaly-free') for p in sorted(folder.rglob(f'{o}/*.csv*'))]
     return [_skab_series(p, f'{p.parent.name}/{p.name.split(".")[0]}') for p in paths]
 
-# %% ../../nbs/854_apps.series.ipynb #e7dd3520
-CATEGORIES = ('entertainment', 'food_dining', 'gas_transport', 'grocery_net', 'grocery_pos', 'health_fitness', 'home', 'kids_pets', 'misc_net',
-              'misc_pos', 'personal_care', 'shopping_net', 'shopping_pos', 'travel')
+# %% ../../nbs/854_apps.series.ipynb #10406275
+CATEGORIES = ('entertainment', 'food_dining', 'gas_transport', 'grocery_net', 'grocery_pos', 'health_fitness', 'home', 'kids_pets',
+              'misc_net', 'misc_pos', 'personal_care', 'shopping_net', 'shopping_pos', 'travel')
 
 def circle(
     x:Tensor, # Times `t`
@@ -201,7 +201,7 @@ def since_last(
     "Logarithm of the time since the event before"
     return torch.cat([at.new_zeros(1), at.diff()]).clamp(min=0).log1p()
 
-# %% ../../nbs/854_apps.series.ipynb #5e1dc8c6
+# %% ../../nbs/854_apps.series.ipynb #314eae8b
 def card_features(
     table:dict, # Columns of the payments of one card, in order of time
 )->Tensor: # `t m`
@@ -214,47 +214,69 @@ def card_features(
     columns = numbers(table['amt']).log1p(), since_last(at), 100*torch.hypot(lat, long), age, numbers(table['city_pop']).log1p()
     return torch.cat([torch.stack(columns, 1), circle(at, 86400), circle(at, 7*86400), kinds], 1).float()
 
-# %% ../../nbs/854_apps.series.ipynb #0d11aa19
+# %% ../../nbs/854_apps.series.ipynb #714b3603
+def mix_days(
+    at:Tensor, # Times of all payments in seconds `n`
+    owner:Sequence, # Card of each payment
+    fraud:Tensor, # Whether each payment is fraud `n`
+    seed:int, # Seed of the order
+)->Tensor: # New times `n`
+    "Deal the days of each card's honest payments anew"
+    g,new,rows = torch.Generator().manual_seed(seed),at.clone(),{}
+    for i,(name,bad) in enumerate(zip(owner, fraud.tolist(), strict=True)):
+        if not bad: rows.setdefault(name, []).append(i)
+    for own in rows.values():
+        own = torch.tensor(own)
+        days = at[own]//86400
+        new[own] = days[torch.randperm(len(own), generator=g)]*86400 + at[own] % 86400
+    return new
+
+# %% ../../nbs/854_apps.series.ipynb #e5d0f7a7
 def read_cards(
     folder:str|Path|None = None, # Folder of the simulator's output; None: `find_set`
+    mix:int|None = None, # Seed to mix the days of honest payments with; None: as simulated
 )->list[Labelled]: # One series for each card
     "Read the payments of a Sparkov simulation"
     files = sorted(p for p in find_set('card_sparkov', folder).rglob('*ra*.csv*') if p.name.startswith(('transactions', 'fraudTrain')))
     table = read_columns(files[0])
     owner,rows = table['card' if 'card' in table else 'cc_num'],{}
-    at = numbers(table['unix_time'])
+    at,fraud = numbers(table['unix_time']),numbers(table['is_fraud']) > 0
+    if mix is not None: at = mix_days(at, owner, fraud, mix)
     for i in at.argsort(stable=True).tolist(): rows.setdefault(owner[i], []).append(i)
-    found,used = [],('unix_time', 'lat', 'long', 'merch_lat', 'merch_long', 'dob', 'amt', 'city_pop', 'category')
+    found,used = [],('lat', 'long', 'merch_lat', 'merch_long', 'dob', 'amt', 'city_pop', 'category')
     for name,own in rows.items():
-        part = {k: [table[k][i] for i in own] for k in used}
-        found.append(Labelled(name, card_features(part), numbers([table['is_fraud'][i] for i in own]) > 0, at[own]))
+        part = {k: [table[k][i] for i in own] for k in used} | dict(unix_time=at[own].tolist())
+        found.append(Labelled(name, card_features(part), fraud[own], at[own]))
     return found
 
-# %% ../../nbs/854_apps.series.ipynb #37b67344
+# %% ../../nbs/854_apps.series.ipynb #33d5f1c6
 class Split(NamedTuple):
-    "Series to learn from, to choose with, and to test on; `train` of the last two is the number of observations that are not scored"
-    learn:list # `Labelled` series
-    choose:list # `Labelled` series
-    test:list # `Labelled` series
+    "Series of three groups; `train` of each is the number of observations that are not scored"
+    learn:list # `Labelled` series to learn from
+    choose:list # `Labelled` series to choose a detector with
+    test:list # `Labelled` series to test on
 
 def split_cards(
     cards:list, # `Labelled` series with times
-    shares:tuple = (.5, .2), # Shares of the cards to learn from and to choose with
-    quantiles:tuple = (.55, .75), # Quantiles of time at which learning and choosing end
+    shares:tuple = (.4, .2), # Shares of the cards to learn from and to choose with
+    quantile:float = .7, # Quantile of time at which the test begins
     seed:int = 0, # Seed of the groups
-)->Split: # Three groups of cards at three times
+)->Split: # Three groups of cards
     "Divide by card and by time"
     at = torch.cat([c.times for c in cards]).sort().values
-    first,second = (at[int(q*len(at))].item() for q in quantiles)
+    date = at[int(quantile*len(at))].item()
     order = torch.randperm(len(cards), generator=torch.Generator().manual_seed(seed)).tolist()
     a,b = round(shares[0]*len(cards)),round(sum(shares)*len(cards))
-    def until(c, begin, end):
-        n,m = (c.times < begin).sum().item(),(c.times < end).sum().item()
-        return replace(c, values=c.values[:m], labels=c.labels[:m], times=c.times[:m], train=n)
-    spans = [(order[:a], 0., first), (order[a:b], first, second), (order[b:], second, math.inf)]
-    return Split(*([until(cards[i], *span) for i in own] for own,*span in spans))
+    def before(c):
+        n = (c.times < date).sum().item()
+        return replace(c, values=c.values[:n], labels=c.labels[:n], times=c.times[:n], train=0)
+    early = [o for o in map(before, (cards[i] for i in order[:b])) if len(o.values)]
+    group = {cards[i].name for i in order[:a]}
+    late = [replace(cards[i], train=(cards[i].times < date).sum().item()) for i in order[b:]]
+    rest = [o for o in early if o.name not in group]
+    return Split([o for o in early if o.name in group], rest, [o for o in late if o.train < len(o.values)])
 
-# %% ../../nbs/854_apps.series.ipynb #82c4f8d8
+# %% ../../nbs/854_apps.series.ipynb #057ad6ff
 def account_features(
     moves:list, # Transfers of one account in order of time: time, value, 1 (out) or -1 (in), and the other account
 )->Tensor: # `t m`
@@ -267,7 +289,7 @@ def account_features(
         last = at
     return torch.tensor(rows, dtype=torch.float32)
 
-# %% ../../nbs/854_apps.series.ipynb #992218ab
+# %% ../../nbs/854_apps.series.ipynb #3dc9f7ec
 def _graph(folder):
     nodes,table = (read_columns(next(folder.glob(f'{o}.csv*'))) for o in ('nodes', 'transactions'))
     moves = {}
@@ -288,7 +310,7 @@ def read_transfers(
     folders = sorted({p.parent for p in find_set('amlsim', folder).rglob('transactions.csv*')})
     return {f.name: _graph(f) for f in folders}
 
-# %% ../../nbs/854_apps.series.ipynb #2f550a1d
+# %% ../../nbs/854_apps.series.ipynb #97091165
 def drop_repeats(
     series:list, # `Labelled` series
     known:Iterable = (), # `Labelled` series that must not occur again

@@ -11,7 +11,7 @@ __all__ = ['causal_conv', 'linear', 'receptive_field', 'slot_lags', 'look_back',
            'attend_slots', 'SignalConfig', 'unit_rms', 'ConvBlock', 'PeriodAttention', 'SignalNet', 'SignalState',
            'SignalOut']
 
-# %% ../../nbs/850_apps.tcn.ipynb #12a66ef6
+# %% ../../nbs/850_apps.tcn.ipynb #715e3863
 import math
 from dataclasses import dataclass, field
 
@@ -21,7 +21,7 @@ from einops import rearrange, reduce
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/850_apps.tcn.ipynb #9ad9c390
+# %% ../../nbs/850_apps.tcn.ipynb #d7a0f20a
 def causal_conv(
     x:Tensor, # Inputs `b s d`, and before them the `(k-1)*dilation` earlier ones, in all `b t d`
     weight:Tensor, # Matrix of each tap, the earliest first, `o tap d`
@@ -34,7 +34,7 @@ def causal_conv(
     columns = torch.cat([x[:, i*dilation : i*dilation + s] for i in range(taps)], -1)
     return linear(columns, rearrange(weight, 'o tap d -> o (tap d)'), exact)
 
-# %% ../../nbs/850_apps.tcn.ipynb #fa8263c2
+# %% ../../nbs/850_apps.tcn.ipynb #73fb179a
 def linear(
     x:Tensor, # Inputs `b s d`
     weight:Tensor, # Matrix `o d`
@@ -44,7 +44,7 @@ def linear(
     if not exact: return x @ weight.T
     return (rearrange(x, 'b s d -> b s 1 d')*weight).sum(-1)
 
-# %% ../../nbs/850_apps.tcn.ipynb #b7353be2
+# %% ../../nbs/850_apps.tcn.ipynb #00abb68f
 def receptive_field(
     kernel:int, # Number of taps
     dilations:tuple, # Dilation of each block
@@ -52,7 +52,7 @@ def receptive_field(
     "Number of steps that a stack of causal convolutions sees"
     return 1 + (kernel - 1)*sum(dilations)
 
-# %% ../../nbs/850_apps.tcn.ipynb #8dd6a3e5
+# %% ../../nbs/850_apps.tcn.ipynb #bf5aeec2
 def slot_lags(
     period:int, # P, steps
     slots:int, # N
@@ -69,7 +69,7 @@ def look_back(
     t = z.shape[1]
     return torch.stack([z[:, t-s-l : t-l] for l in lags], 2)
 
-# %% ../../nbs/850_apps.tcn.ipynb #83e0a372
+# %% ../../nbs/850_apps.tcn.ipynb #22e47bae
 def autocorrelation(
     x:Tensor, # Signal `t`; NaN: missing
     longest:int, # Largest lag
@@ -80,7 +80,7 @@ def autocorrelation(
     r = torch.fft.irfft(power)[:longest + 1]/torch.arange(len(x), len(x) - longest - 1, -1)
     return (r/r[0].clamp(min=1e-12)).float()
 
-# %% ../../nbs/850_apps.tcn.ipynb #5d62c9a5
+# %% ../../nbs/850_apps.tcn.ipynb #5a041458
 def find_periods(
     x:Tensor, # Signal `t m`; NaN: missing
     count:int = 3, # Number of periods, the period 1 included
@@ -98,7 +98,7 @@ def find_periods(
         if p > 3 and not near and len(found) < count: found.append(p)
     return tuple(found)
 
-# %% ../../nbs/850_apps.tcn.ipynb #d6b6c327
+# %% ../../nbs/850_apps.tcn.ipynb #c3528ec3
 def soft_window(
     length:Tensor, # Length of the window in slots, any shape
     slots:int, # N
@@ -108,7 +108,7 @@ def soft_window(
     n = torch.arange(slots, dtype=length.dtype, device=length.device)
     return ((length[..., None] + ramp - n)/ramp).clamp(0, 1)
 
-# %% ../../nbs/850_apps.tcn.ipynb #7a332103
+# %% ../../nbs/850_apps.tcn.ipynb #1f212556
 def attend_slots(
     q:Tensor, # Queries `b s h v`
     k:Tensor, # Keys of each query's slots `b s h slot v`
@@ -122,7 +122,7 @@ def attend_slots(
     e = (logits - top[..., None]).exp()*window
     return e/(e.sum(-1, keepdim=True) + (sink - top).exp()[..., None])
 
-# %% ../../nbs/850_apps.tcn.ipynb #024a88c2
+# %% ../../nbs/850_apps.tcn.ipynb #44f7d226
 @dataclass(frozen=True)
 class SignalConfig:
     "Sizes of a network on signals"
@@ -146,7 +146,7 @@ class SignalConfig:
         "How far back the farthest slot is"
         return max(self.periods)*self.slots - 1
 
-# %% ../../nbs/850_apps.tcn.ipynb #15606cf4
+# %% ../../nbs/850_apps.tcn.ipynb #c7fac9e7
 def unit_rms(
     x:Tensor, # Activations `b s d`
     eps:float = 1e-6, # Added to the mean square
@@ -175,7 +175,7 @@ class ConvBlock(nn.Module):
         y = linear(F.gelu(causal_conv(z, self.conv, self.dilation, exact)), self.out, exact)
         return x + y, z[:, z.shape[1] - self.past:]
 
-# %% ../../nbs/850_apps.tcn.ipynb #6dde5c00
+# %% ../../nbs/850_apps.tcn.ipynb #9a61d4e4
 class PeriodAttention(nn.Module):
     "Attention heads that look back by whole periods, in windows of adaptive length"
     def __init__(self,
@@ -200,7 +200,7 @@ class PeriodAttention(nn.Module):
         y = rearrange((p[..., None]*v).sum(3), 'b s h v -> b s (h v)')
         return x + linear(y, self.out, exact), kv[:, kv.shape[1] - self.c.farthest:], p
 
-# %% ../../nbs/850_apps.tcn.ipynb #5d7d67d6
+# %% ../../nbs/850_apps.tcn.ipynb #84519527
 @patch
 def windows(self:PeriodAttention,
     x:Tensor, # Normalised activations `b s d`
@@ -230,7 +230,7 @@ def attention(self:PeriodAttention,
     q = rearrange(q, 'b s (h v) -> b s h v', h=h)
     return attend_slots(q, k, self.windows(z, seen, exact), self.bias, self.sink), v, kv
 
-# %% ../../nbs/850_apps.tcn.ipynb #8d30f59e
+# %% ../../nbs/850_apps.tcn.ipynb #32bc835f
 class SignalNet(nn.Module):
     "Dilated convolutions and attention over periods, with a forecast and a label"
     def __init__(self,
@@ -252,7 +252,7 @@ class SignalState:
     attns:dict # Name of the block -> earlier keys and values `b farthest (h 2 v)`
     seen:Tensor # Steps of each signal `b`
 
-# %% ../../nbs/850_apps.tcn.ipynb #df762b15
+# %% ../../nbs/850_apps.tcn.ipynb #cc4db549
 @patch
 def new_state(self:SignalNet,
     batch:int = 1, # b, number of signals
@@ -263,7 +263,7 @@ def new_state(self:SignalNet,
     attns = {i: like.new_zeros(batch, c.farthest, 2*c.dim) for i in self.attns}
     return SignalState(convs, attns, torch.zeros(batch, dtype=torch.int64, device=like.device))
 
-# %% ../../nbs/850_apps.tcn.ipynb #e9802b2c
+# %% ../../nbs/850_apps.tcn.ipynb #dda70cce
 @dataclass
 class SignalOut:
     "What a network says about each step"
