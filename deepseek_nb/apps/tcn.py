@@ -12,7 +12,6 @@ __all__ = ['causal_conv', 'linear', 'receptive_field', 'slot_lags', 'look_back',
            'SignalOut']
 
 # %% ../../nbs/850_apps.tcn.ipynb #715e3863
-import math
 from dataclasses import dataclass, field
 
 import torch
