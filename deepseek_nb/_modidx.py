@@ -2961,6 +2961,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'deepseek_nb/kernels/v4.py'),
                                         'deepseek_nb.kernels.v4.v4_fits': ('kernels.v4.html#v4_fits', 'deepseek_nb/kernels/v4.py'),
                                         'deepseek_nb.kernels.v4.v4_half': ('kernels.v4.html#v4_half', 'deepseek_nb/kernels/v4.py')},
+            'deepseek_nb.kernels.v4_parts': { 'deepseek_nb.kernels.v4_parts.cache_reads': ( 'kernels.v4_parts.html#cache_reads',
+                                                                                            'deepseek_nb/kernels/v4_parts.py')},
             'deepseek_nb.kernels.v4_stages': { 'deepseek_nb.kernels.v4_stages.V4Sizes': ( 'kernels.v4_stages.html#v4sizes',
                                                                                           'deepseek_nb/kernels/v4_stages.py'),
                                                'deepseek_nb.kernels.v4_stages._pool_places': ( 'kernels.v4_stages.html#_pool_places',
