@@ -231,10 +231,14 @@ def _caches(model, lengths, page, longest):
     return [PagedCache(pool) for _ in lengths]
 
 def _run(model, tokens, caches):
-    "Activations of the new tokens of each row; V4's rows run one after another"
+    "Activations of the new tokens of each row, and what a block for multi-token prediction continues from; V4's rows run one after another"
     device,counts = model.device,[*map(len, tokens)]
-    if not model.config.window: return model.ragged(torch.tensor(sum(tokens, []), device=device), caches, counts).split(counts)
-    return [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
+    if not model.config.window:
+        x = model.ragged(torch.tensor(sum(tokens, []), device=device), caches, counts).split(counts)
+        return x, x
+    with model.keep_hidden() as kept: # the residual streams
+        x = [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
+    return x, [k[0] for k in kept]
 
 # %% ../../nbs/449_infer.speculate.ipynb #71fe3f64
 def _step(model, rows, lengths, fixed, how, gen, ends):
@@ -242,10 +246,10 @@ def _step(model, rows, lengths, fixed, how, gen, ends):
     decoding,start = all(r.fed for r in rows),time.perf_counter()
     tokens = [r.propose(lengths, fixed, len(rows)) for r in rows]
     counts,ahead = [*map(len, tokens)],[len(r.plan[1].tokens) + 1 for r in rows]
-    x = _run(model, tokens, [r.cache for r in rows])
+    x,states = _run(model, tokens, [r.cache for r in rows])
     last = torch.cat([o[-k:] for o,k in zip(x, ahead, strict=True)])
     logits = head(last, model.head_weight).split(ahead) # of two axes: the bits don't depend on the number of tokens
-    notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, x, logits, strict=True)]
+    notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, states, logits, strict=True)]
     for note in notes: lengths.note(*note)
     if decoding: lengths.time(sum(counts), time.perf_counter() - start)
 
