@@ -33,8 +33,8 @@ V3 = dict(dim=32, n_layers=2, n_heads=2, inter_dim=64, q_lora_rank=16, kv_lora_r
           v_head_dim=8, n_dense_layers=1, n_routed_experts=8, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=16,
           n_mtp_layers=1, max_positions=160)
 V4 = dict(dim=32, n_layers=3, n_heads=4, inter_dim=64, n_kv_heads=1, head_dim=12, qk_rope_head_dim=4, q_lora_rank=16, o_groups=2,
-          o_lora_rank=8, index_n_heads=2, index_head_dim=8, index_topk=3, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=16,
-          score_func='sqrtsoftplus', swiglu_limit=10., n_mtp_layers=1, max_positions=160, rope=Rope(interleaved=True),
+          o_lora_rank=8, index_n_heads=2, index_head_dim=8, index_topk=3, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1,
+          moe_inter_dim=16, score_func='sqrtsoftplus', swiglu_limit=10., n_mtp_layers=1, max_positions=160, rope=Rope(interleaved=True),
           compress_rope=Rope(16e4, interleaved=True))
 
 
@@ -121,7 +121,8 @@ def test_random_drafts_are_reproducible_with_a_length():
 def v4(vocab, r, std=.3):
     "A tiny V4 model with layers of all kinds in a random order"
     torch.manual_seed(r.randrange(10**9))
-    drawn = dict(window=r.randrange(3, 9), hc_mult=r.choice((1, 2, 4)), compress_ratios=tuple(r.sample((0, 4, 8), 3)), n_hash_layers=r.randrange(3))
+    ratios = tuple(r.sample((0, 4, 8), 3))
+    drawn = dict(window=r.randrange(3, 9), hc_mult=r.choice((1, 2, 4)), compress_ratios=ratios, n_hash_layers=r.randrange(3))
     c = Config('deepseek_v4', vocab_size=vocab, mtp_ratios=(0,), **drawn, **V4)
     model = Model(c, dtype='float32', device='cpu').add_mtp().init_weights(std)
     for m in model.modules():

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..arch.model import Model, head
 from ..arch.mtp import check_mtp
 from ..arch.rewindable import WindowSlot
-from .generate import Sampling
+from .generate import Sampling, best_tokens
 
 # %% ../../nbs/447_infer.drafts.ipynb #a444788d
 class Draft(NamedTuple):
@@ -70,9 +70,10 @@ class LookupDrafter(Drafter):
         n:int, # Number of tokens to propose
     )->Draft: # `n` tokens
         "Copy the tokens after the match"
-        start,copy = self.after[tuple(ids[-self.kind(ids):])],list(ids)
-        for i in range(start, start + n): copy.append(copy[i])
-        return Draft(copy[len(ids):])
+        start = self.after[tuple(ids[-self.kind(ids):])]
+        copy,period = ids[start:start+n],len(ids) - start
+        while len(copy) < n: copy.append(copy[-period])
+        return Draft(copy)
 
 # %% ../../nbs/447_infer.drafts.ipynb #f5e83023
 def pick(
@@ -82,8 +83,9 @@ def pick(
     gen:torch.Generator|None = None, # Source of randomness
 )->tuple[int,Tensor|None]: # Token, and the distribution that it was drawn from; None if it was not drawn
     "Choose one token of a draft"
-    x = how.adjusted(logits[None].float(), torch.tensor([ids], device=logits.device))
-    if how.temperature == 0: return x.argmax().item(),None
+    seen = torch.tensor([ids], device=logits.device) if how.repetition_penalty != 1 else None # a long list
+    x = how.adjusted(logits[None].float(), seen)
+    if how.temperature == 0: return best_tokens(x).item(),None
     probs = x.softmax(-1)
     return torch.multinomial(probs, 1, generator=gen).item(),probs[0]
 
@@ -156,7 +158,7 @@ def feed(self:ModelDrafter,
 
 # %% ../../nbs/447_infer.drafts.ipynb #d02d06c3
 def _run_block(model, cache, x, tokens):
-    "Run the block on activations `s d` or streams `s x d` and the tokens after them; the last position `1 …`, and the input of the head `d`"
+    "Run the block on activations `s d`, or streams, and the tokens after them; its state `1 …` and the input of the head `d` at the last"
     block,s,ids = model.mtp[0],len(tokens),torch.tensor([tokens], device=x.device)
     cache.reserve(s)
     ctx = model.context(s, cache, tokens=ids)._replace(by_layer=()) # the block's attention has the angles of layers without entries
