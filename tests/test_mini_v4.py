@@ -1,4 +1,4 @@
-"The second model that ships: V4's architecture, found offline by its name, small, the same in transformers, and English on text that it hasn't seen"
+"The second model that ships, with V4's architecture: found offline by its name, small, the same in transformers, trained, and looked into"
 import json
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_drafts_of_its_block_change_nothing(mini):
     model, tok = mini
     ids = torch.tensor([tok.encode('The people of the United States')])
     plain = model.generate(ids, 40, temperature=0.)
-    assert torch.equal(model.generate(ids, 40, temperature=0., draft='lookup'), plain)
+    assert torch.equal(model.generate(ids, 40, temperature=0., draft='mtp'), plain)
     words = tok.decode(plain[0, ids.shape[1]:].tolist()).split()
     assert len(words) > 15, words
 

@@ -24,7 +24,6 @@ from ..arch.model import Model
 from ..arch.sparse import selected_mask
 from ..arch.window import window_mask
 from ..core.plot import GREY
-from .inside import heat, name_tokens
 
 # %% ../../nbs/432_infer.streams.ipynb #4667c62f
 @torch.no_grad()
@@ -119,5 +118,7 @@ def draw_mixing(
     for ax,m,name in zip(axes, combs, names, strict=True):
         ax.imshow(m, cmap='viridis', vmin=0, vmax=1)
         for i,row in enumerate(m):
-            for j,p in enumerate(row): ax.text(j, i, f'{p:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color='black' if p > .6 else 'white')
+            for j,p in enumerate(row):
+                colour = 'black' if p > .6 else 'white'
+                ax.text(j, i, f'{p:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color=colour)
         ax.set(xticks=[], yticks=[]); ax.set_title(name, fontsize=8, color=GREY)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..arch.attention import Context
 from ..arch.compressed import CompressedAttention, visible_entries
 from ..arch.model import Model
-from ..arch.sparse import index_scores, top_positions
+from ..arch.sparse import index_scores
 from ..arch.window import rotate_last, window_mask
 from .indexer import index_loss
 

@@ -314,7 +314,8 @@ A language model with the architecture of DeepSeek-{version}, trained by the cha
 It writes text in the style of its sources. It has no reliable knowledge, follows no instructions, and is not meant for any other use.
 
 - **Size**: {params:.2f} million parameters, {active:.2f} active per token, and {mtp:.2f} more in the multi-token-prediction (MTP) block.
-  {layers} blocks of width {dim}, {attention}, {e} routed experts of which each token uses {k}, {shared} shared{hashed}; a vocabulary of {w}.
+  {layers} blocks of width {dim}, {attention}, {e} routed experts of which each token uses {k}{hashed},
+  {shared} shared; a vocabulary of {w}.
 - **Text**: {corpora}. Every {every}th document was held out.
 - **Training**: {steps:,} steps of {batch:,} tokens, {tokens:.1f} million in total, in {minutes:.0f} minutes on {threads} of {processor}.
   {optim}, learning rate {rate:g}, rows of {length} tokens.
