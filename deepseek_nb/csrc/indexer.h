@@ -134,8 +134,7 @@ inline void order_row(const float* s, int64_t t, const bool* mask, int32_t* to) 
         const ivec x = order(i + L <= t ? load(s + i) : load_part(s + i, t - i));
         memcpy(to + i, &x, sizeof x);
     }
-    const int32_t hidden = order(splat(-__builtin_inff()))[0];
-    for (int64_t i = 0; mask && i < t; ++i) to[i] = mask[i] ? to[i] : hidden;
+    for (int64_t i = 0; mask && i < t; ++i) to[i] = mask[i] ? to[i] : INT_MIN;
     std::fill(to + t, to + round_up(t, L), INT_MIN);
 }
 
