@@ -147,7 +147,7 @@ class OwnedRows:
     def __init__(self,
         model:Model, # A V4 model
         nbytes:int = 2**30, # Most bytes
-        page:int = 128, # Least distance of positions from which a prompt can continue
+        page:int = 64, # Least distance of positions from which a prompt can continue
         max_rows:int = 32, # Most requests that run together
         kv_cache:str = 'auto', # Numbers of the cache: 'auto', the model's dtype
         rewinds:int = 0, # Most tokens that are taken back, the length of drafts
@@ -158,7 +158,7 @@ class OwnedRows:
             if value not in ('auto', None):
                 raise ValueError(f'{name} is {value!r}; the cache of a {model.config.model_type} model is kept in memory, in its dtype')
         self.model,self.max_rows = model,max_rows
-        self.pool = RowPool(model.config, nbytes, max(page, 128), model.dtype, model.device, rewinds)
+        self.pool = RowPool(model.config, nbytes, page, model.dtype, model.device, rewinds)
         self.prefix = Snapshots(self.pool)
 
     def trial(self)->RewindableCache:
