@@ -10,7 +10,6 @@ chooses by the model."""
 __all__ = ['PagedRows', 'OwnedRows', 'store_for']
 
 # %% ../../nbs/453_serve.stores.ipynb #1a09f996
-import torch
 from fastcore.basics import patch
 
 from ..arch.model import Model

@@ -144,7 +144,7 @@ def serve_models(
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         print(decode_path(m.engine.model))
         if not m.engine.exact: print('the last bits of an answer may depend on other requests')
-        if m.engine.single: print('each token is computed alone, so that no bit of an answer depends on other requests; --exact no is faster')
+        if m.engine.single: print('each token is computed alone, so no bit of an answer depends on other requests; --exact no is faster')
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 
