@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -224,12 +225,20 @@ def matches(
     return any(key == t or key.endswith(f'.{t}') for t in targets or ())
 
 # %% ../../nbs/630_train.lora.ipynb #d0a3474e
+# DeepSeek-V4's names here, which are those of its releases, and in transformers
+_V4_NAMES = ('.indexer.', '.compressor.indexer.'), ('indexer.compressor.', 'indexer.'), ('.weights_proj', '.scorer.weights_proj'), \
+            ('.wq_', '.q_'), ('.wo_', '.o_'), ('q_a', 'q_a_proj'), ('q_b', 'q_b_proj'), ('o_a', 'o_a_proj'), ('o_b', 'o_b_proj'), \
+            ('.wkv', '.kv_proj'), ('.wgate', '.gate_proj')
+
 def candidates(
     model:Model, # Model, with or without adapters
 )->dict: # PEFT's name of each weight -> the module that contains it, and the name of its parameter
     "Find all weights that can have an adapter"
-    linear = {k: (m, 'weight') for k,m in model.layers.named_modules(prefix='model.layers') if isinstance(m, nn.Linear|Gate)}
-    stacks = {k: m for k,m in model.layers.named_modules(prefix='model.layers') if isinstance(m, Experts)}
+    own = _V4_NAMES if model.config.window else ()
+    def theirs(key): return reduce(lambda k, words: k.replace(*words), own, key)
+    found = {theirs(k): m for k,m in model.layers.named_modules(prefix='model.layers')}
+    linear = {k: (m, 'weight') for k,m in found.items() if isinstance(m, nn.Linear|Gate)}
+    stacks = {k: m for k,m in found.items() if isinstance(m, Experts)}
     return linear | {f'{k}.{n}': (m, n) for k,m in stacks.items() for n in ('gate_up_proj', 'down_proj')}
 
 def _nearest(target, keys):
