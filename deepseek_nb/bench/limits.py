@@ -81,7 +81,7 @@ def attend_work(
     itemsize:int=4, # Bytes of an element of the cache
 )->Work: # FLOPs and bytes of one layer, without projections
     "Lower bounds of the FLOPs and bytes of attention without projections, for one new token"
-    if c.window or c.index_n_heads: raise ValueError(f'{c.model_type} selects what it attends to; count with `attention_work` or `flops_per_token`')
+    if c.window or c.index_n_heads: raise ValueError(f'{c.model_type} selects what it attends to; use `flops_per_token`')
     x, v = (c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank) if c.mla else (c.head_dim, c.head_dim)
     held = x if c.mla else c.n_kv_heads*(x + v)
     return Work(f'{c.model_type} {t}', 2*batch*c.n_heads*t*(x + v), batch*t*held*itemsize)
