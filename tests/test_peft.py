@@ -116,8 +116,8 @@ def test_v4_under_the_names_of_transformers(kind, tmp_path):
     print(f'{seed=}')
     theirs = shake(transformers.DeepseekV4ForCausalLM(draw(random.Random(seed))))
     theirs.save_pretrained(tmp_path/'base')
-    def fresh(): return transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'base', dtype=torch.float32,
-                                                                          attn_implementation='eager', experts_implementation='eager').eval()
+    eager = dict(attn_implementation='eager', experts_implementation='eager')
+    def fresh(): return transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'base', dtype=torch.float32, **eager).eval()
     names = ['q_a_proj', 'q_b_proj', 'kv_proj', 'gate_proj', 'o_b_proj', 'weights_proj']
     how = dict(target_modules=names) if kind == 'attention' else dict(target_modules=['o_b_proj'], target_parameters=STACKS)
     ids = torch.randint(theirs.config.vocab_size, (2, 20))
@@ -129,7 +129,7 @@ def test_v4_under_the_names_of_transformers(kind, tmp_path):
     want = wrapped(ids).logits
     assert apart(ours(ids), want) < 1e-4 < apart(want, theirs(ids).logits)
     back = peft.PeftModel.from_pretrained(fresh(), ours.save_adapter(tmp_path/'again')).eval()
-    assert torch.equal(back(ids).logits, want)
+    assert apart(back(ids).logits, want) < 1e-4
 
 
 def test_names_cover_peft(tmp_path):
