@@ -31,9 +31,10 @@ def v4(r):
     ratios = [0, csa, hca]
     r.shuffle(ratios)
     return replace(preset('deepseek-v4-flash'), vocab_size=256, dim=r.choice([16, 20]), n_layers=3, n_heads=2, inter_dim=16,
-                   head_dim=12, q_lora_rank=8, qk_rope_head_dim=4, window=r.choice([3, 8, 140]), compress_ratios=tuple(ratios), csa_ratio=csa, mtp_ratios=(),
-                   o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8, index_topk=r.choice([2, 6]),
-                   hc_mult=r.choice([2, 4]), hc_iters=3, n_hash_layers=1, n_routed_experts=4, n_activated_experts=2, moe_inter_dim=8, max_positions=512)
+                   head_dim=12, q_lora_rank=8, qk_rope_head_dim=4, window=r.choice([3, 8, 140]), compress_ratios=tuple(ratios),
+                   csa_ratio=csa, mtp_ratios=(), o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8,
+                   index_topk=r.choice([2, 6]), hc_mult=r.choice([2, 4]), hc_iters=3, n_hash_layers=1, n_routed_experts=4,
+                   n_activated_experts=2, moe_inter_dim=8, max_positions=512)
 
 
 def v32(r):
