@@ -1038,7 +1038,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'deepseek_nb/bench/speculate.py'),
                                              'deepseek_nb.bench.speculate.draft_race': ( 'bench.speculate.html#draft_race',
                                                                                          'deepseek_nb/bench/speculate.py'),
-                                             'deepseek_nb.bench.speculate.draft_time': ( 'bench.speculate.html#draft_time',
+                                             'deepseek_nb.bench.speculate.loop_parts': ( 'bench.speculate.html#loop_parts',
                                                                                          'deepseek_nb/bench/speculate.py'),
                                              'deepseek_nb.bench.speculate.passages': ( 'bench.speculate.html#passages',
                                                                                        'deepseek_nb/bench/speculate.py'),
