@@ -52,6 +52,7 @@ class Slot:
 @extended
 class Cache:
     "Keys and values, or latents, of earlier tokens"
+    slot = Slot
     def __init__(self,
         c:Config, # The model's config
         batch:int = 1, # b, number of sequences
@@ -61,12 +62,13 @@ class Cache:
     ):
         self.c,self.batch,self.dtype,self.device = c,batch,dtype,torch.device(device)
         self.length,self.capacity,self.pad = 0,0,None
-        self.slots = [Slot(self, self._empty(0)) for _ in range(c.n_layers)]
+        self.slots = [self.slot(self, self._empty(0)) for _ in range(c.n_layers)]
         if max_len: self.grow(max_len)
 
+    def kinds(self, t): return [(s, self.dtype) for s in cache_shapes(self.c, self.batch, t)] # shape and dtype of a layer's tensors
     def _empty(self, t, arena=None):
         take = arena.take if arena else partial(torch.zeros, device=self.device)
-        return [take(s, dtype=self.dtype) for s in cache_shapes(self.c, self.batch, t)]
+        return [take(s, dtype=dtype) for s,dtype in self.kinds(t)]
     def __getitem__(self, layer): return self.slots[layer]
     def __len__(self): return self.length
     @property
@@ -81,7 +83,7 @@ def grow(self:Cache,
     "Allocate larger tensors and copy the cached tokens"
     if capacity > self.c.max_positions:
         raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
-    size = sum(-(-prod(s)*self.dtype.itemsize//64)*64 for s in cache_shapes(self.c, self.batch, capacity))*len(self.slots)
+    size = sum(-(-prod(s)*dtype.itemsize//64)*64 for s,dtype in self.kinds(capacity))*len(self.slots)
     arena = Arena(min(size, ARENA_CHUNK)) if self.device.type == 'cpu' else None
     for slot in self.slots:
         new = self._empty(capacity, arena)

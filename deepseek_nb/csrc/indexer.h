@@ -343,6 +343,4 @@ template <class K> void SelectRun<K>::block(const Team& team, int64_t first, int
         const Places to{out.to + (first + i) * a, out.base, out.hop};
         select_row(some, held + i * keys.t, seen(first + i), hidden, a, to, room);
     });
-    if (n < team.size) return;
-    team.wait();  // the next block overwrites the queries
 }
