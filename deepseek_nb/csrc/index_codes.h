@@ -32,10 +32,17 @@ inline ivec dot_codes(ivec s, uint32_t k, ivec q) {
 #endif
 
 // %% ../../nbs/527_kernels.index_codes.ipynb #5f38647d
-inline uint32_t code_word(const uint8_t* k, int64_t left) {
-    uint32_t x = 0;
-    memcpy(&x, k, left < 4 ? left : 4);
-    return x;
+// the products of n codes, at most four
+template <int M, int N>
+inline void add_word(ivec (&s)[M][N], const uint8_t* k, int64_t ld, int n, const int32_t* q) {
+    ivec y[N];
+    for (int n = 0; n < N; ++n) y[n] = load(q + n * L);
+    for (int i = 0; i < M; ++i) {
+        uint32_t x = 0;
+        if (n == 4) memcpy(&x, k + i * ld, 4);
+        else for (int b = 0; b < n; ++b) x |= uint32_t(k[i * ld + b]) << 8 * b;
+        for (int n = 0; n < N; ++n) s[i][n] = dot_codes(s[i][n], x, y[n]);
+    }
 }
 // sum_i += Σ w · relu(q · k_i) over the heads of a strip; fetches the next keys
 template <int M, int N>
@@ -45,15 +52,9 @@ void add_coded(int64_t u, const uint8_t* k, int64_t ld, const int32_t* q, const 
     for (auto& row : s) for (int n = 0; n < N; ++n) row[n] = load(bias + n * L);
     for (int64_t line = 0; line < u; line += 64) {
         for (int i = 0; i < M; ++i) __builtin_prefetch(next + i * ld + line, 0, 2);
-        for (int64_t c = line; c < std::min(u, line + 64); c += 4) {
-            ivec y[N];
-            for (int n = 0; n < N; ++n) y[n] = load(q + c / 4 * W + n * L);
-            for (int i = 0; i < M; ++i) {
-                const uint32_t x = code_word(k + i * ld + c, u - c);
-                for (int n = 0; n < N; ++n) s[i][n] = dot_codes(s[i][n], x, y[n]);
-            }
-        }
+        for (int64_t c = line; c + 4 <= std::min(u, line + 64); c += 4) add_word(s, k + c, ld, 4, q + c / 4 * W);
     }
+    if (u % 4) add_word(s, k + u / 4 * 4, ld, u % 4, q + u / 4 * W);
     for (int i = 0; i < M; ++i)
         for (int n = 0; n < N; ++n) {
             const ivec x = s[i][n] > 0 ? s[i][n] : ivec{};
