@@ -85,7 +85,6 @@ class CodedSlot(Slot):
 
 class CodedCache(Cache):
     "The KV cache of a model with an indexer, whose keys are in 8 bits"
-    slot = CodedSlot
     def __init__(self,
         c:Config, # The model's config, with an indexer
         batch:int = 1, # b, number of sequences
@@ -96,6 +95,7 @@ class CodedCache(Cache):
         if not c.index_n_heads or c.window: raise ValueError(f'a {c.model_type} model has no index keys beside latents; leave out index_dtype')
         super().__init__(c, batch, max_len, dtype, device)
 
-    def kinds(self, t):
-        (shape,dtype),(keys,_) = super().kinds(t)
+    def _slots(self): return [CodedSlot(self, self._empty(0)) for _ in range(self.c.n_layers)]
+    def _kinds(self, t):
+        (shape,dtype),(keys,_) = super()._kinds(t)
         return [(shape, dtype), (keys, torch.uint8), ((*keys[:2], 1), torch.float32)]

@@ -282,7 +282,7 @@ def context(self:Model,
 )->Context: # Shared by all layers
     "Rotary angles and mask of the new tokens, with the cache"
     past,mask = len(cache) if cache is not None else 0,None
-    if pad is not None: mask = visible(s, past+s, pad, self.device)
+    if pad is not None and not self.config.window: mask = visible(s, past+s, pad, self.device)
     elif not one_document(documents): mask = document_mask(documents)
     own,c,by_layer = self.angles(past, past+s, pad),self.config,()
     if any(c.compress_ratios):
@@ -296,7 +296,7 @@ def new_cache(self:Model,
     batch:int = 1, # Number of rows b
     max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
     index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
-)->Cache|RewindableCache: # An empty cache
+)->Cache: # An empty cache
     "Make an empty cache for this model"
     if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
     make = CodedCache if index_dtype else RewindableCache if self.config.window else Cache

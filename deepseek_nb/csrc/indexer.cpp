@@ -36,7 +36,7 @@ void top_positions(Tensor scores, Maybe mask, Tensor y) {
     static thread_local Buffer memory;
     float* scratch = memory.need(torch::stable::get_num_threads() * TopRow::room(t, 1));
     team([&](const Team& team) {
-        select_rows(team, n, t, mask.has_value(), scratch, [&](int64_t i, const Team& some, float* room) {
+        select_rows(team, n, t, scratch, [&](int64_t i, const Team& some, float* room) {
             const bool* hidden = mask ? data<bool>(*mask) + i * t : nullptr;
             select_row(some, data<float>(scores) + i * t, t, hidden, a, {data<int64_t>(y) + i * a}, room);
         });

@@ -109,8 +109,7 @@ inline void order_row(const float* s, int64_t n, const bool* mask, int32_t* to) 
         const ivec x = order(i + L <= n ? load(s + i) : load_part(s + i, n - i));
         memcpy(to + i, &x, sizeof x);
     }
-    const int32_t hidden = order(splat(-__builtin_inff()))[0];
-    for (int64_t i = 0; mask && i < n; ++i) to[i] = mask[i] ? to[i] : hidden;
+    for (int64_t i = 0; mask && i < n; ++i) to[i] = mask[i] ? to[i] : INT_MIN;
     std::fill(to + n, to + round_up(n, L), INT_MIN);
 }
 
@@ -261,12 +260,11 @@ inline int64_t TopRow::collect(int64_t rank, int32_t least, int64_t ties) const 
 // %% ../../nbs/526_kernels.sparse.ipynb #31ebc0fe
 struct Places { int64_t *to, base = 0, hop = 1; };  // where positions are written, and as what
 
-// the `a` positions of the largest of t scores, −1 fills the rest; with a mask the team must have one thread
+// the `a` visible positions of the largest of t scores; −1 fills the rest
 inline void select_row(const Team& team, const float* s, int64_t t, const bool* mask, int64_t a, Places out,
                        float* memory) {
-    const TopRow row(t, std::min(a, t), team.size, memory);
-    if (mask && !memchr(mask, 0, t)) mask = nullptr;
-    int64_t start = 0, held = 0;
+    const TopRow row(t, std::min(a, mask ? std::count(mask, mask + t, true) : t), team.size, memory);
+    int64_t start = 0;
     if (row.want) {
         row.count(team.rank, s, mask);
         team.wait();
@@ -282,18 +280,17 @@ inline void select_row(const Team& team, const float* s, int64_t t, const bool* 
         }
         const int32_t* at = row.scores + row.part(team.rank).first;
         const int64_t n = row.collect(team.rank, least, mine);
-        for (int64_t i = 0; i < n; ++i)
-            if (!mask || mask[at[i]]) out.to[start + held++] = out.base + out.hop * at[i];
+        for (int64_t i = 0; i < n; ++i) out.to[start + i] = out.base + out.hop * at[i];
     }
-    if (team.rank == team.size - 1) std::fill(out.to + start + held, out.to + a, int64_t(-1));
+    if (team.rank == team.size - 1) std::fill(out.to + row.want, out.to + a, int64_t(-1));
 }
 
 // %% ../../nbs/526_kernels.sparse.ipynb #250db6f7
 // n rows of t scores: each thread selects from some of them, or all threads together from one after another
 template <class F>
-void select_rows(const Team& team, int64_t n, int64_t t, bool masked, float* memory, F select) {
+void select_rows(const Team& team, int64_t n, int64_t t, float* memory, F select) {
     const auto [begin, end] = team.share(n);
-    if (masked || n >= team.size)
+    if (n >= team.size)
         for (int64_t i = begin; i < end; ++i)
             select(i, Team{0, 1, nullptr}, memory + team.rank * TopRow::room(t, 1));
     else for (int64_t i = 0; i < n; ++i, team.wait()) select(i, team, memory);
@@ -338,7 +335,7 @@ template <class K> void SelectRun<K>::block(const Team& team, int64_t first, int
     keys.score(team, seen(first + n - 1), n, queries.data(), held, keys.t, own);
     team.wait();
     if (scores) return;
-    select_rows(team, n, keys.t, mask, memory, [&](int64_t i, const Team& some, float* room) {
+    select_rows(team, n, keys.t, memory, [&](int64_t i, const Team& some, float* room) {
         const bool* hidden = mask ? mask + (first + i) * hop : nullptr;
         const Places to{out.to + (first + i) * a, out.base, out.hop};
         select_row(some, held + i * keys.t, seen(first + i), hidden, a, to, room);

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ..arch.cache import Cache
 from ..arch.model import Model
-from ..arch.rewindable import RewindableCache
 from ..files.tokenizer import Tokenizer
 
 # %% ../../nbs/410_infer.generate.ipynb #b51dd30a
@@ -210,7 +209,7 @@ def _one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError('cache and past_key_values are two names of one argument; give one of them')
     if cache is None: cache = past_key_values
-    if cache is not None and not isinstance(cache, (Cache, RewindableCache)):
+    if cache is not None and not isinstance(cache, Cache):
         raise TypeError(f'cache is a {type(cache).__name__}; make one with model.new_cache(batch)')
     return cache
 
