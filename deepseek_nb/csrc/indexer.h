@@ -75,7 +75,7 @@ template <class T> struct IndexKeys {
     using Query = IndexQuery;
     int64_t t, ld, u;
     const T* data;
-    int64_t room() const { return INDEX_KEYS * u; }
+    int64_t room() const { return INDEX_KEYS * u + L; }  // a row is copied in whole vectors
 
     const float* floats(int64_t i, int64_t n, float* wide) const {
         if constexpr (std::is_same_v<T, float>) return data + i * ld;
