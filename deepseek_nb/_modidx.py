@@ -1030,6 +1030,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/bench/sparse.py'),
                                           'deepseek_nb.bench.sparse.least_sparse_seconds': ( 'bench.sparse.html#least_sparse_seconds',
                                                                                              'deepseek_nb/bench/sparse.py'),
+                                          'deepseek_nb.bench.sparse.least_step_seconds': ( 'bench.sparse.html#least_step_seconds',
+                                                                                           'deepseek_nb/bench/sparse.py'),
                                           'deepseek_nb.bench.sparse.model_step': ( 'bench.sparse.html#model_step',
                                                                                    'deepseek_nb/bench/sparse.py'),
                                           'deepseek_nb.bench.sparse.sparse_decode': ( 'bench.sparse.html#sparse_decode',
