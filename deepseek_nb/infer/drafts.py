@@ -16,9 +16,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..arch.model import Model, check_plain, head
+from ..arch.model import Model, head
 from ..arch.mtp import check_mtp
-from .generate import Sampling
+from ..arch.rewindable import WindowSlot
+from .generate import Sampling, best_tokens
 
 # %% ../../nbs/447_infer.drafts.ipynb #a444788d
 class Draft(NamedTuple):
@@ -37,7 +38,7 @@ class Drafter:
 
     def note(self,
         ids:list, # All tokens of the row, verified ones included
-        x:Tensor, # Activations of the verified positions after the last norm `m d`
+        x:Tensor, # Activations of the verified positions after the last norm `m d`, or V4's streams `m x d`
     )->None:
         "Learn from a step of the model"
 
@@ -69,9 +70,10 @@ class LookupDrafter(Drafter):
         n:int, # Number of tokens to propose
     )->Draft: # `n` tokens
         "Copy the tokens after the match"
-        start,copy = self.after[tuple(ids[-self.kind(ids):])],list(ids)
-        for i in range(start, start + n): copy.append(copy[i])
-        return Draft(copy[len(ids):])
+        start = self.after[tuple(ids[-self.kind(ids):])]
+        copy,period = ids[start:start+n],len(ids) - start
+        while len(copy) < n: copy.append(copy[-period])
+        return Draft(copy)
 
 # %% ../../nbs/447_infer.drafts.ipynb #f5e83023
 def pick(
@@ -81,8 +83,9 @@ def pick(
     gen:torch.Generator|None = None, # Source of randomness
 )->tuple[int,Tensor|None]: # Token, and the distribution that it was drawn from; None if it was not drawn
     "Choose one token of a draft"
-    x = how.adjusted(logits[None].float(), torch.tensor([ids], device=logits.device))
-    if how.temperature == 0: return x.argmax().item(),None
+    seen = torch.tensor([ids], device=logits.device) if how.repetition_penalty != 1 else None # a long list
+    x = how.adjusted(logits[None].float(), seen)
+    if how.temperature == 0: return best_tokens(x).item(),None
     probs = x.softmax(-1)
     return torch.multinomial(probs, 1, generator=gen).item(),probs[0]
 
@@ -96,6 +99,8 @@ def common(
     start = min(start, most)
     while start < most and a[start] == b[start]: start += 1
     return start
+
+def _longest(cache): return getattr(cache, 'rewinds', 2**30) + 1 # longest draft that can be taken back; its last token is in no cache
 
 # %% ../../nbs/447_infer.drafts.ipynb #dac8dc9c
 _greedy = Sampling()
@@ -130,7 +135,7 @@ class ModelDrafter(Drafter):
     )->Draft: # Up to `n` tokens
         "Generate after the tokens of the row"
         keep,text,probs = self._common(ids),list(ids),[]
-        for _ in range(min(n, self.model.config.max_positions - len(ids))):
+        for _ in range(min(n, self.model.config.max_positions - len(ids), _longest(self.cache))):
             new,keep = torch.tensor([text[keep:]], device=self.model.device),len(text)
             t,q = pick(self.model(new, self.cache, logits_to_keep=1)[0,-1], text, self.how, self.gen)
             text.append(t); probs.append(q)
@@ -152,13 +157,23 @@ def feed(self:ModelDrafter,
     return len(ids) - keep <= 2*n
 
 # %% ../../nbs/447_infer.drafts.ipynb #d02d06c3
-def _last_output(model, cache, x, tokens):
-    "Run the block on activations `s d` and the tokens after them; its last output after its norm `d`"
-    e,block,s = model.embed_tokens(torch.tensor([tokens], device=x.device)),model.mtp[0],len(tokens)
+def _run_block(model, cache, x, tokens):
+    "Run the block on activations `s d`, or streams, and the tokens after them; its state `1 …` and the input of the head `d` at the last"
+    block,s,ids = model.mtp[0],len(tokens),torch.tensor([tokens], device=x.device)
     cache.reserve(s)
-    out = block(x[None], e, model.context(s, cache).layer(0))
+    ctx = model.context(s, cache, tokens=ids)._replace(by_layer=()) # the block's attention has the angles of layers without entries
+    out = block(x[None], model.embed_tokens(ids), ctx.layer(0))
     cache.advance(s)
-    return block.shared_head.norm(out)[0,-1]
+    y = block.last(out[:, -1:])
+    return (out[0, -1:] if model.config.hc_mult else y[0]),y[0,-1]
+
+def _block_cache(model):
+    "A cache for the block alone"
+    cache,c = model.new_cache(1),model.config
+    ratio = (*c.mtp_ratios, 0)[0]
+    if ratio: raise ValueError(f'the block has compress ratio {ratio}; drafts need one that attends to its window only, with ratio 0')
+    cache.slots = [WindowSlot(cache, 0)] if c.window else cache.slots[:1]
+    return cache
 
 # %% ../../nbs/447_infer.drafts.ipynb #b4298999
 class MTPDrafter(Drafter):
@@ -170,9 +185,7 @@ class MTPDrafter(Drafter):
         start:int = 0, # Number of first tokens whose activations are not known
     ):
         check_mtp(model)
-        check_plain(model.config, 'drafting by multi-token prediction')
-        self.model,self.how,self.new,self.cache,self.start = model,how,[],model.new_cache(1),start
-        del self.cache.slots[1:] # one block
+        self.model,self.how,self.new,self.cache,self.start = model,how,[],_block_cache(model),start
         self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)
 
     def kind(self,
@@ -183,7 +196,7 @@ class MTPDrafter(Drafter):
 
     def note(self,
         ids:list, # All tokens of the row, verified ones included
-        x:Tensor, # Activations of the verified positions after the last norm `m d`
+        x:Tensor, # Activations of the verified positions after the last norm `m d`, or V4's streams `m x d`
     )->None:
         "Keep the activations of verified positions"
         self.new.append(x)
@@ -192,15 +205,15 @@ class MTPDrafter(Drafter):
     def draft(self,
         ids:list, # All tokens of the row
         n:int, # Number of tokens to propose
-    )->Draft: # `n` tokens
+    )->Draft: # Up to `n` tokens
         "Run the block once per token"
-        h = _last_output(self.model, self.cache, torch.cat(self.new), ids[self.start+len(self.cache)+1:])
+        x,y = _run_block(self.model, self.cache, torch.cat(self.new), ids[self.start+len(self.cache)+1:])
         text,probs,self.new = list(ids),[],[]
-        for i in range(n):
-            if i: h = _last_output(self.model, self.cache, h[None], text[-1:])
-            t,q = pick(head(h[None,None], self.model.head_weight)[0,0], text, self.how, self.gen)
+        for i in range(most := min(n, _longest(self.cache))):
+            if i: x,y = _run_block(self.model, self.cache, x, text[-1:])
+            t,q = pick(head(y[None,None], self.model.head_weight)[0,0], text, self.how, self.gen)
             text.append(t); probs.append(q)
-        self.cache.rewind(self.start + len(self.cache) - len(ids) + 1)
+        self.cache.rewind(max(most - 1, 0))
         return Draft(text[len(ids):], probs if self.how.temperature else None)
 
 # %% ../../nbs/447_infer.drafts.ipynb #9d74f025
@@ -214,6 +227,6 @@ def feed(self:MTPDrafter, # noqa: F811
     new,at = sum(map(len, self.new)),self.start + len(self.cache) + 1
     if new <= n: return True
     x,ready = torch.cat(self.new),min(new - 1, len(ids) - at)
-    if ready: _last_output(self.model, self.cache, x[:ready], ids[at:at+ready])
+    if ready: _run_block(self.model, self.cache, x[:ready], ids[at:at+ready])
     self.new = [x[ready:]]
     return True
