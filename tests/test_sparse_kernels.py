@@ -1,5 +1,5 @@
-"""Sparse attention in C++ against float64 and the definition: ragged sizes, ties, infinities, dtypes, strides, instruction sets and threads;
-index keys in 8 bits, and the fused decode step against the readable model
+"""Sparse attention in C++ against float64 and the definition: ragged sizes, ties, infinities, dtypes, strides, instruction sets and
+threads; index keys in 8 bits; the fused decode step against the readable model
 """
 import math
 import os
@@ -18,12 +18,13 @@ from deepseek_nb.arch.index_codes import IndexCodes, coded_scores, encode_keys
 from deepseek_nb.arch.model import run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.kernels import index_codes, sparse
-from deepseek_nb.kernels.index_codes import coded_scores_cpp, select_codes_cpp
+from deepseek_nb.kernels import sparse
+from deepseek_nb.kernels.index_codes import coded_kernels, coded_scores_cpp, select_codes_cpp
 from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
 from deepseek_nb.kernels.sparse_step import run_sparse_blocks, sparse_step_kernels
 
-pytestmark = pytest.mark.skipif(not (sparse.indexer_kernels.ready() and sparse.selected_kernels.ready()), reason='no C++ compiler')
+KERNELS = sparse.indexer_kernels, sparse.selected_kernels, coded_kernels
+pytestmark = pytest.mark.skipif(not all(k.ready() for k in KERNELS), reason='no C++ compiler')
 KINDS = torch.float32, torch.bfloat16
 
 
@@ -235,7 +236,7 @@ def small_model(r, **fields):
              n_dense_layers=1, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=8, n_expert_groups=1,
              n_limited_groups=1, score_func='sigmoid', norm_topk=True, route_scale=2.5, rope=Rope(interleaved=True))
     model = Model(Config('deepseek_v32', **c | fields), torch.float32, 'cpu').requires_grad_(False)
-    for name, p in model.named_parameters(): p.copy_(1 + .2*torch.randn(p.shape) if p.ndim == 1 else torch.randn(p.shape)*p.shape[-1]**-.5)
+    for p in model.parameters(): p.copy_(1 + .2*torch.randn(p.shape) if p.ndim == 1 else torch.randn(p.shape)*p.shape[-1]**-.5)
     return model
 
 
