@@ -18,9 +18,10 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..arch.dspark import DSpark, keep_taps
 from ..arch.model import Model, head
 from ..arch.rewindable import RewindableCache
-from .drafts import Draft, LookupDrafter, ModelDrafter, MTPDrafter, common
+from .drafts import Draft, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter, common
 from .generate import Sampling, best_tokens
 from .paged import PagedCache, PagePool
 
@@ -224,12 +225,19 @@ class _Row:
         return new
 
 # %% ../../nbs/449_infer.speculate.ipynb #1e9d8802
+def _fits(drafter, model):
+    "The drafter, if it was made for a model like this one"
+    a,b = ((c.dim, c.vocab_size, c.window, c.hc_mult) for c in (drafter.c, model.config))
+    if a != b: raise ValueError(f'the drafter was made for a model of width, vocabulary, window and streams {a}; this one has {b}')
+    return drafter
+
 def _drafters(draft, model, how, n):
     "A drafter for each of `n` rows"
     seeds = [None if how.seed is None else how.seed + 1 + i for i in range(n)]
     if draft is None: return [LookupDrafter(0) for _ in seeds] # finds nothing
     if draft == 'lookup': return [LookupDrafter() for _ in seeds]
     if draft == 'mtp': return [MTPDrafter(model, how, s) for s in seeds]
+    if isinstance(draft, DSpark): return [DSparkDrafter(model, _fits(draft, model), how, s) for s in seeds]
     if not isinstance(draft, Model): raise ValueError(f"draft is {draft!r}; give 'lookup', 'mtp' or a smaller Model")
     if (a := draft.config.vocab_size) != (b := model.config.vocab_size):
         raise ValueError(f'the draft model has {a} tokens, the model {b}; both need the same vocabulary')
@@ -243,13 +251,13 @@ def _caches(model, lengths, page, longest):
     pool = PagePool(c, sum(-(-n//page) + 1 for n in lengths), page, model.dtype, model.device)
     return [PagedCache(pool) for _ in lengths]
 
-def _run(model, tokens, caches):
-    "Activations of all new tokens `n d`, and what a block for multi-token prediction continues from; V4's rows run one after another"
+def _run(model, tokens, caches, taps=()):
+    "Activations of all new tokens `n d`, and what a drafter continues from; V4's rows run one after another"
     device = model.device
     if not model.config.window:
         x = model.ragged(torch.tensor(sum(tokens, []), device=device), caches, [*map(len, tokens)])
         return x, x
-    with model.keep_hidden() as kept: # the residual streams
+    with keep_taps(model, taps) if taps else model.keep_hidden() as kept: # residual streams
         x = [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
     return torch.cat(x), torch.cat([k[0] for k in kept])
 
@@ -259,7 +267,7 @@ def _step(model, rows, lengths, fixed, how, gen, ends):
     decoding,start = all(r.fed for r in rows),time.perf_counter()
     tokens = [r.propose(lengths, fixed, len(rows)) for r in rows]
     counts,ahead = [*map(len, tokens)],[len(r.plan[1].tokens) + 1 for r in rows]
-    x,states = _run(model, tokens, [r.cache for r in rows])
+    x,states = _run(model, tokens, [r.cache for r in rows], getattr(getattr(rows[0].drafter, 'drafter', None), 'taps', ()))
     last = x if ahead == counts else torch.cat([o[-k:] for o,k in zip(x.split(counts), ahead, strict=True)])
     logits = head(last, model.head_weight).split(ahead) # of two axes: the bits don't depend on the number of tokens
     notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, states.split(counts), logits, strict=True)]
@@ -272,7 +280,7 @@ def _step(model, rows, lengths, fixed, how, gen, ends):
 def speculate(self:Model,
     prompts:list, # Token ids, a list for each prompt
     n:int, # Number of new tokens of each row
-    draft='lookup', # Source of drafts: 'lookup', 'mtp' or a smaller `Model`; None: no drafts
+    draft='lookup', # Source of drafts: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: no drafts
     draft_tokens:int|None = None, # Length of drafts; None: chosen by `DraftLength`
     how:Sampling|None = None, # Settings for choosing a token; None: greedy
     ends:tuple|set = (), # Tokens that end a row
