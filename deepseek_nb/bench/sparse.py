@@ -122,7 +122,8 @@ def sparse_decode(
     "A decode step with DeepSeek sparse attention, against dense MLA of the same shape"
     c,found = indexed_config(**fields),{}
     more = replace(c, n_heads=2*c.n_heads)
-    versus = lambda make,form,*args: compare({'sparse': make(c, *args, index_dtype=form), 'dense': make(unindexed_config(c), *args)}, repeats)
+    versus = lambda make,form,*args: compare({'sparse': make(c, *args, index_dtype=form),
+                                              'dense': make(unindexed_config(c), *args)}, repeats)
     for form,name in ((None, ''), ('int8', ', 8 bits')):
         found |= {f'attention, {n}{name}': compare(kernel_steps(c, n, form), repeats) for n in sorted({*lengths, t})}
         found[f'attention of {more.n_heads} heads, {t}{name}'] = compare(kernel_steps(more, t, form), repeats)

@@ -93,6 +93,7 @@ def run_sparse_blocks(
     "All blocks with indexers in one call"
     y,cache = x.to(torch.float32, copy=True).contiguous(),ctx.cache
     found = _kept.get(blocks) or sparse_blocks_of(blocks, x) # collected by `supports`
-    weights,tensors = (found.weights, found.index, found.topk, found.sizes, found.numbers),[t for s in cache.slots for t in s.tensors]
+    weights = found.weights, found.index, found.topk, found.sizes, found.numbers
+    tensors = [t for s in cache.slots for t in s.tensors]
     sparse_step_kernels.sparse_blocks(y, *weights, *ctx.angles, tensors, cache.length, cache.pad, torch.empty_like(y))
     return y.to(x.dtype)
