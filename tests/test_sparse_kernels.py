@@ -233,8 +233,8 @@ def small_model(r, **fields):
     c = dict(vocab_size=60, dim=24, n_layers=2, n_heads=r.choice([1, 3]), inter_dim=20, q_lora_rank=r.choice([8, 13]),
              kv_lora_rank=r.choice([8, 17]), qk_nope_head_dim=r.choice([4, 7]), qk_rope_head_dim=4, v_head_dim=r.choice([3, 8]),
              index_n_heads=r.choice([3, 8, 17]), index_head_dim=r.choice([4, 6, 16]), index_topk=r.choice([1, 4, 9, 100]),
-             max_positions=128, n_dense_layers=1, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=8, n_expert_groups=1,
-             n_limited_groups=1, score_func='sigmoid', norm_topk=True, route_scale=2.5, rope=Rope(interleaved=True))
+             max_positions=128, n_dense_layers=1, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=8,
+             n_expert_groups=1, n_limited_groups=1, score_func='sigmoid', norm_topk=True, route_scale=2.5, rope=Rope(interleaved=True))
     model = Model(Config('deepseek_v32', **c | fields), torch.float32, 'cpu').requires_grad_(False)
     for p in model.parameters(): p.copy_(1 + .2*torch.randn(p.shape) if p.ndim == 1 else torch.randn(p.shape)*p.shape[-1]**-.5)
     return model

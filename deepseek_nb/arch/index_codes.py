@@ -92,7 +92,7 @@ class CodedCache(Cache):
         dtype:torch.dtype = torch.float32, # Dtype of the latents
         device:torch.device|str = 'cpu', # Device of the activations
     ):
-        if not c.index_n_heads or c.window: raise ValueError(f'a {c.model_type} model has no index keys beside latents; leave out index_dtype')
+        if not c.index_n_heads or c.window: raise ValueError(f'a {c.model_type} model has no index keys; leave out index_dtype')
         super().__init__(c, batch, max_len, dtype, device)
 
     def _slots(self): return [CodedSlot(self, self._empty(0)) for _ in range(self.c.n_layers)]
