@@ -13,6 +13,7 @@ from itertools import product
 import pytest
 import torch
 
+from deepseek_nb.arch.dspark import DSpark
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
@@ -161,6 +162,21 @@ def test_v4_drafts_are_drawn_from_what_they_say():
     counts = {}
     for new in tokens_of(model, text[:6], how, 120): counts[new] = counts.get(new, 0) + 1
     assert surprise(counts, exact(model, text[:6], how, 2)) < 5
+
+
+def test_v4_drafts_by_a_block_drafter():
+    "Greedy tokens are those of plain decoding; a drafter of another model is refused."
+    r, kept = random.Random(SEED + 2), 0
+    model = v4(4, r)
+    for row in prompts(model, 4)[2:]:
+        want = model.generate(torch.tensor([row]), 24, eos_token_id=[])
+        spark = Model.init_weights(DSpark(model.config, r.sample(range(3), 2), r.randrange(2, 6), 1, 4), .3)
+        for n in (None, 3):
+            steps = [new[0] for new in model.speculate([row], 24, spark, n)]
+            assert row + sum(steps, []) == want[0].tolist(), (n, model.config)
+            kept += 24 - len(steps)
+    assert kept
+    with pytest.raises(ValueError, match='the drafter was made for'): model.generate(want, 2, draft=DSpark(v4(6, r).config, (0,)))
 
 
 def tokens_of(model, prompt, how, n): return map(tuple, tokens(model, [prompt]*n, 2, 'mtp', 2, how))

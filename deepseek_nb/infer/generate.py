@@ -249,7 +249,7 @@ def stream(self:Model,
     pad_token_id:int|None = None, # Token for rows that have ended; None: the first end token
     do_sample:bool|None = None, # True: temperature 1 by default; False: greedy; None: greedy if the temperature is 0
     mla:str = 'auto', # Form of MLA: 'naive', 'absorbed', or 'auto' for the cheaper
-    draft=None, # Speculative decoding: 'lookup', 'mtp' or a smaller `Model`; None: without drafts
+    draft=None, # Speculative decoding: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: without drafts
     draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
     **kwargs, # Fields of `Sampling`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
