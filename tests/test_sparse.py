@@ -227,6 +227,8 @@ def test_rule_on_signed_zeros_and_masks(kind):
     mask = torch.rand(50, 23) < .6
     with use(kind): assert torch.equal(top_positions(scores, 7, mask), stable(scores, 7, mask))
     with use(kind): assert torch.equal(top_positions(scores[:, :5], 7), stable(scores[:, :5], 7, torch.ones(50, 5)))
+    low = scores.float().masked_fill(scores <= 0, -torch.inf) # visible scores of −∞ beside hidden positions, most of them before
+    with use(kind): assert torch.equal(top_positions(low, 12, mask), stable(low, 12, mask))
 
 
 def toy(**kw):

@@ -9,13 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepseek_nb.arch import window
 from deepseek_nb.arch.attention import Context
 from deepseek_nb.arch.compressed import CompressedAttention, query_positions, visible_entries
 from deepseek_nb.arch.rewindable import RewindableCache, rewindable_bytes
 from deepseek_nb.arch.rope import cos_sin, frequencies, rotary_factor
 from deepseek_nb.arch.window import WindowAttention, window_mask
 from deepseek_nb.core.config import Config
+from deepseek_nb.core.dispatch import use
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 NAMES = {'wq_a.weight': 'q_a_proj.weight', 'q_norm.weight': 'q_a_norm.weight', 'wq_b.weight': 'q_b_proj.weight',
@@ -128,6 +131,43 @@ def test_whole_texts(r):
         for n in [*range(1, 14, 3), *range(2, 14, 3), r.randrange(14, 24), r.randrange(24, 40)]:
             x = torch.randn(r.choice([1, 2]), n, c.dim)
             close(run(ours, x), oracle(hf, theirs, x))
+
+
+class Largest(TorchDispatchMode):
+    "Bytes of the largest tensor that is made within a `with` block"
+    nbytes = 0
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor): self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+        return out
+
+
+def test_blocks_of_queries(r, monkeypatch):
+    "Blocks of any size give the outputs of one, padded, cached or not; no tensor of a prompt grows with its square, entries aside"
+    hf, c = draw(r)
+    attns, t = [a for a, _ in layers(hf, c)], r.randrange(30, 50)
+    x, pad = torch.randn(2, t, c.dim), torch.tensor([0, r.randrange(1, t)])
+    want = [[run(a, x, p) for a in attns] for p in (None, pad)]
+    monkeypatch.setattr(window, 'QUERY_BLOCK', r.randrange(1, 9))
+    for p, whole in zip((None, pad), want, strict=True):
+        cache = RewindableCache(c, 2)
+        cache.pad = p
+        got = feed(attns, cache, x, [t//3, t - t//3])
+        for i, (a, y) in enumerate(zip(attns, whole, strict=True)):
+            for z in (run(a, x, p), got[i]): close(z[0], y[0]), close(z[1, pad[1]:], y[1, pad[1]:])
+    monkeypatch.undo()
+    taken = {n: [] for n in (1024, 2048)}
+    for n in taken:
+        x = torch.randn(1, n, c.dim)
+        for a in attns:
+            with use('torch'), Largest() as most: run(a, x)
+            taken[n].append(most.nbytes)
+    block = max(c.window, window.QUERY_BLOCK)
+    for a, b, m in zip(*taken.values(), c.compress_ratios, strict=True):
+        entries = 4*block*c.n_heads*1024//m if m else 0  # scores of one block for the entries of the added tokens
+        index = 4*2**22 if m == c.csa_ratio else 0  # scores of the indexer, in parts of at most 2²² numbers
+        assert b <= max(2*a + entries, index), (m, a, b)
 
 
 def test_pieces(r):

@@ -61,17 +61,19 @@ class Cache:
     ):
         self.c,self.batch,self.dtype,self.device = c,batch,dtype,torch.device(device)
         self.length,self.capacity,self.pad = 0,0,None
-        self.slots = [Slot(self, self._empty(0)) for _ in range(c.n_layers)]
+        self.slots = self._slots()
         if max_len: self.grow(max_len)
 
+    def _slots(self): return [Slot(self, self._empty(0)) for _ in range(self.c.n_layers)]
+    def _kinds(self, t): return [(s, self.dtype) for s in cache_shapes(self.c, self.batch, t)]
     def _empty(self, t, arena=None):
         take = arena.take if arena else partial(torch.zeros, device=self.device)
-        return [take(s, dtype=self.dtype) for s in cache_shapes(self.c, self.batch, t)]
+        return [take(s, dtype=dtype) for s,dtype in self._kinds(t)]
     def __getitem__(self, layer): return self.slots[layer]
     def __len__(self): return self.length
     @property
     def nbytes(self)->int: return sum(t.nbytes for s in self.slots for t in s.tensors)
-    def __repr__(self): return f'Cache({self.batch}×{self.length} of {self.capacity} positions, {self.nbytes:,} bytes)'
+    def __repr__(self): return f'{type(self).__name__}({self.batch}×{self.length} of {self.capacity} positions, {self.nbytes:,} bytes)'
 
 # %% ../../nbs/130_arch.cache.ipynb #e16fec1e
 @patch
@@ -81,13 +83,17 @@ def grow(self:Cache,
     "Allocate larger tensors and copy the cached tokens"
     if capacity > self.c.max_positions:
         raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
-    size = sum(-(-prod(s)*self.dtype.itemsize//64)*64 for s in cache_shapes(self.c, self.batch, capacity))*len(self.slots)
+    self._allocate(capacity)
+    self.capacity = capacity
+
+@patch
+def _allocate(self:Cache, capacity):
+    size = sum(-(-prod(s)*dtype.itemsize//64)*64 for s,dtype in self._kinds(capacity))*len(self.slots)
     arena = Arena(min(size, ARENA_CHUNK)) if self.device.type == 'cpu' else None
     for slot in self.slots:
         new = self._empty(capacity, arena)
         for a,b in zip(new, slot.tensors, strict=True): a[..., :self.length, :] = b[..., :self.length, :]
         slot.tensors = new
-    self.capacity = capacity
 
 # %% ../../nbs/130_arch.cache.ipynb #4041b363
 @patch

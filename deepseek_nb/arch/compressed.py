@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from .attention import Context
 from .norm import RMSNorm
 from .rope import cos_sin, frequencies, rotary_factor
-from .sparse import index_scores, top_positions
-from .window import WindowAttention, attend_sinks, keep_dtype, padding, rotate_last, window_mask
+from .sparse import select_positions
+from .window import WindowAttention, attend_blocks, attend_sinks, keep_dtype, padding, rotate_last
 from ..core.config import Config
 from ..core.dispatch import op
 
@@ -179,12 +179,12 @@ class EntryIndexer(nn.Module):
         latent:Tensor, # Normalised latent of the queries `b s q`
         keys:Tensor, # The indexer's own entries `b i u`
         angles:tuple, # cos and sin `b 1 s r/2`
-        may:Tensor|None = None, # True where a query sees an entry `b s i` or `1 s i`; None: everywhere
+        may:Tensor|None = None, # True where a query sees an entry `b s i` or `1 s i`; None: a single query sees all entries
     )->Tensor: # Selected entries of each query in ascending order, then −1 `b s a`
         "Score all visible entries, and select the best"
         q = rotate_last(rearrange(self.wq_b(latent), 'b s (j u) -> b j s u', j=self.c.index_n_heads), angles)
         w = F.linear(x.float(), self.weights_proj.weight.float())*(self.c.index_n_heads*self.c.index_head_dim)**-.5
-        return top_positions(index_scores(rearrange(q, 'b j s u -> b s j u'), keys, w), self.c.index_topk, may)
+        return select_positions(rearrange(q, 'b j s u -> b s j u'), keys, w, self.c.index_topk, may)
 
 # %% ../../nbs/126_arch.compressed.ipynb #f28cd8d0
 @op
@@ -237,8 +237,8 @@ class CompressedAttention(WindowAttention):
         "Attend to the window and to entries"
         latent,k,past = self.q_norm(self.wq_a(x)),self.keys(x, ctx.angles),0
         if ctx.cache is not None: past,(k,) = ctx.cache.past,ctx.cache.append(k)
-        near = window_mask(x.shape[1], k.shape[1], self.c.window, padding(ctx, k.shape[1], past, x.shape[1]), x.device)
-        return self.output(self.attend_far(x, latent, k, near, ctx), ctx.angles)
+        y = self.attend_far(x, latent, k, padding(ctx, k.shape[1], past, x.shape[1]), ctx)
+        return self.output(y, ctx.angles)
 
 # %% ../../nbs/126_arch.compressed.ipynb #1ea79d4e
 @patch
@@ -246,17 +246,20 @@ def attend_far(self:CompressedAttention,
     x:Tensor, # Activations `b s d`
     latent:Tensor, # Normalised latent of the queries `b s q`
     keys:Tensor, # Keys of the window `b t v`
-    near:Tensor|None, # True where a query attends to a key
+    pad:Tensor|None, # Number of the first keys of each row that are padding `b`
     ctx:Context, # Angles, padding and cache slot of the layer
 )->Tensor: # Weighted sums `b h s v`
     "Compress, select, and attend to keys and entries"
-    s,slot = x.shape[1],ctx.cache
-    q,lists = self.queries(latent, ctx.angles),(None, None) if slot is None else (slot.compressor, slot.indexer)
+    lists = (None, None) if ctx.cache is None else (ctx.cache.compressor, ctx.cache.indexer)
     entries = self.compressor(x, lists[0], ctx.pad)
     own = None if self.indexer is None else self.indexer.compressor(x, lists[1], ctx.pad)
-    may = None  # a single query without padding sees all entries
-    if s > 1 or ctx.pad is not None: may = visible_entries(query_positions(ctx, s, x.device), entries.shape[1], self.m)
-    if own is None or own.shape[1] <= self.c.index_topk:
-        return attend_entries(q, keys, entries, self.attn_sink, self.scale, near, may)
-    chosen = self.indexer(x, latent, own, ctx.angles, may)
-    return attend_chosen(q, keys, entries, chosen, self.attn_sink, self.scale, near, full=may is None)
+    positions = None  # a single query without padding sees all entries
+    if x.shape[1] > 1 or ctx.pad is not None: positions = query_positions(ctx, x.shape[1], x.device)
+
+    def attend(q, k, near, i):
+        may = None if positions is None else visible_entries(positions[:, i], entries.shape[1], self.m)
+        if own is None or own.shape[1] <= self.c.index_topk:
+            return attend_entries(q, k, entries, self.attn_sink, self.scale, near, may)
+        chosen = self.indexer(x[:, i], latent[:, i], own, tuple(a[:, :, i] for a in ctx.angles), may)
+        return attend_chosen(q, k, entries, chosen, self.attn_sink, self.scale, near, full=may is None)
+    return attend_blocks(self.queries(latent, ctx.angles), keys, self.c.window, attend, pad)

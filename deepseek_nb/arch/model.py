@@ -27,6 +27,7 @@ from .cache import Cache, cache_shapes
 from .compressed import CompressedAttention
 from .hash import ClampedMoE, ClampedSwiGLU, HashGate
 from .hyper import HyperConnection, HyperHead, expand_streams
+from .index_codes import CodedCache
 from .moe import MoE, SwiGLU
 from .norm import RMSNorm
 from .rewindable import RewindableCache
@@ -138,8 +139,10 @@ def check_plain(
     what:str, # What can't be done, for the message
 )->None:
     "Raise an error if a model has several residual streams, or blocks that route by token ids"
-    if c.hc_mult: raise ValueError(f'{what} needs one residual stream; this {c.model_type} model has {c.hc_mult}, with hyper-connections')
-    if c.n_hash_layers: raise ValueError(f'{what} needs a learned router; this {c.model_type} model routes by token ids')
+    if c.hc_mult: raise ValueError(f'{what} needs one residual stream; this {c.model_type} model has {c.hc_mult}, with hyper-connections; '
+                                    'use one without them, such as DeepSeek-V3.2')
+    if c.n_hash_layers: raise ValueError(f'{what} needs a learned router; this {c.model_type} model routes by token ids; '
+                                          'use one without hash layers, such as DeepSeek-V3.2')
 
 # %% ../../nbs/160_arch.model.ipynb #38e3bdf1
 @extended
@@ -281,7 +284,7 @@ def context(self:Model,
 )->Context: # Shared by all layers
     "Rotary angles and mask of the new tokens, with the cache"
     past,mask = len(cache) if cache is not None else 0,None
-    if pad is not None: mask = visible(s, past+s, pad, self.device)
+    if pad is not None and not self.config.window: mask = visible(s, past+s, pad, self.device)
     elif not one_document(documents): mask = document_mask(documents)
     own,c,by_layer = self.angles(past, past+s, pad),self.config,()
     if any(c.compress_ratios):
@@ -294,9 +297,11 @@ def context(self:Model,
 def new_cache(self:Model,
     batch:int = 1, # Number of rows b
     max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
-)->Cache|RewindableCache: # An empty cache
+    index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
+)->Cache: # An empty cache
     "Make an empty cache for this model"
-    make = RewindableCache if self.config.window else Cache
+    if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
+    make = CodedCache if index_dtype else RewindableCache if self.config.window else Cache
     return make(self.config, batch, max_len, self.dtype, self.device)
 
 # %% ../../nbs/160_arch.model.ipynb #01f217d5

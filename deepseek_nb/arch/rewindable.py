@@ -1,6 +1,6 @@
 """The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that tokens can be taken back exactly and prompts padded on the left
 
-`RewindableCache` is the cache of a V4 model, with the interface of `Cache`. A `Ring` holds the last rows of a text. `EntryList` holds the entries of a
+`RewindableCache` is the `Cache` of a V4 model. A `Ring` holds the last rows of a text. `EntryList` holds the entries of a
 compressor, and in a ring the candidates and gates from which they are pooled. `WindowSlot` is what one layer keeps. `rewindable_bytes` is the size of the
 cache. `rewind` takes tokens back exactly and computes nothing again."""
 
@@ -16,6 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from .cache import Cache
 from .compressed import Compressor, take_windows
 from ..core.config import Config
 from ..core.lazy import extended
@@ -130,7 +131,7 @@ class WindowSlot:
 
 # %% ../../nbs/132_arch.rewindable.ipynb #bb1be8df
 @extended
-class RewindableCache:
+class RewindableCache(Cache):
     "The cache of a V4 model"
     def __init__(self,
         c:Config, # The model's config
@@ -140,42 +141,20 @@ class RewindableCache:
         device:torch.device|str = 'cpu', # Device of the activations
         rewinds:int = 32, # R, the largest number of tokens that can be taken back
     ):
-        self.c,self.batch,self.dtype,self.device,self.rewinds = c,batch,dtype,torch.device(device),rewinds
-        self.length,self.capacity,self.floor,self.pad = 0,0,0,None
-        self.slots = [WindowSlot(self, m) for m in c.compress_ratios]
-        if max_len: self.grow(max_len)
+        self.rewinds,self.floor = rewinds,0
+        super().__init__(c, batch, max_len, dtype, device)
 
-    def __getitem__(self, layer): return self.slots[layer]
-    def __len__(self): return self.length
-    @property
-    def nbytes(self)->int: return sum(t.nbytes for s in self.slots for t in s.tensors)
-    def __repr__(self): return f'RewindableCache({self.batch}×{self.length} of {self.capacity} positions, {self.nbytes:,} bytes)'
+    def _slots(self): return [WindowSlot(self, m) for m in self.c.compress_ratios]
+    def _allocate(self, capacity):
+        for o in (o for slot in self.slots for o in slot.lists): o.grow(capacity)
 
 # %% ../../nbs/132_arch.rewindable.ipynb #cdb7c431
-@patch
-def grow(self:RewindableCache,
-    capacity:int, # New capacity in tokens
-)->None:
-    "Allocate memory for the entries of more tokens"
-    if capacity > self.c.max_positions:
-        raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
-    for o in (o for slot in self.slots for o in slot.lists): o.grow(capacity)
-    self.capacity = capacity
-
-@patch
-def reserve(self:RewindableCache,
-    s:int, # Number of new tokens
-)->None:
-    "Make sure that there is memory for new tokens"
-    need = self.length + s
-    if need > self.capacity: self.grow(max(need, min(2*self.capacity, self.c.max_positions)))
-
 @patch
 def advance(self:RewindableCache,
     s:int, # Number of tokens that every layer has written
 )->None:
     "Add new tokens to the length, after the last layer"
-    self.length += s
+    Cache.advance(self, s)
     self.floor = max(self.floor, self.length - self.rewinds)
 
 # %% ../../nbs/132_arch.rewindable.ipynb #eb2fc625
@@ -184,10 +163,9 @@ def rewind(self:RewindableCache,
     n:int, # Number of tokens to remove
 )->None:
     "Remove the last tokens; all tokens can always be removed"
-    if not 0 <= n <= self.length: raise ValueError(f'cannot rewind {n} tokens of a cache that holds {self.length}')
     if n < self.length < self.floor + n:
         raise ValueError(f'cannot rewind {n} tokens, only {self.length - self.floor}: the cache was made for rewinds={self.rewinds}')
-    self.length -= n
+    Cache.rewind(self, n)
     if not self.length: self.floor = 0
 
 # %% ../../nbs/132_arch.rewindable.ipynb #6f9bec0b

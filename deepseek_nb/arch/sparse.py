@@ -78,6 +78,7 @@ def index_scores(
     w:Tensor, # Weights of its heads `b s j`
 )->Tensor: # `b s t`, float32
     "Score every key for every query"
+    if not isinstance(k, Tensor): return k.scores(q, w)  # keys in 8 bits
     dots = einsum(q.float(), k.float(), 'b s j u, b t u -> b s j t').relu()
     return einsum(dots, w.float(), 'b s j t, b s j -> b s t')
 
@@ -90,8 +91,9 @@ def top_positions(
 )->Tensor: # Selected positions `… a` in ascending order, a = min(k, t), then −1 where fewer than a are visible
     "Select the positions with the highest scores; of equal scores, the lowest position"
     mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
-    best = scores.masked_fill(~mask, -torch.inf).sort(stable=True, dim=-1, descending=True).indices[..., :k]
-    best = best.masked_fill(~mask.gather(-1, best), scores.shape[-1]).sort(-1).values
+    best = scores.sort(stable=True, dim=-1, descending=True).indices
+    hidden = ~mask.gather(-1, best)  # behind all visible positions, whose scores may be −∞
+    best = best.masked_fill(hidden, scores.shape[-1]).gather(-1, hidden.byte().sort(stable=True).indices[..., :k]).sort(-1).values
     return best.masked_fill(best == scores.shape[-1], -1)
 
 # %% ../../nbs/122_arch.sparse.ipynb #faa3f722
@@ -108,8 +110,8 @@ def top_by_threshold(
     if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
     least = scores.topk(a, -1, sorted=False).values.amin(-1, keepdim=True)
     above,tied = scores > least,scores == least
+    if mask is not None: tied = tied & mask  # a visible score may be −∞, like the hidden ones
     chosen = above | tied & (tied.cumsum(-1) <= a - above.sum(-1, keepdim=True))
-    if mask is not None: chosen = chosen & mask
     rank = torch.where(chosen, chosen.cumsum(-1) - 1, a)
     out = torch.full((*scores.shape[:-1], a+1), -1, device=scores.device)
     return out.scatter(-1, rank, torch.arange(t, device=scores.device).expand_as(rank))[..., :a]

@@ -9,7 +9,8 @@ struct Scores {
     int t;
     __device__ bool hidden(int i) const { return mask && !mask[int64_t(blockIdx.x) * t + i]; }
     __device__ uint32_t order(int i) const {
-        const float x = hidden(i) ? -infinity() : this->x[int64_t(blockIdx.x) * t + i] + 0.f;
+        if (hidden(i)) return 0;
+        const float x = this->x[int64_t(blockIdx.x) * t + i] + 0.f;
         const uint32_t bits = __float_as_uint(x);
         return x != x ? 0xffffffff : bits >> 31 ? ~bits : bits | 0x80000000;
     }
