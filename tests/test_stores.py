@@ -32,7 +32,7 @@ def v4(r):
     r.shuffle(ratios)
     return replace(preset('deepseek-v4-flash'), vocab_size=256, dim=r.choice([16, 20]), n_layers=3, n_heads=2, inter_dim=16,
                    head_dim=12, q_lora_rank=8, qk_rope_head_dim=4, window=r.choice([3, 8, 140]), compress_ratios=tuple(ratios),
-                   csa_ratio=csa, mtp_ratios=(), o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8,
+                   csa_ratio=csa, o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8,
                    index_topk=r.choice([2, 6]), hc_mult=r.choice([2, 4]), hc_iters=3, n_hash_layers=1, n_routed_experts=4,
                    n_activated_experts=2, moe_inter_dim=8, max_positions=512)
 
@@ -116,6 +116,18 @@ def test_preemption_and_prefixes(model):
         if rows == 30: assert [s.usage.prompt_cache_hit_tokens for s in again] == [64, 0]
         assert [tokens(s) for s in again] == [results[-1][0]]*2
     assert results[0] == results[1]
+
+
+def test_mtp_drafts_of_v4():
+    "The block drafts from the streams, in one step with other rows; the bits are those without drafts"
+    model, r = made(v4)
+    model.add_mtp().requires_grad_(False)
+    how = [SamplingParams(seed=i, logprobs=1) for i in range(2)]
+    asked = [Request([r.randrange(256) for _ in range(20)], h, max_tokens=12, stop_ids=()) for h in how]
+    engine, plain = Engine(model, Bytes(), page=16, draft='mtp', draft_tokens=3), Engine(model, Bytes(), page=16)
+    streams, wanted = [engine.submit(q) for q in asked], [plain.submit(q) for q in asked]
+    for e in (engine, plain): run(e)
+    assert [tokens(s) for s in streams] == [tokens(s) for s in wanted] and all(s.drafted for s in streams)
 
 
 def test_chunks_of_v4(monkeypatch):
