@@ -9,6 +9,7 @@ from test_engine import Bytes, requests, run, tokens
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset
+from deepseek_nb.infer import ragged
 from deepseek_nb.serve import engine as engine_module
 from deepseek_nb.serve.engine import Engine
 from deepseek_nb.serve.sampling import SamplingParams
@@ -51,7 +52,7 @@ def made(kind, seed=SEED):
     return Model(kind(r), torch.float32, 'cpu').requires_grad_(False).init_weights(std=.3), r
 
 
-@pytest.fixture(scope='module', params=[v4], ids=lambda k: k.__name__)
+@pytest.fixture(scope='module', params=[v32, v4], ids=lambda k: k.__name__)
 def model(request): return made(request.param)[0]
 
 
@@ -179,12 +180,12 @@ def test_a_failed_step_forgets_the_row(monkeypatch):
     run(engine)
     engine.prefix.clear()
     with monkeypatch.context() as patched:
-        real, calls = type(model.layers[2]).forward, []
-        def fails(self, x, ctx):
-            calls.append(0)
-            if len(calls) > 100: raise MemoryError('too little')
-            return real(self, x, ctx)
-        patched.setattr(type(model.layers[2]), 'forward', fails)
+        real, calls = ragged.run_rows, []
+        def fails(x, blocks, batch):
+            calls.append(real(x, blocks, batch)) # the rings are written
+            if len(calls) > 30: raise MemoryError('too little')
+            return calls[-1]
+        patched.setattr(ragged, 'run_rows', fails)
         bad = engine.submit(asked)
         with pytest.raises(MemoryError): run(engine)
         for row in [*engine.rows]: engine.finish(row, 'error', MemoryError())
