@@ -58,8 +58,8 @@ def model(request): return made(request.param)[0]
 
 def small_engine(model, rows, **kw):
     "An engine with memory for about so many rows of 130 tokens"
-    if not model.config.window: return Engine(model, Bytes(), nbytes=rows*9*PagedRows(model, 2**30, 16).pool.page_bytes, page=16, **kw)
-    return Engine(model, Bytes(), nbytes=rows*RowPool(model.config, 0, 16).row_bytes(130), page=16, **kw)
+    if not model.config.window: return Engine(model, Bytes(), nbytes=int(rows*9*PagedRows(model, 2**30, 16).pool.page_bytes), page=16, **kw)
+    return Engine(model, Bytes(), nbytes=int(rows*RowPool(model.config, 0, 16).row_bytes(130)), page=16, **kw)
 
 
 def short(draw, n):
