@@ -20,6 +20,7 @@ Modules:
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
+- `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes behind a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
 - `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
@@ -107,6 +108,7 @@ Modules:
 - `deepseek_nb.kernels.gemm`: The matrix product that all CPU kernels use: dot products along the rows of the weights for few tokens, and register tiles for many tokens.
 - `deepseek_nb.kernels.ggml`: Decodes a few rows of a quantised GGUF weight into the first-level cache, multiplies them by all tokens, and continues with the next rows.
 - `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights.
+- `deepseek_nb.kernels.index_codes`: The lightning indexer's scores from codes of 8 bits: four products in one instruction, and a quarter of the bytes to read.
 - `deepseek_nb.kernels.invariant`: Matrix products in which the result of a token has the same bits, whichever other tokens are multiplied in the same call.
 - `deepseek_nb.kernels.layers`: Runs rows of different lengths together for weights in GGUF's Q4_K and Q6_K, which no fused step reads.
 - `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
@@ -116,8 +118,10 @@ Modules:
 - `deepseek_nb.kernels.ragged`: Runs all blocks of a model on rows of different lengths in one C++ call, with pages; each row gets the same bits as alone.
 - `deepseek_nb.kernels.ragged_cache`: Runs all blocks of a model on a ragged batch and reads the KV cache directly from pages of int8 codes; each row gets the same bits as alone.
 - `deepseek_nb.kernels.ragged_codes`: Runs quantised models on rows of different lengths in one C++ call; each row gets the same bits as alone.
+- `deepseek_nb.kernels.ragged_sparse`: Sparse attention for rows of different lengths in one C++ call: index keys and latents in pages, and the same bits for each row as alone.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
 - `deepseek_nb.kernels.sparse`: DeepSeek sparse attention in C++: index scores, exact selection in linear time, and attention that reads only the selected latents.
+- `deepseek_nb.kernels.sparse_step`: Runs all blocks of a DeepSeek-V3.2 decode step in one C++ call: MLA, the lightning indexer, the selection, and attention to the selected latents.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
 - `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
