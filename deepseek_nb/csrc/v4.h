@@ -65,14 +65,14 @@ V4Block<T, M> v4_block(const Weights<T, M>& w, const V4Sizes& n, const V4Numbers
 
 // %% ../../nbs/533_kernels.v4_stages.ipynb #d6b0d392
 struct V4Memory {
-    float *mix, *xn, *ql, *q, *kv, *raw, *fine, *iq, *iw, *o, *og, *y, *held, *panel, *room, *top;
+    float *mix, *xn, *ql, *q, *kv, *raw, *fine, *iq, *iw, *o, *og, *y, *held, *panel, *room;
     std::vector<int64_t> chosen;
     int64_t most, own;  // visible entries; numbers of a thread's own memory for the indexer
     int64_t attend;     // and for attention
     V4Memory(const V4Step& step, const V4Sizes& n) : chosen(step.n * n.index_top) {
         const int64_t x = n.streams, hv = n.heads * n.head;
         most = n.fine ? (step.past + step.s) / n.fine : 0;
-        own = IndexQuery::size(n.index_heads, n.index_head) + INDEX_KEYS * n.index_head + L;
+        own = IndexQuery::size(n.index_heads, n.index_head) + INDEX_KEYS * n.index_head + TopRow::room(most, 1);
         attend = attention_room(n.head, n.head);
         const int64_t wide = panel_size(step.n, std::max({x * step.d, n.q_latent, hv, n.groups * n.rank}));
         const int64_t each[] = {(2 + x) * x, step.d, n.q_latent, hv, n.head, 4 * n.head, 4 * n.index_head,
@@ -81,10 +81,9 @@ struct V4Memory {
         static thread_local Buffer buffer;
         int64_t size = 0;
         for (int64_t i : each) size += step.n * i;
-        const int64_t threads = torch::stable::get_num_threads(), rooms = threads * std::max(own, attend);
-        float* at = buffer.need(size + wide + rooms + threads * TopRow::room(most, 1));
+        float* at = buffer.need(size + wide + torch::stable::get_num_threads() * std::max(own, attend));
         for (size_t i = 0; i < std::size(each); ++i) *to[i] = std::exchange(at, at + step.n * each[i]);
-        panel = std::exchange(at, at + wide), room = std::exchange(at, at + rooms), top = at;
+        panel = std::exchange(at, at + wide), room = at;
     }
 };
 
@@ -235,10 +234,11 @@ template <class T, class M> void V4Run<T, M>::select(const Team& t, const V4Bloc
         keys.score(t, keys.t, 1, &query, memory.held + i * most, most, wide);
     }
     t.wait();
-    select_rows(t, step.n, most, memory.top, [&](int64_t i, const Team& some, float* room) {
-        const Places to{memory.chosen.data() + i * a};
-        if (seen(i) > a) select_row(some, memory.held + i * most, seen(i), nullptr, a, to, room);
-    });
+    const auto [begin, end] = t.share(step.n);
+    for (int64_t i = begin; i < end; ++i)
+        if (seen(i) > a)
+            select_row(Team{0, 1, nullptr}, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]},
+                       wide + INDEX_KEYS * u);
     t.wait();
 }
 
