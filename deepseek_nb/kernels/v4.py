@@ -34,22 +34,6 @@ from .v4_stages import V4_PLACES, v4_numbers, v4_sizes
 v4_kernels = Kernels('v4.cpp', v4_step=lambda x, weights, ratios, sizes, numbers, angles, ids, caches, past, pad: None)
 
 # %% ../../nbs/536_kernels.v4.ipynb #c6184b01
-_KNOWN = (WindowAttention, CompressedAttention, Compressor, EntryIndexer, HyperConnection, ClampedMoE, ClampedExperts, ClampedSwiGLU,
-          HashGate)
-
-def _places(block):
-    "Dotted names of the weights of a block"
-    places,m = dict(V4_PLACES),block.mlp
-    lacks = lambda *starts: places.update({n: None for n in places if n.startswith(starts)})
-    if type(block.self_attn) is WindowAttention: lacks('pool', 'index')
-    elif block.self_attn.indexer is None: lacks('index')
-    if type(m) in (SwiGLU, ClampedSwiGLU):
-        lacks('router', 'bias', 'table', 'gate_up', 'down')
-        return places | {n: places[n].replace('shared_experts.', '') for n in ('gate', 'up', 'project')}
-    if m.shared_experts is None: places |= dict.fromkeys(('gate', 'up', 'project'))
-    return places | {'bias' if type(m.gate) is HashGate or not m.gate.c.score_bias else 'table': None}
-
-# %% ../../nbs/536_kernels.v4.ipynb #c6184b01
 _KNOWN = (WindowAttention, CompressedAttention, Compressor, EntryIndexer, HyperConnection, ClampedExperts, ClampedMoE, ClampedSwiGLU,
           HashGate)
 
