@@ -12,6 +12,7 @@ Modules:
 - `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
 - `deepseek_nb.arch.cache`: The keys and values of earlier tokens, or one latent per token for MLA, are stored for later decode steps
 - `deepseek_nb.arch.compressed`: DeepSeek-V4 pools every 4 or every 128 tokens into one entry. A query attends to its window and to entries: to the best 512 of the fine ones, or to all of the coarse ones
+- `deepseek_nb.arch.dspark`: DeepSeek-V4's own drafter: three small blocks look at the model's activations and write five tokens in one pass; a table of token pairs makes them fit together.
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
@@ -80,7 +81,7 @@ Modules:
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
 - `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory, and a different adapter for each row of a batch.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
-- `deepseek_nb.infer.drafts`: Guesses of the next tokens, from three sources: an earlier passage of the text, a smaller model, and the multi-token-prediction block of DeepSeek-V3.
+- `deepseek_nb.infer.drafts`: Guesses of the next tokens, from four sources: an earlier passage of the text, a smaller model, the multi-token-prediction block of DeepSeek-V3 and V4, and V4's block drafter.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
 - `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
@@ -116,6 +117,9 @@ Modules:
 - `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
 - `deepseek_nb.kernels.team`: A kernel with several stages starts its threads once, and synchronises them with a barrier after each stage.
 - `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand so that they move fewer bytes than autograd's.
+- `deepseek_nb.kernels.v4`: Runs all blocks of DeepSeek-V4 in one C++ call per token, on the cache that can be rewound.
+- `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
+- `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): 4-bit floating-point numbers (E2M1), with a power of two as the scale of each 32 neighbouring weights.
 - `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
 - `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
@@ -148,6 +152,8 @@ Modules:
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol without stored state: a request is a list of items, an answer is a list of items, and a stream tells how each item grows
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
+- `deepseek_nb.serve.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.
+- `deepseek_nb.serve.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
 - `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
 - `deepseek_nb.serve.text`: The older completions API, without messages: prompts as text or token ids, log-probabilities of the prompt for evaluation harnesses, and filling in the middle
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.

@@ -108,6 +108,30 @@ def test_ours_to_theirs(family, kind, tmp_path):
     assert stored.keys() == again.keys() and all(torch.equal(stored[k], again[k]) for k in stored)
 
 
+@pytest.mark.parametrize('kind', ['attention', 'experts'])
+def test_v4_under_the_names_of_transformers(kind, tmp_path):
+    "V4's matrices have other names here; their adapters go both ways under those that PEFT finds in transformers"
+    from test_v4 import draw, shake
+    torch.manual_seed(seed := random.randrange(10**6))
+    print(f'{seed=}')
+    theirs = shake(transformers.DeepseekV4ForCausalLM(draw(random.Random(seed))))
+    theirs.save_pretrained(tmp_path/'base')
+    eager = dict(attn_implementation='eager', experts_implementation='eager')
+    def fresh(): return transformers.AutoModelForCausalLM.from_pretrained(tmp_path/'base', dtype=torch.float32, **eager).eval()
+    names = ['q_a_proj', 'q_b_proj', 'kv_proj', 'gate_proj', 'o_b_proj', 'weights_proj']
+    how = dict(target_modules=names) if kind == 'attention' else dict(target_modules=['o_b_proj'], target_parameters=STACKS)
+    ids = torch.randint(theirs.config.vocab_size, (2, 20))
+    wrapped = peft.get_peft_model(fresh(), peft.LoraConfig(r=2, **how)).eval()
+    noise(wrapped)
+    for p in (p for k, p in wrapped.named_parameters() if 'lora_' in k): p.mul_(.1) # far from other choices of experts and entries
+    wrapped.save_pretrained(tmp_path/'adapter')
+    ours = Model.from_pretrained(tmp_path/'base', dtype='float32', device='cpu').load_adapter(tmp_path/'adapter')
+    want = wrapped(ids).logits
+    assert apart(ours(ids), want) < 1e-4 < apart(want, theirs(ids).logits)
+    back = peft.PeftModel.from_pretrained(fresh(), ours.save_adapter(tmp_path/'again')).eval()
+    assert apart(back(ids).logits, want) < 1e-4
+
+
 def test_names_cover_peft(tmp_path):
     "Every layer that is linear there can have an adapter here, and so can experts and routers"
     for family in FAMILIES:

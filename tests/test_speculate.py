@@ -13,8 +13,9 @@ from itertools import product
 import pytest
 import torch
 
+from deepseek_nb.arch.dspark import DSpark
 from deepseek_nb.arch.model import Model
-from deepseek_nb.core.config import Config
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer import speculate as S
 from deepseek_nb.infer.generate import Sampling, left_padded
@@ -32,6 +33,10 @@ LLAMA = dict(dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim
 V3 = dict(dim=32, n_layers=2, n_heads=2, inter_dim=64, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
           v_head_dim=8, n_dense_layers=1, n_routed_experts=8, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=16,
           n_mtp_layers=1, max_positions=160)
+V4 = dict(dim=32, n_layers=3, n_heads=4, inter_dim=64, n_kv_heads=1, head_dim=12, qk_rope_head_dim=4, q_lora_rank=16, o_groups=2,
+          o_lora_rank=8, index_n_heads=2, index_head_dim=8, index_topk=3, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1,
+          moe_inter_dim=16, score_func='sqrtsoftplus', swiglu_limit=10., n_mtp_layers=1, max_positions=160, rope=Rope(interleaved=True),
+          compress_rope=Rope(16e4, interleaved=True))
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -110,6 +115,71 @@ def test_random_drafts_are_reproducible_with_a_length():
     how = dict(draft=other, draft_tokens=3, temperature=1., eos_token_id=[])
     draw = lambda seed: model.generate(torch.tensor([[1, 2, 3]]), 30, seed=seed, **how)
     assert draw(1).equal(draw(1)) and not draw(1).equal(draw(2))
+
+
+# ---- V4's block
+
+def v4(vocab, r, std=.3):
+    "A tiny V4 model with layers of all kinds in a random order"
+    torch.manual_seed(r.randrange(10**9))
+    ratios = tuple(r.sample((0, 4, 8), 3))
+    drawn = dict(window=r.randrange(3, 9), hc_mult=r.choice((1, 2, 4)), compress_ratios=ratios, n_hash_layers=r.randrange(3))
+    c = Config('deepseek_v4', vocab_size=vocab, mtp_ratios=(0,), **drawn, **V4)
+    model = Model(c, dtype='float32', device='cpu').add_mtp().init_weights(std)
+    for m in model.modules():
+        if hasattr(m, 'base') and hasattr(m, 'scale'): m.reset(std=.3, scale=1.)
+    return model.requires_grad_(False)
+
+
+def test_v4_drafts_by_its_own_block():
+    "Greedy tokens are those of plain decoding, though windows and entries are taken back; some drafted tokens are kept."
+    r, kept = random.Random(SEED), 0
+    model = v4(6, r)
+    for row in prompts(model, 4)[1::2]:
+        want = model.generate(torch.tensor([row]), 30, eos_token_id=[])[0, len(row):].tolist()
+        for n in (1, r.randrange(2, 12)):
+            steps = [new[0] for new in model.speculate([row], 30, 'mtp', n)]
+            assert sum(steps, []) == want, (n, model.config)
+            kept += len(want) - len(steps)
+    assert kept
+
+
+def test_v4_drafts_are_drawn_from_what_they_say():
+    "Sampled drafts of the block: the distributions by a slow loop without a cache, and the text follows the model's distribution."
+    r, how = random.Random(SEED + 1), Sampling(temperature=1.2)
+    model, text = v4(4, r), [r.randrange(4) for _ in range(21)]
+    drafter, block, at = S.MTPDrafter(model, how, 0), model.mtp[0], 0
+    for end in (7, 8, 13, 21):
+        with torch.no_grad(), model.keep_hidden() as kept: model.hidden(torch.tensor([text[:end]]))
+        drafter.note(text[:end], kept[0][0, at:end - 1])
+        draft, at, x, tokens = drafter.draft(text[:end], 4), end - 1, kept[0][:, :-1], text[1:end]
+        for t, q in zip(draft.tokens, draft.probs, strict=True):
+            ids = torch.tensor([tokens])
+            out = block(x, model.embed_tokens(ids), model.context(len(tokens), tokens=ids)._replace(by_layer=()))
+            p = (model.lm_head(block.last(out[:, -1:])).float()/how.temperature).softmax(-1)[0, -1]
+            assert torch.allclose(p, q, atol=1e-5)
+            x, tokens = torch.cat([x, out[:, -1:]], 1), [*tokens, t]
+    counts = {}
+    for new in tokens_of(model, text[:6], how, 120): counts[new] = counts.get(new, 0) + 1
+    assert surprise(counts, exact(model, text[:6], how, 2)) < 5
+
+
+def test_v4_drafts_by_a_block_drafter():
+    "Greedy tokens are those of plain decoding; a drafter of another model is refused."
+    r, kept = random.Random(SEED + 2), 0
+    model = v4(4, r)
+    for row in prompts(model, 4)[2:]:
+        want = model.generate(torch.tensor([row]), 24, eos_token_id=[])
+        spark = Model.init_weights(DSpark(model.config, r.sample(range(3), 2), r.randrange(2, 6), 1, 4), .3)
+        for n in (None, 3):
+            steps = [new[0] for new in model.speculate([row], 24, spark, n)]
+            assert row + sum(steps, []) == want[0].tolist(), (n, model.config)
+            kept += 24 - len(steps)
+    assert kept
+    with pytest.raises(ValueError, match='the drafter was made for'): model.generate(want, 2, draft=DSpark(v4(6, r).config, (0,)))
+
+
+def tokens_of(model, prompt, how, n): return map(tuple, tokens(model, [prompt]*n, 2, 'mtp', 2, how))
 
 
 # ---- the distribution

@@ -257,7 +257,7 @@ def test_multi_token_prediction(tmp_path):
     near(ahead(model, ids[:, :7]), want[:, :6])
     _, info = transformers.DeepseekV4ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
-    with pytest.raises(ValueError, match='needs one residual stream'): MTPDrafter(loaded)
+    assert MTPDrafter(loaded).kind([1]) is None  # drafts are tested with the other sources, in test_speculate
 
 
 @pytest.mark.parametrize('form', ['official', 'transformers'])

@@ -8,16 +8,18 @@ a router by table or by score, clamped routed experts and a clamped shared exper
 
 # %% auto #0
 __all__ = ['hash_table', 'counted_table', 'hash_route', 'HashGate', 'swiglu_clamped', 'ClampedSwiGLU', 'expert_clamped',
-           'run_clamped', 'run_clamped_grouped', 'ClampedMoE']
+           'run_clamped', 'run_clamped_grouped', 'ClampedExperts', 'ClampedMoE']
 
 # %% ../../nbs/152_arch.hash.ipynb #33b5067b
+from functools import partial
+
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 
-from .moe import Experts, SwiGLU, group_tokens
-from .routing import Gate, Route, affinity
+from .moe import Experts, MoE, SwiGLU, in_groups
+from .routing import Route, affinity
 from ..core.config import Config
 from ..core.dispatch import op
 
@@ -64,6 +66,7 @@ def hash_route(
 # %% ../../nbs/152_arch.hash.ipynb #9901fdd2
 class HashGate(nn.Module):
     "A router whose experts follow from the token id"
+    e_score_correction_bias = None # No bias: nothing is selected by score
     def __init__(self,
         c:Config, # The model's config
     ):
@@ -151,25 +154,32 @@ def run_clamped_grouped(
     limit:float, # L
 )->Tensor: # `n d`
     "Sort tokens by expert, and compute each expert with tokens once"
-    order,sizes = group_tokens(experts, len(gate_up))
-    rows = x[order//experts.shape[1]].split(sizes)
-    parts = zip(rows, gate_up.unbind(), down.unbind(), strict=True)
-    out = torch.cat([expert_clamped(r, gu, d, limit) for r,gu,d in parts if len(r)] or [x])
-    back = torch.empty_like(out).index_copy(0, order, out)
-    return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
+    gate_up,down = gate_up.unbind(),down.unbind()
+    return in_groups(x, weights, experts, len(gate_up), lambda i, rows: expert_clamped(rows, gate_up[i], down[i], limit))
 
 # %% ../../nbs/152_arch.hash.ipynb #bb628b55
-class ClampedMoE(nn.Module):
+class ClampedExperts(Experts):
+    "Routed experts with limited activations"
+    def __init__(self,
+        c:Config, # The model's config
+    ):
+        super().__init__(c)
+        self.limit = c.swiglu_limit or torch.inf
+
+    @property
+    def run(self): return partial(run_clamped, limit=self.limit)
+
+class ClampedMoE(MoE):
     "V4's mixture of experts: routed by table or by score, with clamped experts"
     def __init__(self,
         c:Config, # The model's config
         layer:int, # Index of the block
     ):
-        super().__init__()
-        self.limit = c.swiglu_limit or torch.inf
-        self.gate = HashGate(c) if layer < c.n_hash_layers else Gate(c)
-        self.experts = Experts(c)
-        self.shared_experts = ClampedSwiGLU(c.dim, c.moe_inter_dim*c.n_shared_experts, self.limit) if c.n_shared_experts else None
+        super().__init__(c)
+        self.experts = ClampedExperts(c)
+        self.limit = self.experts.limit
+        if layer < c.n_hash_layers: self.gate = HashGate(c)
+        if c.n_shared_experts: self.shared_experts = ClampedSwiGLU(c.dim, c.moe_inter_dim*c.n_shared_experts, self.limit)
 
     def forward(self,
         x:Tensor, # Activations `b s d`
@@ -178,6 +188,5 @@ class ClampedMoE(nn.Module):
         "Sum the outputs of routed and shared experts"
         n = rearrange(x, 'b s d -> (b s) d')
         r = self.gate(n, None if tokens is None else tokens.flatten()) if isinstance(self.gate, HashGate) else self.gate(n)
-        e = self.experts
-        y = run_clamped(n, r.weights, r.experts, e.gate_up_proj, e.down_proj, self.limit).reshape_as(x)
+        y = self.experts(n, r.weights, r.experts).reshape_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x)

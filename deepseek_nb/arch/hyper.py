@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import einsum, repeat
 from torch import Tensor, nn
 
+from .window import keep_dtype
 from ..core.config import Config
 
 # %% ../../nbs/155_arch.hyper.ipynb #c4f89bf9
@@ -87,37 +88,38 @@ def add_mixed(
 # %% ../../nbs/155_arch.hyper.ipynb #2d654e08
 def _logit(p): return log(p/(1 - p))
 
-class _Float32(nn.Module):
-    "A module whose parameters keep their dtype when the model is cast"
-    def _apply(self, fn, recurse=True):
-        def keep(t):
-            new = fn(t)
-            return new if new.dtype == t.dtype else t.to(new.device)
-        return super()._apply(keep, recurse)
-
-# %% ../../nbs/155_arch.hyper.ipynb #c31f49f4
-class HyperConnection(_Float32):
-    "The connection of several residual streams around one layer"
-    def __init__(self,
-        c:Config, # Config with dim, hc_mult, hc_iters, hc_eps and norm_eps
-    ):
+class _Weights(nn.Module):
+    "A linear map from the streams to weights, in float32 also when the model is cast"
+    def __init__(self, c, rows, scales):
         super().__init__()
-        n,self.c = c.hc_mult,c
-        self.fn = nn.Parameter(torch.empty(n*(2 + n), n*c.dim, dtype=torch.float32))
-        self.base = nn.Parameter(torch.empty(n*(2 + n), dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty(3, dtype=torch.float32))
+        self.c = c
+        sizes = dict(fn=(rows, c.hc_mult*c.dim), base=(rows,), scale=(scales,))
+        for name,size in sizes.items(): setattr(self, name, nn.Parameter(torch.empty(size, dtype=torch.float32)))
         self.reset()
+
+    def _apply(self, fn, recurse=True): return super()._apply(lambda t: keep_dtype(fn, t), recurse)
 
     def reset(self,
         std:float = .02, # Standard deviation of the matrix
         scale:float = .01, # Factor of the part that depends on the token
     )->None:
-        "Initialise, so that a block is nearly one with a plain residual connection"
+        "Initialise, so that the weights are nearly those of a model with a plain residual connection"
         if self.fn.is_meta: return
-        n,near = self.c.hc_mult,10.  # e^-10 of each other stream is mixed in
-        start = [torch.full((n,), _logit(1/n - self.c.hc_eps)), torch.zeros(n), near*torch.eye(n).flatten()]
         with torch.no_grad():
-            nn.init.normal_(self.fn, std=std); self.scale.fill_(scale); self.base.copy_(torch.cat(start))
+            nn.init.normal_(self.fn, std=std); self.scale.fill_(scale); self.base.copy_(self.start())
+
+# %% ../../nbs/155_arch.hyper.ipynb #c31f49f4
+class HyperConnection(_Weights):
+    "The connection of several residual streams around one layer"
+    def __init__(self,
+        c:Config, # Config with dim, hc_mult, hc_iters, hc_eps and norm_eps
+    ):
+        super().__init__(c, c.hc_mult*(2 + c.hc_mult), 3)
+
+    def start(self)->Tensor: # `(2+x)x`
+        "Constant part, with which a block is nearly one with a plain residual connection"
+        n,near = self.c.hc_mult,10.  # e^-10 of each other stream is mixed in
+        return torch.cat([torch.full((n,), _logit(1/n - self.c.hc_eps)), torch.zeros(n), near*torch.eye(n).flatten()])
 
     def forward(self,
         x:Tensor, # Streams `b s x d`
@@ -136,26 +138,16 @@ def expand_streams(
     return repeat(x, 'b s d -> b s x d', x=n)
 
 # %% ../../nbs/155_arch.hyper.ipynb #f766696c
-class HyperHead(_Float32):
+class HyperHead(_Weights):
     "Collapse of the streams before the last norm"
     def __init__(self,
         c:Config, # Config with dim, hc_mult, hc_eps and norm_eps
     ):
-        super().__init__()
-        n,self.c = c.hc_mult,c
-        self.fn = nn.Parameter(torch.empty(n, n*c.dim, dtype=torch.float32))
-        self.base = nn.Parameter(torch.empty(n, dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
-        self.reset()
+        super().__init__(c, c.hc_mult, 1)
 
-    def reset(self,
-        std:float = .02, # Standard deviation of the matrix
-        scale:float = .01, # Factor of the part that depends on the token
-    )->None:
-        "Initialise, so that the collapse is nearly the mean of the streams"
-        if self.fn.is_meta: return
-        with torch.no_grad():
-            nn.init.normal_(self.fn, std=std); self.scale.fill_(scale); self.base.fill_(_logit(1/self.c.hc_mult - self.c.hc_eps))
+    def start(self)->Tensor: # `x`
+        "Constant part, with which the collapse is nearly the mean of the streams"
+        return torch.full((self.c.hc_mult,), _logit(1/self.c.hc_mult - self.c.hc_eps))
 
     def forward(self,
         x:Tensor, # Streams `b s x d`

@@ -138,8 +138,10 @@ def check_plain(
     what:str, # What can't be done, for the message
 )->None:
     "Raise an error if a model has several residual streams, or blocks that route by token ids"
-    if c.hc_mult: raise ValueError(f'{what} needs one residual stream; this {c.model_type} model has {c.hc_mult}, with hyper-connections')
-    if c.n_hash_layers: raise ValueError(f'{what} needs a learned router; this {c.model_type} model routes by token ids')
+    if c.hc_mult: raise ValueError(f'{what} needs one residual stream; this {c.model_type} model has {c.hc_mult}, with hyper-connections; '
+                                    'use one without them, such as DeepSeek-V3.2')
+    if c.n_hash_layers: raise ValueError(f'{what} needs a learned router; this {c.model_type} model routes by token ids; '
+                                          'use one without hash layers, such as DeepSeek-V3.2')
 
 # %% ../../nbs/160_arch.model.ipynb #38e3bdf1
 @extended

@@ -243,24 +243,32 @@ def releases(
     return head + '\n'.join(map(row, names or PRESETS))
 
 # %% ../../nbs/165_arch.releases.ipynb #fa981193
+def _attention_text(c):
+    if c.mla:
+        index = f', indexer {c.index_n_heads}×{c.index_head_dim}, top {c.index_topk:,}' if c.index_n_heads else ''
+        return f'{attention_kind(c)}, {c.n_heads} heads, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}{index}'
+    if not c.window: return f'{attention_kind(c)}, {c.n_heads} heads, {c.n_kv_heads} KV heads'
+    kinds = [sum(m == k for m in c.compress_ratios) for k in (c.csa_ratio, 0)]
+    layers = f'{kinds[0]} CSA, {c.n_layers - sum(kinds)} HCA and {kinds[1]} window layers'
+    return f'{c.n_heads} heads of {c.head_dim}, window {c.window}, {layers}'
+
+def _feed_forward_text(c):
+    if not c.n_routed_experts: return f'dense, width {c.inter_dim}'
+    routed = f'{c.n_routed_experts} routed + {c.n_shared_experts} shared of width {c.moe_inter_dim}, {c.n_activated_experts} active'
+    if c.n_hash_layers: return f'{routed}, by token id in the first {c.n_hash_layers} layers'
+    return f'{routed}, after {c.n_dense_layers} dense layers'
+
 def summary(
     c:Config, # Config of a model
     t:int = 4096, # Number of cached tokens, for FLOPs and cache
     itemsize:float = 2, # Bytes of a weight and of a cache element, 2 for bfloat16
 )->dict: # Label -> value, all text
     "Architecture, memory and FLOPs of a model"
-    attention = f'{attention_kind(c)}, {c.n_heads} heads, latent {c.kv_lora_rank}+{c.qk_rope_head_dim}'
-    if c.mla and c.index_n_heads: attention += f', indexer {c.index_n_heads}×{c.index_head_dim}, top {c.index_topk:,}'
-    if not c.mla: attention = f'{attention_kind(c)}, {c.n_heads} heads, {c.n_kv_heads} KV heads'
-    if c.window:
-        kinds = [sum(m == k for m in c.compress_ratios) for k in (c.csa_ratio, 0)]
-        layers = f'{kinds[0]} CSA, {c.n_layers - sum(kinds)} HCA and {kinds[1]} window layers'
-        attention = f'{c.n_heads} heads of {c.head_dim}, window {c.window}, {layers}'
-    routed = f'{c.n_routed_experts} routed + {c.n_shared_experts} shared of width {c.moe_inter_dim}, {c.n_activated_experts} active'
-    ffn = f'{routed}, after {c.n_dense_layers} dense layers' if c.n_routed_experts else f'dense, width {c.inter_dim}'
+    streams,beside = f', {c.hc_mult} residual streams' if c.hc_mult else '',' beside the windows' if c.window else ''
     gib,token = (lambda n: f'{n/2**30:,.2f} GiB'),c.cache_bytes_per_token(1)*itemsize
     return dict(
-        architecture=c.model_type, layers=f'{c.n_layers} of width {c.dim}', attention=attention, feedforward=ffn,
+        architecture=c.model_type, layers=f'{c.n_layers} of width {c.dim}{streams}', attention=_attention_text(c),
+        feedforward=_feed_forward_text(c),
         vocabulary=f'{c.vocab_size:,}', context=f'{c.max_positions:,} tokens', parameters=f'{c.params():,}',
         active=f'{c.active_params():,} per token', flops=f'{c.flops_per_token(t)/1e9:,.2f} GFLOPs per token at {t:,} cached',
-        weights=gib(c.params()*itemsize), cache=f'{token:,.0f} bytes per token, {gib(token*t)} at {t:,}')
+        weights=gib(c.params()*itemsize), cache=f'{token:,.0f} bytes per token{beside}, {gib(token*t)} at {t:,}')

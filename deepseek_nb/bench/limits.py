@@ -65,10 +65,13 @@ def attention_work(
     held, multiplied = map(sum, _sizes(attention_shapes(c)))
     x, v, r, latent = c.qk_nope_head_dim, c.v_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
     naive = 2*c.n_heads*(past*latent*(x+v) + pairs(s, past)*(x+r+v))
-    absorbed = 2*c.n_heads*pairs(s, past)*(2*latent+r)
-    core = min(naive, absorbed) if c.mla else 4*c.n_heads*c.head_dim*pairs(s, past)
-    cached = c.cache_bytes_per_token(itemsize)//c.n_layers*batch*(past+s)
-    return Work('attention', batch*(2*multiplied*s + core), held*itemsize + cached)
+    read = sum(min(past+i, c.index_topk or past+i) for i in range(1, s+1)) # pairs that DSA selects
+    absorbed = 2*c.n_heads*read*(2*latent+r)
+    index = 2*c.index_n_heads*c.index_head_dim*pairs(s, past)*(past+s > c.index_topk)
+    core = min(naive, absorbed) + index if c.mla else 4*c.n_heads*c.head_dim*pairs(s, past)
+    cached = c.cache_bytes_per_token(itemsize)//c.n_layers*(past+s)
+    if c.index_topk: cached -= (latent+r)*itemsize*max(past+s - s*c.index_topk, 0) # latents that no query selects
+    return Work('attention', batch*(2*multiplied*s + core), held*itemsize + batch*cached)
 
 # %% ../../nbs/755_bench.limits.ipynb #adc3c898
 def attend_work(
@@ -78,6 +81,7 @@ def attend_work(
     itemsize:int=4, # Bytes of an element of the cache
 )->Work: # FLOPs and bytes of one layer, without projections
     "Lower bounds of the FLOPs and bytes of attention without projections, for one new token"
+    if c.window or c.index_n_heads: raise ValueError(f'{c.model_type} selects what it attends to; use `flops_per_token`')
     x, v = (c.kv_lora_rank + c.qk_rope_head_dim, c.kv_lora_rank) if c.mla else (c.head_dim, c.head_dim)
     held = x if c.mla else c.n_kv_heads*(x + v)
     return Work(f'{c.model_type} {t}', 2*batch*c.n_heads*t*(x + v), batch*t*held*itemsize)

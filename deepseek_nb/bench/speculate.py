@@ -7,7 +7,7 @@ multi-token-prediction block beside what step times and acceptance predict, and 
 
 # %% auto #0
 __all__ = ['STEP_TOKENS', 'CHAT', 'step_of', 'step_times', 'passages', 'copy_task', 'copy_tasks', 'tasks', 'DraftRace',
-           'decode_seconds', 'draft_race', 'draft_time', 'Prediction', 'predicted', 'rows_race', 'SpeculationReport',
+           'decode_seconds', 'draft_race', 'loop_parts', 'Prediction', 'predicted', 'rows_race', 'SpeculationReport',
            'speculation_report', 'speculate']
 
 # %% ../../nbs/794_bench.speculate.ipynb #933e0126
@@ -25,7 +25,8 @@ from . import alternate
 from .caches import bench_model
 from ..core.plot import COLOURS, GREY, style
 from ..files.tokenizer import Tokenizer
-from ..infer.drafts import ModelDrafter, MTPDrafter
+from ..infer.drafts import Drafter, ModelDrafter, MTPDrafter, common
+from ..infer.generate import best_tokens
 from ..infer.paged import PagedCache, PagePool
 from ..infer.speculate import expected_tokens
 from ..quant.model import quantize_model
@@ -48,7 +49,7 @@ def step_of(
     cache = PagedCache(PagePool(model.config, -(-(cached + m)//64), 64, model.dtype, model.device))
     @torch.no_grad()
     def step():
-        x = head(model.ragged(ids[cached:], [cache], [m]), model.head_weight).argmax(-1)
+        x = best_tokens(head(model.ragged(ids[cached:], [cache], [m]), model.head_weight))
         cache.rewind(m)
         return x
     with torch.no_grad(): model.ragged(ids[:cached], [cache], [cached])
@@ -127,6 +128,7 @@ class DraftRace:
     def per_step(self)->float: return self.tokens/self.steps
 
 
+
 # %% ../../nbs/794_bench.speculate.ipynb #794race2
 def decode_seconds(
     model:Model, # Model
@@ -161,25 +163,33 @@ def draft_race(
                      prompt=statistics.median(first for first,_ in found['plain']))
 
 
+
 # %% ../../nbs/794_bench.speculate.ipynb #930219eb
 @torch.no_grad()
-def draft_time(
+def loop_parts(
     model:Model, # Model that verifies
-    prompt:list, # Token ids
-    draft, # 'mtp' or a smaller `Model`
-    length:int, # Length of drafts
-    repeats:int = 15, # Drafts that are timed
-)->float: # Seconds
-    "Median time to draft one token"
-    drafter = MTPDrafter(model) if draft == 'mtp' else ModelDrafter(draft)
-    x = model.hidden(torch.tensor([prompt], device=model.device))[0, :-1]
-    drafter.note(prompt, x)
-    def again():
-        if draft == 'mtp' and len(drafter.cache): # the activation of the position before the last is new in each step
-            drafter.cache.rewind(1)
-            drafter.note(prompt, x[-1:])
-        drafter.draft(prompt, length)
-    return statistics.median(alternate(dict(draft=again), repeats, warmup=1)['draft'])/length
+    text:list, # Prompt and the model's greedy answer, token ids
+    start:int, # Tokens of the prompt
+    draft=None, # 'mtp' or a smaller `Model`; None: no drafts
+    length:int = 0, # Length of drafts
+)->tuple[list,list]: # Seconds of each step, and of each draft
+    "Time the parts of decoding a known text"
+    cache = PagedCache(PagePool(model.config, len(text)//64 + 2, 64, model.dtype, model.device))
+    drafter = Drafter() if draft is None else MTPDrafter(model) if draft == 'mtp' else ModelDrafter(draft)
+    k,steps,drafts = start,[],[]
+    drafter.note(text[:k], model.ragged(torch.tensor(text[:k-1], device=model.device), [cache], [k - 1]))
+    while k < len(text) - length:
+        times = [time.perf_counter()]
+        guess = drafter.draft(text[:k], length).tokens if length else []
+        times.append(time.perf_counter())
+        x = model.ragged(torch.tensor([text[k-1], *guess], device=model.device), [cache], [len(guess) + 1])
+        best_tokens(head(x, model.head_weight)).tolist()
+        steps.append(time.perf_counter() - times[1]); drafts.append(times[1] - times[0])
+        kept = common(guess, text[k:])
+        cache.rewind(len(guess) - kept)
+        k += kept + 1
+        drafter.note(text[:k], x[:kept+1])
+    return steps, drafts
 
 # %% ../../nbs/794_bench.speculate.ipynb #a058d57e
 @dataclass
@@ -204,10 +214,15 @@ def predicted(
 )->Prediction:
     "Measure a speedup and its parts"
     arms = dict(plain=lambda: [*model.speculate([prompt], n, None)], drafted=lambda: [*model.speculate([prompt], n, draft, length)])
-    steps = len(arms['drafted']())
-    race = DraftRace(**alternate(arms, repeats), tokens=n, steps=steps)
-    times = step_times(model, (1, length + 1), 5*repeats)
-    return Prediction(length, race, [statistics.median(s) for s in times.values()], draft_time(model, prompt, draft, length))
+    text,steps = prompt + sum((new for [new] in arms['plain']()), []),len(arms['drafted']())
+    parts = dict(one=([], []), more=([], []))
+    def add(name, *how):
+        for kept,new in zip(parts[name], loop_parts(model, text, len(prompt), *how), strict=True): kept += new
+    arms |= dict(one=lambda: add('one'), more=lambda: add('more', draft, length))
+    times = alternate(arms, repeats)
+    race = DraftRace(times['plain'], times['drafted'], tokens=n, steps=steps)
+    costs = [statistics.median(parts[name][0]) for name in ('one', 'more')]
+    return Prediction(length, race, costs, statistics.median(parts['more'][1])/length)
 
 # %% ../../nbs/794_bench.speculate.ipynb #b88fa6e9
 def rows_race(

@@ -149,9 +149,9 @@ void attend_keys(const Attention<Q, T>& a, const Block& w, int64_t t, int64_t en
 }
 
 // %% ../../nbs/522_kernels.attention.ipynb #00b8f2d0
-template <class Q, class T> struct Shares {
+template <class A> struct Shares {
     const Team& team;
-    const Attention<Q, T>& a;
+    const A& a;
     float* scratch;
     int64_t piece = 0, total = 0;
 
@@ -175,7 +175,7 @@ template <class Q, class T> struct Shares {
 };
 
 // %% ../../nbs/522_kernels.attention.ipynb #9fceec77
-template <class Q, class T> void Shares<Q, T>::merge(const Block& w, int64_t start, int64_t end) const {
+template <class A> void Shares<A>::merge(const Block& w, int64_t start, int64_t end) const {
     const int64_t one = start / piece;
     if (cut(one + 1) >= end) return;
     const auto [begin, stop] = team.share(w.rows);
@@ -195,8 +195,8 @@ template <class Q, class T> void Shares<Q, T>::merge(const Block& w, int64_t sta
 }
 
 // %% ../../nbs/522_kernels.attention.ipynb #48680348
-template <class Q, class T> void attention(const Team& team, const Attention<Q, T>& a, float* scratch) {
-    Shares<Q, T> s{team, a, scratch};
+template <class A> void attention(const Team& team, const A& a, float* scratch) {
+    Shares<A> s{team, a, scratch};
     each_block(a, [&](const Block&, int64_t, int64_t end) { s.total = end; });
     s.piece = std::max<int64_t>(16, round_up((s.total + team.size - 1) / team.size, 16));
     each_block(a, [&](const Block& w, int64_t start, int64_t end) { s.work(w, start, end); });

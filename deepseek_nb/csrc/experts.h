@@ -11,6 +11,14 @@ template <class M> struct Group {
     std::vector<float*> out;       // rows that results are added to
     const float* weight;           // router weight of each token
     float *panel, *hidden;         // packed tokens, hidden activations
+    float limit = __builtin_inff();
+    // V4: gate rows up to the limit, up rows within it on both sides
+    void clamp(float* gate, float* up, int64_t size) const {
+        for (int64_t i = 0; limit < __builtin_inff() && i < size; ++i) {
+            gate[i] = gate[i] > limit ? limit : gate[i];
+            up[i] = up[i] > limit ? limit : up[i] < -limit ? -limit : up[i];
+        }
+    }
 };
 
 // %% ../../nbs/515_kernels.moe.ipynb #82a58a19
@@ -23,7 +31,10 @@ template <class T> void hidden_few(const Team& t, const Group<const T*>& v, int6
     skinny(r, v.n, d, v.gate + begin * d, d, v.in.data(), hidden, v.f);
     if (next) fetch(next->gate + t.share(next->f).first * d);
     skinny(r, v.n, d, v.up + begin * d, d, v.in.data(), up, r);
-    for (int64_t j = 0; j < v.n; ++j) swiglu(hidden + j * v.f, up + j * r, 0, r);
+    for (int64_t j = 0; j < v.n; ++j) {
+        v.clamp(hidden + j * v.f, up + j * r, r);
+        swiglu(hidden + j * v.f, up + j * r, 0, r);
+    }
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #8d1c1906
@@ -49,6 +60,7 @@ template <class T> void hidden_panel(const Team& t, const Group<const T*>& v, in
         const int64_t f = begin + (end - begin) * b / blocks, m = begin + (end - begin) * (b + 1) / blocks - f;
         multiply(m, v.n, d, v.gate + f * d, v.panel, gate, v.up + f * d);
         multiply(m, v.n, d, v.up + f * d, v.panel, up, f + m < end ? v.gate + (f + m) * d : v.down);
+        v.clamp(gate, up, m * PANEL);
         for (int64_t i = 0; i < m; ++i)
             for (int64_t j = 0; j < v.n; j += L)
                 store(v.hidden + j / W * W * v.f + (f + i) * W + j % W,

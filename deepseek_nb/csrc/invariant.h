@@ -50,7 +50,10 @@ template <class T> void hidden_dots(const Team& t, const Group<Dots<T>>& v, int6
     dot_rows(r, v.n, d, v.gate + begin * d, v.in.data(), hidden, v.f);
     if (next) fetch(next->gate + t.share(next->f).first * d);
     dot_rows(r, v.n, d, v.up + begin * d, v.in.data(), up, r);
-    for (int64_t j = 0; j < v.n; ++j) swiglu(hidden + j * v.f, up + j * r, 0, r);
+    for (int64_t j = 0; j < v.n; ++j) {
+        v.clamp(hidden + j * v.f, up + j * r, r);
+        swiglu(hidden + j * v.f, up + j * r, 0, r);
+    }
 }
 
 // %% ../../nbs/517_kernels.invariant.ipynb #8f50e01f

@@ -130,7 +130,11 @@ inline void gate_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     rows_of(v.gate, {first, last, v.f, v.n, codes.rows.data(), v.hidden, v.f});
     rows_of(v.up, {first, last, v.f, v.n, codes.rows.data(), up, v.f});
     const auto [begin, end] = own_rows(t, v.gate, v.f);
-    for (int64_t j = 0; j < v.n; ++j) swiglu(v.hidden, up, j * v.f + begin, j * v.f + end);
+    for (int64_t j = 0; j < v.n; ++j) {
+        const int64_t at = j * v.f;
+        v.clamp(v.hidden + at + begin, up + at + begin, end - begin);
+        swiglu(v.hidden, up, at + begin, at + end);
+    }
 }
 inline void project_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     thread_local Rounded codes;

@@ -20,16 +20,21 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.attention import Context
-from ..arch.model import Model, check_cache, check_plain, check_tokens, run_blocks
+from ..arch.hyper import expand_streams
+from ..arch.model import Model, check_cache, check_tokens, run_blocks
+from ..arch.rewindable import RewindableCache
+from ..core.config import Rope
 from ..core.dispatch import op
 from .paged import PagedCache, PoolFull
 
 # %% ../../nbs/448_infer.ragged.ipynb #a3b66990
 class RaggedBatch(NamedTuple):
     "The rows of one forward pass"
-    caches:list # The `PagedCache` of each row
+    caches:list # The `PagedCache` of each row; of a V4 model the `RewindableCache`
     counts:list # Number of new tokens of each row
     angles:tuple # cos and sin `1 1 n r/2` of all new tokens
+    tokens:Tensor|None = None # Token ids `n`, for blocks that route by token
+    by_layer:tuple = () # Angles of each layer, if they differ between layers
 
     @property
     def starts(self)->Tensor: return torch.tensor([0, *accumulate(self.counts)])
@@ -46,7 +51,8 @@ class RaggedBatch(NamedTuple):
     )->Context: # Context of the row, as if it were alone
         "The context of one row"
         here = slice(start := sum(self.counts[:i]), start + self.counts[i])
-        return Context(tuple(a[:, :, here] for a in self.angles), cache=self.caches[i])
+        own,*layers = (tuple(a[:, :, here] for a in angles) for angles in (self.angles, *self.by_layer))
+        return Context(own, cache=self.caches[i], tokens=None if self.tokens is None else self.tokens[None, here], by_layer=tuple(layers))
 
 # %% ../../nbs/448_infer.ragged.ipynb #383bf3b3
 @op
@@ -87,19 +93,21 @@ def pages_needed(
 
 # %% ../../nbs/448_infer.ragged.ipynb #c74e5541
 def reserve_rows(
-    caches:list, # The `PagedCache` of each row
+    caches:list, # The cache of each row
     counts:list, # Number of new tokens of each row
 )->None:
-    "Take pages for the new tokens of all rows, or raise an error and take none"
-    pool,c = caches[0].pool,caches[0].c
-    longest = max(cache.length + n for cache,n in zip(caches, counts, strict=True))
-    if longest > c.max_positions:
-        raise ValueError(f'context of {longest} tokens is longer than max_positions {c.max_positions}; shorten the prompt')
+    "Take memory for the new tokens of all rows, or raise an error and change no cache"
+    longest,most = max(cache.length + n for cache,n in zip(caches, counts, strict=True)),caches[0].c.max_positions
+    if longest > most: raise ValueError(f'context of {longest} tokens is longer than max_positions {most}; shorten the prompt')
+    if isinstance(caches[0], PagedCache): _free_pages(caches[0].pool, caches, counts)
+    for cache,n in zip(caches, counts, strict=True): cache.reserve(n)
+
+def _free_pages(pool, caches, counts):
+    "Evict pages until a step has enough"
     while (need := pages_needed(caches, counts)) > (free := len(pool.free)):
         if pool.on_full is not None: pool.on_full()
         if len(pool.free) <= free:
             raise PoolFull(f'the step takes {need} pages, and {free} of {pool.pages} are free; free a cache or enlarge the pool')
-    for cache,n in zip(caches, counts, strict=True): cache.reserve(n)
 
 # %% ../../nbs/448_infer.ragged.ipynb #cddb02bf
 def check_rows(
@@ -117,12 +125,13 @@ def check_rows(
     _check_caches(caches, model)
 
 def _check_caches(caches, model):
+    kind,pool = RewindableCache if model.config.window else PagedCache,getattr(caches[0], 'pool', None)
     for i,cache in enumerate(caches):
-        if not isinstance(cache, PagedCache): raise ValueError(f'row {i} has a {type(cache).__name__}; give each row a PagedCache')
+        if not isinstance(cache, kind): raise ValueError(f'row {i} has a {type(cache).__name__}; give each row a {kind.__name__}')
         if cache.batch != 1: raise ValueError(f'row {i} has a cache of {cache.batch} rows; give each row a cache of its own')
         if cache.pad is not None: raise ValueError(f'the cache of row {i} begins with padding; a ragged batch has none')
-        if cache.pool is not caches[0].pool: raise ValueError(f'row {i} has another pool than row 0; all rows of a step share one')
-        if i == 0: check_cache(cache, model.config, model.dtype) # the others have the same pool
+        if getattr(cache, 'pool', None) is not pool: raise ValueError(f'row {i} has another pool than row 0; all rows of a step share one')
+        if i == 0 or pool is None: check_cache(cache, model.config, model.dtype) # the others have the same pool
     if len({*map(id, caches)}) < len(caches): raise ValueError('two rows have the same cache; fork it')
 
 # %% ../../nbs/448_infer.ragged.ipynb #958cad80
@@ -130,32 +139,53 @@ def _check_caches(caches, model):
 def ragged_angles(self:Model,
     caches:list, # Cache of each row
     counts:list, # Number of new tokens of each row
+    rope:Rope|None = None, # Rotary settings; None: `rope` of the config
 )->tuple[Tensor,Tensor]: # cos and sin `1 1 n r/2`
     "Rotary angles of the new tokens of all rows"
     rows = (range(c.length, c.length + n) for c,n in zip(caches, counts, strict=True))
     positions = torch.tensor([*chain.from_iterable(rows)], device=self.device)
     end = max(c.length + n for c,n in zip(caches, counts, strict=True))
-    return tuple(a[:, :, positions] for a in self.angles(0, end))
+    return tuple(a[:, :, positions] for a in self.angles(0, end, rope=rope))
 
 # %% ../../nbs/448_infer.ragged.ipynb #97526277
 @patch
+def ragged_batch(self:Model,
+    tokens:Tensor, # New tokens of all rows `n`
+    caches:list, # Cache of each row
+    counts:list, # Number of new tokens of each row
+)->RaggedBatch:
+    "Describe a step"
+    own,ratios,by_layer = self.ragged_angles(caches, counts),self.config.compress_ratios,()
+    if any(ratios):
+        other = self.ragged_angles(caches, counts, self.config.compress_rope)
+        by_layer = tuple(other if ratio else own for ratio in ratios)
+    return RaggedBatch([*caches], [*counts], own, tokens, by_layer)
+
+# %% ../../nbs/448_infer.ragged.ipynb #a9f08487
+@patch
 def ragged(self:Model,
     tokens:Tensor, # New tokens of all rows, one row after another `n`
-    caches:list, # One `PagedCache` with a single row for each row, all of one pool; they are extended
+    caches:list, # One cache with a single row for each row, paged ones all of one pool; they are extended
     counts:list, # Number of new tokens of each row
     own:list|None = None, # Blocks of each row, for rows with an adapter; None: those of the model
+    single:bool = False, # Whether to compute one token at a time, so that its bits depend on its own row only
 )->Tensor: # Activations after the last norm `n d`
     "One forward pass for rows of different lengths, without the head"
-    check_plain(self.config, 'a ragged batch')
     check_rows(tokens, caches, counts, self)
     if own is not None and len(own) != len(counts): raise ValueError(f'{len(own)} blocks for {len(counts)} rows; give one for every row')
     reserve_rows(caches, counts)
-    batch = RaggedBatch([*caches], [*counts], self.ragged_angles(caches, counts))
-    try:
-        x = self.embed_tokens(tokens)
-        x = run_adapted_rows(x, self.layers, batch, [*own]) if any(own or ()) else run_rows(x, self.layers, batch)
-    except BaseException:
-        for cache in caches: cache.rewind(0)
+    if not single or len(tokens) == 1: return self._ragged_step(tokens, caches, counts, own)
+    rows = zip(caches, own or [None]*len(caches), tokens.split([*counts]), strict=True)
+    return torch.cat([self._ragged_step(t[None], [cache], [1], [blocks]) for cache,blocks,row in rows for t in row])
+
+@patch
+def _ragged_step(self:Model, tokens, caches, counts, own):
+    "All blocks and the last norm; the caches have room"
+    x,n,batch = self.embed_tokens(tokens),self.config.hc_mult,self.ragged_batch(tokens, caches, counts)
+    if n: x = expand_streams(x[None], n)[0]
+    try: x = run_adapted_rows(x, self.layers, batch, [*own]) if any(own or ()) else run_rows(x, self.layers, batch)
+    except BaseException: # a ring has lost what the failed step has overwritten
+        for cache in caches: cache.rewind(0 if isinstance(cache, PagedCache) else len(cache))
         raise
-    for cache,n in zip(caches, counts, strict=True): cache.advance(n)
-    return self.norm(x)
+    for cache,count in zip(caches, counts, strict=True): cache.advance(count)
+    return self.norm(self.hc_head(x[None])[0] if n else x)

@@ -18,10 +18,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..arch.dspark import DSpark, keep_taps
 from ..arch.model import Model, head
 from ..arch.rewindable import RewindableCache
-from .drafts import Draft, LookupDrafter, ModelDrafter, MTPDrafter
-from .generate import Sampling
+from .drafts import Draft, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter, common
+from .generate import Sampling, best_tokens
 from .paged import PagedCache, PagePool
 
 # %% ../../nbs/449_infer.speculate.ipynb #dbea4491
@@ -35,8 +36,9 @@ class Verified(NamedTuple):
         ends:tuple|set = (), # Tokens that end the row
     )->list: # Between 1 and γ+1 new tokens
         "The new tokens of a row"
-        new = self.tokens[i, :int(self.kept[i]) + 1].tolist()
-        return next((new[:k+1] for k,t in enumerate(new) if t in ends), new)
+        return _until(self.tokens[i, :int(self.kept[i]) + 1].tolist(), ends)
+
+def _until(new, ends): return next((new[:k+1] for k,t in enumerate(new) if t in ends), new)
 
 # %% ../../nbs/449_infer.speculate.ipynb #c673ba43
 def verify_fixed(
@@ -47,7 +49,7 @@ def verify_fixed(
     gen:torch.Generator|None = None, # Source of randomness
 )->Verified:
     "Choose tokens until one differs from the draft"
-    if how.temperature == 0 and how.repetition_penalty == 1: new = logits.argmax(-1) # all at once
+    if how.temperature == 0 and how.repetition_penalty == 1: new = best_tokens(logits) # all at once
     else: new = _one_by_one(logits, drafted, seen, how, gen)
     n = min(new.shape[1], drafted.shape[1])
     return Verified(new, (new[:, :n] == drafted[:, :n]).long().cumprod(1).sum(1))
@@ -144,16 +146,22 @@ def kept(self:DraftLength,
     return (kept + .5)/(drafted + 1)
 
 @patch
+def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0 if nothing was measured yet
+    "Estimated time `a + b m` of a step with m tokens, in seconds"
+    n,m1,m2,t,mt = self.sums
+    if not n: return 1., 0.
+    spread = n*m2 - m1*m1
+    sure = 64*n # weight of a first guess, a tenth of the time per token, so that one slow step decides nothing
+    b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
+    return (t - b*m1)/n, b
+
+@patch
 def cost(self:DraftLength,
     m:int, # Number of tokens of a step
 )->float: # Seconds; 1 if nothing was measured yet
     "Estimated time of a step"
-    n,m1,m2,t,mt = self.sums
-    if not n: return 1.
-    spread = n*m2 - m1*m1
-    sure = 64*n # weight of a first guess, a tenth of the time per token, so that one slow step decides nothing
-    b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
-    return max((t - b*m1)/n + b*m, 1e-9)
+    a,b = self.line()
+    return max(a + b*m, 1e-9)
 
 # %% ../../nbs/449_infer.speculate.ipynb #93a8cb49
 @patch
@@ -163,19 +171,24 @@ def length(self:DraftLength,
 )->int: # Number of tokens to draft
     "The length with the most tokens per second"
     if self.steps % self.again < 2: return 0
-    alpha = self.kept(kind)
-    best = max(range(self.most + 1), key=lambda n: expected_tokens(alpha, n)/self.cost(rows*(n + 1)))
+    alpha,(a,b),best,top,tokens = self.kept(kind),self.line(),0,0.,0.
+    for n in range(self.most + 1):
+        tokens += alpha**n # as in `expected_tokens`
+        if (rate := tokens/max(a + b*rows*(n + 1), 1e-9)) > top: best,top = n,rate
     if not best and self.steps - self.tried.setdefault(kind, self.steps) < self.again: return 0
     self.tried[kind] = self.steps
     return max(best, 1)
 
 # %% ../../nbs/449_infer.speculate.ipynb #a18fc51f
 def _verify(logits, draft, ids, how, gen):
-    "Verify the draft of one row"
+    "The new tokens of one row, by the rule for its draft"
+    if how.temperature == 0 and how.repetition_penalty == 1: # as `verify_fixed`, without tensors
+        best = best_tokens(logits).tolist()
+        return best[:common(best, draft.tokens) + 1]
     drafted,seen = torch.tensor([draft.tokens], dtype=torch.long, device=logits.device),torch.tensor([ids], device=logits.device)
-    if draft.probs is None: return verify_fixed(logits[None], drafted, seen, how, gen)
+    if draft.probs is None: return verify_fixed(logits[None], drafted, seen, how, gen).row(0)
     probs = torch.stack(draft.probs)[None] if draft.probs else logits.new_zeros(1, 0, logits.shape[-1])
-    return verify_drawn(logits[None], drafted, probs, seen, how, gen)
+    return verify_drawn(logits[None], drafted, probs, seen, how, gen).row(0)
 
 class _Row:
     "A sequence that is being generated"
@@ -195,10 +208,11 @@ class _Row:
     def keep(self, x, logits, how, gen, ends):
         "Verify the draft, and rewind the cache to what is kept"
         kind,draft = self.plan
-        new = _verify(logits, draft, self.ids, how, gen).row(0, ends)[:self.left]
+        new = _until(_verify(logits, draft, self.ids, how, gen), ends)[:self.left]
         good = len(x) - len(draft.tokens) + min(len(new) - 1, len(draft.tokens))
-        self.cache.rewind(len(x) - good)
-        self.ids,self.fed,self.left = self.ids + new,self.fed + good,self.left - len(new)
+        if good < len(x): self.cache.rewind(len(x) - good)
+        self.ids += new
+        self.fed,self.left = self.fed + good,self.left - len(new)
         self.drafter.note(self.ids, x[:good])
         self.drafter.feed(self.ids, 64)
         self.ready += new
@@ -211,12 +225,19 @@ class _Row:
         return new
 
 # %% ../../nbs/449_infer.speculate.ipynb #1e9d8802
+def _fits(drafter, model):
+    "The drafter, if it was made for a model like this one"
+    a,b = ((c.dim, c.vocab_size, c.window, c.hc_mult) for c in (drafter.c, model.config))
+    if a != b: raise ValueError(f'the drafter was made for a model of width, vocabulary, window and streams {a}; this one has {b}')
+    return drafter
+
 def _drafters(draft, model, how, n):
     "A drafter for each of `n` rows"
     seeds = [None if how.seed is None else how.seed + 1 + i for i in range(n)]
     if draft is None: return [LookupDrafter(0) for _ in seeds] # finds nothing
     if draft == 'lookup': return [LookupDrafter() for _ in seeds]
     if draft == 'mtp': return [MTPDrafter(model, how, s) for s in seeds]
+    if isinstance(draft, DSpark): return [DSparkDrafter(model, _fits(draft, model), how, s) for s in seeds]
     if not isinstance(draft, Model): raise ValueError(f"draft is {draft!r}; give 'lookup', 'mtp' or a smaller Model")
     if (a := draft.config.vocab_size) != (b := model.config.vocab_size):
         raise ValueError(f'the draft model has {a} tokens, the model {b}; both need the same vocabulary')
@@ -230,11 +251,15 @@ def _caches(model, lengths, page, longest):
     pool = PagePool(c, sum(-(-n//page) + 1 for n in lengths), page, model.dtype, model.device)
     return [PagedCache(pool) for _ in lengths]
 
-def _run(model, tokens, caches):
-    "Activations of the new tokens of each row; V4's rows run one after another"
-    device,counts = model.device,[*map(len, tokens)]
-    if not model.config.window: return model.ragged(torch.tensor(sum(tokens, []), device=device), caches, counts).split(counts)
-    return [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
+def _run(model, tokens, caches, taps=()):
+    "Activations of all new tokens `n d`, and what a drafter continues from; V4's rows run one after another"
+    device = model.device
+    if not model.config.window:
+        x = model.ragged(torch.tensor(sum(tokens, []), device=device), caches, [*map(len, tokens)])
+        return x, x
+    with keep_taps(model, taps) if taps else model.keep_hidden() as kept: # residual streams
+        x = [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
+    return torch.cat(x), torch.cat([k[0] for k in kept])
 
 # %% ../../nbs/449_infer.speculate.ipynb #71fe3f64
 def _step(model, rows, lengths, fixed, how, gen, ends):
@@ -242,10 +267,10 @@ def _step(model, rows, lengths, fixed, how, gen, ends):
     decoding,start = all(r.fed for r in rows),time.perf_counter()
     tokens = [r.propose(lengths, fixed, len(rows)) for r in rows]
     counts,ahead = [*map(len, tokens)],[len(r.plan[1].tokens) + 1 for r in rows]
-    x = _run(model, tokens, [r.cache for r in rows])
-    last = torch.cat([o[-k:] for o,k in zip(x, ahead, strict=True)])
+    x,states = _run(model, tokens, [r.cache for r in rows], getattr(getattr(rows[0].drafter, 'drafter', None), 'taps', ()))
+    last = x if ahead == counts else torch.cat([o[-k:] for o,k in zip(x.split(counts), ahead, strict=True)])
     logits = head(last, model.head_weight).split(ahead) # of two axes: the bits don't depend on the number of tokens
-    notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, x, logits, strict=True)]
+    notes = [r.keep(o, l, how, gen, ends) for r,o,l in zip(rows, states.split(counts), logits, strict=True)]
     for note in notes: lengths.note(*note)
     if decoding: lengths.time(sum(counts), time.perf_counter() - start)
 
@@ -255,7 +280,7 @@ def _step(model, rows, lengths, fixed, how, gen, ends):
 def speculate(self:Model,
     prompts:list, # Token ids, a list for each prompt
     n:int, # Number of new tokens of each row
-    draft='lookup', # Source of drafts: 'lookup', 'mtp' or a smaller `Model`; None: no drafts
+    draft='lookup', # Source of drafts: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: no drafts
     draft_tokens:int|None = None, # Length of drafts; None: chosen by `DraftLength`
     how:Sampling|None = None, # Settings for choosing a token; None: greedy
     ends:tuple|set = (), # Tokens that end a row

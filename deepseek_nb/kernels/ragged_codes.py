@@ -26,8 +26,8 @@ ragged_codes_kernels = Kernels(
 
 def _codes(blocks, x):
     "A call of the kernel with the weights of these blocks"
-    found = collected.get(blocks) or blocks_of(blocks, x) # collected by `supports`
-    table,single = codes_of(found)
+    found = collected.get(blocks) or blocks_of(blocks, x) # collected and checked by `supports`
+    table,single = found.codes.args if getattr(found, 'codes', None) else codes_of(found)
     def call(x, cos, sin, pages, *rest):
         ragged_codes_kernels.ragged_codes(x, table, single, found.sizes, found.numbers, cos, sin, pages, *rest)
     return call

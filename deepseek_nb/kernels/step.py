@@ -57,13 +57,14 @@ class Half:
     def __init__(self,
         block:nn.Module, # Module that contains the weights
         places:dict, # Name of the weight in the kernel -> its dotted name in the block; None: absent
+        known:tuple = (), # Further classes of modules whose `forward` the kernel computes
     ):
         self.modules, self.links, self.fields = [], ([], [], []), tuple(places)
         found = [name and _follow(block, name, self.modules, self.links) for name in places.values()]
         own = [m for m in self.modules if all(m is not w for w in found)]
         self.hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.plain = any(places.values()) and all(w is not None for w,name in zip(found, places.values(), strict=True) if name)
-        self.plain &= all(type(m) in _KNOWN and 'forward' not in vars(m) for m in own)
+        self.plain &= all(type(m) in (*_KNOWN, *known) and 'forward' not in vars(m) for m in own)
         empty = next((w.new_empty(0) for w in found if isinstance(w, Tensor)), torch.empty(0))
         self.weights = [empty if w is None else w for w in found]
         self.floats = all(isinstance(w, Tensor) and w.is_contiguous() and w.device.type == 'cpu' for w in self.weights)

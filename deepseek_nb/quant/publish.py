@@ -124,6 +124,16 @@ def _rewrite(source, found, form, folder):
         if (source/n).is_file(): shutil.copyfile(source/n, folder/n)
 
 # %% ../../nbs/379_quant.publish.ipynb #775f9e72
+def _tensors(source):
+    "Tensors of a checkpoint, if they can be rewritten"
+    config,found = read_json(source/'config.json'),weight_map(source)
+    if (old := config.get('quantization_config')) is not None:
+        raise ValueError(f'{source} is quantised already ({old.get("quant_method")}); load it as floats and save it first')
+    if config.get('model_type') == 'deepseek_v4':
+        raise ValueError(f'{source} is a deepseek_v4, which servers read only in the form of its releases; save a QuantizedModel instead')
+    if not any(map(is_matrix, found)): raise ValueError(f'{source} has no matrix to quantise among {some(found)}')
+    return found
+
 def publish(
     source:str|Path, # Folder of a checkpoint in floats, as `save_pretrained` writes it
     folder:str|Path, # Created if absent; a checkpoint in it is replaced
@@ -131,10 +141,7 @@ def publish(
 )->Path: # The folder
     "Rewrite a checkpoint with quantised matrices"
     source,folder = Path(source),Path(folder)
-    if (old := read_json(source/'config.json').get('quantization_config')) is not None:
-        raise ValueError(f'{source} is quantised already ({old.get("quant_method")}); load it as floats and save it first')
-    found = weight_map(source)
-    if not any(map(is_matrix, found)): raise ValueError(f'{source} has no matrix to quantise among {some(found)}')
+    found = _tensors(source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:

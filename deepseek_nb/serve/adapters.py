@@ -10,7 +10,7 @@ __all__ = ['cache_space', 'NoAdapter', 'Adapters', 'check_adapter_name']
 
 # %% ../../nbs/457_serve.adapters.ipynb #d20c4b09
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -38,8 +38,10 @@ class Adapters:
     "The LoRA adapters of one model, by name"
     def __init__(self,
         model:Model, # Model that they belong to; it is unchanged
-        kind:type = PagePool, # Pool of the KV cache, for the trial run
-    ): self.model,self.kind,self.loaded,self.lock = model,kind,{},Lock()
+        make:Callable|None = None, # Makes a KV cache for the trial run; None: a `PagedCache`
+    ):
+        one_page = lambda: PagedCache(PagePool(model.config, 1, 16, model.dtype, model.device))
+        self.model,self.make,self.loaded,self.lock = model,make or one_page,{},Lock()
     def __len__(self): return len(self.loaded)
     def __iter__(self)->Iterator[SharedAdapter]: return iter([*self.loaded.values()])
     def __contains__(self, name): return name in self.loaded
@@ -59,8 +61,7 @@ def check_adapter_name(
 @torch.no_grad()
 def _try_out(self:Adapters, adapter):
     "Run one token, which also compiles the kernels"
-    with PagedCache(self.kind(self.model.config, 1, 16, self.model.dtype, self.model.device)) as cache:
-        x = self.model.ragged(torch.zeros(1, dtype=torch.long, device=self.model.device), [cache], [1], [adapter.layers])
+    x = self.model.ragged(torch.zeros(1, dtype=torch.long, device=self.model.device), [self.make()], [1], [adapter.layers])
     if not x.isfinite().all(): raise ValueError(f'{adapter.folder}: the adapter gives numbers that are not finite')
 
 @patch

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..arch.model import Model
 from ..arch.mtp import check_mtp
+from ..arch.rewindable import RewindableCache
 from ..infer.drafts import Drafter, LookupDrafter, ModelDrafter, MTPDrafter
-from ..infer.paged import PagedCache, PagePool
+from ..infer.paged import PagedCache
 from ..infer.ragged import RaggedBatch, run_rows
 from ..infer.speculate import DraftLength
 
@@ -110,8 +111,8 @@ def learn(self:RowDrafts,
 @torch.no_grad()
 def keeps_bits(
     model:Model, # Model
-    pool:PagePool, # Pool of its KV caches
+    cache:PagedCache|RewindableCache, # A KV cache of one row, of the kind that its rows have
 )->bool: # Whether drafts leave each bit of an answer as it is
     "Whether the result of a token doesn't depend on the number of tokens"
     x = torch.zeros(1, model.config.dim, dtype=model.dtype, device=model.device)
-    with PagedCache(pool) as cache: return run_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ())).kind == 'cpp'
+    return run_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ())).kind == 'cpp'

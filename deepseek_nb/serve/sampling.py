@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..infer.generate import penalise
+from ..infer.generate import best_tokens, penalise
 
 # %% ../../nbs/452_serve.sampling.ipynb #df043833
 LIMITS = dict(temperature=(0, 2), top_p=(0, 1), top_k=(0, 2**31), min_p=(0, 1), repetition_penalty=(0, 10), presence_penalty=(-2, 2),
@@ -159,7 +159,7 @@ def sample(self:RowSampler,
     "Draw the next token of the row, and note it"
     how,x = self.how,self.adjusted(logits)
     if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
-    if how.temperature == 0: token = int(x.argmax())
+    if how.temperature == 0: token = int(best_tokens(x))
     else:
         u = torch.rand((), dtype=torch.float64, generator=self.generator).item()
         token = draw_token(truncate((x/how.temperature).softmax(0), how), u)
@@ -185,7 +185,7 @@ def sample_ahead(
     drafts:list, # Drafted tokens of each row; none for a row without a draft
 )->list: # For each row the `Drawn` of its new tokens; the last may be the exception that the row raised
     "Draw tokens of each row until one differs from its draft"
-    best = logits.argmax(-1).tolist() if any(r.plain for r in rows) else [None]*len(logits)
+    best = best_tokens(logits).tolist() if any(r.plain for r in rows) else [None]*len(logits)
     left = zip(logits, best, strict=True)
     return [_draw_until(row, [*islice(left, len(d) + 1)], d) for row,d in zip(rows, drafts, strict=True)]
 

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 
 from ..core.plot import COLOURS, GREY, style
 from .engine import Engine, StepRecord
+from .stores import PagedRows
 from .stream import Request
 
 # %% ../../nbs/461_serve.timeline.ipynb #6e400246
@@ -37,6 +38,7 @@ class Timeline:
     def __init__(self,
         engine:Engine, # Without a thread: `run` calls its steps
     ):
+        if not isinstance(engine.store, PagedRows): raise ValueError('a timeline draws pages, and this model has none')
         self.engine,self.names,self.arrived,self.moments = engine,{},{},[]
         engine.on_step = self._add
 

@@ -265,13 +265,14 @@ def run_server(
     kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
     draft:str = '', # Speculative decoding: lookup, mtp, or the folder or name of a smaller model; default: none
     draft_tokens:int = 0, # Length of drafts; default: chosen from measured times
+    exact:str = '', # Whether no bit of an answer may depend on other requests, at any cost: yes, no, or auto for V4 only; default: auto
     log_format:str = '', # Form of the log on standard error: text, json or off; default: text
     log_prompts:bool = False, # Write prompts and answers into the log
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
     from deepseek_nb.tools.serving import adapter_folders, read_settings, serve_models
     given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None,
-                 kv_cache=kv_cache or None, draft=draft or None, draft_tokens=draft_tokens or None,
+                 kv_cache=kv_cache or None, draft=draft or None, draft_tokens=draft_tokens or None, exact=exact or None,
                  log_format=log_format or None, log_prompts=log_prompts or None,
                  adapters=adapter_folders(adapter) or None)
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')

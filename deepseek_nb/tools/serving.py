@@ -22,7 +22,6 @@ from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
 from ..infer.load import decode_path, warm_kernels
 from ..infer.speculate import DraftLength
-from ..kernels.layers import same_in_company
 from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ServedModel
 from ..serve.engine import Engine, EngineStats
@@ -32,7 +31,7 @@ from ..serve.stream import Request
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
 # Defaults; memory and disk in MB
 ENGINE_SETTINGS = dict(memory=1024, max_rows=32, budget=256, beside=64, max_waiting=256, folder=None, disk=4096, kv_cache='auto',
-                       draft='', draft_tokens=0)
+                       draft='', draft_tokens=0, exact='auto')
 
 def read_settings(
     path:str|Path|None = None, # TOML file; None: no file
@@ -63,12 +62,13 @@ def warm_engine(
     engine:Engine, # Without a thread yet; its counters and caches are empty afterwards
 )->None:
     "Run a long prompt and two rows together, so that all kernels are loaded"
-    store,engine.prefix.store = engine.prefix.store,None
-    longest = min(engine.budget, engine.model.config.max_positions - 3, engine.pool.page*(engine.pool.pages//2) - 3)
+    prefix = engine.prefix
+    store,prefix.store = getattr(prefix, 'store', None),None
+    longest = min(engine.budget, engine.model.config.max_positions - 3, engine.store.longest//2 - 3)
     for n in (max(longest, 1), 2)[:engine.max_rows]: engine.submit(Request([0]*n, max_tokens=3, stop_ids=()))
     while engine.step(): continue
-    engine.prefix.clear()
-    engine.prefix.store,engine.stats = store,EngineStats()
+    prefix.clear()
+    prefix.store,engine.stats = store,EngineStats()
     if engine.drafts is not None: engine.drafts.lengths = DraftLength()
 
 # %% ../../nbs/955_tools.serving.ipynb #a7c0de12
@@ -105,17 +105,19 @@ def load_served(
     disk:int = 4096, # MB of cached prompts in the folder
     draft:str = '', # Source of drafts: 'lookup', 'mtp', or a smaller model as for `name`; '': no drafts
     draft_tokens:int = 0, # Length of drafts; 0: chosen from measured times
+    exact:str = 'auto', # Whether bits of an answer may not depend on other requests: 'auto', 'yes' or 'no'
     **settings, # Of the engine
 )->ServedModel:
     "Load a model for a server, with its kernels"
     from deepseek_nb.kernels.build import compiling_notice
+    if exact not in (forms := dict(auto=None, yes=True, no=False)): raise ValueError(f"exact is {exact!r}; it may be auto, yes or no")
     tok = Tokenizer.from_pretrained(name)
     with compiling_notice():
         model = Model.from_pretrained(name, mtp=draft == 'mtp')
         warm_kernels(model)
         settings |= dict(draft=draft_source(draft, tok), draft_tokens=draft_tokens or None)
-    disk_nbytes = None if folder is None else disk*2**20
-    engine = Engine(model, tok, nbytes=memory*2**20, folder=folder, disk_nbytes=disk_nbytes, **settings)
+    settings |= dict(folder=folder, disk_nbytes=None if folder is None else disk*2**20)
+    engine = Engine(model, tok, nbytes=memory*2**20, exact=forms[exact], **settings)
     with compiling_notice(): warm_engine(engine)
     return ServedModel(Path(name).name.removesuffix('.gguf'), engine, tok)
 
@@ -141,7 +143,8 @@ def serve_models(
     for m in served:
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         print(decode_path(m.engine.model))
-        if not same_in_company(m.engine.model, m.engine.pool): print('the last bits of an answer may depend on other requests')
+        if not m.engine.exact: print('the last bits of an answer may depend on other requests')
+        if m.engine.single: print('each token is computed alone, so no bit of an answer depends on other requests; --exact no is faster')
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 

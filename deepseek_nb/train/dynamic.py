@@ -20,6 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..arch.hash import ClampedMoE
 from ..arch.model import Model, check_tokens
 from ..arch.moe import Experts, MoE, run_experts
 from ..arch.routing import Gate, Route
@@ -91,7 +92,7 @@ def passes_over_zeros(
     *args, # Tokens `n d`, gate values `n k` and indices of the experts `n k`
 )->bool: # True for the C++ twin
     "Whether the chosen twin skips gate values of zero"
-    return isinstance(experts, Experts) and run_experts.op.choose(*args, experts.gate_up_proj, experts.down_proj).kind == 'cpp'
+    return type(experts) is Experts and run_experts.op.choose(*args, experts.gate_up_proj, experts.down_proj).kind == 'cpp'
 
 # %% ../../nbs/660_train.dynamic.ipynb #842281aa
 class Skip:
@@ -187,14 +188,15 @@ def layer_errors(
     with watch([b.post_attention_layernorm for b in blocks], inputs.__setitem__), watch(blocks, behind.__setitem__): model.hidden(tokens)
     rows = []
     for i,moe in enumerate(layers):
-        full,k = moe(inputs[i]),model.config.n_activated_experts
-        changed = [_with_best(moe, inputs[i], j) - full for j in range(1, k)]
-        rows.append([(d.square().sum()/behind[i].square().sum()).item() for d in changed] + [0.])
+        args,streams = ((inputs[i], tokens) if isinstance(moe, ClampedMoE) else (inputs[i],)),max(model.config.hc_mult, 1)
+        full,k = moe(*args),model.config.n_activated_experts
+        changed = [_with_best(moe, args, j) - full for j in range(1, k)]
+        rows.append([(streams*d.square().sum()/behind[i].square().sum()).item() for d in changed] + [0.])
     return torch.tensor(rows)
 
-def _with_best(moe, x, k):
+def _with_best(moe, args, k):
     skip = Skip(moe, lambda gate, r: keep_best(r.weights, k))
-    try: return moe(x)
+    try: return moe(*args)
     finally: skip.remove()
 
 # %% ../../nbs/660_train.dynamic.ipynb #8aa23b7d

@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..arch.hash import run_clamped, swiglu_clamped
 from ..arch.model import Model
-from ..arch.moe import Experts, group_tokens, run_experts
+from ..arch.moe import Experts, in_groups, run_experts
 from ..arch.routing import Gate
 from ..core.dispatch import op
 from ..quant import QuantizedWeight
@@ -224,12 +225,20 @@ def matches(
     return any(key == t or key.endswith(f'.{t}') for t in targets or ())
 
 # %% ../../nbs/630_train.lora.ipynb #d0a3474e
+# DeepSeek-V4's names here, which are those of its releases, and in transformers
+_V4_NAMES = ('.indexer.', '.compressor.indexer.'), ('indexer.compressor.', 'indexer.'), ('.weights_proj', '.scorer.weights_proj'), \
+            ('.wq_', '.q_'), ('.wo_', '.o_'), ('q_a', 'q_a_proj'), ('q_b', 'q_b_proj'), ('o_a', 'o_a_proj'), ('o_b', 'o_b_proj'), \
+            ('.wkv', '.kv_proj'), ('.wgate', '.gate_proj')
+
 def candidates(
     model:Model, # Model, with or without adapters
 )->dict: # PEFT's name of each weight -> the module that contains it, and the name of its parameter
     "Find all weights that can have an adapter"
-    linear = {k: (m, 'weight') for k,m in model.layers.named_modules(prefix='model.layers') if isinstance(m, nn.Linear|Gate)}
-    stacks = {k: m for k,m in model.layers.named_modules(prefix='model.layers') if isinstance(m, Experts)}
+    own = _V4_NAMES if model.config.window else ()
+    def theirs(key): return reduce(lambda k, words: k.replace(*words), own, key)
+    found = {theirs(k): m for k,m in model.layers.named_modules(prefix='model.layers')}
+    linear = {k: (m, 'weight') for k,m in found.items() if isinstance(m, nn.Linear|Gate)}
+    stacks = {k: m for k,m in found.items() if isinstance(m, Experts)}
     return linear | {f'{k}.{n}': (m, n) for k,m in stacks.items() for n in ('gate_up_proj', 'down_proj')}
 
 def _nearest(target, keys):
@@ -395,20 +404,17 @@ def _products(w, adapters):
         return y
     return [lambda x, i=i: product(i, x) for i in range(len(base))]
 
-def _run_products(x, weights, experts, gate_up, down):
+def _run_products(x, weights, experts, gate_up, down, limit=torch.inf):
     "Run the experts on tokens `n d`, with functions from `_products` instead of weights"
-    order,sizes = group_tokens(experts, len(gate_up))
     def expert(e, x):
         gate,up = gate_up[e](x).chunk(2, -1)
-        return down[e](F.silu(gate)*up)
-    rows = x[order//experts.shape[1]].split(sizes)
-    out = torch.cat([expert(e, r) for e,r in enumerate(rows) if len(r)] or [x])
-    back = torch.empty_like(out).index_copy(0, order, out)
-    return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
+        return down[e](F.silu(gate)*up if limit == torch.inf else swiglu_clamped(gate, up, limit))
+    return in_groups(x, weights, experts, len(gate_up), expert)
 
 # %% ../../nbs/630_train.lora.ipynb #9f4a0b61
-@run_experts.twin('torch', label='adapters', supports=lambda x, weights, experts, gate_up, down:
-                  not all(isinstance(w, Tensor) for w in (gate_up, down)))
+def _not_plain(x, weights, experts, gate_up, down, limit=None): return not all(isinstance(w, Tensor) for w in (gate_up, down))
+
+@run_experts.twin('torch', label='adapters', supports=_not_plain)
 def run_adapted(
     x:Tensor, # Tokens `n d`
     weights:Tensor, # Factor on each selected expert `n k`
@@ -417,9 +423,13 @@ def run_adapted(
     down:Tensor, # Stacked down projections `e d f`
 )->Tensor: # `n d`
     "Run routed experts whose weights have adapters or are quantised"
+    return _run_clamped(x, weights, experts, gate_up, down, torch.inf)
+
+@run_clamped.twin('torch', label='adapters', supports=_not_plain)
+def _run_clamped(x, weights, experts, gate_up, down, limit):
     stacks = gate_up, down
     rows = row_choice()
-    def run(i, chosen): return _run_products(x[i], weights[i], experts[i], *(_products(w, chosen(w)) for w in stacks))
+    def run(i, chosen): return _run_products(x[i], weights[i], experts[i], *(_products(w, chosen(w)) for w in stacks), limit)
     if rows is None: return run(slice(None), lambda w: w.chosen() if isinstance(w, LoraWeight) else ())
     y = torch.zeros_like(x)
     for name in dict.fromkeys(rows):

@@ -56,6 +56,7 @@ def run_parallel_experts(
     gate_up:Tensor, # Gate and up projections of this rank's experts `e/p 2f d`
     down:Tensor, # Down projections of this rank's experts `e/p d f`
     group, # Process group of p ranks
+    run = run_experts, # Operation that computes the experts
 )->Tensor: # `n d`
     "Run experts that are distributed over ranks"
     own,k = len(gate_up),experts.shape[1]
@@ -64,7 +65,7 @@ def run_parallel_experts(
     order = experts.flatten().argsort(stable=True)
     rows = all_to_all_single_autograd(x[order//k], here, there, group)
     ids = torch.arange(own, device=x.device).repeat(len(here)).repeat_interleave(back.flatten())[:,None]
-    y = run_experts(rows, torch.ones_like(ids, dtype=torch.float32), ids, gate_up, down)
+    y = run(rows, torch.ones_like(ids, dtype=torch.float32), ids, gate_up, down)
     y = all_to_all_single_autograd(y, there, here, group)
     y = torch.empty_like(y).index_copy(0, order, y)
     return einsum(rearrange(y, '(n k) d -> n k d', k=k), weights.to(x.dtype), 'n k d, n k -> n d')
@@ -79,7 +80,7 @@ class ParallelExperts(nn.Module):
         super().__init__()
         e,p = len(whole.gate_up_proj),group.size()
         if e % p: raise ValueError(f"{e} experts can't be shared evenly by {p} processes; use a divisor of {e}")
-        self.group = group
+        self.group,self.run = group,whole.run
         for name,w in whole.named_parameters():
             mine = nn.Parameter(w.detach().chunk(p)[group.rank()].clone(), requires_grad=w.requires_grad)
             mine.is_share = True
@@ -92,7 +93,7 @@ class ParallelExperts(nn.Module):
         experts:Tensor, # Selected experts `n k`
     )->Tensor: # `n d`
         "Run the selected experts of each token"
-        return run_parallel_experts(x, weights, experts, self.gate_up_proj, self.down_proj, self.group)
+        return run_parallel_experts(x, weights, experts, self.gate_up_proj, self.down_proj, self.group, self.run)
 
 # %% ../../nbs/625_train.parallel.ipynb #cc8be3a8
 def share_experts(

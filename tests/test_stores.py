@@ -1,0 +1,191 @@
+"""V3.2 and V4 in the engine: the same answers alone and in company, prefixes, preemptions, drafts, and memory to the byte."""
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from test_engine import Bytes, requests, run, tokens
+
+from deepseek_nb.arch.model import Model
+from deepseek_nb.arch.releases import preset
+from deepseek_nb.serve import engine as engine_module
+from deepseek_nb.serve.engine import Engine
+from deepseek_nb.serve.sampling import SamplingParams
+from deepseek_nb.serve.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, restore, state_bytes
+from deepseek_nb.serve.stores import OwnedRows, PagedRows
+from deepseek_nb.serve.stream import Request
+
+SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def say(pytestconfig):
+    with pytestconfig.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled(): print(f'\ntest_stores SEED={SEED}')
+    yield
+
+
+def v4(r):
+    "A tiny V4 model with layers of all kinds, in random order and sizes"
+    csa, hca = r.choice([2, 4]), r.choice([8, 16])
+    ratios = [0, csa, hca]
+    r.shuffle(ratios)
+    return replace(preset('deepseek-v4-flash'), vocab_size=256, dim=r.choice([16, 20]), n_layers=3, n_heads=2, inter_dim=16,
+                   head_dim=12, q_lora_rank=8, qk_rope_head_dim=4, window=r.choice([3, 8, 140]), compress_ratios=tuple(ratios),
+                   csa_ratio=csa, mtp_ratios=(), o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8,
+                   index_topk=r.choice([2, 6]), hc_mult=r.choice([2, 4]), hc_iters=3, n_hash_layers=1, n_routed_experts=4,
+                   n_activated_experts=2, moe_inter_dim=8, max_positions=512)
+
+
+def v32(r):
+    "A tiny V3.2 model that selects few tokens"
+    return replace(preset('deepseek-v3.2'), vocab_size=256, dim=32, n_layers=2, n_heads=r.choice([2, 3]), inter_dim=32, q_lora_rank=24,
+                   kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, index_n_heads=r.choice([4, 12]), index_head_dim=8,
+                   index_topk=r.choice([5, 40]), n_dense_layers=1, n_routed_experts=4, n_expert_groups=1, n_limited_groups=1,
+                   n_activated_experts=2, moe_inter_dim=16, max_positions=512)
+
+
+def made(kind, seed=SEED):
+    r = random.Random(f'{seed} {kind.__name__}')
+    torch.manual_seed(r.randrange(10**9))
+    return Model(kind(r), torch.float32, 'cpu').requires_grad_(False).init_weights(std=.3), r
+
+
+@pytest.fixture(scope='module', params=[v4], ids=lambda k: k.__name__)
+def model(request): return made(request.param)[0]
+
+
+def small_engine(model, rows, **kw):
+    "An engine with memory for about so many rows of 130 tokens"
+    if not model.config.window: return Engine(model, Bytes(), nbytes=rows*9*PagedRows(model, 2**30, 16).pool.page_bytes, page=16, **kw)
+    return Engine(model, Bytes(), nbytes=rows*RowPool(model.config, 0, 16).row_bytes(130), page=16, **kw)
+
+
+def short(draw, n):
+    "Random requests of up to 120 tokens"
+    return [replace(r, prompt=r.prompt[-80:], max_tokens=min(r.max_tokens, 40)) for r in requests(draw, n)]
+
+
+def emptied(engine):
+    "Whether all memory is free once the prefix cache is empty"
+    engine.prefix.clear()
+    if isinstance(engine.store, PagedRows): return len(engine.pool.free) == engine.pool.pages
+    return engine.pool.rows == engine.pool.kept == 0 and not engine.prefix.blocks
+
+
+def test_alone_and_in_company(model):
+    "Random arrivals, lengths, chunks, cancellations, preemptions and drafts; ids, log-probabilities and alternatives equal to the bit"
+    draw = random.Random(f'{SEED} {model.config.model_type}')
+    asked = short(draw, 6)
+    given = draw.choice([dict(draft='lookup'), dict(draft='lookup', draft_tokens=draw.randrange(1, 9)), {}])
+    if not given: asked = [replace(r, draft_tokens=None) for r in asked]
+    engine = small_engine(model, draw.choice([2, 6]), max_rows=draw.choice([3, 8]), budget=draw.choice([16, 64, 256]), **given)
+    assert engine.exact
+    streams, waiting, cancelled = [], [*asked], set()
+    while waiting or engine.count:
+        while waiting and draw.random() < .3: streams.append(engine.submit(waiting.pop(0)))
+        if streams and draw.random() < .01: streams[n := draw.randrange(len(streams))].cancel(); cancelled.add(n)
+        engine.step()
+        if isinstance(engine.pool, RowPool):
+            assert engine.pool.rows == sum(r.cache.nbytes for r in engine.rows) and engine.pool.free >= 0
+            assert engine.pool.kept == sum(b.nbytes for b in engine.prefix.blocks.values())
+    alone = Engine(model, Bytes(), budget=512)
+    for i,(stream,request) in enumerate(zip(streams, asked, strict=True)):
+        one = alone.submit(replace(request, draft_tokens=None, user=f'{i}'))
+        run(alone)
+        got, want = tokens(stream), tokens(one)
+        assert len(want) == request.max_tokens and not one.usage.prompt_cache_hit_tokens
+        assert got == (want[:len(got)] if stream.finish == 'cancelled' else want), (SEED, i, request)
+        assert stream.finish == 'length' or i in cancelled
+    assert emptied(engine)
+
+
+def test_preemption_and_prefixes(model):
+    "Little memory and much: the same bits; a prompt that was computed is found again, by its user alone"
+    shared, results = [*range(64)], []
+    asked = [Request([*shared, i], SamplingParams(seed=i), max_tokens=20, stop_ids=()) for i in range(2)]
+    for rows in (1.3, 30):
+        engine = small_engine(model, rows)
+        streams = [engine.submit(r) for r in asked]
+        run(engine)
+        results.append([tokens(s) for s in streams])
+        hits = [s.usage.prompt_cache_hit_tokens for s in streams]
+        assert rows < 30 or hits == [0, 64]
+        again = [engine.submit(replace(asked[0], user=user)) for user in ('', 'bob')]
+        run(engine)
+        if rows == 30: assert [s.usage.prompt_cache_hit_tokens for s in again] == [64, 0]
+        assert [tokens(s) for s in again] == [results[-1][0]]*2
+    assert results[0] == results[1]
+
+
+def test_chunks_of_v4(monkeypatch):
+    "In chunks and batches, without the promise of bits, the answers are those of `generate`"
+    model, r = made(v4)
+    engine = Engine(model, Bytes(), exact=False, budget=50)
+    assert not engine.exact and not engine.single
+    prompts = [[r.randrange(256) for _ in range(n)] for n in (140, 7, 60)]
+    streams = [engine.submit(Request(p, SamplingParams(temperature=0.), max_tokens=9, stop_ids=())) for p in prompts]
+    run(engine)
+    for p,stream in zip(prompts, streams, strict=True):
+        want = model.generate(torch.tensor([p]), max_new_tokens=9, eos_token_id=-1)[0, len(p):].tolist()
+        assert [t[0] for t in tokens(stream)] == want
+    with pytest.warns(UserWarning, match='a draft may change a token'): Engine(model, Bytes(), exact=False, draft='lookup')
+
+
+def test_memory_of_v4():
+    "Formulas to the byte, for random models and lengths; evicted least recently used, states inside of prompts first"
+    for seed in range(3):
+        model, r = made(v4, f'{SEED} {seed}')
+        c, rewinds = model.config, r.choice([0, 5])
+        pool = RowPool(c, 10**7, r.choice([8, 128]), rewinds=rewinds)
+        snapshots, cache, ids = Snapshots(pool), OwnedCache(pool), [r.randrange(256) for _ in range(3*pool.page + 1)]
+        while len(cache) < len(ids):
+            n = min(r.randrange(1, 100), pool.page - len(cache) % pool.page, len(ids) - len(cache))
+            model.ragged(torch.tensor(ids[len(cache):][:n]), [cache], [n])
+            snapshots.insert(ids, cache, '')
+            assert pool.rows == cache.nbytes == pool.row_bytes(len(cache))
+        borders = [pool.page*i for i in (1, 2, 3)]
+        assert pool.kept == 3*block_bytes(c, pool.page, 4) + sum(state_bytes(c, at, 4) for at in borders)
+        other = OwnedCache(pool)
+        restore(other, [b.entries for b in snapshots.match(ids)], snapshots.match(ids)[-1].state, pool.page)
+        cache.rewind(len(cache) - 3*pool.page if rewinds else 0)
+        assert len(other) == 3*pool.page and all(torch.equal(a, b) for a, b in zip(*(
+            [t for s in o.slots for x in s.lists for t in (x.entries[:, :len(other)//x.m],)] for o in (cache, other)), strict=True))
+        snapshots.evict(state_bytes(c, borders[0], 4) + 1)
+        assert [b.state is not None for b in snapshots.match(ids)] == [False, False, True]
+        assert not snapshots.match(ids[:2*pool.page]), 'blocks without a state at their end are no prefix'
+        snapshots.clear()
+        for o in (cache, other): o.free()
+        assert pool.rows == pool.kept == 0
+
+
+def test_a_failed_step_forgets_the_row(monkeypatch):
+    "A ring may be overwritten when a step fails: nothing of it is kept, and the engine goes on"
+    model, _ = made(v4)
+    engine, asked = Engine(model, Bytes(), page=16), Request([3]*40, SamplingParams(seed=1), max_tokens=4, stop_ids=())
+    want = engine.submit(asked)
+    run(engine)
+    engine.prefix.clear()
+    with monkeypatch.context() as patched:
+        real, calls = type(model.layers[2]).forward, []
+        def fails(self, x, ctx):
+            calls.append(0)
+            if len(calls) > 100: raise MemoryError('too little')
+            return real(self, x, ctx)
+        patched.setattr(type(model.layers[2]), 'forward', fails)
+        bad = engine.submit(asked)
+        with pytest.raises(MemoryError): run(engine)
+        for row in [*engine.rows]: engine.finish(row, 'error', MemoryError())
+    again = engine.submit(asked)
+    run(engine)
+    assert bad.finish == 'error' and tokens(again) == tokens(want) and emptied(engine)
+
+
+def test_what_v4_has_not():
+    model, _ = made(v4)
+    for name, value in dict(kv_cache='int8', folder='x').items():
+        with pytest.raises(ValueError, match=f'{name} is .*; the cache of a deepseek_v4 model is kept in memory'):
+            Engine(model, Bytes(), **{name: value})
+    engine = Engine(model, Bytes(), nbytes=RowPool(model.config, 0).row_bytes(128))
+    with pytest.raises(ValueError, match='130 tokens need more than the'): engine.submit(Request([1]*120, max_tokens=10))
+    assert isinstance(engine.store, OwnedRows) and engine_module.store_for

@@ -1,0 +1,247 @@
+"""V4's fused decode step against the readable blocks, on tiny configs that are drawn anew in every run
+
+The seed is printed; SEED=n repeats a run, DRAWS=n asks for more draws. A rounding error can change which entry or expert is selected
+where two scores nearly tie; a draw whose readable result moves when its weights move by a few roundings is drawn again.
+"""
+import os
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from deepseek_nb.arch.hyper import HyperConnection, HyperHead
+from deepseek_nb.arch.model import Model, expand_streams, run_blocks
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.kernels.v4 import V4Blocks, v4_blocks_of, v4_kernels
+
+SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
+DRAWS = int(os.environ.get('DRAWS') or 3)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def say(pytestconfig):
+    if not v4_kernels.ready(): pytest.skip('no C++ compiler')
+    with pytestconfig.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled(): print(f'\ntest_v4_step SEED={SEED}')
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
+def source(name):
+    "A source of randomness that depends on the seed and a name alone"
+    r = random.Random(f'{SEED} {name}')
+    torch.manual_seed(r.randrange(10**9))
+    return r
+
+
+def draw(r, **kw):
+    "A tiny config with layers of all kinds in a random order, and widths that no vector divides"
+    rot, groups, csa, hca = r.choice([2, 4, 6]), r.choice([1, 2]), r.choice([2, 4]), r.choice([5, 8])
+    ratios = [0, csa, hca, r.choice([0, csa, hca])]
+    r.shuffle(ratios)
+    rope = Rope(theta=160000., interleaved=True)
+    if r.random() < .5: rope = replace(rope, kind='yarn', factor=4., original_positions=32, attention_factor=r.choice([None, 1.]))
+    return Config('deepseek_v4', **dict(
+        vocab_size=r.randrange(40, 70), dim=2*r.randrange(8, 24), n_layers=4, n_heads=groups*r.choice([1, 2, 5]), n_kv_heads=1,
+        head_dim=rot + 2*r.randrange(1, 12), qk_rope_head_dim=rot, q_lora_rank=r.randrange(5, 20), o_groups=groups,
+        o_lora_rank=r.randrange(3, 9), window=r.randrange(2, 12), compress_ratios=tuple(ratios), csa_ratio=csa,
+        index_n_heads=r.choice([16, 20]), index_head_dim=rot + 2*r.randrange(0, 4), index_topk=r.randrange(1, 6), inter_dim=24,
+        n_dense_layers=r.choice([0, 0, 1]), n_routed_experts=r.choice([4, 8, 18]), n_shared_experts=r.choice([0, 1]),
+        n_activated_experts=r.randrange(1, 4), moe_inter_dim=4*r.randrange(1, 6), score_func='sqrtsoftplus', score_bias=True,
+        group_score='sum2', norm_topk=r.random() < .8, route_scale=r.choice([1., 1.5]), n_hash_layers=r.randrange(0, 5),
+        swiglu_limit=r.choice([.5, 2., 10.]), hc_mult=r.choice([1, 2, 4]), hc_iters=r.choice([1, 3, 20]),
+        hc_eps=r.choice([1e-6, 1e-3]), norm_eps=r.choice([1e-6, 1e-4]), rope=Rope(interleaved=True), compress_rope=rope,
+        max_positions=256) | kw)
+
+
+def make(c, dtype='float32'):
+    "A model with weights that make every part count"
+    model = Model(c, 'float32', 'cpu').init_weights(.3).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if name.endswith('norm.weight'): p.add_(torch.randn_like(p), alpha=.2)
+        if name.endswith(('attn_sink', '.ape')): p.normal_()
+    for m in model.modules():
+        if isinstance(m, (HyperConnection, HyperHead)):
+            m.reset(std=.3, scale=.7)
+            m.base.add_(torch.randn_like(m.base), alpha=.5)
+    for name, b in model.named_buffers():
+        if 'bias' in name: b.normal_(std=.2)
+    return model.to(getattr(torch, dtype))
+
+
+def moved(model):
+    "The same model with weights that differ by a few roundings"
+    other = Model(model.config, 'float32', 'cpu').eval().requires_grad_(False)
+    other.load_state_dict(model.state_dict())
+    for p in other.parameters(): p.mul_(1 + 2e-6*torch.randn_like(p))
+    return other
+
+
+def plan(r, total, rewinds=32):
+    "Random calls: numbers of tokens, negative ones to take back"
+    calls, at, held = [], 0, 0
+    while at < total:
+        n = min(r.choice([1, 1, 1, 1, 2, 3, r.randrange(4, 34)]), total - at)
+        calls.append(n)
+        at, held = at + n, min(held + n, rewinds)
+        if r.random() < .25:
+            back = r.randrange(0, held + 1)
+            calls.append(-back)
+            at, held = at - back, held - back
+    return calls
+
+
+def follow(model, ids, calls, kind='auto', cache=None):
+    "Logits of all calls, and the cache"
+    cache, found = model.new_cache(len(ids)) if cache is None else cache, []
+    with use(kind):
+        for n in calls:
+            if n <= 0: cache.rewind(-n)
+            else: found.append(model(ids[:, len(cache):len(cache) + n], cache))
+    return torch.cat(found, 1), cache
+
+
+def well_posed(r, total=70, rows=(1, 2), **kw):
+    "A model, tokens, calls, and the readable result, which roundings don't change much"
+    for _ in range(20):
+        model = make(draw(r, **kw))
+        ids, calls = torch.randint(model.config.vocab_size, (r.choice(rows), total)), plan(r, total)
+        want = follow(model, ids, calls, 'reference')
+        if distance(follow(moved(model), ids, calls, 'reference')[0], want[0]) < 1e-4: return model, ids, calls, want
+    raise AssertionError('every draw is badly conditioned')
+
+
+def distance(got, want): return ((got - want).abs().max()/want.abs().max()).item()
+
+
+def fused(model, cache):
+    "Whether the next token of the cache runs in one call"
+    x = expand_streams(torch.zeros(cache.batch, 1, model.config.dim, dtype=model.dtype), model.config.hc_mult)
+    ids = torch.zeros(cache.batch, 1, dtype=torch.long)
+    return run_blocks.op.choose(x, model.layers, model.context(1, cache, cache.pad, tokens=ids)).label == 'v4'
+
+
+def held(cache):
+    "What a cache holds: window keys, raw rows of windows that may change, and finished entries"
+    n = len(cache)
+    for slot in cache.slots:
+        yield slot.keys.between(max(0, n - cache.c.window + 1), n)
+        for o in slot.lists:
+            yield o.rows.between(max(0, n - o.m*(1 + o.overlap) + 1), n)
+            yield o.entries[:, :n//o.m]
+
+
+@pytest.mark.parametrize('n', range(DRAWS))
+def test_like_the_readable_blocks(n):
+    "Ragged calls, beyond the window, rewound and continued; the same logits, tokens and cache"
+    model, ids, calls, (want, kept) = well_posed(source(f'blocks {n}'))
+    got, cache = follow(model, ids, calls)
+    assert fused(model, cache)
+    assert distance(got, want) < 1e-4
+    best, second = want.topk(2, -1).values.unbind(-1)
+    clear = best - second > 2e-4*want.abs().max()
+    assert (got.argmax(-1) == want.argmax(-1))[clear].all() and clear.float().mean() > .9
+    for a, b in zip(held(cache), held(kept), strict=True): assert a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-3)
+
+
+def test_calls_of_both_kinds_alternate():
+    "A call of either kind continues on the cache of the other"
+    r = source('alternate')
+    model, ids, calls, (want, _) = well_posed(r)
+    cache, got = None, []
+    for n in calls:
+        out = follow(model, ids, [n], r.choice(['auto', 'reference']), cache) if n > 0 else (None, cache.rewind(-n) or cache)
+        cache = out[1]
+        if n > 0: got.append(out[0])
+    assert distance(torch.cat(got, 1), want) < 1e-4
+
+
+def test_threads_and_many_heads():
+    "More heads than a block of queries has, and shares of keys that end inside of a row"
+    r = source('threads')
+    model, ids, calls, (want, _) = well_posed(r, 40, (3,), n_heads=66, o_groups=2, head_dim=8, qk_rope_head_dim=4, q_lora_rank=8)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert distance(follow(model, ids, calls)[0], want) < 1e-4
+    finally: torch.set_num_threads(before)
+
+
+def test_one_token_at_a_time_is_greedy_decoding():
+    model, ids, _, _ = well_posed(source('greedy'), 30)
+    a, b = [], []
+    for kind, out in (('reference', a), ('auto', b)):
+        with use(kind): out.append(model.generate(ids[:1, :9], max_new_tokens=40))
+    assert a[0].tolist() == b[0].tolist()
+
+
+def test_padded_rows():
+    "Prompts of several lengths, padded on the left: each row as if it were alone"
+    r = source('padded')
+    model, ids, _, _ = well_posed(r, 60, (3,))
+    pads = torch.tensor([0, r.randrange(1, 9), r.randrange(1, 20)])
+    mask = (torch.arange(24) >= pads[:, None]).long()
+    cache = model.new_cache(3)
+    model(ids[:, :24], cache, attention_mask=mask)
+    assert fused(model, cache)
+    got = [model(ids[:, i:i+1], cache)[:, 0] for i in range(24, 50)]
+    cache.rewind(7)
+    got.append(model(ids[:, 43:50], cache)[:, -1])
+    for row, pad in enumerate(pads.tolist()):
+        want, _ = follow(model, ids[row:row+1, pad:50], [24 - pad, *[1]*26], 'reference')
+        assert distance(torch.stack([g[row] for g in got]), torch.cat([want[0, -26:], want[0, -1:]])) < 1e-4
+
+
+def test_many_rows():
+    "As many rows as a call takes, and one more"
+    model = make(draw(source('rows')))
+    ids = torch.randint(model.config.vocab_size, (65, 12))
+    want, _ = follow(model, ids, [11, 1], 'reference')
+    for rows, one in ((64, True), (65, False)):
+        got, cache = follow(model, ids[:rows], [11, 1])
+        assert fused(model, cache) == one
+        errors = ((got - want[:rows]).abs().amax((1, 2))/want.abs().max()).sort().values
+        assert errors[:-2].max() < 1e-4  # a row's experts may nearly tie
+
+
+def test_bfloat16():
+    "No further from float32 than the readable blocks in bfloat16"
+    model = make(draw(source('bfloat16'), index_topk=100, n_hash_layers=4, n_dense_layers=0))
+    ids = torch.randint(model.config.vocab_size, (2, 40))
+    exact, _ = follow(model, ids, [20, *[1]*20], 'reference')
+    model = model.to(torch.bfloat16)
+    readable, _ = follow(model, ids, [20, *[1]*20], 'reference')
+    got, cache = follow(model, ids, [20, *[1]*20])
+    assert fused(model, cache)
+    assert (got - exact).abs().mean() < 1.2*(readable - exact).abs().mean()
+
+
+def test_falls_back():
+    "A changed module, a hook, gradients, too many tokens or padding among the new tokens: the readable blocks run"
+    model, ids, _, _ = well_posed(source('fallback'), 30, (2,))
+    layer, x = model.layers[2], torch.zeros(2, 1, model.config.hc_mult, model.config.dim)
+    can = lambda: v4_blocks_of(model.layers, x) is not None
+    assert can()
+    with torch.enable_grad(): assert not can()
+    for module in (layer, layer.mlp, layer.self_attn.wq_b, layer.attn_hc):
+        hook = module.register_forward_hook(lambda *a: None)
+        assert not can()
+        hook.remove()
+        assert can()
+    kept, layer.self_attn.wo_b = layer.self_attn.wo_b, nn.Sequential(layer.self_attn.wo_b)
+    assert not can() and not V4Blocks(model.layers).plain
+    layer.self_attn.wo_b = kept
+    layer.self_attn.forward = lambda x, ctx: x
+    assert not can()
+    del layer.self_attn.forward
+    cache = model.new_cache(2)
+    model(ids[:, :6], cache, attention_mask=torch.tensor([[1]*6, [0]*4 + [1]*2]))
+    assert fused(model, cache)
+    cache.rewind(3)
+    assert not fused(model, cache)
+    assert not v4_blocks_of(model.layers, x.double())
