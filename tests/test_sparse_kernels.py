@@ -1,4 +1,6 @@
-"Sparse attention in C++ against float64 and the definition: ragged sizes, ties, infinities, dtypes, strides, instruction sets and threads"
+"""Sparse attention in C++ against float64 and the definition: ragged sizes, ties, infinities, dtypes, strides, instruction sets and
+threads; index keys in 8 bits; the fused decode step against the readable model
+"""
 import math
 import os
 import random
@@ -9,13 +11,20 @@ import torch
 import warm
 from fastcore.test import expect_fail
 
+from deepseek_nb import Model
 from deepseek_nb.arch import sparse as definition
 from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.index_codes import IndexCodes, coded_scores, encode_keys
+from deepseek_nb.arch.model import run_blocks
+from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import sparse
+from deepseek_nb.kernels.index_codes import coded_kernels, coded_scores_cpp, select_codes_cpp
 from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
+from deepseek_nb.kernels.sparse_step import run_sparse_blocks, sparse_step_kernels
 
-pytestmark = pytest.mark.skipif(not (sparse.indexer_kernels.ready() and sparse.selected_kernels.ready()), reason='no C++ compiler')
+KERNELS = sparse.indexer_kernels, sparse.selected_kernels, coded_kernels
+pytestmark = pytest.mark.skipif(not all(k.ready() for k in KERNELS), reason='no C++ compiler')
 KINDS = torch.float32, torch.bfloat16
 
 
@@ -60,6 +69,27 @@ def one_index(r):
     assert torch.equal(select_cpp(q, k, w, a, mask), definition.top_positions.op.reference(y, a, seen.expand(b, s, t))), what
 
 
+def one_code(r):
+    "Exact integers, so only the sum over the heads is rounded; a code may differ by one where the rotation is rounded differently"
+    b, s, j, u = r.choice([1, 2]), r.choice([1, 1, 3, 17]), r.choice([1, 2, 8, 9, 16, 17, 40]), r.choice([1, 3, 6, 16, 25, 64, 128])
+    t = r.choice([1, 2, 13, 14, 15, 57, 130, 300])
+    k = encode_keys(torch.randn(b, t, u))
+    wide = torch.zeros(b, t + 3, u + 5, dtype=torch.uint8)
+    wide[:, 1:t+1, 2:u+2] = k.codes
+    k = IndexCodes(wide[:, 1:t+1, 2:u+2], torch.cat([k.scales, k.scales*torch.nan], -1)[..., :1])
+    q, w = torch.randn(b, s, j, u), torch.randn(b, s, j)
+    if r.random() < .3: k.scales[:, ::2], k.codes[:, 1::2] = 0, 128               # ties
+    exact, size = coded_scores(q.double(), k, w), coded_scores(q, k, w.abs())
+    y, what = coded_scores_cpp(q, k, w), f'{b=} {s=} {t=} {j=} {u=}'
+    assert ((y - exact).abs() <= (j + 4)*2**-23*size + 1e-30).all(), what
+    i = r.randrange(s)
+    assert torch.equal(coded_scores_cpp(q[:, i:i+1], k, w[:, i:i+1]), y[:, i:i+1]), what
+    a = r.choice([1, 2, t//2 + 1, t, t + 5])
+    mask = r.choice([None, torch.rand(b, s, t) < .5, torch.rand(b, 1, t) < .5])
+    seen = torch.ones(s, t).tril(t - s).bool() if mask is None else mask
+    assert torch.equal(select_codes_cpp(q, k, w, a, mask), definition.top_positions.op.reference(y, a, seen.expand(b, s, t))), what
+
+
 def one_selection(r):
     "Position by position what the stable sort of the definition gives"
     n, t = r.choice([1, 2, 9]), r.choice([1, 2, 15, 16, 17, 100, 333])
@@ -90,7 +120,7 @@ def one_attend(r):
     assert torch.equal(attend_selected_cpp(q[:, :, i:i+1], z, p[:, i:i+1], c, .3).nan_to_num(7), y[:, :, i:i+1].nan_to_num(7)), what
 
 
-ONES = [one_index, one_selection, one_attend]
+ONES = [one_index, one_code, one_selection, one_attend]
 
 
 def sweep(n=12, seed=None):
@@ -183,3 +213,121 @@ def test_bad_arguments():
     with expect_fail(ValueError, 'positions is int32'): attend_selected_cpp(x, z, p.int(), 8, .1)
     with expect_fail(ValueError, 'c is 13; z is 12 wide'): attend_selected_cpp(x, z, p, 13, .1)
     with expect_fail(RuntimeError, 'a selected position is beyond the cache'): attend_selected_cpp(x, z, p + 9, 8, .1)
+
+
+# ---- index keys in 8 bits, and the fused step
+
+def test_codes_of_odd_numbers():
+    "Zeros, infinities and NaN: a key that isn't finite scores NaN, as the largest, in every twin"
+    k = torch.randn(1, 6, 8)
+    k[0, 1], k[0, 2, 3], k[0, 4, 0] = 0, torch.inf, torch.nan
+    coded, q, w = encode_keys(k), torch.randn(1, 1, 3, 8), torch.rand(1, 1, 3)
+    want, got = coded_scores(q, coded, w), coded_scores_cpp(q, coded, w)
+    assert want[0, 0].isnan().tolist() == got[0, 0].isnan().tolist() == [False, False, True, False, True, False] and got[0, 0, 1] == 0
+    q[0, 0, 1, 2] = torch.inf
+    assert coded_scores_cpp(q, coded, w).isnan().all() and coded_scores(q, coded, w).isnan().all()
+
+
+def small_model(r, **fields):
+    "A V3.2 model with random sizes, and steps with their pads"
+    c = dict(vocab_size=60, dim=24, n_layers=2, n_heads=r.choice([1, 3]), inter_dim=20, q_lora_rank=r.choice([8, 13]),
+             kv_lora_rank=r.choice([8, 17]), qk_nope_head_dim=r.choice([4, 7]), qk_rope_head_dim=4, v_head_dim=r.choice([3, 8]),
+             index_n_heads=r.choice([3, 8, 17]), index_head_dim=r.choice([4, 6, 16]), index_topk=r.choice([1, 4, 9, 100]),
+             max_positions=128, n_dense_layers=1, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=8,
+             n_expert_groups=1, n_limited_groups=1, score_func='sigmoid', norm_topk=True, route_scale=2.5, rope=Rope(interleaved=True))
+    model = Model(Config('deepseek_v32', **c | fields), torch.float32, 'cpu').requires_grad_(False)
+    for p in model.parameters(): p.copy_(1 + .2*torch.randn(p.shape) if p.ndim == 1 else torch.randn(p.shape)*p.shape[-1]**-.5)
+    return model
+
+
+@torch.no_grad()
+def walk(model, ids, mask, index_dtype):
+    "Logits of a prompt, chunks and steps, with tokens taken back"
+    cache, found = model.new_cache(len(ids), index_dtype=index_dtype), []
+    for start, end in ((0, 7), (7, 12), (12, 13), (13, 14), (14, 24), (24, 25), (17, 19), (19, 25), (25, 26)):
+        cache.rewind(len(cache) - start)
+        found.append(model(ids[:, start:end], cache, attention_mask=mask[:, :end] if start == 0 else None)[:, -1:])
+    return torch.cat(found, 1)
+
+
+def steady_walk(r, **fields):
+    "A model whose selections, of tokens and of experts, a little noise in the activations doesn't change"
+    for _ in range(30):
+        model, ids = small_model(r, **fields), torch.randint(60, (3, 26))
+        mask = (torch.arange(26) >= torch.tensor([0, r.randrange(7), 5])[:, None]).long()
+        form = r.choice([None, 'int8'])
+        with use('reference'):
+            want, w = walk(model, ids, mask, form), model.embed_tokens.weight
+            kept, near = w.clone(), []
+            for _ in range(2):
+                w.copy_(kept*(1 + 1e-5*torch.randn(w.shape)))
+                near.append((walk(model, ids, mask, form) - want).abs().max())
+            w.copy_(kept)
+        if max(near) < 2e-4*want.abs().max(): return model, ids, mask, form, want
+    raise AssertionError('no steady model')
+
+
+def test_step_against_the_readable_model(r):
+    assert sparse_step_kernels.ready()
+    before = torch.get_num_threads()
+    for i in range(6):
+        model, ids, mask, form, want = steady_walk(r)
+        torch.set_num_threads(1 + i%3)
+        far = (walk(model, ids, mask, form) - want).abs().max()/want.abs().max()
+        assert far < 1e-4, f'{far:.1e} apart: {form} {model.config}'
+    torch.set_num_threads(before)
+
+
+def test_step_in_bfloat16(r):
+    "The step rounds less than the readable code, so it is nearer to float32"
+    model, ids, mask, form, want = steady_walk(r, index_topk=100)
+    half = Model(model.config, torch.bfloat16, 'cpu').requires_grad_(False)
+    half.load_state_dict(model.state_dict())
+    exact = Model(model.config, torch.float32, 'cpu').requires_grad_(False)
+    exact.load_state_dict(half.state_dict())
+    want = walk(exact, ids, mask, form)
+    with use('reference'): readable = walk(half, ids, mask, form)
+    assert (walk(half, ids, mask, form) - want).abs().mean() < 1.2*(readable - want).abs().mean()
+
+
+def test_when_the_step_runs(r):
+    model = small_model(r)
+    def twin(cache, model=model, mla='auto'):
+        with torch.no_grad():
+            cache.reserve(1)
+            x = torch.zeros(cache.batch, 1, 24)
+            return run_blocks.op.choose(x, model.layers, model.context(1, cache, mla=mla)).fn
+    for form in (None, 'int8'): assert twin(model.new_cache(2, index_dtype=form)) is run_sparse_blocks
+    assert twin(model.new_cache(2), mla='naive') is not run_sparse_blocks
+    other = small_model(r, attn_bias=True)
+    assert twin(other.new_cache(1), other) is not run_sparse_blocks
+    hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
+    assert twin(model.new_cache(1)) is not run_sparse_blocks
+    hook.remove()
+    assert twin(model.new_cache(1)) is run_sparse_blocks
+    model.layers[0].self_attn.indexer.wk.weight = torch.nn.Parameter(torch.zeros(1), False)
+    model.layers[0].self_attn.indexer = None
+    assert twin(model.new_cache(1)) is not run_sparse_blocks
+
+
+def test_greedy_tokens_and_drafts(r):
+    "The step generates what the readable code does, and drafts, which rewind the cache, change nothing"
+    for _ in range(20):
+        model, ids = small_model(r), torch.randint(20, (1, 6)).repeat(1, 3)
+        with use('reference'):
+            want = model.generate(ids, max_new_tokens=12)
+            top = model(want)[0, 17:].topk(2).values
+        if (top[:, 0] - top[:, 1]).min() > 1e-2 and steady(model, want): break
+    assert torch.equal(model.generate(ids, max_new_tokens=12), want)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, draft='lookup'), want)
+
+
+def steady(model, ids):
+    "Whether a little noise leaves all logits nearly the same"
+    with use('reference'), torch.no_grad():
+        a, w = model(ids), model.embed_tokens.weight
+        kept = w.clone()
+        w.mul_(1 + 1e-5*torch.randn(w.shape))
+        b = model(ids)
+        w.copy_(kept)
+    return (a - b).abs().max() < 2e-4*a.abs().max()

@@ -9,6 +9,7 @@ from test_engine import Bytes, requests, run, tokens
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset
+from deepseek_nb.infer import ragged
 from deepseek_nb.serve import engine as engine_module
 from deepseek_nb.serve.engine import Engine
 from deepseek_nb.serve.sampling import SamplingParams
@@ -32,7 +33,7 @@ def v4(r):
     r.shuffle(ratios)
     return replace(preset('deepseek-v4-flash'), vocab_size=256, dim=r.choice([16, 20]), n_layers=3, n_heads=2, inter_dim=16,
                    head_dim=12, q_lora_rank=8, qk_rope_head_dim=4, window=r.choice([3, 8, 140]), compress_ratios=tuple(ratios),
-                   csa_ratio=csa, mtp_ratios=(), o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8,
+                   csa_ratio=csa, o_groups=2, o_lora_rank=8, index_n_heads=4, index_head_dim=8,
                    index_topk=r.choice([2, 6]), hc_mult=r.choice([2, 4]), hc_iters=3, n_hash_layers=1, n_routed_experts=4,
                    n_activated_experts=2, moe_inter_dim=8, max_positions=512)
 
@@ -51,14 +52,14 @@ def made(kind, seed=SEED):
     return Model(kind(r), torch.float32, 'cpu').requires_grad_(False).init_weights(std=.3), r
 
 
-@pytest.fixture(scope='module', params=[v4], ids=lambda k: k.__name__)
+@pytest.fixture(scope='module', params=[v32, v4], ids=lambda k: k.__name__)
 def model(request): return made(request.param)[0]
 
 
 def small_engine(model, rows, **kw):
     "An engine with memory for about so many rows of 130 tokens"
-    if not model.config.window: return Engine(model, Bytes(), nbytes=rows*9*PagedRows(model, 2**30, 16).pool.page_bytes, page=16, **kw)
-    return Engine(model, Bytes(), nbytes=rows*RowPool(model.config, 0, 16).row_bytes(130), page=16, **kw)
+    if not model.config.window: return Engine(model, Bytes(), nbytes=int(rows*9*PagedRows(model, 2**30, 16).pool.page_bytes), page=16, **kw)
+    return Engine(model, Bytes(), nbytes=int(rows*RowPool(model.config, 0, 16).row_bytes(130)), page=16, **kw)
 
 
 def short(draw, n):
@@ -118,6 +119,18 @@ def test_preemption_and_prefixes(model):
     assert results[0] == results[1]
 
 
+def test_mtp_drafts_of_v4():
+    "The block drafts from the streams, in one step with other rows; the bits are those without drafts"
+    model, r = made(v4)
+    model.add_mtp().requires_grad_(False)
+    how = [SamplingParams(seed=i, logprobs=1) for i in range(2)]
+    asked = [Request([r.randrange(256) for _ in range(20)], h, max_tokens=12, stop_ids=()) for h in how]
+    engine, plain = Engine(model, Bytes(), page=16, draft='mtp', draft_tokens=3), Engine(model, Bytes(), page=16)
+    streams, wanted = [engine.submit(q) for q in asked], [plain.submit(q) for q in asked]
+    for e in (engine, plain): run(e)
+    assert [tokens(s) for s in streams] == [tokens(s) for s in wanted] and all(s.drafted for s in streams)
+
+
 def test_chunks_of_v4(monkeypatch):
     "In chunks and batches, without the promise of bits, the answers are those of `generate`"
     model, r = made(v4)
@@ -167,12 +180,12 @@ def test_a_failed_step_forgets_the_row(monkeypatch):
     run(engine)
     engine.prefix.clear()
     with monkeypatch.context() as patched:
-        real, calls = type(model.layers[2]).forward, []
-        def fails(self, x, ctx):
-            calls.append(0)
-            if len(calls) > 100: raise MemoryError('too little')
-            return real(self, x, ctx)
-        patched.setattr(type(model.layers[2]), 'forward', fails)
+        real, calls = ragged.run_rows, []
+        def fails(x, blocks, batch):
+            calls.append(real(x, blocks, batch)) # the rings are written
+            if len(calls) > 30: raise MemoryError('too little')
+            return calls[-1]
+        patched.setattr(ragged, 'run_rows', fails)
         bad = engine.submit(asked)
         with pytest.raises(MemoryError): run(engine)
         for row in [*engine.rows]: engine.finish(row, 'error', MemoryError())

@@ -149,7 +149,7 @@ def test_blocks_of_queries(r, monkeypatch):
     attns, t = [a for a, _ in layers(hf, c)], r.randrange(30, 50)
     x, pad = torch.randn(2, t, c.dim), torch.tensor([0, r.randrange(1, t)])
     want = [[run(a, x, p) for a in attns] for p in (None, pad)]
-    monkeypatch.setattr(window, 'BLOCK', r.randrange(1, 9))
+    monkeypatch.setattr(window, 'QUERY_BLOCK', r.randrange(1, 9))
     for p, whole in zip((None, pad), want, strict=True):
         cache = RewindableCache(c, 2)
         cache.pad = p
@@ -163,7 +163,7 @@ def test_blocks_of_queries(r, monkeypatch):
         for a in attns:
             with use('torch'), Largest() as most: run(a, x)
             taken[n].append(most.nbytes)
-    block = max(c.window, window.BLOCK)
+    block = max(c.window, window.QUERY_BLOCK)
     for a, b, m in zip(*taken.values(), c.compress_ratios, strict=True):
         entries = 4*block*c.n_heads*1024//m if m else 0  # scores of one block for the entries of the added tokens
         index = 4*2**22 if m == c.csa_ratio else 0  # scores of the indexer, in parts of at most 2²² numbers

@@ -19,7 +19,7 @@ from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels.v4 import V4Blocks, v4_blocks_of, v4_kernels
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
-DRAWS = int(os.environ.get('DRAWS') or 3)
+DRAWS = int(os.environ.get('DRAWS') or 2)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -105,7 +105,7 @@ def follow(model, ids, calls, kind='auto', cache=None):
     return torch.cat(found, 1), cache
 
 
-def well_posed(r, total=70, rows=(1, 2), **kw):
+def well_posed(r, total=50, rows=(1, 2), **kw):
     "A model, tokens, calls, and the readable result, which roundings don't change much"
     for _ in range(20):
         model = make(draw(r, **kw))
@@ -176,25 +176,25 @@ def test_one_token_at_a_time_is_greedy_decoding():
     model, ids, _, _ = well_posed(source('greedy'), 30)
     a, b = [], []
     for kind, out in (('reference', a), ('auto', b)):
-        with use(kind): out.append(model.generate(ids[:1, :9], max_new_tokens=40))
+        with use(kind): out.append(model.generate(ids[:1, :9], max_new_tokens=24))
     assert a[0].tolist() == b[0].tolist()
 
 
 def test_padded_rows():
     "Prompts of several lengths, padded on the left: each row as if it were alone"
     r = source('padded')
-    model, ids, _, _ = well_posed(r, 60, (3,))
+    model, ids, _, _ = well_posed(r, 50, (3,))
     pads = torch.tensor([0, r.randrange(1, 9), r.randrange(1, 20)])
     mask = (torch.arange(24) >= pads[:, None]).long()
     cache = model.new_cache(3)
     model(ids[:, :24], cache, attention_mask=mask)
     assert fused(model, cache)
-    got = [model(ids[:, i:i+1], cache)[:, 0] for i in range(24, 50)]
+    got = [model(ids[:, i:i+1], cache)[:, 0] for i in range(24, 40)]
     cache.rewind(7)
-    got.append(model(ids[:, 43:50], cache)[:, -1])
+    got.append(model(ids[:, 33:40], cache)[:, -1])
     for row, pad in enumerate(pads.tolist()):
-        want, _ = follow(model, ids[row:row+1, pad:50], [24 - pad, *[1]*26], 'reference')
-        assert distance(torch.stack([g[row] for g in got]), torch.cat([want[0, -26:], want[0, -1:]])) < 1e-4
+        want, _ = follow(model, ids[row:row+1, pad:40], [24 - pad, *[1]*16], 'reference')
+        assert distance(torch.stack([g[row] for g in got]), torch.cat([want[0, -16:], want[0, -1:]])) < 1e-4
 
 
 def test_many_rows():
@@ -213,10 +213,10 @@ def test_bfloat16():
     "No further from float32 than the readable blocks in bfloat16"
     model = make(draw(source('bfloat16'), index_topk=100, n_hash_layers=4, n_dense_layers=0))
     ids = torch.randint(model.config.vocab_size, (2, 40))
-    exact, _ = follow(model, ids, [20, *[1]*20], 'reference')
+    exact, _ = follow(model, ids, [28, *[1]*12], 'reference')
     model = model.to(torch.bfloat16)
-    readable, _ = follow(model, ids, [20, *[1]*20], 'reference')
-    got, cache = follow(model, ids, [20, *[1]*20])
+    readable, _ = follow(model, ids, [28, *[1]*12], 'reference')
+    got, cache = follow(model, ids, [28, *[1]*12])
     assert fused(model, cache)
     assert (got - exact).abs().mean() < 1.2*(readable - exact).abs().mean()
 

@@ -65,9 +65,10 @@ class Cache:
         if max_len: self.grow(max_len)
 
     def _slots(self): return [Slot(self, self._empty(0)) for _ in range(self.c.n_layers)]
+    def _kinds(self, t): return [(s, self.dtype) for s in cache_shapes(self.c, self.batch, t)]
     def _empty(self, t, arena=None):
         take = arena.take if arena else partial(torch.zeros, device=self.device)
-        return [take(s, dtype=self.dtype) for s in cache_shapes(self.c, self.batch, t)]
+        return [take(s, dtype=dtype) for s,dtype in self._kinds(t)]
     def __getitem__(self, layer): return self.slots[layer]
     def __len__(self): return self.length
     @property
@@ -87,7 +88,7 @@ def grow(self:Cache,
 
 @patch
 def _allocate(self:Cache, capacity):
-    size = sum(-(-prod(s)*self.dtype.itemsize//64)*64 for s in cache_shapes(self.c, self.batch, capacity))*len(self.slots)
+    size = sum(-(-prod(s)*dtype.itemsize//64)*64 for s,dtype in self._kinds(capacity))*len(self.slots)
     arena = Arena(min(size, ARENA_CHUNK)) if self.device.type == 'cpu' else None
     for slot in self.slots:
         new = self._empty(capacity, arena)

@@ -30,12 +30,12 @@ def sinkhorn(
     eps:float, # Added to elements and sums
 )->Tensor: # `… x x`, positive; columns sum to one, rows nearly
     "A doubly stochastic matrix from logits"
-    m = z.softmax(-1) + eps
-    m = m/(m.sum(-2, keepdim=True) + eps)
+    m = (z.softmax(-1) + eps).movedim((-2, -1), (0, 1)).contiguous()
+    m = m/(m.sum(0, keepdim=True) + eps)
     for _ in range(iters - 1):
-        m = m/(m.sum(-1, keepdim=True) + eps)
-        m = m/(m.sum(-2, keepdim=True) + eps)
-    return m
+        m = m/(m.sum(1, keepdim=True) + eps)
+        m = m/(m.sum(0, keepdim=True) + eps)
+    return m.movedim((0, 1), (-2, -1))
 
 # %% ../../nbs/155_arch.hyper.ipynb #ef54e71f
 class Mix(NamedTuple):
@@ -118,7 +118,7 @@ class HyperConnection(_Weights):
 
     def start(self)->Tensor: # `(2+x)x`
         "Constant part, with which a block is nearly one with a plain residual connection"
-        n,near = self.c.hc_mult,10.  # e^-10 of each other stream is mixed in
+        n,near = self.c.hc_mult,4.  # each stream keeps 95% of itself
         return torch.cat([torch.full((n,), _logit(1/n - self.c.hc_eps)), torch.zeros(n), near*torch.eye(n).flatten()])
 
     def forward(self,

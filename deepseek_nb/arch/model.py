@@ -27,6 +27,7 @@ from .cache import Cache, cache_shapes
 from .compressed import CompressedAttention
 from .hash import ClampedMoE, ClampedSwiGLU, HashGate
 from .hyper import HyperConnection, HyperHead, expand_streams
+from .index_codes import CodedCache
 from .moe import MoE, SwiGLU
 from .norm import RMSNorm
 from .rewindable import RewindableCache
@@ -296,9 +297,11 @@ def context(self:Model,
 def new_cache(self:Model,
     batch:int = 1, # Number of rows b
     max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
+    index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
 )->Cache: # An empty cache
     "Make an empty cache for this model"
-    make = RewindableCache if self.config.window else Cache
+    if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
+    make = CodedCache if index_dtype else RewindableCache if self.config.window else Cache
     return make(self.config, batch, max_len, self.dtype, self.device)
 
 # %% ../../nbs/160_arch.model.ipynb #01f217d5

@@ -78,6 +78,7 @@ def index_scores(
     w:Tensor, # Weights of its heads `b s j`
 )->Tensor: # `b s t`, float32
     "Score every key for every query"
+    if not isinstance(k, Tensor): return k.scores(q, w)  # keys in 8 bits
     dots = einsum(q.float(), k.float(), 'b s j u, b t u -> b s j t').relu()
     return einsum(dots, w.float(), 'b s j t, b s j -> b s t')
 

@@ -12,7 +12,7 @@ template <class F> void each_row(const Tensor& q, const Tensor& k, const Tensor&
     by_type(k, [&]<class T>(T) {
         for (int64_t i = 0; i < q.size(0); ++i) {
             const IndexKeys<T> keys{k.size(1), k.stride(1), u, data<const T>(k) + i * k.stride(0)};
-            SelectRun<T> run{s, j, u, data<float>(q) + i * s * j * u, data<float>(w) + i * s * j, keys};
+            SelectRun<IndexKeys<T>> run{s, j, u, data<float>(q) + i * s * j * u, data<float>(w) + i * s * j, keys};
             f(i, run);
             static thread_local Buffer memory;
             float* scratch = memory.need(run.room(torch::stable::get_num_threads()));
@@ -25,7 +25,7 @@ void index_scores(Tensor q, Tensor k, Tensor w, Tensor y) {
 }
 void select_keys(Tensor q, Tensor k, Tensor w, Maybe mask, Tensor y) {
     each_row(q, k, w, [&](int64_t i, auto& run) {
-        run.a = y.size(2), run.to = data<int64_t>(y) + i * q.size(1) * run.a, run.causal = !mask;
+        run.a = y.size(2), run.out = {data<int64_t>(y) + i * q.size(1) * run.a}, run.causal = !mask;
         if (mask) run.mask = data<const bool>(*mask) + i * mask->stride(0), run.hop = mask->stride(1);
     });
 }
@@ -34,13 +34,12 @@ void select_keys(Tensor q, Tensor k, Tensor w, Maybe mask, Tensor y) {
 void top_positions(Tensor scores, Maybe mask, Tensor y) {
     const int64_t n = scores.size(0), t = scores.size(1), a = y.size(1);
     static thread_local Buffer memory;
-    float* scratch = memory.need(torch::stable::get_num_threads() * round_up(t, L));
+    float* scratch = memory.need(torch::stable::get_num_threads() * TopRow::room(t, 1));
     team([&](const Team& team) {
-        const auto [begin, end] = team.share(n);
-        int32_t* order = (int32_t*)(scratch + team.rank * round_up(t, L));
-        for (int64_t i = begin; i < end; ++i)
-            select_row(data<float>(scores) + i * t, t, mask ? data<bool>(*mask) + i * t : nullptr, a,
-                       data<int64_t>(y) + i * a, order);
+        select_rows(team, n, t, scratch, [&](int64_t i, const Team& some, float* room) {
+            const bool* hidden = mask ? data<bool>(*mask) + i * t : nullptr;
+            select_row(some, data<float>(scores) + i * t, t, hidden, a, {data<int64_t>(y) + i * a}, room);
+        });
     });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {

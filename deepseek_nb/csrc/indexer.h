@@ -72,8 +72,10 @@ inline void IndexQuery::score(int64_t n, const float* k, int64_t ld, float* to, 
 constexpr int64_t INDEX_KEYS = 4 * ROWS;
 
 template <class T> struct IndexKeys {
+    using Query = IndexQuery;
     int64_t t, ld, u;
     const T* data;
+    int64_t room() const { return INDEX_KEYS * u + L; }  // a row is copied in whole vectors
 
     const float* floats(int64_t i, int64_t n, float* wide) const {
         if constexpr (std::is_same_v<T, float>) return data + i * ld;
@@ -102,9 +104,41 @@ inline ivec order(vec x) {
 }
 typedef int32_t loose_ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
 inline ivec load(const int32_t* p) { return *(const loose_ivec*)p; }
+inline void order_row(const float* s, int64_t n, const bool* mask, int32_t* to) {
+    for (int64_t i = 0; i < n; i += L) {
+        const ivec x = order(i + L <= n ? load(s + i) : load_part(s + i, n - i));
+        memcpy(to + i, &x, sizeof x);
+    }
+    for (int64_t i = 0; mask && i < n; ++i) to[i] = mask[i] ? to[i] : INT_MIN;
+    std::fill(to + n, to + round_up(n, L), INT_MIN);
+}
 
 // %% ../../nbs/526_kernels.sparse.ipynb #d21e29f0
-// number of scores that are x or more; n is a multiple of L
+// lanes of a comparison that are true
+inline int64_t count_lanes(ivec chosen) {
+#if defined(__AVX512F__)
+    return __builtin_popcount(_mm512_test_epi32_mask((__m512i)chosen, (__m512i)chosen));
+#else
+    int32_t n = 0;
+    for (int i = 0; i < L; ++i) n -= chosen[i];
+    return n;
+#endif
+}
+// write the chosen lanes of x to `to`, which has room for L numbers, and return how many they are
+inline int64_t keep_lanes(ivec x, ivec chosen, int32_t* to) {
+#if defined(__AVX512F__)
+    const __mmask16 m = _mm512_test_epi32_mask((__m512i)chosen, (__m512i)chosen);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(m, (__m512i)x));
+    return __builtin_popcount(m);
+#else
+    int64_t n = 0;
+    for (int i = 0; i < L; ++i) to[n] = x[i], n -= chosen[i];
+    return n;
+#endif
+}
+
+// %% ../../nbs/526_kernels.sparse.ipynb #45644023
+// number of scores that are x or more; n is padded to a multiple of L
 inline int64_t count_from(const int32_t* order, int64_t n, int32_t x) {
     ivec few = {};
     const ivec least = ivec{} + x;
@@ -113,64 +147,174 @@ inline int64_t count_from(const int32_t* order, int64_t n, int32_t x) {
     for (int i = 0; i < L; ++i) total += few[i];
     return total;
 }
-
-// %% ../../nbs/526_kernels.sparse.ipynb #45644023
-struct Threshold { int32_t least; int64_t above; };  // the lowest selected score; scores above it
-
-inline Threshold find_threshold(const int32_t* order, int64_t n, int64_t a) {
-    uint32_t x = 0;
-    int64_t reach = n;
-    for (int bit = 31; bit >= 0 && reach != a; --bit) {
-        const int64_t found = count_from(order, n, int32_t((x | 1u << bit) ^ 1u << 31));
-        if (found >= a) x |= 1u << bit, reach = found;
+inline int64_t count_above(const int32_t* order, int64_t n, int32_t x) {
+    return x == INT_MAX ? 0 : count_from(order, n, x + 1);
+}
+// the position behind the first `ties` scores that equal x
+inline int64_t behind_ties(const int32_t* order, int64_t n, int32_t x, int64_t ties) {
+    for (int64_t i = 0; ties && i < n; i += L) {
+        const int64_t here = count_lanes(load(order + i) == x);
+        if (here < ties) ties -= here;
+        else for (int64_t k = i;; ++k) if (order[k] == x && !--ties) return k + 1;
     }
-    const int32_t least = int32_t(x ^ 1u << 31);
-    return {least, least == INT_MAX ? 0 : count_from(order, n, least + 1)};
+    return 0;
 }
 
 // %% ../../nbs/526_kernels.sparse.ipynb #61411467
-inline void order_row(const float* s, int64_t t, const bool* mask, int32_t* to) {
-    for (int64_t i = 0; i < t; i += L) {
-        const ivec x = order(i + L <= t ? load(s + i) : load_part(s + i, t - i));
-        memcpy(to + i, &x, sizeof x);
+constexpr int BITS = 11, BINS = 1 << BITS;
+inline uint32_t bin_of(int32_t x) { return (uint32_t(x) ^ 1u << 31) >> (32 - BITS); }
+
+struct TopRow {
+    int64_t t, want, parts;                // scores; selected scores; threads
+    int32_t *scores, *few, *counts, *size;  // for each thread: its part, candidates, bins, number of candidates
+    static int64_t room(int64_t t, int64_t threads) { return 2 * round_up(t, L) + threads * (2 * L + 2 * BINS); }
+    TopRow(int64_t t, int64_t want, int64_t threads, float* memory)
+        : t(t), want(want), parts(threads), scores((int32_t*)memory), few(scores + round_up(t, L)),
+          counts(few + round_up(t, L) + threads * L), size(counts + threads * 2 * BINS) {}
+
+    std::pair<int64_t, int64_t> part(int64_t rank) const {
+        const auto [begin, end] = Team{rank, parts, nullptr}.share((t + L - 1) / L);
+        return {begin * L, end * L};
     }
-    for (int64_t i = 0; mask && i < t; ++i) to[i] = mask[i] ? to[i] : INT_MIN;
-    std::fill(to + t, to + round_up(t, L), INT_MIN);
-}
+    int32_t* candidates(int64_t rank) const { return few + part(rank).first + rank * L; }
+    const int32_t* bins(int64_t rank) const { return counts + rank * 2 * BINS; }
+    void count(int64_t rank, const float* s, const bool* mask) const;
+    std::pair<int64_t, int64_t> edge() const;
+    void gather(int64_t rank, int64_t bin) const;
+    int32_t threshold(int64_t bin, int64_t need) const;
+    std::pair<int64_t, int64_t> above(int64_t rank, int64_t bin, int32_t least) const;
+    int64_t collect(int64_t rank, int32_t least, int64_t ties) const;
+};
 
 // %% ../../nbs/526_kernels.sparse.ipynb #e5682694
-// the a positions of the largest of t scores; −1 fills the rest of `to`
-inline void select_row(const float* s, int64_t t, const bool* mask, int64_t a, int64_t* to, int32_t* memory) {
-    const int64_t n = round_up(t, L), want = std::min(a, t);
-    if (mask && !memchr(mask, 0, t)) mask = nullptr;
-    order_row(s, t, mask, memory);
-    const Threshold x = find_threshold(memory, n, want);
-    int64_t ties = want - x.above, held = 0;
-    for (int64_t i = 0, left = want; left && i < t; ++i) {
-        const bool tied = memory[i] == x.least, take = memory[i] > x.least || (tied && ties > 0);
-        ties -= tied, left -= take;
-        if (take && (!mask || mask[i])) to[held++] = i;
+inline void TopRow::count(int64_t rank, const float* s, const bool* mask) const {
+    const auto [begin, end] = part(rank);
+    const int64_t n = std::min(t, end) - begin;
+    int32_t *one = counts + rank * 2 * BINS, *two = one + BINS;
+    std::fill(one, one + 2 * BINS, 0);
+    if (n <= 0) return;
+    order_row(s + begin, n, mask ? mask + begin : nullptr, scores + begin);
+    int64_t i = begin;
+    for (; i + 1 < begin + n; i += 2) ++one[bin_of(scores[i])], ++two[bin_of(scores[i + 1])];
+    if (i < begin + n) ++one[bin_of(scores[i])];
+    for (int64_t b = 0; b < BINS; ++b) one[b] += two[b];
+}
+// the bin of the threshold, and the scores in higher bins
+inline std::pair<int64_t, int64_t> TopRow::edge() const {
+    int64_t above = 0;
+    for (int64_t b = BINS - 1;; --b) {
+        int64_t here = 0;
+        for (int64_t r = 0; r < parts; ++r) here += bins(r)[b];
+        if (above + here >= want) return {b, above};
+        above += here;
     }
-    std::fill(to + held, to + a, int64_t(-1));
+}
+
+// %% ../../nbs/526_kernels.sparse.ipynb #4dab3112
+inline void TopRow::gather(int64_t rank, int64_t bin) const {
+    const auto [begin, end] = part(rank);
+    const ivec low = ivec{} + int32_t(uint32_t(bin) << (32 - BITS) ^ 1u << 31), high = low + ((1 << (32 - BITS)) - 1);
+    int32_t* to = candidates(rank);
+    int64_t n = 0;
+    for (int64_t i = begin; i < end; i += L) {
+        const ivec x = load(scores + i);
+        n += keep_lanes(x, (x >= low) & (x <= high), to + n);
+    }
+    std::fill(to + n, to + round_up(n, L), INT_MIN);
+    size[rank] = n;
+}
+// the lowest selected score: `need` candidates of all threads reach it
+inline int32_t TopRow::threshold(int64_t bin, int64_t need) const {
+    uint32_t x = uint32_t(bin) << (32 - BITS);
+    int64_t reach = -1;
+    for (int bit = 31 - BITS; bit >= 0 && reach != need; --bit) {
+        int64_t found = 0;
+        for (int64_t r = 0; r < parts; ++r)
+            found += count_from(candidates(r), size[r], int32_t((x | 1u << bit) ^ 1u << 31));
+        if (found >= need) x |= 1u << bit, reach = found;
+    }
+    return int32_t(x ^ 1u << 31);
+}
+
+// %% ../../nbs/526_kernels.sparse.ipynb #64357849
+// a thread's scores above the threshold, and those equal to it
+inline std::pair<int64_t, int64_t> TopRow::above(int64_t rank, int64_t bin, int32_t least) const {
+    const int64_t more = count_above(candidates(rank), size[rank], least);
+    int64_t n = more;
+    for (int64_t b = bin + 1; b < BINS; ++b) n += bins(rank)[b];
+    return {n, count_from(candidates(rank), size[rank], least) - more};
+}
+// replace the part's scores by its selected positions, and return how many they are
+inline int64_t TopRow::collect(int64_t rank, int32_t least, int64_t ties) const {
+    const auto [begin, end] = part(rank);
+    const int64_t stop = begin + behind_ties(scores + begin, end - begin, least, ties);
+    int64_t held = 0;
+    for (int64_t i = begin; i < end; i += L) {
+        const ivec x = load(scores + i), at = lane_numbers(Lanes()) + int32_t(i);
+        const ivec chosen = (x > least) | ((x == least) & (at < int32_t(stop)));
+        held += keep_lanes(at, chosen, scores + begin + held);
+    }
+    return held;
+}
+
+// %% ../../nbs/526_kernels.sparse.ipynb #31ebc0fe
+struct Places { int64_t *to, base = 0, hop = 1; };  // where positions are written, and as what
+
+// the `a` visible positions of the largest of t scores; −1 fills the rest
+inline void select_row(const Team& team, const float* s, int64_t t, const bool* mask, int64_t a, Places out,
+                       float* memory) {
+    const TopRow row(t, std::min(a, mask ? std::count(mask, mask + t, true) : t), team.size, memory);
+    int64_t start = 0;
+    if (row.want) {
+        row.count(team.rank, s, mask);
+        team.wait();
+        const auto [bin, more] = row.edge();
+        row.gather(team.rank, bin);
+        team.wait();
+        const int32_t least = row.threshold(bin, row.want - more);
+        int64_t ties = row.want, mine = 0;
+        for (int64_t r = 0; r < team.size; ++r) ties -= row.above(r, bin, least).first;
+        for (int64_t r = 0; r <= team.rank; ++r) {
+            const auto [n, tied] = row.above(r, bin, least);
+            mine = std::min(ties, tied), ties -= mine, start += r < team.rank ? n + mine : 0;
+        }
+        const int32_t* at = row.scores + row.part(team.rank).first;
+        const int64_t n = row.collect(team.rank, least, mine);
+        for (int64_t i = 0; i < n; ++i) out.to[start + i] = out.base + out.hop * at[i];
+    }
+    if (team.rank == team.size - 1) std::fill(out.to + row.want, out.to + a, int64_t(-1));
+}
+
+// %% ../../nbs/526_kernels.sparse.ipynb #250db6f7
+// n rows of t scores: each thread selects from some of them, or all threads together from one after another
+template <class F>
+void select_rows(const Team& team, int64_t n, int64_t t, float* memory, F select) {
+    const auto [begin, end] = team.share(n);
+    if (n >= team.size)
+        for (int64_t i = begin; i < end; ++i)
+            select(i, Team{0, 1, nullptr}, memory + team.rank * TopRow::room(t, 1));
+    else for (int64_t i = 0; i < n; ++i, team.wait()) select(i, team, memory);
 }
 
 // %% ../../nbs/526_kernels.sparse.ipynb #3f6695a4
 constexpr int64_t SOME_QUERIES = 16;
 
-template <class T> struct SelectRun {
+template <class K> struct SelectRun {
+    using Query = typename K::Query;
     int64_t s, j, u;            // queries, index heads, width of a head
     const float *q, *w;         // s × j × u, s × j
-    IndexKeys<T> keys;
+    K keys;
     const bool* mask = nullptr;  // s rows, or null
     int64_t hop = 0;            // from row to row of the mask
     bool causal = false;
-    int64_t a = 0, *to = nullptr;  // selected positions s × a
+    int64_t a = 0;              // selected positions per query
+    Places out = {};            // s × a
     float* scores = nullptr;    // s × t; null: select from them instead
 
     int64_t seen(int64_t i) const { return causal ? std::max<int64_t>(0, keys.t - s + i + 1) : keys.t; }
     int64_t room(int64_t threads) const {
-        const int64_t each = INDEX_KEYS * u + round_up(keys.t, L);
-        return SOME_QUERIES * (IndexQuery::size(j, u) + (scores ? 0 : keys.t)) + threads * each;
+        const int64_t each = keys.room() + (scores ? 0 : TopRow::room(keys.t, 1));
+        return SOME_QUERIES * (Query::size(j, u) + (scores ? 0 : keys.t)) + threads * each;
     }
     void block(const Team& team, int64_t first, int64_t n, float* memory) const;
     void operator()(const Team& team, float* memory) const {
@@ -179,19 +323,21 @@ template <class T> struct SelectRun {
 };
 
 // %% ../../nbs/526_kernels.sparse.ipynb #9346dbea
-template <class T> void SelectRun<T>::block(const Team& team, int64_t first, int64_t n, float* memory) const {
-    std::vector<IndexQuery> queries;
-    for (int64_t i = 0; i < n; ++i) queries.emplace_back(j, u, std::exchange(memory, memory + IndexQuery::size(j, u)));
+template <class K> void SelectRun<K>::block(const Team& team, int64_t first, int64_t n, float* memory) const {
+    auto take = [&](int64_t size) { return std::exchange(memory, memory + size); };
+    std::vector<Query> queries;
+    for (int64_t i = 0; i < n; ++i) queries.emplace_back(j, u, take(Query::size(j, u)));
     const auto [begin, end] = team.share(n);
     for (int64_t i = begin; i < end; ++i) queries[i].pack(q + (first + i) * j * u, w + (first + i) * j);
     team.wait();
-    float* held = scores ? scores + first * keys.t : std::exchange(memory, memory + SOME_QUERIES * keys.t);
-    float* own = memory + team.rank * (INDEX_KEYS * u + round_up(keys.t, L));
+    float* held = scores ? scores + first * keys.t : take(SOME_QUERIES * keys.t);
+    float* own = take(team.size * keys.room()) + team.rank * keys.room();
     keys.score(team, seen(first + n - 1), n, queries.data(), held, keys.t, own);
     team.wait();
-    for (int64_t i = begin; i < end && !scores; ++i) {
+    if (scores) return;
+    select_rows(team, n, keys.t, memory, [&](int64_t i, const Team& some, float* room) {
         const bool* hidden = mask ? mask + (first + i) * hop : nullptr;
-        int32_t* order = (int32_t*)(own + INDEX_KEYS * u);
-        select_row(held + i * keys.t, seen(first + i), hidden, a, to + (first + i) * a, order);
-    }
+        const Places to{out.to + (first + i) * a, out.base, out.hop};
+        select_row(some, held + i * keys.t, seen(first + i), hidden, a, to, room);
+    });
 }

@@ -172,6 +172,7 @@ template <class T, class M, class S = Step> struct MlaStage {
     MlaStage(const S& step, const Mla<T, M>& w);
     void project(const Team& t, const Mla<T, M>& w, const float* x) const;
     template <class V> void write(const Team& t, const Mla<T, M>& w, const V& cache) const;
+    void finish(const Team& t, const Mla<T, M>& w, const float* x, float* y) const;
     void operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache, float* y) const;
 };
 
@@ -225,22 +226,25 @@ void MlaStage<T, M, S>::write(const Team& t, const Mla<T, M>& w, const V& cache)
 
 // %% ../../nbs/530_kernels.stages.ipynb #660b2353
 template <class T, class M, class S>
+void MlaStage<T, M, S>::finish(const Team& t, const Mla<T, M>& w, const float* x, float* y) const {
+    expand(t, w, step.n, latents.data(), ov);
+    t.wait();
+    product(t, w.d, step.n, w.h * w.v, w.o, ovs.data(), y, w.d, panel);
+    add_share(t, w.o, step.n, w.d, x, y);
+}
+template <class T, class M, class S>
 void MlaStage<T, M, S>::operator()(const Team& t, const Mla<T, M>& w, const float* x, const Tensor* cache,
                                    float* y) const {
-    const int64_t n = step.n;
     const auto keys = step.template view<T>(cache);
     const auto pages = keys.read_only();
     const Heads<decltype(keys.read_only())> heads{1, w.h, w.cached(), w.c, ql, pages, pages, o, w.scale};
     project(t, w, x);
     write(t, w, keys);
-    absorb(t, w, n, q, ql);
+    absorb(t, w, step.n, q, ql);
     t.wait();
     step.attend(t, heads, scratch);
     t.wait();
-    expand(t, w, n, latents.data(), ov);
-    t.wait();
-    product(t, w.d, n, w.h * w.v, w.o, ovs.data(), y, w.d, panel);
-    add_share(t, w.o, n, w.d, x, y);
+    finish(t, w, x, y);
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #4a298001

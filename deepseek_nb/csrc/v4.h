@@ -72,7 +72,7 @@ struct V4Memory {
     V4Memory(const V4Step& step, const V4Sizes& n) : chosen(step.n * n.index_top) {
         const int64_t x = n.streams, hv = n.heads * n.head;
         most = n.fine ? (step.past + step.s) / n.fine : 0;
-        own = IndexQuery::size(n.index_heads, n.index_head) + INDEX_KEYS * n.index_head + round_up(most, L);
+        own = IndexQuery::size(n.index_heads, n.index_head) + INDEX_KEYS * n.index_head + TopRow::room(most, 1);
         attend = attention_room(n.head, n.head);
         const int64_t wide = panel_size(step.n, std::max({x * step.d, n.q_latent, hv, n.groups * n.rank}));
         const int64_t each[] = {(2 + x) * x, step.d, n.q_latent, hv, n.head, 4 * n.head, 4 * n.index_head,
@@ -237,8 +237,8 @@ template <class T, class M> void V4Run<T, M>::select(const Team& t, const V4Bloc
     const auto [begin, end] = t.share(step.n);
     for (int64_t i = begin; i < end; ++i)
         if (seen(i) > a)
-            select_row(memory.held + i * most, seen(i), nullptr, a, &memory.chosen[i * a],
-                       (int32_t*)(wide + INDEX_KEYS * u));
+            select_row(Team{0, 1, nullptr}, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]},
+                       wide + INDEX_KEYS * u);
     t.wait();
 }
 

@@ -207,8 +207,8 @@ def shipped(
     name:str, # Name of a model, such as 'mini'
 )->Path|None: # A folder in the Hugging Face layout; None if the package has no such model
     "The folder of a model in this package"
-    folder = Path(str(files('deepseek_nb')))/name
-    return folder if name.isidentifier() and (folder/'config.json').is_file() else None
+    folder = Path(str(files('deepseek_nb')))/(own := name.replace('-', '_'))
+    return folder if own.isidentifier() and (folder/'config.json').is_file() else None
 
 # %% ../../nbs/200_files.hub.ipynb #f06d9f0c
 HUB_ID = re.compile(r'(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?(:(?P<file>.+\.gguf))?')

@@ -1,4 +1,4 @@
-"""Guesses of the next tokens, from four sources: an earlier passage of the text, a smaller model, the multi-token-prediction block of DeepSeek-V3 and V4, and V4's block drafter.
+"""Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
 
 A drafter proposes tokens that a model may generate next. `LookupDrafter` copies what followed the last tokens when they occurred before,
 `ModelDrafter` runs a smaller model, `MTPDrafter` the multi-token-prediction block of the model itself, and `DSparkDrafter` the block drafter

@@ -12,6 +12,7 @@ __all__ = ['step_kernels', 'LIMIT', 'MANY', 'collected', 'Half', 'attention_half
            'mixture_cpp', 'run_blocks_cpp', 'head_cpp']
 
 # %% ../../nbs/532_kernels.step.ipynb #4d1d2719
+from collections import defaultdict
 from operator import is_
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from ..arch.model import Block, HyperBlock, add_attention, add_feed_forward, hea
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
+from ..arch.sparse import DSA, Indexer
 from .build import Kernels
 from .gemm import FLOATS, linear_cpp, without_grad
 from .moe import router_settings
@@ -50,7 +52,7 @@ def _follow(m, name, modules, links):
 # %% ../../nbs/532_kernels.step.ipynb #92df1b29
 LIMIT = 64  # most tokens of a step
 MANY = 1024  # most tokens of a feed-forward alone
-_KNOWN = (nn.Linear, nn.RMSNorm, RMSNorm, MLA, GQA, MoE, SwiGLU, Gate, Experts)
+_KNOWN = (nn.Linear, nn.RMSNorm, nn.LayerNorm, RMSNorm, MLA, GQA, DSA, Indexer, MoE, SwiGLU, Gate, Experts)
 
 class Half:
     "The weights of one sublayer of a block, in the order of the kernels"
@@ -77,10 +79,11 @@ class Half:
 # %% ../../nbs/532_kernels.step.ipynb #29aba49b
 def attention_half(
     block:Block, # Block that contains the weights
+    kinds:tuple = (MLA, GQA), # Classes of attention that the kernels compute
 )->Half: # Weights, with the attributes `sizes` and `numbers`
     "Collect the weights and sizes of a block's attention"
     a = block.self_attn
-    if type(a) not in (MLA, GQA) or isinstance(block, HyperBlock): return Half(block, {})
+    if type(a) not in kinds or isinstance(block, HyperBlock): return Half(block, {})
     c,places = a.c,dict(MLA_PLACES if a.c.mla else GQA_PLACES)
     if c.mla and not c.q_lora_rank: places |= dict(q='self_attn.q_proj.weight', q_a=None, q_norm=None)
     if not c.mla and not c.attn_bias: places |= dict.fromkeys(['q_bias', 'k_bias', 'v_bias'])
@@ -115,7 +118,7 @@ def feed_forward_half(
     return half
 
 # %% ../../nbs/532_kernels.step.ipynb #bb2c9b2e
-_halves = {attention_half: WeakKeyDictionary(), feed_forward_half: WeakKeyDictionary()}
+_halves = defaultdict(WeakKeyDictionary)  # function that collects weights -> block -> `Half`
 
 def _fits(x, limit): return not is_compiling() and not torch.is_grad_enabled() and x.dtype in FLOATS and 0 < x.shape[0]*x.shape[1] <= limit
 
@@ -125,7 +128,7 @@ def _ready(found, x):
 
 def half_of(
     block:Block|MoE, # Module that contains the weights
-    make, # Function that collects them: `attention_half` or `feed_forward_half`
+    make, # Function that collects them, such as `attention_half` or `feed_forward_half`
     x:Tensor, # Input `b s d`
     limit:int = LIMIT, # Largest number of tokens
 )->Half|None: # Weights of the sublayer; None if the readable code must run
@@ -140,8 +143,9 @@ class Blocks:
     "The sublayers of all blocks of a model, as arguments of one call"
     def __init__(self,
         blocks:nn.ModuleList, # All blocks of one model
+        attend=attention_half, # Function that collects the weights of an attention
     ):
-        self.halves = halves = [make(b) for b in blocks for make in (attention_half, feed_forward_half)]
+        self.halves = halves = [make(b) for b in blocks for make in (attend, feed_forward_half)]
         self.plain,self.floats = all(h.plain for h in halves),all(h.floats for h in halves)
         own = [blocks._modules]*len(blocks), [*map(str, range(len(blocks)))], [*blocks]
         self.links = [sum(l, []) for l in zip(own, *(h.links for h in halves), strict=True)]
@@ -160,9 +164,13 @@ def blocks_of(
     x:Tensor, # Input `b s d`
 )->Blocks|None: # Weights of all blocks; None if the readable code must run
     "The weights of all blocks, if the kernels can use them"
-    if not _fits(x, LIMIT) or not isinstance(blocks, nn.ModuleList): return None
-    found = collected.get(blocks)
-    if found is None or not found.holds(): found = collected[blocks] = Blocks(blocks)
+    return _blocks_of(blocks, x, collected, Blocks, (MLA, GQA))
+
+def _blocks_of(blocks, x, kept, make, kinds):
+    "The blocks that `kept` holds, or that `make` collects"
+    if not _fits(x, LIMIT) or not isinstance(blocks, nn.ModuleList) or type(getattr(blocks[0], 'self_attn', None)) not in kinds: return None
+    found = kept.get(blocks)
+    if found is None or not found.holds(): found = kept[blocks] = make(blocks)
     return _ready(found, x)
 
 # %% ../../nbs/532_kernels.step.ipynb #59022c7e
@@ -183,9 +191,10 @@ def cache_fits(
     x:Tensor, # Residual stream `b s d`
     ctx:Context, # Mask and form of MLA
     cache:Cache|None, # Cache of all layers
+    kinds:tuple = (Cache,), # Classes of caches that the kernels read
 )->bool: # Whether the mask follows from the cache, and the dtypes agree
     "Whether the kernels can attend with this cache"
-    return type(cache) is Cache and ctx.mla != 'naive' and (ctx.mask is None or cache.pad is not None) and cache.dtype == x.dtype
+    return type(cache) in kinds and ctx.mla != 'naive' and (ctx.mask is None or cache.pad is not None) and cache.dtype == x.dtype
 
 # %% ../../nbs/532_kernels.step.ipynb #fc83c75b
 @add_attention.twin('cpp', available=step_kernels.ready, supports=lambda x, block, ctx:

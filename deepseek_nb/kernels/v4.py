@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import Context
 from ..arch.compressed import CompressedAttention, Compressor, EntryIndexer
-from ..arch.hash import ClampedMoE, ClampedSwiGLU, HashGate
+from ..arch.hash import ClampedExperts, ClampedMoE, ClampedSwiGLU, HashGate
 from ..arch.hyper import HyperConnection
 from ..arch.model import HyperBlock, first_angles, run_blocks
 from ..arch.moe import MoE, SwiGLU
@@ -34,7 +34,8 @@ from .v4_stages import V4_PLACES, v4_numbers, v4_sizes
 v4_kernels = Kernels('v4.cpp', v4_step=lambda x, weights, ratios, sizes, numbers, angles, ids, caches, past, pad: None)
 
 # %% ../../nbs/536_kernels.v4.ipynb #c6184b01
-_KNOWN = WindowAttention, CompressedAttention, Compressor, EntryIndexer, HyperConnection, ClampedMoE, ClampedSwiGLU, HashGate
+_KNOWN = (WindowAttention, CompressedAttention, Compressor, EntryIndexer, HyperConnection, ClampedExperts, ClampedMoE, ClampedSwiGLU,
+          HashGate)
 
 def _places(block):
     "Dotted names of the weights of a block"
@@ -111,7 +112,7 @@ def v4_fits(
 )->bool: # Whether the kernels can run these tokens with this cache
     "Whether the shapes, the cache and the padding allow one call"
     cache = ctx.cache
-    if type(cache) is not RewindableCache or x.ndim != 4 or cache.dtype != x.dtype or ctx.tokens is None: return False
+    if not isinstance(cache, RewindableCache) or x.ndim != 4 or cache.dtype != x.dtype or ctx.tokens is None: return False
     small = 0 < x.shape[0]*x.shape[1] <= LIMIT and x.shape[1] <= cache.rewinds + 1 and x.shape[2] <= MOST_STREAMS
     return small and cache.c.window > 0 and (cache.pad is None or len(cache) >= cache.pad.max().item())
 

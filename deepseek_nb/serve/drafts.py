@@ -100,7 +100,7 @@ def draft(self:RowDrafts,
 def learn(self:RowDrafts,
     row:RowDrafter, # Of a row that ran
     ids:list, # All tokens of the row, the new ones included
-    x:Tensor, # Activations of the positions that stay, after the last norm `m d`
+    x:Tensor, # Activations of the positions that stay, after the last norm `m d`, or V4's streams `m x d`
     part:int = 64, # Most tokens that a drafter reads
 )->None:
     "Tell a drafter what the model has computed"

@@ -12,6 +12,7 @@ __all__ = ['Row', 'EngineWatch', 'EngineStats', 'StepRecord', 'Engine', 'QueueFu
 # %% ../../nbs/458_serve.engine.ipynb #df099694
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -332,12 +333,14 @@ def _careful(self:Engine, row, call, *args):
 def _forward(self:Engine,
     counts:dict, # `Row` -> number of its tokens
     drafts:dict, # `Row` -> its `RowDraft`
-)->torch.Tensor: # Activations after the last norm `n d`
+)->tuple[torch.Tensor,torch.Tensor]: # Activations after the last norm `n d`, and what drafters learn: these, or V4's streams `n x d`
     "One forward pass"
     new = {r: r.tokens[len(r.cache):] + (drafts[r].tokens if r in drafts else []) for r in counts}
     ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
-    own = [r.adapter and r.adapter.layers for r in counts]
-    return self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
+    own,streams = [r.adapter and r.adapter.layers for r in counts],self.model.config.hc_mult and self.drafts and self.drafts.source == 'mtp'
+    with self.model.keep_hidden() if streams else nullcontext() as kept:
+        x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
+    return x,torch.cat([k[0] for k in kept]) if streams else x
 
 def _decodes(row, n, drafts):
     "Whether a row only decodes in a step, and its drafter has nothing else to do"
@@ -349,7 +352,7 @@ def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row ru
     gone,drafting,start = [],True,monotonic()
     while self.rows:
         counts,drafts = self._plan(drafting)
-        try: x = self._forward(counts, drafts)
+        try: x,seen = self._forward(counts, drafts)
         except PoolFull:
             if drafts: drafting = False
             elif len(self.rows) == 1: raise
@@ -357,7 +360,7 @@ def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row ru
             continue
         self._record(counts, drafts, gone)
         plain = self.drafts is not None and all(_decodes(r, n, drafts) for r,n in counts.items())
-        self._draw(x, counts, drafts)
+        self._draw(x, counts, drafts, seen)
         for row in counts:
             if row.cache is not None: self._keep(self.store.passed, row)
         if plain: self.drafts.lengths.time(sum(counts.values()), monotonic() - start)
@@ -378,12 +381,14 @@ def _draw(self:Engine,
     x:torch.Tensor, # Activations after the last norm `n d`
     counts:dict, # `Row` -> number of its tokens
     drafts:dict, # `Row` -> its `RowDraft`
+    seen:torch.Tensor, # What drafters learn `n …`
 )->None:
     "Draw the next tokens of the rows that are complete"
-    parts,guesses = dict(zip(counts, x.split([*counts.values()]), strict=True)),{r: d.tokens for r,d in drafts.items()}
+    parts,learned = (dict(zip(counts, y.split([*counts.values()]), strict=True)) for y in (x, seen))
+    guesses = {r: d.tokens for r,d in drafts.items()}
     for row,own in parts.items():
         if not row.new: self._read_prompt(row, own)
-        if row.pending > 0: self._careful(row, self.drafts and self.drafts.learn, row.tokens, own)
+        if row.pending > 0: self._careful(row, self.drafts and self.drafts.learn, row.tokens, learned[row])
     ready = [row for row in counts if row.pending <= 0]
     wanting = {row: parts[row][-1 - len(guesses.get(row, ())):] for row in ready if row.stream.request.max_tokens}
     for row in ready:
@@ -391,7 +396,7 @@ def _draw(self:Engine,
     if not wanting: return
     logits = head(torch.cat([*wanting.values()]), self.model.head_weight) # of two axes: the bits don't depend on the rows
     found = sample_ahead(logits, [r.sampler for r in wanting], [guesses.get(r, ()) for r in wanting])
-    for row,drawn in zip(wanting, found, strict=True): self._settle(row, drawn, drafts.get(row), parts[row])
+    for row,drawn in zip(wanting, found, strict=True): self._settle(row, drawn, drafts.get(row), learned[row])
 
 # %% ../../nbs/458_serve.engine.ipynb #011004d0
 @patch
@@ -399,7 +404,7 @@ def _settle(self:Engine,
     row:Row, # Has drawn tokens
     drawn:list, # A `Drawn` for each, the last may be an exception
     draft:RowDraft|None, # What was drafted; None: nothing
-    x:torch.Tensor, # Activations of the row's positions in this step `m d`
+    x:torch.Tensor, # What drafters learn from the row's positions in this step `m …`
 )->None:
     "Forget the part of a draft that is wrong, and deliver what was drawn"
     kept = len(drawn) - 1
