@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deepseek_nb.apps.anomaly import Detector, FitSettings, choose_threshold, fit_scaling, rate_interval
-from deepseek_nb.apps.detection import average_precision, event_scores, nab_parts, nab_score, ranking_auc, recall_at, runs_of
+from deepseek_nb.apps.detection import average_precision, event_scores, nab_parts, nab_score, ranking_auc, recall_at, stretches
 from deepseek_nb.apps.series import (
     CATEGORIES,
     Labelled,
@@ -204,10 +204,10 @@ def test_rankings_against_pairs():
 def test_events():
     mask = torch.rand(300) < .3
     again = torch.zeros(300).bool()
-    for a, b in runs_of(mask):
+    for a, b in stretches(mask):
         assert mask[a:b+1].all() and (a == 0 or not mask[a-1]) and (b == 299 or not mask[b+1])
         again[a:b+1] = True
-    assert again.equal(mask) and runs_of(torch.zeros(3).bool()) == []
+    assert again.equal(mask) and stretches(torch.zeros(3).bool()) == []
 
 
 def test_nab_against_a_loop():
