@@ -156,7 +156,7 @@ def compile_source(
         return ctypes.CDLL(f'{folder}/cell.out') if kind == 'cpp' and not check else None
 
 # %% ../../nbs/040_core.nbproc.ipynb #417e5f36
-SUFFIXES = {'cpp': ('.cpp', '.h', '.hpp'), 'cu': ('.cu', '.cuh'),
+SUFFIXES = {'cpp': ('.cpp', '.cc', '.h', '.hpp'), 'cu': ('.cu', '.cuh'),
             'example': ('.py', '.mjs', '.java', '.cpp', '.sh', '.toml', '.service', 'Containerfile')}
 
 def check_name(

@@ -29,49 +29,13 @@ struct Ahead {
     }
 };
 
-// %% ../../nbs/520_kernels.flash.ipynb #00fcede4
-inline vec splat_pair(const float* p) {
-    typedef int64_t pairs __attribute__((vector_size(4 * L)));
-    int64_t two;
-    memcpy(&two, p, 8);
-    return (vec)(two - pairs{});
-}
-template <int M> void score_pairs(int64_t x, const float* k, int64_t ldk, const float* q, float* s, Ahead& ahead) {
-    vec sum[M];
-    for (vec& y : sum) y = vec{};
-    Ahead a = ahead;
-    for (int64_t c = 0; c < x; c += 2) {
-        a.step();
-        const vec y = load(q + c / 2 * L);
-        for (int i = 0; i < M; ++i) sum[i] += splat_pair(k + i * ldk + c) * y;
-    }
-    for (int i = 0; i < M; ++i) store(s + i * L, sum[i]);
-    ahead = a;
-}
-
-// %% ../../nbs/520_kernels.flash.ipynb #acda6363
-template <int... I> inline vec add_neighbours(vec a, vec b, std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
-using ScorePairs = void (*)(int64_t, const float*, int64_t, const float*, float*, Ahead&);
-template <int... M> constexpr std::array<ScorePairs, ROWS> scorers(std::integer_sequence<int, M...>) {
-    return {&score_pairs<M + 1>...};
-}
-inline constexpr auto SCORERS = scorers(Heights());
-
-// %% ../../nbs/520_kernels.flash.ipynb #edae87d5
+// %% ../../nbs/520_kernels.flash.ipynb #9d591108
 // s (n × lanes) = k (n × x) · q (x × lanes)
-inline void scores(int64_t n, int64_t x, int64_t rows, Rows k, const float* q, float* s, Ahead& ahead) {
-    if (paired(rows)) {
-        in_tiles(n, [&](int64_t i, int64_t m) { SCORERS[m - 1](x, k.data + i * k.ld, k.ld, q, s + i * L, ahead); });
-        for (int64_t i = 0; i < n; i += 2)
-            store(s + i * L / 2, add_neighbours(load(s + i * L), load(s + i * L + L), Lanes()));
-    } else for (int64_t j = 0, wide = lanes(rows); j < wide; j += W)
-        in_tiles(n, [&](int64_t i, int64_t m) {
-            const float* here = k.data + i * k.ld;
-            pick_tile(m, wide - j > L ? 2 : 1)(x, here, k.ld, q + j * x, W, s + i * wide + j, wide, here);
-        });
-}
+void scores(int64_t n, int64_t x, int64_t rows, Rows k, const float* q, float* s, Ahead& ahead);
+// the weights of n keys, from their scores
+void softmax(float* s, int64_t n, int64_t rows, const State& state);
+// o (rows × width) = factor · o + sᵀ (rows × n) · v (n × width)
+void weighted(int64_t n, int64_t width, int64_t rows, const float* s, Rows v, const State& state, Ahead& ahead);
 
 // %% ../../nbs/520_kernels.flash.ipynb #4530cb68
 inline vec exp2(vec x) {
@@ -83,67 +47,6 @@ inline vec exp2(vec x) {
     p = p * r + 6.931472028550421e-1f;
     p = p * r + 1.f;
     return x < -126.f ? vec{} : (vec)((ivec)p + (__builtin_convertvector(n, ivec) << 23));
-}
-
-// %% ../../nbs/520_kernels.flash.ipynb #ad908736
-inline vec both_halves(vec x, vec (*join)(vec, vec)) { return join(x, swap_lanes<L / 2>(x, Lanes())); }
-
-inline void soften(float* s, int64_t n, int64_t step, bool pairs, float* top, float* sum, float* factor) {
-    vec most = load(top), total = {};
-    for (int64_t r = 0; r < n; ++r) most = larger(load(s + r * step), most);
-    if (pairs) most = both_halves(most, larger<vec>);
-    const vec base = most == -__builtin_inff() ? vec{} : most, f = exp2(load(top) - base);
-    for (int64_t r = 0; r < n; ++r) {
-        const vec p = exp2(load(s + r * step) - base);
-        total += p;
-        store(s + r * step, p);
-    }
-    if (pairs) total = both_halves(total, [](vec a, vec b) { return a + b; });
-    store(top, most), store(factor, f), store(sum, load(sum) * f + total);
-}
-
-// %% ../../nbs/520_kernels.flash.ipynb #7038a745
-inline void softmax(float* s, int64_t n, int64_t rows, const State& state) {
-    const int64_t step = round_up(rows, L), vecs = round_up(n * lanes(rows), step) / step;
-    std::fill(s + n * lanes(rows), s + vecs * step, -__builtin_inff());
-    for (int64_t j = 0; j < step; j += L)
-        soften(s + j, vecs, step, paired(rows), state.top + j, state.sum + j, state.factor + j);
-}
-
-// %% ../../nbs/520_kernels.flash.ipynb #93233f77
-template <int M, int N>
-void weigh(int64_t n, const float* p, int64_t ldp, Rows v, const float* factor, float* o, int64_t ldo, Ahead& ahead) {
-    vec sum[M][N];
-    for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) sum[i][j] = load(o + i * ldo + j * L) * factor[i];
-    Ahead a = ahead;
-    for (int64_t k = 0; k < n; ++k) {
-        a.step();
-        vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(v.data + k * v.ld + j * L);
-        for (int i = 0; i < M; ++i) {
-            const vec weight = splat(p[k * ldp + i]);
-            for (int j = 0; j < N; ++j) sum[i][j] += weight * y[j];
-        }
-    }
-    for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) store(o + i * ldo + j * L, sum[i][j]);
-    ahead = a;
-}
-
-// %% ../../nbs/520_kernels.flash.ipynb #203f1fe0
-using Weigh = void (*)(int64_t, const float*, int64_t, Rows, const float*, float*, int64_t, Ahead&);
-template <int N, int... M> constexpr std::array<Weigh, ROWS> weighers(std::integer_sequence<int, M...>) {
-    return {&weigh<M + 1, N>...};
-}
-inline constexpr std::array<Weigh, ROWS> WEIGHERS[] = {weighers<1>(Heights()), weighers<2>(Heights())};
-
-// o (rows × width) = factor · o + sᵀ (rows × n) · v (n × width)
-inline void weighted(int64_t n, int64_t width, int64_t rows, const float* s, Rows v, const State& state, Ahead& ahead) {
-    for (int64_t j = 0; j < width; j += W)
-        in_tiles(rows, [&](int64_t i, int64_t m) {
-            float* o = state.o + i * state.ldo + j;
-            WEIGHERS[width - j > L][m - 1](n, s + i, lanes(rows), {v.data + j, v.ld}, state.factor + i, o, state.ldo,
-                                           ahead);
-        });
 }
 
 // %% ../../nbs/520_kernels.flash.ipynb #64b5c137

@@ -25,138 +25,33 @@ template <int M, int n, int begin = 0> void add_up(vec* s, float* c, int64_t ldc
     }
 }
 
-// %% ../../nbs/510_kernels.gemm.ipynb #507828c7
-// c[j][i] = w_i · x_j
-template <int M, int N, class T>
-void dots(int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
-    vec s[N][M];
-    for (auto& token : s) for (vec& x : token) x = vec{};
-    int64_t k = 0;
-    for (; k + L <= K; k += L) {
-        vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(x[j] + k), keep(y[j]);
-        for (int i = 0; i < M; ++i) {
-            __builtin_prefetch(w + i * ldw + k + AHEAD, 0, 2);
-            vec a = load(w + i * ldw + k);
-            keep(a);
-            for (int j = 0; j < N; ++j) s[j][i] = muladd(a, y[j], s[j][i]);
-        }
-    }
-    if (k < K)
-        for (int i = 0; i < M; ++i)
-            for (int j = 0; j < N; ++j)
-                s[j][i] = muladd(load_part(w + i * ldw + k, K - k), load_part(x[j] + k, K - k), s[j][i]);
-    add_up<M, M * N>(&s[0][0], c, ldc);
-}
-
-// %% ../../nbs/510_kernels.gemm.ipynb #a3a8d28d
+// %% ../../nbs/510_kernels.gemm.ipynb #9bfd08ad
 using UpToTokens = std::make_integer_sequence<int, TOKENS>;
-template <int M, class T, int... N>
-inline void dots_up_to(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc,
-                       std::integer_sequence<int, N...>) {
-    ((n == N + 1 && (dots<M, N + 1>(K, w, ldw, x, c, ldc), true)) || ...);
-}
-template <int M, class T>
-inline void dots_block(int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc) {
-    const int64_t blocks = (n + TOKENS - 1) / TOKENS;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t j = n * b / blocks, some = n * (b + 1) / blocks - j;
-        dots_up_to<M>(some, K, w, ldw, x + j, c + j * ldc, ldc, UpToTokens());
-    }
-}
 
-// %% ../../nbs/510_kernels.gemm.ipynb #d80ed7a0
+// c[j][r] = w_r · x_j for R rows and n tokens
+template <class T>
+void skinny(int64_t R, int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, int64_t ldc);
+
+// %% ../../nbs/510_kernels.gemm.ipynb #64c0dee4
 template <class T> inline void fetch(const T* w) {
     for (int64_t i = 0; i < AHEAD; i += 64 / sizeof(T)) __builtin_prefetch(w + i, 0, 2);
 }
 
-// c[j][r] = w_r · x_j for R rows and n tokens
-template <class T>
-inline void skinny(int64_t R, int64_t n, int64_t K, const T* w, int64_t ldw, const float* const* x, float* c,
-                   int64_t ldc) {
-    int64_t r = 0;
-    if (n == 1) for (; r + 8 <= R; r += 8) dots<8, 1>(K, w + r * ldw, ldw, x, c + r, ldc);
-    for (; r + 4 <= R; r += 4) dots_block<4>(n, K, w + r * ldw, ldw, x, c + r, ldc);
-    for (; r < R; ++r) dots_block<1>(n, K, w + r * ldw, ldw, x, c + r, ldc);
-}
-
-// %% ../../nbs/510_kernels.gemm.ipynb #893b3920
-// c (M × N·L) = a (M × K) · b (K × N·L)
-template <int M, int N>
-void tile(int64_t K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-          const float* next) {
-    vec s[M][N];
-    for (auto& row : s) for (vec& x : row) x = vec{};
-    for (int64_t line = 0; line < K; line += 16) {
-        for (int i = 0; i < M; ++i) __builtin_prefetch(next + i * lda + line, 0, 2);
-        for (int64_t k = line; k < std::min(K, line + 16); ++k) {
-            vec y[N];
-            for (int j = 0; j < N; ++j) y[j] = load(b + k * ldb + j * L);
-            for (int i = 0; i < M; ++i) {
-                const vec x = splat(a[i * lda + k]);
-                for (int j = 0; j < N; ++j) s[i][j] = muladd(x, y[j], s[i][j]);
-            }
-        }
-    }
-    for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) store(c + i * ldc + j * L, s[i][j]);
-}
-
-// %% ../../nbs/510_kernels.gemm.ipynb #e2a92e62
+// %% ../../nbs/510_kernels.gemm.ipynb #350d8221
 using Tile = void (*)(int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, const float*);
 using Heights = std::make_integer_sequence<int, ROWS>;
-template <int N, int... M> constexpr std::array<Tile, ROWS> tiles(std::integer_sequence<int, M...>) {
-    return {&tile<M + 1, N>...};
-}
-inline Tile pick_tile(int m, int n) {
-    static constexpr auto one = tiles<1>(Heights()), two = tiles<2>(Heights());
-    return (n == 1 ? one : two)[m - 1];
-}
+Tile pick_tile(int m, int n);  // for m rows and n vectors
 
-// %% ../../nbs/510_kernels.gemm.ipynb #d747fa0d
+// %% ../../nbs/510_kernels.gemm.ipynb #2f18231a
 constexpr int W = 2 * L, PANEL = 64;
 
 // pack the features from begin up to end of n tokens
-inline void pack(int64_t n, int64_t K, int64_t begin, int64_t end, const float* const* x, float* panel) {
-    for (int64_t j = 0; j < n; j += L) {
-        float* strip = panel + j / W * W * K + j % W;
-        const int some = std::min<int64_t>(L, n - j);
-        for (int64_t k = begin; k < end; k += L) {
-            const int wide = std::min<int64_t>(L, end - k);
-            vec v[L] = {};
-            for (int i = 0; i < some; ++i) v[i] = wide == L ? load(x[j + i] + k) : load_part(x[j + i] + k, wide);
-            transpose(v);
-            for (int i = 0; i < wide; ++i) store(strip + (k + i) * W, v[i]);
-        }
-    }
-}
+void pack(int64_t n, int64_t K, int64_t begin, int64_t end, const float* const* x, float* panel);
 
-// %% ../../nbs/510_kernels.gemm.ipynb #29fc5450
+// %% ../../nbs/510_kernels.gemm.ipynb #7be10dfc
 // c (R × n, rows PANEL apart) = w (R × K) · panel (K × n)
-inline void multiply(int64_t R, int64_t n, int64_t K, const float* w, const float* panel, float* c,
-                     const float* after) {
-    const int64_t blocks = (R + ROWS - 1) / ROWS;
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t r = R * i / blocks, end = R * (i + 1) / blocks;
-        const float* here = w + r * K;
-        const float* next = i + 1 < blocks ? w + end * K : after ? after : here;
-        for (int64_t j = 0; j < n; j += W)
-            pick_tile(end - r, n - j > L ? 2 : 1)(K, here, K, panel + j * K, W, c + r * PANEL + j, PANEL,
-                                                  j ? here : next);
-    }
-}
-
-// %% ../../nbs/510_kernels.gemm.ipynb #426d2bb2
-inline void multiply(int64_t R, int64_t n, int64_t K, const bf16* w, const float* panel, float* c, const bf16*) {
-    thread_local std::vector<float> wide;
-    wide.resize(std::max<size_t>(wide.size(), ROWS * K));
-    for (int64_t r = 0; r < R; r += ROWS) {
-        const int64_t m = std::min<int64_t>(ROWS, R - r);
-        int64_t i = 0;
-        for (; i + L <= m * K; i += L) store(&wide[i], load(w + r * K + i));
-        for (; i < m * K; ++i) wide[i] = widen(w[r * K + i]);
-        multiply(m, n, K, wide.data(), panel, c + r * PANEL, (const float*)nullptr);
-    }
-}
+void multiply(int64_t R, int64_t n, int64_t K, const float* w, const float* panel, float* c, const float* after);
+void multiply(int64_t R, int64_t n, int64_t K, const bf16* w, const float* panel, float* c, const bf16* after);
 
 // %% ../../nbs/510_kernels.gemm.ipynb #3d0098e7
 template <class F> inline void columns(int64_t R, int64_t n, const float* c, F use) {

@@ -89,124 +89,19 @@ inline Ragged::Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& 
     for (auto& p : pieces) ends.push_back(p.cost() + (ends.empty() ? 0 : ends.back()));
 }
 
-// %% ../../nbs/524_kernels.paged.ipynb #0781c4be
-// s[j][i] = k_i · q_j; rows of s are KEYS apart. Prefetches as much behind next as it reads of k
-template <int M, int N, class T>
-void score_tile(int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s, const T* next) {
-    vec sum[N][M];
-    for (auto& row : sum) for (vec& y : row) y = vec{};
-    int64_t c = 0;
-    for (; c + L <= x; c += L, next += M * L) {
-        vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(q + j * ldq + c), keep(y[j]);
-        for (int i = 0; i < M; ++i) {
-            __builtin_prefetch(next + i * L, 0, 2);
-            vec a = load(k + i * ld + c);
-            keep(a);
-            for (int j = 0; j < N; ++j) sum[j][i] = muladd(a, y[j], sum[j][i]);
-        }
-    }
-    if (c < x)
-        for (int i = 0; i < M; ++i)
-            for (int j = 0; j < N; ++j)
-                sum[j][i] = muladd(load_part(k + i * ld + c, x - c), load(q + j * ldq + c), sum[j][i]);
-    add_up<M, M * N>(&sum[0][0], s, KEYS);
-}
-
-// %% ../../nbs/524_kernels.paged.ipynb #e9e0a760
-template <int M, class T, int... N>
-inline void score_queries(int64_t n, int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s,
-                          const T* next, std::integer_sequence<int, N...>) {
-    ((n == N + 1 && (score_tile<M, N + 1>(x, k, ld, q, ldq, s, next), true)) || ...);
-}
-constexpr int64_t SMALL = 1 << 12;  // numbers of queries that stay in the first-level cache
+// %% ../../nbs/524_kernels.paged.ipynb #605db9ef
+struct Softmax { float *top, *factor, *sum; };  // for each query; sum has L partial sums per query
 
 // the scores of n keys, which are read once if the queries are small, and otherwise once for each tile of queries
 template <class T>
 void score_keys(int64_t n, int64_t rows, int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, float* s,
-                const T* next) {
-    const int64_t blocks = (rows + TOKENS - 1) / TOKENS, hop = rows * x <= SMALL ? 4 : n;
-    for (int64_t first = 0; first < n; first += hop)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t j = rows * b / blocks, some = rows * (b + 1) / blocks - j;
-            for (int64_t i = first; i < std::min(n, first + hop); i += i + 4 <= n ? 4 : 1) {
-                const T* ahead = (b ? k : next) + i * ld;
-                const float* from = q + j * ldq;
-                float* to = s + j * KEYS + i;
-                if (i + 4 <= n) score_queries<4>(some, x, k + i * ld, ld, from, ldq, to, ahead, UpToTokens());
-                else score_queries<1>(some, x, k + i * ld, ld, from, ldq, to, ahead, UpToTokens());
-            }
-        }
-}
-
-// %% ../../nbs/524_kernels.paged.ipynb #26a33702
-struct Softmax { float *top, *factor, *sum; };  // for each query; sum has L partial sums per query
-
+                const T* next);
 // n scores of query r; the first `seen` of them are visible to it
-inline void soften_row(float* s, int64_t n, int64_t seen, int64_t r, const Softmax& state) {
-    const int64_t wide = round_up(n, L);
-    std::fill(s + std::clamp<int64_t>(seen, 0, n), s + wide, -__builtin_inff());
-    vec most = splat(state.top[r]), total = {};
-    for (int64_t k = 0; k < wide; k += L) most = larger(load(s + k), most);
-    const float top = largest(most), base = top == -__builtin_inff() ? 0 : top;
-    const vec f = exp2(splat(state.top[r] - base));
-    for (int64_t k = 0; k < wide; k += L) {
-        const vec p = exp2(load(s + k) - base);
-        total += p;
-        store(s + k, p);
-    }
-    store(state.sum + r * L, muladd(load(state.sum + r * L), f, total));
-    state.top[r] = top, state.factor[r] = f[0];
-}
-
-// %% ../../nbs/524_kernels.paged.ipynb #eeeb4b89
-// o (M × N vectors) = factor · o + p (M × n) · v (n × N vectors)
-template <int M, int N, class T>
-void sum_tile(int64_t n, const float* p, const T* v, int64_t ld, const float* factor, float* o, int64_t ldo,
-              const T* next) {
-    vec sum[M][N];
-    for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) sum[i][j] = load(o + i * ldo + j * L) * factor[i];
-    for (int64_t k = 0; k < n; ++k) {
-        vec y[N];
-        for (int j = 0; j < N; ++j) {
-            __builtin_prefetch(next + k * ld + j * L, 0, 2);
-            y[j] = load(v + k * ld + j * L);
-        }
-        for (int i = 0; i < M; ++i) {
-            const vec weight = splat(p[i * KEYS + k]);
-            for (int j = 0; j < N; ++j) sum[i][j] = muladd(weight, y[j], sum[i][j]);
-        }
-    }
-    for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) store(o + i * ldo + j * L, sum[i][j]);
-}
-
-// %% ../../nbs/524_kernels.paged.ipynb #52dd0fbe
-template <int N, class T, int... M>
-inline void sum_queries(int64_t rows, int64_t n, const float* p, const T* v, int64_t ld, const float* factor, float* o,
-                        int64_t ldo, const T* next, std::integer_sequence<int, M...>) {
-    ((rows == M + 1 && (sum_tile<M + 1, N>(n, p, v, ld, factor, o, ldo, next), true)) || ...);
-}
-template <int N, class T>
-void sum_columns(int64_t rows, int64_t n, const float* p, const T* v, int64_t ld, const float* factor, float* o,
-                 int64_t ldo, const T* next) {
-    const int64_t blocks = (rows + TOKENS - 1) / TOKENS;
-    for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t i = rows * b / blocks, some = rows * (b + 1) / blocks - i;
-        sum_queries<N>(some, n, p + i * KEYS, v, ld, factor + i, o + i * ldo, ldo, b ? v : next, UpToTokens());
-    }
-}
-
-// %% ../../nbs/524_kernels.paged.ipynb #0b0e2c1e
+void soften_row(float* s, int64_t n, int64_t seen, int64_t r, const Softmax& state);
+// o (rows × width) = factor · o + p (rows × n) · v (n × width)
 template <class T>
 void sum_values(int64_t rows, int64_t n, int64_t width, const float* p, const T* v, int64_t ld, const float* factor,
-                float* o, int64_t ldo, const T* next, float* part) {
-    int64_t c = 0;
-    for (; c + 4 * L <= width; c += 4 * L) sum_columns<4>(rows, n, p, v + c, ld, factor, o + c, ldo, next + c);
-    for (; c + L <= width; c += L) sum_columns<1>(rows, n, p, v + c, ld, factor, o + c, ldo, next + c);
-    if (c == width) return;
-    for (int64_t k = 0; k < n; ++k) store(part + k * L, load_part(v + k * ld + c, width - c));
-    sum_columns<1>(rows, n, p, part, L, factor, o + c, ldo, part);
-}
+                float* o, int64_t ldo, const T* next, float* part);
 
 // %% ../../nbs/524_kernels.paged.ipynb #44cc2491
 struct Desk {

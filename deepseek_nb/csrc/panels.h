@@ -159,109 +159,6 @@ template <class F> void as_format(const Matrix& m, F use) {
     else use(Int4<true>());
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #0a441108
-// sums[j] = the sums of the products of block g with token j; the tokens take turns, so that no addition waits for another
-template <class F, int N> inline void block_dots(const ivec (&w)[8], const Codes* x, int64_t g, ivec (&sums)[N]) {
-    constexpr int CHAINS = N == 1 ? 2 : 1;
-    ivec s[N * CHAINS] = {};
-    for (int i = 0; i < 8; ++i)
-        for (int j = 0; j < N; ++j) {
-            ivec& a = s[j + i % CHAINS];
-            a = F::SIGNED ? dot_signed(a, w[i], x[j][g].codes[i]) : dot(a, w[i], x[j][g].codes[i]);
-        }
-    for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? s[j] : s[0] + s[1];
-}
-// s + a block's part of the product
-inline vec add_block(vec s, ivec sums, vec d, vec low, const CodeBlock& x) {
-    return muladd(low, splat(x.sum), muladd(__builtin_convertvector(sums, vec) * x.scale, d, s));
-}
-
-// %% ../../nbs/537_kernels.codes.ipynb #ef63d646
-// c[j] (16 rows) = panel · x_j
-template <class F, int N>
-void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* tokens, float (*c)[PANEL_ROWS]) {
-    const int64_t G = blocks_of(m.K), each = m.blocks();
-    Codes x[N];  // in registers
-    std::copy_n(tokens, N, x);
-    for (int h = 0; h < PASSES; ++h) {
-        const uint8_t* at = panel + h * 4 * L;
-        vec s[N] = {};
-        for (int64_t first = 0; first < G; first += each) {
-            const vec d = F::step(at - h * 2 * L), low = F::low(at - h * 2 * L, d);
-            at += F::SCALES;
-            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES) {
-                ivec w[8];
-                for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
-                F::read(at, w);
-                ivec sums[N];
-                block_dots<F>(w, x, g, sums);
-                for (int j = 0; j < N; ++j) s[j] = add_block(s[j], sums[j], d, low, x[j][g]);
-            }
-        }
-        for (int j = 0; j < N; ++j) store(&c[j][h * L], F::END ? s[j] * load((const float*)panel + h * L) : s[j]);
-    }
-}
-
-// %% ../../nbs/537_kernels.codes.ipynb #cc92f4c6
-#if defined(__AMX_INT8__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-constexpr int64_t TILE = 16;
-inline bool tiles_allowed() {
-    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for tile data
-    return yes;
-}
-struct Tiles {
-    alignas(64) uint8_t before[64];
-    Tiles() {
-        _tile_storeconfig(before);
-        alignas(64) uint8_t config[64] = {1};
-        auto tile = [&](int i, uint8_t rows, uint8_t bytes) { config[48 + i] = rows, config[16 + 2 * i] = bytes; };
-        tile(0, TILE, 32), tile(1, 8, 64), tile(2, TILE, 64);
-        _tile_loadconfig(config);
-    }
-    ~Tiles() { _tile_loadconfig(before); }
-};
-#endif
-
-// %% ../../nbs/537_kernels.codes.ipynb #89a1d27a
-#if defined(__AMX_INT8__) && defined(__linux__)
-template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
-    for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
-        ivec w[8];
-        F::read(panel + (g / each + 1) * F::SCALES + g * F::BYTES, w);
-        memcpy(to + g * sizeof w, w, sizeof w);
-    }
-    return to;
-}
-// the sums (16 tokens × 16 rows) of one block
-inline void tile_block(const CodeBlock* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
-    _tile_zero(2);
-    _tile_loadd(0, x, step * sizeof *x);
-    _tile_loadd(1, w, 64);
-    _tile_dpbsud(2, 0, 1);
-    _tile_stored(2, sums, 64);
-}
-#endif
-
-// %% ../../nbs/537_kernels.codes.ipynb #d4ccab5c
-#if defined(__AMX_INT8__) && defined(__linux__)
-// c[j] (16 rows) = panel · x_j for 16 tokens, whose codes have equal distances in memory
-template <class F>
-void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
-    const int64_t each = m.blocks(), step = x[1] - x[0];
-    alignas(64) int32_t sums[TILE][PANEL_ROWS];
-    vec s[TILE] = {};
-    for (int64_t g = 0; g < blocks_of(m.K); ++g) {
-        const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
-        const vec d = F::step(group), low = F::low(group, d);
-        tile_block(x[0] + g, step, codes + 512 * g, sums);
-        for (int j = 0; j < TILE; ++j) s[j] = add_block(s[j], ints((const uint8_t*)sums[j]), d, low, x[j][g]);
-    }
-    for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
-}
-#endif
-
 // %% ../../nbs/537_kernels.codes.ipynb #8b93cdd8
 struct Range {
     int64_t first, last, R;  // panels with first <= index < last; rows of the matrix
@@ -275,53 +172,9 @@ struct Range {
         else memcpy(y + j * ld + r, c, (R - r) * sizeof(float));
     }
 };
-
-// %% ../../nbs/537_kernels.codes.ipynb #ce0785a2
-#if defined(__AMX_INT8__) && defined(__linux__)
-// compute as many tokens as fill whole tiles, and return their number
-template <class F> int64_t tile_rows(const Matrix& m, const Range& r) {
-    if (r.n < TILE || !tiles_allowed()) return 0;
-    const Tiles tiles;
-    thread_local Buffer buffer;
-    uint8_t* room = (uint8_t*)buffer.need(128 * blocks_of(m.K));
-    float c[TILE][PANEL_ROWS];
-    for (int64_t p = r.first; p < r.last; ++p) {
-        const uint8_t* codes = unpacked<F>(m, m.panel(p), room);
-        for (int64_t j = 0; j + TILE <= r.n; j += TILE) {
-            tile_dots<F>(m, m.panel(p), codes, r.x + j, c);
-            for (int i = 0; i < TILE; ++i) r.write(p, j + i, c[i]);
-        }
-    }
-    return r.n / TILE * TILE;
-}
-#else
-template <class F> int64_t tile_rows(const Matrix&, const Range&) { return 0; }
-#endif
-
-// %% ../../nbs/537_kernels.codes.ipynb #c0969547
-constexpr int AT_ONCE = L == 16 ? 12 : 4;
-using UpToOnce = std::make_integer_sequence<int, AT_ONCE>;
-
-template <class F, int... N>
-inline void panel_up_to(int n, const Matrix& m, const uint8_t* panel, const Codes* x, float (*c)[PANEL_ROWS],
-                        std::integer_sequence<int, N...>) {
-    ((n == N + 1 && (panel_dots<F, N + 1>(m, panel, x, c), true)) || ...);
-}
-template <class F> void panel_rows(const Matrix& m, const Range& r) {
-    const int64_t done = tile_rows<F>(m, r);
-    float c[AT_ONCE][PANEL_ROWS];
-    const int64_t left = r.n - done, blocks = (left + AT_ONCE - 1) / AT_ONCE;
-    for (int64_t p = r.first; p < r.last; ++p)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t j = done + left * b / blocks, some = done + left * (b + 1) / blocks - j;
-            panel_up_to<F>(some, m, m.panel(p), r.x + j, c, UpToOnce());
-            for (int i = 0; i < some; ++i) r.write(p, j + i, c[i]);
-        }
-}
-inline void rows_of(const Matrix& m, const Range& r) {
-    as_format(m, [&](auto f) { panel_rows<decltype(f)>(m, r); });
-}
 inline int64_t panels_of(int64_t R) { return (R + PANEL_ROWS - 1) / PANEL_ROWS; }
+void rows_of(const Matrix& m, const Range& r);
+void decode_row(const Matrix& m, int64_t row, float* y);  // one row, as floats
 
 // %% ../../nbs/537_kernels.codes.ipynb #8254507b
 struct Rounded {
@@ -351,23 +204,4 @@ inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix
     }
     const auto [first, last] = t.share(panels_of(R));
     rows_of(m, {first, last, R, n, codes.rows.data(), y, ldy});
-}
-
-// %% ../../nbs/537_kernels.codes.ipynb #d02c4a33
-template <class F> void decode_row(const Matrix& m, int64_t row, float* y) {
-    const int64_t each = m.blocks(), r = row % PANEL_ROWS;
-    const uint8_t* panel = m.panel(row / PANEL_ROWS);
-    float end = 1;
-    if (F::END) memcpy(&end, panel + 4 * r, 4);
-    for (int64_t k = 0; k < m.K; k += 32) {
-        const int64_t g = k / 32;
-        const uint8_t *group = panel + g / each * (F::SCALES + each * F::BYTES), *scales = group + r / L * 2 * L;
-        const vec d = F::step(scales), low = F::low(scales, d);
-        const uint8_t* codes = group + F::SCALES + g % each * F::BYTES + 4 * r;
-        for (int i = 0; i < std::min<int64_t>(32, m.K - k); ++i)
-            y[k + i] = F::END ? F::code(codes, i) * end : F::code(codes, i) * d[r % L] + low[r % L];
-    }
-}
-inline void decode_row(const Matrix& m, int64_t row, float* y) {
-    as_format(m, [&](auto f) { decode_row<decltype(f)>(m, row, y); });
 }
