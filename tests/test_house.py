@@ -180,6 +180,11 @@ def test_package_equals_notebooks(copy):
     assert not stale, f'run `make export`: not what the notebooks export are {stale}'
 
 
+def test_no_two_chapters_have_one_number():
+    numbers = [o.stem.split('_')[0] for o in CHAPTERS + STUDIES]
+    assert len(numbers) == len(set(numbers)), sorted(o for o in numbers if numbers.count(o) > 1)
+
+
 def test_every_module_has_a_notebook():
     known = {exported(o) for o in CHAPTERS}
     hand_written = {'__init__.py', '_modidx.py', '_later.py'}
