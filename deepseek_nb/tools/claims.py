@@ -93,6 +93,7 @@ EXPERIMENTS = dict(
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',
     indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
     finetuning='LoRA is better with fewer than 1,000 samples, and full fine-tuning with more than 10,000',
+    anomaly='Temporal convolution with attention over periods lifts the recall of fraud from 82% to 91%, at 0.3% false positives',
     balancing='A bias on the router balances the load of experts without a higher loss')
 
 # %% ../../nbs/980_tools.claims.ipynb #f9a74658
