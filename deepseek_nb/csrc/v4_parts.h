@@ -195,17 +195,13 @@ template <class T> void add_sinks(const SinkAttention<T>& a, const Block& w, con
         for (int64_t lane = r; lane < (paired(w.rows) ? L : r + 1); lane += L / 2)
             state.top[lane] = a.sink[w.row + r] * 1.44269504f, state.sum[lane] = 1;
 }
+// keys of a run: in memory as they are, or copied as floats behind `held` others
 template <class T>
-void attend_run(const SinkAttention<T>& a, const Block& w, const Run<T>& run, int64_t from, int64_t n, const Room& room,
-                const State& state) {
-    Rows keys{room.k(), room.x};
-    if (run.list) for (int64_t r = 0; r < n; ++r) copy_row(run.data + run.list[from + r] * a.x, a.x, 1, room.k() + r * room.x);
-    else keys = as_floats(a.k, run.data + from * a.x, n, a.x, a.x % 2 || a.x % L, room.k());
-    const T* here = run.data + (run.list ? 0 : from * a.x);
-    Ahead ahead = after(a.k, here, n, a.x, run.list ? 0 : run.n - from - n, 64);
-    scores(n, a.x, w.rows, keys, room.q(), room.s(), ahead);
-    softmax(room.s(), n, w.rows, state);
-    weighted(n, a.x, w.rows, room.s(), keys, state, ahead);
+Rows keys_of(const SinkAttention<T>& a, const Run<T>& run, int64_t from, int64_t n, int64_t held, bool copy, const Room& room) {
+    float* to = room.k() + held * room.x;
+    if (!run.list) return as_floats(a.k, run.data + from * a.x, n, a.x, copy || a.x % 2 || a.x % L, to);
+    for (int64_t r = 0; r < n; ++r) copy_row(run.data + run.list[from + r] * a.x, a.x, 1, to + r * room.x);
+    return {to, room.x};
 }
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #1bae8073
@@ -213,13 +209,22 @@ template <class T>
 void attend_keys(const SinkAttention<T>& a, const Block& w, int64_t t, int64_t end, const Room& room,
                  const State& state) {
     if (t == w.from) add_sinks(a, w, state);
-    const int64_t stop = std::min(t + KEYS, end);
-    int64_t at = 0;
+    const int64_t stop = std::min(t + KEYS, end), all = stop - t;
+    Rows keys{room.k(), room.x};
+    Ahead ahead{};
+    int64_t at = 0, held = 0;
     for (auto& run : a.runs(w.i)) {
-        const int64_t from = std::max(t, at) - at, to = std::min(stop, at + run.n) - at;
-        if (from < to) attend_run(a, w, run, from, to - from, room, state);
+        const int64_t from = std::max(t, at) - at, n = std::min(stop, at + run.n) - at - from;
         at += run.n;
+        if (n <= 0) continue;
+        const Rows some = keys_of(a, run, from, n, held, n < all, room);
+        if (n == all) keys = some;  // one run: maybe not copied
+        held += n;
+        ahead = after(a.k, run.data + (run.list ? 0 : from * a.x), n, a.x, run.list ? 0 : run.n - from - n, 64);
     }
+    scores(all, a.x, w.rows, keys, room.q(), room.s(), ahead);
+    softmax(room.s(), all, w.rows, state);
+    weighted(all, a.x, w.rows, room.s(), keys, state, ahead);
 }
 // divide by the sum, and rotate back by the position of the query
 template <class T> void finish(const SinkAttention<T>& a, const Block& w, int64_t r, const float* o, float sum) {
