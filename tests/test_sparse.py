@@ -402,7 +402,11 @@ def test_quantised_weights(small, form):
     exact = {n: next(l for l in lines if n in l) for n in ('weights_proj', 'k_norm.weight', 'k_norm.bias')}
     assert all('float32' in l for l in exact.values()) and 'indexer weights' in exact['weights_proj']
     assert sum(form in l for l in lines) == 2 # wq_b and wk
-    close(in_steps(q, ids, q.new_cache(2)), q(ids))
+    got, want = in_steps(q, ids, q.new_cache(2)), q(ids)
+    if form == 'nf4': return close(got, want)
+    # an activation that differs in its last bit may round to another of 255 codes, which changes its token and later ones by up to a code
+    off = (got - want).abs().amax(-1)/want.abs().max()
+    assert off.isfinite().all() and off.median() <= 1e-4, off
 
 
 def test_fixed_cache_of_compiled_steps(small):
