@@ -18,6 +18,7 @@ import torch
 from fastcore.basics import patch
 
 from ..arch.attention import Context
+from ..arch.hyper import expand_streams
 from ..arch.model import Model, run_blocks
 from ..core.device import pick_device, pick_dtype
 from ..files.checkpoint import fill
@@ -74,11 +75,12 @@ def from_pretrained(cls:Model,
 class DecodePath:
     "The formats, twin and device of a model's decode step"
     formats:tuple # Formats and dtypes of the weights, by decreasing size in bytes
-    twin:str # Twin of `run_blocks`: 'cpp/cpu/codes' or 'cpp/cpu' for all blocks in one call, 'reference' for block by block
+    twin:str # Twin of `run_blocks`: 'cpp/cpu', 'cpp/cpu/codes', 'cpp/cpu/sparse' or 'cpp/cpu/v4' for all blocks in one call, 'reference' for block by block
     device:str # Type of the device that holds the weights
     threads:int # Number of CPU threads
     def __str__(self):
-        how = {'cpp/cpu/codes': 'one C++ kernel on quantised codes', 'cpp/cpu': 'one C++ kernel on floats'}.get(self.twin, 'block by block')
+        form = 'quantised codes' if self.twin.endswith('codes') else 'floats'
+        how = f'one C++ kernel on {form}' if self.twin.startswith('cpp/cpu') else 'block by block'
         where = f'{self.threads} threads' if self.device == 'cpu' else self.device
         return f"weights in {' and '.join(self.formats)}; decode step: {how} ({self.twin}), {where}"
 
@@ -92,8 +94,9 @@ def decode_path(
     for p in model.parameters(): nbytes[str(p.dtype).removeprefix('torch.')] += p.nbytes*(p.ndim > 1)
     formats = tuple(name for name,n in nbytes.most_common() if n)
     with torch.no_grad():
-        cache,x = model.new_cache(1, 1),torch.zeros(1, 1, model.config.dim, dtype=model.dtype, device=model.device)
-        twin = run_blocks.op.choose(x, model.layers, Context((), None, cache)).name
+        cache,x = model.new_cache(1, 1),model.embed_tokens(token := torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        if model.config.hc_mult: x = expand_streams(x, model.config.hc_mult)
+        twin = run_blocks.op.choose(x, model.layers, Context((), None, cache, tokens=token)).name
     return DecodePath(formats, twin, model.device.type, torch.get_num_threads())
 
 # %% ../../nbs/400_infer.load.ipynb #b3a82ee2
