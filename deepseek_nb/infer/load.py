@@ -75,7 +75,7 @@ def from_pretrained(cls:Model,
 class DecodePath:
     "The formats, twin and device of a model's decode step"
     formats:tuple # Formats and dtypes of the weights, by decreasing size in bytes
-    twin:str # Twin of `run_blocks`: 'cpp/cpu', 'cpp/cpu/codes', 'cpp/cpu/sparse' or 'cpp/cpu/v4' for all blocks in one call, 'reference' for block by block
+    twin:str # Twin of `run_blocks`: 'cpp/cpu…' for all blocks in one call, 'reference' for block by block
     device:str # Type of the device that holds the weights
     threads:int # Number of CPU threads
     def __str__(self):
