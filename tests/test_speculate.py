@@ -433,10 +433,11 @@ def test_the_context_ends():
 def counted(model, draft, asked, n, rows, found, save):
     "Compare further prompts, `rows` at once; a row that differs is generated again alone, with and without drafts"
     for at in range(found['prompts'], len(asked), rows):
-        ids = torch.tensor(asked[at:at + rows])
+        some = asked[at:at + rows]
+        ids = torch.tensor([row[:min(map(len, some))] for row in some])
         plain, new = (model.generate(ids, n, eos_token_id=[], **how) for how in ({}, dict(draft=draft, draft_tokens=found['draft_tokens'])))
         other = (plain != new).any(1).nonzero()[:, 0].tolist()
-        found['parted'] += [[at + i, *apart[1:]] for i in other for apart in parted(model, draft, [asked[at + i]], n)]
+        found['parted'] += [[at + i, *apart[1:]] for i in other for apart in parted(model, draft, [ids[i].tolist()], n)]
         found['prompts'] = at + len(ids)
         save()
 
