@@ -430,30 +430,32 @@ def test_the_context_ends():
 
 # ---- counts over many prompts: python tests/test_speculate.py mini mini-v4 smollm2-135m
 
-def counted(model, draft, asked, n, rows, found, save):
-    "Compare further prompts, `rows` at once; a row that differs is generated again alone, with and without drafts"
-    for at in range(found['prompts'], len(asked), rows):
-        some = asked[at:at + rows]
-        ids = torch.tensor([row[:min(map(len, some))] for row in some])
-        plain, new = (model.generate(ids, n, eos_token_id=[], **how) for how in ({}, dict(draft=draft, draft_tokens=found['draft_tokens'])))
+ROWS, NEW, LENGTHS = 25, 48, dict(lookup=3, mtp=1)
+
+
+def compared(model, asked, drafts):
+    "Rows that differ from plain decoding, for each draft; each of them is generated again alone, with and without drafts"
+    ids = torch.tensor([row[:min(map(len, asked))] for row in asked])
+    plain = model.generate(ids, NEW, eos_token_id=[])
+    for draft in drafts:
+        new = model.generate(ids, NEW, eos_token_id=[], draft=draft, draft_tokens=LENGTHS[draft])
         other = (plain != new).any(1).nonzero()[:, 0].tolist()
-        found['parted'] += [[at + i, *apart[1:]] for i in other for apart in parted(model, draft, [ids[i].tolist()], n)]
-        found['prompts'] = at + len(ids)
-        save()
+        yield draft, [[i, *apart[1:]] for i in other for apart in parted(model, draft, [ids[i].tolist()], NEW)]
 
 
 def count(name, path):
     "Equal greedy answers of a model, stored in a record; goes on where the last run ended"
     mtp, asked = name.startswith('mini'), int(os.environ.get('PROMPTS', 1000))
     model, tok = Model.from_pretrained(name, dtype='float32', device='cpu', mtp=mtp), Tokenizer.from_pretrained(name)
-    rows = 1 if mtp else 8
-    for draft in ('lookup', *['mtp']*mtp):
-        result = json.loads(path.read_text())['result'] if path.exists() else {}
-        found = result.setdefault(name, {}).setdefault(draft, dict(prompts=0, tokens=48, rows=rows, draft_tokens=3, parted=[]))
-        def save(result=result): save_result(path, make_record('speculate-equality', result))
-        counted(model, draft, openings(tok, asked), 48, rows, found, save)
-        print(f"{name}, {draft}: {found['prompts'] - len(found['parted'])} of {found['prompts']} answers are equal", *found['parted'],
-              sep='\n', flush=True)
+    texts, drafts = openings(tok, asked), ['lookup', *['mtp']*mtp]
+    result = json.loads(path.read_text())['result'] if path.exists() else {}
+    found = result.setdefault(name, dict(prompts=0, tokens=NEW, lengths={d: LENGTHS[d] for d in drafts}, parted={d: [] for d in drafts}))
+    for at in range(found['prompts'], asked, ROWS):
+        for draft, apart in compared(model, texts[at:at + ROWS], drafts): found['parted'][draft] += [[at + i, *rest] for i, *rest in apart]
+        found['prompts'] = min(asked, at + ROWS)
+        save_result(path, make_record('speculate-equality', result))
+    for draft, apart in found['parted'].items():
+        print(f"{name}, {draft}: {found['prompts'] - len(apart)} of {found['prompts']} answers are equal", *apart, sep='\n', flush=True)
 
 
 if __name__ == '__main__':
