@@ -12,8 +12,7 @@ __all__ = ['MIXED_NAMES', 'LOADS', 'CAUSES', 'WaferMaps', 'write_wafers', 'read_
            'cut_windows', 'split_by_load', 'PairingRule', 'rule_ceilings', 'plant_defect', 'ShockPool', 'draw_pool',
            'recorded_vibration', 'Pieces', 'draw_pieces']
 
-# %% ../../nbs/862_apps.wafers.ipynb #b1cbf949
-import csv
+# %% ../../nbs/862_apps.wafers.ipynb #fa51115b
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -237,13 +236,14 @@ def draw_pool(
     parts = [log_mel(source(*o, c, g), c) for o in zip(kind.split(200), at.split(200), strength.split(200), strict=True)]
     return ShockPool(torch.cat(parts), kind, at)
 
-# %% ../../nbs/862_apps.wafers.ipynb #2e5be7e7
+# %% ../../nbs/862_apps.wafers.ipynb #4d6a4dbf
 def recorded_vibration(
     recordings:list, # `Recording`s of normal bearings, and of both races
 )->Callable: # Source of recordings for `draw_pool`
     "Fade recorded faults into recorded normal vibration"
     found = [[o.values/o.values.std() for o in recordings if o.fault.startswith(k)] for k in ('Normal', 'OR', 'IR')]
-    if empty := [k for k,o in zip(('Normal', 'OR', 'IR'), found, strict=True) if not o]: raise ValueError(f'there is no recording of {empty[0]}')
+    empty = [k for k,o in zip(('Normal', 'OR', 'IR'), found, strict=True) if not o]
+    if empty: raise ValueError(f'there is no recording of {empty[0]}')
     def pieces(kind, samples, g):
         for k in kind.tolist():
             x = found[k][torch.randint(len(found[k]), (), generator=g)]
