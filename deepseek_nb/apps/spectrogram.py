@@ -59,7 +59,7 @@ def frame_power(
     window = torch.hann_window(c.frame, dtype=x.dtype)
     return torch.fft.rfft(x.unfold(-1, c.frame, c.hop)*window).abs().square()/window.square().sum()
 
-# %% ../../nbs/860_apps.spectrogram.ipynb #57a3047a
+# %% ../../nbs/860_apps.spectrogram.ipynb #8dd57c05
 def to_mel(
     hz:float, # Frequency in Hz
 )->float: # Mel
@@ -75,7 +75,8 @@ def mel_bands(
     f = torch.arange(c.frame//2 + 1, dtype=torch.float64)[:, None]*c.rate/c.frame
     low,mid,high = edges[:-2],edges[1:-1],edges[2:]
     w = torch.minimum((f - low)/(mid - low), (high - f)/(high - mid)).clamp(min=0)
-    if (w.sum(0) == 0).any(): raise ValueError(f'{c.bands} bands are too many for pieces of {c.frame} samples; some contain no frequency')
+    if (w.sum(0) == 0).any():
+        raise ValueError(f'{c.bands} bands are too many for pieces of {c.frame} samples; some contain no frequency')
     return (w/w.sum(0)).float()
 
 # %% ../../nbs/860_apps.spectrogram.ipynb #69b7cd09

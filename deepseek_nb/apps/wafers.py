@@ -12,10 +12,10 @@ __all__ = ['MIXED_NAMES', 'LOADS', 'CAUSES', 'WaferMaps', 'write_wafers', 'read_
            'cut_windows', 'split_by_load', 'PairingRule', 'rule_ceilings', 'plant_defect', 'ShockPool', 'draw_pool',
            'recorded_vibration', 'Pieces', 'draw_pieces']
 
-# %% ../../nbs/862_apps.wafers.ipynb #fa51115b
+# %% ../../nbs/862_apps.wafers.ipynb #d8907470
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
