@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../../nbs/864_apps.fusion.ipynb #f06e2455
+# %% ../../nbs/864_apps.fusion.ipynb #dfac2857
 @dataclass(frozen=True)
 class FusionConfig:
     "Sizes of a network on pictures and vibration"
@@ -41,7 +41,7 @@ class FusionConfig:
         if self.size % 2 or self.frames % 3:
             raise ValueError(f'{self.size} pixels and {self.frames} pieces: the first must be even, the second a multiple of 3')
         if self.modalities not in ('both', 'picture', 'vibration') or self.fusion not in ('cross', 'concat'):
-            raise ValueError(f'{self.modalities!r} with {self.fusion!r}: modalities are both, picture or vibration, fusion is cross or concat')
+            raise ValueError(f'{self.modalities!r} with {self.fusion!r}: there are both, picture, vibration, and cross, concat')
 
 # %% ../../nbs/864_apps.fusion.ipynb #7a14d79b
 class PictureBranch(nn.Module):
