@@ -73,7 +73,7 @@ SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 
 @pytest.fixture(scope='module')
 def source(request, pytestconfig):
-    "A source of randomness that depends on a seed and a name alone, without gradients and warnings. The seed is printed; SEED=n repeats a run."
+    "A source of randomness that depends on a seed and a name alone, without gradients and warnings. SEED=n repeats a run."
     import torch
     with pytestconfig.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled(): print(f'\n{request.path.stem} SEED={SEED}')
 

@@ -251,8 +251,8 @@ def test_falls_back(source):
 
 def whole(r):
     "Widths that begin with a panel of sixteen rows; those that are sums may be any"
-    return dict(o_lora_rank=16*r.randrange(1, 3), dim=16*r.randrange(1, 5), moe_inter_dim=16*r.randrange(1, 4), q_lora_rank=r.randrange(5, 90),
-                index_n_heads=r.choice([4, 16, 20]), inter_dim=r.randrange(20, 80))
+    return dict(o_lora_rank=16*r.randrange(1, 3), dim=16*r.randrange(1, 5), moe_inter_dim=16*r.randrange(1, 4),
+                q_lora_rank=r.randrange(5, 90), index_n_heads=r.choice([4, 16, 20]), inter_dim=r.randrange(20, 80))
 
 
 @pytest.fixture

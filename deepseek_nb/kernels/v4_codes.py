@@ -19,7 +19,6 @@ from .panels import pack_panels
 from .step import Half
 from .step_codes import codes_of, whole_panels
 from .v4 import v4_args, v4_blocks_of, v4_collected, v4_fits
-from ..quant import QuantizedWeight
 
 # %% ../../nbs/548_kernels.v4_codes.ipynb #8a5b904f
 v4_codes_kernels = Kernels('v4_codes.cpp', v4_codes=lambda x, table, ratios, sizes, numbers, angles, ids, caches, past, pad: None)
