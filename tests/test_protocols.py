@@ -203,7 +203,7 @@ def test_unknown_models(live):
     (dict(input=[dict(role='user', content=[dict(type='input_image')])]), 'input[0].content[0].type'),
     (dict(background=True), 'background'),
     (dict(text=dict(format=dict(type='xml'))), 'text.format.type'), (dict(reasoning=dict(effort='huge')), 'reasoning.effort'),
-    (dict(reasoning=dict(effort='high')), 'thinking'), (dict(tools=[dict(type='web_search')]), 'tools[0].type'),
+    (dict(reasoning=dict(effort='high')), 'reasoning.effort'), (dict(tools=[dict(type='web_search')]), 'tools[0].type'),
     (dict(max_output_tokens=0), 'max_output_tokens'),
     (dict(tools=[FUNCTION[0] | dict(strict=1)]), 'tools[0].strict'), (dict(tool_choice='required'), 'tool_choice'),
     (dict(top_logprobs=3), 'top_logprobs'),

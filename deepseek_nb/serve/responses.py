@@ -21,7 +21,7 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from .chat import ApiError, Fields, ServedModel, sampling_from
-from .completions import EFFORTS, grammar_for
+from .completions import EFFORTS, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .sampling import SamplingParams
 
@@ -132,6 +132,7 @@ class ResponsesRequest:
     stream:bool = False # Whether the answer comes as events
     user:str = '' # The user's id, if the body has one
     encrypted:bool = False # Whether reasoning is sent in `encrypted_content` too
+    parallel:bool = True # Whether an answer may call several tools
     echo:dict = field(default_factory=dict) # Settings that the response repeats
 
 # %% ../../nbs/476_serve.responses.ipynb #d7af6e4b
@@ -139,7 +140,6 @@ def read_functions(
     fields:Fields, # Body
 )->tuple: # Tools in the form of chat completions, and as the response repeats them
     "The field `tools`"
-    fields.only('parallel_tool_calls', True)
     chat,echo = [],[]
     for i,tool in enumerate(fields.take('tools', list, default=[])):
         f = Fields(tool, f'tools[{i}]')
@@ -149,6 +149,7 @@ def read_functions(
         f.done()
         chat.append(dict(type='function', function={k: v for k,v in (given | dict(strict=strict or None)).items() if v is not None}))
         echo.append(dict(type='function', strict=strict, **given))
+    check_names([tool['name'] for tool in echo])
     return chat,echo
 
 def read_choice(
@@ -187,7 +188,7 @@ def read_text_format(
     if kind not in known: raise f.wrong('type', f'is {kind!r:.40}; known are {", ".join(known)}')
     out = () if kind == 'text' else ('json', None)
     if kind == 'json_schema':
-        f.take('name', str), f.take('description', str), f.take('strict', bool)
+        f.take('name', str), f.take('strict', bool), f.only('description')
         out = 'schema',f.take('schema', dict, needed=True)
     for rest in (inner, f): rest.done()
     return out
@@ -220,10 +221,11 @@ def read_responses(
     choice,form,reasoning = read_choice(f, tools),read_text_format(f),read_reasoning(f)
     said = dict(tool_choice=body.get('tool_choice') or 'auto', text=body.get('text') or dict(format=dict(type='text')))
     echo,encrypted = _others(f)
-    echo |= dict(instructions=instructions, max_output_tokens=longest, reasoning=reasoning, tools=listed, **said)
+    parallel = f.take('parallel_tool_calls', bool, default=True)
+    echo |= dict(instructions=instructions, max_output_tokens=longest, reasoning=reasoning, tools=listed, parallel_tool_calls=parallel, **said)
     out = ResponsesRequest(messages, sampling_from(f), longest, None if choice == 'none' else tools or None, choice, form,
         reasoning['effort'] not in (None, 'none'), f.take('stream', bool, default=False),
-        echo.get('user') or echo['safety_identifier'] or '', encrypted, echo)
+        echo.get('user') or echo['safety_identifier'] or '', encrypted, parallel, echo)
     f.done()
     return out
 
@@ -331,7 +333,7 @@ class ResponsesRun:
     ):
         self.served,self.request,self.sent = served,request,0 # events sent
         self.id,self.created = f'resp_{uuid4().hex}',int(time.time())
-        effort = dict(effort=request.echo['reasoning']['effort']) if request.thinking else {}
+        effort = served.effort(request.echo['reasoning']['effort'], 'reasoning.effort')
         text = served.prompt(request.messages, request.tools, request.thinking, **effort)
         ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, params=request.params,
@@ -363,7 +365,7 @@ def response(self:ResponsesRun,
     head = dict(id=self.id, object='response', created_at=self.created, status=status, completed_at=int(time.time()) if ended else None,
                 model=self.served.name, output=[*self.writer.items], usage=self.usage() if ended else None)
     how = {n: getattr(p, n) for n in ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty')} | dict(top_logprobs=0)
-    fixed = dict(store=False, background=False, truncation='disabled', service_tier='default', parallel_tool_calls=True,
+    fixed = dict(store=False, background=False, truncation='disabled', service_tier='default',
                  previous_response_id=None, max_tool_calls=None)
     return head | dict(error=None, incomplete_details=None) | how | fixed | self.request.echo | more
 
