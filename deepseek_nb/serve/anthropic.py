@@ -207,7 +207,7 @@ def read_output(
     "The field `output_config`"
     inner = Fields(fields.take('output_config', dict, default={}), 'output_config')
     effort,form = inner.take('effort', str),inner.take('format', dict)
-    if effort is not None and effort not in EFFORTS[1:]: raise inner.wrong('effort', f'is {effort!r:.40}; known are {", ".join(EFFORTS[1:])}')
+    if effort not in (None, *EFFORTS[1:]): raise inner.wrong('effort', f'is {effort!r:.40}; known are {", ".join(EFFORTS[1:])}')
     inner.done()
     if form is None: return (),effort
     f = Fields(form, 'output_config.format')

@@ -11,6 +11,7 @@ __all__ = ['KINDS', 'ROLES', 'TEXT_PARTS', 'ApiError', 'Fields', 'sampling_from'
            'AnswerStep', 'Answer']
 
 # %% ../../nbs/470_serve.chat.ipynb #bee8a37e
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -191,7 +192,10 @@ class ServedModel:
         if isinstance(template, dict): template = template.get('tool_use') or template.get('default')
         self.format = self.format or answer_format(template, self.engine.model.config.model_type)
         if self.format == 'v4' and '<｜System｜>' in self.tok.special_tokens: self.format = 'v41'
-        if not template: self.tok.chat_template = {f: name for name,f in NAMED_FORMATS.items()}.get(self.format)
+        named = {f: name for name,f in NAMED_FORMATS.items()}.get(self.format)
+        if not template: self.tok.chat_template = named
+        elif self.format == 'v31' and not re.search(r'\btools\b', template): # V3.1's own template has no place for them
+            self.tok.chat_template = dict(default=template, tool_use=named)
 
     @property
     def context(self)->int: return self.engine.model.config.max_positions # Most tokens of prompt and answer
@@ -221,8 +225,10 @@ def prompt(self:ServedModel,
         if tools and write(messages, None) == text:
             raise ApiError(400, f"{self.name} can't call tools: its chat template has no place for them", 'tools')
         for i,m in enumerate(messages):
-            if 'name' in m and not _is_call(m, messages[:i]) and write([*messages[:i], _unnamed(m), *messages[i+1:]], tools) == text:
-                raise ApiError(400, f'messages[{i}].name has no place in the chat template of {self.name}; leave it out', f'messages[{i}].name')
+            if 'name' not in m or _is_call(m, messages[:i]): continue
+            if write([*messages[:i], _unnamed(m), *messages[i+1:]], tools) == text:
+                where = f'messages[{i}].name'
+                raise ApiError(400, f'{where} has no place in the chat template of {self.name}; leave it out', where)
     except ValueError as error: raise ApiError(400, str(error), 'messages') from None
     return text
 
@@ -231,8 +237,8 @@ def _unnamed(message): return {k: v for k,v in message.items() if k != 'name'}
 
 def _is_call(message, before):
     "Whether the name of a tool's message only repeats the function that was called"
-    calls = [c for m in before for c in m.get('tool_calls') or ()]
-    return message['role'] == 'tool' and any(c.get('id') == message.get('tool_call_id') and c['function']['name'] == message['name'] for c in calls)
+    calls = [(c.get('id'), c['function']['name']) for m in before for c in m.get('tool_calls') or ()]
+    return message['role'] == 'tool' and (message.get('tool_call_id'), message['name']) in calls
 
 @patch
 def effort(self:ServedModel,
