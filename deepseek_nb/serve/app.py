@@ -67,7 +67,7 @@ class ServerConfig:
     port:int = 8000 # Port to listen on
     keys:dict = field(default_factory=dict) # Name of each key -> SHA-256 of the key, see `key_digest`; empty: everybody may ask
     admin_key:str = '' # SHA-256 of the key that may load and unload adapters, see `key_digest`; '': nobody may
-    adapters:dict = field(default_factory=dict) # Name of each LoRA adapter of the first model -> its folder
+    adapters:dict = field(default_factory=dict) # Name of each LoRA adapter -> its folder; `name@model` for a model that isn't the first
     adapter_dir:str = '' # Folder that contains all adapters that may be loaded over HTTP; '': none
     max_body:int = 2**22 # Most bytes of a request
     patience:float = 30. # Seconds that a client has to send the head of a request, and as many again for its body
