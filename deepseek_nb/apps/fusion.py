@@ -43,28 +43,23 @@ class FusionConfig:
         if self.modalities not in ('both', 'picture', 'vibration') or self.fusion not in ('cross', 'concat'):
             raise ValueError(f'{self.modalities!r} with {self.fusion!r}: there are both, picture, vibration, and cross, concat')
 
-# %% ../../nbs/864_apps.fusion.ipynb #7a14d79b
+# %% ../../nbs/864_apps.fusion.ipynb #b8d412cd
 class PictureBranch(nn.Module):
     "Convolutions that make a token of every four dies"
     def __init__(self,
         c:FusionConfig, # Sizes
     ):
         super().__init__()
-        wide = c.dim//2
-        self.convs = nn.ModuleList([
-            nn.Conv2d(2, wide, 3, padding=1, bias=False),
-            nn.Conv2d(wide, c.dim, 3, padding=1, stride=2, bias=False),
-            nn.Conv2d(c.dim, c.dim, 3, padding=2, dilation=2, bias=False)])
-        self.norms = nn.ModuleList([nn.BatchNorm2d(o.out_channels) for o in self.convs])
+        self.first = nn.Conv2d(2, c.dim, 4, padding=1, stride=2, bias=False)
+        self.second = nn.Conv2d(c.dim, c.dim, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(c.dim) for _ in range(2)])
 
     def forward(self,
         pictures:Tensor, # `b h h` of 0, 1, 2
     )->Tensor: # `b place d`
         "Make tokens, row by row"
-        x = torch.stack([pictures == 1, pictures == 2], 1).float()
-        first,second,third = (lambda y, i=i: F.relu(self.norms[i](self.convs[i](y))) for i in range(3))
-        x = second(first(x))
-        return rearrange(x + third(x), 'b d y x -> b (y x) d')
+        x = F.relu(self.norms[0](self.first(torch.stack([pictures == 1, pictures == 2], 1).float())))
+        return rearrange(x + F.relu(self.norms[1](self.second(x))), 'b d y x -> b (y x) d')
 
 # %% ../../nbs/864_apps.fusion.ipynb #2ccf0592
 class VibrationBranch(nn.Module):
@@ -100,7 +95,7 @@ def radii(
     at = (torch.arange(side) + .5)/side*2 - 1
     return torch.hypot(at[:, None], at).flatten()
 
-# %% ../../nbs/864_apps.fusion.ipynb #340fbc6a
+# %% ../../nbs/864_apps.fusion.ipynb #16417378
 class CrossAttention(nn.Module):
     "Attention from one modality to the other"
     def __init__(self,
@@ -110,6 +105,8 @@ class CrossAttention(nn.Module):
         self.heads = c.heads
         self.q,self.k,self.v,self.o = (nn.Linear(c.dim, c.dim, bias=False) for _ in range(4))
         self.at_q,self.at_k = (nn.Linear(2*c.waves, c.dim, bias=False) for _ in range(2))
+        alike = 2*torch.eye(c.dim//c.heads, 2*c.waves).repeat(c.heads, 1)
+        for o in (self.at_q, self.at_k): o.weight.data.copy_(alike)
 
     def weights(self,
         x:Tensor, # Tokens that read `b i d`

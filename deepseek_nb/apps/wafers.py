@@ -172,13 +172,13 @@ def split_by_load(
         else: (late if o.load == test else learn).append(o)
     return learn, late
 
-# %% ../../nbs/862_apps.wafers.ipynb #06abcf41
+# %% ../../nbs/862_apps.wafers.ipynb #4efae5b5
 CAUSES = ('sound', 'particle', 'outer race', 'inner race')
 
 @dataclass(frozen=True)
 class PairingRule:
     "How pictures and vibration of a piece hang together"
-    stray:float = .5 # Share of sound pieces and of particles that also have a knock
+    stray:float = .75 # Share of sound pieces and of particles that also have a knock
     jitter:float = .02 # Standard deviation of radius minus moment, as a share of the wafer's radius
     smallest:int = 2 # Pixels of the smallest defect
     largest:int = 40 # Pixels of the largest defect; in between, logarithms are uniform
