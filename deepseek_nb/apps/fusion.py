@@ -95,7 +95,7 @@ def radii(
     at = (torch.arange(side) + .5)/side*2 - 1
     return torch.hypot(at[:, None], at).flatten()
 
-# %% ../../nbs/864_apps.fusion.ipynb #16417378
+# %% ../../nbs/864_apps.fusion.ipynb #e7c6ec54
 class CrossAttention(nn.Module):
     "Attention from one modality to the other"
     def __init__(self,
@@ -108,16 +108,6 @@ class CrossAttention(nn.Module):
         alike = 2*torch.eye(c.dim//c.heads, 2*c.waves).repeat(c.heads, 1)
         for o in (self.at_q, self.at_k): o.weight.data.copy_(alike)
 
-    def weights(self,
-        x:Tensor, # Tokens that read `b i d`
-        y:Tensor, # Tokens that are read `b j d`
-        at_x:Tensor, # Descriptions of where the first are `i w`
-        at_y:Tensor, # Descriptions of where the second are `j w`
-    )->Tensor: # `b h i j`
-        "Attention weights"
-        q,k = (rearrange(o, 'b i (h v) -> b h i v', h=self.heads) for o in (self.q(x) + self.at_q(at_x), self.k(y) + self.at_k(at_y)))
-        return (q @ k.mT*q.shape[-1]**-.5).softmax(-1)
-
     def forward(self,
         x:Tensor, # Tokens that read `b i d`
         y:Tensor, # Tokens that are read `b j d`
@@ -127,6 +117,18 @@ class CrossAttention(nn.Module):
         "Read the other modality"
         v = rearrange(self.v(y), 'b j (h v) -> b h j v', h=self.heads)
         return self.o(rearrange(self.weights(x, y, at_x, at_y) @ v, 'b h i v -> b i (h v)'))
+
+# %% ../../nbs/864_apps.fusion.ipynb #47e54824
+@patch
+def weights(self:CrossAttention,
+    x:Tensor, # Tokens that read `b i d`
+    y:Tensor, # Tokens that are read `b j d`
+    at_x:Tensor, # Descriptions of where the first are `i w`
+    at_y:Tensor, # Descriptions of where the second are `j w`
+)->Tensor: # `b h i j`
+    "Attention weights"
+    q,k = (rearrange(o, 'b i (h v) -> b h i v', h=self.heads) for o in (self.q(x) + self.at_q(at_x), self.k(y) + self.at_k(at_y)))
+    return (q @ k.mT*q.shape[-1]**-.5).softmax(-1)
 
 # %% ../../nbs/864_apps.fusion.ipynb #197ac22b
 class FusionNet(nn.Module):
@@ -167,7 +169,7 @@ def tokens(self:FusionNet,
         x = {a: x[a] + read(a, b) for a,b in (self.reads, self.reads[::-1])}
     return {k: self.norms[f'{k}-1'](v + self.feed[k](v)) for k,v in x.items()}
 
-# %% ../../nbs/864_apps.fusion.ipynb #219d7800
+# %% ../../nbs/864_apps.fusion.ipynb #59fd062a
 @patch
 def features(self:FusionNet,
     tokens:dict, # Modality -> tokens
@@ -179,6 +181,7 @@ def features(self:FusionNet,
         return here*found + (1 - here)*self.missing[k]
     return torch.cat([summary(k, v) for k,v in tokens.items()], -1)
 
+# %% ../../nbs/864_apps.fusion.ipynb #71ebbe23
 @patch
 def forward(self:FusionNet,
     pictures:Tensor|None, # `b h h` of 0, 1, 2; None: missing
@@ -189,6 +192,7 @@ def forward(self:FusionNet,
     inputs,there = self.prepared(pictures, spectrograms, there)
     return self.decide(self.features(self.tokens(inputs, there), there))
 
+# %% ../../nbs/864_apps.fusion.ipynb #4a83a646
 @patch
 def prepared(self:FusionNet,
     pictures:Tensor|None, # `b h h`; None: missing
@@ -231,7 +235,7 @@ class FusionSettings:
     left_out:float = .15 # Probability that a modality of a piece is left out
     seed:int = 0 # Seed of weights, batches and what is left out
 
-# %% ../../nbs/864_apps.fusion.ipynb #9577e0c2
+# %% ../../nbs/864_apps.fusion.ipynb #acb5b1f1
 def class_loss(
     logits:Tensor, # `b class`
     labels:Tensor, # Index of the class `b`, or 0 and 1 for each class `b class`
@@ -240,6 +244,7 @@ def class_loss(
     if labels.ndim == 1: return F.cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
+# %% ../../nbs/864_apps.fusion.ipynb #b7d6006a
 def train_fusion(
     net:FusionNet, # Network, changed in place
     draw:Callable, # Function from a number and a generator to `Pieces`; a field may be None

@@ -33,7 +33,7 @@ from .spectrogram import SpectrogramConfig, check_recording, log_mel
 from .wafers import CAUSES, PairingRule, Pieces, draw_pieces, draw_pool, drop_repeated_maps, good_wafers, read_wm811k
 from ..files.safetensors import write_tensors
 
-# %% ../../nbs/866_apps.inspect.ipynb #08ae214c
+# %% ../../nbs/866_apps.inspect.ipynb #8bf0745f
 def _paeth(a, b, c):
     p = a + b - c
     return min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
@@ -50,6 +50,7 @@ def _unfilter(kind, row, above):
         corner = up
     return out
 
+# %% ../../nbs/866_apps.inspect.ipynb #23f87e80
 def decode_png(
     data:bytes, # File of 8-bit grey levels, not interlaced
 )->np.ndarray: # `h w` uint8
@@ -67,7 +68,7 @@ def decode_png(
     rows,above = np.frombuffer(raw, np.uint8).reshape(h, w + 1).astype(int),np.zeros(w, int)
     return np.stack([above := _unfilter(r[0], r[1:], above) for r in rows]).astype(np.uint8)
 
-# %% ../../nbs/866_apps.inspect.ipynb #6d14f189
+# %% ../../nbs/866_apps.inspect.ipynb #de354d22
 def check_picture(
     picture, # Array, tensor or nested list `h h` of 0, 1, 2
     size:int, # Pixels of each side
@@ -83,6 +84,7 @@ def check_picture(
     if not (x > 0).any(): raise ValueError('the picture shows no die')
     return x.to(torch.uint8)
 
+# %% ../../nbs/866_apps.inspect.ipynb #0d9f0d29
 def read_picture(
     file:str|Path|bytes, # PNG file, or its bytes
 )->np.ndarray: # `h w` of 0, 1, 2
@@ -141,7 +143,7 @@ def fit_known(
     k.limit = strangeness(f[half:], k).quantile(1 - share).item()
     return k
 
-# %% ../../nbs/866_apps.inspect.ipynb #7f20d411
+# %% ../../nbs/866_apps.inspect.ipynb #e1fe6a60
 @dataclass
 class Finding:
     "What an inspector says about a piece"
@@ -152,6 +154,7 @@ class Finding:
     strangeness:float # Distance from the known ones, as a multiple of the limit
     heat:Tensor|None = None # Where the picture speaks for this cause `h h`; sums to 1, or to 0 for `sound`; None: no picture
 
+# %% ../../nbs/866_apps.inspect.ipynb #cfc342d9
 class Inspector:
     "Decides on the cause of a defect"
     def __init__(self,
@@ -163,7 +166,7 @@ class Inspector:
         self.net,self.spectrogram,self.causes,self.known = net.eval().requires_grad_(False),spectrogram,tuple(causes),known or {}
         self.losses = []
 
-# %% ../../nbs/866_apps.inspect.ipynb #954db67b
+# %% ../../nbs/866_apps.inspect.ipynb #d9be1f1f
 def _pattern(pictures, spectrograms):
     return 'vibration' if pictures is None else 'picture' if spectrograms is None else 'both'
 
@@ -187,6 +190,7 @@ def calibrate(self:Inspector,
     self.known = {k: fit_known(self.features_of(*v), p.labels, share) for k,v in views.items() if k == 'both' or len(self.net.reads) == 2}
     return {k: v.limit for k,v in self.known.items()}
 
+# %% ../../nbs/866_apps.inspect.ipynb #ac83a286
 @patch(cls_method=True)
 def train(cls:Inspector,
     draw:Callable, # Function from a number and a generator to `Pieces` to learn from
@@ -206,7 +210,7 @@ def train(cls:Inspector,
     inspector.losses = losses
     return inspector
 
-# %% ../../nbs/866_apps.inspect.ipynb #e8f85f59
+# %% ../../nbs/866_apps.inspect.ipynb #bfc60cb8
 @patch
 def inspect(self:Inspector,
     picture=None, # Wafer map `h h` of 0, 1, 2, or a PNG file or its bytes; None: missing
@@ -224,6 +228,7 @@ def inspect(self:Inspector,
         spectrograms = log_mel(check_recording(x, rate, self.spectrogram), self.spectrogram)[None]
     return self.decide(pictures, spectrograms)
 
+# %% ../../nbs/866_apps.inspect.ipynb #58363919
 @patch
 def decide(self:Inspector,
     pictures:Tensor|None, # One picture `1 h h`; None: missing
@@ -239,7 +244,7 @@ def decide(self:Inspector,
     name = self.causes[p.argmax()]
     return Finding(name, p.max().item(), dict(zip(self.causes, p.tolist(), strict=True)), far > 1, far, heat)
 
-# %% ../../nbs/866_apps.inspect.ipynb #241cfbb5
+# %% ../../nbs/866_apps.inspect.ipynb #a2ffd91e
 @patch
 def save(self:Inspector,
     folder:str|Path, # Folder, which is created
@@ -253,6 +258,7 @@ def save(self:Inspector,
     tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     write_tensors(Path(folder)/'inspector.safetensors', tensors)
 
+# %% ../../nbs/866_apps.inspect.ipynb #b9761b9e
 @patch(cls_method=True)
 def load(cls:Inspector,
     folder:str|Path, # Folder that `save` has written
@@ -272,7 +278,7 @@ def shipped(cls:Inspector)->Inspector: # The inspector of the package
     "Load the small weights of the package"
     return cls.load(Path(str(files('deepseek_nb')))/'inspector')
 
-# %% ../../nbs/866_apps.inspect.ipynb #92bf90cd
+# %% ../../nbs/866_apps.inspect.ipynb #245e2a40
 def own_pieces(
     path:str|Path, # File `pieces.npz`
     c:SpectrogramConfig, # How vibration is read
@@ -285,6 +291,7 @@ def own_pieces(
     empty = torch.zeros_like(pictures, dtype=torch.bool)
     return Pieces(pictures, log_mel(x, c), torch.from_numpy(labels).long(), empty, empty.sum((1, 2))), tuple(names.tolist())
 
+# %% ../../nbs/866_apps.inspect.ipynb #9f85bd3d
 def train_inspector(
     data:str|Path, # Folder of WM-811K, or of `pieces.npz`
     settings:FusionSettings, # Steps, batches, learning rate
