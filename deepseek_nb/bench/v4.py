@@ -111,6 +111,15 @@ def lone_step(
     return step
 
 # %% ../../nbs/776_bench.v4.ipynb #9921993b
+def _contenders(models, t):
+    "Steps by name"
+    step,peer_step = v4_steps(models, t)
+    codes = {f: lone_step(quantize_model(models[0], f), t) for f in ('int8', 'int4')}
+    return dict(fused=step, transformers=peer_step, readable=lone_step(models[0], t, 'torch'), **codes)
+
+_PAIRS = {'': ('fused', 'transformers'), ', readable': ('fused', 'readable'), ', int8': ('int8', 'transformers'),
+          ', int4': ('int4', 'transformers')}
+
 def v4_decode(
     t:int=8192, # Number of cached tokens
     repeats:int=9, # Rounds
@@ -121,13 +130,8 @@ def v4_decode(
     "A decode step of V4's shape, in float32 and on codes, against transformers and without the fused step"
     found = {}
     for d in widths:
-        models = v4_pair(v4_shape(d, **fields))
-        step,peer_step = v4_steps(models, t)
-        steps = dict(fused=step, transformers=peer_step, readable=lone_step(models[0], t, 'torch'),
-                     **{f: lone_step(quantize_model(models[0], f), t) for f in ('int8', 'int4')})
-        for one in steps.values(): one()
+        steps = _contenders(v4_pair(v4_shape(d, **fields)), t)
+        for step in steps.values(): step()
         times = alternate(steps, repeats, number=number)
-        def case(ours, peer): return Comparison((ours, peer), (times[ours], times[peer]))
-        found |= {f'{d} wide': case('fused', 'transformers'), f'{d} wide, readable': case('fused', 'readable'),
-                  **{f'{d} wide, {f}': case(f, 'transformers') for f in ('int8', 'int4')}}
+        found |= {f'{d} wide{n}': Comparison(both, tuple(times[k] for k in both)) for n,both in _PAIRS.items()}
     return found
