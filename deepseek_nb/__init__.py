@@ -11,8 +11,12 @@ Modules:
 
 - `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time with its state kept and saved, sets its threshold from a budget of false alarms, and says what it compared with
 - `deepseek_nb.apps.command`: Train, score a file, serve over HTTP with keys, show the model card: what each application offers, and the command that runs it
+- `deepseek_nb.apps.constructor`: An attention model reads a routing problem and points at one stop after the other; it learns from the routes of a slow solver
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
+- `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
+- `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes
+- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
 - `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders come in as dicts, results go out whole or not at all
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.spectrogram`: A recording of vibration becomes a picture of power over time and frequency, and a damaged bearing leaves bursts in it that repeat at known rates

@@ -111,4 +111,7 @@ TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm',
  'kernels.gradients.norm_back': {'cpp/cpu': 'kernels.gradients'},
  'infer.ragged.run_adapted_rows': {'cpp/cpu': 'kernels.adapted', 'cpp/cpu/cache': 'kernels.adapted'},
  'cuda.fp8.linear_fp8': {'cuda/cuda': 'cuda.fp8'},
- 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'}}
+ 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'},
+ 'apps.moves.nearest_places': {'cpp/cpu': 'apps.localsearch'},
+ 'apps.moves.improve': {'cpp/cpu': 'apps.localsearch'},
+ 'apps.moves.join_by_savings': {'cpp/cpu': 'apps.localsearch'}}

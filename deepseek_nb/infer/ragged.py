@@ -142,6 +142,7 @@ def ragged_angles(self:Model,
     rope:Rope|None = None, # Rotary settings; None: `rope` of the config
 )->tuple[Tensor,Tensor]: # cos and sin `1 1 n r/2`
     "Rotary angles of the new tokens of all rows"
+    if len(caches) == 1: return self.angles(caches[0].length, caches[0].length + counts[0], rope=rope)
     rows = (range(c.length, c.length + n) for c,n in zip(caches, counts, strict=True))
     positions = torch.tensor([*chain.from_iterable(rows)], device=self.device)
     end = max(c.length + n for c,n in zip(caches, counts, strict=True))
