@@ -15,6 +15,12 @@ struct V4Step {
     int64_t position(int64_t j) const { return column(j) - shift(row(j)); }
     const Angles& angles(int64_t m) const { return m ? other : own; }
 };
+inline V4Step v4_tokens(const Tensor& x, const Tensors& angles, const Tensor& ids, int64_t past,
+                        const std::optional<Tensor>& pad) {
+    const int64_t b = x.size(0), s = x.size(1);
+    return {b, s, b * s, x.size(3), past, pad ? data<int64_t>(*pad) : nullptr, data<int64_t>(ids),
+            Angles(angles[0], angles[1]), Angles(angles[2], angles[3])};
+}
 // the last 2 angles.half numbers of a row
 inline void turn_last(const Angles& angles, int64_t position, int64_t width, float* x) {
     float* last = x + width - 2 * angles.half;
