@@ -130,6 +130,7 @@ Modules:
 - `deepseek_nb.kernels.ragged_sparse`: Sparse attention for rows of different lengths in one C++ call: index keys and latents in pages, and the same bits for each row as alone.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
 - `deepseek_nb.kernels.sparse`: DeepSeek sparse attention in C++: index scores, exact selection in linear time, and attention that reads only the selected latents.
+- `deepseek_nb.kernels.sparse_codes`: Runs all blocks of a quantised DeepSeek-V3.2 in one C++ call: the stages of the sparse step, with packed codes as matrices.
 - `deepseek_nb.kernels.sparse_step`: Runs all blocks of a DeepSeek-V3.2 decode step in one C++ call: MLA, the lightning indexer, the selection, and attention to the selected latents.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
