@@ -341,7 +341,8 @@ def steady(model, ids):
 def coded_model(r, form, **fields):
     "A quantised V3.2 model whose matrices are whole panels"
     sizes = dict(dim=32, inter_dim=r.choice([32, 48]), q_lora_rank=32, kv_lora_rank=r.choice([32, 64]), qk_nope_head_dim=16,
-                 qk_rope_head_dim=16, v_head_dim=r.choice([16, 32]), index_head_dim=r.choice([16, 32]), moe_inter_dim=16, n_activated_experts=4)
+                 qk_rope_head_dim=16, v_head_dim=r.choice([16, 32]),
+                 index_head_dim=r.choice([16, 32]), moe_inter_dim=16, n_activated_experts=4)
     return quantize_model(small_model(r, **sizes | fields), form)
 
 
