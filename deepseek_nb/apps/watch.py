@@ -22,7 +22,7 @@ from fastcore.basics import patch
 
 from .anomaly import Calibration, Detector, FitSettings, choose_threshold
 from .rows import read_rows
-from .series import CATEGORIES, Labelled, card_features, numbers, read_cards
+from .series import CATEGORIES, Labelled, card_features, read_cards
 from .tcn import SignalConfig
 from ..serve.chat import ApiError, Fields
 
@@ -57,9 +57,9 @@ class RowReader:
         row = {k: fields.take(k, kind, needed=True) for k,kind in PAYMENT.items()}
         for k,kind in PAYMENT.items():
             if kind is float: _finite(fields, k, row[k])
-        try: both = {k: [v, v] for k,v in row.items()} | dict(unix_time=[time if last is None else last, time])
+        times = [time] if last is None else [last, time]
+        try: return card_features({k: [v]*len(times) for k,v in row.items()} | dict(unix_time=times))[-1].tolist()
         except ValueError as e: raise fields.wrong('dob', f'is not a date: {e}') from None
-        return card_features(both)[1].tolist()
 
 def _finite(fields, name, value):
     if math.isinf(value): raise fields.wrong(name, 'is infinite; leave it out if it is unknown')
@@ -168,7 +168,7 @@ def learn_table(
     return Watcher(d, RowReader(columns))
 
 # %% ../../nbs/858_apps.watch.ipynb #f28d3677
-CARD_NET = dict(dim=32, dilations=(1, 2, 4, 8), attend=(3,), periods=(1, 1, 4, 16))
+CARD_NET = dict(dim=32, dilations=(0, 1, 2, 4, 8), attend=(4,), periods=(1, 1, 4, 16))
 
 def learn_cards(
     cards:list, # `Labelled` payments of each card
