@@ -90,7 +90,7 @@ REQUESTS = {  # name: path, body, and what a scripted model says
     'responses, reasoning and tools': (RESPOND, dict(model='script', input='hi', tools=FUNCTION, reasoning=dict(effort='high'),
                                                      include=['reasoning.encrypted_content']), LETTERS),
     'responses, a schema': (RESPOND, dict(model='mini', input='hi', text=dict(format=dict(type='json_schema', name='x', schema=ONE)))),
-    'responses, cut': (RESPOND, dict(model='script', input='hi', tools=FUNCTION, reasoning=dict(effort='low')),
+    'responses, cut': (RESPOND, dict(model='script', input='hi', tools=FUNCTION, reasoning=dict(effort='medium')),
                        dict(pieces=[CUT], finish='length')),
     'messages': (MESSAGE, HOW | dict(messages=HI)),
     'messages, thinking and tools': (MESSAGE, SCRIPT | dict(messages=HI, tools=USE, thinking=dict(type='adaptive')), LETTERS),

@@ -261,7 +261,7 @@ def run_server(
     port:int = 0, # Port to listen on; default: 8000
     memory:int = 0, # MB of KV cache for each model; default: 1024
     max_rows:int = 0, # Most requests that run together; default: 32
-    adapter:str = '', # LoRA adapters of the first model as name=folder, several separated by commas
+    adapter:str = '', # LoRA adapters as name=folder (of the first model) or name@model=folder, several separated by commas
     kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
     draft:str = '', # Speculative decoding: lookup, mtp, or the folder or name of a smaller model; default: none
     draft_tokens:int = 0, # Length of drafts; default: chosen from measured times
