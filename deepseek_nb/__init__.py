@@ -23,6 +23,7 @@ Modules:
 - `deepseek_nb.apps.spectrogram`: A recording of vibration becomes a picture of power over time and frequency, and a damaged bearing leaves bursts in it that repeat at known rates
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
 - `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a stated rule that pairs pictures with vibration so that neither alone decides
+- `deepseek_nb.apps.watch`: The anomaly detector as an application: rows in, scores and alarms out, with small weights that were trained on simulated card payments
 - `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
 - `deepseek_nb.arch.cache`: The keys and values of earlier tokens, or one latent per token for MLA, are stored for later decode steps
 - `deepseek_nb.arch.compressed`: DeepSeek-V4 pools every 4 or every 128 tokens into one entry. A query attends to its window and to entries: to the best 512 of the fine ones, or to all of the coarse ones
