@@ -4575,6 +4575,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'deepseek_nb/serve/stored.py'),
                                           'deepseek_nb.serve.stored.StoredResponse': ( 'serve.stored.html#storedresponse',
                                                                                        'deepseek_nb/serve/stored.py'),
+                                          'deepseek_nb.serve.stored._full': ('serve.stored.html#_full', 'deepseek_nb/serve/stored.py'),
                                           'deepseek_nb.serve.stored.item_page': ( 'serve.stored.html#item_page',
                                                                                   'deepseek_nb/serve/stored.py'),
                                           'deepseek_nb.serve.stored.listed': ('serve.stored.html#listed', 'deepseek_nb/serve/stored.py')},

@@ -18,7 +18,8 @@ from deepseek_nb.serve.drafts import RowDrafts
 from deepseek_nb.serve.engine import Engine
 
 openai = pytest.importorskip('openai')
-TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}\n"
+            "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 HI = [dict(role='user', content='The Congress of the United States')]
 
