@@ -26,7 +26,7 @@ from torch import Tensor
 from .series import find_set
 from .spectrogram import SpectrogramConfig, bearing_vibration, log_mel
 
-# %% ../../nbs/862_apps.wafers.ipynb #09567b63
+# %% ../../nbs/862_apps.wafers.ipynb #18edbfcf
 class WaferMaps(NamedTuple):
     "Maps with their labels"
     maps:list # Arrays `h w` of 0 (no die), 1 (pass), 2 (fail)
@@ -43,6 +43,7 @@ def write_wafers(
     np.savez_compressed(path, pixels=np.concatenate([np.asarray(m, np.uint8).ravel() for m in maps]),
         shapes=np.array([np.shape(m) for m in maps], np.int16), label=np.asarray(labels, np.int8), label_names=np.array(list(names)))
 
+# %% ../../nbs/862_apps.wafers.ipynb #f2bb90cb
 def read_wafers(
     path:str|Path, # File of `write_wafers`
 )->WaferMaps: # Maps with labels
@@ -94,7 +95,7 @@ def drop_repeated_maps(
         seen.add(k)
     return WaferMaps([part.maps[i] for i in kept], part.labels[kept], part.names)
 
-# %% ../../nbs/862_apps.wafers.ipynb #da780eba
+# %% ../../nbs/862_apps.wafers.ipynb #59c66cc2
 def resize_nearest(
     m, # Map, array `h w`
     size:int = 32, # Pixels of each side
@@ -104,6 +105,7 @@ def resize_nearest(
     at = np.arange(size) + .5
     return m[(at*h/size).astype(int)][:, (at*w/size).astype(int)]
 
+# %% ../../nbs/862_apps.wafers.ipynb #7b98137f
 def as_pictures(
     maps:Sequence, # Arrays `h w` of any sizes
     size:int = 32, # Pixels of each side
@@ -172,13 +174,13 @@ def split_by_load(
         else: (late if o.load == test else learn).append(o)
     return learn, late
 
-# %% ../../nbs/862_apps.wafers.ipynb #06abcf41
+# %% ../../nbs/862_apps.wafers.ipynb #4efae5b5
 CAUSES = ('sound', 'particle', 'outer race', 'inner race')
 
 @dataclass(frozen=True)
 class PairingRule:
     "How pictures and vibration of a piece hang together"
-    stray:float = .5 # Share of sound pieces and of particles that also have a knock
+    stray:float = .75 # Share of sound pieces and of particles that also have a knock
     jitter:float = .02 # Standard deviation of radius minus moment, as a share of the wafer's radius
     smallest:int = 2 # Pixels of the smallest defect
     largest:int = 40 # Pixels of the largest defect; in between, logarithms are uniform
@@ -255,7 +257,7 @@ def recorded_vibration(
         return normal + (kind > 0)[:, None]*.4*strength[:, None]*envelope*fault
     return source
 
-# %% ../../nbs/862_apps.wafers.ipynb #f4a315d5
+# %% ../../nbs/862_apps.wafers.ipynb #eca3b4ef
 class Pieces(NamedTuple):
     "Pictures with vibration"
     pictures:Tensor # `n h h` uint8 of 0, 1, 2
@@ -269,6 +271,7 @@ def _recordings(kind, pool, g):
     rows = torch.stack([(pool.kind == k).nonzero()[:, 0][:int((pool.kind == k).sum())] for k in range(3)])
     return rows[kind, torch.randint(rows.shape[1], kind.shape, generator=g)]
 
+# %% ../../nbs/862_apps.wafers.ipynb #92b99996
 def draw_pieces(
     n:int, # Number of pieces
     wafers:Tensor, # Pictures of good wafers `m h h`
