@@ -15,12 +15,12 @@ from torch import nn
 from deepseek_nb.arch import hash as hashed
 from deepseek_nb.arch.compressed import Compressor
 from deepseek_nb.arch.hyper import HyperConnection, HyperHead
-from deepseek_nb.arch.model import Model, expand_streams, run_blocks
+from deepseek_nb.arch.model import Model, expand_streams, read_streams, run_blocks
 from deepseek_nb.arch.window import WindowAttention, project_groups, rotate_back
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.core.nbproc import find_compiler
-from deepseek_nb.kernels.v4 import V4Blocks, v4_blocks_of, v4_kernels
+from deepseek_nb.kernels.v4 import V4Blocks, v4_blocks_of, v4_head_kernels, v4_kernels
 from deepseek_nb.kernels.v4_codes import v4_codes_kernels
 from deepseek_nb.quant import QuantizedWeight
 from deepseek_nb.quant.int4 import Int4
@@ -36,7 +36,7 @@ def kernels():
     "Where a compiler is present, the kernels must compile"
     try: find_compiler('cpp')
     except FileNotFoundError as e: pytest.skip(str(e))
-    for k in (v4_kernels, v4_codes_kernels): assert k.ready(), k.failed
+    for k in (v4_kernels, v4_codes_kernels, v4_head_kernels): assert k.ready(), k.failed
 
 
 def draw(r, **kw):
@@ -221,6 +221,25 @@ def test_bfloat16(source):
     got, cache = follow(model, ids, [28, *[1]*12])
     assert fused(model, cache)
     assert (got - exact).abs().mean() < 1.2*(readable - exact).abs().mean()
+
+
+def test_read_streams(source):
+    "Collapse and last norm in one call: as the modules, with the same bits alone; not with a hook"
+    r = source('read')
+    model = make(draw(r))
+    x = torch.randn(r.randrange(1, 5), r.randrange(1, 13), model.config.hc_mult, model.config.dim)
+    args = model.hc_head, model.norm
+    assert read_streams.op.choose(x, *args).kind == 'cpp'
+    got = read_streams(x, *args)
+    with use('reference'): want = read_streams(x, *args)
+    assert distance(got, want) < 1e-5
+    assert torch.equal(read_streams(x[-1:, -1:], *args)[0], got[-1, -1:])
+    with model.keep_hidden() as kept: model(torch.zeros(1, 1, dtype=torch.long))
+    assert kept[0].shape == (1, 1, *x.shape[2:])
+    for module in args:
+        hook = module.register_forward_hook(lambda *a: None)
+        assert read_streams.op.choose(x, *args).kind == 'reference'
+        hook.remove()
 
 
 def test_falls_back(source):

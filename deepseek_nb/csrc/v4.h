@@ -235,12 +235,10 @@ template <class T, class M> void V4Run<T, M>::select(const Team& t, const V4Bloc
         keys.score(t, keys.t, 1, &query, memory.held + i * most, most, wide);
     }
     t.wait();
-    const auto [begin, end] = t.share(step.n);
-    for (int64_t i = begin; i < end; ++i)
-        if (seen(i) > a)
-            select_row(Team{0, 1, nullptr}, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]},
-                       wide + INDEX_KEYS * u);
-    t.wait();
+    select_rows(t, step.n, most, memory.room, [&](int64_t i, const Team& some, float* room) {
+        if (seen(i) > a) select_row(some, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]}, room);
+    });
+    if (step.n >= t.size) t.wait();
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #3bd2fabd

@@ -37,8 +37,10 @@ def pack_v4(
         else: yield pack_panels(w)
 
 # %% ../../nbs/548_kernels.v4_codes.ipynb #2ce4be66
-@run_blocks.twin('cpp', label='v4_codes', available=v4_codes_kernels.ready, supports=lambda x, blocks, ctx:
-                 v4_fits(x, ctx) and x.dtype == torch.float32 and codes_of(v4_blocks_of(blocks, x), pack_v4) is not None)
+def _floats(blocks): return isinstance(blocks, nn.ModuleList) and blocks in v4_collected and v4_collected[blocks].floats
+
+@run_blocks.twin('cpp', label='v4_codes', available=v4_codes_kernels.ready, supports=lambda x, blocks, ctx: v4_fits(x, ctx) and
+                 x.dtype == torch.float32 and not _floats(blocks) and codes_of(v4_blocks_of(blocks, x), pack_v4) is not None)
 def run_blocks_v4_codes(
     x:Tensor, # Residual streams `b s x d`
     blocks:nn.ModuleList, # All blocks of one model
