@@ -43,28 +43,23 @@ class FusionConfig:
         if self.modalities not in ('both', 'picture', 'vibration') or self.fusion not in ('cross', 'concat'):
             raise ValueError(f'{self.modalities!r} with {self.fusion!r}: there are both, picture, vibration, and cross, concat')
 
-# %% ../../nbs/864_apps.fusion.ipynb #7a14d79b
+# %% ../../nbs/864_apps.fusion.ipynb #b8d412cd
 class PictureBranch(nn.Module):
     "Convolutions that make a token of every four dies"
     def __init__(self,
         c:FusionConfig, # Sizes
     ):
         super().__init__()
-        wide = c.dim//2
-        self.convs = nn.ModuleList([
-            nn.Conv2d(2, wide, 3, padding=1, bias=False),
-            nn.Conv2d(wide, c.dim, 3, padding=1, stride=2, bias=False),
-            nn.Conv2d(c.dim, c.dim, 3, padding=2, dilation=2, bias=False)])
-        self.norms = nn.ModuleList([nn.BatchNorm2d(o.out_channels) for o in self.convs])
+        self.first = nn.Conv2d(2, c.dim, 4, padding=1, stride=2, bias=False)
+        self.second = nn.Conv2d(c.dim, c.dim, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(c.dim) for _ in range(2)])
 
     def forward(self,
         pictures:Tensor, # `b h h` of 0, 1, 2
     )->Tensor: # `b place d`
         "Make tokens, row by row"
-        x = torch.stack([pictures == 1, pictures == 2], 1).float()
-        first,second,third = (lambda y, i=i: F.relu(self.norms[i](self.convs[i](y))) for i in range(3))
-        x = second(first(x))
-        return rearrange(x + third(x), 'b d y x -> b (y x) d')
+        x = F.relu(self.norms[0](self.first(torch.stack([pictures == 1, pictures == 2], 1).float())))
+        return rearrange(x + F.relu(self.norms[1](self.second(x))), 'b d y x -> b (y x) d')
 
 # %% ../../nbs/864_apps.fusion.ipynb #2ccf0592
 class VibrationBranch(nn.Module):
@@ -100,7 +95,7 @@ def radii(
     at = (torch.arange(side) + .5)/side*2 - 1
     return torch.hypot(at[:, None], at).flatten()
 
-# %% ../../nbs/864_apps.fusion.ipynb #340fbc6a
+# %% ../../nbs/864_apps.fusion.ipynb #e7c6ec54
 class CrossAttention(nn.Module):
     "Attention from one modality to the other"
     def __init__(self,
@@ -110,16 +105,8 @@ class CrossAttention(nn.Module):
         self.heads = c.heads
         self.q,self.k,self.v,self.o = (nn.Linear(c.dim, c.dim, bias=False) for _ in range(4))
         self.at_q,self.at_k = (nn.Linear(2*c.waves, c.dim, bias=False) for _ in range(2))
-
-    def weights(self,
-        x:Tensor, # Tokens that read `b i d`
-        y:Tensor, # Tokens that are read `b j d`
-        at_x:Tensor, # Descriptions of where the first are `i w`
-        at_y:Tensor, # Descriptions of where the second are `j w`
-    )->Tensor: # `b h i j`
-        "Attention weights"
-        q,k = (rearrange(o, 'b i (h v) -> b h i v', h=self.heads) for o in (self.q(x) + self.at_q(at_x), self.k(y) + self.at_k(at_y)))
-        return (q @ k.mT*q.shape[-1]**-.5).softmax(-1)
+        alike = 2*torch.eye(c.dim//c.heads, 2*c.waves).repeat(c.heads, 1)
+        for o in (self.at_q, self.at_k): o.weight.data.copy_(alike)
 
     def forward(self,
         x:Tensor, # Tokens that read `b i d`
@@ -130,6 +117,18 @@ class CrossAttention(nn.Module):
         "Read the other modality"
         v = rearrange(self.v(y), 'b j (h v) -> b h j v', h=self.heads)
         return self.o(rearrange(self.weights(x, y, at_x, at_y) @ v, 'b h i v -> b i (h v)'))
+
+# %% ../../nbs/864_apps.fusion.ipynb #47e54824
+@patch
+def weights(self:CrossAttention,
+    x:Tensor, # Tokens that read `b i d`
+    y:Tensor, # Tokens that are read `b j d`
+    at_x:Tensor, # Descriptions of where the first are `i w`
+    at_y:Tensor, # Descriptions of where the second are `j w`
+)->Tensor: # `b h i j`
+    "Attention weights"
+    q,k = (rearrange(o, 'b i (h v) -> b h i v', h=self.heads) for o in (self.q(x) + self.at_q(at_x), self.k(y) + self.at_k(at_y)))
+    return (q @ k.mT*q.shape[-1]**-.5).softmax(-1)
 
 # %% ../../nbs/864_apps.fusion.ipynb #197ac22b
 class FusionNet(nn.Module):
@@ -170,7 +169,7 @@ def tokens(self:FusionNet,
         x = {a: x[a] + read(a, b) for a,b in (self.reads, self.reads[::-1])}
     return {k: self.norms[f'{k}-1'](v + self.feed[k](v)) for k,v in x.items()}
 
-# %% ../../nbs/864_apps.fusion.ipynb #219d7800
+# %% ../../nbs/864_apps.fusion.ipynb #59fd062a
 @patch
 def features(self:FusionNet,
     tokens:dict, # Modality -> tokens
@@ -182,6 +181,7 @@ def features(self:FusionNet,
         return here*found + (1 - here)*self.missing[k]
     return torch.cat([summary(k, v) for k,v in tokens.items()], -1)
 
+# %% ../../nbs/864_apps.fusion.ipynb #71ebbe23
 @patch
 def forward(self:FusionNet,
     pictures:Tensor|None, # `b h h` of 0, 1, 2; None: missing
@@ -192,6 +192,7 @@ def forward(self:FusionNet,
     inputs,there = self.prepared(pictures, spectrograms, there)
     return self.decide(self.features(self.tokens(inputs, there), there))
 
+# %% ../../nbs/864_apps.fusion.ipynb #4a83a646
 @patch
 def prepared(self:FusionNet,
     pictures:Tensor|None, # `b h h`; None: missing
@@ -234,7 +235,7 @@ class FusionSettings:
     left_out:float = .15 # Probability that a modality of a piece is left out
     seed:int = 0 # Seed of weights, batches and what is left out
 
-# %% ../../nbs/864_apps.fusion.ipynb #9577e0c2
+# %% ../../nbs/864_apps.fusion.ipynb #acb5b1f1
 def class_loss(
     logits:Tensor, # `b class`
     labels:Tensor, # Index of the class `b`, or 0 and 1 for each class `b class`
@@ -243,6 +244,7 @@ def class_loss(
     if labels.ndim == 1: return F.cross_entropy(logits, labels)
     return F.binary_cross_entropy_with_logits(logits, labels.float())
 
+# %% ../../nbs/864_apps.fusion.ipynb #b7d6006a
 def train_fusion(
     net:FusionNet, # Network, changed in place
     draw:Callable, # Function from a number and a generator to `Pieces`; a field may be None

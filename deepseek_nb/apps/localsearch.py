@@ -48,7 +48,7 @@ def _call(op, roads, routes, *more):
     size,cost,rounds = stats.tolist()
     return _unflat(plan[:size].tolist()),cost,rounds
 
-# %% ../../nbs/872_apps.localsearch.ipynb #0d2b3fe2
+# %% ../../nbs/872_apps.localsearch.ipynb #4f258a10
 @improve.twin('cpp', available=route_kernels.ready)
 def improve_cpp(
     roads:Roads, # Problem
@@ -57,10 +57,11 @@ def improve_cpp(
     rounds:int = -1, # Disturbances to make; -1: until the time is over
     seed:int = 0, # Seed of the random numbers
     heat:float|None = None, # Share of the mean edge by which a round may be worse at first; None: `HEAT`
+    busy:bool = False, # Count the processor's time of this thread, for measurements on a busy machine
 )->Improved: # Routes that are at least as good
     "`improve` in C++"
     heat = HEAT['tsp' if roads.capacity < 0 else 'cvrp'] if heat is None else heat
-    return Improved(*_call(route_kernels.load().improve, roads, routes, roads.width, rounds, max(seconds, 1e-6), seed, heat))
+    return Improved(*_call(route_kernels.load().improve, roads, routes, roads.width, rounds, max(seconds, 1e-6), seed, heat, busy))
 
 @join_by_savings.twin('cpp', available=route_kernels.ready)
 def join_by_savings_cpp(

@@ -202,9 +202,10 @@ def circle(
 
 def since_last(
     at:Tensor, # Times in seconds, in order `t`
-)->Tensor: # Logarithm of one plus the seconds since the time before; 0 for the first `t`
+    first:float = 30*86400., # Seconds that count for the first event
+)->Tensor: # Logarithm of one plus the seconds since the time before `t`
     "Logarithm of the time since the event before"
-    return torch.cat([at.new_zeros(1), at.diff()]).clamp(min=0).log1p()
+    return torch.cat([at.new_tensor([first]), at.diff()]).clamp(min=0).log1p()
 
 # %% ../../nbs/854_apps.series.ipynb #314eae8b
 def card_features(
