@@ -374,7 +374,7 @@ def test_the_weights_in_the_package_score_payments_without_a_network(tmp_path, m
 @pytest.mark.parametrize('change,field', [(dict(amt='59'), 'amt'), (dict(amt=math.inf), 'amt'), (dict(dob='1980-02-31'), 'dob'),
                                           (dict(dob=None), 'dob'), (dict(unix_time=1.5e9), 'unix_time'),
                                           (dict(unix_time=None), 'unix_time'), (dict(colour='red'), 'colour'),
-                                          (dict(card=[7]), 'card'), (dict(explain=1), 'explain')])
+                                          (dict(card=[7]), 'card'), (dict(explain=1), 'explain'), (dict(category='space'), 'category')])
 def test_a_bad_payment_names_its_field_and_changes_nothing(change, field):
     watcher = watcher_from()
     for row in payments(3): watcher.score(Fields(row))
