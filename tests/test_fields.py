@@ -259,6 +259,19 @@ def test_what_contradicts_itself_is_refused(served):
     with pytest.raises(ApiError, match='send its result'): effect(served, 'messages', dict(messages=ends, max_tokens=3))
 
 
+def test_what_a_template_leaves_out_is_refused(served, monkeypatch):
+    "Earlier calls, where the template writes only texts"
+    monkeypatch.setattr(served.tok, 'chat_template', '{% for m in messages %}{{ m.content }}{% endfor %}')
+    called = dict(role='assistant', content='ok', tool_calls=[dict(id='1', type='function', function=dict(name='f', arguments='{}'))])
+    result = dict(role='tool', tool_call_id='1', content='r')
+    with pytest.raises(ApiError) as error: effect(served, 'chat', dict(messages=[*HI, called, result]))
+    assert error.value.param == 'messages[1].tool_calls'
+    monkeypatch.undo()
+    assert '<｜DSML｜invoke name="f">' in effect(served, 'chat', dict(messages=[*HI, called, result]))['text']
+    assert effect(served, 'chat', dict(messages=[*HI, called, result | dict(name='f')]))['text'] # repeats the call
+    with pytest.raises(ApiError, match='has no place'): effect(served, 'chat', dict(messages=[*HI, called, result | dict(name='g')]))
+
+
 def test_one_effort_only(served, monkeypatch):
     "V3.1's template has no degrees: those that it would ignore are refused, by the name that the protocol has for them"
     monkeypatch.setattr(served, 'format', 'v31')

@@ -148,8 +148,9 @@ def test_the_tool_runner_of_anthropics_package(live, script):
 def test_a_client_that_leaves_is_noticed(live):
     "The generation stops, and the count of running requests comes back."
     how = dict(model='mini', extra_body=dict(logit_bias={1: -100}), stream=True)
-    for stream in (claude(live).messages.create(messages=HI, max_tokens=450, **how), live.client().responses.create(input='hi', **how)):
-        next(iter(stream))
+    for begin in (lambda: claude(live).messages.create(messages=HI, max_tokens=450, **how),
+                  lambda: live.client().responses.create(input='hi', **how)):
+        next(iter(stream := begin()))
         stream.close()
         live.idle()
     assert 'cancelled' in live.engine.stats.finished

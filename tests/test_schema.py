@@ -26,7 +26,8 @@ from test_server import HI, Live
 from deepseek_nb.serve.tools import Call, write_calls
 
 OPENAI = ['CreateChatCompletionResponse', 'CreateChatCompletionStreamResponse', 'CreateCompletionResponse', 'Response',
-          'ResponseStreamEvent', 'ListModelsResponse', 'Model', 'ErrorResponse']
+          'ResponseStreamEvent', 'ListModelsResponse', 'Model', 'ErrorResponse', 'CompactResource', 'ResponseItemList',
+          'TokenCountsResource']
 ANTHROPIC = ['Message', 'MessageStreamEvent', 'ErrorResponse', 'CountMessageTokensResponse']
 
 
@@ -213,6 +214,24 @@ def test_lists_and_counts_are_as_published(live, schemas):
     schemas['ListModelsResponse'].validate(sent(live, '/v1/models')[1][0])
     schemas['Model'].validate(sent(live, '/v1/models/mini')[1][0])
     schemas['claude.CountMessageTokensResponse'].validate(sent(live, f'{MESSAGE}/count_tokens', dict(model='mini', messages=HI))[1][0])
+
+
+def test_stored_and_compacted_responses_are_as_published(live, schemas):
+    "What is kept, the items of every kind that a request brought, a count, and a compaction"
+    thought = dict(type='reasoning', content=[dict(type='reasoning_text', text='Hm.')], summary=[])
+    call = dict(type='function_call', call_id='c', name='weather', arguments='{}')
+    items = [*HI, dict(role='assistant', content='Hello.'), thought, call, dict(type='function_call_output', call_id='c', output='warm'),
+             dict(type='compaction', encrypted_content='SGk=')]
+    body = dict(model='script', input=items, tools=FUNCTION)
+    _, [response] = sent(live, RESPOND, body, pieces=['It is warm.'])
+    kept = f'/{response["id"]}'
+    for name, path, asked in (('Response', kept, None), ('ResponseItemList', f'{kept}/input_items?order=asc', None),
+                              ('TokenCountsResource', '/input_tokens', body),
+                              ('CompactResource', '/compact', dict(model='script', input=items))):
+        status, [found] = sent(live, RESPOND + path, asked, pieces=['It is warm.'])
+        assert status == 200, found
+        schemas[name].validate(found)
+        if name == 'ResponseItemList': assert [i['type'] for i in found['data']] == [i.get('type', 'message') for i in items]
 
 
 # ---- the tests can fail

@@ -224,22 +224,28 @@ def prompt(self:ServedModel,
         text = write(messages, tools)
         if tools and write(messages, None) == text:
             raise ApiError(400, f"{self.name} can't call tools: its chat template has no place for them", 'tools')
-        for i,m in enumerate(messages):
-            if 'name' not in m or _is_call(m, messages[:i]): continue
-            if write([*messages[:i], _unnamed(m), *messages[i+1:]], tools) == text:
-                where = f'messages[{i}].name'
-                raise ApiError(400, f'{where} has no place in the chat template of {self.name}; leave it out', where)
     except ValueError as error: raise ApiError(400, str(error), 'messages') from None
+    self._check_read(messages, text, lambda rows: write(rows, tools))
     return text
 
 # %% ../../nbs/470_serve.chat.ipynb #f31ce7aa
-def _unnamed(message): return {k: v for k,v in message.items() if k != 'name'}
-
 def _is_call(message, before):
     "Whether the name of a tool's message only repeats the function that was called"
     calls = [(c.get('id'), c['function']['name']) for m in before for c in m.get('tool_calls') or ()]
     return message['role'] == 'tool' and (message.get('tool_call_id'), message['name']) in calls
 
+@patch
+def _check_read(self:ServedModel, messages, text, write):
+    "Raise an error for a name or calls of tools that a chat template leaves out"
+    for i,m in enumerate(messages):
+        for key in [k for k in ('name', 'tool_calls') if k in m]:
+            if key == 'name' and _is_call(m, messages[:i]): continue
+            try: same = write([*messages[:i], {k: v for k,v in m.items() if k != key}, *messages[i+1:]]) == text
+            except ValueError: continue # the template misses it
+            where = f'messages[{i}].{key}'
+            if same: raise ApiError(400, f'{where} has no place in the chat template of {self.name}; leave it out', where)
+
+# %% ../../nbs/470_serve.chat.ipynb #bbf92d11
 @patch
 def effort(self:ServedModel,
     effort:str|None, # What the request says

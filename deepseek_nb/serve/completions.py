@@ -7,7 +7,7 @@ Fields that DeepSeek added to OpenAI's API are understood: `thinking`, `reasonin
 
 # %% auto #0
 __all__ = ['EFFORTS', 'ChatRequest', 'read_stop', 'read_drafts', 'read_logprobs', 'read_thinking', 'check_tools', 'check_names',
-           'read_format', 'read_longest', 'read_options', 'read_chat', 'read_user', 'piece_logprobs', 'delta_of',
+           'read_format', 'read_longest', 'read_streaming', 'read_chat', 'read_user', 'piece_logprobs', 'delta_of',
            'drafted_tokens', 'usage_of', 'merged', 'grammar_for', 'ChatRun', 'add_delta']
 
 # %% ../../nbs/472_serve.completions.ipynb #6661fcd7
@@ -162,7 +162,7 @@ def read_longest(
     if len({*found.values()}) > 1: raise fields.wrong('max_tokens', 'differs from max_completion_tokens; give one of them')
     return next(iter(found.values()), None)
 
-def read_options(
+def read_streaming(
     fields:Fields, # Body, in which `stream` has not been read
 )->tuple[bool,bool]: # Whether to stream, and whether the usage is sent in a chunk of its own
     "The fields `stream` and `stream_options`"
@@ -181,7 +181,7 @@ def read_chat(
     "Read the body of a chat completion"
     f = Fields(body)
     out = ChatRequest(read_messages(f.take('messages', list, needed=True)), sampling_from(f, logprobs=read_logprobs(f)), read_longest(f),
-        read_stop(f), f.take('n', int, default=1), *check_tools(f), read_format(f), read_thinking(f), *read_options(f), read_user(f),
+        read_stop(f), f.take('n', int, default=1), *check_tools(f), read_format(f), read_thinking(f), *read_streaming(f), read_user(f),
         f.take('timeout', float), f.take('return_token_ids', bool, default=False), body.get('reasoning_effort'), read_drafts(f),
         f.take('parallel_tool_calls', bool, default=True))
     if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')

@@ -476,8 +476,9 @@ class CompactRun(ResponsesRun):
         request:ResponsesRequest, # As `read_compact` gives it
         owner:str = '', # Whose key it is
     ):
-        left = served.context - len(served.ids(request.messages))
-        super().__init__(served, replace(request, max_tokens=min(request.max_tokens, max(left, 1))), owner)
+        long = len(served.ids(request.messages))
+        most = min(request.max_tokens, max(long//2, 32), max(served.context - long, 1))
+        super().__init__(served, replace(request, max_tokens=most), owner)
 
     async def whole(self)->dict: # OpenAI's `response.compaction`
         "The messages of the user, and the summary"

@@ -76,6 +76,8 @@ def delete(self:ResponseStore,
 # %% ../../nbs/473_serve.stored.ipynb #6d1f4132
 _SHORT = dict(message='msg', function_call='fc', function_call_output='fco', reasoning='rs', compaction='cmp')
 
+def _full(part): return dict(annotations=[], logprobs=[]) | part if part['type'] == 'output_text' else part
+
 def listed(
     items, # A string, or a list of items, as a request has them
     id:str, # Makes the ids of items that have none
@@ -86,10 +88,9 @@ def listed(
         row = dict(type='message') | {k: v for k,v in item.items() if v is not None}
         row = dict(id=f'{_SHORT[row["type"]]}_{id}_{i}') | row | (dict(status='completed') if row['type'] != 'compaction' else {})
         if row['type'] == 'reasoning': row = dict(summary=[]) | row
-        if isinstance(row.get('content'), str):
-            plain = row['role'] != 'assistant'
-            kind = dict(type='input_text') if plain else dict(type='output_text', annotations=[])
-            row['content'] = [kind | dict(text=row['content'])]
+        if row['type'] == 'message':
+            said,kind = row['content'],'output_text' if row['role'] == 'assistant' else 'input_text'
+            row['content'] = [*map(_full, [dict(type=kind, text=said)] if isinstance(said, str) else said)]
         out.append(row)
     return out
 
