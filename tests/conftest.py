@@ -1,8 +1,10 @@
 import os
+import random
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +66,24 @@ def python():
 def interpreter():
     "Runs code in a fresh interpreter and returns what it printed."
     return lambda code: printed(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True))
+
+
+SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
+
+
+@pytest.fixture(scope='module')
+def source(request, pytestconfig):
+    "A source of randomness that depends on a seed and a name alone, without gradients and warnings. SEED=n repeats a run."
+    import torch
+    with pytestconfig.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled(): print(f'\n{request.path.stem} SEED={SEED}')
+
+    def make(name):
+        r = random.Random(f'{SEED} {name}')
+        torch.manual_seed(r.randrange(10**9))
+        return r
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield make
 
 
 @pytest.fixture(scope='session')

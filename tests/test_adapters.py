@@ -18,17 +18,20 @@ from test_ragged import CONFIGS, SEED, made
 from test_server import HI, Live, openai
 
 from deepseek_nb.arch.model import Model, head
+from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.adapters import read_adapter
 from deepseek_nb.infer.paged import PagedCache, PagePool
 from deepseek_nb.infer.ragged import RaggedBatch, run_adapted_rows
 from deepseek_nb.kernels import adapted
 from deepseek_nb.quant import relative_error
 from deepseek_nb.serve.adapters import Adapters
-from deepseek_nb.serve.app import key_digest
+from deepseek_nb.serve.app import Server, ServerConfig, key_digest
+from deepseek_nb.serve.chat import ServedModel
 from deepseek_nb.serve.engine import Engine
-from deepseek_nb.serve.lora import add_adapter
+from deepseek_nb.serve.lora import add_adapter, all_served, find_served
 from deepseek_nb.serve.sampling import SamplingParams
 from deepseek_nb.serve.stream import Request
+from deepseek_nb.tools import serving
 from deepseek_nb.train.lora import LoraConfig, lora_weights
 
 needs_compiler = pytest.mark.skipif(not adapted.adapted_kernels.ready(), reason='no C++ compiler')
@@ -276,6 +279,26 @@ def test_one_base_in_memory(base):
         assert {p.data_ptr() for p in base[0].layers.parameters()} <= held
         assert a.nbytes < sum(p.nbytes for p in base[0].parameters())
     assert not lora_weights(base[0])
+
+
+def test_settings_give_adapters_to_every_model(tmp_path, monkeypatch, capsys):
+    "As the command line has it: one adapter of each of two models, both loaded and shown"
+    c = Model.from_pretrained('mini').config
+    folders = {n: str(written(c, 'all', tmp_path/n, seed)) for seed, n in enumerate(('law', 'tax'))}
+    def load(name, **engine): return ServedModel(name, Engine(Model.from_pretrained('mini'), tok), tok)
+    tok, seen = Tokenizer.from_pretrained('mini'), []
+    monkeypatch.setattr(serving, 'load_served', load)
+    monkeypatch.setattr(Server, 'run', lambda self, ready: seen.append(self.models))
+    settings = serving.adapter_folders(f'law={folders["law"]},tax@second={folders["tax"]}')
+    serving.serve_models(['first', 'second'], ServerConfig(adapters=settings))
+    [models] = seen
+    assert [(m.name, m.base) for m in all_served(models)] == [('first', None), ('second', None), ('law', 'first'), ('tax', 'second')]
+    assert 'tax: an adapter of second' in capsys.readouterr().out
+    found = find_served(models, 'tax')
+    assert found.engine is models['second'].engine and found.engine.adapters['tax'].folder.name == 'tax'
+    assert [a.name for m in models.values() for a in m.engine.adapters] == ['law', 'tax']
+    with pytest.raises(ValueError, match='name of another model or adapter'):
+        serving.serve_models(['first', 'second'], ServerConfig(adapters={'law': folders['law'], 'law@second': folders['tax']}))
 
 
 def test_wrong_folders_are_named(base, tmp_path):

@@ -1,4 +1,5 @@
 "Signals: networks against slow loops, streams against whole signals, thresholds, metrics, loaders, splits and the study"
+import atexit
 import csv
 import gzip
 import io
@@ -15,6 +16,7 @@ from deepseek_nb.apps.detection import average_precision, event_scores, nab_part
 from deepseek_nb.apps.series import (
     CATEGORIES,
     Labelled,
+    card_features,
     drop_repeats,
     find_set,
     mix_days,
@@ -25,8 +27,11 @@ from deepseek_nb.apps.series import (
     split_cards,
 )
 from deepseek_nb.apps.tcn import SignalConfig, SignalNet, find_periods, receptive_field, unit_rms
+from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, packaged, watcher_from
+from deepseek_nb.serve.chat import ApiError, Fields
 from deepseek_nb.studies import open_study, read_plan, to_do
 from deepseek_nb.studies.report import runs
+from deepseek_nb.tools import cli
 
 
 @pytest.fixture(scope='module')
@@ -270,7 +275,7 @@ def test_features_see_nothing_later(folder):
     card = next(c for c in read_cards(folder) if c.name == '0')
     rows = [r for r in card_rows() if r[0] == 0]
     assert len(rows) == 40 and card.labels.sum() == 3 and (card.times.diff() > 0).all()
-    for i in (0, 1, 17): assert card.values[i, 1] == pytest.approx(math.log1p(rows[i][1] - rows[i-1][1]) if i else 0., rel=1e-5)
+    for i in (0, 1, 17): assert card.values[i, 1] == pytest.approx(math.log1p(rows[i][1] - rows[i-1][1] if i else 30*86400), rel=1e-5)
 
 
 def test_mixed_days_keep_what_they_say():
@@ -323,16 +328,103 @@ def test_smoke(folder, root, tmp_path):
     assert {s['set'] for s in plan.arms.values()} == {'cards', 'transfers', 'ucr', 'skab', 'nab'}
     assert all(len(s['choices']) == 2 for s in plan.arms.values()), 'each method is tuned over as many settings'
     found = []
-    for arm in ('cards-single', 'cards-zscore', 'cards-fixed', 'cards-full', 'cards-boosting', 'cards-tcn', 'cards-transformer'):
+    for arm in ('cards-single', 'cards-zscore', 'cards-fixed', 'cards-full', 'cards-boosting', 'cards-tcn', 'cards-bare'):
         if arm == 'cards-boosting': pytest.importorskip('sklearn')
         result = study.detect(plan.arms[arm] | dict(data=f'{folder}', most=0), 0, tmp_path)
         assert 0 <= result['value'] <= 1 and result['anomalies'] + result['normal'] > 50
         found.append(dict(arm=arm, seed=0, result=result))
     assert 'boosting' in study.score_table(found) and study.finding(found).count('**') == 6
-    assert study.finding(found[:3]).startswith('Not run yet: boosting')
+    assert study.finding(found[:3]).startswith('Not run yet')
 
 
 def test_stored_runs_belong_to_the_plan(root):
     plan, records = read_plan(root/'nbs/configs/evidence/anomaly.toml'), runs('anomaly', root/'nbs/results/evidence')
-    assert {r['arm'] for r in records} <= {*plan.arms} and len(to_do(plan, records)) == len(plan.arms)*len(plan.seeds) - len(records)
+    assert {r['arm'] for r in records} <= {*plan.arms} and len(to_do(plan, records)) == len(to_do(plan, [])) - len(records)
     assert all(0 <= r['result']['value'] <= 100 for r in records if not r['arm'].startswith('nab'))
+
+
+# ---- the application
+
+PAYMENT = dict(card=7, amt=59., category='home', lat=41., long=-73., merch_lat=41.2, merch_long=-73., dob='1980-02-03', city_pop=5000)
+
+
+def payments(n, card=7, start=1.55e9):
+    draw = random.Random(card)
+    return [PAYMENT | dict(card=card, unix_time=start + 40000.*i, amt=round(draw.uniform(3, 90), 2), category=draw.choice(CATEGORIES))
+            for i in range(n)]
+
+
+def test_the_weights_in_the_package_score_payments_without_a_network(tmp_path, monkeypatch, capsys):
+    def offline(*a, **k): raise OSError('no network')
+    monkeypatch.setattr(urllib.request, 'urlopen', offline)
+    assert sum(p.stat().st_size for p in packaged().iterdir()) < 2e6
+    with open(tmp_path/'rows.csv', 'w', newline='') as f:
+        w = csv.DictWriter(f, ['unix_time', *PAYMENT])
+        w.writeheader()
+        night = [PAYMENT | dict(unix_time=17951*86400. + 81000 + 900*i, amt=950., category='shopping_net') for i in range(6)]  # from 22:30
+        w.writerows(payments(20) + night)
+    assert cli.main(['app', 'anomaly', 'score', f'{tmp_path}/rows.csv', '--out', f'{tmp_path}/out.csv']) == 0
+    with open(tmp_path/'out.csv') as f: found = list(csv.DictReader(f))
+    assert len(found) == 26 and [r['alarm'] for r in found[:20]] == ['False']*20 and found[-1]['alarm'] == 'True'
+    assert cli.main(['app', 'anomaly', 'card']) == 0
+    said = capsys.readouterr().out
+    assert all(s in said for s in ('MIT', 'Limits', 'false positives'))
+
+
+@pytest.mark.parametrize('change,field', [(dict(amt='59'), 'amt'), (dict(amt=math.inf), 'amt'), (dict(dob='1980-02-31'), 'dob'),
+                                          (dict(dob=None), 'dob'), (dict(unix_time=1.5e9), 'unix_time'),
+                                          (dict(unix_time=None), 'unix_time'), (dict(colour='red'), 'colour'),
+                                          (dict(card=[7]), 'card'), (dict(explain=1), 'explain'), (dict(category='space'), 'category')])
+def test_a_bad_payment_names_its_field_and_changes_nothing(change, field):
+    watcher = watcher_from()
+    for row in payments(3): watcher.score(Fields(row))
+    before = watcher.detector.streams['7']
+    kept, steps = [o.clone() for o in before.state.convs], before.steps
+    with pytest.raises(ApiError) as e: watcher.score(Fields(payments(4)[3] | change), strict=True)
+    assert (e.value.status, e.value.param) == (400, field) and '\n' not in e.value.message
+    after = watcher.detector.streams['7']
+    assert after.steps == steps and all(a.equal(b) for a, b in zip(kept, after.state.convs, strict=True))
+
+
+def test_a_service_goes_on_after_a_restart(tmp_path):
+    rows = payments(12) + payments(12, 8)
+    whole = Service(watcher_from()).answer
+    want = [whole(Fields(r)) for r in rows]
+    first = Service(watcher_from(), f'{tmp_path}/s', every=5)
+    got = [first.answer(Fields(r)) for r in rows[:15]]
+    atexit.unregister(first.save)
+    again = AnomalyApp.serve('', state=f'{tmp_path}/s')
+    got += [again(Fields(r)) for r in rows[15:]]
+    atexit.unregister(again.__self__.save)
+    assert got == want
+
+
+def test_rows_and_whole_signals_have_the_same_features():
+    rows = [{k: f'{v}' for k, v in r.items()} for r in payments(9)]
+    table = {k: [r[k] for r in rows] for k in rows[0]}
+    last, found = None, []
+    for r in payments(9):
+        found.append(RowReader().values(Fields(r), r['unix_time'], last))
+        last = r['unix_time']
+    torch.testing.assert_close(torch.tensor(found), card_features(table), rtol=1e-6, atol=1e-6)
+
+
+def test_a_table_is_learned_and_served(tmp_path):
+    x = wave(500, 4)[:, 0].tolist()
+    with open(tmp_path/'t.csv', 'w') as f:
+        f.write('time,level,note\n' + ''.join(f'{60*i},{v:.4f},ok\n' for i, v in enumerate(x)))
+    said = AnomalyApp.train(f'{tmp_path}/t.csv', f'{tmp_path}/w', budget=.05, steps=5, rate=60)
+    assert 'threshold' in said and 'level' in AnomalyApp.card(f'{tmp_path}/w')
+    answer = AnomalyApp.serve(f'{tmp_path}/w')
+    assert answer(Fields(dict(time=0., level=.5)))['score'] == 0
+    for body, field in [(dict(time=30., level=0.), 'time'), (dict(time=0., level=0.), 'time'), (dict(level=0.), 'time'),
+                        (dict(time=60., note='a'), 'note')]:
+        with pytest.raises(ApiError) as e: answer(Fields(body))
+        assert e.value.param == field
+    assert answer(Fields(dict(time=60., level=.5, explain=True)))['unusual'][0]['variable'] == 'level'
+    with pytest.raises(ValueError, match='no column has numbers'): AnomalyApp.train(_file(tmp_path, 'a\nx\n'), f'{tmp_path}/n')
+
+
+def _file(folder, text):
+    (folder/'other.csv').write_text(text)
+    return f'{folder}/other.csv'

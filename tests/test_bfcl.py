@@ -1,12 +1,17 @@
 """The Berkeley Function Calling Leaderboard's calls, in the syntax of every release: parsed from a stream, and allowed by the grammar.
 
-A part of the cases is tested; `BFCL_EVERY=1` takes all, and `python tests/test_bfcl.py` counts them by format."""
+A part of the cases is tested; `BFCL_EVERY=1` takes all. `python tests/test_bfcl.py FOLDER --out FILE` counts all by set and format,
+for the chapter on tool calls;
+FOLDER holds `BFCL_v4_*.json` and `possible_answer`, as the package `bfcl-eval` of PyPI has them in `bfcl_eval/data`."""
+import argparse
 import gzip
 import json
 import os
 import random
 import re
+import sys
 from collections import Counter
+from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +23,7 @@ from deepseek_nb.serve.events import Splitter
 from deepseek_nb.serve.grammar import ToolGrammar, compile_grammar
 from deepseek_nb.serve.tools import DSML, Call, gathered, write_calls
 
-BFCL = Path(__file__).parents[2]/'shared'/'data'/'bfcl'
+BFCL = Path(os.environ.get('BFCL_DATA') or Path(__file__).parents[2]/'shared'/'data'/'bfcl')
 pytestmark = pytest.mark.skipif(not BFCL.exists(), reason='the data of the Berkeley Function Calling Leaderboard is not here')
 SETS = ('simple_python', 'live_simple', 'multiple', 'parallel', 'parallel_multiple', 'live_parallel', 'live_parallel_multiple',
         'live_multiple', 'simple_java', 'simple_javascript')
@@ -55,11 +60,16 @@ def ordered(x, schema):
     return {k: ordered(x[k], fields.get(k, {})) for k in [*fields, *x] if k in x} if isinstance(x, dict) else x
 
 
+def lines(path):
+    "The lines of a file, which may be compressed"
+    packed = path.with_name(path.name + '.gz')
+    return (gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()).decode().splitlines()
+
+
 @cache
 def rows(name):
     "Cases of a set: tools, and the calls with their arguments in the order of the schema, as the grammars have it"
-    files = BFCL/f'BFCL_v4_{name}.json.gz', BFCL/'possible_answer'/f'BFCL_v4_{name}.json.gz'
-    tables = [[*map(json.loads, gzip.open(f, 'rt'))] for f in files]
+    tables = [[*map(json.loads, lines(folder/f'BFCL_v4_{name}.json'))] for folder in (BFCL, BFCL/'possible_answer')]
     questions, out = {r['id']: r['function'] for r in tables[0]}, []
     for row in tables[1]:
         code = 'java' in name
@@ -165,17 +175,33 @@ def spoilt(tools, calls, rng):
     if needed: yield put({})
 
 
-def counted():
-    "Of all cases: how many are parsed at each cut, and what the grammar says"
-    rng, out = random.Random(0), Counter()
-    for name in SETS:
-        for tools, calls in rows(name):
-            for format in FORMATS:
-                ok = follows(format, tools, calls)
-                out[format, 'parsed'] += not stream_fails(format, calls, rng)
-                out[format, f'{verdict(format, tools, calls)}, schema {"followed" if ok else "not followed"}'] += 1
-    return out
+def test_the_record_is_what_a_run_gives():
+    "Of the smallest sets, in a format of each kind; the others by the command"
+    record = json.loads((Path(__file__).parents[1]/'nbs'/'results'/'bfcl.json').read_text())['sets']
+    assert record.keys() == {*SETS} and all(found.keys() == {*FORMATS} for found in record.values())
+    for name, format in (('live_parallel', 'v31'), ('live_parallel', 'v41'), ('live_parallel_multiple', 'smollm2')):
+        assert counted(name, format) == record[name][format]
+
+
+def counted(name, format):
+    "Of one set: cases and calls, how many of both are parsed exactly at every cut, and what the grammar says"
+    rng, out = random.Random(0), Counter(cases=0, calls=0, parsed_cases=0, parsed_calls=0, follow=0, allowed=0, refused=0)
+    for tools, calls in rows(name):
+        whole = not stream_fails(format, calls, rng)
+        out += Counter(cases=1, calls=len(calls), parsed_cases=whole, parsed_calls=len(calls)*whole)
+        ok, said = follows(format, tools, calls), verdict(format, tools, calls)
+        out += Counter(follow=ok, allowed=ok and said == 'allowed', refused=not ok and said != 'allowed')
+    return {k: out[k] for k in ('cases', 'calls', 'parsed_cases', 'parsed_calls', 'follow', 'allowed', 'refused')}
 
 
 if __name__ == '__main__':
-    for (format, what), n in sorted(counted().items()): print(f'{format:8} {what:40} {n:6}')
+    parser = argparse.ArgumentParser(description='Count the calls of BFCL that are parsed and allowed')
+    parser.add_argument('folder', type=Path, nargs='?', default=BFCL, help='Folder with BFCL_v4_*.json and possible_answer')
+    parser.add_argument('--out', type=Path, help='File for the record')
+    given = parser.parse_args()
+    BFCL = given.folder
+    if not BFCL.exists(): sys.exit(f'{BFCL} is not here; unpack bfcl_eval/data of the package bfcl-eval')
+    sets = {name: {f: counted(name, f) for f in FORMATS} for name in SETS}
+    if given.out: given.out.write_text(json.dumps(dict(date=str(date.today()), sets=sets), indent=1) + '\n')
+    for name, formats in sets.items():
+        for format, found in formats.items(): print(f'{name:22} {format:8}', *(f'{k} {v:5}' for k, v in found.items()))

@@ -1,13 +1,15 @@
 """The server's chat page in a real browser: it streams, stops, stays within the window, and loads nothing from elsewhere."""
 import json
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from test_browser import AXE, CHROMIUM, FLAGS
 from test_server import HI, Live
 
-from deepseek_nb.serve.experts import chosen_experts
+from deepseek_nb.serve.experts import _ONE, chosen_experts
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +93,22 @@ def test_experts_of_an_answer(live):
     assert 'token_ids' not in post(live, '/v1/chat/completions', messages=HI, max_tokens=1)['choices'][0]
     for body, said in ((dict(tokens=[1], colour=1), 'colour'), (dict(tokens=['a']), 'must be ids'), (dict(tokens=[1]*513), 'is 512')):
         assert said in post(live, '/v1/experts', **body)['message']
+
+
+def test_experts_have_a_limit_of_their_own(live):
+    "Four requests wait for one another, the fifth is refused at once, and answers go on; then there is room again"
+    ask = lambda: post(live, '/v1/experts', tokens=[1, 2])
+    with ThreadPoolExecutor(4) as pool:
+        with _ONE:
+            waiting = [pool.submit(ask) for _ in range(4)]
+            end = time.monotonic() + 30
+            while live.server.reports < 4 and time.monotonic() < end: time.sleep(.01)
+            refused = ask()
+            assert (refused['type'], 'too many' in refused['message']) == ('rate_limit_error', True)
+            assert post(live, '/v1/chat/completions', messages=HI, max_tokens=1)['usage']['completion_tokens'] == 1
+            assert not any(w.done() for w in waiting)
+        assert all(w.result(30)['object'] == 'experts' for w in waiting)
+    assert ask()['object'] == 'experts' and live.server.reports == 0
 
 
 def test_the_tokenizer_for_harnesses(live):

@@ -1,4 +1,5 @@
 "The prompts of V3.2, V4 and V4.1: the same text as DeepSeek's own conversion writes, for conversations of every kind."
+import hashlib
 import json
 import random
 from types import SimpleNamespace
@@ -6,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_nb.files.chat import TEMPLATES, render
+from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.serve.chat import ApiError
 
 MODELS = {'deepseek-v4': 'DeepSeek-V4-Pro', 'deepseek-v4.1': 'DeepSeek-V4.1-Flash'}
 PARAMETERS = dict(type='object', properties=dict(z=dict(type='string')), required=['z'])
@@ -82,6 +85,45 @@ def test_v32():
     text = run(talk[:2], tools=TOOLS)
     assert text.startswith('Be kind.\n\n## Tools\n') and text.count('｜DSML｜function_calls>') == 5
     assert f'<functions>\n{json.dumps(TOOLS[0]["function"], ensure_ascii=False)}\n{{"name": "g"}}\n</functions>\n<｜User｜>' in text
+
+
+def test_tools_of_v31():
+    "As the card of the checkpoint has them, word for word: behind the system message, with a heading for each function"
+    card = ('## Tools\nYou have access to the following tools:\n\n### f\nDescription: Wörter\n\nParameters: {PARAMETERS}\n\n'
+            '### g\nDescription: \n\nParameters: {}\n\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n'
+            '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>'
+            '{additional_tool_calls}<｜tool▁calls▁end｜>\n\nWhere:\n'
+            '- `tool_call_name` must be an exact match to one of the available tools\n'
+            "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+            '- For multiple tool calls, chain them directly without separators or spaces').replace('{PARAMETERS}', json.dumps(PARAMETERS))
+    run = lambda messages, **kw: render(TEMPLATES['deepseek-v3.1'], messages, bos_token='', **kw)
+    hi, kind = dict(role='user', content='a'), dict(role='system', content='Be kind.')
+    assert run([kind, hi], tools=TOOLS) == f'Be kind.\n\n{card}<｜User｜>a<｜Assistant｜></think>'
+    assert run([hi], tools=TOOLS) == run([hi], tools=[t['function'] for t in TOOLS]) == f'\n\n{card}<｜User｜>a<｜Assistant｜></think>'
+    assert run([kind, hi], tools=[]) == run([kind, hi]) == 'Be kind.<｜User｜>a<｜Assistant｜></think>'
+    with pytest.raises(ValueError, match='without thinking only'): run([hi], tools=TOOLS, thinking=True)
+
+
+def test_the_words_of_v32_about_tools():
+    "Compared with the program in V3.2's checkpoint: the digest of what it writes for these two functions"
+    talk = [dict(role='system', content='Be kind.'), dict(role='user', content='a')]
+    text = render(TEMPLATES['deepseek-v3.2'], talk, TOOLS, bos_token='')
+    assert hashlib.sha256(text.encode()).hexdigest() == 'dbf35d1c70a3f0e9983ad1719d94656966d4f90bc697b79d7a1883f4ccac3048'
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_a_checkpoint_of_v31_calls_tools(own):
+    "Its own template leaves the tools out, so ours writes the prompts that have some"
+    from deepseek_nb.serve.chat import ServedModel
+    tok = Tokenizer.from_pretrained('mini')
+    published = TEMPLATES['deepseek-v3.1'].replace('tools', 'functions') # a name that nobody fills in
+    tok.chat_template = published if own else 'deepseek-v3.1'
+    model = ServedModel('m', SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type='deepseek_v3')), ends=()), tok)
+    hi = [dict(role='user', content='a')]
+    assert model.format == 'v31' and '### f\nDescription: Wörter' in model.prompt(hi, TOOLS)
+    assert model.prompt(hi, TOOLS).endswith('<｜User｜>a<｜Assistant｜></think>') and 'Tools' not in model.prompt(hi)
+    assert tok.decode(model.ids(hi, TOOLS)) == model.prompt(hi, TOOLS)
+    with pytest.raises(ApiError, match='without thinking only'): model.prompt(hi, TOOLS, True)
 
 
 def test_calls_as_the_parsers_read_them():

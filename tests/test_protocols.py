@@ -9,7 +9,7 @@ from test_server import HI, Live, post
 from test_tools import MODELS, OPEN, answer
 
 from deepseek_nb.serve.anthropic import MessagesRun, ThinkingBudget, read_anthropic
-from deepseek_nb.serve.chat import Answer, ServedModel
+from deepseek_nb.serve.chat import Answer, ApiError, ServedModel
 from deepseek_nb.serve.events import Splitter
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
 from deepseek_nb.serve.sampling import SamplingParams
@@ -77,7 +77,7 @@ def test_responses(live):
     assert plain(events[-1].response.to_dict()) | dict(usage=0) == plain(whole.to_dict()) | dict(usage=0)
     assert [e.sequence_number for e in events] == [*range(len(events))]
     assert (whole.status, whole.incomplete_details.reason, events[-1].type) == ('incomplete', 'max_output_tokens', 'response.incomplete')
-    assert whole.usage.output_tokens == 8 and whole.usage.total_tokens == whole.usage.input_tokens + 8 and whole.store is False
+    assert whole.usage.output_tokens == 8 and whole.usage.total_tokens == whole.usage.input_tokens + 8 and whole.store is True
     items = [dict(role='user', content='The'), *whole.output, dict(role='user', content='of')]
     again = client.responses.create(model='mini', input=items, max_output_tokens=2)
     assert again.output_text is not None
@@ -148,8 +148,9 @@ def test_the_tool_runner_of_anthropics_package(live, script):
 def test_a_client_that_leaves_is_noticed(live):
     "The generation stops, and the count of running requests comes back."
     how = dict(model='mini', extra_body=dict(logit_bias={1: -100}), stream=True)
-    for stream in (claude(live).messages.create(messages=HI, max_tokens=450, **how), live.client().responses.create(input='hi', **how)):
-        next(iter(stream))
+    for begin in (lambda: claude(live).messages.create(messages=HI, max_tokens=450, **how),
+                  lambda: live.client().responses.create(input='hi', **how)):
+        next(iter(stream := begin()))
         stream.close()
         live.idle()
     assert 'cancelled' in live.engine.stats.finished
@@ -195,7 +196,7 @@ def test_unknown_models(live):
 
 
 @pytest.mark.parametrize('body, part', [
-    (dict(colour='red'), 'colour'), (dict(store=True), 'store'), (dict(previous_response_id='resp_1'), 'previous_response_id'),
+    (dict(colour='red'), 'colour'), (dict(store='yes'), 'store'), (dict(previous_response_id='resp_1'), 'previous_response_id'),
     (dict(input=[]), 'input'), (dict(conversation='c'), 'conversation'), (dict(prompt=dict(id='p')), 'prompt'),
     (dict(include=['x']), 'include'),
     (dict(input=[dict(type='web_search_call')]), 'input[0].type'),
@@ -203,7 +204,7 @@ def test_unknown_models(live):
     (dict(input=[dict(role='user', content=[dict(type='input_image')])]), 'input[0].content[0].type'),
     (dict(background=True), 'background'),
     (dict(text=dict(format=dict(type='xml'))), 'text.format.type'), (dict(reasoning=dict(effort='huge')), 'reasoning.effort'),
-    (dict(reasoning=dict(effort='high')), 'thinking'), (dict(tools=[dict(type='web_search')]), 'tools[0].type'),
+    (dict(reasoning=dict(effort='high')), 'reasoning.effort'), (dict(tools=[dict(type='web_search')]), 'tools[0].type'),
     (dict(max_output_tokens=0), 'max_output_tokens'),
     (dict(tools=[FUNCTION[0] | dict(strict=1)]), 'tools[0].strict'), (dict(tool_choice='required'), 'tool_choice'),
     (dict(top_logprobs=3), 'top_logprobs'),
@@ -212,6 +213,52 @@ def test_unknown_models(live):
 def test_responses_name_what_is_wrong(live, body, part):
     got, said = post(live, dict(model='mini', input='hi', max_output_tokens=2) | body, '/v1/responses')
     assert got == 400 and part in said['error']['message'] and said['error']['param'] == part
+
+
+def test_a_stored_response_goes_on(live):
+    "What follows an id is what the whole conversation would give, streamed or not; and a key sees, lists and deletes its own"
+    client, how = live.client(), dict(model='mini', temperature=0, max_output_tokens=6)
+    first = client.responses.create(**how, input='The Congress of', instructions='Be brief.')
+    talk = [dict(role='user', content='The Congress of'), *first.output, dict(role='user', content='the')]
+    alone = client.responses.create(**how, input=talk, store=False)
+    follow = dict(input='the', previous_response_id=first.id)
+    second = client.responses.create(**how, **follow)
+    events = [*client.responses.create(**how, **follow, stream=True)]
+    assert second.output_text == alone.output_text == events[-1].response.output_text and second.previous_response_id == first.id
+    assert second.usage.input_tokens == alone.usage.input_tokens == client.responses.input_tokens.count(model='mini', **follow).input_tokens
+    third = [client.responses.create(**how, input='of', previous_response_id=r.id) for r in (second, events[-1].response)]
+    assert third[0].output_text == third[1].output_text and third[0].usage.input_tokens > second.usage.input_tokens
+    assert plain(client.responses.retrieve(first.id).to_dict()) == plain(first.to_dict())
+    assert [i.content[0].text for i in client.responses.input_items.list(first.id).data] == ['The Congress of']
+    client.responses.delete(first.id)
+    for gone in (lambda: client.responses.retrieve(first.id), lambda: client.responses.delete(first.id),
+                 lambda: client.responses.retrieve(alone.id), lambda: client.responses.input_items.list('resp_x')):
+        with pytest.raises(openai.NotFoundError): gone()
+    with pytest.raises(openai.BadRequestError) as error: client.responses.create(**how, **follow)
+    assert (error.value.param, error.value.code) == ('previous_response_id', 'previous_response_not_found')
+    with pytest.raises(openai.BadRequestError, match='in the background'): client.responses.cancel(second.id)
+    assert client.responses.create(**how, input='x', previous_response_id=second.id).status == 'incomplete' # its own copy has all it needs
+    with pytest.raises(ApiError) as error: read_responses(dict(input='hi', store=True))
+    assert error.value.param == 'store' # on a server without a store
+
+
+def test_a_conversation_is_compacted(live, script):
+    "The messages of the user and a summary, which are the next input; the whole list at once, or by an id"
+    client = live.client()
+    live.script.pieces = ['They ', 'greeted.']
+    talk = [dict(role='user', content='Hi'), dict(role='assistant', content='Hello!'), dict(role='user', content='Who?')]
+    stored = client.responses.create(model='script', input=talk)
+    for given in (dict(input=talk), dict(previous_response_id=stored.id)):
+        short = client.responses.compact(model='script', **given)
+        assert (short.object, [i.type for i in short.output]) == ('response.compaction', ['message', 'message', 'compaction'])
+        assert [i.content[0].text for i in short.output[:2]] == ['Hi', 'Who?'] and short.usage.input_tokens == 10
+        read = read_responses(dict(input=[*(i.to_dict() for i in short.output), dict(role='user', content='So?')])).messages
+        assert [m['role'] for m in read] == ['user']*4 and read[2]['content'].endswith('so far:\n\nThey greeted.')
+        again = client.responses.compact(model='script', input=[i.to_dict() for i in short.output])
+        assert [i.type for i in again.output] == ['message', 'message', 'compaction'] # a summary of a summary is one
+    for bad, part in ((dict(), 'input'), (dict(input=[]), 'input'), (dict(input='x', colour=1), 'colour')):
+        status, said = post(live, dict(model='script') | bad, '/v1/responses/compact')
+        assert (status, said['error']['param']) == (400, part)
 
 
 def test_a_budget_of_thinking_in_the_engine(live):
@@ -249,9 +296,17 @@ def test_a_schema_and_a_required_tool(live):
 
 def test_keys_of_messages():
     from deepseek_nb.serve.app import key_digest
-    live = Live(keys=dict(ann=key_digest('sk-ann')))
+    live = Live(keys=dict(ann=key_digest('sk-ann'), bob=key_digest('sk-bob')))
     try:
         how = dict(model='mini', messages=HI)
+        said = live.client('sk-ann').responses.create(model='mini', input='hi', max_output_tokens=1)
+        for call in (lambda c: c.responses.retrieve(said.id), lambda c: c.responses.input_tokens.count(model='mini', input='hi'),
+                     lambda c: c.responses.compact(model='mini', previous_response_id=said.id)):
+            with pytest.raises(openai.AuthenticationError): call(live.client())
+            call(live.client('sk-ann'))
+        with pytest.raises(openai.NotFoundError): live.client('sk-bob').responses.retrieve(said.id)
+        with pytest.raises(openai.BadRequestError):
+            live.client('sk-bob').responses.create(model='mini', input='x', previous_response_id=said.id)
         for call in (lambda c: c.messages.create(**how, max_tokens=1), lambda c: c.messages.count_tokens(**how)):
             with pytest.raises(anthropic.AuthenticationError): call(claude(live))
             call(claude(live).with_options(api_key='sk-ann'))

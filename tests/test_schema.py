@@ -26,7 +26,8 @@ from test_server import HI, Live
 from deepseek_nb.serve.tools import Call, write_calls
 
 OPENAI = ['CreateChatCompletionResponse', 'CreateChatCompletionStreamResponse', 'CreateCompletionResponse', 'Response',
-          'ResponseStreamEvent', 'ListModelsResponse', 'Model', 'ErrorResponse']
+          'ResponseStreamEvent', 'ListModelsResponse', 'Model', 'ErrorResponse', 'CompactResource', 'ResponseItemList',
+          'TokenCountsResource']
 ANTHROPIC = ['Message', 'MessageStreamEvent', 'ErrorResponse', 'CountMessageTokensResponse']
 
 
@@ -90,7 +91,7 @@ REQUESTS = {  # name: path, body, and what a scripted model says
     'responses, reasoning and tools': (RESPOND, dict(model='script', input='hi', tools=FUNCTION, reasoning=dict(effort='high'),
                                                      include=['reasoning.encrypted_content']), LETTERS),
     'responses, a schema': (RESPOND, dict(model='mini', input='hi', text=dict(format=dict(type='json_schema', name='x', schema=ONE)))),
-    'responses, cut': (RESPOND, dict(model='script', input='hi', tools=FUNCTION, reasoning=dict(effort='low')),
+    'responses, cut': (RESPOND, dict(model='script', input='hi', tools=FUNCTION, reasoning=dict(effort='medium')),
                        dict(pieces=[CUT], finish='length')),
     'messages': (MESSAGE, HOW | dict(messages=HI)),
     'messages, thinking and tools': (MESSAGE, SCRIPT | dict(messages=HI, tools=USE, thinking=dict(type='adaptive')), LETTERS),
@@ -213,6 +214,24 @@ def test_lists_and_counts_are_as_published(live, schemas):
     schemas['ListModelsResponse'].validate(sent(live, '/v1/models')[1][0])
     schemas['Model'].validate(sent(live, '/v1/models/mini')[1][0])
     schemas['claude.CountMessageTokensResponse'].validate(sent(live, f'{MESSAGE}/count_tokens', dict(model='mini', messages=HI))[1][0])
+
+
+def test_stored_and_compacted_responses_are_as_published(live, schemas):
+    "What is kept, the items of every kind that a request brought, a count, and a compaction"
+    thought = dict(type='reasoning', content=[dict(type='reasoning_text', text='Hm.')], summary=[])
+    call = dict(type='function_call', call_id='c', name='weather', arguments='{}')
+    items = [*HI, dict(role='assistant', content='Hello.'), thought, call, dict(type='function_call_output', call_id='c', output='warm'),
+             dict(type='compaction', encrypted_content='SGk=')]
+    body = dict(model='script', input=items, tools=FUNCTION)
+    _, [response] = sent(live, RESPOND, body, pieces=['It is warm.'])
+    kept = f'/{response["id"]}'
+    for name, path, asked in (('Response', kept, None), ('ResponseItemList', f'{kept}/input_items?order=asc', None),
+                              ('TokenCountsResource', '/input_tokens', body),
+                              ('CompactResource', '/compact', dict(model='script', input=items))):
+        status, [found] = sent(live, RESPOND + path, asked, pieces=['It is warm.'])
+        assert status == 200, found
+        schemas[name].validate(found)
+        if name == 'ResponseItemList': assert [i['type'] for i in found['data']] == [i.get('type', 'message') for i in items]
 
 
 # ---- the tests can fail

@@ -18,7 +18,8 @@ from deepseek_nb.serve.drafts import RowDrafts
 from deepseek_nb.serve.engine import Engine
 
 openai = pytest.importorskip('openai')
-TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}\n"
+            "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 HI = [dict(role='user', content='The Congress of the United States')]
 
@@ -179,7 +180,8 @@ def test_every_wrong_field_is_named(live, body, status, part):
     assert got == status and part in answer['error']['message'] and answer['error'].keys() == {'message', 'type', 'param', 'code'}
 
 
-@pytest.mark.parametrize('body', [b'', b'{', b'\xff\xfe\x00', b'[1]', b'null', b'['*50_000, b'{"a":' * 9_000, '"é"'.encode('latin-1')])
+@pytest.mark.parametrize('body', [b'', b'{', b'\xff\xfe\x00', b'[1]', b'null', b'['*50_000, b'{"a":' * 9_000, '"é"'.encode('latin-1'),
+                                  b'{"model": "mini", "prompt": "a", "n": 1, "n": 2}', b'{"model": "mini", "prompt": "\\ud800"}'])
 def test_broken_bodies(live, body): assert post(live, body)[0] == 400
 
 

@@ -15,13 +15,16 @@ from deepseek_nb import Model
 from deepseek_nb.arch import sparse as definition
 from deepseek_nb.arch.attention import visible
 from deepseek_nb.arch.index_codes import IndexCodes, coded_scores, encode_keys
-from deepseek_nb.arch.model import run_blocks
+from deepseek_nb.arch.model import add_attention, run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import sparse
 from deepseek_nb.kernels.index_codes import coded_kernels, coded_scores_cpp, select_codes_cpp
 from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
+from deepseek_nb.kernels.sparse_codes import add_sparse_codes, run_sparse_codes
 from deepseek_nb.kernels.sparse_step import run_sparse_blocks, sparse_step_kernels
+from deepseek_nb.quant import relative_error
+from deepseek_nb.quant.model import quantize_model
 
 KERNELS = sparse.indexer_kernels, sparse.selected_kernels, coded_kernels
 pytestmark = pytest.mark.skipif(not all(k.ready() for k in KERNELS), reason='no C++ compiler')
@@ -331,3 +334,70 @@ def steady(model, ids):
         b = model(ids)
         w.copy_(kept)
     return (a - b).abs().max() < 2e-4*a.abs().max()
+
+
+# ---- quantised weights
+
+def coded_model(r, form, **fields):
+    "A quantised V3.2 model whose matrices are whole panels"
+    sizes = dict(dim=32, inter_dim=r.choice([32, 48]), q_lora_rank=32, kv_lora_rank=r.choice([32, 64]), qk_nope_head_dim=16,
+                 qk_rope_head_dim=16, v_head_dim=r.choice([16, 32]),
+                 index_head_dim=r.choice([16, 32]), moe_inter_dim=16, n_activated_experts=4)
+    return quantize_model(small_model(r, **sizes | fields), form)
+
+
+def test_step_on_codes(r):
+    "All tokens are selected and all experts are active, so only the rounding of activations to 8 bits differs"
+    before = torch.get_num_threads()
+    for i, form in enumerate(('int8', 'int4', 'int8')):
+        model, ids = coded_model(r, form, index_topk=100), torch.randint(60, (3, 26))
+        mask = (torch.arange(26) >= torch.tensor([0, r.randrange(7), 5])[:, None]).long()
+        keys = r.choice([None, 'int8'])
+        with use('reference'): want = walk(model, ids, mask, keys)
+        torch.set_num_threads(1 + i)
+        error = relative_error(want, walk(model, ids, mask, keys))
+        assert error < .05, f'{error:.3f}: {form} {keys} {model.config}'
+    torch.set_num_threads(before)
+
+
+def attended(model, x, cache):
+    "What the first layer adds"
+    return add_attention(x, model.layers[0], model.context(1, cache).layer(0)) - x
+
+
+@torch.no_grad()
+def test_selection_on_codes(r):
+    "One layer on a cache of 40 tokens, of which it selects three; noise as large as the rounding leaves the selection as it is"
+    for form in ('int8', 'int4'):
+        for _ in range(100):
+            model, keys = coded_model(r, form, index_topk=3, n_layers=1), r.choice([None, 'int8'])
+            caches, x = [model.new_cache(1, index_dtype=keys) for _ in range(2)], torch.randn(1, 1, 32)
+            for cache in caches:
+                with use('reference'): model(torch.arange(40)[None], cache)
+                cache.reserve(1)
+            with use('reference'):
+                want = attended(model, x, caches[0])
+                near = [relative_error(want, attended(model, x*(1 + .03*torch.randn_like(x)), caches[0])) for _ in range(4)]
+                attended(model, x, caches[0])
+            if max(near) < .1: break
+        assert add_attention.op.choose(x, model.layers[0], model.context(1, caches[1]).layer(0)).fn is add_sparse_codes
+        error = relative_error(want, attended(model, x, caches[1]))
+        assert error < .06, f'{error:.3f}: {form} {keys} {model.config}'
+
+
+def test_when_the_step_on_codes_runs(r):
+    "Not for widths that aren't whole panels; a replaced weight is noticed"
+    def twin(model):
+        with torch.no_grad():
+            cache = model.new_cache(1)
+            cache.reserve(1)
+            return run_blocks.op.choose(torch.zeros(1, 1, 32), model.layers, model.context(1, cache)).fn
+    model = coded_model(r, 'int8')
+    assert twin(model) is run_sparse_codes
+    hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
+    assert twin(model) is not run_sparse_codes
+    hook.remove()
+    assert twin(model) is run_sparse_codes
+    model.layers[0].self_attn.indexer.wk = torch.nn.Identity()
+    assert twin(model) is not run_sparse_codes
+    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not run_sparse_codes

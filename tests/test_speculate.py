@@ -1,20 +1,24 @@
 """Speculative decoding: the tokens of plain decoding, whatever the drafts, and the distribution of plain sampling
 
 Fresh random models and prompts; the seed is printed, SEED=n repeats a run, DRAWS=100000 draws more from models, PROMPTS=1000 compares more
-answers of a trained model. `python tests/test_speculate.py smollm2-135m` counts equal answers of a model and prints where others part.
+answers of a trained model. `python tests/test_speculate.py mini mini-v4 smollm2-135m` counts equal answers of 1,000 prompts, prints where
+others part, and stores both in nbs/results/evidence/speculate-equality.json; RECORD=path stores them elsewhere.
 """
+import json
 import math
 import os
 import random
 import sys
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek_nb.arch.dspark import DSpark
 from deepseek_nb.arch.model import Model
+from deepseek_nb.bench import make_record, save_result
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer import speculate as S
@@ -424,9 +428,35 @@ def test_the_context_ends():
         assert model.generate(ids, 40, draft='lookup', eos_token_id=[]).shape[1] == model.config.max_positions
 
 
+# ---- counts over many prompts: python tests/test_speculate.py mini mini-v4 smollm2-135m
+
+ROWS, NEW, LENGTHS = 25, 48, dict(lookup=3, mtp=1)
+
+
+def compared(model, asked, drafts):
+    "Rows that differ from plain decoding, for each draft; each of them is generated again alone, with and without drafts"
+    ids = torch.tensor([row[:min(map(len, asked))] for row in asked])
+    plain = model.generate(ids, NEW, eos_token_id=[])
+    for draft in drafts:
+        new = model.generate(ids, NEW, eos_token_id=[], draft=draft, draft_tokens=LENGTHS[draft])
+        other = (plain != new).any(1).nonzero()[:, 0].tolist()
+        yield draft, [[i, *apart[1:]] for i in other for apart in parted(model, draft, [ids[i].tolist()], NEW)]
+
+
+def count(name, path):
+    "Equal greedy answers of a model, stored in a record; goes on where the last run ended"
+    mtp, asked = name.startswith('mini'), int(os.environ.get('PROMPTS', 1000))
+    model, tok = Model.from_pretrained(name, dtype='float32', device='cpu', mtp=mtp), Tokenizer.from_pretrained(name)
+    texts, drafts = openings(tok, asked), ['lookup', *['mtp']*mtp]
+    result = json.loads(path.read_text())['result'] if path.exists() else {}
+    found = result.setdefault(name, dict(prompts=0, tokens=NEW, lengths={d: LENGTHS[d] for d in drafts}, parted={d: [] for d in drafts}))
+    for at in range(found['prompts'], asked, ROWS):
+        for draft, apart in compared(model, texts[at:at + ROWS], drafts): found['parted'][draft] += [[at + i, *rest] for i, *rest in apart]
+        found['prompts'] = min(asked, at + ROWS)
+        save_result(path, make_record('speculate-equality', result))
+    for draft, apart in found['parted'].items():
+        print(f"{name}, {draft}: {found['prompts'] - len(apart)} of {found['prompts']} answers are equal", *apart, sep='\n', flush=True)
+
+
 if __name__ == '__main__':
-    name, n = sys.argv[1], int(os.environ.get('PROMPTS', 1000))
-    model, tok = Model.from_pretrained(name, dtype='float32', device='cpu', mtp=name == 'mini'), Tokenizer.from_pretrained(name)
-    for draft in ('lookup', *['mtp']*(name == 'mini')):
-        found = [*parted(model, draft, openings(tok, n), 48)]
-        print(f'{name}, {draft}: {n - len(found)} of {n} answers of 48 tokens are equal', *found, sep='\n', flush=True)
+    for name in sys.argv[1:]: count(name, Path(os.environ.get('RECORD', 'nbs/results/evidence/speculate-equality.json')))

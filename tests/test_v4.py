@@ -5,8 +5,6 @@ the entries, so all configs have 16 index heads, for which a score of exactly ze
 """
 import json
 import os
-import random
-import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -34,24 +32,9 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as theirs  # noqa: E402
 
-SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 EIGHT = ('wq_a.weight', 'wq_b.weight', 'wkv.weight', 'wo_b.weight')  # matrices that the test of released weights stores in FP8
 DRAWS = int(os.environ.get('DRAWS') or 3)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def say(pytestconfig):
-    with pytestconfig.pluginmanager.getplugin('capturemanager').global_and_fixture_disabled(): print(f'\ntest_v4 SEED={SEED}')
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        yield
-
-
-def source(name):
-    "A source of randomness that depends on the seed and a name alone"
-    r = random.Random(f'{SEED} {name}')
-    torch.manual_seed(r.randrange(10**9))
-    return r
+pytestmark = pytest.mark.usefixtures('source')
 
 
 def draw(r, **kw):
@@ -98,7 +81,7 @@ def near(a, b): assert (a - b).abs().max() <= 1e-4*b.abs().max(), ((a - b).abs()
 
 
 @pytest.fixture(scope='module', params=range(DRAWS))
-def pair(request, tmp_path_factory):
+def pair(request, tmp_path_factory, source):
     "Ours and theirs with the same weights, through a folder that transformers wrote"
     r, folder = source(f'pair {request.param}'), tmp_path_factory.mktemp('v4')
     hf = shake(transformers.DeepseekV4ForCausalLM(draw(r)))
@@ -110,7 +93,7 @@ def pair(request, tmp_path_factory):
 
 # ---- parts
 
-def test_hyper_connections():
+def test_hyper_connections(source):
     r = source('hyper')
     hf = draw(r)
     c, x = Config.from_hf(hf.to_dict()), torch.randn(2, 5, hf.hc_mult, hf.hidden_size)
@@ -129,7 +112,7 @@ def test_hyper_connections():
 
 
 @pytest.mark.parametrize('hashed', [True, False])
-def test_mixture(hashed):
+def test_mixture(hashed, source):
     r = source(f'mixture {hashed}')
     hf = draw(r, num_hidden_layers=1, layer_types=['sliding_attention'], mlp_layer_types=['hash_moe' if hashed else 'moe'])
     c, block = Config.from_hf(hf.to_dict()), theirs.DeepseekV4SparseMoeBlock(hf, 0)
@@ -198,7 +181,7 @@ def test_saved_folder_loads_in_transformers(pair, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), pair.ours.state_dict().values(), strict=True))
 
 
-def test_released_weights(tmp_path):
+def test_released_weights(tmp_path, source):
     "Experts in FP4, other matrices in FP8 with E8M0 scales, and a block for multi-token prediction, which is kept"
     r = source('released')
     c = replace(Config.from_hf(draw(r, moe_intermediate_size=32, hidden_size=32, num_nextn_predict_layers=1).to_dict()))
@@ -238,7 +221,7 @@ def test_quantised_from_a_folder(pair):
     near(read(pair.ids), made(pair.ids))
 
 
-def test_multi_token_prediction(tmp_path):
+def test_multi_token_prediction(tmp_path, source):
     "The block is saved under the release's names, loaded again, ignored by transformers, and sees no later token"
     r = source('mtp')
     hf = draw(r, num_nextn_predict_layers=1)
@@ -261,7 +244,7 @@ def test_multi_token_prediction(tmp_path):
 
 
 @pytest.mark.parametrize('form', ['official', 'transformers'])
-def test_configs(form):
+def test_configs(form, source):
     "A config written by us is the same to transformers, in both forms"
     r = source(f'config {form}')
     for _ in range(20):
@@ -290,7 +273,7 @@ def test_config_errors(change, message):
 
 # ---- what is for one residual stream says so
 
-def test_hyper_blocks_have_no_fused_twin():
+def test_hyper_blocks_have_no_fused_twin(source):
     "Grouped-query attention and a plain SwiGLU, for which there are kernels, in a block with several streams"
     r = source('fused')
     c = Config('llama', vocab_size=50, dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim=8, max_positions=64, hc_mult=4)

@@ -271,10 +271,11 @@ def choose_config(
 def advance(self:Detector,
     stream:SignalStream, # Stream, which is changed
     x:Tensor, # Observations `s m`, without gaps
+    exact:bool = True, # Whether the bits are independent of how the signal is cut; False: several times faster
 )->Tensor: # Scores `s`; 0 during the warm-up and where nothing was observed
     "Score observations, and move the stream behind them"
     z = scaled(x, self.scaling)[None]
-    with torch.no_grad(): out,stream.state = self.net(z.clamp(-20, 20), stream.state, exact=True)
+    with torch.no_grad(): out,stream.state = self.net(z.clamp(-20, 20), stream.state, exact)
     weights = {k: w[:, -1:] for k,w in out.weights.items()}
     before = stream.ahead or (torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1]), weights)
     location,scale = (torch.cat([a, b[:, :-1]], 1) for a,b in zip(before[:2], (out.location, out.scale), strict=True))
@@ -332,17 +333,18 @@ def score_series(self:Detector,
     series, # Signal `t` or `t m`; NaN: missing
     times:Sequence|None = None, # Seconds `t`; None: no gaps
     piece:int = 256, # Observations that are computed at once
+    exact:bool = True, # Whether the bits are those of `score`; False: several times faster
 )->Tensor: # Scores `t`
     "Score a signal from its beginning, without touching the detector's streams"
     x,stream,scores,begin = as_series(series),self.new_stream(),[],0
     if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
     times = [None]*len(x) if times is None else [float(t) for t in times]
-    def flush(end): scores.extend(self.advance(stream, o) for o in x[begin:end].split(piece) if len(o))
+    def flush(end): scores.extend(self.advance(stream, o, exact) for o in x[begin:end].split(piece) if len(o))
     for i,time in enumerate(times):
         if i and time is not None and gap_steps(times[i-1], time, self.rate) > 1:
             flush(i)
             begin,stream.time = i,times[i-1]
-            if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap)
+            if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap, exact)
     flush(len(x))
     return torch.cat(scores)
 

@@ -64,7 +64,12 @@ SETS = dict(
         'download the UCR anomaly archive from E. Keogh\'s page', '*UCR_Anomaly* series.npz'),
     card_sparkov=DataSet('', 'run github.com/namebrandon/Sparkov_Data_Generation, or take kartik2112/fraud-detection from Kaggle',
         '*ra*.csv*'),
-    amlsim=DataSet(_archive('IBM/AMLSim', '7338a4bcb1af9bcfea2201ad7daccfe2a4d569ca'), 'clone github.com/IBM/AMLSim', 'transactions.csv*'))
+    amlsim=DataSet(_archive('IBM/AMLSim', '7338a4bcb1af9bcfea2201ad7daccfe2a4d569ca'), 'clone github.com/IBM/AMLSim', 'transactions.csv*'),
+    wm811k=DataSet('', 'convert the splits of github.com/faris-k/self-supervised-wafermaps, or qingyi/wm811k-wafer-map of Kaggle, by '
+        '`write_wafers`', 'test_data.npz'),
+    mixedwm38=DataSet('', 'take co1d7era/mixedtype-wafer-defect-datasets from Kaggle', 'test_data.npz Wafer_Map_Datasets.npz'),
+    cwru_bearing=DataSet(_archive('srigas/CWRU_Bearing_NumPy', 'b1179d28761048530daa4f04a5c1659eff529499'),
+        'clone github.com/srigas/CWRU_Bearing_NumPy', '*rpm.npz *_DE12.npz'))
 
 # %% ../../nbs/854_apps.series.ipynb #d3ff3c59
 def unpack_archive(
@@ -197,9 +202,10 @@ def circle(
 
 def since_last(
     at:Tensor, # Times in seconds, in order `t`
-)->Tensor: # Logarithm of one plus the seconds since the time before; 0 for the first `t`
+    first:float = 30*86400., # Seconds that count for the first event
+)->Tensor: # Logarithm of one plus the seconds since the time before `t`
     "Logarithm of the time since the event before"
-    return torch.cat([at.new_zeros(1), at.diff()]).clamp(min=0).log1p()
+    return torch.cat([at.new_tensor([first]), at.diff()]).clamp(min=0).log1p()
 
 # %% ../../nbs/854_apps.series.ipynb #314eae8b
 def card_features(

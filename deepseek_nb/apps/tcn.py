@@ -128,7 +128,7 @@ class SignalConfig:
     variables:int # Number of measured variables
     dim:int = 32 # d, width of the residual stream
     kernel:int = 3 # Taps of each convolution
-    dilations:tuple = (1, 2, 4, 8, 16) # Steps between the taps of each block
+    dilations:tuple = (1, 2, 4, 8, 16) # Steps between the taps of each block; 0: it sees the present step alone
     attend:tuple = (4,) # Blocks that are followed by attention, counted from 0
     periods:tuple = (1,) # Period of each attention head in steps
     slots:int = 8 # Slots of each head

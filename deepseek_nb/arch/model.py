@@ -9,7 +9,7 @@ extends a KV cache, which `new_cache` makes. Weights have the names that DeepSee
 # %% auto #0
 __all__ = ['add_attention', 'add_feed_forward', 'attention_layer', 'feed_forward', 'Block', 'HyperBlock', 'block_class',
            'check_plain', 'Model', 'check_tokens', 'left_pad', 'check_documents', 'first_angles', 'check_cache',
-           'make_room', 'run_blocks', 'head']
+           'make_room', 'run_blocks', 'read_streams', 'head']
 
 # %% ../../nbs/160_arch.model.ipynb #fde49828
 from collections.abc import Iterator
@@ -346,6 +346,16 @@ def run_blocks(
     for i,block in enumerate(blocks): x = block(x, ctx.layer(i))
     return x
 
+# %% ../../nbs/160_arch.model.ipynb #f7e0a7bf
+@op
+def read_streams(
+    x:Tensor, # Residual streams after the last block `b s x d`
+    collapse:HyperHead, # Weighted sum of the streams
+    norm:RMSNorm, # Last norm
+)->Tensor: # `b s d`
+    "Collapse the streams and apply the last norm"
+    return norm(collapse(x))
+
 # %% ../../nbs/160_arch.model.ipynb #f6b1e122
 @op
 def head(
@@ -373,7 +383,7 @@ def hidden(self:Model,
     x,n = self.embed_tokens(tokens),self.config.hc_mult
     x = run_blocks(expand_streams(x, n) if n else x, self.layers, self.context(s, cache, pad, documents, mla, tokens))
     if cache is not None: cache.advance(s)
-    return self.norm(self.hc_head(x) if n else x)
+    return read_streams(x, self.hc_head, self.norm) if n else self.norm(x)
 
 # %% ../../nbs/160_arch.model.ipynb #c187ef65
 @patch

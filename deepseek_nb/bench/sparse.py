@@ -8,7 +8,7 @@ FLOPs and bytes and from the rates of a machine, and `least_step_seconds` that o
 
 # %% auto #0
 __all__ = ['indexed_config', 'unindexed_config', 'kernel_steps', 'filled_cache', 'model_step', 'layer_step', 'sparse_decode',
-           'least_sparse_seconds', 'least_step_seconds']
+           'least_sparse_seconds', 'least_step_seconds', 'stage_works']
 
 # %% ../../nbs/774_bench.sparse.ipynb #fc134704
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from ..arch.model import Model, add_attention
 from ..arch.sparse import attend_selected, select_positions, sparse_cost
 from . import Machine, Work, bound, compare
 from ..core.config import Config, Rope
+from ..quant.model import quantize_model
 
 # %% ../../nbs/774_bench.sparse.ipynb #2530066e
 def indexed_config(
@@ -81,11 +82,13 @@ def model_step(
     c:Config, # Config of the model
     t:int, # Number of cached tokens
     batch:int = 1, # Number of rows
+    weights:str = 'float32', # Or 'int8' or 'int4'
     index_dtype:str|None = None, # 'int8': index keys in 8 bits
 )->Callable: # Function without arguments that returns logits
     "A decode step of a whole model"
     torch.manual_seed(0)
     model = Model(c, dtype='float32', device='cpu').eval().requires_grad_(False)
+    if weights != 'float32': model = quantize_model(model, weights)
     cache,token = filled_cache(model, t, batch, index_dtype),torch.zeros(batch, 1, dtype=torch.int64)
     def step():
         with torch.inference_mode(): y = model(token, cache, logits_to_keep=1)
@@ -129,6 +132,7 @@ def sparse_decode(
         found[f'attention of {more.n_heads} heads, {t}{name}'] = compare(kernel_steps(more, t, form), repeats)
         found |= {f'layer, {t}{name}': versus(layer_step, form, t), f'model, {t}{name}': versus(model_step, form, t)}
         found[f'model, {t}, {rows} rows{name}'] = versus(model_step, form, t, rows)
+        found[f'model, {t}, int8 weights{name}'] = versus(model_step, form, t, 1, 'int8')
     return found
 
 # %% ../../nbs/774_bench.sparse.ipynb #7f36fc31
@@ -160,3 +164,20 @@ def least_step_seconds(
     indexers = count([b.self_attn.indexer for b in model.layers]) if held else 0
     read = lambda n: 4*n/host.read/c.n_layers
     return rows*times[0] + read(count(held)), rows*times[1] + read(count(held) - indexers)
+
+# %% ../../nbs/774_bench.sparse.ipynb #5b5aeacd
+def stage_works(
+    c:Config, # Config with an indexer and without experts
+    t:int, # Number of cached tokens
+    index_dtype:str|None = None, # 'int8': index keys in 8 bits
+)->dict: # Stage -> `Work` of one layer for one token, with float32 weights
+    "FLOPs and bytes of all stages of a decode step"
+    model,cost = Model(c, dtype='float32', device='meta'),sparse_cost(c, t, itemsize=4)
+    layer,count = model.layers[0],lambda m: sum(p.numel() for p in m.parameters())
+    indexer = count(layer.self_attn.indexer)
+    index = (cost['flops']['index']/4, t*(c.index_head_dim + 4)) if index_dtype else (cost['flops']['index'], cost['bytes']['index'])
+    weights = {'indexer projections': indexer, 'projections': count(layer.self_attn) - indexer, 'feed-forward': count(layer.mlp),
+               'head': count(model.lm_head)/c.n_layers}
+    works = [Work('index scores', *index), Work('selection', 0, 3*4*t), *(Work(n, 2*w, 4*w) for n,w in weights.items()),
+             *(Work(name, cost['flops'][k], cost['bytes'][k]) for name,k in (('attention', 'sparse'), ('dense attention', 'dense')))]
+    return {w.name: w for w in works}

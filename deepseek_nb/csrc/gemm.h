@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <memory>
+#include <new>
 #include <vector>
 
 constexpr int FEW = L == 16 ? 24 : 12;  // tokens that are multiplied row by row
@@ -66,10 +67,12 @@ template <class F> inline void columns(int64_t R, int64_t n, const float* c, F u
 
 // %% ../../nbs/510_kernels.gemm.ipynb #fe0e092c
 struct Buffer {
-    std::unique_ptr<float[]> memory;
+    static constexpr std::align_val_t LINE{64};
+    struct Free { void operator()(float* p) const { operator delete[](p, LINE); } };
+    std::unique_ptr<float[], Free> memory;
     size_t size = 0;
     float* need(size_t n) {
-        if (n > size) memory.reset(new float[n]), size = n;
+        if (n > size) memory.reset(new (LINE) float[n]), size = n;
         return memory.get();
     }
 };

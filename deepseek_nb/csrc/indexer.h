@@ -4,32 +4,9 @@
 #pragma once
 #include "flash.h"
 #include "tensors.h"
-#include <climits>
 
-template <int... I> inline ivec lane_numbers(std::integer_sequence<int, I...>) { return ivec{I...}; }
-inline vec relu(vec x, int heads) { return lane_numbers(Lanes()) < heads ? (x < 0.f ? vec{} : x) : vec{}; }
-
-// %% ../../nbs/526_kernels.sparse.ipynb #d054b5e3
-// sum_i += Σ w · relu(q · k_i) over the heads of a strip; fetches the next keys
-template <int M, int N>
-void add_heads(int64_t u, const float* k, int64_t ld, const float* q, const float* w, int heads, vec* sum,
-               const float* next) {
-    vec s[M][N];
-    for (auto& row : s) for (vec& x : row) x = vec{};
-    for (int64_t line = 0; line < u; line += 16) {
-        for (int i = 0; i < M; ++i) __builtin_prefetch(next + i * ld + line, 0, 2);
-        for (int64_t c = line; c < std::min(u, line + 16); ++c) {
-            vec y[N];
-            for (int n = 0; n < N; ++n) y[n] = load(q + c * W + n * L);
-            for (int i = 0; i < M; ++i) {
-                const vec x = splat(k[i * ld + c]);
-                for (int n = 0; n < N; ++n) s[i][n] = muladd(x, y[n], s[i][n]);
-            }
-        }
-    }
-    for (int i = 0; i < M; ++i)
-        for (int n = 0; n < N; ++n) sum[i] = muladd(relu(s[i][n], heads - n * L), load(w + n * L), sum[i]);
-}
+typedef int32_t loose_ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
+inline ivec load(const int32_t* p) { return *(const loose_ivec*)p; }
 
 // %% ../../nbs/526_kernels.sparse.ipynb #19c06012
 struct IndexQuery {
@@ -38,35 +15,10 @@ struct IndexQuery {
     static int64_t size(int64_t j, int64_t u) { return round_up(j, W) * (u + 1); }
     IndexQuery(int64_t j, int64_t u, float* at) : j(j), u(u), heads(at), w(at + round_up(j, W) * u) {}
 
-    void pack(const float* q, const float* weights) const {
-        const auto rows = row_pointers(q, j, u);
-        ::pack(j, u, 0, u, rows.data(), heads);
-        std::fill(std::copy(weights, weights + j, w), w + round_up(j, W), 0.f);
-    }
-    template <int M> void tile(const float* k, int64_t ld, float* to, const float* next) const {
-        vec sum[M];
-        for (vec& x : sum) x = vec{};
-        for (int64_t i = 0; i < j; i += W) {
-            const auto add = j - i > L ? add_heads<M, 2> : add_heads<M, 1>;
-            add(u, k, ld, heads + i * u, w + i, std::min<int64_t>(j - i, W), sum, i ? k : next);
-        }
-        add_up<M, M>(sum, to, 0);
-    }
+    void pack(const float* q, const float* weights) const;
+    // scores of n keys; fetches the next ones
     void score(int64_t n, const float* k, int64_t ld, float* to, const float* next) const;
 };
-
-// %% ../../nbs/526_kernels.sparse.ipynb #dd3b482d
-using ScoreTile = void (IndexQuery::*)(const float*, int64_t, float*, const float*) const;
-template <int... M> constexpr std::array<ScoreTile, ROWS> score_tiles(std::integer_sequence<int, M...>) {
-    return {&IndexQuery::tile<M + 1>...};
-}
-inline void IndexQuery::score(int64_t n, const float* k, int64_t ld, float* to, const float* next) const {
-    static constexpr auto tiles = score_tiles(Heights());
-    in_tiles(n, [&](int64_t i, int64_t m) {
-        const float* after = i + m < n ? k + (i + m) * ld : next;
-        (this->*tiles[m - 1])(k + i * ld, ld, to + i, after);
-    });
-}
 
 // %% ../../nbs/526_kernels.sparse.ipynb #f1220186
 constexpr int64_t INDEX_KEYS = 4 * ROWS;
@@ -96,73 +48,8 @@ template <class T> struct IndexKeys {
     }
 };
 
-// %% ../../nbs/526_kernels.sparse.ipynb #b94bce6f
-inline ivec order(vec x) {
-    const vec y = x + 0.f;
-    const ivec bits = (ivec)y, turned = bits ^ (bits >> 31 & INT_MAX);
-    return y == y ? turned : ivec{} + INT_MAX;
-}
-typedef int32_t loose_ivec __attribute__((vector_size(4 * L), aligned(4), may_alias));
-inline ivec load(const int32_t* p) { return *(const loose_ivec*)p; }
-inline void order_row(const float* s, int64_t n, const bool* mask, int32_t* to) {
-    for (int64_t i = 0; i < n; i += L) {
-        const ivec x = order(i + L <= n ? load(s + i) : load_part(s + i, n - i));
-        memcpy(to + i, &x, sizeof x);
-    }
-    for (int64_t i = 0; mask && i < n; ++i) to[i] = mask[i] ? to[i] : INT_MIN;
-    std::fill(to + n, to + round_up(n, L), INT_MIN);
-}
-
-// %% ../../nbs/526_kernels.sparse.ipynb #d21e29f0
-// lanes of a comparison that are true
-inline int64_t count_lanes(ivec chosen) {
-#if defined(__AVX512F__)
-    return __builtin_popcount(_mm512_test_epi32_mask((__m512i)chosen, (__m512i)chosen));
-#else
-    int32_t n = 0;
-    for (int i = 0; i < L; ++i) n -= chosen[i];
-    return n;
-#endif
-}
-// write the chosen lanes of x to `to`, which has room for L numbers, and return how many they are
-inline int64_t keep_lanes(ivec x, ivec chosen, int32_t* to) {
-#if defined(__AVX512F__)
-    const __mmask16 m = _mm512_test_epi32_mask((__m512i)chosen, (__m512i)chosen);
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(m, (__m512i)x));
-    return __builtin_popcount(m);
-#else
-    int64_t n = 0;
-    for (int i = 0; i < L; ++i) to[n] = x[i], n -= chosen[i];
-    return n;
-#endif
-}
-
-// %% ../../nbs/526_kernels.sparse.ipynb #45644023
-// number of scores that are x or more; n is padded to a multiple of L
-inline int64_t count_from(const int32_t* order, int64_t n, int32_t x) {
-    ivec few = {};
-    const ivec least = ivec{} + x;
-    for (int64_t i = 0; i < n; i += L) few -= load(order + i) >= least;
-    int64_t total = 0;
-    for (int i = 0; i < L; ++i) total += few[i];
-    return total;
-}
-inline int64_t count_above(const int32_t* order, int64_t n, int32_t x) {
-    return x == INT_MAX ? 0 : count_from(order, n, x + 1);
-}
-// the position behind the first `ties` scores that equal x
-inline int64_t behind_ties(const int32_t* order, int64_t n, int32_t x, int64_t ties) {
-    for (int64_t i = 0; ties && i < n; i += L) {
-        const int64_t here = count_lanes(load(order + i) == x);
-        if (here < ties) ties -= here;
-        else for (int64_t k = i;; ++k) if (order[k] == x && !--ties) return k + 1;
-    }
-    return 0;
-}
-
 // %% ../../nbs/526_kernels.sparse.ipynb #61411467
 constexpr int BITS = 11, BINS = 1 << BITS;
-inline uint32_t bin_of(int32_t x) { return (uint32_t(x) ^ 1u << 31) >> (32 - BITS); }
 
 struct TopRow {
     int64_t t, want, parts;                // scores; selected scores; threads
@@ -186,104 +73,11 @@ struct TopRow {
     int64_t collect(int64_t rank, int32_t least, int64_t ties) const;
 };
 
-// %% ../../nbs/526_kernels.sparse.ipynb #e5682694
-inline void TopRow::count(int64_t rank, const float* s, const bool* mask) const {
-    const auto [begin, end] = part(rank);
-    const int64_t n = std::min(t, end) - begin;
-    int32_t *one = counts + rank * 2 * BINS, *two = one + BINS;
-    std::fill(one, one + 2 * BINS, 0);
-    if (n <= 0) return;
-    order_row(s + begin, n, mask ? mask + begin : nullptr, scores + begin);
-    int64_t i = begin;
-    for (; i + 1 < begin + n; i += 2) ++one[bin_of(scores[i])], ++two[bin_of(scores[i + 1])];
-    if (i < begin + n) ++one[bin_of(scores[i])];
-    for (int64_t b = 0; b < BINS; ++b) one[b] += two[b];
-}
-// the bin of the threshold, and the scores in higher bins
-inline std::pair<int64_t, int64_t> TopRow::edge() const {
-    int64_t above = 0;
-    for (int64_t b = BINS - 1;; --b) {
-        int64_t here = 0;
-        for (int64_t r = 0; r < parts; ++r) here += bins(r)[b];
-        if (above + here >= want) return {b, above};
-        above += here;
-    }
-}
-
-// %% ../../nbs/526_kernels.sparse.ipynb #4dab3112
-inline void TopRow::gather(int64_t rank, int64_t bin) const {
-    const auto [begin, end] = part(rank);
-    const ivec low = ivec{} + int32_t(uint32_t(bin) << (32 - BITS) ^ 1u << 31), high = low + ((1 << (32 - BITS)) - 1);
-    int32_t* to = candidates(rank);
-    int64_t n = 0;
-    for (int64_t i = begin; i < end; i += L) {
-        const ivec x = load(scores + i);
-        n += keep_lanes(x, (x >= low) & (x <= high), to + n);
-    }
-    std::fill(to + n, to + round_up(n, L), INT_MIN);
-    size[rank] = n;
-}
-// the lowest selected score: `need` candidates of all threads reach it
-inline int32_t TopRow::threshold(int64_t bin, int64_t need) const {
-    uint32_t x = uint32_t(bin) << (32 - BITS);
-    int64_t reach = -1;
-    for (int bit = 31 - BITS; bit >= 0 && reach != need; --bit) {
-        int64_t found = 0;
-        for (int64_t r = 0; r < parts; ++r)
-            found += count_from(candidates(r), size[r], int32_t((x | 1u << bit) ^ 1u << 31));
-        if (found >= need) x |= 1u << bit, reach = found;
-    }
-    return int32_t(x ^ 1u << 31);
-}
-
-// %% ../../nbs/526_kernels.sparse.ipynb #64357849
-// a thread's scores above the threshold, and those equal to it
-inline std::pair<int64_t, int64_t> TopRow::above(int64_t rank, int64_t bin, int32_t least) const {
-    const int64_t more = count_above(candidates(rank), size[rank], least);
-    int64_t n = more;
-    for (int64_t b = bin + 1; b < BINS; ++b) n += bins(rank)[b];
-    return {n, count_from(candidates(rank), size[rank], least) - more};
-}
-// replace the part's scores by its selected positions, and return how many they are
-inline int64_t TopRow::collect(int64_t rank, int32_t least, int64_t ties) const {
-    const auto [begin, end] = part(rank);
-    const int64_t stop = begin + behind_ties(scores + begin, end - begin, least, ties);
-    int64_t held = 0;
-    for (int64_t i = begin; i < end; i += L) {
-        const ivec x = load(scores + i), at = lane_numbers(Lanes()) + int32_t(i);
-        const ivec chosen = (x > least) | ((x == least) & (at < int32_t(stop)));
-        held += keep_lanes(at, chosen, scores + begin + held);
-    }
-    return held;
-}
-
 // %% ../../nbs/526_kernels.sparse.ipynb #31ebc0fe
 struct Places { int64_t *to, base = 0, hop = 1; };  // where positions are written, and as what
 
 // the `a` visible positions of the largest of t scores; −1 fills the rest
-inline void select_row(const Team& team, const float* s, int64_t t, const bool* mask, int64_t a, Places out,
-                       float* memory) {
-    const TopRow row(t, std::min(a, mask ? std::count(mask, mask + t, true) : t), team.size, memory);
-    int64_t start = 0;
-    if (row.want) {
-        row.count(team.rank, s, mask);
-        team.wait();
-        const auto [bin, more] = row.edge();
-        row.gather(team.rank, bin);
-        team.wait();
-        const int32_t least = row.threshold(bin, row.want - more);
-        int64_t ties = row.want, mine = 0;
-        for (int64_t r = 0; r < team.size; ++r) ties -= row.above(r, bin, least).first;
-        for (int64_t r = 0; r <= team.rank; ++r) {
-            const auto [n, tied] = row.above(r, bin, least);
-            mine = std::min(ties, tied), ties -= mine, start += r < team.rank ? n + mine : 0;
-        }
-        const int32_t* at = row.scores + row.part(team.rank).first;
-        const int64_t n = row.collect(team.rank, least, mine);
-        for (int64_t i = 0; i < n; ++i) out.to[start + i] = out.base + out.hop * at[i];
-    }
-    if (team.rank == team.size - 1) std::fill(out.to + row.want, out.to + a, int64_t(-1));
-}
+void select_row(const Team& team, const float* s, int64_t t, const bool* mask, int64_t a, Places out, float* memory);
 
 // %% ../../nbs/526_kernels.sparse.ipynb #250db6f7
 // n rows of t scores: each thread selects from some of them, or all threads together from one after another

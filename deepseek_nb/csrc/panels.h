@@ -54,33 +54,43 @@ inline int64_t blocks_of(int64_t K) { return (K + 31) / 32; }
 constexpr int CODES = sizeof(CodeBlock) / sizeof(int32_t);  // words per block
 
 // %% ../../nbs/537_kernels.codes.ipynb #974b579c
-inline float largest_magnitude(const float (&x)[32]) {
-    uint32_t bits[32], top = 0;
-    memcpy(bits, x, sizeof x);
-    for (uint32_t b : bits) top = std::max(top, b & 0x7fffffff);
+inline float largest_magnitude(const vec (&x)[32 / L]) {
+    ivec top = {};
+    for (const vec& v : x) top = larger(top, (ivec)v & 0x7fffffff);
+    const int32_t bits = largest(top);
     float most;
-    memcpy(&most, &top, sizeof most);
+    memcpy(&most, &bits, sizeof most);
     return most;
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #7c1e55a1
+typedef int8_t bvec __attribute__((vector_size(L)));
+inline void round_block(const float* x, CodeBlock& block) {
+    vec v[32 / L];
+    for (int i = 0; i < 32 / L; ++i) v[i] = load(x + i * L);
+    const float step = largest_magnitude(v) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
+    ivec total = {};
+    for (int i = 0; i < 32 / L; ++i) {
+        vec y = v[i] * inverse;
+        keep(y);
+        const ivec c = __builtin_convertvector((y + 12582912.f) - 12582912.f, ivec);
+        const bvec codes = __builtin_convertvector(c, bvec);
+        memcpy((int8_t*)block.codes + i * L, &codes, L);
+        total += c;
+    }
+    block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * sum(__builtin_convertvector(total, vec));
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
 // round the blocks with from <= index < to
 inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
-    for (int64_t g = from; g < to; ++g) {
-        CodeBlock& block = ((CodeBlock*)memory)[g];
-        int8_t codes[32];
-        alignas(64) float part[32] = {};
-        if (K - 32 * g >= 32) memcpy(part, x + 32 * g, sizeof part);
-        else memcpy(part, x + 32 * g, (K - 32 * g) * sizeof(float));
-        const float step = largest_magnitude(part) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
-        int32_t total = 0;
-        for (int i = 0; i < 32; ++i) {
-            const int32_t c = int32_t(rintf(part[i] * inverse));
-            codes[i] = c, total += c;
-        }
-        memcpy(block.codes, codes, sizeof codes);
-        block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * total;
-    }
+    CodeBlock* blocks = (CodeBlock*)memory;
+    const int64_t whole = std::min(to, K / 32);
+    for (int64_t g = from; g < whole; ++g) round_block(x + 32 * g, blocks[g]);
+    if (from >= to || whole >= to) return;
+    float rest[32] = {};
+    memcpy(rest, x + 32 * whole, (K - 32 * whole) * sizeof(float));
+    round_block(rest, blocks[whole]);
 }
 inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
     round_blocks(x, K, memory, 0, blocks_of(K));

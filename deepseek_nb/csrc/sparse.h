@@ -4,52 +4,29 @@
 #pragma once
 #include "paged.h"
 
+constexpr int TILE = ROWS > 6 ? 16 : 8, HIGH = TILE / 4;  // rows of a tile of scores; heads of a tile of sums
+constexpr int64_t HOP = KEYS * L;                        // numbers from a vector of a row to the next one in a block
+
 template <class T> struct Selection : View<const T> {};  // rows are named by their distance from the first one
+// the rows of a block, and the first of the next block
 template <class T> struct RowPointers {
-    const T *now[KEYS], *next[KEYS];
+    const T* at[KEYS + TILE];
     RowPointers(const PieceRun<Selection<T>>& p, int64_t t, int64_t n) {
-        const T* all = p.a.k.data;
-        const int64_t* here = p.r.table + p.w.row * p.r.width;
-        const int64_t* after = p.r.table + p.after.row * p.r.width + p.after.from;
-        const int64_t left = std::max<int64_t>(0, std::min(KEYS, p.w.to - t - KEYS));
-        const int64_t more = std::min(KEYS - left, p.after.to - p.after.from);
-        for (int64_t i = 0; i < n; ++i) {
-            now[i] = all + here[t + i];
-            next[i] = i < left ? all + here[t + KEYS + i] : i - left < more ? all + after[i - left] : now[i];
-        }
+        const int64_t *here = p.r.table + p.w.row * p.r.width + t, *after = p.r.table + p.after.row * p.r.width + p.after.from;
+        const int64_t left = p.w.to - t - KEYS, more = left > 0 ? left : p.after.to - p.after.from;
+        const int64_t* next = left > 0 ? here + KEYS : after;
+        for (int64_t i = 0; i < KEYS; ++i) at[i] = p.a.k.data + here[std::min(i, n - 1)];
+        for (int64_t i = 0; i < TILE; ++i) at[KEYS + i] = p.a.k.data + next[std::min(i, more - 1)];
     }
 };
 
 // %% ../../nbs/526_kernels.sparse.ipynb #119a66a4
-// s (M × N vectors) = k (M × x) · q (x × N vectors); fetches the next rows
-template <int M, int N, class T>
-void score_rows(int64_t x, const float* k, int64_t ld, const float* q, float* s, const T* const* next) {
-    vec sum[M][N];
-    for (auto& row : sum) for (vec& y : row) y = vec{};
-    for (int64_t line = 0; line < x; line += 16) {
-        for (int i = 0; i < M; ++i) __builtin_prefetch(next[i] + line, 0, 2);
-        for (int64_t c = line; c < std::min(x, line + 16); ++c) {
-            vec y[N];
-            for (int n = 0; n < N; ++n) y[n] = load(q + c * W + n * L);
-            for (int i = 0; i < M; ++i) {
-                const vec a = splat(k[i * ld + c]);
-                for (int n = 0; n < N; ++n) sum[i][n] = muladd(a, y[n], sum[i][n]);
-            }
-        }
-    }
-    for (int i = 0; i < M; ++i) for (int n = 0; n < N; ++n) store(s + i * W + n * L, sum[i][n]);
-}
-
-// %% ../../nbs/526_kernels.sparse.ipynb #5bff0b59
-template <class T> using ScoreRows = void (*)(int64_t, const float*, int64_t, const float*, float*, const T* const*);
-template <class T, int N, int... M>
-constexpr std::array<ScoreRows<T>, ROWS> row_scorers(std::integer_sequence<int, M...>) {
-    return {&score_rows<M + 1, N, T>...};
-}
-template <class T> ScoreRows<T> pick_scorer(int64_t m, int64_t heads) {
-    static constexpr auto one = row_scorers<T, 1>(Heights()), two = row_scorers<T, 2>(Heights());
-    return (heads > L ? two : one)[m - 1];
-}
+// gather n rows into a block, and write their scores for the packed queries of a strip; s: rows × W
+template <class T>
+void score_rows(int64_t n, int64_t x, int64_t heads, const T* const* rows, float* block, const float* q, float* s);
+// o (heads × v) = factor · o + p (heads × n) · the first v columns of a block
+void sum_rows(int64_t heads, int64_t n, int64_t v, const float* p, const float* block, const float* factor, float* o,
+              int64_t ldo);
 
 // %% ../../nbs/526_kernels.sparse.ipynb #2d4e62df
 inline void transpose_scores(const float* s, int64_t n, int64_t heads, float* to) {
@@ -72,18 +49,13 @@ template <class T> void score_block(const PieceRun<Selection<T>>& p, int64_t t, 
     const RowPointers<T> rows(p, t, n);
     const Desk& m = p.m;
     if (t == p.w.from) pack_heads(m, p.w.rows, p.a.x);
-    for (int64_t i = 0; i < n; ++i) copy_row(rows.now[i], p.a.x, 1, m.decoded + i * m.ldq);
-    float s[KEYS * W];
+    alignas(64) float s[KEYS * W];
     for (int64_t j = 0; j < p.w.rows; j += W) {
-        const int64_t heads = std::min<int64_t>(W, p.w.rows - j);
-        in_tiles(n, [&](int64_t i, int64_t some) {
-            const float* k = m.decoded + i * m.ldq;
-            pick_scorer<T>(some, heads)(p.a.x, k, m.ldq, m.q + j * p.a.x, s + i * W, rows.next + i);
-        });
-        transpose_scores(s, n, heads, m.s + j * KEYS);
+        score_rows(n, p.a.x, p.w.rows - j, rows.at, m.decoded, m.q + j * p.a.x, s);
+        transpose_scores(s, n, std::min<int64_t>(W, p.w.rows - j), m.s + j * KEYS);
     }
 }
 template <class T> void sum_block(const PieceRun<Selection<T>>& p, int64_t, int64_t n) {
     const Desk& m = p.m;
-    sum_values<float>(p.w.rows, n, p.a.v, m.s, m.decoded, m.ldq, m.softmax.factor, m.o, m.ldo, m.decoded, m.part);
+    sum_rows(p.w.rows, n, p.a.v, m.s, m.decoded, m.softmax.factor, m.o, m.ldo);
 }

@@ -9,15 +9,16 @@
 constexpr int64_t INDEX = 5;  // weights of an indexer
 struct IndexPlace { enum { q, k, norm, bias, weights }; };
 template <class T, class M> struct Index {
-    M q, k, weights;
+    M q, k;
+    Dots<T> weights;  // they decide which tokens are selected, so they are never quantised
     const T *norm, *bias;
     int64_t j, u;
     float by() const { return float(1 / std::sqrt(double(j * u))); }
 };
 template <class T, class M> Index<T, M> index_weights(const Weights<T, M>& w) {
     using P = IndexPlace;
-    return {w.matrix(P::q), w.matrix(P::k), w.matrix(P::weights), w.vector(P::norm), w.vector(P::bias), w.size(P::weights),
-            w.size(P::k)};
+    return {w.matrix(P::q), w.matrix(P::k), {w.vector(P::weights)}, w.vector(P::norm), w.vector(P::bias), w.size(P::weights),
+            w.size(P::norm)};
 }
 template <class T> void layer_norm(float* x, int64_t u, const T* weight, const T* bias) {
     double mean = 0, square = 0;
@@ -62,12 +63,12 @@ DsaStage<T, M>::DsaStage(const Step& step, const Mla<T, M>& w, const Index<T, M>
         const int64_t seen = step.past + j % step.s + 1 - first(j / step.s);
         data<int64_t>(held)[j] = std::clamp<int64_t>(seen, 1, a) - 1;
     }
-    const int64_t t = step.past + step.s, index = step.n * (m.u + m.j * m.u + m.j);
+    const int64_t t = step.past + step.s, index = round_up(step.n * (m.u + m.j * m.u + m.j), 16);
     if (t > a) chosen.reset(new Ragged(step.n, w.cached(), starts, held, table, 1, 1, w.h));
     int64_t most = 0;
     each_keys(m, cache, 0, [&](auto run) {
         run.keys.t = t;
-        most = chosen ? run.room(torch::stable::get_num_threads()) : 0;
+        most = chosen ? round_up(run.room(torch::stable::get_num_threads()), 16) : 0;
     });
     static thread_local Buffer buffer;
     ik = buffer.need(index + most + (chosen ? chosen->room(w.cached(), w.c) : 0));
@@ -165,4 +166,35 @@ void DsaStage<T, M>::operator()(const Team& t, const Mla<T, M>& w, const Index<T
     }
     t.wait();
     this->finish(t, w, x, y);
+}
+
+// %% ../../nbs/533_kernels.sparse_step.ipynb #540aca09
+template <class T, class M>
+void run_sparse_attention(const Weights<T, M>& weights, const Weights<T, M>& index, const Step& step, int64_t a,
+                          const AttentionSizes& sizes, const AttentionNumbers& numbers, const Tensor& x,
+                          const Tensors& cache, const Tensor& y) {
+    const auto w = mla_weights(weights, sizes, numbers);
+    const auto m = index_weights(index);
+    const DsaStage<T, M> attend(step, w, m, a, x, cache.data());
+    team([&](const Team& t) { attend(t, w, m, data<float>(x), cache.data(), data<float>(y)); });
+}
+
+// %% ../../nbs/533_kernels.sparse_step.ipynb #661ac996
+template <class T, class M>
+void run_sparse_blocks(const Weights<T, M>& all, const Weights<T, M>& indexers, int64_t layers, const Step& step,
+                       int64_t a, const StepSizes& n, const StepNumbers& f, const Tensor& x, const Tensors& caches,
+                       const Tensor& y) {
+    const int64_t each = caches.size() / layers;
+    const auto mla = [&](int64_t i) { return mla_weights(all.from(2 * i * HALF), n.attention, f.attention); };
+    FfnStage<T, M> feed = largest_ffn(all, layers, step.n, step.d, n.feed.k);
+    const DsaStage<T, M> attend(step, mla(0), index_weights(indexers), a, x, caches.data());
+    team([&](const Team& t) {
+        for (int64_t i = 0; i < layers; ++i) {
+            const auto m = index_weights(indexers.from(i * INDEX));
+            attend(t, mla(i), m, data<float>(x), &caches[i * each], data<float>(y));
+            t.wait();
+            feed(t, ffn_weights(all.from((2 * i + 1) * HALF), n.feed, f.feed), data<float>(y), data<float>(x));
+            t.wait();
+        }
+    });
 }

@@ -9,9 +9,7 @@ using Reals = std::vector<double>;
 
 void v4_step(Tensor x, Tensors weights, Integers ratios, Integers sizes, Reals numbers, Tensors angles, Tensor ids,
              Tensors caches, int64_t past, std::optional<Tensor> pad) {
-    const int64_t b = x.size(0), s = x.size(1);
-    const V4Step step{b, s, b * s, x.size(3), past, pad ? data<int64_t>(*pad) : nullptr, data<int64_t>(ids),
-                      Angles(angles[0], angles[1]), Angles(angles[2], angles[3])};
+    const V4Step step = v4_tokens(x, angles, ids, past, pad);
     by_type(weights[V4Place::norm], [&]<class T>(T) {
         run_v4(Weights<T, const T*>{weights.data()}, ratios, step, record<V4Sizes>(sizes), record<V4Numbers>(numbers),
                caches, data<float>(x));

@@ -27,7 +27,8 @@ struct V4Place { enum {
 template <class T, class M> struct V4Block {
     Site attn, feed;
     const T *norm, *q_norm, *kv_norm, *feed_norm;
-    M q_a, q, kv, o_a, o_b, index_q, index_w;
+    M q_a, q, kv, o_a, o_b, index_q;
+    const T* index_w;  // never quantised
     const float* sink;
     Ring<T> near;
     Pool<T, M> pool, index;
@@ -51,7 +52,7 @@ V4Block<T, M> v4_block(const Weights<T, M>& w, const V4Sizes& n, const V4Numbers
     const bool fine = m && m == n.fine;
     V4Block<T, M> o{site(P::attn_fn), site(P::feed_fn), w.vector(P::norm), w.vector(P::q_norm), w.vector(P::kv_norm),
                     w.vector(P::feed_norm), w.matrix(P::q_a), w.matrix(P::q), w.matrix(P::kv), w.matrix(P::o_a),
-                    w.matrix(P::o_b), w.matrix(P::index_q), w.matrix(P::index_w), w.floats(P::sink), Ring<T>(cache[0]),
+                    w.matrix(P::o_b), w.matrix(P::index_q), w.vector(P::index_w), w.floats(P::sink), Ring<T>(cache[0]),
                     pool_weights(w.from(P::pool_kv), m, 1 + fine, cache + 1),
                     pool_weights(w.from(P::index_kv), fine ? m : 0, 2, cache + 3)};
     o.table = (const int64_t*)w.vector(P::table);
@@ -156,7 +157,7 @@ template <class T, class M> void V4Run<T, M>::close(const Team& t, const M& last
 template <class T, class M> void V4Run<T, M>::project(const Team& t, const V4Block<T, M>& w) const {
     const auto& m = memory;
     const int64_t d = step.d;
-    const auto to = [&](int64_t R, const M& matrix, float* y, int64_t ld) { times(t, R, d, matrix, xs.data(), y, ld); };
+    const auto to = [&](int64_t R, const auto& by, float* y, int64_t ld) { times(t, R, d, by, xs.data(), y, ld); };
     const auto raw = [&](const Pool<T, M>& p, float* y) {
         if (p.m) to(p.wide(), p.kv, y, 2 * p.wide()), to(p.wide(), p.gate, y + p.wide(), 2 * p.wide());
     };
@@ -234,12 +235,10 @@ template <class T, class M> void V4Run<T, M>::select(const Team& t, const V4Bloc
         keys.score(t, keys.t, 1, &query, memory.held + i * most, most, wide);
     }
     t.wait();
-    const auto [begin, end] = t.share(step.n);
-    for (int64_t i = begin; i < end; ++i)
-        if (seen(i) > a)
-            select_row(Team{0, 1, nullptr}, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]},
-                       wide + INDEX_KEYS * u);
-    t.wait();
+    select_rows(t, step.n, most, memory.room, [&](int64_t i, const Team& some, float* room) {
+        if (seen(i) > a) select_row(some, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]}, room);
+    });
+    if (step.n >= t.size) t.wait();
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #3bd2fabd

@@ -15,6 +15,12 @@ struct V4Step {
     int64_t position(int64_t j) const { return column(j) - shift(row(j)); }
     const Angles& angles(int64_t m) const { return m ? other : own; }
 };
+inline V4Step v4_tokens(const Tensor& x, const Tensors& angles, const Tensor& ids, int64_t past,
+                        const std::optional<Tensor>& pad) {
+    const int64_t b = x.size(0), s = x.size(1);
+    return {b, s, b * s, x.size(3), past, pad ? data<int64_t>(*pad) : nullptr, data<int64_t>(ids),
+            Angles(angles[0], angles[1]), Angles(angles[2], angles[3])};
+}
 // the last 2 angles.half numbers of a row
 inline void turn_last(const Angles& angles, int64_t position, int64_t width, float* x) {
     float* last = x + width - 2 * angles.half;
@@ -63,24 +69,36 @@ struct Streams {
     int64_t x, d, iterations;
     float eps, mix_eps;
     int64_t rows() const { return (2 + x) * x; }
-    // the products of a site to its weights
-    void weigh(const Site& site, const float* X, float* mix) const {
+    // the reciprocal of the root mean square of all streams
+    float factor(const float* X) const {
         vec squares = {};
         int64_t i = 0;
         for (; i + L <= x * d; i += L) squares = muladd(load(X + i), load(X + i), squares);
         float total = sum(squares);
         for (; i < x * d; ++i) total += X[i] * X[i];
-        const float by = 1 / std::sqrt(total / (x * d) + eps);
+        return 1 / std::sqrt(total / (x * d) + eps);
+    }
+    // the products of a site to its weights
+    void weigh(const Site& site, const float* X, float* mix) const {
+        const float by = factor(X);
+        int64_t i;
         for (i = 0; i < rows(); ++i) mix[i] = mix[i] * by * site.scale[i < x ? 0 : i < 2 * x ? 1 : 2] + site.base[i];
         for (i = 0; i < 2 * x; ++i) mix[i] = 1 / (1 + std::exp(-mix[i]));
         for (i = 0; i < x; ++i) mix[i] += mix_eps, mix[x + i] *= 2;
         balance(mix + 2 * x, x, iterations, mix_eps);
     }
+    void weigh_last(const Site& site, const float* X, float* mix) const;
     void collapse(const float* X, const float* mix, float* y) const;
     void add(const float* mix, const float* y, int64_t begin, int64_t end, float* X) const;
 };
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #000d346a
+// the weights of the streams after the last block
+inline void Streams::weigh_last(const Site& site, const float* X, float* mix) const {
+    skinny(x, 1, x * d, site.fn, x * d, &X, mix, x);
+    const float by = factor(X);
+    for (int64_t i = 0; i < x; ++i) mix[i] = 1 / (1 + std::exp(-(mix[i] * by * *site.scale + site.base[i]))) + mix_eps;
+}
 inline void Streams::collapse(const float* X, const float* mix, float* y) const {
     for (int64_t c = 0; c < d; c += L) {
         const int wide = std::min<int64_t>(L, d - c);

@@ -152,11 +152,24 @@ def render(
     text = _run(template, dict(documents=None) | plain_data(options) | data)
     return _cut_end(text) if field else text
 
+# %% ../../nbs/220_files.chat.ipynb #ac97630b
+_V31_TOOLS = '''{%- if tools and thinking %}{{ raise_exception('DeepSeek-V3.1 calls tools without thinking only') }}{% endif %}
+{%- for tool in tools or [] %}{% set f = tool.function or tool %}
+{{- '\\n\\n## Tools\\nYou have access to the following tools:\\n\\n' if loop.first }}
+{{- '### ' + f.name + '\\nDescription: ' + (f.description or '') + '\\n\\nParameters: ' + (f.parameters or {}) | tojson + '\\n\\n' }}
+{{- 'IMPORTANT: ALWAYS adhere to this exact format for tool use:\\n' if loop.last }}
+{{- '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>' if loop.last }}
+{{- '{additional_tool_calls}<｜tool▁calls▁end｜>\\n\\nWhere:\\n' if loop.last }}
+{{- '- `tool_call_name` must be an exact match to one of the available tools\\n' if loop.last }}
+{{- '- `tool_call_arguments` must be valid JSON that strictly follows the tool\\'s Parameters Schema\\n' if loop.last }}
+{{- '- For multiple tool calls, chain them directly without separators or spaces' if loop.last }}
+{%- endfor %}'''
+
 # %% ../../nbs/220_files.chat.ipynb #8031a709
 TEMPLATES = {'deepseek-v3.1': '''{% macro after_thoughts(text) %}{{ text.split('</think>', 1)[-1] }}{% endmacro %}
 {{- bos_token }}
 {%- for m in messages if m.role == 'system' %}{{ m.content if loop.first else '\\n\\n' + m.content }}{% endfor %}
-{%- if tools %}{{ raise_exception('DeepSeek-V3.1 reads tools from its system message, write them there') }}{% endif %}
+''' + _V31_TOOLS + '''
 {%- set last = namespace(role='') %}
 {%- for m in messages if m.role != 'system' %}
 {%- if m.role == 'user' %}{{ '<｜User｜>' + m.content }}

@@ -53,29 +53,40 @@ class Drafter:
 
 # %% ../../nbs/447_infer.drafts.ipynb #8f96af5c
 class LookupDrafter(Drafter):
-    "Copies what followed the latest earlier occurrence of the last tokens"
+    "Copies what followed an earlier occurrence of the last tokens"
     def __init__(self,
         longest:int = 3, # Largest number of last tokens to look up
-    ): self.longest,self.after,self.done = longest,{},0
+    ): self.longest,self.after,self.done,self.start = longest,{},0,0
 
     def kind(self,
         ids:list, # All tokens of the row
-    )->int|None: # Number of last tokens that occurred before; None: there is nothing to draft
+    )->int|None: # Number of last tokens that occurred before: 1, 2, 3, 4 or more, 8 or more; None: there is nothing to draft
         "Add new tokens to the index, and find the longest match"
         for end in range(self.done + 1, len(ids)):
-            for n in range(1, min(self.longest, end) + 1): self.after[tuple(ids[end-n:end])] = end
+            for n in range(1, min(self.longest, end) + 1):
+                gram = tuple(ids[end-n:end])
+                self.after[gram] = end,*self.after.get(gram, ())[:1]
         self.done = max(self.done, len(ids) - 1)
-        return next((n for n in range(min(self.longest, len(ids)), 0, -1) if tuple(ids[-n:]) in self.after), None)
+        ends = next((e for n in range(min(self.longest, len(ids)), 0, -1) if (e := self.after.get(tuple(ids[-n:])))), ())
+        n,self.start = max(((_agree(ids, end), end) for end in ends), default=(0, 0))
+        return (n if n < 4 else 4 if n < 8 else 8) or None
 
     def draft(self,
         ids:list, # All tokens of the row
         n:int, # Number of tokens to propose
     )->Draft: # `n` tokens
         "Copy the tokens after the match"
-        start = self.after[tuple(ids[-self.kind(ids):])]
+        self.kind(ids)
+        start = self.start
         copy,period = ids[start:start+n],len(ids) - start
         while len(copy) < n: copy.append(copy[-period])
         return Draft(copy)
+
+def _agree(ids, end, most=16):
+    "How many tokens before `end` are also the last ones of the text"
+    n,most = 0,min(end, most)
+    while n < most and ids[end-1-n] == ids[-1-n]: n += 1
+    return n
 
 # %% ../../nbs/447_infer.drafts.ipynb #f5e83023
 def pick(

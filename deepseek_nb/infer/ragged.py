@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..arch.attention import Context
 from ..arch.hyper import expand_streams
-from ..arch.model import Model, check_cache, check_tokens, run_blocks
+from ..arch.model import Model, check_cache, check_tokens, read_streams, run_blocks
 from ..arch.rewindable import RewindableCache
 from ..core.config import Rope
 from ..core.dispatch import op
@@ -142,6 +142,7 @@ def ragged_angles(self:Model,
     rope:Rope|None = None, # Rotary settings; None: `rope` of the config
 )->tuple[Tensor,Tensor]: # cos and sin `1 1 n r/2`
     "Rotary angles of the new tokens of all rows"
+    if len(caches) == 1: return self.angles(caches[0].length, caches[0].length + counts[0], rope=rope)
     rows = (range(c.length, c.length + n) for c,n in zip(caches, counts, strict=True))
     positions = torch.tensor([*chain.from_iterable(rows)], device=self.device)
     end = max(c.length + n for c,n in zip(caches, counts, strict=True))
@@ -188,4 +189,4 @@ def _ragged_step(self:Model, tokens, caches, counts, own):
         for cache in caches: cache.rewind(0 if isinstance(cache, PagedCache) else len(cache))
         raise
     for cache,count in zip(caches, counts, strict=True): cache.advance(count)
-    return self.norm(self.hc_head(x[None])[0] if n else x)
+    return read_streams(x[None], self.hc_head, self.norm)[0] if n else self.norm(x)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..arch.dspark import DSpark, keep_taps
 from ..arch.model import Model, head
 from ..arch.rewindable import RewindableCache
-from .drafts import Draft, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter, common
+from .drafts import Draft, Drafter, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter, common
 from .generate import Sampling, best_tokens
 from .paged import PagedCache, PagePool
 
@@ -113,8 +113,10 @@ def experts_read(
 # %% ../../nbs/449_infer.speculate.ipynb #c4ea9851
 class DraftLength:
     "Chooses the length of drafts from measured times and acceptance"
+    guess = {1: .2, 2: .5, 3: .8, 4: .85, 8: .9} # kind, the number of tokens that match: expected share of kept tokens
+
     def __init__(self,
-        most:int = 8, # Largest length
+        most:int = 12, # Largest length
         again:int = 50, # Steps after which plain steps are timed again, and kinds that aren't drafted are tried again
     ): self.most,self.again,self.seen,self.tried,self.sums,self.steps = most,again,{},{},[0.]*5,0
 
@@ -143,13 +145,13 @@ def kept(self:DraftLength,
 )->float: # Between 0 and 1
     "Estimated probability that a drafted token is kept"
     kept,drafted = self.seen.get(kind, (0., 0.))
-    return (kept + .5)/(drafted + 1)
+    return (kept + 3*self.guess.get(kind, .5))/(drafted + 3)
 
 @patch
-def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0 if nothing was measured yet
+def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0.1 if nothing was measured yet
     "Estimated time `a + b m` of a step with m tokens, in seconds"
     n,m1,m2,t,mt = self.sums
-    if not n: return 1., 0.
+    if not n: return 1., .1
     spread = n*m2 - m1*m1
     sure = 64*n # weight of a first guess, a tenth of the time per token, so that one slow step decides nothing
     b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
@@ -158,7 +160,7 @@ def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0 if nothing wa
 @patch
 def cost(self:DraftLength,
     m:int, # Number of tokens of a step
-)->float: # Seconds; 1 if nothing was measured yet
+)->float: # Seconds
     "Estimated time of a step"
     a,b = self.line()
     return max(a + b*m, 1e-9)
@@ -170,14 +172,21 @@ def length(self:DraftLength,
     rows:int = 1, # Number of rows that decode in the step
 )->int: # Number of tokens to draft
     "The length with the most tokens per second"
-    if self.steps % self.again < 2: return 0
+    if self._even() and self.steps % self.again > self.again - 3: return 0
     alpha,(a,b),best,top,tokens = self.kept(kind),self.line(),0,0.,0.
     for n in range(self.most + 1):
         tokens += alpha**n # as in `expected_tokens`
-        if (rate := tokens/max(a + b*rows*(n + 1), 1e-9)) > top: best,top = n,rate
+        if (rate := tokens/max(a + b*rows*(n + 1), 1e-9)) < top: break # longer ones are worse still
+        best,top = n,rate
     if not best and self.steps - self.tried.setdefault(kind, self.steps) < self.again: return 0
     self.tried[kind] = self.steps
     return max(best, 1)
+
+@patch
+def _even(self:DraftLength):
+    "Whether all steps had about the same number of tokens: a deviation of one or less"
+    n,m1,m2,*_ = self.sums
+    return n*m2 - m1*m1 <= n*n
 
 # %% ../../nbs/449_infer.speculate.ipynb #a18fc51f
 def _verify(logits, draft, ids, how, gen):
@@ -234,7 +243,7 @@ def _fits(drafter, model):
 def _drafters(draft, model, how, n):
     "A drafter for each of `n` rows"
     seeds = [None if how.seed is None else how.seed + 1 + i for i in range(n)]
-    if draft is None: return [LookupDrafter(0) for _ in seeds] # finds nothing
+    if draft is None: return [Drafter() for _ in seeds] # finds nothing
     if draft == 'lookup': return [LookupDrafter() for _ in seeds]
     if draft == 'mtp': return [MTPDrafter(model, how, s) for s in seeds]
     if isinstance(draft, DSpark): return [DSparkDrafter(model, _fits(draft, model), how, s) for s in seeds]

@@ -18,6 +18,7 @@ from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .ragged import paged_fits, pages_fit, parts_of, run_paged, run_parts
 from .sparse_step import sparse_blocks_of
+from .step import has_floats
 
 # %% ../../nbs/539_kernels.ragged_sparse.ipynb #f3e5e2be
 ragged_sparse_kernels = Kernels(
@@ -31,7 +32,7 @@ def _sparse(blocks, x):
     return lambda x, *rest: ragged_sparse_kernels.ragged_sparse(x, *weights, *rest)
 
 @run_rows.twin('cpp', label='sparse', available=ragged_sparse_kernels.ready, supports=lambda x, blocks, batch:
-               pages_fit(x, batch.caches[0]) and sparse_blocks_of(blocks, x[None, :1]) is not None)
+               pages_fit(x, batch.caches[0]) and has_floats(sparse_blocks_of(blocks, x[None, :1])))
 def run_rows_sparse(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
@@ -41,7 +42,7 @@ def run_rows_sparse(
     return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, _sparse(blocks, x[None, :1]))
 
 @run_blocks.twin('cpp', label='paged_sparse', available=ragged_sparse_kernels.ready, supports=lambda x, blocks, ctx:
-                 paged_fits(x, ctx) and sparse_blocks_of(blocks, x) is not None)
+                 paged_fits(x, ctx) and has_floats(sparse_blocks_of(blocks, x)))
 def run_blocks_paged_sparse(
     x:Tensor, # Embedded tokens `b s d`
     blocks:nn.ModuleList, # All blocks of one model

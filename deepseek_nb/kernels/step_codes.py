@@ -76,14 +76,15 @@ class Table:
 # %% ../../nbs/540_kernels.step_codes.ipynb #8bb91990
 def codes_of(
     found:Half|Blocks|None, # Result of `half_of` or `blocks_of`
+    pack=None, # Function from a `Half` to its packed weights, None for each that the kernels can't use; None: that of this chapter
 )->tuple|None: # The table, and whether vectors are float32; None if the kernels can't use the weights
     "The kernels' arguments for the weights, collected once"
     if found is None or found.floats: return None
-    if not hasattr(found, 'codes') or found.codes and not found.codes.holds(): found.codes = _collect(found)
+    if not hasattr(found, 'codes') or found.codes and not found.codes.holds(): found.codes = _collect(found, pack or _pack)
     return found.codes and found.codes.args
 
-def _collect(found):
-    weights = [packed for h in getattr(found, 'halves', [found]) for packed in _pack(h)]
+def _collect(found, pack):
+    weights = [packed for h in getattr(found, 'halves', [found]) for packed in pack(h)]
     if any(w is None for w in weights): return None
     for w in weights:
         if isinstance(w, QuantizedWeight):

@@ -99,7 +99,7 @@ class QuantizedWeight(nn.Module):
         for name,t in parts.items(): self.register_buffer(name, t)
 
     ndim = property(lambda self: len(self.shape))
-    device = property(lambda self: next(self.buffers()).device)
+    device = property(lambda self: next(iter(self._buffers.values())).device)
     nbytes = property(lambda self: sum(b.nbytes for b in self.buffers()))
     requires_grad = False
     def numel(self): return prod(self.shape)

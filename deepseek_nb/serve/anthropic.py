@@ -21,7 +21,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .chat import ApiError, Fields, ServedModel, sampling_from
-from .completions import grammar_for
+from .completions import EFFORTS, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .responses import add_turn, chat_call, text_parts
 from .sampling import SamplingParams
@@ -58,9 +58,10 @@ def user_turn(
             texts.append(_text([block], where))
             continue
         f = Fields(block, f'{where}[{i}]')
-        f.take('type', str), f.take('is_error', bool), f.only('cache_control', *CACHE)
-        result,id = f.take('content', str, list, default=''),f.take('tool_use_id', str, needed=True)
-        out.append(dict(role='tool', tool_call_id=id, content=_text(result, f.name('content'))))
+        f.take('type', str), f.only('cache_control', *CACHE)
+        failed,id = f.take('is_error', bool, default=False),f.take('tool_use_id', str, needed=True)
+        result = _text(f.take('content', str, list, default=''), f.name('content'))
+        out.append(dict(role='tool', tool_call_id=id, content=f'Error: {result}' if failed else result))
         f.done()
     return out + ([dict(role='user', content='\n\n'.join(texts))] if texts or not out else [])
 
@@ -105,6 +106,7 @@ def read_turns(
         if role == 'user': out += user_turn(content, f.name('content'))
         elif role == 'assistant': assistant_turn(out, content, f.name('content'))
         else: raise f.wrong('role', f'is {role!r:.40}; known are user, assistant')
+    if out[-1].get('tool_calls'): raise fields.wrong('messages', "ends with a tool's use; send its result")
     if out[-1]['role'] == 'assistant': out[-1]['prefix'] = True
     return out
 
@@ -147,16 +149,18 @@ class MessagesRequest:
     stop:tuple = () # Strings that end the answer
     tools:list|None = None # Functions that the model may call, in the form of chat completions
     choice:str = 'auto' # Whether a tool must be called: 'auto', 'required', or the name of a tool
+    parallel:bool = True # Whether an answer may call several tools
     format:tuple = () # Form of the answer: kind and value for `compile_grammar`; (): any text
     thinking:bool = False # Whether the model reasons first
     budget:int|None = None # Most tokens of reasoning; None: no limit
+    effort:str|None = None # How much the model reasons; None: nothing was said
     stream:bool = False # Whether the answer comes as events
     user:str = '' # The user's id, if the body has one
 
 # %% ../../nbs/478_serve.anthropic.ipynb #47787d12
 def read_tool_uses(
     fields:Fields, # Body
-)->tuple: # Tools in the form of chat completions or None, and whether one must be called
+)->tuple: # Tools in the form of chat completions or None, whether one must be called, and whether several may be
     "The fields `tools` and `tool_choice`"
     out = []
     for i,tool in enumerate(fields.take('tools', list, default=[])):
@@ -166,21 +170,22 @@ def read_tool_uses(
                      parameters=f.take('input_schema', dict, needed=True), strict=f.take('strict', bool) or None)
         f.done()
         out.append(dict(type='function', function={k: v for k,v in given.items() if v is not None}))
-    choice = _choice(fields, [tool['function']['name'] for tool in out])
-    return (None, 'auto') if choice == 'none' else (out or None, choice)
+    check_names(names := [tool['function']['name'] for tool in out])
+    choice,parallel = _choice(fields, names)
+    return (None, 'auto', True) if choice == 'none' else (out or None, choice, parallel)
 
 # %% ../../nbs/478_serve.anthropic.ipynb #b54f7feb
 def _choice(fields, names):
-    "The field `tool_choice`, in the form of chat completions"
+    "The field `tool_choice`, in the form of chat completions, and whether several tools may be called"
     choice = Fields(fields.take('tool_choice', dict, default=dict(type='auto')), 'tool_choice')
     kind = choice.take('type', str, needed=True)
     known = dict(auto='auto', none='none', any='required') | (dict(tool=choice.take('name', str)) if kind == 'tool' else {})
     if kind not in known: raise choice.wrong('type', f'is {kind!r:.40}; known are auto, none, any, tool')
     if kind == 'any' and not names or kind == 'tool' and known[kind] not in names:
         raise choice.wrong('type', f'{kind} needs one of the tools')
-    choice.only('disable_parallel_tool_use', False)
+    parallel = not choice.take('disable_parallel_tool_use', bool, default=False)
     choice.done()
-    return known[kind]
+    return known[kind],parallel
 
 # %% ../../nbs/478_serve.anthropic.ipynb #55e68fc9
 def read_budget(
@@ -198,18 +203,18 @@ def read_budget(
 # %% ../../nbs/478_serve.anthropic.ipynb #b8ca819b
 def read_output(
     fields:Fields, # Body
-)->tuple: # Kind and value for `compile_grammar`; (): any text
+)->tuple: # Kind and value for `compile_grammar` or (), and how much the model reasons
     "The field `output_config`"
     inner = Fields(fields.take('output_config', dict, default={}), 'output_config')
-    inner.only('effort', 'high')
-    form = inner.take('format', dict)
+    effort,form = inner.take('effort', str),inner.take('format', dict)
+    if effort not in (None, *EFFORTS[1:]): raise inner.wrong('effort', f'is {effort!r:.40}; known are {", ".join(EFFORTS[1:])}')
     inner.done()
-    if form is None: return ()
+    if form is None: return (),effort
     f = Fields(form, 'output_config.format')
     if f.take('type', str) != 'json_schema': raise f.wrong('type', "must be 'json_schema'")
     schema = f.take('schema', dict, needed=True)
     f.done()
-    return 'schema',schema
+    return ('schema', schema),effort
 
 # %% ../../nbs/478_serve.anthropic.ipynb #dcc80142
 def _read_stops(fields):
@@ -229,13 +234,14 @@ def read_anthropic(
         raise ApiError(400, 'thread asks the server to keep the conversation; it keeps none, send all messages', 'thread', code=NO_THREADS)
     longest,(thinking,budget) = f.take('max_tokens', int, needed=not counting),read_budget(f)
     if longest is not None and longest < 1: raise f.wrong('max_tokens', f'is {longest}; it must be at least 1')
-    messages,(tools,choice),form = read_turns(f),read_tool_uses(f),read_output(f)
+    messages,uses,(form,effort) = read_turns(f),read_tool_uses(f),read_output(f)
     if thinking and messages[-1].get('prefix'): raise f.wrong('messages', 'ends with the assistant, which thinking excludes')
+    if not thinking and effort not in (None, 'high'): raise ApiError(400, 'output_config.effort needs thinking', 'output_config.effort')
     metadata = Fields(f.take('metadata', dict, default={}), 'metadata')
     user = metadata.take('user_id', str, default='')
     f.only('service_tier', 'auto', 'standard_only'), f.only('cache_control', *CACHE)
     stream = f.take('stream', bool, default=False)
-    out = MessagesRequest(messages, sampling_from(f), longest, _read_stops(f), tools, choice, form, thinking, budget, stream, user)
+    out = MessagesRequest(messages, sampling_from(f), longest, _read_stops(f), *uses, form, thinking, budget, effort, stream, user)
     for fields in (metadata, f): fields.done()
     return out
 
@@ -299,8 +305,9 @@ class MessagesRun:
         owner:str = '', # Whose key it is; cached prompts are shared within it and its user ids only
     ):
         self.served,self.request,self.id = served,request,f'msg_{uuid4().hex}'
-        text = served.prompt(request.messages, request.tools, request.thinking)
-        ids = served.ids(request.messages, request.tools, request.thinking)
+        effort = served.effort(request.effort, 'output_config.effort') if request.thinking else {}
+        text = served.prompt(request.messages, request.tools, request.thinking, **effort)
+        ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         last = request.messages[-1]
         begun = last['content'] if last.get('prefix') else ''
         how = dict(params=request.params, stop=request.stop, user=f'{owner}/{request.user}', begun=begun, grammar=self._grammar())

@@ -37,7 +37,8 @@ from .logs import RequestLog, log_settings
 from .lora import all_served, find_served, load_lora, unload_lora
 from .metrics import EngineMetrics
 from .page import chat_page
-from .responses import ResponsesRun, read_responses
+from .responses import CompactRun, ResponsesRun, count_input, read_compact, read_responses
+from .stored import ResponseStore, item_page
 from .text import TextRun, read_completion
 
 # %% ../../nbs/480_serve.app.ipynb #0f228fe0
@@ -66,11 +67,12 @@ class ServerConfig:
     port:int = 8000 # Port to listen on
     keys:dict = field(default_factory=dict) # Name of each key -> SHA-256 of the key, see `key_digest`; empty: everybody may ask
     admin_key:str = '' # SHA-256 of the key that may load and unload adapters, see `key_digest`; '': nobody may
-    adapters:dict = field(default_factory=dict) # Name of each LoRA adapter of the first model -> its folder
+    adapters:dict = field(default_factory=dict) # Name of each LoRA adapter -> its folder; `name@model` for a model that isn't the first
     adapter_dir:str = '' # Folder that contains all adapters that may be loaded over HTTP; '': none
     max_body:int = 2**22 # Most bytes of a request
     patience:float = 30. # Seconds that a client has to send the head of a request, and as many again for its body
     per_key:int = 64 # Most requests of one key at a time
+    stored:int = 1000 # Most answers of the Responses API that are kept in memory; 0: none
     drain:float = 30. # Seconds that running answers have to finish when the server stops
     keep_alive:float = 15. # Seconds without an event after which a stream gets a comment
     log_format:str = 'text' # Form of the log on standard error: 'json', 'text' or 'off'
@@ -135,8 +137,9 @@ class Server:
     ):
         self.models,self.config = {m.name: m for m in models},config or ServerConfig()
         self.running,self.draining,self.hurry,self.started = Counter(),False,False,time.time()
-        self.metrics = EngineMetrics({m.name: m.engine for m in models})
+        self.metrics,self.store = EngineMetrics({m.name: m.engine for m in models}),ResponseStore(self.config.stored)
         self.readers = ThreadPoolExecutor(4, 'reader') # prompts are read here; other work can't take these threads
+        self.routers,self.reports = ThreadPoolExecutor(1, 'router'),0 # experts are shown here, and how many requests wait for it
 
     def model(self,
         name:str|None, # As the client calls it
@@ -341,6 +344,8 @@ async def _tokenizer_info(self:Server, request): # `GET /tokenizer_info`
     except Exception as error: return self._response(error, request=request)
 
 # %% ../../nbs/480_serve.app.ipynb #70ce1f01
+_MOST_REPORTS = 4 # requests for experts at a time: each computes its whole sequence again, beside the engine
+
 @patch
 async def _experts(self:Server, request): # `POST /v1/experts`
     "The experts of some tokens; they are computed outside of the event loop"
@@ -348,12 +353,16 @@ async def _experts(self:Server, request): # `POST /v1/experts`
     try: owner = self._admit(request)
     except Exception as error: return self._response(error, request=request)
     self.running[owner] += 1
+    self.reports += 1
     try:
+        if self.reports > _MOST_REPORTS: raise ApiError(429, 'too many requests for experts run; send it again', kind='rate_limit_error')
         body = await json_body(request, self.config.max_body, self.config.patience)
-        served = self.model(Fields(body).take('model', str))
-        return JSONResponse(await asyncio.to_thread(experts_report, served, {k: v for k,v in body.items() if k != 'model'}))
+        served,fields = self.model(Fields(body).take('model', str)),{k: v for k,v in body.items() if k != 'model'}
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.routers, experts_report, served, fields))
     except Exception as error: return self._response(error, request=request)
-    finally: self._leave(owner, None)
+    finally:
+        self.reports -= 1
+        self._leave(owner, None)
 
 # %% ../../nbs/480_serve.app.ipynb #43ff0a7d
 @patch
@@ -378,24 +387,70 @@ async def _complete(self:Server, request): # `POST …/completions`
 
 # %% ../../nbs/480_serve.app.ipynb #9451ae8d
 @patch
+def _earlier(self:Server, owner):
+    "Finds a stored answer of a key by its id; None: nothing is stored"
+    return partial(self.store.get, owner) if self.config.stored else None
+
+@patch
 async def _respond(self:Server, request): # `POST …/responses`
     "A response of OpenAI's Responses"
-    return await self._handle(request, lambda served, body, owner: ResponsesRun(served, read_responses(body), owner), RESPONSES)
+    def start(served, body, owner):
+        earlier = self._earlier(owner)
+        return ResponsesRun(served, read_responses(body, earlier), owner, earlier and partial(self.store.put, owner))
+    return await self._handle(request, start, RESPONSES)
+
+@patch
+async def _compact(self:Server, request): # `POST …/responses/compact`
+    "A summary in place of a conversation"
+    return await self._handle(request, lambda served, body, owner: CompactRun(served, read_compact(body, self._earlier(owner)), owner))
 
 @patch
 async def _message(self:Server, request): # `POST …/v1/messages`
     "A message of Anthropic's Messages"
     return await self._handle(request, lambda served, body, owner: MessagesRun(served, read_anthropic(body), owner), ANTHROPIC)
 
+# %% ../../nbs/480_serve.app.ipynb #9056f0b5
 @patch
-async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_tokens`
-    "The number of tokens of a prompt"
+async def _count(self:Server,
+    request, # Starlette's request
+    count:Callable, # `count(served, fields, owner)`
+    wire:Wire = OPENAI, # Form of errors
+):
+    "Answer a request that counts the tokens of a prompt"
     from starlette.responses import JSONResponse
     try:
-        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+        owner = owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
         body = await json_body(request, self.config.max_body, self.config.patience)
-        return JSONResponse(count_tokens(self.model(Fields(body).take('model', str)), {k: v for k,v in body.items() if k != 'model'}))
-    except Exception as error: return self._response(error, ANTHROPIC, request)
+        served,fields = self.model(Fields(body).take('model', str)),{k: v for k,v in body.items() if k != 'model'}
+        return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.readers, count, served, fields, owner))
+    except Exception as error: return self._response(error, wire, request)
+
+@patch
+async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_tokens`
+    "The number of tokens of a prompt of Messages"
+    return await self._count(request, lambda served, body, owner: count_tokens(served, body), ANTHROPIC)
+
+@patch
+async def _input_tokens(self:Server, request): # `POST …/responses/input_tokens`
+    "The number of tokens of a prompt of Responses"
+    return await self._count(request, lambda served, body, owner: count_input(served, body, self._earlier(owner)))
+
+# %% ../../nbs/480_serve.app.ipynb #492be459
+@patch
+async def _stored(self:Server, request): # `GET` and `DELETE …/responses/ID`, and what is behind it
+    "A stored answer, the items of its request, or its end"
+    from starlette.responses import JSONResponse
+    id,items,query = request.path_params['id'],request.url.path.endswith('/input_items'),dict(request.query_params)
+    try:
+        owner = owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+        found = self.store.get(owner, id)
+        if request.method == 'POST': raise ApiError(400, 'only a response in the background can be cancelled; close the connection')
+        if items: return JSONResponse(item_page(found.items, query))
+        fields = Fields(query)
+        fields.only('stream', 'false')
+        fields.done()
+        return JSONResponse(self.store.delete(owner, id) if request.method == 'DELETE' else found.response)
+    except Exception as error: return self._response(error, request=request)
 
 # %% ../../nbs/480_serve.app.ipynb #a7c0de02
 @patch
@@ -428,7 +483,11 @@ def routes(self:Server)->list: # Starlette's routes
         chat = partial(self._chat, dialect='openai' if base == '/v1' else 'deepseek')
         out += [Route(f'{base}/chat/completions', chat, methods=['POST']), Route(f'{base}/completions', self._complete, methods=['POST'])]
         out += [Route(f'{base}/models', self._list_models), Route(f'{base}/models/{{name:path}}', self._get_model)]
-    out += [Route(f'{base}/responses', self._respond, methods=['POST']) for base in ('/v1', '')]
+    for base in ('/v1/responses', '/responses'):
+        out += [Route(base, self._respond, methods=['POST']), Route(f'{base}/compact', self._compact, methods=['POST']),
+                Route(f'{base}/input_tokens', self._input_tokens, methods=['POST']),
+                Route(f'{base}/{{id}}', self._stored, methods=['GET', 'DELETE']), Route(f'{base}/{{id}}/input_items', self._stored),
+                Route(f'{base}/{{id}}/cancel', self._stored, methods=['POST'])]
     for base in ('/v1', '/anthropic/v1'):
         out += [Route(f'{base}/messages', self._message, methods=['POST']),
                 Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]

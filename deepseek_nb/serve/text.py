@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
 from .chat import Answer, ApiError, Fields, ServedModel, sampling_from
-from .completions import drafted_tokens, merged, read_drafts, read_stop, usage_of
+from .completions import drafted_tokens, merged, read_drafts, read_stop, read_streaming, read_user, usage_of
 from .events import Splitter
 from .sampling import Drawn, SamplingParams
 from .stream import Request
@@ -79,14 +79,12 @@ def read_completion(
     if suffix is not None:
         if echo or top is not None: raise f.wrong('suffix', "can't be combined with echo or logprobs")
         prompts = [fim_prompt(tok, p, suffix) for p in prompts]
-    options = Fields(f.take('stream_options', dict, default={}), 'stream_options')
     out = TextRequest(
         prompts, sampling_from(f, logprobs=top), f.take('max_tokens', int, default=16), read_stop(f), f.take('n', int, default=1),
-        echo, f.take('stream', bool, default=False), options.take('include_usage', bool, default=False),
-        f.take('user_id', str) or f.take('user', str) or '', read_drafts(f))
+        echo, *read_streaming(f), read_user(f), read_drafts(f))
+    if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')
     if out.max_tokens < 0: raise f.wrong('max_tokens', f'is {out.max_tokens}; it must be 0 or above')
     f.only('best_of', out.n)
-    options.done()
     f.done()
     return out
 

@@ -23,7 +23,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from hashlib import sha256
 from importlib import import_module
@@ -135,6 +135,7 @@ class Plan:
     minutes:float # Time budget of one run
     seeds:tuple # Whole numbers
     arms:dict # Name of the arm -> all its settings
+    own:dict = field(default_factory=dict) # Name of the arm -> its seeds, if it has others than `seeds`
     def __post_init__(self):
         if not self.arms: raise ValueError(f'{self.study}: a plan needs arms; write a table [arms.NAME] for each')
         if not self.seeds: raise ValueError(f'{self.study}: a plan needs seeds, as in seeds = [0, 1, 2]')
@@ -163,8 +164,9 @@ def read_plan(
     unknown = sorted({*tiny} - {*given, 'seeds'})
     if unknown: raise ValueError(f'{path}: [smoke] changes {unknown[0]!r}, which [settings] does not have')
     seeds = tuple(tiny.pop('seeds', file.get('seeds', ())))
+    own = {a: tuple(n) for a in arms if (n := file['arms'][a].pop('seeds', None)) and not smoke}
     merged = {a: merge_settings(merge_settings(given, file['arms'][a]), tiny) for a in arms}
-    return Plan(Path(path).stem, file['minutes'], seeds, merged)
+    return Plan(Path(path).stem, file['minutes'], seeds, merged, own)
 
 # %% ../../nbs/900_studies.ipynb #de7902b8
 def revision()->str: # Eight hexadecimal digits, and `+` if files differ from the commit; '' outside a repository
@@ -233,7 +235,7 @@ def to_do(
     only:Iterable = (), # Runs as `arm` or `arm:seed`; empty: all
 )->list[tuple]: # Pairs of arm and seed
     "List the runs of a plan that have no record"
-    wanted = [(a, s) for s in plan.seeds for a in plan.arms]
+    wanted = [(a, s) for s in plan.seeds for a in plan.arms if s in plan.own.get(a, plan.seeds)]
     strange = sorted({*only} - {a for a,_ in wanted} - {f'{a}:{s}' for a,s in wanted})
     if strange: raise KeyError(f'{plan.study} has no run {strange[0]!r}; its arms are {", ".join(plan.arms)}, its seeds {plan.seeds}')
     had = [(r['arm'], r['seed']) for r in done if r['settings'] == plan.arms.get(r['arm'])]

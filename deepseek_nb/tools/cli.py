@@ -8,7 +8,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized',
            'run_finetune', 'run_distillation', 'run_conversion', 'evaluate', 'run_evidence', 'doctor', 'build_kernels',
-           'run_server', 'run_bench', 'usage', 'main']
+           'run_server', 'run_app', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -261,7 +261,7 @@ def run_server(
     port:int = 0, # Port to listen on; default: 8000
     memory:int = 0, # MB of KV cache for each model; default: 1024
     max_rows:int = 0, # Most requests that run together; default: 32
-    adapter:str = '', # LoRA adapters of the first model as name=folder, several separated by commas
+    adapter:str = '', # LoRA adapters as name=folder (of the first model) or name@model=folder, several separated by commas
     kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
     draft:str = '', # Speculative decoding: lookup, mtp, or the folder or name of a smaller model; default: none
     draft_tokens:int = 0, # Length of drafts; default: chosen from measured times
@@ -278,6 +278,30 @@ def run_server(
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
     names,server,engine = read_settings(config or None, **given)
     serve_models(names, server, **engine)
+
+# %% ../../nbs/960_tools.cli.ipynb #a9c10002
+def run_app(
+    name:str = '', # anomaly, inspect or route; without it, list them
+    action:str = 'card', # train, score, serve or card
+    data:str = '', # What to learn from, or to score: a folder, a table (.csv) or JSON lines
+    out:str = '', # Folder for the trained weights, or file for the scores
+    weights:str = '', # Folder of trained weights; default: the small ones in the package
+    options:str = '', # Further options of the application: NAME=VALUE, separated by commas
+    config:str = '', # TOML file with settings and keys of the server
+    host:str = '', # Address to listen on; default: 127.0.0.1
+    port:int = 0, # Port to listen on; default: 8000
+):
+    "Train, score with, serve or describe an application: anomalies, inspection, routes"
+    from deepseek_nb.apps import command
+    if not name: return print(*command.APPS, sep='\n')
+    if action == 'card': return print(command.app_card(name, weights))
+    if action == 'train': return print(command.train_app(name, data, out, options))
+    if action == 'score': return command.score_file(name, data, out, weights, options)
+    if action != 'serve': raise ValueError(f'there is no action {action!r}; there are train, score, serve, card')
+    from deepseek_nb.tools.serving import missing_packages, read_settings
+    if missing := missing_packages(('starlette', 'uvicorn')):
+        raise ValueError(f"a server needs {', '.join(missing)}: pip install 'deepseek-nb[serve]'")
+    command.serve_app(name, weights, read_settings(config or None, host=host or None, port=port or None)[1], options)
 
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(
@@ -299,7 +323,7 @@ def run_bench(
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, serve=run_server)
+             build=build_kernels, bench=run_bench, serve=run_server, app=run_app)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"
@@ -317,8 +341,8 @@ def main(
     if not argv or argv[0] in ('-h', '--help', 'help'): return print(usage()) or 0
     f = VERBS.get(argv[0])
     if not f: return print(f"deepseek-nb: no verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr) or 2
-    first = next(iter(signature(f).parameters))
-    parser = anno_parser(f, prog=f'deepseek-nb {argv[0]}', pos=None if f is doctor else [first])
+    first = {doctor: 0, run_app: 3}.get(f, 1) # positional arguments
+    parser = anno_parser(f, prog=f'deepseek-nb {argv[0]}', pos=[*signature(f).parameters][:first])
     args = {k: v for k,v in vars(parser.parse_args(argv[1:])).items() if k not in ('pdb', 'xtra')}
     try: f(**args)
     except (ValueError, KeyError, OSError) as e:

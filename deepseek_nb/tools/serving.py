@@ -25,7 +25,7 @@ from ..infer.speculate import DraftLength
 from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ServedModel
 from ..serve.engine import Engine, EngineStats
-from ..serve.lora import add_adapter
+from ..serve.lora import adapter_base, add_adapter
 from ..serve.stream import Request
 
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
@@ -73,8 +73,8 @@ def warm_engine(
 
 # %% ../../nbs/955_tools.serving.ipynb #a7c0de12
 def adapter_folders(
-    text:str, # `name=folder`, several separated by commas
-)->dict: # Name -> folder
+    text:str, # `name=folder`, or `name@model=folder` for a model that isn't the first; several separated by commas
+)->dict: # Name, and model if there is one -> folder
     "Adapters that a command line names"
     pairs = [pair.partition('=') for pair in text.split(',') if pair]
     for name,equals,folder in pairs:
@@ -138,7 +138,7 @@ def serve_models(
         raise ValueError(f"a server needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[serve]'")
     served = [load_served(name, **engine) for name in models]
     server = Server(served, config)
-    for name,path in config.adapters.items(): add_adapter(server.models, served[0].name, name, path)
+    for setting,path in config.adapters.items(): add_adapter(server.models, *adapter_base(server.models, setting), path)
     logging.captureWarnings(config.log_format != 'off') # they go into the log, in its form
     for m in served:
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
