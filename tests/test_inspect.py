@@ -274,5 +274,7 @@ def test_the_study_has_its_plan_and_its_finding_follows_from_the_records():
     assert {r['arm'] for r in records} <= {*plan.arms} and {'control', 'constant', 'logistic'} <= {*plan.arms}
     assert len(to_do(plan, records)) == len(plan.arms)*len(plan.seeds) - len(records) # no record of other settings
     made = [dict(arm=a, seed=0, result=dict(value=v)) for a,v in (('cross', .75), ('picture', .5), ('vibration', .6), ('control', .5))]
-    assert '**missed**' in study.finding(made) and '**reached**' in study.finding([*made[1:], dict(made[0], result=dict(value=.77))])
-    assert 'Not run yet' in study.finding(made[:2])
+    assert '**missed in the runs so far**' in study.finding(made)
+    better = [dict(made[0], seed=i, result=dict(value=.77)) for i in range(3)]
+    assert '**reached**' in study.finding([*made[1:], *better]) and 'so far**' in study.finding([*made[1:3], *better])
+    assert 'Not run yet' in study.finding(made[:2]) and 'control has not been run' in study.finding(made[:3])

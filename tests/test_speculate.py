@@ -2,7 +2,7 @@
 
 Fresh random models and prompts; the seed is printed, SEED=n repeats a run, DRAWS=100000 draws more from models, PROMPTS=1000 compares more
 answers of a trained model. `python tests/test_speculate.py mini mini-v4 smollm2-135m` counts equal answers of 1,000 prompts, prints where
-others part, and stores both in nbs/results/speculate-equality.json; RECORD=path stores them elsewhere.
+others part, and stores both in nbs/results/evidence/speculate-equality.json; RECORD=path stores them elsewhere.
 """
 import json
 import math
@@ -459,4 +459,4 @@ def count(name, path):
 
 
 if __name__ == '__main__':
-    for name in sys.argv[1:]: count(name, Path(os.environ.get('RECORD', 'nbs/results/speculate-equality.json')))
+    for name in sys.argv[1:]: count(name, Path(os.environ.get('RECORD', 'nbs/results/evidence/speculate-equality.json')))

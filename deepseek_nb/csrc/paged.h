@@ -49,7 +49,7 @@ struct Ragged : FloatCache {
 
     Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& past, const Tensor& table, int64_t page, int64_t g,
            int64_t heads);
-    void cut(int64_t i, int64_t head);
+    void cut(int64_t i, int64_t head, int64_t g);
     int64_t token(const Piece& p, int64_t r) const { return starts[p.row] + (p.first + r) / heads; }
     int64_t last(const Piece& p, int64_t r) const { return past[p.row] + (p.first + r) / heads; }
     template <class V> auto at(const V& cache, int64_t row, int64_t head, int64_t position) const {
@@ -66,8 +66,11 @@ struct Ragged : FloatCache {
 };
 
 // %% ../../nbs/524_kernels.paged.ipynb #d103c170
-inline void Ragged::cut(int64_t i, int64_t head) {
-    const int64_t queries = (starts[i + 1] - starts[i]) * heads, blocks = (queries + PANEL - 1) / PANEL;
+inline void Ragged::cut(int64_t i, int64_t head, int64_t g) {
+    const int64_t queries = (starts[i + 1] - starts[i]) * heads, chunks = std::max<int64_t>(1, past[i] / CHUNK);
+    const int64_t whole = g * (row.back() + 1) * chunks;
+    const int64_t wanted = (2 * torch::stable::get_num_threads() + whole - 1) / whole;
+    const int64_t blocks = std::max((queries + PANEL - 1) / PANEL, std::min(queries / 6, wanted));
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t first = queries * b / blocks, rows = queries * (b + 1) / blocks - first;
         const int64_t end = past[i] + (first + rows - 1) / heads + 1, parts = (end + CHUNK - 1) / CHUNK;
@@ -82,10 +85,9 @@ inline Ragged::Ragged(int64_t n, int64_t d, const Tensor& starts, const Tensor& 
                       int64_t g, int64_t heads)
     : n(n), d(d), page(page), width(table.size(1)), starts(data<int64_t>(starts)), past(data<int64_t>(past)),
       table(data<int64_t>(table)), row(n), heads(heads) {
-    for (int64_t i = 0; i < past.size(0); ++i) {
+    for (int64_t i = 0; i < past.size(0); ++i)
         std::fill(row.begin() + this->starts[i], row.begin() + this->starts[i + 1], i);
-        for (int64_t j = 0; j < g; ++j) cut(i, j);
-    }
+    for (int64_t i = 0; i < past.size(0); ++i) for (int64_t j = 0; j < g; ++j) cut(i, j, g);
     for (auto& p : pieces) ends.push_back(p.cost() + (ends.empty() ? 0 : ends.back()));
 }
 
