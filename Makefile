@@ -10,6 +10,8 @@ HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig 
 
 # Hundreds of processes import the package: its bytecode is kept, also where the environment says otherwise
 unexport PYTHONDONTWRITEBYTECODE
+# Tests compile some hundred kernels, which all read PyTorch's headers
+test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
 
 .PHONY: demo serve test sanitize docs bench evidence-smoke export new-chapter hooks clean
 

@@ -3340,6 +3340,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'deepseek_nb/kernels/build.py'),
                                            'deepseek_nb.kernels.build._make_once': ( 'kernels.build.html#_make_once',
                                                                                      'deepseek_nb/kernels/build.py'),
+                                           'deepseek_nb.kernels.build._precompiled': ( 'kernels.build.html#_precompiled',
+                                                                                       'deepseek_nb/kernels/build.py'),
                                            'deepseek_nb.kernels.build._run_compiler': ( 'kernels.build.html#_run_compiler',
                                                                                         'deepseek_nb/kernels/build.py'),
                                            'deepseek_nb.kernels.build.build_all': ( 'kernels.build.html#build_all',

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb.arch.attention import attend_latent
 from deepseek_nb.arch.releases import preset
@@ -529,23 +530,23 @@ def test_missing_barrier_of_attention(line, rest):
 # --- sanitizers ---------------------------------------------------------------------------------------------------------------------
 
 
-def sanitized(*args):
+def sanitized(code):
     "Python with AddressSanitizer, and emulated kernels built for it"
     library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
     flags = '-fsanitize=address,undefined -fno-sanitize-recover=all -O1'
     env = dict(LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS=flags, OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env={**os.environ, **env})
+    return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env={**os.environ, **env})
 
 
 def test_clean_under_sanitizers():
     some = 'test_norm_nan', 'test_route_prefers', 'test_sort', 'test_combine', 'test_attend_with', 'test_attend_ragged'
-    done = sanitized('-m', 'pytest', '-q', __file__, '-k', ' or '.join(some))
+    done = sanitized(f'import pytest, sys; sys.exit(pytest.main(["-q", {__file__!r}, "-k", {" or ".join(some)!r}]))')
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 def test_sanitizers_see_a_mistake():
-    done = sanitized('-c', """
+    done = sanitized("""
 import torch
 from deepseek_nb.cuda.build import launch
 launch('row_sum.cu', 'row_sum', 3, 64, torch.ones(3, 100), torch.empty(2), 100, shared=8)""")

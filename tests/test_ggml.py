@@ -197,7 +197,7 @@ def test_nan_and_infinity_come_out_where_they_went_in(kind):
 def run(code, **env):
     env = {**os.environ, 'SEED': str(SEED), **env}
     if 'LD_PRELOAD' not in env: return warm.run('-c', code, env=env, cwd=HERE)
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
+    return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 
 @needs_compiler

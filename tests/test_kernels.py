@@ -137,7 +137,7 @@ def test_kernels_equal_float64():
 def run(code, **env):
     env = {k: v for k, v in {**os.environ, 'SEED': str(SEED), **env}.items() if v is not None}
     if 'LD_PRELOAD' not in env: return warm.run('-c', code, env=env, cwd=HERE)
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
+    return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 
 @pytest.mark.parametrize('isa', ['avx2', 'portable'])
@@ -183,7 +183,7 @@ BUILD = 'from deepseek_nb.kernels.team import thread_shares; assert thread_share
 
 
 def test_two_processes_build_at_once(tmp_path):
-    env = {**os.environ, 'DEEPSEEK_NB_CACHE': str(tmp_path)}
+    env = {**os.environ, 'DEEPSEEK_NB_CACHE': str(tmp_path), 'DEEPSEEK_NB_PRECOMPILE': ''}
     both = [warm.start('-c', BUILD, env=env) for _ in range(2)]
     for p in both:
         out, err = p.communicate(timeout=300)

@@ -1,5 +1,6 @@
 "What runs never depends on what was imported: every chapter, imported alone, brings the same methods, twins and bits."
 import ast
+import gc
 import hashlib
 import json
 import os
@@ -79,6 +80,7 @@ def all_alone():
     for name in result(*fork(foreign)):
         with suppress(Exception): import_module(name)
     assert not [n for n in sys.modules if n.startswith('deepseek_nb')]
+    gc.freeze()  # else each process looks through all of them again, and copies the memory
     running, found = [], {}
     for name in MODULES:
         running.append((name, *fork(alone, name)))

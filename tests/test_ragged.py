@@ -299,7 +299,7 @@ def run(code, **env):
     path = f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"
     env = dict(os.environ, OMP_NUM_THREADS='2', PYTHONPATH=path, SEED=str(SEED)) | env
     if 'LD_PRELOAD' not in env: return warm.run('-c', code, env=env)
-    return subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-c', warm.ALONE + code], env=env, capture_output=True, text=True)
 
 
 @needs_compiler

@@ -25,6 +25,7 @@ import sys
 import tempfile
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from multiprocessing import set_forkserver_preload, set_start_method
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def _versioned(path):
     "Names of compilers that contain a version, from newest to oldest"
     names = {p.name for folder in path.split(os.pathsep) for p in Path(folder or '.').glob('*++-[0-9]*')}
     found = [m for n in names if (m := re.fullmatch(r'(?:g|clang)\+\+-(\d+)', n))]
-    return [m[0] for m in sorted(found, key=lambda m: (-int(m[1]), m[0]))]
+    yield from (m[0] for m in sorted(found, key=lambda m: (-int(m[1]), m[0])))
 
 def find_compiler(
     kind:str, # Language, `cpp` or `cu`
@@ -64,7 +65,7 @@ def find_compiler(
     wanted = os.environ.get(variable)
     folders = [f'{os.environ[v]}/bin' for v in ('CUDA_HOME', 'CUDA_PATH') if v in os.environ] + ['/usr/local/cuda/bin']
     path = os.pathsep.join([os.environ.get('PATH', ''), *(folders if kind == 'cu' else [])])
-    for name in [wanted] if wanted else [*names, *(_versioned(path) if kind == 'cpp' else [])]:
+    for name in [wanted] if wanted else chain(names, _versioned(path) if kind == 'cpp' else ()):
         if not (found := shutil.which(name, path=path)): continue
         if wanted or kind == 'cu' or (gcc_version(found) or OLDEST_GCC) >= OLDEST_GCC: return found
         old = old or f'{found} is GCC {gcc_version(found)}, but kernels need GCC {OLDEST_GCC} or newer, or clang'

@@ -123,7 +123,7 @@ class Emulated:
         if wrong: raise RuntimeError(f'{self.name}, {kernel}, {order} order, {wrong.decode()}')
 
 # %% ../../nbs/565_cuda.build.ipynb #4a13fcf4
-_EMULATION = ('-x', 'c++', '-std=c++20', '-O2', '-w', '-shared', '-fPIC', '-fno-strict-aliasing')
+_EMULATION = ('-x', 'c++', '-std=c++17', '-O2', '-w', '-shared', '-fPIC', '-fno-strict-aliasing')
 
 def emulate(
     name:str, # File in `csrc/`

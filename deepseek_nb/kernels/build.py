@@ -36,6 +36,7 @@ from deepseek_nb.core.nbproc import (
     compiler_version,
     find_compiler,
     first_error,
+    gcc_version,
     note_compiled,
     torch_headers,
     with_includes,
@@ -150,12 +151,29 @@ def _build_object(name):
     out = cache_dir()/'kernels'/f"{Path(name).stem}-{build_key(files, find_compiler('cpp'))}.o"
     return _make_once(out, lambda: _compile(name, files, out))
 
+# %% ../../nbs/505_kernels.build.ipynb #5e0b84d7
+_HEADERS = ''.join(f'#include <torch/csrc/stable/{o}.h>\n' for o in ('tensor', 'ops', 'library'))
+
+def _precompiled(files):
+    "Flags that take PyTorch's headers from a precompiled file, which is made first; without the variable none"
+    compiler = find_compiler('cpp')
+    wanted = os.environ.get('DEEPSEEK_NB_PRECOMPILE') and any('<torch/' in o for o in files.values())
+    if not wanted or not gcc_version(compiler): return []
+    head = {'torch.hpp': _HEADERS}
+    out = cache_dir()/'kernels'/f'torch-{build_key(head, compiler)}.hpp.gch'
+    def make():
+        out.with_suffix('').write_text(_HEADERS, encoding='utf-8')  # GCC reads it where it can't use the other
+        _compile('torch.hpp', head, out)
+    _make_once(out, make)
+    return ['-include', str(out.with_suffix(''))]
+
+# %% ../../nbs/505_kernels.build.ipynb #9a4f1e66
 def _build_library(name, files, out):
     "Compile a kernel and the `.cc` files of its headers at the same time, and link them"
     for tell in _started: tell(name)
     units, space = [n for n in files if n.endswith('.cc')], f"-DNAMESPACE=deepseek_nb_{out.stem.rpartition('-')[2]}"
     with tempfile.TemporaryDirectory(dir=out.parent) as here, ThreadPoolExecutor(1 + len(units)) as pool:
-        own = pool.submit(_compile, name, files, Path(here, 'kernel.o'), space)
+        own = pool.submit(lambda: _compile(name, files, Path(here, 'kernel.o'), space, *_precompiled(files)))
         objects = [*pool.map(_build_object, units)]
         own.result()
         link = [*_link_names(here, find_compiler('cpp')), *compiler_flags()]

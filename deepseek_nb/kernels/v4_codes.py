@@ -48,5 +48,6 @@ def run_blocks_v4_codes(
 )->Tensor: # `b s x d`
     "All blocks in one call, on codes"
     found,y = v4_collected.get(blocks) or v4_blocks_of(blocks, x),x.clone().contiguous()
-    v4_codes_kernels.v4_codes(y, codes_of(found, pack_v4)[0], *v4_args(found, ctx))
+    table,_ = found.codes.args if getattr(found, 'codes', None) else codes_of(found, pack_v4) # checked by `supports`
+    v4_codes_kernels.v4_codes(y, table, *v4_args(found, ctx))
     return y
