@@ -45,13 +45,15 @@ def write_wafers(
 
 # %% ../../nbs/862_apps.wafers.ipynb #f2bb90cb
 def read_wafers(
-    path:str|Path, # File of `write_wafers`
+    path:str|Path, # File of `write_wafers`, or maps of one size as an array N × H × W
 )->WaferMaps: # Maps with labels
     "Read maps of any sizes"
-    with np.load(path) as z: pixels,shapes,labels,names = (z[k] for k in ('pixels', 'shapes', 'label', 'label_names'))
-    if pixels.ndim == 3: return WaferMaps([*pixels], labels, tuple(names.tolist()))
+    with np.load(path) as z: found = {k: z[k] for k in z.files}
+    pixels,labels,names = found['pixels'],found['label'],tuple(found['label_names'].tolist())
+    if pixels.ndim == 3: return WaferMaps([*pixels], labels, names)
+    shapes = found['shapes']
     ends = shapes.prod(1, dtype=np.int64).cumsum()
-    return WaferMaps([m.reshape(s) for m,s in zip(np.split(pixels, ends[:-1]), shapes, strict=True)], labels, tuple(names.tolist()))
+    return WaferMaps([m.reshape(s) for m,s in zip(np.split(pixels, ends[:-1]), shapes, strict=True)], labels, names)
 
 # %% ../../nbs/862_apps.wafers.ipynb #c6ff0054
 def _join(parts):
