@@ -949,6 +949,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'deepseek_nb/arch/model.py'),
                                         'deepseek_nb.arch.model.Model._materialise': ( 'arch.model.html#model._materialise',
                                                                                        'deepseek_nb/arch/model.py'),
+                                        'deepseek_nb.arch.model.Model._read': ('arch.model.html#model._read', 'deepseek_nb/arch/model.py'),
                                         'deepseek_nb.arch.model.Model.angles': ( 'arch.model.html#model.angles',
                                                                                  'deepseek_nb/arch/model.py'),
                                         'deepseek_nb.arch.model.Model.context': ( 'arch.model.html#model.context',

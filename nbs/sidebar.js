@@ -6,3 +6,12 @@ document.querySelectorAll('#quarto-sidebar a[data-bs-toggle="collapse"]').forEac
   a.tabIndex = 0;
   a.addEventListener("keydown", e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); a.click(); } });
 });
+// Of the results of a search, those whose name is exactly what was typed come first.
+document.querySelectorAll(".smalldocs-search").forEach(box => {
+  const input = box.querySelector("input"), results = box.querySelector(".smalldocs-search-results");
+  new MutationObserver(() => {
+    const name = input.value.trim().toLowerCase();
+    const exact = [...results.children].filter(a => a.hash && decodeURIComponent(a.hash.slice(1)).toLowerCase() === name);
+    if (exact.length && results.firstChild !== exact[0]) results.prepend(...exact);
+  }).observe(results, { childList: true });
+});

@@ -11,13 +11,13 @@ import random
 import re
 import sys
 from collections import Counter
-from datetime import date
 from functools import cache
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 
+from deepseek_nb.bench import make_record, save_result
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.serve.events import Splitter
 from deepseek_nb.serve.grammar import ToolGrammar, compile_grammar
@@ -177,7 +177,7 @@ def spoilt(tools, calls, rng):
 
 def test_the_record_is_what_a_run_gives():
     "Of the smallest sets, in a format of each kind; the others by the command"
-    record = json.loads((Path(__file__).parents[1]/'nbs'/'results'/'bfcl.json').read_text())['sets']
+    record = json.loads((Path(__file__).parents[1]/'nbs'/'results'/'evidence'/'bfcl.json').read_text())['result']
     assert record.keys() == {*SETS} and all(found.keys() == {*FORMATS} for found in record.values())
     for name, format in (('live_parallel', 'v31'), ('live_parallel', 'v41'), ('live_parallel_multiple', 'smollm2')):
         assert counted(name, format) == record[name][format]
@@ -202,6 +202,6 @@ if __name__ == '__main__':
     BFCL = given.folder
     if not BFCL.exists(): sys.exit(f'{BFCL} is not here; unpack bfcl_eval/data of the package bfcl-eval')
     sets = {name: {f: counted(name, f) for f in FORMATS} for name in SETS}
-    if given.out: given.out.write_text(json.dumps(dict(date=str(date.today()), sets=sets), indent=1) + '\n')
+    if given.out: save_result(given.out, make_record('bfcl', sets))
     for name, formats in sets.items():
         for format, found in formats.items(): print(f'{name:22} {format:8}', *(f'{k} {v:5}' for k, v in found.items()))

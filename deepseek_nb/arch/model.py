@@ -356,6 +356,13 @@ def read_streams(
     "Collapse the streams and apply the last norm"
     return norm(collapse(x))
 
+@patch
+def _read(self:Model, x):
+    "Input of the head from `b s x d` or `b s d`; streams are kept for `keep_hidden`"
+    if not self.config.hc_mult: return self.norm(x)
+    for kept in getattr(self, 'keepers', ()): kept.append(x)
+    return read_streams(x, self.hc_head, self.norm)
+
 # %% ../../nbs/160_arch.model.ipynb #f6b1e122
 @op
 def head(
@@ -383,7 +390,7 @@ def hidden(self:Model,
     x,n = self.embed_tokens(tokens),self.config.hc_mult
     x = run_blocks(expand_streams(x, n) if n else x, self.layers, self.context(s, cache, pad, documents, mla, tokens))
     if cache is not None: cache.advance(s)
-    return read_streams(x, self.hc_head, self.norm) if n else self.norm(x)
+    return self._read(x)
 
 # %% ../../nbs/160_arch.model.ipynb #c187ef65
 @patch
@@ -416,8 +423,10 @@ def residual_stream(self:Model,
 @contextmanager
 def keep_hidden(self:Model)->Iterator[list]: # List that gets the activations after the last norm `b s d`, one tensor per forward pass
     "Collect the inputs of the head from all forward passes within a `with` block; of hyper-connections the streams `b s x d`"
-    kept,last = [],getattr(self, 'hc_head', None)
-    if last is None: hook = self.norm.register_forward_hook(lambda module, args, out: kept.append(out))
-    else: hook = last.register_forward_hook(lambda module, args, out: kept.append(args[0]))
+    kept,streams = [],self.config.hc_mult
+    if streams: self.keepers = [*getattr(self, 'keepers', ()), kept]
+    else: hook = self.norm.register_forward_hook(lambda module, args, out: kept.append(out))
     try: yield kept
-    finally: hook.remove()
+    finally:
+        if streams: self.keepers = [k for k in self.keepers if k is not kept]
+        else: hook.remove()

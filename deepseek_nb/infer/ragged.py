@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..arch.attention import Context
 from ..arch.hyper import expand_streams
-from ..arch.model import Model, check_cache, check_tokens, read_streams, run_blocks
+from ..arch.model import Model, check_cache, check_tokens, run_blocks
 from ..arch.rewindable import RewindableCache
 from ..core.config import Rope
 from ..core.dispatch import op
@@ -189,4 +189,4 @@ def _ragged_step(self:Model, tokens, caches, counts, own):
         for cache in caches: cache.rewind(0 if isinstance(cache, PagedCache) else len(cache))
         raise
     for cache,count in zip(caches, counts, strict=True): cache.advance(count)
-    return read_streams(x[None], self.hc_head, self.norm)[0] if n else self.norm(x)
+    return self._read(x[None])[0] if n else self.norm(x)
