@@ -282,7 +282,7 @@ def test_step_against_the_readable_model(r):
 
 
 def test_step_in_bfloat16(r):
-    "The step rounds less than the readable code, so it is nearer to float32. Medians, as rounding to bfloat16 may send a token to another expert"
+    "The step rounds less than the readable code, so it is nearer to float32. Medians: rounding may send a token to another expert"
     model, ids, mask, form, want = steady_walk(r, index_topk=100)
     half = Model(model.config, torch.bfloat16, 'cpu').requires_grad_(False)
     half.load_state_dict(model.state_dict())
