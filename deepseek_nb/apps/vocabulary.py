@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoder import token_batches
-from .langadapters import AdapterTraining, language_loss, train_on
+from .langadapters import AdapterTraining, padded_loss, train_on
 from ..arch.model import Model
 
 # %% ../../nbs/887_apps.vocabulary.ipynb #fc81c490
@@ -143,7 +143,7 @@ def learn_rows(
 )->list: # Loss of each step
     "Train the rows of the new tokens"
     rows = model.embed_tokens.new
-    return train_on([rows], ids, lambda b: language_loss(model, b), training or AdapterTraining())
+    return train_on([rows], ids, lambda b: padded_loss(model, b), training or AdapterTraining())
 
 def nats_per_byte(
     model:Model, # Language model
@@ -154,5 +154,5 @@ def nats_per_byte(
     nats = 0.
     with torch.no_grad():
         for b in token_batches([encode(t) for t in texts], 1024, 0):
-            nats += language_loss(model, b).item()*b.there[:, 1:].sum().item()
+            nats += padded_loss(model, b).item()*b.there[:, 1:].sum().item()
     return nats/sum(len(t.encode()) for t in texts)
