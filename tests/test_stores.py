@@ -16,7 +16,7 @@ from deepseek_nb.infer.drafts import save_drafter
 from deepseek_nb.serve import engine as engine_module
 from deepseek_nb.serve.engine import Engine
 from deepseek_nb.serve.sampling import SamplingParams
-from deepseek_nb.serve.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, restore, state_bytes
+from deepseek_nb.serve.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, border_distance, restore, state_bytes
 from deepseek_nb.serve.stores import OwnedRows, PagedRows
 from deepseek_nb.serve.stream import Request
 from deepseek_nb.tools.serving import draft_source
@@ -242,11 +242,39 @@ def test_a_failed_step_forgets_the_row(monkeypatch):
     assert bad.finish == 'error' and tokens(again) == tokens(want) and emptied(engine)
 
 
+def test_prefixes_of_v4_on_disk(tmp_path):
+    "Another engine finds prompts again: the same bits, for the user alone, in files of the formula's size; bad files are ignored"
+    model, r = made(v4)
+    ids = [r.randrange(256) for _ in range(3*border_distance(model.config, 16) + 5)]
+    asked = Request(ids, SamplingParams(seed=1, logprobs=1), max_tokens=6, stop_ids=())
+    def served(request, **kw):
+        engine = Engine(model, Bytes(), page=16, folder=tmp_path, **kw)
+        stream = engine.submit(request)
+        run(engine)
+        return engine, tokens(stream), stream.usage.prompt_cache_hit_tokens
+    engine, want, hits = served(asked)
+    c, page = model.config, engine.pool.page
+    assert not hits
+    of = lambda n, states: n*(128 + block_bytes(c, page, 4)) + states*(128 + state_bytes(c, c.window, 4))
+    assert engine.prefix.store.nbytes == of(3, 1), (SEED, c)
+    found, got, hits = served(asked)
+    assert (got, hits) == (want, 3*page) and found.pool.kept == sum(b.nbytes for b in found.prefix.blocks.values())
+    assert served(replace(asked, user='bob'))[1:] == (want, 0)
+    path = (store := engine.prefix.store.states).path(store.keys(ids)[2])
+    path.write_bytes((data := path.read_bytes())[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.warns(UserWarning, match='is damaged; it is ignored'): assert served(asked)[1:] == (want, 0)
+    assert served(asked)[1:] == (want, 3*page), 'a damaged file is written again'
+    (store := engine.prefix.store.entries).path(store.keys(ids)[1]).unlink()
+    assert served(asked)[1:] == (want, 0)
+    with pytest.raises(ValueError, match='there is no folder'): Engine(model, Bytes(), disk_nbytes=2**20)
+    bounded = served(replace(asked, user='eve'), disk_nbytes=of(3, 1) + 10)[0]
+    assert bounded.prefix.store.nbytes <= of(3, 1) + 10
+
+
 def test_what_v4_has_not():
     model, _ = made(v4)
-    for name, value in dict(kv_cache='int8', folder='x').items():
-        with pytest.raises(ValueError, match=f'{name} is .*; the cache of a deepseek_v4 model is kept in memory'):
-            Engine(model, Bytes(), **{name: value})
+    with pytest.raises(ValueError, match='kv_cache is .*; the cache of a deepseek_v4 model is kept in its dtype'):
+        Engine(model, Bytes(), kv_cache='int8')
     engine = Engine(model, Bytes(), nbytes=RowPool(model.config, 0).row_bytes(128))
     with pytest.raises(ValueError, match='130 tokens need more than the'): engine.submit(Request([1]*120, max_tokens=10))
     assert isinstance(engine.store, OwnedRows) and engine_module.store_for
