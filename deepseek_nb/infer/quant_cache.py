@@ -175,7 +175,8 @@ class QuantizedEntries(EntryList):
     )->None:
         "Store the codes of entries"
         batch = torch.arange(len(entries), device=entries.device)[:, None]
-        at = torch.as_tensor(first, device=entries.device).expand(len(entries))[:, None] + torch.arange(entries.shape[1], device=entries.device)
+        first = torch.as_tensor(first, device=entries.device).expand(len(entries))
+        at = first[:, None] + torch.arange(entries.shape[1], device=entries.device)
         for old,new in zip(self.stored, self.encode(entries), strict=True): old[batch, at] = new
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #cf2ea43e

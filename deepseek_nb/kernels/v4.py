@@ -114,7 +114,8 @@ def v4_fits(
 )->bool: # Whether the kernels can run these tokens with this cache
     "Whether the shapes, the cache and the padding allow one call"
     cache = ctx.cache
-    if not isinstance(cache, RewindableCache) or hasattr(cache, 'form') or x.ndim != 4 or cache.dtype != x.dtype or ctx.tokens is None: return False
+    if not isinstance(cache, RewindableCache) or hasattr(cache, 'form'): return False
+    if x.ndim != 4 or cache.dtype != x.dtype or ctx.tokens is None: return False
     small = 0 < x.shape[0]*x.shape[1] <= LIMIT and x.shape[1] <= cache.rewinds + 1 and x.shape[2] <= MOST_STREAMS
     return small and cache.c.window > 0 and (cache.pad is None or len(cache) >= cache.pad.max().item())
 
