@@ -13,6 +13,7 @@ Modules:
 - `deepseek_nb.apps.command`: Train, score a file, serve over HTTP with keys, show the model card: what each application offers, and the command that runs it
 - `deepseek_nb.apps.constructor`: An attention model reads a routing problem and points at one stop after the other; it learns from the routes of a slow solver
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
+- `deepseek_nb.apps.discord`: A forecast misses odd shapes that it follows step by step: attention over the normal past finds windows that resemble none of it, with exact streams
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
 - `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
