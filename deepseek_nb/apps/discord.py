@@ -74,11 +74,11 @@ def nearest_windows(
 )->tuple: # Squared distance of the nearest normal window `w`, and its index `w`
     "Find the nearest normal window of each window"
     table = torch.cat([keys, (keys*keys).sum(1, keepdim=True)], 1).T.contiguous()
-    at,found = torch.arange(len(keys)),[]
+    found = []
     for i in range(0, len(q), piece):
         rows = q[i:i+piece]
         d = torch.cat([-2*rows, torch.ones_like(rows[:, :1])], 1) @ table
-        if apart: d.masked_fill_((at - torch.arange(i, i + len(rows))[:, None]).abs() < apart, math.inf)
+        for j,row in enumerate(d if apart else ()): row[max(0, i + j - apart + 1) : i + j + apart] = math.inf
         near,index = d.min(1)
         found.append((near + (rows*rows).sum(1), index))
     if not found: return q.new_zeros(0), torch.zeros(0, dtype=torch.int64)
@@ -170,6 +170,7 @@ def advance(self:DiscordDetector,
     score = parts.amax(1) if self.c.largest else (parts*GRID**3).round().sum(1)/(GRID**3*parts.shape[1])
     return (score*~x.isnan().all(1)).float()
 
+# %% ../../nbs/857_apps.discord.ipynb #a83b16cd
 @patch(cls_method=True)
 def fit(cls:DiscordDetector,
     series, # Normal signal `t` or `t m`; NaN: missing
@@ -210,6 +211,7 @@ def score(self:DiscordDetector,
     self.streams[key],ready = stream,stream.signal.steps >= self.c.span
     return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
 
+# %% ../../nbs/857_apps.discord.ipynb #6ecb5b5f
 @patch
 def score_series(self:DiscordDetector,
     series, # Signal `t` or `t m`, without gaps in time; NaN: missing
@@ -266,6 +268,7 @@ def save(self:DiscordDetector,
     tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     write_tensors(Path(folder)/'discord.safetensors', tensors)
 
+# %% ../../nbs/857_apps.discord.ipynb #843886db
 @patch(cls_method=True)
 def load(cls:DiscordDetector,
     folder:str|Path, # Folder of a saved detector
