@@ -7,8 +7,8 @@ import torch
 
 from deepseek_nb.apps.anomaly import Detector, FitSettings, as_series, scaled
 from deepseek_nb.apps.discord import (
+    CUT_AT,
     GRID,
-    LIMIT,
     DiscordConfig,
     DiscordDetector,
     centred_windows,
@@ -69,7 +69,7 @@ def test_attention_has_the_nearest_neighbour_as_its_limit(draw):
 
 def test_whole_numbers_stay_exact():
     c = DiscordConfig((256,)).checked(10)
-    worst = torch.full((256, 10), float(LIMIT*GRID), dtype=torch.float64)
+    worst = torch.full((256, 10), float(CUT_AT*GRID), dtype=torch.float64)
     worst[:128] *= -1
     w = centred_windows(worst, 256, c.features)
     d, _ = nearest_windows(w, -w)
