@@ -124,7 +124,7 @@ class StyleJudge:
 def fit_judge(
     rows:list, # `StyleText`s to learn from
     held:list, # `StyleText`s of other documents, to calibrate on
-    steps:int = 120, # Steps of gradient descent with all texts
+    steps:int = 60, # Steps of gradient descent with all texts
     decay:float = 3e-6, # Weight of the squared weights in the loss
 )->StyleJudge: # Calibrated
     "Train a judge, and calibrate it"
@@ -135,7 +135,7 @@ def fit_judge(
     rarity = (len(texts)/(1 + seen)).log().clamp(min=.1)*(seen > 1)
     weight,bias = torch.zeros(BUCKETS, len(names)).requires_grad_(),torch.zeros(len(names)).requires_grad_()
     table,share = gram_table(texts, rarity),len(y)/(len(names)*y.bincount(minlength=len(names)))
-    optimiser = torch.optim.Adam([weight, bias], .1)
+    optimiser = torch.optim.Adam([weight, bias], .2)
     with torch.enable_grad():
         for _ in range(steps):
             x = F.embedding_bag(table[0], weight, table[1], mode='sum', per_sample_weights=table[2]) + bias
@@ -257,6 +257,7 @@ def learn_styler(
     texts:int = 60, # Passages of each style for the encoder
     reading:int = 400, # Steps of the discriminator
     seed:int = 0, # Seed of weights and samples
+    only:tuple = (), # Styles that get an adapter; (): all
 )->Styler: # Without a judge
     "Learn to write in styles"
     settings,end = settings or StyleSettings(seed=seed),model.config.eos_ids[0]
@@ -265,7 +266,7 @@ def learn_styler(
     reader = train_reader([tok.encode(r.text)[:48] + [end] for r in rows], [r.style for r in rows], names, reading, seed=seed)
     if not settings.steps: return Styler(model, tok, encoder, None, reader)
     adapted = shared_view(model)
-    for n in names:
+    for n in only or names:
         own = [(words, r.text) for r in rows if r.style == n and (words := content_words(r.text, rarity))]
         train_style(adapted, [answer_tokens(tok, topic_prompt(tok, words), t, end) for words,t in own], n, settings)
     return Styler(model, tok, encoder, adapted, reader)
