@@ -15,7 +15,7 @@ Modules:
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
-- `deepseek_nb.apps.guide`: A small network reads what was written so far, and the most probable next tokens get more probability the more a text with them would have the wanted style
+- `deepseek_nb.apps.guide`: A small discriminator shifts the next token's probabilities towards a style, and an independent judge rates texts from 1 to 5
 - `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
 - `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes

@@ -20,7 +20,7 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -256,7 +256,7 @@ def fit_encoders(
     layers:Iterable, # Blocks after which the stream is read
 )->dict: # Block -> `StyleEncoder`
     "An encoder for each of several blocks, with one pass over the texts"
-    layers,names = list(layers),dict.fromkeys(r.style for r in rows)
+    layers,names = list(layers),sorted({r.style for r in rows})
     states = text_states(model, tok, [r.text for r in rows], layers)
     means = {n: states[:, [r.style == n for r in rows]].mean(1) for n in names}
     centre = torch.stack([*means.values()]).mean(0)
