@@ -10,7 +10,17 @@ import torch
 
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.apps.command import find_app
-from deepseek_nb.apps.control import STYLE_WAYS, Styler, answer_losses, content_kept, learn_styler, load_styler, save_styler, two_halves, write_about
+from deepseek_nb.apps.control import (
+    STYLE_WAYS,
+    Styler,
+    answer_losses,
+    content_kept,
+    learn_styler,
+    load_styler,
+    save_styler,
+    two_halves,
+    write_about,
+)
 from deepseek_nb.apps.guide import calibrated, fit_judge, guided, isotonic
 from deepseek_nb.apps.steer import StyleSettings, steered, with_adapter
 from deepseek_nb.apps.styles import (
@@ -125,7 +135,8 @@ def test_steered_rows_with_latent_attention(mini, seed):
 def test_steering_errors(mini):
     model, _ = mini
     with pytest.raises(ValueError, match='this model has blocks 0 to 5'): steered(model, torch.ones(192), 6)
-    with pytest.raises(ValueError, match='for 2 rows, but the batch has 3'): steered(model, torch.ones(192), 1, [1, 2])(torch.ones(3, 2, dtype=int))
+    with pytest.raises(ValueError, match='for 2 rows, but the batch has 3'):
+        steered(model, torch.ones(192), 1, [1, 2])(torch.ones(3, 2, dtype=int))
 
 
 # All ways
@@ -143,7 +154,8 @@ def test_adapter_of_any_strength(styler, mini):
     model, _ = mini
     tokens = torch.tensor([[1, 50, 60, 70]])
     with torch.no_grad():
-        torch.testing.assert_close(with_adapter(model, styler.adapted, 'sea', 1.)(tokens), styler.adapted.set_adapter('sea')(tokens), atol=1e-4, rtol=1e-4)
+        want = styler.adapted.set_adapter('sea')(tokens)
+        torch.testing.assert_close(with_adapter(model, styler.adapted, 'sea', 1.)(tokens), want, atol=1e-4, rtol=1e-4)
     with pytest.raises(KeyError, match="no adapter 'air'"): with_adapter(model, styler.adapted, 'air')
 
 
@@ -156,7 +168,8 @@ def test_guide_slow_loop(styler, mini):
     answer = []
     for _ in range(2):
         with torch.no_grad(): logits = model(torch.cat([prompt, torch.tensor([answer], dtype=int).view(1, -1)], 1))[0, -1]
-        best = {t: logits[t].item() + 5*styler.reader(torch.tensor([[*answer, t]]))[0][0, -1, wanted].item() for t in logits.topk(6).indices.tolist()}
+        read = {t: styler.reader(torch.tensor([[*answer, t]]))[0][0, -1, wanted].item() for t in logits.topk(6).indices.tolist()}
+        best = {t: logits[t].item() + 5*o for t,o in read.items()}
         answer.append(max(best, key=best.get))
     assert got == answer
 
@@ -165,7 +178,8 @@ def test_saved_and_loaded(styler, mini, tmp_path):
     save_styler(styler, tmp_path, 'mini')
     again = load_styler(tmp_path, *mini)
     topics = [['wave', 'boat']]
-    for way in ('adapter', 'steer'): assert write_about(again, topics, 'land', way, tokens=5) == write_about(styler, topics, 'land', way, tokens=5)
+    for way in ('adapter', 'steer'):
+        assert write_about(again, topics, 'land', way, tokens=5) == write_about(styler, topics, 'land', way, tokens=5)
     assert again.reader.names == styler.reader.names and json.loads((tmp_path/'styler.json').read_text())['layer'] == 2
     torch.testing.assert_close(again.judge.scores(['wave tide']), styler.judge.scores(['wave tide']), atol=.1, rtol=0)
 
@@ -189,7 +203,8 @@ def test_judge_scale(rows, styler):
     for i, n in enumerate(styler.judge.names):
         own = torch.tensor([r.style == n for r in rows[60:]])
         assert scores[own, i].median() == 5 and scores[~own, i].median() == 1 and scores.min() >= 1 and scores.max() <= 5
-    with pytest.raises(ValueError, match="calibration needs texts of 'land'"): calibrated(styler.judge, [r for r in rows if r.style == 'sea'])
+    with pytest.raises(ValueError, match="calibration needs texts of 'land'"):
+        calibrated(styler.judge, [r for r in rows if r.style == 'sea'])
 
 
 def test_content_and_fluency(mini):

