@@ -92,6 +92,7 @@ EXPERIMENTS = dict(
     medical='With few labels, a student of two distillation stages has 21% more macro-F1 than a student of one stage',
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',
     indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
+    control='A user-controlled style encoder gives text whose style is rated 4.3 of 5 (academic, news, social media)',
     finetuning='LoRA is better with fewer than 1,000 samples, and full fine-tuning with more than 10,000',
     anomaly='Temporal convolution with attention over periods lifts the recall of fraud from 82% to 91%, at 0.3% false positives',
     inspect='Cross-attention of pictures and vibration lifts the accuracy on small defects by 16 points, at 12 pieces a second',
