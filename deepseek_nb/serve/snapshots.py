@@ -8,7 +8,8 @@ what was used least recently. With a `SnapshotFolder`, prefixes survive a restar
 
 # %% auto #0
 __all__ = ['border_distance', 'state_at', 'entries_between', 'restore', 'state_bytes', 'block_bytes', 'RowPool', 'OwnedCache',
-           'PrefixBlock', 'Snapshots', 'block_shapes', 'state_shapes', 'pack', 'unpack', 'SnapshotFolder']
+           'PrefixBlock', 'Snapshots', 'block_shapes', 'state_shapes', 'tensors_to_bytes', 'tensors_from_bytes',
+           'SnapshotFolder']
 
 # %% ../../nbs/451_serve.snapshots.ipynb #338e6b9b
 from dataclasses import dataclass
@@ -281,7 +282,7 @@ def state_shapes(
     return found
 
 # %% ../../nbs/451_serve.snapshots.ipynb #c05672af
-def pack(
+def tensors_to_bytes(
     tensors:list, # Tensors
     size:int, # Number of bytes, not less than theirs
 )->Tensor: # Bytes, uint8
@@ -289,8 +290,8 @@ def pack(
     data = torch.cat([t.cpu().contiguous().view(-1).view(torch.uint8) for t in tensors])
     return F.pad(data, (0, size - len(data)))
 
-def unpack(
-    data:Tensor, # Result of `pack`
+def tensors_from_bytes(
+    data:Tensor, # Result of `tensors_to_bytes`
     shapes:list, # Shape and dtype of each tensor
     device:torch.device, # Device of the tensors
 )->list[Tensor]: # Copies
@@ -322,8 +323,8 @@ def save(self:Snapshots,
     "Write the known prefix of a prompt to the folder"
     if self.store is None or not (found := self.match(ids, user)): return
     entries,states,ids = self.store.entries,self.store.states,ids[:len(found)*self.pool.page]
-    entries.save(entries.keys(ids, user), lambda i: pack(found[i].entries, entries.size))
-    states.save(states.keys(ids, user)[-1:], lambda i: pack(found[-1].state, states.size))
+    entries.save(entries.keys(ids, user), lambda i: tensors_to_bytes(found[i].entries, entries.size))
+    states.save(states.keys(ids, user)[-1:], lambda i: tensors_to_bytes(found[-1].state, states.size))
 
 @patch
 def _read(self:Snapshots, ids, user):
@@ -333,9 +334,9 @@ def _read(self:Snapshots, ids, user):
     n,least = len(keys),len(self.match(ids, user))
     while (n := next((i for i in range(n, least, -1) if states.path(borders[i-1]).exists()), 0)):
         while len(found) < n and (data := entries.load(keys[len(found)])) is not None:
-            found.append(unpack(data, block_shapes(pool.c, pool.page, pool.dtype), pool.device))
+            found.append(tensors_from_bytes(data, block_shapes(pool.c, pool.page, pool.dtype), pool.device))
         if len(found) >= n and (data := states.load(borders[n-1])) is not None:
-            return found[:n], unpack(data, state_shapes(pool.c, n*pool.page, pool.dtype), pool.device)
+            return found[:n], tensors_from_bytes(data, state_shapes(pool.c, n*pool.page, pool.dtype), pool.device)
         n = min(n - 1, len(found))
     return [], None
 
