@@ -15,6 +15,7 @@ Modules:
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.crosslingual`: A frozen multilingual encoder, a linear head that learns in English alone, and maps that align other languages by a hundred parallel paragraphs
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
+- `deepseek_nb.apps.discord`: A forecast misses odd shapes that it follows step by step: attention over the normal past finds windows that resemble none of it, with exact streams
 - `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a network whose states can be read and whose weights can be trained
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
 - `deepseek_nb.apps.guide`: A small discriminator shifts the next token's probabilities towards a style, and an independent judge rates texts from 1 to 5
