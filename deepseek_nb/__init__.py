@@ -172,6 +172,7 @@ Modules:
 - `deepseek_nb.serve.lora`: A LoRA adapter answers under a model name of its own, and an administrator loads and unloads adapters over HTTP.
 - `deepseek_nb.serve.metrics`: Counters, gauges and histograms of an engine in Prometheus' format, under the names that vLLM's dashboards know
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
+- `deepseek_nb.serve.policy`: A TOML file says what happens to cards, names, secrets and insults, and a stream withholds only what may still become a match
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol: a request is a list of items, an answer is a list of items, a stream tells how each item grows, and a request can follow a stored answer
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
