@@ -7,11 +7,13 @@
 
 # %% auto #0
 __all__ = ['NAME_KINDS', 'ROWS', 'LEFT', 'RIGHT', 'Tagged', 'split_part', 'read_pii', 'drop_near_copies', 'word_shape',
-           'word_features', 'neighbours', 'candidates', 'NameTagger', 'name_examples', 'train_names', 'guards_folder']
+           'word_features', 'neighbours', 'candidates', 'NameTagger', 'refilled', 'name_examples', 'train_names',
+           'guards_folder']
 
 # %% ../../nbs/881_apps.names.ipynb #8a93deec
 import gzip
 import json
+import random
 import re
 import zlib
 from collections.abc import Iterable
@@ -171,6 +173,27 @@ def scan(self:NameTagger)->TextScan:
     return TextScan(self.find, LEFT)
 
 # %% ../../nbs/881_apps.names.ipynb #8b117be9
+def _refill(row, pool, draw):
+    text,at,spans = '',0,[]
+    for a,b,k in sorted(row.spans):
+        if a < at: continue
+        text,new = text + row.text[at:a],draw.choice(pool[k])
+        spans.append((len(text), len(text) + len(new), k))
+        text,at = text + new,b
+    return Tagged(text + row.text[at:], tuple(spans), row.template)
+
+def refilled(
+    rows:list, # `Tagged`
+    times:int = 2, # New sentences of each
+    seed:int = 0, # Of the choice
+)->list: # The rows, and new ones
+    "Fill templates with the names of other sentences"
+    draw,pool = random.Random(seed),{}
+    for r in rows:
+        for a,b,k in r.spans: pool.setdefault(k, []).append(r.text[a:b])
+    return [*rows, *(_refill(r, pool, draw) for _ in range(times) for r in rows)]
+
+# %% ../../nbs/881_apps.names.ipynb #2ccea259
 def name_examples(
     rows:Iterable, # `Tagged`
 )->tuple[list,list]: # Rows of the weights, and the class of each example
@@ -185,8 +208,9 @@ def name_examples(
 
 def train_names(
     rows:Iterable, # `Tagged`
-    epochs:int = 12, # Times that each example is seen
-    seed:int = 0, # Of the order
+    epochs:int = 4, # Times that each example is seen
+    seed:int = 0, # Of the order, and of what is left out
+    drop:float = .5, # Share of the features that are left out
 )->NameTagger:
     "Train a tagger"
     x,y = map(torch.tensor, name_examples(rows))
@@ -195,7 +219,8 @@ def train_names(
     opt = torch.optim.AdamW(weights.parameters(), lr=.02, weight_decay=.01)
     for _ in range(epochs):
         for i in torch.randperm(len(x), generator=g).split(128):
-            loss = torch.nn.functional.cross_entropy(weights(x[i]).sum(1), y[i])
+            kept = (torch.rand(x[i].shape, generator=g) >= drop)/(1 - drop)
+            loss = torch.nn.functional.cross_entropy((weights(x[i])*kept[..., None]).sum(1), y[i])
             opt.zero_grad(); loss.backward(); opt.step()
     return NameTagger(weights.weight.detach().numpy())
 
