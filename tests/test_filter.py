@@ -46,8 +46,10 @@ def everything(): return content_filter(Policy(MASKS, secrets=(SECRET,)))
 
 # ---- any cut, the same text
 
-PIECES = ('4111 1111 ', '1111 1111', 'DE89 3704 0044 ', '0532 0130 00', 'ann@', 'example', '.org', '(212) ', '555-', '0199', '078-05-', '1120', ' ', '  ',
-          '\n', 'Mary ', 'Johnson', ', ', '12 Elm ', 'Street', 'an idiot ', '1d10t', 'tangerine', '-4711', '-otter', 'retto', '192.168.', '0.1', 'ghp_a1B2a1B2a1B2a1',
+PIECES = ('4111 1111 ', '1111 1111', 'DE89 3704 0044 ', '0532 0130 00', 'ann@', 'example', '.org', '(212) ', '555-', '0199', '078-05-',
+          '1120', ' ', '  ',
+          '\n', 'Mary ', 'Johnson', ', ', '12 Elm ', 'Street', 'an idiot ', '1d10t', 'tangerine', '-4711', '-otter', 'retto', '192.168.',
+              '0.1', 'ghp_a1B2a1B2a1B2a1',
           '-----BEGIN ', 'PRIVATE KEY-----', 'é', '你好', '\u200b', 'ａ', "'", '"', '\\', '{', '1', '0', '.', '!', 'Dear ')
 
 
@@ -100,12 +102,17 @@ LOOKS = str.maketrans('aceopxyi', 'асеорхуі')
 def spelled(raw, draw):
     "A secret as somebody may ask for it"
     text = raw.decode()
-    ways = [str.upper, lambda t: t[::-1], lambda t: ' '.join(t), lambda t: '\n'.join(t), lambda t: '-'.join(t), lambda t: t.translate(LOOKS),
-            lambda t: t.replace('o', '0').replace('i', '1').replace('e', '3'), lambda t: ''.join(chr(ord(c) + 0xfee0) if '!' <= c <= '~' else c for c in t),
-            lambda t: '\u200b'.join(t), lambda t: base64.b64encode(b'x'*draw.randrange(3) + raw + b'y').decode(), lambda t: base64.b32encode(raw).decode(),
-            lambda t: base64.urlsafe_b64encode(raw).decode(), lambda t: raw.hex(), lambda t: raw.hex(':').upper(), lambda t: quote(t, safe=''),
+    ways = [str.upper, lambda t: t[::-1], lambda t: ' '.join(t), lambda t: '\n'.join(t), lambda t: '-'.join(t),
+            lambda t: t.translate(LOOKS),
+            lambda t: t.replace('o', '0').replace('i', '1').replace('e', '3'),
+                lambda t: ''.join(chr(ord(c) + 0xfee0) if '!' <= c <= '~' else c for c in t),
+            lambda t: '\u200b'.join(t), lambda t: base64.b64encode(b'x'*draw.randrange(3) + raw + b'y').decode(),
+                lambda t: base64.b32encode(raw).decode(),
+            lambda t: base64.urlsafe_b64encode(raw).decode(), lambda t: raw.hex(), lambda t: raw.hex(':').upper(), lambda t: quote(t,
+                                                                                                                                   safe=''),
             lambda t: ''.join(f'%{b:02x}' for b in raw), lambda t: ''.join(f'\\x{b:02x}' for b in raw), lambda t: ', '.join(map(str, raw)),
-            lambda t: ''.join(f'&#{b};' for b in raw), lambda t: ' '.join(f'{b:08b}' for b in raw), lambda t: ' '.join(f'0x{b:02x}' for b in raw),
+            lambda t: ''.join(f'&#{b};' for b in raw), lambda t: ' '.join(f'{b:08b}' for b in raw),
+                lambda t: ' '.join(f'0x{b:02x}' for b in raw),
             lambda t: t.translate(str.maketrans('abcdefghijklmnopqrstuvwxyz', 'nopqrstuvwxyzabcdefghijklm')), lambda t: t[:-(-len(t)*2//3)]]
     return draw.choice(ways)(text)
 
@@ -148,14 +155,16 @@ def test_parts_against_a_slow_search(draw):
 # ---- patterns
 
 def test_checksums_find_every_wrong_digit(draw):
-    for check, number in ((luhn, '4111111111111111'), (mod97, 'DE89370400440532013000'), (nhs_check, '9434765919'), (tax_check, '86095742719')):
+    for check, number in ((luhn, '4111111111111111'), (mod97, 'DE89370400440532013000'), (nhs_check, '9434765919'), (tax_check,
+                                                                                                                     '86095742719')):
         i = draw.choice([i for i, c in enumerate(number) if c.isdigit()])
         wrong = number[:i] + draw.choice([d for d in '0123456789' if d != number[i]]) + number[i + 1:]
         assert check(number) and not check(wrong)
 
 
 @pytest.mark.parametrize(('text', 'kind'), [
-    ('4111 1111 1111 1111', 'card'), ('3782-822463-10005', 'card'), ('GB82 WEST 1234 5698 7654 32', 'iban'), ('ann.lee@mail.example.org', 'email'),
+    ('4111 1111 1111 1111', 'card'), ('3782-822463-10005', 'card'), ('GB82 WEST 1234 5698 7654 32', 'iban'), ('ann.lee@mail.example.org',
+                                                                                                              'email'),
     ('+44 20 7946 0958', 'phone'), ('(212) 555-0199', 'phone'), ('10.1.2.3', 'ip'), ('078-05-1120', 'national')])
 def test_a_policy_masks(text, kind):
     f = ContentFilter(Policy({kind: 'mask'}))
@@ -165,7 +174,8 @@ def test_a_policy_masks(text, kind):
 
 def test_ordinary_text_passes():
     f = ContentFilter(Policy(MASKS, secrets=(SECRET,)))
-    for text in ('In 1999-2005, 1,234,567 people (3.14%) came at 10:30.', 'Version 1.2.3 of 2024-05-12, see [1] - [12].', 'a@b, x.y, C++ 20', '12 34 56'):
+    for text in ('In 1999-2005, 1,234,567 people (3.14%) came at 10:30.', 'Version 1.2.3 of 2024-05-12, see [1] - [12].',
+                 'a@b, x.y, C++ 20', '12 34 56'):
         assert f.answer(text)[0] == text
 
 
@@ -182,9 +192,11 @@ def test_presidio_agrees_about_cards_and_accounts():
 
 def test_wrong_policies_say_what_is_wrong(tmp_path):
     path = tmp_path/'p.toml'
-    for text, said in (('[answers]\ncards = "mask"', "'cards' is no kind"), ('[prompts]\ncard = "hide"', "'hide' is no action"), ('a =', 'is no TOML'),
-                       ('[answer]\n', "'answer' is no setting"), ('locale = "fr"', "locale is 'fr'"), ('[answers]\ntoxic = "rewrite"', 'has no text for it'),
-                       ('secrets = [1]', 'secrets must be texts'), ('[locales.us.prompt]', "'prompt' is no setting")):
+    wrong = [('[answers]\ncards = "mask"', "'cards' is no kind"), ('[prompts]\ncard = "hide"', "'hide' is no action"),
+             ('a =', 'is no TOML'), ('[answer]\n', "'answer' is no setting"), ('locale = "fr"', "locale is 'fr'"),
+             ('[answers]\ntoxic = "rewrite"', 'has no text for it'), ('secrets = [1]', 'secrets must be texts'),
+             ('[locales.us.prompt]', "'prompt' is no setting")]
+    for text, said in wrong:
         path.write_text(text)
         with pytest.raises(ValueError, match=re.escape(said)): read_policy(path)
     path.write_text('secrets = ["abc"]\n[answers]\nsecret = "mask"')
@@ -193,7 +205,8 @@ def test_wrong_policies_say_what_is_wrong(tmp_path):
 
 def test_secrets_in_a_file_and_locales(tmp_path):
     (tmp_path/'s.txt').write_text(f'{SECRET}\n\n')
-    (tmp_path/'p.toml').write_text('secrets_file = "s.txt"\n[answers]\nsecret = "mask"\nnational = "mask"\n[locales.gb.answers]\nsecret = "block"\n')
+    rules = '[answers]\nsecret = "mask"\nnational = "mask"\n[locales.gb.answers]\nsecret = "block"\n'
+    (tmp_path/'p.toml').write_text('secrets_file = "s.txt"\n' + rules)
     assert load_filter(tmp_path/'p.toml').answer(SECRET) == ('[SECRET]', '')
     f = load_filter(tmp_path/'p.toml', locale='gb')
     assert f.answer(f'NHS 943 476 5919 {SECRET}!') == ('NHS [NATIONAL] ', 'secret')
@@ -210,7 +223,8 @@ class Scripted:
     def submit(self, request):
         self.asked.append(request)
         stream = Stream(request)
-        for i in range(0, len(self.text), self.size): stream.put(Piece(i, self.text[i:i + self.size], -.5 if request.params.logprobs is not None else None))
+        for i in range(0, len(self.text), self.size): stream.put(Piece(i, self.text[i:i + self.size],
+                                                                       -.5 if request.params.logprobs is not None else None))
         stream.usage.completion_tokens = -(-len(self.text)//self.size)
         stream.end('stop')
         return stream
@@ -262,7 +276,8 @@ def test_a_blocked_answer_ends_in_all_protocols(tok, where):
     chat = dict(messages=HI, tools=oai, thinking=dict(type='enabled' if think else 'disabled'))
     found = collect(ChatRun(m, read_chat(chat)))
     assert found['choices'][0]['finish_reason'] == 'content_filter'
-    run = MessagesRun(m, read_anthropic(dict(messages=HI, max_tokens=99, tools=tools, thinking=dict(type='adaptive' if think else 'disabled'))))
+    run = MessagesRun(m, read_anthropic(dict(messages=HI, max_tokens=99, tools=tools,
+                                             thinking=dict(type='adaptive' if think else 'disabled'))))
     message = collect(run)
     assert message['stop_reason'] == 'refusal'
     flat = [dict(type='function', name='mail', parameters={})]
@@ -290,8 +305,10 @@ def test_prompts_are_refused_or_masked(tok):
     prompt = tok.decode(m.engine.asked[-1].prompt)
     assert SECRET in prompt and '[CARD]' in prompt and '4111' not in prompt
     ask = dict(role='user', content=f'Is it {SECRET[::-1]}?')
-    for start in (lambda: ChatRun(m, read_chat(dict(messages=[ask]))), lambda: MessagesRun(m, read_anthropic(dict(messages=[ask], max_tokens=9))),
-                  lambda: ResponsesRun(m, read_responses(dict(input=ask['content']))), lambda: TextRun(m, read_completion(dict(prompt=ask['content']), tok))):
+    starts = [lambda: ChatRun(m, read_chat(dict(messages=[ask]))), lambda: ResponsesRun(m, read_responses(dict(input=ask['content']))),
+              lambda: MessagesRun(m, read_anthropic(dict(messages=[ask], max_tokens=9))),
+              lambda: TextRun(m, read_completion(dict(prompt=ask['content']), tok))]
+    for start in starts:
         with pytest.raises(ApiError, match='refused by the content policy') as e: start()
         assert e.value.status == 400 and e.value.code == 'content_filter' and SECRET[::-1] not in str(e.value)
 
@@ -359,11 +376,12 @@ def test_weights_are_small_and_saved_exactly(tmp_path):
 
 def test_sets_are_divided_by_template_and_document(tmp_path):
     "Read from local folders; nothing in training is, or nearly repeats, a text of the other parts"
-    rows = [dict(full_text=f'Dear Ann{i}, {"x "*(i % 7)} and so it goes on', spans=[dict(start_position=5, end_position=8, entity_type='PERSON')],
-                 template_id=i % 40) for i in range(80)]
+    rows = [dict(full_text=f'Dear Ann{i}, ' + ' '.join(f'{c}{i}' for c in 'abcde'), template_id=i % 40,
+                 spans=[dict(start_position=5, end_position=8, entity_type='PERSON')]) for i in range(80)]
     (tmp_path/'synth_dataset_v2.json').write_text(json.dumps(rows))
     for name, score in (('toxic', .9), ('nontoxic', .1)):
-        lines = [dict(filename=f'd{i}', prompt=dict(text=f'{name} word number{i} and then nothing else at all', toxicity=score), continuation=dict(text=f'more {i}', toxicity=None))
+        lines = [dict(filename=f'd{i}', prompt=dict(text=f'{name} ' + ' '.join(f'{c}{i}' for c in 'uvwxyz'), toxicity=score),
+                      continuation=dict(text=f'more {i}', toxicity=None))
                  for i in range(40)]
         (tmp_path/f'{name}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     pii, texts = read_pii(tmp_path), read_toxicity(tmp_path)
@@ -376,4 +394,4 @@ def test_sets_are_divided_by_template_and_document(tmp_path):
     copy = texts[0]._replace(document='another', text='also ' + max(held, key=len))
     assert copy not in parts_of([*texts, copy], lambda r: r.document)['train']
     net = learn_filter(pii, texts)[1]
-    assert net.score('toxic word') > net.score('more words')
+    assert net.score('toxic u') > net.score('nontoxic u')

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .names import NameTagger, drop_near_copies, guards_folder, read_pii, refilled, split_part, train_names
 from .toxic import ToxicityNet, read_toxicity, threshold_at, train_toxicity
-from ..serve.chat import ApiError, Fields
+from ..serve.chat import ApiError
 from ..serve.guard import ContentFilter
 from ..serve.policy import Policy, read_policy
 
@@ -64,6 +64,7 @@ def learn_filter(
 )->tuple: # `NameTagger`, `ToxicityNet`, and a dict with what was learned from
     "Train the models of the filter"
     names,toxic = parts_of(pii, lambda r: r.template),parts_of(texts, lambda r: r.document)
+    if not names['train'] or not toxic['train']: raise ValueError('there is nothing to learn from')
     tagger,net = train_names(refilled(names['train'], seed=seed), seed=seed),train_toxicity(toxic['train'], seed=seed)
     net.least = threshold_at([net.score(r.text) for r in toxic['val'] if r.score < .5], budget)
     return tagger, net, dict(pii=len(names['train']), templates=len({r.template for r in names['train']}), texts=len(toxic['train']),
@@ -86,8 +87,8 @@ classifier of toxic words. Both are linear in hashed features and run on a strea
   {found['templates']} templates; [RealToxicityPrompts](https://arxiv.org/abs/2009.11462) as chosen by
   [DecodingTrust](https://github.com/AI-secure/DecodingTrust) (CC BY-SA 4.0): {found['texts']:,} texts of {found['documents']:,} documents.
 - **Threshold** of toxicity: {found['least']:.3f}, above which lie {found['budget']:.0%} of the harmless texts of other documents.
-{measured}- **Limits**: English only. Names are mostly Western, addresses mostly American. The toxicity scores are those of Perspective in 2020, which
-  are too high for dialect and for words that name groups of people; the classifier has inherited that. It judges words, not meaning:
+{measured}- **Limits**: English only. Names are mostly Western, addresses mostly American. The toxicity scores are those of Perspective in
+  2020, too high for dialect and for words that name groups of people; the classifier has inherited that. It judges words, not meaning:
   a quotation counts as an insult, and a polite threat as harmless.
 - **Licence** of the weights: Apache-2.0; the texts that they were trained on have the licences above.
 """

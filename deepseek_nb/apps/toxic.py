@@ -154,7 +154,7 @@ def train_toxicity(
     opt = torch.optim.AdamW([*bag.parameters(), bias], lr=.02, weight_decay=0.)
     parts = [[rows[j] for j in i] for i in torch.randperm(len(rows)).split(64)]
     batches = [(_batch(p), torch.tensor([r.score for r in p])) for p in parts]
-    for e in range(epochs): _train_epoch(bag, bias, opt, [batches[i] for i in torch.randperm(len(batches))])
+    for _ in range(epochs): _train_epoch(bag, bias, opt, [batches[i] for i in torch.randperm(len(batches))])
     return ToxicityNet(bag.weight.detach().numpy()[:, 0], bias.item())
 
 def threshold_at(

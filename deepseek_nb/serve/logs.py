@@ -68,7 +68,8 @@ def fields(self:RequestRecord,
     out |= {k: round(max(asdict(s.timing)[k] for s in self.streams), 6) for k in ('queue', 'prefill', 'decode')}
     out['finish'] = ','.join(dict.fromkeys(s.finish or 'cancelled' for s in self.streams))
     if found := sum((s.filtered or Counter() for s in self.streams), Counter()): out['filtered'] = dict(found)
-    if content: out |= dict(prompt=self.tok.decode(first.request.prompt), texts=[''.join(s.shown) if s.released is None else s.released for s in self.streams])
+    texts = [''.join(s.shown) if s.released is None else s.released for s in self.streams]
+    if content: out |= dict(prompt=self.tok.decode(first.request.prompt), texts=texts)
     return out
 
 # %% ../../nbs/469_serve.logs.ipynb #95e9f0fe

@@ -176,8 +176,8 @@ def _key(text):
     return m.end() if (m := _PREFIXES.match(text)) and any(c.isdigit() for c in m[0]) else 0
 
 KEY = Shape('key', [Part(r'A-Za-z0-9_.\-', 16, 400)], _key, 'A-Za-z0-9_', '[0-9]')
-PRIVATE_KEY = Shape('key', [*literal('-----BEGIN '), Part('A-Z ', 0, 24), *literal('PRIVATE KEY-----'), Part(r'A-Za-z0-9+/=\s:,\-', 0, 8000)],
-                    lambda t: len(t.rstrip()), '-', 'PRIVATE KEY')
+PRIVATE_KEY = Shape('key', [*literal('-----BEGIN '), Part('A-Z ', 0, 24), *literal('PRIVATE KEY-----'),
+                            Part(r'A-Za-z0-9+/=\s:,\-', 0, 8000)], lambda t: len(t.rstrip()), '-', 'PRIVATE KEY')
 
 # %% ../../nbs/465_serve.patterns.ipynb #e3cc4b5b
 def shapes_for(
@@ -185,7 +185,8 @@ def shapes_for(
     locale:str = 'us', # Country
 )->list: # `Shape`s
     "The shapes of some kinds, in a country"
-    own = dict(card=[CARD], iban=[IBAN], email=[EMAIL], ip=[IP], key=[KEY, PRIVATE_KEY], national=[NATIONAL[locale]], phone=[_phone(locale)])
+    own = dict(card=[CARD], iban=[IBAN], email=[EMAIL], ip=[IP], key=[KEY, PRIVATE_KEY])
+    own |= dict(national=[NATIONAL[locale]], phone=[_phone(locale)])
     return [s for k in kinds for s in own.get(k, ())]
 
 def pattern_scan(

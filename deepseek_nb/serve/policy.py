@@ -10,7 +10,6 @@ __all__ = ['ACTIONS', 'KINDS', 'LOCALES', 'Policy', 'read_policy', 'Match', 'Sca
            'waiting']
 
 # %% ../../nbs/463_serve.policy.ipynb #934a6438
-import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -105,7 +104,8 @@ class TextScan:
         "Read a piece"
         self.text += text
         found,hold = self.find(self.text, end)
-        matches = [Match(m.start + self.base, m.stop + self.base, m.kind) for m in found if self.done <= m.start + self.base < self.base + hold]
+        found = [Match(m.start + self.base, m.stop + self.base, m.kind) for m in found]
+        matches = [m for m in found if self.done <= m.start < self.base + hold]
         self.done = max(self.done, self.base + hold)
         kept = max(0, self.done - self.base - self.reach)
         self.text,self.base = self.text[kept:],self.base + kept

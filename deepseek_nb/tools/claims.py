@@ -95,6 +95,7 @@ EXPERIMENTS = dict(
     finetuning='LoRA is better with fewer than 1,000 samples, and full fine-tuning with more than 10,000',
     anomaly='Temporal convolution with attention over periods lifts the recall of fraud from 82% to 91%, at 0.3% false positives',
     inspect='Cross-attention of pictures and vibration lifts the accuracy on small defects by 16 points, at 12 pieces a second',
+    safety='Behind a streaming filter, 99.7% of 100,000 generations pass an independent judge, at 5% harmless refusals',
     balancing='A bias on the router balances the load of experts without a higher loss',
     route='Route decisions fall from seconds to milliseconds: 20 ms, with gaps of at most 5% (TSP) and 8% (CVRP)')
 
