@@ -152,10 +152,12 @@ class NameTagger:
 def find(self:NameTagger,
     text:str, # Any text
     end:bool = True, # Whether the text ends here
+    first:int = 0, # Matches that begin before are known
 )->tuple[list,int]: # `Match`es, and the position before which no other begins
     "Find names and addresses"
     out,hold = [],len(text)
     for m in candidates(text):
+        if m.start() < first: continue
         word = None if m.end() == len(text) and not end else neighbours(text, *m.span(), end)
         near = bool(out) and out[-1].stop >= m.start() - 2 and '\n' not in text[out[-1].stop:m.start()]
         if word is None:

@@ -101,6 +101,7 @@ _WINDOW = 24 # Words
 def find(self:ToxicityNet,
     text:str, # Any text
     end:bool = True, # Whether the text ends here
+    first:int = 0, # Matches that begin before are known
 )->tuple[list,int]: # `Match`es, and the position before which no other begins
     "Find the words that make a text toxic"
     out,limit,hold = [],-math.log1p(-self.least),len(text)
@@ -108,15 +109,12 @@ def find(self:ToxicityNet,
         if m.end() == len(text) and not end or not end and re.fullmatch(r"[*@$#'’]*", text[m.end():]):
             if len(m[0]) <= 32: hold = m.start()
             break
-        start = max(0, m.start() - REACH)
-        words = self._window(text[start:m.start()])
+        if m.start() < first: continue
+        words = ['', *_WORDS.findall(text[max(0, m.start() - REACH):m.start()])]
         own = self.rate(words[-1], m[0])
         if own >= limit/4 and own + sum(map(self.rate, words[-_WINDOW:], words[-_WINDOW + 1:])) >= limit:
             out.append(Match(*m.span(), 'toxic'))
     return out,hold
-
-@patch
-def _window(self:ToxicityNet, text): return ['', *_WORDS.findall(text)]
 
 @patch
 def scan(self:ToxicityNet)->TextScan:

@@ -86,13 +86,14 @@ def mod97(
     return int(''.join(str(int(c, 36)) for c in text[4:] + text[:4]))%97 == 1
 
 # %% ../../nbs/465_serve.patterns.ipynb #07a80ec3
-_ENDS = re.compile(r'(?<=[0-9A-Za-z])(?![0-9A-Za-z])')
+_ENDS,_BREAK = re.compile(r'(?<=[0-9A-Za-z])(?![0-9A-Za-z])'),re.compile(r'[ -]{2}')
 
 def longest_group(
     text:str, # A candidate
     good:Callable, # Whether letters and digits, without anything between, are right
 )->int: # Number of characters; 0: none are
     "The longest beginning that ends with a group and passes a check"
+    text = _BREAK.split(text, maxsplit=1)[0]
     for m in reversed([*_ENDS.finditer(text)]):
         if good(re.sub('[^0-9A-Za-z]', '', text[:m.start()])): return m.start()
     return 0
@@ -106,9 +107,9 @@ def _is_iban(n):
     return len(n) == _IBAN_LENGTH.get(n[:2], len(n)) and 15 <= len(n) <= 34 and mod97(n)
 
 # %% ../../nbs/465_serve.patterns.ipynb #cb2dd79d
-def _groups(first, least, most, chars='0-9', between=' -'):
-    "Parts of characters with at most one separator between two of them"
-    return [*first, *[p for i in range(most) for p in (Part(between, 0), Part(chars, int(i < least)))]]
+def _grouped(least, most, chars='0-9'):
+    "Characters with spaces or dashes between them; the check refuses two of those in a row"
+    return Part(chars + r' \-', least, 2*most)
 
 def _email(text):
     name,_,host = text.partition('@')
@@ -119,8 +120,8 @@ def _ip(text):
     m = re.match(r'(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\d])', text)
     return m.end() if m and all(int(n) < 256 and str(int(n)) == n for n in m.groups()) else 0
 
-CARD = Shape('card', _groups([Part('0-9')], 12, 18), lambda t: longest_group(t, _is_card), need='[0-9]')
-IBAN = Shape('iban', _groups([Part('A-Za-z', 2, 2), Part(' ', 0), Part('0-9', 2, 2)], 11, 30, '0-9A-Za-z'),
+CARD = Shape('card', [Part('0-9'), _grouped(12, 18)], lambda t: longest_group(t, _is_card), need='[0-9]')
+IBAN = Shape('iban', [Part('A-Za-z', 2, 2), Part('0-9', 2, 2), _grouped(11, 30, '0-9A-Za-z')],
              lambda t: longest_group(t, _is_iban), need='[0-9]')
 EMAIL = Shape('email', [Part(r'A-Za-z0-9.!#$%&*+/=?^_{|}~-', 1, 64), Part('@'), Part('A-Za-z0-9.-', 3, 120)], _email, 'A-Za-z0-9', '@',
               r'A-Za-z0-9.!#$%&*+/=?^_{|}~-')
@@ -148,8 +149,8 @@ def tax_check(
 
 NATIONAL = dict(
     us=Shape('national', [Part('0-9', 3, 3), Part('-'), Part('0-9', 2, 2), Part('-'), Part('0-9', 4, 4)], _ssn, r'\w', '[0-9]'),
-    gb=Shape('national', _groups([Part('0-9')], 9, 9), lambda t: longest_group(t, nhs_check), need='[0-9]'),
-    de=Shape('national', _groups([Part('0-9')], 10, 10), lambda t: longest_group(t, tax_check), need='[0-9]'))
+    gb=Shape('national', [Part('0-9'), _grouped(9, 9)], lambda t: longest_group(t, nhs_check), need='[0-9]'),
+    de=Shape('national', [Part('0-9'), _grouped(10, 10)], lambda t: longest_group(t, tax_check), need='[0-9]'))
 
 # %% ../../nbs/465_serve.patterns.ipynb #4bad0863
 _NANP = re.compile(r'(?:(?:00)?1[ .-]?)?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4}(?![0-9])')
@@ -195,7 +196,7 @@ def pattern_scan(
 )->TextScan:
     "A scan for shapes"
     plain = re.compile(r'[0-9@+(\-]')
-    def find(text, end):
+    def find(text, end, first=0):
         if end or plain.search(text): return find_shapes(shapes, text, end)
         word = re.search(r'[A-Za-z.!#$%&*/=?^_{|}~]+ ?\Z', text[-400:]) # without digits, only a word may begin a match
         return [],len(text) - len(word[0]) if word else len(text)

@@ -93,7 +93,7 @@ class Scan(Protocol):
 class TextScan:
     "A scan by a function of a text"
     def __init__(self,
-        find:Callable, # `find(text, end)` returns `Match`es, and the position before which no other begins
+        find:Callable, # `find(text, end, first)` returns `Match`es, and the position before which no other begins
         reach:int, # Most characters that it looks to the left of a match
     ): self.find,self.reach,self.text,self.base,self.done = find,reach,'',0,0
 
@@ -103,7 +103,7 @@ class TextScan:
     )->tuple[list,int]: # `Match`es, and the position before which no other begins
         "Read a piece"
         self.text += text
-        found,hold = self.find(self.text, end)
+        found,hold = self.find(self.text, end, self.done - self.base)
         found = [Match(m.start + self.base, m.stop + self.base, m.kind) for m in found]
         matches = [m for m in found if self.done <= m.start < self.base + hold]
         self.done = max(self.done, self.base + hold)
