@@ -14,6 +14,7 @@ from deepseek_nb.arch.engram import (
     EngramState,
     MappedTables,
     NgramHash,
+    add_engram,
     dilated_conv,
     is_prime,
     memory_gate,
@@ -22,6 +23,9 @@ from deepseek_nb.arch.engram import (
     odd_multipliers,
     table_rows,
 )
+from deepseek_nb.arch.model import Model
+from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.files.safetensors import weight_map
 
 SEED = int(os.environ.get('ENGRAM_SEED') or random.SystemRandom().randrange(2**32))
 MOST = 2**63 - 1
@@ -338,3 +342,32 @@ def test_a_module_reads_mapped_tables(tmp_path):
 def test_a_file_of_another_size_is_refused(tmp_path):
     (tmp_path/'t').write_bytes(bytes(40))
     with pytest.raises(ValueError, match='has 40 bytes, the tables 80; check sizes, width and dtype'): MappedTables(tmp_path/'t', [2, 3], 4)
+
+
+@pytest.mark.parametrize('streams', [1, 2])
+def test_a_model_with_memories_is_saved(tmp_path, streams):
+    "A folder gives the same logits, cached and rewound, and settings and compressed ids survive; other formats are refused"
+    r = random.Random(SEED + streams)
+    torch.manual_seed(SEED)
+    shared = dict(vocab_size=40, dim=16, n_layers=2, n_heads=2, inter_dim=16, q_lora_rank=8, qk_rope_head_dim=4, index_n_heads=8,
+                  index_head_dim=8, index_topk=64, max_positions=64, rope=Rope(interleaved=True), n_routed_experts=2,
+                  n_activated_experts=2, moe_inter_dim=8) # all keys and experts are selected: no choice hangs on the last bit
+    v4 = dict(n_kv_heads=1, head_dim=8, window=4, compress_ratios=(4, 0), o_groups=1, o_lora_rank=8, hc_mult=2, score_func='sqrtsoftplus',
+              swiglu_limit=10., compress_rope=Rope(interleaved=True))
+    v32 = dict(kv_lora_rank=8, qk_nope_head_dim=4, v_head_dim=4, score_func='sigmoid')
+    conf = Config('deepseek_v4', **shared, **v4) if streams == 2 else Config('deepseek_v32', **shared, **v32)
+    compress, text = torch.tensor([r.randrange(30) for _ in range(40)]), torch.randint(40, (2, 24))
+    c = EngramConfig(16, tuple(r.sample((0, 1), r.randrange(1, 3))), 30, (50, 60), heads=2, width=4, seed=r.randrange(99), streams=streams)
+    model = add_engram(Model(conf, 'float32', 'cpu').eval(), c, compress, rewindable=9)
+    model.save_pretrained(tmp_path/'x')
+    again = Model.from_pretrained(tmp_path/'x', dtype='float32', device='cpu')
+    assert again.hashes.c == c and again.hashes.rewindable == 9 and again.hashes.compress.equal(compress)
+    want = model(text)
+    assert again(text).equal(want)
+    cache = again.new_cache(2)
+    again(text[:, :20], cache)
+    cache.rewind(7)
+    assert (again(text[:, 13:], cache) - want[:, 13:]).abs().max() <= 1e-5*want.abs().max()
+    again.save_pretrained(tmp_path/'y')
+    assert {k: e.shape for k, e in weight_map(tmp_path/'y').items()} == {k: e.shape for k, e in weight_map(tmp_path/'x').items()}
+    with pytest.raises(ValueError, match='Engram tables is not quantised'): Model.from_pretrained(tmp_path/'x', dtype='int8')

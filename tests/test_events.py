@@ -1,7 +1,7 @@
 "The text of an answer becomes the same events wherever it is cut, in every format, and nothing of it is lost."
 import json
 import random
-from time import perf_counter
+from time import process_time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -105,9 +105,9 @@ def test_a_thousand_newlines_cost_little():
     s = Splitter('v4', thinking=True)
     for _ in range(8000): assert s.feed('\n') == []
     s.feed('a')
-    tick = perf_counter()
+    tick = process_time()
     for _ in range(8000): assert s.feed('\n') == []
-    assert s.feed('b') == [ReasoningDelta('\n'*8000 + 'b')] and perf_counter() - tick < 3
+    assert s.feed('b') == [ReasoningDelta('\n'*8000 + 'b')] and process_time() - tick < 3
 
 
 def test_a_name_that_never_ends_is_given_back():

@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -254,17 +254,17 @@ BOMBS = [
 @pytest.mark.parametrize('n', range(len(BOMBS)))
 def test_bombs_are_bounded_in_time_and_memory(tok, n):
     "Refused, or each step within the limits; what an answer costs is far below a model's step"
-    before, start, steps = rss(), perf_counter(), [0.]
+    before, start, steps = rss(), process_time(), [0.]
     try:
         g = compile_grammar(tok, *BOMBS[n])
         for seed in range(60):
-            tick = perf_counter()
+            tick = process_time()
             ids = allowed(g)
-            steps.append(perf_counter() - tick)
+            steps.append(process_time() - tick)
             if g.finished: break
             g.accept(int(ids[seed*7919 % len(ids)]))
     except ValueError as e: assert '\n' not in str(e)
-    assert perf_counter() - start < 6 and max(steps) < 1 and rss() - before < 300*2**20
+    assert process_time() - start < 6 and max(steps) < 1 and rss() - before < 300*2**20
 
 
 def test_too_deep_for_json(tok):

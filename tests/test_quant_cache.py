@@ -1,4 +1,6 @@
 "Quantised caches: codes against an oracle, bytes against the formula, a model with such a cache against one with a rounded plain cache."
+import os
+import random
 from dataclasses import replace
 from itertools import product
 
@@ -12,13 +14,24 @@ from hypothesis.extra.numpy import arrays
 from deepseek_nb.arch.cache import Cache, Slot, cache_shapes
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset
+from deepseek_nb.arch.rewindable import rewindable_bytes
 from deepseek_nb.bench.limits import BENCH_MOE
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
 from deepseek_nb.infer.paged import PagedCache, PagePool
 from deepseek_nb.infer.prefix import PrefixCache, from_bytes, to_bytes
-from deepseek_nb.infer.quant_cache import CacheFormat, QuantizedCache, QuantizedPool, decode_layer, encode_layer, quantized_bytes
+from deepseek_nb.infer.quant_cache import (
+    CacheFormat,
+    QuantizedCache,
+    QuantizedPool,
+    decode_layer,
+    encode_layer,
+    quantized_bytes,
+    quantized_window_bytes,
+)
+
+SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 
 GQA = Config('llama', vocab_size=32, dim=32, n_layers=2, n_heads=4, inter_dim=64, n_kv_heads=2, head_dim=40, max_positions=96)
 MLA = Config('deepseek_v3', vocab_size=32, dim=32, n_layers=2, n_heads=4, inter_dim=64, kv_lora_rank=48, qk_nope_head_dim=8,
@@ -381,3 +394,42 @@ def test_a_compiled_model_takes_any_cache(kind, model):
     ids,compiled = torch.tensor([[1, 2, 3, 4]]),made(model.config).compile('eager')
     got,want = (m.generate(ids, 6, past_key_values=make(), eos_token_id=[]) for m in (compiled, model))
     assert torch.equal(got, want)
+
+
+# ---- V4
+
+def rounded(model, form, *args):
+    "V4's plain cache, whose entries are rounded when they are stored"
+    cache, r = model.new_cache(*args), model.config.qk_rope_head_dim
+    cache.form = form # so that the readable code runs
+    for entries in (s.compressor for s in cache.slots if s.compressor):
+        def put(x, first, old=entries.put): old(torch.cat([form.decode(*form.encode(x[..., :-r])), x[..., -r:]], -1), first)
+        entries.put = put
+    return cache
+
+
+def test_entries_of_v4(form):
+    "Bytes by the formula; chunks, rewinds and padding as a plain cache with rounded entries, to the bit; the error is that of a code"
+    print(f'test_quant_cache SEED={SEED}')
+    r = random.Random(f'{SEED} {name(form)}')
+    ratios = r.sample((0, 4, 8), 3)
+    c = replace(preset('deepseek-v4-flash'), vocab_size=32, dim=32, n_layers=3, n_heads=2, inter_dim=16, head_dim=r.choice((12, 44)),
+                q_lora_rank=8, qk_rope_head_dim=4, window=r.choice((3, 9)), compress_ratios=tuple(ratios), o_groups=2, o_lora_rank=8,
+                index_n_heads=4, index_head_dim=8, index_topk=3, hc_mult=2, hc_iters=2, n_hash_layers=1, n_routed_experts=4,
+                n_activated_experts=2, moe_inter_dim=8, max_positions=128)
+    model, ids, mask = made(c, SEED), torch.randint(32, (2, 60)), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :r.randrange(20)] = 0
+    ours, oracle, plain = quantised(model, form, 2, 60), rounded(model, form, 2, 60), model.new_cache(2, 60)
+    assert ours.nbytes == quantized_window_bytes(form, c, 60, 2, 4) and plain.nbytes == rewindable_bytes(c, 60, 2, 4)
+    cuts = [0, *sorted(r.sample(range(21, 60), 3)), 60]
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        kw = {} if start else dict(attention_mask=mask[:, :end])
+        assert model(ids[:, start:end], ours, **kw).equal(model(ids[:, start:end], oracle, **kw)), (SEED, c)
+        for cache in (ours, oracle): cache.rewind(back := min(4, end - start - 1))
+        if back: assert model(ids[:, end - back:end], ours).equal(model(ids[:, end - back:end], oracle))
+    model(ids[:, :cuts[1]], plain, attention_mask=mask[:, :cuts[1]])
+    first, at = min(map(ratios.index, (4, 8))), c.head_dim - c.qk_rope_head_dim
+    n = (cuts[1] - int((mask == 0).sum()))//ratios[first]
+    a, b = (cache.slots[first].compressor.entries[:, :n] for cache in (plain, ours))
+    assert torch.allclose(a[..., at:], b[..., at:], atol=1e-5*a.abs().max())
+    assert (a[..., :at] - b[..., :at]).abs().max() <= a.abs().max()*(.004 if form.name == 'int8' else .04)

@@ -1,12 +1,15 @@
 "Routes: loaders and rounding, C++ against Python, locked stops, the network against its definition, the service, the study"
 import math
 import random
+import threading
 from dataclasses import asdict
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 import torch
 
+from deepseek_nb.apps.command import AppServer
 from deepseek_nb.apps.constructor import RouteConfig, RouteNet, canonical, construct_in_python, construct_routes, follow, make_lesson
 from deepseek_nb.apps.instances import (
     METRICS,
@@ -21,6 +24,7 @@ from deepseek_nb.apps.instances import (
 from deepseek_nb.apps.moves import improve, join_by_savings, nearest_neighbour, nearest_places, prepare_roads
 from deepseek_nb.apps.route import Order, RouteApp, Router, alone_feasible, as_instance
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.serve.app import ServerConfig
 from deepseek_nb.studies import open_study, read_plan, to_do
 from deepseek_nb.studies.report import runs
 
@@ -229,6 +233,28 @@ def test_deadlines_are_met_or_said(seed):
     for deadline in (1e-4, .01):
         plan = router.plan(orders(seed, 50), deadline)
         assert check(router) is not None and plan.late == (plan.seconds > deadline)
+
+
+def test_answers_over_http_are_feasible_and_say_whether_they_are_late(seed):
+    "A client over a real socket; its own clock includes the service's"
+    study, ready, deadline = open_study('route'), threading.Event(), .02
+    server = AppServer(dict(route=RouteApp.serve('', capacity=100.)), ServerConfig(port=0, log_format='off'))
+    thread = threading.Thread(target=server.run, args=(ready.set,), daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    link = HTTPConnection('127.0.0.1', server.address[1], timeout=60)
+    for i in range(3):
+        *known, new = study.some_orders(101, seed + i)
+        for body, now in ((dict(do='plan', orders=known), known), (dict(do='add', orders=[new]), [*known, new])):
+            answer, waited = study.ask(link, **body, seconds=deadline)
+            in_time = study.client_checks(answer, now, 100, deadline)
+            assert in_time == (answer['seconds'] <= deadline) and answer['seconds'] <= waited
+        assert study.ask(link)[0]['routes'] == answer['routes']
+    refused, _ = study.ask(link, do='add', orders=[dict(new, id='huge', demand=101)])
+    assert 'above the capacity' in refused['error']['message'] and study.ask(link)[0]['routes'] == answer['routes']
+    link.close()
+    server.uvicorn.should_exit = True
+    thread.join(60)
 
 
 def test_application(tmp_path):

@@ -281,6 +281,19 @@ def test_step_against_the_readable_model(r):
     torch.set_num_threads(before)
 
 
+def test_rows_of_a_batch_select_side_by_side(r):
+    "A row ends with few queries, the next begins with 16: a thread that is ahead leaves the scores that others still select from"
+    c = Config('deepseek_v32', vocab_size=50, dim=32, n_layers=1, n_heads=4, inter_dim=32, max_positions=256, n_dense_layers=1,
+               q_lora_rank=16, kv_lora_rank=32, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, index_n_heads=8, index_head_dim=8,
+               index_topk=3, rope=Rope(interleaved=True))
+    model, before, found = Model(c, 'float32', 'cpu').init_weights(.1).eval().requires_grad_(False), torch.get_num_threads(), set()
+    ids = torch.randint(50, (2, 24))  # blocks of 16 and of 8 queries
+    torch.set_num_threads(3)
+    for _ in range(30): found.add(model(ids, model.new_cache(2)).numpy().tobytes())
+    torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 def test_step_in_bfloat16(r):
     "The step rounds less than the readable code, so it is nearer to float32. Medians: rounding may send a token to another expert"
     model, ids, mask, form, want = steady_walk(r, index_topk=100)

@@ -37,6 +37,7 @@ LLAMA = dict(dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim
 V3 = dict(dim=32, n_layers=2, n_heads=2, inter_dim=64, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
           v_head_dim=8, n_dense_layers=1, n_routed_experts=8, n_activated_experts=2, n_shared_experts=1, moe_inter_dim=16,
           n_mtp_layers=1, max_positions=160)
+V32 = dict(index_n_heads=4, index_head_dim=16, index_topk=9)
 V4 = dict(dim=32, n_layers=3, n_heads=4, inter_dim=64, n_kv_heads=1, head_dim=12, qk_rope_head_dim=4, q_lora_rank=16, o_groups=2,
           o_lora_rank=8, index_n_heads=2, index_head_dim=8, index_topk=3, n_routed_experts=4, n_activated_experts=2, n_shared_experts=1,
           moe_inter_dim=16, score_func='sqrtsoftplus', swiglu_limit=10., n_mtp_layers=1, max_positions=160, rope=Rope(interleaved=True),
@@ -50,9 +51,9 @@ def say(pytestconfig):
 
 def build(kind, vocab=50, seed=0, std=.3):
     torch.manual_seed(SEED + seed)
-    config = Config(kind, vocab_size=vocab, **(V3 if kind == 'deepseek_v3' else LLAMA))
+    config = Config(kind, vocab_size=vocab, **(LLAMA if kind == 'llama' else V3 if kind == 'deepseek_v3' else V3 | V32))
     model = Model(config, dtype='float32', device='cpu').init_weights(std)
-    if kind == 'deepseek_v3': Model.init_weights(model.add_mtp().mtp, std)
+    if kind != 'llama': Model.init_weights(model.add_mtp().mtp, std)
     return model
 
 
@@ -77,20 +78,21 @@ def tokens(model, rows, n, *args, **kwargs):
     return out
 
 
-@pytest.mark.parametrize('kind', ['llama', 'deepseek_v3'])
+@pytest.mark.parametrize('kind', ['llama', 'deepseek_v3', 'deepseek_v32'])
 def test_greedy_tokens_are_those_of_the_same_step_without_drafts(kind):
     "By the ragged step, bit for bit; so ties and near-ties too."
     model = build(kind)
     rows = prompts(model)
     want = tokens(model, rows, 50, None)
-    for draft, n in product(drafts(model), (1, 5)): assert tokens(model, rows, 50, draft, n) == want, (draft, n)
+    sources = ['lookup', 'mtp'] if kind == 'deepseek_v32' else drafts(model)
+    for draft, n in product(sources, (1, 5)): assert tokens(model, rows, 50, draft, n) == want, (draft, n)
     for row, new in zip(rows, want, strict=True): assert tokens(model, [row], 50, None) == [new], 'another answer in company'
 
 
-@pytest.mark.parametrize('kind', ['llama', 'deepseek_v3'])
+@pytest.mark.parametrize('kind', ['llama', 'deepseek_v3', 'deepseek_v32'])
 def test_generate_is_what_it_was(kind):
     model = build(kind)
-    for draft in drafts(model):
+    for draft in ['mtp'] if kind == 'deepseek_v32' else drafts(model):
         for row in prompts(model, 3):
             ids = torch.tensor([row])
             assert model.generate(ids, 40, draft=draft, eos_token_id=[]).equal(model.generate(ids, 40, eos_token_id=[])), draft
@@ -169,8 +171,8 @@ def test_v4_drafts_are_drawn_from_what_they_say():
 
 
 def test_v4_drafts_by_a_block_drafter():
-    "Greedy tokens are those of plain decoding; a drafter of another model is refused."
-    r, kept = random.Random(SEED + 2), 0
+    "Greedy tokens are those of plain decoding, sampled ones follow the model's distribution; a drafter of another model is refused."
+    r, kept, how = random.Random(SEED + 2), 0, Sampling(temperature=1.3, top_k=3, repetition_penalty=1.4)
     model = v4(4, r)
     for row in prompts(model, 4)[2:]:
         want = model.generate(torch.tensor([row]), 24, eos_token_id=[])
@@ -180,6 +182,9 @@ def test_v4_drafts_by_a_block_drafter():
             assert row + sum(steps, []) == want[0].tolist(), (n, model.config)
             kept += 24 - len(steps)
     assert kept
+    counts = {}
+    for new in map(tuple, tokens(model, [row[:6]]*120, 2, spark, 2, how)): counts[new] = counts.get(new, 0) + 1
+    assert surprise(counts, exact(model, row[:6], how, 2)) < 5
     with pytest.raises(ValueError, match='the drafter was made for'): model.generate(want, 2, draft=DSpark(v4(6, r).config, (0,)))
 
 

@@ -7,15 +7,19 @@ import pytest
 import torch
 from test_engine import Bytes, requests, run, tokens
 
+from deepseek_nb.arch.dspark import DSpark, keep_taps
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer import ragged
+from deepseek_nb.infer.drafts import save_drafter
 from deepseek_nb.serve import engine as engine_module
 from deepseek_nb.serve.engine import Engine
 from deepseek_nb.serve.sampling import SamplingParams
-from deepseek_nb.serve.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, restore, state_bytes
+from deepseek_nb.serve.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, border_distance, restore, state_bytes
 from deepseek_nb.serve.stores import OwnedRows, PagedRows
 from deepseek_nb.serve.stream import Request
+from deepseek_nb.tools.serving import draft_source
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 
@@ -119,16 +123,60 @@ def test_preemption_and_prefixes(model):
     assert results[0] == results[1]
 
 
-def test_mtp_drafts_of_v4():
-    "The block drafts from the streams, in one step with other rows; the bits are those without drafts"
+class Thirds:
+    "A grammar that allows every third token, and others after each token"
+    finished = False
+    def __init__(self): self.n = 0
+    def mask(self): return torch.tensor([sum(1 << i for i in range(self.n % 3, 12, 3))], dtype=torch.int32)
+    def accept(self, token):
+        assert token % 3 == self.n % 3, 'a mask of another token'
+        self.n += 1
+
+
+@pytest.mark.parametrize('kind, block', [(v4, False), (v4, True), (v32, False)], ids=['v4-mtp', 'v4-dspark', 'v32-mtp'])
+def test_drafts_of_blocks(kind, block):
+    "Greedy and sampled rows, penalties and grammars, together; ids, log-probabilities and alternatives are those without drafts"
+    r = random.Random(f'{SEED} {kind.__name__} {block}')
+    torch.manual_seed(r.randrange(10**9))
+    c = replace(kind(r), vocab_size=12, n_mtp_layers=1)
+    model = Model(c, torch.float32, 'cpu').add_mtp().init_weights(std=.3).requires_grad_(False)
+    taps = r.sample(range(c.n_layers), r.randrange(1, 4)) if block else ()
+    source = Model.init_weights(DSpark(c, taps, 3, 1, 4), .3).requires_grad_(False) if block else 'mtp'
+    how = [SamplingParams(temperature=0., logprobs=2), SamplingParams(temperature=2., seed=1, logprobs=1),
+           SamplingParams(temperature=1.5, top_p=.9, repetition_penalty=1.3, frequency_penalty=.4, seed=2),
+           SamplingParams(temperature=0., presence_penalty=1.), SamplingParams(temperature=1., seed=3)]
+    texts, results = [[r.randrange(12) for _ in range(r.randrange(1, 40))] for _ in how], []
+    for draft in (None, source):
+        engine = Engine(model, Bytes(), page=16, draft=draft, draft_tokens=draft and 3, budget=40)
+        assert engine.exact
+        streams = [engine.submit(Request(t, h, max_tokens=30, stop_ids=(), grammar=Thirds() if i > 2 else None))
+                   for i,(t,h) in enumerate(zip(texts, how, strict=True))]
+        run(engine)
+        results.append([tokens(s) for s in streams])
+        assert all(len(t) == 30 for t in results[-1]) and emptied(engine)
+    assert results[0] == results[1], (SEED, c)
+    assert all(s.drafted for s in streams) and engine.drafts.room == engine.store.positions
+
+
+def test_a_block_drafter_of_a_served_model(tmp_path):
+    "From a folder, behind a cached prefix, and on the C++ path: the taps are those of the readable blocks"
     model, r = made(v4)
-    model.add_mtp().requires_grad_(False)
-    how = [SamplingParams(seed=i, logprobs=1) for i in range(2)]
-    asked = [Request([r.randrange(256) for _ in range(20)], h, max_tokens=12, stop_ids=()) for h in how]
-    engine, plain = Engine(model, Bytes(), page=16, draft='mtp', draft_tokens=3), Engine(model, Bytes(), page=16)
-    streams, wanted = [engine.submit(q) for q in asked], [plain.submit(q) for q in asked]
-    for e in (engine, plain): run(e)
-    assert [tokens(s) for s in streams] == [tokens(s) for s in wanted] and all(s.drafted for s in streams)
+    spark = Model.init_weights(DSpark(model.config, (0, 2), 3, 1, 4), .3)
+    source = draft_source(str(save_drafter(spark, tmp_path)), None, model)
+    text, found = [r.randrange(256) for _ in range(40)], []
+    for kind in ('reference', 'auto'):
+        with use(kind), torch.no_grad(), keep_taps(model, source.taps) as kept:
+            cache = model.new_cache(1)
+            for part in (text[:20], text[20:21], text[21:]): model.hidden(torch.tensor([part]), cache)
+        found.append(torch.cat(kept, 1))
+    assert len(kept) == 3 and torch.allclose(*found, atol=1e-4)
+    engine, asked = Engine(model, Bytes(), page=16, draft=source), Request(text, SamplingParams(seed=1), max_tokens=8, stop_ids=())
+    first, second = engine.submit(asked), None
+    run(engine)
+    second = engine.submit(asked)
+    run(engine)
+    assert tokens(first) == tokens(second) and second.usage.prompt_cache_hit_tokens and second.drafted
+    with pytest.raises(ValueError, match='the drafter was made for'): Engine(Model(v32(r), torch.float32, 'meta'), Bytes(), draft=source)
 
 
 def test_chunks_of_v4(monkeypatch):
@@ -194,11 +242,39 @@ def test_a_failed_step_forgets_the_row(monkeypatch):
     assert bad.finish == 'error' and tokens(again) == tokens(want) and emptied(engine)
 
 
+def test_prefixes_of_v4_on_disk(tmp_path):
+    "Another engine finds prompts again: the same bits, for the user alone, in files of the formula's size; bad files are ignored"
+    model, r = made(v4)
+    ids = [r.randrange(256) for _ in range(3*border_distance(model.config, 16) + 5)]
+    asked = Request(ids, SamplingParams(seed=1, logprobs=1), max_tokens=6, stop_ids=())
+    def served(request, **kw):
+        engine = Engine(model, Bytes(), page=16, folder=tmp_path, **kw)
+        stream = engine.submit(request)
+        run(engine)
+        return engine, tokens(stream), stream.usage.prompt_cache_hit_tokens
+    engine, want, hits = served(asked)
+    c, page = model.config, engine.pool.page
+    assert not hits
+    of = lambda n, states: n*(128 + block_bytes(c, page, 4)) + states*(128 + state_bytes(c, c.window, 4))
+    assert engine.prefix.store.nbytes == of(3, 1), (SEED, c)
+    found, got, hits = served(asked)
+    assert (got, hits) == (want, 3*page) and found.pool.kept == sum(b.nbytes for b in found.prefix.blocks.values())
+    assert served(replace(asked, user='bob'))[1:] == (want, 0)
+    path = (store := engine.prefix.store.states).path(store.keys(ids)[2])
+    path.write_bytes((data := path.read_bytes())[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.warns(UserWarning, match='is damaged; it is ignored'): assert served(asked)[1:] == (want, 0)
+    assert served(asked)[1:] == (want, 3*page), 'a damaged file is written again'
+    (store := engine.prefix.store.entries).path(store.keys(ids)[1]).unlink()
+    assert served(asked)[1:] == (want, 0)
+    with pytest.raises(ValueError, match='there is no folder'): Engine(model, Bytes(), disk_nbytes=2**20)
+    bounded = served(replace(asked, user='eve'), disk_nbytes=of(3, 1) + 10)[0]
+    assert bounded.prefix.store.nbytes <= of(3, 1) + 10
+
+
 def test_what_v4_has_not():
     model, _ = made(v4)
-    for name, value in dict(kv_cache='int8', folder='x').items():
-        with pytest.raises(ValueError, match=f'{name} is .*; the cache of a deepseek_v4 model is kept in memory'):
-            Engine(model, Bytes(), **{name: value})
+    with pytest.raises(ValueError, match='kv_cache is .*; the cache of a deepseek_v4 model is kept in its dtype'):
+        Engine(model, Bytes(), kv_cache='int8')
     engine = Engine(model, Bytes(), nbytes=RowPool(model.config, 0).row_bytes(128))
     with pytest.raises(ValueError, match='130 tokens need more than the'): engine.submit(Request([1]*120, max_tokens=10))
     assert isinstance(engine.store, OwnedRows) and engine_module.store_for

@@ -215,10 +215,13 @@ def test_released_weights(tmp_path, source):
     with pytest.raises(ValueError, match='FP4 weight without scales'): Model.from_pretrained(tmp_path, dtype='float32', device='cpu')
 
 
-def test_quantised_from_a_folder(pair):
-    "The same codes whether a folder in transformers' layout is quantised while it is read, or the loaded model"
+def test_quantised_from_a_folder(pair, tmp_path):
+    "The same codes whether a folder in transformers' layout is quantised while it is read, or the loaded model; and saved, the same logits"
     read, made = QuantizedModel.from_pretrained(pair.folder, 'int8', device='cpu'), quantize_model(pair.ours, 'int8')
-    near(read(pair.ids), made(pair.ids))
+    near(want := read(pair.ids), made(pair.ids))
+    read.save_pretrained(tmp_path/'int8')
+    again = Model.from_pretrained(tmp_path/'int8', device='cpu')
+    assert isinstance(again, QuantizedModel) and again(pair.ids).equal(want)
 
 
 def test_multi_token_prediction(tmp_path, source):

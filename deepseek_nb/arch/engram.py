@@ -9,13 +9,13 @@ The rows depend on token ids only, so they are known before the first layer runs
 # %% auto #0
 __all__ = ['normalise_token', 'compression_table', 'EngramConfig', 'odd_multipliers', 'is_prime', 'table_rows', 'ngram_rows',
            'first_rows', 'Tables', 'MappedTables', 'memory_gate', 'dilated_conv', 'EngramState', 'Ngrams', 'NgramHash',
-           'Engram', 'add_engram']
+           'Engram', 'add_engram', 'engram_settings', 'restore_engram']
 
 # %% ../../nbs/157_arch.engram.ipynb #bcf27dd8
 import mmap
 import re
 import unicodedata
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import isqrt
 from typing import NamedTuple
@@ -130,8 +130,10 @@ class Tables(nn.Module):
         width:int, # v, width of a row
     ):
         super().__init__()
-        self.weight = nn.Parameter(.02*torch.randn(sum(sizes), width))
-        self.register_buffer('first', first_rows(sizes), persistent=False)
+        self.sizes,self.weight = tuple(sizes),nn.Parameter(.02*torch.randn(sum(sizes), width))
+
+    @property
+    def first(self)->Tensor: return first_rows(self.sizes).to(self.weight.device)
 
     def forward(self,
         rows:Tensor, # Row of each table `b s h`
@@ -352,10 +354,27 @@ def add_engram(
     if (c.dim, c.streams) != (m.dim, streams):
         raise ValueError(f'Engram has width {c.dim} and {c.streams} streams, the model {m.dim}, {streams}')
     if len(compress) != m.vocab_size: raise ValueError(f'compress has {len(compress)} tokens, the model {m.vocab_size}')
-    model.hashes = NgramHash(c, compress).to(model.device)
+    model.hashes,model.hashes.rewindable = NgramHash(c, compress).to(model.device),rewindable
     for i in c.layers:
         block = model.layers[i]
-        block.engram = Engram(c, i).to(model.device, model.dtype)
+        with torch.device(model.device): block.engram = Engram(c, i).to(model.dtype)
         block.register_forward_pre_hook(partial(_remember, model.hashes, rewindable))
     return model
 
+
+# %% ../../nbs/157_arch.engram.ipynb #4ff86733
+def engram_settings(
+    model, # A `Model`
+)->dict|None: # For a JSON file; None: the model has no memories
+    "Settings of a model's memories"
+    hashes = getattr(model, 'hashes', None)
+    return None if hashes is None else asdict(hashes.c) | dict(rewindable=hashes.rewindable)
+
+def restore_engram(
+    model, # A `Model`, changed in place
+    settings:dict, # Result of `engram_settings`
+): # The same model; weights and compressed ids are not those of the saved model yet
+    "Add the memories of a saved model"
+    d = {k: tuple(v) if isinstance(v, list) else v for k,v in settings.items()}
+    rewindable,none = d.pop('rewindable'),torch.zeros(model.config.vocab_size, dtype=torch.long)
+    return add_engram(model, EngramConfig(**d), none, rewindable)

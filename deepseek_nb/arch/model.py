@@ -290,7 +290,7 @@ def context(self:Model,
     if any(c.compress_ratios):
         other = self.angles(past, past+s, pad, c.compress_rope)
         by_layer = tuple(other if ratio else own for ratio in c.compress_ratios)
-    return Context(own, mask, cache, mla, pad, tokens, by_layer)
+    return Context(own, mask, cache, mla, pad, tokens, by_layer, getattr(self, 'taps', None))
 
 # %% ../../nbs/160_arch.model.ipynb #7f1910b7
 @patch
@@ -343,7 +343,9 @@ def run_blocks(
     ctx:Context, # Rotary angles, mask, cache, form of MLA and token ids
 )->Tensor: # In the shape of `x`
     "Run all blocks in order"
-    for i,block in enumerate(blocks): x = block(x, ctx.layer(i))
+    for i,block in enumerate(blocks):
+        x = block(x, ctx.layer(i))
+        if ctx.taps is not None: ctx.taps.note(i, x)
     return x
 
 # %% ../../nbs/160_arch.model.ipynb #f7e0a7bf

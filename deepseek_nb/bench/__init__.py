@@ -10,8 +10,8 @@ and `roofline` plots the rates of operations below these limits. `BENCHMARKS` li
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'synchronise', 'seconds', 'si', 'Comparison', 'alternate', 'compare', 'fastest_of', 'peak_bytes',
-           'peak_of', 'hardware', 'versions', 'make_record', 'save_result', 'load_result', 'best_rate', 'gemm_rate',
-           'bandwidth', 'Machine', 'machine', 'Work', 'bound', 'roofline', 'Benchmark', 'find_benchmark',
+           'peaks_of', 'peak_of', 'hardware', 'versions', 'make_record', 'save_result', 'load_result', 'best_rate',
+           'gemm_rate', 'bandwidth', 'Machine', 'machine', 'Work', 'bound', 'roofline', 'Benchmark', 'find_benchmark',
            'run_benchmark', 'operations', 'listing', 'result_text', 'read_options', 'run_command']
 
 # %% ../../nbs/750_bench.ipynb #3028c2e4
@@ -149,11 +149,17 @@ def peak_bytes(
         before = torch.accelerator.memory_allocated()
         f(); synchronise()
         return torch.accelerator.max_memory_allocated() - before
-    before = _resident(reset=True)
-    f()
-    return max(0, _resident() - before)
+    return _rises([lambda _: f()])[0]
 
 # %% ../../nbs/750_bench.ipynb #787ab058
+def _rises(steps):
+    "Pass the value of each step to the next one, and measure the rise of memory to its peak up to the end of each"
+    before,x,found = _resident(reset=True),None,[]
+    for step in steps:
+        x = step(x)
+        found.append(max(0, _resident() - before))
+    return found
+
 def _trim():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, TypeError, AttributeError): pass  # the C library has no malloc_trim
@@ -174,18 +180,25 @@ import torch
 from deepseek_nb import Model, QuantizedModel, bench
 torch.set_num_threads({threads})
 {setup}
-print(bench.peak_bytes(lambda: {code}))
+print(*bench._rises([{steps}]))
 '''
 
+def peaks_of(
+    *codes:str, # Expressions; `torch`, `Model` and `QuantizedModel` are imported, and `x` is the value of the expression before
+    setup:str='', # Statements to run before them, such as further imports
+)->list[int]: # Peak memory up to the end of each, minus memory after imports and setup, in bytes
+    "Evaluate expressions in a new process and measure the peak memory"
+    program = _PEAK.format(threads=torch.get_num_threads(), setup=setup, steps=', '.join(f'lambda x: {c}' for c in codes))
+    found = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    if found.returncode: raise ValueError(f'{"; ".join(codes)}: {found.stderr.strip().splitlines()[-1]}')
+    return [int(n) for n in found.stdout.splitlines()[-1].split()]
+
 def peak_of(
-    code:str, # Expression to evaluate; `torch`, `Model` and `QuantizedModel` are imported
-    setup:str='', # Statements to run before it, such as further imports
+    code:str, # Expression, as in `peaks_of`
+    setup:str='', # Statements to run before it
 )->int: # Peak memory minus memory after imports and setup, in bytes
     "Evaluate an expression in a new process and measure its peak memory"
-    program = _PEAK.format(threads=torch.get_num_threads(), setup=setup, code=code)
-    found = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
-    if found.returncode: raise ValueError(f'{code}: {found.stderr.strip().splitlines()[-1]}')
-    return int(found.stdout.split()[-1])
+    return peaks_of(code, setup=setup)[0]
 
 # %% ../../nbs/750_bench.ipynb #979ea62c
 def hardware()->dict: # cpu, threads, memory, accelerator, system

@@ -23,7 +23,7 @@ from time import perf_counter
 import torch
 from fastcore.basics import patch
 
-from ..arch.releases import attention_shapes, ffn_shapes
+from ..arch.releases import attention_shapes, ffn_shapes, hyper_shapes
 from . import Comparison, Machine, Work, bandwidth, best_rate, bound, gemm_rate, hardware, load_result, si, versions
 from ..core.config import Config
 from ..core.plot import COLOURS, style
@@ -59,9 +59,10 @@ def attention_work(
     past:int=0, # Cached tokens of each row
     batch:int=1, # Rows `b`
     itemsize:int=4, # Bytes of an element, 4 for float32
+    layer:int=0, # Index of the block; in V4 its attention depends on it
 )->Work: # FLOPs and bytes of one layer
     "Lower bounds of the FLOPs and bytes of one layer's attention"
-    if c.window: raise ValueError(f'{c.model_type}: the bounds are for attention to all cached tokens, not for a window and entries')
+    if c.window: return _window_work(c, layer, s, past, batch, itemsize)
     held, multiplied = map(sum, _sizes(attention_shapes(c)))
     x, v, r, latent = c.qk_nope_head_dim, c.v_head_dim, c.qk_rope_head_dim, c.kv_lora_rank
     naive = 2*c.n_heads*(past*latent*(x+v) + pairs(s, past)*(x+r+v))
@@ -71,6 +72,20 @@ def attention_work(
     core = min(naive, absorbed) + index if c.mla else 4*c.n_heads*c.head_dim*pairs(s, past)
     cached = c.cache_bytes_per_token(itemsize)//c.n_layers*(past+s)
     if c.index_topk: cached -= (latent+r)*itemsize*max(past+s - s*c.index_topk, 0) # latents that no query selects
+    return Work('attention', batch*(2*multiplied*s + core), held*itemsize + batch*cached)
+
+def _window_work(c, layer, s, past, batch, itemsize):
+    "The same for a layer of V4: keys of the window, and the entries that are attended to"
+    shapes,m,total = attention_shapes(c, layer),c.compress_ratios[layer],past + s
+    held = sum(map(prod, shapes.values()))
+    multiplied = sum(prod(w) for n,w in shapes.items() if len(w) > 1 and not n.endswith('ape'))
+    visible = [p//m if m else 0 for p in range(past + 1, total + 1)] # entries of each query
+    chosen = [min(n, c.index_topk) for n in visible] if m == c.csa_ratio else visible
+    keys = sum(min(p, c.window) for p in range(past + 1, total + 1)) + sum(chosen)
+    indexed = m == c.csa_ratio and visible[-1] > c.index_topk
+    core = 4*c.n_heads*c.head_dim*keys + 2*c.index_n_heads*c.index_head_dim*sum(visible)*indexed
+    rows = min(total, c.window - 1 + s) + min(visible[-1], sum(chosen))
+    cached = itemsize*(c.head_dim*rows + c.index_head_dim*visible[-1]*indexed)
     return Work('attention', batch*(2*multiplied*s + core), held*itemsize + batch*cached)
 
 # %% ../../nbs/755_bench.limits.ipynb #adc3c898
@@ -104,7 +119,7 @@ def ffn_work(
     itemsize:int=4, # Bytes of an element
 )->Work: # FLOPs and bytes of one layer
     "Lower bounds of the FLOPs and bytes of one feed-forward layer"
-    shapes = ffn_shapes(c, layer)
+    shapes = {k: v for k, v in ffn_shapes(c, layer).items() if k != 'gate.tid2eid'} # a row of this table for each token counts as nothing
     routed = {k: v for k, v in shapes.items() if k.startswith('experts.')}
     held, multiplied = map(sum, _sizes({k: v for k, v in shapes.items() if k not in routed}))
     one = sum(map(prod, routed.values()))//c.n_routed_experts if routed else 0
@@ -122,12 +137,21 @@ def forward_work(
     itemsize:int=4, # Bytes of an element
 )->Work: # FLOPs and bytes
     "Lower bounds of the FLOPs and bytes of a forward pass"
-    parts = [attention_work(c, s, past, batch, itemsize)]*c.n_layers
+    parts = [attention_work(c, s, past, batch, itemsize, i) for i in range(c.n_layers)]
     parts += [ffn_work(c, i, batch*s, experts, itemsize) for i in range(c.n_layers)]
     head, norms = c.vocab_size*c.dim, c.dim*(2*c.n_layers + 1)
     rows = 0 if c.tie_embeddings else batch*s*c.dim
-    return Work('forward', sum(p.flops for p in parts) + 2*batch*keep*head,
-                sum(p.bytes for p in parts) + (head + norms + rows)*itemsize)
+    mixes = _sizes(_all_mixes(c)) # of hyper-connections, always float32
+    return Work('forward', sum(p.flops for p in parts) + 2*batch*(keep*head + s*sum(mixes[1])),
+                sum(p.bytes for p in parts) + (head + norms + rows)*itemsize + 4*sum(mixes[0]))
+
+def _all_mixes(c):
+    "Shapes of the weights of all hyper-connections"
+    if not c.hc_mult: return {}
+    sites = [f'{i}.{site}' for i in range(c.n_layers) for site in ('attention', 'feed-forward')]
+    found = hyper_shapes(c, 'head', c.hc_mult, 1)
+    for site in sites: found |= hyper_shapes(c, site, c.hc_mult*(2 + c.hc_mult), 3)
+    return found
 
 # %% ../../nbs/755_bench.limits.ipynb #7cc03fcc
 def train_work(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .. import Model, QuantizedModel
-from . import Comparison, compare, peak_of
+from . import Comparison, compare, peaks_of
 from .caches import bench_model, with_experts
 from .layers import Place
 from .limits import BENCH_MOE
@@ -60,9 +60,9 @@ def peaks(
     formats:tuple=tuple(LOADS), # Keys of `LOADS`
 )->dict: # Format -> bytes for `load`, and for `decode`, which includes loading
     "Measure the peak memory of each format"
-    answer = '.generate(torch.ones(1, 128, dtype=torch.long), 8, eos_token_id=[])'
-    loads = {f: LOADS[f].format(path) for f in formats}
-    return {f: dict(load=peak_of(x), decode=peak_of(x + answer)) for f,x in loads.items()}
+    answer = 'x.generate(torch.ones(1, 128, dtype=torch.long), 8, eos_token_id=[])'
+    both = {f: peaks_of(LOADS[f].format(path), answer) for f in formats}
+    return {f: dict(load=load, decode=decode) for f,(load,decode) in both.items()}
 
 # %% ../../nbs/775_bench.quant.ipynb #0630cc77
 def own_cases(

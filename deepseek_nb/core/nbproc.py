@@ -16,6 +16,7 @@ __all__ = ['COMPILERS', 'OLDEST_GCC', 'FLAGS', 'SUFFIXES', 'PRELOADED', 'compile
 
 # %% ../../nbs/040_core.nbproc.ipynb #fc75e942
 import ctypes
+import gc
 import json
 import os
 import re
@@ -331,6 +332,7 @@ def run_alone(
     "Test a notebook in the current process, which runs no other notebook"
     from nbdev.test import test_nb
     if sys.platform == 'linux': set_start_method('fork', force=True)
+    gc.freeze()
     here = 'deepseek_nb.core.nbproc'
     sys.modules.pop(here, None) # so that its import registers the magics with the notebook's shell
     passed,seconds = test_nb(path, **kwargs)
@@ -348,7 +350,8 @@ def slowest(
 
 # %% ../../nbs/040_core.nbproc.ipynb #fda60a1b
 PRELOADED = ['nbdev.test', 'execnb.shell', 'IPython.core.magics.execution', 'matplotlib_inline.backend_inline', 'fastcore.test', 'einops',
-             'matplotlib.pyplot', 'torch', 'torch._dynamo', 'datasets']
+             'matplotlib.pyplot', 'torch', 'torch._dynamo', 'datasets', 'sympy', 'peft',
+             *(f'transformers.models.{o}' for o in ('auto', 'llama.modeling_llama', 'deepseek_v3.modeling_deepseek_v3'))]
 
 def fresh_processes(
     cells:list, # All cells that will be tested; not used

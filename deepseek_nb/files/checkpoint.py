@@ -27,6 +27,7 @@ from einops import rearrange, reduce, repeat
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..arch.engram import engram_settings
 from ..arch.model import Model
 from ..core.config import Config, family
 from .layouts import dequant_fp4, official_key, release_key
@@ -315,6 +316,7 @@ def save_config(
     "Write the config files of a model"
     d = {k: v for k,v in model.config.to_hf().items() if k not in ('quantization_config', 'expert_dtype', 'dtype', 'torch_dtype')}
     d['torch_dtype'] = str(model.dtype).removeprefix('torch.')
+    if (own := engram_settings(model)) is not None: d['engram'] = own
     (Path(folder)/'config.json').write_text(json.dumps(d, indent=2))
     gen = dict(bos_token_id=d.get('bos_token_id'), eos_token_id=d.get('eos_token_id'))
     (Path(folder)/'generation_config.json').write_text(json.dumps({k: v for k,v in gen.items() if v is not None}, indent=2))

@@ -167,7 +167,7 @@ class Tokenizer:
         self.backend, self.named, self.chat_template, self.add_bos = backend, named or {}, chat_template, add_bos
         self.special_tokens = {t: a['id'] for t, a in added.items() if is_control(t, a.get('special'))}
         self._skip = {a['id'] for a in added.values() if a.get('special')}
-        self._tokens = {i: t for t, i in (backend.get_vocab() | self.special_tokens).items()}
+        self._tokens = _token_table(backend, self.special_tokens)
         self._added = {a['id'] for a in added.values()}
         self.bos_id = self.special_tokens.get(self.named.get('bos_token'))
         self.eos_ids = tuple(eos_ids) or tuple(i for t, i in self.special_tokens.items() if t == self.named.get('eos_token'))
@@ -180,7 +180,19 @@ def _control_pattern(added, control):
     longest = sorted(control, key=len, reverse=True)
     return re.compile('|'.join(f'{space(t, "lstrip")}{re.escape(t)}{space(t, "rstrip")}' for t in longest) or '(?!)')
 
+def _token_table(backend, control): return {i: t for t, i in (backend.get_vocab() | control).items()}
+
 def _missing_bytes(vocab): return bytes(b for b, c in byte_alphabet().items() if c not in vocab)
+
+@patch
+def __getstate__(self:Tokenizer):
+    "What a pickle holds: `datasets` makes one before each `map`, and the table of tokens would take most of the time"
+    return self.__dict__ | dict(_tokens=None)
+
+@patch
+def __setstate__(self:Tokenizer, state):
+    self.__dict__ |= state
+    self._tokens = _token_table(self.backend, self.special_tokens)
 
 @patch
 def __len__(self:Tokenizer): return max(self._tokens) + 1

@@ -18,12 +18,14 @@ import torch
 from fastcore.basics import patch
 
 from ..arch.attention import Context
+from ..arch.engram import restore_engram
 from ..arch.hyper import expand_streams
 from ..arch.model import Model, run_blocks
 from ..core.device import pick_device, pick_dtype
 from ..files.checkpoint import fill
 from ..files.gguf import fill_gguf, open_gguf
 from ..files.locate import load_config, locate
+from ..files.safetensors import read_json
 from ..quant import Format, QuantizedWeight, format_names, make_format
 from ..quant.model import QuantizedModel, float_model, stored_model
 from ..quant.save import read_packed
@@ -48,6 +50,7 @@ def _load_floats(cls, path, dtype, device, mtp):
     if path.is_dir() and read_packed(path) is not None: return float_model(path, dtype, device)
     model = cls(load_config(path), dtype=pick_dtype(dtype, device), device='meta')
     if mtp: model.add_mtp()
+    if path.is_dir() and (memories := read_json(path/'config.json').get('engram')): restore_engram(model, memories)
     return (fill_gguf(model, open_gguf(path), device, path) if path.suffix == '.gguf' else fill(model, path, device)).eval()
 
 # %% ../../nbs/400_infer.load.ipynb #fc4eac6a
@@ -66,6 +69,8 @@ def from_pretrained(cls:Model,
         raise ValueError(f'{path}: the multi-token-prediction blocks of a GGUF file are not read; leave out mtp=True')
     if mtp and (format or path.is_dir() and read_packed(path) is not None):
         raise ValueError(f"{path}: multi-token-prediction blocks are not quantised; leave out mtp=True, or pass dtype='float32'")
+    if format and path.is_dir() and 'engram' in read_json(path/'config.json'):
+        raise ValueError(f"{path}: a model with Engram tables is not quantised; pass dtype='float32' or 'bfloat16'")
     if format: return QuantizedModel.from_pretrained(path, format, device)
     model = stored_model(path, device) if dtype is None else None
     return _load_floats(cls, path, dtype, device, mtp) if model is None else model

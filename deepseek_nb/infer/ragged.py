@@ -35,6 +35,7 @@ class RaggedBatch(NamedTuple):
     angles:tuple # cos and sin `1 1 n r/2` of all new tokens
     tokens:Tensor|None = None # Token ids `n`, for blocks that route by token
     by_layer:tuple = () # Angles of each layer, if they differ between layers
+    taps:object = None # As in `Context`
 
     @property
     def starts(self)->Tensor: return torch.tensor([0, *accumulate(self.counts)])
@@ -52,7 +53,8 @@ class RaggedBatch(NamedTuple):
         "The context of one row"
         here = slice(start := sum(self.counts[:i]), start + self.counts[i])
         own,*layers = (tuple(a[:, :, here] for a in angles) for angles in (self.angles, *self.by_layer))
-        return Context(own, cache=self.caches[i], tokens=None if self.tokens is None else self.tokens[None, here], by_layer=tuple(layers))
+        tokens = None if self.tokens is None else self.tokens[None, here]
+        return Context(own, cache=self.caches[i], tokens=tokens, by_layer=tuple(layers), taps=self.taps)
 
 # %% ../../nbs/448_infer.ragged.ipynb #383bf3b3
 @op
@@ -160,7 +162,7 @@ def ragged_batch(self:Model,
     if any(ratios):
         other = self.ragged_angles(caches, counts, self.config.compress_rope)
         by_layer = tuple(other if ratio else own for ratio in ratios)
-    return RaggedBatch([*caches], [*counts], own, tokens, by_layer)
+    return RaggedBatch([*caches], [*counts], own, tokens, by_layer, getattr(self, 'taps', None))
 
 # %% ../../nbs/448_infer.ragged.ipynb #a9f08487
 @patch

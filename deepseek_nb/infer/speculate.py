@@ -234,19 +234,13 @@ class _Row:
         return new
 
 # %% ../../nbs/449_infer.speculate.ipynb #1e9d8802
-def _fits(drafter, model):
-    "The drafter, if it was made for a model like this one"
-    a,b = ((c.dim, c.vocab_size, c.window, c.hc_mult) for c in (drafter.c, model.config))
-    if a != b: raise ValueError(f'the drafter was made for a model of width, vocabulary, window and streams {a}; this one has {b}')
-    return drafter
-
 def _drafters(draft, model, how, n):
     "A drafter for each of `n` rows"
     seeds = [None if how.seed is None else how.seed + 1 + i for i in range(n)]
     if draft is None: return [Drafter() for _ in seeds] # finds nothing
     if draft == 'lookup': return [LookupDrafter() for _ in seeds]
     if draft == 'mtp': return [MTPDrafter(model, how, s) for s in seeds]
-    if isinstance(draft, DSpark): return [DSparkDrafter(model, _fits(draft, model), how, s) for s in seeds]
+    if isinstance(draft, DSpark): return [DSparkDrafter(model, draft, how, s) for s in seeds]
     if not isinstance(draft, Model): raise ValueError(f"draft is {draft!r}; give 'lookup', 'mtp' or a smaller Model")
     if (a := draft.config.vocab_size) != (b := model.config.vocab_size):
         raise ValueError(f'the draft model has {a} tokens, the model {b}; both need the same vocabulary')

@@ -8,7 +8,7 @@ weights of all blocks, and detects if a module has been replaced or wrapped, or 
 
 # %% auto #0
 __all__ = ['v4_kernels', 'v4_collected', 'v4_head_kernels', 'v4_half', 'V4Blocks', 'v4_blocks_of', 'v4_fits', 'v4_args',
-           'run_blocks_v4', 'read_streams_cpp']
+           'v4_calls', 'run_blocks_v4', 'read_streams_cpp']
 
 # %% ../../nbs/541_kernels.v4.ipynb #14c5e18f
 from weakref import WeakKeyDictionary
@@ -114,7 +114,8 @@ def v4_fits(
 )->bool: # Whether the kernels can run these tokens with this cache
     "Whether the shapes, the cache and the padding allow one call"
     cache = ctx.cache
-    if not isinstance(cache, RewindableCache) or x.ndim != 4 or cache.dtype != x.dtype or ctx.tokens is None: return False
+    if not isinstance(cache, RewindableCache) or hasattr(cache, 'form'): return False
+    if x.ndim != 4 or cache.dtype != x.dtype or ctx.tokens is None: return False
     small = 0 < x.shape[0]*x.shape[1] <= LIMIT and x.shape[1] <= cache.rewinds + 1 and x.shape[2] <= MOST_STREAMS
     return small and cache.c.window > 0 and (cache.pad is None or len(cache) >= cache.pad.max().item())
 
@@ -127,11 +128,28 @@ def _angles(found, end, device):
 def v4_args(
     found:V4Blocks, # Weights of all blocks
     ctx:Context, # Cache and token ids
+    layers:slice = slice(None), # Layers of the call
 )->tuple: # Arguments of the kernels behind the weights
     "What the kernels need beside weights"
-    cache,tensors = ctx.cache,[t for s in ctx.cache.slots for t in s.tensors]
+    cache,tensors = ctx.cache,[t for s in ctx.cache.slots[layers] for t in s.tensors]
     angles = _angles(found, cache.length + ctx.tokens.shape[1], ctx.tokens.device)
-    return found.ratios, found.sizes, found.numbers, angles, ctx.tokens.contiguous(), tensors, cache.length, cache.pad
+    return found.ratios[layers], found.sizes, found.numbers, angles, ctx.tokens.contiguous(), tensors, cache.length, cache.pad
+
+def v4_calls(
+    found:V4Blocks, # Weights of all blocks
+    ctx:Context, # Cache, token ids and taps
+    weights, # A list or a table with all weights, layer after layer
+    call, # Function of weights and `v4_args`, which changes `y`
+    y:Tensor, # Residual streams `b s x d`
+    dtype:torch.dtype, # Dtype of the activations
+)->Tensor: # `b s x d`
+    "Run all layers in one call, or the layers up to each tapped one in a call of their own"
+    n,taps = len(found.ratios),() if ctx.taps is None else ctx.taps.layers
+    ends,one = sorted({*(i + 1 for i in taps), n}),len(weights)//n
+    for start,end in zip([0, *ends], ends, strict=False):
+        call(y, weights[start*one:end*one], *v4_args(found, ctx, slice(start, end)))
+        if ctx.taps is not None: ctx.taps.note(end - 1, y.to(dtype))
+    return y.to(dtype)
 
 @run_blocks.twin('cpp', label='v4', available=v4_kernels.ready, supports=lambda x, blocks, ctx:
                  v4_fits(x, ctx) and has_floats(v4_blocks_of(blocks, x)))
@@ -142,8 +160,7 @@ def run_blocks_v4(
 )->Tensor: # `b s x d`
     "All blocks in one call"
     found,y = v4_collected.get(blocks) or v4_blocks_of(blocks, x),x.to(torch.float32, copy=True).contiguous()
-    v4_kernels.v4_step(y, found.weights, *v4_args(found, ctx))
-    return y.to(x.dtype)
+    return v4_calls(found, ctx, found.weights, v4_kernels.v4_step, y, x.dtype)
 
 # %% ../../nbs/541_kernels.v4.ipynb #5a20f07f
 v4_head_kernels = Kernels('v4_head.cpp', read_streams=lambda x, fn, base, scale, norm, eps, mix_eps, y: None)

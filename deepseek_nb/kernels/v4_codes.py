@@ -18,7 +18,7 @@ from .build import Kernels
 from .panels import pack_panels
 from .step import Half
 from .step_codes import codes_of, whole_panels
-from .v4 import v4_args, v4_blocks_of, v4_collected, v4_fits
+from .v4 import v4_blocks_of, v4_calls, v4_collected, v4_fits
 
 # %% ../../nbs/548_kernels.v4_codes.ipynb #8a5b904f
 v4_codes_kernels = Kernels('v4_codes.cpp', v4_codes=lambda x, table, ratios, sizes, numbers, angles, ids, caches, past, pad: None)
@@ -49,5 +49,4 @@ def run_blocks_v4_codes(
     "All blocks in one call, on codes"
     found,y = v4_collected.get(blocks) or v4_blocks_of(blocks, x),x.clone().contiguous()
     table,_ = found.codes.args if getattr(found, 'codes', None) else codes_of(found, pack_v4) # checked by `supports`
-    v4_codes_kernels.v4_codes(y, table, *v4_args(found, ctx))
-    return y
+    return v4_calls(found, ctx, table, v4_codes_kernels.v4_codes, y, x.dtype)

@@ -122,7 +122,7 @@ class Engine:
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
         kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
         disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
-        draft=None, # Source of drafts: 'lookup', 'mtp' or a smaller `Model`; None: no drafts
+        draft=None, # Source of drafts: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: no drafts
         draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
         exact:bool|None = None, # Whether bits may not depend on other tokens, at any cost; None: for V4, and where kernels promise it
     ):
@@ -333,14 +333,14 @@ def _careful(self:Engine, row, call, *args):
 def _forward(self:Engine,
     counts:dict, # `Row` -> number of its tokens
     drafts:dict, # `Row` -> its `RowDraft`
-)->tuple[torch.Tensor,torch.Tensor]: # Activations after the last norm `n d`, and what drafters learn: these, or V4's streams `n x d`
+)->tuple[torch.Tensor,torch.Tensor]: # Activations after the last norm `n d`, and what drafters learn: these, or V4's streams `n …`
     "One forward pass"
     new = {r: r.tokens[len(r.cache):] + (drafts[r].tokens if r in drafts else []) for r in counts}
     ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
-    own,streams = [r.adapter and r.adapter.layers for r in counts],self.model.config.hc_mult and self.drafts and self.drafts.source == 'mtp'
-    with self.model.keep_hidden() if streams else nullcontext() as kept:
+    own = [r.adapter and r.adapter.layers for r in counts]
+    with self.drafts.states() if self.drafts else nullcontext() as kept:
         x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
-    return x,torch.cat([k[0] for k in kept]) if streams else x
+    return x,torch.cat([k[0] for k in kept]) if kept else x
 
 def _decodes(row, n, drafts):
     "Whether a row only decodes in a step, and its drafter has nothing else to do"

@@ -10,6 +10,8 @@ chooses by the model."""
 __all__ = ['PagedRows', 'OwnedRows', 'store_for']
 
 # %% ../../nbs/453_serve.stores.ipynb #1a09f996
+from pathlib import Path
+
 from fastcore.basics import patch
 
 from ..arch.model import Model
@@ -17,7 +19,7 @@ from ..arch.rewindable import RewindableCache
 from ..infer.paged import PagedCache, PagePool
 from ..infer.prefix import PrefixCache
 from ..infer.quant_cache import QuantizedPool
-from .snapshots import OwnedCache, RowPool, Snapshots, block_bytes, restore
+from .snapshots import OwnedCache, RowPool, SnapshotFolder, Snapshots, block_bytes, restore
 
 # %% ../../nbs/453_serve.stores.ipynb #72e7b160
 def _pool_kind(kv_cache):
@@ -150,15 +152,15 @@ class OwnedRows:
         max_rows:int = 32, # Most requests that run together
         kv_cache:str = 'auto', # Numbers of the cache: 'auto', the model's dtype
         rewinds:int = 0, # Most tokens that are taken back, the length of drafts
-        folder:None = None, # Not supported
-        disk_nbytes:None = None, # Not supported
+        folder:str|Path|None = None, # Where known prefixes survive the process; None: nowhere
+        disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
     ):
-        for name,value in dict(kv_cache=kv_cache, folder=folder, disk_nbytes=disk_nbytes).items():
-            if value not in ('auto', None):
-                raise ValueError(f'{name} is {value!r}; the cache of a {model.config.model_type} model is kept in memory, in its dtype')
+        kind = model.config.model_type
+        if kv_cache != 'auto': raise ValueError(f'kv_cache is {kv_cache!r}; the cache of a {kind} model is kept in its dtype')
+        if folder is None and disk_nbytes is not None: raise ValueError(f'disk_nbytes is {disk_nbytes:,}, and there is no folder; give one')
         self.model,self.max_rows = model,max_rows
         self.pool = RowPool(model.config, nbytes, page, model.dtype, model.device, rewinds)
-        self.prefix = Snapshots(self.pool)
+        self.prefix = Snapshots(self.pool, None if folder is None else SnapshotFolder(model, self.pool, folder, disk_nbytes))
 
     def trial(self)->RewindableCache:
         "A cache for one token, apart from the pool"
@@ -211,6 +213,7 @@ def open(self:OwnedRows, # noqa: F811
     share:bool = True, # Whether to begin with a known prefix
 )->OwnedCache:
     "Make a cache that begins with the known prefix"
+    if share: self.prefix.load(tokens[:-1], space)
     found,cache = self.prefix.match(tokens[:-1], space) if share else [],OwnedCache(self.pool)
     cache.reserve(len(tokens))
     if found and found[-1].state: restore(cache, [b.entries for b in found], found[-1].state, self.pool.page)
@@ -241,8 +244,9 @@ def keep(self:OwnedRows, # noqa: F811
     space:str, # Its part of the prefix cache
     ends:bool = False, # Whether the row ends
 )->None:
-    "Keep the state at the last border, as after a step"
+    "Keep the state at the last border, as after a step, also on disk"
     self.passed(tokens, cache, space)
+    self.prefix.save(tokens, space)
 
 @patch
 def fill(self:OwnedRows)->float: # noqa: F811

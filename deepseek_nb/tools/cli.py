@@ -263,7 +263,7 @@ def run_server(
     max_rows:int = 0, # Most requests that run together; default: 32
     adapter:str = '', # LoRA adapters as name=folder (of the first model) or name@model=folder, several separated by commas
     kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
-    draft:str = '', # Speculative decoding: lookup, mtp, or the folder or name of a smaller model; default: none
+    draft:str = '', # Speculative decoding: lookup, mtp, the folder or name of a smaller model, or of a block drafter; default: none
     draft_tokens:int = 0, # Length of drafts; default: chosen from measured times
     exact:str = '', # Whether no bit of an answer may depend on other requests, at any cost: yes, no, or auto for V4 only; default: auto
     log_format:str = '', # Form of the log on standard error: text, json or off; default: text

@@ -99,5 +99,6 @@ def link_terms(
         return f'[{m[0]}](glossary.md#{left.pop(i).anchor}){{.term}}'
     longest = sorted(left, key=lambda i: -max(map(len, (left[i].name, *left[i].also))))
     if not left: return texts
-    pattern = re.compile('|'.join(f'(?P<t{i}>{term_pattern(left[i])})' for i in longest))
+    any_term = '|'.join(f'(?P<t{i}>{term_pattern(left[i])})' for i in longest)
+    pattern = re.compile(rf'(?<![\w-])(?:{any_term})') # what begins no word is passed over at once
     return [''.join(pattern.sub(link, piece) if plain else piece for piece,plain in plain_spans(o)) for o in texts]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
+from ..infer.drafts import load_drafter
 from ..infer.load import decode_path, warm_kernels
 from ..infer.speculate import DraftLength
 from ..serve.app import Server, ServerConfig, key_digest
@@ -84,18 +85,20 @@ def adapter_folders(
 
 # %% ../../nbs/955_tools.serving.ipynb #0017aae7
 def draft_source(
-    name:str, # 'lookup', 'mtp', or the folder or name of a smaller model; '': no drafts
+    name:str, # 'lookup', 'mtp', the folder or name of a smaller model, or of `save_drafter`; '': no drafts
     tok:Tokenizer, # Of the model that verifies
+    model:Model|None = None, # That model, for a folder with its block drafter
 ): # For an `Engine`
     "Load what drafts"
     if name in ('', 'lookup', 'mtp'): return name or None
+    if model is not None and (Path(name)/'dspark.json').is_file(): return load_drafter(name, model)
     other,draw = Tokenizer.from_pretrained(name),random.Random(0)
     texts = [''.join(draw.choices(string.printable + 'éß中文', k=20)) for _ in range(100)]
     if len(tok) != len(other) or any(tok.encode(t) != other.encode(t) for t in texts):
         raise ValueError(f'{name}: a draft model needs the tokenizer of the model, and this one encodes text differently')
-    model = Model.from_pretrained(name)
-    warm_kernels(model)
-    return model
+    small = Model.from_pretrained(name)
+    warm_kernels(small)
+    return small
 
 # %% ../../nbs/955_tools.serving.ipynb #8ae9874a
 def load_served(
@@ -103,7 +106,7 @@ def load_served(
     memory:int = 1024, # MB of KV cache
     folder:str|Path|None = None, # Where cached prompts survive a restart; None: nowhere
     disk:int = 4096, # MB of cached prompts in the folder
-    draft:str = '', # Source of drafts: 'lookup', 'mtp', or a smaller model as for `name`; '': no drafts
+    draft:str = '', # Source of drafts: 'lookup', 'mtp', a smaller model as for `name`, or the folder of a block drafter; '': none
     draft_tokens:int = 0, # Length of drafts; 0: chosen from measured times
     exact:str = 'auto', # Whether bits of an answer may not depend on other requests: 'auto', 'yes' or 'no'
     **settings, # Of the engine
@@ -115,7 +118,7 @@ def load_served(
     with compiling_notice():
         model = Model.from_pretrained(name, mtp=draft == 'mtp')
         warm_kernels(model)
-        settings |= dict(draft=draft_source(draft, tok), draft_tokens=draft_tokens or None)
+        settings |= dict(draft=draft_source(draft, tok, model), draft_tokens=draft_tokens or None)
     settings |= dict(folder=folder, disk_nbytes=None if folder is None else disk*2**20)
     engine = Engine(model, tok, nbytes=memory*2**20, exact=forms[exact], **settings)
     with compiling_notice(): warm_engine(engine)

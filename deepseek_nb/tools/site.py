@@ -10,7 +10,8 @@ builds the site in `_docs`; with `--new NAME TITLE` it starts a new chapter."""
 # %% auto #0
 __all__ = ['CHAPTER', 'defined_names', 'source_page', 'source_links', 'exported_block', 'name_heading', 'only_imports',
            'show_source', 'link_pages', 'quote_alt', 'own_ids', 'path_lines', 'inline_pictures', 'stage_cells',
-           'stage_page', 'stage_sources', 'stage_front', 'stage', 'inputs_key', 'build_site', 'new_chapter']
+           'stage_page', 'stage_sources', 'stage_front', 'stage', 'inputs_key', 'computed_once', 'build_site',
+           'new_chapter']
 
 # %% ../../nbs/970_tools.site.ipynb #4d33a036
 import ast
@@ -18,10 +19,13 @@ import json
 import re
 import shutil
 import sys
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from posixpath import dirname, join, normpath
+from unittest.mock import patch
 
 from .book import FRONT, book, chapters, page_name, path_places, sidebar
 from .glossary import glossary_page, link_terms, read_glossary
@@ -263,6 +267,37 @@ def inputs_key(
     facts = [[p.relative_to(root).as_posix(), sha256(p.read_bytes()).hexdigest()] for p in files]
     return sha256(json.dumps([facts, version('smalldocs'), version('nbdev')]).encode()).hexdigest()
 
+# %% ../../nbs/970_tools.site.ipynb #c0a1d2e4
+def _sidebar_layout(layout):
+    "The layout of `smalldocs` with the parts of the sidebar that don't contain the page made once for each folder"
+    parts, links = {}, {}
+    class Layout(layout.Layout):
+        def href(self, item_href):
+            key = item_href, dirname(self.page.out)
+            if key not in links: links[key] = super().href(item_href)
+            return links[key]
+        def side_item(self, it, depth):
+            if it.contains(self.page): return super().side_item(it, depth)
+            key = id(it), depth, self.n_section, dirname(self.page.out)
+            if key not in parts: parts[key] = layout.Safe(layout.to_xml(super().side_item(it, depth), indent=False)), self.n_section
+            part, self.n_section = parts[key]
+            return part
+    return Layout
+
+# %% ../../nbs/970_tools.site.ipynb #c0a1d2e6
+@contextmanager
+def computed_once():
+    "Keep what nbdev and `smalldocs` otherwise compute again for each cell, page and token."
+    from nbdev import processors
+    from smalldocs import highlight, layout
+    kind = cache(lambda token: css_class(token, ''))
+    css_class, config = highlight.css_class, cache(processors.get_config)
+    with ExitStack() as stack:
+        for o, name, fn in ((processors, 'get_config', config), (layout, 'Layout', _sidebar_layout(layout)),
+                            (highlight, 'css_class', lambda token, text: css_class(token, text) if kind(token) == 'kw' else kind(token))):
+            stack.enter_context(patch.object(o, name, fn))
+        yield
+
 # %% ../../nbs/970_tools.site.ipynb #94300a1d
 def build_site(
     root:Path, # Folder of the project
@@ -271,11 +306,12 @@ def build_site(
     from smalldocs import config, layout, site
     key, stamp = inputs_key(root), root/'_docs/.inputs'
     if stamp.exists() and stamp.read_text() == key: return stamp.parent
-    pages = stage(root, root/'_proc')
     layout.KATEX = 'katex'
-    made = site.Site(config.load(root/'_proc'))
-    made.discover = lambda: [PurePosixPath(o) for o in pages]
-    made.build()
+    with computed_once():
+        pages = stage(root, root/'_proc')
+        made = site.Site(config.load(root/'_proc'))
+        made.discover = lambda: [PurePosixPath(o) for o in pages]
+        made.build()
     if made.broken: raise ValueError('broken links: ' + '; '.join(f'{page} → {link}' for page,link in made.broken))
     if (root/'nbs/moves.csv').exists(): write_redirects(Path(made.out), read_moves(root/'nbs/moves.csv'))
     shutil.rmtree(root/'_docs', ignore_errors=True)

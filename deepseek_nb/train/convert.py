@@ -77,7 +77,7 @@ def write_tokenizer(
     config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, add_bos_token=tok.add_bos) | tok.named
     if isinstance(t := tok.chat_template, dict): config['chat_template'] = [dict(name=k, template=v) for k,v in t.items() if v]
     specs = {'tokenizer.json': _token_spec(tok), 'tokenizer_config.json': config}
-    files = {n: json.dumps(d, ensure_ascii=False, indent=1) for n,d in specs.items()}
+    files = {n: json.dumps(d, ensure_ascii=False, indent=None if 'model' in d else 1) for n,d in specs.items()} # a vocabulary in one line
     if isinstance(t, str): files['chat_template.jinja'] = t
     for name,text in files.items():
         with written(folder/name) as tmp: tmp.write_text(text, encoding='utf-8')
