@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from deepseek_nb.apps import command
-from deepseek_nb.apps.filter import FilterApp, content_filter, learn_filter, load_filter, parts_of
+from deepseek_nb.apps.filter import FilterApp, content_filter, learn_filter, load_filter, divide_set
 from deepseek_nb.apps.names import NameTagger, guards_folder, read_pii
 from deepseek_nb.apps.toxic import ToxicityNet, read_toxicity
 from deepseek_nb.files.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from deepseek_nb.serve.chat import ApiError, ServedModel
 from deepseek_nb.serve.completions import ChatRun, read_chat
 from deepseek_nb.serve.guard import ContentFilter, JsonStream
 from deepseek_nb.serve.patterns import luhn, mod97, nhs_check, tax_check
-from deepseek_nb.serve.policy import ACTIONS, KINDS, FilterStream, Policy, read_policy, same_for_cuts
+from deepseek_nb.serve.policy import ACTIONS, CONTENT_KINDS, FilterStream, Policy, read_policy, same_for_cuts
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
 from deepseek_nb.serve.secrets import PartFinder, SecretScan, finder_for, skeletons
 from deepseek_nb.serve.stream import Piece, Stream
@@ -57,8 +57,8 @@ PIECES = ('4111 1111 ', '1111 1111', 'DE89 3704 0044 ', '0532 0130 00', 'ann@', 
 def test_any_cut_gives_the_same_text(draw, everything, actions):
     "Random texts of what matters most, at every cut, character by character, and at random cuts; nothing is taken back"
     for _ in range(4):
-        rules = {k: draw.choice(actions) for k in KINDS}
-        f = ContentFilter(Policy(rules, rewrite=dict.fromkeys(KINDS, '…')), [m for m in everything.makers if m[0] != ('secret',)])
+        rules = {k: draw.choice(actions) for k in CONTENT_KINDS}
+        f = ContentFilter(Policy(rules, rewrite=dict.fromkeys(CONTENT_KINDS, '…')), [m for m in everything.makers if m[0] != ('secret',)])
         finder = finder_for([SECRET])
         f.makers = [(('secret',), lambda finder=finder: SecretScan(finder)), *f.makers]
         text = ''.join(draw.choices(PIECES, k=9))
@@ -386,12 +386,12 @@ def test_sets_are_divided_by_template_and_document(tmp_path):
         (tmp_path/f'{name}.jsonl').write_text('\n'.join(map(json.dumps, lines)))
     pii, texts = read_pii(tmp_path), read_toxicity(tmp_path)
     for found, key in ((pii, lambda r: r.template), (texts, lambda r: r.document)):
-        parts = parts_of(found, key)
+        parts = divide_set(found, key)
         keys = [{key(r) for r in parts[p]} for p in ('train', 'val', 'test')]
         assert not keys[0] & keys[1] and not keys[0] & keys[2] and not keys[1] & keys[2] and all(keys[1:])
     held = {r.text for r in parts['val'] + parts['test']}
     assert not held & {r.text for r in parts['train']}
     copy = texts[0]._replace(document='another', text='also ' + max(held, key=len))
-    assert copy not in parts_of([*texts, copy], lambda r: r.document)['train']
+    assert copy not in divide_set([*texts, copy], lambda r: r.document)['train']
     net = learn_filter(pii, texts)[1]
     assert net.score('toxic u') > net.score('nontoxic u')

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from .names import guards_folder
 from .series import find_set
-from ..serve.policy import Match, TextScan
+from ..serve.policy import TextMatch, TextScan
 from ..serve.secrets import skeletons
 
 # %% ../../nbs/882_apps.toxic.ipynb #ace46aaa
@@ -102,7 +102,7 @@ def find(self:ToxicityNet,
     text:str, # Any text
     end:bool = True, # Whether the text ends here
     first:int = 0, # Matches that begin before are known
-)->tuple[list,int]: # `Match`es, and the position before which no other begins
+)->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
     "Find the words that make a text toxic"
     out,limit,hold = [],-math.log1p(-self.least),len(text)
     for m in _WORDS.finditer(text):
@@ -113,7 +113,7 @@ def find(self:ToxicityNet,
         words = ['', *_WORDS.findall(text[max(0, m.start() - REACH):m.start()])]
         own = self.rate(words[-1], m[0])
         if own >= limit/4 and own + sum(map(self.rate, words[-_WINDOW:], words[-_WINDOW + 1:])) >= limit:
-            out.append(Match(*m.span(), 'toxic'))
+            out.append(TextMatch(*m.span(), 'toxic'))
     return out,hold
 
 @patch

@@ -282,7 +282,7 @@ class Answer:
     def __init__(self,
         stream:Stream, # From the engine
         splitter:Splitter, # Splits its text
-        guard = None, # `Guard` of a content filter; None: none
+        guard = None, # `AnswerGuard` of a content filter; None: none
     ):
         self.stream,self.splitter,self.guard,self.calls,self.reasoning = stream,splitter,guard,0,0 # tool calls, tokens of the reasoning
 
@@ -367,7 +367,7 @@ async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: th
 @patch
 def guard(self:ServedModel,
     before:str = '', # Beginning of the answer, if the prompt contains it
-): # `Guard`; None without a filter
+): # `AnswerGuard`; None without a filter
     "What filters an answer"
     return None if self.filter is None or not self.filter.policy.answers else self.filter.guard(before)
 
