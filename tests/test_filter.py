@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from deepseek_nb.apps import command
-from deepseek_nb.apps.filter import FilterApp, content_filter, learn_filter, load_filter, divide_set
+from deepseek_nb.apps.filter import FilterApp, content_filter, divide_set, learn_filter, load_filter
 from deepseek_nb.apps.names import NameTagger, guards_folder, read_pii
 from deepseek_nb.apps.toxic import ToxicityNet, read_toxicity
 from deepseek_nb.files.tokenizer import Tokenizer

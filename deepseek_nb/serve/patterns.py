@@ -123,7 +123,8 @@ def _ip(text):
 CARD = Shape('card', [CharClass('0-9'), _grouped(12, 18)], lambda t: longest_group(t, _is_card), need='[0-9]')
 IBAN = Shape('iban', [CharClass('A-Za-z', 2, 2), CharClass('0-9', 2, 2), _grouped(11, 30, '0-9A-Za-z')],
              lambda t: longest_group(t, _is_iban), need='[0-9]')
-EMAIL = Shape('email', [CharClass(r'A-Za-z0-9.!#$%&*+/=?^_{|}~-', 1, 64), CharClass('@'), CharClass('A-Za-z0-9.-', 3, 120)], _email, 'A-Za-z0-9', '@',
+EMAIL = Shape('email', [CharClass(r'A-Za-z0-9.!#$%&*+/=?^_{|}~-', 1, 64),
+                        CharClass('@'), CharClass('A-Za-z0-9.-', 3, 120)], _email, 'A-Za-z0-9', '@',
               r'A-Za-z0-9.!#$%&*+/=?^_{|}~-')
 IP = Shape('ip', [CharClass('0-9', 1, 3), CharClass('.'), CharClass('0-9.', 5, 11)], _ip, r'\w', '[0-9]')
 
@@ -148,7 +149,7 @@ def tax_check(
     return (11 - product)%10 == int(n[10])
 
 NATIONAL = dict(
-    us=Shape('national', [CharClass('0-9', 3, 3), CharClass('-'), CharClass('0-9', 2, 2), CharClass('-'), CharClass('0-9', 4, 4)], _ssn, r'\w', '[0-9]'),
+    us=Shape('national', [*(p for n in (3, 2) for p in (CharClass('0-9', n, n), CharClass('-'))), CharClass('0-9', 4, 4)], _ssn, r'\w', '[0-9]'),
     gb=Shape('national', [CharClass('0-9'), _grouped(9, 9)], lambda t: longest_group(t, nhs_check), need='[0-9]'),
     de=Shape('national', [CharClass('0-9'), _grouped(10, 10)], lambda t: longest_group(t, tax_check), need='[0-9]'))
 

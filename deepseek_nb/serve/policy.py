@@ -21,7 +21,8 @@ from fastcore.basics import patch
 
 # %% ../../nbs/463_serve.policy.ipynb #db29f8b0
 ACTIONS = 'block', 'mask', 'rewrite', 'log' # The strictest first
-CONTENT_KINDS = ('secret', 'key', 'card', 'iban', 'national', 'email', 'phone', 'ip', 'person', 'address', 'toxic') # The most specific first
+# The most specific first
+CONTENT_KINDS = 'secret', 'key', 'card', 'iban', 'national', 'email', 'phone', 'ip', 'person', 'address', 'toxic'
 LOCALES = 'us', 'gb', 'de' # Countries with rules of their own
 
 @dataclass(frozen=True)
