@@ -149,7 +149,8 @@ def tax_check(
     return (11 - product)%10 == int(n[10])
 
 NATIONAL = dict(
-    us=Shape('national', [*(p for n in (3, 2) for p in (CharClass('0-9', n, n), CharClass('-'))), CharClass('0-9', 4, 4)], _ssn, r'\w', '[0-9]'),
+    us=Shape('national', [*(p for n in (3, 2) for p in (CharClass('0-9', n, n), CharClass('-'))), CharClass('0-9', 4, 4)], _ssn,
+             need='[0-9]'),
     gb=Shape('national', [CharClass('0-9'), _grouped(9, 9)], lambda t: longest_group(t, nhs_check), need='[0-9]'),
     de=Shape('national', [CharClass('0-9'), _grouped(10, 10)], lambda t: longest_group(t, tax_check), need='[0-9]'))
 
