@@ -51,7 +51,7 @@ class Arm(NamedTuple):
     "A server with a model"
     server:str            # Key of `COMMANDS`
     model:str             # 'SmolLM2' or 'bench-moe'
-    form:str              # Format of the weights
+    form:str              # Format of the weights, and behind a slash of the KV cache if it is not float32
     file:str              # Below the folder of models, see `prepare_models`
     core:tuple = (1, 8)   # Numbers of streams that every round measures
     more:tuple = (4, 16, 32)  # Numbers of streams that the last round measures besides
@@ -59,6 +59,8 @@ class Arm(NamedTuple):
 
     @property
     def name(self): return f'{self.server}, {self.model} {self.form}'
+    @property
+    def options(self): return ['--kv-cache', 'int8'] if self.form.endswith('/int8') else []
 
 # %% ../../nbs/792_bench.serve.ipynb #156f95f6
 RATES = .5, 1., 2.
@@ -70,6 +72,7 @@ ARMS = (
     Arm('deepseek_nb', 'bench-moe', 'float32', 'moe-float32', *_OURS),
     Arm('deepseek_nb', 'bench-moe', 'int4', 'moe-int4', *_OURS),
     Arm('deepseek_nb', 'SmolLM2', 'float32', 'smollm2-float32', *_OURS),
+    Arm('deepseek_nb', 'SmolLM2', 'int4/int8', 'smollm2-int4', *_OURS),
     Arm('vllm', 'bench-moe', 'float32', 'moe-float32', more=(4, 16)),
     Arm('transformers-serial', 'SmolLM2', 'float32', 'smollm2-float32', more=(4,)),
     Arm('transformers', 'SmolLM2', 'float32', 'smollm2-float32', more=(4, 16)),
@@ -228,7 +231,7 @@ def running(
     "A server in a process of its own"
     command,port = COMMANDS[arm.server],free_port()
     if (path := program(arm.server, peers)) is None: raise NotStarted(f'{command.program} is not installed')
-    words = [path, *map(str, command.options(Path(folder)/arm.file, port, threads))]
+    words = [path, *map(str, command.options(Path(folder)/arm.file, port, threads)), *arm.options]
     with TemporaryDirectory() as tmp, open(log := Path(tmp)/'log', 'w') as out:
         env = os.environ | _ENV | dict(OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND=f'0-{threads - 1}')
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
@@ -502,7 +505,7 @@ def _repr_markdown_(self:ServeReport)->str:
 
 # %% ../../nbs/792_bench.serve.ipynb #cf52eb52
 _MARKS = dict(zip(COMMANDS, COLOURS.values(), strict=False))
-_DASH = dict(int4='-', Q4_0='-', float32='--')
+_DASH = {'int4': '-', 'Q4_0': '-', 'int4/int8': ':', 'float32': '--'}
 
 def _lines(report, ax, model, kind, path, scale=1.):
     "A line for each arm of a model"

@@ -3,15 +3,16 @@
 // %% ../../nbs/537_kernels.codes.ipynb #0a441108
 #include "panels.h"
 
-// sums[j] = the sums of the products of block g with token j; the tokens take turns, so that no addition waits for another
-template <class F, int N> inline void block_dots(const ivec (&w)[8], const Codes* x, int64_t g, ivec (&sums)[N]) {
+// sums[j] = the sums of the products of a block of weights with token j
+template <class F, int N> inline void block_dots(const uint8_t* w, Codes x, ivec (&sums)[N]) {
     constexpr int CHAINS = N == 1 ? 2 : 1;
     ivec s[N * CHAINS] = {};
-    for (int i = 0; i < 8; ++i)
+    F::each(w, [&](int i, ivec v) {
         for (int j = 0; j < N; ++j) {
             ivec& a = s[j + i % CHAINS];
-            a = F::SIGNED ? dot_signed(a, w[i], x[j][g].codes[i]) : dot(a, w[i], x[j][g].codes[i]);
+            a = F::SIGNED ? dot_signed(a, v, x[j].codes[i]) : dot(a, v, x[j].codes[i]);
         }
+    });
     for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? s[j] : s[0] + s[1];
 }
 // s + a block's part of the product
@@ -20,25 +21,22 @@ inline vec add_block(vec s, ivec sums, vec d, vec low, const CodeBlock& x) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #ef63d646
-// c[j] (16 rows) = panel · x_j
+// c[j] (16 rows) = panel · x_j; block g of token j is x[g N + j]
 template <class F, int N>
-void panel_dots(const Matrix& m, const uint8_t* panel, const Codes* tokens, float (*c)[PANEL_ROWS]) {
+void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL_ROWS]) {
     const int64_t G = blocks_of(m.K), each = m.blocks();
-    Codes x[N];  // in registers
-    std::copy_n(tokens, N, x);
     for (int h = 0; h < PASSES; ++h) {
         const uint8_t* at = panel + h * 4 * L;
+        Codes block = x;
         vec s[N] = {};
         for (int64_t first = 0; first < G; first += each) {
             const vec d = F::step(at - h * 2 * L), low = F::low(at - h * 2 * L, d);
             at += F::SCALES;
-            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES) {
-                ivec w[8];
+            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES, block += N) {
                 for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
-                F::read(at, w);
                 ivec sums[N];
-                block_dots<F>(w, x, g, sums);
-                for (int j = 0; j < N; ++j) s[j] = add_block(s[j], sums[j], d, low, x[j][g]);
+                block_dots<F>(at, block, sums);
+                for (int j = 0; j < N; ++j) s[j] = add_block(s[j], sums[j], d, low, block[j]);
             }
         }
         for (int j = 0; j < N; ++j) store(&c[j][h * L], F::END ? s[j] * load((const float*)panel + h * L) : s[j]);
@@ -71,9 +69,8 @@ struct Tiles {
 #if defined(__AMX_INT8__) && defined(__linux__)
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
     for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
-        ivec w[8];
-        F::read(panel + (g / each + 1) * F::SCALES + g * F::BYTES, w);
-        memcpy(to + g * sizeof w, w, sizeof w);
+        const uint8_t* block = panel + (g / each + 1) * F::SCALES + g * F::BYTES;
+        F::each(block, [&](int i, ivec w) { memcpy(to + 512 * g + i * sizeof w, &w, sizeof w); });
     }
     return to;
 }
@@ -132,19 +129,37 @@ constexpr int AT_ONCE = L == 16 ? 12 : 4;
 using UpToOnce = std::make_integer_sequence<int, AT_ONCE>;
 
 template <class F, int... N>
-inline void panel_up_to(int n, const Matrix& m, const uint8_t* panel, const Codes* x, float (*c)[PANEL_ROWS],
+inline void panel_up_to(int n, const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL_ROWS],
                         std::integer_sequence<int, N...>) {
     ((n == N + 1 && (panel_dots<F, N + 1>(m, panel, x, c), true)) || ...);
 }
+// tokens that are multiplied together: their blocks take turns in memory
+struct Batch {
+    int64_t first, n;  // index of the first token, and number of tokens
+    Codes x;
+};
+std::vector<Batch> batches(const Range& r, int64_t first, int64_t G) {
+    thread_local Buffer buffer;
+    const int64_t n = r.n - first, many = (n + AT_ONCE - 1) / AT_ONCE;
+    CodeBlock* to = (CodeBlock*)buffer.need(CODES * G * n);
+    std::vector<Batch> found;
+    for (int64_t b = 0; b < many; ++b) {
+        const int64_t j = n * b / many, some = n * (b + 1) / many - j;
+        found.push_back({first + j, some, to});
+        for (int64_t i = 0; i < some; ++i) for (int64_t g = 0; g < G; ++g) to[g * some + i] = r.x[first + j + i][g];
+        to += some * G;
+    }
+    return found;
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #5b7e1d20
 template <class F> void panel_rows(const Matrix& m, const Range& r) {
-    const int64_t done = tile_rows<F>(m, r);
     float c[AT_ONCE][PANEL_ROWS];
-    const int64_t left = r.n - done, blocks = (left + AT_ONCE - 1) / AT_ONCE;
+    const auto parts = batches(r, tile_rows<F>(m, r), blocks_of(m.K));
     for (int64_t p = r.first; p < r.last; ++p)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t j = done + left * b / blocks, some = done + left * (b + 1) / blocks - j;
-            panel_up_to<F>(some, m, m.panel(p), r.x + j, c, UpToOnce());
-            for (int i = 0; i < some; ++i) r.write(p, j + i, c[i]);
+        for (const Batch& b : parts) {
+            panel_up_to<F>(b.n, m, m.panel(p), b.x, c, UpToOnce());
+            for (int64_t i = 0; i < b.n; ++i) r.write(p, b.first + i, c[i]);
         }
 }
 void rows_of(const Matrix& m, const Range& r) {

@@ -11,8 +11,9 @@
 // s + Σ w_i a_i over the four bytes of each lane; if WIDE is false, w must be small, such as 4-bit codes
 #if defined(__AVX512VNNI__)
 constexpr bool WIDE = true;
-inline ivec dot(ivec s, ivec w, int32_t a) {
-    return (ivec)_mm512_dpbusd_epi32((__m512i)s, (__m512i)w, _mm512_set1_epi32(a));
+inline ivec dot(ivec s, ivec w, const int32_t& a) {  // the intrinsic would load a by an instruction of its own
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(s) : "v"(w), "m"(a));
+    return s;
 }
 #elif defined(__AVX512BW__)
 constexpr bool WIDE = false;
@@ -118,8 +119,8 @@ inline ivec ints(const uint8_t* p) {
 struct Int8 {
     static constexpr int BYTES = 512, SCALES = 64;  // bytes of a block's codes and of a group's scales, for 16 rows
     static constexpr bool END = true, SIGNED = !WIDE;
-    static void read(const uint8_t* p, ivec (&w)[8]) {
-        for (int i = 0; i < 8; ++i) w[i] = WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i);
+    template <class Use> static void each(const uint8_t* p, Use use) {
+        for (int i = 0; i < 8; ++i) use(i, WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i));
     }
     static int code(const uint8_t* p, int i) { return int8_t(p[i / 4 * 64 + i % 4]); }
     static vec step(const uint8_t*) { return splat(1); }
@@ -137,10 +138,10 @@ struct Int8Groups : Int8 {
 template <bool MINS> struct Int4 {
     static constexpr int BYTES = 256, SCALES = MINS ? 64 : 32;
     static constexpr bool END = false, SIGNED = false;
-    static void read(const uint8_t* p, ivec (&w)[8]) {
+    template <class Use> static void each(const uint8_t* p, Use use) {
         for (int i = 0; i < 4; ++i) {
             const ivec both = ints(p + 64 * i);
-            w[i] = both & 0x0f0f0f0f, w[4 + i] = both >> 4 & 0x0f0f0f0f;
+            use(i, both & 0x0f0f0f0f), use(4 + i, both >> 4 & 0x0f0f0f0f);
         }
     }
     static int code(const uint8_t* p, int i) { return p[i % 16 / 4 * 64 + i % 4] >> (i < 16 ? 0 : 4) & 15; }

@@ -43,7 +43,7 @@ template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int6
     const uint8_t* group = m.data + g / each * (F::SCALES + each * F::BYTES);
     for (int h = 0; h < PASSES; ++h) {
         ivec w[8];
-        F::read(group + F::SCALES + g % each * F::BYTES + h * 4 * L, w);
+        F::each(group + F::SCALES + g % each * F::BYTES + h * 4 * L, [&](int i, ivec v) { w[i] = v; });
         const vec d = F::step(group + h * 2 * L), low = F::low(group + h * 2 * L, d);
         const vec end = F::END ? load((const float*)m.data + h * L) : splat(1);
         for (int i = 0; i < 32; ++i) {

@@ -42,12 +42,26 @@ template <class R> void write_row(const float* x, int64_t n, CodeRow<R> to) {
 inline void decode_block(int64_t n, const int8_t* __restrict codes, float scale, float* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = codes[i] * scale;
 }
+// a block of 32; GCC 12 would convert bytes by many small steps
+inline void decode_32(const int8_t* codes, float scale, float* to) {
+#if defined(__AVX512F__)
+    for (int i = 0; i < 32; i += L)
+        store(to + i, (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)))) * scale);
+#elif defined(__AVX2__)
+    for (int i = 0; i < 32; i += L)
+        store(to + i, (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)))) * scale);
+#else
+    decode_block(32, codes, scale, to);
+#endif
+}
 template <class R> void decode_row(const CodePages<R>& pages, const CodeRow<R>& from, float* to) {
     int64_t j = 0;
-    for (; j + 32 <= from.width && from.block == 32; j += 32) decode_block(32, from.codes + j, from.scales[j / 32], to + j);
+    for (; j + 32 <= from.width && from.block == 32; j += 32) decode_32(from.codes + j, from.scales[j / 32], to + j);
     if (j < from.width) decode_block(from.width - j, from.codes + j, from.scales[j / from.block], to + j);
     for (int64_t j = 0; j < pages.rotary; ++j) to[from.width + j] = widen(from.exact[j]);
 }
+
+// %% ../../nbs/544_kernels.ragged_cache.ipynb #ee104069
 inline void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..arch.cache import Cache, cache_shapes
 from ..core.config import Config
+from ..core.device import huge_pages
 from ..core.dispatch import op
 
 # %% ../../nbs/440_infer.paged.ipynb #1cb97f3f
@@ -32,6 +33,11 @@ def page_bytes(
     return c.n_layers*sum(map(prod, cache_shapes(c, 1, page)))*dtype.itemsize
 
 # %% ../../nbs/440_infer.paged.ipynb #e065f811
+def _huge_zeros(like, *shape):
+    x = like.new_empty(shape)
+    huge_pages(x)
+    return x.zero_()
+
 class PagePool:
     "A fixed amount of memory for paged caches"
     def __init__(self,
@@ -44,7 +50,7 @@ class PagePool:
         if pages < 1 or page < 1: raise ValueError(f'a pool needs at least 1 page of at least 1 position, not {pages} pages of {page}')
         self.c,self.pages,self.page,self.dtype,self.device,self.on_full = c,pages,page,dtype,torch.device(device),None
         kinds = self.encode(*[torch.empty(s, dtype=dtype, device=device) for s in cache_shapes(c, 1, 0)])
-        self.layers = [[x.new_zeros(pages, *x.shape[1:-2], page, x.shape[-1]) for x in kinds] for _ in range(c.n_layers)]
+        self.layers = [[_huge_zeros(x, pages, *x.shape[1:-2], page, x.shape[-1]) for x in kinds] for _ in range(c.n_layers)]
         self.refs,self.free = [0]*pages,[*range(pages)][::-1]
 
     @property
