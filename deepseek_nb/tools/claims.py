@@ -91,6 +91,7 @@ EXPERIMENTS = dict(
     compute='With 42% fewer FLOPs and 35% less time, a mixture of experts keeps 98% of the accuracy above chance',
     medical='With few labels, a student of two distillation stages has 21% more macro-F1 than a student of one stage',
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',
+    crosslingual='A cross-lingual adapter layer carries a task zero-shot to 30 languages, Arabic and Swahili among them',
     indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
     control='A user-controlled style encoder gives text whose style is rated 4.3 of 5 (academic, news, social media)',
     finetuning='LoRA is better with fewer than 1,000 samples, and full fine-tuning with more than 10,000',
