@@ -120,9 +120,9 @@ def test_high_temperature_compares_logits(kind):
     zs, zt = torch.randn(2, 5, 20, dtype=torch.float64)
     a = {'forward': 1, 'reverse': 1, 'skew': .9**2, 'skew_reverse': .9**2, 'js': .25}[kind]  # curvature of the kind at p = q
     z = zs.clone().requires_grad_()
-    grad, = torch.autograd.grad(1e6*divergence(z, zt, kind, temperature=1000.).sum(), z)
+    grad, = torch.autograd.grad(1e10*divergence(z, zt, kind, temperature=1e5).sum(), z)
     difference = zs - zt
-    torch.testing.assert_close(grad, a*(difference - difference.mean(-1, keepdim=True))/20, rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(grad, a*(difference - difference.mean(-1, keepdim=True))/20, rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('learns', [(True, True), (True, False), (False, True), (False, False)])

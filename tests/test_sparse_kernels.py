@@ -281,6 +281,7 @@ def test_step_against_the_readable_model(r):
     torch.set_num_threads(before)
 
 
+@torch.no_grad()
 def test_rows_of_a_batch_select_side_by_side(r):
     "A row ends with few queries, the next begins with 16: a thread that is ahead leaves the scores that others still select from"
     c = Config('deepseek_v32', vocab_size=50, dim=32, n_layers=1, n_heads=4, inter_dim=32, max_positions=256, n_dense_layers=1,

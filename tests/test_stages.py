@@ -9,6 +9,7 @@ import random
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
@@ -68,7 +69,12 @@ def losses(report): return [[row['loss'] for row in h] for h in report.histories
 
 
 class Slowly(Callback):
-    def before_update(self, t): time.sleep(.04)
+    "Gives the parent time to kill; a stage that is to be killed waits for it before its end"
+    def __init__(self, stage=''): self.stage = stage
+
+    def before_update(self, t):
+        last = self.stage and t.step >= 4 and Path(t.args.output_dir).name.startswith(self.stage)
+        time.sleep(60 if last else .04)
 
 
 SCRIPT = '''
@@ -78,7 +84,8 @@ from pathlib import Path
 from test_stages import Slowly, count, distil_in_stages, everything
 folder = Path(sys.argv[1])
 student, stages = everything(folder/'answers', seed=int(sys.argv[2]))
-distil_in_stages(student, stages, folder/'run', dict(new=count(6, seed=9)), every=3, save_steps=2, resume=True, callbacks=[Slowly()])
+slowly = Slowly(sys.argv[3])
+distil_in_stages(student, stages, folder/'run', dict(new=count(6, seed=9)), every=3, save_steps=2, resume=True, callbacks=[slowly])
 print('done')
 '''
 
@@ -88,9 +95,9 @@ def test_killed_in_any_stage(tmp_path, r):
     torch.set_num_threads(1)
     (tmp_path/'peace').mkdir(); (tmp_path/'war').mkdir()
     code, run = SCRIPT.format(tests=os.path.dirname(__file__)), tmp_path/'war'/'run'
-    def start(n): return warm.start('-c', code, tmp_path/'war', n, modules=warm.TRAINING)
+    def start(n, stage=''): return warm.start('-c', code, tmp_path/'war', n, stage, modules=warm.TRAINING)
     for n in range(5):
-        p = start(n)
+        p = start(n, f'{n+1}-')
         while p.poll() is None and not list(run.glob(f'{n+1}-*')): time.sleep(.005)
         time.sleep(r.uniform(0, .25))
         assert p.poll() is None, 'the run ended before it could be killed'

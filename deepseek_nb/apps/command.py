@@ -51,7 +51,7 @@ class App(Protocol):
 # %% ../../nbs/889_apps.command.ipynb #74664bae
 # Name -> module:object, or the object
 APPS = dict(anomaly='apps.watch:AnomalyApp', inspect='apps.inspect:InspectApp', route='apps.route:RouteApp',
-            control='apps.control:ControlApp', crosslingual='apps.crosslingual:CrosslingualApp')
+            control='apps.control:ControlApp', crosslingual='apps.crosslingual:CrosslingualApp', filter='apps.filter:FilterApp')
 
 def find_app(
     name:str, # Key of `APPS`

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .steer import batches
+from .steer import index_batches
 from ..arch.model import Model
 from ..infer.adapters import shared_view
 
@@ -63,7 +63,7 @@ def train_reader(
     reader = StyleReader(names, **sizes)
     optimiser,y = torch.optim.AdamW(reader.parameters(), rate, weight_decay=.01),torch.tensor([names.index(n) for n in labels])
     with torch.enable_grad():
-        for i,at in enumerate(batches(len(texts), steps, batch, seed)):
+        for i,at in enumerate(index_batches(len(texts), steps, batch, seed)):
             optimiser.param_groups[0]['lr'] = rate*(1 - i/steps)
             most = max(len(texts[j]) for j in at)
             ids = torch.tensor([texts[j] + [0]*(most - len(texts[j])) for j in at])

@@ -68,6 +68,12 @@ SETS = dict(
     wm811k=DataSet('', 'convert the splits of github.com/faris-k/self-supervised-wafermaps, or qingyi/wm811k-wafer-map of Kaggle, by '
         '`write_wafers`', 'test_data.npz'),
     mixedwm38=DataSet('', 'take co1d7era/mixedtype-wafer-defect-datasets from Kaggle', 'test_data.npz Wafer_Map_Datasets.npz'),
+    presidio_pii=DataSet(_archive('microsoft/presidio-research', '7622dec1e5f7d25dc60b57c28c39f4c4af197018'),
+        'clone github.com/microsoft/presidio-research', 'synth_dataset_v2.json*'),
+    decodingtrust=DataSet(_archive('AI-secure/DecodingTrust', '161ae8321ced62f45fcd9ceb412e05b47c603cd4'),
+        'clone github.com/AI-secure/DecodingTrust', 'toxic.jsonl*'),
+    xstest=DataSet(_archive('paul-rottger/exaggerated-safety', 'd7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d'),
+        'clone github.com/paul-rottger/exaggerated-safety', 'xstest_prompts.csv'),
     cwru_bearing=DataSet(_archive('srigas/CWRU_Bearing_NumPy', 'b1179d28761048530daa4f04a5c1659eff529499'),
         'clone github.com/srigas/CWRU_Bearing_NumPy', '*rpm.npz *_DE12.npz'))
 

@@ -306,6 +306,7 @@ class MessagesRun:
     ):
         self.served,self.request,self.id = served,request,f'msg_{uuid4().hex}'
         effort = served.effort(request.effort, 'output_config.effort') if request.thinking else {}
+        request.messages = served.screened(request.messages)
         text = served.prompt(request.messages, request.tools, request.thinking, **effort)
         ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         last = request.messages[-1]
@@ -340,7 +341,7 @@ def usage(self:MessagesRun)->dict: # Anthropic's form
 def _stopped(self:MessagesRun):
     "Why the answer ended"
     matched,finish = self.answer.stream.matched,self.answer.finish
-    reason = dict(stop='end_turn', length='max_tokens', tool_calls='tool_use')[finish]
+    reason = dict(stop='end_turn', length='max_tokens', tool_calls='tool_use', content_filter='refusal')[finish]
     found = dict(stop_reason=reason, stop_sequence=None)
     if finish == 'stop' and isinstance(matched, str): found = dict(stop_reason='stop_sequence', stop_sequence=matched)
     return found | dict(stop_details=None, container=None)

@@ -73,6 +73,7 @@ class ServerConfig:
     patience:float = 30. # Seconds that a client has to send the head of a request, and as many again for its body
     per_key:int = 64 # Most requests of one key at a time
     stored:int = 1000 # Most answers of the Responses API that are kept in memory; 0: none
+    policy:str = '' # TOML file with a content policy, see `read_policy`; '': answers and prompts are not filtered
     drain:float = 30. # Seconds that running answers have to finish when the server stops
     keep_alive:float = 15. # Seconds without an event after which a stream gets a comment
     log_format:str = 'text' # Form of the log on standard error: 'json', 'text' or 'off'

@@ -186,6 +186,7 @@ class ServedModel:
     created:int = field(default_factory=lambda: int(time.time())) # Seconds since 1970
     adapter:str|None = None # Name of the LoRA adapter that answers; None: the model itself
     base:str|None = None # Name of the adapter's model
+    filter:object = None # Content filter, see `ContentFilter`; None: none
 
     def __post_init__(self):
         template = self.tok.chat_template
@@ -281,11 +282,13 @@ class Answer:
     def __init__(self,
         stream:Stream, # From the engine
         splitter:Splitter, # Splits its text
+        guard = None, # `AnswerGuard` of a content filter; None: none
     ):
-        self.stream,self.splitter,self.calls,self.reasoning = stream,splitter,0,0 # tool calls, tokens of the reasoning
+        self.stream,self.splitter,self.guard,self.calls,self.reasoning = stream,splitter,guard,0,0 # tool calls, tokens of the reasoning
 
     @property
-    def finish(self)->str: # 'stop', 'length' or 'tool_calls'
+    def finish(self)->str: # 'stop', 'length', 'tool_calls' or 'content_filter'
+        if self.guard is not None and self.guard.blocked: return 'content_filter'
         if self.stream.finish == 'stop': return 'tool_calls' if self.calls else 'stop'
         return 'length'
 
@@ -301,10 +304,83 @@ async def steps(self:Answer)->AsyncIterator[AnswerStep]:
             inside = kinds[-1] is ReasoningDelta if kinds else inside
             self.reasoning += inside
             self.calls += kinds.count(ToolCallStart)
-            yield AnswerStep(events, piece)
+            yield AnswerStep(self._filtered(events), piece)
+            if self.guard is not None and self.guard.blocked: break
     last = self.splitter.close()
     self.calls += sum(isinstance(e, ToolCallStart) for e in last)
-    yield AnswerStep(last, None)
+    yield AnswerStep(self._filtered(last, end=True), None)
+
+# %% ../../nbs/470_serve.chat.ipynb #5a28677e
+@patch
+def _filtered(self:Answer, events, end=False):
+    "Events as the policy lets them pass"
+    if self.guard is None: return events
+    out = self.guard.close(events) if end else self.guard.feed(events)
+    self.stream.filtered = self.guard.found
+    self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
+    return out
+
+
+# %% ../../nbs/470_serve.chat.ipynb #a977d70c
+@patch
+def screened(self:ServedModel,
+    messages:list, # As `read_messages` gives them
+)->list: # The messages that the model may read
+    "Apply the filter to a prompt"
+    if self.filter is None: return messages
+    out = []
+    for i,m in enumerate(messages):
+        text,found = (m['content'], {}) if m['role'] == 'system' or not m['content'] else self.filter.prompt(m['content'])
+        if text is None: raise _refused(f'messages[{i}]', found)
+        out.append(m | dict(content=text))
+    return out
+
+def _refused(where, found):
+    return ApiError(400, f'{where} was refused by the content policy of this server ({", ".join(found)}); change it', 'messages',
+                    code='content_filter')
+
+
+# %% ../../nbs/470_serve.chat.ipynb #98419a33
+@patch
+def screened_ids(self:ServedModel,
+    ids:list, # Token ids of a prompt
+    index:int, # Its number in the request
+)->list: # Those that the model may read
+    "Apply the filter to a prompt of tokens"
+    if self.filter is None: return ids
+    text = self.tok.decode(ids)
+    shown,found = self.filter.prompt(text)
+    if shown is None: raise _refused(f'prompt {index}', found)
+    return ids if shown == text else self.tok.encode(shown)
+
+@patch
+async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: the end of the answer
+    "The text of an answer without reasoning and calls"
+    async with aclosing(self.stream.aiter()) as pieces:
+        async for piece in pieces:
+            yield (piece.text if self.guard is None else ''.join(e.text for e in self._filtered([ContentDelta(piece.text)]))), piece
+            if self.guard is not None and self.guard.blocked: break
+    if self.guard is not None: yield ''.join(e.text for e in self._filtered([], end=True)), None
+
+
+# %% ../../nbs/470_serve.chat.ipynb #c7736741
+@patch
+def guard(self:ServedModel,
+    before:str = '', # Beginning of the answer, if the prompt contains it
+): # `AnswerGuard`; None without a filter
+    "What filters an answer"
+    return None if self.filter is None or not self.filter.policy.answers else self.filter.guard(before)
+
+@patch
+def check_private(self:ServedModel,
+    params:SamplingParams|None, # How tokens are chosen
+    token_ids:bool = False, # Whether the ids of tokens are wanted
+)->None:
+    "Refuse what would show the text behind a filter"
+    if self.filter is None or not self.filter.policy.answers: return
+    wanted = 'return_token_ids' if token_ids else 'logprobs' if params is not None and params.logprobs is not None else ''
+    if wanted: raise ApiError(400, f'{wanted} would show what the content policy of this server masks; leave it out', wanted)
+
 
 # %% ../../nbs/470_serve.chat.ipynb #4128a17c
 @patch
@@ -322,6 +398,7 @@ def ask(self:ServedModel,
     if left < 1: raise ApiError(400, f"this model's maximum context length is {self.context} tokens, and the messages have {len(ids)}; "
                                      'shorten them', 'messages', code='context_length_exceeded')
     most = left if max_tokens is None else max_tokens
+    self.check_private(settings.get('params'))
     stream = self.engine.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
     opened = thinking and '<think>' in text and '</think>' not in text.rpartition('<think>')[2]
-    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun))
+    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun), self.guard(begun))

@@ -302,6 +302,8 @@ class ChatRun:
         self.served,self.request,self.dialect = served,request,dialect
         self.id,self.created = f'chatcmpl-{uuid4().hex}',int(time.time())
         effort = served.effort(request.effort, 'reasoning_effort') if request.thinking else {}
+        request.messages = served.screened(request.messages)
+        served.check_private(request.params, request.token_ids)
         text = served.prompt(request.messages, request.tools, request.thinking, **effort)
         ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout

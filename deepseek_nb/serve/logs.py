@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -66,7 +67,9 @@ def fields(self:RequestRecord,
                 cached_tokens=sum(u.prompt_cache_hit_tokens for u in usage))
     out |= {k: round(max(asdict(s.timing)[k] for s in self.streams), 6) for k in ('queue', 'prefill', 'decode')}
     out['finish'] = ','.join(dict.fromkeys(s.finish or 'cancelled' for s in self.streams))
-    if content: out |= dict(prompt=self.tok.decode(first.request.prompt), texts=[''.join(s.shown) for s in self.streams])
+    if found := sum((s.filtered or Counter() for s in self.streams), Counter()): out['filtered'] = dict(found)
+    texts = [''.join(s.shown) if s.released is None else s.released for s in self.streams]
+    if content: out |= dict(prompt=self.tok.decode(first.request.prompt), texts=texts)
     return out
 
 # %% ../../nbs/469_serve.logs.ipynb #95e9f0fe

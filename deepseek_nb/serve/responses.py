@@ -367,6 +367,7 @@ class ResponsesRun:
         self.served,self.request,self.keep,self.sent = served,request,keep,0 # events sent
         self.id,self.created = f'resp_{uuid4().hex}',int(time.time())
         effort = served.effort(request.echo['reasoning']['effort'], 'reasoning.effort')
+        request.messages = served.screened(request.messages)
         text = served.prompt(request.messages, request.tools, request.thinking, **effort)
         ids = served.ids(request.messages, request.tools, request.thinking, **effort)
         self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, params=request.params,
@@ -411,8 +412,8 @@ def _numbered(self:ResponsesRun, event):
 @patch
 def _last(self:ResponsesRun):
     "The complete response"
-    if self.answer.finish != 'length': return self.response('completed')
-    return self.response('incomplete', incomplete_details=dict(reason='max_output_tokens'))
+    why = dict(length='max_output_tokens', content_filter='content_filter').get(self.answer.finish)
+    return self.response('incomplete', incomplete_details=dict(reason=why)) if why else self.response('completed')
 
 @patch
 def failed(self:ResponsesRun,
@@ -438,7 +439,7 @@ async def chunks(self:ResponsesRun)->AsyncIterator[dict]:
     for name in ('created', 'in_progress'): yield self._numbered(dict(type=f'response.{name}', response=self.response('in_progress')))
     status = 'completed'
     async for events,piece in self.answer.steps():
-        if piece is None and self.answer.finish == 'length': status = 'incomplete'
+        if piece is None and self.answer.finish in ('length', 'content_filter'): status = 'incomplete'
         for event in events:
             for e in self.writer.feed(event, status): yield self._numbered(e)
     for e in self.writer.end(status): yield self._numbered(e)

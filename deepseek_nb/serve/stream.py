@@ -107,6 +107,7 @@ class Stream:
         self.matched,self.error = None,None # What ended the answer: a stop string or a token; an exception
         self.prompt_logprobs,self.cancelled,self.shown = [],False,[] # `shown`: the text of each piece
         self.drafted,self.accepted = 0,0 # tokens that were drafted, and those of them that are in the answer
+        self.filtered,self.released = None,None # behind a content filter: what was found, and the text that was shown
         self.started = monotonic()
 
     def put(self,

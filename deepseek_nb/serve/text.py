@@ -111,12 +111,15 @@ class TextRun:
         self.served,self.request,self.answers = served,request,[]
         self.id,self.created = f'cmpl-{uuid4().hex}',int(time.time())
         r,score = request,request.echo and request.params.logprobs is not None
+        served.check_private(r.params)
+        prompts = [served.screened_ids(p, i) for i,p in enumerate(r.prompts)]
         try:
             for i in range(len(r.prompts)*r.n):
                 params = SamplingParams(**vars(r.params) | dict(seed=None if r.params.seed is None else r.params.seed + i))
                 how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score, draft_tokens=r.drafts)
-                request = Request(r.prompts[i//r.n], params, r.max_tokens, r.stop, **how)
-                self.answers.append(Answer(served.engine.submit(request), Splitter()))
+                request = Request(prompts[i//r.n], params, r.max_tokens, r.stop, **how)
+                before = served.tok.decode(prompts[i//r.n][-250:]) if served.filter is not None else ''
+                self.answers.append(Answer(served.engine.submit(request), Splitter(), served.guard(before)))
         except Exception:
             self.cancel()
             raise
@@ -153,9 +156,9 @@ async def _answer_choices(self:TextRun,
 )->AsyncIterator[dict]:
     "The choices of one answer's chunks"
     answer,start,drawn,echo = self.answers[i],0,[],self.request.echo
-    async for piece in answer.stream.aiter():
+    async for new,piece in answer.texts():
         text,before = self._echoed(answer) if echo else ('', [])
-        text,drawn,echo = text + piece.text,before + drawn + [piece],False
+        text,drawn,echo = text + new,before + drawn + ([piece] if piece is not None else []),False
         if not text: continue
         yield self._choice(i, text, drawn, start)
         start,drawn = start + len(text),[]

@@ -94,6 +94,7 @@ EXPERIMENTS = dict(
     crosslingual='A cross-lingual adapter layer carries a task zero-shot to 30 languages, Arabic and Swahili among them',
     indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
     control='A user-controlled style encoder gives text whose style is rated 4.3 of 5 (academic, news, social media)',
+    safety='Behind a streaming filter, 99.7% of 100,000 generations pass an independent judge, at 5% harmless refusals',
     finetuning='LoRA is better with fewer than 1,000 samples, and full fine-tuning with more than 10,000',
     anomaly='Temporal convolution with attention over periods lifts the recall of fraud from 82% to 91%, at 0.3% false positives',
     inspect='Cross-attention of pictures and vibration lifts the accuracy on small defects by 16 points, at 12 pieces a second',

@@ -268,12 +268,13 @@ def run_server(
     exact:str = '', # Whether no bit of an answer may depend on other requests, at any cost: yes, no, or auto for V4 only; default: auto
     log_format:str = '', # Form of the log on standard error: text, json or off; default: text
     log_prompts:bool = False, # Write prompts and answers into the log
+    policy:str = '', # TOML file with a content policy: what to block, mask, rewrite or log in prompts and answers; default: none
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
     from deepseek_nb.tools.serving import adapter_folders, read_settings, serve_models
     given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None,
                  kv_cache=kv_cache or None, draft=draft or None, draft_tokens=draft_tokens or None, exact=exact or None,
-                 log_format=log_format or None, log_prompts=log_prompts or None,
+                 log_format=log_format or None, log_prompts=log_prompts or None, policy=policy or None,
                  adapters=adapter_folders(adapter) or None)
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
     names,server,engine = read_settings(config or None, **given)
@@ -281,7 +282,7 @@ def run_server(
 
 # %% ../../nbs/960_tools.cli.ipynb #a9c10002
 def run_app(
-    name:str = '', # anomaly, inspect or route; without it, list them
+    name:str = '', # anomaly, inspect, route or filter; without it, list them
     action:str = 'card', # train, score, serve or card
     data:str = '', # What to learn from, or to score: a folder, a table (.csv) or JSON lines
     out:str = '', # Folder for the trained weights, or file for the scores
@@ -291,7 +292,7 @@ def run_app(
     host:str = '', # Address to listen on; default: 127.0.0.1
     port:int = 0, # Port to listen on; default: 8000
 ):
-    "Train, score with, serve or describe an application: anomalies, inspection, routes"
+    "Train, score with, serve or describe an application: anomalies, inspection, routes, a filter for texts"
     from deepseek_nb.apps import command
     if not name: return print(*command.APPS, sep='\n')
     if action == 'card': return print(command.app_card(name, weights))

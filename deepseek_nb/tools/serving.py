@@ -140,6 +140,9 @@ def serve_models(
     if missing := missing_packages():
         raise ValueError(f"a server needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[serve]'")
     served = [load_served(name, **engine) for name in models]
+    if config.policy:
+        from deepseek_nb.apps.filter import load_filter
+        for m in served: m.filter = load_filter(config.policy)
     server = Server(served, config)
     for setting,path in config.adapters.items(): add_adapter(server.models, *adapter_base(server.models, setting), path)
     logging.captureWarnings(config.log_format != 'off') # they go into the log, in its form
