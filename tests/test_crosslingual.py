@@ -160,7 +160,7 @@ def test_the_real_encoder_agrees_with_its_own_program():
     texts = ['Swimming is a sport.', 'Kuogelea ni  mchezo', 'السباحة رياضة', '游泳是一种运动。', 'መዋኘት ስፖርት ነው']
     assert [len(o) for o in mine.encode([f'query: {t}' for t in texts])] == [engine.token_count(t, True) for t in texts]
     same = (embed_texts(mine, texts)*torch.from_numpy(engine.query(texts))).sum(1)
-    assert same.min() > .99 # the program also rounds activations, to 8 bits
+    assert same.min() > .999 # the program also rounds activations, to 8 bits; measured 0.9999, and 0.998 with an end too many
 
 
 def test_batches_have_every_text_once(seed):

@@ -42,6 +42,7 @@ def place_features(
     times = torch.zeros(len(xy), 3, dtype=torch.float64) if o.windows is None else o.windows/o.windows[0, 1].clamp(min=1)
     return torch.cat([xy, o.demand[:, None]/max(o.capacity, 1), times, flags], 1).float()
 
+# %% ../../nbs/874_apps.constructor.ipynb #f62f7cdc
 def distance_scale(
     d:Tensor, # Distances `n n`
 )->float: # Mean distance to the nearest five places
@@ -58,6 +59,7 @@ class RouteConfig:
     layers:int = 3 # Layers of the encoder
     clip:float = 10. # Largest logit of the pointer
 
+# %% ../../nbs/874_apps.constructor.ipynb #85f7e591
 class EncoderLayer(nn.Module):
     "Attention over all places, and a feed-forward"
     def __init__(self,
@@ -130,6 +132,7 @@ class Steps:
     rest:Tensor # What is left of the capacity and of the day `s 2`
     allowed:Tensor # What might have been chosen `s n`
 
+# %% ../../nbs/874_apps.constructor.ipynb #7b1f8abb
 def follow(
     o:Instance, # Problem
     routes:list, # Routes
@@ -161,6 +164,7 @@ def _inputs(o):
     near = d/distance_scale(o.distance)
     return place_features(o)[None],near.log1p()[None],near[None]
 
+# %% ../../nbs/874_apps.constructor.ipynb #328aad71
 @torch.no_grad()
 def construct_in_python(
     net:RouteNet, # Network
@@ -211,6 +215,7 @@ def canonical(
     turned = [r[::-1] if o.windows is None and far[r[-1]] > far[r[0]] else [*r] for r in routes]
     return sorted(turned, key=lambda r: -far[r[0]])
 
+# %% ../../nbs/874_apps.constructor.ipynb #5107057c
 def turn(
     o:Instance, # TSP
     route:list, # Tour
@@ -232,6 +237,7 @@ class Lesson:
     near:Tensor # Distances in units of a typical edge `n n`
     steps:Steps # Decisions
 
+# %% ../../nbs/874_apps.constructor.ipynb #01a22f92
 def make_lesson(
     o:Instance, # Problem
     routes:list, # Routes of the teacher
@@ -242,6 +248,7 @@ def make_lesson(
     else: routes = canonical(o, routes)
     return Lesson(place_features(o), o.distance.float()/distance_scale(o.distance), follow(o, routes))
 
+# %% ../../nbs/874_apps.constructor.ipynb #9cfa9694
 def teach(
     seeds:range, # Seeds of the problems
     kinds:tuple = ('tsp', 'cvrp', 'vrptw'), # Kinds, in turn for each 8 problems
@@ -311,6 +318,7 @@ def save(self:RouteNet,
     sizes = torch.tensor(list(json.dumps(asdict(self.c)).encode()), dtype=torch.uint8)
     write_tensors(Path(path), {k: v.contiguous() for k,v in self.state_dict().items()} | dict(sizes=sizes))
 
+# %% ../../nbs/874_apps.constructor.ipynb #06a3e965
 @patch(cls_method=True)
 def load(cls:RouteNet,
     path:str|Path|None = None, # File; None: the weights of the package

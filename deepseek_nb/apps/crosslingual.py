@@ -45,6 +45,7 @@ class LinearHead(NamedTuple):
         "Logits of the classes"
         return F.linear((x - self.mean)/self.scale, self.weight, self.bias)
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #6bbde615
 def fit_head(
     x:Tensor, # Vectors `n d`
     y:Tensor, # Classes `n`
@@ -77,6 +78,7 @@ class AlignMap(NamedTuple):
         "Map vectors"
         return (x - self.source)@self.turn + self.target
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #52baf544
 def fit_map(
     x:Tensor, # Vectors of texts `n d`
     y:Tensor, # Vectors of their English translations `n d`
@@ -102,6 +104,7 @@ def retrieval(
     near = F.normalize(x, dim=1)@F.normalize(y, dim=1).T
     return (near.argmax(1) == torch.arange(len(x))).float().mean().item()
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #7f399282
 def chosen_pull(
     x:Tensor, # Vectors of texts `n d`
     y:Tensor, # Vectors of their English translations `n d`
@@ -136,6 +139,7 @@ class Topic(NamedTuple):
     probability:float # Its probability
     probabilities:dict # Name -> probability
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #ce6f2825
 class TopicClassifier:
     "A frozen encoder and a linear head"
     def __init__(self,
@@ -178,6 +182,7 @@ def train(cls:TopicClassifier,
     mine.head = fit_head(embed_texts(mine.encoder, texts), torch.tensor([topics.index(o) for o in labels]), len(topics), decay)
     return mine
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #782c91e6
 @patch
 def align(self:TopicClassifier,
     language:str, # Code of the language
@@ -202,6 +207,7 @@ def save(self:TopicClassifier,
     tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
     write_tensors(Path(folder)/'topics.safetensors', tensors)
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #1147f65f
 @patch(cls_method=True)
 def load(cls:TopicClassifier,
     folder:str|Path, # Folder that `save` has written
@@ -239,6 +245,7 @@ def labelled_texts(
     parts = [[r for r,l in zip(rows, late, strict=True) if l == o] for o in (False, True)]
     return tuple([str(r[k]) for r in part] for part in parts for k in ('text', 'label'))
 
+# %% ../../nbs/888_apps.crosslingual.ipynb #d69cf3a7
 def _topic_row(found): return dict(topic=found.topic, probability=round(found.probability, 4))
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #fc549f38

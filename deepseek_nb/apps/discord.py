@@ -66,6 +66,7 @@ def recall_windows(
     logits = (q @ keys.T - (keys*keys).sum(1)/2)/tau**2
     return logits.softmax(-1) @ keys
 
+# %% ../../nbs/857_apps.discord.ipynb #791d8934
 def nearest_windows(
     q:Tensor, # Windows in whole numbers `w f`
     keys:Tensor, # Normal windows in whole numbers `k f`
@@ -118,6 +119,7 @@ class DiscordStream:
     deviations:Tensor # Last deviations of the forecast, in whole thousandths `smooth`
     basis:tuple|None = None # What the last score rests on: parts, and the nearest window at each length
 
+# %% ../../nbs/857_apps.discord.ipynb #97ce41ec
 class DiscordDetector:
     "Scores the observations of a signal by their forecast and by the nearest normal windows"
     def __init__(self,
@@ -234,12 +236,14 @@ def calibrate(self:DiscordDetector,
     self.calibration = choose_threshold(self.score_series(series)[self.c.span - 1:], budget, confidence)
     return self.calibration
 
+# %% ../../nbs/857_apps.discord.ipynb #ea5c0cfc
 class NormalWindow(NamedTuple):
     "The normal window that resembles the present one most"
     length:int # Observations of the window
     first:int # Its first observation in the training signal
     distance:float # Distance, in units of the largest one in training
 
+# %% ../../nbs/857_apps.discord.ipynb #1434c3a2
 @patch
 def explain(self:DiscordDetector,
     key:str = '', # Stream

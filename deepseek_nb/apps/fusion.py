@@ -156,6 +156,7 @@ class Modalities(NamedTuple):
     picture:Tensor # 1 or 0 `b`
     vibration:Tensor # 1 or 0 `b`
 
+# %% ../../nbs/864_apps.fusion.ipynb #a3ff6d63
 @patch
 def tokens(self:FusionNet,
     inputs:dict, # Modality -> pictures `b h h`, or spectrograms `b frame band`
@@ -226,6 +227,7 @@ def turned(
     k,mirror = torch.randint(4, (), generator=g).item(),torch.rand((), generator=g) < .5
     return (pictures.mT if mirror else pictures).rot90(k, (1, 2))
 
+# %% ../../nbs/864_apps.fusion.ipynb #0b2550c8
 @dataclass
 class FusionSettings:
     "How a network learns"
@@ -281,6 +283,7 @@ def evidence(self:FusionNet,
     e = (x*first) @ w[:, :self.c.dim].T + x @ w[:, self.c.dim:].T/x.shape[1]
     return e, self.decide(self.features(tokens, there))
 
+# %% ../../nbs/864_apps.fusion.ipynb #bb7c5cbc
 def heat_map(
     evidence:Tensor, # `b place class`
     cause:Tensor, # Class to explain `b`

@@ -38,6 +38,7 @@ def _paeth(a, b, c):
     p = a + b - c
     return min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
 
+# %% ../../nbs/866_apps.inspect.ipynb #64e25687
 def _unfilter(kind, row, above):
     "Undo the filter of a row; one byte for each pixel"
     if kind == 0: return row
@@ -103,6 +104,7 @@ def read_wav(
             return torch.from_numpy(np.frombuffer(f.readframes(f.getnframes()), '<i2')/2**15).float(), f.getframerate()
     except (wave.Error, EOFError) as e: raise ValueError(f'this is no WAV file that can be read: {e}') from None
 
+# %% ../../nbs/866_apps.inspect.ipynb #491dc24a
 def write_wav(
     x:Tensor, # Samples `s`; the largest becomes the largest number that fits
     rate:int, # Samples in a second
@@ -129,6 +131,7 @@ def strangeness(
     d = f[:, None] - k.means
     return torch.einsum('ncf,fg,ncg->nc', d, k.inverse, d).amin(1)
 
+# %% ../../nbs/866_apps.inspect.ipynb #5931bb7c
 def fit_known(
     f:Tensor, # Features `n f`
     labels:Tensor, # Class `n`
@@ -180,6 +183,7 @@ def features_of(self:Inspector,
     tokens = {k: v for k,v in self.net.tokens(inputs, there).items() if getattr(there, k).any()}
     return self.net.features(tokens, there)
 
+# %% ../../nbs/866_apps.inspect.ipynb #8aacad2b
 @patch
 def calibrate(self:Inspector,
     p:Pieces, # Known pieces that the network has not learned from
@@ -273,6 +277,7 @@ def load(cls:Inspector,
     known = {k: Known(tensors[f'known.{k}.means'], tensors[f'known.{k}.inverse'], v) for k,v in about['limits'].items()}
     return cls(net, SpectrogramConfig(**about['spectrogram']), about['causes'], known)
 
+# %% ../../nbs/866_apps.inspect.ipynb #6736a96a
 @patch(cls_method=True)
 def shipped(cls:Inspector)->Inspector: # The inspector of the package
     "Load the small weights of the package"
@@ -328,6 +333,7 @@ def _answer(f):
     "A finding as numbers and texts"
     return dict(cause=f.cause, probability=round(f.probability, 4), unknown=f.unknown, strangeness=round(f.strangeness, 4))
 
+# %% ../../nbs/866_apps.inspect.ipynb #cbacbcdb
 def _request(inspector, fields):
     "Answer the fields of a request"
     picture,x,rate = fields.take('picture', list),fields.take('vibration', list),fields.take('rate', float)

@@ -78,6 +78,7 @@ class AdapterSet(nn.Module):
         self.blocks = nn.ModuleList(Bottleneck(dim, width) for _ in range(layers))
         self.embedding = InvertibleAdapter(dim, width) if invertible else None
 
+# %% ../../nbs/886_apps.langadapters.ipynb #4e09d0b8
 class AdapterStack:
     "Named sets of adapters in a frozen network"
     def __init__(self,
@@ -110,6 +111,7 @@ def add(self:AdapterStack,
     self.sets[name] = AdapterSet(self.net.config.dim, len(self.net.layers), width, invertible).requires_grad_(False)
     return self.sets[name]
 
+# %% ../../nbs/886_apps.langadapters.ipynb #346117df
 @patch
 def use(self:AdapterStack,
     *names:str, # Names of sets, in the order in which they are applied; none: the network alone
@@ -134,6 +136,7 @@ class AdapterTraining:
     decay:float = 0. # Weight decay
     seed:int = 0 # Seed of the order
 
+# %% ../../nbs/886_apps.langadapters.ipynb #5683c71f
 def train_on(
     parameters:Sequence, # Parameters to train
     ids:Sequence, # Lists of token ids
@@ -164,6 +167,7 @@ def padded_loss(
     x = model.hidden(b.tokens)[:, :-1][b.there[:, 1:]]
     return F.cross_entropy(F.linear(x, model.head_weight), b.tokens[:, 1:][b.there[:, 1:]])
 
+# %% ../../nbs/886_apps.langadapters.ipynb #24cb9d2f
 def learn_language(
     stack:AdapterStack, # Adapters in a language model
     name:str, # Set that learns; only this one is active
@@ -185,6 +189,7 @@ class TopicHead(nn.Linear):
         x = net.hidden(b.tokens) if hasattr(net, 'head_weight') else net(b.tokens, b.there)
         return self(F.layer_norm(mean_state(x, b.there), x.shape[-1:]))
 
+# %% ../../nbs/886_apps.langadapters.ipynb #62d247b6
 def learn_topics(
     net:nn.Module, # Encoder or language model, with what is active in it
     head:TopicHead, # Head, which is trained

@@ -77,6 +77,7 @@ def _sib_rows(folder, part):
         with (gzip.open if joined else open)(path, 'rt', encoding='utf-8', newline='') as f:
             for row in csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE): yield row.get('lang', path.parent.name), row
 
+# %% ../../nbs/885_apps.languages.ipynb #8cc5fb23
 def read_sib(
     folder:str|Path|None = None, # Folder of the set; None: `find_set`
     languages:Sequence = (), # Codes to read; empty: all that there are
@@ -97,6 +98,7 @@ def read_sib(
 # %% ../../nbs/885_apps.languages.ipynb #cc7bf614
 def _grams(text, n): return {text[i:i + n] for i in range(max(1, len(text) - n + 1))}
 
+# %% ../../nbs/885_apps.languages.ipynb #ab9d340c
 def near_repeats(
     texts:Sequence, # Texts to check
     known:Sequence, # Texts that must not occur again
@@ -135,6 +137,7 @@ def _unlike(a, b, ratio):
     off = abs(b - ratio*a)/math.sqrt(6.8*a*ratio)
     return -math.log(max(math.erfc(off/math.sqrt(2)), 1e-30))
 
+# %% ../../nbs/885_apps.languages.ipynb #e3d67a21
 def align_texts(
     a:Sequence, # Paragraphs of a text
     b:Sequence, # Paragraphs of its translation
@@ -164,6 +167,7 @@ def fertility(
     "Tokens in a word"
     return sum(len(encode(t)) for t in texts)/sum(len(t.split()) for t in texts)
 
+# %% ../../nbs/885_apps.languages.ipynb #25fd4fd2
 def token_premium(
     encode:Callable, # Function from a text to token ids
     texts:dict, # Code of the language -> texts, the same in all

@@ -81,6 +81,7 @@ def word_shape(
     s = word.translate(_SHAPES)
     return s if len(s) < 6 else re.sub(r'(.)\1+', r'\1\1', s)[:6]
 
+# %% ../../nbs/881_apps.names.ipynb #765f4322
 def word_features(
     before:tuple, # The two words before it; '': none
     word:str, # The word
@@ -121,6 +122,7 @@ def name_words(
     found = [m for m in _WORD.finditer(text) if m[0][0].isupper() or m[0][0].isdigit()]
     return [m for m in found if len(m[0]) <= 32]
 
+# %% ../../nbs/881_apps.names.ipynb #71aa9ed8
 class NameTagger:
     "Finds people and addresses"
     def __init__(self,
@@ -240,6 +242,7 @@ def save(self:NameTagger,
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(dict(weights=self.weights.astype(np.float16), least=np.array([self.least], np.float32)), Path(folder)/'names.safetensors')
 
+# %% ../../nbs/881_apps.names.ipynb #ecaeabb3
 @patch(cls_method=True)
 def load(cls:NameTagger,
     folder:str|Path = '', # Folder; '': that of the package

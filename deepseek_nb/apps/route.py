@@ -41,6 +41,7 @@ class Order:
 
 UNIT = 1000 # Units of distance, time and demand that are 1 for the user
 
+# %% ../../nbs/876_apps.route.ipynb #4cd2016f
 def check_order(
     order:Order, # Order
     depot:tuple, # Coordinates of the depot
@@ -81,6 +82,8 @@ def as_instance(
     rows = [(up(o.ready), last if o.due is None else math.floor(UNIT*o.due + 1e-6), up(o.service)) for o in orders]
     problem.windows = torch.tensor([(0, last, 0), *rows])
     return problem
+
+# %% ../../nbs/876_apps.route.ipynb #4d8b8e86
 def alone_feasible(
     problem:Instance, # Problem of `as_instance`
 )->torch.Tensor: # For each order, whether a vehicle of its own can serve it
@@ -103,6 +106,7 @@ class RoutePlan:
     late:bool # Whether the deadline was missed
     rounds:int # Rounds of the local search
 
+# %% ../../nbs/876_apps.route.ipynb #dbe823b4
 class Router:
     "Orders of a depot, and their routes"
     def __init__(self,
@@ -139,6 +143,7 @@ def _decide(self:Router, orders, routes, begin, deadline, rounds):
     spent = perf_counter() - begin
     return RoutePlan(self.routes, found.cost/UNIT if ids else 0., spent, spent > deadline, found.rounds if ids else 0)
 
+# %% ../../nbs/876_apps.route.ipynb #f0c981dc
 @patch
 def _checked(self:Router, orders, known):
     "Orders by id, if all can be served"
@@ -165,6 +170,7 @@ def plan(self:Router,
     self.locked = set()
     return self._decide(new, None, begin, deadline, rounds)
 
+# %% ../../nbs/876_apps.route.ipynb #232671f5
 @patch
 def add(self:Router,
     orders:Order|Sequence, # New order, or several
@@ -188,12 +194,14 @@ def reached(self:Router,
     if ahead[0] != key: raise ValueError(f'order {key!r} is not the next stop of its route; {ahead[0]!r} is')
     self.locked.add(key)
 
+# %% ../../nbs/876_apps.route.ipynb #9c983c68
 @patch
 def _route_of(self:Router, key):
     for r in self.routes:
         if key in r: return r
     raise ValueError(f'there is no order {key!r}')
 
+# %% ../../nbs/876_apps.route.ipynb #a6a2abbe
 @patch
 def cancel(self:Router,
     key:str, # Id of an order
@@ -218,6 +226,7 @@ def save(self:Router,
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with written(Path(path)) as tmp: tmp.write_text(json.dumps(about, indent=1))
 
+# %% ../../nbs/876_apps.route.ipynb #19b835f4
 @patch(cls_method=True)
 def load(cls:Router,
     path:str|Path, # File of `save`
@@ -243,6 +252,7 @@ def _plan_file(path, net, seconds):
     return dict(name=problem.name, cost=checked_cost(problem, found.routes), routes=json.dumps(found.routes),
                 seconds=round(perf_counter() - begin, 4))
 
+# %% ../../nbs/876_apps.route.ipynb #f0ee7a7c
 def _plan_rows(rows, router, seconds):
     "Plan the orders of a table; each row gets the number of its route and of its stop"
     names = {f.name for f in fields(Order)}

@@ -101,6 +101,7 @@ def answer_tokens(
     own = tok.encode(text)
     return prompt + (own[:most] if len(own) >= most else own + [end]), len(prompt)
 
+# %% ../../nbs/878_apps.steer.ipynb #e4a0a638
 def style_loss(
     model:Model, # Model
     examples:list, # Token ids with the number of prompt tokens
@@ -125,6 +126,7 @@ class StyleSettings:
     first:float = 1/3 # Share of the blocks, from the bottom, without an adapter
     seed:int = 0 # Seed of the weights and of the order of texts
 
+# %% ../../nbs/878_apps.steer.ipynb #8a6316f2
 def index_batches(
     n:int, # Number of examples
     steps:int, # Number of batches
@@ -174,6 +176,7 @@ def _changed(w, name, strength):
     new.adapters[name],new.active = scaled,(name,)
     return new
 
+# %% ../../nbs/878_apps.steer.ipynb #ec21180d
 def with_adapter(
     model:Model, # Model without adapters, unchanged
     adapted:Model, # View of it with adapters

@@ -118,6 +118,7 @@ def four_words(
     words = re.findall(r"\w+", text.lower())
     return {tuple(words[i:i+4]) for i in range(max(1, len(words) - 3))}
 
+# %% ../../nbs/877_apps.styles.ipynb #64350aa9
 def drop_near_repeats(
     rows:Iterable, # `StyleText`s
     share:float = .5, # Share of known runs from which a passage is a near repeat
@@ -184,6 +185,7 @@ def word_rarity(
     counts = Counter(w for r in rows for w in {*re.findall(r'(?<![@\w])[a-z]{4,}', r.text.lower())})
     return {w: math.log(len(rows)/n) for w,n in counts.items() if n > 2}
 
+# %% ../../nbs/877_apps.styles.ipynb #e1fafdff
 def content_words(
     text:str, # Passage
     rarity:dict, # Rarity of words, from `word_rarity`

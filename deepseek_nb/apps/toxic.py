@@ -116,6 +116,7 @@ def find(self:ToxicityNet,
             out.append(TextMatch(*m.span(), 'toxic'))
     return out,hold
 
+# %% ../../nbs/882_apps.toxic.ipynb #8cbd94aa
 @patch
 def scan(self:ToxicityNet)->TextScan:
     "A scan for a filtered stream"
@@ -132,6 +133,7 @@ def _batch(rows):
             flat += toxic_features(a, b)
     return torch.tensor(flat), torch.tensor(starts), torch.tensor(own)
 
+# %% ../../nbs/882_apps.toxic.ipynb #c803cf0a
 def _train_epoch(bag, bias, opt, batches):
     for (flat,starts,own),y in batches:
         rates = torch.nn.functional.softplus(10*bag(flat, starts)[:, 0] + bias)
@@ -139,6 +141,7 @@ def _train_epoch(bag, bias, opt, batches):
         loss = torch.nn.functional.binary_cross_entropy(p.clamp(1e-5, 1 - 1e-5), y)
         opt.zero_grad(); loss.backward(); opt.step()
 
+# %% ../../nbs/882_apps.toxic.ipynb #50867e8b
 def train_toxicity(
     rows:Iterable, # `Scored`
     epochs:int = 6, # Times that each text is seen
@@ -155,6 +158,7 @@ def train_toxicity(
     for _ in range(epochs): _train_epoch(bag, bias, opt, [batches[i] for i in torch.randperm(len(batches))])
     return ToxicityNet(bag.weight.detach().numpy()[:, 0], bias.item())
 
+# %% ../../nbs/882_apps.toxic.ipynb #cd9c0048
 def threshold_at(
     scores:Iterable, # Of harmless texts
     share:float, # Of them that may lie above
@@ -173,6 +177,7 @@ def save(self:ToxicityNet,
     save_file(dict(weights=np.round(self.weights/scale).astype(np.int8), numbers=np.array([scale, self.bias, self.least], np.float64)),
               Path(folder)/'toxic.safetensors')
 
+# %% ../../nbs/882_apps.toxic.ipynb #1cf3389c
 @patch(cls_method=True)
 def load(cls:ToxicityNet,
     folder:str|Path = '', # Folder; '': that of the package

@@ -30,6 +30,7 @@ def _words(ids, starts):
         found[-1].append(i)
     return [tuple(o) for o in found]
 
+# %% ../../nbs/887_apps.vocabulary.ipynb #7f15a359
 def _merged(word, pair, new):
     "Replace a pair of neighbours"
     out,i = [],0
@@ -145,6 +146,7 @@ def learn_rows(
     rows = model.embed_tokens.new
     return train_on([rows], ids, lambda b: padded_loss(model, b), training or AdapterTraining())
 
+# %% ../../nbs/887_apps.vocabulary.ipynb #224bc6ee
 def nats_per_byte(
     model:Model, # Language model
     texts:Sequence, # Texts

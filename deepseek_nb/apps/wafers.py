@@ -33,6 +33,7 @@ class WaferMaps(NamedTuple):
     labels:np.ndarray # Index of the class `n`, or 0 and 1 for each class `n class`
     names:tuple # Names of the classes
 
+# %% ../../nbs/862_apps.wafers.ipynb #42c57796
 def write_wafers(
     path:str|Path, # File `.npz`
     maps:Sequence, # Arrays `h w` of 0, 1, 2
@@ -73,6 +74,7 @@ def read_wm811k(
 
 MIXED_NAMES = ('Center', 'Donut', 'Edge-Loc', 'Edge-Ring', 'Loc', 'Near-full', 'Scratch', 'Random')
 
+# %% ../../nbs/862_apps.wafers.ipynb #861b9d1b
 def read_mixed(
     folder:str|Path|None = None, # Folder of the parts or of Kaggle's file; None: `find_set`
 )->dict: # Name of a part -> `WaferMaps` with eight labels each
@@ -142,6 +144,7 @@ def _recording(name, values):
     pit = next((int(o) for o in rest if o.isdigit()), 0)
     return Recording(name, torch.from_numpy(values.ravel()).float(), fault, BEARING_LOADS[int(speed)], pit)
 
+# %% ../../nbs/862_apps.wafers.ipynb #8a415112
 def read_bearings(
     folder:str|Path|None = None, # Folder of the set; None: `find_set`
 )->list[Recording]: # Recordings of the sensor at the drive end, 12,000 samples a second
@@ -227,6 +230,7 @@ class ShockPool(NamedTuple):
     kind:Tensor # Index in `BEARING_STATES` `n`
     at:Tensor # Moment of the knocks, as a share of the recording `n`
 
+# %% ../../nbs/862_apps.wafers.ipynb #69228050
 def draw_pool(
     n:int, # Number of recordings, a third of each kind
     rule:PairingRule, # Height of the knocks

@@ -62,6 +62,7 @@ class RowReader:
         try: return card_features({k: [v]*len(times) for k,v in row.items()} | dict(unix_time=times))[-1].tolist()
         except ValueError as e: raise fields.wrong('dob', f'is not a date: {e}') from None
 
+# %% ../../nbs/858_apps.watch.ipynb #d9e5bddb
 def _unknown(category): return f"is {category!r:.40}, not one of {', '.join(CATEGORIES)}"
 
 def _finite(fields, name, value):
@@ -127,6 +128,7 @@ def packaged()->Path: # Folder
     import deepseek_nb
     return Path(deepseek_nb.__file__).parent/'fraud'
 
+# %% ../../nbs/858_apps.watch.ipynb #72f23ff2
 def watcher_from(
     weights:str|Path = '', # Folder that `Watcher.save` has written; '': the fraud detector in the package
 )->Watcher: # With its streams
@@ -154,6 +156,7 @@ def table_series(
         return Labelled(key, x, torch.tensor([bool(r.get('label')) for r in part]), times)
     return [series(k, part) for k,part in own.items()], reader.columns
 
+# %% ../../nbs/858_apps.watch.ipynb #a22b0a90
 def learn_table(
     rows:list, # Dicts
     budget:float = .003, # Acceptable share of false positives
@@ -225,6 +228,7 @@ def _train_cards(folder, out, budget, steps, mix, seed):
     c = watcher.detector.calibration
     return f"{found['recall']:.1%} of the fraud of {found['held']} other cards at {budget:.2%} false positives; threshold {c.threshold:.3f}"
 
+# %% ../../nbs/858_apps.watch.ipynb #0bc23882
 def _train_table(path, out, budget, steps, rate, seed):
     rows = [*input_rows(path)]
     watcher = learn_table(rows, budget, FitSettings(steps or 400, seed=seed), rate or None)

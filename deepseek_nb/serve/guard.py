@@ -68,6 +68,7 @@ def _show(self:JsonStream, stop):
     self.inside ^= out.count('"')%2 == 1
     return ''.join(out)
 
+# %% ../../nbs/467_serve.guard.ipynb #e61cac9f
 @patch
 def _instead(self:JsonStream, kind, start, stop):
     "What stands in place of a match, if the JSON stays whole"
@@ -79,6 +80,7 @@ def _instead(self:JsonStream, kind, start, stop):
     self.blocked = kind
     return ''
 
+# %% ../../nbs/467_serve.guard.ipynb #ed7f59f1
 def _outside(text, inside):
     "Indexes of the units that stand outside of strings, with the quotes"
     out = []
@@ -125,6 +127,7 @@ def prompt(self:ContentFilter,
     out = s.feed(text) + s.close()
     return None if s.blocked else out, s.found
 
+# %% ../../nbs/467_serve.guard.ipynb #378cb8b3
 @patch
 def answer(self:ContentFilter,
     text:str, # A whole answer
@@ -180,6 +183,7 @@ def _pass(self:AnswerGuard, event):
     if isinstance(event, ToolCallEnd): self.call = None
     return [*out, event]
 
+# %% ../../nbs/467_serve.guard.ipynb #3095c50d
 @patch
 def _begin(self:AnswerGuard, kind):
     "Close the text before, and begin another kind"
@@ -201,6 +205,7 @@ def _end(self:AnswerGuard):
         self.kind,self.stream = None,None
     return out
 
+# %% ../../nbs/467_serve.guard.ipynb #4b51aba4
 @patch
 def _shown(self:AnswerGuard, event, text):
     "What can be shown of a text; the end of a call that was blocked"

@@ -43,6 +43,7 @@ class Policy:
         if not all(isinstance(s, str) for s in self.secrets): raise ValueError('secrets must be texts')
         if bad := {**self.rewrite, **self.thresholds}.keys() - {*CONTENT_KINDS}: raise ValueError(_unknown('kind', min(bad), CONTENT_KINDS))
 
+# %% ../../nbs/463_serve.policy.ipynb #360e33a6
 def _unknown(what, name, known): return f'{name!r} is no {what}; known are {", ".join(known)}'
 
 def _check_rules(side, rules):
@@ -70,6 +71,7 @@ def read_policy(
     try: return Policy(**merged, locale=country, secrets=(*given.get('secrets', ()), *_secret_lines(path, given.get('secrets_file'))))
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
+# %% ../../nbs/463_serve.policy.ipynb #928f8aa1
 def _secret_lines(path, name):
     "The secrets of a file that lies beside the policy"
     if not name: return ()
@@ -162,6 +164,7 @@ def _release(self:FilterStream, hold):
         if self.blocked: return out
     return out + self._show(hold)
 
+# %% ../../nbs/463_serve.policy.ipynb #adae6cc4
 def _groups(matches):
     "Matches that overlap, together"
     out = []

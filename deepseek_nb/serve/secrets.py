@@ -38,6 +38,7 @@ def char_skeleton(
     folded = unicodedata.normalize('NFKD', unicodedata.normalize('NFKD', char).casefold())
     return ''.join(_SEEN_AS.get(c, c) for c in folded if c.isalnum() or c in _SEEN_AS)
 
+# %% ../../nbs/466_serve.secrets.ipynb #62f53cc7
 def skeletons(
     text:str, # Any text
 )->str: # Letters and digits
@@ -51,6 +52,7 @@ def _base64_forms(raw):
         code = base64.b64encode(b'\0'*before + raw).decode().rstrip('=')
         yield code[-(-before*8//6):len(code) - bool((before + len(raw))%3)]
 
+# %% ../../nbs/466_serve.secrets.ipynb #8d84e30b
 def forms_of(
     secret:str, # As it is written
 )->dict: # Name of the form -> text
@@ -102,6 +104,7 @@ def _divide(self:PartFinder, before, char):
     while before >= 0 and self.next[before].get(char) == q: self.next[before][char],before = twin,self.link[before]
     return twin
 
+# %% ../../nbs/466_serve.secrets.ipynb #af08433f
 @patch
 def _insert(self:PartFinder, text, least):
     "Add a text"
@@ -145,6 +148,7 @@ def part_limit(
     "From how many characters on a part of a form counts"
     return max(6, -(-len(text)*least//whole))
 
+# %% ../../nbs/466_serve.secrets.ipynb #451f9ba0
 def finder_for(
     secrets:Iterable, # Texts
     share:float = .5, # CharClass of the letters of a secret that already gives it away
@@ -160,6 +164,7 @@ def finder_for(
             texts.append((text, part_limit(text, least, n)))
     return PartFinder(texts)
 
+# %% ../../nbs/466_serve.secrets.ipynb #e69c9bfc
 class SecretScan:
     "A scan for secrets in all forms"
     def __init__(self,
