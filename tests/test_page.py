@@ -1,5 +1,6 @@
 """The server's chat page in a real browser: it streams, stops, stays within the window, and loads nothing from elsewhere."""
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -132,7 +133,7 @@ def test_experts_and_access(live, chromium, scheme, width):
     assert not faults()
     page.keyboard.type('The Congress')
     page.keyboard.press('Enter')
-    page.wait_for_selector('article.assistant div:not(:empty)', timeout=60_000)
+    page.locator('article.assistant div', has_text=re.compile(r'\w\W+\w+\W+\w')).first.wait_for(timeout=60_000) # several tokens
     page.keyboard.press('Escape')
     page.wait_for_selector('article.assistant button', timeout=60_000)
     page.focus('article.assistant button')
