@@ -12,6 +12,7 @@ __all__ = ['LinearHead', 'fit_head', 'AlignMap', 'fit_map', 'retrieval', 'chosen
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #4cbaf930
 import json
+import os
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.resources import files
@@ -129,7 +130,9 @@ def kept_vectors(
     folder = Path(folder or cache_dir()/'crosslingual')
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f"e5-{sha256(chr(10).join(texts).encode()).hexdigest()[:16]}.pt"
-    if not path.exists(): torch.save(embed_texts(encoder(), texts).half(), path)
+    if not path.exists():
+        torch.save(embed_texts(encoder(), texts).half(), part := path.with_suffix(f'.{os.getpid()}'))
+        part.replace(path)
     return torch.load(path, weights_only=True).float()
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #bd2780e6
