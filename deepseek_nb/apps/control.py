@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .guide import StyleJudge, StyleReader, fit_judge, guided, train_reader
@@ -40,6 +40,7 @@ from deepseek_nb.apps.styles import (
     word_rarity,
 )
 from ..arch.model import Model
+from ..files.safetensors import write_tensors, written
 from ..files.tokenizer import Tokenizer
 from ..infer.adapters import shared_view
 from ..infer.generate import left_padded
@@ -173,12 +174,12 @@ def save_styler(
     tensors = {'centre': e.centre} | {f'style.{k}': v for k,v in e.named.items()}
     if styler.reader: tensors |= {f'reader.{k}': v.half() for k,v in styler.reader.state_dict().items()}
     if j: tensors |= {'judge.rarity': j.rarity.half(), 'judge.weight': j.weight.half(), 'judge.bias': j.bias}
-    save_file({k: v.contiguous() for k,v in tensors.items()}, folder/'styles.safetensors')
+    write_tensors(folder/'styles.safetensors', tensors)
     for n in adapters_of(styler.adapted) if styler.adapted else (): styler.adapted.save_adapter(folder/'adapters'/n, n)
     knots = {k: [np.round(v[::max(1, len(v)//200)], 4).tolist() for v in o] for k,o in (j.knots if j else {}).items()}
     about = dict(model=name, layer=e.layer, units=styler.units or {}, reader=styler.reader.names if styler.reader else [],
                  judge=[*j.names] if j else [], knots=knots)
-    (folder/'styler.json').write_text(json.dumps(about))
+    with written(folder/'styler.json') as tmp: tmp.write_text(json.dumps(about))
     if card: (folder/'README.md').write_text(card, encoding='utf-8')
 
 # %% ../../nbs/880_apps.control.ipynb #f4874abc

@@ -12,7 +12,6 @@ __all__ = ['LinearHead', 'fit_head', 'AlignMap', 'fit_map', 'retrieval', 'chosen
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #4cbaf930
 import json
-import os
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib.resources import files
@@ -30,7 +29,7 @@ from .languages import TOPICS, read_sib
 from .rows import input_rows
 from ..eval.classify import confusion, macro_f1
 from ..files.hub import cache_dir
-from ..files.safetensors import write_tensors
+from ..files.safetensors import write_tensors, written
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #f40f3ef1
 class LinearHead(NamedTuple):
@@ -131,8 +130,7 @@ def kept_vectors(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder/f"e5-{sha256(chr(10).join(texts).encode()).hexdigest()[:16]}.pt"
     if not path.exists():
-        torch.save(embed_texts(encoder(), texts).half(), part := path.with_suffix(f'.{os.getpid()}'))
-        part.replace(path)
+        with written(path) as tmp: torch.save(embed_texts(encoder(), texts).half(), tmp)
     return torch.load(path, weights_only=True).float()
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #bd2780e6

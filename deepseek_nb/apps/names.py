@@ -26,6 +26,7 @@ from fastcore.basics import patch
 from safetensors.numpy import load_file, save_file
 
 from .series import find_set
+from ..files.safetensors import written
 from ..serve.policy import TextMatch, TextScan
 
 # %% ../../nbs/881_apps.names.ipynb #57896e25
@@ -240,7 +241,8 @@ def save(self:NameTagger,
 )->None:
     "Save the weights as 16-bit numbers"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(dict(weights=self.weights.astype(np.float16), least=np.array([self.least], np.float32)), Path(folder)/'names.safetensors')
+    kept = dict(weights=self.weights.astype(np.float16), least=np.array([self.least], np.float32))
+    with written(Path(folder)/'names.safetensors') as tmp: save_file(kept, tmp)
 
 # %% ../../nbs/881_apps.names.ipynb #ecaeabb3
 @patch(cls_method=True)

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from .names import guards_folder
 from .series import find_set
+from ..files.safetensors import written
 from ..serve.policy import TextMatch, TextScan
 from ..serve.secrets import skeletons
 
@@ -174,8 +175,8 @@ def save(self:ToxicityNet,
     "Save the weights as bytes with one scale"
     Path(folder).mkdir(parents=True, exist_ok=True)
     scale = max(float(np.abs(self.weights).max())/127, 1e-12)
-    save_file(dict(weights=np.round(self.weights/scale).astype(np.int8), numbers=np.array([scale, self.bias, self.least], np.float64)),
-              Path(folder)/'toxic.safetensors')
+    kept = dict(weights=np.round(self.weights/scale).astype(np.int8), numbers=np.array([scale, self.bias, self.least], np.float64))
+    with written(Path(folder)/'toxic.safetensors') as tmp: save_file(kept, tmp)
 
 # %% ../../nbs/882_apps.toxic.ipynb #1cf3389c
 @patch(cls_method=True)
