@@ -27,7 +27,8 @@ def _binaries():
 class Postgres:
     "A server in a temporary folder; each test gets a database, a copy of one whose tables are made"
     def __init__(self, programs):
-        self.programs, self.folder = programs, Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) else None))
+        self.programs = programs
+        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) else None))
         self.user = next((o for o in ('postgres', 'nobody') if self._has(o)), None) if os.getuid() == 0 else None
         if self.user: shutil.chown(self.folder, self.user)
         self.data = self.folder/'data'
@@ -45,11 +46,11 @@ class Postgres:
 
     def run(self, program, *args):
         given = dict(user=self.user, group=pwd.getpwnam(self.user).pw_gid, extra_groups=[]) if self.user else {}
-        p = subprocess.run([self.programs/program, *args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                           cwd=self.folder, timeout=120, **given) if program != 'pg_ctl' else subprocess.run(
-                           [self.programs/program, *args], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                           cwd=self.folder, timeout=120, **given)  # the server would keep a pipe open
-        assert p.returncode == 0, f'{program}: {p.stdout}'
+        with tempfile.TemporaryFile('w+') as out:  # a file, because the server would keep a pipe open
+            p = subprocess.run([self.programs/program, *args], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=self.folder,
+                               timeout=120, **given)
+            out.seek(0)
+            assert p.returncode == 0, f'{program}: {out.read()}'
 
     def url(self, name): return f'postgresql+psycopg://tester@/{name}?host={self.folder}'
 

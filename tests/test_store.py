@@ -1,10 +1,10 @@
 "What the platform's store promises, over SQLite and Postgres."
 import pytest
 from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
-from sqlalchemy import func, insert, select
+from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from deepseek_nb.platform.store import alerts, datasets, faults, metadata, records, settings, windows
+from deepseek_nb.platform.store import datasets, faults, records
 
 
 def add(c, name): return c.execute(insert(datasets).values(name=name, kind='chat', created=0)).inserted_primary_key[0]
