@@ -279,7 +279,7 @@ def write(self:Store,
             for act in c.info.pop('after'): act()
     finally: self.local.writing = False
 
-# %% ../../nbs/820_platform.store.ipynb #8cb9e47e
+# %% ../../nbs/820_platform.store.ipynb #53066a93
 MIGRATIONS = {} # Version -> function of a connection that changes the tables of the version before
 def upgrade(
     store:Store, # Open store
@@ -291,7 +291,7 @@ def upgrade(
     with store.write() as c:
         had = store.engine.dialect.has_table(c, 'settings') and c.scalar(select(settings.c.value).where(settings.c.name == 'schema'))
         if had and had > newest:
-            raise ValueError(f'{store.folder}: its tables have version {had}, this program knows {newest}: update the program')
+            raise ValueError(f'{store.folder}: its tables have version {had}, this program knows {newest}: update it')
         if had: [steps[n](c) for n in range(had + 1, newest + 1)]
         else: metadata.create_all(c)
         if had: c.execute(update(settings).where(settings.c.name == 'schema').values(value=newest))
