@@ -159,7 +159,7 @@ class Store:
         "Close all connections"
         for engine in {self.engine, self.reader}: engine.dispose()
 
-# %% ../../nbs/820_platform.store.ipynb #42db42a1
+# %% ../../nbs/820_platform.store.ipynb #1c7dbc82
 def _dumps(value): # other databases refuse NaN and half a surrogate pair
     out = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(',', ':'))
     try: out.encode()
@@ -181,8 +181,8 @@ def _sqlite(path, wait, durable, begin, pragmas=(), **pool):
     return engine
 
 def _postgres(url, wait):
-    engine = sa.create_engine(url.set(drivername='postgresql+psycopg'), json_serializer=_dumps, pool_size=8, max_overflow=8, pool_timeout=wait,
-                           pool_pre_ping=True)
+    engine = sa.create_engine(url.set(drivername='postgresql+psycopg'), json_serializer=_dumps, pool_size=8, max_overflow=8,
+                              pool_timeout=wait, pool_pre_ping=True)
 
     @sa.event.listens_for(engine, 'connect')
     def _(connection, _):
