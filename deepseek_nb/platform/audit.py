@@ -9,13 +9,12 @@ fit. `store.check` does this together with the checks of [the store](820_platfor
 # %% auto #0
 __all__ = ['NO_ENTRY', 'canonical', 'entry_digest', 'Head', 'head_of', 'audit', 'Broken', 'first_broken']
 
-# %% ../../nbs/821_platform.audit.ipynb #786f2736
+# %% ../../nbs/821_platform.audit.ipynb #d5264545
 import json
 import os
 import warnings
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import NamedTuple
 
 from fastcore.basics import patch

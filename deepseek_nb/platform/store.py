@@ -59,13 +59,14 @@ audits = _table('audits', _id(), _int('at'), _int('user_id', nullable=True), _st
                 _str('before'), _str('digest'))
 attempts = _table('attempts', _str('key', primary_key=True), _int('count'), _int('at'), _int('until'), rowid=False)
 
-# %% ../../nbs/820_platform.store.ipynb #7bdba60e
+# %% ../../nbs/820_platform.store.ipynb #5e0af277
 datasets = _table('datasets', _id(), _str('name', unique=True), _str('kind'), _int('created'), _user(), _int('archived', nullable=True))
 versions = _table('versions', _id(), _to('dataset_id', 'datasets'), _int('number'), _str('digest'), _int('rows'), _json('columns'),
                   _to('parent_id', 'versions', nullable=True), _str('note', default=''), _json('report', default=dict), _int('created'),
                   _user(), UniqueConstraint('dataset_id', 'number'), UniqueConstraint('dataset_id', 'digest'))
 records = _table('records', _id(), _to('dataset_id', 'datasets'), _str('digest'), _json('data'), _str('split'), _int('created'),
-                 UniqueConstraint('dataset_id', 'digest'), Index('records_by_dataset', 'dataset_id', 'id'), Index('records_by_split', 'dataset_id', 'split', 'id'))
+                 UniqueConstraint('dataset_id', 'digest'), Index('records_by_dataset', 'dataset_id', 'id'),
+                 Index('records_by_split', 'dataset_id', 'split', 'id'))
 version_rows = _table('version_rows', _to('version_id', 'versions', primary_key=True),
                       _to('record_id', 'records', primary_key=True, index=True), rowid=False)
 
