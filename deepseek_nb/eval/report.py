@@ -333,7 +333,7 @@ def _difference_section(report, other):
         _el('p', f'{n} of {len(rows)} differences count. The p-values are adjusted by Holm\'s rule for {len(rows)} comparisons; where both '
             'reports have the same items, the test is paired.'), _table('Differences', heads, [*map(cells, rows)]))
 
-# %% ../../nbs/748_eval.report.ipynb #9fbc8483
+# %% ../../nbs/748_eval.report.ipynb #7d1b324d
 def _facts(report):
     about = report.get('about', {})
     given = {'Model': report['model'], 'Date': report['date'], 'Items of a task': report.get('items') or 'all'}
@@ -341,7 +341,7 @@ def _facts(report):
     flat = {k: ', '.join(f'{a} {b}' for a,b in v.items()) if isinstance(v, dict) else v for k,v in about.items()}
     pairs = [(k.capitalize(), v) for k,v in (given | flat).items()]
     return _el('section', _el('h2', 'How this was measured', id='measured'),
-        _el('p', 'Intervals are Wilson\'s for shares of independent items, and percentile bootstrap intervals for all others. They describe '
+        _el('p', 'Intervals are Wilson\'s for shares of independent items, and percentile bootstrap intervals for others. They describe '
             'the choice of items, not the choice of the prompt, and not whether a set measures what its name says.'),
         _el('dl', *(_Html(_el('dt', k) + _el('dd', v)) for k,v in pairs)))
 
