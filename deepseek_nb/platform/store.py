@@ -93,7 +93,8 @@ jobs = _table('jobs', _id(), _str('kind'), _str('name', default=''), _json('conf
               _int('model_id', nullable=True), _to('parent_id', 'jobs', nullable=True), _str('commit', default=''),
               _int('attempts', default=0), _int('created'), _int('started', nullable=True), _int('ended', nullable=True),
               _int('beat', nullable=True), _int('pid', nullable=True), Column('cancel', sa.Boolean, nullable=False, default=False),
-              _str('error', default=''), _json('result', nullable=True), _user(), Index('jobs_by_state', 'state', 'priority', 'id'))
+              _str('error', default=''), _json('result', nullable=True), _user(),
+              _json('process', nullable=True), _int('memory', nullable=True), Index('jobs_by_state', 'state', 'priority', 'id'))
 curves = _table('curves', _to('job_id', 'jobs', primary_key=True), _str('name', primary_key=True), _int('step', primary_key=True),
                 _float('value', nullable=True), _int('at'), rowid=False)
 models = _table('models', _id(), _str('name'), _int('number'), _to('job_id', 'jobs', nullable=True),
