@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +49,8 @@ def house_row(
         turns = [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['answer'])]
         row = {k: v for k,v in row.items() if k not in ('prompt', 'answer')} | dict(messages=turns)
     for need in DATA_KINDS[kind]:
-        if need not in row: raise ValueError(f'it has no column {(text if need == "text" else need)!r}, only {", ".join(map(repr, row))[:200]}')
+        named = text if need == 'text' else need
+        if need not in row: raise ValueError(f'it has no column {named!r}, only {", ".join(map(repr, row))[:200]}')
     if not content_of(row, kind).strip(): raise ValueError('its text is empty')
     if isinstance(row.get('label'), int): row = row | dict(label=str(row['label']))
     return row
@@ -117,7 +117,8 @@ class Spool:
 
 # %% ../../nbs/823_platform.datasets.ipynb #eabb798b
 SPLITS = ('train', 'dev', 'test')
-_SPLIT_NAMES = dict(train='train', training='train', dev='dev', development='dev', valid='dev', validation='dev', val='dev', test='test', testing='test')
+_SPLIT_NAMES = dict(train='train', training='train', dev='dev', development='dev', valid='dev', validation='dev', val='dev',
+                    test='test', testing='test')
 
 def hashed_split(
     name:str, # Of the dataset
@@ -200,11 +201,11 @@ def _write_records(store, dataset, spool, splits, size=1000):
         known = select(records.c.digest, records.c.id).where(records.c.dataset_id == dataset, records.c.digest.in_(list(part)))
         with store.write() as c:
             lock_rows(c, f'dataset:{dataset}')
-            had,now = dict(c.execute(known).tuples().all()),store.now()
+            had,now = dict(c.execute(known).all()),store.now()
             new = [dict(dataset_id=dataset, digest=d, data=spool[i], split=splits[i], created=now) for d,i in part.items() if d not in had]
             if new:
                 c.execute(insert(records), new)
-                had = dict(c.execute(known).tuples().all())
+                had = dict(c.execute(known).all())
         for d,i in part.items(): ids[i] = had[d]
     return ids
 
@@ -276,6 +277,16 @@ def _placed(store, spool, name, dataset):
     return splits[n:],_report(spool, name, groups.tolist(), contents, splits, n)
 
 # %% ../../nbs/823_platform.datasets.ipynb #5377d27a
+def _spooled(store, rows, kind):
+    if kind not in DATA_KINDS: raise ValueError(f'kind is {kind!r:.60}; it must be one of {", ".join(DATA_KINDS)}')
+    spool = Spool(kind, store.folder)
+    for n,row in enumerate(rows, 1):
+        row,split = row if isinstance(row, tuple) else (row, None)
+        try: spool.add(house_row(row, kind), split)
+        except ValueError as e: raise ValueError(f'row {n}: {e}') from None
+    if not len(spool): raise ValueError('there are no rows; give at least one')
+    return spool
+
 def import_rows(
     store:Store, # Open store
     user, # Who imports; None: the system
@@ -286,14 +297,9 @@ def import_rows(
     parent:int|None = None, # Version from which this one was made; None: the dataset's latest
 )->Imported:
     "Make a version of a dataset from rows"
-    if not (name := name.strip()) or len(name) > 120 or not name.isprintable(): raise ValueError('a dataset needs a name of 1 to 120 characters')
-    if kind not in DATA_KINDS: raise ValueError(f'kind is {kind!r:.60}; it must be one of {", ".join(DATA_KINDS)}')
-    spool = Spool(kind, store.folder)
-    for n,row in enumerate(rows, 1):
-        row,split = row if isinstance(row, tuple) else (row, None)
-        try: spool.add(house_row(row, kind), split)
-        except ValueError as e: raise ValueError(f'row {n}: {e}') from None
-    if not len(spool): raise ValueError('there are no rows; give at least one')
+    name = name.strip()
+    if not 0 < len(name) <= 120 or not name.isprintable(): raise ValueError('a dataset needs a name of 1 to 120 characters')
+    spool = _spooled(store, rows, kind)
     dataset,digest = _dataset(store, user, name, kind),sha256(b''.join(sorted(spool.digests))).hexdigest()
     if had := _same_version(store, dataset, digest): return Imported(had.id, False, had.rows, spool.dropped, had.report)
     splits,report = _placed(store, spool, name, dataset)
@@ -345,7 +351,8 @@ def page_of_rows(
     if split: query = query.where(records.c.split == split)
     if contains: query = query.where(cast(records.c.data, Text).ilike(_like(contains), escape='\\'))
     with store.read() as c:
-        if not c.scalar(select(versions.c.id).where(versions.c.id == version)): raise KeyError(f'there is no version {version}; see the list of datasets')
+        if not c.scalar(select(versions.c.id).where(versions.c.id == version)):
+            raise KeyError(f'there is no version {version}; see the list of datasets')
         return [DataRow(*r) for r in c.execute(query.order_by(version_rows.c.record_id).limit(limit))]
 
 def iter_rows(
@@ -368,8 +375,8 @@ def version_report(
     query = select(versions, datasets.c.name, datasets.c.kind).join(datasets, datasets.c.id == versions.c.dataset_id)
     with store.read() as c: row = c.execute(query.where(versions.c.id == version)).first()
     if row is None: raise KeyError(f'there is no version {version}; see the list of datasets')
-    own = {k: getattr(row, k) for k in ('id', 'dataset_id', 'name', 'kind', 'number', 'digest', 'rows', 'columns', 'parent_id', 'note', 'created')}
-    return row.report | own
+    own = ('id', 'dataset_id', 'name', 'kind', 'number', 'digest', 'rows', 'columns', 'parent_id', 'note', 'created')
+    return row.report | {k: getattr(row, k) for k in own}
 
 def list_datasets(
     store:Store, # Open store
@@ -393,18 +400,20 @@ def list_versions(
     with store.read() as c: return c.execute(query.order_by(versions.c.number.desc())).all()
 
 # %% ../../nbs/823_platform.datasets.ipynb #3ccbe8a8
+def _loaded(name):
+    from datasets import load_dataset
+    try: return dict(load_dataset(name))
+    except Exception as e: raise ValueError(f'{name} could not be loaded: {(str(e) or type(e).__name__).splitlines()[0]}') from e
+
 def _sourced(source, name, format):
     "Rows of any source, with a split where the source has one"
     if isinstance(source, list | tuple): yield from source
     elif isinstance(source, dict):
         for split,part in source.items(): yield from ((row, split) for row in _sourced(part, name, format))
-    elif isinstance(source, Path) or hasattr(source, 'read'): yield from untrusted_rows(source, getattr(source, 'name', None) or name, format)
-    elif isinstance(source, str):
-        if Path(source).is_file() or Path(source).suffix: yield from untrusted_rows(source, None, format)
-        else:
-            from datasets import load_dataset
-            try: yield from _sourced(dict(load_dataset(source)), name, format)
-            except Exception as e: raise ValueError(f'{source} could not be loaded: {(str(e) or type(e).__name__).splitlines()[0]}') from e
+    elif hasattr(source, 'read'): yield from untrusted_rows(source, getattr(source, 'name', None) or name, format)
+    elif isinstance(source, Path) or isinstance(source, str) and (Path(source).is_file() or Path(source).suffix):
+        yield from untrusted_rows(source, None, format)
+    elif isinstance(source, str): yield from _sourced(_loaded(source), name, format)
     else: yield from source
 
 def import_dataset(
