@@ -316,10 +316,9 @@ def test_guesses_at_the_present_password_are_limited(store, bob):
     with pytest.raises(TooManyTries): set_password(store, bob, bob.id, 'nine quiet volcanoes', BOB)
 
 
-@pytest.mark.parametrize('name', ['', ' ', 'a'*65, 'import:x', 'two words', 'new\nline', '<b>', "x'--", 'a\u202eb', 'ann\x00', '../x',
-                                  '=cmd'])
-def test_bad_names(store, ada, name):
-    with pytest.raises(ValueError, match='user name'): create_user(store, ada, name, BOB)
+def test_bad_names(store, ada):
+    for name in ('', ' ', 'a'*65, 'import:x', 'two words', 'new\nline', '<b>', "x'--", 'a\u202eb', 'ann\x00', '../x', '=cmd'):
+        with pytest.raises(ValueError, match='user name'): create_user(store, ada, name, BOB)
 
 
 def test_names_are_unique_whatever_their_case(store, bob):
