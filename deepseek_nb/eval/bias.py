@@ -8,11 +8,10 @@ return [scores of items](708_eval.tasks.ipynb) for a report."""
 
 # %% auto #0
 __all__ = ['sentence_scores', 'SentencePair', 'read_crows_pairs', 'PairPreferences', 'crows_pairs', 'Triple', 'read_stereoset',
-           'icat', 'TripleScores', 'stereoset', 'crows_pairs_task', 'stereoset_task']
+           'TripleScores', 'stereoset', 'crows_pairs_task', 'stereoset_task']
 
 # %% ../../nbs/722_eval.bias.ipynb #0f8177ed
 import csv
-import gzip
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..arch.model import Model
 from .choice import encode_pair, log_likelihoods
 from .intervals import Interval, bootstrap, wilson
 from .sets import SETS, DataSet, find_set, github_archive, read_lines
-from .tasks import FORMS, TaskScore, item_id, some_items
+from .tasks import TaskScore, icat, item_id, some_items
 from ..files.tokenizer import Tokenizer
 
 # %% ../../nbs/722_eval.bias.ipynb #851ac966
@@ -143,15 +142,6 @@ def read_stereoset(
     if lines := sorted(folder.rglob('intrasentence.jsonl*')): rows = map(_flat, read_lines(lines[0]))
     else: rows = map(_official, json.loads(min(folder.rglob('dev.json')).read_text(encoding='utf-8'))['data']['intrasentence'])
     return [Triple(item_id(*r[-1]), *r) for r in rows]
-
-# %% ../../nbs/722_eval.bias.ipynb #82bd95a2
-def icat(
-    means:np.ndarray, # lms and ss, 0 to 1 `... 2`
-)->np.ndarray: # 0 to 100 `...`
-    "The idealised context association test's score"
-    return 100*means[..., 0]*np.minimum(means[..., 1], 1 - means[..., 1])/.5
-
-FORMS.update(icat=icat)
 
 # %% ../../nbs/722_eval.bias.ipynb #d38217b8
 @dataclass(frozen=True)
