@@ -122,17 +122,20 @@ def divisions(
     np.put_along_axis(out[1:], chosen, 1., 1)
     return out
 
-# %% ../../nbs/746_eval.drift.ipynb #f353509e
+# %% ../../nbs/746_eval.drift.ipynb #c25a055b
+def _steps(x, most=256):
+    "The step of each value among the sorted ones; quantiles if there are too many"
+    values,which = np.unique(x, return_inverse=True)
+    return which if len(values) <= most else np.searchsorted(np.unique(np.quantile(x, np.linspace(0, 1, most)[1:-1])), x)
+
 def _number_distances(x, z, bins=10):
     "KS distance and PSI of a number for each division"
-    m,order = z[0].sum(),np.argsort(x, kind='stable')
-    last = np.append(np.diff(x[order]) > 0, True)
-    now = np.cumsum(z[:, order], 1)[:, last]
-    both = np.flatnonzero(last) + 1
-    ks = abs(now/m - (both - now)/(len(x) - m)).max(1)
-    edges = np.unique(np.searchsorted(both, np.linspace(0, len(x), bins + 1)[1:-1]))
-    cut = lambda c: np.diff(c[..., [*edges[edges < len(both) - 1], len(both) - 1]], prepend=0)
-    return dict(ks=ks, psi=psi(cut(both - now), cut(now)))
+    which = _steps(x)
+    now = (z@np.eye(which.max() + 1, dtype=np.float32)[which]).cumsum(1)
+    both,m,n = np.bincount(which).cumsum(),z[0].sum(),len(x)
+    ends = np.unique([*np.searchsorted(both, np.linspace(0, n, bins + 1)[1:-1]), len(both) - 1])
+    cut = lambda c: np.diff(c[:, ends], prepend=0)
+    return dict(ks=abs(now/m - (both - now)/(n - m)).max(1), psi=psi(cut(both - now), cut(now)))
 
 def sample_distances(
     both:RequestSample, # Requests before and now
