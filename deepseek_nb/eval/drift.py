@@ -163,7 +163,7 @@ def combined_p(
     largest = scores.max(0)
     return float((largest >= largest[0] - 1e-6).mean()), scores[:, 0] # one division, summed in two orders, is one value
 
-# %% ../../nbs/746_eval.drift.ipynb #522fdcab
+# %% ../../nbs/746_eval.drift.ipynb #3e8ca3c5
 class Compared(NamedTuple):
     "Two samples, compared"
     p:float # p-value of all statistics together
@@ -175,7 +175,7 @@ class Compared(NamedTuple):
 def compare_samples(
     before:RequestSample, # Requests before
     now:RequestSample, # Requests now
-    times:int = 999, # Random divisions; no p-value is below 1/(times + 1)
+    times:int = 499, # Random divisions; no p-value is below 1/(times + 1)
     seed:int|list = 0, # Of the divisions
 )->Compared:
     "Test whether two samples come from the same distribution"
@@ -195,7 +195,7 @@ def absorb(
     both = join_samples(pool, week)
     return both if len(both) <= size else both.take(np.sort(rng.choice(len(both), size, replace=False)))
 
-# %% ../../nbs/746_eval.drift.ipynb #f8e2748e
+# %% ../../nbs/746_eval.drift.ipynb #c2754099
 @dataclass(frozen=True)
 class DriftRule:
     "When p-values of windows alarm"
@@ -213,7 +213,7 @@ class DriftRule:
 def false_alarm_rate(
     rule:DriftRule, # When to alarm
     windows:int = 20_000, # To simulate
-    times:int = 999, # Divisions of each
+    times:int = 499, # Divisions of each
     seed:int = 0, # Of the p-values
 )->float: # Share of the windows
     "False alarms of a rule, for any distribution of requests"
@@ -223,7 +223,7 @@ def false_alarm_rate(
         if why: evidence,alarms = 1.,alarms + 1
     return alarms/windows
 
-# %% ../../nbs/746_eval.drift.ipynb #d3679eea
+# %% ../../nbs/746_eval.drift.ipynb #97c333dd
 class DriftFinding(NamedTuple):
     "What one window showed"
     alarm:str # 'week', 'trend' or ''
@@ -237,7 +237,7 @@ class DriftWatch:
         pool:RequestSample, # Requests that are known to be normal
         rule:DriftRule|None = None, # When to alarm; None: the default
         size:int = 2048, # Most requests of the past
-        times:int = 999, # Divisions of each window
+        times:int = 499, # Divisions of each window
         seed:int = 0, # Of divisions and pools
     ):
         self.pool,self.rule,self.size,self.times,self.seed = pool,rule or DriftRule(),size,times,seed
