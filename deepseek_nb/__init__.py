@@ -97,13 +97,17 @@ Modules:
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
 - `deepseek_nb.cuda.sparse`: DeepSeek sparse attention on a GPU: index scores on tensor cores, an exact radix selection, and flash-decoding over a list of positions.
 - `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
+- `deepseek_nb.eval.agreement`: Measure how far several people agree on labels, beyond chance: Cohen's and Fleiss' kappa, Krippendorff's alpha, F1 of spans.
 - `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.drift`: Tests that tell whether this week's requests are those that a model was checked on, with a rate of false alarms that is known before the first week
 - `deepseek_nb.eval.features`: What drift detection needs of a request, in 288 bytes and without its text: a histogram of hashed tokens and a short embedding
 - `deepseek_nb.eval.harness`: Run the harness's tasks on a model, offline or over HTTP. Continuations that share a context share its KV cache, and each score is independent of the batch.
+- `deepseek_nb.eval.intervals`: How sure a score is, and which differences between two models count: bootstrap and Wilson intervals, McNemar's test, and Holm's rule for many comparisons.
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, as the number of equally likely tokens with the same uncertainty.
 - `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
+- `deepseek_nb.eval.sets`: Find a public set of test items: in the cache, at its makers, or in a local folder, and say how to get it where it is in none of them
+- `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
@@ -160,6 +164,7 @@ Modules:
 - `deepseek_nb.kernels.v4_codes`: Decodes quantised models of DeepSeek-V4 in one C++ call per token: the stages of the float step, with packed codes as matrices.
 - `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
+- `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
 - `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): 4-bit floating-point numbers (E2M1), with a power of two as the scale of each 32 neighbouring weights.
 - `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
 - `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
