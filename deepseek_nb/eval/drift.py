@@ -8,7 +8,7 @@ them into one p-value by permuting the requests. `DriftWatch` looks at one windo
 
 # %% auto #0
 __all__ = ['psi', 'ks_distance', 'jensen_shannon', 'median_distance', 'mmd', 'fourier_features', 'RequestSample', 'join_samples',
-           'divisions', 'sample_distances', 'combined_p', 'Compared', 'compare_samples', 'absorb', 'DriftRule',
+           'divisions', 'sample_distances', 'combined_p', 'SampleTest', 'compare_samples', 'absorb', 'DriftRule',
            'false_alarm_rate', 'DriftFinding', 'DriftWatch']
 
 # %% ../../nbs/746_eval.drift.ipynb #16ae3544
@@ -163,8 +163,8 @@ def combined_p(
     largest = scores.max(0)
     return float((largest >= largest[0] - 1e-6).mean()), scores[:, 0] # one division, summed in two orders, is one value
 
-# %% ../../nbs/746_eval.drift.ipynb #3e8ca3c5
-class Compared(NamedTuple):
+# %% ../../nbs/746_eval.drift.ipynb #10df08c9
+class SampleTest(NamedTuple):
     "Two samples, compared"
     p:float # p-value of all statistics together
     values:dict # Name of each statistic -> its value
@@ -177,12 +177,12 @@ def compare_samples(
     now:RequestSample, # Requests now
     times:int = 499, # Random divisions; no p-value is below 1/(times + 1)
     seed:int|list = 0, # Of the divisions
-)->Compared:
+)->SampleTest:
     "Test whether two samples come from the same distribution"
     z = divisions(len(before), len(now), times, np.random.default_rng(seed))
     found = sample_distances(join_samples(before, now), z)
     p,scores = combined_p(np.stack([*found.values()]))
-    return Compared(p, {k: float(v[0]) for k,v in found.items()}, dict(zip(found, scores.tolist(), strict=True)))
+    return SampleTest(p, {k: float(v[0]) for k,v in found.items()}, dict(zip(found, scores.tolist(), strict=True)))
 
 # %% ../../nbs/746_eval.drift.ipynb #d4da920b
 def absorb(
@@ -223,13 +223,13 @@ def false_alarm_rate(
         if why: evidence,alarms = 1.,alarms + 1
     return alarms/windows
 
-# %% ../../nbs/746_eval.drift.ipynb #97c333dd
+# %% ../../nbs/746_eval.drift.ipynb #4b9dd369
 class DriftFinding(NamedTuple):
     "What one window showed"
     alarm:str # 'week', 'trend' or ''
     p:float # p-value of all statistics
     evidence:float # Of this window and those before
-    compared:Compared # The statistics
+    compared:SampleTest # The statistics
 
 class DriftWatch:
     "Compares windows with the past, one after another"
