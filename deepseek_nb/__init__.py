@@ -108,6 +108,7 @@ Modules:
 - `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
 - `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for people, and say which differences between two models count
 - `deepseek_nb.eval.sets`: Find a public set of test items: in the cache, at its makers, or in a local folder, and say how to get it where it is in none of them
+- `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
 - `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
@@ -213,6 +214,7 @@ Modules:
 - `deepseek_nb.serve.text`: The older completions API, without messages: prompts as text or token ids, log-probabilities of the prompt for evaluation harnesses, and filling in the middle
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
+- `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
