@@ -90,8 +90,10 @@ def postgres_url(postgres):
 
 
 @pytest.fixture(params=['sqlite', 'postgres'])
-def store(request, tmp_path):
-    "A store with empty tables, over SQLite and over Postgres"
+def store(request, tmp_path, monkeypatch):
+    "A store with empty tables, over SQLite and over Postgres; passwords are hashed in no time"
+    from deepseek_nb.platform import access
+    monkeypatch.setattr(access, 'SCRYPT', dict(n=16, r=8, p=1))
     if request.param == 'sqlite': opened = open_store(tmp_path/'store', durable=False)
     else: opened = open_store(request.getfixturevalue('postgres_url'), folder=tmp_path/'store')
     yield opened

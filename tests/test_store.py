@@ -4,6 +4,7 @@ from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 from sqlalchemy import insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from deepseek_nb.platform.audit import audit, head_of
 from deepseek_nb.platform.store import datasets, faults, records
 
 
@@ -24,3 +25,9 @@ def test_transactions(store):
         c.execute(insert(records).values(dataset_id=99, digest='', data={}, split='train', created=0))
     with pytest.raises(IntegrityError), store.write() as c: add(c, 'a')
     assert faults(store) == []
+
+
+def test_audit_chain(store):
+    for i in range(3):
+        with store.write() as c: audit(c, None, 'make', f'thing:{i}', n=i, ratio=.1 + .2, words=['ü', '\ud800'])
+    assert store.check() == [] and head_of(store).id == 3

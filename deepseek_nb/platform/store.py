@@ -59,25 +59,33 @@ audits = _table('audits', _id(), _int('at'), _int('user_id', nullable=True), _st
                 _str('before'), _str('digest'))
 attempts = _table('attempts', _str('key', primary_key=True), _int('count'), _int('at'), _int('until'), rowid=False)
 
-# %% ../../nbs/820_platform.store.ipynb #776b2158
+# %% ../../nbs/820_platform.store.ipynb #5e0af277
 datasets = _table('datasets', _id(), _str('name', unique=True), _str('kind'), _int('created'), _user(), _int('archived', nullable=True))
 versions = _table('versions', _id(), _to('dataset_id', 'datasets'), _int('number'), _str('digest'), _int('rows'), _json('columns'),
                   _to('parent_id', 'versions', nullable=True), _str('note', default=''), _json('report', default=dict), _int('created'),
                   _user(), UniqueConstraint('dataset_id', 'number'), UniqueConstraint('dataset_id', 'digest'))
 records = _table('records', _id(), _to('dataset_id', 'datasets'), _str('digest'), _json('data'), _str('split'), _int('created'),
-                 UniqueConstraint('dataset_id', 'digest'), Index('records_by_dataset', 'dataset_id', 'id'))
+                 UniqueConstraint('dataset_id', 'digest'), Index('records_by_dataset', 'dataset_id', 'id'),
+                 Index('records_by_split', 'dataset_id', 'split', 'id'))
 version_rows = _table('version_rows', _to('version_id', 'versions', primary_key=True),
                       _to('record_id', 'records', primary_key=True, index=True), rowid=False)
 
-# %% ../../nbs/820_platform.store.ipynb #63c11239
+# %% ../../nbs/820_platform.store.ipynb #c96b8c8f
 tasks = _table('tasks', _id(), _to('version_id', 'versions', index=True), _str('name'), _str('kind'), _str('question'), _json('labels'),
                _int('annotators', default=1), _int('created'), _user(), _int('closed', nullable=True))
 annotations = _table('annotations', _id(), _to('task_id', 'tasks'), _to('record_id', 'records', index=True), _user(), _str('source'),
                      _json('value'), _float('seconds', nullable=True), _int('at'), UniqueConstraint('task_id', 'record_id', 'source'),
-                     Index('annotations_by_source', 'task_id', 'source', 'id'))
+                     Index('annotations_by_source', 'task_id', 'source', 'id'), Index('annotations_by_user', 'task_id', 'user_id', 'id'))
 predictions = _table('predictions', _to('task_id', 'tasks', primary_key=True),
                      _to('record_id', 'records', primary_key=True, index=True), _str('model', primary_key=True), _json('value'),
-                     _float('uncertainty'), Index('predictions_by_uncertainty', 'task_id', 'model', 'uncertainty'), rowid=False)
+                     _float('uncertainty'), Index('predictions_by_uncertainty', 'task_id', 'uncertainty'), rowid=False)
+
+# %% ../../nbs/820_platform.store.ipynb #e4983816
+queue = _table('queue', _to('task_id', 'tasks', primary_key=True), _to('record_id', 'records', primary_key=True, index=True),
+               _int('given', default=0), Column('done', sa.Boolean, nullable=False, default=False), _float('rank', default=0.),
+               Index('queue_by_rank', 'task_id', 'done', 'rank', 'record_id'), rowid=False)
+leases = _table('leases', _to('task_id', 'tasks', primary_key=True), _to('record_id', 'records', primary_key=True, index=True),
+                _to('user_id', 'users', primary_key=True, index=True), _int('until'), rowid=False)
 
 # %% ../../nbs/820_platform.store.ipynb #1b3c8ad0
 jobs = _table('jobs', _id(), _str('kind'), _str('name', default=''), _json('config', default=dict), _str('state', default='queued'),
@@ -85,7 +93,8 @@ jobs = _table('jobs', _id(), _str('kind'), _str('name', default=''), _json('conf
               _int('model_id', nullable=True), _to('parent_id', 'jobs', nullable=True), _str('commit', default=''),
               _int('attempts', default=0), _int('created'), _int('started', nullable=True), _int('ended', nullable=True),
               _int('beat', nullable=True), _int('pid', nullable=True), Column('cancel', sa.Boolean, nullable=False, default=False),
-              _str('error', default=''), _json('result', nullable=True), _user(), Index('jobs_by_state', 'state', 'priority', 'id'))
+              _str('error', default=''), _json('result', nullable=True), _user(),
+              _json('process', nullable=True), _int('memory', nullable=True), Index('jobs_by_state', 'state', 'priority', 'id'))
 curves = _table('curves', _to('job_id', 'jobs', primary_key=True), _str('name', primary_key=True), _int('step', primary_key=True),
                 _float('value', nullable=True), _int('at'), rowid=False)
 models = _table('models', _id(), _str('name'), _int('number'), _to('job_id', 'jobs', nullable=True),
@@ -252,7 +261,7 @@ def _explained(store):
                           'free space and try again') from e
         raise
 
-# %% ../../nbs/820_platform.store.ipynb #85370e40
+# %% ../../nbs/820_platform.store.ipynb #64b2982f
 @patch
 @contextmanager
 def read(self:Store): # Yields a connection
@@ -272,11 +281,11 @@ def write(self:Store,
     try:
         with _explained(self), self.engine.connect() as c:
             c.execution_options(store=self)
-            c.info['after'] = []
+            c.info['after'] = {}
             with c.begin():
                 if alone: lock_rows(c, 'write')
                 yield c
-            for act in c.info.pop('after'): act()
+            for act in c.info.pop('after').values(): act()
     finally: self.local.writing = False
 
 # %% ../../nbs/820_platform.store.ipynb #53066a93
@@ -351,7 +360,7 @@ def path_of(self:Store,
     if not path.exists(): raise KeyError(f'blob {digest} is not in {path.parents[1]}; restore the folder from a backup')
     return path
 
-# %% ../../nbs/820_platform.store.ipynb #d88a9f7b
+# %% ../../nbs/820_platform.store.ipynb #e3ca0a9e
 def _named(value): # digests after the key `blob`, at any depth
     if isinstance(value, dict):
         if isinstance(value.get('blob'), str): yield value['blob']
@@ -359,13 +368,14 @@ def _named(value): # digests after the key `blob`, at any depth
     if not isinstance(value, str) and hasattr(value, '__iter__'):
         for o in value: yield from _named(o)
 
+_WORDS = 'records.data', 'annotations.value', 'predictions.value', 'feedback.value' # what users write
 def _blob_faults(store, c):
     for path in (store.folder/'blobs').glob('??/*'):
         digest,found = path.parent.name + path.name,sha256()
         for chunk in _chunks(path): found.update(chunk)
         if found.hexdigest() != digest: yield f'blob {digest}: the file has other content; restore it from a backup'
     for t in metadata.sorted_tables:
-        for column in (o for o in t.columns if isinstance(o.type, JSON)):
+        for column in (o for o in t.columns if isinstance(o.type, JSON) and f'{t.name}.{o.name}' not in _WORDS):
             for digest in _named(c.scalars(select(column).where(sa.cast(column, Text).like('%"blob"%'))).all()):
                 try: store.path_of(digest)
                 except (KeyError, ValueError) as e: yield f'{t.name}.{column.name}: {e.args[0]}'
