@@ -235,7 +235,7 @@ class DriftPlan:
         if outcomes is None and found: outcomes = tuple(o for o,_ in found.sketch.outcomes.most_common(15))
         return (features_sample(rows, outcomes) if len(rows) >= self.least else None), outcomes
 
-# %% ../../nbs/831_platform.monitor.ipynb #66ce9471
+# %% ../../nbs/831_platform.monitor.ipynb #c7e5dea8
 class DriftWeek(NamedTuple):
     "A window in the history of drift"
     start:int # Microseconds since 1970
@@ -255,11 +255,11 @@ def drift_history(
 
 def _watch(store, plan, old):
     "The watch of a place as it was saved"
-    watch = DriftWatch(_unpack(store.path_of(old['blob']).read_bytes()), plan.rule, plan.past)
+    watch = DriftWatch(_unpack(store.path_of(old['blob']).read_bytes()), plan.rule, old['past'])
     watch.evidence,watch.count = old['evidence'],old['count']
     return watch
 
-# %% ../../nbs/831_platform.monitor.ipynb #2fac0ba7
+# %% ../../nbs/831_platform.monitor.ipynb #07dba567
 def _compare(store, plan, place, old, start):
     "The new state of a place after a window, and what it showed"
     first = 'blob' not in old
@@ -267,7 +267,7 @@ def _compare(store, plan, place, old, start):
     new = old | dict(until=start + plan.period)
     if sample is None: return new, DriftWeek(start, 0, None, old.get('evidence', 1.), '', '', {})
     if first:
-        return (new | dict(blob=store.put(_pack(sample)), evidence=1., count=0, outcomes=outcomes),
+        return (new | dict(blob=store.put(_pack(sample)), evidence=1., count=0, outcomes=outcomes, past=plan.past),
                 DriftWeek(start, len(sample), None, 1., 'first', '', {}))
     watch = _watch(store, plan, old)
     found = watch.look(sample)
@@ -424,12 +424,13 @@ def run(self:Monitor,
 @patch
 def stop(self:Monitor)->None: "End the thread"; self.over.set()
 
-# %% ../../nbs/831_platform.monitor.ipynb #516b3e2f
+# %% ../../nbs/831_platform.monitor.ipynb #560335bc
 def personal_scan(
-    country:str = '', # Country of national numbers and telephone numbers; '': international forms only
+    kinds:Iterable = ('card', 'iban', 'email', 'national', 'phone'), # Of the policy's kinds of content
+    locale:str = 'us', # Country of national numbers and telephone numbers
 )->Callable: # Function of a text: whether it has personal data
     "A scan for card numbers, addresses and the like"
-    shapes = shapes_for(country)
+    shapes = shapes_for(kinds, locale)
     return lambda text: bool(find_shapes(shapes, text, True)[0])
 
 # %% ../../nbs/831_platform.monitor.ipynb #f05af12d
