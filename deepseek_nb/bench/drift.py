@@ -9,11 +9,10 @@ benchmark `drift`: calm weeks, and shifts of several sizes until an alarm. `Drif
 __all__ = ['CALM', 'FICTION', 'SHIFTS', 'OUTCOMES', 'SHARES', 'brown_requests', 'WeekMaker', 'calm_weeks', 'weeks_to_alarm',
            'DriftCurve', 'drift_weeks']
 
-# %% ../../nbs/796_bench.drift.ipynb #4896d1dd
+# %% ../../nbs/796_bench.drift.ipynb #376089bc
 import json
 import math
 import random
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple

@@ -122,7 +122,7 @@ def divisions(
     np.put_along_axis(out[1:], chosen, 1., 1)
     return out
 
-# %% ../../nbs/746_eval.drift.ipynb #c25a055b
+# %% ../../nbs/746_eval.drift.ipynb #0539238e
 def _steps(x, most=256):
     "The step of each value among the sorted ones; quantiles if there are too many"
     values,which = np.unique(x, return_inverse=True)
@@ -137,6 +137,7 @@ def _number_distances(x, z, bins=10):
     cut = lambda c: np.diff(c[:, ends], prepend=0)
     return dict(ks=abs(now/m - (both - now)/(n - m)).max(1), psi=psi(cut(both - now), cut(now)))
 
+# %% ../../nbs/746_eval.drift.ipynb #89e936a7
 def sample_distances(
     both:RequestSample, # Requests before and now
     z:np.ndarray, # `divisions`
@@ -195,7 +196,7 @@ def absorb(
     both = join_samples(pool, week)
     return both if len(both) <= size else both.take(np.sort(rng.choice(len(both), size, replace=False)))
 
-# %% ../../nbs/746_eval.drift.ipynb #c2754099
+# %% ../../nbs/746_eval.drift.ipynb #6e77c59d
 @dataclass(frozen=True)
 class DriftRule:
     "When p-values of windows alarm"
@@ -210,6 +211,7 @@ class DriftRule:
         evidence = max(evidence, 1.)*.5/math.sqrt(p)
         return evidence, 'week' if p <= self.week else 'trend' if evidence >= self.trend else ''
 
+# %% ../../nbs/746_eval.drift.ipynb #9d1be640
 def false_alarm_rate(
     rule:DriftRule, # When to alarm
     windows:int = 20_000, # To simulate

@@ -10,7 +10,7 @@ turns old minutes into hours. `request_hook` makes events of a server's requests
 __all__ = ['SAMPLED', 'MINUTE', 'DAY', 'HOURLY', 'RequestEvent', 'Prices', 'Sketch', 'Recorder', 'WindowRow', 'windows_of',
            'total', 'condense', 'request_hook']
 
-# %% ../../nbs/830_platform.events.ipynb #3334e65f
+# %% ../../nbs/830_platform.events.ipynb #617f33c3
 import math
 import threading
 import time
@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, insert, select, update
 
-from ..eval.features import BUCKETS, COORDINATES, EmbeddingTable, RequestFeatures
+from ..eval.features import BUCKETS, COORDINATES, RequestFeatures
 from ..eval.shares import bucket_quantile, log_bucket
 from .store import Store, events, lock_rows, texts, windows
 from ..serve.logs import user_hash
@@ -114,7 +114,7 @@ class Sketch:
         counts = {k: Counter({int(i) if k in ('seconds', 'first') else i: n for i,n in o[k].items()}) for k in _SUMS}
         return cls(**counts, tokens=np.array(o['tokens']), embedding=np.array(o['embedding']), featured=o['featured'], sample=o['sample'])
 
-# %% ../../nbs/830_platform.events.ipynb #32e66036
+# %% ../../nbs/830_platform.events.ipynb #38ba587c
 @patch
 def add(self:Sketch,
     event:RequestEvent, # To count
@@ -133,6 +133,7 @@ def add(self:Sketch,
     if len(self.sample) < SAMPLED or priority < self.sample[-1][0]:
         self.sample = _lowest([*self.sample, [round(priority, 12), event.owner, features.pack()]], SAMPLED)
 
+# %% ../../nbs/830_platform.events.ipynb #8be125ba
 @patch
 def merge(self:Sketch,
     other:Sketch, # Of other requests
@@ -166,7 +167,7 @@ class Recorder:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/830_platform.events.ipynb #f5bf0d4f
+# %% ../../nbs/830_platform.events.ipynb #c7ab05ad
 @patch
 def record(self:Recorder,
     event:RequestEvent, # What happened
@@ -186,6 +187,7 @@ def record(self:Recorder,
         if len(self.items)*2 >= self.most: self.ready.notify_all()
         return True
 
+# %% ../../nbs/830_platform.events.ipynb #2bd4ffbc
 @patch
 def flush(self:Recorder,
     timeout:float = 30., # Seconds
@@ -196,7 +198,7 @@ def flush(self:Recorder,
         self.ready.notify_all()
         return self.ready.wait_for(lambda w=self.wanted: self.written >= w, timeout)
 
-# %% ../../nbs/830_platform.events.ipynb #31457efd
+# %% ../../nbs/830_platform.events.ipynb #470cfdcb
 @patch
 def close(self:Recorder,
     timeout:float = 30., # Seconds for the rest
@@ -220,6 +222,7 @@ def _run(self:Recorder):
         if batch: self._persist(batch)
         elif self.closing: return
 
+# %% ../../nbs/830_platform.events.ipynb #efc33c48
 @patch
 def _persist(self:Recorder, batch):
     "Write a batch, however often it fails"
@@ -256,7 +259,7 @@ def _event_row(e, cost):
 
 MINUTE = 60_000_000 # microseconds
 
-# %% ../../nbs/830_platform.events.ipynb #612185b7
+# %% ../../nbs/830_platform.events.ipynb #f737503a
 def _add_window(c, key, items, costs):
     "Add events to the row of their window"
     place,model,start = key
@@ -267,9 +270,12 @@ def _add_window(c, key, items, costs):
     part = [e for e,_ in items]
     sums = dict(count=len(part), errors=sum(bool(e.error) for e in part), cost=math.fsum(costs))
     sums |= {k: sum(getattr(e, k) for e in part) for k in ('prompt_tokens', 'completion_tokens')}
-    if row: c.execute(update(windows).where(w.id == row.id).values(sketch=sketch.to_json(), **{k: row._mapping[k] + v for k,v in sums.items()}))
+    if row:
+        sums = {k: row._mapping[k] + v for k,v in sums.items()}
+        c.execute(update(windows).where(w.id == row.id).values(sketch=sketch.to_json(), **sums))
     else: c.execute(insert(windows).values(place=place, model_id=model, start=start, seconds=60., sketch=sketch.to_json(), **sums))
 
+# %% ../../nbs/830_platform.events.ipynb #66e8ffd2
 @patch
 def _write(self:Recorder, batch, about):
     "One transaction"
@@ -288,7 +294,7 @@ def _write(self:Recorder, batch, about):
             c.execute(insert(texts).values(event_id=id, prompt=e.texts[0], answer=e.texts[1]))
         for key,(items,costs) in groups.items(): _add_window(c, key, items, costs)
 
-# %% ../../nbs/830_platform.events.ipynb #4ad1133b
+# %% ../../nbs/830_platform.events.ipynb #27080e88
 class WindowRow(NamedTuple):
     "The requests of a place and a model in a window"
     id:int # Of the row
@@ -307,6 +313,7 @@ class WindowRow(NamedTuple):
     def end(self): return self.start + int(self.seconds*1e6) # Microseconds since 1970
     def quantile(self, q, name='seconds'): return bucket_quantile(getattr(self.sketch, name), q) # Seconds
 
+# %% ../../nbs/830_platform.events.ipynb #8086491d
 def windows_of(
     store:Store, # Open store
     place:str, # As clients see it; '': all places
@@ -336,7 +343,7 @@ def total(
     model = first.model_id if len({r.model_id for r in rows}) == 1 else None
     return WindowRow(first.id, first.place, model, start, (end - start)/1e6, *sums, sketch)
 
-# %% ../../nbs/830_platform.events.ipynb #d8b3ae82
+# %% ../../nbs/830_platform.events.ipynb #cf369be8
 DAY = 86_400_000_000 # microseconds
 HOURLY = 128 # requests in the sample of an hour
 
@@ -351,6 +358,7 @@ def _to_hour(c, place, model, hour):
     c.execute(insert(windows).values(**values, model_id=model, start=hour, seconds=3600., sketch=t.sketch.to_json()))
     return len(rows)
 
+# %% ../../nbs/830_platform.events.ipynb #975bd0e3
 def condense(
     store:Store, # Open store
     keep:int = DAY, # Microseconds for which events and minutes stay
@@ -360,7 +368,8 @@ def condense(
     before,gone,added = store.now() - keep,0,0
     while True:
         with store.write(alone=False) as c:
-            n = c.execute(delete(events).where(events.c.id.in_(select(events.c.id).where(events.c.at < before).limit(most)))).rowcount
+            old = select(events.c.id).where(events.c.at < before).limit(most)
+            n = c.execute(delete(events).where(events.c.id.in_(old))).rowcount
         gone += n
         if n < most: break
     w,full = windows.c,before//(60*MINUTE)*(60*MINUTE)
@@ -372,7 +381,7 @@ def condense(
             added += _to_hour(c, place, model, hour)
     return gone, added
 
-# %% ../../nbs/830_platform.events.ipynb #2c3e50e8
+# %% ../../nbs/830_platform.events.ipynb #f99d8259
 def request_hook(
     recorder:Recorder, # Takes the events
     tables:dict, # Name of a model -> its `EmbeddingTable`; others have no features
@@ -388,7 +397,8 @@ def request_hook(
         prompt,answer = streams[0].request.prompt if streams else (),sum(s.usage.completion_tokens for s in streams)
         table,first = tables.get(record.model),streams[0].timing if streams else None
         said = (record.tok.decode(prompt), ''.join(streams[0].shown)) if texts and streams else None
-        recorder.record(RequestEvent(place, 'chat', user_hash(streams[0].request.user) if streams else '', model,
-            sum(s.usage.prompt_tokens for s in streams), answer, first and first.queue + first.prefill, time.monotonic() - record.started, error,
-            finish, (lambda: table.features(prompt, answer, finish)) if table and prompt else None, said), wait=0)
+        make = (lambda: table.features(prompt, answer, finish)) if table and prompt else None
+        recorder.record(RequestEvent(
+            place, 'chat', user_hash(streams[0].request.user) if streams else '', model, sum(s.usage.prompt_tokens for s in streams), answer,
+            first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said), wait=0)
     return ended

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-# %% ../../nbs/481_serve.webhooks.ipynb #45df1832
+# %% ../../nbs/481_serve.webhooks.ipynb #490b072d
 class Target(NamedTuple):
     "A checked address"
     scheme:str # http or https
@@ -28,6 +28,7 @@ class Target(NamedTuple):
     path:str # With the query
     address:str # IP address to connect to
 
+# %% ../../nbs/481_serve.webhooks.ipynb #9b5e113c
 def checked_target(
     url:str, # http:// or https://
     allow_private:bool = False, # Whether internal addresses are meant
