@@ -381,7 +381,7 @@ def condense(
             added += _to_hour(c, place, model, hour)
     return gone, added
 
-# %% ../../nbs/830_platform.events.ipynb #f99d8259
+# %% ../../nbs/830_platform.events.ipynb #11f5953a
 def request_hook(
     recorder:Recorder, # Takes the events
     tables:dict, # Name of a model -> its `EmbeddingTable`; others have no features
@@ -399,6 +399,7 @@ def request_hook(
         said = (record.tok.decode(prompt), ''.join(streams[0].shown)) if texts and streams else None
         make = (lambda: table.features(prompt, answer, finish)) if table and prompt else None
         recorder.record(RequestEvent(
-            place, 'chat', user_hash(streams[0].request.user) if streams else '', model, sum(s.usage.prompt_tokens for s in streams), answer,
+            place, 'chat', user_hash(streams[0].request.user) if streams else '', model,
+            sum(s.usage.prompt_tokens for s in streams), answer,
             first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said), wait=0)
     return ended
