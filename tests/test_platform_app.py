@@ -143,8 +143,8 @@ def test_bodies(store):  # noqa: F811
     assert answer.status_code == 500 and 'ZeroDivision' not in answer.text and 'our fault' in answer.text
 
 
-PATHS = ('/static/../../etc/passwd', '/static/x/..%2f..%2fetc%2fpasswd', '/static/%2e%2e/pages.css', '/..%2f..%2fetc/passwd', '//etc/passwd',
-         '/static/x/pages.css', '/runs/..%2f..', '/%00', '/datasets/' + '9'*40, '/datasets/-1')
+PATHS = ('/static/../../etc/passwd', '/static/x/..%2f..%2fetc%2fpasswd', '/static/%2e%2e/pages.css', '/..%2f..%2fetc/passwd',
+         '//etc/passwd', '/static/x/pages.css', '/runs/..%2f..', '/%00', '/datasets/' + '9'*40, '/datasets/-1')
 
 
 def test_paths(site):
@@ -181,7 +181,8 @@ def test_every_page_and_form(site):
     for url, (answer, parsed) in found.items():
         assert answer.status_code == 200, (url, answer.status_code)
         assert not parsed.faults and parsed.heads == 1 and len({*parsed.ids}) == len(parsed.ids), (url, parsed.faults, parsed.ids)
-    forms = {(re.sub(r'\d+', '1', o[1]), *sorted(o[2])): o for _, p in found.values() for o in p.forms if o[0] == 'post' and o[1] not in KEEP}
+    posts = [o for _, p in found.values() for o in p.forms if o[0] == 'post' and o[1] not in KEEP]
+    forms = {(re.sub(r'\d+', '1', o[1]), *sorted(o[2])): o for o in posts}
     assert len(forms) >= 6
     for i, (_, action, fields, kind) in enumerate(forms.values()):
         for j in range(2):
@@ -219,7 +220,8 @@ def test_tokens_are_keys(site):
     ask = dict(model='assistant', messages=[dict(role='user', content='Hi')])
     def post(client, **heads): return client.post('/v1/chat/completions', json=ask, headers=heads)
     stranger = site.new()
-    assert post(stranger).status_code == post(site.clients['admin']).status_code == post(stranger, authorization='Bearer dnb_x').status_code == 401
+    refused = post(stranger), post(site.clients['admin']), post(stranger, authorization='Bearer dnb_x')
+    assert [a.status_code for a in refused] == [401]*3
     answer = post(stranger, authorization=f'Bearer {token}')
     assert answer.status_code == 404 and "nothing is released as 'assistant'" in answer.json()['error']['message']
     assert post(stranger, **{'x-api-key': token}).status_code == 404
