@@ -173,6 +173,27 @@ def test_a_writer_that_never_ends_is_waited_for_to_a_limit(store):
     quick.close()
 
 
+def use(out, store):
+    with store.write() as c: add(c, 'child')
+    print(names_of(store), file=out)
+
+
+def test_a_fork_opens_connections_of_its_own(store):
+    with store.write() as c: add(c, 'parent')
+    with store.read() as c:
+        assert names(c) == ['parent']
+        with process(use, store) as (_, lines): assert lines.read() == "['parent', 'child']\n"
+        assert names(c) == ['parent']
+    with store.write() as c: add(c, 'again')
+    assert names_of(store) == ['parent', 'child', 'again'] and faults(store) == []
+
+
+def test_a_store_opens_while_another_writes(store):
+    with store.write() as c:
+        add(c, 'slow')
+        assert names_of(again(store)) == []
+
+
 # ---- kill -9
 
 def write_on(out, store, seed):
@@ -586,8 +607,29 @@ def test_a_head_that_can_not_be_written(store):
     with store.read() as c: assert c.scalar(select(func.count()).select_from(audits)) == 2
 
 
+def test_a_damaged_database(tmp_path):
+    (tmp_path/'platform.db').write_bytes(b'no database'*1000)
+    with pytest.raises(ValueError, match='restore the newest backup'): open_store(tmp_path)
+    opened = open_store(tmp_path/'new', durable=False)
+    with opened.write() as c: c.execute(insert(settings), [dict(name=str(i), value='x'*1000) for i in range(200)])
+    opened.close()
+    raw = bytearray((tmp_path/'new/platform.db').read_bytes())
+    raw[len(raw)//2:-8192] = os.urandom(len(raw) - 8192 - len(raw)//2)
+    (tmp_path/'new/platform.db').write_bytes(raw)
+    try: found = open_store(tmp_path/'new').check()
+    except ValueError as e: found = [str(e)]
+    assert found
+
+
+def test_a_server_that_is_not_there(tmp_path):
+    with pytest.raises(ConnectionError, match='does not answer') as e:
+        open_store(f'postgresql://tester:geheim@/x?host={tmp_path}', folder=tmp_path)
+    assert 'geheim' not in str(e.value)
+
+
 def test_where_a_store_may_be(tmp_path):
-    for bad in ('mysql://x@y/z', 'sqlite:///x.db'):
-        with pytest.raises(ValueError, match='postgresql://'): open_store(bad, folder=tmp_path)
+    for bad in ('mysql://x:geheim@y/z', 'sqlite:///x.db'):
+        with pytest.raises(ValueError, match='postgresql://') as e: open_store(bad, folder=tmp_path)
+        assert 'geheim' not in str(e.value)
     with pytest.raises(ValueError, match='folder='): open_store('postgresql://x@y/z')
     assert Path(open_store(str(tmp_path/'as text')).folder).name == 'as text'

@@ -10,7 +10,7 @@ can name them."""
 # %% auto #0
 __all__ = ['MIGRATIONS', 'Clock', 'Store', 'open_store', 'lock_rows', 'upgrade', 'faults', 'restore']
 
-# %% ../../nbs/820_platform.store.ipynb #586c181f
+# %% ../../nbs/820_platform.store.ipynb #a6765858
 import errno
 import json
 import os
@@ -21,6 +21,7 @@ import time
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from weakref import WeakSet
 
 import sqlalchemy as sa
 from fastcore.basics import patch
@@ -150,7 +151,16 @@ class Clock:
             self.last,self.mark = max(self.wall(), self.last + mark - self.mark),mark
             return self.last//1000
 
-# %% ../../nbs/820_platform.store.ipynb #34ecc7c1
+# %% ../../nbs/820_platform.store.ipynb #3c606cfe
+_open = WeakSet()
+def _after_fork(): # a connection belongs to one process: the child opens its own and never closes those of its parent
+    for store in _open:
+        store.parents,store.lock,store.local = [o.pool for o in (store.engine, store.reader)],threading.Lock(),threading.local()
+        for engine in {store.engine, store.reader}: engine.dispose(close=False)
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
+
+# %% ../../nbs/820_platform.store.ipynb #8f6093c4
 @extended
 class Store:
     "Tables and blobs of one platform"
@@ -163,13 +173,14 @@ class Store:
     ):
         self.folder,self.engine,self.reader,self.clock,self.wait = Path(folder),engine,reader or engine,clock or Clock(),wait
         self.kind,self.last,self.lock,self.local = engine.dialect.name,0,threading.Lock(),threading.local()
+        _open.add(self)
 
     def __repr__(self): return f'Store({str(self.folder)!r}, {self.kind})'
     def close(self): # After this, nothing uses the store
         "Close all connections"
         for engine in {self.engine, self.reader}: engine.dispose()
 
-# %% ../../nbs/820_platform.store.ipynb #1c7dbc82
+# %% ../../nbs/820_platform.store.ipynb #e00be17f
 def _dumps(value): # other databases refuse NaN and half a surrogate pair
     out = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(',', ':'))
     try: out.encode()
@@ -196,8 +207,9 @@ def _postgres(url, wait):
 
     @sa.event.listens_for(engine, 'connect')
     def _(connection, _):
-        connection.execute(f"SET lock_timeout = {round(wait*1000)}")
-        connection.execute("SET idle_in_transaction_session_timeout = 0")
+        connection.execute(f"SET lock_timeout = {max(1, round(wait*1000))}")
+        connection.execute("SET tcp_keepalives_idle = 30") # a client whose machine is gone would hold the writer's lock for hours
+        connection.execute("SET tcp_keepalives_interval = 10")
         connection.commit()
     return engine
 
@@ -213,7 +225,7 @@ def _sweep(folder, age=86400): # what killed processes left; a file that is bein
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > age: path.unlink()
 
-# %% ../../nbs/820_platform.store.ipynb #0fb33921
+# %% ../../nbs/820_platform.store.ipynb #cc3e8b08
 def open_store(
     where:str|Path, # A folder, for SQLite; or the URL of a database, 'postgresql+psycopg://name@host/database'
     folder:str|Path|None = None, # Folder of the blobs, for a URL
@@ -224,8 +236,8 @@ def open_store(
     "Open the store, and make or upgrade its tables"
     if url := str(where).startswith(('postgresql:', 'postgresql+psycopg:', 'postgres:')) or '://' in str(where):
         url = make_url(str(where).replace('postgres:', 'postgresql:', 1))
-        if url.get_backend_name() != 'postgresql': raise ValueError(f'{url}: a store is a folder (SQLite) or a postgresql:// URL')
-        if folder is None: raise ValueError(f'{url}: say in which folder blobs lie, open_store(url, folder=…)')
+        if url.get_backend_name() != 'postgresql': raise ValueError(f'{url!r}: a store is a folder (SQLite) or a postgresql:// URL')
+        if folder is None: raise ValueError(f'{url!r}: say in which folder blobs lie, open_store(url, folder=…)')
     home = Path(folder or where).absolute()
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home/'blobs').mkdir(mode=0o700, exist_ok=True)
@@ -263,19 +275,23 @@ def lock_rows(
     key = int.from_bytes(sha256(f'{schema} {name}'.encode()).digest()[:8], 'big', signed=True)
     c.execute(select(func.pg_advisory_xact_lock(key)))
 
-# %% ../../nbs/820_platform.store.ipynb #7da0ff53
+# %% ../../nbs/820_platform.store.ipynb #fcd6ad17
 @contextmanager
 def _explained(store):
     try: yield
     except (DBAPIError, PoolTimeout) as e:
         said = str(getattr(e, 'orig', e))
-        where = store.folder if store.kind == 'sqlite' else store.engine.url
+        where = store.folder if store.kind == 'sqlite' else repr(store.engine.url) # which hides its password
         if isinstance(e, PoolTimeout) or any(o in said for o in ('database is locked', 'lock timeout', 'database table is locked')):
             raise TimeoutError(f'{where}: others have used the database for {store.wait:g} s without a pause; try again; '
                                'if it lasts, look for a process that keeps a transaction open') from e
         if any(o in said for o in ('disk is full', 'disk I/O error', 'No space left')):
             raise OSError(errno.ENOSPC, f'{where}: the disk is full (or a quota is used up), so nothing of this was written; '
                           'free space and try again') from e
+        if any(o in said for o in ('malformed', 'not a database')):
+            raise ValueError(f'{where}: the database is damaged ({said}); stop, and restore the newest backup') from e
+        if any(o in said for o in ('connection failed', 'connection is bad', 'terminating connection', 'server closed')):
+            raise ConnectionError(f'{where}: Postgres does not answer; see whether it runs and whether the URL is right') from e
         raise
 
 # %% ../../nbs/820_platform.store.ipynb #64b2982f
@@ -305,7 +321,10 @@ def write(self:Store,
             for act in c.info.pop('after').values(): act()
     finally: self.local.writing = False
 
-# %% ../../nbs/820_platform.store.ipynb #53066a93
+# %% ../../nbs/820_platform.store.ipynb #1661d9fe
+def _schema(c): # None: no tables yet
+    if c.dialect.has_table(c, 'settings'): return c.scalar(select(settings.c.value).where(settings.c.name == 'schema'))
+
 MIGRATIONS = {} # Version -> function of a connection that changes the tables of the version before
 def upgrade(
     store:Store, # Open store
@@ -314,8 +333,10 @@ def upgrade(
     "Make the tables of a new database, or run the steps that an old one lacks"
     steps = MIGRATIONS if steps is None else steps
     newest = max(steps, default=1)
+    with store.read() as c: # so that a store opens while another process writes
+        if _schema(c) == newest: return newest
     with store.write() as c:
-        had = store.engine.dialect.has_table(c, 'settings') and c.scalar(select(settings.c.value).where(settings.c.name == 'schema'))
+        had = _schema(c)
         if had and had > newest:
             raise ValueError(f'{store.folder}: its tables have version {had}, this program knows {newest}: update it')
         if had: [steps[n](c) for n in range(had + 1, newest + 1)]
