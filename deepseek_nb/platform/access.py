@@ -204,7 +204,7 @@ def _count_try(store, keys): # keys: {'name': …, 'address': …}
             if key in had: c.execute(update(attempts).where(attempts.c.key == key).values(row))
             else: c.execute(insert(attempts).values(key=key, **row))
 
-# %% ../../nbs/822_platform.access.ipynb #f0c242d8
+# %% ../../nbs/822_platform.access.ipynb #345fa836
 IDLE,LIFETIME = 12*3600*10**6,7*_DAY # microseconds
 _WRONG = 'the name or the password is wrong' # also for a disabled user: the answer says nothing about who exists
 _nobody = {} # scrypt's parameters -> hash that no password has
@@ -215,16 +215,17 @@ def _dummy():
     return _nobody[key]
 
 def _tried(store, name, password, address):
-    with suppress(ValueError): name = _name(name)
-    keys = dict(name=f'name:{_digest(name)}') | (dict(address=f'address:{address}') if address else {})
+    try: known = _name(name)
+    except ValueError: known = '' # nobody's name, and perhaps no text that a database takes
+    keys = dict(name=f'name:{_digest(known or name)}') | (dict(address=f'address:{_digest(address)}') if address else {})
     _count_try(store, keys)
-    with store.read() as c: row = c.execute(select(users).where(users.c.name == name)).first()
+    with store.read() as c: row = c.execute(select(users).where(users.c.name == known)).first()
     right = password_matches(password, row.password if row else _dummy())
     if right and row and not row.disabled: return row,keys['name']
     with store.write() as c: audit(c, None, 'refuse log-in', f'user:{row.id}' if row else 'user:?', address=address)
     raise PermissionError(_WRONG)
 
-# %% ../../nbs/822_platform.access.ipynb #bd965c74
+# %% ../../nbs/822_platform.access.ipynb #8c70e7bf
 def log_in(
     store:Store, # Open store
     name:str, # As typed
@@ -239,7 +240,7 @@ def log_in(
     token = secrets.token_urlsafe(32)
     with store.write() as c:
         now = store.now()
-        c.execute(delete(attempts).where(attempts.c.key == key))
+        c.execute(delete(attempts).where((attempts.c.key == key) | (attempts.c.at < now - _DAY)))
         c.execute(delete(sessions).where((sessions.c.expires < now) | (sessions.c.seen < now - IDLE)))
         if old: c.execute(delete(sessions).where(sessions.c.digest == _digest(old)))
         same = _user_row(c, user.id)
@@ -353,7 +354,7 @@ def set_password(
         c.execute(delete(attempts).where(attempts.c.key == f'name:{_digest(row.name)}'))
         audit(c, by, 'set password', f'user:{id}')
 
-# %% ../../nbs/822_platform.access.ipynb #bdf178b2
+# %% ../../nbs/822_platform.access.ipynb #90672570
 def create_token(
     store:Store, # Open store
     user:User, # Whose token it is
@@ -366,7 +367,7 @@ def create_token(
     if role not in USER_ROLES: raise ValueError(f'{role!r:.40} is no role: {", ".join(USER_ROLES)}')
     if not allowed(user, role): raise PermissionError(f'{user.name} is {user.role}; a token of the role {role} would be more')
     if days is not None and not 0 < days <= 36500: raise ValueError(f'days is {days}; a token lasts more than 0 and at most 36,500 days')
-    if not 1 <= len(name) <= 100: raise ValueError('a token needs a name of 1 to 100 characters, what it is for')
+    if not (1 <= len(name) <= 100 and name.isprintable()): raise ValueError('a token needs a name of 1 to 100 characters, what it is for')
     token = f'dnb_{secrets.token_urlsafe(32)}'
     with store.write() as c:
         now = store.now()

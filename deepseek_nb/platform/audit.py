@@ -38,7 +38,7 @@ def entry_digest(
     "The digest of an entry, over its fields and the digest of the one before"
     return sha256(canonical([entry[k] for k in ('id', 'at', 'user_id', 'action', 'subject', 'detail', 'before')])).hexdigest()
 
-# %% ../../nbs/821_platform.audit.ipynb #f3d2746c
+# %% ../../nbs/821_platform.audit.ipynb #b46b537f
 class Head(NamedTuple):
     "The end of an audit log"
     id:int # Of the last entry
@@ -50,18 +50,19 @@ def head_of(
     store:Store, # Open store
 )->Head|None: # None: nothing was ever written
     "The head that is kept outside the database"
-    try: id,digest = _head_file(store).read_text().split()
+    try:
+        id,digest = _head_file(store).read_text().split()
+        return Head(int(id), digest)
     except FileNotFoundError: return None
     except ValueError: return Head(0, 'unreadable')
-    return Head(int(id), digest)
 
 def _advance(store, head):
     file = _head_file(store)
     try:
-        with FileLock(file.with_name('.audit.lock'), timeout=store.wait):
+        with FileLock(file.with_name('.audit.lock'), timeout=store.wait, mode=0o600):
             if (had := head_of(store)) and had.id >= head.id: return
             part = file.with_name('.audit.part')
-            with open(part, 'w') as f:
+            with open(part, 'w', opener=partial(os.open, mode=0o600)) as f: # nobody else may read it
                 f.write(f'{head.id} {head.digest}\n')
                 f.flush()
                 os.fsync(f.fileno())
