@@ -28,8 +28,8 @@ class Postgres:
     "A server in a temporary folder; each test gets a database, a copy of one whose tables are made"
     def __init__(self, programs):
         self.programs = programs
-        memory = '/dev/shm' if os.access('/dev/shm', os.W_OK) and shutil.disk_usage('/dev/shm').free > 2**31 else None  # a container has 64 MB
-        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir=memory))
+        roomy = os.access('/dev/shm', os.W_OK) and shutil.disk_usage('/dev/shm').free > 2**31  # a container may have 64 MB
+        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if roomy else None))
         self.user = next((o for o in ('postgres', 'nobody') if self._has(o)), None) if os.getuid() == 0 else None
         if self.user: shutil.chown(self.folder, self.user)
         self.data = self.folder/'data'
