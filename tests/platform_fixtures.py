@@ -28,11 +28,12 @@ class Postgres:
     "A server in a temporary folder; each test gets a database, a copy of one whose tables are made"
     def __init__(self, programs):
         self.programs = programs
-        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) else None))
+        roomy = os.access('/dev/shm', os.W_OK) and shutil.disk_usage('/dev/shm').free > 2**31  # a container may have 64 MB
+        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if roomy else None))
         self.user = next((o for o in ('postgres', 'nobody') if self._has(o)), None) if os.getuid() == 0 else None
         if self.user: shutil.chown(self.folder, self.user)
         self.data = self.folder/'data'
-        self.run('initdb', '-D', self.data, '-U', 'tester', '-A', 'trust', '-E', 'UTF8', '--locale=C', '--no-sync')
+        self.run('initdb', '-D', self.data, '-U', 'tester', '-A', 'trust', '-E', 'UTF8', '--locale=C', '--no-sync', '--wal-segsize=4')
         self.start()
         self.admin = create_engine(self.url('postgres'), isolation_level='AUTOCOMMIT', pool_pre_ping=True)
         self.execute('CREATE DATABASE model')

@@ -38,7 +38,7 @@ def entry_digest(
     "The digest of an entry, over its fields and the digest of the one before"
     return sha256(canonical([entry[k] for k in ('id', 'at', 'user_id', 'action', 'subject', 'detail', 'before')])).hexdigest()
 
-# %% ../../nbs/821_platform.audit.ipynb #b46b537f
+# %% ../../nbs/821_platform.audit.ipynb #f9c514b5
 class Head(NamedTuple):
     "The end of an audit log"
     id:int # Of the last entry
@@ -56,6 +56,7 @@ def head_of(
     except FileNotFoundError: return None
     except ValueError: return Head(0, 'unreadable')
 
+# %% ../../nbs/821_platform.audit.ipynb #e481b184
 def _advance(store, head):
     file = _head_file(store)
     try:

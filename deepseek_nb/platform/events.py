@@ -10,7 +10,7 @@ turns old minutes into hours. `request_hook` makes events of a server's requests
 __all__ = ['SAMPLED', 'MINUTE', 'DAY', 'HOURLY', 'RequestEvent', 'Prices', 'Sketch', 'Recorder', 'WindowRow', 'windows_of',
            'total', 'condense', 'request_hook']
 
-# %% ../../nbs/830_platform.events.ipynb #617f33c3
+# %% ../../nbs/830_platform.events.ipynb #27edf3ce
 import math
 import threading
 import time
@@ -26,7 +26,7 @@ import numpy as np
 from fastcore.basics import patch
 from sqlalchemy import delete, insert, select, update
 
-from ..eval.features import BUCKETS, COORDINATES, RequestFeatures
+from ..eval.features import COORDINATES, HASH_BUCKETS, RequestFeatures
 from ..eval.shares import bucket_quantile, log_bucket
 from .store import Store, events, lock_rows, texts, windows
 from ..serve.logs import user_hash
@@ -87,7 +87,7 @@ def _lowest(items, k):
         if len(out) == k: break
     return out
 
-# %% ../../nbs/830_platform.events.ipynb #a10b92ba
+# %% ../../nbs/830_platform.events.ipynb #96a5776e
 @dataclass
 class Sketch:
     "What is known of the requests of a window"
@@ -96,7 +96,7 @@ class Sketch:
     flags:Counter = field(default_factory=Counter) # 'scanned' and the names of scans -> requests
     seconds:Counter = field(default_factory=Counter) # Bucket -> requests
     first:Counter = field(default_factory=Counter) # Bucket -> requests
-    tokens:np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, np.int64)) # Tokens of prompts
+    tokens:np.ndarray = field(default_factory=lambda: np.zeros(HASH_BUCKETS, np.int64)) # Tokens of prompts
     embedding:np.ndarray = field(default_factory=lambda: np.zeros(COORDINATES)) # Sum over requests with features
     featured:int = 0 # Requests with features
     sample:list = field(default_factory=list) # [priority, owner, packed features] of some requests
