@@ -166,6 +166,7 @@ Modules:
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
 - `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
 - `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
+- `deepseek_nb.platform.data_pages`: Import, look through and export datasets in a browser, and label them with the keyboard alone; every page works without scripts too.
 - `deepseek_nb.platform.datasets`: Import rows, name each version by its content, give every record a split that it keeps, and report near-duplicates, leaks and personal data.
 - `deepseek_nb.platform.entry`: The pages through which people enter the platform: the first set-up with a code from the console, log-in, users and roles, API tokens, settings
 - `deepseek_nb.platform.exchange`: Write tasks, answers and predictions in the JSON of Label Studio and of Argilla, read them from there, and export tables without formulas.

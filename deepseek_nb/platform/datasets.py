@@ -410,7 +410,7 @@ def _sourced(source, name, format):
     if isinstance(source, list | tuple): yield from source
     elif isinstance(source, dict):
         for split,part in source.items(): yield from ((row, split) for row in _sourced(part, name, format))
-    elif hasattr(source, 'read'): yield from untrusted_rows(source, getattr(source, 'name', None) or name, format)
+    elif hasattr(source, 'read'): yield from untrusted_rows(source, name, format)
     elif isinstance(source, Path) or isinstance(source, str) and (Path(source).is_file() or Path(source).suffix):
         yield from untrusted_rows(source, None, format)
     elif isinstance(source, str): yield from _sourced(_loaded(source), name, format)
@@ -427,10 +427,11 @@ def import_dataset(
     format:str|None = None, # 'jsonl', 'json', 'csv' or 'parquet'; None: by the name of the file
     split:str|None = None, # Column that has the splits; None: they are made here, unless the source has them
     note:str = '', # What is new in this version
+    called:str|None = None, # Name of the file, where the source is a binary file
 )->int: # Id of the version; the same rows again: that of the version they have
     "Import a version of a dataset"
     if kind not in DATA_KINDS: raise ValueError(f'kind is {kind!r:.60}; it must be one of {", ".join(DATA_KINDS)}')
-    rows = _house_rows(_sourced(source, name, format), kind, text, label, split)
+    rows = _house_rows(_sourced(source, called or name, format), kind, text, label, split)
     return import_rows(store, user, name, rows, kind, note).version
 
 # %% ../../nbs/823_platform.datasets.ipynb #8fed62d8

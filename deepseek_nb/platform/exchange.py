@@ -42,7 +42,8 @@ def studio_result(
         found = [('rating', 'messages', dict(rating=value['rating'])), *note]
     elif value['better'] == 'tie': found = [('choices', 'a', dict(choices=['tie']))]
     else: found = [('pairwise', 'a', dict(selected=dict(a='left', b='right')[value['better']]))]
-    names = dict(labels='spans', choices='label' if kind == 'classification' else 'tie', rating='rating', textarea='note', pairwise='better')
+    names = dict(labels='spans', choices='label' if kind == 'classification' else 'tie', rating='rating', textarea='note',
+                 pairwise='better')
     return [dict(id=f'{id}-{i}', type=t, from_name=names[t], to_name=to, value=v) for i,(t,to,v) in enumerate(found)]
 
 def from_studio_result(
@@ -54,7 +55,8 @@ def from_studio_result(
     for r in result: values.setdefault(r.get('type'), []).append(r.get('value') or {})
     first = lambda type, key, default=None: next((v[key] for v in values.get(type, ()) if v.get(key)), default)
     if kind == 'spans':
-        return dict(spans=[dict(start=v.get('start'), end=v.get('end'), label=(v.get('labels') or [''])[0]) for v in values.get('labels', ())])
+        found = values.get('labels', ())
+        return dict(spans=[dict(start=v.get('start'), end=v.get('end'), label=(v.get('labels') or [''])[0]) for v in found])
     if kind == 'classification': return dict(label=(first('choices', 'choices') or [None])[0])
     if kind == 'chat': return dict(rating=first('rating', 'rating'), note=' '.join(first('textarea', 'text', [])))
     return dict(better=dict(left='a', right='b').get(first('pairwise', 'selected'), 'tie'))
@@ -108,8 +110,8 @@ def to_label_studio(
         made = [dict(result=[] if a.value == SKIPPED else studio_result(kind, a.value, record.data, f'{record.id}-{a.id}'),
                      was_cancelled=a.value == SKIPPED, ground_truth=a.source == 'adjudication:', lead_time=a.seconds, created_at=_iso(a.at),
                      completed_by=dict(email=a.source.removeprefix('import:'))) for a in said]
-        known = [dict(model_version=p.model, score=1 - p.uncertainty, result=studio_result(kind, p.value, record.data, f'{record.id}-{p.model}'))
-                 for p in guess]
+        known = [dict(model_version=p.model, score=1 - p.uncertainty,
+                      result=studio_result(kind, p.value, record.data, f'{record.id}-{p.model}')) for p in guess]
         yield dict(id=record.id, data=record.data, annotations=made, predictions=known)
 
 # %% ../../nbs/825_platform.exchange.ipynb #ea3d933f
@@ -213,11 +215,13 @@ def import_task(
     labels:Iterable = (), # Of the task; none: those that occur
     question:str = '', # What people are asked
     annotators:int = 1, # Answers that each record needs
+    called:str|None = None, # Name of the file, where the source is a binary file
 )->int: # Id of the task
     "Import an export of Label Studio or Argilla as a dataset with a task"
-    items = source if isinstance(source, list) else [*untrusted_rows(source, getattr(source, 'name', None))]
+    items = source if isinstance(source, list) else [*untrusted_rows(source, called)]
     try: labels = [*labels] or _labels_in(items, kind)
-    except (AttributeError, TypeError) as e: raise ValueError(f'the file has another form than Label Studio or Argilla write: {e}') from None
+    except (AttributeError, TypeError) as e:
+        raise ValueError(f'the file has another form than Label Studio or Argilla write: {e}') from None
     fixed = dict(preference=['a', 'b', 'tie'], chat=['1', '2', '3', '4', '5']).get(kind)
     read = [_checked_item(n, item, kind, fixed or labels) for n,item in enumerate(items, 1)]
     version = import_rows(store, user, name, [data for data,_,_ in read], kind, 'imported with its answers').version

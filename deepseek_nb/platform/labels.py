@@ -8,8 +8,8 @@ and `labelled_version` makes a version of the dataset with the labels."""
 
 # %% auto #0
 __all__ = ['SKIPPED', 'clean_answer', 'create_task', 'task_of', 'list_tasks', 'close_task', 'Work', 'next_record', 'keep_answer',
-           'annotate', 'skip', 'undo', 'progress', 'uncertainty', 'predict', 'TaskAgreement', 'agreement_of', 'Dispute',
-           'disagreements', 'adjudicate', 'final_answer', 'iter_answers', 'labelled_version']
+           'data_of', 'annotate', 'skip', 'undo', 'progress', 'uncertainty', 'predict', 'TaskAgreement', 'agreement_of',
+           'Dispute', 'disagreements', 'adjudicate', 'final_answer', 'iter_answers', 'labelled_version']
 
 # %% ../../nbs/824_platform.labels.ipynb #25672db9
 import math
@@ -217,6 +217,14 @@ def _data(c, row, record):
     data = c.scalar(query.where(queue.c.task_id == row.id, queue.c.record_id == record))
     if data is None: raise KeyError(f'task {row.id} has no record {record}; ask for the next one')
     return data
+
+def data_of(
+    store:Store, # Open store
+    task:int, # Id
+    record:int, # Id
+)->dict: # Its columns
+    "Look up a record of a task"
+    with store.read() as c: return _data(c, task_of(c, task), record)
 
 def annotate(
     store:Store, # Open store
