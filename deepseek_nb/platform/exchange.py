@@ -46,6 +46,7 @@ def studio_result(
                  pairwise='better')
     return [dict(id=f'{id}-{i}', type=t, from_name=names[t], to_name=to, value=v) for i,(t,to,v) in enumerate(found)]
 
+# %% ../../nbs/825_platform.exchange.ipynb #cd01b70b
 def from_studio_result(
     kind:str, # Of the task
     result:list, # As Label Studio keeps it
@@ -100,6 +101,7 @@ def _micro(text):
     try: return round(datetime.fromisoformat(str(text)).timestamp()*1e6)
     except ValueError: return None
 
+# %% ../../nbs/825_platform.exchange.ipynb #bf930223
 def to_label_studio(
     store:Store, # Open store
     task:int, # Id
@@ -257,6 +259,7 @@ def export_rows(
     columns = [c for c in version_report(store, version)['columns'] if c != 'split']
     return (line.encode() for line in csv_text(rows, [*columns, 'split']))
 
+# %% ../../nbs/825_platform.exchange.ipynb #815673a2
 def export_answers(
     store:Store, # Open store
     task:int, # Id

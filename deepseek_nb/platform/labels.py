@@ -38,6 +38,7 @@ def _span(span, labels, size):
         raise ValueError(f'a span goes from {start!r:.20} to {end!r:.20}; it must lie in the text, from 0 to {size}')
     return dict(start=start, end=end, label=_one_of(span.get('label'), labels))
 
+# %% ../../nbs/824_platform.labels.ipynb #8f2322ae
 def clean_answer(
     kind:str, # Of the task
     labels:list, # Of the task
@@ -69,6 +70,7 @@ def _fits(c, version, kind):
     if had is None: raise KeyError(f'there is no version {version}; see the list of datasets')
     if DATA_KINDS[had.kind] != DATA_KINDS[kind]: raise ValueError(f'version {version} has rows of kind {had.kind}; it has no {kind}')
 
+# %% ../../nbs/824_platform.labels.ipynb #8f2761dc
 def create_task(
     store:Store, # Open store
     user, # Who asks; None: the system
@@ -94,7 +96,7 @@ def create_task(
         audit(c, user, 'create task', f'task:{id}', version=version, kind=kind, annotators=annotators)
     return id
 
-# %% ../../nbs/824_platform.labels.ipynb #8f2761dc
+# %% ../../nbs/824_platform.labels.ipynb #e982d52e
 def task_of(
     c, # Connection
     task:int, # Id
@@ -103,6 +105,7 @@ def task_of(
     if row := c.execute(select(tasks).where(tasks.c.id == task)).first(): return row
     raise KeyError(f'there is no task {task}; see the list of tasks')
 
+# %% ../../nbs/824_platform.labels.ipynb #ab1212b6
 def list_tasks(
     store:Store, # Open store
     after:int = 0, # Id of the last task of the page before
@@ -115,6 +118,7 @@ def list_tasks(
     if version: query = query.where(tasks.c.version_id == version)
     with store.read() as c: return c.execute(query.where(tasks.c.id > after).order_by(tasks.c.id).limit(limit)).all()
 
+# %% ../../nbs/824_platform.labels.ipynb #31e77637
 def close_task(
     store:Store, # Open store
     user, # Who closes
@@ -145,6 +149,7 @@ def _free(task, user, now):
                                            queue.c.given + others < task.annotators)
     return free.order_by(queue.c.rank, queue.c.record_id).limit(1)
 
+# %% ../../nbs/824_platform.labels.ipynb #8372ba9a
 def next_record(
     store:Store, # Open store
     task:int, # Id
@@ -191,6 +196,7 @@ def _drop(c, task, record, source, by=-1):
     if old not in (None, SKIPPED): _counted(c, task, record, by)
     return old
 
+# %% ../../nbs/824_platform.labels.ipynb #918bb3b5
 def keep_answer(
     c, # Connection of `store.write()`
     store:Store, # Open store
@@ -210,7 +216,7 @@ def keep_answer(
     if value != SKIPPED and by: _counted(c, task, record, 1)
     if user: c.execute(delete(leases).where(leases.c.task_id == task, leases.c.record_id == record, leases.c.user_id == user.id))
 
-# %% ../../nbs/824_platform.labels.ipynb #918bb3b5
+# %% ../../nbs/824_platform.labels.ipynb #60b60ea7
 def _data(c, row, record):
     "The columns of a record of a task"
     query = select(records.c.data).join(queue, queue.c.record_id == records.c.id)
@@ -218,6 +224,7 @@ def _data(c, row, record):
     if data is None: raise KeyError(f'task {row.id} has no record {record}; ask for the next one')
     return data
 
+# %% ../../nbs/824_platform.labels.ipynb #9dd3ba05
 def data_of(
     store:Store, # Open store
     task:int, # Id
@@ -226,6 +233,7 @@ def data_of(
     "Look up a record of a task"
     with store.read() as c: return _data(c, task_of(c, task), record)
 
+# %% ../../nbs/824_platform.labels.ipynb #f76fff18
 def annotate(
     store:Store, # Open store
     user, # Who answers
@@ -242,6 +250,7 @@ def annotate(
         keep_answer(c, store, task, record, user.name, value, seconds, user=user)
         audit(c, user, 'annotate', f'task:{task}', record=record)
 
+# %% ../../nbs/824_platform.labels.ipynb #c4e23c19
 def skip(
     store:Store, # Open store
     user, # Who skips
@@ -285,7 +294,7 @@ def progress(
     "Count what is done"
     count = func.count()
     group = select(annotations.c.source, _is_skip().label('skip'), count.label('n'), func.avg(annotations.c.seconds).label('seconds'))
-    group = group.where(annotations.c.task_id == task, annotations.c.source != _FINAL).group_by(annotations.c.source, _is_skip())
+    group = group.where(annotations.c.task_id == task, annotations.c.source != _FINAL).group_by(annotations.c.source, 'skip')
     with store.read() as c:
         row = task_of(c, task)
         rows = c.scalar(select(versions.c.rows).where(versions.c.id == row.version_id))
@@ -404,6 +413,7 @@ class Dispute(NamedTuple):
     data:dict # Its columns
     answers:dict # Of each name, the answer
 
+# %% ../../nbs/824_platform.labels.ipynb #d575d037
 def disagreements(
     store:Store, # Open store
     task:int, # Id
@@ -415,13 +425,15 @@ def disagreements(
     settled = select(final.c.id).where(final.c.task_id == task, final.c.record_id == annotations.c.record_id, final.c.source == _FINAL)
     query = select(annotations.c.record_id).where(annotations.c.task_id == task, annotations.c.record_id > after)
     query = query.where(~_is_skip(), ~settled.exists())
-    query = query.group_by(annotations.c.record_id).having(func.count(cast(annotations.c.value, Text).distinct()) > 1)
     with store.read() as c:
-        task_of(c, task)
+        said = cast(annotations.c.value, Text)
+        if task_of(c, task).kind == 'chat': said = func.substr(said, 1, len('{"rating":1')) # notes may differ
+        query = query.group_by(annotations.c.record_id).having(func.count(said.distinct()) > 1)
         ids = c.scalars(query.order_by(annotations.c.record_id).limit(limit)).all()
         data = dict(c.execute(select(records.c.id, records.c.data).where(records.c.id.in_(ids))).all())
         return [Dispute(i, data[i], a) for i,a in _answers(c, task, ids).items()]
 
+# %% ../../nbs/824_platform.labels.ipynb #87a8b5d5
 def adjudicate(
     store:Store, # Open store
     user, # Who decides
@@ -467,6 +479,7 @@ def iter_answers(
         for r in part: yield r,found[r.id]
         last = part[-1].id
 
+# %% ../../nbs/824_platform.labels.ipynb #cb3bd087
 def labelled_version(
     store:Store, # Open store
     user, # Who makes it; None: the system
