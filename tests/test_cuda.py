@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest

@@ -28,14 +28,15 @@ WORKER = 'setuptools', *TRAINING, 'peft', 'openai', 'anthropic', 'hypothesis'
 
 
 def built_for(isa):
-    """Variables that select an instruction set. -O1 takes two thirds to half of the time; AVX2 has multiply-adds, which -O1 alone doesn't fuse"""
+    """Variables that select an instruction set, and compile in half to two thirds of the time.
+    AVX2 has multiply-adds, which -O1 alone doesn't fuse"""
     known = dict(portable='-O1', avx2='-O1 -fexpensive-optimizations')
     return dict(DEEPSEEK_NB_ISA=isa) | (dict(DEEPSEEK_NB_CXXFLAGS=known[isa]) if isa in known else {})
 
 
 def sanitized(level='-O0'):
-    """Variables that compile and run kernels under AddressSanitizer and UBSan; none where the compiler lacks them. Undefined behaviour traps,
-    which AddressSanitizer reports with its place: a third less to compile than a message at each access.
+    """Variables that compile and run kernels under AddressSanitizer and UBSan; none where the compiler lacks them.
+    Undefined behaviour traps, which AddressSanitizer reports with its place: a third less to compile than a message at each access.
     Frames on the heap, which the other option turns off, misalign vectors of 64 bytes (GCC 110027)"""
     library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
     if not Path(library).is_absolute(): return {}
