@@ -103,7 +103,7 @@ BOOK_PARTS = [BookPart(*o) for o in (
     (700, 'eval', 'Evaluation', 'Perplexity, multiple choice and classification, each with its uncertainty'),
     (750, 'bench', 'Benchmarks', 'Speed and memory, compared with transformers, llama.cpp and PEFT and with the limits of the machine'),
     (800, 'export', 'Export', 'Models for other runtimes'),
-    (820, 'platform', 'Platform', 'Data, labels, training runs, releases and monitoring, with pages for people, in one process and one file'),
+    (820, 'platform', 'Platform', 'Data, labels, training runs, releases and monitoring, with pages for people, in one process and file'),
     (850, 'apps', 'Applications', 'Anomalies in signals, defects in pictures and vibration, and the command that serves an application'),
     (900, 'studies', 'Studies', 'Experiments with a plan written in advance, stored runs, and a finding'),
     (950, 'tools', 'Tools', 'The command line, the site, and the comparison of claims with measurements'))]
