@@ -45,7 +45,7 @@ class EvalTask(NamedTuple):
         module,_,name = self.run.partition(':')
         return getattr(import_module(f'deepseek_nb.{module}'), name)
 
-# %% ../../nbs/748_eval.report.ipynb #2259aa25
+# %% ../../nbs/748_eval.report.ipynb #eval-tasks-tb
 EVAL_TASKS = dict(
     piqa=EvalTask('eval.tasks:choice_task', 'Everyday physics', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
         'Some solutions differ in a single word; accuracy depends on the length normalisation; widely in training data.',
@@ -57,6 +57,22 @@ EVAL_TASKS = dict(
         'Widely in training data. The prompt is zero-shot, without the six examples that published scores use.',
         dict(name='truthfulqa'), .5))
 
+# %% ../../nbs/748_eval.report.ipynb #bias-tasks
+_NOISE = 'Blodgett et al. 2021 (2021.acl-long.81) found items that state no stereotype or differ in more than the group.'
+EVAL_TASKS |= {
+    'crows-pairs': EvalTask('eval.bias:crows_pairs_task', 'Stereotypes: the likelier of two sentences (excess over one half)',
+        'CrowS-Pairs, arXiv:2010.00133, as causal log-likelihoods', 'CC BY-SA 4.0', f'{_NOISE} Its authors warn of noise. Written for '
+        'masked models; the two sentences may differ in length.', {}, 0.),
+    'stereoset': EvalTask('eval.bias:stereoset_task', 'Stereotypes: sense and stereotype of a completion', 'StereoSet (intrasentence), '
+        'arXiv:2004.09456', 'CC BY-SA 4.0', f'{_NOISE} Completions differ in length and frequency. A random model has an ICAT of 50.'),
+    'winobias': EvalTask('eval.ambiguity:winobias_task', 'Pronouns for and against a stereotype', 'WinoBias, arXiv:1804.06876', 'MIT',
+        'US occupations of 2017, binary gender, two patterns of sentences. A model that guesses has no gap.'),
+    'bbq': EvalTask('eval.ambiguity:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
+        'US English; about 25 templates each category, with many fillings. A model that always says "unknown" is right in half of it; '
+        'one that guesses has no bias score. Categories that are not at hand are missing.'),
+}
+
+# %% ../../nbs/748_eval.report.ipynb #2259aa25
 def eval_task(
     name:str, # Key of `EVAL_TASKS`
 )->EvalTask:

@@ -151,7 +151,7 @@ def users_of(
         asked = select(*(users.c[k] for k in UserRow._fields)).where(users.c.id > after).order_by(users.c.id).limit(limit)
         return [UserRow(*row) for row in c.execute(asked)]
 
-# %% ../../nbs/822_platform.access.ipynb #9423b89e
+# %% ../../nbs/822_platform.access.ipynb #22bcb5a5
 def _digest(token): return sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()
 
 def setup_code(
@@ -165,6 +165,7 @@ def setup_code(
         c.execute(insert(settings).values(name='setup', value=_digest(code)))
     return code
 
+# %% ../../nbs/822_platform.access.ipynb #1554e8b6
 def first_admin(
     store:Store, # Open store
     code:str, # From `setup_code`
@@ -181,16 +182,19 @@ def first_admin(
         c.execute(delete(settings).where(settings.c.name == 'setup'))
         return _insert_user(store, c, None, name, password, 'admin')
 
-# %% ../../nbs/822_platform.access.ipynb #75ad5510
+# %% ../../nbs/822_platform.access.ipynb #1c8e809d
 _FREE = dict(name=5, address=20) # failures without a wait
 _LONGEST,_DAY = 900*10**6,86400*10**6 # microseconds
 
 class TooManyTries(PermissionError):
     "Log-in is refused for a while, whatever the password"
-    def __init__(self, seconds):
+    def __init__(self,
+        seconds:float, # Until the next try
+    ):
         super().__init__(f'too many tries; wait {seconds:.0f} seconds')
         self.seconds = seconds
 
+# %% ../../nbs/822_platform.access.ipynb #1f9175dc
 def _count_try(store, keys): # keys: {'name': …, 'address': …}
     with store.write() as c:
         now = store.now()
@@ -204,7 +208,7 @@ def _count_try(store, keys): # keys: {'name': …, 'address': …}
             if key in had: c.execute(update(attempts).where(attempts.c.key == key).values(row))
             else: c.execute(insert(attempts).values(key=key, **row))
 
-# %% ../../nbs/822_platform.access.ipynb #f0c242d8
+# %% ../../nbs/822_platform.access.ipynb #345fa836
 IDLE,LIFETIME = 12*3600*10**6,7*_DAY # microseconds
 _WRONG = 'the name or the password is wrong' # also for a disabled user: the answer says nothing about who exists
 _nobody = {} # scrypt's parameters -> hash that no password has
@@ -215,16 +219,17 @@ def _dummy():
     return _nobody[key]
 
 def _tried(store, name, password, address):
-    with suppress(ValueError): name = _name(name)
-    keys = dict(name=f'name:{_digest(name)}') | (dict(address=f'address:{address}') if address else {})
+    try: known = _name(name)
+    except ValueError: known = '' # nobody's name, and perhaps no text that a database takes
+    keys = dict(name=f'name:{_digest(known or name)}') | (dict(address=f'address:{_digest(address)}') if address else {})
     _count_try(store, keys)
-    with store.read() as c: row = c.execute(select(users).where(users.c.name == name)).first()
+    with store.read() as c: row = c.execute(select(users).where(users.c.name == known)).first()
     right = password_matches(password, row.password if row else _dummy())
     if right and row and not row.disabled: return row,keys['name']
     with store.write() as c: audit(c, None, 'refuse log-in', f'user:{row.id}' if row else 'user:?', address=address)
     raise PermissionError(_WRONG)
 
-# %% ../../nbs/822_platform.access.ipynb #bd965c74
+# %% ../../nbs/822_platform.access.ipynb #8c70e7bf
 def log_in(
     store:Store, # Open store
     name:str, # As typed
@@ -239,7 +244,7 @@ def log_in(
     token = secrets.token_urlsafe(32)
     with store.write() as c:
         now = store.now()
-        c.execute(delete(attempts).where(attempts.c.key == key))
+        c.execute(delete(attempts).where((attempts.c.key == key) | (attempts.c.at < now - _DAY)))
         c.execute(delete(sessions).where((sessions.c.expires < now) | (sessions.c.seen < now - IDLE)))
         if old: c.execute(delete(sessions).where(sessions.c.digest == _digest(old)))
         same = _user_row(c, user.id)
@@ -264,7 +269,7 @@ def csrf_matches(
     "Compare a form's secret with that of the session"
     return hmac.compare_digest(csrf_of(token).encode(), str(given).encode('utf-8', 'surrogatepass'))
 
-# %% ../../nbs/822_platform.access.ipynb #348f61a1
+# %% ../../nbs/822_platform.access.ipynb #6ef95afa
 def user_of_session(
     store:Store, # Open store
     token:str|None, # From the cookie
@@ -281,6 +286,7 @@ def user_of_session(
         with suppress(OSError), store.write() as c: c.execute(update(sessions).where(sessions.c.digest == digest).values(seen=now))
     return User(*row[:3])
 
+# %% ../../nbs/822_platform.access.ipynb #b3d7f008
 def log_out(
     store:Store, # Open store
     token:str, # Of the session
@@ -291,7 +297,7 @@ def log_out(
         c.execute(delete(sessions).where(sessions.c.digest == _digest(token)))
         if gone: audit(c, gone.user_id, 'log out', f'user:{gone.user_id}')
 
-# %% ../../nbs/822_platform.access.ipynb #6f8425e1
+# %% ../../nbs/822_platform.access.ipynb #26affd93
 def _keeps_admin(c, row): # somebody must be able to make users
     others = select(func.count()).select_from(users).where(users.c.role == 'admin', users.c.disabled.is_(False), users.c.id != row.id)
     if row.role == 'admin' and not c.scalar(others): raise ValueError(f'{row.name} is the last admin; make another one first')
@@ -300,6 +306,7 @@ def _end_all(store, c, id):
     c.execute(delete(sessions).where(sessions.c.user_id == id))
     c.execute(update(tokens).where(tokens.c.user_id == id, tokens.c.revoked.is_(None)).values(revoked=store.now()))
 
+# %% ../../nbs/822_platform.access.ipynb #0348a1e9
 def set_role(
     store:Store, # Open store
     by:User|None, # Who does it; None: the system
@@ -316,7 +323,7 @@ def set_role(
         audit(c, by, 'set role', f'user:{id}', role=role, was=row.role)
     return User(id, row.name, role)
 
-# %% ../../nbs/822_platform.access.ipynb #3f6016c6
+# %% ../../nbs/822_platform.access.ipynb #80e079b4
 def disable_user(
     store:Store, # Open store
     by:User|None, # Who does it; None: the system
@@ -332,6 +339,7 @@ def disable_user(
         if disabled: _end_all(store, c, id)
         audit(c, by, 'disable user' if disabled else 'enable user', f'user:{id}')
 
+# %% ../../nbs/822_platform.access.ipynb #e04c5ef4
 def set_password(
     store:Store, # Open store
     by:User|None, # The user, or an admin; None: the system
@@ -353,7 +361,7 @@ def set_password(
         c.execute(delete(attempts).where(attempts.c.key == f'name:{_digest(row.name)}'))
         audit(c, by, 'set password', f'user:{id}')
 
-# %% ../../nbs/822_platform.access.ipynb #bdf178b2
+# %% ../../nbs/822_platform.access.ipynb #90672570
 def create_token(
     store:Store, # Open store
     user:User, # Whose token it is
@@ -366,7 +374,7 @@ def create_token(
     if role not in USER_ROLES: raise ValueError(f'{role!r:.40} is no role: {", ".join(USER_ROLES)}')
     if not allowed(user, role): raise PermissionError(f'{user.name} is {user.role}; a token of the role {role} would be more')
     if days is not None and not 0 < days <= 36500: raise ValueError(f'days is {days}; a token lasts more than 0 and at most 36,500 days')
-    if not 1 <= len(name) <= 100: raise ValueError('a token needs a name of 1 to 100 characters, what it is for')
+    if not (1 <= len(name) <= 100 and name.isprintable()): raise ValueError('a token needs a name of 1 to 100 characters, what it is for')
     token = f'dnb_{secrets.token_urlsafe(32)}'
     with store.write() as c:
         now = store.now()
@@ -393,7 +401,7 @@ def user_of_token(
         with suppress(OSError), store.write() as c: c.execute(update(tokens).where(tokens.c.id == row.token).values(seen=now))
     return User(row.id, row.name, min(row.role, row.least, key=USER_ROLES.index))
 
-# %% ../../nbs/822_platform.access.ipynb #9890e8c1
+# %% ../../nbs/822_platform.access.ipynb #d1252835
 class TokenRow(NamedTuple):
     "A token as a list shows it"
     id:int # Row of `tokens`
@@ -414,6 +422,7 @@ def tokens_of(
     if user is not None: asked = asked.where(tokens.c.user_id == user.id)
     with store.read() as c: return [TokenRow(*row) for row in c.execute(asked)]
 
+# %% ../../nbs/822_platform.access.ipynb #16a7f9b0
 def revoke_token(
     store:Store, # Open store
     by:User|None, # Its user, or an admin; None: the system

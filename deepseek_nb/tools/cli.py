@@ -8,7 +8,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized',
            'run_finetune', 'run_distillation', 'run_conversion', 'evaluate', 'run_evidence', 'doctor', 'build_kernels',
-           'run_server', 'run_app', 'run_bench', 'usage', 'main']
+           'run_server', 'run_app', 'run_platform', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -200,14 +200,23 @@ def _questions(name, n, *model):
     names = ('acc', 'acc_stderr', 'acc_norm', 'acc_norm_stderr')
     return found, dict(choice=name, examples=len(found.right)) | {k: float(getattr(found, k)) for k in names}
 
-def _report(name, path, against, tasks, n, dtype, device):
+# %% ../../nbs/960_tools.cli.ipynb #cli-report
+def _shown(found):
+    from deepseek_nb.eval.intervals import Interval
+    for name,task in found['tasks'].items():
+        for key,s in task['scores'].items(): print(f"{name} {key}: {Interval(s['value'], s['low'], s['high'])} on {s['n']:,}")
+    for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
+
+def _report(name, path, against, tasks, n, dtype, device, as_json):
     from deepseek_nb.bench import hardware, versions
     from deepseek_nb.eval.report import compare_reports, load_report, run_report, save_report
     other = load_report(against) if against else None
     about = dict(dtype=dtype or 'default', hardware=hardware(), versions=versions('tokenizers'))
-    def log(key, seconds): print(f'{key:<12} {seconds:.0f} s', flush=True)
+    def log(key, seconds): return None if as_json else print(f'{key:<12} {seconds:.0f} s', flush=True)
     found = run_report(*_load(name, dtype, device), name, tasks.split(',') if tasks else (), n, about=about, log=log)
     if path: save_report(path, found, other)
+    elif as_json: print(json.dumps(found))
+    else: _shown(found)
     for r in compare_reports(found, other) if other else ():
         print(f"{r.task} {r.score}: {r.difference}, adjusted p {r.adjusted:.2g} {r.verdict or 'does not count'}")
 
@@ -225,11 +234,11 @@ def evaluate(
     device:str = None, # cpu, cuda, mps …
     as_json:bool = False, # Print JSON
     report:str = '', # File of a report of all evaluation tasks, .json or .html
-    tasks:str = '', # Tasks of the report, separated by commas; default: all
+    tasks:str = '', # Tasks of the report, such as bbq,winobias; default: all; without --report, their scores are printed
     against:str = '', # Report of another model, to compare with
 ):
     "Measure the perplexity of a model, its accuracy on multiple-choice questions, or all evaluation tasks"
-    if report or against: return _report(model, report, against, tasks, examples, dtype, device)
+    if report or against or tasks: return _report(model, report, against, tasks, examples, dtype, device, as_json)
     if perplexity and choice: raise ValueError('--perplexity and --choice are two measures; give only one')
     if choice: found,facts = _questions(choice, examples, model, dtype, device)
     else: found,facts = _perplexity(text, tokens, window, stride or None, model, dtype, device)
@@ -319,6 +328,24 @@ def run_app(
         raise ValueError(f"a server needs {', '.join(missing)}: pip install 'deepseek-nb[serve]'")
     command.serve_app(name, weights, read_settings(config or None, host=host or None, port=port or None)[1], options)
 
+# %% ../../nbs/960_tools.cli.ipynb #b135d0fc
+def run_platform(
+    folder:str = 'platform', # Folder of the database, the models and the jobs
+    url:str = '', # Address of a Postgres database (postgresql+psycopg://…); default: SQLite in the folder
+    host:str = '127.0.0.1', # Address to listen on
+    port:int = 8000, # Port to listen on
+    names:str = '', # Further names under which people visit it, separated by commas
+    https:bool = False, # Visitors come over HTTPS, through a proxy
+    cores:int = 0, # Cores that jobs may use; default: all
+    no_demo:bool = False, # Don't give an empty platform its first task
+):
+    "Run the platform: label, train, judge, release and watch, in one process"
+    from deepseek_nb.tools.serving import missing_packages
+    if missing := missing_packages(('starlette', 'uvicorn', 'fasthtml', 'sqlalchemy', 'prometheus_client')):
+        raise ValueError(f"the platform needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[platform]'")
+    from deepseek_nb.platform.start import start_platform
+    start_platform(folder, url, host, port, not no_demo, tuple(filter(None, names.split(','))), https, cores or None)
+
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(
     name:str = '', # Name of the benchmark; without it, list all benchmarks
@@ -339,7 +366,7 @@ def run_bench(
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, serve=run_server, app=run_app)
+             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"
