@@ -99,7 +99,7 @@ def store(request, tmp_path, monkeypatch):
     from deepseek_nb.platform import access
     monkeypatch.setattr(access, 'SCRYPT', dict(n=16, r=8, p=1))
     if request.param == 'sqlite': opened = open_store(tmp_path/'store', durable=False)
-    else: opened = open_store(request.getfixturevalue('postgres_url'), folder=tmp_path/'store')
+    else: opened = open_store(request.getfixturevalue('postgres_url'), folder=tmp_path/'store', durable=False)
     yield opened
     opened.close()
 
@@ -107,4 +107,4 @@ def store(request, tmp_path, monkeypatch):
 def again(store):
     "The same database and folder as another process would open them"
     if store.kind == 'sqlite': return open_store(store.folder, durable=False)
-    return open_store(store.engine.url.render_as_string(hide_password=False), folder=store.folder)
+    return open_store(store.engine.url.render_as_string(hide_password=False), folder=store.folder, durable=False)

@@ -161,7 +161,7 @@ def _after_fork(): # a connection belongs to one process: the child opens its ow
 
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
-# %% ../../nbs/820_platform.store.ipynb #8f6093c4
+# %% ../../nbs/820_platform.store.ipynb #90e3b74e
 @extended
 class Store:
     "Tables and blobs of one platform"
@@ -171,8 +171,10 @@ class Store:
         reader=None, # Engine of readers; None: the same
         clock=None, # Gives microseconds; None: `Clock`
         wait:float = 30., # Longest wait for another writer, seconds
+        durable:bool = True, # Whether files are flushed to the disk
     ):
-        self.folder,self.engine,self.reader,self.clock,self.wait = Path(folder),engine,reader or engine,clock or Clock(),wait
+        self.folder,self.engine,self.reader,self.clock = Path(folder),engine,reader or engine,clock or Clock()
+        self.wait,self.durable = wait,durable
         self.kind,self.last,self.lock,self.local = engine.dialect.name,0,threading.Lock(),threading.local()
         _open.add(self)
 
@@ -318,7 +320,7 @@ def upgrade(
         else: c.execute(insert(settings).values(name='schema', value=newest))
     return newest
 
-# %% ../../nbs/820_platform.store.ipynb #b24661c6
+# %% ../../nbs/820_platform.store.ipynb #e9a0b447
 def _url(where, folder): # None: a folder
     if not re.match(r'\w[\w+]*:(//|$)', str(where)): return None
     url = make_url(re.sub('^postgres:', 'postgresql:', str(where)))
@@ -327,11 +329,11 @@ def _url(where, folder): # None: a folder
     return url
 
 def _connected(home, url, clock, wait, durable):
-    if url: return Store(home, _postgres(url, wait), clock=clock, wait=wait)
+    if url: return Store(home, _postgres(url, wait), clock=clock, wait=wait, durable=durable)
     file = home/'platform.db'
     if not file.exists(): os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600)) # nobody else may read it
     return Store(home, _sqlite(file, wait, durable, 'BEGIN IMMEDIATE', pool_size=1, max_overflow=0),
-                 _sqlite(file, wait, durable, 'BEGIN', ['query_only=ON'], pool_size=8, max_overflow=32), clock, wait)
+                 _sqlite(file, wait, durable, 'BEGIN', ['query_only=ON'], pool_size=8, max_overflow=32), clock, wait, durable)
 
 # %% ../../nbs/820_platform.store.ipynb #c0a27589
 def open_store(
@@ -362,7 +364,7 @@ def _chunks(source):
     else:
         with open(source, 'rb') as f: yield from iter(lambda: f.read(1 << 20), b'')
 
-# %% ../../nbs/820_platform.store.ipynb #1604a7fd
+# %% ../../nbs/820_platform.store.ipynb #5e8386cd
 @patch
 def put(self:Store,
     source, # Bytes, a file open for reading bytes, or a path
@@ -376,7 +378,7 @@ def put(self:Store,
                 digest.update(chunk)
                 f.write(chunk)
             f.flush()
-            os.fsync(f.fileno())
+            if self.durable: os.fsync(f.fileno())
         return _place(part, made, digest.hexdigest())
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
