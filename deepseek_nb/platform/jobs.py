@@ -454,7 +454,7 @@ def job_environment(
     paths = [os.path.abspath(p) for p in (Path(__file__).parents[2] if '__file__' in globals() else '.', *sys.path) if p]
     names = ENVIRONMENT + (kind.secrets if kind else ())
     threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(cores))
-    python = dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONUNBUFFERED='1')
+    python = dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), PYTHONUNBUFFERED='1', OMP_WAIT_POLICY='PASSIVE')
     return {n: os.environ[n] for n in names if n in os.environ} | threads | python
 
 # %% ../../nbs/826_platform.jobs.ipynb #5bee2d64

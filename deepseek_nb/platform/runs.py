@@ -467,7 +467,7 @@ def _evaluate_job(
 def mirror_run(
     store:Store, # Database
     job:int, # Number of a job that has ended
-    uri:str, # Tracking address, such as http://host:5000 or a folder
+    uri:str, # Tracking address, such as http://host:5000 or sqlite:///mlflow.db
 )->str|None: # Id of MLflow's run; None: `mlflow` or `mlflow-skinny` isn't installed
     "Copy a run to MLflow"
     if find_spec('mlflow') is None: return None
