@@ -45,7 +45,7 @@ class EvalTask(NamedTuple):
         module,_,name = self.run.partition(':')
         return getattr(import_module(f'deepseek_nb.{module}'), name)
 
-# %% ../../nbs/748_eval.report.ipynb #2259aa25
+# %% ../../nbs/748_eval.report.ipynb #b1285af8
 EVAL_TASKS = dict(
     piqa=EvalTask('eval.tasks:choice_task', 'Everyday physics', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
         'Some solutions differ in a single word; accuracy depends on the length normalisation; widely in training data.',
@@ -55,7 +55,12 @@ EVAL_TASKS = dict(
         'sources isn\'t comparable with published scores.', dict(name='hellaswag'), .25),
     truthfulqa=EvalTask('eval.tasks:choice_task', 'Common falsehoods', 'TruthfulQA (two choices), arXiv:2109.07958', 'Apache-2.0',
         'Widely in training data. The prompt is zero-shot, without the six examples that published scores use.',
-        dict(name='truthfulqa'), .5))
+        dict(name='truthfulqa'), .5),
+    calibration=EvalTask('eval.calibration:calibration_task', 'Whether confidence means something', 'HellaSwag, arXiv:1905.07830', 'MIT',
+        'The error depends on the bins, and chance makes it positive for a calibrated model too; its interval is shifted upwards for the '
+        'same reason. Confidences are those of unnormalised log-likelihoods.'),
+    perturb=EvalTask('eval.perturb:perturb_task', 'Typing errors, templates, order of options', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
+        'Typing errors are drawn, not collected from people; four templates are no sample of all templates.'))
 
 def eval_task(
     name:str, # Key of `EVAL_TASKS`
@@ -85,7 +90,7 @@ def score_of(
     "The score that a report contains"
     return TaskScore(*(record[k] for k in ('values', 'ids', 'better', 'form', 'clusters')))
 
-# %% ../../nbs/748_eval.report.ipynb #c5f3c3c3
+# %% ../../nbs/748_eval.report.ipynb #3fedb68c
 def run_report(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer
@@ -95,13 +100,14 @@ def run_report(
     seed:int = 0, # Of the choice of items
     about:dict|None = None, # Hardware, versions, dtype
     table:dict = EVAL_TASKS, # Name -> `EvalTask`
+    extra:dict|None = None, # Name of a task -> further arguments, such as a scorer of toxicity
     log:Callable = lambda name, seconds: None, # Called after each task
 )->dict: # The report, which JSON can store
     "Run evaluation tasks"
     done,skipped,todo = {},{},{key: table[key] if key in table else eval_task(key) for key in tasks or table}
     for key,task in todo.items():
         begin = process_time()
-        try: scores = task.load()(model, tokenizer, n, seed, **task.options)
+        try: scores = task.load()(model, tokenizer, n, seed, **task.options | (extra or {}).get(key, {}))
         except (FileNotFoundError, ImportError) as e: skipped[key] = str(e).partition('\n')[0]
         else:
             facts = {k: getattr(task, k) for k in ('title', 'source', 'licence', 'criticism', 'chance')}
@@ -110,13 +116,13 @@ def run_report(
     return dict(form=REPORT_FORM, version=REPORT_VERSION, model=name, date=datetime.now(UTC).isoformat(timespec='seconds'),
                 items=n, seed=seed, about=about or {}, tasks=done, skipped=skipped)
 
-# %% ../../nbs/748_eval.report.ipynb #95ac9392
+# %% ../../nbs/748_eval.report.ipynb #32fee336
 def _object(required, **properties): return dict(type='object', required=required.split(), properties=properties)
 
 _TEXT,_NUMBER,_COUNT = dict(type='string'),dict(type='number'),dict(type='integer', minimum=0)
 _ROW = dict(type=['number', 'array'], items=_NUMBER)
 _SCORE = _object('value low high n better form ids values', value=_NUMBER, low=_NUMBER, high=_NUMBER, n=_COUNT,
-    better=dict(enum=['higher', 'lower', 'zero']), form=dict(enum=[*FORMS]), ids=dict(type='array', items=_TEXT),
+    better=dict(enum=['higher', 'lower', 'zero']), form=_TEXT, ids=dict(type='array', items=_TEXT),
     values=dict(type='array', items=_ROW), clusters=dict(type=['array', 'null'], items=_TEXT))
 _TASK = _object('title source licence criticism scores', title=_TEXT, source=_TEXT, licence=_TEXT, criticism=_TEXT,
     chance=dict(type=['number', 'null']), seconds=_NUMBER, scores=dict(type='object', additionalProperties=_SCORE))
@@ -143,7 +149,13 @@ def _faults(x, schema, at):
     if isinstance(x, list) and 'items' in schema:
         for i,v in enumerate(x): yield from _faults(v, schema['items'], f'{at}[{i}]')
 
-# %% ../../nbs/748_eval.report.ipynb #647ecb6a
+# %% ../../nbs/748_eval.report.ipynb #180199d5
+def _known_forms(wanted):
+    "The names in `FORMS`; tasks that bring others are imported if these are wanted"
+    if wanted - FORMS.keys():
+        for task in EVAL_TASKS.values(): task.load()
+    return FORMS.keys()
+
 def report_faults(
     report:dict, # What claims to be a report
 )->Iterator[str]: # One line for each fault
@@ -151,7 +163,9 @@ def report_faults(
     found = [*_faults(report, REPORT_SCHEMA, 'report')]
     yield from found
     if found: return
+    forms = _known_forms({s['form'] for task in report['tasks'].values() for s in task['scores'].values()})
     for at,s in ((f'report.tasks.{t}.scores.{k}', s) for t,task in report['tasks'].items() for k,s in task['scores'].items()):
+        if s['form'] not in forms: yield f"{at}.form is {s['form']!r}, which is unknown"
         sizes = {len(s['ids']), len(s['values']), s['n'], len(s.get('clusters') or s['ids'])}
         if len(sizes) > 1 or len({np.shape(v) for v in s['values']}) > 1: yield f'{at} has ids, values and clusters of different lengths'
 
