@@ -33,11 +33,14 @@ class Postgres:
         if self.user: shutil.chown(self.folder, self.user)
         self.data = self.folder/'data'
         self.run('initdb', '-D', self.data, '-U', 'tester', '-A', 'trust', '-E', 'UTF8', '--locale=C', '--no-sync')
-        options = f"-c listen_addresses='' -k {self.folder} -F -c max_connections=60 -c shared_buffers=16MB -c autovacuum=off"
-        self.run('pg_ctl', '-D', self.data, '-w', '-l', self.folder/'log', '-o', options, 'start')
-        self.admin = create_engine(self.url('postgres'), isolation_level='AUTOCOMMIT')
+        self.start()
+        self.admin = create_engine(self.url('postgres'), isolation_level='AUTOCOMMIT', pool_pre_ping=True)
         self.execute('CREATE DATABASE model')
         open_store(self.url('model'), folder=self.folder/'model').close()
+
+    def start(self):
+        options = f"-c listen_addresses='' -k {self.folder} -F -c max_connections=60 -c shared_buffers=16MB -c autovacuum=off"
+        self.run('pg_ctl', '-D', self.data, '-w', '-l', self.folder/'log', '-o', options, 'start')
 
     @staticmethod
     def _has(name):
@@ -90,8 +93,10 @@ def postgres_url(postgres):
 
 
 @pytest.fixture(params=['sqlite', 'postgres'])
-def store(request, tmp_path):
-    "A store with empty tables, over SQLite and over Postgres"
+def store(request, tmp_path, monkeypatch):
+    "A store with empty tables, over SQLite and over Postgres; passwords are hashed in no time"
+    from deepseek_nb.platform import access
+    monkeypatch.setattr(access, 'SCRYPT', dict(n=16, r=8, p=1))
     if request.param == 'sqlite': opened = open_store(tmp_path/'store', durable=False)
     else: opened = open_store(request.getfixturevalue('postgres_url'), folder=tmp_path/'store')
     yield opened

@@ -399,9 +399,9 @@ BENCHMARKS = {  # name at the command line -> location
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
     'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF),
+    'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
     'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
-    'refusals': Benchmark('eval.safety.measure_refusals'),
-    'evaluation': Benchmark('eval.report.measure_evaluation')}
+    'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(

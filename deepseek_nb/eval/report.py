@@ -9,7 +9,7 @@ says which differences between two reports count. `report_page` writes one HTML 
 # %% auto #0
 __all__ = ['EVAL_TASKS', 'REPORT_FORM', 'REPORT_VERSION', 'REPORT_SCHEMA', 'EvalTask', 'eval_task', 'score_record', 'score_of',
            'run_report', 'report_faults', 'load_report', 'save_report', 'unpaired', 'ReportRow', 'compare_reports',
-           'report_page']
+           'report_page', 'measure_evaluation']
 
 # %% ../../nbs/748_eval.report.ipynb #61900b8b
 import json
@@ -45,7 +45,7 @@ class EvalTask(NamedTuple):
         module,_,name = self.run.partition(':')
         return getattr(import_module(f'deepseek_nb.{module}'), name)
 
-# %% ../../nbs/748_eval.report.ipynb #b1285af8
+# %% ../../nbs/748_eval.report.ipynb #eval-tasks-tb
 EVAL_TASKS = dict(
     piqa=EvalTask('eval.tasks:choice_task', 'Everyday physics', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
         'Some solutions differ in a single word; accuracy depends on the length normalisation; widely in training data.',
@@ -55,13 +55,41 @@ EVAL_TASKS = dict(
         'sources isn\'t comparable with published scores.', dict(name='hellaswag'), .25),
     truthfulqa=EvalTask('eval.tasks:choice_task', 'Common falsehoods', 'TruthfulQA (two choices), arXiv:2109.07958', 'Apache-2.0',
         'Widely in training data. The prompt is zero-shot, without the six examples that published scores use.',
-        dict(name='truthfulqa'), .5),
+        dict(name='truthfulqa'), .5))
+
+# %% ../../nbs/748_eval.report.ipynb #bias-tasks
+_NOISE = 'Blodgett et al. 2021 (2021.acl-long.81) found items that state no stereotype or differ in more than the group.'
+EVAL_TASKS |= {
+    'crows-pairs': EvalTask('eval.bias:crows_pairs_task', 'Stereotypes: the likelier of two sentences (excess over one half)',
+        'CrowS-Pairs, arXiv:2010.00133, as causal log-likelihoods', 'CC BY-SA 4.0', f'{_NOISE} Its authors warn of noise. Written for '
+        'masked models; the two sentences may differ in length.', {}, 0.),
+    'stereoset': EvalTask('eval.bias:stereoset_task', 'Stereotypes: sense and stereotype of a completion', 'StereoSet (intrasentence), '
+        'arXiv:2004.09456', 'CC BY-SA 4.0', f'{_NOISE} Completions differ in length and frequency. A random model has an ICAT of 50.'),
+    'winobias': EvalTask('eval.ambiguity:winobias_task', 'Pronouns for and against a stereotype', 'WinoBias, arXiv:1804.06876', 'MIT',
+        'US occupations of 2017, binary gender, two patterns of sentences. A model that guesses has no gap.'),
+    'bbq': EvalTask('eval.ambiguity:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
+        'US English; about 25 templates each category, with many fillings. A model that always says "unknown" is right in half of it; '
+        'one that guesses has no bias score. Categories that are not at hand are missing.'),
+}
+
+# %% ../../nbs/748_eval.report.ipynb #2bdab5b5
+EVAL_TASKS |= dict(
+    perturb=EvalTask('eval.perturb:perturb_task', 'Typing errors, templates, order of options', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
+        'Typing errors are drawn, not collected from people; four templates are no sample of all templates.'),
+    checklist=EvalTask('eval.behaviour:checklist_task', 'Behaviour: negation, intensity, fairness', 'CheckList (sentiment), arXiv:2005.04118',
+        'MIT', 'Templates repeat a few sentences, so intervals draw whole tests. Failure rates say nothing about the frequency of such texts. '
+        'The expectations of the direction tests are our reading of their descriptions.'),
+    advglue=EvalTask('eval.adversarial:advglue_task', 'Attacked texts', 'AdvGLUE (development), arXiv:2111.02840', 'CC BY-SA 4.0',
+        'There are no clean twins, so no fall can be computed: compare models, not numbers. Attacks were made against BERT-like models, '
+        'and some attacked texts are unclear to people.'),
     calibration=EvalTask('eval.calibration:calibration_task', 'Whether confidence means something', 'HellaSwag, arXiv:1905.07830', 'MIT',
         'The error depends on the bins, and chance makes it positive for a calibrated model too; its interval is shifted upwards for the '
         'same reason. Confidences are those of unnormalised log-likelihoods.'),
-    perturb=EvalTask('eval.perturb:perturb_task', 'Typing errors, templates, order of options', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
-        'Typing errors are drawn, not collected from people; four templates are no sample of all templates.'))
+    xstest=EvalTask('eval.safety:xstest_task', 'Refusals of safe and of unsafe prompts', 'XSTest, arXiv:2308.01263', 'CC BY 4.0',
+        'A rule decides what a refusal is. Compliance with an unsafe prompt isn\'t harm: a small model may answer with nonsense. '
+        'Prompts are made of keywords, so a filter that was tuned on them proves nothing.'))
 
+# %% ../../nbs/748_eval.report.ipynb #2259aa25
 def eval_task(
     name:str, # Key of `EVAL_TASKS`
 )->EvalTask:
@@ -90,7 +118,7 @@ def score_of(
     "The score that a report contains"
     return TaskScore(*(record[k] for k in ('values', 'ids', 'better', 'form', 'clusters')))
 
-# %% ../../nbs/748_eval.report.ipynb #3fedb68c
+# %% ../../nbs/748_eval.report.ipynb #c5f3c3c3
 def run_report(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer
@@ -116,13 +144,13 @@ def run_report(
     return dict(form=REPORT_FORM, version=REPORT_VERSION, model=name, date=datetime.now(UTC).isoformat(timespec='seconds'),
                 items=n, seed=seed, about=about or {}, tasks=done, skipped=skipped)
 
-# %% ../../nbs/748_eval.report.ipynb #32fee336
+# %% ../../nbs/748_eval.report.ipynb #95ac9392
 def _object(required, **properties): return dict(type='object', required=required.split(), properties=properties)
 
 _TEXT,_NUMBER,_COUNT = dict(type='string'),dict(type='number'),dict(type='integer', minimum=0)
 _ROW = dict(type=['number', 'array'], items=_NUMBER)
 _SCORE = _object('value low high n better form ids values', value=_NUMBER, low=_NUMBER, high=_NUMBER, n=_COUNT,
-    better=dict(enum=['higher', 'lower', 'zero']), form=_TEXT, ids=dict(type='array', items=_TEXT),
+    better=dict(enum=['higher', 'lower', 'zero']), form=dict(enum=[*FORMS]), ids=dict(type='array', items=_TEXT),
     values=dict(type='array', items=_ROW), clusters=dict(type=['array', 'null'], items=_TEXT))
 _TASK = _object('title source licence criticism scores', title=_TEXT, source=_TEXT, licence=_TEXT, criticism=_TEXT,
     chance=dict(type=['number', 'null']), seconds=_NUMBER, scores=dict(type='object', additionalProperties=_SCORE))
@@ -149,13 +177,7 @@ def _faults(x, schema, at):
     if isinstance(x, list) and 'items' in schema:
         for i,v in enumerate(x): yield from _faults(v, schema['items'], f'{at}[{i}]')
 
-# %% ../../nbs/748_eval.report.ipynb #180199d5
-def _known_forms(wanted):
-    "The names in `FORMS`; tasks that bring others are imported if these are wanted"
-    if wanted - FORMS.keys():
-        for task in EVAL_TASKS.values(): task.load()
-    return FORMS.keys()
-
+# %% ../../nbs/748_eval.report.ipynb #647ecb6a
 def report_faults(
     report:dict, # What claims to be a report
 )->Iterator[str]: # One line for each fault
@@ -163,9 +185,7 @@ def report_faults(
     found = [*_faults(report, REPORT_SCHEMA, 'report')]
     yield from found
     if found: return
-    forms = _known_forms({s['form'] for task in report['tasks'].values() for s in task['scores'].values()})
     for at,s in ((f'report.tasks.{t}.scores.{k}', s) for t,task in report['tasks'].items() for k,s in task['scores'].items()):
-        if s['form'] not in forms: yield f"{at}.form is {s['form']!r}, which is unknown"
         sizes = {len(s['ids']), len(s['values']), s['n'], len(s.get('clusters') or s['ids'])}
         if len(sizes) > 1 or len({np.shape(v) for v in s['values']}) > 1: yield f'{at} has ids, values and clusters of different lengths'
 
@@ -384,3 +404,17 @@ def report_page(
                  f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
     parts = _el('head', head, _el('title', f"Evaluation of {report['model']}"), _Html(f'<style>{_STYLE}</style>'))
     return f'<!doctype html>\n<html lang="en">{parts}<body>{_body(report, other)}\n{_MARK}{data}</script></body></html>\n'
+
+# %% ../../nbs/748_eval.report.ipynb #a7c1e002
+def measure_evaluation(
+    model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
+    dtype:str = '', # Dtype or quantised format; '': that of the file
+    examples:int = 60, # Items of each task; cases of each behavioural test are a tenth of it
+    tasks:str = 'piqa,hellaswag,truthfulqa,perturb,checklist,advglue,calibration,xstest', # Separated by commas
+)->dict: # The report
+    "The report of a model on samples"
+    m,tok = Model.from_pretrained(model, dtype=dtype or None),Tokenizer.from_pretrained(model)
+    names = tasks.split(',')
+    parts = [run_report(m, tok, model, [k], max(1, examples//10) if k == 'checklist' else examples, about=dict(dtype=dtype or 'of the file'))
+             for k in names]
+    return parts[0] | dict(tasks={k: v for p in parts for k,v in p['tasks'].items()}, skipped={k: v for p in parts for k,v in p['skipped'].items()})
