@@ -76,9 +76,10 @@ EVAL_TASKS |= {
 EVAL_TASKS |= dict(
     perturb=EvalTask('eval.perturb:perturb_task', 'Typing errors, templates, order of options', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
         'Typing errors are drawn, not collected from people; four templates are no sample of all templates.'),
-    checklist=EvalTask('eval.behaviour:checklist_task', 'Behaviour: negation, intensity, fairness', 'CheckList (sentiment), arXiv:2005.04118',
-        'MIT', 'Templates repeat a few sentences, so intervals draw whole tests. Failure rates say nothing about the frequency of such texts. '
-        'The expectations of the direction tests are our reading of their descriptions.'),
+    checklist=EvalTask('eval.behaviour:checklist_task', 'Behaviour: negation, intensity, fairness',
+        'CheckList (sentiment), arXiv:2005.04118', 'MIT', 'Templates repeat a few sentences, so intervals draw whole tests. '
+        'Failure rates say nothing about the frequency of such texts. The expectations of the direction tests '
+        'are our reading of their descriptions.'),
     advglue=EvalTask('eval.adversarial:advglue_task', 'Attacked texts', 'AdvGLUE (development), arXiv:2111.02840', 'CC BY-SA 4.0',
         'There are no clean twins, so no fall can be computed: compare models, not numbers. Attacks were made against BERT-like models, '
         'and some attacked texts are unclear to people.'),
@@ -415,6 +416,6 @@ def measure_evaluation(
     "The report of a model on samples"
     m,tok = Model.from_pretrained(model, dtype=dtype or None),Tokenizer.from_pretrained(model)
     names = tasks.split(',')
-    parts = [run_report(m, tok, model, [k], max(1, examples//10) if k == 'checklist' else examples, about=dict(dtype=dtype or 'of the file'))
-             for k in names]
-    return parts[0] | dict(tasks={k: v for p in parts for k,v in p['tasks'].items()}, skipped={k: v for p in parts for k,v in p['skipped'].items()})
+    about,size = dict(dtype=dtype or 'of the file'),lambda k: max(1, examples//10) if k == 'checklist' else examples
+    parts = [run_report(m, tok, model, [k], size(k), about=about) for k in names]
+    return parts[0] | {f: {k: v for p in parts for k,v in p[f].items()} for f in ('tasks', 'skipped')}
