@@ -38,35 +38,39 @@ def entry_digest(
     "The digest of an entry, over its fields and the digest of the one before"
     return sha256(canonical([entry[k] for k in ('id', 'at', 'user_id', 'action', 'subject', 'detail', 'before')])).hexdigest()
 
-# %% ../../nbs/821_platform.audit.ipynb #b46b537f
+# %% ../../nbs/821_platform.audit.ipynb #39564b6b
 class Head(NamedTuple):
     "The end of an audit log"
     id:int # Of the last entry
     digest:str # Of the last entry
 
-def _head_file(store): return store.folder/'audit.head'
+def _head_lock(store): return FileLock(store.folder/'.audit.lock', timeout=store.wait, mode=0o600)
+
+def _read_head(store):
+    try:
+        id,digest = (store.folder/'audit.head').read_text().split()
+        return Head(int(id), digest)
+    except FileNotFoundError: return None
+    except ValueError: return Head(0, 'unreadable')
 
 def head_of(
     store:Store, # Open store
 )->Head|None: # None: nothing was ever written
     "The head that is kept outside the database"
-    try:
-        id,digest = _head_file(store).read_text().split()
-        return Head(int(id), digest)
-    except FileNotFoundError: return None
-    except ValueError: return Head(0, 'unreadable')
+    with _head_lock(store): return _read_head(store)
 
+# %% ../../nbs/821_platform.audit.ipynb #17e25cf7
 def _advance(store, head):
-    file = _head_file(store)
+    file = store.folder/'audit.head'
     try:
-        with FileLock(file.with_name('.audit.lock'), timeout=store.wait, mode=0o600):
-            if (had := head_of(store)) and had.id >= head.id: return
-            part = file.with_name('.audit.part')
-            with open(part, 'w', opener=partial(os.open, mode=0o600)) as f: # nobody else may read it
-                f.write(f'{head.id} {head.digest}\n')
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, file)
+        with _head_lock(store):
+            if (had := _read_head(store)) and had.id >= head.id: return
+            fd = os.open(file, os.O_RDWR | os.O_CREAT, 0o600) # nobody else may read it
+            try:
+                os.write(fd, f'{head.id:020} {head.digest}\n'.encode()) # always in the same 86 bytes, which costs one flush
+                os.ftruncate(fd, 86)
+                if store.durable: getattr(os, 'fdatasync', os.fsync)(fd)
+            finally: os.close(fd)
     except OSError as e: warnings.warn(f'{file}: not written ({e}); the head of the audit log stays behind', stacklevel=2)
 
 # %% ../../nbs/821_platform.audit.ipynb #35b2707c

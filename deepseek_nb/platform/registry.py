@@ -62,7 +62,7 @@ def add_model(
         row = dict(name=name, number=last + 1, job_id=job, parent_id=parent, version_id=version, digest=digest, path=where, card={},
                    created=store.now(), user_id=user and user.id)
         number = c.execute(insert(models).values(row).returning(models.c.id)).scalar_one()
-        audit(c, user, 'model.add', f'model {number}', name=name, number=last + 1)
+        audit(c, user, 'model.add', f'model:{number}', name=name, number=last + 1)
     return number
 
 # %% ../../nbs/827_platform.registry.ipynb #4c357554
@@ -113,7 +113,7 @@ def measure(
     with store.write() as c:
         c.execute(delete(measures).where((measures.c.model_id == model) & (measures.c.name == name)))
         c.execute(insert(measures).values(at=store.now(), **row))
-        audit(c, None, 'model.measure', f'model {model}', name=name, value=value)
+        audit(c, None, 'model.measure', f'model:{model}', name=name, value=value)
 
 def measures_of(
     store:Store, # Database
