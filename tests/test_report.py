@@ -24,7 +24,8 @@ def scores(share, n=120, first=0):
     ids = [f'i{first + i}' for i in range(n)]
     right = (hard < share).astype(float)
     return dict(accuracy=TaskScore(right.tolist(), ids), error=TaskScore((1 - right).tolist(), ids, 'lower'),
-                bias=TaskScore((hard - share).tolist(), ids, 'zero'), rate=TaskScore(np.stack([right, hard], 1).tolist(), ids, form='ratio'))
+                bias=TaskScore((hard - share).tolist(), ids, 'zero'),
+                rate=TaskScore(np.stack([right, hard], 1).tolist(), ids, form='ratio'))
 
 
 @pytest.fixture(scope='module')
