@@ -302,7 +302,7 @@ _STYLE = '''
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --back: #0d1117; --box: #161b22;
   --mark: #58a6ff; --good: #56d364; --bad: #ff7b72 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem; max-width: 62rem; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
+body { margin: 0 auto; padding: 1.5rem; max-width: 70rem; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
   overflow-wrap: anywhere }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem } h2 { font-size: 1.25rem; margin: 2.25rem 0 .5rem }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .25rem } p { margin: .35rem 0; max-width: 46rem } .soft { color: var(--soft) }
@@ -322,12 +322,13 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem } d
 '''
 
 # %% ../../nbs/748_eval.report.ipynb #87477872
-def _axis(reports):
-    records = [s for r in reports for t in r['tasks'].values() for s in t['scores'].values()]
-    return min([0., *(s['low'] for s in records)]),max([1., *(s['high'] for s in records)])
+def _axis(record):
+    "Bounds that scores of a kind share: 0 or -1, and 1 or 100"
+    return min(0. if record['low'] >= 0 else -1., record['low']),max(1. if record['high'] <= 1 else 100., record['high'])
 
-def _bar(record, axis, chance=None):
+def _bar(record, chance=None):
     "An interval as a picture"
+    axis = _axis(record)
     x = lambda v: round(4 + 152*(v - axis[0])/(axis[1] - axis[0]), 1)
     def line(a, b, y0, y1, colour, width):
         return _el('line', x1=x(a), x2=x(b), y1=y0, y2=y1, stroke=f'var(--{colour})', stroke_width=width)
@@ -338,21 +339,21 @@ def _bar(record, axis, chance=None):
     parts = line(*axis, 10, 10, 'line', 1),*tick,line(record['low'], record['high'], 10, 10, 'mark', 2.5),dot
     return _el('svg', *parts, viewBox='0 0 160 20', width=160, height=20, role='img', aria_label=said)
 
-def _score_rows(task, axis):
+def _score_rows(task):
     words = dict(higher='higher is better', lower='lower is better', zero='0 is best')
     def cells(k, s):
         interval = f"{s['low']:.3f} to {s['high']:.3f}"
-        return k.replace('_', ' '), f"{s['value']:.3f}", interval, _bar(s, axis, task.get('chance')), f"{s['n']:,}", words[s['better']]
+        return k.replace('_', ' '), f"{s['value']:.3f}", interval, _bar(s, task.get('chance')), f"{s['n']:,}", words[s['better']]
     return [cells(k, s) for k,s in task['scores'].items()]
 
 # %% ../../nbs/748_eval.report.ipynb #ba1bdca8
 _HEADS = 'Score', 'Value', '95% interval', '', 'Items', 'Direction'
 
-def _task_section(name, task, axis):
+def _task_section(name, task):
     heads = [h or _el('span', 'Picture', class_='soft') for h in _HEADS]
     source = _el('p', f"{name}: {task['source']} ({task['licence']})", class_='soft')
     note = _el('p', _el('strong', 'What the figure doesn\'t say. '), task['criticism'], class_='note')
-    table = _table(f'Scores of {name}', heads, _score_rows(task, axis))
+    table = _table(f'Scores of {name}', heads, _score_rows(task))
     return _el('section', _el('h3', task['title'], id=f'task-{name}'), source, note, table)
 
 def _difference_section(report, other):
@@ -381,12 +382,11 @@ def _facts(report):
         _el('dl', *(_Html(_el('dt', k) + _el('dd', v)) for k,v in pairs)))
 
 def _body(report, other):
-    axis = _axis([report])
     names = [('against', f"Against {other['model']}")] if other else []
     names += [(f'task-{k}', k) for k in report['tasks']] + [('measured', 'How this was measured')]
     nav = _el('nav', _el('ul', *(_el('li', _el('a', text, href=f'#{at}')) for at,text in names)), aria_label='Sections')
     head = _el('header', _el('h1', f"Evaluation of {report['model']}"), _el('p', report['date'].replace('T', ' '), class_='soft'), nav)
-    tasks = [_task_section(k, t, axis) for k,t in report['tasks'].items()]
+    tasks = [_task_section(k, t) for k,t in report['tasks'].items()]
     reasons = [_el('li', f'{k}: {why}') for k,why in report['skipped'].items()]
     missing = [_el('h2', 'Not run'), _el('ul', *reasons)] if reasons else []
     against = [_difference_section(report, other)] if other else []
