@@ -91,7 +91,7 @@ def test_falls_are_paired(monkeypatch):
         return hits, (hits == 0).astype(int)
     monkeypatch.setattr(perturb, '_answered', answered)
     upper, lower = perturb.falls(None, None, rows, dict(upper=perturb.PERTURBATIONS['upper'], lower=perturb.PERTURBATIONS['lower']),
-                                 perturb.TEMPLATES[:1])
+                                 perturb.QUESTION_TEMPLATES[:1])
     assert upper.fall.value == pytest.approx(1/3) and upper.flips == pytest.approx(1/3) and upper.fall.p == 2/2**10
     assert upper.adjusted == 2*upper.fall.p and lower.fall.value == 0 and lower.adjusted == 1
 

@@ -69,7 +69,7 @@ def series_of(
         for k,v in values.items(): out[k].append((at, v))
     return out
 
-# %% ../../nbs/839_platform.watch_pages.ipynb #f2b42466
+# %% ../../nbs/839_platform.watch_pages.ipynb #e28cff70
 watch_pages = Pages('Monitoring', '/watch')
 watch_pages.menu('Alerts', '/alerts')
 _SPANS = {'hour': (60*MINUTE, MINUTE), 'day': (DAY, 30*MINUTE), 'week': (7*DAY, 180*MINUTE)}
@@ -77,20 +77,22 @@ _SPANS = {'hour': (60*MINUTE, MINUTE), 'day': (DAY, 30*MINUTE), 'week': (7*DAY, 
 def _numbers(t):
     "The numbers to look at first"
     error = f'{100*t.errors/t.count:.2g}%'
+    wrong = facts({k: f'{v:,}' for k,v in t.sketch.errors.most_common(3)}) if t.errors else ''
     return cards(card('Traffic', big(t.count, 'requests'), big(t.prompt_tokens + t.completion_tokens, 'tokens')),
                  card('Latency', big(short(t.quantile(.5), 's'), 'median'), big(short(t.quantile(.99), 's'), '99th percentile')),
-                 card('Errors', big(error, 'of the requests'), facts(dict(t.sketch.errors.most_common(3)))),
-                 card('Cost', big(short(float(t.cost)), 'at the prices of the file'), _flags(t)))
+                 card('Errors and cost', big(error, 'of the requests failed'), wrong,
+                      big(short(float(t.cost)), 'cost, at the prices of the file'), _flags(t)))
 
 def _flags(t):
     n = t.sketch.flags['scanned']
     return facts({k.capitalize(): f'{100*v/n:.2g}% of {n:,}' for k,v in t.sketch.flags.items() if k != 'scanned'}) if n else ''
 
 def _charts(s):
-    return cards(card('Requests', curve({'requests': s['requests']}, 'Requests a minute', 'time', time=True)),
-                 card('Latency', curve({'median': s['p50'], '99th percentile': s['p99']}, 'Seconds of a request', 'time', 's', time=True)),
-                 card('Errors', curve({'errors': s['errors']}, 'Failed requests', 'time', '%', time=True)),
-                 card('Cost', curve({'cost': s['cost']}, 'Cost of a step', 'time', time=True)))
+    "Two columns of charts"
+    return cards(fh.Div(card('Requests', curve({'requests': s['requests']}, 'Requests a minute', 'time', time=True)),
+                        card('Errors', curve({'errors': s['errors']}, 'Failed requests', 'time', '%', time=True))),
+                 fh.Div(card('Latency', curve({'median': s['p50'], '99th percentile': s['p99']}, 'Duration', 'time', 's', time=True)),
+                        card('Cost', curve({'cost': s['cost']}, 'Cost of a step', 'time', time=True))))
 
 # %% ../../nbs/839_platform.watch_pages.ipynb #6be799b3
 def _place_url(place, part='place'): return f'/watch/{part}/{quote(place)}'
@@ -111,7 +113,7 @@ def watch_page(request):
     return page(request, 'Monitoring', table(['Place', 'Requests', 'Errors', '99th percentile', 'Alerts'], rows, empty='No requests yet.'),
                 lead='What clients asked in the last 24 hours.')
 
-# %% ../../nbs/839_platform.watch_pages.ipynb #1c40227c
+# %% ../../nbs/839_platform.watch_pages.ipynb #d9a47d24
 @watch_pages.get('/watch/place/{place:path}', role='viewer')
 def place_page(request, place):
     "One place"
@@ -121,7 +123,8 @@ def place_page(request, place):
     rows = [*windows_of(store, place, store.now() - length)]
     links = [fh.A(f'Last {s}', href=f'{_place_url(place)}?span={s}', aria_current='true' if s == span else None) for s in _SPANS]
     links = fh.P(*[o for link in links for o in (link, ' ')])
-    content = (_numbers(total(rows)), _charts(series_of(rows, step))) if rows else notice('No requests in this time.')
+    whole = [r for r in rows if r.start < store.now()//step*step] or rows # the step that isn't over would look like a fall
+    content = (_numbers(total(rows)), _charts(series_of(whole, step))) if rows else notice('No requests in this time.')
     return page(request, place, _place_tabs(request, place), links, content, trail=(('Monitoring', '/watch'),))
 
 # %% ../../nbs/839_platform.watch_pages.ipynb #d9a9fef6
