@@ -173,9 +173,11 @@ Modules:
 - `deepseek_nb.platform.app`: Pages, the chat API and the release that each owner gets, in one process: tokens are its keys, and every answer becomes an event
 - `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
 - `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
+- `deepseek_nb.platform.data_pages`: Import, look through and export datasets in a browser, and label them with the keyboard alone; every page works without scripts too.
 - `deepseek_nb.platform.datasets`: Import rows, name each version by its content, give every record a split that it keeps, and report near-duplicates, leaks and personal data.
 - `deepseek_nb.platform.entry`: The pages through which people enter the platform: the first set-up with a code from the console, log-in, users and roles, API tokens, settings
 - `deepseek_nb.platform.events`: Every request becomes an event and a part of its minute: a thread writes both in batches, without loss and without making the server wait
+- `deepseek_nb.platform.exchange`: Write tasks, answers and predictions in the JSON of Label Studio and of Argilla, read them from there, and export tables without formulas.
 - `deepseek_nb.platform.forms`: Texts, numbers and files out of the body of a request, with limits that are counted while the bytes arrive, and errors that name the field
 - `deepseek_nb.platform.labels`: Hand out records, the most uncertain first, never one to two people by accident; keep answers, undo and skip; measure agreement, settle disputes.
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request

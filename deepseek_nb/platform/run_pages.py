@@ -127,7 +127,7 @@ def _thinned(steps, values, most=300): # Points of a line; the last one is kept
 def _charts(store, job):
     "The curves of a run: losses in one chart, everything else in charts of its own"
     found = curve_of(store, job)
-    losses = {k: _thinned(*v) for k,v in found.items() if k in ('loss', 'eval_loss')}
+    losses = {k: _thinned(*found[k]) for k in ('loss', 'eval_loss') if k in found}
     rest = [k for k in found if k not in losses]
     shown = [curve(losses, 'Loss', unit='nats')] if losses else []
     if rest: shown.append(fh.Details(fh.Summary('More curves'), *[curve({k: _thinned(*found[k])}, k.replace('_', ' ')) for k in rest]))
@@ -242,7 +242,7 @@ def _add_public(request, form):
 
 # %% ../../nbs/838_platform.run_pages.ipynb #861828bb
 def _gate_table(gates):
-    def shown(g): return badge('passed', 'good') if g.passed else badge(g.why, 'bad')
+    def shown(g): return badge('passed', 'good') if g.passed else badge(g.why if 'measured' in g.why else 'failed', 'bad')
     rows = [(g.group, g.name, g.limit, '–' if g.value is None else f'{g.value:.4g}', shown(g)) for g in gates]
     return table(['Group', 'Measure', 'Limit', 'Value', 'Gate'], rows, empty='No gates: write gates.toml in the folder of the store.')
 

@@ -198,6 +198,7 @@ document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || event.repeat || typing(event.target)) return;
   if (event.key === "?") { event.preventDefault(); return showKeys(); }
   if (!keysOn() || document.querySelector("dialog[open]")) return;
+  if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
   const found = all("[data-key]").find(o => o.dataset.key === event.key && !o.disabled);
   if (found) { event.preventDefault(); found.click(); }
 });
