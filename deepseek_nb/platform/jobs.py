@@ -122,7 +122,7 @@ def submit(
     with store.write() as c:
         for table,wanted in ((versions, version), (models, model), (jobs, parent)): _known_row(c, table, wanted)
         number = c.execute(insert(jobs).values(row).returning(jobs.c.id)).scalar_one()
-        audit(c, user, 'job.submit', f'job {number}', kind=kind, name=row['name'])
+        audit(c, user, 'job.submit', f'job:{number}', kind=kind, name=row['name'])
     return number
 
 # %% ../../nbs/826_platform.jobs.ipynb #46490ed2
@@ -347,7 +347,7 @@ def flush(self:Job, **end): # Columns of the row to change
             again = curves.c.step.between(min(steps), max(steps)) & (curves.c.name == name)
             c.execute(delete(curves).where((curves.c.job_id == self.id) & again))
         if points: c.execute(insert(curves), [dict(job_id=self.id, name=k, step=s, value=v, at=now) for (k,s),v in points.items()])
-        if 'state' in end: audit(c, None, f"job.{end['state']}", f'job {self.id}', attempt=self.attempt)
+        if 'state' in end: audit(c, None, f"job.{end['state']}", f'job:{self.id}', attempt=self.attempt)
     with self.lock: self.buffer = {k: v for k,v in self.buffer.items() if points.get(k) != v}
 
 # %% ../../nbs/826_platform.jobs.ipynb #5e4727af
@@ -378,7 +378,7 @@ def cancel(
         n = c.execute(update(jobs).where(mine & (jobs.c.state == 'queued')).values(state='cancelled', cancel=True, ended=now)).rowcount
         n += c.execute(update(jobs).where(mine & (jobs.c.state == 'running')).values(cancel=True)).rowcount
         if not n: raise ValueError(f'job {job} has ended already, so it can\'t be cancelled')
-        audit(c, user, 'job.cancel', f'job {job}')
+        audit(c, user, 'job.cancel', f'job:{job}')
 
 def continue_job(
     store:Store, # Database
@@ -391,7 +391,7 @@ def continue_job(
         ended = (jobs.c.id == job) & jobs.c.state.in_(('failed', 'cancelled'))
         again = dict(state='queued', cancel=False, attempts=0, ended=None, error='', process=None, pid=None)
         if not c.execute(update(jobs).where(ended).values(again)).rowcount: raise ValueError(f'job {job} neither failed nor was cancelled')
-        audit(c, user, 'job.continue', f'job {job}')
+        audit(c, user, 'job.continue', f'job:{job}')
 
 # %% ../../nbs/826_platform.jobs.ipynb #9ba2a014
 @patch
@@ -568,7 +568,7 @@ def put_back(self:Worker,
     if row.cancel: new = dict(state='cancelled', ended=now)
     with self.store.write() as c:
         if c.execute(update(jobs).where(mine).values(new)).rowcount:
-            audit(c, None, f"job.{new['state']}", f'job {row.id}', attempt=row.attempts, why=why)
+            audit(c, None, f"job.{new['state']}", f'job:{row.id}', attempt=row.attempts, why=why)
 
 # %% ../../nbs/826_platform.jobs.ipynb #be00d9d9
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['folder_digest', 'add_model', 'model_of', 'models_of', 'model_path', 'measure', 'measures_of', 'Limit', 'gates_from',
-           'Gate', 'check_gates', 'lineage_of', 'card_of']
+           'GateCheck', 'check_gates', 'lineage_of', 'card_of']
 
 # %% ../../nbs/827_platform.registry.ipynb #0b9270ae
 import json
@@ -62,7 +62,7 @@ def add_model(
         row = dict(name=name, number=last + 1, job_id=job, parent_id=parent, version_id=version, digest=digest, path=where, card={},
                    created=store.now(), user_id=user and user.id)
         number = c.execute(insert(models).values(row).returning(models.c.id)).scalar_one()
-        audit(c, user, 'model.add', f'model {number}', name=name, number=last + 1)
+        audit(c, user, 'model.add', f'model:{number}', name=name, number=last + 1)
     return number
 
 # %% ../../nbs/827_platform.registry.ipynb #4c357554
@@ -113,7 +113,7 @@ def measure(
     with store.write() as c:
         c.execute(delete(measures).where((measures.c.model_id == model) & (measures.c.name == name)))
         c.execute(insert(measures).values(at=store.now(), **row))
-        audit(c, None, 'model.measure', f'model {model}', name=name, value=value)
+        audit(c, None, 'model.measure', f'model:{model}', name=name, value=value)
 
 def measures_of(
     store:Store, # Database
@@ -159,7 +159,7 @@ def _limit(where, group, name, o):
     return Limit(name, group, **o)
 
 # %% ../../nbs/827_platform.registry.ipynb #1d965dea
-class Gate(NamedTuple):
+class GateCheck(NamedTuple):
     "A limit, compared with what was measured"
     name:str # Measure
     value:float|None # What was measured; None: nothing
@@ -171,18 +171,18 @@ class Gate(NamedTuple):
 def _compared(limit, row):
     bounds = ' and '.join(f'{word} {v:g}' for word,v in (('at least', limit.min), ('at most', limit.max)) if v is not None)
     text = bounds + ', for the whole interval'*limit.sure
-    if row is None: return Gate(limit.name, None, text, False, limit.group, 'not measured')
+    if row is None: return GateCheck(limit.name, None, text, False, limit.group, 'not measured')
     low,high = (row.low, row.high) if limit.sure else (row.value, row.value)
-    if low is None or high is None: return Gate(limit.name, row.value, text, False, limit.group, 'measured without an interval')
+    if low is None or high is None: return GateCheck(limit.name, row.value, text, False, limit.group, 'measured without an interval')
     passed = (limit.min is None or low >= limit.min) and (limit.max is None or high <= limit.max)
     why = '' if passed else f'{low:.4g} to {high:.4g}' if limit.sure else f'{row.value:.4g}'
-    return Gate(limit.name, row.value, text, passed, limit.group, why)
+    return GateCheck(limit.name, row.value, text, passed, limit.group, why)
 
 def check_gates(
     store:Store, # Database
     model:int, # Number of a model
     gates, # `Limit`s, or a TOML file
-)->list: # `Gate`s
+)->list: # `GateCheck`s
     "Compare what was measured of a model with limits"
     found = measures_of(store, model)
     limits = gates if isinstance(gates, (list, tuple)) else gates_from(gates)

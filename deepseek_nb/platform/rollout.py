@@ -46,7 +46,7 @@ class GatesFailed(ValueError):
     "A release was refused"
     def __init__(self,
         model, # Row of the table `models`
-        gates:list, # All `Gate`s that were compared
+        gates:list, # All `GateCheck`s that were compared
     ):
         self.gates = gates
         failed = [f'{g.name} must be {g.limit}, and is {g.why}' for g in gates if not g.passed]
