@@ -116,6 +116,7 @@ Modules:
 - `deepseek_nb.eval.safety`: How often a model refuses safe prompts and answers unsafe ones, by a stated rule with stated limits, and how toxic its continuations are
 - `deepseek_nb.eval.sets`: Find a public set of test items: in the cache, at its makers, or in a local folder, and say how to get it where it is in none of them
 - `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
+- `deepseek_nb.eval.swaps`: Swap names, pronouns and groups in your own texts by a readable table, and measure how far a classifier's or a model's answer moves, with paired intervals.
 - `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.

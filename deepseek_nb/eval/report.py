@@ -70,6 +70,8 @@ EVAL_TASKS |= {
     'bbq': EvalTask('eval.ambiguity:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
         'US English; about 25 templates each category, with many fillings. A model that always says "unknown" is right in half of it; '
         'one that guesses has no bias score. Categories that are not at hand are missing.'),
+    'swaps': EvalTask('eval.swaps:swaps_task', 'Counterfactual swaps', 'Own sentences, after EEC, arXiv:1805.04508',
+        'Apache-2.0', 'Short sentences about feelings. The move also contains noise. Use your own texts.'),
 }
 
 # %% ../../nbs/748_eval.report.ipynb #2bdab5b5
