@@ -3248,7 +3248,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'deepseek_nb.eval.report': { 'deepseek_nb.eval.report.EvalTask': ('eval.report.html#evaltask', 'deepseek_nb/eval/report.py'),
                                          'deepseek_nb.eval.report.EvalTask.load': ( 'eval.report.html#evaltask.load',
                                                                                     'deepseek_nb/eval/report.py'),
-                                         'deepseek_nb.eval.report.ReportRow': ('eval.report.html#reportrow', 'deepseek_nb/eval/report.py'),
+                                         'deepseek_nb.eval.report.ScoreRow': ('eval.report.html#scorerow', 'deepseek_nb/eval/report.py'),
                                          'deepseek_nb.eval.report._Html': ('eval.report.html#_html', 'deepseek_nb/eval/report.py'),
                                          'deepseek_nb.eval.report._axis': ('eval.report.html#_axis', 'deepseek_nb/eval/report.py'),
                                          'deepseek_nb.eval.report._bar': ('eval.report.html#_bar', 'deepseek_nb/eval/report.py'),

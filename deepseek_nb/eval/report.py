@@ -8,7 +8,7 @@ says which differences between two reports count. `report_page` writes one HTML 
 
 # %% auto #0
 __all__ = ['EVAL_TASKS', 'REPORT_FORM', 'REPORT_VERSION', 'REPORT_SCHEMA', 'EvalTask', 'eval_task', 'score_record', 'score_of',
-           'run_report', 'report_faults', 'load_report', 'save_report', 'unpaired', 'ReportRow', 'compare_reports',
+           'run_report', 'report_faults', 'load_report', 'save_report', 'unpaired', 'ScoreRow', 'compare_reports',
            'report_page', 'measure_evaluation']
 
 # %% ../../nbs/748_eval.report.ipynb #61900b8b
@@ -237,7 +237,7 @@ def unpaired(
     return Difference(float(gap(*(v.mean(0) for v in values))), float(low), float(high), min(1., 2*float(tail + 1)/(draws + 1)))
 
 # %% ../../nbs/748_eval.report.ipynb #5c288bf5
-class ReportRow(NamedTuple):
+class ScoreRow(NamedTuple):
     "A score of two reports"
     task:str # Name of the task
     score:str # Name of the score
@@ -267,7 +267,7 @@ def compare_reports(
     b:dict, # Second report
     level:float = .95, # Probability that no difference counts by chance
     draws:int = 10_000, # Number of bootstrap samples
-)->list[ReportRow]: # The scores that both have
+)->list[ScoreRow]: # The scores that both have
     "Which differences between two reports count"
     both = [(t, k) for t,task in a['tasks'].items() for k in task['scores'] if k in b['tasks'].get(t, dict(scores=()))['scores']]
     records = [(a['tasks'][t]['scores'][k], b['tasks'][t]['scores'][k]) for t,k in both]
@@ -278,7 +278,7 @@ def compare_reports(
     def row(t, k, x, y, d, n, p):
         counts = p <= 1 - level
         verdict = _verdict(x['better'], d.value, x['value'], y['value']) if counts else ''
-        return ReportRow(t, k, _interval(x), _interval(y), d, n, p, verdict)
+        return ScoreRow(t, k, _interval(x), _interval(y), d, n, p, verdict)
     return [row(*name, *two, *d, p) for name,two,d,p in zip(both, records, found, adjusted, strict=True)]
 
 # %% ../../nbs/748_eval.report.ipynb #01cba266
