@@ -44,7 +44,8 @@ class Policy:
             raise ValueError(f'{kind} is rewritten, but [rewrite] has no text for it')
         if type(self.tries) is not int or self.tries < 1: raise ValueError(f'tries is {self.tries!r}; it must be a whole number from 1 on')
         if not all(isinstance(s, str) for s in self.secrets): raise ValueError('secrets must be texts')
-        if bad := {**self.rewrite, **self.thresholds, **self.redraw}.keys() - {*CONTENT_KINDS}: raise ValueError(_unknown('kind', min(bad), CONTENT_KINDS))
+        bad = {**self.rewrite, **self.thresholds, **self.redraw}.keys() - {*CONTENT_KINDS}
+        if bad: raise ValueError(_unknown('kind', min(bad), CONTENT_KINDS))
 
 # %% ../../nbs/463_serve.policy.ipynb #360e33a6
 def _unknown(what, name, known): return f'{name!r} is no {what}; known are {", ".join(known)}'
