@@ -62,6 +62,7 @@ Modules:
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.curves`: FLOPs and KV cache bytes of decoding with V3.1, V3.2, V4 and V4.1 at every context length, counted from their configs and compared with the papers' figures.
+- `deepseek_nb.bench.drift`: How often the drift monitor alarms for nothing on 200 weeks of real text, and how many shifts of which size it catches after how many weeks
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
@@ -96,12 +97,21 @@ Modules:
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
 - `deepseek_nb.cuda.sparse`: DeepSeek sparse attention on a GPU: index scores on tensor cores, an exact radix selection, and flash-decoding over a list of positions.
 - `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
+- `deepseek_nb.eval.agreement`: Measure how far several people agree on labels, beyond chance: Cohen's and Fleiss' kappa, Krippendorff's alpha, F1 of spans.
+- `deepseek_nb.eval.ambiguity`: WinoBias and BBQ: whether a model resolves a pronoun, or answers a question without evidence, by a stereotype instead of by the text.
+- `deepseek_nb.eval.bias`: CrowS-Pairs and StereoSet: whether a model finds the stereotyped one of two sentences likelier, by type of bias, with intervals and the known criticism.
 - `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
+- `deepseek_nb.eval.drift`: Tests that tell whether this week's requests are those that a model was checked on, with a rate of false alarms that is known before the first week
+- `deepseek_nb.eval.features`: What drift detection needs of a request, in 288 bytes and without its text: a histogram of hashed tokens and a short embedding
 - `deepseek_nb.eval.harness`: Run the harness's tasks on a model, offline or over HTTP. Continuations that share a context share its KV cache, and each score is independent of the batch.
 - `deepseek_nb.eval.intervals`: How sure a score is, and which differences between two models count: bootstrap and Wilson intervals, McNemar's test, and Holm's rule for many comparisons.
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, as the number of equally likely tokens with the same uncertainty.
 - `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
+- `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for people, and say which differences between two models count
+- `deepseek_nb.eval.sets`: Find a public set of test items: in the cache, at its makers, or in a local folder, and say how to get it where it is in none of them
+- `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
+- `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
@@ -111,6 +121,7 @@ Modules:
 - `deepseek_nb.files.prompts`: The checkpoints of DeepSeek-V3.2, V4 and V4.1 contain no chat template. Here their prompt formats are written as functions, tools, reasoning and tool results included.
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
+- `deepseek_nb.files.untrusted`: Read JSON lines, CSV and Parquet that strangers upload, one row at a time in bounded memory; every hostile or broken file ends with one clear line.
 - `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory, and a different adapter for each row of a batch.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
@@ -158,6 +169,18 @@ Modules:
 - `deepseek_nb.kernels.v4_codes`: Decodes quantised models of DeepSeek-V4 in one C++ call per token: the stages of the float step, with packed codes as matrices.
 - `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
+- `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
+- `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
+- `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
+- `deepseek_nb.platform.datasets`: Import rows, name each version by its content, give every record a split that it keeps, and report near-duplicates, leaks and personal data.
+- `deepseek_nb.platform.entry`: The pages through which people enter the platform: the first set-up with a code from the console, log-in, users and roles, API tokens, settings
+- `deepseek_nb.platform.events`: Every request becomes an event and a part of its minute: a thread writes both in batches, without loss and without making the server wait
+- `deepseek_nb.platform.forms`: Texts, numbers and files out of the body of a request, with limits that are counted while the bytes arrive, and errors that name the field
+- `deepseek_nb.platform.labels`: Hand out records, the most uncertain first, never one to two people by accident; keep answers, undo and skip; measure agreement, settle disputes.
+- `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
+- `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
+- `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
+- `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
 - `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): 4-bit floating-point numbers (E2M1), with a power of two as the scale of each 32 neighbouring weights.
 - `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
 - `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
@@ -201,6 +224,7 @@ Modules:
 - `deepseek_nb.serve.text`: The older completions API, without messages: prompts as text or token ids, log-probabilities of the prompt for evaluation harnesses, and filling in the middle
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
+- `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
@@ -221,6 +245,7 @@ Modules:
 - `deepseek_nb.train.corpora`: Load prose, plays, speeches, dictionary entries, diagnoses and exam questions, downloaded from package registries and checked against pinned hashes.
 - `deepseek_nb.train.data`: Text is tokenised, packed into rows of one length and read in shuffled batches. A killed run resumes at the exact batch where it stopped.
 - `deepseek_nb.train.distill`: A student model learns from a teacher's probabilities for every token of the vocabulary, not only from the one token in the text.
+- `deepseek_nb.train.duplicates`: Find texts that are almost equal among very many, in linear time: shingles, MinHash signatures, locality-sensitive hashing, and an exact check.
 - `deepseek_nb.train.dynamic`: Activate fewer experts for some tokens or layers to meet a FLOPs budget, by one of four rules, and train a model for a varying number of experts.
 - `deepseek_nb.train.entries`: V4's indexer selects compressed entries, and a selection has no gradient. So the indexer learns, while the model is trained, to predict the attention to entries.
 - `deepseek_nb.train.esft`: The tokens of one task are routed mostly to a few experts. ESFT trains only these experts and freezes all other parameters.

@@ -47,7 +47,8 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
                            '_read_hermes': 'serve.tools',
                            'program': 'serve.tools'},
  'train.callbacks.History': {'plot_balance': 'train.balance'},
- 'train.trainer.Trainer': {'checkpoints_callback': 'train.resume', 'save_model': 'train.resume'}}
+ 'train.trainer.Trainer': {'checkpoints_callback': 'train.resume', 'save_model': 'train.resume'},
+ 'platform.store.Store': {'check': 'platform.audit'}}
 
 TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm', 'torch/gradient': 'kernels.train', 'cuda/cuda': 'cuda.norm'},
  'arch.attention.attend': {'torch': 'arch.attention',

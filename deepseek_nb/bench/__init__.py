@@ -398,7 +398,8 @@ BENCHMARKS = {  # name at the command line -> location
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
-    'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF)}
+    'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF),
+    'drift': Benchmark('bench.drift.drift_weeks', ('numpy',))}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(

@@ -141,6 +141,7 @@ class Server:
         self.metrics,self.store = EngineMetrics({m.name: m.engine for m in models}),ResponseStore(self.config.stored)
         self.readers = ThreadPoolExecutor(4, 'reader') # prompts are read here; other work can't take these threads
         self.routers,self.reports = ThreadPoolExecutor(1, 'router'),0 # experts are shown here, and how many requests wait for it
+        self.ended = None # called with the `RequestRecord` of each request at its end, for a monitor
 
     def model(self,
         name:str|None, # As the client calls it
@@ -517,7 +518,7 @@ def app(self:Server): # ASGI application
         yield
         await self.drain()
     app = Starlette(routes=self.routes(), lifespan=lifespan, exception_handlers={HTTPException: self._no_route})
-    return RequestLog(app, self.config.log_prompts)
+    return RequestLog(app, self.config.log_prompts, lambda record: self.ended and self.ended(record))
 
 # %% ../../nbs/480_serve.app.ipynb #49a7ae34
 @patch(as_prop=True)

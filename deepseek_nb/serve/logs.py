@@ -123,7 +123,8 @@ class RequestLog:
     def __init__(self,
         app:Callable, # ASGI application
         content:bool = False, # Whether lines hold prompts and answers
-    ): self.app,self.content,self.log = app,content,logging.getLogger(REQUESTS)
+        ended:Callable|None = None, # Called with the `RequestRecord` of each request at its end; it must be quick
+    ): self.app,self.content,self.ended,self.log = app,content,ended,logging.getLogger(REQUESTS)
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http': return await self.app(scope, receive, send)
@@ -139,3 +140,4 @@ class RequestLog:
         finally:
             level = logging.DEBUG if record.route in _QUIET else logging.INFO
             if self.log.isEnabledFor(level): self.log.log(level, '', extra=dict(fields=record.fields(self.content)))
+            if self.ended is not None: self.ended(record)

@@ -200,6 +200,26 @@ def _questions(name, n, *model):
     names = ('acc', 'acc_stderr', 'acc_norm', 'acc_norm_stderr')
     return found, dict(choice=name, examples=len(found.right)) | {k: float(getattr(found, k)) for k in names}
 
+# %% ../../nbs/960_tools.cli.ipynb #cli-report
+def _shown(found):
+    from deepseek_nb.eval.intervals import Interval
+    for name,task in found['tasks'].items():
+        for key,s in task['scores'].items(): print(f"{name} {key}: {Interval(s['value'], s['low'], s['high'])} on {s['n']:,}")
+    for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
+
+def _report(name, path, against, tasks, n, dtype, device, as_json):
+    from deepseek_nb.bench import hardware, versions
+    from deepseek_nb.eval.report import compare_reports, load_report, run_report, save_report
+    other = load_report(against) if against else None
+    about = dict(dtype=dtype or 'default', hardware=hardware(), versions=versions('tokenizers'))
+    def log(key, seconds): return None if as_json else print(f'{key:<12} {seconds:.0f} s', flush=True)
+    found = run_report(*_load(name, dtype, device), name, tasks.split(',') if tasks else (), n, about=about, log=log)
+    if path: save_report(path, found, other)
+    elif as_json: print(json.dumps(found))
+    else: _shown(found)
+    for r in compare_reports(found, other) if other else ():
+        print(f"{r.task} {r.score}: {r.difference}, adjusted p {r.adjusted:.2g} {r.verdict or 'does not count'}")
+
 # %% ../../nbs/960_tools.cli.ipynb #b460c39f
 def evaluate(
     model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
@@ -213,8 +233,12 @@ def evaluate(
     dtype:str = None, # float32, bfloat16, float16, or a quantised format: int8, int4, nf4 …; default: chosen by file and device
     device:str = None, # cpu, cuda, mps …
     as_json:bool = False, # Print JSON
+    report:str = '', # File of a report of all evaluation tasks, .json or .html
+    tasks:str = '', # Tasks of the report, such as bbq,winobias; default: all; without --report, their scores are printed
+    against:str = '', # Report of another model, to compare with
 ):
-    "Measure the perplexity of a model, or its accuracy on multiple-choice questions"
+    "Measure the perplexity of a model, its accuracy on multiple-choice questions, or all evaluation tasks"
+    if report or against or tasks: return _report(model, report, against, tasks, examples, dtype, device, as_json)
     if perplexity and choice: raise ValueError('--perplexity and --choice are two measures; give only one')
     if choice: found,facts = _questions(choice, examples, model, dtype, device)
     else: found,facts = _perplexity(text, tokens, window, stride or None, model, dtype, device)
