@@ -51,11 +51,11 @@ def test_crows_pairs_as_in_the_harness(rng, tmp_path):
 @harness
 @needs('bbq')
 def test_bbq_as_in_the_harness(rng):
-    "Biased answers and choices of every tenth item, and both bias scores for random log-likelihoods"
+    "Biased answers and choices of a random sample, and both bias scores for random log-likelihoods"
     from lm_eval.tasks.bbq import utils
     class Rows(list):
         def map(self, f): return [f(dict(r)) for r in self]
-    rows = [r for p in sorted((DATA/'bbq').glob('*.jsonl*')) for r in read_lines(p)][rng.randrange(10)::10]
+    rows = rng.sample([r for p in sorted((DATA/'bbq').glob('*.jsonl*')) for r in read_lines(p)], 1200)
     docs,asked = utils.process_docs(Rows(rows)),[A._question(r) for r in rows]
     scores = np.random.default_rng(rng.randrange(99)).normal(size=(len(rows), 12))
     for doc,q in zip(docs, asked, strict=True):
