@@ -28,8 +28,8 @@ from deepseek_nb.platform.labels import (
     labelled_version,
     next_record,
     predict,
-    progress,
     skip,
+    task_progress,
     undo,
 )
 from deepseek_nb.platform.layout import Site, csrf_field
