@@ -20,8 +20,8 @@ from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from deepseek_nb.platform.audit import Head, audit, first_broken, head_of
-from deepseek_nb.platform.store import MIGRATIONS, Clock, audits, datasets, faults, open_store, records, restore, settings, upgrade
+from deepseek_nb.platform.audit import LogHead, audit, first_broken, head_of
+from deepseek_nb.platform.store import MIGRATIONS, Clock, audits, datasets, faults, open_store, records, restore_store, settings, upgrade
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 KILLS = int(os.environ.get('STORE_KILLS', 8))
@@ -489,7 +489,7 @@ def test_restore(store, tmp_path):
         c.execute(insert(records).values(dataset_id=id, digest='d', data=dict(text='ü'), split='train', created=7))
         audit(c, None, 'make', 'five')
     source.put(b'blob')
-    restore(store, source)
+    restore_store(store, source)
     with store.read() as c, source.read() as s:
         for t in (datasets, records, audits, settings):
             rows = select(t).order_by(t.c[0])
@@ -498,7 +498,7 @@ def test_restore(store, tmp_path):
         assert add(c, 'next') == id + 1
         audit(c, None, 'go', 'on')
     assert store.check() == []
-    with pytest.raises(ValueError, match='have rows'): restore(store, source)
+    with pytest.raises(ValueError, match='have rows'): restore_store(store, source)
     source.close()
 
 
@@ -557,7 +557,7 @@ def test_the_head_outside(logged):
     noted = head_of(logged)
     with logged.write() as c: audit(c, None, 'go', 'on')
     assert first_broken(logged) is None and first_broken(logged, noted) is None
-    assert first_broken(logged, Head(noted.id, '0'*64)).id == noted.id
+    assert first_broken(logged, LogHead(noted.id, '0'*64)).id == noted.id
     with logged.write() as c: c.execute(delete(audits).where(audits.c.id == 14))
     assert first_broken(logged).id == 14
     with logged.write() as c: audit(c, None, 'another', 'entry 14')

@@ -9,7 +9,7 @@ chosen, takes the platform's tokens as keys, and shows the pages of all chapters
 __all__ = ['chat_pages', 'home_pages', 'prompt_template', 'load_model', 'PlatformServer', 'live_places', 'Talk', 'chat_start',
            'chat_whole', 'chat_stream', 'chat_rate', 'home_page', 'all_pages']
 
-# %% ../../nbs/840_platform.app.ipynb #ac72ab53
+# %% ../../nbs/840_platform.app.ipynb #12433496
 import asyncio
 import hmac
 import json
@@ -30,6 +30,7 @@ from ..eval.features import EmbeddingTable
 from ..files.tokenizer import Tokenizer
 from ..infer.load import warm_kernels
 from .access import user_of_token
+from .data_pages import data_pages
 from .entry import entry_pages, read_setting
 from .events import Recorder, RequestEvent, request_hook
 from .jobs import job_of
@@ -37,6 +38,8 @@ from .layout import Pages, Site, badge, big, card, cards, field, form, notice, p
 from .monitor import give_feedback, personal_scan
 from .registry import lineage_of, model_of, model_path
 from .rollout import choose
+from .run_pages import run_pages
+from .watch_pages import watch_pages
 from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ApiError, Fields, ServedModel
 from ..serve.completions import ChatRun, read_chat
@@ -293,7 +296,7 @@ def chat_rate(request, form):
     give_feedback(store, place, dict(thumb=thumb), event, user)
     return page(request, 'Chat', notice('Thank you. Your rating is kept.', 'good'), fh.A('Chat', href=f'/chat?place={place}', cls='button'))
 
-# %% ../../nbs/840_platform.app.ipynb #fba5e54c
+# %% ../../nbs/840_platform.app.ipynb #2ca6bc65
 home_pages = Pages('Overview', '/', role='viewer')
 
 def _count(store, table, *where):
@@ -312,7 +315,7 @@ def home_page(request):
         card('Runs', big(running, 'queued or running'), link('Runs', '/runs')),
         card('Models', big(_count(store, models), 'in the registry'), link('Models', '/models')),
         card('Alerts', big(open_, 'open'), badge('look at them', 'bad') if open_ else badge('calm', 'good'),
-             link('Monitoring', '/monitor')))
+             link('Alerts', '/alerts')))
     live = [(place, model_of(store, m)) for place,m in live_places(store)]
     rows = [(fh.A(place, href=f'/chat?place={place}'), f'{m.name} {m.number}', when(m.created)) for place,m in live]
     released = card('Released', table(['Place', 'Model', 'Made'], rows, empty='Nothing is released yet.'))
@@ -324,7 +327,7 @@ def _steps():
              'Release it at a place, for a share of the owners or for all.', 'Watch what comes in, and go back with one button.')
     return card('From data to answers', fh.Ol(*[fh.Li(s) for s in steps]))
 
-# %% ../../nbs/840_platform.app.ipynb #a63bfc3a
+# %% ../../nbs/840_platform.app.ipynb #fe922ce7
 def all_pages()->Pages: # Routes of all chapters
     "The pages of the platform"
-    return home_pages + chat_pages + entry_pages
+    return home_pages + data_pages + run_pages + watch_pages + chat_pages + entry_pages
