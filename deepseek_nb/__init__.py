@@ -97,9 +97,12 @@ Modules:
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
 - `deepseek_nb.cuda.sparse`: DeepSeek sparse attention on a GPU: index scores on tensor cores, an exact radix selection, and flash-decoding over a list of positions.
 - `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
+- `deepseek_nb.eval.adversarial`: AdvGLUE's attacked texts, on which a model can only be compared with other models, and a small attack of our own with clean twins
 - `deepseek_nb.eval.agreement`: Measure how far several people agree on labels, beyond chance: Cohen's and Fleiss' kappa, Krippendorff's alpha, F1 of spans.
 - `deepseek_nb.eval.ambiguity`: WinoBias and BBQ: whether a model resolves a pronoun, or answers a question without evidence, by a stereotype instead of by the text.
+- `deepseek_nb.eval.behaviour`: Small tests of one ability each, in CheckList's three kinds: a known answer, an answer that must not change, and a confidence that may only move one way
 - `deepseek_nb.eval.bias`: CrowS-Pairs and StereoSet: whether a model finds the stereotyped one of two sentences likelier, by type of bias, with intervals and the known criticism.
+- `deepseek_nb.eval.calibration`: Whether a model that is 80% sure is right in 80% of the cases: reliability diagrams, the bias of the calibration error, the parts of the Brier score, and one temperature that repairs much of it
 - `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.drift`: Tests that tell whether this week's requests are those that a model was checked on, with a rate of false alarms that is known before the first week
@@ -107,8 +110,10 @@ Modules:
 - `deepseek_nb.eval.harness`: Run the harness's tasks on a model, offline or over HTTP. Continuations that share a context share its KV cache, and each score is independent of the batch.
 - `deepseek_nb.eval.intervals`: How sure a score is, and which differences between two models count: bootstrap and Wilson intervals, McNemar's test, and Holm's rule for many comparisons.
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, as the number of equally likely tokens with the same uncertainty.
+- `deepseek_nb.eval.perturb`: How far accuracy falls, item by item, when a question is mistyped, shouted, asked in another template, or its options change places
 - `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
 - `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for people, and say which differences between two models count
+- `deepseek_nb.eval.safety`: How often a model refuses safe prompts and answers unsafe ones, by a stated rule with stated limits, and how toxic its continuations are
 - `deepseek_nb.eval.sets`: Find a public set of test items: in the cache, at its makers, or in a local folder, and say how to get it where it is in none of them
 - `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
 - `deepseek_nb.eval.swaps`: Swap names, pronouns and groups in your own texts by a readable table, and measure how far a classifier's or a model's answer moves, with paired intervals.
@@ -180,9 +185,14 @@ Modules:
 - `deepseek_nb.platform.events`: Every request becomes an event and a part of its minute: a thread writes both in batches, without loss and without making the server wait
 - `deepseek_nb.platform.exchange`: Write tasks, answers and predictions in the JSON of Label Studio and of Argilla, read them from there, and export tables without formulas.
 - `deepseek_nb.platform.forms`: Texts, numbers and files out of the body of a request, with limits that are counted while the bytes arrive, and errors that name the field
+- `deepseek_nb.platform.jobs`: Training runs wait in a queue, each runs in its own process, and a job whose process was killed continues from its last checkpoint
 - `deepseek_nb.platform.labels`: Hand out records, the most uncertain first, never one to two people by accident; keep answers, undo and skip; measure agreement, settle disputes.
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
 - `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
+- `deepseek_nb.platform.registry`: Each model is stored with where it came from and what was measured, its card is written from that alone, and limits in a file decide about release
+- `deepseek_nb.platform.rollout`: A model that passes its gates is released to a place, at first for a share of the owners or in the shadow of the old one, and one call goes back
+- `deepseek_nb.platform.run_pages`: See a run learn, cancel it, read a model's card, and release a model or go back, each with one button and without writing a command
+- `deepseek_nb.platform.runs`: Fine-tuning, LoRA, QLoRA, distillation, quantising, conversion and evaluation as jobs that read a dataset version and register a model
 - `deepseek_nb.platform.start`: One command, one folder, one port: the database, a first task, the worker of jobs, the monitor and the server, until SIGTERM ends all of them in order
 - `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
 - `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host

@@ -400,7 +400,9 @@ BENCHMARKS = {  # name at the command line -> location
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
     'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF),
     'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
-    'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg'))}
+    'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg')),
+    'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
+    'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(

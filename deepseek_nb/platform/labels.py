@@ -8,8 +8,8 @@ and `labelled_version` makes a version of the dataset with the labels."""
 
 # %% auto #0
 __all__ = ['SKIPPED', 'clean_answer', 'create_task', 'task_of', 'list_tasks', 'close_task', 'Work', 'next_record', 'keep_answer',
-           'data_of', 'annotate', 'skip', 'undo', 'progress', 'uncertainty', 'predict', 'TaskAgreement', 'agreement_of',
-           'Dispute', 'disagreements', 'adjudicate', 'final_answer', 'iter_answers', 'labelled_version']
+           'data_of', 'annotate', 'skip', 'undo', 'task_progress', 'uncertainty', 'predict', 'TaskAgreement',
+           'agreement_of', 'Dispute', 'disagreements', 'adjudicate', 'final_answer', 'iter_answers', 'labelled_version']
 
 # %% ../../nbs/824_platform.labels.ipynb #25672db9
 import math
@@ -287,7 +287,7 @@ _SKIP_TEXT = '{"skip":true}' # as the store writes it
 
 def _is_skip(): return cast(annotations.c.value, Text) == _SKIP_TEXT
 
-def progress(
+def task_progress(
     store:Store, # Open store
     task:int, # Id
 )->dict: # `records`, `done`, `answers`, `skipped`, and `people`: of each name, answers, skips and mean seconds

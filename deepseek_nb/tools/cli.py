@@ -208,12 +208,14 @@ def _shown(found):
     for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
 
 def _report(name, path, against, tasks, n, dtype, device, as_json):
+    from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.bench import hardware, versions
     from deepseek_nb.eval.report import compare_reports, load_report, run_report, save_report
     other = load_report(against) if against else None
     about = dict(dtype=dtype or 'default', hardware=hardware(), versions=versions('tokenizers'))
     def log(key, seconds): return None if as_json else print(f'{key:<12} {seconds:.0f} s', flush=True)
-    found = run_report(*_load(name, dtype, device), name, tasks.split(',') if tasks else (), n, about=about, log=log)
+    found = run_report(*_load(name, dtype, device), name, tasks.split(',') if tasks else (), n, about=about, log=log,
+                       extra=dict(xstest=dict(score=ToxicityNet.load().score)))
     if path: save_report(path, found, other)
     elif as_json: print(json.dumps(found))
     else: _shown(found)
