@@ -90,7 +90,7 @@ def test_swaps_can_be_undone(rng):
             text = ' '.join(rng.choice(words) for _ in range(rng.randrange(1, 12))) + '.'
             for s in range(len(table.groups)):
                 assert W.swapped(W.swapped(text, table, s), table, -s) == text
-            assert W.versions(text, table)[:1] == [text]*bool(W.found_groups(text, table))
+            assert W.swapped_versions(text, table)[:1] == [text]*bool(W.found_groups(text, table))
 
 
 def test_answers_by_a_loop(rng):

@@ -364,7 +364,7 @@ def _changed(request, t, form, record, began, value, do):
     else: spans = [s for i,s in enumerate(spans) if do != f'remove {i}']
     data = lab.data_of(request.state.store, t.id, record)
     value = lab.clean_answer(t.kind, t.labels, dict(spans=spans), data)
-    return _work_page(request, t, lab.Work(record, data, None, 0), value, began)
+    return _work_page(request, t, lab.WorkItem(record, data, None, 0), value, began)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #1ffd1ebf
 @data_pages.post('/tasks/{id:int}/skip', role='annotator')
