@@ -13,13 +13,16 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests compile some hundred kernels, which all read PyTorch's headers
 test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
 
-.PHONY: demo serve test sanitize docs bench evidence-smoke export new-chapter hooks clean
+.PHONY: demo serve platform test sanitize docs bench evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
 
 serve: .venv/.serve  ## the demo's model behind OpenAI's and DeepSeek's API, at http://127.0.0.1:8000/v1
 	$(BIN)/deepseek-nb serve $(MODEL)
+
+platform: .venv/.platform  ## label, train, judge, release and watch, at http://127.0.0.1:8000; its data lie in the folder platform
+	$(BIN)/deepseek-nb platform $(FOLDER)
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
 	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting
@@ -68,6 +71,11 @@ clean:  ## all that make made
 	@echo 'Installing into .venv, with the server: a few minutes the first time, most of it PyTorch'
 	$(INSTALL) -e '.[serve]'
 	@touch .venv/.installed $@
+
+.venv/.platform: pyproject.toml | .venv/.made
+	@echo 'Installing into .venv, with the platform: a few minutes the first time, most of it PyTorch'
+	$(INSTALL) -e '.[platform]'
+	@touch .venv/.installed .venv/.serve $@
 
 .venv/.dev: pyproject.toml | .venv/.made
 	@echo 'Installing into .venv, with the tools: a few minutes the first time, most of it PyTorch'

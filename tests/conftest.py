@@ -17,7 +17,8 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[1]
 
 
-LONG = 'kernels cuda cuda_quant cuda_experts compile quant_model ragged browser latent gguf evidence'.split()
+LONG = ('kernels cuda cuda_quant cuda_experts compile quant_model ragged browser latent gguf evidence house one_way_in '
+        'kernels_attention ggml sparse_kernels prefix evidence_conversion evidence_finetuning').split()
 
 
 def pytest_collection_modifyitems(items):

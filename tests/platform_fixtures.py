@@ -28,11 +28,12 @@ class Postgres:
     "A server in a temporary folder; each test gets a database, a copy of one whose tables are made"
     def __init__(self, programs):
         self.programs = programs
-        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if os.access('/dev/shm', os.W_OK) else None))
+        roomy = os.access('/dev/shm', os.W_OK) and shutil.disk_usage('/dev/shm').free > 2**31  # a container may have 64 MB
+        self.folder = Path(tempfile.mkdtemp(prefix='pg-', dir='/dev/shm' if roomy else None))
         self.user = next((o for o in ('postgres', 'nobody') if self._has(o)), None) if os.getuid() == 0 else None
         if self.user: shutil.chown(self.folder, self.user)
         self.data = self.folder/'data'
-        self.run('initdb', '-D', self.data, '-U', 'tester', '-A', 'trust', '-E', 'UTF8', '--locale=C', '--no-sync')
+        self.run('initdb', '-D', self.data, '-U', 'tester', '-A', 'trust', '-E', 'UTF8', '--locale=C', '--no-sync', '--wal-segsize=4')
         self.start()
         self.admin = create_engine(self.url('postgres'), isolation_level='AUTOCOMMIT', pool_pre_ping=True)
         self.execute('CREATE DATABASE model')
@@ -98,7 +99,7 @@ def store(request, tmp_path, monkeypatch):
     from deepseek_nb.platform import access
     monkeypatch.setattr(access, 'SCRYPT', dict(n=16, r=8, p=1))
     if request.param == 'sqlite': opened = open_store(tmp_path/'store', durable=False)
-    else: opened = open_store(request.getfixturevalue('postgres_url'), folder=tmp_path/'store')
+    else: opened = open_store(request.getfixturevalue('postgres_url'), folder=tmp_path/'store', durable=False)
     yield opened
     opened.close()
 
@@ -106,4 +107,4 @@ def store(request, tmp_path, monkeypatch):
 def again(store):
     "The same database and folder as another process would open them"
     if store.kind == 'sqlite': return open_store(store.folder, durable=False)
-    return open_store(store.engine.url.render_as_string(hide_password=False), folder=store.folder)
+    return open_store(store.engine.url.render_as_string(hide_password=False), folder=store.folder, durable=False)

@@ -285,7 +285,8 @@ def tuned_experts(o, tmp):
 @feature()
 def fewer_experts(o, tmp):
     m = copy.deepcopy(o.m)
-    for how in ('layers', 'top_p', 'null'): assert .85 < spent(m.set_compute(.95, o.ids, how), o.ids).share < .96, how
+    ids = torch.randint(2, o.c.vocab_size, (24, 24))  # with 48 tokens the share varies by .004, one standard deviation
+    for how in ('layers', 'top_p', 'null'): assert .85 < spent(m.set_compute(.95, ids, how), ids).share < .96, how
     near(m.set_compute(None)(o.ids), o.logits)
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -532,11 +531,9 @@ def test_missing_barrier_of_attention(line, rest):
 
 def sanitized(code):
     "Python with AddressSanitizer, and emulated kernels built for it"
-    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
-    flags = '-fsanitize=address,undefined -fno-sanitize-recover=all -O1'
-    env = dict(LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS=flags, OMP_NUM_THREADS='1')
-    return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env={**os.environ, **env})
+    if not (under := warm.sanitized('-O1')): pytest.skip('this compiler has no AddressSanitizer')
+    env = os.environ | under | dict(OMP_NUM_THREADS='1')
+    return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env)
 
 
 def test_clean_under_sanitizers():

@@ -376,12 +376,13 @@ def test_order_of_transformers(pair):
 
 
 def test_draws_follow_the_distribution(r):
-    logits, n = torch.randn(1, 6).expand(40000, 6), 40000
+    logits, n = torch.randn(1, 6).expand(60_000, 6), 60_000
     how = Sampling(temperature=.8, top_k=4)
     got = torch.bincount(how.choose(logits, torch.zeros(n, 1, dtype=torch.int64), torch.Generator().manual_seed(SEED)), minlength=6)/n
     top = logits[0].topk(4)
     want = torch.zeros(6).scatter(0, top.indices, (top.values/.8).softmax(0))
-    assert ((got-want).abs() < 5*(want*(1-want)/n).sqrt() + 1e-9).all()
+    # Bernstein's bound, which one of four frequencies exceeds once in ten million draws, however rare its token
+    assert ((got-want).abs() <= 6.04*(want*(1-want)/n).sqrt() + 12.2/n*(want > 0)).all()
 
 
 def test_seeds(pair):

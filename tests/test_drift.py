@@ -27,7 +27,7 @@ from deepseek_nb.eval.drift import (
     psi,
     sample_distances,
 )
-from deepseek_nb.eval.features import BUCKETS, EmbeddingTable, RequestFeatures, features_sample, token_buckets
+from deepseek_nb.eval.features import HASH_BUCKETS, EmbeddingTable, RequestFeatures, features_sample, token_buckets
 from deepseek_nb.eval.shares import ERROR, ShareRule, binomial_tail, bucket_quantile, log_bucket
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def test_a_copied_statistic_costs_nothing(rng):
 def test_buckets_are_a_hash(rng):
     ids = rng.integers(0, 2**17, 500)
     slow = Counter(int(i)*2654435769 % 2**32 >> 24 for i in ids)
-    assert token_buckets(ids).tolist() == [min(slow[b], 255) for b in range(BUCKETS)]
+    assert token_buckets(ids).tolist() == [min(slow[b], 255) for b in range(HASH_BUCKETS)]
 
 
 def test_features_are_packed_and_joined(rng):

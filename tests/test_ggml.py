@@ -213,12 +213,8 @@ for k in t.KINDS: t.test_rows_are_expanded_to_the_last_bit(k); t.test_nan_and_in
 
 @needs_compiler
 def test_clean_under_sanitizers():
-    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
-    # as in test_kernels, without frames on the heap
-    done = run('import test_ggml as t; t.sweep(25)', LD_PRELOAD=library, OMP_NUM_THREADS='2',
-               ASAN_OPTIONS='detect_leaks=0:detect_stack_use_after_return=0',
-               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O0')
+    if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')
+    done = run('import test_ggml as t; t.sweep(25)', **under, OMP_NUM_THREADS='2')
     assert done.returncode == 0, done.stderr[-3000:]
 
 

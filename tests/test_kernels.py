@@ -156,27 +156,30 @@ def test_any_number_of_threads(threads):
 
 
 def test_clean_under_sanitizers():
-    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
-    # a frame that the sanitizer puts on the heap misaligns vectors of 64 bytes (GCC 110027)
-    done = run('import test_kernels as t, test_kernels_attention as a; t.sweep(3); a.sweep(3)', LD_PRELOAD=library,
-               ASAN_OPTIONS='detect_leaks=0:detect_stack_use_after_return=0', OMP_NUM_THREADS='2',
-               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O0')
+    if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')
+    done = run('import test_kernels as t, test_kernels_attention as a; t.sweep(3); a.sweep(3)', **under, OMP_NUM_THREADS='2')
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_sanitizers_see_a_mistake(tmp_path):
-    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
+def test_sanitizers_see_a_mistake():
+    "An element beyond the memory, and a shift beyond the width of the number, each in a fork"
+    if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')
     code = '''
+import os
 import torch
 from deepseek_nb.core import nbproc
-text = nbproc.source_text('axpy.cpp').replace('i < x.numel()', 'i <= x.numel()')
-nbproc._session['axpy.cpp'] = {0: text}
-from deepseek_nb.kernels.build import load_kernel as load
-load('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))'''
-    done = run(code, LD_PRELOAD=library, ASAN_OPTIONS='detect_leaks=0', DEEPSEEK_NB_CXXFLAGS='-fsanitize=address -O0')
-    assert done.returncode and 'heap-buffer-overflow' in done.stderr
+from deepseek_nb.kernels.build import load_kernel
+text = nbproc.source_text('axpy.cpp')
+for right, wrong in (('i < x.numel()', 'i <= x.numel()'), ('float(a) *', 'float(1 << (i + 32)) *')):
+    assert right in text
+    if pid := os.fork():
+        assert os.waitpid(pid, 0)[1], wrong
+        continue
+    nbproc._session['axpy.cpp'] = {0: text.replace(right, wrong)}
+    load_kernel('axpy.cpp').axpy(1., torch.ones(16), torch.ones(16))
+    os._exit(0)'''
+    done = run(code, **under)
+    assert done.returncode == 0 and 'heap-buffer-overflow' in done.stderr and 'AddressSanitizer: ILL' in done.stderr, done.stderr[-3000:]
 
 
 BUILD = 'from deepseek_nb.kernels.team import thread_shares; assert thread_shares(4, 50).min() == 0; print("built")'

@@ -312,11 +312,8 @@ def test_narrower_instruction_sets(isa):
 
 @needs_compiler
 def test_clean_under_sanitizers():
-    library = subprocess.run(['c++', '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(library).is_absolute(): pytest.skip('this compiler has no AddressSanitizer')
-    done = run('import test_ragged as t; t.sweep(1, ["float32", "int4"])', LD_PRELOAD=library,
-               ASAN_OPTIONS='detect_leaks=0:detect_stack_use_after_return=0',
-               DEEPSEEK_NB_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -O0')
+    if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')
+    done = run('import test_ragged as t; t.sweep(1, ["float32", "int4"])', **under)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

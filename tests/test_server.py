@@ -48,7 +48,7 @@ class Live:
             while piece := s.recv(2**16): out += piece
         return out
 
-    def idle(self, seconds=10.):
+    def idle(self, seconds=60.):
         "Wait until nothing runs."
         end = time.monotonic() + seconds
         while (self.engine.count or sum(self.server.running.values())) and time.monotonic() < end: time.sleep(.01)

@@ -249,13 +249,13 @@ def test_the_distribution_test_sees_a_wrong_rule(monkeypatch):
 
 
 def test_acceptance_is_the_shared_probability():
-    g, n = torch.Generator().manual_seed(SEED), 100_000
+    g, n = torch.Generator().manual_seed(SEED), 125_000
     for _ in range(3):
         p, q = (torch.randn(V, generator=g).softmax(-1) for _ in range(2))
         drawn, seen = torch.multinomial(q, n, replacement=True, generator=g)[:, None], torch.zeros(n, 1).long()
         new = S.verify_drawn(p.log().expand(n, 2, V), drawn, q.expand(n, 1, V), seen, Sampling(temperature=1.), g)
         share = torch.minimum(p, q).sum().item()
-        assert abs(new.kept.float().mean().item() - share) < 5*math.sqrt(share*(1 - share)/n) + 1e-6
+        assert abs(new.kept.float().mean().item() - share) < 5.5*math.sqrt(share*(1 - share)/n) + 1e-6
 
 
 # ---- the rules alone, on a model that is a table: a hundred thousand texts at once

@@ -20,8 +20,8 @@ from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from deepseek_nb.platform.audit import Head, audit, first_broken, head_of
-from deepseek_nb.platform.store import MIGRATIONS, Clock, audits, datasets, faults, open_store, records, restore, settings, upgrade
+from deepseek_nb.platform.audit import LogHead, audit, first_broken, head_of
+from deepseek_nb.platform.store import MIGRATIONS, Clock, audits, datasets, faults, open_store, records, restore_store, settings, upgrade
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 KILLS = int(os.environ.get('STORE_KILLS', 8))
@@ -171,6 +171,27 @@ def test_a_writer_that_never_ends_is_waited_for_to_a_limit(store):
             except TimeoutError: time.sleep(.05)
     with quick.read() as c: assert names(c) == ['free']
     quick.close()
+
+
+def use(out, store):
+    with store.write() as c: add(c, 'child')
+    print(names_of(store), file=out)
+
+
+def test_a_fork_opens_connections_of_its_own(store):
+    with store.write() as c: add(c, 'parent')
+    with store.read() as c:
+        assert names(c) == ['parent']
+        with process(use, store) as (_, lines): assert lines.read() == "['parent', 'child']\n"
+        assert names(c) == ['parent']
+    with store.write() as c: add(c, 'again')
+    assert names_of(store) == ['parent', 'child', 'again'] and faults(store) == []
+
+
+def test_a_store_opens_while_another_writes(store):
+    with store.write() as c:
+        add(c, 'slow')
+        assert names_of(again(store)) == []
 
 
 # ---- kill -9
@@ -468,7 +489,7 @@ def test_restore(store, tmp_path):
         c.execute(insert(records).values(dataset_id=id, digest='d', data=dict(text='ü'), split='train', created=7))
         audit(c, None, 'make', 'five')
     source.put(b'blob')
-    restore(store, source)
+    restore_store(store, source)
     with store.read() as c, source.read() as s:
         for t in (datasets, records, audits, settings):
             rows = select(t).order_by(t.c[0])
@@ -477,7 +498,7 @@ def test_restore(store, tmp_path):
         assert add(c, 'next') == id + 1
         audit(c, None, 'go', 'on')
     assert store.check() == []
-    with pytest.raises(ValueError, match='have rows'): restore(store, source)
+    with pytest.raises(ValueError, match='have rows'): restore_store(store, source)
     source.close()
 
 
@@ -536,7 +557,7 @@ def test_the_head_outside(logged):
     noted = head_of(logged)
     with logged.write() as c: audit(c, None, 'go', 'on')
     assert first_broken(logged) is None and first_broken(logged, noted) is None
-    assert first_broken(logged, Head(noted.id, '0'*64)).id == noted.id
+    assert first_broken(logged, LogHead(noted.id, '0'*64)).id == noted.id
     with logged.write() as c: c.execute(delete(audits).where(audits.c.id == 14))
     assert first_broken(logged).id == 14
     with logged.write() as c: audit(c, None, 'another', 'entry 14')
@@ -586,8 +607,29 @@ def test_a_head_that_can_not_be_written(store):
     with store.read() as c: assert c.scalar(select(func.count()).select_from(audits)) == 2
 
 
+def test_a_damaged_database(tmp_path):
+    (tmp_path/'platform.db').write_bytes(b'no database'*1000)
+    with pytest.raises(ValueError, match='restore the newest backup'): open_store(tmp_path)
+    opened = open_store(tmp_path/'new', durable=False)
+    with opened.write() as c: c.execute(insert(settings), [dict(name=str(i), value='x'*1000) for i in range(200)])
+    opened.close()
+    raw = bytearray((tmp_path/'new/platform.db').read_bytes())
+    raw[len(raw)//2:-8192] = os.urandom(len(raw) - 8192 - len(raw)//2)
+    (tmp_path/'new/platform.db').write_bytes(raw)
+    try: found = open_store(tmp_path/'new').check()
+    except ValueError as e: found = [str(e)]
+    assert found
+
+
+def test_a_server_that_is_not_there(tmp_path):
+    with pytest.raises(ConnectionError, match='does not answer') as e:
+        open_store(f'postgresql://tester:geheim@/x?host={tmp_path}', folder=tmp_path)
+    assert 'geheim' not in str(e.value)
+
+
 def test_where_a_store_may_be(tmp_path):
-    for bad in ('mysql://x@y/z', 'sqlite:///x.db'):
-        with pytest.raises(ValueError, match='postgresql://'): open_store(bad, folder=tmp_path)
+    for bad in ('mysql://x:geheim@y/z', 'sqlite:///x.db'):
+        with pytest.raises(ValueError, match='postgresql://') as e: open_store(bad, folder=tmp_path)
+        assert 'geheim' not in str(e.value)
     with pytest.raises(ValueError, match='folder='): open_store('postgresql://x@y/z')
     assert Path(open_store(str(tmp_path/'as text')).folder).name == 'as text'

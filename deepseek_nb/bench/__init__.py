@@ -399,7 +399,10 @@ BENCHMARKS = {  # name at the command line -> location
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
     'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF),
-    'drift': Benchmark('bench.drift.drift_weeks', ('numpy',))}
+    'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
+    'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg')),
+    'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
+    'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(
@@ -440,8 +443,9 @@ def operations(
 def _about(b):
     try: return (b.load().__doc__ or '').partition('\n')[0]
     except ModuleNotFoundError as e:
-        if not (e.name or '').startswith('deepseek_nb.studies.'): raise
-        return 'A step of a study, for which the notebooks are needed'
+        if (e.name or '').startswith('deepseek_nb.studies.'): return 'A step of a study, for which the notebooks are needed'
+        if not e.name or e.name.startswith('deepseek_nb'): raise
+        return f'Needs the package {e.name}'
 
 def listing()->str: # One line per benchmark
     "Names and docstrings of all benchmarks"

@@ -8,7 +8,7 @@ measured, so an interrupted benchmark continues where it stopped. `ARMS` lists w
 # %% auto #0
 __all__ = ['RATES', 'ARMS', 'USAGE', 'COMMANDS', 'Arm', 'smaller_tokenizer', 'without_end', 'write_endless', 'prepare_models',
            'Command', 'program', 'version_of', 'NotStarted', 'without_folders', 'free_port', 'wait_until_ready',
-           'running', 'host_busy', 'Sizes', 'first_tokens_again', 'measure', 'Run', 'runs_of', 'ServeReport',
+           'running', 'host_busy', 'Sizes', 'first_tokens_again', 'measure_load', 'Run', 'runs_of', 'ServeReport',
            'report_of', 'measure_arm', 'measure_all', 'serve_load']
 
 # %% ../../nbs/792_bench.serve.ipynb #345509c0
@@ -294,7 +294,7 @@ async def first_tokens_again(
     return out
 
 # %% ../../nbs/792_bench.serve.ipynb #0f937a8e
-async def measure(
+async def measure_load(
     to:Endpoint, # Server
     kind:str, # closed, shared, open or prefix
     load:float, # Streams, or requests per second
@@ -380,12 +380,12 @@ def measure_arm(
     "Start a server and measure what is left to do"
     busy = host_busy()
     with start(arm) as to:
-        first = _in_a_loop(measure(to, 'closed', 1, words, 'first', Sizes(16, 2)))
+        first = _in_a_loop(measure_load(to, 'closed', 1, words, 'first', Sizes(16, 2)))
         if first['failed']: raise NotStarted(f"its first answer failed: {first['error']}")
         for run in todo:
             if time.monotonic() > until: return
             seed = run.kind, run.load, run.round
-            work = measure(to, run.kind, run.load, words, seed, sizes)
+            work = measure_load(to, run.kind, run.load, words, seed, sizes)
             try: found = _in_a_loop(asyncio.wait_for(work, sizes.patience))
             except TimeoutError: found = dict(error=f'not complete after {sizes.patience:.0f} s')
             report.runs.append(run._asdict() | found | dict(busy=busy))

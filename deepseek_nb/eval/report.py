@@ -8,8 +8,8 @@ says which differences between two reports count. `report_page` writes one HTML 
 
 # %% auto #0
 __all__ = ['EVAL_TASKS', 'REPORT_FORM', 'REPORT_VERSION', 'REPORT_SCHEMA', 'EvalTask', 'eval_task', 'score_record', 'score_of',
-           'run_report', 'report_faults', 'load_report', 'save_report', 'unpaired', 'ReportRow', 'compare_reports',
-           'report_page']
+           'run_report', 'report_faults', 'load_report', 'save_report', 'unpaired', 'ScoreRow', 'compare_reports',
+           'report_page', 'measure_evaluation']
 
 # %% ../../nbs/748_eval.report.ipynb #61900b8b
 import json
@@ -70,7 +70,27 @@ EVAL_TASKS |= {
     'bbq': EvalTask('eval.ambiguity:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
         'US English; about 25 templates each category, with many fillings. A model that always says "unknown" is right in half of it; '
         'one that guesses has no bias score. Categories that are not at hand are missing.'),
+    'swaps': EvalTask('eval.swaps:swaps_task', 'Counterfactual swaps', 'Own sentences, after EEC, arXiv:1805.04508',
+        'Apache-2.0', 'Short sentences about feelings. The move also contains noise. Use your own texts.'),
 }
+
+# %% ../../nbs/748_eval.report.ipynb #2bdab5b5
+EVAL_TASKS |= dict(
+    perturb=EvalTask('eval.perturb:perturb_task', 'Typing errors, templates, order of options', 'PIQA, arXiv:1911.11641', 'AFL-3.0',
+        'Typing errors are drawn, not collected from people; four templates are no sample of all templates.'),
+    checklist=EvalTask('eval.behaviour:checklist_task', 'Behaviour: negation, intensity, fairness',
+        'CheckList (sentiment), arXiv:2005.04118', 'MIT', 'Templates repeat a few sentences, so intervals draw whole tests. '
+        'Failure rates say nothing about the frequency of such texts. The expectations of the direction tests '
+        'are our reading of their descriptions.'),
+    advglue=EvalTask('eval.adversarial:advglue_task', 'Attacked texts', 'AdvGLUE (development), arXiv:2111.02840', 'CC BY-SA 4.0',
+        'There are no clean twins, so no fall can be computed: compare models, not numbers. Attacks were made against BERT-like models, '
+        'and some attacked texts are unclear to people.'),
+    calibration=EvalTask('eval.calibration:calibration_task', 'Whether confidence means something', 'HellaSwag, arXiv:1905.07830', 'MIT',
+        'The error depends on the bins, and chance makes it positive for a calibrated model too; its interval is shifted upwards for the '
+        'same reason. Confidences are those of unnormalised log-likelihoods.'),
+    xstest=EvalTask('eval.safety:xstest_task', 'Refusals of safe and of unsafe prompts', 'XSTest, arXiv:2308.01263', 'CC BY 4.0',
+        'A rule decides what a refusal is. Compliance with an unsafe prompt isn\'t harm: a small model may answer with nonsense. '
+        'Prompts are made of keywords, so a filter that was tuned on them proves nothing.'))
 
 # %% ../../nbs/748_eval.report.ipynb #2259aa25
 def eval_task(
@@ -111,13 +131,14 @@ def run_report(
     seed:int = 0, # Of the choice of items
     about:dict|None = None, # Hardware, versions, dtype
     table:dict = EVAL_TASKS, # Name -> `EvalTask`
+    extra:dict|None = None, # Name of a task -> further arguments, such as a scorer of toxicity
     log:Callable = lambda name, seconds: None, # Called after each task
 )->dict: # The report, which JSON can store
     "Run evaluation tasks"
     done,skipped,todo = {},{},{key: table[key] if key in table else eval_task(key) for key in tasks or table}
     for key,task in todo.items():
         begin = process_time()
-        try: scores = task.load()(model, tokenizer, n, seed, **task.options)
+        try: scores = task.load()(model, tokenizer, n, seed, **task.options | (extra or {}).get(key, {}))
         except (FileNotFoundError, ImportError) as e: skipped[key] = str(e).partition('\n')[0]
         else:
             facts = {k: getattr(task, k) for k in ('title', 'source', 'licence', 'criticism', 'chance')}
@@ -216,7 +237,7 @@ def unpaired(
     return Difference(float(gap(*(v.mean(0) for v in values))), float(low), float(high), min(1., 2*float(tail + 1)/(draws + 1)))
 
 # %% ../../nbs/748_eval.report.ipynb #5c288bf5
-class ReportRow(NamedTuple):
+class ScoreRow(NamedTuple):
     "A score of two reports"
     task:str # Name of the task
     score:str # Name of the score
@@ -246,7 +267,7 @@ def compare_reports(
     b:dict, # Second report
     level:float = .95, # Probability that no difference counts by chance
     draws:int = 10_000, # Number of bootstrap samples
-)->list[ReportRow]: # The scores that both have
+)->list[ScoreRow]: # The scores that both have
     "Which differences between two reports count"
     both = [(t, k) for t,task in a['tasks'].items() for k in task['scores'] if k in b['tasks'].get(t, dict(scores=()))['scores']]
     records = [(a['tasks'][t]['scores'][k], b['tasks'][t]['scores'][k]) for t,k in both]
@@ -257,7 +278,7 @@ def compare_reports(
     def row(t, k, x, y, d, n, p):
         counts = p <= 1 - level
         verdict = _verdict(x['better'], d.value, x['value'], y['value']) if counts else ''
-        return ReportRow(t, k, _interval(x), _interval(y), d, n, p, verdict)
+        return ScoreRow(t, k, _interval(x), _interval(y), d, n, p, verdict)
     return [row(*name, *two, *d, p) for name,two,d,p in zip(both, records, found, adjusted, strict=True)]
 
 # %% ../../nbs/748_eval.report.ipynb #01cba266
@@ -283,7 +304,7 @@ _STYLE = '''
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9aa4af; --line: #3d444d; --back: #0d1117; --box: #161b22;
   --mark: #58a6ff; --good: #56d364; --bad: #ff7b72 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem; max-width: 62rem; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
+body { margin: 0 auto; padding: 1.5rem; max-width: 70rem; background: var(--back); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
   overflow-wrap: anywhere }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem } h2 { font-size: 1.25rem; margin: 2.25rem 0 .5rem }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .25rem } p { margin: .35rem 0; max-width: 46rem } .soft { color: var(--soft) }
@@ -303,12 +324,13 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem } d
 '''
 
 # %% ../../nbs/748_eval.report.ipynb #87477872
-def _axis(reports):
-    records = [s for r in reports for t in r['tasks'].values() for s in t['scores'].values()]
-    return min([0., *(s['low'] for s in records)]),max([1., *(s['high'] for s in records)])
+def _axis(record):
+    "Bounds that scores of a kind share: 0 or -1, and 1 or 100"
+    return min(0. if record['low'] >= 0 else -1., record['low']),max(1. if record['high'] <= 1 else 100., record['high'])
 
-def _bar(record, axis, chance=None):
+def _bar(record, chance=None):
     "An interval as a picture"
+    axis = _axis(record)
     x = lambda v: round(4 + 152*(v - axis[0])/(axis[1] - axis[0]), 1)
     def line(a, b, y0, y1, colour, width):
         return _el('line', x1=x(a), x2=x(b), y1=y0, y2=y1, stroke=f'var(--{colour})', stroke_width=width)
@@ -319,21 +341,21 @@ def _bar(record, axis, chance=None):
     parts = line(*axis, 10, 10, 'line', 1),*tick,line(record['low'], record['high'], 10, 10, 'mark', 2.5),dot
     return _el('svg', *parts, viewBox='0 0 160 20', width=160, height=20, role='img', aria_label=said)
 
-def _score_rows(task, axis):
+def _score_rows(task):
     words = dict(higher='higher is better', lower='lower is better', zero='0 is best')
     def cells(k, s):
         interval = f"{s['low']:.3f} to {s['high']:.3f}"
-        return k.replace('_', ' '), f"{s['value']:.3f}", interval, _bar(s, axis, task.get('chance')), f"{s['n']:,}", words[s['better']]
+        return k.replace('_', ' '), f"{s['value']:.3f}", interval, _bar(s, task.get('chance')), f"{s['n']:,}", words[s['better']]
     return [cells(k, s) for k,s in task['scores'].items()]
 
 # %% ../../nbs/748_eval.report.ipynb #ba1bdca8
 _HEADS = 'Score', 'Value', '95% interval', '', 'Items', 'Direction'
 
-def _task_section(name, task, axis):
+def _task_section(name, task):
     heads = [h or _el('span', 'Picture', class_='soft') for h in _HEADS]
     source = _el('p', f"{name}: {task['source']} ({task['licence']})", class_='soft')
     note = _el('p', _el('strong', 'What the figure doesn\'t say. '), task['criticism'], class_='note')
-    table = _table(f'Scores of {name}', heads, _score_rows(task, axis))
+    table = _table(f'Scores of {name}', heads, _score_rows(task))
     return _el('section', _el('h3', task['title'], id=f'task-{name}'), source, note, table)
 
 def _difference_section(report, other):
@@ -362,12 +384,11 @@ def _facts(report):
         _el('dl', *(_Html(_el('dt', k) + _el('dd', v)) for k,v in pairs)))
 
 def _body(report, other):
-    axis = _axis([report])
     names = [('against', f"Against {other['model']}")] if other else []
     names += [(f'task-{k}', k) for k in report['tasks']] + [('measured', 'How this was measured')]
     nav = _el('nav', _el('ul', *(_el('li', _el('a', text, href=f'#{at}')) for at,text in names)), aria_label='Sections')
     head = _el('header', _el('h1', f"Evaluation of {report['model']}"), _el('p', report['date'].replace('T', ' '), class_='soft'), nav)
-    tasks = [_task_section(k, t, axis) for k,t in report['tasks'].items()]
+    tasks = [_task_section(k, t) for k,t in report['tasks'].items()]
     reasons = [_el('li', f'{k}: {why}') for k,why in report['skipped'].items()]
     missing = [_el('h2', 'Not run'), _el('ul', *reasons)] if reasons else []
     against = [_difference_section(report, other)] if other else []
@@ -386,3 +407,17 @@ def report_page(
                  f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
     parts = _el('head', head, _el('title', f"Evaluation of {report['model']}"), _Html(f'<style>{_STYLE}</style>'))
     return f'<!doctype html>\n<html lang="en">{parts}<body>{_body(report, other)}\n{_MARK}{data}</script></body></html>\n'
+
+# %% ../../nbs/748_eval.report.ipynb #a7c1e002
+def measure_evaluation(
+    model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
+    dtype:str = '', # Dtype or quantised format; '': that of the file
+    examples:int = 60, # Items of each task; cases of each behavioural test are a tenth of it
+    tasks:str = 'piqa,hellaswag,truthfulqa,perturb,checklist,advglue,calibration,xstest', # Separated by commas
+)->dict: # The report
+    "The report of a model on samples"
+    m,tok = Model.from_pretrained(model, dtype=dtype or None),Tokenizer.from_pretrained(model)
+    names = tasks.split(',')
+    about,size = dict(dtype=dtype or 'of the file'),lambda k: max(1, examples//10) if k == 'checklist' else examples
+    parts = [run_report(m, tok, model, [k], size(k), about=about) for k in names]
+    return parts[0] | {f: {k: v for p in parts for k,v in p[f].items()} for f in ('tasks', 'skipped')}

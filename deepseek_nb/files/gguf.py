@@ -369,7 +369,7 @@ def copy_blocks(
     dst:Tensor, # A view from `gguf_views`, or a part of one
     data:Tensor, # Bytes of the blocks, uint8
     kind:str, # Name of the GGML type
-    piece:int = 2**15, # Number of weights to dequantise at a time
+    piece:int = 2**16, # Number of weights to dequantise at a time
 )->None:
     "Dequantise blocks into a view, piece by piece"
     n = dst.shape[0]

@@ -121,7 +121,7 @@ def _header(head, name, limits):
 
 def _csv_rows(lines, name, limits):
     first = next(lines, '')
-    table = csv.reader(chain([first], lines), delimiter=max(',;\t', key=first.count))
+    table = csv.reader(chain([first], lines), delimiter=max(',;\t', key=first.count), strict=True)
     try:
         head = _header([h.strip() for h in next(table, [])], name, limits)
         for row in table:

@@ -151,7 +151,7 @@ def users_of(
         asked = select(*(users.c[k] for k in UserRow._fields)).where(users.c.id > after).order_by(users.c.id).limit(limit)
         return [UserRow(*row) for row in c.execute(asked)]
 
-# %% ../../nbs/822_platform.access.ipynb #9423b89e
+# %% ../../nbs/822_platform.access.ipynb #22bcb5a5
 def _digest(token): return sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()
 
 def setup_code(
@@ -165,6 +165,7 @@ def setup_code(
         c.execute(insert(settings).values(name='setup', value=_digest(code)))
     return code
 
+# %% ../../nbs/822_platform.access.ipynb #1554e8b6
 def first_admin(
     store:Store, # Open store
     code:str, # From `setup_code`
@@ -181,16 +182,19 @@ def first_admin(
         c.execute(delete(settings).where(settings.c.name == 'setup'))
         return _insert_user(store, c, None, name, password, 'admin')
 
-# %% ../../nbs/822_platform.access.ipynb #75ad5510
+# %% ../../nbs/822_platform.access.ipynb #1c8e809d
 _FREE = dict(name=5, address=20) # failures without a wait
 _LONGEST,_DAY = 900*10**6,86400*10**6 # microseconds
 
 class TooManyTries(PermissionError):
     "Log-in is refused for a while, whatever the password"
-    def __init__(self, seconds):
+    def __init__(self,
+        seconds:float, # Until the next try
+    ):
         super().__init__(f'too many tries; wait {seconds:.0f} seconds')
         self.seconds = seconds
 
+# %% ../../nbs/822_platform.access.ipynb #1f9175dc
 def _count_try(store, keys): # keys: {'name': …, 'address': …}
     with store.write() as c:
         now = store.now()
@@ -265,7 +269,7 @@ def csrf_matches(
     "Compare a form's secret with that of the session"
     return hmac.compare_digest(csrf_of(token).encode(), str(given).encode('utf-8', 'surrogatepass'))
 
-# %% ../../nbs/822_platform.access.ipynb #348f61a1
+# %% ../../nbs/822_platform.access.ipynb #6ef95afa
 def user_of_session(
     store:Store, # Open store
     token:str|None, # From the cookie
@@ -282,6 +286,7 @@ def user_of_session(
         with suppress(OSError), store.write() as c: c.execute(update(sessions).where(sessions.c.digest == digest).values(seen=now))
     return User(*row[:3])
 
+# %% ../../nbs/822_platform.access.ipynb #b3d7f008
 def log_out(
     store:Store, # Open store
     token:str, # Of the session
@@ -292,7 +297,7 @@ def log_out(
         c.execute(delete(sessions).where(sessions.c.digest == _digest(token)))
         if gone: audit(c, gone.user_id, 'log out', f'user:{gone.user_id}')
 
-# %% ../../nbs/822_platform.access.ipynb #6f8425e1
+# %% ../../nbs/822_platform.access.ipynb #26affd93
 def _keeps_admin(c, row): # somebody must be able to make users
     others = select(func.count()).select_from(users).where(users.c.role == 'admin', users.c.disabled.is_(False), users.c.id != row.id)
     if row.role == 'admin' and not c.scalar(others): raise ValueError(f'{row.name} is the last admin; make another one first')
@@ -301,6 +306,7 @@ def _end_all(store, c, id):
     c.execute(delete(sessions).where(sessions.c.user_id == id))
     c.execute(update(tokens).where(tokens.c.user_id == id, tokens.c.revoked.is_(None)).values(revoked=store.now()))
 
+# %% ../../nbs/822_platform.access.ipynb #0348a1e9
 def set_role(
     store:Store, # Open store
     by:User|None, # Who does it; None: the system
@@ -317,7 +323,7 @@ def set_role(
         audit(c, by, 'set role', f'user:{id}', role=role, was=row.role)
     return User(id, row.name, role)
 
-# %% ../../nbs/822_platform.access.ipynb #3f6016c6
+# %% ../../nbs/822_platform.access.ipynb #80e079b4
 def disable_user(
     store:Store, # Open store
     by:User|None, # Who does it; None: the system
@@ -333,6 +339,7 @@ def disable_user(
         if disabled: _end_all(store, c, id)
         audit(c, by, 'disable user' if disabled else 'enable user', f'user:{id}')
 
+# %% ../../nbs/822_platform.access.ipynb #e04c5ef4
 def set_password(
     store:Store, # Open store
     by:User|None, # The user, or an admin; None: the system
@@ -394,7 +401,7 @@ def user_of_token(
         with suppress(OSError), store.write() as c: c.execute(update(tokens).where(tokens.c.id == row.token).values(seen=now))
     return User(row.id, row.name, min(row.role, row.least, key=USER_ROLES.index))
 
-# %% ../../nbs/822_platform.access.ipynb #9890e8c1
+# %% ../../nbs/822_platform.access.ipynb #d1252835
 class TokenRow(NamedTuple):
     "A token as a list shows it"
     id:int # Row of `tokens`
@@ -415,6 +422,7 @@ def tokens_of(
     if user is not None: asked = asked.where(tokens.c.user_id == user.id)
     with store.read() as c: return [TokenRow(*row) for row in c.execute(asked)]
 
+# %% ../../nbs/822_platform.access.ipynb #16a7f9b0
 def revoke_token(
     store:Store, # Open store
     by:User|None, # Its user, or an admin; None: the system

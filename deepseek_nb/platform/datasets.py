@@ -287,6 +287,7 @@ def _spooled(store, rows, kind):
     if not len(spool): raise ValueError('there are no rows; give at least one')
     return spool
 
+# %% ../../nbs/823_platform.datasets.ipynb #16debd20
 def import_rows(
     store:Store, # Open store
     user, # Who imports; None: the system
@@ -337,6 +338,7 @@ def _like(text):
     plain = json.dumps(text, ensure_ascii=False)[1:-1]
     return '%' + ''.join('\\' + ch if ch in '%_\\' else ch for ch in plain) + '%'
 
+# %% ../../nbs/823_platform.datasets.ipynb #878fa0ae
 def page_of_rows(
     store:Store, # Open store
     version:int, # Id
@@ -355,6 +357,7 @@ def page_of_rows(
             raise KeyError(f'there is no version {version}; see the list of datasets')
         return [DataRow(*r) for r in c.execute(query.order_by(version_rows.c.record_id).limit(limit))]
 
+# %% ../../nbs/823_platform.datasets.ipynb #229e002c
 def iter_rows(
     store:Store, # Open store
     version:int, # Id
@@ -378,6 +381,7 @@ def version_report(
     own = ('id', 'dataset_id', 'name', 'kind', 'number', 'digest', 'rows', 'columns', 'parent_id', 'note', 'created')
     return row.report | {k: getattr(row, k) for k in own}
 
+# %% ../../nbs/823_platform.datasets.ipynb #492096aa
 def list_datasets(
     store:Store, # Open store
     after:int = 0, # Id of the last dataset of the page before
@@ -391,6 +395,7 @@ def list_datasets(
     with store.read() as c:
         return c.execute(query.where(datasets.c.archived.is_(None), datasets.c.id > after).order_by(datasets.c.id).limit(limit)).all()
 
+# %% ../../nbs/823_platform.datasets.ipynb #c6a3d91f
 def list_versions(
     store:Store, # Open store
     dataset:int, # Id
@@ -410,12 +415,13 @@ def _sourced(source, name, format):
     if isinstance(source, list | tuple): yield from source
     elif isinstance(source, dict):
         for split,part in source.items(): yield from ((row, split) for row in _sourced(part, name, format))
-    elif hasattr(source, 'read'): yield from untrusted_rows(source, getattr(source, 'name', None) or name, format)
+    elif hasattr(source, 'read'): yield from untrusted_rows(source, name, format)
     elif isinstance(source, Path) or isinstance(source, str) and (Path(source).is_file() or Path(source).suffix):
         yield from untrusted_rows(source, None, format)
     elif isinstance(source, str): yield from _sourced(_loaded(source), name, format)
     else: yield from source
 
+# %% ../../nbs/823_platform.datasets.ipynb #71906d3b
 def import_dataset(
     store:Store, # Open store
     user, # Who imports; None: the system
@@ -427,10 +433,11 @@ def import_dataset(
     format:str|None = None, # 'jsonl', 'json', 'csv' or 'parquet'; None: by the name of the file
     split:str|None = None, # Column that has the splits; None: they are made here, unless the source has them
     note:str = '', # What is new in this version
+    called:str|None = None, # Name of the file, where the source is a binary file
 )->int: # Id of the version; the same rows again: that of the version they have
     "Import a version of a dataset"
     if kind not in DATA_KINDS: raise ValueError(f'kind is {kind!r:.60}; it must be one of {", ".join(DATA_KINDS)}')
-    rows = _house_rows(_sourced(source, name, format), kind, text, label, split)
+    rows = _house_rows(_sourced(source, called or name, format), kind, text, label, split)
     return import_rows(store, user, name, rows, kind, note).version
 
 # %% ../../nbs/823_platform.datasets.ipynb #8fed62d8

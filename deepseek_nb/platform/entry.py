@@ -97,7 +97,7 @@ def leave(request, form):
     response.delete_cookie(cookie_name(request), secure=request.state.secure, httponly=True, samesite='lax')
     return response
 
-# %% ../../nbs/836_platform.entry.ipynb #d2bc51e9
+# %% ../../nbs/836_platform.entry.ipynb #9754aea2
 @entry_pages.get('/account', role='viewer')
 def account_page(request):
     "Name, role, tokens and password of the visitor"
@@ -109,7 +109,9 @@ def account_page(request):
     new = form(request, '/account/tokens', field('name', 'Name', help='Such as the program that will use it.', required=True),
                field('role', 'Role', 'select', user.role, options=roles), field('days', 'Days until it expires', 'number', 90),
                button='Create')
-    change = form(request, '/account/password', field('old', 'Password now', 'password', required=True, autocomplete='current-password'),
+    own = fh.Input(name='user', value=user.name, autocomplete='username', hidden=True)
+    change = form(request, '/account/password', own,
+                  field('old', 'Password now', 'password', required=True, autocomplete='current-password'),
                   field('password', 'New password', 'password', required=True, autocomplete='new-password'), button='Change')
     return page(request, 'Your account', card('You', facts({'Name': user.name, 'Role': user.role})),
                 card('API tokens', table(['Name', 'Role', 'Created', 'Expires', 'Last used', 'State'], rows, empty='You have no tokens.')),

@@ -8,10 +8,11 @@ turns old minutes into hours. `request_hook` makes events of a server's requests
 
 # %% auto #0
 __all__ = ['SAMPLED', 'MINUTE', 'DAY', 'HOURLY', 'RequestEvent', 'Prices', 'Sketch', 'Recorder', 'WindowRow', 'windows_of',
-           'total', 'condense', 'request_hook']
+           'total', 'condense', 'request_hook', 'record_events']
 
-# %% ../../nbs/830_platform.events.ipynb #617f33c3
+# %% ../../nbs/830_platform.events.ipynb #1432f3dc
 import math
+import tempfile
 import threading
 import time
 import tomllib
@@ -23,12 +24,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from fastcore.basics import patch
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
-from ..eval.features import BUCKETS, COORDINATES, RequestFeatures
+from ..eval.features import COORDINATES, HASH_BUCKETS, EmbeddingTable, RequestFeatures
 from ..eval.shares import bucket_quantile, log_bucket
-from .store import Store, events, lock_rows, texts, windows
+from .store import Store, events, lock_rows, open_store, texts, windows
 from ..serve.logs import user_hash
 
 # %% ../../nbs/830_platform.events.ipynb #c8e8430b
@@ -87,7 +89,7 @@ def _lowest(items, k):
         if len(out) == k: break
     return out
 
-# %% ../../nbs/830_platform.events.ipynb #a10b92ba
+# %% ../../nbs/830_platform.events.ipynb #96a5776e
 @dataclass
 class Sketch:
     "What is known of the requests of a window"
@@ -96,7 +98,7 @@ class Sketch:
     flags:Counter = field(default_factory=Counter) # 'scanned' and the names of scans -> requests
     seconds:Counter = field(default_factory=Counter) # Bucket -> requests
     first:Counter = field(default_factory=Counter) # Bucket -> requests
-    tokens:np.ndarray = field(default_factory=lambda: np.zeros(BUCKETS, np.int64)) # Tokens of prompts
+    tokens:np.ndarray = field(default_factory=lambda: np.zeros(HASH_BUCKETS, np.int64)) # Tokens of prompts
     embedding:np.ndarray = field(default_factory=lambda: np.zeros(COORDINATES)) # Sum over requests with features
     featured:int = 0 # Requests with features
     sample:list = field(default_factory=list) # [priority, owner, packed features] of some requests
@@ -403,3 +405,34 @@ def request_hook(
             sum(s.usage.prompt_tokens for s in streams), answer,
             first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said), wait=0)
     return ended
+
+# %% ../../nbs/830_platform.events.ipynb #2c8eaf96
+def _recorded(store, n, rate):
+    "Record n events at a rate, and measure"
+    rng = np.random.default_rng(0)
+    table,prompts = EmbeddingTable(torch.randn(5000, 64)),[rng.integers(0, 5000, 200).tolist() for _ in range(50)]
+    cpu,start = time.process_time(),time.monotonic()
+    with Recorder(store) as r:
+        for i in range(n):
+            p = prompts[i%50]
+            r.record(RequestEvent('bench', owner=f'u{i%997}', prompt_tokens=200, completion_tokens=50, first_seconds=.1,
+                                  seconds=.5 + i%7/10, outcome='stop', features=lambda p=p: table.features(p, 50, 'stop')))
+            if i%50 == 49: time.sleep(max(0., start + (i + 1)/rate - time.monotonic()))
+    spent,seconds = time.process_time() - cpu,time.monotonic() - start
+    with store.read() as c: there = c.scalar(select(func.count()).select_from(events).where(events.c.place == 'bench'))
+    return dict(events=n, written=there, lost=r.lost, waited=r.waited, rate=round(n/seconds), cpu_seconds_per_1000=round(1000*spent/n, 4))
+
+# %% ../../nbs/830_platform.events.ipynb #14f41833
+def record_events(
+    url:str = '', # Address of a Postgres database; '': SQLite only
+    rate:int = 1000, # Events a second
+    smoke:bool = False, # A tiny run
+)->dict: # Kind of the database -> what was measured
+    "Processor time to record events, in SQLite and Postgres"
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for where in ('', url) if url else ('',):
+            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/blobs' if where else None)
+            out[store.kind] = _recorded(store, 200 if smoke else 20*rate, rate)
+            store.close()
+    return out

@@ -203,12 +203,12 @@ def csrf_field(
     if not found: raise ValueError('this page has no form')
     return found[1] or found[2]
 
-# %% ../../nbs/835_platform.layout.ipynb #1c2d5edf
+# %% ../../nbs/835_platform.layout.ipynb #8d6afc37
 def _menu(request):
     "Links that this visitor may follow"
     path = request.url.path
     links = [m for m in request.state.menu if allowed(request.state.user, m.role)]
-    here = max((m.url for m in links if path == m.url or path.startswith(m.url.rstrip('/') + '/')), key=len, default=None)
+    here = max((m.url for m in links if path == m.url or m.url != '/' and path.startswith(m.url + '/')), key=len, default=None)
     rows = [fh.Li(fh.A(m.title, href=m.url, aria_current='page' if m.url == here else None)) for m in links]
     return fh.Nav(fh.Ul(*rows), aria_label='Main')
 

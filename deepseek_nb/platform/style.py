@@ -118,7 +118,7 @@ PAGE_STYLE += '''
 }
 '''
 
-# %% ../../nbs/833_platform.style.ipynb #14e7243a
+# %% ../../nbs/833_platform.style.ipynb #87be86bc
 PAGE_STYLE += '''
 form.fields { display: grid; gap: .9rem; max-width: 36rem }
 .field { display: grid; gap: .2rem; min-width: 0 }
@@ -143,6 +143,7 @@ button kbd { margin-left: .5em; border-color: currentColor; opacity: .9 }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
 .row > form, .row > p { margin: 0 }
 .row .field { flex: 0 1 12rem }
+.row > select, .row > input { width: auto; flex: 0 1 auto }
 '''
 
 # %% ../../nbs/833_platform.style.ipynb #2cb5a6b8
@@ -197,6 +198,7 @@ document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || event.repeat || typing(event.target)) return;
   if (event.key === "?") { event.preventDefault(); return showKeys(); }
   if (!keysOn() || document.querySelector("dialog[open]")) return;
+  if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
   const found = all("[data-key]").find(o => o.dataset.key === event.key && !o.disabled);
   if (found) { event.preventDefault(); found.click(); }
 });
@@ -270,7 +272,7 @@ document.addEventListener("selectionchange", () => {
 });
 '''
 
-# %% ../../nbs/833_platform.style.ipynb #d1d8a246
+# %% ../../nbs/833_platform.style.ipynb #d0d42230
 PAGE_SCRIPT += '''
 function bubble(log, kind, text) {
   const box = document.createElement("p");
@@ -297,7 +299,8 @@ async function converse(form) {
   text.value = "";
   button.disabled = true;
   try {
-    const response = await fetch(form.dataset.chat, {method: "POST", body: new URLSearchParams(body)});
+    const response = await fetch(form.dataset.chat, {method: "POST", headers: {accept: "text/event-stream, application/json"},
+      body: new URLSearchParams(body)});
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of streamed(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -311,7 +314,7 @@ async function converse(form) {
 }
 '''
 
-# %% ../../nbs/833_platform.style.ipynb #a0f395af
+# %% ../../nbs/833_platform.style.ipynb #90a81f51
 PAGE_SCRIPT += '''
 function rating(form, box, event) {
   const row = document.createElement("small");
@@ -320,7 +323,7 @@ function rating(form, box, event) {
     const button = document.createElement("button");
     Object.assign(button, {type: "button", className: "quiet", textContent: value === "up" ? "\\u{1F44D}" : "\\u{1F44E}", ariaLabel: name});
     button.addEventListener("click", async () => {
-      const body = new URLSearchParams({csrf: form.elements.csrf.value, value, event: event.rate});
+      const body = new URLSearchParams({csrf: form.elements.csrf.value, place: form.elements.place.value, value, event: event.rate});
       const response = await fetch("/chat/rate", {method: "POST", body});
       row.replaceChildren(event.figures + (response.ok ? " Thank you." : " The rating was not saved."));
     });

@@ -8,7 +8,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized',
            'run_finetune', 'run_distillation', 'run_conversion', 'evaluate', 'run_evidence', 'doctor', 'build_kernels',
-           'run_server', 'run_app', 'run_bench', 'usage', 'main']
+           'run_server', 'run_app', 'run_platform', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -208,12 +208,14 @@ def _shown(found):
     for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
 
 def _report(name, path, against, tasks, n, dtype, device, as_json):
+    from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.bench import hardware, versions
     from deepseek_nb.eval.report import compare_reports, load_report, run_report, save_report
     other = load_report(against) if against else None
     about = dict(dtype=dtype or 'default', hardware=hardware(), versions=versions('tokenizers'))
     def log(key, seconds): return None if as_json else print(f'{key:<12} {seconds:.0f} s', flush=True)
-    found = run_report(*_load(name, dtype, device), name, tasks.split(',') if tasks else (), n, about=about, log=log)
+    found = run_report(*_load(name, dtype, device), name, tasks.split(',') if tasks else (), n, about=about, log=log,
+                       extra=dict(xstest=dict(score=ToxicityNet.load().score)))
     if path: save_report(path, found, other)
     elif as_json: print(json.dumps(found))
     else: _shown(found)
@@ -328,6 +330,24 @@ def run_app(
         raise ValueError(f"a server needs {', '.join(missing)}: pip install 'deepseek-nb[serve]'")
     command.serve_app(name, weights, read_settings(config or None, host=host or None, port=port or None)[1], options)
 
+# %% ../../nbs/960_tools.cli.ipynb #b135d0fc
+def run_platform(
+    folder:str = 'platform', # Folder of the database, the models and the jobs
+    url:str = '', # Address of a Postgres database (postgresql+psycopg://…); default: SQLite in the folder
+    host:str = '127.0.0.1', # Address to listen on
+    port:int = 8000, # Port to listen on
+    names:str = '', # Further names under which people visit it, separated by commas
+    https:bool = False, # Visitors come over HTTPS, through a proxy
+    cores:int = 0, # Cores that jobs may use; default: all
+    no_demo:bool = False, # Don't give an empty platform its first task
+):
+    "Run the platform: label, train, judge, release and watch, in one process"
+    from deepseek_nb.tools.serving import missing_packages
+    if missing := missing_packages(('starlette', 'uvicorn', 'fasthtml', 'sqlalchemy', 'prometheus_client')):
+        raise ValueError(f"the platform needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[platform]'")
+    from deepseek_nb.platform.start import start_platform
+    start_platform(folder, url, host, port, not no_demo, tuple(filter(None, names.split(','))), https, cores or None)
+
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(
     name:str = '', # Name of the benchmark; without it, list all benchmarks
@@ -348,7 +368,7 @@ def run_bench(
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, serve=run_server, app=run_app)
+             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"

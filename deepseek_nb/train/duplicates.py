@@ -50,10 +50,10 @@ def shingle_hashes(
     "Hash all shingles of some texts"
     texts = [folded(t) for t in texts]
     sizes = np.array([len(t) for t in texts])
-    row = np.frombuffer(('\0'*(n - 1)).join([*texts, '']).encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
+    row = np.frombuffer(('\0'*n).join([*texts, '']).encode('utf-32-le', 'surrogatepass'), np.uint32).astype(np.uint64)
     row = np.concatenate([row, np.zeros(n, np.uint64)])
     many = np.maximum(1, sizes - n + 1)
-    begins = np.concatenate([[0], np.cumsum(sizes + n - 1)[:-1]])
+    begins = np.concatenate([[0], np.cumsum(sizes + n)[:-1]])
     first = np.concatenate([[0], np.cumsum(many)[:-1]])
     at = np.arange(many.sum()) + np.repeat(begins - first, many)
     x = np.zeros(len(at), np.uint64)
@@ -98,7 +98,7 @@ def root_of(
 
 def near_candidates(
     keys:np.ndarray, # As `band_keys` gives them, `texts bands`
-    most:int = 8, # In a larger bucket each text is compared with this many before it, rather than with all
+    most:int = 4, # In a larger bucket each text is compared with this many before it, rather than with all
 )->Iterable: # Pairs of numbers of texts, the smaller first, some more than once
     "Propose pairs of texts that share a band"
     for band in keys.T:
