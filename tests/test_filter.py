@@ -288,6 +288,55 @@ def test_a_blocked_answer_ends_in_all_protocols(tok, where):
         assert 'tangerine' not in said and 'otter' not in said and ('Well' in said or where == 'arguments')
 
 
+class Draws(Scripted):
+    "An engine that says something else for each draw"
+    def __init__(self, *texts):
+        super().__init__('')
+        self.texts = texts
+
+    def submit(self, request):
+        self.text = self.texts[len(self.asked)]
+        return super().submit(request)
+
+
+BAD, GOOD = 'You stupid idiot', 'It was a lovely day'
+AGAIN = dict(answers=dict(card='mask'), redraw=dict(toxic=.5))
+
+
+def test_answers_are_drawn_again_in_all_protocols(tok):
+    runs = [lambda m, **k: ChatRun(m, read_chat(dict(messages=HI, **k))),
+            lambda m, **k: MessagesRun(m, read_anthropic(dict(messages=HI, max_tokens=99, **k))),
+            lambda m, **k: ResponsesRun(m, read_responses(dict(input='Hello', **k))),
+            lambda m, **k: TextRun(m, read_completion(dict(prompt='Hi', **k), tok))]
+    for run in runs:
+        m = served(tok, '', **AGAIN)
+        m.engine = Draws(BAD, BAD + '!', f'{GOOD} {CARD}', GOOD)
+        said = json.dumps(collect(run(m)))
+        assert 'idiot' not in said and GOOD + ' [CARD]' in said and len(m.engine.asked) == 3
+        m.engine = Draws(BAD, GOOD)
+        assert BAD in json.dumps(collect(run(m, temperature=0))) and len(m.engine.asked) == 1
+    m.engine = Draws(BAD, BAD, GOOD)
+    said = ''.join(json.dumps(c) for c in asyncio.run(listed(ChatRun(m, read_chat(dict(messages=HI, stream=True, seed=7))))))
+    seeds = [r.params.seed for r in m.engine.asked]
+    assert 'idiot' not in said and len({*seeds}) == 3 and seeds[0] == 7
+
+
+def test_draws_end_with_the_tries_or_the_client(tok):
+    m = served(tok, '', tries=2, **AGAIN)
+    m.engine = Draws(f'{BAD}, {BAD}', BAD, GOOD)
+    assert BAD in json.dumps(collect(ChatRun(m, read_chat(dict(messages=HI))))) and len(m.engine.asked) == 2
+
+    def gone(request):
+        m.engine.asked.append(request)
+        stream = Stream(request)
+        stream.put(Piece(0, BAD))
+        stream.end('cancelled')
+        return stream
+    m.engine.submit = gone
+    collect(ChatRun(m, read_chat(dict(messages=HI))))
+    assert len(m.engine.asked) == 3
+
+
 def test_text_completions(tok):
     m = served(tok, f'{SECRET[9:]} and {CARD}. More.', **RULES)
     body = dict(prompt=f'The code is {SECRET[:9]}', echo=True)

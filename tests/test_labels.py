@@ -28,8 +28,8 @@ from deepseek_nb.platform.labels import (
     labelled_version,
     next_record,
     predict,
-    progress,
     skip,
+    task_progress,
     undo,
 )
 from deepseek_nb.platform.layout import Site, csrf_field
@@ -115,7 +115,7 @@ def test_nobody_gets_what_somebody_else_has(store, people, annotators):  # noqa:
     with store.read() as c:
         assert {n for n, in c.execute(select(func.count()).select_from(annotations).group_by(annotations.c.record_id))} == {annotators}
         assert c.scalars(select(queue.c.given)).all() == [annotators]*10
-    shown = progress(store, task)
+    shown = task_progress(store, task)
     assert (shown['done'], shown['answers']) == (10, 10*annotators)
 
 
@@ -152,7 +152,7 @@ def test_the_queue_is_what_was_answered(store, people, draw):  # noqa: F811
             n = sum(r == q.record_id for r, _ in said)
             assert (q.given, q.done) == (n, n >= 2)
         assert c.scalar(select(func.count()).select_from(audits)) > 20
-    assert progress(store, task)['answers'] == len(said) and store.check() == []
+    assert task_progress(store, task)['answers'] == len(said) and store.check() == []
 
 
 def test_the_most_uncertain_comes_first(store, people):  # noqa: F811
@@ -210,7 +210,7 @@ def test_exports_and_broken_imports(store, people, tmp_path):  # noqa: F811
     annotate(store, people[0], task, 1, dict(label='x'))
     lines = b''.join(export_answers(store, task)).decode().splitlines()
     (tmp_path/'x.jsonl').write_text('\n'.join(lines))
-    assert progress(store, import_task(store, None, 'back', tmp_path/'x.jsonl', labels=['x', 'y']))['answers'] == 1
+    assert task_progress(store, import_task(store, None, 'back', tmp_path/'x.jsonl', labels=['x', 'y']))['answers'] == 1
     bad = import_rows(store, None, 'formulas', [dict(text=c + 'cmd') for c in ('=', '+', '-', '@')]).version
     sheet = b''.join(export_rows(store, bad, 'csv')).decode().splitlines()[1:]
     assert len(sheet) == 4 and all(line.startswith("'") for line in sheet)
@@ -253,7 +253,7 @@ def test_pages_of_all_kinds(store, client):  # noqa: F811
         if kind == 'spans':
             assert '<mark title="y">Ann</mark>' in answer.text
             answer = post(f'/tasks/{task}/label', record=record, began=store.now(), spans=json.dumps([dict(start=0, end=3, label='y')]))
-        assert answer.status_code == 200 and progress(store, task)['answers'] == 1
+        assert answer.status_code == 200 and task_progress(store, task)['answers'] == 1
         for path in ('', '/disputes', '/export?format=csv', '/export?format=xml', '/state'):
             assert boss.get(f'/tasks/{task}{path}').status_code == 200
         assert post(f'/tasks/{task}/label', record=record, began=0, **{k: '?' for k in value}).status_code == 400

@@ -37,7 +37,7 @@ def content_filter(
     least = policy.thresholds
     if 'person' in least or 'address' in least: tagger = NameTagger(tagger.weights, min(least.get(k, 1.) for k in ('person', 'address')))
     if 'toxic' in least: net = ToxicityNet(net.weights, net.bias, least['toxic'])
-    return ContentFilter(policy, [(('person', 'address'), tagger.scan), (('toxic',), net.scan)])
+    return ContentFilter(policy, [(('person', 'address'), tagger.scan), (('toxic',), net.scan)], dict(toxic=net.peak))
 
 def load_filter(
     path:str|Path, # Policy, a TOML file

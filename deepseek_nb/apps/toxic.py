@@ -123,6 +123,16 @@ def scan(self:ToxicityNet)->TextScan:
     "A scan for a filtered stream"
     return TextScan(self.find, REACH)
 
+# %% ../../nbs/882_apps.toxic.ipynb #8c475e6d
+@patch
+def peak(self:ToxicityNet,
+    text:str, # Any text
+)->float: # Probability
+    "Highest probability of 24 words in a row"
+    words = ['', *_WORDS.findall(text)]
+    rates = [*map(self.rate, words, words[1:])]
+    return max((-math.expm1(-sum(rates[max(0, i - _WINDOW):i])) for i in range(1, len(rates) + 1)), default=0.)
+
 # %% ../../nbs/882_apps.toxic.ipynb #1c78cea7
 def _batch(rows):
     "Features of all words, the beginning of each word, and its text"

@@ -1,6 +1,6 @@
 """Swap names, pronouns and groups in your own texts by a readable table, and measure how far a classifier's or a model's answer moves, with paired intervals.
 
-A `SwapTable` holds words of several groups, row by row, and `versions` writes a text for every group. `swap_scores` asks a classifier about all
+A `SwapTable` holds words of several groups, row by row, and `swapped_versions` writes a text for every group. `swap_scores` asks a classifier about all
 versions: how often the answer changes, how far it moves, and by how much each group differs from the mean of the versions. `load_swaps` reads a
 table from a file, and `swaps_task` asks a language model."""
 
@@ -8,7 +8,7 @@ table from a file, and `swaps_task` asks a language model."""
 
 # %% auto #0
 __all__ = ['GENDER_SWAPS', 'NAME_SWAPS', 'RELIGION_SWAPS', 'SWAPS', 'SwapTable', 'swap_table', 'load_swaps', 'found_groups',
-           'swapped', 'versions', 'SwapScores', 'by_group', 'swap_effects', 'swap_scores', 'feeling_texts',
+           'swapped', 'swapped_versions', 'SwapScores', 'by_group', 'swap_effects', 'swap_scores', 'feeling_texts',
            'swaps_task']
 
 # %% ../../nbs/731_eval.swaps.ipynb #4925cacb
@@ -123,7 +123,7 @@ def swapped(
         return _cased(row[(i + shift)%len(row)].removesuffix(' ~'), m[1])
     return _finder(table).sub(other, text)
 
-def versions(
+def swapped_versions(
     text:str, # Any text
     table:SwapTable, # Words
 )->list: # One text for each shift, the original first; [] without a word of the table
@@ -180,7 +180,7 @@ def swap_scores(
     answer:Callable, # Function from a list of texts to probabilities `n c`, or of one class `n`
 )->SwapScores:
     "Ask a classifier about all versions of texts"
-    all_versions = {i: v for i,t in enumerate(texts) if (v := versions(t, table))}
+    all_versions = {i: v for i,t in enumerate(texts) if (v := swapped_versions(t, table))}
     if not all_versions: raise ValueError(f'none of the {len(texts)} texts contains a word of the table; its first row is {table.rows[0]}')
     p = np.asarray(answer([v for vs in all_versions.values() for v in vs]), dtype=np.float64)
     if p.ndim == 1: p = np.stack([1 - p, p], 1)

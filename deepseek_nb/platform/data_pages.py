@@ -212,7 +212,7 @@ def _number(v): return '–' if v is None or v != v else f'{v:.2f}'
 
 def _state(request, id):
     "Progress and agreement of a task"
-    p,a = lab.progress(request.state.store, id),lab.agreement_of(request.state.store, id, 500)
+    p,a = lab.task_progress(request.state.store, id),lab.agreement_of(request.state.store, id, 500)
     people = [(n, o['answers'], o['skipped'], None if o['seconds'] is None else f'{o["seconds"]:.1f} s') for n,o in p['people'].items()]
     pairs = [(' and '.join(k), _number(v), n) for k,(v,n) in a.pairs.items()]
     bar = fh.Progress(value=str(p['done']), max=str(max(1, p['records'])), aria_label='Records done')
@@ -364,7 +364,7 @@ def _changed(request, t, form, record, began, value, do):
     else: spans = [s for i,s in enumerate(spans) if do != f'remove {i}']
     data = lab.data_of(request.state.store, t.id, record)
     value = lab.clean_answer(t.kind, t.labels, dict(spans=spans), data)
-    return _work_page(request, t, lab.Work(record, data, None, 0), value, began)
+    return _work_page(request, t, lab.WorkItem(record, data, None, 0), value, began)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #1ffd1ebf
 @data_pages.post('/tasks/{id:int}/skip', role='annotator')

@@ -8,12 +8,12 @@ the tokens with the events that they complete."""
 
 # %% auto #0
 __all__ = ['KINDS', 'ROLES', 'TEXT_PARTS', 'ApiError', 'Fields', 'sampling_from', 'text_of', 'read_messages', 'ServedModel',
-           'AnswerStep', 'Answer']
+           'AnswerStep', 'Redraw', 'Answer']
 
 # %% ../../nbs/470_serve.chat.ipynb #bee8a37e
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -277,14 +277,22 @@ class AnswerStep(NamedTuple):
     events:list # Reasoning, content and tool calls, see `Splitter`
     piece:Piece|None # The token; None: the end of the answer
 
+class Redraw(NamedTuple):
+    "How an answer is drawn again"
+    start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
+    excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
+    tries:int # Most draws
+
 class Answer:
     "An answer while it is generated"
     def __init__(self,
         stream:Stream, # From the engine
         splitter:Splitter, # Splits its text
         guard = None, # `AnswerGuard` of a content filter; None: none
+        again = None, # `Redraw`; None: the first draw is taken
     ):
-        self.stream,self.splitter,self.guard,self.calls,self.reasoning = stream,splitter,guard,0,0 # tool calls, tokens of the reasoning
+        self.stream,self.splitter,self.guard,self.again = stream,splitter,guard,again
+        self.calls,self.reasoning,self.draws = 0,0,1 # tool calls, tokens of the reasoning, draws of the answer
 
     @property
     def finish(self)->str: # 'stop', 'length', 'tool_calls' or 'content_filter'
@@ -297,7 +305,7 @@ class Answer:
 async def steps(self:Answer)->AsyncIterator[AnswerStep]:
     "The tokens and their events, as they come"
     inside = self.splitter.thinking
-    async with aclosing(self.stream.aiter()) as pieces:
+    async with aclosing(self.pieces()) as pieces:
         async for piece in pieces:
             events = self.splitter.feed(piece.text)
             kinds = [type(e) for e in events if isinstance(e, ReasoningDelta|ContentDelta|ToolCallStart)]
@@ -356,7 +364,7 @@ def screened_ids(self:ServedModel,
 @patch
 async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: the end of the answer
     "The text of an answer without reasoning and calls"
-    async with aclosing(self.stream.aiter()) as pieces:
+    async with aclosing(self.pieces()) as pieces:
         async for piece in pieces:
             yield (piece.text if self.guard is None else ''.join(e.text for e in self._filtered([ContentDelta(piece.text)]))), piece
             if self.guard is not None and self.guard.blocked: break
@@ -382,6 +390,39 @@ def check_private(self:ServedModel,
     if wanted: raise ApiError(400, f'{wanted} would show what the content policy of this server masks; leave it out', wanted)
 
 
+# %% ../../nbs/470_serve.chat.ipynb #70a30de5
+@patch
+def submit(self:ServedModel,
+    request:Request, # What to generate
+)->tuple: # `Stream`, and its `Redraw`; None: the first draw is taken
+    "Pass a request to the engine"
+    rule,how = self.filter is not None and self.filter.policy.redraw,request.params
+    if not rule or how.temperature == 0 or request.max_tokens == 0: return self.engine.submit(request),None
+    kept = request.grammar and request.grammar.fork()
+    def start(i):
+        seed = None if how.seed is None else how.seed + 10**9*i
+        return self.engine.submit(replace(request, params=replace(how, seed=seed), grammar=kept and kept.fork()))
+    return self.engine.submit(request),Redraw(start, self.filter.excess, self.filter.policy.tries)
+
+# %% ../../nbs/470_serve.chat.ipynb #6640c6cf
+@patch
+def pieces(self:Answer)->AsyncIterator[Piece]:
+    "The tokens of the draw that is taken"
+    return self.stream.aiter() if self.again is None else self._drawn()
+
+@patch
+async def _drawn(self:Answer):
+    "Draw until an answer is accepted; otherwise the best one"
+    best = None
+    while True:
+        found = [p async for p in self.stream.aiter()]
+        excess = self.again.excess(''.join(p.text for p in found))
+        if best is None or excess < best[0]: best = excess,self.stream,found
+        if best[0] < 1 or self.draws == self.again.tries or self.stream.finish not in ('stop', 'length'): break
+        self.stream,self.draws = self.again.start(self.draws),self.draws + 1
+    _,self.stream,found = best
+    for p in found: yield p
+
 # %% ../../nbs/470_serve.chat.ipynb #4128a17c
 @patch
 def ask(self:ServedModel,
@@ -399,6 +440,6 @@ def ask(self:ServedModel,
                                      'shorten them', 'messages', code='context_length_exceeded')
     most = left if max_tokens is None else max_tokens
     self.check_private(settings.get('params'))
-    stream = self.engine.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
+    stream,again = self.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
     opened = thinking and '<think>' in text and '</think>' not in text.rpartition('<think>')[2]
-    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun), self.guard(begun))
+    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun), self.guard(begun), again)

@@ -33,6 +33,8 @@ class Policy:
     rewrite:dict = field(default_factory=dict) # Kind -> text in place of a match
     secrets:tuple = () # Texts that must never be shown
     thresholds:dict = field(default_factory=dict) # Kind -> least probability, for `person`, `address` and `toxic`
+    redraw:dict = field(default_factory=dict) # Kind -> probability from which on an answer is drawn again, for `toxic`
+    tries:int = 8 # Most draws of an answer
     locale:str = 'us' # Country, one of `LOCALES`: which national numbers and telephone numbers are known
 
     def __post_init__(self):
@@ -40,8 +42,10 @@ class Policy:
         for side in ('answers', 'prompts'): _check_rules(side, getattr(self, side))
         for kind in [k for k,a in [*self.answers.items(), *self.prompts.items()] if a == 'rewrite' and k not in self.rewrite]:
             raise ValueError(f'{kind} is rewritten, but [rewrite] has no text for it')
+        if type(self.tries) is not int or self.tries < 1: raise ValueError(f'tries is {self.tries!r}; it must be a whole number from 1 on')
         if not all(isinstance(s, str) for s in self.secrets): raise ValueError('secrets must be texts')
-        if bad := {**self.rewrite, **self.thresholds}.keys() - {*CONTENT_KINDS}: raise ValueError(_unknown('kind', min(bad), CONTENT_KINDS))
+        bad = {**self.rewrite, **self.thresholds, **self.redraw}.keys() - {*CONTENT_KINDS}
+        if bad: raise ValueError(_unknown('kind', min(bad), CONTENT_KINDS))
 
 # %% ../../nbs/463_serve.policy.ipynb #360e33a6
 def _unknown(what, name, known): return f'{name!r} is no {what}; known are {", ".join(known)}'
@@ -52,7 +56,7 @@ def _check_rules(side, rules):
         if action not in ACTIONS: raise ValueError(f'[{side}]: {_unknown("action", action, ACTIONS)}')
 
 # %% ../../nbs/463_serve.policy.ipynb #099d68f9
-_SECTIONS = 'answers', 'prompts', 'rewrite', 'thresholds'
+_SECTIONS = 'answers', 'prompts', 'rewrite', 'thresholds', 'redraw'
 
 def read_policy(
     path:str|Path, # TOML file
@@ -62,13 +66,14 @@ def read_policy(
     path = Path(path)
     try: given = tomllib.loads(path.read_text(encoding='utf-8'))
     except tomllib.TOMLDecodeError as e: raise ValueError(f'{path} is no TOML file: {e}') from None
-    known = {*_SECTIONS, 'locale', 'locales', 'secrets', 'secrets_file'}
+    known = {*_SECTIONS, 'locale', 'locales', 'secrets', 'secrets_file', 'tries'}
     if bad := given.keys() - known: raise ValueError(f'{path}: {_unknown("setting", min(bad), sorted(known))}')
     country = locale or given.get('locale', 'us')
     own = given.get('locales', {}).get(country, {})
     if bad := own.keys() - {*_SECTIONS}: raise ValueError(f'{path}: [locales.{country}]: {_unknown("setting", min(bad), _SECTIONS)}')
     merged = {k: given.get(k, {}) | own.get(k, {}) for k in _SECTIONS}
-    try: return Policy(**merged, locale=country, secrets=(*given.get('secrets', ()), *_secret_lines(path, given.get('secrets_file'))))
+    secrets = *given.get('secrets', ()),*_secret_lines(path, given.get('secrets_file'))
+    try: return Policy(**merged, locale=country, secrets=secrets, tries=given.get('tries', 8))
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../../nbs/463_serve.policy.ipynb #928f8aa1

@@ -119,7 +119,8 @@ class TextRun:
                 how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score, draft_tokens=r.drafts)
                 request = Request(prompts[i//r.n], params, r.max_tokens, r.stop, **how)
                 before = served.tok.decode(prompts[i//r.n][-250:]) if served.filter is not None else ''
-                self.answers.append(Answer(served.engine.submit(request), Splitter(), served.guard(before)))
+                stream,again = served.submit(request)
+                self.answers.append(Answer(stream, Splitter(), served.guard(before), again))
         except Exception:
             self.cancel()
             raise
