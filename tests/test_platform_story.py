@@ -60,7 +60,8 @@ class Reader:
         self.context = chromium.new_context(viewport=dict(width=1200, height=900), base_url=self.base)
         self.context.set_default_timeout(60_000)
         self.page = self.context.new_page()
-        self.page.on('console', lambda o: o.type in ('error', 'warning') and self.faults.append(o.text))
+        # a refused form answers with 400, which Chromium reports as an error of its own
+        self.page.on('console', lambda o: o.type in ('error', 'warning') and '400 (Bad Request)' not in o.text and self.faults.append(o.text))
         self.page.on('pageerror', lambda o: self.faults.append(str(o)))
         self.page.on('request', lambda o: o.url.startswith((self.base, 'data:')) or self.faults.append(f'foreign {o.url}'))
 
@@ -104,7 +105,7 @@ def run(reader, version, **settings):
     assert 'falls' in (said := reader.page.locator('svg.chart').first.get_attribute('aria-label')) or 'rises' in said
     reader.go('/models')
     reader.page.get_by_role('link', name=re.compile('topics')).first.click()
-    reader.until('accuracy')
+    reader.until(r'accuracy\s+at least [\d.]+\s+[\d.]+') # it is measured by a job of its own
     return int(reader.page.url.rpartition('/')[2])
 
 
@@ -157,7 +158,7 @@ def test_story(server, reader, tmp_path):
     reader.send('Release', place='assistant')
     assert 'was not released' in reader.text() and 'accuracy' in reader.text()
     # more labels and more steps: the gates pass, and the model is released
-    good = run(reader, 2, steps='30', batch='16')
+    good = run(reader, 2, steps='40', batch='16')
     assert good != poor and 'would be refused' not in reader.text() and 'passed' in reader.text()
     reader.send('Release', place='assistant')
     assert 'Released: live at assistant' in reader.text()
@@ -194,7 +195,7 @@ def look(reader):
         while todo:
             url = todo.pop(0)
             shape = re.sub(r'\d+', '1', url.partition('?')[0])
-            if shape in seen or re.search('export|/card$|/static', url): continue
+            if shape in seen or re.search('export|/card$|/log$|/static', url): continue
             seen.add(shape)
             answer = page.goto(url)
             assert answer.status == 200, url
