@@ -61,7 +61,7 @@ class Reader:
         self.context.set_default_timeout(60_000)
         self.page = self.context.new_page()
         # a refused form answers with 400, which Chromium reports as an error of its own
-        self.page.on('console', lambda o: o.type in ('error', 'warning') and '400 (Bad Request)' not in o.text and self.faults.append(o.text))
+        self.page.on('console', lambda o: o.type in ('error', 'warning') and '400 (Bad' not in o.text and self.faults.append(o.text))
         self.page.on('pageerror', lambda o: self.faults.append(str(o)))
         self.page.on('request', lambda o: o.url.startswith((self.base, 'data:')) or self.faults.append(f'foreign {o.url}'))
 

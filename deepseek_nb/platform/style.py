@@ -88,6 +88,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 caption { text-align: left; color: var(--dim); padding: 0 0 .4rem; font-size: .9rem }
 th, td { text-align: left; padding: .45rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top }
 .rows td { overflow-wrap: anywhere }
+@media (min-width: 40.01rem) { .rows td { min-width: 6.5em } .rows td.num { min-width: 0 } }
 th { font-size: .85rem; color: var(--dim); font-weight: 600 }
 tbody tr:hover { background: var(--side) }
 .num { text-align: right; white-space: nowrap }
