@@ -8,7 +8,8 @@ of items. All are computed from the log-likelihoods of answers."""
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'Question', 'groups_named', 'read_bbq', 'bbq_form', 'BBQAnswers', 'bbq', 'bbq_task', 'Coreference',
-           'read_sentence', 'Twins', 'read_winobias', 'winobias_form', 'Coreferences', 'winobias', 'winobias_task']
+           'read_sentence', 'Twins', 'read_winobias', 'winobias_form', 'Coreferences', 'winobias', 'winobias_task',
+           'measure_bias']
 
 # %% ../../nbs/724_eval.ambiguity.ipynb #b0fe2902
 import re
@@ -21,7 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..arch.model import Model
-from .bias import sentence_scores
+from .bias import crows_pairs, read_crows_pairs, read_stereoset, sentence_scores, stereoset
 from .choice import encode_pair, log_likelihoods
 from .intervals import bootstrap
 from .sets import SETS, DataSet, find_set, github_archive, read_lines
@@ -288,3 +289,28 @@ def winobias_task(
     for name,where in parts.items(): out[f'gap{name}'] = score(found.columns[:, :2], where, 'zero', 'difference')
     out['likelier'] = score(found.columns[:, 2] - .5, parts[''], 'zero')
     return {k: s for k,s in out.items() if s.ids}
+
+# %% ../../nbs/724_eval.ambiguity.ipynb #ec34ff19
+def _bias_scores(model, tokenizer, some, questions, seed):
+    "Scores of the four sets; `some` chooses items"
+    crows,triples,twins,asked = (some(read()) for read in (read_crows_pairs, read_stereoset, read_winobias, read_bbq))
+    asked = some_items(asked, questions, seed)
+    pairs,three = crows_pairs(model, tokenizer, crows),stereoset(model, tokenizer, triples)
+    who,what = winobias(model, tokenizer, twins),bbq(model, tokenizer, asked)
+    def plain(found): return {k: [*map(float, i)] for k,i in found.items()}
+    return dict(
+        crows_pairs=dict(items=len(crows), kinds=pairs.kinds(), equal=dict(n=int(pairs.equal.sum()), share=[*pairs.share(pairs.equal)])),
+        stereoset=dict(items=len(triples), domains=three.domains()),
+        winobias=dict(items=len(twins), kinds={k or 'all': plain(who.intervals(k)) for k in ('', 'type1', 'type2')}),
+        bbq=dict(items=len(asked), twelve=plain(what.intervals()), three=plain(what.intervals(offered=True))))
+
+def measure_bias(
+    model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
+    dtype:str = 'float32', # Dtype or quantised format; '': that of the file
+    examples:int = 0, # Items of each set; 0: all
+    questions:int = 400, # Of BBQ; 0: all
+    seed:int = 0, # Of the choice of items
+)->dict: # Scores of each set, with 95% intervals
+    "Scores of a model on the four sets"
+    m,tok = Model.from_pretrained(model, dtype=dtype or None),Tokenizer.from_pretrained(model)
+    return dict(model=model, dtype=dtype) | _bias_scores(m, tok, lambda items: some_items(items, examples, seed), questions, seed)
