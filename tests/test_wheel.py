@@ -74,9 +74,22 @@ def elsewhere(tmp_path):
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
 def test_every_module_imports(installed, elsewhere):
     modules = [o.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.') for o in (ROOT/'deepseek_nb').rglob('[!_]*.py')]
-    code = f'from importlib import import_module\nfor o in {modules}: print(import_module(o).__file__)'
+    # the platform's modules alone need packages of an extra
+    code = f'''from importlib import import_module
+for o in {modules}:
+    try: print(import_module(o).__file__)
+    except ModuleNotFoundError as e:
+        if e.name not in ('sqlalchemy', 'fasthtml', 'psycopg', 'starlette') or not o.startswith('deepseek_nb.platform.'): raise
+        print('extra site-packages')'''
     files = run(installed/'python', '-c', code, **elsewhere).splitlines()
     assert len(files) == len(modules) and all('site-packages' in o for o in files)
+    assert files.count('extra site-packages') < sum(o.startswith('deepseek_nb.platform') for o in modules)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
+def test_the_platform_names_its_extra(installed, elsewhere):
+    done = subprocess.run([installed/'deepseek-nb', 'platform', 'p'], capture_output=True, text=True, **elsewhere)
+    assert done.returncode == 2 and "pip install 'deepseek-nb[platform]'" in done.stderr and not (elsewhere['cwd']/'p').exists()
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
