@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from .series import find_set
 from ..files.safetensors import written
-from ..serve.policy import TextMatch, TextScan
+from ..serve.policy import TextMatch, TextScan, search_from
 
 # %% ../../nbs/881_apps.names.ipynb #57896e25
 class Tagged(NamedTuple):
@@ -117,10 +117,10 @@ def neighbours(
 # %% ../../nbs/881_apps.names.ipynb #68af0bfb
 def name_words(
     text:str, # Any text
-    end:bool = True, # Whether the text ends here
+    first:int = 0, # Where to begin
 )->list: # Matches of words that may belong to a name; the last may be incomplete
     "Words that begin with a capital letter or a digit"
-    found = [m for m in _WORD.finditer(text) if m[0][0].isupper() or m[0][0].isdigit()]
+    found = [m for m in _WORD.finditer(text, first) if m[0][0].isupper() or m[0][0].isdigit()]
     return [m for m in found if len(m[0]) <= 32]
 
 # %% ../../nbs/881_apps.names.ipynb #71aa9ed8
@@ -159,7 +159,7 @@ def find(self:NameTagger,
 )->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
     "Find names and addresses"
     out,hold = [],len(text)
-    for m in name_words(text):
+    for m in name_words(text, search_from(text, first)):
         if m.start() < first: continue
         word = None if m.end() == len(text) and not end else neighbours(text, *m.span(), end)
         near = bool(out) and out[-1].stop >= m.start() - 2 and '\n' not in text[out[-1].stop:m.start()]

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 from .names import guards_folder
 from .series import find_set
 from ..files.safetensors import written
-from ..serve.policy import TextMatch, TextScan
+from ..serve.policy import TextMatch, TextScan, search_from
 from ..serve.secrets import skeletons
 
 # %% ../../nbs/882_apps.toxic.ipynb #ace46aaa
@@ -56,25 +56,31 @@ def read_toxicity(
 WEIGHTS = 2**16
 _WORDS = re.compile(r"[^\W_]+(?:[*@$#'’]+[^\W_]+)*")
 
-@lru_cache(2**15)
+_skeleton = lru_cache(2**14)(skeletons)
+def _hashed(name): return zlib.crc32(name.encode())%WEIGHTS
+def _pair(before, word): return _hashed(f'b{_skeleton(before)} {_skeleton(word)}')
+
+@lru_cache(2**14)
+def _alone(word):
+    "Features of a word without the one before it"
+    s = f'<{_skeleton(word)}>'
+    return tuple(map(_hashed, [f'w{s[1:-1]}', *(s[i:i + n] for n in (3, 4, 5) for i in range(len(s) - n + 1))]))
+
 def toxic_features(
     before:str, # The word before it; '': none
     word:str, # Any word
 )->tuple: # Indexes of weights
     "Features of a word, hashed"
-    small = skeletons(word)
-    s = f'<{small}>'
-    names = [f'w{small}', f'b{skeletons(before)} {small}', *(s[i:i + n] for n in (3, 4, 5) for i in range(len(s) - n + 1))]
-    return tuple(zlib.crc32(n.encode())%WEIGHTS for n in names)
+    return _pair(before, word),*_alone(word)
 
 # %% ../../nbs/882_apps.toxic.ipynb #0acf8935
 class ToxicityNet:
-    "Rates of words"
+    "Rates of words; what a word adds without the one before it is computed once"
     def __init__(self,
         weights:np.ndarray, # `WEIGHTS`
         bias:float, # Of the rate
         least:float = .5, # Probability from which on a text is toxic
-    ): self.weights,self.bias,self.least,self.rates = np.asarray(weights, np.float32),bias,least,{}
+    ): self.weights,self.bias,self.least,self.rates,self.sums = np.asarray(weights, np.float32),bias,least,{},{}
 
     def rate(self,
         before:str, # The word before it; '': none
@@ -83,8 +89,11 @@ class ToxicityNet:
         "Rate of a word"
         key = before,word
         if key not in self.rates:
-            if len(self.rates) > 2**16: self.rates.clear()
-            self.rates[key] = float(np.logaddexp(0, self.bias + 10*self.weights[[*toxic_features(*key)]].mean()))
+            if len(self.rates) > 2**16: self.rates.clear(),self.sums.clear()
+            if word not in self.sums: self.sums[word] = self.weights[[*_alone(word)]].sum(dtype=np.float64),len(_alone(word)) + 1
+            total,n = self.sums[word]
+            x = self.bias + 10*(total + self.weights[_pair(*key)])/n
+            self.rates[key] = max(0., x) + math.log1p(math.exp(-abs(x)))
         return self.rates[key]
 
     def score(self,
@@ -106,7 +115,7 @@ def find(self:ToxicityNet,
 )->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
     "Find the words that make a text toxic"
     out,limit,hold = [],-math.log1p(-self.least),len(text)
-    for m in _WORDS.finditer(text):
+    for m in _WORDS.finditer(text, search_from(text, first)):
         if m.end() == len(text) and not end or not end and re.fullmatch(r"[*@$#'’]*", text[m.end():]):
             if len(m[0]) <= 32: hold = m.start()
             break
