@@ -5689,6 +5689,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'deepseek_nb/platform/monitor.py'),
                                               'deepseek_nb.platform.monitor._due': ( 'platform.monitor.html#_due',
                                                                                      'deepseek_nb/platform/monitor.py'),
+                                              'deepseek_nb.platform.monitor._kept': ( 'platform.monitor.html#_kept',
+                                                                                      'deepseek_nb/platform/monitor.py'),
                                               'deepseek_nb.platform.monitor._pack': ( 'platform.monitor.html#_pack',
                                                                                       'deepseek_nb/platform/monitor.py'),
                                               'deepseek_nb.platform.monitor._save': ( 'platform.monitor.html#_save',

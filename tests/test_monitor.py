@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 
 from deepseek_nb.eval.features import EmbeddingTable
 from deepseek_nb.eval.shares import ShareRule
@@ -50,7 +50,7 @@ from deepseek_nb.platform.monitor import (
     raise_alert,
     run_probe,
 )
-from deepseek_nb.platform.store import annotations, events, open_store, texts, windows
+from deepseek_nb.platform.store import annotations, events, open_store, settings, texts, windows
 from deepseek_nb.serve.webhooks import verify
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +188,20 @@ def test_texts_only_where_they_are_kept(store):
         r.record(RequestEvent('drops'))
     with store.read() as c: assert [tuple(t)[1:] for t in c.execute(select(texts))] == [('a x', 'b')]
     assert total(windows_of(store, 'drops', 0)).sketch.flags == dict(scanned=1, bad=1, failed=1)
+
+
+def test_texts_stay_as_long_as_the_settings_say(store):
+    now = store.now()
+    with Recorder(store, keep_texts=['keeps']) as r:
+        for age in (2, 6, 8, 40): r.record(RequestEvent('keeps', texts=(f'{age}', ''), at=now - age*DAY))
+        r.record(RequestEvent('keeps', at=now - 2*DAY))
+
+    def left():
+        Monitor(store).tick()
+        with store.read() as c: return sorted(int(t) for t in c.scalars(select(texts.c.prompt))), c.scalar(select(func.count(events.c.id)))
+    assert left() == ([2, 6, 8], 3)
+    with store.write() as c: c.execute(insert(settings).values(name='keep_days', value=7))
+    assert left() == ([2, 6], 2)
 
 
 def test_a_server_reports_its_requests(tmp_path):

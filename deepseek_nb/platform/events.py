@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, exists, func, insert, select, update
 
 from ..eval.features import COORDINATES, HASH_BUCKETS, EmbeddingTable, RequestFeatures
 from ..eval.shares import bucket_quantile, log_bucket
@@ -365,12 +365,14 @@ def condense(
     store:Store, # Open store
     keep:int = DAY, # Microseconds for which events and minutes stay
     most:int = 5000, # Events of one transaction
+    kept:int = 30*DAY, # Microseconds for which events with texts stay
 )->tuple[int,int]: # Events that were deleted, and windows that were added to hours
     "Forget old events, and turn old minutes into hours"
-    before,gone,added = store.now() - keep,0,0
+    now,gone,added = store.now(),0,0
+    before,text = now - keep,exists().where(texts.c.event_id == events.c.id)
     while True:
         with store.write(alone=False) as c:
-            old = select(events.c.id).where(events.c.at < before).limit(most)
+            old = select(events.c.id).where(events.c.at < before, ~text | (events.c.at < now - kept)).limit(most)
             n = c.execute(delete(events).where(events.c.id.in_(old))).rowcount
         gone += n
         if n < most: break

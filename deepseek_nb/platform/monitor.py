@@ -41,6 +41,7 @@ from deepseek_nb.platform.store import (
     hooks,
     records,
     references_,
+    settings,
     tasks,
     texts,
     version_rows,
@@ -421,6 +422,11 @@ def _judge(self:Monitor, place):
     return said
 
 # %% ../../nbs/831_platform.monitor.ipynb #5a31194f
+def _kept(store):
+    "Microseconds for which texts stay, as the page of settings says"
+    with store.read() as c: days = c.scalar(select(settings.c.value).where(settings.c.name == 'keep_days'))
+    return (30 if days is None else days)*DAY
+
 @patch
 def tick(self:Monitor)->list: # What changed: tuples of rule, place and what
     "Do all that is due"
@@ -430,7 +436,7 @@ def tick(self:Monitor)->list: # What changed: tuples of rule, place and what
         while week := drift_step(self.store, place, self.plan, self.plan.first(first)):
             if week.alarm: said.append(('drift', place, week.alarm))
     said += [(p.name, p.place, v) for p in self.probes if (v := run_probe(self.store, p)) is not None]
-    condense(self.store)
+    condense(self.store, kept=_kept(self.store))
     if n := deliver(self.store, self.allow_private): said.append(('hooks', '', f'{n} delivered'))
     return said
 
