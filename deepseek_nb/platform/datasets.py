@@ -25,7 +25,7 @@ import numpy as np
 from sqlalchemy import Text, cast, func, insert, literal, select
 
 from ..files.untrusted import ROW_LIMITS, check_value, untrusted_rows
-from .audit import audit, canonical
+from .audit import audit, canonical_json
 from .store import Store, datasets, lock_rows, records, version_rows, versions
 from ..serve.patterns import pattern_scan, shapes_for
 from ..train.duplicates import band_keys, folded, minhash, near_groups
@@ -72,7 +72,7 @@ def row_digest(
     row:dict, # Of a dataset
 )->str: # 64 hexadecimal digits
     "The digest of a row"
-    return sha256(canonical(row)).hexdigest()
+    return sha256(canonical_json(row)).hexdigest()
 
 # %% ../../nbs/823_platform.datasets.ipynb #b42dbbc8
 class Spool:
@@ -91,7 +91,7 @@ class Spool:
         split:str|None = None, # A split that was given
     )->None:
         "Keep a row, unless the same one is here"
-        data = canonical(row)
+        data = canonical_json(row)
         digest = sha256(data).digest()
         if digest in self.seen:
             self.dropped += 1
@@ -169,7 +169,7 @@ def _report(spool, name, groups, contents, splits, first):
         row = spool[i]
         text = content_of(row, spool.kind)
         if 'label' in row: labels[str(row['label'])] += 1
-        said.setdefault(spool.contents[i], set()).add(canonical(row.get('label')))
+        said.setdefault(spool.contents[i], set()).add(canonical_json(row.get('label')))
         if found := personal_kinds(text, scan): personal.append(spool.digests[i].hex())
         kinds.update(found)
         formulas += any(isinstance(v, str) and v[:1] in '=+-@\t\r' for v in row.values() if v)
