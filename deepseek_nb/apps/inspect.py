@@ -123,6 +123,7 @@ class Known:
     inverse:Tensor # Inverse of the common covariance `f f`
     limit:float # Strangeness above it means unknown
 
+# %% ../../nbs/866_apps.inspect.ipynb #2f2af98c
 def strangeness(
     f:Tensor, # Features `n f`
     k:Known, # Statistics

@@ -110,6 +110,7 @@ def refusals(
     both = bootstrap(refusal_columns(r, u), FORMS['rates'])
     return Refusals(rate(u == 0), rate(u == 1), both, {k: rate(kinds == k) for k in sorted({*kinds.tolist()})})
 
+# %% ../../nbs/742_eval.safety.ipynb #25415cb4
 def refusal_columns(
     refused:np.ndarray, # Whether each prompt was refused `n`
     unsafe:np.ndarray, # Whether each prompt is unsafe `n`

@@ -193,6 +193,7 @@ class QuantizedWindowSlot(WindowSlot):
     def tensors(self)->list:
         return [self.keys.data, *(t for o in self.lists for t in (o.rows.data, *getattr(o, 'stored', (o.entries,))))]
 
+# %% ../../nbs/446_infer.quant_cache.ipynb #40951ebd
 class QuantizedWindowCache(RewindableCache):
     "The cache of a V4 model with entries in 8-bit codes"
     def __init__(self,

@@ -72,6 +72,7 @@ def _is(value, kind):
     if isinstance(value, bool): return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
+# %% ../../nbs/470_serve.chat.ipynb #f9f4c4c0
 @patch
 def take(self:Fields,
     field:str, # Its name
@@ -150,6 +151,7 @@ def _calls(fields):
         for rest in (function, f): rest.done()
     return calls
 
+# %% ../../nbs/470_serve.chat.ipynb #63cb2e59
 def _own_fields(f, role):
     "The fields of one role"
     if role == 'tool': return dict(tool_call_id=f.take('tool_call_id', str))
@@ -210,6 +212,7 @@ class ServedModel:
 # %% ../../nbs/470_serve.chat.ipynb #7a02d182
 def _options(thinking, effort): return dict(thinking=thinking) | ({} if effort is None else dict(reasoning_effort=effort))
 
+# %% ../../nbs/470_serve.chat.ipynb #dad6a1f0
 @patch
 def prompt(self:ServedModel,
     messages:list, # As `read_messages` gives them
@@ -277,12 +280,14 @@ class AnswerStep(NamedTuple):
     events:list # Reasoning, content and tool calls, see `Splitter`
     piece:Piece|None # The token; None: the end of the answer
 
+# %% ../../nbs/470_serve.chat.ipynb #232463d4
 class Redraw(NamedTuple):
     "How an answer is drawn again"
     start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
     excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
     tries:int # Most draws
 
+# %% ../../nbs/470_serve.chat.ipynb #55ac8b8c
 class Answer:
     "An answer while it is generated"
     def __init__(self,
@@ -343,10 +348,10 @@ def screened(self:ServedModel,
         out.append(m | dict(content=text))
     return out
 
+# %% ../../nbs/470_serve.chat.ipynb #50bcae5d
 def _refused(where, found):
     return ApiError(400, f'{where} was refused by the content policy of this server ({", ".join(found)}); change it', 'messages',
                     code='content_filter')
-
 
 # %% ../../nbs/470_serve.chat.ipynb #98419a33
 @patch
@@ -410,6 +415,7 @@ def pieces(self:Answer)->AsyncIterator[Piece]:
     "The tokens of the draw that is taken"
     return self.stream.aiter() if self.again is None else self._drawn()
 
+# %% ../../nbs/470_serve.chat.ipynb #b9e402aa
 @patch
 async def _drawn(self:Answer):
     "Draw until an answer is accepted; otherwise the best one"
