@@ -153,7 +153,9 @@ class QuantizedEntries(EntryList):
         codes,scales,rotary = self.stored
         return torch.cat([self.cache.form.decode(codes, scales).to(rotary.dtype), rotary], -1)
     @entries.setter
-    def entries(self, new): self.stored = self.encode(new)
+    def entries(self,
+        new:Tensor, # `b i v`
+    ): self.stored = self.encode(new)
 
     def encode(self,
         entries:Tensor, # `b i v`

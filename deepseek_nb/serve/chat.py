@@ -8,7 +8,7 @@ the tokens with the events that they complete."""
 
 # %% auto #0
 __all__ = ['KINDS', 'ROLES', 'TEXT_PARTS', 'ApiError', 'Fields', 'sampling_from', 'text_of', 'read_messages', 'ServedModel',
-           'AnswerStep', 'Redraw', 'Answer']
+           'AnswerStep', 'Answer', 'Redraw']
 
 # %% ../../nbs/470_serve.chat.ipynb #bee8a37e
 import re
@@ -57,7 +57,11 @@ class Fields:
         if not isinstance(body, dict): raise ApiError(400, f'{where or "the body"} must be a JSON object', where or None)
         self.left,self.where = {k: v for k,v in body.items() if v is not None},where
 
-    def name(self, field)->str: return f'{self.where}.{field}' if self.where else field
+    def name(self,
+        field:str, # Its name in the object
+    )->str: # Its name in messages
+        "The full name of a field"
+        return f'{self.where}.{field}' if self.where else field
 
     def wrong(self,
         field:str, # Its name
@@ -280,14 +284,7 @@ class AnswerStep(NamedTuple):
     events:list # Reasoning, content and tool calls, see `Splitter`
     piece:Piece|None # The token; None: the end of the answer
 
-# %% ../../nbs/470_serve.chat.ipynb #232463d4
-class Redraw(NamedTuple):
-    "How an answer is drawn again"
-    start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
-    excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
-    tries:int # Most draws
-
-# %% ../../nbs/470_serve.chat.ipynb #55ac8b8c
+# %% ../../nbs/470_serve.chat.ipynb #3064b77a
 class Answer:
     "An answer while it is generated"
     def __init__(self,
@@ -299,11 +296,25 @@ class Answer:
         self.stream,self.splitter,self.guard,self.again = stream,splitter,guard,again
         self.calls,self.reasoning,self.draws = 0,0,1 # tool calls, tokens of the reasoning, draws of the answer
 
+    def pieces(self)->AsyncIterator[Piece]:
+        "The tokens of the draw that is taken"
+        return self.stream.aiter() if self.again is None else self._drawn()
+
     @property
     def finish(self)->str: # 'stop', 'length', 'tool_calls' or 'content_filter'
         if self.guard is not None and self.guard.blocked: return 'content_filter'
         if self.stream.finish == 'stop': return 'tool_calls' if self.calls else 'stop'
         return 'length'
+
+# %% ../../nbs/470_serve.chat.ipynb #5a28677e
+@patch
+def _filtered(self:Answer, events, end=False):
+    "Events as the policy lets them pass"
+    if self.guard is None: return events
+    out = self.guard.close(events) if end else self.guard.feed(events)
+    self.stream.filtered = self.guard.found
+    self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
+    return out
 
 # %% ../../nbs/470_serve.chat.ipynb #c1bc861a
 @patch
@@ -322,17 +333,6 @@ async def steps(self:Answer)->AsyncIterator[AnswerStep]:
     last = self.splitter.close()
     self.calls += sum(isinstance(e, ToolCallStart) for e in last)
     yield AnswerStep(self._filtered(last, end=True), None)
-
-# %% ../../nbs/470_serve.chat.ipynb #5a28677e
-@patch
-def _filtered(self:Answer, events, end=False):
-    "Events as the policy lets them pass"
-    if self.guard is None: return events
-    out = self.guard.close(events) if end else self.guard.feed(events)
-    self.stream.filtered = self.guard.found
-    self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
-    return out
-
 
 # %% ../../nbs/470_serve.chat.ipynb #a977d70c
 @patch
@@ -375,7 +375,6 @@ async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: th
             if self.guard is not None and self.guard.blocked: break
     if self.guard is not None: yield ''.join(e.text for e in self._filtered([], end=True)), None
 
-
 # %% ../../nbs/470_serve.chat.ipynb #c7736741
 @patch
 def guard(self:ServedModel,
@@ -395,6 +394,14 @@ def check_private(self:ServedModel,
     if wanted: raise ApiError(400, f'{wanted} would show what the content policy of this server masks; leave it out', wanted)
 
 
+
+# %% ../../nbs/470_serve.chat.ipynb #232463d4
+class Redraw(NamedTuple):
+    "How an answer is drawn again"
+    start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
+    excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
+    tries:int # Most draws
+
 # %% ../../nbs/470_serve.chat.ipynb #70a30de5
 @patch
 def submit(self:ServedModel,
@@ -408,12 +415,6 @@ def submit(self:ServedModel,
         seed = None if how.seed is None else how.seed + 10**9*i
         return self.engine.submit(replace(request, params=replace(how, seed=seed), grammar=kept and kept.fork()))
     return self.engine.submit(request),Redraw(start, self.filter.excess, self.filter.policy.tries)
-
-# %% ../../nbs/470_serve.chat.ipynb #6640c6cf
-@patch
-def pieces(self:Answer)->AsyncIterator[Piece]:
-    "The tokens of the draw that is taken"
-    return self.stream.aiter() if self.again is None else self._drawn()
 
 # %% ../../nbs/470_serve.chat.ipynb #b9e402aa
 @patch
