@@ -50,6 +50,7 @@ def cached(
     note_compiled('cu' if suffix == '.cubin' else 'cpp', files)
     return out
 
+# %% ../../nbs/565_cuda.build.ipynb #b836dee9
 def _make(out, files, make):
     "Make a file in a folder that holds its sources"
     folder = out.parent
@@ -137,6 +138,7 @@ def emulate(
         run_compiler(name, [compiler, *flags, str(folder/'emulated.cpp'), '-o', str(out)])
     return _opened(name, cached(name, '.so', [flags, compiler, compiler_version(compiler), platform.machine(), _STUB], make))
 
+# %% ../../nbs/565_cuda.build.ipynb #08b8f990
 @lru_cache
 def _opened(name, path): return Emulated(name, path)
 
@@ -166,6 +168,7 @@ def _nvrtc_bytes(library, what, program):
     getattr(library, f'nvrtcGet{what}')(program, data)
     return data.raw
 
+# %% ../../nbs/565_cuda.build.ipynb #3f4faf2b
 def compile_nvrtc(
     name:str, # Source file, for messages
     files:dict, # File name -> text, for the source and its headers
@@ -201,6 +204,7 @@ def nvrtc_works(
     try: return bool(compile_nvrtc('empty.cu', {'empty.cu': 'extern "C" __global__ void empty() {}'}, [f'-arch={arch}'], nvrtc(path))[0])
     except (OSError, AttributeError, ValueError): return False
 
+# %% ../../nbs/565_cuda.build.ipynb #6b32ad15
 @lru_cache
 def _nvcc_works(compiler, arch):
     done = subprocess.run([compiler, '--list-gpu-code'], capture_output=True, text=True)
@@ -214,12 +218,14 @@ def has_compiler(
     try: return _nvcc_works(find_compiler('cu'), arch)
     except FileNotFoundError: return False
 
+# %% ../../nbs/565_cuda.build.ipynb #b4607ced
 def cards_ready(
     least:tuple[int,int] = (8, 0), # Smallest compute capability
 )->bool: # Whether kernels can run; call it only if there is a GPU
     "Whether the GPU has a compute capability, and kernels can be compiled for it"
     return torch.cuda.get_device_capability() >= least and has_compiler(arch_of(torch.cuda.current_device()))
 
+# %% ../../nbs/565_cuda.build.ipynb #7e8982a8
 def any_card()->bool: # Whether kernels without tensor cores can run
     "Whether kernels can be compiled for the GPU, of any compute capability"
     return cards_ready((0, 0))
@@ -266,6 +272,7 @@ def resources(
     kernels = kernels_in(source_text(name))
     return Resources({(k,arch): _usage(logs[arch], k) for k in kernels for arch in archs})
 
+# %% ../../nbs/565_cuda.build.ipynb #c169c9d6
 def _usage(log, kernel):
     part = re.search(rf"entry function '{kernel}'.*?(?=Compiling entry function|\Z)", log, flags=re.S)[0]
     number = lambda pattern: sum(map(int, re.findall(pattern, part)))

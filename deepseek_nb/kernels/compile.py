@@ -73,6 +73,7 @@ def fixed_graph(
     "Whether the stacks can be indexed by the selected experts"
     return (is_compiling() and experts.numel() <= 16) or (experts.is_cuda and torch.cuda.is_current_stream_capturing())
 
+# %% ../../nbs/555_kernels.compile.ipynb #f7a55c78
 @run_experts.twin('compile', supports=lambda x, weights, experts, gate_up, down: fixed_graph(experts))
 def run_gathered(
     x:Tensor, # Tokens `n d`
@@ -120,6 +121,7 @@ def span_of(
     step = max(LEAST_SPAN, (1 << (n - 1).bit_length())//8)
     return -(-n//step)*step
 
+# %% ../../nbs/555_kernels.compile.ipynb #fc2b932d
 def first_positions(
     tensors:list, # Tensors of the cache: a list per layer
     n:int, # Number of positions
