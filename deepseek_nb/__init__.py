@@ -102,7 +102,7 @@ Modules:
 - `deepseek_nb.eval.ambiguity`: WinoBias and BBQ: whether a model resolves a pronoun, or answers a question without evidence, by a stereotype instead of by the text.
 - `deepseek_nb.eval.behaviour`: Small tests of one ability each, in CheckList's three kinds: a known answer, an answer that must not change, and a confidence that may only move one way
 - `deepseek_nb.eval.bias`: CrowS-Pairs and StereoSet: whether a model finds the stereotyped one of two sentences likelier, by type of bias, with intervals and the known criticism.
-- `deepseek_nb.eval.calibration`: Whether a model that is 80% sure is right in 80% of the cases: reliability diagrams, the bias of the calibration error, the parts of the Brier score, and one temperature that repairs much of it
+- `deepseek_nb.eval.calibration`: Whether a model that is 80% sure is right in 80% of the cases: reliability diagrams, the bias of the calibration error, the parts of the Brier score, and one temperature that corrects much of the error
 - `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.drift`: Tests that tell whether this week's requests are those that a model was checked on, with a rate of false alarms that is known before the first week
@@ -227,9 +227,9 @@ Modules:
 - `deepseek_nb.serve.metrics`: Counters, gauges and histograms of an engine in Prometheus' format, under the names that vLLM's dashboards know
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
 - `deepseek_nb.serve.patterns`: Card numbers by Luhn, IBANs by their remainder, national numbers, e-mail and telephone, keys: what may still become one is known from the same pattern
-- `deepseek_nb.serve.policy`: A TOML file says what happens to cards, names, secrets and insults, and a stream withholds only what may still become a match
+- `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
-- `deepseek_nb.serve.responses`: OpenAI's newer protocol: a request is a list of items, an answer is a list of items, a stream tells how each item grows, and a request can follow a stored answer
+- `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.secrets`: A secret is recognised in parts, spelled with look-alikes or separators, reversed, or in base64, hex and other codes, by one automaton for all of its forms
