@@ -38,6 +38,7 @@ class Scored(NamedTuple):
     document:str # Name of the web page's file
     prompt:bool # Whether it is the first half of a sentence
 
+# %% ../../nbs/882_apps.toxic.ipynb #37ad3b41
 def read_toxicity(
     folder:str|Path|None = None, # Folder of the set; None: `find_set`
 )->list: # `Scored`
@@ -60,12 +61,14 @@ _skeleton = lru_cache(2**14)(skeletons)
 def _hashed(name): return zlib.crc32(name.encode())%WEIGHTS
 def _pair(before, word): return _hashed(f'b{_skeleton(before)} {_skeleton(word)}')
 
+# %% ../../nbs/882_apps.toxic.ipynb #e7178927
 @lru_cache(2**14)
 def _alone(word):
     "Features of a word without the one before it"
     s = f'<{_skeleton(word)}>'
     return tuple(map(_hashed, [f'w{s[1:-1]}', *(s[i:i + n] for n in (3, 4, 5) for i in range(len(s) - n + 1))]))
 
+# %% ../../nbs/882_apps.toxic.ipynb #4a370955
 def toxic_features(
     before:str, # The word before it; '': none
     word:str, # Any word

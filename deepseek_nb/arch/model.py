@@ -310,6 +310,7 @@ def _layout(c):
     if c.window: return c.n_layers, c.window, c.head_dim, c.compress_ratios, c.csa_ratio, c.index_head_dim
     return c.n_layers, *cache_shapes(c, 1, 1)
 
+# %% ../../nbs/160_arch.model.ipynb #1d5b0828
 def check_cache(
     cache:Cache, # Cache to check
     c:Config, # The model's config
@@ -358,6 +359,7 @@ def read_streams(
     "Collapse the streams and apply the last norm"
     return norm(collapse(x))
 
+# %% ../../nbs/160_arch.model.ipynb #3207b2cf
 @patch
 def _read(self:Model, x):
     "Input of the head from `b s x d` or `b s d`; streams are kept for `keep_hidden`"

@@ -55,6 +55,7 @@ def count_parts(
     "Number of parts into which the cache is split"
     return max(1, min(processors//(b*row_tiles), t//(4*keys)))
 
+# %% ../../nbs/577_cuda.attention.ipynb #b2eb41f3
 def _card(device):
     if device.type != 'cuda': return 4,LARGEST_SHARED
     p = torch.cuda.get_device_properties(device)
@@ -106,11 +107,13 @@ def _attend(q:Tensor, z:Tensor, c:int, scale:float, mask:Tensor|None)->Tensor:
     if mask is not None: mask = check_argument('mask', mask, (s, t) if mask.ndim == 2 else (b, 1, s, t), torch.bool)
     return _launch(q, z, c, scale, mask, None, None, t)
 
+# %% ../../nbs/577_cuda.attention.ipynb #f82c2681
 _attend = custom_op(operator_name('cuda_attend_latent'), _attend, mutates_args=())
 
 @_attend.register_fake
 def _(q, z, c, scale, mask): return q.new_empty(*q.shape[:3], c)
 
+# %% ../../nbs/577_cuda.attention.ipynb #d54500c3
 @attend_latent.twin('cuda', available=cards_ready, supports=fits)
 def attend_latent_cuda(
     q:Tensor, # Absorbed queries `b h s (c r)`, bfloat16

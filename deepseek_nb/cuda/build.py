@@ -50,6 +50,7 @@ def cached(
     note_compiled('cu' if suffix == '.cubin' else 'cpp', files)
     return out
 
+# %% ../../nbs/565_cuda.build.ipynb #b836dee9
 def _make(out, files, make):
     "Make a file in a folder that holds its sources"
     folder = out.parent
@@ -137,6 +138,7 @@ def emulate(
         run_compiler(name, [compiler, *flags, str(folder/'emulated.cpp'), '-o', str(out)])
     return _opened(name, cached(name, '.so', [flags, compiler, compiler_version(compiler), platform.machine(), _STUB], make))
 
+# %% ../../nbs/565_cuda.build.ipynb #08b8f990
 @lru_cache
 def _opened(name, path): return Emulated(name, path)
 
@@ -176,6 +178,7 @@ def _nvrtc_bytes(library, what, program):
     getattr(library, f'nvrtcGet{what}')(program, data)
     return data.raw
 
+# %% ../../nbs/565_cuda.build.ipynb #3f4faf2b
 def compile_nvrtc(
     name:str, # Source file, for messages
     files:dict, # File name -> text, for the source and its headers
@@ -234,6 +237,7 @@ def resources(
     kernels = kernels_in(source_text(name))
     return Resources({(k,arch): _usage(logs[arch], k) for k in kernels for arch in archs})
 
+# %% ../../nbs/565_cuda.build.ipynb #c169c9d6
 def _usage(log, kernel):
     part = re.search(rf"entry function '{kernel}'.*?(?=Compiling entry function|\Z)", log, flags=re.S)[0]
     number = lambda pattern: sum(map(int, re.findall(pattern, part)))

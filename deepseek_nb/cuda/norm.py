@@ -58,6 +58,7 @@ def _rms_norm(x:Tensor, weight:Tensor, eps:float)->Tensor:
     launch_norm(x.contiguous().view(1, -1, d), check_argument('weight', weight, (d,), x.dtype), None, None, y.view(1, -1, d), eps, True)
     return y
 
+# %% ../../nbs/570_cuda.norm.ipynb #bd6df8d6
 _rms_norm = custom_op(operator_name('cuda_rms_norm'), _rms_norm, mutates_args=())
 
 @_rms_norm.register_fake
@@ -126,6 +127,7 @@ def _rotate(x:Tensor, cos:Tensor, sin:Tensor, interleaved:bool)->Tensor:
     launch('norm_rotate.cu', kernel, (pairs + 127)//128, 128, x=x, cosine=cos, sine=sin, y=y, queries=queries)
     return y
 
+# %% ../../nbs/570_cuda.norm.ipynb #f11ff9d8
 _rotate = custom_op(operator_name('cuda_rotate'), _rotate, mutates_args=())
 
 @_rotate.register_fake

@@ -30,6 +30,7 @@ def _empty_route(logits, k):
     (n,e),new = logits.shape,logits.new_empty
     return new((n, k), dtype=torch.float32), new((n, k), dtype=torch.int64), new((n, e), dtype=torch.float32)
 
+# %% ../../nbs/572_cuda.route.ipynb #f0025276
 def _route(
     logits:Tensor, bias:Tensor|None, score:str, groups:int, keep:int, sum2:bool, k:int, norm:bool, scale:float,
 )->tuple[Tensor,Tensor,Tensor]:
@@ -43,6 +44,7 @@ def _route(
            experts=experts, all=scores, n=n, rule=rule, EXPERTS=e, GROUPS=groups)
     return weights,experts,scores
 
+# %% ../../nbs/572_cuda.route.ipynb #c4c8a769
 _route = custom_op(operator_name('cuda_route'), _route, mutates_args=())
 
 @_route.register_fake
@@ -89,6 +91,7 @@ def _sort(experts:Tensor, e:int)->tuple[Tensor,Tensor,Tensor]:
            shared=4*e)
     return order,offsets,position
 
+# %% ../../nbs/572_cuda.route.ipynb #829d6c3d
 def _empty_sort(experts, e): return tuple(experts.new_empty(s, dtype=torch.int32) for s in (experts.numel(), e + 1, experts.shape))
 
 _sort = custom_op(operator_name('cuda_sort_by_expert'), _sort, mutates_args=())
@@ -119,6 +122,7 @@ def _combine(rows:Tensor, position:Tensor, weights:Tensor, more:Tensor|None)->Te
     launch('combine.cu', kernel, grid, 128, rows=rows, position=position, weights=weights, more=more, y=y, k=k, d=d, VECTOR=vector)
     return y
 
+# %% ../../nbs/572_cuda.route.ipynb #662e9e51
 _combine = custom_op(operator_name('cuda_combine'), _combine, mutates_args=())
 
 @_combine.register_fake

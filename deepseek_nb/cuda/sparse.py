@@ -27,6 +27,7 @@ from ..kernels.build import operator_name
 def _card_limit(device):
     return LARGEST_SHARED if device.type != 'cuda' else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
+# %% ../../nbs/579_cuda.sparse.ipynb #5dc24a1b
 def _launch_selected(q, z, positions, table, c, scale, split=512):
     (b,h,s,width),a = q.shape,positions.shape[2]
     rows,keys = pick_tile(h, width, _card_limit(q.device))
@@ -53,6 +54,7 @@ def selection_fits(
     sizes = c%128 == 0 and q.shape[3]%32 == 0 and min(q.numel(), z.numel(), positions.numel()) > 0
     return sizes and q.dtype == z.dtype == torch.bfloat16 and positions.dtype == torch.int64 and needs_no_grad(q, z)
 
+# %% ../../nbs/579_cuda.sparse.ipynb #b43d69c7
 def _checked(q, z, positions, c):
     if not selection_fits(q, z, positions, c, 1.):
         raise ValueError(f'q is {q.dtype} {tuple(q.shape)}, z {z.dtype}, c {c}; give bfloat16, c a multiple of 128, and c + r of 32')
@@ -72,6 +74,7 @@ _attend_list = custom_op(operator_name('cuda_attend_selected'), _attend_list, mu
 def _(q, z, positions, table, c, scale):
     return rearrange(q.new_empty(q.shape[0]*q.shape[2], q.shape[1], c), '(b s) h c -> b h s c', b=len(q))
 
+# %% ../../nbs/579_cuda.sparse.ipynb #ac76c600
 @attend_selected.twin('cuda', available=cards_ready, supports=selection_fits)
 def attend_selected_cuda(
     q:Tensor, # Absorbed queries `b h s (c r)`, bfloat16
@@ -105,6 +108,7 @@ def _scores(q:Tensor, k:Tensor, w:Tensor)->Tensor:
            cache=cache, shared=2*(rows + 128)*u + 512, LATENT=u, ROTARY=0, ROWS=rows, KEYS=64)
     return y
 
+# %% ../../nbs/579_cuda.sparse.ipynb #d6638373
 _scores = custom_op(operator_name('cuda_index_scores'), _scores, mutates_args=())
 
 @_scores.register_fake
@@ -130,6 +134,7 @@ def _top(scores:Tensor, k:int, mask:Tensor|None)->Tensor:
     launch('top_positions.cu', 'top_positions', len(flat), threads, scores=dict(x=flat, mask=mask, t=t), out=y, a=min(k, t))
     return y.reshape(*scores.shape[:-1], -1)
 
+# %% ../../nbs/579_cuda.sparse.ipynb #5885016c
 _top = custom_op(operator_name('cuda_top_positions'), _top, mutates_args=())
 
 @_top.register_fake

@@ -41,6 +41,7 @@ def _checked_pair(confidence, right):
         raise ValueError('a confidence is from 0 to 1, and an answer is 0 or 1')
     return c,o
 
+# %% ../../nbs/738_eval.calibration.ipynb #d23ca525
 def bin_places(
     confidence:np.ndarray, # Confidence of each prediction `n`
     bins:int = 15, # Number of bins
@@ -105,6 +106,7 @@ def debiased_square(
     parts = [b.n*((b.confidence - b.accuracy)**2 - b.accuracy*(1 - b.accuracy)/(b.n - 1)) for b in found]
     return sum(parts)/max(1, sum(b.n for b in found))
 
+# %% ../../nbs/738_eval.calibration.ipynb #b6c43386
 def debiased_error(
     confidence:np.ndarray, # Confidence of each prediction `n`
     right:np.ndarray, # Whether it is right `n`
@@ -139,6 +141,7 @@ def brier_parts(
     parts = (n*(cs - os)**2).sum(),(n*(os - o.mean())**2).sum(),len(o)*o.mean()*(1 - o.mean()),(dc**2 - 2*dc*do).sum()
     return BrierParts(float(((c - o)**2).mean()), *(float(x)/len(c) for x in parts))
 
+# %% ../../nbs/738_eval.calibration.ipynb #ab7cde5f
 def brier(
     probabilities:np.ndarray, # Probability of each class `n k`
     truth:list, # True class number of each item
@@ -157,6 +160,7 @@ def softened(
     e = np.exp(z - z.max(1, keepdims=True))
     return e/e.sum(1, keepdims=True)
 
+# %% ../../nbs/738_eval.calibration.ipynb #afb18111
 def fit_temperature(
     scores:np.ndarray, # Log-likelihood or logit of each class `n k`
     truth:list, # True class number of each item
@@ -194,6 +198,7 @@ def choice_scores(
     if len({*map(len, found.scores)}) > 1: raise ValueError('questions have different numbers of answers; give those with the same number')
     return np.array([[s/length(a) for s,a in zip(ss, aa, strict=True)] for ss,aa in zip(found.scores, found.answers, strict=True)])
 
+# %% ../../nbs/738_eval.calibration.ipynb #e01c4516
 def calibration_task(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer

@@ -115,6 +115,7 @@ def score_record(
         [_rounded(x) for x in row] if v.ndim == 2 else _rounded(row) for row in v],
         clusters=None if score.clusters is None else [*map(str, score.clusters)])
 
+# %% ../../nbs/748_eval.report.ipynb #bbe5b886
 def score_of(
     record:dict, # Result of `score_record`
 )->TaskScore:
@@ -328,6 +329,7 @@ def _axis(record):
     "Bounds that scores of a kind share: 0 or -1, and 1 or 100"
     return min(0. if record['low'] >= 0 else -1., record['low']),max(1. if record['high'] <= 1 else 100., record['high'])
 
+# %% ../../nbs/748_eval.report.ipynb #8605a486
 def _bar(record, chance=None):
     "An interval as a picture"
     axis = _axis(record)
@@ -341,6 +343,7 @@ def _bar(record, chance=None):
     parts = line(*axis, 10, 10, 'line', 1),*tick,line(record['low'], record['high'], 10, 10, 'mark', 2.5),dot
     return _el('svg', *parts, viewBox='0 0 160 20', width=160, height=20, role='img', aria_label=said)
 
+# %% ../../nbs/748_eval.report.ipynb #278565d7
 def _score_rows(task):
     words = dict(higher='higher is better', lower='lower is better', zero='0 is best')
     def cells(k, s):
@@ -358,6 +361,7 @@ def _task_section(name, task):
     table = _table(f'Scores of {name}', heads, _score_rows(task))
     return _el('section', _el('h3', task['title'], id=f'task-{name}'), source, note, table)
 
+# %% ../../nbs/748_eval.report.ipynb #3abddba0
 def _difference_section(report, other):
     rows = compare_reports(report, other)
     word = dict(better=_el('span', 'better', class_='good'), worse=_el('span', 'worse', class_='bad'))
@@ -383,6 +387,7 @@ def _facts(report):
             'the choice of items, not the choice of the prompt, and not whether a set measures what its name says.'),
         _el('dl', *(_Html(_el('dt', k) + _el('dd', v)) for k,v in pairs)))
 
+# %% ../../nbs/748_eval.report.ipynb #3be0e307
 def _body(report, other):
     names = [('against', f"Against {other['model']}")] if other else []
     names += [(f'task-{k}', k) for k in report['tasks']] + [('measured', 'How this was measured')]

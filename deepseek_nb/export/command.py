@@ -40,6 +40,7 @@ def _value(text):
         except ValueError: continue
     return text
 
+# %% ../../nbs/818_export.command.ipynb #840bab88
 def export_options(
     text:str, # NAME=VALUE, separated by commas
     f, # An exporter
@@ -60,8 +61,10 @@ class Exported(NamedTuple):
     def __str__(self):
         return '\n'.join([f'{self.path}: {self.nbytes:,} bytes', *map(str, self.notes)])
 
+# %% ../../nbs/818_export.command.ipynb #591ff0e7
 def _size(path): return sum(p.stat().st_size for p in (path.rglob('*') if path.is_dir() else [path]) if p.is_file())
 
+# %% ../../nbs/818_export.command.ipynb #5f4aa0ef
 def export_model(
     model:str|Path, # Folder, .gguf file, or name of a model
     to:str, # Key of `EXPORTS`

@@ -48,6 +48,7 @@ def gguf_arch(
         if found: raise ValueError(f'{problem}, which GGUF cannot express for {_ARCH[c.model_type]}')
     return _ARCH[c.model_type]
 
+# %% ../../nbs/800_export.gguf.ipynb #3d8ac75c
 def _problems(c):
     "Designs that llama.cpp doesn't have, and whether a config has them"
     r = c.rope
@@ -66,6 +67,7 @@ def _shared_fields(c):
             'feed_forward_length': c.inter_dim, 'attention.head_count': c.n_heads, 'attention.layer_norm_rms_epsilon': float(c.norm_eps),
             'rope.freq_base': float(c.rope.theta), 'rope.dimension_count': c.rotary_dim}
 
+# %% ../../nbs/800_export.gguf.ipynb #ec4ca1ec
 def _rope_fields(c):
     "Fields of a context extension"
     r,key = c.rope,'rope.scaling.'
@@ -84,6 +86,7 @@ def _mla_fields(c):
          'attention.key_length_mla': c.qk_nope_head_dim + c.qk_rope_head_dim, 'attention.value_length_mla': c.v_head_dim}
     return d | ({'attention.q_lora_rank': c.q_lora_rank} if c.q_lora_rank else {})
 
+# %% ../../nbs/800_export.gguf.ipynb #48a01bdd
 def _moe_fields(c):
     "Fields of the experts and their router"
     if not c.n_routed_experts:
@@ -122,6 +125,7 @@ def _same_tokens(tok, rule):
     if any(re.fullmatch(r'\d{2,}', t) for t in tok.backend.get_vocab()): return
     yield pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r'\p{N}'), 'isolated'), rule])
 
+# %% ../../nbs/800_export.gguf.ipynb #7d04836b
 def pre_name(
     tok:Tokenizer, # Tokenizer of a folder
 )->str: # Value of `tokenizer.ggml.pre`
@@ -141,6 +145,7 @@ def _token_fields(tok, spec, n):
     merges = [m if isinstance(m, str) else ' '.join(m) for m in spec['model']['merges']]
     return dict(tokens=tokens, token_type=[*map(kind, range(n))], merges=merges)
 
+# %% ../../nbs/800_export.gguf.ipynb #1e91bef1
 def _special_fields(tok, c):
     "Ids with a role"
     eos = c.eos_ids or tok.eos_ids
@@ -149,7 +154,7 @@ def _special_fields(tok, c):
     if eos[2:]: warnings.warn(f'GGUF names two tokens that end an answer; {eos[2:]} are left out', stacklevel=4)
     return {f'{k}_token_id': i for k,i in roles.items() if i is not None} | dict(add_bos_token=tok.add_bos)
 
-# %% ../../nbs/800_export.gguf.ipynb #1e91bef1
+# %% ../../nbs/800_export.gguf.ipynb #df6107d3
 def _template_fields(template):
     "The chat template, or several by name"
     key = 'tokenizer.chat_template'
@@ -158,6 +163,7 @@ def _template_fields(template):
     named = {f'{key}.{k}': v for k,v in rest.items()} | ({f'{key}s': [*rest]} if rest else {})
     return named | ({key: template['default']} if template.get('default') else {})
 
+# %% ../../nbs/800_export.gguf.ipynb #977d18ef
 def _folder_tokenizer(path, c):
     "Fields from a Hugging Face folder"
     if not (path/'tokenizer.json').is_file():
@@ -186,6 +192,7 @@ class PlannedTensor(NamedTuple):
     kind:str # GGML type
     offset:int # Position of its bytes after the header
 
+# %% ../../nbs/800_export.gguf.ipynb #c6337a1f
 def row_bytes(
     kind:str, # GGML type
     width:int, # Numbers in a row
@@ -211,8 +218,10 @@ def _views(config, key, t, arch):
     names = {f'blk.{i}.attn_k_b.weight' for i in range(config.n_layers)}
     return gguf_views(SimpleNamespace(config=config, state_dict=lambda: {key: t}), arch, names)
 
+# %% ../../nbs/800_export.gguf.ipynb #824079ee
 def _shape(view, t): return tuple(t.shape if view.numel() == t.numel() else view.shape)  # reordered rows are several axes in the view
 
+# %% ../../nbs/800_export.gguf.ipynb #4aa51b02
 def plan_tensors(
     config:Config, # Config of the model
     kind:str = 'F16', # Type of matrices
@@ -262,6 +271,7 @@ def _copied(source, p):
     if not m or m.shapes.get(p.name) != p.shape or m.tensors[p.name].tensor_type.name != p.kind: return None
     return tensor_bytes(m.tensors[p.name])
 
+# %% ../../nbs/800_export.gguf.ipynb #81dde483
 def _write_floats(f, base, source, key, tensors, arch):
     "Write tensors of one parameter from its numbers"
     for i,t in weight_pieces(source, key, arch):
@@ -272,6 +282,7 @@ def _write_floats(f, base, source, key, tensors, arch):
             f.seek(base + p.offset + i*rows.nbytes//len(t))
             f.write(rows.numpy())
 
+# %% ../../nbs/800_export.gguf.ipynb #87eafcec
 def _write_key(f, base, source, key, tensors, arch):
     "Write the tensors of one parameter"
     c,raw = source.config,{p: _copied(source, p) for p in tensors}
@@ -310,6 +321,7 @@ def _general_fields(path, c, kind):
     return {'general.type': 'model', 'general.name': path.stem, 'general.size_label': size} | kept | {
         'general.file_type': _FILE_TYPES[kind], 'general.quantization_version': 2}
 
+# %% ../../nbs/800_export.gguf.ipynb #0c429676
 def _check_kind(kind):
     if kind not in _FILE_TYPES: raise ValueError(f"GGML type {kind!r} is not written; choose one of {', '.join(_FILE_TYPES)}")
 
@@ -335,6 +347,7 @@ def export_gguf(
         os.replace(file, out)
     return out
 
+# %% ../../nbs/800_export.gguf.ipynb #4a437b7e
 def _write_file(file, fields, source, tensors):
     "Write header and weights"
     base,sizes = _write_header(file, fields, tensors),[math.prod(p.shape[:-1])*row_bytes(p.kind, p.shape[-1]) for p in tensors]

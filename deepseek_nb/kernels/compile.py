@@ -74,6 +74,7 @@ def fixed_graph(
     "Whether the stacks can be indexed by the selected experts"
     return (is_compiling() and experts.numel() <= 16) or (experts.is_cuda and torch.cuda.is_current_stream_capturing())
 
+# %% ../../nbs/555_kernels.compile.ipynb #f7a55c78
 @run_experts.twin('compile', supports=lambda x, weights, experts, gate_up, down: fixed_graph(experts))
 def run_gathered(
     x:Tensor, # Tokens `n d`

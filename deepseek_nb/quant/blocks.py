@@ -28,6 +28,7 @@ def safe_ratio(
     "Division without infinities"
     return torch.where(b == 0, 0., a/torch.where(b == 0, 1., b))
 
+# %% ../../nbs/352_quant.blocks.ipynb #20d4c8c8
 def half(
     x:Tensor, # Numbers, float32
 )->Tensor: # float32
@@ -44,6 +45,7 @@ def codes_of(
     "Nearest codes for a scale"
     return safe_ratio(x, d.expand_as(x)).round_().clamp_(low, high)
 
+# %% ../../nbs/352_quant.blocks.ipynb #9e9dd2ab
 def fit_scale(
     x:Tensor, # Weights of groups, float32 `… a`
     importance:Tensor, # Their importance, the same shape
@@ -110,6 +112,7 @@ def as_bytes(
     "Concatenate the parts of blocks"
     return torch.cat([p if p.dtype == torch.uint8 else p.half().view(torch.uint8) for p in parts], -1)
 
+# %% ../../nbs/352_quant.blocks.ipynb #482a4ae7
 def pack_nibbles(
     q:Tensor, # Codes of 4 bits, float32 `n a`
 )->Tensor: # uint8 `n a/2`
@@ -126,6 +129,7 @@ def encode_q8_0(
     d = fit_scale(x, importance, -127, 127, (0, -.4, .4, .8, 1.5))
     return as_bytes(d, codes_of(x, d, -128, 127).to(torch.int8).view(torch.uint8))
 
+# %% ../../nbs/352_quant.blocks.ipynb #f49dc5e1
 def encode_q4_0(
     x:Tensor, # Weights, float32 `n 32`
     importance:Tensor, # Their importance, the same shape
@@ -134,6 +138,7 @@ def encode_q4_0(
     d = fit_scale(x, importance, -8, 7)
     return as_bytes(d, pack_nibbles(codes_of(x, d, -8, 7) + 8))
 
+# %% ../../nbs/352_quant.blocks.ipynb #5c17c4f4
 def encode_q4_1(
     x:Tensor, # Weights, float32 `n 32`
     importance:Tensor, # Their importance, the same shape
@@ -171,6 +176,7 @@ def try_neighbours(
         best = torch.where(better, new.s, best[0]),torch.where(better, new.t, best[1])
     return b._replace(s=best[0], t=best[1])
 
+# %% ../../nbs/352_quant.blocks.ipynb #86292fa9
 def solve_units(
     b:SuperBlock, # Blocks
     x:Tensor, # Weights `n 8 32`
@@ -193,6 +199,7 @@ def pack_six(
     (s,s4),(t,t4) = scales.split(4, 1),mins.split(4, 1)
     return torch.cat([s | s4 >> 4 << 6, t | t4 >> 4 << 6, s4 & 15 | (t4 & 15) << 4], 1)
 
+# %% ../../nbs/352_quant.blocks.ipynb #dd181e3c
 def search_q4_k(
     x:Tensor, # Weights, float32 `n 8 32`
     importance:Tensor, # Their importance, the same shape
@@ -211,6 +218,7 @@ def search_q4_k(
         b = solve_units(b, x, importance)
     return best
 
+# %% ../../nbs/352_quant.blocks.ipynb #f1159089
 def encode_q4_k(
     x:Tensor, # Weights, float32 `n 256`
     importance:Tensor, # Their importance, the same shape
@@ -232,6 +240,7 @@ def _best_bytes(x, a, d, s):
         least,best = torch.minimum(e, least),torch.where(e < least, new, best)
     return best
 
+# %% ../../nbs/352_quant.blocks.ipynb #18fa50f2
 def search_q6_k(
     x:Tensor, # Weights, float32 `n 16 16`
     importance:Tensor, # Their importance, the same shape
@@ -269,6 +278,7 @@ def _check_blocks(w, kind):
     if not w.isfinite().all(): raise ValueError(f'{kind}: NaN or infinite weights cannot be quantised')
     return width
 
+# %% ../../nbs/352_quant.blocks.ipynb #799e9859
 def quantize_blocks(
     w:Tensor, # Weights `… i`, float
     kind:str, # Q8_0, Q4_0, Q4_1, Q4_K or Q6_K

@@ -76,6 +76,7 @@ class EngineWatch:
         stream:Stream, # Its usage and its timing are complete
     )->None: "A request has ended"
 
+# %% ../../nbs/458_serve.engine.ipynb #92e3943d
 @dataclass
 class EngineStats:
     "Counters of an engine since its start"
@@ -90,6 +91,7 @@ class EngineStats:
     preempted:int = 0 # Rows that gave their cache back
     finished:Counter = field(default_factory=Counter) # Requests by the reason of their end
 
+# %% ../../nbs/458_serve.engine.ipynb #4f9cc8fc
 class StepRecord(NamedTuple):
     "What a step did, for pictures and tests"
     counts:dict # Stream -> number of its tokens in this step, without drafted ones
@@ -108,6 +110,7 @@ def _row_drafts(model, positions, draft, fixed, exact):
                       'a draft may change a token whose best candidates are nearly equal', stacklevel=3)
     return found
 
+# %% ../../nbs/458_serve.engine.ipynb #2275bbc6
 class Engine:
     "Runs requests together"
     def __init__(self,
@@ -167,6 +170,7 @@ class QueueFull(RuntimeError):
 class EngineClosed(QueueFull):
     "The engine takes no more requests"
 
+# %% ../../nbs/458_serve.engine.ipynb #80afa549
 @patch
 def submit(self:Engine,
     request:Request, # What to generate
@@ -205,6 +209,7 @@ def has_room(self:Engine,
     "Whether there is memory for a row; a row that is alone always finds some"
     return not self.rows or self.store.has_room(row.tokens, row.space, self._caches())
 
+# %% ../../nbs/458_serve.engine.ipynb #318e5db7
 @patch
 def is_computed(self:Engine,
     row:Row, # The next one
@@ -253,6 +258,7 @@ def _release(self:Engine,
     row.drafter = None
     self.rows.remove(row)
 
+# %% ../../nbs/458_serve.engine.ipynb #b61ab395
 @patch
 def _keep(self:Engine, call, row, *args):
     "Store what a row has computed for later requests; a cache that can't is no reason to lose an answer"
@@ -291,6 +297,7 @@ def preempt(self:Engine)->Row: # It waits again
     self.stats.preempted += 1
     return row
 
+# %% ../../nbs/458_serve.engine.ipynb #86af0630
 @patch
 def drop_ended(self:Engine)->None:
     "End the requests that were cancelled, or whose deadline has passed"
@@ -307,6 +314,7 @@ def _tokens(self:Engine)->int:
     decoding = sum(r.pending == 1 for r in self.rows)
     return min(self.budget, max(self.beside, decoding + PROMPT_ROOM)) if decoding else self.budget
 
+# %% ../../nbs/458_serve.engine.ipynb #5a823f61
 @patch
 def _plan(self:Engine,
     drafting:bool = True, # Whether rows may have drafts
@@ -318,6 +326,7 @@ def _plan(self:Engine,
     drafts = {r: self._careful(r, source.draft, r.tokens, n - 1) for r,n in counts.items() if r.pending == 1 and n > 1}
     return counts | {r: 1 + len(d.tokens if d else ()) for r,d in drafts.items()},{r: d for r,d in drafts.items() if d and d.tokens}
 
+# %% ../../nbs/458_serve.engine.ipynb #a849b8b0
 @patch
 def _careful(self:Engine, row, call, *args):
     "Call the drafter of a row; a drafter that fails is no reason to lose an answer"
@@ -342,10 +351,12 @@ def _forward(self:Engine,
         x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
     return x,torch.cat([k[0] for k in kept]) if kept else x
 
+# %% ../../nbs/458_serve.engine.ipynb #484801a3
 def _decodes(row, n, drafts):
     "Whether a row only decodes in a step, and its drafter has nothing else to do"
     return row.new and n == 1 + len(drafts[row].tokens if row in drafts else ()) and (row.drafter is None or row.drafter.ready)
 
+# %% ../../nbs/458_serve.engine.ipynb #535baa75
 @patch
 def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row runs
     "One step; drops drafts, and preempts rows, until the memory suffices"
@@ -376,6 +387,7 @@ def _record(self:Engine, counts, drafts, gone):
     drafted = {r.stream: len(d.tokens) for r,d in drafts.items()}
     self.on_step(StepRecord({r.stream: n - drafted.get(r.stream, 0) for r,n in counts.items()}, len(self.queue), gone, drafted))
 
+# %% ../../nbs/458_serve.engine.ipynb #0a76dd87
 @patch
 def _draw(self:Engine,
     x:torch.Tensor, # Activations after the last norm `n d`
@@ -419,6 +431,7 @@ def _settle(self:Engine,
     except Exception as error: self.finish(row, 'error', error)
     self._careful(row, self.drafts and self.drafts.learn, row.tokens, x[:len(x) - extra])
 
+# %% ../../nbs/458_serve.engine.ipynb #0d714c04
 @patch
 def _count_draft(self:Engine, row, draft, kept):
     self.drafts.lengths.note(draft.kind, len(draft.tokens), kept)
@@ -426,6 +439,7 @@ def _count_draft(self:Engine, row, draft, kept):
     self.stats.draft_tokens += len(draft.tokens)
     row.stream.drafted += len(draft.tokens)
 
+# %% ../../nbs/458_serve.engine.ipynb #77fe4f36
 @patch
 def _count_accepted(self:Engine, row, i):
     self.stats.accepted[i] += 1
@@ -465,6 +479,7 @@ def _deliver(self:Engine,
     row.cache.rewind(len(row.cache) - len(row.tokens) + 1) # as without a draft: the last token is not in the cache
     self.finish(row, 'length' if done == 'length' and row.out.matched is None else 'stop')
 
+# %% ../../nbs/458_serve.engine.ipynb #303b91fe
 @patch
 def _count(self:Engine, row):
     "Count a token and its time; the first one makes the prompt's pages known"
@@ -499,6 +514,7 @@ def _loop(self:Engine)->None:
             for row in [*self.rows] or [*self.queue][:1]: self.finish(row, 'error', error)
         if not self.count and not self.closing: self.receive(wait=True)
 
+# %% ../../nbs/458_serve.engine.ipynb #070ad67f
 @patch
 def start(self:Engine)->Engine: # The same
     "Start the engine's thread"
@@ -519,6 +535,7 @@ def close(self:Engine,
     if self.thread is not None: self.thread.join(timeout)
     else: self._loop()
 
+# %% ../../nbs/458_serve.engine.ipynb #7c126d20
 @patch
 def __enter__(self:Engine): return self.start()
 @patch

@@ -22,6 +22,7 @@ def all_served(
     "Everything that a client can name"
     return [*models.values(), *(m.with_adapter(a.name) for m in models.values() for a in m.engine.adapters)]
 
+# %% ../../nbs/471_serve.lora.ipynb #1256dc02
 def find_served(
     models:dict, # Name -> `ServedModel`
     name:str, # As the client calls it
@@ -33,6 +34,7 @@ def find_served(
     known = ', '.join(m.name for m in all_served(models))
     raise ApiError(404, f'model {name!r:.60} is not served here; known are {known}', 'model', code='model_not_found')
 
+# %% ../../nbs/471_serve.lora.ipynb #a2356a65
 def add_adapter(
     models:dict, # Name -> `ServedModel`
     base:str, # Name of the model that the adapter belongs to
@@ -88,6 +90,7 @@ def load_lora(
     except (ValueError, OSError) as error: raise ApiError(400, str(error).replace(str(Path(root).resolve()), ''), 'lora_path') from None
     return f"Success: LoRA adapter '{name}' added successfully."
 
+# %% ../../nbs/471_serve.lora.ipynb #8e06db56
 def unload_lora(
     models:dict, # Name -> `ServedModel`
     body:dict, # Body of the request
