@@ -209,13 +209,12 @@ def search_q4_k(
     dj,mj = fit_affine(x, importance, 15, store=lambda v: v)
     d,m = (half(v.amax(1, True)/63) for v in (dj, mj))
     b = SuperBlock(d, m, *(safe_ratio(v, u.expand_as(v)).round().clamp(0, 63) for v,u in ((dj, d), (mj, m))))
-    least,best = None,b
-    for _ in range(rounds + 1):
-        b = try_neighbours(b, x, importance)
-        e = b.error(x, importance).sum(1, True)
-        better = torch.ones_like(e, dtype=torch.bool) if least is None else e < least
-        least,best = e if least is None else torch.minimum(e, least),SuperBlock(*(torch.where(better, n, o) for n,o in zip(b, best, strict=True)))
-        b = solve_units(b, x, importance)
+    best = b = try_neighbours(b, x, importance)
+    least = b.error(x, importance).sum(1, True)
+    for _ in range(rounds):
+        b = try_neighbours(solve_units(b, x, importance), x, importance)
+        better = (e := b.error(x, importance).sum(1, True)) < least
+        least,best = torch.minimum(e, least),SuperBlock(*(torch.where(better, n, o) for n,o in zip(b, best, strict=True)))
     return best
 
 # %% ../../nbs/352_quant.blocks.ipynb #f1159089
