@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .ggml import BLOCK_KINDS, Ggml, six_bits
+from .ggml import BLOCK_KINDS, Ggml
 
 # %% ../../nbs/352_quant.blocks.ipynb #cbdc9934
 def safe_ratio(
