@@ -165,7 +165,7 @@ inline void Session::answer(std::vector<int32_t> ids) {
         const int32_t token = engine.sample(logits.data(), int(logits.size()), o.temperature, o.top_p, &state);
         if (token == eos || token == eot) break;
         show(token), ++written;
-        ids = {token};
+        ids.assign(1, token);
         if (engine.info(r, "position") >= engine.info(r, "context")) break;
     }
     putchar('\n');

@@ -57,8 +57,8 @@ def compile_runner(
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             Path(folder, name).write_text(text, encoding='utf-8')
         made = Path(folder)/'made'
-        done = subprocess.run([compiler or find_compiler('cpp'), *RUNNER_FLAGS, *flags, f'-I{folder}', *(f'{folder}/{u}' for u in units), '-o', made],
-                              capture_output=True, text=True)
+        words = [*RUNNER_FLAGS, *(f'{folder}/{u}' for u in units), *flags, f'-I{folder}', '-o', made]
+        done = subprocess.run([compiler or find_compiler('cpp'), *words], capture_output=True, text=True)
         if done.returncode: raise ValueError(f'the runner does not compile: {first_error(done.stderr, units[0])}')
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f'{os.getpid()}-{out.name}')
