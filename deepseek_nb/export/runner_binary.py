@@ -19,7 +19,6 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -50,7 +49,8 @@ def _tools(arch):
     "Paths of compiler, linker and objcopy for an architecture"
     if arch not in PROGRAM_VARIANTS: raise ValueError(f"the runner is built for {' and '.join(PROGRAM_VARIANTS)}, not for {arch!r}")
     own,prefix = arch == platform.machine(),f'{arch}-linux-gnu-'
-    tools = find_compiler('cpp') if own else shutil.which(f'{prefix}g++'),*(shutil.which(t if own else prefix + t) for t in ('ld', 'objcopy'))
+    compiler = find_compiler('cpp') if own else shutil.which(f'{prefix}g++')
+    tools = compiler,*(shutil.which(t if own else prefix + t) for t in ('ld', 'objcopy'))
     if not all(tools): raise FileNotFoundError(f'no compiler for {arch}: install g++-{arch.replace("_", "-")}-linux-gnu')
     return tools
 
@@ -58,7 +58,8 @@ def _tools(arch):
 def _variant(name, flags, sources, tools, folder):
     "Compile one copy of the engine to an object file that shows only its table"
     compiler,ld,objcopy = tools
-    made = compile_runner(sources, ['runner.cc'], [*flags, '-c', '-fno-gnu-unique', f'-DVARIANT=runner_{name}'], Path(folder)/f'{name}.o', compiler)
+    flags = [*flags, '-c', '-fno-gnu-unique', f'-DVARIANT=runner_{name}']
+    made = compile_runner(sources, ['runner.cc'], flags, Path(folder)/f'{name}.o', compiler)
     out = Path(folder)/f'runner_{name}.o'
     for words in ([ld, '-r', '--force-group-allocation', made, '-o', out], [objcopy, f'--keep-global-symbol=runner_{name}', out]):
         subprocess.run(words, check=True, capture_output=True)
