@@ -159,6 +159,14 @@ def test_house_form(path):
 
 
 @pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)
+def test_a_study_shows_before_it_tells(path):
+    "A table and a plot stand before the paragraph of the finding"
+    calls = [m[1] for c in cells(path) if c['cell_type'] == 'code' and (m := re.search(r'open_study\(\S+\)\.(\w+)', source(c)))]
+    shown = calls[:calls.index('finding')]
+    assert len(shown) >= 2 and any(n.startswith('plot') for n in shown) and not all(n.startswith('plot') for n in shown)
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)
 def test_a_study_exports_nothing(path):
     "Its cells are marked for `open_study`, which finds them by the name of the notebook"
     code = [source(c) for c in cells(path) if c['cell_type'] == 'code']
