@@ -105,7 +105,7 @@ BOOK_PARTS = [BookPart(*o) for o in (
     (750, 'bench', 'Benchmarks', 'Speed and memory, compared with transformers, llama.cpp and PEFT and with the limits of the machine'),
     (800, 'export', 'Export', 'Models for other runtimes'),
     (820, 'platform', 'Platform', 'Data, labels, training runs, releases and monitoring, with pages for people, in one process and file'),
-    (850, 'apps', 'Applications', 'Anomalies, defects, routes, text filters, style, topics across languages, and a command that serves them'),
+    (850, 'apps', 'Applications', 'Anomalies, defects, routes, text filters, style, topics across languages, and a command for them'),
     (900, 'studies', 'Studies', 'Experiments with a plan written in advance, stored runs, and a finding'),
     (950, 'tools', 'Tools', 'The command line, the site, and the comparison of claims with measurements'))]
 
