@@ -19,7 +19,6 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,12 +63,14 @@ def cache_names(
     kinds = ['latent'] if c.mla else ['key', 'value']
     return [[f'{i}.{kind}' for kind in kinds] for i in range(c.n_layers)]
 
+# %% ../../nbs/802_export.onnx.ipynb #3932888c
 def input_names(
     c:Config, # The model's config
 )->list[str]: # Names in the order of the inputs of `Step`
     "Names of the inputs of the graph"
     return ['input_ids', 'attention_mask', 'position_ids'] + [f'past_key_values.{n}' for layer in cache_names(c) for n in layer]
 
+# %% ../../nbs/802_export.onnx.ipynb #a9681ff5
 def output_names(
     c:Config, # The model's config
 )->list[str]: # Names in the order of the outputs of `Step`
@@ -85,6 +86,7 @@ def spread_weights(
     "Spread the weights of selected experts over all experts"
     return weights.new_zeros(weights.shape[0], e).scatter(-1, experts, weights)
 
+# %% ../../nbs/802_export.onnx.ipynb #6a2ba09e
 def dense_experts(
     x:Tensor, # Tokens `n d`
     weights:Tensor, # Weights of the selected experts `n k`
@@ -94,7 +96,7 @@ def dense_experts(
 )->Tensor: # `n d`
     "Apply all experts to all tokens, as one wide SwiGLU"
     e,d,f = down.shape
-    gate,up = F.linear(x, gate_up.flatten(0, 1)).unflatten(-1, (e, 2*f)).chunk(2, -1)
+    gate,up = (x @ gate_up.flatten(0, 1).T).unflatten(-1, (e, 2*f)).chunk(2, -1)
     h = F.silu(gate)*up*spread_weights(weights, experts, e)[..., None].to(x.dtype)
     return h.flatten(1) @ down.transpose(1, 2).reshape(e*f, d)
 
@@ -145,6 +147,7 @@ def check_exportable(
         raise ValueError(f'{c.model_type} selects the tokens that it attends to, which this export does not cover; '
                          'use a model with MLA or grouped-query attention')
 
+# %% ../../nbs/802_export.onnx.ipynb #19e957f3
 class Step(nn.Module):
     "A forward pass with the cache as inputs and outputs"
     def __init__(self,
@@ -154,7 +157,8 @@ class Step(nn.Module):
         super().__init__()
         check_exportable(model.config)
         if moe not in MOE_FORMS: raise ValueError(f"moe is {moe!r}; it may be {' or '.join(map(repr, MOE_FORMS))}")
-        self.model,self.moe = model,moe
+        self.model,self.moe,c = model,moe,model.config
+        self.register_buffer('freqs', frequencies(c.rope, c.rotary_dim))
 
     def forward(self,
         input_ids:Tensor, # New tokens `b s`
@@ -181,9 +185,20 @@ def context(self:Step,
     c,s,t = self.model.config,position_ids.shape[1],attention_mask.shape[1]
     q,k = torch.arange(t - s, t)[:, None],torch.arange(t)
     mask = (k <= q) & (attention_mask[:, None, None] > 0) | (k == q)
-    angles = cos_sin(frequencies(c.rope, c.rotary_dim), position_ids, rotary_factor(c.rope))
+    angles = cos_sin(self.freqs, position_ids, rotary_factor(c.rope))
     return Context(angles, mask, slots, 'absorbed')
 
+# %% ../../nbs/802_export.onnx.ipynb #55e9c148
+@patch
+def attend_block(self:Step,
+    x:Tensor, # Normalised activations `b s d`
+    attention:nn.Module, # `GQA` or `MLA`
+    ctx:Context, # Context of its layer
+)->Tensor: # `b s d`
+    "Attention of one block"
+    return attention(x, ctx)
+
+# %% ../../nbs/802_export.onnx.ipynb #8db1f5d5
 @patch
 def block(self:Step,
     x:Tensor, # Residual stream `b s d`
@@ -191,7 +206,7 @@ def block(self:Step,
     ctx:Context, # Context of its layer
 )->Tensor: # `b s d`
     "Attention and feed-forward of one block"
-    x = x + block.self_attn(block.input_layernorm(x), ctx)
+    x = x + self.attend_block(block.input_layernorm(x), block.self_attn, ctx)
     h = block.post_attention_layernorm(x)
     return x + (static_mixture(block.mlp, h, self.moe) if isinstance(block.mlp, MoE) else block.mlp(h))
 
@@ -231,6 +246,7 @@ def sort_as_topk(
     from onnxscript import opset20 as op
     return op.TopK(self, op.Constant(value_ints=[self.shape[dim]]), axis=dim, largest=int(descending))
 
+# %% ../../nbs/802_export.onnx.ipynb #6e465206
 @contextmanager
 def _quiet():
     "Silence the exporter's notes about libraries that are not installed and about its own future"
@@ -265,6 +281,7 @@ def _rename(graph, names):
     for v in [*graph.inputs, *graph.outputs, *(v for n in graph for v in n.outputs)]:
         if v.shape is not None: v.shape = Shape([new(d) for d in v.shape])
 
+# %% ../../nbs/802_export.onnx.ipynb #393adce3
 def _drop_casts(graph):
     "Remove casts to the dtype that a value has already"
     for n in [n for n in graph if n.op_type == 'Cast']:
@@ -273,16 +290,20 @@ def _drop_casts(graph):
         y.replace_all_uses_with(x)
         graph.remove(n, safe=True)
 
+# %% ../../nbs/802_export.onnx.ipynb #52847ed3
 def tidy(
     model, # `onnx_ir.Model`, changed in place
 ): # The same model
     "Remove nodes that compute nothing new, and name the sizes"
     from onnx_ir.passes import Sequential, common
+    from onnxscript.optimizer import fold_constants
     graph,past = model.graph,model.graph.inputs[-1]
+    common.InlinePass()(model)
+    fold_constants(model, input_size_limit=64, output_size_limit=64, should_fold=lambda n: False if n.op_type == 'Transpose' else None)
     _drop_casts(graph)
-    Sequential(common.InlinePass(), common.LiftConstantsToInitializersPass(lift_all_constants=True),
-               common.ClearMetadataAndDocStringPass(), common.IdentityEliminationPass(), common.CommonSubexpressionEliminationPass(),
-               common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass())(model)
+    Sequential(common.LiftConstantsToInitializersPass(lift_all_constants=True), common.ClearMetadataAndDocStringPass(),
+               common.IdentityEliminationPass(), common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(),
+               common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass())(model)
     (b,s),t = graph.inputs[0].shape,graph.inputs[1].shape[1]
     cached = past.shape[len(past.shape) - 2]
     _rename(graph, {str(b.value): 'batch', str(s.value): 'length', str(t.value): 'total', str(cached.value): 'past'})
@@ -307,6 +328,7 @@ def write_onnx(
     import onnx_ir
     onnx_ir.save(model, Path(folder)/'model.onnx', external_data=DATA)
 
+# %% ../../nbs/802_export.onnx.ipynb #4769f1da
 @contextmanager
 def new_folder(
     folder:str|Path, # Folder to write; files of the same names in it are replaced
@@ -335,6 +357,7 @@ def copy_description(
         if path.is_dir() and n != 'generation_config.json' and (path/n).is_file(): shutil.copyfile(path/n, folder/n)
     if path.suffix == '.gguf': save_tokenizer(Tokenizer.from_pretrained(path), folder)
 
+# %% ../../nbs/802_export.onnx.ipynb #7daa1be0
 def float_source(
     model:Model|str|Path, # A model, or path or name of a checkpoint
     dtype:str = 'float32', # Dtype of weights and cache
@@ -344,6 +367,7 @@ def float_source(
     if isinstance(model, Model): return model.to('cpu', getattr(torch, dtype)).eval(), None
     return Model.from_pretrained(model, dtype=dtype, device='cpu').eval(), model
 
+# %% ../../nbs/802_export.onnx.ipynb #113b717a
 def export_onnx(
     model:Model|str|Path, # A model, or path or name of a checkpoint
     out:str|Path, # Folder to write
@@ -371,6 +395,7 @@ class OnnxModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads,options.log_severity_level = threads,3
         self.session = ort.InferenceSession(Path(folder)/'model.onnx', options, providers=['CPUExecutionProvider'])
+        self.names = [i.name for i in self.session.get_inputs()]
         self.past = [i for i in self.session.get_inputs() if i.name.startswith('past_key_values.')]
         self.reset()
 
@@ -394,9 +419,11 @@ def __call__(self:OnnxModel,
     cache = self.empty(b) if self.cache is None else self.cache
     t = cache[0].shape[-2] + s
     feed = dict(input_ids=tokens.numpy(), attention_mask=np.ones((b, t), np.int64), position_ids=np.tile(np.arange(t - s, t), (b, 1)))
-    logits,*self.cache = self.session.run(None, feed | {i.name: x for i,x in zip(self.past, cache, strict=True)})
+    feed = {k: x for k,x in feed.items() if k in self.names} | {i.name: x for i,x in zip(self.past, cache, strict=True)}
+    logits,*self.cache = self.session.run(None, feed)
     return torch.from_numpy(logits)
 
+# %% ../../nbs/802_export.onnx.ipynb #c0883067
 @patch
 def greedy(self:OnnxModel,
     prompt:list[int], # Tokens of the prompt
@@ -428,6 +455,7 @@ def check_external(
     if start < 0 or n != tensor_bytes(tensor) or start + n > path.stat().st_size:
         raise ValueError(f"{tensor.name}: {n} bytes at {start} of {place!r} don't match its shape or the file; export it again")
 
+# %% ../../nbs/802_export.onnx.ipynb #d8b20d76
 def tensor_bytes(
     tensor, # `onnx.TensorProto`
 )->int: # Bytes of its elements
@@ -437,7 +465,7 @@ def tensor_bytes(
         raise ValueError(f'{tensor.name}: type or shape is not valid; export it again')
     return -(-math.prod(tensor.dims)*bits[tensor.data_type]//8)
 
-# %% ../../nbs/802_export.onnx.ipynb #d8b20d76
+# %% ../../nbs/802_export.onnx.ipynb #c0f581ef
 def check_order(
     graph, # `onnx.GraphProto`
 )->None:
@@ -454,6 +482,7 @@ def check_order(
     if miss := [o.name for o in graph.output if o.name not in known]:
         raise ValueError(f'output {miss[0]!r} is never computed; export it again')
 
+# %% ../../nbs/802_export.onnx.ipynb #ff1915b3
 def check_onnx(
     path:str|Path, # File model.onnx
 )->None:
