@@ -121,6 +121,11 @@ Modules:
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
+- `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
+- `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
+- `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
+- `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
+- `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
