@@ -45,7 +45,7 @@ Modules:
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
-- `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes behind a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
+- `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
 - `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
@@ -63,6 +63,7 @@ Modules:
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.curves`: FLOPs and KV cache bytes of decoding with V3.1, V3.2, V4 and V4.1 at every context length, counted from their configs and compared with the papers' figures.
 - `deepseek_nb.bench.drift`: How often the drift monitor alarms for nothing on 200 weeks of real text, and how many shifts of which size it catches after how many weeks
+- `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Until then, emulation and compilers prove what they can.
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
@@ -102,7 +103,7 @@ Modules:
 - `deepseek_nb.eval.ambiguity`: WinoBias and BBQ: whether a model resolves a pronoun, or answers a question without evidence, by a stereotype instead of by the text.
 - `deepseek_nb.eval.behaviour`: Small tests of one ability each, in CheckList's three kinds: a known answer, an answer that must not change, and a confidence that may only move one way
 - `deepseek_nb.eval.bias`: CrowS-Pairs and StereoSet: whether a model finds the stereotyped one of two sentences likelier, by type of bias, with intervals and the known criticism.
-- `deepseek_nb.eval.calibration`: Whether a model that is 80% sure is right in 80% of the cases: reliability diagrams, the bias of the calibration error, the parts of the Brier score, and one temperature that repairs much of it
+- `deepseek_nb.eval.calibration`: Whether a model that is 80% sure is right in 80% of the cases: reliability diagrams, the bias of the calibration error, the parts of the Brier score, and one temperature that corrects much of the error
 - `deepseek_nb.eval.choice`: Score each answer of a question by its log-likelihood and measure how often the right answer has the highest score, as lm-evaluation-harness does.
 - `deepseek_nb.eval.classify`: Compute accuracy, macro-F1 and micro-F1 from a confusion matrix, bootstrap confidence intervals, and the calibration error of a model's probabilities.
 - `deepseek_nb.eval.drift`: Tests that tell whether this week's requests are those that a model was checked on, with a rate of false alarms that is known before the first week
@@ -112,12 +113,20 @@ Modules:
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, as the number of equally likely tokens with the same uncertainty.
 - `deepseek_nb.eval.perturb`: How far accuracy falls, item by item, when a question is mistyped, shouted, asked in another template, or its options change places
 - `deepseek_nb.eval.quality`: Compare size, perplexity and decoding speed of all quantisation formats, on SmolLM2 and on a small mixture of experts that was trained in float32.
-- `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for people, and say which differences between two models count
+- `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for readers, and say which differences between two models count
 - `deepseek_nb.eval.safety`: How often a model refuses safe prompts and answers unsafe ones, by a stated rule with stated limits, and how toxic its continuations are
 - `deepseek_nb.eval.sets`: Find a public set of test items: in the cache, at its makers, or in a local folder, and say how to get it where it is in none of them
 - `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
 - `deepseek_nb.eval.swaps`: Swap names, pronouns and groups in your own texts by a readable table, and measure how far a classifier's or a model's answer moves, with paired intervals.
 - `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
+- `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
+- `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
+- `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
+- `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
+- `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
+- `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
+- `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
+- `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
@@ -197,10 +206,12 @@ Modules:
 - `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
 - `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
 - `deepseek_nb.platform.watch_pages`: Requests, latency, errors and cost of the last day, drift by week, alerts and what became of them, and what users say
+- `deepseek_nb.quant.blocks`: How scales and minima of Q8_0, Q4_0, Q4_1, Q4_K and Q6_K are searched: least squares over candidates, weighted by the importance of each column.
 - `deepseek_nb.quant.fp4`: The format of DeepSeek-V4's experts (MXFP4): 4-bit floating-point numbers (E2M1), with a power of two as the scale of each 32 neighbouring weights.
 - `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
 - `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.
 - `deepseek_nb.quant.gptq`: Rounding to four bits with calibration data: each weight's rounding error is compensated by the weights that are rounded after it.
+- `deepseek_nb.quant.importance`: The mean square of each input of a weight on a calibration text, which llama.cpp calls the importance matrix, tells which columns must be exact.
 - `deepseek_nb.quant.int4`: Weights in 4 bits: each is rounded to one of sixteen evenly spaced levels, and 32 neighbouring weights share a scale, or a scale and a minimum.
 - `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group of weights: a quarter of float32's memory, with a small error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.
@@ -227,16 +238,16 @@ Modules:
 - `deepseek_nb.serve.metrics`: Counters, gauges and histograms of an engine in Prometheus' format, under the names that vLLM's dashboards know
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
 - `deepseek_nb.serve.patterns`: Card numbers by Luhn, IBANs by their remainder, national numbers, e-mail and telephone, keys: what may still become one is known from the same pattern
-- `deepseek_nb.serve.policy`: A TOML file says what happens to cards, names, secrets and insults, and a stream withholds only what may still become a match
+- `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
-- `deepseek_nb.serve.responses`: OpenAI's newer protocol: a request is a list of items, an answer is a list of items, a stream tells how each item grows, and a request can follow a stored answer
+- `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
 - `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.secrets`: A secret is recognised in parts, spelled with look-alikes or separators, reversed, or in base64, hex and other codes, by one automaton for all of its forms
 - `deepseek_nb.serve.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.
-- `deepseek_nb.serve.stored`: A conversation goes on from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
+- `deepseek_nb.serve.stored`: A conversation continues from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
 - `deepseek_nb.serve.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
-- `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
+- `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them, in a thread or in an event loop.
 - `deepseek_nb.serve.text`: The older completions API, without messages: prompts as text or token ids, log-probabilities of the prompt for evaluation harnesses, and filling in the middle
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written

@@ -1,4 +1,4 @@
-"""The lightning indexer's keys as 8-bit codes behind a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
+"""The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
 
 `hadamard` rotates keys and queries, so that no channel is much larger than the others. `encode_keys` rounds the rotated keys to codes with one
 scale per key, `IndexCodes`, which score queries in integers. `CodedCache` is a KV cache with such keys, which `model.new_cache(index_dtype='int8')`

@@ -20,6 +20,7 @@ from torch.library import custom_op
 from ..arch.attention import attend_latent
 from .build import LARGEST_SHARED, cards_ready, launch
 from .device import check_argument, needs_no_grad
+from .tiles import aligned
 from ..kernels.build import operator_name
 
 # %% ../../nbs/577_cuda.attention.ipynb #e1ef0b68
@@ -84,8 +85,8 @@ def _prepared(q, z, c):
     if not q.dtype == z.dtype == torch.bfloat16: raise ValueError(f'q is {q.dtype}, z is {z.dtype}; expected torch.bfloat16')
     if z.ndim != 3 or z.shape[2] != width: raise ValueError(f'z has shape {tuple(z.shape)}; expected 3 axes, the last {width} as in q')
     if c%128 or width%32 or c > width: raise ValueError(f'c is {c} of {width} columns; c must be a multiple of 128, and the columns of 32')
-    if z.stride(2) != 1 or z.stride(0)%8 or z.stride(1)%8 or z.data_ptr()%16: z = z.contiguous()
-    return q.contiguous(),z
+    if z.stride(2) != 1 or z.stride(0)%8 or z.stride(1)%8 or z.data_ptr()%16: z = aligned(z)
+    return aligned(q),z
 
 # %% ../../nbs/577_cuda.attention.ipynb #e265fbf6
 def fits(

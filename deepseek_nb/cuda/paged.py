@@ -26,6 +26,7 @@ from ..arch.rope import rotate
 from ..core.config import Config
 from .build import LARGEST_SHARED, cards_ready, launch
 from .device import check_argument, needs_no_grad
+from .tiles import aligned
 from ..infer.paged import PagePool
 from ..infer.ragged import RaggedBatch, run_rows
 
@@ -133,7 +134,7 @@ def attend_pages_cuda(
     "Causal attention of a ragged batch over pages"
     k,v = layer[0],layer[-1]
     g,width = (k.shape[1] if k.ndim == 4 else 1),tile.latent + tile.rotary
-    q = check_argument('q', q, (len(plan.row), g*tile.heads, width), torch.bfloat16)
+    q = aligned(check_argument('q', q, (len(plan.row), g*tile.heads, width), torch.bfloat16))
     out,defines,batch = q.new_empty(*q.shape[:2], tile.latent),tile.defines | dict(SPLIT=split),_batch(plan, k.shape[-2])
     for tiles in tile_runs(plan, tile, g):
         part,logs = None,None

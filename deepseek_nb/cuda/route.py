@@ -19,7 +19,7 @@ from torch.library import custom_op
 
 from ..arch.routing import Route, route
 from ..core.config import Config
-from .build import has_compiler, launch
+from .build import any_card, launch
 from .device import SUFFIX, check_argument, needs_no_grad, suffix_of
 from ..kernels.build import operator_name
 
@@ -61,7 +61,7 @@ def can_route(
     return sizes and logits.dtype in SUFFIX and needs_no_grad(logits)
 
 # %% ../../nbs/572_cuda.route.ipynb #21131333
-@route.twin('cuda', available=has_compiler, supports=can_route)
+@route.twin('cuda', available=any_card, supports=can_route)
 def route_cuda(
     logits:Tensor, # Router logits `n e`, float32 or bfloat16
     c:Config, # Config of scores, groups, selection and weights

@@ -1,4 +1,4 @@
-"""OpenAI's newer protocol: a request is a list of items, an answer is a list of items, a stream tells how each item grows, and a request can follow a stored answer
+"""OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
 
 `read_responses` reads the body of a request, and `ResponsesRun` generates its answer. Its method `chunks` gives the events of a stream. The last event holds
 the complete response, which is also what `whole` returns, so the two forms can't differ.

@@ -1,4 +1,4 @@
-"""A conversation goes on from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
+"""A conversation continues from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
 
 `ResponseStore` keeps answers by their ids: the response as the client got it, the items of its request, and the conversation up to here. Only the key that asked can read
 them. The oldest ones are dropped when there are too many. `listed` gives items of a request the form that the API lists them in, and `item_page` is one page of them."""
