@@ -72,7 +72,7 @@ class Reader:
         self.context.set_default_timeout(60_000)
         self.page = self.context.new_page()
         self.choosers = []
-        self.page.on('filechooser', lambda o: self.choosers.append(o)) # from now on, as the browser needs a moment to know that nobody wants its dialog
+        self.page.on('filechooser', lambda o: self.choosers.append(o)) # from now on: the browser needs a moment
         # a refused form answers with 400, which Chromium reports as an error of its own
         self.page.on('console', lambda o: o.type in ('error', 'warning') and '400 (Bad' not in o.text and self.faults.append(o.text))
         self.page.on('pageerror', lambda o: self.faults.append(str(o)))
