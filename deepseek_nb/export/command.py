@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 # %% ../../nbs/818_export.command.ipynb #181ede92
 # Format -> module:function
-EXPORTS = dict(gguf='export.gguf:export_gguf')
+EXPORTS = dict(gguf='export.gguf:export_gguf', binary='export.runner_binary:export_binary')
 _SUFFIX = dict(gguf='.gguf')  # of formats that are one file; the others are folders
 
 def find_exporter(
