@@ -16,6 +16,7 @@ import json
 import math
 import subprocess
 import sys
+import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -241,7 +242,7 @@ def untrusted_rows(
         if not n: raise ValueError(f'{name} holds no rows')
 
 # %% ../../nbs/248_files.untrusted.ipynb #912265e6
-_FORMULA = {*'=+-@＝＋－＠', '\t', '\r'} # the wide forms count too
+_FORMULA,_INNER = {*'=+-@＝＋－＠', '\t', '\r'},re.compile(r'([;\t\r\n] *)(?=[=+\-@＝＋－＠])') # the wide forms count too
 
 def safe_cell(
     value, # Any value
@@ -250,6 +251,7 @@ def safe_cell(
     if value is None: return ''
     if isinstance(value, (int, float)): return str(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _INNER.sub(r"\1'", text)
     return "'" + text if text.lstrip(' \n')[:1] in _FORMULA else text
 
 class _Echo:
