@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from deepseek_nb.arch.model import Model
+from deepseek_nb.arch.model import Model, check_tokens, decodes
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
@@ -90,6 +90,37 @@ def test_bfloat16(name):
     assert graphs() == 1 and found[1].dtype == torch.float32
     agree = ((found[0] - found[1]).abs().amax(-1) < .05*found[0].abs().max()).float().mean()
     assert agree > .8  # a router on the edge may choose another expert
+
+
+def test_a_graph_reads_few_positions(monkeypatch):
+    "Positions that a graph attends to, over 700 steps of a cache with room for 4096"
+    m, spans = model(replace(GQA, max_positions=4096)), []
+
+    class Graph:
+        def replay(self): pass
+
+    def record(self, model, inputs, freqs, tensors):
+        spans.append(tensors[0][0].shape[-2])
+        return inputs, Graph(), torch.zeros(1, 1, 64)
+
+    monkeypatch.setattr(comp.GraphStep, 'record', record)
+    with torch.no_grad():
+        cache, stepper = m.new_cache(1, 4096), comp.Stepper(m, comp.GraphStep(), 'graph')
+        for n in range(700):
+            stepper.advance(torch.zeros(1, 1, dtype=torch.long), cache)
+            assert n < spans[-1] <= max(n + 256, (n + 1)*4/3)
+    assert spans == [256, 512, 768]
+    assert comp.how_to_compile('cuda') == 'graph'
+
+
+def test_a_decode_step_on_a_gpu_reads_no_token():
+    "On the device `meta`, reading a value raises an error"
+    token, cache, c = torch.zeros(2, 1, dtype=torch.long, device='meta'), model().new_cache(2), MOE
+    assert not decodes(token, None) and not decodes(token, cache)
+    cache.length = 3
+    assert decodes(token, cache) and not decodes(token.expand(2, 2), cache) and not decodes(torch.zeros(2, 1), cache)
+    check_tokens(token, c, not decodes(token, cache))
+    with pytest.raises(RuntimeError): check_tokens(token, c)
 
 
 def test_many_choices_go_to_the_operator():

@@ -20,7 +20,7 @@ from deepseek_nb.core import nbproc
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.cuda import build as cuda
 from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged_latents, attend_ragged, fits
-from deepseek_nb.cuda.build import cubin, emulate, find_nvrtc, launch, resources, signatures
+from deepseek_nb.cuda.build import cubin, emulate, find_nvrtc, has_compiler, launch, resources, signatures
 from deepseek_nb.cuda.device import Parameter, kernels_in, pack_arguments, structs_in
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.norm import norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda, takes
@@ -410,6 +410,21 @@ def test_attend_in_ampere_tiles(order, monkeypatch):
         close(attend_latent_cuda(q, z, 128, .1), exact_latent(q, z, 128, .1), .01)
 
 
+def shifted(x):
+    "The same values, contiguous, eight bytes behind a multiple of 16"
+    room = x.new_empty(x.numel() + 4)
+    return room[4:].view(x.shape).copy_(x)
+
+
+def test_attend_misaligned():
+    q,z = bf16(1, 3, 1, 160),bf16(1, 70, 160)
+    close(attend_latent_cuda(shifted(q), shifted(z), 128, .1), exact_latent(q, z, 128, .1), .01)
+    from deepseek_nb.cuda import attention as cuda_attention
+    with mock.patch.object(cuda_attention, 'aligned', torch.Tensor.contiguous):
+        with pytest.raises(RuntimeError, match='cp.async with an address that is not a multiple of 16 bytes'):
+            attend_latent_cuda(shifted(q), z, 128, .1)
+
+
 def test_attend_large_scores():
     q,z = bf16(1, 2, 1, 160)*20,bf16(1, 400, 160)
     close(attend_latent_cuda(q, z, 128, 1.), exact_latent(q, z, 128, 1.), .01)
@@ -553,19 +568,44 @@ launch('row_sum.cu', 'row_sum', 3, 64, torch.ones(3, 100), torch.empty(2), 100, 
 # --- compilers ----------------------------------------------------------------------------------------------------------------------
 
 
-@needs_nvcc
+@pytest.mark.skipif(not has_compiler(), reason='neither NVRTC nor nvcc here')
 @pytest.mark.parametrize('arch', ARCHS)
 @pytest.mark.parametrize('name,defines', [(n, d) for n,many in SIZES.items() for d in many], ids=str)
-def test_nvcc_compiles(name, defines, arch, monkeypatch):
-    monkeypatch.setattr(cuda, 'find_nvrtc', lambda: None)
+def test_compiles(name, defines, arch):
     for registers,_,stack,spilled in resources(name, (arch,), **defines).values():
         assert 0 < registers <= 255 and stack == spilled == 0
 
 
 @pytest.mark.skipif(not find_nvrtc(), reason='NVRTC is not installed')
-@pytest.mark.parametrize('name', SIZES)
-def test_nvrtc_compiles(name):
-    for arch in ARCHS: assert cubin(name, arch, **SIZES[name][-1]).read_bytes()[:4] == b'\x7fELF'
+def test_nvrtc_compiles(monkeypatch):
+    monkeypatch.setattr(cuda, 'find_compiler', lambda kind: 1/0)
+    assert cubin('row_sum.cu', 'sm_80').read_bytes()[:4] == b'\x7fELF'
+
+
+@needs_nvcc
+@pytest.mark.parametrize('broken', ['absent', 'empty', 'old'])
+def test_nvcc_compiles_where_nvrtc_does_not(broken, tmp_path, monkeypatch):
+    "No library, a file that is none, and a library that doesn't know the card"
+    path = tmp_path/'libnvrtc.so.13'
+    if broken != 'absent': path.write_bytes(b'')
+    monkeypatch.setattr(cuda, 'find_nvrtc', lambda: None if broken == 'absent' else path)
+    if broken == 'old': monkeypatch.setattr(cuda, 'nvrtc_works', lambda path, arch: False)
+    assert cuda.has_compiler() and not cuda.has_compiler('sm_999')
+    assert cubin('row_sum.cu', 'sm_80').read_bytes()[:4] == b'\x7fELF'
+
+
+@pytest.mark.parametrize('card,runs', [((7, 0), 'none'), ((7, 5), 'plain'), ((8, 0), 'all')])
+def test_twins_on_old_cards(card, runs, monkeypatch):
+    "No twin raises or traps: below 8.0 those for tensor cores are not available, and below 7.5 none, as no compiler knows the card"
+    from deepseek_nb.core.dispatch import _ops, twins
+    twins()
+    monkeypatch.setattr(cuda, 'has_compiler', lambda arch='sm_80': arch not in ('sm_70',))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *device: card)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    found = {f'{op.name}/{t.name}': bool(t.available()) for op in _ops.values() for t in op.twins.values() if t.kind == 'cuda'}
+    assert len(found) > 12
+    plain = {n for n in found if n.startswith(('rms_norm/', 'norm_rotate/', 'rotate/', 'route/'))}
+    assert {n for n,ok in found.items() if ok} == dict(none=set(), plain=plain, all={*found})[runs]
 
 
 def test_no_compiler_is_an_empty_table(monkeypatch):

@@ -114,6 +114,20 @@ def test_no_triton(python):
 
 # ---- the shape of a notebook
 
+def test_lines_of_kernels_are_short():
+    long = [f'{p.name}:{i}' for p in sorted((ROOT/'deepseek_nb'/'csrc').iterdir()) if p.is_file()
+            for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long
+
+
+def test_exported_cells_are_short():
+    "Half of them have at most 12 lines, and 90% at most 25"
+    def lines(cell): return [o for o in source(cell).splitlines() if o.strip() and not re.match(r'\s*(#\||%%)', o)]
+    exports = re.compile(r'^#\| (export|exporti|exports|cu|cpp)\b', re.M)
+    sizes = sorted(len(lines(c)) for o in CHAPTERS for c in cells(o) if c['cell_type'] == 'code' and exports.search(source(c)))
+    assert sizes[len(sizes)//2] <= 12 and sizes[int(.9*len(sizes))] <= 25
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.stem)
 def test_house_form(path):
     markdown = [source(c) for c in cells(path) if c['cell_type'] == 'markdown']

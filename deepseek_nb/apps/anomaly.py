@@ -41,6 +41,7 @@ def as_series(
         raise ValueError(f'observation {x.isinf().any(1).nonzero()[0].item()} is infinite; replace it by NaN if the value is unknown')
     return x
 
+# %% ../../nbs/856_apps.anomaly.ipynb #9e412036
 def is_many(
     series, # Signal, or list of signals
 )->bool: # Whether it is a list of tensors or arrays
@@ -54,6 +55,7 @@ class VariableUnits:
     centre:Tensor # Median `m`
     spread:Tensor # Distance between the quartiles, divided by that of a standard normal variable `m`
 
+# %% ../../nbs/856_apps.anomaly.ipynb #62147df2
 def fit_scaling(
     x:Tensor, # Observations `t m`; NaN: missing
 )->VariableUnits: # Median and spread
@@ -63,6 +65,7 @@ def fit_scaling(
     spread = torch.where(high > low, (high - low)/1.349, sd)
     return VariableUnits(mid.float(), torch.where(spread > 0, spread, 1.).float())
 
+# %% ../../nbs/856_apps.anomaly.ipynb #23bfb554
 def scaled(
     x:Tensor, # Observations `t m`
     s:VariableUnits, # Unit of each variable
@@ -95,6 +98,7 @@ def deviations(
     "Deviations from the forecast in units of its uncertainty"
     return (torch.where(x.isnan(), location, x) - location).abs()/scale
 
+# %% ../../nbs/856_apps.anomaly.ipynb #17ab6565
 def over_variables(
     y:Tensor, # One number for each observation `b s m`
     x:Tensor, # Observations `b s m`; NaN: missing
@@ -128,6 +132,7 @@ class FitSettings:
     hidden:int = 2 # Runs of observations in each window that are hidden from the network
     seed:int = 0 # Seed of weights and windows
 
+# %% ../../nbs/856_apps.anomaly.ipynb #452c9edc
 def draw_windows(
     series:list, # Pairs of scaled observations `t m` and labels `t`
     s:FitSettings, # Length and number of windows
@@ -196,6 +201,7 @@ class SignalStream:
     time:float|None = None # Time of the last observation in seconds
     steps:int = 0 # Steps since the beginning
 
+# %% ../../nbs/856_apps.anomaly.ipynb #6579f517
 @dataclass
 class Calibration:
     "A threshold, and the rate of false positives that it had on normal data"
@@ -208,6 +214,7 @@ class Calibration:
     episodes:int # Runs of alarms
     confidence:float # Of the interval
 
+# %% ../../nbs/856_apps.anomaly.ipynb #55977880
 class Detector:
     "Scores the observations of signals"
     def __init__(self,
@@ -259,6 +266,7 @@ def check_series(
     if torch.cat(x).isnan().all(0).any():
         raise ValueError(f'variable {torch.cat(x).isnan().all(0).nonzero()[0].item()} was never observed; leave it out')
 
+# %% ../../nbs/856_apps.anomaly.ipynb #3f90af19
 def choose_config(
     x:Tensor, # Scaled observations `t m`
 )->SignalConfig: # Sizes for this signal
@@ -294,11 +302,13 @@ class Reading(NamedTuple):
     alarm:bool # Whether it is above the threshold
     ready:bool # Whether the warm-up is over
 
+# %% ../../nbs/856_apps.anomaly.ipynb #1ab647b8
 @patch
 def new_stream(self:Detector)->SignalStream: # Stream before its first observation
     "Begin a stream"
     return SignalStream(self.net.new_state())
 
+# %% ../../nbs/856_apps.anomaly.ipynb #fb58d798
 @patch
 def missing_rows(self:Detector,
     stream:SignalStream, # Stream, which begins anew after a long gap
@@ -311,6 +321,7 @@ def missing_rows(self:Detector,
     if gap > self.max_gap: vars(stream).update(vars(self.new_stream()))
     return torch.full((gap if gap <= self.max_gap else 0, self.net.c.variables), torch.nan)
 
+# %% ../../nbs/856_apps.anomaly.ipynb #d730be0b
 @patch
 def score(self:Detector,
     x, # One observation: a number, or one for each variable; NaN: missing
@@ -356,12 +367,14 @@ def _at_most(k, n, p):
     log = torch.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1) + i*math.log(p) + (n - i)*math.log1p(-p)
     return log.exp().sum().item()
 
+# %% ../../nbs/856_apps.anomaly.ipynb #e3d6ac0c
 def _bisect(above, low=1e-15, high=1 - 1e-15):
     for _ in range(60):
         mid = (low + high)/2
         low,high = (mid, high) if above(mid) else (low, mid)
     return low
 
+# %% ../../nbs/856_apps.anomaly.ipynb #08e3d79d
 def rate_interval(
     k:int, # Successes
     n:int, # Trials
@@ -390,6 +403,7 @@ def choose_threshold(
     low,high = rate_interval(runs, max(runs, round(n*runs/max(len(at), 1))) if runs else n, confidence)
     return Calibration(threshold, budget, len(at)/n, low, high, n, runs, confidence)
 
+# %% ../../nbs/856_apps.anomaly.ipynb #bd3dc037
 @patch
 def calibrate(self:Detector,
     series, # Normal signal `t` or `t m`, or a list of signals, none of which the detector has learned from
@@ -409,6 +423,7 @@ class Attended(NamedTuple):
     last:int # Steps back of the nearest observation
     weight:float # Attention weight
 
+# %% ../../nbs/856_apps.anomaly.ipynb #c83215f2
 @dataclass
 class Explanation:
     "What a score rests on"
@@ -446,6 +461,7 @@ def _flat(stream):
     location,scale,weights = stream.ahead
     return tensors | dict(location=location, scale=scale) | {f'weights.{k}': w for k,w in weights.items()}
 
+# %% ../../nbs/856_apps.anomaly.ipynb #ee1765a4
 @patch
 def save(self:Detector,
     folder:str|Path, # Folder, which is created
@@ -468,6 +484,7 @@ def _stream(tensors, about):
     ahead = (tensors['location'], tensors['scale'], under('weights.')) if 'location' in tensors else None
     return SignalStream(state, ahead, None, about['time'], about['steps'])
 
+# %% ../../nbs/856_apps.anomaly.ipynb #b13c612a
 @patch(cls_method=True)
 def load(cls:Detector,
     folder:str|Path, # Folder of a saved detector

@@ -91,6 +91,7 @@ def train_app(
     if not Path(data).exists(): raise FileNotFoundError(f'{data}: no such file or folder')
     return app.train(data, out, **app_options(options, app.train))
 
+# %% ../../nbs/889_apps.command.ipynb #2bdde338
 def app_card(
     name:str, # Key of `APPS`
     weights:str = '', # Folder of a trained application; '': the weights in the package
@@ -165,6 +166,7 @@ async def _answer_app(self:AppServer, request): # `POST /v1/apps/NAME`
     except Exception as error: return self._response(error, request=request)
     finally: self._leave(owner, None)
 
+# %% ../../nbs/889_apps.command.ipynb #64b40789
 @patch
 async def _show_app(self:AppServer, request): # `GET /v1/apps` and `GET /v1/apps/NAME`
     "The names of the applications, or a model card"

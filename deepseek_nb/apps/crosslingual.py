@@ -12,7 +12,7 @@ __all__ = ['LinearHead', 'fit_head', 'AlignMap', 'fit_map', 'retrieval', 'chosen
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #4cbaf930
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -253,7 +253,11 @@ def _topic_row(found): return dict(topic=found.topic, probability=round(found.pr
 class CrosslingualApp:
     "What the command offers of the classifier"
     @staticmethod
-    def train(data, out, decay=1e-3):
+    def train(
+        data, # Folder or file of labelled texts
+        out, # Folder to write
+        decay=1e-3, # Weight decay
+    )->str: # Result on held-back texts
         "Learn topics from texts of one language"
         texts,labels,late,truth = labelled_texts(data)
         mine = TopicClassifier.train(texts, labels, decay=decay)
@@ -263,12 +267,17 @@ class CrosslingualApp:
         f1 = macro_f1(confusion([mine.topics.index(truth[i]) for i in known], found, len(mine.topics))) if known else 0.
         return f'macro-F1 {f1:.3f} on {len(known)} held-back texts of the same language'
     @staticmethod
-    def score(rows, weights):
+    def score(
+        rows, # Rows of the command, as dicts
+        weights, # Folder of trained weights; '': the package's
+    )->Iterator[dict]: # A row for each result
         "Topics of the texts of rows"
         mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
         for row in rows: yield dict(row) | _topic_row(mine.classify([row.get('text')], row.get('language') or '')[0])
     @staticmethod
-    def serve(weights):
+    def serve(
+        weights, # Folder of trained weights; '': the package's
+    )->Callable: # From the fields of a request to its answer
         "Load, and return what answers requests"
         mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
         def answer(fields):
@@ -278,7 +287,9 @@ class CrosslingualApp:
             return _topic_row(found) | dict(probabilities=found.probabilities)
         return answer
     @staticmethod
-    def card(weights):
+    def card(
+        weights, # Folder of trained weights; '': the package's
+    )->str: # Markdown
         "The model card"
         if weights: return f'# Topics, trained by the owner\n\nTopics: {", ".join(TopicClassifier.load(weights).topics)}.\n'
         return (Path(str(files('deepseek_nb')))/'topics'/'README.md').read_text(encoding='utf-8')

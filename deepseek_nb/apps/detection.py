@@ -27,6 +27,7 @@ def check_scores(
     if scores.isnan().any(): raise ValueError(f'score {scores.isnan().nonzero()[0].item()} is NaN')
     if labels.all() or not labels.any(): raise ValueError('both normal and anomalous observations are needed')
 
+# %% ../../nbs/852_apps.detection.ipynb #4a396c6c
 def recall_at(
     scores:Tensor, # Scores `t`, the larger the more anomalous
     labels:Tensor, # True at an anomaly `t`
@@ -49,6 +50,7 @@ def ranking_auc(
     a,n = labels.sum().item(),(~labels).sum().item()
     return ((rank[labels].sum() - a*(a + 1)/2)/(a*n)).item()
 
+# %% ../../nbs/852_apps.detection.ipynb #c4b59362
 def average_precision(
     scores:Tensor, # Scores `t`
     labels:Tensor, # True at an anomaly `t`
@@ -68,6 +70,7 @@ def stretches(
     edge = torch.cat([mask.new_zeros(1), mask, mask.new_zeros(1)]).int().diff()
     return list(zip((edge == 1).nonzero()[:, 0].tolist(), ((edge == -1).nonzero()[:, 0] - 1).tolist(), strict=True))
 
+# %% ../../nbs/852_apps.detection.ipynb #6aa45e89
 class EventScores(NamedTuple):
     "How alarms match events"
     recall:float # Share of the events with an alarm in them
@@ -106,6 +109,7 @@ def ucr_hit(
     "UCR's criterion"
     return first - slack <= train + scores[train:].argmax().item() <= last + slack
 
+# %% ../../nbs/852_apps.detection.ipynb #7df3d4e4
 def ucr_chance(
     n:int, # Length of the series
     train:int, # Number of observations at the beginning that are not searched
@@ -123,6 +127,7 @@ def nab_sigmoid(
     "NAB's weight of an alarm"
     return torch.where(y > 3, -1., 2/(1 + (5*y).exp()) - 1)
 
+# %% ../../nbs/852_apps.detection.ipynb #db5b5443
 def nab_weights(
     n:int, # Rows of the file
     windows:Sequence, # First and last index of each window, in order
@@ -154,6 +159,7 @@ def nab_parts(
         total += w[max(a, first) + at[0]].item() if at else -1.
     return total + w[first:][(alarms & ~inside)[first:]].sum().item()
 
+# %% ../../nbs/852_apps.detection.ipynb #55afd1b4
 def nab_score(
     alarms:list, # Alarms of each file `t`
     windows:list, # Windows of each file

@@ -28,6 +28,7 @@ STANDARD = Policy(
 @lru_cache(8)
 def _models(weights): return NameTagger.load(weights), ToxicityNet.load(weights)
 
+# %% ../../nbs/883_apps.filter.ipynb #a92034de
 def content_filter(
     policy:Policy = STANDARD, # What happens to each kind of content
     weights:str|Path = '', # Folder of trained weights; '': those of the package
@@ -39,6 +40,7 @@ def content_filter(
     if 'toxic' in least: net = ToxicityNet(net.weights, net.bias, least['toxic'])
     return ContentFilter(policy, [(('person', 'address'), tagger.scan), (('toxic',), net.scan)], dict(toxic=net.peak))
 
+# %% ../../nbs/883_apps.filter.ipynb #4eb8eeb1
 def load_filter(
     path:str|Path, # Policy, a TOML file
     weights:str|Path = '', # Folder of trained weights; '': those of the package

@@ -88,6 +88,7 @@ def waves(
     a = z[..., None]*math.pi*torch.arange(1, n + 1, device=z.device)
     return torch.cat([a.sin(), a.cos()], -1)
 
+# %% ../../nbs/864_apps.fusion.ipynb #1a5e21b7
 def radii(
     side:int, # Tokens along each side
 )->Tensor: # `place`

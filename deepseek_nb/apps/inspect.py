@@ -16,7 +16,7 @@ import math
 import struct
 import wave
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from io import BytesIO
@@ -123,6 +123,7 @@ class Known:
     inverse:Tensor # Inverse of the common covariance `f f`
     limit:float # Strangeness above it means unknown
 
+# %% ../../nbs/866_apps.inspect.ipynb #2f2af98c
 def strangeness(
     f:Tensor, # Features `n f`
     k:Known, # Statistics
@@ -347,25 +348,38 @@ def _request(inspector, fields):
 class InspectApp:
     "What the command offers of the inspector"
     @staticmethod
-    def train(data, out, steps=800, batch=64, seed=0):
+    def train(
+        data, # Folder of records
+        out, # Folder to write
+        steps=800, # Steps of training
+        batch=64, # Pieces in a step
+        seed=0, # Of initialisation and batches
+    )->str: # Result on held-back pieces
         "Train on a folder"
         inspector,late = train_inspector(data, FusionSettings(steps, batch, seed=seed))
         inspector.save(out)
         with torch.no_grad(): right = (inspector.net(late.pictures, late.spectrograms).argmax(1) == late.labels).float().mean().item()
         return f'{right:.1%} of {len(late.labels)} pieces right that were not learned from'
     @staticmethod
-    def score(rows, weights):
+    def score(
+        rows, # Rows of the command, as dicts
+        weights, # Folder of trained weights; '': the package's
+    )->Iterator[dict]: # A row for each result
         "Decide on the pieces of rows or files"
         inspector = Inspector.load(weights) if weights else Inspector.shipped()
         for row in rows:
             if pair := _pairs(row): yield dict(piece=str(pair[0] or pair[1] or '')) | _answer(inspector.inspect(*pair))
     @staticmethod
-    def serve(weights):
+    def serve(
+        weights, # Folder of trained weights; '': the package's
+    )->Callable: # From the fields of a request to its answer
         "Load, and return what answers requests"
         inspector = Inspector.load(weights) if weights else Inspector.shipped()
         return lambda fields: _request(inspector, fields)
     @staticmethod
-    def card(weights):
+    def card(
+        weights, # Folder of trained weights; '': the package's
+    )->str: # Markdown
         "The model card"
         if weights: return f'# Inspector trained by its owner\n\nCauses: {", ".join(Inspector.load(weights).causes)}.\n'
         return (Path(str(files('deepseek_nb')))/'inspector'/'README.md').read_text(encoding='utf-8')

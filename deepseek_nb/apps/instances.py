@@ -34,6 +34,7 @@ def geographic(
     d = (6378.388*torch.arccos((.5*((1 + q1)*q2 - (1 - q1)*q3)).clamp(-1, 1)) + 1).floor()
     return d.fill_diagonal_(0)
 
+# %% ../../nbs/870_apps.instances.ipynb #52492655
 def euclidean(
     xy:Tensor, # Places `n 2`, float64
 )->Tensor: # `n n`
@@ -47,6 +48,7 @@ def _att(d):
     r = d/10**.5
     return torch.where(r.round() < r, r.round() + 1, r.round())
 
+# %% ../../nbs/870_apps.instances.ipynb #4c45adfa
 METRICS = dict(
     nearest=lambda xy: (euclidean(xy) + .5).floor(),
     up=lambda xy: euclidean(xy).ceil(),
@@ -101,6 +103,7 @@ def route_times(
         times.append(time)
     return times
 
+# %% ../../nbs/870_apps.instances.ipynb #0675ccfd
 def checked_cost(
     instance:Instance, # Problem
     routes:list, # Lists of customers, without the depot
@@ -135,6 +138,7 @@ def _read_sections(
         elif rows is not None and line.strip(): rows.append([float(o) for o in line.split()])
     return head,sections
 
+# %% ../../nbs/870_apps.instances.ipynb #6090cfa3
 def _column(sections, name, n): return torch.tensor([r[1:] for r in sections[name][:n]], dtype=torch.float64).long()
 
 # %% ../../nbs/870_apps.instances.ipynb #7941e496
@@ -154,6 +158,7 @@ def read_instance(
     problem.windows,problem.metric = 10*torch.cat([_column(sections, 'TIME_WINDOW_SECTION', len(xy)), service], 1),'tenth'
     return problem
 
+# %% ../../nbs/870_apps.instances.ipynb #3c512067
 def read_solution(
     path:str|Path, # File with lines `Route #1: 3 7` and `Cost 99`
 )->tuple: # Routes, and the stated cost (0: none)
@@ -178,6 +183,7 @@ def _with_best(path, costs):
     if problem.best is None and solution.exists(): problem.best = checked_cost(problem, read_solution(solution)[0])
     return problem
 
+# %% ../../nbs/870_apps.instances.ipynb #27c3ccc8
 def read_family(
     family:str, # Key of `ROUTE_FAMILIES`
     most:int = 200, # Largest number of places

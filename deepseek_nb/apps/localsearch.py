@@ -38,6 +38,7 @@ def _unflat(flat):
         else: routes.append([])
     return routes[:-1]
 
+# %% ../../nbs/872_apps.localsearch.ipynb #9c7fad79
 def _call(op, roads, routes, *more):
     "Call an operator on routes, which it replaces"
     flat = _flat(routes)
@@ -63,6 +64,7 @@ def improve_cpp(
     heat = HEAT['tsp' if roads.capacity < 0 else 'cvrp'] if heat is None else heat
     return Improved(*_call(route_kernels.load().improve, roads, routes, roads.width, rounds, max(seconds, 1e-6), seed, heat, busy))
 
+# %% ../../nbs/872_apps.localsearch.ipynb #9b5667b3
 @join_by_savings.twin('cpp', available=route_kernels.ready)
 def join_by_savings_cpp(
     roads:Roads, # Problem

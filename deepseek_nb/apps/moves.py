@@ -31,6 +31,7 @@ def time_gaps(
     cost = d + (w[None, :, 0] - last).clamp(min=0)//5 + (first - w[None, :, 1]).clamp(min=0)
     return torch.minimum(cost, cost.T).clamp(max=2**30).int()
 
+# %% ../../nbs/871_apps.moves.ipynb #84d05099
 @dataclass
 class Roads:
     "A problem, prepared for the search"
@@ -52,6 +53,7 @@ def nearest_places(
     keys = (d.long()*2**32 + torch.arange(len(d))).fill_diagonal_(2**62)
     return keys.topk(min(k, len(d) - 1), largest=False).indices.int()
 
+# %% ../../nbs/871_apps.moves.ipynb #7bd6a7bb
 def prepare_roads(
     instance:Instance, # Problem
     locked=(), # Stops that stay where they are
@@ -147,6 +149,7 @@ def _in_time(self:Search,
         if time > self.w[b][1]: return False
     return True
 
+# %% ../../nbs/871_apps.moves.ipynb #f72db394
 @patch
 def _touch(self:Search,
     c:int, # Stop
@@ -156,6 +159,7 @@ def _touch(self:Search,
         self.queued[c] = True
         self.queue.append(c)
 
+# %% ../../nbs/871_apps.moves.ipynb #da872435
 @patch
 def _undo(self:Search)->None:
     "Restore what was replaced in this round"
@@ -249,6 +253,7 @@ def try_moves(self:Search,
     if any(self.relocate(u, v, *o) for o in ways): return True
     return any(self.exchange(u, v, m, n, behind) for m in (1, 2) for n in (1, 2) for behind in (True, False))
 
+# %% ../../nbs/871_apps.moves.ipynb #7319c66a
 @patch
 def descend(self:Search)->None:
     "Improve until no move helps"
@@ -317,6 +322,7 @@ def _take_out(self:Search,
     self._refresh(r)
     return s[i:k]
 
+# %% ../../nbs/871_apps.moves.ipynb #e4b6aebb
 @patch
 def _order(self:Search,
     out:list, # Stops
@@ -346,6 +352,7 @@ def consider(self:Search,
         if time > self.w[c][1] or time + self._leave(c, y) > self.late[y]: return best
     return cost,r,i
 
+# %% ../../nbs/871_apps.moves.ipynb #0da168f7
 @patch
 def _empty(self:Search)->int: # Number of a route
     "Find a route without customers, or open one"
@@ -387,6 +394,7 @@ class Improved:
     cost:int # Sum of the distances
     rounds:int # Disturbances
 
+# %% ../../nbs/871_apps.moves.ipynb #1de73f5b
 @patch
 def _round(self:Search):
     "Disturb and descend"
@@ -450,6 +458,7 @@ def join_by_savings(
             if one[-2] == i and two[1] == j and s._replace({a: one[:-1] + two[1:], b: [0, 0]}, 0, ()): break
     return _one_tour(d, [o[1:-1] for o in s.routes if len(o) > 2], roads.capacity < 0)
 
+# %% ../../nbs/871_apps.moves.ipynb #3319534c
 def _one_tour(d, parts, single):
     "Join the parts of a tour by their nearest ends"
     if not single or not parts: return parts

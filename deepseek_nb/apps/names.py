@@ -36,6 +36,7 @@ class Tagged(NamedTuple):
     spans:tuple # Triples of start, stop and the type in the set
     template:int # Number of the template
 
+# %% ../../nbs/881_apps.names.ipynb #82dc4ed6
 def split_part(
     key:object, # Of a template or document
 )->str: # 'train' (seven tenths), 'val' or 'test' (two tenths)
@@ -43,6 +44,7 @@ def split_part(
     n = zlib.crc32(str(key).encode())%10
     return 'test' if n < 2 else 'val' if n == 2 else 'train'
 
+# %% ../../nbs/881_apps.names.ipynb #f12affcf
 def read_pii(
     folder:str|Path|None = None, # Folder of the set; None: `find_set`
 )->list: # `Tagged`

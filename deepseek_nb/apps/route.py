@@ -285,7 +285,11 @@ def _answer(router, fields, path):
 class RouteApp:
     "Routes for the command `deepseek-nb app`"
     @staticmethod
-    def net(weights): return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
+    def net(
+        weights, # Folder of trained weights; '': the package's
+    )->RouteNet:
+        "Load a network"
+        return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
 
     @staticmethod
     def train(
@@ -294,6 +298,7 @@ class RouteApp:
         problems:int = 800, # Generated problems
         steps:int = 2000, # Steps of training
     ):
+        "Train on generated problems of the sizes of a folder's"
         sizes = sorted(len(read_instance(p).xy) for p in Path(data).rglob('*.*') if p.suffix in ('.vrp', '.tsp'))
         if not sizes: raise ValueError(f'{data} contains no problems: files that end in .vrp or .tsp')
         torch.manual_seed(0)
@@ -312,6 +317,7 @@ class RouteApp:
         y:float = 0., # Depot of a table of orders
         capacity:float = 0., # Capacity for a table of orders; 0: one vehicle
     ):
+        "Plan routes for files or for a table of orders"
         rows,net = iter(rows),RouteApp.net(weights)
         first = next(rows, None)
         rows = [] if first is None else chain([first], rows)
@@ -327,11 +333,15 @@ class RouteApp:
         close:float = 0., # Time at which vehicles must be back; 0: any
         state:str = '', # File for the state; '': none
     ):
+        "Load, and return what answers requests"
         net,restored = RouteApp.net(weights),state and Path(state).exists()
         router = Router.load(state, net) if restored else Router((x, y), capacity or None, close or None, net)
         return lambda fields: _answer(router, fields, state)
 
     @staticmethod
-    def card(weights):
+    def card(
+        weights, # Folder of trained weights; '': the package's
+    )->str: # Markdown
+        "The model card"
         path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
         return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'

@@ -36,6 +36,7 @@ def _csv_rows(path, f):
         if len(row) != len(head): raise ValueError(f'{path}, line {line}: {len(row)} values, but {len(head)} columns')
         yield dict(zip(head, map(as_value, row), strict=True))
 
+# %% ../../nbs/851_apps.rows.ipynb #11ce545a
 def _json_rows(path, f):
     for line,text in enumerate(f, 1):
         try: row = json.loads(text)
@@ -43,6 +44,7 @@ def _json_rows(path, f):
         if not isinstance(row, dict): raise ValueError(f'{path}, line {line}: not a JSON object')
         yield row
 
+# %% ../../nbs/851_apps.rows.ipynb #35f42a36
 def input_rows(
     path:str|Path, # Table (.csv), JSON lines (any other name), either compressed (.gz), or a folder
 )->Iterator: # Dicts; of a folder, `file` is the path of each
@@ -52,6 +54,7 @@ def input_rows(
     if not path.is_file(): raise FileNotFoundError(f'{path}: no such file or folder')
     return _file_rows(path)
 
+# %% ../../nbs/851_apps.rows.ipynb #fd5b4eab
 def _file_rows(path):
     opened = gzip.open if path.suffix == '.gz' else open
     rows = _csv_rows if path.name.removesuffix('.gz').endswith('.csv') else _json_rows
@@ -63,6 +66,7 @@ def _table_row(f, row, table):
     table.writerow(row)
     return table
 
+# %% ../../nbs/851_apps.rows.ipynb #fa97ba1e
 def write_rows(
     path:str|Path, # Table (.csv) or JSON lines (any other name)
     rows:Iterable, # Dicts

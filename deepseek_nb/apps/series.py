@@ -74,12 +74,14 @@ def read_columns(
         head,*rows = csv.reader(f, delimiter=delimiter)
     return dict(zip(head, zip(*rows, strict=True), strict=True))
 
+# %% ../../nbs/854_apps.series.ipynb #66307d66
 def numbers(
     texts:Iterable, # Numbers, or texts of numbers
 )->Tensor: # float64
     "Convert texts to numbers"
     return torch.tensor([math.nan if x == '' else float(x) for x in texts], dtype=torch.float64)
 
+# %% ../../nbs/854_apps.series.ipynb #d06d9ea1
 def epoch_seconds(
     texts:Iterable, # Times such as 2014-07-01 00:30:00
 )->Tensor: # Seconds since 1970, float64
@@ -98,6 +100,7 @@ def _nab_series(path, name, windows):
     for a,b in spans: labels[a:b+1] = True
     return Labelled(name, values[:, None].float(), labels, at, min(int(.15*len(at)), 750), spans)
 
+# %% ../../nbs/854_apps.series.ipynb #af9964c0
 def read_nab(
     folder:str|Path|None = None, # Folder of the repository; None: `find_set`
 )->list[Labelled]: # 58 series
@@ -114,6 +117,7 @@ def _ucr_series(name, values):
     labels[first-1:last] = True
     return Labelled(name, values[:, None].float(), labels, None, train, [(first - 1, last - 1)])
 
+# %% ../../nbs/854_apps.series.ipynb #d51ebd40
 def read_ucr(
     folder:str|Path|None = None, # Folder of the archive; None: `find_set`
 )->list[Labelled]: # As many series as the folder has, each with one anomaly after its training part
@@ -132,6 +136,7 @@ def _skab_series(path, name):
     return Labelled(name, torch.stack([numbers(table[c]) for c in names], 1).float(), labels, epoch_seconds(table['datetime']),
                     400 if labels.any() else len(labels))
 
+# %% ../../nbs/854_apps.series.ipynb #5ddc17f8
 def read_skab(
     folder:str|Path|None = None, # Folder of the repository; None: `find_set`
 )->list[Labelled]: # 34 experiments with a fault, and the record without one
@@ -152,6 +157,7 @@ def circle(
     a = 2*math.pi/period*x
     return torch.stack([a.cos(), a.sin()], -1)
 
+# %% ../../nbs/854_apps.series.ipynb #321c7b3d
 def since_last(
     at:Tensor, # Times in seconds, in order `t`
     first:float = 30*86400., # Seconds that count for the first event
@@ -214,6 +220,7 @@ class Split(NamedTuple):
     choose:list # `Labelled` series to choose a detector with
     test:list # `Labelled` series to test on
 
+# %% ../../nbs/854_apps.series.ipynb #9045b4fd
 def split_cards(
     cards:list, # `Labelled` series with times
     shares:tuple = (.4, .2), # Shares of the cards to learn from and to choose with
@@ -261,6 +268,7 @@ def _graph(folder):
             found.append(Labelled(name, account_features(own), torch.full((len(own),), fraud == '1'), at))
     return found
 
+# %% ../../nbs/854_apps.series.ipynb #b68026b7
 def read_transfers(
     folder:str|Path|None = None, # Folder of the samples; None: `find_set`
 )->dict: # Name of a graph -> one `Labelled` series for each account that has transfers

@@ -66,6 +66,7 @@ def to_mel(
     "Convert a frequency to the mel scale"
     return 2595*math.log10(1 + hz/700)
 
+# %% ../../nbs/860_apps.spectrogram.ipynb #8702806a
 @lru_cache(8)
 def mel_bands(
     c:SpectrogramConfig, # Sizes

@@ -59,6 +59,7 @@ def slot_lags(
     "Distances of a head's keys"
     return [n*period - 1 for n in range(1, slots + 1)]
 
+# %% ../../nbs/850_apps.tcn.ipynb #0131096f
 def look_back(
     z:Tensor, # Keys or values of one head `b t v`, the last s of them at the present positions
     s:int, # Number of present positions
@@ -153,6 +154,7 @@ def unit_rms(
     "Divide each row by its root mean square"
     return x*(reduce(x*x, 'b s d -> b s 1', 'mean') + eps).rsqrt()
 
+# %% ../../nbs/850_apps.tcn.ipynb #4d7e1b2c
 class ConvBlock(nn.Module):
     "Causal convolution in a residual block"
     def __init__(self,
@@ -213,6 +215,7 @@ def windows(self:PeriodAttention,
     length = self.c.slots/(1 + (-row_product(x, self.gate, exact) - self.start).exp())
     return there*soft_window(length, self.c.slots, self.c.ramp)
 
+# %% ../../nbs/850_apps.tcn.ipynb #2fb19d5e
 @patch
 def attention(self:PeriodAttention,
     z:Tensor, # Normalised activations `b s d`
@@ -244,6 +247,7 @@ class SignalNet(nn.Module):
         self.label = nn.Parameter(torch.zeros(1, c.dim))
         self.offset = nn.Parameter(torch.zeros(2*c.variables + 1))
 
+# %% ../../nbs/850_apps.tcn.ipynb #b845d5c9
 @dataclass
 class SignalState:
     "All that a network needs of the past of some signals"
@@ -271,6 +275,7 @@ class SignalOut:
     label:Tensor # Logit of the label `b s`
     weights:dict = field(default_factory=dict) # Name of a block -> attention weights `b s h slot`
 
+# %% ../../nbs/850_apps.tcn.ipynb #fcc0bb0d
 @patch
 def forward(self:SignalNet,
     x:Tensor, # Observations `b s m`; NaN: missing

@@ -66,6 +66,7 @@ def _parts(folder):
     train = [read_wafers(files[k]) for k in files if k.startswith('train')]
     return dict(train=_join(train), val=read_wafers(files['val_data']), test=read_wafers(files['test_data']))
 
+# %% ../../nbs/862_apps.wafers.ipynb #2f877dbd
 def read_wm811k(
     folder:str|Path|None = None, # Folder of the parts; None: `find_set`
 )->dict: # Name of a part, `train`, `val` or `test` -> `WaferMaps`

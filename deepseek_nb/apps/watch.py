@@ -123,6 +123,7 @@ def save(self:Watcher,
     (Path(folder)/'reader.json').write_text(json.dumps(dict(columns=self.reader.columns)))
     if card: (Path(folder)/'README.md').write_text(card, encoding='utf-8')
 
+# %% ../../nbs/858_apps.watch.ipynb #bc4ee431
 def packaged()->Path: # Folder
     "Where the weights in the package are"
     import deepseek_nb

@@ -99,6 +99,7 @@ def rows(self:Compressor,
     "Project tokens to candidates and gates"
     return torch.cat([F.linear(x.float(), w.weight.float()) for w in (self.wkv, self.wgate)], -1)
 
+# %% ../../nbs/126_arch.compressed.ipynb #5bb372ff
 @patch
 def entries(self:Compressor,
     z:Tensor, # Candidates `b n m w`
@@ -112,6 +113,7 @@ def entries(self:Compressor,
     angles = cos_sin(frequencies(rope, self.c.qk_rope_head_dim, z.device), self.m*i, rotary_factor(rope))
     return rotate_last(e[:, None], angles)[:, 0]
 
+# %% ../../nbs/126_arch.compressed.ipynb #f74a6c7f
 @patch
 def forward(self:Compressor,
     x:Tensor, # Activations of the new tokens `b s d`
@@ -203,6 +205,7 @@ def attend_chosen(
     far = far.scatter(-1, chosen % (entries.shape[1] + 1), True)[..., :-1]
     return attend_entries(q, keys, entries, sink, scale, near, far)
 
+# %% ../../nbs/126_arch.compressed.ipynb #034c9dee
 @attend_chosen.twin('torch', supports=lambda q, *a, **kw: q.shape[2] == 1)
 def attend_gathered(
     q:Tensor, # Queries `b h 1 v`

@@ -42,6 +42,7 @@ class Taps:
         self.parts.append(x.mean(-2))
         if i == self.layers[-1]: self.kept.append(torch.cat(self.parts, -1))
 
+# %% ../../nbs/185_arch.dspark.ipynb #2a158b94
 @contextmanager
 def keep_taps(
     model:Model, # V4 model
@@ -60,6 +61,7 @@ class Past(NamedTuple):
     angles:tuple # cos and sin of their positions `1 1 t r/2`
     mask:Tensor|None = None # True for keys that exist, the block's included, `b 1 1 t+γ`; None: all
 
+# %% ../../nbs/185_arch.dspark.ipynb #e7be604e
 class DraftAttention(WindowAttention):
     "V4's attention, from a block to the text before it and to the block itself"
     def forward(self,
@@ -99,6 +101,7 @@ def fuse(self:DSpark,
     "One activation per token of the text"
     return self.main_norm(self.main_proj(taps))
 
+# %% ../../nbs/185_arch.dspark.ipynb #f5c7cd98
 @patch
 def forward(self:DSpark,
     main:Tensor, # Activations of the tokens before the anchor, from `fuse` `b t d`

@@ -123,6 +123,7 @@ def first_rows(
     "Where each table begins"
     return torch.tensor([0, *sizes[:-1]]).cumsum(0)
 
+# %% ../../nbs/157_arch.engram.ipynb #868c0f30
 class Tables(nn.Module):
     "All tables of a layer, in memory"
     def __init__(self,
@@ -306,6 +307,7 @@ def recall(self:Engram,
     norm = lambda t, w: F.rms_norm(t, (c.dim,), eps=c.eps)*w
     return memory_gate(norm(keys, self.key_norm), norm(x, self.stream_norm))*value
 
+# %% ../../nbs/157_arch.engram.ipynb #52784162
 @patch
 def convolve(self:Engram,
     v:Tensor, # Gated values `b s x d`
@@ -332,6 +334,7 @@ def _state(engram, cache, rewindable):
     if state.length != cache.length: raise ValueError(f'cache has {cache.length} tokens, its Engram {state.length}; fill it by this model')
     return state
 
+# %% ../../nbs/157_arch.engram.ipynb #c20d8780
 def _remember(hashes, rewindable, block, args):
     "Add the memory of a block to its input"
     x,ctx = args
@@ -340,7 +343,6 @@ def _remember(hashes, rewindable, block, args):
     if ctx.cache is not None and cache is None: raise ValueError('this kind of cache has no room for an Engram; use model.new_cache')
     state = None if cache is None else _state(block.engram, cache, rewindable)
     return block.engram(x, hashes(ctx.tokens, state, ctx.pad), state),ctx
-
 
 # %% ../../nbs/157_arch.engram.ipynb #0219ace8
 def add_engram(
@@ -370,6 +372,7 @@ def engram_settings(
     hashes = getattr(model, 'hashes', None)
     return None if hashes is None else asdict(hashes.c) | dict(rewindable=hashes.rewindable)
 
+# %% ../../nbs/157_arch.engram.ipynb #34e2be8e
 def restore_engram(
     model, # A `Model`, changed in place
     settings:dict, # Result of `engram_settings`

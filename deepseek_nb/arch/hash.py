@@ -127,6 +127,7 @@ def expert_clamped(
     "The clamped SwiGLU of one expert"
     return F.linear(swiglu_clamped(*F.linear(x, gate_up).chunk(2, -1), limit), down)
 
+# %% ../../nbs/152_arch.hash.ipynb #a1e261d0
 @op
 def run_clamped(
     x:Tensor, # Tokens `n d`
@@ -169,6 +170,7 @@ class ClampedExperts(Experts):
     @property
     def run(self): return partial(run_clamped, limit=self.limit)
 
+# %% ../../nbs/152_arch.hash.ipynb #1d0711fb
 class ClampedMoE(MoE):
     "V4's mixture of experts: routed by table or by score, with clamped experts"
     def __init__(self,

@@ -88,6 +88,7 @@ def add_mixed(
 # %% ../../nbs/155_arch.hyper.ipynb #2d654e08
 def _logit(p): return log(p/(1 - p))
 
+# %% ../../nbs/155_arch.hyper.ipynb #8459512d
 class _Weights(nn.Module):
     "A linear map from the streams to weights, in float32 also when the model is cast"
     def __init__(self, c, rows, scales):

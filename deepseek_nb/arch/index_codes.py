@@ -1,4 +1,4 @@
-"""The lightning indexer's keys as 8-bit codes behind a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
+"""The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
 
 `hadamard` rotates keys and queries, so that no channel is much larger than the others. `encode_keys` rounds the rotated keys to codes with one
 scale per key, `IndexCodes`, which score queries in integers. `CodedCache` is a KV cache with such keys, which `model.new_cache(index_dtype='int8')`
@@ -52,12 +52,14 @@ class IndexCodes(NamedTuple):
         "Scores of the keys"
         return coded_scores(q, self, w)
 
+# %% ../../nbs/131_arch.index_codes.ipynb #ef64e9eb
 def _round(x):
     "Codes −127 … 127 of rotated vectors, and the value of a step"
     x = hadamard(x.float())
     step = x.abs().amax(-1, keepdim=True)/127
     return (x/step.clamp(min=torch.finfo(torch.float32).tiny)).round().nan_to_num(0), step
 
+# %% ../../nbs/131_arch.index_codes.ipynb #6820be10
 def encode_keys(
     k:Tensor, # Rotated keys of the indexer `b t u`
 )->IndexCodes: # The same keys in 8 bits
@@ -87,6 +89,7 @@ class CodedSlot(Slot):
         z,codes,scales = super().append(z, *encode_keys(k))
         return [z, IndexCodes(codes, scales)]
 
+# %% ../../nbs/131_arch.index_codes.ipynb #e49af3a1
 class CodedCache(Cache):
     "The KV cache of a model with an indexer, whose keys are in 8 bits"
     def __init__(self,

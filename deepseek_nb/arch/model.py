@@ -8,8 +8,8 @@ extends a KV cache, which `new_cache` makes. Weights have the names that DeepSee
 
 # %% auto #0
 __all__ = ['add_attention', 'add_feed_forward', 'attention_layer', 'feed_forward', 'Block', 'HyperBlock', 'block_class',
-           'check_plain', 'Model', 'check_tokens', 'left_pad', 'check_documents', 'first_angles', 'check_cache',
-           'make_room', 'run_blocks', 'read_streams', 'head']
+           'check_plain', 'Model', 'check_tokens', 'decodes', 'left_pad', 'check_documents', 'first_angles',
+           'check_cache', 'make_room', 'run_blocks', 'read_streams', 'head']
 
 # %% ../../nbs/160_arch.model.ipynb #fde49828
 from collections.abc import Iterator
@@ -205,16 +205,25 @@ def init_weights(self:Model,
 def check_tokens(
     tokens:Tensor, # `b s`
     c:Config, # The model's config
+    values:bool = True, # Whether to read the ids, which waits for a GPU
 )->None:
     "Raise an error if tokens have a wrong shape or an id outside of the vocabulary"
     if tokens.ndim != 2: raise ValueError(f'tokens have shape {tuple(tokens.shape)}; give `b s`, batch × positions')
     if tokens.shape[1] == 0: raise ValueError('the prompt is empty; give at least one token')
     if tokens.shape[1] > c.max_positions:
         raise ValueError(f'prompt of {tokens.shape[1]} tokens is longer than max_positions {c.max_positions}; shorten it')
-    if is_compiling(): return # the values aren't known
+    if is_compiling() or not values: return # while compiling, the values aren't known
     low,high = tokens.aminmax()
     if low < 0 or high >= c.vocab_size:
         raise ValueError(f'token id {(low if low<0 else high).item()} is outside the vocabulary of {c.vocab_size}')
+
+# %% ../../nbs/160_arch.model.ipynb #50230c9d
+def decodes(
+    tokens:Tensor, # New tokens `b s`
+    cache:Cache|None, # Cache of the tokens before them
+)->bool: # Whether a GPU continues a cached context by one token per row
+    "Whether a call is a decode step on a GPU"
+    return tokens.device.type != 'cpu' and tokens.shape[-1] == 1 and cache is not None and len(cache) > 0
 
 # %% ../../nbs/160_arch.model.ipynb #271d5291
 def left_pad(
@@ -310,6 +319,7 @@ def _layout(c):
     if c.window: return c.n_layers, c.window, c.head_dim, c.compress_ratios, c.csa_ratio, c.index_head_dim
     return c.n_layers, *cache_shapes(c, 1, 1)
 
+# %% ../../nbs/160_arch.model.ipynb #1d5b0828
 def check_cache(
     cache:Cache, # Cache to check
     c:Config, # The model's config
@@ -358,6 +368,7 @@ def read_streams(
     "Collapse the streams and apply the last norm"
     return norm(collapse(x))
 
+# %% ../../nbs/160_arch.model.ipynb #3207b2cf
 @patch
 def _read(self:Model, x):
     "Input of the head from `b s x d` or `b s d`; streams are kept for `keep_hidden`"
@@ -384,7 +395,7 @@ def hidden(self:Model,
     mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
 )->Tensor: # Activations after the last norm `b s d`
     "The forward pass without the head"
-    check_tokens(tokens, self.config)
+    check_tokens(tokens, self.config, not decodes(tokens, cache))
     check_documents(documents, tokens, cache, attention_mask, self.config)
     b,s = tokens.shape
     pad = left_pad(attention_mask) if attention_mask is not None else None

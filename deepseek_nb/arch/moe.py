@@ -48,6 +48,7 @@ def expert(
     gate,up = F.linear(x, gate_up).chunk(2, -1)
     return F.linear(F.silu(gate)*up, down)
 
+# %% ../../nbs/150_arch.moe.ipynb #a3fec7a1
 @op
 def run_experts(
     x:Tensor, # Tokens `n d`
@@ -72,6 +73,7 @@ def group_tokens(
     flat = experts.flatten()
     return flat.argsort(stable=True), torch.bincount(flat, minlength=e).tolist()
 
+# %% ../../nbs/150_arch.moe.ipynb #c6345ed9
 def in_groups(
     x:Tensor, # Tokens `n d`
     weights:Tensor, # Weights of the selected experts `n k`
@@ -86,6 +88,7 @@ def in_groups(
     back = torch.empty_like(out).index_copy(0, order, out)
     return einsum(rearrange(back, '(n k) d -> n k d', k=experts.shape[1]), weights.to(x.dtype), 'n k d, n k -> n d')
 
+# %% ../../nbs/150_arch.moe.ipynb #1fc8e291
 @run_experts.twin('torch')
 def run_grouped(
     x:Tensor, # Tokens `n d`
@@ -101,6 +104,7 @@ def run_grouped(
 # %% ../../nbs/150_arch.moe.ipynb #87b26e27
 def _stack(e, out, into): return nn.Parameter(torch.empty(e, out, into).uniform_(-into**-.5, into**-.5))  # initialised as in nn.Linear
 
+# %% ../../nbs/150_arch.moe.ipynb #9bfcee0c
 class Experts(nn.Module):
     "The routed experts of a layer, with stacked weights"
     def __init__(self,

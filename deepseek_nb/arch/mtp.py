@@ -93,6 +93,7 @@ def check_mtp(
     if not hasattr(model, 'mtp'):
         raise ValueError('the model has no multi-token-prediction blocks; load it with mtp=True, or call add_mtp() before training')
 
+# %% ../../nbs/180_arch.mtp.ipynb #f0fe9d52
 @patch
 def hidden_ahead(self:Model,
     x:Tensor, # Activations of the model after its last norm `b s d`, or its streams `b s x d`, as `keep_hidden` collects them

@@ -59,6 +59,7 @@ class Part(NamedTuple):
     params:int # Number of parameters in one layer
     colour:str # Colour of the edge, a key of COLOURS
 
+# %% ../../nbs/170_arch.picture.ipynb #7baaa662
 def attention_part(
     c:Config, # Config of a model
     params:int, # Number of parameters of the attention of one layer

@@ -82,6 +82,7 @@ def ffn_shapes(
     elif c.score_bias: s['gate.e_score_correction_bias'] = (e,)
     return s | (swiglu(f*c.n_shared_experts, 'shared_experts.') if c.n_shared_experts else {})
 
+# %% ../../nbs/165_arch.releases.ipynb #cfded940
 def hyper_shapes(
     c:Config, # Config of a model
     site:str, # Name of the module
@@ -92,6 +93,7 @@ def hyper_shapes(
     if not c.hc_mult: return {}
     return {f'{site}.fn': (rows, c.hc_mult*c.dim), f'{site}.base': (rows,), f'{site}.scale': (scales,)}
 
+# %% ../../nbs/165_arch.releases.ipynb #a24c8232
 def shapes(
     c:Config, # Config of a model
 )->dict: # Name -> shape
@@ -126,6 +128,7 @@ def _window_flops(c, m, t):
     attended = min(t, c.window) + (min(entries, c.index_topk) if sparse else entries)
     return 4*c.n_heads*c.head_dim*attended + (2*c.index_n_heads*c.index_head_dim*entries if sparse else 0)
 
+# %% ../../nbs/165_arch.releases.ipynb #084618cf
 @patch
 def flops_per_token(self:Config,
     t:int = 0, # Number of cached tokens
@@ -136,6 +139,7 @@ def flops_per_token(self:Config,
     attended = min(t, self.index_topk) if self.index_topk else t
     return 2*self.active_params() + 2*self.n_layers*(self.n_heads*attended*width + self.index_n_heads*self.index_head_dim*t)
 
+# %% ../../nbs/165_arch.releases.ipynb #35e4a853
 @patch
 def cache_bytes_per_token(self:Config,
     itemsize:int = 2, # Bytes of an element, 2 for bfloat16
@@ -155,6 +159,7 @@ _LLM = dict(vocab_size=102400, bos_id=100000, eos_ids=(100001,))
 
 def _yarn(mscale): return replace(_YARN, mscale=mscale, mscale_all_dim=mscale)
 
+# %% ../../nbs/165_arch.releases.ipynb #a16fa06c
 def _llm(mt, d, layers, heads, kv, inter, **kw):
     return Config(mt, dim=d, n_layers=layers, n_heads=heads, n_kv_heads=kv, head_dim=d//heads,
                   inter_dim=inter, **_LLM, **kw)
@@ -164,6 +169,7 @@ def _v2(d, layers, heads, inter, e, f, mscale=.707, **kw):
                   n_routed_experts=e, n_shared_experts=2, n_activated_experts=6, moe_inter_dim=f,
                   rope=_yarn(mscale), **_LLM, **_MLA, **kw)
 
+# %% ../../nbs/165_arch.releases.ipynb #99cdf479
 def _v3(mt='deepseek_v3', **kw):
     return Config(mt, dim=7168, n_layers=61, n_heads=128, inter_dim=18432, n_dense_layers=3,
                   n_routed_experts=256, n_shared_experts=1, n_activated_experts=8, moe_inter_dim=2048,
@@ -182,6 +188,7 @@ def _v4(d, layers, heads, e, f, first, **kw):
                   moe_inter_dim=f, n_mtp_layers=1, max_positions=1048576, vocab_size=129280, bos_id=0, eos_ids=(1,),
                   rope=Rope(interleaved=True), compress_rope=_STRETCHED, **family('deepseek_v4').defaults, **kw)
 
+# %% ../../nbs/165_arch.releases.ipynb #f64d0aac
 _LLAMA3 = dict(theta=5e5, eps=1e-5, bos=128000, eos=128001, kind='llama3', factor=8., original_positions=8192)
 _MOE_16B = dict(n_dense_layers=1, n_routed_experts=64, n_shared_experts=2, n_activated_experts=6, moe_inter_dim=1408)
 _GROUPS = dict(q_lora_rank=1536, n_expert_groups=8, n_limited_groups=3, route_scale=16.)
@@ -228,6 +235,7 @@ def attention_kind(
     if c.mla: return 'DSA' if c.index_n_heads else 'MLA'
     return 'MHA' if c.n_kv_heads == c.n_heads else 'GQA'
 
+# %% ../../nbs/165_arch.releases.ipynb #169397ba
 def releases(
     names:list|None = None, # Presets to list; None: all
     t:int = 4096, # Number of cached tokens for the FLOPs
@@ -252,12 +260,14 @@ def _attention_text(c):
     layers = f'{kinds[0]} CSA, {c.n_layers - sum(kinds)} HCA and {kinds[1]} window layers'
     return f'{c.n_heads} heads of {c.head_dim}, window {c.window}, {layers}'
 
+# %% ../../nbs/165_arch.releases.ipynb #744a8c1a
 def _feed_forward_text(c):
     if not c.n_routed_experts: return f'dense, width {c.inter_dim}'
     routed = f'{c.n_routed_experts} routed + {c.n_shared_experts} shared of width {c.moe_inter_dim}, {c.n_activated_experts} active'
     if c.n_hash_layers: return f'{routed}, by token id in the first {c.n_hash_layers} layers'
     return f'{routed}, after {c.n_dense_layers} dense layers'
 
+# %% ../../nbs/165_arch.releases.ipynb #c2b2c3e7
 def summary(
     c:Config, # Config of a model
     t:int = 4096, # Number of cached tokens, for FLOPs and cache

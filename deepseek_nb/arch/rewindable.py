@@ -90,6 +90,7 @@ def extend(self:EntryList,
         self.put(compressor.entries(z, g, first - over)[:, over:], first)
     return self.entries[:, :(past + s)//m]
 
+# %% ../../nbs/132_arch.rewindable.ipynb #6ebe3464
 @patch
 def put(self:EntryList,
     entries:Tensor, # Entries of consecutive windows `b n v`

@@ -82,6 +82,7 @@ def mscale(
     "The function m of YaRN's attention scaling"
     return 1. if factor <= 1 else .1*scale*math.log(factor) + 1
 
+# %% ../../nbs/100_arch.rope.ipynb #b067f9cb
 def rotary_factor(
     rope:Rope, # Rotary settings
 )->float: # Factor of cos and sin
@@ -90,6 +91,7 @@ def rotary_factor(
     if rope.attention_factor is not None: return rope.attention_factor
     return mscale(rope.factor, rope.mscale)/mscale(rope.factor, rope.mscale_all_dim)
 
+# %% ../../nbs/100_arch.rope.ipynb #fff8be14
 def softmax_scale(
     c:Config, # The model's config
 )->float: # Factor of the scores

@@ -54,6 +54,7 @@ def keys(self:Indexer,
     "Index keys of new tokens"
     return rotate_first(self.k_norm(self.wk(x))[:, None], *angles)[:, 0]
 
+# %% ../../nbs/122_arch.sparse.ipynb #a8b8e89b
 @patch
 def queries(self:Indexer,
     latent:Tensor, # Latents of MLA's queries `b s l`
@@ -63,6 +64,7 @@ def queries(self:Indexer,
     q = rearrange(self.wq_b(latent), 'b s (j u) -> b j s u', u=self.c.index_head_dim)
     return rearrange(rotate_first(q, *angles), 'b j s u -> b s j u')
 
+# %% ../../nbs/122_arch.sparse.ipynb #17d512f9
 @patch
 def weights(self:Indexer,
     x:Tensor, # Activations `b s d`
@@ -148,6 +150,7 @@ def select_positions(
     rows = torch.arange(s).split(max(1, CHUNK//(t*q.shape[2])))
     return torch.cat([top_positions(index_scores(q[:, i], k, w[:, i]), a, mask[..., i, :]) for i in rows], 1)
 
+# %% ../../nbs/122_arch.sparse.ipynb #a8fb57bd
 class DSA(MLA):
     "Multi-head latent attention over the tokens that the lightning indexer selects"
     def __init__(self,
@@ -156,6 +159,7 @@ class DSA(MLA):
         super().__init__(c)
         self.indexer = Indexer(c)
 
+# %% ../../nbs/122_arch.sparse.ipynb #2161b84a
 @patch
 @torch.no_grad()
 def select(self:DSA,
@@ -178,6 +182,7 @@ def selected_mask(
     mask = torch.zeros(*positions.shape[:2], t+1, dtype=torch.bool, device=positions.device)
     return mask.scatter(-1, positions.where(positions >= 0, t), True)[:, None, :, :t]
 
+# %% ../../nbs/122_arch.sparse.ipynb #45914073
 @patch
 def selected(self:DSA,
     q_nope:Tensor, # Non-rotary part of the queries `b h s x`
@@ -201,6 +206,7 @@ def cheaper(self:DSA,
     "The form with fewer FLOPs: all tokens and a mask, or the selected tokens"
     return 'naive' if mla_flops(self.c, s, t)[0] < mla_flops(self.c, s, min(t, self.c.index_topk))[1] else 'absorbed'
 
+# %% ../../nbs/122_arch.sparse.ipynb #a8861a22
 @patch
 def forward(self:DSA,
     x:Tensor, # Activations `b s d`

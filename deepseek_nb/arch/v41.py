@@ -136,6 +136,7 @@ class Borrowed(NamedTuple):
     chosen:Tensor|None = None # Entries that each query attends to `b s a`; −1: none
     candidates:Tensor|None = None # Entries from which later layers select `b s i`
 
+# %% ../../nbs/158_arch.v41.ipynb #3875fbcc
 class CSA2(WindowAttention):
     "Attention to a window and to own or borrowed entries"
     def __init__(self,

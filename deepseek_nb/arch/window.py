@@ -82,6 +82,7 @@ def window_blocks(
     ends = [(i, min(i + size, s)) for i in range(0, s, size)]
     return [(slice(i, end), slice(max(t - s + i - n + 1, 0), t - s + end)) for i,end in ends]
 
+# %% ../../nbs/124_arch.window.ipynb #282447f8
 def attend_blocks(
     q:Tensor, # Queries `b h s v`
     k:Tensor, # Keys `b t v`
@@ -95,7 +96,6 @@ def attend_blocks(
         mask = window_mask(i.stop - i.start, j.stop - j.start, n, left, q.device)
         return attend(q[:, :, i], k[:, j], mask, i)
     return torch.cat([block(i, j) for i,j in window_blocks(q.shape[2], k.shape[1], n)], 2)
-
 
 # %% ../../nbs/124_arch.window.ipynb #d431ccd2
 def project_groups(
@@ -117,6 +117,7 @@ def keep_dtype(
     new = fn(t)
     return new if new.dtype == t.dtype else t.to(new.device)
 
+# %% ../../nbs/124_arch.window.ipynb #ca65d69a
 class WindowAttention(nn.Module):
     "V4's attention to the window"
     def __init__(self,
@@ -148,6 +149,7 @@ def queries(self:WindowAttention,
     q = (q.float()*(q.float().square().mean(-1, keepdim=True) + self.c.norm_eps).rsqrt()).to(q.dtype)
     return rotate_last(q, angles)
 
+# %% ../../nbs/124_arch.window.ipynb #bd1cb77b
 @patch
 def keys(self:WindowAttention,
     x:Tensor, # Activations `b s d`
@@ -156,6 +158,7 @@ def keys(self:WindowAttention,
     "The shared key, which is also the value, of each token"
     return rotate_last(self.kv_norm(self.wkv(x))[:,None], angles)[:,0]
 
+# %% ../../nbs/124_arch.window.ipynb #19308dd5
 @patch
 def output(self:WindowAttention,
     y:Tensor, # Weighted sums of rotated keys `b h s v`

@@ -160,6 +160,7 @@ def _rises(steps):
         found.append(max(0, _resident() - before))
     return found
 
+# %% ../../nbs/750_bench.ipynb #705c144c
 def _trim():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, TypeError, AttributeError): pass  # the C library has no malloc_trim
@@ -193,6 +194,7 @@ def peaks_of(
     if found.returncode: raise ValueError(f'{"; ".join(codes)}: {found.stderr.strip().splitlines()[-1]}')
     return [int(n) for n in found.stdout.splitlines()[-1].split()]
 
+# %% ../../nbs/750_bench.ipynb #c8051feb
 def peak_of(
     code:str, # Expression, as in `peaks_of`
     setup:str='', # Statements to run before it
@@ -474,6 +476,7 @@ def _parser():
     parser.add_argument('--options', default='', help='further options of the benchmark: NAME=VALUE, separated by commas')
     return parser
 
+# %% ../../nbs/750_bench.ipynb #b79401cb
 def read_options(
     text:str, # NAME=VALUE, separated by commas
 )->dict: # Name -> number, or the text itself
@@ -482,12 +485,14 @@ def read_options(
     if bad := [n for n,eq,_ in pairs if not eq]: raise ValueError(f'{bad[0]!r} is not an option; write NAME=VALUE')
     return {n: _value(v) for n,_,v in pairs}
 
+# %% ../../nbs/750_bench.ipynb #90d34583
 def _value(text):
     for read in (int, float):
         try: return read(text)
         except ValueError: continue
     return text
 
+# %% ../../nbs/750_bench.ipynb #f9aca589
 def run_command(
     argv:list|None=None, # Arguments; None: the command line's
 )->int: # Exit status

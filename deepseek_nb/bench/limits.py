@@ -74,6 +74,7 @@ def attention_work(
     if c.index_topk: cached -= (latent+r)*itemsize*max(past+s - s*c.index_topk, 0) # latents that no query selects
     return Work('attention', batch*(2*multiplied*s + core), held*itemsize + batch*cached)
 
+# %% ../../nbs/755_bench.limits.ipynb #bf5100a6
 def _window_work(c, layer, s, past, batch, itemsize):
     "The same for a layer of V4: keys of the window, and the entries that are attended to"
     shapes,m,total = attention_shapes(c, layer),c.compress_ratios[layer],past + s
@@ -145,6 +146,7 @@ def forward_work(
     return Work('forward', sum(p.flops for p in parts) + 2*batch*(keep*head + s*sum(mixes[1])),
                 sum(p.bytes for p in parts) + (head + norms + rows)*itemsize + 4*sum(mixes[0]))
 
+# %% ../../nbs/755_bench.limits.ipynb #86693581
 def _all_mixes(c):
     "Shapes of the weights of all hyper-connections"
     if not c.hc_mult: return {}

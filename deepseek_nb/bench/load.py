@@ -46,6 +46,7 @@ async def read_chunks(
         yield await reader.readexactly(size)
         await reader.readline()
 
+# %% ../../nbs/790_bench.load.ipynb #d43048cf
 async def read_events(
     chunks:AsyncIterator[bytes], # Pieces of a body
 )->AsyncIterator[bytes]:
@@ -72,6 +73,7 @@ async def post_events(
         async for event in read_events(chunks): yield event
     finally: writer.close()
 
+# %% ../../nbs/790_bench.load.ipynb #e931d66c
 async def _head(reader):
     while (line := await reader.readline()).strip(): yield line
 
@@ -115,6 +117,7 @@ async def ask(
     except (OSError, ValueError, EOFError) as e: error = f'{type(e).__name__}: {e}'
     return Trace(due, tuple(times), usage.get('completion_tokens', len(times)), usage.get('prompt_tokens'), error)
 
+# %% ../../nbs/790_bench.load.ipynb #f187c9ce
 def _text(choice): return choice.get('text') or (choice.get('delta') or {}).get('content')
 
 # %% ../../nbs/790_bench.load.ipynb #defe08a1
@@ -141,6 +144,7 @@ def arrivals(
     gap = random.Random(seed).expovariate
     return [*np.cumsum([gap(rate) for _ in range(n)]).tolist()]
 
+# %% ../../nbs/790_bench.load.ipynb #7dc29ba0
 async def open_loop(
     to:Endpoint, # Server
     prompts:list, # Prompts
@@ -167,6 +171,7 @@ class Limits(NamedTuple):
         "Whether a request was good"
         return not t.error and t.ttft <= self.ttft and t.tpot <= self.tpot
 
+# %% ../../nbs/790_bench.load.ipynb #ec180b4d
 USER = Limits()
 
 def percentiles(
@@ -202,6 +207,7 @@ def one_token_words(
     words = (tok.decode([i]) for i in range(tok.vocab_size))
     return [w for w in words if len(w) > 3 and w[0] == ' ' and w[1:].isascii() and w[1:].isalpha() and w.islower()]
 
+# %% ../../nbs/790_bench.load.ipynb #e8a9256e
 def random_prompts(
     words:list, # From `one_token_words`
     n:int, # Number of prompts

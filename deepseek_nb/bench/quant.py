@@ -39,6 +39,7 @@ def _decode_step(model, cached):
         cache.rewind(1)
     return step
 
+# %% ../../nbs/775_bench.quant.ipynb #2d078d03
 def int8_or_float(
     cached:int=128, # Cached tokens
     repeats:int=9, # Rounds

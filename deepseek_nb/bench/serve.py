@@ -90,6 +90,7 @@ def smaller_tokenizer(
     merges = [m for m in model['merges'] if {*m, ''.join(m)} <= vocab.keys()]
     return spec | dict(model=model | dict(vocab=vocab, merges=merges))
 
+# %% ../../nbs/792_bench.serve.ipynb #c242d3c3
 def without_end(
     folder:str|Path, # Checkpoint, changed in place
 ):
@@ -151,6 +152,8 @@ _BLOCKS = '--cb-block-size 256 --cb-num-blocks 64 --cb-max-batch-tokens 512'
 
 def _ours(path, port, n): return ['-m', 'deepseek_nb.tools.cli', 'serve', path, '--port', port]
 def _transformers(path, port, n): return f'serve {path} --port {port} --device cpu --dtype float32'.split()
+
+# %% ../../nbs/792_bench.serve.ipynb #389167cc
 def _batching(path, port, n): return [*_transformers(path, port, n), *f'--continuous-batching {_BLOCKS}'.split()]
 def _llama_python(path, port, n):
     settings = dict(model=path, model_alias='model', port=port, n_ctx=2048, n_batch=512, n_threads=n, n_threads_batch=n,
@@ -177,6 +180,7 @@ def program(
     name = COMMANDS[server].program
     return shutil.which(name, path=peers) or shutil.which(name) if peers else shutil.which(name)
 
+# %% ../../nbs/792_bench.serve.ipynb #9a7e3148
 def version_of(
     server:str, # Key of `COMMANDS`
     peers:str = '', # Folder to look in first
@@ -202,6 +206,7 @@ def free_port()->int:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
+# %% ../../nbs/792_bench.serve.ipynb #258cd46b
 def wait_until_ready(
     port:int, # Where the server will listen
     process, # Its process
@@ -428,6 +433,7 @@ def _resume(out, sizes, threads):
     found.left = {}
     return found
 
+# %% ../../nbs/792_bench.serve.ipynb #6eb9a4ee
 def _prepared(folder, smoke, arms, peers):
     "Words of each model's tokenizer, after the models are written"
     if smoke: write_endless(Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini'), folder/'mini')
@@ -464,6 +470,7 @@ def _middle(
     "The median"
     return statistics.median(values) if values else None
 
+# %% ../../nbs/792_bench.serve.ipynb #9604c496
 def _cell(
     values:list, # One for each round
     scale:float = 1., # Factor
@@ -482,6 +489,7 @@ def arms(self:ServeReport)->list: # Names, those of one model together
     known = [a.name for a in ARMS]
     return sorted(names, key=lambda n: known.index(n) if n in known else -1)
 
+# %% ../../nbs/792_bench.serve.ipynb #d7a04eb1
 @patch
 def best_peer(self:ServeReport,
     model:str, # 'SmolLM2' or 'bench-moe'

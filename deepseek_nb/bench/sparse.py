@@ -78,6 +78,7 @@ def filled_cache(
     cache.advance(t)
     return cache
 
+# %% ../../nbs/774_bench.sparse.ipynb #74cfc7b1
 def model_step(
     c:Config, # Config of the model
     t:int, # Number of cached tokens

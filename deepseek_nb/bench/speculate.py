@@ -55,6 +55,7 @@ def step_of(
     with torch.no_grad(): model.ragged(ids[:cached], [cache], [cached])
     return step
 
+# %% ../../nbs/794_bench.speculate.ipynb #e0184400
 def step_times(
     model:Model, # Model
     tokens:tuple = STEP_TOKENS, # Numbers of tokens
@@ -90,6 +91,7 @@ def copy_task(
     ask = [dict(role='user', content=f'{order}\n\n{t}') for t in texts]
     return tok.chat([ask[0], dict(role='assistant', content=done), ask[1]])
 
+# %% ../../nbs/794_bench.speculate.ipynb #e2b4f062
 def copy_tasks(
     tok:Tokenizer, # With a chat template
     n:int, # Number of tasks
@@ -144,6 +146,7 @@ def decode_seconds(
     for _ in tokens: continue
     return first - start, time.perf_counter() - first
 
+# %% ../../nbs/794_bench.speculate.ipynb #7cae42b9
 def draft_race(
     model:Model, # Model
     prompt:list, # Token ids
@@ -161,8 +164,6 @@ def draft_race(
     steps = sum(1 for _ in model.speculate([prompt], n, draft, **kw))
     return DraftRace(**{k: [after for _,after in v] for k,v in found.items()}, tokens=n - 1, steps=max(1, steps - 1),
                      prompt=statistics.median(first for first,_ in found['plain']))
-
-
 
 # %% ../../nbs/794_bench.speculate.ipynb #930219eb
 @torch.no_grad()
@@ -204,6 +205,7 @@ class Prediction:
     @property
     def error(self)->float: return self.expected/self.race.ratio - 1
 
+# %% ../../nbs/794_bench.speculate.ipynb #1ce677fa
 def predicted(
     model:Model, # Model
     prompt:list, # Token ids
@@ -245,6 +247,7 @@ def rows_race(
 # %% ../../nbs/794_bench.speculate.ipynb #42740dfe
 def _ratio(race): return f'{race.ratio:.2f} ({race.spread[0]:.2f} to {race.spread[1]:.2f})'
 
+# %% ../../nbs/794_bench.speculate.ipynb #ad1486c3
 @dataclass
 class SpeculationReport:
     "What drafts cost and yield"
@@ -263,6 +266,7 @@ class SpeculationReport:
         share = (m - low)/max(1, high - low)
         return ((1 - share)*known[low] + share*known[high])/known[1]
 
+# %% ../../nbs/794_bench.speculate.ipynb #fcc73cb6
 def speculation_report(
     result:dict, # As stored in a record
 )->SpeculationReport:
@@ -313,6 +317,7 @@ def _sources():
     prompt = tok.chat([dict(role='user', content=CHAT[0])])
     return {'SmolLM2 int4 for float32': (smol, small, prompt), 'block of mini': (mini, 'mtp', own.encode('The duty of the Congress'))}
 
+# %% ../../nbs/794_bench.speculate.ipynb #25eabfc8
 def speculate(
     repeats:int = 5, # Rounds
     prompts:int = 6, # Tasks of each kind

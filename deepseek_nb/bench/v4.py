@@ -117,6 +117,7 @@ def _contenders(models, t):
     codes = {f: lone_step(quantize_model(models[0], f), t) for f in ('int8', 'int4')}
     return dict(fused=step, transformers=peer_step, readable=lone_step(models[0], t, 'torch'), **codes)
 
+# %% ../../nbs/776_bench.v4.ipynb #33b2e2a4
 _PAIRS = {'': ('fused', 'transformers'), ', readable': ('fused', 'readable'), ', int8': ('int8', 'transformers'),
           ', int4': ('int4', 'transformers')}
 

@@ -145,6 +145,7 @@ def check_config(
     if c.window or c.compress_ratios: _check_window(c, need)
     if c.mla and c.index_n_heads: _check_indexer(c, need)
 
+# %% ../../nbs/010_core.config.ipynb #0eb98d78
 def _check_indexer(c, need):
     need(c.q_lora_rank, 'an indexer needs a latent of queries; set q_lora_rank')
     need(c.index_topk > 0, f'index_topk {c.index_topk} must be positive')
@@ -259,6 +260,7 @@ def _check_layers(d):
     if mixtures != sorted(mixtures) or {*mixtures} - {'dense', 'sparse'}:
         raise ValueError("config.json: mlp_layer_types must be 'dense' layers followed by 'sparse' ones")
 
+# %% ../../nbs/010_core.config.ipynb #f2361c0f
 def check_sizes(
     d:dict, # Contents of a config.json
 )->None:
@@ -330,6 +332,7 @@ def _explicit(r):
     if r.kind != 'yarn' or r.attention_factor is not None or r.mscale_all_dim: return r
     return replace(r, attention_factor=.1*log(r.factor) + 1 if r.factor > 1 else 1.)
 
+# %% ../../nbs/010_core.config.ipynb #c191a2cd
 def _v4_rope(d):
     "Rotary settings and rotary width of a V4 config.json, in either form"
     p = d.get('rope_parameters') or {}
@@ -344,6 +347,7 @@ def _v4_rope(d):
     width = int(d['head_dim']*(share or d.get('partial_rotary_factor') or .125))
     return dict(rope=main, compress_rope=compress, qk_rope_head_dim=width if share else d.get('qk_rope_head_dim') or width)
 
+# %% ../../nbs/010_core.config.ipynb #0f656a1c
 def _v4_fields(d):
     "Fields that only V4 has"
     return dict(inter_dim=d['moe_intermediate_size']) | _v4_layers(d) | _v4_rope(d)
@@ -391,6 +395,7 @@ def _v4_kinds(c):
     kinds = [sliding if r == 0 else sparse if r == c.csa_ratio else heavy for r in c.compress_ratios]
     return dict(layer_types=kinds, compress_rates={sparse: c.csa_ratio, heavy: min(rates, default=128)})
 
+# %% ../../nbs/010_core.config.ipynb #683ee2f8
 def _v4_to_hf(c, form):
     "Keys that only V4's config.json has"
     d = dict(num_key_value_heads=1, rope_theta=c.rope.theta, compress_rope_theta=c.compress_rope.theta if c.compress_rope else 160000.)
@@ -404,6 +409,7 @@ def _v4_to_hf(c, form):
     d |= dict(compress_ratios=[*c.compress_ratios, *c.mtp_ratios], rope_scaling=_v4_scaling(c))
     return d if set(c.compress_ratios) <= {0, 4, 128} and c.csa_ratio == 4 else d | _v4_kinds(c)
 
+# %% ../../nbs/010_core.config.ipynb #0f872a5d
 def _v4_scaling(c):
     "The official rope_scaling of V4, which has no mscale"
     r = c.compress_rope

@@ -102,6 +102,7 @@ def exported_code(
     module = next((m[1] for c in cells if (m := re.match(r'#\| *default_exp (\S+)', c))), '')
     return module.removesuffix('.__init__'), '\n'.join(c for c in cells if re.match(r'#\| *exports?\s*$', c.partition('\n')[0]))
 
+# %% ../../nbs/005_core.lazy.ipynb #2ccc2ec8
 def later_table(
     notebooks:list, # Paths of notebooks, in the order of the book
 )->tuple[dict,dict]: # Class -> {method: module}, and operation -> {twin: module}
@@ -133,6 +134,7 @@ def write_later(
     new.replace(file)
     return True
 
+# %% ../../nbs/005_core.lazy.ipynb #8ea0f9a0
 class ExportLater:
     "Processor of nbdev's export that writes `_later.py`"
     def __init__(self,

@@ -58,6 +58,7 @@ def _versioned(path):
     found = [m for n in names if (m := re.fullmatch(r'(?:g|clang)\+\+-(\d+)', n))]
     yield from (m[0] for m in sorted(found, key=lambda m: (-int(m[1]), m[0])))
 
+# %% ../../nbs/040_core.nbproc.ipynb #45c39a6f
 def find_compiler(
     kind:str, # Language, `cpp` or `cu`
 )->str: # Path of the compiler
@@ -135,10 +136,12 @@ def note_compiled(
     "Record that a compiler accepted these files"
     _compiled.update((kind, *o) for o in files.items())
 
+# %% ../../nbs/040_core.nbproc.ipynb #c21c2d60
 def torch_headers()->list: # Compiler flags
     "Compiler flags for PyTorch's headers"
     return ['-isystem', str(Path(find_spec('torch').submodule_search_locations[0])/'include')]
 
+# %% ../../nbs/040_core.nbproc.ipynb #b045a4a7
 def compile_source(
     source:str, # Text of a source file
     name:str, # Name of the file, for messages

@@ -4,12 +4,14 @@
 #include "adapted.h"
 #include <torch/csrc/stable/library.h>
 
-void adapted_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x, Tensor cos, Tensor sin,
-                    Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table, Tensor of) {
+void adapted_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x, Tensor cos,
+                    Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table,
+                    Tensor of) {
     run_floats<RaggedStep>(weights, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
-void adapted_codes(Tensor codes, bool single, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x, Tensor cos,
-                   Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table, Tensor of) {
+void adapted_codes(Tensor codes, bool single, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x,
+                   Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y,
+                   Tensor table, Tensor of) {
     run_codes<RaggedStep>(codes, single, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {

@@ -98,7 +98,8 @@ int64_t grow_strips(int64_t rank, int64_t begin, int64_t end, const float* low, 
     }
     return begin;
 }
-inline void grow_block(int64_t rank, int64_t end, const float* low, const float* b, int64_t ld, const float* gain, float* y) {
+inline void grow_block(int64_t rank, int64_t end, const float* low, const float* b, int64_t ld, const float* gain,
+    float* y) {
     int64_t begin = grow_strips<4>(rank, 0, end, low, b, ld, gain, y);
     begin = grow_strips<1>(rank, begin, end, low, b, ld, gain, y);
     if (begin == end) return;
@@ -111,8 +112,8 @@ inline void grow_row(const LowRank& v, int64_t begin, int64_t end, const float* 
     for (int64_t some; begin < end; begin += some) {
         const int64_t at = (v.first + begin) % v.block;
         some = std::min(end - begin, v.block - at);
-        grow_block(v.rank, some, low, v.b + (v.first + begin - at) * v.rank + at, v.block, v.gain ? v.gain + begin : nullptr,
-                   y + begin);
+        grow_block(v.rank, some, low, v.b + (v.first + begin - at) * v.rank + at, v.block,
+                   v.gain ? v.gain + begin : nullptr, y + begin);
     }
 }
 template <class M, class Token>
@@ -148,7 +149,8 @@ template <class T, class M> Mla<T, M> without_adapters(const Mla<T, Adapted<M>>&
 // multiply the queries by DoRA's factors of the key rows
 template <class T, class M> void gain_queries(const Team& t, const Mla<T, Adapted<M>>& w, int64_t n, const float* q) {
     const auto [first, last] = t.share(n);
-    each_adapter(w.kv_b, n, w.c, [](int64_t j) { return j; }, [&, first = first, last = last](auto& v, auto& rows, int64_t) {
+    each_adapter(w.kv_b, n, w.c, [](int64_t j) { return j; },
+        [&, first = first, last = last](auto& v, auto& rows, int64_t) {
         if (!v.gain) return;
         for (int64_t j : rows)
             for (int64_t i = 0; first <= j && j < last && i < w.h; ++i)
@@ -168,7 +170,8 @@ void absorb(const Team& t, const Mla<T, Adapted<M>>& w, int64_t n, const float* 
     thread_local std::vector<const float*> in;
     thread_local Buffer buffer;
     const auto [begin, end] = t.share(w.h);
-    each_adapter(w.kv_b, n, w.c, [](int64_t j) { return j; }, [&, begin = begin, end = end](auto& v, auto& rows, int64_t) {
+    each_adapter(w.kv_b, n, w.c, [](int64_t j) { return j; },
+        [&, begin = begin, end = end](auto& v, auto& rows, int64_t) {
         float* low = buffer.need(rows.size() * v.rank);
         for (int64_t i = begin; i < end; ++i) {
             in.clear();
@@ -187,7 +190,8 @@ void expand(const Team& t, const Mla<T, Adapted<M>>& w, int64_t n, const float* 
     thread_local std::vector<const float*> in;
     thread_local Buffer buffer;
     const auto [begin, end] = t.share(w.h);
-    each_adapter(w.kv_b, n, w.c, [](int64_t j) { return j; }, [&, begin = begin, end = end](auto& v, auto& rows, int64_t) {
+    each_adapter(w.kv_b, n, w.c, [](int64_t j) { return j; },
+        [&, begin = begin, end = end](auto& v, auto& rows, int64_t) {
         float* low = buffer.need(rows.size() * v.rank);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t row = i * (w.nope + w.v) + w.nope;
@@ -289,8 +293,8 @@ template <class M> void together(const Team& t, const std::vector<Group<Adapted<
 
 inline Adapters adapters_of(const Tensor& x, const Tensor& table, const Tensor& of) {
     STD_TORCH_CHECK(table.size(2) * sizeof(int64_t) == sizeof(LowRank), "a row of the table has ", table.size(2));
-    Adapters all{(const LowRank*)table.data_ptr(), table.size(1), 0, x.size(0), x.size(1), data<int64_t>(of), data<float>(x),
-                 std::vector<std::vector<int64_t>>(table.size(0)), {}};
+    Adapters all{(const LowRank*)table.data_ptr(), table.size(1), 0, x.size(0), x.size(1), data<int64_t>(of),
+                 data<float>(x), std::vector<std::vector<int64_t>>(table.size(0)), {}};
     for (int64_t j = 0; j < all.n; ++j) if (all.of[j] >= 0) all.tokens[all.of[j]].push_back(j);
     for (int64_t i = 0; i < table.size(0) * table.size(1); ++i) all.rank = std::max(all.rank, all.table[i].rank);
     all.low.resize(HALF * all.n * all.rank);
@@ -304,8 +308,8 @@ void run_adapted(const Weights<T, M>& weights, int64_t count, const std::vector<
     const auto all = record<StepSizes>(sizes);
     const Adapters adapters = adapters_of(b.x, b.table, b.of);
     const Pages step(b.x, b.cos, b.sin, b.starts, b.past, b.rows, b.pages[0], all.attention);
-    run_blocks(Weights<T, Adapted<M>>{weights, &adapters, 0}, count / (2 * HALF), step, all, record<StepNumbers>(numbers),
-               data<float>(b.x), b.pages, data<float>(b.y));
+    run_blocks(Weights<T, Adapted<M>>{weights, &adapters, 0}, count / (2 * HALF), step, all,
+               record<StepNumbers>(numbers), data<float>(b.x), b.pages, data<float>(b.y));
 }
 
 // %% ../../nbs/547_kernels.adapted.ipynb #243bff76
@@ -322,5 +326,6 @@ void run_codes(const Tensor& codes, bool single, const std::vector<int64_t>& siz
     with_codes(codes, single, [&](auto w) { run_adapted<Pages>(w, codes.size(0), sizes, numbers, batch); });
 }
 
-#define BATCH_SCHEMA "int[] sizes, float[] numbers, Tensor(a!) x, Tensor cos, Tensor sin, Tensor(b!)[] pages, Tensor starts, " \
+#define BATCH_SCHEMA "int[] sizes, float[] numbers, Tensor(a!) x, Tensor cos, Tensor sin, Tensor(b!)[] pages, " \
+    "Tensor starts, " \
                      "Tensor past, Tensor rows, Tensor(c!) y, Tensor table, Tensor of) -> ()"

@@ -5,12 +5,14 @@
 #include "ragged_cache.h"
 #include <torch/csrc/stable/library.h>
 
-void cache_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x, Tensor cos, Tensor sin,
-                  Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table, Tensor of) {
+void cache_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x, Tensor cos,
+                  Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table,
+                  Tensor of) {
     run_floats<CodeStep>(weights, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
-void cache_codes(Tensor codes, bool single, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x, Tensor cos,
-                 Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table, Tensor of) {
+void cache_codes(Tensor codes, bool single, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x,
+                 Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table,
+                 Tensor of) {
     run_codes<CodeStep>(codes, single, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {

@@ -169,7 +169,8 @@ __device__ inline void total_sums(float (&sum)[M][2], float* partial, Thread me)
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #ceed05fb
-template <class F> __device__ void write_rows(const Running& run, bf16* out, float* part, float* logs, F place, Thread me) {
+template <class F> __device__ void write_rows(const Running& run, bf16* out, float* part, float* logs, F place,
+    Thread me) {
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
             const int64_t row = place(me.row(m, half));                                 // where a row is written, or -1

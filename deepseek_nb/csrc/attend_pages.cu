@@ -20,7 +20,7 @@ struct Batch {
 
 struct Pages {
     bf16* x;
-    int64_t step, head, position;          // elements from page to page, from head to head, and from position to position
+    int64_t step, head, position;          // elements between pages, between heads, and between positions
     __device__ bf16* at(const Batch& batch, int row, int h, int i) const {
         const int64_t number = batch.table[row * batch.pages + i / batch.page];
         return x + number * step + h * head + i % batch.page * position;
@@ -44,7 +44,8 @@ struct RowView {
 struct Tile {
     int row, first, queries, token;        // row, first query, queries of the row, first token of the row
     __device__ Tile(const Batch& batch, const int* tiles)
-        : row(tiles[2 * blockIdx.y]), first(tiles[2 * blockIdx.y + 1]), queries(batch.queries(row)), token(batch.starts[row]) {}
+        : row(tiles[2 * blockIdx.y]), first(tiles[2 * blockIdx.y + 1]), queries(batch.queries(row)),
+            token(batch.starts[row]) {}
     // index of a query among all queries, or -1 behind the last one
     __device__ int64_t query(int i) const {
         i += first;
@@ -65,8 +66,8 @@ __device__ inline void load_tile(bf16* to, const bf16* q, const Tile& tile) {
 }
 
 // %% ../../nbs/578_cuda.paged.ipynb #ef154847
-__device__ inline void attend_part_of_row(Running& run, const Shared& shared, const RowKeys& keys, const RowKeys& values,
-        float scale, const Block& block, Thread me) {
+__device__ inline void attend_part_of_row(Running& run, const Shared& shared, const RowKeys& keys,
+        const RowKeys& values, float scale, const Block& block, Thread me) {
     constexpr int TILE = KEYS * STRIDE, APART = ROTARY ? 0 : 2 * TILE;  // values of GQA are behind both tiles of keys
     const RowView view{block.length};
     const auto load = [&](bf16* to, int i) {

@@ -12,7 +12,7 @@ struct Selected {
     const int64_t* positions;              // of each query; -1: none
     const int* table;                      // pages of each sequence, or null
     int64_t batch, row;                    // strides in elements
-    int s, a, page, pages;                 // queries per sequence; positions per query; positions per page; pages per sequence
+    int s, a, page, pages;                 // queries per sequence; positions per query and per page; pages per sequence
     __device__ const bf16* key(int query, int i) const {
         const int64_t at = positions[int64_t(query) * a + i], b = query / s;
         if (at < 0) return nullptr;
@@ -37,8 +37,8 @@ __device__ inline void load_selected(bf16* tile, const Selected& cache, int quer
     commit_copies();
 }
 
-__device__ inline void attend_list(Running& run, const Shared& shared, const Selected& cache, float scale, const Block& block,
-        Thread me) {
+__device__ inline void attend_list(Running& run, const Shared& shared, const Selected& cache, float scale,
+        const Block& block, Thread me) {
     for (int m = 0; m < M; ++m) run.top[m][0] = run.top[m][1] = -infinity();
     load_selected(shared.z, cache, block.b, block.first, block.end);
     for (int i = block.first; i < block.end; i += KEYS) {

@@ -49,6 +49,7 @@ static Fiber* self;
 static jmp_buf scheduler;
 static void (*body)();                     // call the kernel with its arguments
 static char* shared_memory;
+static const char* fault;                  // what a GPU would refuse
 }  // namespace emulation
 
 // %% ../../nbs/560_cuda.emulation.ipynb #20347207
@@ -146,10 +147,11 @@ static void place_threads(int n) {
 }
 // run the current block, and return what is wrong with it
 static const char* block_error(int n, size_t shared, Order& order) {
+    fault = nullptr;
     if (!run_block(n, order)) return fibers.clear(), "threads wait at different barriers";
     for (int i = 0; i < 64; ++i)
         if (shared_memory[shared + i] != char(0xff)) return "writes past the end of its shared memory";
-    return nullptr;
+    return fault;
 }
 }  // namespace emulation
 
@@ -301,8 +303,7 @@ template <class E> void mma(float* d, const uint32_t* a, const uint32_t* b) {
 namespace emulation {
 static void load_matrix(uint32_t* r, const void* row, bool transposed) {
     struct alignas(16) Row { uint16_t x[8]; };
-    if (uintptr_t(row) % 16)
-        fprintf(stderr, "load_matrix: the row of lane %d is not aligned to 16 bytes\n", lane()), abort();
+    if (uintptr_t(row) % 16) fault = "ldmatrix of an address that is not a multiple of 16 bytes";
     meet(~0u, *static_cast<const Row*>(row));
     const int g = lane() / 4, t = lane() % 4;
     for (int m = 0; m < 4; ++m)
@@ -310,12 +311,16 @@ static void load_matrix(uint32_t* r, const void* row, bool transposed) {
                           : peer<Row>(8 * m + g).x[2 * t] | uint32_t(peer<Row>(8 * m + g).x[2 * t + 1]) << 16;
 }
 
+static void copy(void* to, const void* from) {
+    if ((uintptr_t(to) | uintptr_t(from)) % 16) fault = "cp.async with an address that is not a multiple of 16 bytes";
+    self->copies.push_back({to, from, self->group});
+}
+
 static void wait_copies(int pending) {
     auto& copies = self->copies;
-    while (!copies.empty() && copies.front().group < self->group - pending) {
-        const Copy c = copies.front();
-        copies.erase(copies.begin());
-        c.from ? memcpy(c.to, c.from, 16) : memset(c.to, 0, 16);
-    }
+    auto c = copies.begin();
+    for (; c != copies.end() && c->group < self->group - pending; ++c)
+        c->from ? memcpy(c->to, c->from, 16) : memset(c->to, 0, 16);
+    copies.erase(copies.begin(), c);
 }
 }  // namespace emulation

@@ -6,10 +6,11 @@
 #include "cuda_emulation.h"
 #elif defined(__CUDACC_RTC__)
 using int8_t = signed char; using uint8_t = unsigned char; using int16_t = short; using uint16_t = unsigned short;
-using int32_t = int; using uint32_t = unsigned; using int64_t = long; using uint64_t = unsigned long;
+using int32_t = int; using uint32_t = unsigned; using int64_t = long long; using uint64_t = unsigned long long;  // as under Windows too
 #else
 #include <cstdint>
 #endif
+static_assert(sizeof(int64_t) == 8 && sizeof(uint64_t) == 8, "long has four bytes under Windows");
 
 struct bf16 { uint16_t bits; };
 struct e4m3 { uint8_t bits; };
@@ -147,7 +148,7 @@ template <bool transposed = false> __device__ inline void load_matrix(uint32_t* 
 // %% ../../nbs/562_cuda.device.ipynb #330e2a26
 __device__ inline void copy_async(void* to, const void* from, bool valid = true) {
 #ifndef __CUDACC__
-    emulation::self->copies.push_back({to, valid ? from : nullptr, emulation::self->group});
+    emulation::copy(to, valid ? from : nullptr);
 #elif __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(valid ? 16 : 0)

@@ -11,7 +11,7 @@ struct Tile {
 // %% ../../nbs/580_cuda.experts.ipynb #f42b724a
 constexpr int HALF = N * 4;                // gate columns of a warp, and as many up columns
 
-__device__ inline int weight_column(int r) { return r / (2 * HALF) * HALF + r % HALF; }  // column of row r of the weight tile
+__device__ inline int weight_column(int r) { return r / (2 * HALF) * HALF + r % HALF; }  // column of row r of the tile
 __device__ inline int is_up(int r) { return r / HALF % 2; }
 
 template <class Last> __device__ void swiglu(float (&sum)[M][N][4], Last last) {

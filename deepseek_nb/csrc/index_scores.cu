@@ -36,12 +36,13 @@ __device__ inline void add_heads(const float (&s)[MT][NT][4], const float* w, in
 }
 
 // %% ../../nbs/579_cuda.sparse.ipynb #22a8573f
-extern "C" __global__ void __launch_bounds__(256) index_scores(const bf16* q, const float* w, float* out, int heads, int s,
-        IndexCache cache) {
+extern "C" __global__ void __launch_bounds__(256) index_scores(const bf16* q, const float* w, float* out, int heads,
+        int s, IndexCache cache) {
     DYNAMIC_SHARED(bf16, memory);
     bf16* keys = memory + ROWS * STRIDE;
     float* partial = reinterpret_cast<float*>(keys + 2 * KEYS * STRIDE);
-    const int query = blockIdx.y, b = query / s, first = blockIdx.x * TILES * KEYS, end = min(cache.t, first + TILES * KEYS);
+    const int query = blockIdx.y, b = query / s, first = blockIdx.x * TILES * KEYS,
+              end = min(cache.t, first + TILES * KEYS);
     const Thread me;
     load_queries(memory, q + int64_t(query) * heads * WIDTH, 0, heads);
     load_keys(keys, cache, b, first, end);
@@ -51,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(256) index_scores(const bf16* q, co
         const int now = (i - first) / KEYS % 2 * KEYS * STRIDE;
         if (i + KEYS < end) load_keys(keys + KEYS * STRIDE - now, cache, b, i + KEYS, end);
         float x[MT][NT][4] = {};
-        if (me.m_warp < M_WARPS) multiply_keys(x, memory, keys + now, me), add_heads(x, w + query * heads, heads, partial, me);
+        if (me.m_warp < M_WARPS)
+            multiply_keys(x, memory, keys + now, me), add_heads(x, w + query * heads, heads, partial, me);
         __syncthreads();
         for (int k = threadIdx.x; k < KEYS && i + k < end; k += blockDim.x)
             out[int64_t(query) * cache.t + i + k] = partial[k] + (M_WARPS > 1 ? partial[KEYS + k] : 0);

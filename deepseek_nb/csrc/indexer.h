@@ -120,7 +120,8 @@ template <class K> struct SelectRun {
 template <class K> void SelectRun<K>::block(const Team& team, int64_t first, int64_t n, float* memory) const {
     auto take = [&](int64_t size) { return std::exchange(memory, memory + size); };
     std::vector<Query> queries;
-    // room for SOME_QUERIES however few there are: others may still select from `held` while the next block packs its queries
+    // room for SOME_QUERIES however few there are: others may still select from `held` while the next block packs its
+    // queries
     for (int64_t i = 0; i < SOME_QUERIES; ++i) queries.emplace_back(j, u, take(Query::size(j, u)));
     const auto [begin, end] = team.share(n);
     for (int64_t i = begin; i < end; ++i) queries[i].pack(q + (first + i) * j * u, w + (first + i) * j);

@@ -51,8 +51,12 @@ template <class T> struct Feed {
     int64_t d;
 
     // The router half of neuron j, and its other half
-    float first(int64_t j, const float* x) const { return up_first[j] ? dot(up + j * d, x, d) : opened(dot(gate + j * d, x, d)); }
-    float second(int64_t j, const float* x) const { return up_first[j] ? opened(dot(gate + j * d, x, d)) : dot(up + j * d, x, d); }
+    float first(int64_t j, const float* x) const {
+        return up_first[j] ? dot(up + j * d, x, d) : opened(dot(gate + j * d, x, d));
+    }
+    float second(int64_t j, const float* x) const {
+        return up_first[j] ? opened(dot(gate + j * d, x, d)) : dot(up + j * d, x, d);
+    }
     void prefetch(int64_t j) const {
         fetch((up_first[j] ? gate : up) + j * d, d);
         fetch(down + j * d, d);
@@ -87,7 +91,8 @@ template <class T> void ask(const Feed<T>& w, int64_t f, int64_t k, int64_t n, c
                 affinity[j] = std::fabs(half[j]) * w.scale[j];
             }
             t.wait();
-            sum_selected(w, token, half.data(), affinity.data(), kth_largest(affinity, k), begin, end, sums.data() + t.rank * d);
+            sum_selected(w, token, half.data(), affinity.data(), kth_largest(affinity, k), begin, end,
+                sums.data() + t.rank * d);
             t.wait();
             for (int64_t c = from; c < to; ++c) {
                 float total = 0;
@@ -100,17 +105,19 @@ template <class T> void ask(const Feed<T>& w, int64_t f, int64_t k, int64_t n, c
 }
 
 // %% ../../nbs/651_train.neurons.ipynb #a0359608
-template <class T> void ask_as(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& up_first,
-                               const Tensor& scale, int64_t k, Tensor& y) {
+template <class T> void ask_as(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
+                               const Tensor& up_first, const Tensor& scale, int64_t k, Tensor& y) {
     const Feed<T> w{data<T>(gate), data<T>(up), data<T>(down), data<bool>(up_first), data<float>(scale), x.size(1)};
     ask(w, gate.size(0), k, x.size(0), data<float>(x), data<float>(y));
 }
 
 void ask_neurons(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor up_first, Tensor scale, int64_t k, Tensor y) {
-    if (gate.scalar_type() == torch::headeronly::ScalarType::Float) ask_as<float>(x, gate, up, down, up_first, scale, k, y);
+    if (gate.scalar_type() == torch::headeronly::ScalarType::Float)
+        ask_as<float>(x, gate, up, down, up_first, scale, k, y);
     else ask_as<bf16>(x, gate, up, down, up_first, scale, k, y);
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("ask_neurons(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor up_first, Tensor scale, int k, Tensor(a!) y) -> ()");
+    m.def("ask_neurons(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor up_first, Tensor scale, int k, "
+          "Tensor(a!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("ask_neurons", TORCH_BOX(&ask_neurons)); }

@@ -9,7 +9,8 @@ void attend_pages(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor past, Tens
     const Ragged step(q.size(0), x, starts, past, table, k.size(2), g, heads);
     by_type(k, [&]<class T>(T) {
         const auto keys = step.view<const T>(&k), values = step.view<const T>(&v);
-        const Heads<View<const T>> a{g, heads, x, v.size(3), data<float>(q), keys, values, data<float>(y), float(scale)};
+        const Heads<View<const T>> a{g, heads, x, v.size(3), data<float>(q), keys, values, data<float>(y),
+            float(scale)};
         static thread_local Buffer memory;
         float* scratch = memory.need(step.room(a.x, a.v));
         team([&](const Team& t) { step.attend(t, a, scratch); });

@@ -195,7 +195,8 @@ template <class V> void PieceRun<V>::operator()(float* partial) const {
 
 // %% ../../nbs/524_kernels.paged.ipynb #9abeda18
 // the result of query i from its partial results, the first of which is in piece w
-template <class V> void merge_parts(const Ragged& r, const Heads<V>& a, const Piece& w, int64_t i, const float* partial) {
+template <class V> void merge_parts(const Ragged& r, const Heads<V>& a, const Piece& w, int64_t i,
+    const float* partial) {
     const int64_t each = a.v + 2, hop = w.rows * each;
     const float* first = partial + (w.slot + i) * each;
     float top = -__builtin_inff(), total = 0;

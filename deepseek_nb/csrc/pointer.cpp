@@ -47,7 +47,8 @@ void Pointer::glimpse_at(const std::vector<int>& may) {
 
 // %% ../../nbs/874_apps.constructor.ipynb #eed85c1b
 // the best of the places in `may`; d: distances from the place of the vehicle
-int Pointer::next(const std::vector<int>& may, int at, int first, float load, float day, const int32_t* d, float scale) {
+int Pointer::next(const std::vector<int>& may, int at, int first, float load, float day, const int32_t* d,
+    float scale) {
     if (may.size() == 1) return may[0];
     for (int64_t c = 0; c < dim; ++c)
         q[c] = here[at * dim + c] + begin[first * dim + c] + rest[2 * c] * load + rest[2 * c + 1] * day + bias[c];
@@ -84,13 +85,13 @@ struct Day {                                             // demands, capacity an
 };
 
 // %% ../../nbs/874_apps.constructor.ipynb #fa492171
-void construct(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor keys, Tensor values, Tensor points, Tensor here,
-               Tensor begin, Tensor rest, Tensor bias, Tensor out, double step, double clip, int64_t heads, double scale, Tensor plan,
-               Tensor stats) {
+void construct(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor keys, Tensor values, Tensor points,
+               Tensor here, Tensor begin, Tensor rest, Tensor bias, Tensor out, double step, double clip, int64_t heads,
+               double scale, Tensor plan, Tensor stats) {
     const int64_t n = d.size(0), dim = values.size(1);
-    Pointer net{n, dim, heads, data<float>(keys), data<float>(values), data<float>(points), data<float>(here), data<float>(begin),
-                data<float>(rest), data<float>(bias), data<float>(out), float(step), float(clip), std::vector<float>(dim),
-                std::vector<float>(dim), {}, std::vector<float>(n)};
+    Pointer net{n, dim, heads, data<float>(keys), data<float>(values), data<float>(points), data<float>(here),
+                data<float>(begin), data<float>(rest), data<float>(bias), data<float>(out), float(step), float(clip),
+                std::vector<float>(dim), std::vector<float>(dim), {}, std::vector<float>(n)};
     const Day day{data<int64_t>(demand), windows ? data<int64_t>(*windows) : nullptr, capacity, n, data<int32_t>(d)};
     std::vector<int> left(n - 1), may;
     for (int c = 1; c < n; ++c) left[c - 1] = c;
@@ -102,7 +103,8 @@ void construct(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor 
         if (capacity >= 0 && at) may.push_back(0);
         for (int c : left) if (day.may(c, at, load, time)) may.push_back(c);
         if (may.empty()) break;
-        const float share = capacity < 0 ? 0 : 1 - float(load) / capacity, rest = windows ? 1 - float(time) / day.windows[1] : 1;
+        const float share = capacity < 0 ? 0 : 1 - float(load) / capacity,
+                    rest = windows ? 1 - float(time) / day.windows[1] : 1;
         const int c = net.next(may, at, first, share, capacity < 0 ? 0 : rest, day.d + at * n, scale);
         time = c ? day.begin(time, at, c) : 0, load = c ? load + day.demand[c] : 0;
         first = capacity < 0 || !c ? 0 : at ? first : c, at = c;
@@ -114,8 +116,9 @@ void construct(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor 
 
 // %% ../../nbs/874_apps.constructor.ipynb #00a5393d
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("construct(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor keys, Tensor values, Tensor points, Tensor here, "
-          "Tensor begin, Tensor rest, Tensor bias, Tensor out, float step, float clip, int heads, float scale, Tensor(a!) plan, "
-          "Tensor(b!) stats) -> ()");
+    m.def("construct(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor keys, Tensor values, "
+          "Tensor points, Tensor here, "
+          "Tensor begin, Tensor rest, Tensor bias, Tensor out, float step, float clip, int heads, float scale, "
+          "Tensor(a!) plan, Tensor(b!) stats) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("construct", TORCH_BOX(&construct)); }

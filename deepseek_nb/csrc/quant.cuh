@@ -54,7 +54,7 @@ struct Bytes {
     static constexpr int WORDS = 2;
     const uint8_t* codes;
     const void* scales;                    // of groups in float16, or of rows in float32
-    int blocks, width, groups, each;       // blocks per row; width, a multiple of 16; groups per row, or 0; blocks per group
+    int blocks, width, groups, each;       // blocks a row; width, a multiple of 16; groups a row or 0; blocks a group
     __device__ int depth() const { return blocks; }
     __device__ int chunks() const { return width / 16; }
     __device__ float2 grid(int64_t row, int block) const {

@@ -10,6 +10,8 @@ struct RaggedStep : Ragged {
                const Tensor& table, const Tensor& pages, const AttentionSizes& sizes)
         : Ragged(x.size(0), x.size(1), starts, past, table, pages.size(pages.dim() - 2), key_heads(sizes),
                  sizes.heads / key_heads(sizes)), angles(cos, sin) {}
-    static int64_t key_heads(const AttentionSizes& sizes) { return sizes.kind == AttentionKind::mla ? 1 : sizes.kv_heads; }
+    static int64_t key_heads(const AttentionSizes& sizes) {
+        return sizes.kind == AttentionKind::mla ? 1 : sizes.kv_heads;
+    }
     void rotate(float* x, int64_t token, bool interleaved) const { angles.apply(x, 0, token, interleaved, x); }
 };

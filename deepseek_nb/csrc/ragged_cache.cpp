@@ -10,7 +10,8 @@ void attend_code_pages(Tensor q, Tensors layer, Tensor starts, Tensor past, Tens
     const int64_t g = latent ? 1 : layer[0].size(1), heads = q.size(1) / g, x = q.size(2);
     const Ragged step(q.size(0), x, starts, past, table, layer[0].size(layer[0].dim() - 2), g, heads);
     by_type(latent ? layer[2] : q, [&]<class R>(R) {
-        const auto k = CodeCache::view<R>(layer.data()), v = latent ? k : CodeCache::view<R>(layer.data() + CodeCache::KEY);
+        const auto k = CodeCache::view<R>(layer.data()),
+                   v = latent ? k : CodeCache::view<R>(layer.data() + CodeCache::KEY);
         const Heads<CodePages<R>> a{g, heads, x, y.size(2), data<float>(q), k, v, data<float>(y), float(scale)};
         static thread_local Buffer memory;
         float* scratch = memory.need(step.room(a.x, a.v));
@@ -19,8 +20,8 @@ void attend_code_pages(Tensor q, Tensors layer, Tensor starts, Tensor past, Tens
 }
 
 // %% ../../nbs/544_kernels.ragged_cache.ipynb #6e249d61
-void ragged_cache(Tensor x, Tensors weights, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor cos, Tensor sin,
-                  Tensors pages, Tensor starts, Tensor past, Tensor table, Tensor y) {
+void ragged_cache(Tensor x, Tensors weights, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor cos,
+                  Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor table, Tensor y) {
     const auto all = record<StepSizes>(sizes);
     const CodeStep step(x, cos, sin, starts, past, table, pages[0], all.attention);
     by_type(weights[0], [&]<class T>(T) {

@@ -46,10 +46,12 @@ inline void decode_block(int64_t n, const int8_t* __restrict codes, float scale,
 inline void decode_32(const int8_t* codes, float scale, float* to) {
 #if defined(__AVX512F__)
     for (int i = 0; i < 32; i += L)
-        store(to + i, (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)))) * scale);
+        store(to + i,
+              (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + i)))) * scale);
 #elif defined(__AVX2__)
     for (int i = 0; i < 32; i += L)
-        store(to + i, (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)))) * scale);
+        store(to + i,
+              (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(codes + i)))) * scale);
 #else
     decode_block(32, codes, scale, to);
 #endif
@@ -100,8 +102,8 @@ struct CodeCache {
     template <class R> static CodePages<R> view(const Tensor* cache) {
         const bool latent = cache[0].dim() == 3;
         const int64_t width = cache[0].size(cache[0].dim() - 1), scales = cache[1].size(cache[1].dim() - 1);
-        CodePages<R> c{data<int8_t>(cache[0]), FloatCache::view<int8_t>(cache), FloatCache::view<float>(cache + 1), {}, width,
-                   scales > 1 ? 32 : width, 0};
+        CodePages<R> c{data<int8_t>(cache[0]), FloatCache::view<int8_t>(cache), FloatCache::view<float>(cache + 1), {},
+                   width, scales > 1 ? 32 : width, 0};
         if (latent) c.exact = FloatCache::view<R>(cache + 2), c.rotary = cache[2].size(2);
         return c;
     }

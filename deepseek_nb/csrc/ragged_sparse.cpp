@@ -18,7 +18,8 @@ void ragged_sparse(Tensor x, Tensors weights, Tensors index, int64_t most, std::
         const RaggedDsa<T> attend(step, mla(0), index_weights(indexers), most, past, pages.data());
         team([&](const Team& t) {
             for (int64_t i = 0; i < layers; ++i) {
-                attend(t, mla(i), index_weights(indexers.from(i * INDEX)), data<float>(x), &pages[2 * i], rows, data<float>(y));
+                attend(t, mla(i), index_weights(indexers.from(i * INDEX)), data<float>(x), &pages[2 * i], rows,
+                    data<float>(y));
                 t.wait();
                 feed(t, ffn_weights(all.from((2 * i + 1) * HALF), n.feed, f.feed), data<float>(y), data<float>(x));
                 t.wait();
@@ -27,7 +28,7 @@ void ragged_sparse(Tensor x, Tensors weights, Tensors index, int64_t most, std::
     });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("ragged_sparse(Tensor(a!) x, Tensor[] weights, Tensor[] index, int most, int[] sizes, float[] numbers, Tensor cos, "
-          "Tensor sin, Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor table, Tensor(c!) y) -> ()");
+    m.def("ragged_sparse(Tensor(a!) x, Tensor[] weights, Tensor[] index, int most, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor table, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("ragged_sparse", TORCH_BOX(&ragged_sparse)); }

@@ -13,7 +13,8 @@ template <class T> struct PagedKeys {
     View<const T> keys;
     int64_t room() const { return INDEX_KEYS * u; }
 
-    void score(const Team& team, int64_t seen, int64_t n, const Query* queries, float* to, int64_t ldo, float* wide) const {
+    void score(const Team& team, int64_t seen, int64_t n, const Query* queries, float* to, int64_t ldo,
+               float* wide) const {
         const bool plain = std::is_same_v<T, float>;
         const auto [begin, end] = team.share((seen + page - 1) / page);
         for (int64_t p = begin; p < end; ++p) {
@@ -51,7 +52,8 @@ template <class T> struct RaggedDsa : MlaStage<T, Dots<T>, RaggedStep> {
 };
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #7b4e64c4
-template <class T> SelectRun<PagedKeys<T>> RaggedDsa<T>::run(const Index<T, M>& m, const Tensor* cache, int64_t row) const {
+template <class T> SelectRun<PagedKeys<T>> RaggedDsa<T>::run(const Index<T, M>& m, const Tensor* cache,
+    int64_t row) const {
     const int64_t at = step.starts[row], s = step.starts[row + 1] - at;
     const auto keys = FloatCache::view<T>(cache + 1).read_only();
     SelectRun<PagedKeys<T>> run{s, m.j, m.u, iq + at * m.j * m.u, iw + at * m.j,
@@ -60,8 +62,8 @@ template <class T> SelectRun<PagedKeys<T>> RaggedDsa<T>::run(const Index<T, M>& 
     return run;
 }
 template <class T>
-RaggedDsa<T>::RaggedDsa(const RaggedStep& step, const Mla<T, M>& w, const Index<T, M>& m, int64_t most, const Tensor& past,
-                        const Tensor* cache)
+RaggedDsa<T>::RaggedDsa(const RaggedStep& step, const Mla<T, M>& w, const Index<T, M>& m, int64_t most,
+                        const Tensor& past, const Tensor* cache)
     : Base(step, w), a(0), starts(integers(past, {step.n + 1})), held(integers(past, {step.n})), table(starts) {
     for (int64_t j = 0; j < step.n; ++j) a = std::max(a, std::min(most, seen(j)));
     table = integers(past, {step.n, a});
@@ -69,7 +71,8 @@ RaggedDsa<T>::RaggedDsa(const RaggedStep& step, const Mla<T, M>& w, const Index<
     for (int64_t j = 0; j < step.n; ++j) data<int64_t>(held)[j] = std::min(a, seen(j)) - 1;
     chosen.reset(new Ragged(step.n, w.cached(), starts, held, table, 1, 1, w.h));
     int64_t size = 0, index = step.n * (m.u + m.j * m.u + m.j);
-    for (int64_t i = 0; i < past.size(0); ++i) size = std::max(size, run(m, cache, i).room(torch::stable::get_num_threads()));
+    for (int64_t i = 0; i < past.size(0); ++i)
+        size = std::max(size, run(m, cache, i).room(torch::stable::get_num_threads()));
     static thread_local Buffer buffer;
     ik = buffer.need(index + size + chosen->room(w.cached(), w.c));
     iq = ik + step.n * m.u, iw = iq + step.n * m.j * m.u, room = ik + index, desk = room + size;
@@ -123,8 +126,8 @@ void RaggedDsa<T>::select(const Team& t, const Index<T, M>& m, const Tensor* cac
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #dba0acd0
 template <class T>
-void RaggedDsa<T>::operator()(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x, const Tensor* cache,
-                              int64_t rows, float* y) const {
+void RaggedDsa<T>::operator()(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x,
+                              const Tensor* cache, int64_t rows, float* y) const {
     this->project(t, w, x);
     project_index(t, w, m, x);
     this->write(t, w, FloatCache::view<T>(cache));

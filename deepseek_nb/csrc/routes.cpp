@@ -48,8 +48,8 @@ void neighbours(Tensor d, Tensor near) {
     }
 }
 using Maybe = std::optional<Tensor>;
-Roads roads(const Tensor& d, const Tensor& demand, int64_t capacity, const Maybe& windows, const Tensor& locked, const Tensor& near,
-            int64_t width) {
+Roads roads(const Tensor& d, const Tensor& demand, int64_t capacity, const Maybe& windows, const Tensor& locked,
+            const Tensor& near, int64_t width) {
     return {d.size(0), capacity, data<int32_t>(d), data<int64_t>(demand), windows ? data<int64_t>(*windows) : nullptr,
             data<bool>(locked), near.size(1), std::min<int64_t>(width, near.size(1)), data<int32_t>(near)};
 }
@@ -61,7 +61,8 @@ void fill(Search& search, const Tensor& plan, int64_t size) {
     now.routes = unflat(data<int32_t>(plan), size);
     for (size_t r = 0; r < now.routes.size(); ++r) {
         now.refresh(r);
-        for (size_t i = 1; i < now.routes[r].size(); ++i) now.cost += search.p.dist(now.routes[r][i - 1], now.routes[r][i]);
+        for (size_t i = 1; i < now.routes[r].size(); ++i)
+            now.cost += search.p.dist(now.routes[r][i - 1], now.routes[r][i]);
     }
     for (int c = 1; c < search.p.n; ++c) if (now.where[c] < 0) search.insert(c, false);
     for (int c = 1; c < search.p.n; ++c) search.touch(c);
@@ -69,8 +70,8 @@ void fill(Search& search, const Tensor& plan, int64_t size) {
 
 // %% ../../nbs/872_apps.localsearch.ipynb #0792d44e
 // plan: routes in a flat list, replaced by better ones; stats: length of the list, then cost and rounds
-void improve(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor locked, Tensor near, int64_t width, Tensor plan,
-             Tensor stats, int64_t rounds, double seconds, int64_t seed, double heat, bool busy) {
+void improve(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor locked, Tensor near, int64_t width,
+             Tensor plan, Tensor stats, int64_t rounds, double seconds, int64_t seed, double heat, bool busy) {
     const double begin = clock_seconds(busy);
     const Roads p = roads(d, demand, capacity, windows, locked, near, width);
     Search search(p, seed);
@@ -151,10 +152,10 @@ void savings(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor lo
 // %% ../../nbs/872_apps.localsearch.ipynb #fcb50e30
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("neighbours(Tensor d, Tensor(a!) near) -> ()");
-    m.def("savings(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, Tensor(a!) plan, "
-          "Tensor(b!) stats) -> ()");
-    m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, int width, Tensor(a!) plan, "
-          "Tensor(b!) stats, int rounds, float seconds, int seed, float heat, bool busy) -> ()");
+    m.def("savings(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
+          "Tensor(a!) plan, Tensor(b!) stats) -> ()");
+    m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, int width, "
+          "Tensor(a!) plan, Tensor(b!) stats, int rounds, float seconds, int seed, float heat, bool busy) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("neighbours", TORCH_BOX(&neighbours));

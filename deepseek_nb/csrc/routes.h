@@ -60,8 +60,10 @@ inline void Routes::refresh(int r) {
     int64_t load = 0;
     for (size_t i = 1; i + 1 < s.size(); ++i) where[s[i]] = r, at[s[i]] = i, upto[s[i]] = load += p.demand[s[i]];
     if (!p.timed()) return;
-    for (size_t i = 1; i + 1 < s.size(); ++i) early[s[i]] = std::max(p.ready(s[i]), begin(s[i - 1]) + p.leave(s[i - 1], s[i]));
-    for (size_t i = s.size() - 2; i > 0; --i) late[s[i]] = std::min(p.due(s[i]), latest(s[i + 1]) - p.leave(s[i], s[i + 1]));
+    for (size_t i = 1; i + 1 < s.size(); ++i)
+        early[s[i]] = std::max(p.ready(s[i]), begin(s[i - 1]) + p.leave(s[i - 1], s[i]));
+    for (size_t i = s.size() - 2; i > 0; --i)
+        late[s[i]] = std::min(p.due(s[i]), latest(s[i + 1]) - p.leave(s[i], s[i + 1]));
 }
 inline void Routes::set(int r, const Route& s) {
     log.emplace_back(r, routes[r]);
@@ -99,7 +101,8 @@ struct Search {
     bool commit(int a, int b, int64_t delta);
     bool cross(int a, int i, int b, int j, bool flip), relocate(int u, int v, int len, bool ahead, bool behind);
     bool exchange(int u, int v, int m, int n, bool behind), try_moves(int u, int v), improve_at(int u);
-    void splice_cross(int a, int i, int b, int j, bool flip), splice_segment(int a, int first, int last, int b, int j, bool turn);
+    void splice_cross(int a, int i, int b, int j, bool flip);
+    void splice_segment(int a, int first, int last, int b, int j, bool turn);
     void splice_exchange(int a, int f, int l, int b, int g, int h);
     void bridge(), take_out(int r, int first, int last, std::vector<int>& out), sort(std::vector<int>& out);
     std::vector<int> ruin();
@@ -151,7 +154,8 @@ inline bool Search::cross(int a, int i, int b, int j, bool flip) {
     const int64_t join = flip ? p.dist(u, v) + p.dist(x, y) : p.dist(u, y) + p.dist(v, x);
     const int64_t delta = join - p.dist(u, x) - p.dist(v, y);
     if (delta >= 0) return false;
-    const int64_t sum = plan.load(a) + plan.load(b), first = plan.sum(u) + (flip ? plan.sum(v) : plan.load(b) - plan.sum(v));
+    const int64_t sum = plan.load(a) + plan.load(b),
+                  first = plan.sum(u) + (flip ? plan.sum(v) : plan.load(b) - plan.sum(v));
     if (a != b && !(plan.fits(first) && plan.fits(sum - first))) return false;
     splice_cross(a, i, b, j, flip);
     if (!commit(a, b, delta)) return false;
@@ -175,7 +179,8 @@ inline void Search::splice_segment(int a, int first, int last, int b, int j, boo
 
 // %% ../../nbs/872_apps.localsearch.ipynb #013c5111
 inline bool Search::relocate(int u, int v, int len, bool ahead, bool behind) {
-    const int a = plan.where[u], b = plan.where[v], first = ahead ? plan.at[u] : plan.at[u] - len + 1, last = first + len - 1;
+    const int a = plan.where[u], b = plan.where[v], first = ahead ? plan.at[u] : plan.at[u] - len + 1,
+              last = first + len - 1;
     const int j = behind ? plan.at[v] : plan.at[v] - 1;
     const Route &s = plan.routes[a], &t = plan.routes[b];
     if (first < 1 || last > (int)s.size() - 2 || (a == b && j >= first - 1 && j <= last)) return false;
@@ -207,7 +212,8 @@ inline bool Search::exchange(int u, int v, int m, int n, bool behind) {
     const int a = plan.where[u], b = plan.where[v], f = behind ? plan.at[u] : plan.at[u] - m + 1, l = f + m - 1;
     const int g = behind ? plan.at[v] + 1 : plan.at[v] - n, h = g + n - 1;
     const Route &s = plan.routes[a], &t = plan.routes[b];
-    if (f < 1 || l > (int)s.size() - 2 || g < 1 || h > (int)t.size() - 2 || (a == b && l + 1 >= g && h + 1 >= f)) return false;
+    if (f < 1 || l > (int)s.size() - 2 || g < 1 || h > (int)t.size() - 2 || (a == b && l + 1 >= g && h + 1 >= f))
+        return false;
     const int o = s[f - 1], c = s[f], d = s[l], q = s[l + 1], x = t[g - 1], i = t[g], j = t[h], y = t[h + 1];
     if (p.locked[c] || p.locked[i]) return false;
     const int64_t cut = p.dist(o, c) + p.dist(d, q) + p.dist(x, i) + p.dist(j, y);
@@ -237,7 +243,8 @@ inline bool Search::try_moves(int u, int v) {
 inline bool Search::improve_at(int u) {
     const int64_t reach = std::max(p.dist(plan.before(u), u), p.dist(u, plan.after(u)));
     for (int i = 0; i < p.width; ++i)
-        if (const int v = p.near[u * p.k + i]; v && plan.where[v] >= 0 && p.dist(u, v) < reach && try_moves(u, v)) return true;
+        if (const int v = p.near[u * p.k + i]; v && plan.where[v] >= 0 && p.dist(u, v) < reach && try_moves(u, v))
+            return true;
     return false;
 }
 template <class Stop> void Search::descend(Stop stop) {

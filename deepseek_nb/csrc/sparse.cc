@@ -60,7 +60,9 @@ void sum_rows(int64_t heads, int64_t n, int64_t v, const float* p, const float* 
               int64_t ldo) {
     int64_t c = 0;
     for (; c + 4 * L <= v; c += 4 * L, k += 4 * HOP)
-        for (int64_t i = 0; i < heads; i += HIGH) sum_tile<HIGH, 4>(n, p + i * KEYS, k, factor + i, o + i * ldo + c, ldo);
+        for (int64_t i = 0; i < heads; i += HIGH)
+            sum_tile<HIGH, 4>(n, p + i * KEYS, k, factor + i, o + i * ldo + c, ldo);
     for (; c < v; c += L, k += HOP)
-        for (int64_t i = 0; i < heads; i += HIGH) sum_tile<HIGH, 1>(n, p + i * KEYS, k, factor + i, o + i * ldo + c, ldo);
+        for (int64_t i = 0; i < heads; i += HIGH)
+            sum_tile<HIGH, 1>(n, p + i * KEYS, k, factor + i, o + i * ldo + c, ldo);
 }

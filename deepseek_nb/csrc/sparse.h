@@ -12,7 +12,8 @@ template <class T> struct Selection : View<const T> {};  // rows are named by th
 template <class T> struct RowPointers {
     const T* at[KEYS + TILE];
     RowPointers(const PieceRun<Selection<T>>& p, int64_t t, int64_t n) {
-        const int64_t *here = p.r.table + p.w.row * p.r.width + t, *after = p.r.table + p.after.row * p.r.width + p.after.from;
+        const int64_t *here = p.r.table + p.w.row * p.r.width + t,
+                      *after = p.r.table + p.after.row * p.r.width + p.after.from;
         const int64_t left = p.w.to - t - KEYS, more = left > 0 ? left : p.after.to - p.after.from;
         const int64_t* next = left > 0 ? here + KEYS : after;
         for (int64_t i = 0; i < KEYS; ++i) at[i] = p.a.k.data + here[std::min(i, n - 1)];

@@ -28,10 +28,10 @@ void sparse_blocks_codes(Tensor x, Tensor table, bool single, int64_t a, Integer
 
 // %% ../../nbs/549_kernels.sparse_codes.ipynb #ee343916
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("sparse_attention_codes(Tensor x, Tensor table, bool single, int a, int[] sizes, float[] numbers, Tensor cos, "
-          "Tensor sin, Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
-    m.def("sparse_blocks_codes(Tensor(a!) x, Tensor table, bool single, int a, int[] sizes, float[] numbers, Tensor cos, "
-          "Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
+    m.def("sparse_attention_codes(Tensor x, Tensor table, bool single, int a, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
+    m.def("sparse_blocks_codes(Tensor(a!) x, Tensor table, bool single, int a, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("sparse_attention_codes", TORCH_BOX(&sparse_attention_codes));

@@ -28,10 +28,10 @@ void sparse_blocks(Tensor x, Tensors weights, Tensors index, int64_t a, Integers
 
 // %% ../../nbs/533_kernels.sparse_step.ipynb #ecc9c5d1
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("sparse_attention(Tensor x, Tensor[] weights, Tensor[] index, int a, int[] sizes, float[] numbers, Tensor cos, "
-          "Tensor sin, Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
-    m.def("sparse_blocks(Tensor(a!) x, Tensor[] weights, Tensor[] index, int a, int[] sizes, float[] numbers, Tensor cos, "
-          "Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
+    m.def("sparse_attention(Tensor x, Tensor[] weights, Tensor[] index, int a, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
+    m.def("sparse_blocks(Tensor(a!) x, Tensor[] weights, Tensor[] index, int a, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("sparse_attention", TORCH_BOX(&sparse_attention));

@@ -17,8 +17,8 @@ template <class T, class M> struct Index {
 };
 template <class T, class M> Index<T, M> index_weights(const Weights<T, M>& w) {
     using P = IndexPlace;
-    return {w.matrix(P::q), w.matrix(P::k), {w.vector(P::weights)}, w.vector(P::norm), w.vector(P::bias), w.size(P::weights),
-            w.size(P::norm)};
+    return {w.matrix(P::q), w.matrix(P::k), {w.vector(P::weights)}, w.vector(P::norm), w.vector(P::bias),
+            w.size(P::weights), w.size(P::norm)};
 }
 template <class T> void layer_norm(float* x, int64_t u, const T* weight, const T* bias) {
     double mean = 0, square = 0;

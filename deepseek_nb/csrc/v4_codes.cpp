@@ -13,7 +13,7 @@ void v4_codes(Tensor x, Tensor table, std::vector<int64_t> ratios, std::vector<i
            caches, data<float>(x));
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("v4_codes(Tensor(a!) x, Tensor table, int[] ratios, int[] sizes, float[] numbers, Tensor[] angles, Tensor ids, "
-          "Tensor(b!)[] caches, int past, Tensor? pad) -> ()");
+    m.def("v4_codes(Tensor(a!) x, Tensor table, int[] ratios, int[] sizes, float[] numbers, Tensor[] angles, "
+          "Tensor ids, Tensor(b!)[] caches, int past, Tensor? pad) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("v4_codes", TORCH_BOX(&v4_codes)); }

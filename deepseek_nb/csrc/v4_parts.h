@@ -215,7 +215,8 @@ template <class T> void add_sinks(const SinkAttention<T>& a, const Block& w, con
 }
 // keys of a run: in memory as they are, or copied as floats behind `held` others
 template <class T>
-Rows keys_of(const SinkAttention<T>& a, const Run<T>& run, int64_t from, int64_t n, int64_t held, bool copy, const Room& room) {
+Rows keys_of(const SinkAttention<T>& a, const Run<T>& run, int64_t from, int64_t n, int64_t held, bool copy,
+    const Room& room) {
     float* to = room.k() + held * room.x;
     if (!run.list) return as_floats(a.k, run.data + from * a.x, n, a.x, copy || a.x % 2 || a.x % L, to);
     for (int64_t r = 0; r < n; ++r) copy_row(run.data + run.list[from + r] * a.x, a.x, 1, to + r * room.x);

@@ -20,6 +20,7 @@ from torch.library import custom_op
 from ..arch.attention import attend_latent
 from .build import LARGEST_SHARED, cards_ready, launch
 from .device import check_argument, needs_no_grad
+from .tiles import aligned
 from ..kernels.build import operator_name
 
 # %% ../../nbs/577_cuda.attention.ipynb #e1ef0b68
@@ -55,6 +56,7 @@ def count_parts(
     "Number of parts into which the cache is split"
     return max(1, min(processors//(b*row_tiles), t//(4*keys)))
 
+# %% ../../nbs/577_cuda.attention.ipynb #b2eb41f3
 def _card(device):
     if device.type != 'cuda': return 4,LARGEST_SHARED
     p = torch.cuda.get_device_properties(device)
@@ -83,8 +85,8 @@ def _prepared(q, z, c):
     if not q.dtype == z.dtype == torch.bfloat16: raise ValueError(f'q is {q.dtype}, z is {z.dtype}; expected torch.bfloat16')
     if z.ndim != 3 or z.shape[2] != width: raise ValueError(f'z has shape {tuple(z.shape)}; expected 3 axes, the last {width} as in q')
     if c%128 or width%32 or c > width: raise ValueError(f'c is {c} of {width} columns; c must be a multiple of 128, and the columns of 32')
-    if z.stride(2) != 1 or z.stride(0)%8 or z.stride(1)%8 or z.data_ptr()%16: z = z.contiguous()
-    return q.contiguous(),z
+    if z.stride(2) != 1 or z.stride(0)%8 or z.stride(1)%8 or z.data_ptr()%16: z = aligned(z)
+    return aligned(q),z
 
 # %% ../../nbs/577_cuda.attention.ipynb #e265fbf6
 def fits(
@@ -106,11 +108,13 @@ def _attend(q:Tensor, z:Tensor, c:int, scale:float, mask:Tensor|None)->Tensor:
     if mask is not None: mask = check_argument('mask', mask, (s, t) if mask.ndim == 2 else (b, 1, s, t), torch.bool)
     return _launch(q, z, c, scale, mask, None, None, t)
 
+# %% ../../nbs/577_cuda.attention.ipynb #f82c2681
 _attend = custom_op(operator_name('cuda_attend_latent'), _attend, mutates_args=())
 
 @_attend.register_fake
 def _(q, z, c, scale, mask): return q.new_empty(*q.shape[:3], c)
 
+# %% ../../nbs/577_cuda.attention.ipynb #d54500c3
 @attend_latent.twin('cuda', available=cards_ready, supports=fits)
 def attend_latent_cuda(
     q:Tensor, # Absorbed queries `b h s (c r)`, bfloat16

@@ -9,8 +9,8 @@ file with `cuda_emulation.h` (`emulate`). This is slow, but enough to test kerne
 
 # %% auto #0
 __all__ = ['ARCHS', 'LARGEST_SHARED', 'cached', 'run_compiler', 'macros', 'signatures', 'Emulated', 'emulate', 'find_nvrtc',
-           'nvrtc', 'has_compiler', 'cards_ready', 'compile_nvrtc', 'cubin', 'Resources', 'resources', 'arch_of',
-           'Loaded', 'loaded', 'launch']
+           'nvrtc', 'compile_nvrtc', 'arch_of', 'nvrtc_works', 'has_compiler', 'cards_ready', 'any_card', 'cubin',
+           'Resources', 'resources', 'Loaded', 'loaded', 'launch']
 
 # %% ../../nbs/565_cuda.build.ipynb #a4dde68e
 import ctypes
@@ -50,6 +50,7 @@ def cached(
     note_compiled('cu' if suffix == '.cubin' else 'cpp', files)
     return out
 
+# %% ../../nbs/565_cuda.build.ipynb #b836dee9
 def _make(out, files, make):
     "Make a file in a folder that holds its sources"
     folder = out.parent
@@ -137,6 +138,7 @@ def emulate(
         run_compiler(name, [compiler, *flags, str(folder/'emulated.cpp'), '-o', str(out)])
     return _opened(name, cached(name, '.so', [flags, compiler, compiler_version(compiler), platform.machine(), _STUB], make))
 
+# %% ../../nbs/565_cuda.build.ipynb #08b8f990
 @lru_cache
 def _opened(name, path): return Emulated(name, path)
 
@@ -153,20 +155,10 @@ def find_nvrtc()->Path|None: # Path of the library; None if it is not found
 def nvrtc(
     path:Path, # Path of the library
 ): # Loaded library
-    "Load NVRTC"
+    "Load NVRTC, and before it the library of its built-in functions, which it may not find by itself"
+    if sys.platform == 'win32': os.add_dll_directory(str(path.parent))
+    for other in sorted(path.parent.glob('libnvrtc-builtins.so*')): ctypes.CDLL(str(other), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(path))
-
-# %% ../../nbs/565_cuda.build.ipynb #e40a0ab4
-def has_compiler()->bool: # Whether NVRTC or nvcc is found
-    "Whether this machine can compile for a GPU"
-    try: return bool(find_nvrtc() or find_compiler('cu'))
-    except FileNotFoundError: return False
-
-def cards_ready(
-    least:tuple[int,int] = (8, 0), # Smallest compute capability
-)->bool: # Whether kernels can run; call it only if there is a GPU
-    "Whether the GPU has a compute capability, and kernels can be compiled for it"
-    return torch.cuda.get_device_capability() >= least and has_compiler()
 
 # %% ../../nbs/565_cuda.build.ipynb #119841e1
 def _nvrtc_bytes(library, what, program):
@@ -176,6 +168,7 @@ def _nvrtc_bytes(library, what, program):
     getattr(library, f'nvrtcGet{what}')(program, data)
     return data.raw
 
+# %% ../../nbs/565_cuda.build.ipynb #3f4faf2b
 def compile_nvrtc(
     name:str, # Source file, for messages
     files:dict, # File name -> text, for the source and its headers
@@ -193,6 +186,50 @@ def compile_nvrtc(
     if failed: raise ValueError(f'{name} does not compile: {first_error(log.decode(), name)}')
     return cubin,log.rstrip(b'\0').decode()
 
+# %% ../../nbs/565_cuda.build.ipynb #3ffd29e7
+def arch_of(
+    device:torch.device, # GPU
+)->str: # Name of the compute capability, such as sm_90a
+    "The compute capability for which kernels are compiled"
+    major,minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major == 9 else ''}"
+
+# %% ../../nbs/565_cuda.build.ipynb #6244a848
+@lru_cache
+def nvrtc_works(
+    path:Path, # Path of the library
+    arch:str = 'sm_80', # Compute capability
+)->bool: # Whether it compiles an empty kernel
+    "Try NVRTC for a compute capability"
+    try: return bool(compile_nvrtc('empty.cu', {'empty.cu': 'extern "C" __global__ void empty() {}'}, [f'-arch={arch}'], nvrtc(path))[0])
+    except (OSError, AttributeError, ValueError): return False
+
+# %% ../../nbs/565_cuda.build.ipynb #6b32ad15
+@lru_cache
+def _nvcc_works(compiler, arch):
+    done = subprocess.run([compiler, '--list-gpu-code'], capture_output=True, text=True)
+    return arch.rstrip('a') in done.stdout.split()
+
+def has_compiler(
+    arch:str = 'sm_80', # Compute capability
+)->bool: # Whether NVRTC or nvcc compiles for it
+    "Whether this machine can compile for a GPU"
+    if (library := find_nvrtc()) and nvrtc_works(library, arch): return True
+    try: return _nvcc_works(find_compiler('cu'), arch)
+    except FileNotFoundError: return False
+
+# %% ../../nbs/565_cuda.build.ipynb #b4607ced
+def cards_ready(
+    least:tuple[int,int] = (8, 0), # Smallest compute capability
+)->bool: # Whether kernels can run; call it only if there is a GPU
+    "Whether the GPU has a compute capability, and kernels can be compiled for it"
+    return torch.cuda.get_device_capability() >= least and has_compiler(arch_of(torch.cuda.current_device()))
+
+# %% ../../nbs/565_cuda.build.ipynb #7e8982a8
+def any_card()->bool: # Whether kernels without tensor cores can run
+    "Whether kernels can be compiled for the GPU, of any compute capability"
+    return cards_ready((0, 0))
+
 # %% ../../nbs/565_cuda.build.ipynb #26b57dd0
 _LOG = b'\n--- log ---\n'
 
@@ -203,6 +240,7 @@ def cubin(
 )->Path: # Path of the machine code with the compiler's log at the end
     "Compile a CUDA file for a GPU"
     library,options = find_nvrtc(),['-std=c++17', f'-arch={arch}', *macros(defines), '-Xptxas=-v']
+    if library and not nvrtc_works(library, arch): library = None
     compiler = library or find_compiler('cu')
     def make(folder, out):
         if library:
@@ -234,18 +272,11 @@ def resources(
     kernels = kernels_in(source_text(name))
     return Resources({(k,arch): _usage(logs[arch], k) for k in kernels for arch in archs})
 
+# %% ../../nbs/565_cuda.build.ipynb #c169c9d6
 def _usage(log, kernel):
     part = re.search(rf"entry function '{kernel}'.*?(?=Compiling entry function|\Z)", log, flags=re.S)[0]
     number = lambda pattern: sum(map(int, re.findall(pattern, part)))
     return tuple(map(number, (r'Used (\d+) registers', r'(\d+) bytes smem', r'(\d+) bytes stack frame', r'(\d+) bytes spill stores')))
-
-# %% ../../nbs/565_cuda.build.ipynb #3ffd29e7
-def arch_of(
-    device:torch.device, # GPU
-)->str: # Name of the compute capability, such as sm_90a
-    "The compute capability for which kernels are compiled"
-    major,minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}{'a' if major == 9 else ''}"
 
 # %% ../../nbs/565_cuda.build.ipynb #4bb91e66
 class Loaded:

@@ -78,6 +78,7 @@ def _pointer(kernel, p, a, device, structs):
     if a.device != device: raise ValueError(f'{kernel}: {p.name} is on {a.device}, the kernel runs on {device}')
     return ctypes.c_void_p(a.data_ptr())
 
+# %% ../../nbs/562_cuda.device.ipynb #83468632
 def _struct(kernel, p, a, device, structs):
     fields = structs[p.kind]
     if {*a} != {f.name for f in fields}:

@@ -85,6 +85,7 @@ def _experts(x:Tensor, weights:Tensor, experts:Tensor, gate_up:Tensor, down:Tens
     rows = tile_rows(choices/min(len(down), choices))
     return experts_in_tiles(x, weights, experts, gate_up, down, **tile_defines(rows, x.device))
 
+# %% ../../nbs/580_cuda.experts.ipynb #0929884b
 _experts = custom_op(operator_name('cuda_experts'), _experts, mutates_args=())
 _experts.register_fake(lambda x, weights, experts, gate_up, down: x.new_empty(x.shape))
 

@@ -17,7 +17,7 @@ from torch.library import custom_op
 from ..arch.attention import norm_rotate
 from ..arch.norm import rms_norm
 from ..arch.rope import rotate
-from .build import has_compiler, launch
+from .build import any_card, launch
 from .device import SUFFIX, check_argument, needs_no_grad, suffix_of
 from ..kernels.build import operator_name
 
@@ -58,12 +58,13 @@ def _rms_norm(x:Tensor, weight:Tensor, eps:float)->Tensor:
     launch_norm(x.contiguous().view(1, -1, d), check_argument('weight', weight, (d,), x.dtype), None, None, y.view(1, -1, d), eps, True)
     return y
 
+# %% ../../nbs/570_cuda.norm.ipynb #bd6df8d6
 _rms_norm = custom_op(operator_name('cuda_rms_norm'), _rms_norm, mutates_args=())
 
 @_rms_norm.register_fake
 def _(x, weight, eps): return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-@rms_norm.twin('cuda', available=has_compiler, supports=takes)
+@rms_norm.twin('cuda', available=any_card, supports=takes)
 def rms_norm_cuda(
     x:Tensor, # Rows `… d`, float32 or bfloat16
     weight:Tensor, # Weight of the norm `d`, same dtype
@@ -101,7 +102,7 @@ def norm_rotate_into(
     return out
 
 # %% ../../nbs/570_cuda.norm.ipynb #813934d1
-@norm_rotate.twin('cuda', available=has_compiler, supports=takes)
+@norm_rotate.twin('cuda', available=any_card, supports=takes)
 def norm_rotate_cuda(
     x:Tensor, # Projected rows `b s (c r)`, float32 or bfloat16
     weight:Tensor, # Weight of the norm `c`, same dtype
@@ -126,6 +127,7 @@ def _rotate(x:Tensor, cos:Tensor, sin:Tensor, interleaved:bool)->Tensor:
     launch('norm_rotate.cu', kernel, (pairs + 127)//128, 128, x=x, cosine=cos, sine=sin, y=y, queries=queries)
     return y
 
+# %% ../../nbs/570_cuda.norm.ipynb #f11ff9d8
 _rotate = custom_op(operator_name('cuda_rotate'), _rotate, mutates_args=())
 
 @_rotate.register_fake
@@ -141,7 +143,7 @@ def can_rotate(
     return x.dtype in SUFFIX and x.ndim == 4 and cos.dtype == torch.float32 and needs_no_grad(x)
 
 # %% ../../nbs/570_cuda.norm.ipynb #c784fdd1
-@rotate.twin('cuda', available=has_compiler, supports=can_rotate)
+@rotate.twin('cuda', available=any_card, supports=can_rotate)
 def rotate_cuda(
     x:Tensor, # Queries or keys `b h s r`
     cos:Tensor, # Cosines `b 1 s r/2` or `1 1 s r/2`, float32

@@ -26,6 +26,7 @@ from ..arch.rope import rotate
 from ..core.config import Config
 from .build import LARGEST_SHARED, cards_ready, launch
 from .device import check_argument, needs_no_grad
+from .tiles import aligned
 from ..infer.paged import PagePool
 from ..infer.ragged import RaggedBatch, run_rows
 
@@ -41,6 +42,7 @@ class PagePlan(NamedTuple):
     tiles:Tensor # Row and first query of each tile `tiles 2`
     parts:int # Largest number of parts of a query
 
+# %% ../../nbs/578_cuda.paged.ipynb #0ee90b50
 def plan_pages(
     batch:RaggedBatch, # Rows, with pages for the new tokens
     heads:int, # Query heads per key head
@@ -95,6 +97,7 @@ def _pages(x):
 
 def _batch(plan, page): return dict(starts=plan.starts, past=plan.past, table=plan.table, page=page, pages=plan.table.shape[1])
 
+# %% ../../nbs/578_cuda.paged.ipynb #bdf35f16
 def write_pages_cuda(
     x:Tensor, # New keys, values or latents of all tokens `n g x` or `n x`, bfloat16
     pages:Tensor, # Pages of a layer `pages g p x` or `pages p x`; written
@@ -131,7 +134,7 @@ def attend_pages_cuda(
     "Causal attention of a ragged batch over pages"
     k,v = layer[0],layer[-1]
     g,width = (k.shape[1] if k.ndim == 4 else 1),tile.latent + tile.rotary
-    q = check_argument('q', q, (len(plan.row), g*tile.heads, width), torch.bfloat16)
+    q = aligned(check_argument('q', q, (len(plan.row), g*tile.heads, width), torch.bfloat16))
     out,defines,batch = q.new_empty(*q.shape[:2], tile.latent),tile.defines | dict(SPLIT=split),_batch(plan, k.shape[-2])
     for tiles in tile_runs(plan, tile, g):
         part,logs = None,None
@@ -172,6 +175,7 @@ def attend_layer(
     o = rearrange(attend_pages_cuda(q, layer, plan, tile, m.scale), 'n h v -> 1 h n v')
     return in_slabs(lambda o: m.o_proj(rearrange(_expand(m, o) if m.c.mla else o, '1 h n v -> 1 n (h v)')), o)
 
+# %% ../../nbs/578_cuda.paged.ipynb #fe6d94f1
 def _heads(m, x, angles):
     "Queries, keys and values of GQA, one after another `1 h n x`"
     q,k,v = (rearrange(p(x), '1 n (h x) -> 1 h n x', x=m.c.head_dim) for p in (m.q_proj, m.k_proj, m.v_proj))
@@ -204,6 +208,7 @@ def pages_supported(
     whole = all(type(b) is Block and type(b.self_attn) in (GQA, MLA) and not _hooked(b) for b in blocks)
     return whole and page_tile(pool.c, _shared_limit(x.device)) is not None
 
+# %% ../../nbs/578_cuda.paged.ipynb #24ca0f7c
 def _hooked(block):
     return any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in (block, block.self_attn))
 

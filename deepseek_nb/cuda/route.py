@@ -19,7 +19,7 @@ from torch.library import custom_op
 
 from ..arch.routing import Route, route
 from ..core.config import Config
-from .build import has_compiler, launch
+from .build import any_card, launch
 from .device import SUFFIX, check_argument, needs_no_grad, suffix_of
 from ..kernels.build import operator_name
 
@@ -30,6 +30,7 @@ def _empty_route(logits, k):
     (n,e),new = logits.shape,logits.new_empty
     return new((n, k), dtype=torch.float32), new((n, k), dtype=torch.int64), new((n, e), dtype=torch.float32)
 
+# %% ../../nbs/572_cuda.route.ipynb #f0025276
 def _route(
     logits:Tensor, bias:Tensor|None, score:str, groups:int, keep:int, sum2:bool, k:int, norm:bool, scale:float,
 )->tuple[Tensor,Tensor,Tensor]:
@@ -43,6 +44,7 @@ def _route(
            experts=experts, all=scores, n=n, rule=rule, EXPERTS=e, GROUPS=groups)
     return weights,experts,scores
 
+# %% ../../nbs/572_cuda.route.ipynb #c4c8a769
 _route = custom_op(operator_name('cuda_route'), _route, mutates_args=())
 
 @_route.register_fake
@@ -59,7 +61,7 @@ def can_route(
     return sizes and logits.dtype in SUFFIX and needs_no_grad(logits)
 
 # %% ../../nbs/572_cuda.route.ipynb #21131333
-@route.twin('cuda', available=has_compiler, supports=can_route)
+@route.twin('cuda', available=any_card, supports=can_route)
 def route_cuda(
     logits:Tensor, # Router logits `n e`, float32 or bfloat16
     c:Config, # Config of scores, groups, selection and weights
@@ -89,6 +91,7 @@ def _sort(experts:Tensor, e:int)->tuple[Tensor,Tensor,Tensor]:
            shared=4*e)
     return order,offsets,position
 
+# %% ../../nbs/572_cuda.route.ipynb #829d6c3d
 def _empty_sort(experts, e): return tuple(experts.new_empty(s, dtype=torch.int32) for s in (experts.numel(), e + 1, experts.shape))
 
 _sort = custom_op(operator_name('cuda_sort_by_expert'), _sort, mutates_args=())
@@ -119,6 +122,7 @@ def _combine(rows:Tensor, position:Tensor, weights:Tensor, more:Tensor|None)->Te
     launch('combine.cu', kernel, grid, 128, rows=rows, position=position, weights=weights, more=more, y=y, k=k, d=d, VECTOR=vector)
     return y
 
+# %% ../../nbs/572_cuda.route.ipynb #662e9e51
 _combine = custom_op(operator_name('cuda_combine'), _combine, mutates_args=())
 
 @_combine.register_fake

@@ -21,17 +21,19 @@ from ..arch.sparse import attend_selected, index_scores, top_positions
 from .attention import pick_tile, shared_bytes
 from .build import LARGEST_SHARED, cards_ready, launch
 from .device import check_argument, needs_no_grad
+from .tiles import aligned
 from ..kernels.build import operator_name
 
 # %% ../../nbs/579_cuda.sparse.ipynb #9a521668
 def _card_limit(device):
     return LARGEST_SHARED if device.type != 'cuda' else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
+# %% ../../nbs/579_cuda.sparse.ipynb #5dc24a1b
 def _launch_selected(q, z, positions, table, c, scale, split=512):
     (b,h,s,width),a = q.shape,positions.shape[2]
     rows,keys = pick_tile(h, width, _card_limit(q.device))
     n,parts,defines = b*s,-(-a//split),dict(LATENT=c, ROTARY=width - c, ROWS=rows, KEYS=keys)
-    flat,out = rearrange(q, 'b h s x -> (b s) h x').contiguous(),q.new_empty(n, h, c)
+    flat,out = aligned(rearrange(q, 'b h s x -> (b s) h x')),q.new_empty(n, h, c)
     part,logs = (q.new_empty(parts, n*h, w, dtype=torch.float32) for w in (c, 1)) if parts > 1 else (None, None)
     page,pages = (0, 0) if table is None else (z.shape[1], table.shape[1])
     cache = dict(z=z, positions=positions, table=table, batch=z.stride(0), row=z.stride(1), s=s, a=a, page=page, pages=pages)
@@ -53,11 +55,12 @@ def selection_fits(
     sizes = c%128 == 0 and q.shape[3]%32 == 0 and min(q.numel(), z.numel(), positions.numel()) > 0
     return sizes and q.dtype == z.dtype == torch.bfloat16 and positions.dtype == torch.int64 and needs_no_grad(q, z)
 
+# %% ../../nbs/579_cuda.sparse.ipynb #b43d69c7
 def _checked(q, z, positions, c):
     if not selection_fits(q, z, positions, c, 1.):
         raise ValueError(f'q is {q.dtype} {tuple(q.shape)}, z {z.dtype}, c {c}; give bfloat16, c a multiple of 128, and c + r of 32')
     positions = check_argument('positions', positions, (q.shape[0], q.shape[2], positions.shape[-1]), torch.int64)
-    return z if z.stride(2) == 1 and not (z.stride(0)%8 or z.stride(1)%8 or z.data_ptr()%16) else z.contiguous(),positions.contiguous()
+    return z if z.stride(2) == 1 and not (z.stride(0)%8 or z.stride(1)%8 or z.data_ptr()%16) else aligned(z),positions.contiguous()
 
 # %% ../../nbs/579_cuda.sparse.ipynb #2e8b6944
 def _attend_list(q:Tensor, z:Tensor, positions:Tensor, table:Tensor|None, c:int, scale:float)->Tensor:
@@ -72,6 +75,7 @@ _attend_list = custom_op(operator_name('cuda_attend_selected'), _attend_list, mu
 def _(q, z, positions, table, c, scale):
     return rearrange(q.new_empty(q.shape[0]*q.shape[2], q.shape[1], c), '(b s) h c -> b h s c', b=len(q))
 
+# %% ../../nbs/579_cuda.sparse.ipynb #ac76c600
 @attend_selected.twin('cuda', available=cards_ready, supports=selection_fits)
 def attend_selected_cuda(
     q:Tensor, # Absorbed queries `b h s (c r)`, bfloat16
@@ -99,12 +103,13 @@ def attend_selected_pages(
 def _scores(q:Tensor, k:Tensor, w:Tensor)->Tensor:
     (b,s,j,u),t = q.shape,k.shape[1]
     rows = next(r for r in (16, 32, 64) if j <= r)
-    k = k if k.stride(2) == 1 and not (k.stride(0)%8 or k.stride(1)%8 or k.data_ptr()%16) else k.contiguous()
+    k = k if k.stride(2) == 1 and not (k.stride(0)%8 or k.stride(1)%8 or k.data_ptr()%16) else aligned(k)
     y,cache = q.new_empty(b, s, t, dtype=torch.float32),dict(z=k, batch=k.stride(0), row=k.stride(1), t=t)
-    launch('index_scores.cu', 'index_scores', (-(-t//256), b*s), 256, q=q.contiguous(), w=w.float().contiguous(), out=y, heads=j, s=s,
+    launch('index_scores.cu', 'index_scores', (-(-t//256), b*s), 256, q=aligned(q), w=w.float().contiguous(), out=y, heads=j, s=s,
            cache=cache, shared=2*(rows + 128)*u + 512, LATENT=u, ROTARY=0, ROWS=rows, KEYS=64)
     return y
 
+# %% ../../nbs/579_cuda.sparse.ipynb #d6638373
 _scores = custom_op(operator_name('cuda_index_scores'), _scores, mutates_args=())
 
 @_scores.register_fake
@@ -130,6 +135,7 @@ def _top(scores:Tensor, k:int, mask:Tensor|None)->Tensor:
     launch('top_positions.cu', 'top_positions', len(flat), threads, scores=dict(x=flat, mask=mask, t=t), out=y, a=min(k, t))
     return y.reshape(*scores.shape[:-1], -1)
 
+# %% ../../nbs/579_cuda.sparse.ipynb #5885016c
 _top = custom_op(operator_name('cuda_top_positions'), _top, mutates_args=())
 
 @_top.register_fake

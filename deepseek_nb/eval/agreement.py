@@ -22,6 +22,7 @@ def _ratio(observed, expected):
     "1 - observed/expected, NaN where chance gives no disagreement"
     return float(1 - observed/expected) if expected > 0 else float('nan')
 
+# %% ../../nbs/745_eval.agreement.ipynb #80790c00
 def cohen_kappa(
     a:Sequence, # Labels of the first annotator
     b:Sequence, # Labels of the second annotator, for the same records
@@ -51,6 +52,7 @@ def label_counts(
     labels = sorted({v for r in rows for v in r}) if labels is None else labels
     return np.array([[r[v] for v in labels] for r in rows], dtype=np.int64).reshape(len(rows), len(labels))
 
+# %% ../../nbs/745_eval.agreement.ipynb #7633e37f
 def fleiss_kappa(
     counts, # As `label_counts` gives them
 )->float: # 1: equal, 0: chance; NaN if only one label is used
@@ -87,6 +89,7 @@ def label_distance(
     at = at[level]()
     return (at[:, None] - at[None])**2
 
+# %% ../../nbs/745_eval.agreement.ipynb #582de33c
 def krippendorff_alpha(
     records:Iterable, # For each record, the labels that it got; None: missing
     level:str = 'nominal', # 'nominal', 'ordinal' (order alone) or 'interval' (numbers)
@@ -102,6 +105,7 @@ def _marks(spans, overlap):
     if not overlap: return Counter((s['start'], s['end'], s['label']) for s in spans)
     return Counter({(i, s['label']): 1 for s in spans for i in range(s['start'], s['end'])})
 
+# %% ../../nbs/745_eval.agreement.ipynb #18f67fc4
 def span_f1(
     a:Iterable, # Of each record, the first annotator's spans: dicts of `start`, `end` and `label`
     b:Iterable, # Of each record, the second annotator's spans

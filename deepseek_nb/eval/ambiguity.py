@@ -147,6 +147,7 @@ def intervals(self:BBQAnswers,
         out[f'bias_{name}'] = bootstrap(values[where], score, clusters)
     return out
 
+# %% ../../nbs/724_eval.ambiguity.ipynb #38a80ecc
 @patch
 def categories(self:BBQAnswers,
     offered:bool = False, # Compare only the three answers of the set
@@ -159,6 +160,7 @@ def categories(self:BBQAnswers,
 @patch
 def __repr__(self:BBQAnswers): return ', '.join(f'{k} {i}' for k,i in self.intervals().items()) + f' on {len(self.questions):,} questions'
 
+# %% ../../nbs/724_eval.ambiguity.ipynb #1e343448
 def bbq_task(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer
@@ -186,6 +188,7 @@ class Coreference(NamedTuple):
     referent:str # Occupation that it refers to
     other:str # The other occupation
 
+# %% ../../nbs/724_eval.ambiguity.ipynb #89f4384f
 def read_sentence(
     line:str, # Number, and a sentence with its mentions in brackets
     occupations:Iterable[str], # All occupations
@@ -211,6 +214,7 @@ class Twins(NamedTuple):
         "The two occupations"
         return ' '.join(sorted([self.pro.referent, self.pro.other]))
 
+# %% ../../nbs/724_eval.ambiguity.ipynb #ac0b9b5f
 def read_winobias(
     folder:str|Path|None = None, # Folder of the set; None: `find_set`
     parts:Iterable[str] = ('dev', 'test'), # Parts of the set
@@ -304,6 +308,7 @@ def _bias_scores(model, tokenizer, some, questions, seed):
         winobias=dict(items=len(twins), kinds={k or 'all': plain(who.intervals(k)) for k in ('', 'type1', 'type2')}),
         bbq=dict(items=len(asked), twelve=plain(what.intervals()), three=plain(what.intervals(offered=True))))
 
+# %% ../../nbs/724_eval.ambiguity.ipynb #82859d1c
 def measure_bias(
     model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
     dtype:str = 'float32', # Dtype or quantised format; '': that of the file

@@ -61,6 +61,7 @@ def median_distance(
     x = x[np.linspace(0, len(x) - 1, min(len(x), 256)).astype(int)]
     return float(np.median(np.sqrt(_squares(x, x))[np.triu_indices(len(x), 1)])) or 1.
 
+# %% ../../nbs/746_eval.drift.ipynb #589f09ac
 def mmd(
     before:np.ndarray, # Vectors `n d`
     now:np.ndarray, # Vectors `m d`
@@ -173,6 +174,7 @@ class SampleTest(NamedTuple):
     @property
     def likely(self): return max(self.scores, key=self.scores.get) # the statistic that changed most
 
+# %% ../../nbs/746_eval.drift.ipynb #a7215bbb
 def compare_samples(
     before:RequestSample, # Requests before
     now:RequestSample, # Requests now
@@ -233,6 +235,7 @@ class DriftFinding(NamedTuple):
     evidence:float # Of this window and those before
     compared:SampleTest # The statistics
 
+# %% ../../nbs/746_eval.drift.ipynb #db3a31d9
 class DriftWatch:
     "Compares windows with the past, one after another"
     def __init__(self,
@@ -257,6 +260,7 @@ def look(self:DriftWatch,
     if not alarm: self.accept(window)
     return DriftFinding(alarm, found.p, self.evidence, found)
 
+# %% ../../nbs/746_eval.drift.ipynb #094448be
 @patch
 def accept(self:DriftWatch,
     window:RequestSample, # That alarmed
@@ -264,6 +268,7 @@ def accept(self:DriftWatch,
     "Let a window join the past"
     self.pool = absorb(self.pool, window, self.size, np.random.default_rng([self.seed, self.count, 1]))
 
+# %% ../../nbs/746_eval.drift.ipynb #cd51b15d
 @patch
 def settle(self:DriftWatch)->None:
     "Forget the evidence, after an alarm was dealt with"

@@ -39,6 +39,7 @@ def normal_quantile(
         low,high = (mid, high) if math.erf((mid := (low + high)/2)/2**.5) < level else (low, mid)
     return (low + high)/2
 
+# %% ../../nbs/702_eval.intervals.ipynb #f51f21a7
 def wilson(
     hits:float, # Number of hits
     n:int, # Number of items
@@ -87,6 +88,7 @@ def first_mean(
     "The mean of the first column"
     return means[..., 0]
 
+# %% ../../nbs/702_eval.intervals.ipynb #05036a4b
 def _rows(values):
     "Values as `n k`, float64"
     v = np.asarray(values, dtype=np.float64)
@@ -94,6 +96,7 @@ def _rows(values):
     if v.ndim != 2 or not len(v): raise ValueError(f'values have shape {v.shape}; give `n` or `n k`, with at least one item')
     return v
 
+# %% ../../nbs/702_eval.intervals.ipynb #d1d28fac
 def bootstrap(
     values:np.ndarray, # One value or one row for each item `n` or `n k`
     of:Callable = first_mean, # Function from means of the columns `... k` to a score `...`
@@ -182,6 +185,7 @@ class Compared(NamedTuple):
     adjusted:float # p-value, adjusted for the number of scores
     counts:bool # Whether the difference counts
 
+# %% ../../nbs/702_eval.intervals.ipynb #f57dee6f
 def comparisons(
     scores:dict, # Name of a score -> `PairedValues`
     level:float = .95, # Probability that no difference counts by chance

@@ -34,6 +34,7 @@ def _near(c):
     x,y = _PLACES[c]
     return ''.join(o for o,(u,v) in _PLACES.items() if o != c and (u - x)**2 + (v - y)**2 < 1.3**2)
 
+# %% ../../nbs/732_eval.perturb.ipynb #03158d43
 KEY_NEIGHBOURS = {c: _near(c) for c in _PLACES}
 
 def _pressed(c, draw):
@@ -54,6 +55,7 @@ def _mistyped(word, draw, kinds):
     new = TYPOS[draw.choice(kinds)](word, i, draw)
     return new if new != word else word[:i] + word[i + 1:] # two equal letters that changed places
 
+# %% ../../nbs/732_eval.perturb.ipynb #1f49537f
 def with_typos(
     text:str, # Any text
     rate:float = .2, # Share of the words of four letters or more that get an error
@@ -109,6 +111,7 @@ def _answered(model, tokenizer, rows, form):
     found = multiple_choice(model, tokenizer, rows, form)
     return found.hits(len),np.array(found.picks(len))
 
+# %% ../../nbs/732_eval.perturb.ipynb #cd940fde
 def falls(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer

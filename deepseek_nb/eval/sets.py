@@ -72,6 +72,7 @@ def _download(name, folder):
     unpack_archive(data, folder)
     return True
 
+# %% ../../nbs/705_eval.sets.ipynb #979319ae
 def find_set(
     name:str, # Key of `SETS`
     folder:str|Path|None = None, # Folder that contains the files; None: search

@@ -24,6 +24,7 @@ def log_bucket(
     "The bucket of a duration"
     return math.ceil(math.log(max(x, 1e-6))/math.log(_GAMMA))
 
+# %% ../../nbs/744_eval.shares.ipynb #5ab649f7
 def bucket_quantile(
     buckets:dict, # Bucket -> count
     q:float, # 0 to 1

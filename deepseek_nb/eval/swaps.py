@@ -65,6 +65,7 @@ class SwapTable(NamedTuple):
         "Words of a group"
         return {row[i].lower(): row for row in reversed(self.rows)}
 
+# %% ../../nbs/731_eval.swaps.ipynb #254adb33
 def swap_table(
     text:str, # TOML with `groups` and `words`
     where:str = 'the table', # Its name, for errors
@@ -99,6 +100,7 @@ def _finder(table):
     bare = {w.removesuffix(' ~') for i in range(len(table.groups)) for w in table.words(i)}
     return re.compile(r'\b(' + '|'.join(map(re.escape, sorted(bare, key=len, reverse=True))) + r')\b(?=(\s+[^\W\d_]+)?)', re.I)
 
+# %% ../../nbs/731_eval.swaps.ipynb #7c90c7b2
 def found_groups(
     text:str, # Any text
     table:SwapTable, # Words
@@ -106,6 +108,7 @@ def found_groups(
     "Groups that a text names"
     return [i for m in _finder(table).finditer(text) for i in _group_and_row(m, table)[:1]]
 
+# %% ../../nbs/731_eval.swaps.ipynb #e4ea53b3
 def _group_and_row(m, table):
     word,after = m[1].lower(),(m[2] or '').strip().lower()
     forms = [f'{word} ~', word] if after and after not in _NO_NOUN else [word, f'{word} ~']
@@ -123,6 +126,7 @@ def swapped(
         return _cased(row[(i + shift)%len(row)].removesuffix(' ~'), m[1])
     return _finder(table).sub(other, text)
 
+# %% ../../nbs/731_eval.swaps.ipynb #3fe1073f
 def swapped_versions(
     text:str, # Any text
     table:SwapTable, # Words
@@ -164,6 +168,7 @@ def by_group(
     p = np.take_along_axis(p, shift, 1)
     return p - p.mean(1, keepdims=True)
 
+# %% ../../nbs/731_eval.swaps.ipynb #14fc181c
 def swap_effects(
     scores:SwapScores, # Answers
     c:int = -1, # Class
@@ -196,6 +201,7 @@ def feeling_texts()->list: # 72 sentences
     feelings = 'happy', 'proud', 'angry', 'afraid', 'relieved', 'disappointed'
     return [f'{p} feels {f}{end}' for p in people for f in feelings for end in ('.', ' about the news.')]
 
+# %% ../../nbs/731_eval.swaps.ipynb #04e66e5f
 def swaps_task(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer

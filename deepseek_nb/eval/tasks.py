@@ -36,6 +36,7 @@ def item_id(
     "The name of an item, which depends on its content alone"
     return hashlib.sha256('\0'.join(texts).encode()).hexdigest()[:12]
 
+# %% ../../nbs/721_eval.tasks.ipynb #f5a270fe
 def some_items(
     rows:list, # Items
     n:int = 0, # Number of items; 0: all
@@ -141,6 +142,7 @@ def read_hellaswag(
         return dict(question=_clean(context), choices=[_clean(e) for e in r['endings']], answer=int(r['label']))
     return [*map(row, read_lines(path))]
 
+# %% ../../nbs/721_eval.tasks.ipynb #23694115
 def endings_form(
     row:dict, # Row with `question` and `choices`
 )->tuple[str,list]: # Context and answers
@@ -171,6 +173,7 @@ def choice_rows(
     read,form = CHOICE_SETS.get(name, (lambda: choices(name), cloze))
     return [*read()], form
 
+# %% ../../nbs/721_eval.tasks.ipynb #a34371b2
 def choice_task(
     model:Model, # Language model
     tokenizer:Tokenizer, # The model's tokenizer

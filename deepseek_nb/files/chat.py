@@ -108,12 +108,14 @@ def _mark_end(row, field):
     if isinstance(row[field], str): return row | {k: f'{row[field]}{_END} ' for k in copies}
     return {**row, field: _mark_blocks(row[field])}
 
+# %% ../../nbs/220_files.chat.ipynb #27b3129e
 def _begun(template, row, options):
     "Which text of the last message is continued: its reasoning, if there is no content yet"
     thinks = isinstance(template, PromptStyle) and options.get('thinking') and not row.get('content')
     if thinks: row.setdefault('reasoning_content', '')
     return 'reasoning_content' if thinks else 'content'
 
+# %% ../../nbs/220_files.chat.ipynb #56e6207d
 def _mark_blocks(blocks):
     "Append the mark to the last content block with text"
     i = max((i for i, b in enumerate(blocks) if 'text' in b), default=None)

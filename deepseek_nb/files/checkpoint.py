@@ -118,6 +118,7 @@ def _shape(e):
     "Shape of a tensor; a byte of an FP4 weight holds two numbers"
     return (*e.shape[:-1], 2*e.shape[-1]) if e.dtype == torch.int8 and len(e.shape) == 2 else e.shape
 
+# %% ../../nbs/230_files.checkpoint.ipynb #f12d3fad
 def match_shapes(
     found:dict[str, Entry], # Key without `model.` -> tensor of the checkpoint
     wanted:dict[str, Tensor], # Key without `model.` -> view of a parameter of the model

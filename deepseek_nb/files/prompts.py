@@ -35,6 +35,7 @@ def call_arguments(
     except ValueError: found = None
     return found if isinstance(found, dict) else {'arguments': given}
 
+# %% ../../nbs/215_files.prompts.ipynb #ce9785e0
 def _as_json(
     x, # JSON data
 )->str:
@@ -171,6 +172,7 @@ def _in_call_order(
     results = iter(sorted((m for m in turn if m['role'] == 'tool'), key=lambda m: place.get(m.get('tool_call_id'), len(place))))
     return [next(results) if m['role'] == 'tool' else m for m in turn]
 
+# %% ../../nbs/215_files.prompts.ipynb #d827fafe
 def turns_of(
     messages:list, # Dicts with `role` and `content`, without system messages that stand elsewhere
 )->list: # Lists of messages
@@ -219,6 +221,7 @@ def _keeps(self:PromptStyle, messages, thinking, tools):
     if self.efforts: return 0
     return max((i for i,m in enumerate(messages) if m['role'] == 'user'), default=-1)
 
+# %% ../../nbs/215_files.prompts.ipynb #ce01f923
 @patch
 def _opening(self:PromptStyle,
     system:list, # Texts of the system messages

@@ -189,6 +189,7 @@ def __getstate__(self:Tokenizer):
     "What a pickle holds: `datasets` makes one before each `map`, and the table of tokens would take most of the time"
     return self.__dict__ | dict(_tokens=None)
 
+# %% ../../nbs/210_files.tokenizer.ipynb #984158f1
 @patch
 def __setstate__(self:Tokenizer, state):
     self.__dict__ |= state

@@ -14,9 +14,9 @@ import csv
 import gzip
 import json
 import math
+import re
 import subprocess
 import sys
-import re
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -99,6 +99,7 @@ def check_value(
         if depth >= limits.depth: raise ValueError(f'it is nested deeper than {limits.depth} levels')
         for o in (value if isinstance(value, list) else (*value, *value.values())): check_value(o, limits, depth + 1)
 
+# %% ../../nbs/248_files.untrusted.ipynb #48f29152
 def json_row(
     text:str, # JSON
     limits:RowLimits = ROW_LIMITS, # What it may cost
@@ -120,6 +121,7 @@ def _header(head, name, limits):
         if h in head[:i]: raise ValueError(f'{name}, line 1: column {h!r:.60} is there twice; rename one of them')
     return head
 
+# %% ../../nbs/248_files.untrusted.ipynb #53c91f08
 def _csv_rows(lines, name, limits):
     first = next(lines, '')
     table = csv.reader(chain([first], lines), delimiter=max(',;\t', key=first.count), strict=True)
@@ -131,6 +133,7 @@ def _csv_rows(lines, name, limits):
             yield table.line_num,dict(zip(head, row, strict=True))
     except csv.Error as e: raise ValueError(f'{name}, line {table.line_num} is no CSV: {e}; is a quote not closed?') from e
 
+# %% ../../nbs/248_files.untrusted.ipynb #4d472024
 def _json_rows(lines, name, limits):
     for n,line in enumerate(lines, 1):
         if not line.strip(): continue
@@ -205,11 +208,13 @@ def _opened(source):
         source.seek(0)
         yield source,None
 
+# %% ../../nbs/248_files.untrusted.ipynb #8d39c5e5
 def _format(name, format):
     format = format or ROW_FORMATS.get(name.lower().removesuffix('.gz').rpartition('.')[2])
     if format in ROW_FORMATS.values(): return format
     raise ValueError(f'{name[:80]}: files end in {", ".join("." + o for o in ROW_FORMATS)}, with or without .gz; or give the format')
 
+# %% ../../nbs/248_files.untrusted.ipynb #6588deea
 def _numbered(source, name, format, limits):
     with _opened(source) as (f, path):
         if format == 'json': yield from _list_rows(f, name, limits)
@@ -242,7 +247,8 @@ def untrusted_rows(
         if not n: raise ValueError(f'{name} holds no rows')
 
 # %% ../../nbs/248_files.untrusted.ipynb #912265e6
-_FORMULA,_INNER = {*'=+-@＝＋－＠', '\t', '\r'},re.compile(r'([;\t\r\n] *)(?=[=+\-@＝＋－＠])') # the wide forms count too
+_FORMULA = {*'=+-@＝＋－＠', '\t', '\r'} # the wide forms count too
+_INNER = re.compile(r'([;\t\r\n] *)(?=[=+\-@＝＋－＠])') # where a spreadsheet may begin a cell
 
 def safe_cell(
     value, # Any value
@@ -254,6 +260,7 @@ def safe_cell(
     text = _INNER.sub(r"\1'", text)
     return "'" + text if text.lstrip(' \n')[:1] in _FORMULA else text
 
+# %% ../../nbs/248_files.untrusted.ipynb #6a024f7e
 class _Echo:
     def write(self, text): return text
 

@@ -42,6 +42,7 @@ class SharedAdapter:
     digest:str # SHA-256 of the name and of all numbers, hexadecimal
     nbytes:int # Bytes of the adapter's own tensors
 
+# %% ../../nbs/445_infer.adapters.ipynb #b5a6f2d4
 def adapter_weights(
     layers:nn.ModuleList, # Blocks with an adapter
 )->dict[str,Tensor]: # Tensors of the adapter by name

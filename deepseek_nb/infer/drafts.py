@@ -86,6 +86,7 @@ class LookupDrafter(Drafter):
         while len(copy) < n: copy.append(copy[-period])
         return Draft(copy)
 
+# %% ../../nbs/447_infer.drafts.ipynb #7f0142d5
 def _agree(ids, end, most=16):
     "How many tokens before `end` are also the last ones of the text"
     n,most = 0,min(end, most)
@@ -106,6 +107,7 @@ def pick(
     probs = x.softmax(-1)
     return torch.multinomial(probs, 1, generator=gen).item(),probs[0]
 
+# %% ../../nbs/447_infer.drafts.ipynb #3ee0c685
 def common(
     a:list, # Tokens
     b:list, # Tokens
@@ -117,6 +119,7 @@ def common(
     while start < most and a[start] == b[start]: start += 1
     return start
 
+# %% ../../nbs/447_infer.drafts.ipynb #2ab5d490
 def _longest(cache): return getattr(cache, 'rewinds', 2**30) + 1 # longest draft that can be taken back; its last token is in no cache
 
 # %% ../../nbs/447_infer.drafts.ipynb #dac8dc9c
@@ -184,6 +187,7 @@ def _run_block(model, cache, x, tokens):
     y = block.last(out[:, -1:])
     return (out[0, -1:] if model.config.hc_mult else y[0]),y[0,-1]
 
+# %% ../../nbs/447_infer.drafts.ipynb #dba4a2a8
 def _block_cache(model):
     "A cache for the block alone"
     cache,c = model.new_cache(1),model.config
@@ -260,6 +264,7 @@ def check_drafter(
     if last >= n: raise ValueError(f'the drafter sees layer {last}, and the model has {n} layers')
     return drafter
 
+# %% ../../nbs/447_infer.drafts.ipynb #991fc7bd
 class DSparkDrafter(Drafter):
     "A block drafter writes the draft in one pass"
     def __init__(self,

@@ -111,6 +111,7 @@ def attention_pattern(
     if isinstance(block.self_attn, DSA): seen = seen & _selection(block, r.stream[layer], angles)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 
+# %% ../../nbs/430_infer.inside.ipynb #ea9d1560
 def _selection(block, x, angles):
     "True where sparse attention selects a key"
     attn,x = block.self_attn,block.input_layernorm(x)

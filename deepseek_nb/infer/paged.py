@@ -38,6 +38,7 @@ def _huge_zeros(like, *shape):
     huge_pages(x)
     return x.zero_()
 
+# %% ../../nbs/440_infer.paged.ipynb #16e39050
 class PagePool:
     "A fixed amount of memory for paged caches"
     def __init__(self,

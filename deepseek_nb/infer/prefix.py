@@ -240,6 +240,7 @@ def insert(self:PrefixCache,
     if tail and isinstance(cache, PagedCache) and len(ids) > len(pages)*self.tree.page: self._insert_tail(ids, cache, user)
     return len(pages)*self.tree.page
 
+# %% ../../nbs/444_infer.prefix.ipynb #28a96053
 @patch
 def _insert_tail(self:PrefixCache, ids, cache, user):
     page = cache.tables[0][len(ids)//self.tree.page]

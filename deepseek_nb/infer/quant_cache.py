@@ -153,7 +153,9 @@ class QuantizedEntries(EntryList):
         codes,scales,rotary = self.stored
         return torch.cat([self.cache.form.decode(codes, scales).to(rotary.dtype), rotary], -1)
     @entries.setter
-    def entries(self, new): self.stored = self.encode(new)
+    def entries(self,
+        new:Tensor, # `b i v`
+    ): self.stored = self.encode(new)
 
     def encode(self,
         entries:Tensor, # `b i v`
@@ -193,6 +195,7 @@ class QuantizedWindowSlot(WindowSlot):
     def tensors(self)->list:
         return [self.keys.data, *(t for o in self.lists for t in (o.rows.data, *getattr(o, 'stored', (o.entries,))))]
 
+# %% ../../nbs/446_infer.quant_cache.ipynb #40951ebd
 class QuantizedWindowCache(RewindableCache):
     "The cache of a V4 model with entries in 8-bit codes"
     def __init__(self,

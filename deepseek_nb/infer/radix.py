@@ -125,6 +125,7 @@ def _after(self:RadixTree, ids, user):
     known = sum(len(node.pages) for node in path)
     return path[-1] if path else self.roots.get(user), tuple(ids[known*self.page:])
 
+# %% ../../nbs/443_infer.radix.ipynb #58539b2d
 @patch
 def tail(self:RadixTree,
     ids:list, # Token ids
@@ -138,6 +139,7 @@ def tail(self:RadixTree,
     best.used = self.clock
     return best.pages[0], n
 
+# %% ../../nbs/443_infer.radix.ipynb #650bd57e
 @patch
 def keep_tail(self:RadixTree,
     ids:list, # Token ids; the pages before the last one are known

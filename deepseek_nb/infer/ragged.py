@@ -104,6 +104,7 @@ def reserve_rows(
     if isinstance(caches[0], PagedCache): _free_pages(caches[0].pool, caches, counts)
     for cache,n in zip(caches, counts, strict=True): cache.reserve(n)
 
+# %% ../../nbs/448_infer.ragged.ipynb #6c0800a0
 def _free_pages(pool, caches, counts):
     "Evict pages until a step has enough"
     while (need := pages_needed(caches, counts)) > (free := len(pool.free)):
@@ -126,6 +127,7 @@ def check_rows(
     check_tokens(tokens[:, None], model.config)
     _check_caches(caches, model)
 
+# %% ../../nbs/448_infer.ragged.ipynb #f73a4fa5
 def _check_caches(caches, model):
     kind,pool = RewindableCache if model.config.window else PagedCache,getattr(caches[0], 'pool', None)
     for i,cache in enumerate(caches):
@@ -181,6 +183,7 @@ def ragged(self:Model,
     rows = zip(caches, own or [None]*len(caches), tokens.split([*counts]), strict=True)
     return torch.cat([self._ragged_step(t[None], [cache], [1], [blocks]) for cache,blocks,row in rows for t in row])
 
+# %% ../../nbs/448_infer.ragged.ipynb #991d8531
 @patch
 def _ragged_step(self:Model, tokens, caches, counts, own):
     "All blocks and the last norm; the caches have room"

@@ -54,6 +54,7 @@ def verify_fixed(
     n = min(new.shape[1], drafted.shape[1])
     return Verified(new, (new[:, :n] == drafted[:, :n]).long().cumprod(1).sum(1))
 
+# %% ../../nbs/449_infer.speculate.ipynb #ad14879d
 def _one_by_one(logits, drafted, seen, how, gen):
     "Tokens of rows while they agree with their drafts, with the random numbers of plain decoding `b m`"
     new,live = [],torch.ones(len(logits), dtype=torch.bool, device=logits.device)
@@ -87,6 +88,7 @@ def verify_drawn(
         kept = kept + live.to(kept)
     return Verified(torch.stack(new, 1), kept)
 
+# %% ../../nbs/449_infer.speculate.ipynb #0bbb4529
 def _drawn(weights, gen): return torch.multinomial(weights, 1, generator=gen)[:, 0]
 
 def _rest(p, q):
@@ -102,6 +104,7 @@ def expected_tokens(
     "Mean number of tokens that a step yields"
     return sum(alpha**i for i in range(n + 1))
 
+# %% ../../nbs/449_infer.speculate.ipynb #02b695c2
 def experts_read(
     e:int, # Number of routed experts
     k:int, # Number of activated experts per token
@@ -147,6 +150,7 @@ def kept(self:DraftLength,
     kept,drafted = self.seen.get(kind, (0., 0.))
     return (kept + 3*self.guess.get(kind, .5))/(drafted + 3)
 
+# %% ../../nbs/449_infer.speculate.ipynb #cfdad25e
 @patch
 def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0.1 if nothing was measured yet
     "Estimated time `a + b m` of a step with m tokens, in seconds"
@@ -157,6 +161,7 @@ def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0.1 if nothing 
     b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
     return (t - b*m1)/n, b
 
+# %% ../../nbs/449_infer.speculate.ipynb #c414c611
 @patch
 def cost(self:DraftLength,
     m:int, # Number of tokens of a step
@@ -182,6 +187,7 @@ def length(self:DraftLength,
     self.tried[kind] = self.steps
     return max(best, 1)
 
+# %% ../../nbs/449_infer.speculate.ipynb #969c8f58
 @patch
 def _even(self:DraftLength):
     "Whether all steps had about the same number of tokens: a deviation of one or less"
@@ -199,6 +205,7 @@ def _verify(logits, draft, ids, how, gen):
     probs = torch.stack(draft.probs)[None] if draft.probs else logits.new_zeros(1, 0, logits.shape[-1])
     return verify_drawn(logits[None], drafted, probs, seen, how, gen).row(0)
 
+# %% ../../nbs/449_infer.speculate.ipynb #3135d47b
 class _Row:
     "A sequence that is being generated"
     def __init__(self, ids, cache, drafter, left):
@@ -254,6 +261,7 @@ def _caches(model, lengths, page, longest):
     pool = PagePool(c, sum(-(-n//page) + 1 for n in lengths), page, model.dtype, model.device)
     return [PagedCache(pool) for _ in lengths]
 
+# %% ../../nbs/449_infer.speculate.ipynb #302e4e89
 def _run(model, tokens, caches, taps=()):
     "Activations of all new tokens `n d`, and what a drafter continues from; V4's rows run one after another"
     device = model.device

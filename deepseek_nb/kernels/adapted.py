@@ -89,6 +89,7 @@ def _run(x, blocks, batch, own, floats, codes):
     def step(*args): call(*weights, found.sizes, found.numbers, *args, table, next(parts))
     return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, step)
 
+# %% ../../nbs/547_kernels.adapted.ipynb #42d84012
 @run_adapted_rows.twin('cpp', available=adapted_kernels.ready, supports=lambda x, blocks, batch, own:
                        pages_fit(x, batch.caches[0]) and _weights_fit(x, blocks))
 def run_adapted_pages(

@@ -92,6 +92,7 @@ def with_definitions(
         names += [n for n in files if n not in names]
     return files
 
+# %% ../../nbs/505_kernels.build.ipynb #46e91e7c
 def library_path(
     name:str, # Name of a file in `csrc/`
 )->tuple[Path,dict]: # Path of the library, which may not exist yet, and its source files: name -> text
@@ -111,6 +112,7 @@ def build_kernel(
     note_compiled('cpp', files)
     return out
 
+# %% ../../nbs/505_kernels.build.ipynb #3c2d83ec
 def _make_once(out, make):
     "Make a file of the cache, unless it exists or another process makes it meanwhile"
     if out.exists(): return out
@@ -129,6 +131,7 @@ def _link_names(folder, compiler):
     os.symlink('libtorch_cpu.so', f'{folder}/libtorch.so')
     return [f'-L{folder}', '-Wl,--no-as-needed']
 
+# %% ../../nbs/505_kernels.build.ipynb #f831a947
 def _run_compiler(name, words, out):
     "Run the compiler, and rename its result when it is complete"
     part = out.with_name(f'{os.getpid()}-{out.name}')
@@ -200,6 +203,7 @@ class _Notice:
         if self.tty: self.thread.join()
         print(f'\r✓ {self.said()}' if self.tty else f'({perf_counter() - self.begin:.0f} s)', file=self.stream, flush=True)
 
+# %% ../../nbs/505_kernels.build.ipynb #26bf645e
 @contextmanager
 def compiling_notice(
     stream=None, # Stream to write to; None: standard error

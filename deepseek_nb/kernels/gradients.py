@@ -90,6 +90,7 @@ def heads_of(
     "Split tokens into heads"
     return rearrange(y, '(b s) (h x) -> b h s x', b=b, x=x)
 
+# %% ../../nbs/546_kernels.gradients.ipynb #a670e187
 @op
 def attend_tokens(
     q:Tensor, # Queries `(b s) (h x)`
@@ -150,6 +151,7 @@ def _attend_tokens_flash(q, k, v, b, x, scale, mask=None):
     o,_ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*each, 0., scale=scale, **how)
     return rearrange(o, 'b h s x -> (b s) (h x)')
 
+# %% ../../nbs/546_kernels.gradients.ipynb #bc95b416
 @attend_tokens_back.twin('torch', 'cpu', supports=lambda do, q, k, v, b, x, scale, mask=None: q.dtype.itemsize >= 4)
 def _attend_tokens_back_flash(do, q, k, v, b, x, scale, mask=None):
     each,how = flash_heads(q, k, v, b, x, mask)
@@ -178,12 +180,14 @@ def _swiglu_cpp(gate, up):
     gradient_kernels.swiglu(gate, up, h := pool.take(gate))
     return h
 
+# %% ../../nbs/546_kernels.gradients.ipynb #77ced7b8
 @swiglu_back.twin('cpp', available=gradient_kernels.ready, supports=lambda dh, gate, up: contiguous_floats(dh, gate, up))
 def _swiglu_back_cpp(dh, gate, up):
     for name,t in dict(gate=gate, up=up).items(): check_tensor(name, t, tuple(dh.shape))
     gradient_kernels.swiglu_back(dh, gate, up, dh, dup := pool.take(dh))
     return dh, dup
 
+# %% ../../nbs/546_kernels.gradients.ipynb #e5861317
 @norm_back.twin('cpp', available=gradient_kernels.ready, supports=lambda dy, x, weight, eps, rest: contiguous_floats(dy, x, weight, rest))
 def _norm_back_cpp(dy, x, weight, eps, rest):
     for name,t in dict(dy=dy, x=x, rest=rest).items(): check_tensor(name, t, (len(x), len(weight)))

@@ -31,6 +31,7 @@ def _checked(q, k, w):
     check_tensor('w', w, (b, s, j))
     return q.float().contiguous(), *(x if x.stride(-1) == 1 else x.contiguous() for x in k), w.float().contiguous()
 
+# %% ../../nbs/527_kernels.index_codes.ipynb #3ba104ff
 @index_scores.twin('cpp', label='codes', available=coded_kernels.ready, supports=_fits)
 def coded_scores_cpp(
     q:Tensor, # Rotated queries of the indexer `b s j u`

@@ -35,6 +35,7 @@ class RowPages(NamedTuple):
     pages:Tensor # `pages g p x`
     part:BatchPart # Rows, with their tables of pages
 
+# %% ../../nbs/543_kernels.layers.ipynb #ce2480d0
 class PartSlot:
     "One layer's pages, for some tokens of a ragged batch"
     def __init__(self,

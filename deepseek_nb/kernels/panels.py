@@ -83,6 +83,7 @@ def split(self:Panels,
         part = x[..., at:(at := at + 16*self.widths[p.name]*p.dtype.itemsize)].contiguous().view(p.dtype)
         yield p.name, part.unflatten(-1, (-1, 16, p.width))
 
+# %% ../../nbs/535_kernels.panels.ipynb #dd2d9297
 @patch
 def _finish(self:Panels, name, t):
     if name == 'codes': return t[..., :self.i if self.bits == 8 else 16*self.blocks]

@@ -41,6 +41,7 @@ class BatchPart(NamedTuple):
     past:Tensor # Cached positions of each row before these tokens
     table:Tensor # Pages of each row
 
+# %% ../../nbs/534_kernels.ragged.ipynb #3571b5ee
 def parts_of(
     batch:RaggedBatch, # Rows of a step
     most:int = CALL_TOKENS, # Largest number of tokens of a part
@@ -66,6 +67,7 @@ def pages_fit(
     "Whether the kernels can read and write the pages"
     return type(cache) is PagedCache and type(cache.pool) is PagePool and cache.dtype == x.dtype and x.dtype in FLOATS
 
+# %% ../../nbs/534_kernels.ragged.ipynb #761b5393
 def run_parts(
     x:Tensor, # Embedded tokens of all rows `n d`
     parts, # Each a `BatchPart`; they cover the tokens
@@ -89,6 +91,7 @@ def _floats(blocks, x):
         ragged_kernels.ragged_step(x, found.weights, found.sizes, found.numbers, cos, sin, pages, *rest)
     return call
 
+# %% ../../nbs/534_kernels.ragged.ipynb #3c4a46de
 @run_rows.twin('cpp', available=ragged_kernels.ready, supports=lambda x, blocks, batch:
                pages_fit(x, batch.caches[0]) and not has_codes(blocks) and has_floats(blocks_of(blocks, x[None, :1])))
 def run_rows_cpp(
@@ -107,6 +110,7 @@ def paged_fits(
     "Whether the kernels can attend with a paged cache"
     return ctx.mask is None and ctx.mla != 'naive' and pages_fit(x, ctx.cache) and ctx.cache.pad is None and ctx.cache.table is not None
 
+# %% ../../nbs/534_kernels.ragged.ipynb #537f54bd
 def run_paged(
     x:Tensor, # Embedded tokens `b s d`
     ctx:Context, # Angles of the positions, and the cache, with pages for the new tokens
@@ -118,6 +122,7 @@ def run_paged(
     angles = tuple(a.expand(b, -1, -1, -1).reshape(1, 1, b*s, -1) for a in ctx.angles)
     return run_parts(x.flatten(0, 1), [part], angles, cache.pool, call).view_as(x)
 
+# %% ../../nbs/534_kernels.ragged.ipynb #e1baca59
 @run_blocks.twin('cpp', label='paged', available=ragged_kernels.ready, supports=lambda x, blocks, ctx:
                  paged_fits(x, ctx) and not has_codes(blocks) and has_floats(blocks_of(blocks, x)))
 def run_blocks_paged(

@@ -56,6 +56,7 @@ def code_pages_fit(
     fits = type(cache) is PagedCache and type(cache.pool) is QuantizedPool and cache.pool.form.name == 'int8'
     return fits and cache.dtype == x.dtype and x.dtype in FLOATS
 
+# %% ../../nbs/544_kernels.ragged_cache.ipynb #eff78787
 def _weights_fit(x, blocks):
     found = blocks_of(blocks, x)
     return has_floats(found) or codes_of(found) is not None

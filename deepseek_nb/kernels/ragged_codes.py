@@ -32,6 +32,7 @@ def _codes(blocks, x):
         ragged_codes_kernels.ragged_codes(x, table, single, found.sizes, found.numbers, cos, sin, pages, *rest)
     return call
 
+# %% ../../nbs/542_kernels.ragged_codes.ipynb #a91f528b
 @run_rows.twin('cpp', label='codes', available=ragged_codes_kernels.ready, supports=lambda x, blocks, batch:
                pages_fit(x, batch.caches[0]) and codes_of(blocks_of(blocks, x[None, :1])) is not None)
 def run_rows_codes(

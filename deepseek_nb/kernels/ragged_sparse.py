@@ -31,6 +31,7 @@ def _sparse(blocks, x):
     weights = found.weights,found.index,found.topk,found.sizes,found.numbers
     return lambda x, *rest: ragged_sparse_kernels.ragged_sparse(x, *weights, *rest)
 
+# %% ../../nbs/539_kernels.ragged_sparse.ipynb #2660a76c
 @run_rows.twin('cpp', label='sparse', available=ragged_sparse_kernels.ready, supports=lambda x, blocks, batch:
                pages_fit(x, batch.caches[0]) and has_floats(sparse_blocks_of(blocks, x[None, :1])))
 def run_rows_sparse(
@@ -41,6 +42,7 @@ def run_rows_sparse(
     "Run all blocks on all rows, in one call per part"
     return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, _sparse(blocks, x[None, :1]))
 
+# %% ../../nbs/539_kernels.ragged_sparse.ipynb #3079da91
 @run_blocks.twin('cpp', label='paged_sparse', available=ragged_sparse_kernels.ready, supports=lambda x, blocks, ctx:
                  paged_fits(x, ctx) and has_floats(sparse_blocks_of(blocks, x)))
 def run_blocks_paged_sparse(

@@ -24,6 +24,7 @@ indexer_kernels = Kernels('indexer.cpp', index_scores=lambda q, k, w, y: None, t
 
 def _rows(x): return x if x.stride(-1) == 1 else x.contiguous()
 
+# %% ../../nbs/526_kernels.sparse.ipynb #f4f619d8
 @index_scores.twin('cpp', available=indexer_kernels.ready, supports=lambda q, k, w: {q.dtype, k.dtype, w.dtype} <= {*FLOATS}
                    and q.numel() > 0 and k.numel() > 0 and without_grad(q, k, w))
 def index_scores_cpp(

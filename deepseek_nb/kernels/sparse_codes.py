@@ -36,6 +36,7 @@ def _index_codes(half):
         if field not in ('q', 'k'): yield w if isinstance(w, Tensor) and w.is_contiguous() else None
         else: yield pack_panels(w) if isinstance(w, QuantizedWeight) and whole_panels(w, ()) else None
 
+# %% ../../nbs/549_kernels.sparse_codes.ipynb #a80b7206
 def sparse_codes_of(
     found:Half|SparseBlocks|None, # Result of `half_of` with `sparse_half`, or of `sparse_blocks_of`
 )->tuple|None: # The table, and whether vectors are float32; None if the kernels can't use the weights
@@ -61,6 +62,7 @@ def run_sparse_codes(
     sparse_codes_kernels.sparse_blocks_codes(y, *weights, *ctx.angles, tensors, cache.length, cache.pad, torch.empty_like(y))
     return y.to(x.dtype)
 
+# %% ../../nbs/549_kernels.sparse_codes.ipynb #89e40988
 @add_attention.twin('cpp', label='sparse_codes', available=sparse_codes_kernels.ready, supports=lambda x, block, ctx:
                     type(ctx.cache) in (Slot, CodedSlot) and cache_fits(x, ctx, ctx.cache.cache, CACHES) and
                     sparse_codes_of(half_of(block, sparse_half, x)) is not None)

@@ -55,6 +55,7 @@ class SparseBlocks(Blocks):
         super().__init__(blocks, sparse_half)
         if self.plain: self.index,self.topk = [w for h in self.halves[::2] for w in h.index],self.halves[0].topk
 
+# %% ../../nbs/533_kernels.sparse_step.ipynb #c6c00608
 kept_sparse = WeakKeyDictionary()  # `ModuleList` of a model's blocks -> `SparseBlocks`
 
 def sparse_blocks_of(

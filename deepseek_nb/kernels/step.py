@@ -103,6 +103,7 @@ def _feed_places(m, alone):
     if not m.gate.c.score_bias: places['bias'] = None
     return {n: name and name.removeprefix('mlp.') for n,name in (places | {'norm': None}).items()} if alone else places
 
+# %% ../../nbs/532_kernels.step.ipynb #a33d7bc5
 def feed_forward_half(
     block:Block|MoE, # Module that contains the weights; a mixture has no norm
 )->Half: # Weights, with the attributes `sizes` and `numbers`
@@ -126,6 +127,7 @@ def _ready(found, x):
     "`found` if the kernels can use it: no hooks, and weights in the dtype of `x`; otherwise None"
     return found if found.plain and found.weights[0].dtype == x.dtype and not any(found.hooks) else None
 
+# %% ../../nbs/532_kernels.step.ipynb #8a8ce6bb
 def half_of(
     block:Block|MoE, # Module that contains the weights
     make, # Function that collects them, such as `attention_half` or `feed_forward_half`
@@ -157,6 +159,7 @@ class Blocks:
 
     holds = Half.holds
 
+# %% ../../nbs/532_kernels.step.ipynb #6d964c41
 collected = WeakKeyDictionary()  # `ModuleList` of a model's blocks -> `Blocks`
 
 def blocks_of(
@@ -166,6 +169,7 @@ def blocks_of(
     "The weights of all blocks, if the kernels can use them"
     return _blocks_of(blocks, x, collected, Blocks, (MLA, GQA))
 
+# %% ../../nbs/532_kernels.step.ipynb #9f1e5f82
 def _blocks_of(blocks, x, kept, make, kinds):
     "The blocks that `kept` holds, or that `make` collects"
     if not _fits(x, LIMIT) or not isinstance(blocks, nn.ModuleList) or type(getattr(blocks[0], 'self_attn', None)) not in kinds: return None
@@ -218,6 +222,7 @@ def _feed(half, x):
     step_kernels.ffn_step(rows, half.weights, half.sizes, half.numbers, y)
     return y.to(x.dtype)
 
+# %% ../../nbs/532_kernels.step.ipynb #a894098f
 @add_feed_forward.twin('cpp', available=step_kernels.ready, supports=lambda x, block:
                        has_floats(half_of(block, feed_forward_half, x, MANY)))
 def add_feed_forward_cpp(
@@ -227,6 +232,7 @@ def add_feed_forward_cpp(
     "Norm, feed-forward and residual in one call"
     return _feed(_halves[feed_forward_half][block], x)
 
+# %% ../../nbs/532_kernels.step.ipynb #cca0316c
 @mixture.twin('cpp', available=step_kernels.ready, supports=lambda moe, x: has_floats(half_of(moe, feed_forward_half, x, 4*LIMIT)))
 def mixture_cpp(
     moe:MoE, # Module that contains the weights
@@ -251,6 +257,7 @@ def run_blocks_cpp(
     step_kernels.blocks_step(y, *weights, *ctx.angles, tensors, cache.length, cache.pad, other)
     return y.to(x.dtype)
 
+# %% ../../nbs/532_kernels.step.ipynb #27879553
 @head.twin('cpp', available=step_kernels.ready, supports=lambda x, w:
            x.dtype in FLOATS and x.dtype == w.dtype and 0 < x.shape[0]*x.shape[1] <= LIMIT and without_grad(x, w))
 def head_cpp(

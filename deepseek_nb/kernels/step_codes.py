@@ -83,6 +83,7 @@ def codes_of(
     if not hasattr(found, 'codes') or found.codes and not found.codes.holds(): found.codes = _collect(found, pack or _pack)
     return found.codes and found.codes.args
 
+# %% ../../nbs/540_kernels.step_codes.ipynb #5fbb64b4
 def _collect(found, pack):
     weights = [packed for h in getattr(found, 'halves', [found]) for packed in pack(h)]
     if any(w is None for w in weights): return None
@@ -91,6 +92,7 @@ def _collect(found, pack):
             for l,v in zip(found.links, (w._buffers, 'panels', w.panels), strict=True): l.append(v)
     return Table(weights)
 
+# %% ../../nbs/540_kernels.step_codes.ipynb #98ee70f2
 def _pack(half):
     "Packed weights; None for a weight that the kernels can't use"
     for field,w in zip(half.fields, half.weights, strict=True):
@@ -100,6 +102,7 @@ def _pack(half):
             yield pack_panels(w)
         else: yield None
 
+# %% ../../nbs/540_kernels.step_codes.ipynb #37b9c822
 def _expansion(half): return half.sizes.nope, half.sizes.value
 
 # %% ../../nbs/540_kernels.step_codes.ipynb #9fb11c06
@@ -140,6 +143,7 @@ def _feed(half, x):
     step_codes_kernels.ffn_codes(rows, *codes_of(half), half.sizes, half.numbers, y)
     return y.to(x.dtype)
 
+# %% ../../nbs/540_kernels.step_codes.ipynb #99b7a96b
 @add_feed_forward.twin('cpp', label='codes', available=step_codes_kernels.ready, supports=lambda x, block:
                        codes_of(half_of(block, feed_forward_half, x)) is not None)
 def add_feed_forward_codes(
@@ -149,6 +153,7 @@ def add_feed_forward_codes(
     "Norm, feed-forward and residual, on codes"
     return _feed(half_of(block, feed_forward_half, x), x)
 
+# %% ../../nbs/540_kernels.step_codes.ipynb #afa86e9e
 @mixture.twin('cpp', label='codes', available=step_codes_kernels.ready, supports=lambda moe, x:
               codes_of(half_of(moe, feed_forward_half, x, 4*LIMIT)) is not None)
 def mixture_codes(

@@ -107,6 +107,7 @@ def _(x, weights, experts, gate_up, down):
 def _(dy, x, weights, experts, gate_up, down, a, stacks):
     return x.new_empty(x.shape), weights.new_empty(weights.shape), *(t.new_empty(t.shape if stacks else 0) for t in (gate_up, down))
 
+# %% ../../nbs/545_kernels.train.ipynb #cbbc2826
 def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
@@ -216,6 +217,7 @@ def _keep_attention(ctx, inputs, output):
     ctx.scale = inputs[3]
     ctx.save_for_backward(*inputs[:3], *output)
 
+# %% ../../nbs/545_kernels.train.ipynb #1f767280
 def _back_attention(ctx, do, _):
     if do is None: return (None,)*4
     return *causal_backward(do, *ctx.saved_tensors, ctx.scale), None
@@ -232,6 +234,7 @@ def is_prompt(
     "Whether this is causal attention of a whole prompt on a CPU"
     return causal and mask is None and q.shape[2]==k.shape[2] and q.device.type=='cpu' and q.dtype.itemsize>=4
 
+# %% ../../nbs/545_kernels.train.ipynb #a6cbd013
 @attend.twin('torch', label='gradient', supports=lambda q, k, v, scale, mask=None, causal=False:
              needs_grad(q, k, v) and is_prompt(q, k, mask, causal))
 def attend_trained(

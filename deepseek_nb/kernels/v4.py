@@ -75,6 +75,7 @@ def _dtype(half):
         if n != 'table' and isinstance(w, Tensor) and w.numel(): kinds[n in _SINGLE].add(w.dtype)
     return kinds[False].pop() if len(kinds[False]) == 1 and kinds[True] == {torch.float32} else None
 
+# %% ../../nbs/541_kernels.v4.ipynb #850747fc
 class V4Blocks:
     "The weights of all blocks of a V4 model, as arguments of one call"
     def __init__(self,
@@ -125,6 +126,7 @@ def _angles(found, end, device):
     c,n = found.c,max(256, 1 << (end - 1).bit_length())
     return [t for rope in (c.rope, c.compress_rope or c.rope) for t in first_angles(rope, c.rotary_dim, n, device)]
 
+# %% ../../nbs/541_kernels.v4.ipynb #1a98992e
 def v4_args(
     found:V4Blocks, # Weights of all blocks
     ctx:Context, # Cache and token ids
@@ -135,6 +137,7 @@ def v4_args(
     angles = _angles(found, cache.length + ctx.tokens.shape[1], ctx.tokens.device)
     return found.ratios[layers], found.sizes, found.numbers, angles, ctx.tokens.contiguous(), tensors, cache.length, cache.pad
 
+# %% ../../nbs/541_kernels.v4.ipynb #439b1669
 def v4_calls(
     found:V4Blocks, # Weights of all blocks
     ctx:Context, # Cache, token ids and taps
@@ -151,6 +154,7 @@ def v4_calls(
         if ctx.taps is not None: ctx.taps.note(end - 1, y.to(dtype))
     return y.to(dtype)
 
+# %% ../../nbs/541_kernels.v4.ipynb #c9788a00
 @run_blocks.twin('cpp', label='v4', available=v4_kernels.ready, supports=lambda x, blocks, ctx:
                  v4_fits(x, ctx) and has_floats(v4_blocks_of(blocks, x)))
 def run_blocks_v4(
@@ -174,6 +178,7 @@ def _reads(x, collapse, norm):
     return small and not hooks and x.dtype in FLOATS and norm.weight.dtype == x.dtype and all(
         w.dtype == torch.float32 and w.is_contiguous() for w in own)
 
+# %% ../../nbs/541_kernels.v4.ipynb #13b06d3d
 @read_streams.twin('cpp', available=v4_head_kernels.ready, supports=_reads)
 def read_streams_cpp(
     x:Tensor, # Residual streams after the last block `b s x d`

@@ -53,6 +53,7 @@ def _pool_places(kind, module):
     own = dict(kv='wkv.weight', gate='wgate.weight', ape='ape', norm='norm.weight')
     return {f'{kind}_{n}': f'self_attn.{module}.{o}' for n,o in own.items()}
 
+# %% ../../nbs/536_kernels.v4_stages.ipynb #185c2f26
 def _site_places(kind, module): return {f'{kind}_{n}': f'{module}.{n}' for n in ('fn', 'base', 'scale')}
 
 V4_PLACES = {

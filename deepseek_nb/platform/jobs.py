@@ -507,6 +507,7 @@ def _perform(store, task):
         raise
     finally: end()
 
+# %% ../../nbs/826_platform.jobs.ipynb #0cb8a252
 def run_child(
     task:dict, # `store` (folder), `url` (or None), `job`, `attempt`, `modules`
 )->None:

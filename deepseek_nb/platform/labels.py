@@ -298,8 +298,9 @@ def _tally(store, c, task):
     had = c.scalar(select(count).select_from(annotations).where(mine, annotations.c.id <= last)) if last else 0
     if had != sum(n + skips for n,skips,*_ in people.values()): last,people = 0,{} # an answer was changed or taken back
     seconds,people = annotations.c.seconds,{k: [*v] for k,v in people.items()}
-    group = select(annotations.c.source, _is_skip().label('skip'), count, func.sum(seconds), func.count(seconds), func.max(annotations.c.id))
-    for name,skip,n,spent,timed,top in c.execute(group.where(mine, annotations.c.id > last).group_by(annotations.c.source, 'skip')).all():
+    sums = count,func.sum(seconds),func.count(seconds),func.max(annotations.c.id)
+    group = select(annotations.c.source, _is_skip().label('skip'), *sums).group_by(annotations.c.source, 'skip')
+    for name,skip,n,spent,timed,top in c.execute(group.where(mine, annotations.c.id > last)).all():
         new = (0, n, 0, 0) if skip else (n, 0, spent or 0, timed)
         people[name] = [x + y for x,y in zip(people.get(name, (0, 0, 0, 0)), new, strict=True)]
         last = max(last, top)

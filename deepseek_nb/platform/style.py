@@ -327,6 +327,7 @@ function rating(form, box, event) {
       const body = new URLSearchParams({csrf: form.elements.csrf.value, place: form.elements.place.value, value, event: event.rate});
       const response = await fetch("/chat/rate", {method: "POST", body});
       row.replaceChildren(event.figures + (response.ok ? " Thank you." : " The rating was not saved."));
+      form.elements.message.focus(); // the button is gone, and the focus would start again at the top of the page
     });
     row.append(button);
   }

@@ -131,6 +131,7 @@ def rows(self:QuantizedWeight,
     "Dequantise selected rows of a matrix"
     return self.format.decode(self.layout.rows(dict(self.named_buffers()), ids), (*ids.shape, self.shape[-1])).to(self.dtype)
 
+# %% ../../nbs/300_quant.ipynb #35cc10d4
 @patch
 def __getitem__(self:QuantizedWeight,
     e:int, # Index of the matrix in the stack
@@ -140,12 +141,11 @@ def __getitem__(self:QuantizedWeight,
     one.layout = self.layout
     return one
 
+# %% ../../nbs/300_quant.ipynb #0b30d916
 @patch
 def unbind(self:QuantizedWeight)->list[QuantizedWeight]: # Views of the stack's parts
     "All matrices of a stack"
     return [self[e] for e in range(len(self))]
-
-
 
 # %% ../../nbs/300_quant.ipynb #3c8dd5d0
 def quantize(
@@ -185,6 +185,7 @@ def __torch_function__(cls:QuantizedWeight, func, types, args=(), kwargs=None):
     args,kwargs = tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs or {}))
     return func(*args, **kwargs)
 
+# %% ../../nbs/300_quant.ipynb #8572dcec
 def replace_parameter(
     layer:nn.Module, # A layer, such as `nn.Linear`
     name:str, # Name of the parameter

@@ -137,6 +137,7 @@ def _linear_inputs(h, first):
     "A hook that adds the inputs of a `Linear` to a Hessian"
     return lambda m, args: h.add(args[0], token_weights(args[0], first))
 
+# %% ../../nbs/355_quant.gptq.ipynb #74ccf3e8
 def _expert_inputs(up, down, first):
     "A hook that adds the inputs of both matrices of each expert to Hessians"
     def hook(m, args):

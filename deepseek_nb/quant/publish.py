@@ -108,6 +108,7 @@ def _file(tensors, entries, form):
         else: tensors[k] = t.clone()
     return tensors
 
+# %% ../../nbs/379_quant.publish.ipynb #72bd754b
 def _rewrite(source, found, form, folder):
     "Write all files of a checkpoint into an empty folder"
     files,where,total = dict.fromkeys(e.path for e in found.values()),{},0
@@ -134,6 +135,7 @@ def _tensors(source):
     if not any(map(is_matrix, found)): raise ValueError(f'{source} has no matrix to quantise among {some(found)}')
     return found
 
+# %% ../../nbs/379_quant.publish.ipynb #9ccaa23b
 def publish(
     source:str|Path, # Folder of a checkpoint in floats, as `save_pretrained` writes it
     folder:str|Path, # Created if absent; a checkpoint in it is replaced

@@ -66,6 +66,7 @@ def table(self:QuantizationReport)->str: # Markdown
         lines.append([name, format, reason, len(rs), f'{nbytes:,}', f'{before:,}', _error_range(errors)])
     return markdown_table(['parameter', 'format', 'remark', 'count', 'bytes', 'before', 'error'], lines, text=3)
 
+# %% ../../nbs/385_quant.report.ipynb #3b5fbda9
 def _error_range(errors):
     "The smallest and the largest error, in per cent"
     low,high = (f'{100*e:.2f}' for e in (min(errors, default=0), max(errors, default=0)))
@@ -88,5 +89,6 @@ def quantization_report(self:Model)->QuantizationReport:
             rows.append(ReportRow(key, tuple(t.shape), str(t.dtype).removeprefix('torch.'), t.nbytes, t.nbytes, 0., remark))
     return QuantizationReport(tuple(rows))
 
+# %% ../../nbs/385_quant.report.ipynb #863577e9
 @patch
 def _repr_markdown_(self:QuantizedModel): return self.quantization_report()._repr_markdown_()

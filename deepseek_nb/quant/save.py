@@ -124,6 +124,7 @@ def parts_like(
     rows = (shape[-2],) if rows_together(format, shape[-1]) == 1 else (None,)
     return {n: (t.dtype, (*shape[:-2], *rows, *t.shape[len(shape)-1:])) for n,t in row.items()}
 
+# %% ../../nbs/378_quant.save.ipynb #46ae1c45
 def _fits(t, dtype, shape):
     "Whether a tensor has this dtype and shape, where None stands for any length"
     return t.dtype == dtype and len(t.shape) == len(shape) and all(b in (a, None) for a,b in zip(t.shape, shape, strict=True))
@@ -138,6 +139,7 @@ def _expected(source, shapes):
     parts = {f'{k}.{n}': l for k,f in source.formats.items() for n,l in parts_like(f, tuple(shapes[k])).items()}
     return parts | {k: (None, tuple(t.shape)) for k,t in source.weights.items() if k not in source.formats}
 
+# %% ../../nbs/378_quant.save.ipynb #2432aac4
 def _check_packed(source, found, shapes):
     "Compare the tensors of the files with config.json"
     likes = _expected(source, shapes)

@@ -34,6 +34,7 @@ def cache_space(
 class NoAdapter(ValueError):
     "An adapter that is not loaded"
 
+# %% ../../nbs/457_serve.adapters.ipynb #cd082bf7
 class Adapters:
     "The LoRA adapters of one model, by name"
     def __init__(self,
@@ -49,6 +50,7 @@ class Adapters:
         if (found := self.loaded.get(name)) is not None: return found
         raise NoAdapter(f'adapter {name!r:.60} is not loaded; {", ".join(self.loaded) or "no adapter"} is')
 
+# %% ../../nbs/457_serve.adapters.ipynb #e48691b6
 def check_adapter_name(
     name:str, # Name of an adapter, as clients give it
 )->str: # The same

@@ -46,6 +46,7 @@ TEXT_EXTRAS = dict(cache_control=CACHE, citations=([],))
 
 def _text(content, where): return text_parts(content, where, ('text',), TEXT_EXTRAS)
 
+# %% ../../nbs/478_serve.anthropic.ipynb #e3499ecb
 def user_turn(
     content, # A string, or a list of blocks
     where:str, # Name of the field, in messages
@@ -224,6 +225,7 @@ def _read_stops(fields):
         raise fields.wrong('stop_sequences', 'must be a list of at most 16 strings that are not empty')
     return tuple(stop)
 
+# %% ../../nbs/478_serve.anthropic.ipynb #6a30b6f4
 def read_anthropic(
     body:dict, # Parsed JSON, without `model`
     counting:bool = False, # Whether only tokens are counted, so that `max_tokens` isn't needed
@@ -277,6 +279,7 @@ def delta(self:BlockWriter,
     "A piece of the block"
     return dict(type='content_block_delta', index=self.index, delta=dict(type=kind, **new))
 
+# %% ../../nbs/478_serve.anthropic.ipynb #1fb96a51
 @patch
 def begin(self:BlockWriter,
     kind:str, # 'text', 'thinking' or 'tool_use'
@@ -288,6 +291,7 @@ def begin(self:BlockWriter,
     out.append(dict(type='content_block_start', index=self.index, content_block=dict(type=kind, **more, **NEW_BLOCKS[kind])))
     return out + ([dict(type='ping')] if self.index == 0 else [])
 
+# %% ../../nbs/478_serve.anthropic.ipynb #c6ed5cda
 @patch
 def end(self:BlockWriter)->list:
     "End the block, if there is one"
@@ -337,6 +341,7 @@ def usage(self:MessagesRun)->dict: # Anthropic's form
                 output_tokens=used.completion_tokens, output_tokens_details=dict(thinking_tokens=self.answer.reasoning),
                 service_tier='standard') | none
 
+# %% ../../nbs/478_serve.anthropic.ipynb #dd1443ed
 @patch
 def _stopped(self:MessagesRun):
     "Why the answer ended"
@@ -346,6 +351,7 @@ def _stopped(self:MessagesRun):
     if finish == 'stop' and isinstance(matched, str): found = dict(stop_reason='stop_sequence', stop_sequence=matched)
     return found | dict(stop_details=None, container=None)
 
+# %% ../../nbs/478_serve.anthropic.ipynb #ba1a937d
 @patch
 def _started(self:MessagesRun):
     "The first event"

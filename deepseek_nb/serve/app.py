@@ -48,6 +48,7 @@ def key_digest(
     "What the server keeps of a key"
     return hashlib.sha256(key.encode()).hexdigest()
 
+# %% ../../nbs/480_serve.app.ipynb #7caf3974
 def owner_of(
     header:str|None, # Value of `authorization`, or of `x-api-key`
     digests:dict, # Name of each key -> its digest; empty: no keys are needed
@@ -163,6 +164,7 @@ def _admit(self:Server,
         raise ApiError(429, f'{self.running[owner]} requests of this key are running; wait for one of them', kind='rate_limit_error')
     return owner
 
+# %% ../../nbs/480_serve.app.ipynb #3744673a
 @patch
 def _response(self:Server,
     error:Exception, # What went wrong
@@ -193,6 +195,7 @@ def _streamed(
             finally: leave()
     return Streamed(body, media_type=kind, headers={'cache-control': 'no-cache', 'x-accel-buffering': 'no'})
 
+# %% ../../nbs/480_serve.app.ipynb #7def86b9
 @patch
 def _leave(self:Server,
     owner:str, # Name of the key
@@ -280,6 +283,7 @@ def _card(self:Server,
                 root=adapter.folder.name if adapter else m.name, parent=m.base,
                 type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
 
+# %% ../../nbs/480_serve.app.ipynb #1e7ee749
 @patch
 async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
@@ -287,6 +291,7 @@ async def _list_models(self:Server, request): # `GET /v1/models`
     data = [*map(self._card, all_served(self.models))]
     return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
+# %% ../../nbs/480_serve.app.ipynb #544d0374
 @patch
 async def _get_model(self:Server, request): # `GET /v1/models/NAME`
     "One model"
@@ -304,6 +309,7 @@ async def _health(self:Server, request): # `GET /health` and `/ready`
     good = status == 'ok' or status == 'draining' and request.url.path == '/health'
     return JSONResponse(dict(status=status) | (dict(engines=dead) if status == 'dead' else {}), 200 if good else 503)
 
+# %% ../../nbs/480_serve.app.ipynb #5cdfa72a
 @patch
 async def _page(self:Server, request): # `GET /`
     "The chat page; it loads nothing from other hosts"
@@ -401,6 +407,7 @@ async def _respond(self:Server, request): # `POST …/responses`
         return ResponsesRun(served, read_responses(body, earlier), owner, earlier and partial(self.store.put, owner))
     return await self._handle(request, start, RESPONSES)
 
+# %% ../../nbs/480_serve.app.ipynb #a1307a23
 @patch
 async def _compact(self:Server, request): # `POST …/responses/compact`
     "A summary in place of a conversation"
@@ -427,6 +434,7 @@ async def _count(self:Server,
         return JSONResponse(await asyncio.get_running_loop().run_in_executor(self.readers, count, served, fields, owner))
     except Exception as error: return self._response(error, wire, request)
 
+# %% ../../nbs/480_serve.app.ipynb #8b6264b9
 @patch
 async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_tokens`
     "The number of tokens of a prompt of Messages"
@@ -464,6 +472,7 @@ def _check_admin(self:Server,
     header = request.headers.get('authorization') or request.headers.get('x-api-key')
     owner_of(header, {'admin': self.config.admin_key})
 
+# %% ../../nbs/480_serve.app.ipynb #de54f708
 @patch
 async def _change_adapters(self:Server, request): # `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`
     "Load or unload an adapter"
@@ -507,6 +516,7 @@ async def _no_route(self:Server, request, error): # Starlette's error: 404 or 40
     response.headers.update(error.headers or {})
     return response
 
+# %% ../../nbs/480_serve.app.ipynb #3695a938
 @patch
 def app(self:Server): # ASGI application
     "The application"
@@ -526,6 +536,7 @@ def address(self:Server)->tuple:
     "Host and port that the server listens on"
     return self.uvicorn.servers[0].sockets[0].getsockname()[:2]
 
+# %% ../../nbs/480_serve.app.ipynb #1fa8fba5
 _FLUSH = 5 # seconds that readers have for the ends of streams that were cut
 
 @patch
@@ -536,6 +547,7 @@ async def drain(self:Server)->None:
     close = asyncio.get_running_loop().run_in_executor
     await asyncio.gather(*[close(self.readers, partial(m.engine.close, drain=False)) for m in self.models.values()])
 
+# %% ../../nbs/480_serve.app.ipynb #0fc3ba55
 @patch
 def run(self:Server,
     ready:Callable|None = None, # Called when the server listens

@@ -8,7 +8,7 @@ the tokens with the events that they complete."""
 
 # %% auto #0
 __all__ = ['KINDS', 'ROLES', 'TEXT_PARTS', 'ApiError', 'Fields', 'sampling_from', 'text_of', 'read_messages', 'ServedModel',
-           'AnswerStep', 'Redraw', 'Answer']
+           'AnswerStep', 'Answer', 'Redraw']
 
 # %% ../../nbs/470_serve.chat.ipynb #bee8a37e
 import re
@@ -57,7 +57,11 @@ class Fields:
         if not isinstance(body, dict): raise ApiError(400, f'{where or "the body"} must be a JSON object', where or None)
         self.left,self.where = {k: v for k,v in body.items() if v is not None},where
 
-    def name(self, field)->str: return f'{self.where}.{field}' if self.where else field
+    def name(self,
+        field:str, # Its name in the object
+    )->str: # Its name in messages
+        "The full name of a field"
+        return f'{self.where}.{field}' if self.where else field
 
     def wrong(self,
         field:str, # Its name
@@ -72,6 +76,7 @@ def _is(value, kind):
     if isinstance(value, bool): return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
 
+# %% ../../nbs/470_serve.chat.ipynb #f9f4c4c0
 @patch
 def take(self:Fields,
     field:str, # Its name
@@ -150,6 +155,7 @@ def _calls(fields):
         for rest in (function, f): rest.done()
     return calls
 
+# %% ../../nbs/470_serve.chat.ipynb #63cb2e59
 def _own_fields(f, role):
     "The fields of one role"
     if role == 'tool': return dict(tool_call_id=f.take('tool_call_id', str))
@@ -210,6 +216,7 @@ class ServedModel:
 # %% ../../nbs/470_serve.chat.ipynb #7a02d182
 def _options(thinking, effort): return dict(thinking=thinking) | ({} if effort is None else dict(reasoning_effort=effort))
 
+# %% ../../nbs/470_serve.chat.ipynb #dad6a1f0
 @patch
 def prompt(self:ServedModel,
     messages:list, # As `read_messages` gives them
@@ -277,12 +284,7 @@ class AnswerStep(NamedTuple):
     events:list # Reasoning, content and tool calls, see `Splitter`
     piece:Piece|None # The token; None: the end of the answer
 
-class Redraw(NamedTuple):
-    "How an answer is drawn again"
-    start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
-    excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
-    tries:int # Most draws
-
+# %% ../../nbs/470_serve.chat.ipynb #3064b77a
 class Answer:
     "An answer while it is generated"
     def __init__(self,
@@ -294,11 +296,25 @@ class Answer:
         self.stream,self.splitter,self.guard,self.again = stream,splitter,guard,again
         self.calls,self.reasoning,self.draws = 0,0,1 # tool calls, tokens of the reasoning, draws of the answer
 
+    def pieces(self)->AsyncIterator[Piece]:
+        "The tokens of the draw that is taken"
+        return self.stream.aiter() if self.again is None else self._drawn()
+
     @property
     def finish(self)->str: # 'stop', 'length', 'tool_calls' or 'content_filter'
         if self.guard is not None and self.guard.blocked: return 'content_filter'
         if self.stream.finish == 'stop': return 'tool_calls' if self.calls else 'stop'
         return 'length'
+
+# %% ../../nbs/470_serve.chat.ipynb #5a28677e
+@patch
+def _filtered(self:Answer, events, end=False):
+    "Events as the policy lets them pass"
+    if self.guard is None: return events
+    out = self.guard.close(events) if end else self.guard.feed(events)
+    self.stream.filtered = self.guard.found
+    self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
+    return out
 
 # %% ../../nbs/470_serve.chat.ipynb #c1bc861a
 @patch
@@ -318,17 +334,6 @@ async def steps(self:Answer)->AsyncIterator[AnswerStep]:
     self.calls += sum(isinstance(e, ToolCallStart) for e in last)
     yield AnswerStep(self._filtered(last, end=True), None)
 
-# %% ../../nbs/470_serve.chat.ipynb #5a28677e
-@patch
-def _filtered(self:Answer, events, end=False):
-    "Events as the policy lets them pass"
-    if self.guard is None: return events
-    out = self.guard.close(events) if end else self.guard.feed(events)
-    self.stream.filtered = self.guard.found
-    self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
-    return out
-
-
 # %% ../../nbs/470_serve.chat.ipynb #a977d70c
 @patch
 def screened(self:ServedModel,
@@ -343,10 +348,10 @@ def screened(self:ServedModel,
         out.append(m | dict(content=text))
     return out
 
+# %% ../../nbs/470_serve.chat.ipynb #50bcae5d
 def _refused(where, found):
     return ApiError(400, f'{where} was refused by the content policy of this server ({", ".join(found)}); change it', 'messages',
                     code='content_filter')
-
 
 # %% ../../nbs/470_serve.chat.ipynb #98419a33
 @patch
@@ -370,7 +375,6 @@ async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: th
             if self.guard is not None and self.guard.blocked: break
     if self.guard is not None: yield ''.join(e.text for e in self._filtered([], end=True)), None
 
-
 # %% ../../nbs/470_serve.chat.ipynb #c7736741
 @patch
 def guard(self:ServedModel,
@@ -390,6 +394,14 @@ def check_private(self:ServedModel,
     if wanted: raise ApiError(400, f'{wanted} would show what the content policy of this server masks; leave it out', wanted)
 
 
+
+# %% ../../nbs/470_serve.chat.ipynb #232463d4
+class Redraw(NamedTuple):
+    "How an answer is drawn again"
+    start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
+    excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
+    tries:int # Most draws
+
 # %% ../../nbs/470_serve.chat.ipynb #70a30de5
 @patch
 def submit(self:ServedModel,
@@ -404,12 +416,7 @@ def submit(self:ServedModel,
         return self.engine.submit(replace(request, params=replace(how, seed=seed), grammar=kept and kept.fork()))
     return self.engine.submit(request),Redraw(start, self.filter.excess, self.filter.policy.tries)
 
-# %% ../../nbs/470_serve.chat.ipynb #6640c6cf
-@patch
-def pieces(self:Answer)->AsyncIterator[Piece]:
-    "The tokens of the draw that is taken"
-    return self.stream.aiter() if self.again is None else self._drawn()
-
+# %% ../../nbs/470_serve.chat.ipynb #b9e402aa
 @patch
 async def _drawn(self:Answer):
     "Draw until an answer is accepted; otherwise the best one"

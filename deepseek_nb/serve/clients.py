@@ -40,6 +40,8 @@ _NPM = 'apt-get install nodejs npm; npm install --prefix .venv/clients openai @a
 _APT = 'apt-get install default-jdk-headless libgoogle-gson-java g++ libcurl4-openssl-dev nlohmann-json3-dev curl jq'
 
 def _node(name, package): return Client(f'{name}.mjs', f'node {name}.mjs', _NPM, ('node',), package=package)
+
+# %% ../../nbs/484_serve.clients.ipynb #3bc49e3a
 def _python(name, module): return Client(f'{name}.py', f'{shlex.quote(sys.executable)} {name}.py', f'pip install {module}', module=module)
 
 CLIENTS = {
@@ -64,6 +66,7 @@ def missing(
     if client.package and not (_NODE/client.package).is_dir(): out.append(client.package)
     return out
 
+# %% ../../nbs/484_serve.clients.ipynb #74f68e9d
 def prepare(
     client:Client, # A program
     text:str, # Its text
@@ -85,6 +88,7 @@ def client_env(
     keys = {f'{name}_API_KEY': key for name in ('OPENAI', 'ANTHROPIC', 'DEEPSEEK')}
     return os.environ | places | keys | dict(MODEL=model, AI_SDK_LOG_WARNINGS='false', PYTHONIOENCODING='utf-8')
 
+# %% ../../nbs/484_serve.clients.ipynb #84876e28
 def run_client(
     client:Client, # A program that was prepared
     folder:Path, # Where it is

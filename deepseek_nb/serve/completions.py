@@ -61,6 +61,7 @@ def read_stop(
         raise fields.wrong('stop', 'must be a string, or a list of at most 16 strings that are not empty')
     return tuple(stop)
 
+# %% ../../nbs/472_serve.completions.ipynb #eec53f60
 def read_drafts(
     fields:Fields, # Body
 )->int|None: # Most tokens that are drafted for a step; None: nothing was said
@@ -70,6 +71,7 @@ def read_drafts(
         raise fields.wrong('draft_tokens', f'is {n}; it must be at least 0 (no drafts) and at most {MOST_DRAFTED}')
     return n
 
+# %% ../../nbs/472_serve.completions.ipynb #1ee31ff2
 def read_logprobs(
     fields:Fields, # Body
 )->int|None: # Alternatives of each token; None: no log-probabilities
@@ -106,6 +108,7 @@ def _function(tool, where):
     for rest in (inner, f): rest.done()
     return name
 
+# %% ../../nbs/472_serve.completions.ipynb #3650a836
 def check_tools(
     fields:Fields, # Body
 )->tuple: # JSON schemas of functions or None, and whether one must be called
@@ -123,6 +126,7 @@ def check_names(
     for i,name in enumerate(names):
         if name in names[:i]: raise ApiError(400, f'tools[{i}] is a second tool with the name {name!r:.60}; rename it', f'tools[{i}]')
 
+# %% ../../nbs/472_serve.completions.ipynb #65cadde5
 def _choice(fields, choice, names):
     "Whether a tool must be called, as 'auto', 'required' or a name"
     if choice in (None, 'auto') or choice == 'required' and names: return choice or 'auto'
@@ -162,6 +166,7 @@ def read_longest(
     if len({*found.values()}) > 1: raise fields.wrong('max_tokens', 'differs from max_completion_tokens; give one of them')
     return next(iter(found.values()), None)
 
+# %% ../../nbs/472_serve.completions.ipynb #1a5edcdd
 def read_streaming(
     fields:Fields, # Body, in which `stream` has not been read
 )->tuple[bool,bool]: # Whether to stream, and whether the usage is sent in a chunk of its own
@@ -189,12 +194,14 @@ def read_chat(
     f.done()
     return out
 
+# %% ../../nbs/472_serve.completions.ipynb #3eb60922
 def read_user(
     fields:Fields, # Body
 )->str: # '': nothing was said
     "Who asks: DeepSeek's field `user_id`, or OpenAI's"
     return next((u for n in ('user_id', 'user', 'safety_identifier') if (u := fields.take(n, str))), '')
 
+# %% ../../nbs/472_serve.completions.ipynb #63f4cea4
 def _accept(f):
     "Fields that this server understands with one value only"
     neutral = dict(store=[False], service_tier=['auto', 'default'], modalities=[['text']], verbosity=['medium'], metadata=[{}])
@@ -210,6 +217,7 @@ def _token_logprob(
     raw = tok.id_to_bytes(id)
     return dict(token=raw.decode('utf-8', 'replace'), logprob=logprob, bytes=list(raw))
 
+# %% ../../nbs/472_serve.completions.ipynb #3e984997
 def piece_logprobs(
     tok:Tokenizer, # Decodes
     piece:Piece, # A token of an answer
@@ -238,6 +246,7 @@ def drafted_tokens(
     drafted,kept = (sum(getattr(a.stream, name) for a in answers) for name in ('drafted', 'accepted'))
     return dict(accepted_prediction_tokens=kept, rejected_prediction_tokens=drafted - kept) if drafted else {}
 
+# %% ../../nbs/472_serve.completions.ipynb #a33bf3d3
 def usage_of(
     answers:list, # Answers to one prompt
 )->dict: # OpenAI's and DeepSeek's fields, and the seconds of each phase
@@ -414,6 +423,7 @@ async def whole(self:ChatRun)->dict: # OpenAI's `chat.completion`
     more = dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
     return self._chunk(choices, **more) | dict(object='chat.completion', usage=usage_of(self.answers))
 
+# %% ../../nbs/472_serve.completions.ipynb #4a1b524f
 def _joined(a, b):
     "Log-probabilities of two pieces of an answer"
     if a is None or b is None: return b if a is None else a

@@ -25,6 +25,7 @@ def _once(pairs):
     [(key,_)] = Counter(k for k,_ in pairs).most_common(1)
     raise ValueError(f'the key {key!r:.60} comes twice')
 
+# %% ../../nbs/477_serve.connection.ipynb #c3d8df13
 def strict_json(
     text:str, # Of a body
 ): # Value; its strings can be encoded
@@ -100,6 +101,7 @@ async def with_comments(
         await asyncio.gather(turn, fin, return_exceptions=True)
         await items.aclose()
 
+# %% ../../nbs/477_serve.connection.ipynb #1782b950
 async def _event(event): await (asyncio.Future() if event is None else event.wait())
 
 # %% ../../nbs/477_serve.connection.ipynb #653f494d
@@ -118,9 +120,11 @@ async def while_connected(
         for t in (gone, half): t.cancel()
         await asyncio.gather(gone, half, return_exceptions=True)
 
+# %% ../../nbs/477_serve.connection.ipynb #0d61962a
 async def _disconnected(request):
     while (await request.receive())['type'] != 'http.disconnect': continue
 
+# %% ../../nbs/477_serve.connection.ipynb #0e46fb57
 async def blank_lines(
     task:asyncio.Task, # Makes the result
     write:Callable, # Turns the result, or an exception, into bytes

@@ -32,6 +32,7 @@ class RowDraft(NamedTuple):
     kind:int # Kind of the draft, for statistics
     tokens:list # Token ids
 
+# %% ../../nbs/455_serve.drafts.ipynb #d46841f7
 class RowDrafts:
     "Makes drafts for the rows of an engine"
     def __init__(self,
@@ -47,6 +48,7 @@ class RowDrafts:
         if fixed is not None and fixed < 1: raise ValueError(f'draft_tokens is {fixed}; it must be 1 or above')
         self.model,self.source,self.fixed,self.room,self.lengths = model,source,fixed,positions,DraftLength()
 
+# %% ../../nbs/455_serve.drafts.ipynb #a11bfcbf
 def _check_vocabulary(small, model):
     if (a := small.config.vocab_size) != (b := model.config.vocab_size):
         raise ValueError(f'the draft model has {a} tokens, the model {b}; both need the same vocabulary')
@@ -96,6 +98,7 @@ def length(self:RowDrafts,
     if isinstance(self.source, DSpark): most = min(most, self.source.length)
     return min(most, self.lengths.length(kind, rows) if self.fixed is None else self.fixed)
 
+# %% ../../nbs/455_serve.drafts.ipynb #e6608023
 @patch
 def draft(self:RowDrafts,
     row:RowDrafter, # Of a row that decodes
@@ -116,6 +119,7 @@ def states(self:RowDrafts)->Iterator[list]: # Gets a tensor `1 m …` for each p
         with self.model.keep_hidden() as kept: yield kept
     else: yield []
 
+# %% ../../nbs/455_serve.drafts.ipynb #9f764bd1
 @patch
 def learn(self:RowDrafts,
     row:RowDrafter, # Of a row that ran

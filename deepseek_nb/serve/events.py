@@ -88,11 +88,13 @@ def _held(self:Markers, text):
     n = next((n for n in range(min(self._reach, len(text)), 0, -1) if text[-n:] in self._begun), 0)
     return len(text) - self._before(text, len(text) - n)
 
+# %% ../../nbs/460_serve.events.ipynb #d6164762
 @patch
 def _before(self:Markers, text, stop):
     "Where the text before a tag ends"
     return len(text[:stop].rstrip(self._gap)) if self._gap else stop
 
+# %% ../../nbs/460_serve.events.ipynb #ff6d7f20
 @patch
 def find(self:Markers,
     text:str, # What hasn't been read
@@ -144,6 +146,7 @@ def _advance(self:Driver, value):
     except StopIteration: return
     self._want,self._leading = said,said.trim
 
+# %% ../../nbs/460_serve.events.ipynb #323566fb
 @patch
 def _read(self:Driver, end):
     "Answer the parser's requests as far as the text goes"
@@ -173,6 +176,7 @@ def events_of(
     "All events of a text"
     return joined([*(e for p in pieces for e in driver.feed(p)), *driver.close()])
 
+# %% ../../nbs/460_serve.events.ipynb #0d70f7e9
 def cuts_agree(
     driver:Callable, # Gives a driver at its beginning
     text:str, # Any text
@@ -218,6 +222,7 @@ def _resume(self:Splitter, begun):
     Driver.feed(twin, begun)
     self._owed = ''.join(e.text for e in Driver.close(twin) if isinstance(e, text))
 
+# %% ../../nbs/460_serve.events.ipynb #78fdd03d
 @patch
 def _new(self:Splitter, events):
     "Events without the text that the prompt has written"

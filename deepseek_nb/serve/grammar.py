@@ -154,6 +154,7 @@ def _body(kind, value):
     if kind == 'choice': return 'body: ' + ' | '.join(map(_text, _choices(value)))
     raise ValueError(f'kind is {kind!r}, known are json, schema, regex, choice, tools')
 
+# %% ../../nbs/468_serve.grammar.ipynb #c7a9a6e4
 def _choices(value):
     bad = [v for v in value if not isinstance(v, str) or not v]
     if not value or bad: raise ValueError(f'choices must be texts of at least one character, got {bad[0] if bad else value!r}')
@@ -165,6 +166,7 @@ def _regex(value):
     try: return regex_to_lark(value)
     except ValueError as e: raise ValueError(f'the regular expression can\'t be read: {_first_line(str(e))}') from None
 
+# %% ../../nbs/468_serve.grammar.ipynb #2c8e8492
 def _text(text): return json.dumps(text, ensure_ascii=False)
 
 # %% ../../nbs/468_serve.grammar.ipynb #ca1c34cd
@@ -177,6 +179,7 @@ def _parts(tok, text):
         at = m.end()
     if at < len(text): yield text[at:],None
 
+# %% ../../nbs/468_serve.grammar.ipynb #bdc29c27
 def _literal(tok, text):
     "A fixed text in Lark"
     return ' '.join(f'<[{i}]>' if t is None else _text(t) for t,i in _parts(tok, text))
@@ -214,6 +217,7 @@ class ToolGrammar(NamedTuple):
     choice:str = 'auto' # `auto`, `required`, or the name of a tool
     parallel:bool = True # Whether there may be several calls
 
+# %% ../../nbs/468_serve.grammar.ipynb #3701a614
 class Frame(NamedTuple):
     "The text around the calls of a format"
     begin:str # Before the first call
@@ -243,6 +247,7 @@ def _functions(g):
     if not found: raise ValueError(f'tool_choice names {g.choice!r}, the tools are {", ".join(t["name"] for t in tools) or "none"}')
     return found
 
+# %% ../../nbs/468_serve.grammar.ipynb #f045176f
 def tool_rules(
     tok:Tokenizer, # Of the model
     g:ToolGrammar, # What is asked
@@ -271,6 +276,7 @@ def _parameters(schema):
         raise ValueError('the key "properties" of the schema must be an object, and "required" a list of names')
     return fields | {k: {} for k in needed if k not in fields},needed,{k: schema[k] for k in _DEFS if k in schema}
 
+# %% ../../nbs/468_serve.grammar.ipynb #f893fa93
 def _without_impossible(tok, schema):
     "A schema without the optional parameters that no value fits, as JSON would have it"
     fields,needed,shared = _parameters(schema)
@@ -321,6 +327,7 @@ def _takes_any_text(field):
     kinds = field.get('type', 'string')
     return not set(field) - _NOTES and 'string' in ([kinds] if isinstance(kinds, str) else kinds)
 
+# %% ../../nbs/468_serve.grammar.ipynb #648e1f63
 def _field_rules(tok, tags, field, shared, name):
     "Rules for the value of a parameter, from `string=` on"
     field = {} if field is True else field
@@ -336,6 +343,7 @@ def _field_rules(tok, tags, field, shared, name):
     if set(field) - _NOTES - {'enum', 'const'} or not all(isinstance(t, str) and t and '</' not in t for t in texts): return as_json
     return [f'{name}: {_TRUE} ({" | ".join(map(_text, texts))}) {_literal(tok, close)}']
 
+# %% ../../nbs/468_serve.grammar.ipynb #354e2fb9
 def _free_rules(tok, tags, name):
     "Items and rules for parameters of any name"
     rules = [f'{name}_p: {_literal(tok, tags.opened("parameter"))} /[^"\\n]{{1,64}}/ "\\" string=" {name}_v']

@@ -71,6 +71,7 @@ class EngineMetrics:
         self.registry.register(self)
         for name,e in self.engines.items(): e.watch = _Observer({n: h.labels(name) for n,h in self.histograms.items()})
 
+# %% ../../nbs/459_serve.metrics.ipynb #04394dca
 class _Observer(EngineWatch):
     "Notes what one engine does in histograms"
     def __init__(self, histograms): self.histograms = histograms
@@ -95,6 +96,7 @@ def collect(self:EngineMetrics): # Families of metrics
                     family.add_metric([name, *labels], value)
             yield family
 
+# %% ../../nbs/459_serve.metrics.ipynb #8e3d631a
 @patch
 def text(self:EngineMetrics)->str: # Prometheus' text format, version 0.0.4
     "All metrics"

@@ -1,4 +1,4 @@
-"""OpenAI's newer protocol: a request is a list of items, an answer is a list of items, a stream tells how each item grows, and a request can follow a stored answer
+"""OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
 
 `read_responses` reads the body of a request, and `ResponsesRun` generates its answer. Its method `chunks` gives the events of a stream. The last event holds
 the complete response, which is also what `whole` returns, so the two forms can't differ.
@@ -61,6 +61,7 @@ def add_turn(
     if reasoning: last['reasoning_content'] = last.get('reasoning_content', '') + reasoning
     if call is not None: last.setdefault('tool_calls', []).append(call)
 
+# %% ../../nbs/476_serve.responses.ipynb #97a0c662
 def chat_call(
     id:str, # Of the call
     name:str, # Function
@@ -167,6 +168,7 @@ def read_functions(
     check_names([tool['name'] for tool in echo])
     return chat,echo
 
+# %% ../../nbs/476_serve.responses.ipynb #b9daa13e
 def read_choice(
     fields:Fields, # Body
     tools:list, # In the form of chat completions
@@ -238,6 +240,7 @@ def read_previous(
 # %% ../../nbs/476_serve.responses.ipynb #abf05a3b
 def _told(text): return [] if text is None else [dict(role='system', content=text)] # instructions as messages
 
+# %% ../../nbs/476_serve.responses.ipynb #f25606f3
 def read_responses(
     body:dict, # Parsed JSON, without `model`
     earlier:Callable|None = None, # Finds a `StoredResponse` by its id; None: nothing is stored
@@ -272,6 +275,7 @@ def new_item(
     if kind == 'reasoning': return dict(type=kind, id=id, status='in_progress', summary=[], content=[])
     return dict(type=kind, id=id, status='in_progress', call_id=f'call_{uuid4().hex[:24]}', arguments='', **more)
 
+# %% ../../nbs/476_serve.responses.ipynb #9281b77e
 def new_part(
     kind:str, # Of the item
     text:str = '', # Its text
@@ -388,6 +392,7 @@ def usage(self:ResponsesRun)->dict: # OpenAI's form
     return dict(input_tokens=prompt, input_tokens_details=cached, output_tokens=new,
                 output_tokens_details=dict(reasoning_tokens=self.answer.reasoning), total_tokens=prompt + new)
 
+# %% ../../nbs/476_serve.responses.ipynb #3ecbc9df
 @patch
 def response(self:ResponsesRun,
     status:str, # 'in_progress', 'completed', 'incomplete' or 'failed'
@@ -409,12 +414,14 @@ def _numbered(self:ResponsesRun, event):
     self.sent += 1
     return dict(event, sequence_number=self.sent - 1)
 
+# %% ../../nbs/476_serve.responses.ipynb #a83c664b
 @patch
 def _last(self:ResponsesRun):
     "The complete response"
     why = dict(length='max_output_tokens', content_filter='content_filter').get(self.answer.finish)
     return self.response('incomplete', incomplete_details=dict(reason=why)) if why else self.response('completed')
 
+# %% ../../nbs/476_serve.responses.ipynb #7134f6b4
 @patch
 def failed(self:ResponsesRun,
     error:ApiError, # What went wrong
@@ -491,6 +498,7 @@ class CompactRun(ResponsesRun):
         return dict(id=self.id, object='response.compaction', created_at=self.created, output=listed([*said, summary], self.id[5:]),
                     usage=answer['usage'])
 
+# %% ../../nbs/476_serve.responses.ipynb #9d7343a8
 def count_input(
     served:ServedModel, # Model
     body:dict, # Parsed JSON, without `model`

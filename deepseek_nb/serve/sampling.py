@@ -141,6 +141,7 @@ class Drawn(NamedTuple):
     logprob:float|None = None # Natural logarithm of the model's own probability; None: not requested
     top:tuple = () # The most likely tokens, as pairs of id and logprob
 
+# %% ../../nbs/452_serve.sampling.ipynb #5c52b632
 def most_likely(
     logprobs:Tensor, # Log-probabilities of one row `w`
     n:int, # Number of tokens
@@ -189,6 +190,7 @@ def sample_ahead(
     left = zip(logits, best, strict=True)
     return [_draw_until(row, [*islice(left, len(d) + 1)], d) for row,d in zip(rows, drafts, strict=True)]
 
+# %% ../../nbs/452_serve.sampling.ipynb #4ac15fba
 def sample_rows(
     logits:Tensor, # Logits of the next token of each row `b w`, float32
     rows:list, # A `RowSampler` for each

@@ -41,11 +41,13 @@ class FairQueue:
     def __len__(self): return sum(map(len, self.waiting.values()))
     def __iter__(self): return (item for q in self.waiting.values() for item in q)
 
+# %% ../../nbs/456_serve.schedule.ipynb #e72b6698
 @patch(as_prop=True)
 def active(self:FairQueue)->set:
     "Users with requests that wait or run"
     return {*self.waiting, *self.running}
 
+# %% ../../nbs/456_serve.schedule.ipynb #88727b08
 @patch
 def push(self:FairQueue,
     user:str, # Whose request
@@ -71,6 +73,7 @@ def peek(self:FairQueue): # A request; None: nobody waits
     user = self._next()
     return None if user is None else self.waiting[user][0]
 
+# %% ../../nbs/456_serve.schedule.ipynb #f9a26a96
 @patch
 def pop(self:FairQueue): # A request
     "Take the next request out; it runs now"
@@ -90,6 +93,7 @@ def charge(self:FairQueue,
     "Count service"
     self.served[user] = self.served.get(user, 0) + prompt + OUTPUT_WEIGHT*output
 
+# %% ../../nbs/456_serve.schedule.ipynb #fb9a1e34
 @patch
 def _forget(self:FairQueue):
     "Remove the counts that would be raised on return"

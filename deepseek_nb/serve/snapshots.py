@@ -50,6 +50,7 @@ def state_at(
         state += [o.rows.between(at - o.m, at).clone() for o in slot.lists if o.overlap]
     return state
 
+# %% ../../nbs/451_serve.snapshots.ipynb #e5ef2f83
 def entries_between(
     cache:RewindableCache, # Cache with one row
     start:int, # A border
@@ -86,6 +87,7 @@ def state_bytes(
     rows = sum(m*4*4*(c.head_dim + c.index_head_dim) for m in c.compress_ratios if m == c.csa_ratio) # candidates and gates, float32
     return len(c.compress_ratios)*min(at, c.window - 1)*c.head_dim*itemsize + rows
 
+# %% ../../nbs/451_serve.snapshots.ipynb #5ea3e21f
 def block_bytes(
     c:Config, # Config of a V4 model
     page:int, # Tokens of a block
@@ -112,6 +114,7 @@ class RowPool:
     def free(self)->int: return self.nbytes - self.rows - self.kept
     def __repr__(self): return f'RowPool({self.rows:,} bytes of rows and {self.kept:,} of snapshots, of {self.nbytes:,})'
 
+# %% ../../nbs/451_serve.snapshots.ipynb #b04bb9e6
 @patch
 def capacity(self:RowPool,
     t:int, # Number of tokens
@@ -178,6 +181,7 @@ class PrefixBlock:
     @property
     def nbytes(self)->int: return sum(t.nbytes for t in [*self.entries, *(self.state or ())])
 
+# %% ../../nbs/451_serve.snapshots.ipynb #ce84c0d8
 class Snapshots:
     "The known prefixes of prompts of a V4 model"
     def __init__(self,
@@ -191,6 +195,7 @@ class Snapshots:
     def nbytes(self)->int: return self.pool.kept
     def __repr__(self): return f'Snapshots({len(self.blocks)} blocks of {self.pool.page} tokens, {self.nbytes:,} bytes)'
 
+# %% ../../nbs/451_serve.snapshots.ipynb #d535c144
 @patch
 def match(self:Snapshots,
     ids:list, # Token ids
@@ -270,6 +275,7 @@ def block_shapes(
     widths = [(m, w) for m in c.compress_ratios if m for w in (c.head_dim, c.index_head_dim)[:1 + (m == c.csa_ratio)]]
     return [((1, page//m, w), dtype) for m,w in widths]
 
+# %% ../../nbs/451_serve.snapshots.ipynb #515730a0
 def state_shapes(
     c:Config, # Config of a V4 model
     at:int, # A border
@@ -290,6 +296,7 @@ def tensors_to_bytes(
     data = torch.cat([t.cpu().contiguous().view(-1).view(torch.uint8) for t in tensors])
     return F.pad(data, (0, size - len(data)))
 
+# %% ../../nbs/451_serve.snapshots.ipynb #73046af7
 def tensors_from_bytes(
     data:Tensor, # Result of `tensors_to_bytes`
     shapes:list, # Shape and dtype of each tensor
@@ -300,6 +307,7 @@ def tensors_from_bytes(
     parts = data[:sum(sizes)].split(sizes)
     return [part.clone().view(dtype).view(shape).to(device) for part,(shape,dtype) in zip(parts, shapes, strict=True)]
 
+# %% ../../nbs/451_serve.snapshots.ipynb #ba863392
 class SnapshotFolder:
     "The files of known prefixes of one V4 model"
     def __init__(self,
@@ -326,6 +334,7 @@ def save(self:Snapshots,
     entries.save(entries.keys(ids, user), lambda i: tensors_to_bytes(found[i].entries, entries.size))
     states.save(states.keys(ids, user)[-1:], lambda i: tensors_to_bytes(found[-1].state, states.size))
 
+# %% ../../nbs/451_serve.snapshots.ipynb #4b7d4d27
 @patch
 def _read(self:Snapshots, ids, user):
     "Entries of the blocks of the longest prefix in memory and on disk that ends with a state on disk, and the state"

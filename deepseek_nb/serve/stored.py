@@ -1,4 +1,4 @@
-"""A conversation goes on from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
+"""A conversation continues from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
 
 `ResponseStore` keeps answers by their ids: the response as the client got it, the items of its request, and the conversation up to here. Only the key that asked can read
 them. The oldest ones are dropped when there are too many. `listed` gives items of a request the form that the API lists them in, and `item_page` is one page of them."""
@@ -26,6 +26,7 @@ class StoredResponse(NamedTuple):
     messages:list # The conversation with the answer, for a chat template, without instructions
     size:int = 0 # Characters of all of these as JSON
 
+# %% ../../nbs/473_serve.stored.ipynb #9afe16f9
 class ResponseStore:
     "The latest answers of a server, in memory"
     def __init__(self,
@@ -78,6 +79,7 @@ _SHORT = dict(message='msg', function_call='fc', function_call_output='fco', rea
 
 def _full(part): return dict(annotations=[], logprobs=[]) | part if part['type'] == 'output_text' else part
 
+# %% ../../nbs/473_serve.stored.ipynb #985540c1
 def listed(
     items, # A string, or a list of items, as a request has them
     id:str, # Makes the ids of items that have none

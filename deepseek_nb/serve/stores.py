@@ -27,6 +27,7 @@ def _pool_kind(kv_cache):
     if kv_cache not in kinds: raise ValueError(f"kv_cache is {kv_cache!r}; it may be {' or '.join(kinds)}")
     return kinds[kv_cache]
 
+# %% ../../nbs/453_serve.stores.ipynb #45a5303f
 class PagedRows:
     "Caches in pages of one pool, shared between requests of one user"
     def __init__(self,
@@ -62,6 +63,7 @@ def check(self:PagedRows,
         pages = f'{self.pool.pages} pages of {self.pool.page} positions'
         raise ValueError(f'{n} tokens need more than the {pages} that the engine has; give it more bytes')
 
+# %% ../../nbs/453_serve.stores.ipynb #c25ae8c7
 @patch
 def busy(self:PagedRows,
     caches:list, # Caches of the rows that run
@@ -69,6 +71,7 @@ def busy(self:PagedRows,
     "Pages of the rows that run"
     return {p for cache in caches for p in cache.tables[0]}
 
+# %% ../../nbs/453_serve.stores.ipynb #cb717417
 @patch
 def has_room(self:PagedRows,
     tokens:list, # Tokens of a request
@@ -89,6 +92,7 @@ def known(self:PagedRows,
     "Length of the known prefix"
     return len(self.prefix.tree.match(tokens[:-1], space))*self.pool.page
 
+# %% ../../nbs/453_serve.stores.ipynb #3a9db49d
 @patch
 def _shared(self:PagedRows, tokens, space, caches):
     "Pages, and the number of positions of the known prefix in them"
@@ -98,6 +102,7 @@ def _shared(self:PagedRows, tokens, space, caches):
     if n < page//8 or need > self.pool.pages - len(self.busy(caches).union(pages)): return pages, len(pages)*page
     return [*pages, last], len(pages)*page + n
 
+# %% ../../nbs/453_serve.stores.ipynb #92ec2861
 @patch
 def open(self:PagedRows,
     tokens:list, # Tokens of a request
@@ -166,6 +171,7 @@ class OwnedRows:
         "A cache for one token, apart from the pool"
         return self.model.new_cache(1)
 
+# %% ../../nbs/453_serve.stores.ipynb #95a73632
 @patch(as_prop=True)
 def longest(self:OwnedRows)->int:
     "Most tokens of one row"
@@ -173,6 +179,7 @@ def longest(self:OwnedRows)->int:
     if pool.row_bytes(c.max_positions) <= pool.nbytes: return c.max_positions
     return max(0, (pool.nbytes - pool.row_bytes(0))//block_bytes(c, pool.page, pool.dtype.itemsize)*pool.page)
 
+# %% ../../nbs/453_serve.stores.ipynb #ee859c0c
 @patch(as_prop=True)
 def positions(self:OwnedRows)->int:
     "Most tokens of all rows"
@@ -187,6 +194,7 @@ def check(self:OwnedRows, # noqa: F811
     if n > self.longest:
         raise ValueError(f'{n} tokens need more than the {self.pool.nbytes:,} bytes that the engine has; give it more bytes')
 
+# %% ../../nbs/453_serve.stores.ipynb #2af65034
 @patch
 def has_room(self:OwnedRows, # noqa: F811
     tokens:list, # Tokens of a request
@@ -197,6 +205,7 @@ def has_room(self:OwnedRows, # noqa: F811
     spare = len(caches)*block_bytes(self.model.config, self.pool.page, self.pool.dtype.itemsize)
     return self.pool.row_bytes(len(tokens)) + spare <= self.pool.nbytes - self.pool.rows
 
+# %% ../../nbs/453_serve.stores.ipynb #00aaad99
 @patch
 def known(self:OwnedRows, # noqa: F811
     tokens:list, # Tokens of a request
@@ -205,6 +214,7 @@ def known(self:OwnedRows, # noqa: F811
     "Length of the known prefix"
     return len(self.prefix.match(tokens[:-1], space))*self.pool.page
 
+# %% ../../nbs/453_serve.stores.ipynb #d89e5855
 @patch
 def open(self:OwnedRows, # noqa: F811
     tokens:list, # Tokens of a request

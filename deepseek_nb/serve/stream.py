@@ -1,4 +1,4 @@
-"""A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to whoever waits, in a thread or in an event loop.
+"""A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them, in a thread or in an event loop.
 
 A `Request` is everything that one answer depends on: token ids, sampling settings, the limits, and whose request it is. A `Stream` is the answer while it is made. The engine puts
 a `Piece` into it for each token. A reader iterates over the stream, in a thread or with `async for`, and may cancel it. `TextOut` turns tokens into

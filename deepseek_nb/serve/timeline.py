@@ -33,6 +33,7 @@ class Moment(NamedTuple):
     preempted:list # Streams that gave their pages back before the step
     drafted:dict # Stream -> number of its drafted tokens
 
+# %% ../../nbs/461_serve.timeline.ipynb #63d68a8a
 class Timeline:
     "What an engine does, step by step"
     def __init__(self,
@@ -141,6 +142,7 @@ def _draw_pages(self:Timeline, ax):
     ax.axhline(self.engine.pool.pages, color=GREY, ls='--', lw=1, label='pool')
     ax.set(ylabel='pages', xlabel='step')
 
+# %% ../../nbs/461_serve.timeline.ipynb #dbbc0877
 @patch
 def plot(self:Timeline,
     below:str = 'tokens', # What the lower part shows: 'tokens' or 'pages'
@@ -164,6 +166,7 @@ class LoadPoint:
     rows:list = field(default_factory=list) # Requests that ran in each step
     seconds:float = 0. # Until the last request ended
 
+# %% ../../nbs/461_serve.timeline.ipynb #84c15fa1
 def _note(point, seen):
     "Note the latencies of the tokens of one step; `seen`: stream -> time of its last token, and its number of tokens"
     got = [s for s,(_,n) in seen.items() if len(s.shown) > n]

@@ -185,6 +185,7 @@ def _named_dsml(raw):
     found = yield Until(Markers('">', only=r'[^"<>\n]'))
     return found.tag and found.before, raw + found.before + found.raw
 
+# %% ../../nbs/464_serve.tools.ipynb #37b71755
 def _read_parameter(tags, index, first, raw):
     "Parser of a parameter behind its opening tag; returns what ended it, and whether it was one"
     name = yield Until(Markers(_STRING, _JSON, only='[^"]'))
@@ -205,6 +206,7 @@ def _closing(tags):
     if found.tag == '': yield ContentDelta(_CLOSES)
     return found._replace(tag=found.tag and _CLOSES + found.tag)
 
+# %% ../../nbs/464_serve.tools.ipynb #bcb9a3d0
 def _body_dsml(tags, splitter, index):
     "Parser of a call's parameters"
     opened,first = tags.opened('parameter'),True
@@ -284,6 +286,7 @@ def _name(self:_Object):
     if self.waits: yield self._say(self.waits)
     return True
 
+# %% ../../nbs/464_serve.tools.ipynb #72e95258
 @patch
 def _say(self:_Object, text):
     "A piece of the arguments"

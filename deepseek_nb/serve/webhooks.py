@@ -43,7 +43,7 @@ def is_public(
         if ip.teredo: return False
     return ip.is_global and not ip.is_multicast and not any(ip in n for n in _LOCAL if n.version == ip.version)
 
-# %% ../../nbs/481_serve.webhooks.ipynb #d769c216
+# %% ../../nbs/481_serve.webhooks.ipynb #a6df8524
 def checked_target(
     url:str, # http:// or https://
     allow_private:bool = False, # Whether internal addresses are meant
@@ -70,6 +70,7 @@ def signature(
     "Sign a message"
     return f't={at},v1={hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest()}'
 
+# %% ../../nbs/481_serve.webhooks.ipynb #8f895d0d
 def verify(
     secret:str, # Known to both sides
     body:bytes, # Of the message

@@ -250,6 +250,7 @@ def finite(
     if isinstance(x, list|tuple): return all(map(finite, x))
     return not isinstance(x, float) or math.isfinite(x)
 
+# %% ../../nbs/900_studies.ipynb #f8a35686
 def _keep(record, plan, out):
     "Add a record to the file, and remove an older record of the same run"
     if not finite(record['result']):

@@ -57,6 +57,7 @@ class Chapter(NamedTuple):
         "Number of the chapter; -1 for a tutorial or another page without a number."
         return int(self.notebook[:3]) if self.notebook[:3].isdigit() else -1
 
+# %% ../../nbs/964_tools.book.ipynb #a92f4ed6
 def read_chapter(
     nbs:Path, # Folder of notebooks
     notebook:str, # Path of the notebook below it
@@ -178,6 +179,7 @@ def chapter_link(
     "Link to a chapter by its title."
     return f'[{chapter.title}]({up}{chapter.notebook})'
 
+# %% ../../nbs/964_tools.book.ipynb #e9031141
 def paths_list(
     found:list, # `Chapter`s of the book
 )->str: # Markdown, a card for each path
@@ -186,6 +188,7 @@ def paths_list(
     card = lambda path: f'::: {{.card}}\n**{path.title}.** {path.line}.\n\n{steps(path)}\n:::'
     return '\n\n'.join(map(card, PATHS))
 
+# %% ../../nbs/964_tools.book.ipynb #ccddf893
 def starts_line(
     found:list, # `Chapter`s of the book
 )->str: # Markdown, one line

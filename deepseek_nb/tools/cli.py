@@ -32,6 +32,7 @@ def _load(model, dtype, device, warm=False):
         if warm: warm_kernels(m)
     return m, tok
 
+# %% ../../nbs/960_tools.cli.ipynb #751d42ac
 def say(
     talk, # `Conversation`
     text:str, # Question
@@ -168,6 +169,7 @@ def run_finetune(
     done = runs.finetune_run(config)
     if runs.world().rank == 0: print(done)
 
+# %% ../../nbs/960_tools.cli.ipynb #6d10724d
 def run_distillation(
     config:str, # TOML file with `student`, [models.NAME], [data] and [[stage]]
 ):
@@ -175,6 +177,7 @@ def run_distillation(
     from deepseek_nb.train.runs import distil_run
     print(distil_run(config))
 
+# %% ../../nbs/960_tools.cli.ipynb #ebc9309c
 def run_conversion(
     config:str, # TOML file with `to`, [model], [data] and [sizes]
 ):
@@ -191,6 +194,7 @@ def _perplexity(text, tokens, window, stride, *model):
     found = perplexity(m, ids[:tokens] if tokens else ids, window, stride)
     return found, dict(perplexity=found.value, tokens=found.tokens, window=found.window, stride=found.stride)
 
+# %% ../../nbs/960_tools.cli.ipynb #bcd73047
 def _questions(name, n, *model):
     from deepseek_nb.eval.choice import multiple_choice
     from deepseek_nb.train.corpora import choices
@@ -207,6 +211,7 @@ def _shown(found):
         for key,s in task['scores'].items(): print(f"{name} {key}: {Interval(s['value'], s['low'], s['high'])} on {s['n']:,}")
     for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
 
+# %% ../../nbs/960_tools.cli.ipynb #7bc07a0d
 def _report(name, path, against, tasks, n, dtype, device, as_json):
     from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.bench import hardware, versions

@@ -55,6 +55,7 @@ def _compiler(kind):
     except FileNotFoundError: return ''
     return f"{path}, {(compiler_version(path).splitlines() or ['unknown version'])[-1 if kind == 'cu' else 0]}"
 
+# %% ../../nbs/950_tools.doctor.ipynb #3a7b9bdf
 def _no_compiler():
     "Why there is no C++ compiler, and which one to install"
     try: return find_compiler('cpp')
@@ -68,6 +69,7 @@ def _kernels():
     later = '' if ready == len(names) else '; the others are compiled when they are first used, or all with: deepseek-nb build'
     return f"{ready} of {len(names)} compiled with {' '.join(target()) or 'no special flags'}{later}"
 
+# %% ../../nbs/950_tools.doctor.ipynb #65a00b2b
 def _blocks(device):
     "Which GGUF blocks run without dequantisation"
     if device.type != 'cpu' or not _compiler('cpp'): return ''
@@ -79,6 +81,7 @@ def _package(name):
     try: return version(name)
     except PackageNotFoundError: return ''
 
+# %% ../../nbs/950_tools.doctor.ipynb #e49da5e5
 def _machine(device):
     "Findings about Python and the hardware"
     gpu = str(device) if device.type != 'cpu' else ''

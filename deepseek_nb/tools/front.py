@@ -50,6 +50,7 @@ def output_text(
     text = ''.join(output.get('text', '')) or data.get('text/plain', '')
     return f'```\n{text.rstrip()}\n```' if text and 'image/png' not in output.get('data', {}) else ''
 
+# %% ../../nbs/985_tools.front.ipynb #7ce0d66f
 def readme(
     notebook:Path, # Path of `nbs/index.ipynb`
 )->str: # Markdown

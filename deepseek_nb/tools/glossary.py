@@ -75,6 +75,7 @@ def term_pattern(
         return f'[{name[0].upper()}{name[0]}]{re.escape(name[1:])}s?' if name[0].isalpha() else re.escape(name)
     return r'(?<![\w-])(?:' + '|'.join(map(one, (term.name, *term.also))) + r')(?![\w-])'
 
+# %% ../../nbs/966_tools.glossary.ipynb #82c9848e
 def plain_spans(
     text:str, # Markdown
 )->list: # Pairs of a piece and whether it is running text

@@ -51,6 +51,7 @@ def read_settings(
     _check_types({k: v for k,v in engine.items() if k != 'folder'}, ENGINE_SETTINGS)
     return models, ServerConfig(**given), engine
 
+# %% ../../nbs/955_tools.serving.ipynb #c08a0925
 def _check_types(given, defaults):
     "Raise an error if a setting has another type than its default"
     for name,value in given.items():
@@ -131,6 +132,7 @@ def missing_packages(
     "The packages that a server lacks"
     return [n for n in names if find_spec(n) is None]
 
+# %% ../../nbs/955_tools.serving.ipynb #3ba86af8
 def serve_models(
     models:list, # Folders, `.gguf` files, or names of models
     config:ServerConfig, # Settings of the server

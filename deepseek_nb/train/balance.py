@@ -147,6 +147,7 @@ def row_routes(
     if mask is None: return parts
     return [Route(*(t[m] for t in p)) for p,m in zip(parts, last(mask, len(r.experts)), strict=True) if m.any()]
 
+# %% ../../nbs/618_train.balance.ipynb #4554ab67
 def balance_terms(
     r:Route, # Routing result of one layer
     batch:dict, # Batch that was routed

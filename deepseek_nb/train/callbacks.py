@@ -77,6 +77,7 @@ def plot(self:History,
     style(ax.figure)
     return ax.figure
 
+# %% ../../nbs/614_train.callbacks.ipynb #13315a91
 @patch
 def throughput(self:History,
     last:int = 20, # Steps to average over

@@ -68,6 +68,7 @@ def _token_spec(tok):
     spec['added_tokens'].sort(key=lambda a: a['id'])
     return spec
 
+# %% ../../nbs/658_train.convert.ipynb #876be1a8
 def write_tokenizer(
     tok:Tokenizer, # Tokenizer to write
     folder:str|Path, # Folder for tokenizer.json, tokenizer_config.json and chat_template.jinja

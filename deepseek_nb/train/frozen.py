@@ -169,6 +169,7 @@ def _feed_forward_back(ctx, dy):
     dx = torch.cat(dx) if len(dx) > 1 else dx[0] if dx else None
     return dx, None, None, None, None, *pairs.grads(), *last.grads()
 
+# %% ../../nbs/631_train.frozen.ipynb #8850929a
 class FrozenFeedForward(torch.autograd.Function):
     "Norm, gated feed-forward and residual addition with frozen weights"
     forward,backward = staticmethod(_feed_forward),staticmethod(_feed_forward_back)
@@ -212,6 +213,7 @@ def _attention_back(ctx, dy):
     if pairs.each: pairs.accumulate(dys, rms_norm(x, norm, ctx.eps), du)
     return norm_back(du, x, norm, ctx.eps, dy) if learns else None, *[None]*8, *pairs.grads(), *last.grads()
 
+# %% ../../nbs/631_train.frozen.ipynb #69aa1513
 class FrozenAttention(torch.autograd.Function):
     "Norm, grouped-query attention and residual addition with frozen weights"
     forward,backward = staticmethod(_attention),staticmethod(_attention_back)

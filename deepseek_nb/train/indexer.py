@@ -118,6 +118,7 @@ def _attend(block, x, ctx, mask=None):
     if mask is None: return torch.cat([run(r, None) for r in x.split(4)])
     return torch.cat([run(r, m) for r,m in zip(x.split(4), mask.split(4), strict=True)])
 
+# %% ../../nbs/662_train.indexer.ipynb #c9f19906
 @torch.no_grad()
 def dense_streams(
     model:Model, # Model with latent attention, dense or sparse
@@ -195,6 +196,7 @@ def preferences(
     age = torch.arange(s, device=x.device)
     return torch.where(age < first, s, age).float().expand(b, s, s)
 
+# %% ../../nbs/662_train.indexer.ipynb #6a126098
 def top_mask(
     scores:Tensor, # Scores `b s t`
     a:int, # Number of keys that a query attends to
@@ -228,6 +230,7 @@ def _selected_hidden(model, tokens, kind, a, seed=0):
         x = _attend(block, x, ctx, top_mask(scores, a))
     return model.norm(x)
 
+# %% ../../nbs/662_train.indexer.ipynb #8505f864
 @torch.no_grad()
 def selected_loss(
     model:Model, # V3.2 model
@@ -256,6 +259,7 @@ def sparse_hidden(
         x = _attend(block, x, ctx, mask)
     return model.norm(x), total
 
+# %% ../../nbs/662_train.indexer.ipynb #25ae87c5
 def sparse_loss(
     model:Model, # V3.2 model
     batch:dict, # `tokens` and `labels` `b s`

@@ -136,6 +136,7 @@ def adapted(
     new = w + adapter.delta().to(w.dtype)
     return new if adapter.magnitude is None else new*adapter.gain(w)[:, None]
 
+# %% ../../nbs/630_train.lora.ipynb #79bfa1e1
 @patch
 def sum(self:LoraWeight)->Tensor: # `… o i`
     "Add the active adapters to the weight"
@@ -147,6 +148,7 @@ def sum(self:LoraWeight)->Tensor: # `… o i`
     for a in chosen: w = adapted(w, a)
     return w
 
+# %% ../../nbs/630_train.lora.ipynb #71648ec8
 _rows = ContextVar('rows', default=None)
 
 def row_choice()->tuple|None: # Name of each row's adapter; None: all rows use the active adapters
@@ -168,12 +170,14 @@ def linear_adapted(
         for a,i in w._by_adapter(rows, x): out = out.index_add(0, i, a.change(x[i], y[i], w.base))
     return out if bias is None else out + bias
 
+# %% ../../nbs/630_train.lora.ipynb #de41d90b
 @patch
 def _by_adapter(self:LoraWeight, rows, x):
     "Yield the adapters of this weight, each with the indices of its rows"
     for name in dict.fromkeys(rows):
         if name in self.adapters: yield self.adapters[name], _tokens_of(name, rows, x)
 
+# %% ../../nbs/630_train.lora.ipynb #6c409da3
 def _tokens_of(name, rows, x):
     "Indices of the rows that use an adapter, or of the tokens in these rows"
     if len(x) % len(rows) or x.ndim > 2 and len(x) != len(rows) > 1:
@@ -241,6 +245,7 @@ def candidates(
     stacks = {k: m for k,m in found.items() if isinstance(m, Experts)}
     return linear | {f'{k}.{n}': (m, n) for k,m in stacks.items() for n in ('gate_up_proj', 'down_proj')}
 
+# %% ../../nbs/630_train.lora.ipynb #be8e4b50
 def _nearest(target, keys):
     "At most three existing names that are similar to an unknown name"
     parts = target.count('.') + 1
@@ -359,6 +364,7 @@ def merge_adapter(self:Model)->Model: # The same model
         w.merged = names
     return self
 
+# %% ../../nbs/630_train.lora.ipynb #cb044cae
 @patch
 @torch.no_grad()
 def unmerge_adapter(self:Model)->Model: # The same model
@@ -382,11 +388,13 @@ def _unwrap(model, merge):
     model.peft_config = {}
     return model
 
+# %% ../../nbs/630_train.lora.ipynb #42ffacf8
 @patch
 def merge_and_unload(self:Model)->Model: # The same model, without adapters
     "Merge the active adapters into the weights, and remove all adapters"
     return _unwrap(self, True)
 
+# %% ../../nbs/630_train.lora.ipynb #30e559ef
 @patch
 def unload(self:Model)->Model: # The same model, without adapters
     "Remove all adapters without merging"
@@ -404,6 +412,7 @@ def _products(w, adapters):
         return y
     return [lambda x, i=i: product(i, x) for i in range(len(base))]
 
+# %% ../../nbs/630_train.lora.ipynb #c5b9da9f
 def _run_products(x, weights, experts, gate_up, down, limit=torch.inf):
     "Run the experts on tokens `n d`, with functions from `_products` instead of weights"
     def expert(e, x):
@@ -425,6 +434,7 @@ def run_adapted(
     "Run routed experts whose weights have adapters or are quantised"
     return _run_clamped(x, weights, experts, gate_up, down, torch.inf)
 
+# %% ../../nbs/630_train.lora.ipynb #8cae7605
 @run_clamped.twin('torch', label='adapters', supports=_not_plain)
 def _run_clamped(x, weights, experts, gate_up, down, limit):
     stacks = gate_up, down

@@ -139,6 +139,7 @@ class Prepared:
     train:object # Dataset of training rows
     held:dict # Datasets of held-out rows by corpus
 
+# %% ../../nbs/680_train.mini.ipynb #329a8086
 def prepare_text(
     recipe:Recipe, # Settings of the text
     out:str|Path, # Folder in which the tokenizer is saved
@@ -197,6 +198,7 @@ def mini_trainer(
     args = replace(recipe.training, max_steps=steps, output_dir=folder)
     return Trainer(model, args, data.train, some_held, loss, callbacks)
 
+# %% ../../nbs/680_train.mini.ipynb #a7454e3e
 def _steps_that_fit(recipe, data, minutes):
     "Time some steps, and compute how many fit"
     timed = replace(recipe, training=replace(recipe.training, eval_steps=0, save_steps=0))
@@ -289,6 +291,7 @@ def continue_text(
     ids = torch.tensor([[tok.bos_id, *tok.encode(prompt)]], device=model.device)
     return tok.decode(model.generate(ids, max_new_tokens=n, **dict(temperature=.7, top_p=.9, seed=0) | sampling)[0, 1:])
 
+# %% ../../nbs/680_train.mini.ipynb #f7013c63
 def evaluate_mini(
     model:Model, # Model, possibly with an MTP block
     tok:Tokenizer, # The model's tokenizer
@@ -371,6 +374,7 @@ def _card(model, recipe, found, most):
         settled=f', after {recipe.settle} batches that updated only the bias' if recipe.settle else '',
         loads=', '.join(f'{x:.2f}' for x in found.get('loads', ())) or 'no router', samples='\n\n'.join(f'> {s}' for s in found['samples']))
 
+# %% ../../nbs/680_train.mini.ipynb #d9f540a9
 def _parts(c):
     "What a model card says about the architecture"
     if not c.window: return dict(name='mini', version='V3', attention='latent attention', hashed='')

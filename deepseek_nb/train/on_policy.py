@@ -53,6 +53,7 @@ def sample_answers(
     answers = [row[:next((i+1 for i,t in enumerate(row) if t in eos), len(row))] for row in new]
     return answers, [a[-1] in eos for a in answers]
 
+# %% ../../nbs/644_train.on_policy.ipynb #d02768db
 def own_batch(
     prompts:list, # Token ids of each prompt
     answers:list, # Token ids of each answer
@@ -67,6 +68,7 @@ def _token_grams(ids, n):
     "List all sequences of n consecutive tokens"
     return list(zip(*(ids[i:] for i in range(n)), strict=False))
 
+# %% ../../nbs/644_train.on_policy.ipynb #693f7969
 def measures(
     answers:list, # Token ids of each answer
     ended:list, # Whether each answer has an end token
@@ -107,6 +109,7 @@ def write(self:OnPolicy,
     self.measured = measures(answers, ended, total.item()/n)
     return own
 
+# %% ../../nbs/644_train.on_policy.ipynb #e7d88b7b
 @patch
 def __call__(self:OnPolicy,
     model:Model, # Student model
@@ -178,6 +181,7 @@ def _check_text(self:CollapseGuard, t, now):
     self.strikes = self.strikes + 1 if bad else 0
     if self.strikes >= self.patience: self._give_up(t, bad)
 
+# %% ../../nbs/644_train.on_policy.ipynb #fdf482b6
 @patch
 def before_update(self:CollapseGuard,
     t, # The trainer
@@ -200,6 +204,7 @@ def _give_up(self:CollapseGuard, t, bad):
     raise Collapsed(f'step {t.step+1}: the student collapses ({"; ".join(bad)}); {left}; lower the learning rate, '
                     'use js or forward, or a smaller share of generated text')
 
+# %% ../../nbs/644_train.on_policy.ipynb #1a4533b4
 @patch
 def after_step(self:CollapseGuard,
     t, # The trainer

@@ -114,6 +114,7 @@ def update(self:Muon,
     o = _on_matrices(lambda x: direction(x, group['halves'], group['rms'], group['steps']), p.grad + mu*m)
     local(p).mul_(1 - group['lr']*group['weight_decay']).add_(o.to(p.dtype), alpha=-group['lr'])
 
+# %% ../../nbs/610_train.optim.ipynb #0e11741a
 @patch
 @torch.no_grad()
 def step(self:Muon,

@@ -191,6 +191,7 @@ def _small_batch(step, rows=5):
     labels = x[:, 1:].masked_fill(torch.rand(rows, 16, generator=draw) < .3, IGNORE)
     return dict(tokens=x[:, :-1], labels=labels, documents=(torch.arange(16) > 6).long().expand(rows, 16))
 
+# %% ../../nbs/625_train.parallel.ipynb #ee7388a8
 def _train_small(model, loss, make, steps, share, size):
     "Train for some steps, with the rows of each batch that `share` selects, and return losses and gradient norms"
     optimiser,losses,norms = make(model),[],[]
@@ -260,6 +261,7 @@ def before_loss(self:Parallel,
     "Take this rank's rows of the batch"
     if not self.alone: t.batch = own_rows(t.batch)
 
+# %% ../../nbs/625_train.parallel.ipynb #4adcb38f
 @patch
 def after_backward(self:Parallel,
     t:Trainer, # Trainer with the sums of this rank
@@ -269,6 +271,7 @@ def after_backward(self:Parallel,
     total,n = reduce_total(t.total, t.scored)
     t.total,t.scored = total/world().size,n/world().size
 
+# %% ../../nbs/625_train.parallel.ipynb #ebadfd48
 @patch
 def after_step(self:Parallel,
     t:Trainer, # Trainer after a step
@@ -286,6 +289,7 @@ def _distribute(self:Parallel, t):
     t.optimizer = make_optimizer(t.model, t.args)
     t.lr_scheduler = make_schedule(t.optimizer, t.args, t.max_steps)
 
+# %% ../../nbs/625_train.parallel.ipynb #8b224aa1
 @patch
 def _quiet(self:Parallel, t, rank):
     "Turn off progress bar and checkpoints on all ranks but 0"

@@ -71,6 +71,7 @@ class FilePart(NamedTuple):
     write:Callable = _same # Converts the parameter to the tensor of the file
     read:Callable = _same # Converts the tensor of the file to the parameter
 
+# %% ../../nbs/632_train.peft.ipynb #9c81f745
 def file_parts(
     key:str, # Name of the layer or stack, from `candidates`
     shape:tuple, # Shape of the weight `… o i`

@@ -35,6 +35,7 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         return back_through(dy.flatten(0, -2), ctx.w).view(*dy.shape[:-1], -1), None, None
 
+# %% ../../nbs/634_train.qlora.ipynb #35630259
 @linear_quantized.twin('torch', supports=lambda x, w, bias=None: w.ndim == 2 and needs_grad(x))
 def linear_through(
     x:Tensor, # Activations `… i`

@@ -44,6 +44,7 @@ def _expert_hidden(
     gate,up = F.linear(x, gate_up).chunk(2, -1)
     return F.silu(gate)*up
 
+# %% ../../nbs/656_train.repair.ipynb #412f386f
 def readers(
     ffn:MoE|Neurons, # Mixture of experts or of single neurons
     x:Tensor, # Tokens `n d`

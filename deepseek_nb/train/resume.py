@@ -77,6 +77,7 @@ def sync(
             if p != folder: raise # some file systems can't flush a folder
         finally: os.close(fd)
 
+# %% ../../nbs/617_train.resume.ipynb #47a9234b
 def sync_entry(
     folder:Path, # Folder in which something was renamed
 )->None:
@@ -85,6 +86,7 @@ def sync_entry(
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../../nbs/617_train.resume.ipynb #f154b985
 def discard(
     folder:Path, # Folder to delete
 )->None:
@@ -166,6 +168,7 @@ def read_tensors_of(
     "Read all tensors of a safetensors file"
     with opened(path) as f: return {k: f.get_tensor(k).clone() for k in f.keys()} # noqa: SIM118, the handle is not a dict
 
+# %% ../../nbs/617_train.resume.ipynb #17c432f8
 @torch.no_grad()
 def read_model(
     model:nn.Module, # Model to fill, in place
@@ -256,6 +259,7 @@ def checkpoints(
     found = {int(m[1]): p for p in Path(folder).glob('checkpoint-*') if (m := re.fullmatch(r'checkpoint-(\d+)', p.name))}
     return [found[k] for k in sorted(found)]
 
+# %% ../../nbs/617_train.resume.ipynb #1500cc72
 def save_checkpoint(
     t:Trainer, # Trainer in the middle of a run
     folder:Path, # Folder to create

@@ -124,6 +124,7 @@ def get_constant_schedule_with_warmup(
     "Warmup, then a constant rate"
     return LambdaLR(optimizer, partial(warm_up, warmup=num_warmup_steps), last_epoch)
 
+# %% ../../nbs/612_train.schedule.ipynb #3e850a8e
 def inverse_sqrt_factor(
     step:int, # Steps taken
     warmup:int, # Steps of warmup
@@ -132,6 +133,7 @@ def inverse_sqrt_factor(
     "Factor of warmup and inverse-square-root decay"
     return warm_up(step, warmup) if step < warmup else 1/math.sqrt((step + scale - warmup)/scale)
 
+# %% ../../nbs/612_train.schedule.ipynb #213dc732
 def get_inverse_sqrt_schedule(
     optimizer:Optimizer, # Optimiser with the peak learning rate
     num_warmup_steps:int, # Steps of warmup

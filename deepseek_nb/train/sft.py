@@ -156,6 +156,7 @@ def sft_data(
     if hasattr(data, '__len__') and not len(data): raise ValueError(f'no example has at most {length} tokens; raise the length')
     return packed(data, length, whole=True) if packing else data
 
+# %% ../../nbs/601_train.sft.ipynb #e8119080
 def _split_long(data, length):
     "Cut documents into rows of at most `length` tokens"
     def cut(rows): return {k: [v[i:i+length] for v in rows[k] for i in range(0, len(v), length)] for k in ('tokens', 'labels')}
@@ -175,6 +176,7 @@ def class_numbers(
             raise ValueError(f'label {label!r} (row {row}) is not one of the {len(classes)} classes: {_few(classes)}')
     return out
 
+# %% ../../nbs/601_train.sft.ipynb #d0a4fb6b
 def _few(names): return ', '.join([*map(str, names[:8]), *['…']*(len(names) > 8)])
 
 # %% ../../nbs/601_train.sft.ipynb #83b3b3da

@@ -222,6 +222,7 @@ def _begin(folder, plan, models, resume):
     for m,start in zip(models, starts, strict=True): write_whole(start, lambda tmp, m=m: write_model(m, tmp))
     with written(path) as tmp: tmp.write_text(json.dumps(plan))
 
+# %% ../../nbs/646_train.stages.ipynb #b0b753b9
 def _run_stage(place, stage, model, save_steps, **kwargs):
     "Run or resume a stage in its folder, or load its result, and return the rows of its history"
     if (place/'done.json').is_file():

@@ -134,6 +134,7 @@ def answers(
     keys = torch.frombuffer(bytearray(b''.join(row_keys(batch))), dtype=torch.uint8).view(-1, 16)
     return _joined(parts) | dict(keys=keys, counts=(batch['labels'] != IGNORE).sum(1))
 
+# %% ../../nbs/642_train.teacher.ipynb #9d8809c8
 def _joined(parts):
     "Concatenate dicts of tensors"
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
@@ -168,6 +169,7 @@ def shards(
     "Assign rows to shards"
     return [(folder/f'logits-{i//size:05d}.safetensors', range(i, min(i+size, rows))) for i in range(0, rows, size)]
 
+# %% ../../nbs/642_train.teacher.ipynb #a7124c32
 def _write_shard(path, tensors):
     "Write a shard atomically"
     try: write_tensors(path, tensors)
@@ -209,6 +211,7 @@ def find(self:TeacherLogits,
                          'outputs; pack and mask the data in the same way as for write_logits')
     return [self.places[key] for key in keys]
 
+# %% ../../nbs/642_train.teacher.ipynb #bbd60dcf
 @patch
 def __call__(self:TeacherLogits,
     batch:dict, # Batch with `tokens` and `labels` `b s`, optionally `documents`

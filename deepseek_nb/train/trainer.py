@@ -121,6 +121,7 @@ def compute_dtype(
     warn('bf16=True, but this processor has no bfloat16 products worth using; training continues in float32', stacklevel=2)
     return None
 
+# %% ../../nbs/615_train.trainer.ipynb #9116a63d
 def master_weights(
     model:nn.Module, # Model to train
 )->list[nn.Parameter]: # Trainable parameters, in float32 or wider
@@ -249,6 +250,7 @@ def __call__(self:Trainer,
     "Run the callbacks of an event"
     for act in self.acts[event]: act(self)
 
+# %% ../../nbs/615_train.trainer.ipynb #ed4dcb39
 @patch
 def add_callback(self:Trainer,
     make, # A callback's class, or a function without arguments that makes one

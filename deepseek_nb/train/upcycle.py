@@ -246,6 +246,7 @@ def by_rows(
     "Run a function on four rows at a time"
     return torch.cat([run(r, *rest) for r in x.split(4)])
 
+# %% ../../nbs/650_train.upcycle.ipynb #b8edea15
 @torch.no_grad()
 def block_streams(
     model:Model, # Model
