@@ -116,7 +116,7 @@ class FinetuneRun(TrainingRun):
 @dataclass(frozen=True)
 class LoraRun(TrainingRun):
     "Settings of `lora`"
-    rate:float = 1e-3 # Peak learning rate
+    rate:float = 3e-3 # Peak learning rate
     r:int = 8 # Rank
     alpha:float = 16. # Numerator of the factor
 
@@ -428,7 +428,7 @@ def quantile_interval(
     low,high = np.searchsorted(below, (1 - level)/2, 'right'),np.searchsorted(below, (1 + level)/2) + 1
     return np.quantile(v, q),v[low - 1] if low else None,v[high - 1] if high <= n else None
 
-# %% ../../nbs/829_platform.runs.ipynb #4f50799a
+# %% ../../nbs/829_platform.runs.ipynb #929d5f03
 @torch.no_grad()
 def cost_measures(
     model:Model, # Model to measure

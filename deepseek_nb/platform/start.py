@@ -28,7 +28,7 @@ from .jobs import Worker
 from .labels import annotate, create_task
 from .monitor import Monitor
 from .registry import add_model
-from .store import Store, open_store
+from .store import Store, collect_blobs, open_store
 from ..serve.app import ServerConfig, key_digest
 
 # %% ../../nbs/842_platform.start.ipynb #8c02a213
@@ -99,7 +99,7 @@ def _left_in_order(): # only the main thread may set handlers
     try: yield
     finally: signal.signal(signal.SIGTERM, old)
 
-# %% ../../nbs/842_platform.start.ipynb #f5238044
+# %% ../../nbs/842_platform.start.ipynb #d3e7ef7a
 def start_platform(
     folder:str|Path = 'platform', # Folder of the database, models and jobs
     url:str = '', # Address of a Postgres database; '': SQLite in the folder
@@ -113,6 +113,7 @@ def start_platform(
 )->None:
     "Run the platform until SIGTERM"
     with _left_in_order(), closing(open_store(url, folder=folder) if url else open_store(folder)) as store:
+        collect_blobs(store)
         if demo: seed_platform(store)
         config = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex())))
         server = PlatformServer(store, all_pages(), config=config, hosts=(*hosts, host), https=https)
