@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from deepseek_nb.arch.moe import run_experts
 from deepseek_nb.core import nbproc
 from deepseek_nb.core.nbproc import find_compiler, source_text
-from deepseek_nb.cuda import quant as qc
 from deepseek_nb.cuda.build import ARCHS, find_nvrtc, resources
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.int8 import product_int8, round_rows, vector_launch

@@ -18,7 +18,7 @@ from torch.library import custom_op
 from ..arch.moe import run_experts
 from .build import cards_ready, launch
 from .device import check_argument, needs_no_grad
-from .route import FEW, combine, sort_by_expert, sort_few
+from .route import FEW_TOKENS, combine, sort_by_expert, sort_few
 from .tiles import COLUMNS, aligned, tile_defines, tile_rows, tile_shared
 from ..kernels.build import operator_name
 from ..kernels.moe import expected_experts
@@ -55,7 +55,7 @@ def sort_and_cut(
     **defines, # Further macros of the kernels
 )->tuple: # `Sorted`, and the tiles `t 3`
     "Sort routed tokens and divide them into tiles: one launch for few tokens, otherwise four"
-    if len(experts) <= FEW: return sort_few(experts, e, rows)
+    if len(experts) <= FEW_TOKENS: return sort_few(experts, e, rows)
     found = sort_by_expert(experts, e)
     return found, cut_tiles(found.offsets, experts.numel(), rows, **defines)
 
