@@ -52,8 +52,8 @@ extern "C" __global__ void scan_experts(int* counts, int* offsets, int blocks, i
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #e32b9bbf
-__device__ inline void place_rows(const int64_t* experts, int* next, int* order, int* position, int64_t begin, int64_t end,
-        int64_t rows, int e) {
+__device__ inline void place_rows(const int64_t* experts, int* next, int* order, int* position, int64_t begin,
+        int64_t end, int64_t rows, int e) {
     const int lane = threadIdx.x;
     for (int64_t i = begin; i < end; i += 32) {
         const int64_t row = i + lane;
@@ -77,8 +77,8 @@ extern "C" __global__ void place_experts(const int64_t* experts, const int* plac
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #1609e3cb
-extern "C" __global__ void sort_few(const int64_t* experts, int* order, int* offsets, int* position, int* tile, int rows,
-        int e, int tiles, int height) {
+extern "C" __global__ void sort_few(const int64_t* experts, int* order, int* offsets, int* position, int* tile,
+        int rows, int e, int tiles, int height) {
     DYNAMIC_SHARED(int, next);             // rows of each expert, then the place of its next row
     int* first = next + e;                 // first tile of each expert
     for (int j = threadIdx.x; j < e; j += blockDim.x) next[j] = 0;

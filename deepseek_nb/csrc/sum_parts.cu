@@ -11,9 +11,11 @@ template <class T> __device__ void sum_parts(const float* part, const T* bias, T
     y[i] = from_float<T>(sum);
 }
 
-extern "C" __global__ void sum_parts_f32(const float* part, const float* bias, float* y, int parts, int64_t size, int o) {
+extern "C" __global__ void sum_parts_f32(const float* part, const float* bias, float* y, int parts,
+        int64_t size, int o) {
     sum_parts(part, bias, y, parts, size, o);
 }
-extern "C" __global__ void sum_parts_bf16(const float* part, const bf16* bias, bf16* y, int parts, int64_t size, int o) {
+extern "C" __global__ void sum_parts_bf16(const float* part, const bf16* bias, bf16* y, int parts,
+        int64_t size, int o) {
     sum_parts(part, bias, y, parts, size, o);
 }
