@@ -13,7 +13,7 @@ struct Activations {
         width = w;
         if (int64_t(numbers.size()) < n * w) numbers.resize(n * w);
         at.resize(n);
-        for (int64_t i = 0; i < n; ++i) at[i] = &numbers[i * w];
+        for (int64_t i = 0; i < n; ++i) at[i] = numbers.data() + i * w;
     }
     float* row(int64_t i) { return numbers.data() + i * width; }
     const float* const* rows() const { return at.data(); }
@@ -44,6 +44,19 @@ inline void add(float factor, const float* a, int64_t n, float* y) {
     int64_t i = 0;
     for (; i + L <= n; i += L) store(y + i, muladd(splat(factor), load(a + i), load(y + i)));
     for (; i < n; ++i) y[i] += factor * a[i];
+}
+// y = the sum of n rows, `step` floats apart, times their factors; the sums of some columns stay in registers
+inline void weighted_sum(const float* factors, int64_t n, const float* rows, int64_t step, int64_t width, float* y) {
+    constexpr int SOME = 4;
+    int64_t i = 0;
+    for (; i + SOME * L <= width; i += SOME * L) {
+        vec s[SOME] = {};
+        for (int64_t p = 0; p < n; ++p)
+            for (int k = 0; k < SOME; ++k) s[k] = muladd(splat(factors[p]), load(rows + p * step + i + k * L), s[k]);
+        for (int k = 0; k < SOME; ++k) store(y + i + k * L, s[k]);
+    }
+    if (i < width) std::fill(y + i, y + width, 0.f);
+    for (int64_t p = 0; i < width && p < n; ++p) add(factors[p], rows + p * step + i, width - i, y + i);
 }
 inline void rms_norm(const float* x, int64_t d, const float* weight, float eps, float* y) {
     const float scale = 1 / std::sqrt(dot(x, x, d) / d + eps);
@@ -223,18 +236,16 @@ inline void Engine::attend(const Team&, const Block& b, int64_t layer, int64_t t
         query.insert(query.end(), look + c.nope(), look + c.key), look = query.data();
     }
     scores.resize(std::max<size_t>(scores.size(), positions));
-    for (int64_t p = 0; p < positions; ++p) scores[p] = dot(look, cache.at(layer, p) + key_at, wide) * c.scale;
+    skinny(positions, 1, wide, cache.at(layer, 0) + key_at, cache.row, &look, scores.data(), 0);
+    for (int64_t p = 0; p < positions; ++p) scores[p] *= c.scale;
     soften(scores.data(), positions);
     if (watch && token == n - 1) memcpy(seen.attention[layer].data() + head * positions, scores.data(), positions * 4);
     float* y = mixed.row(token) + head * c.value;
-    latent.assign(c.mla ? c.latent : c.value, 0);
-    for (int64_t p = 0; p < positions; ++p)
-        add(scores[p], cache.at(layer, p) + (c.mla ? 0 : c.kv_heads * c.key + group * c.value), latent.size(),
-            latent.data());
-    if (!c.mla) memcpy(y, latent.data(), c.value * 4);
-    else
-        for (int64_t i = 0; i < c.value; ++i)
-            y[i] = dot(&b.v_up[(head * c.value + i) * c.latent], latent.data(), c.latent);
+    const float* values = cache.at(layer, 0) + (c.mla ? 0 : c.kv_heads * c.key + group * c.value);
+    if (!c.mla) return weighted_sum(scores.data(), positions, values, cache.row, c.value, y);
+    latent.resize(c.latent);
+    weighted_sum(scores.data(), positions, values, cache.row, c.latent, latent.data());
+    for (int64_t i = 0; i < c.value; ++i) y[i] = dot(&b.v_up[(head * c.value + i) * c.latent], latent.data(), c.latent);
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #96c722ce
