@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests compile some hundred kernels, which all read PyTorch's headers
 test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
 
-.PHONY: demo serve platform test sanitize docs bench evidence-smoke export new-chapter hooks clean
+.PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -37,6 +37,9 @@ docs: .venv/.dev  ## the site, into _docs
 
 bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; without a name, the list
 	$(BIN)/deepseek-nb bench $(NAME)
+
+gpu: .venv/.dev  ## all CUDA kernels compiled, checked and measured on this machine's GPU; FLAGS=--dry emulates the checks
+	$(BIN)/python -m deepseek_nb.bench.gpu $(FLAGS)
 
 evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done

@@ -63,6 +63,7 @@ Modules:
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.curves`: FLOPs and KV cache bytes of decoding with V3.1, V3.2, V4 and V4.1 at every context length, counted from their configs and compared with the papers' figures.
 - `deepseek_nb.bench.drift`: How often the drift monitor alarms for nothing on 200 weeks of real text, and how many shifts of which size it catches after how many weeks
+- `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Until then, emulation and compilers prove what they can.
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
@@ -120,6 +121,7 @@ Modules:
 - `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
+- `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.

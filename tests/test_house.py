@@ -112,6 +112,25 @@ def test_no_triton(python):
     python(f'import sys; sys.modules["triton"] = None\nfrom importlib import import_module\nfor o in {names}: import_module(o)')
 
 
+# ---- the walks of CONTRIBUTING.md
+
+WALKS = (ROOT/'CONTRIBUTING.md').read_text().split('## Three walks')[1].split('\n## ')[0].split('\n### ')[1:]
+
+
+@pytest.mark.parametrize('walk', WALKS, ids=[w.splitlines()[0] for w in WALKS])
+def test_a_walk_is_true(walk):
+    "At most eight rooms, none entered twice, and every name is one of the code"
+    code = {'.'.join(p.relative_to(ROOT/'deepseek_nb').with_suffix('').parts).removesuffix('.__init__'): p.read_text()
+            for p in (ROOT/'deepseek_nb').rglob('*.py') if not p.name.startswith('_mod')}
+    steps = [o for o in walk.splitlines() if re.match(r'\d+\. ', o)]
+    rooms = [next(n for n in re.findall(r'`([^`]+)`', o) if n in code) for o in steps]
+    entered = [r for i, r in enumerate(rooms) if not i or rooms[i - 1] != r]
+    assert 5 <= len(steps) <= 8 and len({*entered}) == len(entered)
+    known = {*re.findall(r'\w+', '\n'.join(code.values()))}
+    names = [n for o in walk.splitlines() for n in re.findall(r'`([^`]+)`', o) if re.fullmatch(r'[\w.]+', n) and n not in code]
+    assert not [n for n in names if not {*n.split('.')} <= known]
+
+
 # ---- the shape of a notebook
 
 def test_lines_of_kernels_are_short():
@@ -137,6 +156,14 @@ def test_house_form(path):
     if path in STUDIES: return
     assert source(next(c for c in cells(path) if c['cell_type'] == 'code')) == f'#| default_exp {module(path)}'
     assert markdown[1].startswith('#| export\n'), 'the second Markdown cell is exported as the docstring of the module'
+
+
+@pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)
+def test_a_study_shows_before_it_tells(path):
+    "A table and a plot stand before the paragraph of the finding"
+    calls = [m[1] for c in cells(path) if c['cell_type'] == 'code' and (m := re.search(r'open_study\(\S+\)\.(\w+)', source(c)))]
+    shown = calls[:calls.index('finding')]
+    assert len(shown) >= 2 and any(n.startswith('plot') for n in shown) and not all(n.startswith('plot') for n in shown)
 
 
 @pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)

@@ -196,9 +196,9 @@ def construct_routes(
     k,v,p,q1,q2 = (t[0] for t in net(x, far))
     plan,stats = torch.zeros(2*len(o.xy) + 2, dtype=torch.int32),torch.zeros(2, dtype=torch.int64)
     windows = None if o.windows is None else o.windows.contiguous()
-    weights = [net.rest.weight.contiguous(), net.rest.bias, net.out.weight.contiguous()]
-    pointer_kernels.construct(o.distance, o.demand, o.capacity, windows, k.T.contiguous(), v.contiguous(), p.T.contiguous(),
-        q1.contiguous(), q2.contiguous(), *weights, net.step.abs().item(), net.c.clip, net.c.heads, distance_scale(o.distance), plan, stats)
+    network = [t.contiguous() for t in (k.T, v, p.T, q1, q2, net.rest.weight, net.rest.bias, net.out.weight)]
+    pointer_kernels.construct(network, net.c.heads, net.step.abs().item(), net.c.clip, distance_scale(o.distance), o.distance, o.demand,
+                              o.capacity, windows, plan, stats)
     flat,routes = plan[1:stats[0]].tolist(),[[]]
     for c in flat:
         if c: routes[-1].append(c)

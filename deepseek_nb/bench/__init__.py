@@ -404,7 +404,7 @@ BENCHMARKS = {  # name at the command line -> location
     'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
     'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg')),
     'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
-    'bias': Benchmark('eval.ambiguity.measure_bias'),
+    'bias': Benchmark('eval.ambiguity.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
     'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99

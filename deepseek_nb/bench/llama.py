@@ -251,6 +251,6 @@ def llama(
 )->dict: # Times of all cases, and where greedy texts differ
     "SmolLM2 in 4 bits: decoding, prefill and loading against llama.cpp, and greedy texts against float32"
     path,tok = fetch(name),Tokenizer.from_pretrained(name)
-    load = partial(QuantizedModel.from_pretrained, path, 'int4', device='cpu')
+    load = partial(Model.from_pretrained, path, device='cpu')
     with TemporaryDirectory() as folder: cases = llama_cases(load, llama_files(path, folder), cached, s, repeats)
     return dict(cases=cases, greedy=partings(load(), [tok.encode(p) for p in GREEDY_PROMPTS]))

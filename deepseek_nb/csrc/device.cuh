@@ -6,7 +6,7 @@
 #include "cuda_emulation.h"
 #elif defined(__CUDACC_RTC__)
 using int8_t = signed char; using uint8_t = unsigned char; using int16_t = short; using uint16_t = unsigned short;
-using int32_t = int; using uint32_t = unsigned; using int64_t = long long; using uint64_t = unsigned long long;  // as under Windows too
+using int32_t = int; using uint32_t = unsigned; using int64_t = long long; using uint64_t = unsigned long long;
 #else
 #include <cstdint>
 #endif

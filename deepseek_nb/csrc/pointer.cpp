@@ -85,13 +85,20 @@ struct Day {                                             // demands, capacity an
 };
 
 // %% ../../nbs/874_apps.constructor.ipynb #fa492171
-void construct(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor keys, Tensor values, Tensor points,
-               Tensor here, Tensor begin, Tensor rest, Tensor bias, Tensor out, double step, double clip, int64_t heads,
-               double scale, Tensor plan, Tensor stats) {
-    const int64_t n = d.size(0), dim = values.size(1);
-    Pointer net{n, dim, heads, data<float>(keys), data<float>(values), data<float>(points), data<float>(here),
-                data<float>(begin), data<float>(rest), data<float>(bias), data<float>(out), float(step), float(clip),
-                std::vector<float>(dim), std::vector<float>(dim), {}, std::vector<float>(n)};
+// `network`: the tensors of a `Pointer`, in the order of its fields
+Pointer pointer_of(const std::vector<Tensor>& network, int64_t heads, double step, double clip) {
+    auto field = network.begin();
+    auto next = [&] { return data<float>(*field++); };
+    const int64_t n = network[1].size(0), dim = network[1].size(1);
+    return {.n = n, .dim = dim, .heads = heads, .keys = next(), .values = next(), .points = next(), .here = next(),
+            .begin = next(), .rest = next(), .bias = next(), .out = next(), .step = float(step), .clip = float(clip),
+            .q = std::vector<float>(dim), .glimpse = std::vector<float>(dim), .g = {}, .score = std::vector<float>(n)};
+}
+
+void construct(std::vector<Tensor> network, int64_t heads, double step, double clip, double scale, Tensor d,
+               Tensor demand, int64_t capacity, Maybe windows, Tensor plan, Tensor stats) {
+    const int64_t n = d.size(0);
+    Pointer net = pointer_of(network, heads, step, clip);
     const Day day{data<int64_t>(demand), windows ? data<int64_t>(*windows) : nullptr, capacity, n, data<int32_t>(d)};
     std::vector<int> left(n - 1), may;
     for (int c = 1; c < n; ++c) left[c - 1] = c;
@@ -116,9 +123,7 @@ void construct(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor 
 
 // %% ../../nbs/874_apps.constructor.ipynb #00a5393d
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("construct(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor keys, Tensor values, "
-          "Tensor points, Tensor here, "
-          "Tensor begin, Tensor rest, Tensor bias, Tensor out, float step, float clip, int heads, float scale, "
-          "Tensor(a!) plan, Tensor(b!) stats) -> ()");
+    m.def("construct(Tensor[] network, int heads, float step, float clip, float scale, Tensor d, Tensor demand, "
+          "int capacity, Tensor? windows, Tensor(a!) plan, Tensor(b!) stats) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("construct", TORCH_BOX(&construct)); }

@@ -114,7 +114,7 @@ def attention_steps(
     y:float, # Top edge
 )->list: # SVG elements, 100 high
     "Draw the attention of a layer and its cache."
-    kept = f'{c.kv_lora_rank} + {c.qk_rope_head_dim} numbers per token'
+    kept = f'{c.kv_lora_rank} + {c.qk_rope_head_dim} per token'
     heads = f'{c.n_heads} heads, RoPE on {c.qk_rope_head_dim} of {c.qk_nope_head_dim + c.qk_rope_head_dim} dimensions'
     return [linked_box(70, y, 90, ['RMSNorm'], 'arch.norm'),
             linked_box(70, y + 33, 250, ['Multi-head latent attention', heads], 'arch.attention'),
@@ -152,7 +152,7 @@ def draw_way(
     top = [words(8, 18, '“The capital of France is”'),
            linked_box(215, 2, 280, [f'Tokenizer: {c.vocab_size:,} token ids'], 'files.tokenizer'),
            linked_box(8, 36, 487, [f'Embedding: {c.dim:,} numbers per token'], 'arch.model'), stroke('M355 25V34', (355, 34, 0, 1))]
-    end = [linked_box(8, 466, 250, [f'RMSNorm and head: {c.vocab_size:,} logits'], 'arch.model'),
+    end = [linked_box(8, 466, 250, [f'Norm and head: {c.vocab_size:,} logits'], 'arch.model'),
            stroke('M258 478H290', (290, 478, 1, 0)), linked_box(292, 466, 120, ['Sampling'], 'infer.generate'),
            stroke('M412 478H434', (434, 478, 1, 0)), words(438, 483, '“ Paris”', 'b'), words(8, 512, size, 's')]
     label = 'The way of a token through DeepSeek-V3: tokenizer, embedding, layers of latent attention and experts, head, sampling'
