@@ -114,7 +114,7 @@ class FinetuneRun(TrainingRun):
 @dataclass(frozen=True)
 class LoraRun(TrainingRun):
     "Settings of `lora`"
-    rate:float = 1e-3 # Peak learning rate
+    rate:float = 3e-3 # Peak learning rate
     r:int = 8 # Rank
     alpha:float = 16. # Numerator of the factor
 

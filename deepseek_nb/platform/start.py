@@ -27,7 +27,7 @@ from .jobs import Worker
 from .labels import annotate, create_task
 from .monitor import Monitor
 from .registry import add_model
-from .store import Store, open_store
+from .store import Store, collect_blobs, open_store
 from ..serve.app import ServerConfig, key_digest
 
 # %% ../../nbs/842_platform.start.ipynb #8c02a213
@@ -101,6 +101,7 @@ def start_platform(
 )->None:
     "Run the platform until SIGTERM"
     with closing(open_store(url, folder=folder) if url else open_store(folder)) as store:
+        collect_blobs(store)
         if demo: seed_platform(store)
         config = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex())))
         server = PlatformServer(store, all_pages(), config=config, hosts=(*hosts, host), https=https)

@@ -78,7 +78,7 @@ class Ggml(Format, name='ggml'):
     )->dict: # `blocks` uint8 `… o x`
         "Quantise to Q8_0, Q4_0 or Q4_1 blocks, as llama.cpp does"
         width = BLOCK_KINDS[self.kind].width
-        if self.kind not in BLOCKS: raise ValueError(f'ggml {self.kind} is read only; write Q8_0, Q4_0 or Q4_1, or use llama.cpp')
+        if self.kind not in BLOCKS: raise ValueError(f'ggml {self.kind} is read only; write Q8_0, Q4_0 or Q4_1, or call quantize_blocks')
         if w.shape[-1] % width: raise ValueError(f'ggml {self.kind}: blocks of {width} weights do not divide a row of {w.shape[-1]}')
         return dict(blocks=_write_blocks(w, self.kind))
     def decode(self,
