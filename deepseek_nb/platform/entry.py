@@ -184,9 +184,9 @@ def _user_disable(request, form, id):
 
 # %% ../../nbs/836_platform.entry.ipynb #dc7b434b
 def _chain_state(store):
-    "A notice about the chain"
-    broken = first_broken(store)
-    if broken is None: return notice('The chain is whole: no entry was changed, removed or inserted.', 'good')
+    "A notice about the newest entries of the chain, so that the page stays fast"
+    broken = first_broken(store, last=1000)
+    if broken is None: return notice('The chain is whole, as far as its newest 1,000 entries; the settings check all.', 'good')
     return notice(f'The log was tampered with: {broken.why}.', 'bad')
 
 @entry_pages.get('/audit', role='admin')
