@@ -397,7 +397,6 @@ BENCHMARKS = {  # name at the command line -> location
     'scaling': Benchmark('bench.scaling.measure_scaling'),
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
-    'runner': Benchmark('export.runner_binary.measure_runner', ('llama-cpp-python',)),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
@@ -407,6 +406,7 @@ BENCHMARKS = {  # name at the command line -> location
     'tensorrt': Benchmark('export.tensorrt.bench_tensorrt', ('tensorrt',)),
     'platform': Benchmark('platform.latency.measure_pages', ('sqlalchemy', 'psycopg')),
     'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
+    'runner': Benchmark('export.runner_binary.measure_runner', ('llama-cpp-python',)),
     'bias': Benchmark('eval.ambiguity.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
     'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
