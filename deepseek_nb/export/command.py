@@ -21,7 +21,7 @@ from typing import NamedTuple
 EXPORTS = dict(
     gguf='export.gguf:export_gguf', binary='export.runner_binary:export_binary',
     onnx='export.onnx:export_onnx',
-    executorch='export.executorch:export_executorch')
+    executorch='export.executorch:export_executorch', page='export.figures:export_page')
 _SUFFIX = dict(gguf='.gguf', executorch='.pte')  # of formats that are one file; the others are folders
 
 def find_exporter(
