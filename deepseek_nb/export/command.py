@@ -21,7 +21,10 @@ from typing import NamedTuple
 EXPORTS = dict(
     gguf='export.gguf:export_gguf', binary='export.runner_binary:export_binary',
     onnx='export.onnx:export_onnx',
-    executorch='export.executorch:export_executorch', page='export.figures:export_page')
+    genai='export.genai:export_genai',
+    onnx_quantised='export.onnx_quant:export_onnx_quantised',
+    executorch='export.executorch:export_executorch',
+    page='export.figures:export_page')
 _SUFFIX = dict(gguf='.gguf', executorch='.pte')  # of formats that are one file; the others are folders
 
 def find_exporter(

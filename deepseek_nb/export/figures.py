@@ -638,7 +638,8 @@ def write_figures(
     facts = dict(name=name, file=weights.name, bytes=weights.stat().st_size, expanded=expansion(load_config(model)),
                  notes=[str(o.message) for o in said])
     loader = LOADER.replace('{name}', escape(name)).replace('{size}', f'{facts["bytes"]/1e6:.1f}')
-    texts = {'live.js': loader, 'worker.js': WORKER, 'figures.js': FIGURES.replace('{model}', json.dumps(facts)), 'figures.css': FIGURE_STYLE}
+    texts = {'live.js': loader, 'worker.js': WORKER, 'figures.js': FIGURES.replace('{model}', json.dumps(facts)),
+             'figures.css': FIGURE_STYLE}
     for file,text in texts.items(): (folder/file).write_text(text.lstrip(), encoding='utf-8')
     (folder/'runner.wasm').write_bytes(read_wasm())
     return facts

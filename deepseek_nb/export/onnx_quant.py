@@ -34,7 +34,7 @@ class Factor(NamedTuple):
 
     def value(self)->Tensor: # Matrix `i o`
         "Compute the factor"
-        x = torch.from_numpy(np.asarray(self.source.numpy()))
+        x = torch.from_numpy(np.array(self.source.numpy()))
         for step in self.steps: x = step(x)
         return x
 

@@ -104,8 +104,8 @@ def add_section(
     return data + b'\0' + leb(len(content)) + content
 
 # %% ../../nbs/814_export.wasm.ipynb #8ec26812
-WASM_FLAGS = ('--target=wasm32-wasi', '-std=c++20', '-O3', '-msimd128', '-fno-exceptions', '-fno-rtti', '-mexec-model=reactor', '-DNDEBUG', '-w',
-         '-Wl,--strip-all', '-Wl,--gc-sections', '-Wl,-z,stack-size=262144', '-Wl,--export=malloc', '-Wl,--export=free')
+WASM_FLAGS = ('--target=wasm32-wasi', '-std=c++20', '-O3', '-msimd128', '-fno-exceptions', '-fno-rtti', '-DNDEBUG', '-w',
+         '-mexec-model=reactor', '-Wl,-s,--gc-sections', '-Wl,-z,stack-size=262144', *(f'-Wl,--export={o}' for o in ('malloc', 'free')))
 
 def find_clang()->str: # Path of the compiler
     "Find a clang for WebAssembly"
@@ -132,6 +132,7 @@ def compile_wasm(
                               capture_output=True, text=True)
         if done.returncode: raise ValueError(first_error(done.stderr, 'runner.cc'))
         made = add_section(Path(folder, 'runner.wasm').read_bytes(), _DIGEST, source_digest(files).encode())
+    out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f'.{out.name}')
     part.write_bytes(made)
     replace(part, out)
