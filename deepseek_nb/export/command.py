@@ -21,6 +21,7 @@ from typing import NamedTuple
 EXPORTS = dict(
     gguf='export.gguf:export_gguf', binary='export.runner_binary:export_binary',
     onnx='export.onnx:export_onnx',
+    tensorrt='export.tensorrt:export_tensorrt',
     genai='export.genai:export_genai',
     onnx_quantised='export.onnx_quant:export_onnx_quantised',
     executorch='export.executorch:export_executorch',
