@@ -69,6 +69,41 @@ def test_bbq_as_in_the_harness(rng):
     assert mine[where, 0].mean() == pytest.approx(utils.agg_accuracy_amb([t['accuracy_amb'] for t in theirs]))
 
 
+@harness
+@needs('bbq')
+def test_bbq_log_likelihoods_as_in_the_harness(rng):
+    "The model of transformers in float32, scored by the harness: the same log-likelihoods, choices and scores; BBQ_ITEMS=200 asks more"
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.bbq import utils
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deepseek_nb.arch.model import Model
+    from deepseek_nb.files.hub import fetch
+    from deepseek_nb.files.tokenizer import Tokenizer
+    class Rows(list):
+        def map(self, f): return [f(dict(r)) for r in self]
+    rows = rng.sample([r for p in sorted((DATA/'bbq').glob('*.jsonl*')) for r in read_lines(p)], int(os.environ.get('BBQ_ITEMS', 4)))
+    docs,asked = utils.process_docs(Rows(rows)),[A._question(r) for r in rows]
+    path = fetch('smollm2-135m')
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    lm = HFLM(pretrained=theirs, tokenizer=tokenizer, backend='causal', batch_size=12)
+    requests = [Instance('loglikelihood', d, (f"{d['context']}\n\nQ: {d['question']}\nA:", f' {c}'), i)
+                for d in docs for i,c in enumerate(utils.doc_to_choice(d))]
+    want = np.array([r[0] for r in lm.loglikelihood(requests, disable_tqdm=True)]).reshape(len(rows), -1)
+    model,tok = Model.from_pretrained('smollm2-135m', dtype='float32', device='cpu'),Tokenizer.from_pretrained('smollm2-135m')
+    found = A.bbq(model, tok, asked)
+    print(len(rows), 'questions, largest difference', abs(found.scores - want).max())
+    assert abs(found.scores - want).max() < 1e-3 and (found.scores.argmax(1) == want.argmax(1)).all()
+    scored = [utils.process_results_multiple_choice(d, [(s, False) for s in row]) for d,row in zip(docs, want, strict=True)]
+    columns,where = found.columns(),np.array([q.ambiguous for q in asked])
+    if where.any(): assert columns[where, 0].mean() == pytest.approx(utils.agg_accuracy_amb([t['accuracy_amb'] for t in scored]))
+    if not where.all():
+        assert columns[~where, 0].mean() == pytest.approx(utils.agg_accuracy_disamb([t['accuracy_disamb'] for t in scored]))
+
+
 @needs('winobias')
 def test_swaps_against_twins():
     "WinoBias has both versions of each sentence: where only the pronoun differs, at most 3% of the swapped ones are wrong"

@@ -404,7 +404,10 @@ BENCHMARKS = {  # name at the command line -> location
     'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF),
     'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
     'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg')),
+    'tensorrt': Benchmark('export.tensorrt.bench_tensorrt', ('tensorrt',)),
+    'platform': Benchmark('platform.latency.measure_pages', ('sqlalchemy', 'psycopg')),
     'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
+    'runner': Benchmark('export.runner_binary.measure_runner', ('llama-cpp-python',)),
     'bias': Benchmark('eval.ambiguity.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
     'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 

@@ -1,6 +1,6 @@
 """A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 
-`export_onnx` writes a model as a folder with `model.onnx` and the weights in `model.onnx.data`, under the names that optimum uses. `Step` is the function that is traced:
+`export_onnx` writes a model as a folder with `model.onnx` and the weights in `model.onnx.data`, under the names that optimum uses. `CachedStep` is the function that is traced:
 tokens and cached tensors in, logits and longer tensors out. A mixture of experts is written as one wide SwiGLU or as a gather of weights, without a loop. `check_onnx` validates a file
 before it is loaded, `OnnxModel` runs it with ONNX Runtime, and `onnx_weights` reads the weights back."""
 
@@ -8,10 +8,10 @@ before it is loaded, `OnnxModel` runs it with ONNX Runtime, and `onnx_weights` r
 
 # %% auto #0
 __all__ = ['MOE_FORMS', 'OPSET', 'DATA', 'GrowingSlot', 'cache_names', 'input_names', 'output_names', 'spread_weights',
-           'dense_experts', 'gathered_experts', 'moe_cost', 'static_mixture', 'check_exportable', 'Step', 'step_inputs',
-           'traced', 'sort_as_topk', 'translated', 'tidy', 'onnx_model', 'write_onnx', 'new_folder', 'copy_description',
-           'float_source', 'export_onnx', 'OnnxModel', 'check_external', 'tensor_bytes', 'check_order', 'check_onnx',
-           'onnx_weights']
+           'dense_experts', 'gathered_experts', 'moe_cost', 'static_mixture', 'check_exportable', 'CachedStep',
+           'step_inputs', 'traced', 'sort_as_topk', 'translated', 'clean_graph', 'onnx_model', 'write_onnx',
+           'new_folder', 'copy_description', 'float_source', 'export_onnx', 'OnnxModel', 'check_external',
+           'proto_bytes', 'check_graph', 'check_onnx', 'onnx_weights']
 
 # %% ../../nbs/802_export.onnx.ipynb #901db6fb
 import logging
@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import warnings
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from ..core.dispatch import use
 from ..files.checkpoint import CARRIED, install, save_config, umask
 from ..files.locate import locate
 from ..files.tokenizer import Tokenizer
+from ..quant.model import QuantizedModel
 from ..quant.save import save_tokenizer
 
 # %% ../../nbs/802_export.onnx.ipynb #3653e13e
@@ -66,14 +68,14 @@ def cache_names(
 # %% ../../nbs/802_export.onnx.ipynb #3932888c
 def input_names(
     c:Config, # The model's config
-)->list[str]: # Names in the order of the inputs of `Step`
+)->list[str]: # Names in the order of the inputs of `CachedStep`
     "Names of the inputs of the graph"
     return ['input_ids', 'attention_mask', 'position_ids'] + [f'past_key_values.{n}' for layer in cache_names(c) for n in layer]
 
 # %% ../../nbs/802_export.onnx.ipynb #a9681ff5
 def output_names(
     c:Config, # The model's config
-)->list[str]: # Names in the order of the outputs of `Step`
+)->list[str]: # Names in the order of the outputs of `CachedStep`
     "Names of the outputs of the graph"
     return ['logits'] + [f'present.{n}' for layer in cache_names(c) for n in layer]
 
@@ -148,7 +150,7 @@ def check_exportable(
                          'use a model with MLA or grouped-query attention')
 
 # %% ../../nbs/802_export.onnx.ipynb #19e957f3
-class Step(nn.Module):
+class CachedStep(nn.Module):
     "A forward pass with the cache as inputs and outputs"
     def __init__(self,
         model:Model, # Model that holds the weights
@@ -176,7 +178,7 @@ class Step(nn.Module):
 
 # %% ../../nbs/802_export.onnx.ipynb #2ad17a11
 @patch
-def context(self:Step,
+def context(self:CachedStep,
     attention_mask:Tensor, # `b t`
     position_ids:Tensor, # `b s`
     slots:list, # Cached tensors of each layer
@@ -190,7 +192,7 @@ def context(self:Step,
 
 # %% ../../nbs/802_export.onnx.ipynb #55e9c148
 @patch
-def attend_block(self:Step,
+def attend_block(self:CachedStep,
     x:Tensor, # Normalised activations `b s d`
     attention:nn.Module, # `GQA` or `MLA`
     ctx:Context, # Context of its layer
@@ -200,7 +202,7 @@ def attend_block(self:Step,
 
 # %% ../../nbs/802_export.onnx.ipynb #8db1f5d5
 @patch
-def block(self:Step,
+def block(self:CachedStep,
     x:Tensor, # Residual stream `b s d`
     block:nn.Module, # A `Block` of the model
     ctx:Context, # Context of its layer
@@ -216,7 +218,7 @@ def step_inputs(
     tokens:Tensor, # New tokens `b s`
     past:tuple|None = None, # Cached tensors of earlier calls; None: an empty cache
     dtype:torch.dtype = torch.float32, # Dtype of an empty cache
-)->tuple: # Arguments of `Step`
+)->tuple: # Arguments of `CachedStep`
     "Inputs of a call without padding"
     (b,s),flat = tokens.shape,past
     if past is None: flat = [torch.zeros(shape, dtype=dtype) for _ in range(c.n_layers) for shape in cache_shapes(c, b, 0)]
@@ -225,7 +227,7 @@ def step_inputs(
 
 # %% ../../nbs/802_export.onnx.ipynb #9f1eba84
 def traced(
-    step:Step, # Function to trace
+    step:CachedStep, # Function to trace
 )->torch.export.ExportedProgram: # Graph of ATen operations
     "Trace a step with dynamic batch and lengths"
     c,dynamic = step.model.config,torch.export.Dim.DYNAMIC
@@ -291,7 +293,7 @@ def _drop_casts(graph):
         graph.remove(n, safe=True)
 
 # %% ../../nbs/802_export.onnx.ipynb #52847ed3
-def tidy(
+def clean_graph(
     model, # `onnx_ir.Model`, changed in place
 ): # The same model
     "Remove nodes that compute nothing new, and name the sizes"
@@ -304,9 +306,10 @@ def tidy(
     Sequential(common.LiftConstantsToInitializersPass(lift_all_constants=True), common.ClearMetadataAndDocStringPass(),
                common.IdentityEliminationPass(), common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass(),
                common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass())(model)
-    (b,s),t = graph.inputs[0].shape,graph.inputs[1].shape[1]
-    cached = past.shape[len(past.shape) - 2]
-    _rename(graph, {str(b.value): 'batch', str(s.value): 'length', str(t.value): 'total', str(cached.value): 'past'})
+    sizes = ['length', 'total', 'length'] + ['past']*(len(graph.inputs) - 3)
+    axes = [1]*3 + [len(past.shape) - 2]*(len(graph.inputs) - 3)
+    names = {str(v.shape[axis].value): size for v,axis,size in zip(graph.inputs, axes, sizes, strict=True)}
+    _rename(graph, names | {str(v.shape[0].value): 'batch' for v in graph.inputs})
     return model
 
 # %% ../../nbs/802_export.onnx.ipynb #f9861291
@@ -315,7 +318,7 @@ def onnx_model(
     moe:str = 'dense', # Form of the mixture: 'dense' or 'gather'
 ): # `onnx_ir.Model` with the weights by reference
     "Trace and translate a model"
-    with torch.no_grad(): return tidy(translated(traced(Step(model, moe)), model.config))
+    with torch.no_grad(): return clean_graph(translated(traced(CachedStep(model, moe)), model.config))
 
 # %% ../../nbs/802_export.onnx.ipynb #863cae6d
 DATA = 'model.onnx.data'
@@ -364,7 +367,10 @@ def float_source(
 )->tuple: # Model with float weights on the CPU, and its source or None
     "Load a model for an export"
     if dtype not in ('float32', 'float16', 'bfloat16'): raise ValueError(f"dtype is {dtype!r}; it may be 'float32', 'float16', 'bfloat16'")
-    if isinstance(model, Model): return model.to('cpu', getattr(torch, dtype)).eval(), None
+    if isinstance(model, QuantizedModel): raise ValueError('the weights of this model are quantised; give the path of the checkpoint')
+    if isinstance(model, Model):
+        same = model.dtype == getattr(torch, dtype) and model.device.type == 'cpu'
+        return (model if same else deepcopy(model).to('cpu', getattr(torch, dtype))).eval(), None
     return Model.from_pretrained(model, dtype=dtype, device='cpu').eval(), model
 
 # %% ../../nbs/802_export.onnx.ipynb #113b717a
@@ -451,12 +457,12 @@ def check_external(
     if not path.is_file(): raise ValueError(f'{tensor.name}: there is no file {place!r} beside the graph; copy it too')
     try: start,n = int(entry.get('offset', 0)),int(entry.get('length', -1))
     except ValueError: raise ValueError(f'{tensor.name}: offset or length of its weights is not a number; export it again') from None
-    n = tensor_bytes(tensor) if n < 0 else n
-    if start < 0 or n != tensor_bytes(tensor) or start + n > path.stat().st_size:
+    n = proto_bytes(tensor) if n < 0 else n
+    if start < 0 or n != proto_bytes(tensor) or start + n > path.stat().st_size:
         raise ValueError(f"{tensor.name}: {n} bytes at {start} of {place!r} don't match its shape or the file; export it again")
 
 # %% ../../nbs/802_export.onnx.ipynb #d8b20d76
-def tensor_bytes(
+def proto_bytes(
     tensor, # `onnx.TensorProto`
 )->int: # Bytes of its elements
     "Size of a tensor"
@@ -466,7 +472,7 @@ def tensor_bytes(
     return -(-math.prod(tensor.dims)*bits[tensor.data_type]//8)
 
 # %% ../../nbs/802_export.onnx.ipynb #c0f581ef
-def check_order(
+def check_graph(
     graph, # `onnx.GraphProto`
 )->None:
     "Raise an error if a value is used before it is computed, or computed twice"
@@ -494,10 +500,10 @@ def check_onnx(
     except Exception: raise ValueError(f'{path}: no ONNX graph, or a part of one; copy or export it again') from None
     if not proto.graph.node: raise ValueError(f'{path}: the graph has no nodes; copy or export it again')
     try:
-        check_order(proto.graph)
+        check_graph(proto.graph)
         for t in proto.graph.initializer:
             if t.data_location == onnx.TensorProto.EXTERNAL: check_external(t, path.parent)
-            elif len(t.raw_data) not in (0, tensor_bytes(t)):
+            elif len(t.raw_data) not in (0, proto_bytes(t)):
                 raise ValueError(f"{t.name}: {len(t.raw_data)} bytes don't match its shape; export it again")
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 

@@ -14,6 +14,7 @@ import csv
 import gzip
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -247,6 +248,7 @@ def untrusted_rows(
 
 # %% ../../nbs/248_files.untrusted.ipynb #912265e6
 _FORMULA = {*'=+-@＝＋－＠', '\t', '\r'} # the wide forms count too
+_INNER = re.compile(r'([;\t\r\n] *)(?=[=+\-@＝＋－＠])') # where a spreadsheet may begin a cell
 
 def safe_cell(
     value, # Any value
@@ -255,6 +257,7 @@ def safe_cell(
     if value is None: return ''
     if isinstance(value, (int, float)): return str(value)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _INNER.sub(r"\1'", text)
     return "'" + text if text.lstrip(' \n')[:1] in _FORMULA else text
 
 # %% ../../nbs/248_files.untrusted.ipynb #6a024f7e

@@ -104,8 +104,7 @@ def _link_fault(row, id, digest): # the entry before had `id` and `digest`
     if row.before != digest: return f'entry {row.id} follows another entry than {id}: one of both was replaced'
     if entry_digest(row._mapping) != row.digest: return f'entry {row.id} was edited'
 
-def _pages(c, size=1000):
-    last = -2**62 # an inserted entry may have any id
+def _pages(c, last=-2**62, size=1000): # an inserted entry may have any id
     while rows := c.execute(select(audits).where(audits.c.id > last).order_by(audits.c.id).limit(size)).all():
         yield from rows
         last = rows[-1].id
@@ -114,11 +113,14 @@ def _pages(c, size=1000):
 def first_broken(
     store:Store, # Open store
     noted:LogHead|None = None, # A head that was noted elsewhere; None: that of the file
+    last:int|None = None, # Only so many entries, at the end; None: all
 )->Broken|None: # None: the log is as it was written
     "Find the first entry of the audit log that was edited, deleted, inserted, moved or cut off"
-    head,(id,digest) = noted or head_of(store),LogHead(0, NO_ENTRY)
+    head,start,(id,digest) = noted or head_of(store),-2**62,LogHead(0, NO_ENTRY)
     with store.read() as c:
-        for row in _pages(c):
+        ask = select(audits.c.id, audits.c.digest).order_by(audits.c.id.desc()).offset(last or 0).limit(1)
+        if last and (before := c.execute(ask).first()): start,(id,digest) = before.id,before
+        for row in _pages(c, start):
             if why := _link_fault(row, id, digest): return Broken(id + 1, why)
             id,digest = row.id,row.digest
             if head and id == head.id and digest != head.digest: return Broken(id, f'entry {id} was replaced: the head names another')

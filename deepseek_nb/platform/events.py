@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,18 +148,21 @@ def merge(self:Sketch,
                   featured=self.featured + other.featured, sample=_lowest([*self.sample, *other.sample], k))
 
 # %% ../../nbs/830_platform.events.ipynb #d80261e3
+def _at_place(places, event): return event.place in places
+
 class Recorder:
     "Writes events in batches"
     def __init__(self,
         store:Store, # Where they go
         prices:Prices|None = None, # Prices of tokens; None: free
         scans:dict|None = None, # Name -> function of a text, true if something was found; only for events with texts
-        keep_texts:Iterable = (), # Places that store prompts and answers
+        keep_texts:Iterable|Callable = (), # Places that store prompts and answers; or a function of an event that says whether it may
         every:float = .25, # Longest time that an event waits for its batch, seconds
         most:int = 20_000, # Events that may wait
         seed:int|None = None, # Of the samples; None: random
     ):
-        self.store,self.prices,self.scans,self.keep_texts = store,prices or Prices(),scans or {},frozenset(keep_texts)
+        self.store,self.prices,self.scans = store,prices or Prices(),scans or {}
+        self.keeps = keep_texts if callable(keep_texts) else partial(_at_place, frozenset(keep_texts))
         self.every,self.most,self.rng = every,most,np.random.default_rng(seed)
         self.items,self.ready = [],threading.Condition()
         self.recorded = self.written = self.waited = self.lost = self.failures = self.wanted = 0
@@ -168,61 +172,6 @@ class Recorder:
 
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
-
-# %% ../../nbs/830_platform.events.ipynb #c7ab05ad
-@patch
-def record(self:Recorder,
-    event:RequestEvent, # What happened
-    wait:float|None = None, # Longest wait for room, seconds; None: as long as it takes
-)->bool: # Whether it was taken
-    "Hand an event over"
-    if event.at is None: event = event._replace(at=self.store.now())
-    with self.ready:
-        if len(self.items) >= self.most:
-            self.waited += 1
-            self.ready.wait_for(lambda: len(self.items) < self.most or self.closing, wait)
-        if self.closing or len(self.items) >= self.most:
-            self.lost += 1
-            return False
-        self.items.append(event)
-        self.recorded += 1
-        if len(self.items)*2 >= self.most: self.ready.notify_all()
-        return True
-
-# %% ../../nbs/830_platform.events.ipynb #2bd4ffbc
-@patch
-def flush(self:Recorder,
-    timeout:float = 30., # Seconds
-)->bool: # Whether all of it is committed
-    "Wait until everything that was recorded is committed"
-    with self.ready:
-        self.wanted = self.recorded
-        self.ready.notify_all()
-        return self.ready.wait_for(lambda w=self.wanted: self.written >= w, timeout)
-
-# %% ../../nbs/830_platform.events.ipynb #470cfdcb
-@patch
-def close(self:Recorder,
-    timeout:float = 30., # Seconds for the rest
-)->None:
-    "Write the rest, and stop"
-    whole = self.flush(timeout)
-    with self.ready:
-        self.closing = True
-        self.ready.notify_all()
-    self.thread.join(timeout)
-    if not whole: raise TimeoutError(f'{self.recorded - self.written} events could not be written: {self.error}')
-
-@patch
-def _run(self:Recorder):
-    "The thread"
-    while True:
-        with self.ready:
-            self.ready.wait_for(lambda: self.closing or self.wanted > self.written or len(self.items)*2 >= self.most, self.every)
-            batch,self.items = self.items,[]
-            self.ready.notify_all()
-        if batch: self._persist(batch)
-        elif self.closing: return
 
 # %% ../../nbs/830_platform.events.ipynb #efc33c48
 @patch
@@ -287,7 +236,7 @@ def _write(self:Recorder, batch, about):
         items,costs = groups.setdefault((e.place, e.model_id, e.at//MINUTE*MINUTE), ([], []))
         items.append((e, a))
         costs.append(cost)
-        (kept if e.texts is not None and e.place in self.keep_texts else rows).append((e, _event_row(e, cost)))
+        (kept if e.texts is not None and self.keeps(e) else rows).append((e, _event_row(e, cost)))
     with self.store.write(alone=False) as c:
         lock_rows(c, 'windows')
         if rows: c.execute(insert(events), [r for _,r in rows])
@@ -295,6 +244,61 @@ def _write(self:Recorder, batch, about):
             (id,) = c.execute(insert(events).values(r)).inserted_primary_key
             c.execute(insert(texts).values(event_id=id, prompt=e.texts[0], answer=e.texts[1]))
         for key,(items,costs) in groups.items(): _add_window(c, key, items, costs)
+
+# %% ../../nbs/830_platform.events.ipynb #c7ab05ad
+@patch
+def record(self:Recorder,
+    event:RequestEvent, # What happened
+    wait:float|None = None, # Longest wait for room, seconds; None: as long as it takes
+)->bool: # Whether it was taken
+    "Hand an event over"
+    if event.at is None: event = event._replace(at=self.store.now())
+    with self.ready:
+        if len(self.items) >= self.most:
+            self.waited += 1
+            self.ready.wait_for(lambda: len(self.items) < self.most or self.closing, wait)
+        if self.closing or len(self.items) >= self.most:
+            self.lost += 1
+            return False
+        self.items.append(event)
+        self.recorded += 1
+        if len(self.items)*2 >= self.most: self.ready.notify_all()
+        return True
+
+# %% ../../nbs/830_platform.events.ipynb #2bd4ffbc
+@patch
+def flush(self:Recorder,
+    timeout:float = 30., # Seconds
+)->bool: # Whether all of it is committed
+    "Wait until everything that was recorded is committed"
+    with self.ready:
+        self.wanted = self.recorded
+        self.ready.notify_all()
+        return self.ready.wait_for(lambda w=self.wanted: self.written >= w, timeout)
+
+# %% ../../nbs/830_platform.events.ipynb #470cfdcb
+@patch
+def close(self:Recorder,
+    timeout:float = 30., # Seconds for the rest
+)->None:
+    "Write the rest, and stop"
+    whole = self.flush(timeout)
+    with self.ready:
+        self.closing = True
+        self.ready.notify_all()
+    self.thread.join(timeout)
+    if not whole: raise TimeoutError(f'{self.recorded - self.written} events could not be written: {self.error}')
+
+@patch
+def _run(self:Recorder):
+    "The thread"
+    while True:
+        with self.ready:
+            self.ready.wait_for(lambda: self.closing or self.wanted > self.written or len(self.items)*2 >= self.most, self.every)
+            batch,self.items = self.items,[]
+            self.ready.notify_all()
+        if batch: self._persist(batch)
+        elif self.closing: return
 
 # %% ../../nbs/830_platform.events.ipynb #27080e88
 class WindowRow(NamedTuple):

@@ -10,9 +10,10 @@ process died, and puts them back into the queue. `read_log` and `curve_of` read 
 __all__ = ['MOST_CONFIG', 'JOB_KINDS', 'MOST_RESULT', 'ENVIRONMENT', 'JobKind', 'job_kind', 'find_kind', 'checked_config',
            'code_version', 'submit', 'job_of', 'jobs_of', 'claim', 'Process', 'born', 'this_process', 'is_alive',
            'JobLog', 'LogText', 'job_folder', 'Superseded', 'JobCancelled', 'Job', 'peak_memory', 'curve_of', 'cancel',
-           'continue_job', 'bounded', 'job_environment', 'run_child', 'Worker', 'why_dead']
+           'continue_job', 'why_failed', 'bounded', 'job_environment', 'run_child', 'Worker', 'why_dead']
 
 # %% ../../nbs/826_platform.jobs.ipynb #2a0afc0a
+import errno
 import faulthandler
 import json
 import math
@@ -417,9 +418,19 @@ def beat_on(self:Job)->None:
             self.pulse()
             if monotonic() > due: self.flush(); due = monotonic() + self.every
         except Superseded: os._exit(3)
-        except (SQLAlchemyError, OSError) as e: self.log(f'the database is busy: {type(e).__name__}')
+        except (SQLAlchemyError, OSError) as e: self.log(f'no beat was written: {why_failed(e)}')
 
 # %% ../../nbs/826_platform.jobs.ipynb #a625fe88
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+def why_failed(
+    error:Exception, # What the function of a job raised
+)->str: # At most 2,000 characters
+    "Say in one line why a job failed"
+    said = f'{type(error).__name__}: {error}'.partition('\n')[0][:1800]
+    if getattr(error, 'errno', None) not in _FULL and 'No space left' not in said: return said
+    return f'the disk is full (or a quota is used up): {said}; free space and continue the job: it goes on from its last checkpoint'
+
+# %% ../../nbs/826_platform.jobs.ipynb #1614248b
 MOST_RESULT = 2**18  # characters of JSON
 
 def bounded(
@@ -440,7 +451,7 @@ def perform(self:Job)->str: # The state at the end
     except JobCancelled: end = dict(state='cancelled')
     except Exception as e:
         traceback.print_exc()
-        end = dict(state='failed', error=f'{type(e).__name__}: {e}'.partition('\n')[0][:2000])
+        end = dict(state='failed', error=why_failed(e))
     self.ended.set()
     self.flush(ended=self.store.now(), **end)
     return end['state']
@@ -480,24 +491,34 @@ def _log_pipe(log):
     return end
 
 # %% ../../nbs/826_platform.jobs.ipynb #fbe01ff7
+def _perform(store, task):
+    "Run a job in this process, and keep what it prints"
+    end,me = _log_pipe(JobLog(job_folder(store, task['job'])/'log')),this_process()
+    try:
+        for module in task['modules']: import_module(module)
+        job = Job(store, job_of(store, task['job']))
+        job.attempt = task['attempt']
+        job.flush(pid=me.pid, process=me._asdict())
+        threading.Thread(target=job.beat_on, daemon=True).start()
+        job.perform()
+    except Superseded: os._exit(3)
+    except Exception:
+        traceback.print_exc() # into the log
+        raise
+    finally: end()
+
+# %% ../../nbs/826_platform.jobs.ipynb #0cb8a252
 def run_child(
     task:dict, # `store` (folder), `url` (or None), `job`, `attempt`, `modules`
 )->None:
     "Run a job in this process"
     crash = os.fdopen(os.dup(2), 'w')
     faulthandler.enable(crash)
-    store = open_store(task['url'] or task['store'], **(dict(folder=task['store']) if task['url'] else {}))
-    end = _log_pipe(JobLog(job_folder(store, task['job'])/'log'))
     with suppress(OSError): os.nice(5) # the server answers first
-    for module in task['modules']: import_module(module)
-    me,row = this_process(),job_of(store, task['job'])
-    job = Job(store, row)
-    job.attempt = task['attempt']
-    job.flush(pid=me.pid, process=me._asdict())
-    threading.Thread(target=job.beat_on, daemon=True).start()
-    try: job.perform()
-    except Superseded: os._exit(3)
-    finally: end()
+    try: _perform(open_store(task['url'] or task['store'], **(dict(folder=task['store']) if task['url'] else {})), task)
+    except Exception as e: # the worker reads the last line
+        print(why_failed(e), file=crash, flush=True)
+        raise
 
 # %% ../../nbs/826_platform.jobs.ipynb #7a0d8dfe
 class Worker:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from statistics import median_low
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
 
@@ -288,21 +289,37 @@ _SKIP_TEXT = '{"skip":true}' # as the store writes it
 
 def _is_skip(): return cast(annotations.c.value, Text) == _SKIP_TEXT
 
+_tallies = WeakKeyDictionary() # Store -> task -> id of the last row that was counted, and the counts of each name
+
+def _tally(store, c, task):
+    "Answers, skips, seconds and timed answers of each name; only the rows that are new since the last call are read"
+    last,people = _tallies.setdefault(store, {}).get(task, (0, {}))
+    mine,count = (annotations.c.task_id == task) & (annotations.c.source != _FINAL),func.count()
+    had = c.scalar(select(count).select_from(annotations).where(mine, annotations.c.id <= last)) if last else 0
+    if had != sum(n + skips for n,skips,*_ in people.values()): last,people = 0,{} # an answer was changed or taken back
+    seconds,people = annotations.c.seconds,{k: [*v] for k,v in people.items()}
+    sums = count,func.sum(seconds),func.count(seconds),func.max(annotations.c.id)
+    group = select(annotations.c.source, _is_skip().label('skip'), *sums).group_by(annotations.c.source, 'skip')
+    for name,skip,n,spent,timed,top in c.execute(group.where(mine, annotations.c.id > last)).all():
+        new = (0, n, 0, 0) if skip else (n, 0, spent or 0, timed)
+        people[name] = [x + y for x,y in zip(people.get(name, (0, 0, 0, 0)), new, strict=True)]
+        last = max(last, top)
+    _tallies[store][task] = last,people
+    return last,people
+
+# %% ../../nbs/824_platform.labels.ipynb #9d63acc2
 def task_progress(
     store:Store, # Open store
     task:int, # Id
 )->dict: # `records`, `done`, `answers`, `skipped`, and `people`: of each name, answers, skips and mean seconds
     "Count what is done"
-    count = func.count()
-    group = select(annotations.c.source, _is_skip().label('skip'), count.label('n'), func.avg(annotations.c.seconds).label('seconds'))
-    group = group.where(annotations.c.task_id == task, annotations.c.source != _FINAL).group_by(annotations.c.source, 'skip')
     with store.read() as c:
         row = task_of(c, task)
         rows = c.scalar(select(versions.c.rows).where(versions.c.id == row.version_id))
-        done = c.scalar(select(count).select_from(queue).where(queue.c.task_id == task, queue.c.done.is_(True)))
-        found = c.execute(group).all()
-    people = {r.source: dict(answers=0, skipped=0, seconds=None) for r in sorted(found)}
-    for r in found: people[r.source] |= dict(skipped=r.n) if r.skip else dict(answers=r.n, seconds=r.seconds)
+        done = c.scalar(select(func.count()).select_from(queue).where(queue.c.task_id == task, queue.c.done.is_(True)))
+        people = _tally(store, c, task)[1]
+    people = {k: dict(answers=n, skipped=skips, seconds=spent/timed if timed else None)
+              for k,(n,skips,spent,timed) in sorted(people.items())}
     return dict(records=rows, done=done, answers=sum(p['answers'] for p in people.values()),
                 skipped=sum(p['skipped'] for p in people.values()), people=people)
 
@@ -386,13 +403,7 @@ def _doubly(c, task, most):
     return [{k: v for k,v in a.items() if k != _FINAL} for a in found.values()]
 
 # %% ../../nbs/824_platform.labels.ipynb #df59635e
-def agreement_of(
-    store:Store, # Open store
-    task:int, # Id
-    most:int = 2000, # Records that are compared, the latest
-)->TaskAgreement:
-    "Measure how far the people of a task agree"
-    with store.read() as c: row,found = task_of(c, task),_doubly(c, task, most)
+def _agreement(row, found):
     found = [{who: v[_PART[row.kind]] for who,v in a.items()} for a in found if len(a) > 1]
     equal = sum(all(v == next(iter(a.values())) for v in a.values()) for a in found)/len(found) if found else float('nan')
     given = {}
@@ -406,6 +417,23 @@ def agreement_of(
     level = 'ordinal' if row.kind == 'chat' else 'nominal'
     alpha = krippendorff_alpha([[*a.values()] for a in found], level)
     return TaskAgreement(len(found), alpha, f"Krippendorff's alpha, {level}", equal, pairs)
+
+_agreed = WeakKeyDictionary() # Store -> task and `most` -> what was counted then, and the result
+
+# %% ../../nbs/824_platform.labels.ipynb #73f7d751
+def agreement_of(
+    store:Store, # Open store
+    task:int, # Id
+    most:int = 2000, # Records that are compared, the latest
+)->TaskAgreement:
+    "Measure how far the people of a task agree"
+    with store.read() as c:
+        row,(last,people),kept = task_of(c, task),_tally(store, c, task),_agreed.setdefault(store, {})
+        mark = last,sum(n + skips for n,skips,*_ in people.values())
+        if kept.get((task, most), (0, 0))[0] == mark: return kept[task, most][1] # no answer has come or gone
+        found = _doubly(c, task, most)
+    kept[task, most] = mark,(out := _agreement(row, found))
+    return out
 
 # %% ../../nbs/824_platform.labels.ipynb #e592c9a8
 class Dispute(NamedTuple):

@@ -7,8 +7,8 @@ checks host, session, role, body size and CSRF token before a function is called
 
 # %% auto #0
 __all__ = ['TONES', 'SAFE_HEADERS', 'badge', 'notice', 'when', 'facts', 'table', 'card', 'cards', 'big', 'live', 'tabs', 'field',
-           'form', 'press', 'csrf_field', 'page', 'redirect', 'download', 'PageRoute', 'Menu', 'Pages', 'cookie_name',
-           'as_response', 'failed_page', 'Site']
+           'form', 'press', 'csrf_field', 'page_text', 'page', 'redirect', 'download', 'PageRoute', 'Menu', 'Pages',
+           'cookie_name', 'as_response', 'failed_page', 'Site']
 
 # %% ../../nbs/835_platform.layout.ipynb #1f77e2e3
 import errno
@@ -20,6 +20,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from html import unescape
 from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
@@ -202,6 +203,19 @@ def csrf_field(
     found = re.search(r'name="csrf" value="([^"]*)"|value="([^"]*)" name="csrf"', text)
     if not found: raise ValueError('this page has no form')
     return found[1] or found[2]
+
+# %% ../../nbs/835_platform.layout.ipynb #27515e2d
+_LINES = r'</?(?:h\d|p|div|section|form|ul|ol|li|dl|dt|table|tr|caption|nav|fieldset|legend|details|summary|pre|figure|header|main)\b[^>]*>'
+
+def page_text(
+    text:str, # HTML of a page or a part of one
+)->str: # Lines
+    "What the main part of a page says"
+    main = re.search('<main[^>]*>(.*)</main>', text, re.DOTALL)
+    plain = re.sub(r'<(option|textarea|svg)\b.*?</\1>', '', main[1] if main else text, flags=re.DOTALL)
+    plain = re.sub(r'</t[dh]>\s*(?=<t[dh])', ' | ', re.sub(r'<input[^>]*(?:type="hidden"|hidden)[^>]*>', '', plain))
+    lines = re.split(_LINES, re.sub('<(?:input|select|progress)[^>]*>', ' [ ] ', re.sub('</dt>', ': ', plain)))
+    return '\n'.join(o for line in lines if (o := ' '.join(unescape(re.sub('<[^>]*>', ' ', line)).split())))
 
 # %% ../../nbs/835_platform.layout.ipynb #8d6afc37
 def _menu(request):

@@ -177,9 +177,11 @@ def _compared(limit, row):
     text = bounds + ', for the whole interval'*limit.sure
     if row is None: return GateCheck(limit.name, None, text, False, limit.group, 'not measured')
     low,high = (row.low, row.high) if limit.sure else (row.value, row.value)
-    if low is None or high is None: return GateCheck(limit.name, row.value, text, False, limit.group, 'measured without an interval')
+    if (limit.min is not None and low is None) or (limit.max is not None and high is None):
+        return GateCheck(limit.name, row.value, text, False, limit.group, 'measured without an interval')
     passed = (limit.min is None or low >= limit.min) and (limit.max is None or high <= limit.max)
-    why = '' if passed else f'{low:.4g} to {high:.4g}' if limit.sure else f'{row.value:.4g}'
+    ends = ' to '.join('?' if v is None else f'{v:.4g}' for v in (low, high))
+    why = '' if passed else ends if limit.sure else f'{row.value:.4g}'
     return GateCheck(limit.name, row.value, text, passed, limit.group, why)
 
 def check_gates(
@@ -235,8 +237,8 @@ def card_of(
     def details(d): return _cell(', '.join(f'{k} {v}' for k,v in d.items()))
     lines = [f'# {row.name} {row.number}', '', f'Registered on {_day(row.created)}.', '', *_origin(store, row), '', '## Measured', '']
     if found: lines += ['| measure | value | interval | details |', '| --- | --: | --: | --- |']
-    lines += [f"| {n} | {number(r.value)} | {number(r.low)}{' to ' if r.low is not None else ''}{number(r.high)} | {details(r.detail)} |"
-              for n,r in found.items()] or ['Nothing was measured.']
+    def ends(r): return '' if r.low is r.high is None else f"{number(r.low) or '?'} to {number(r.high) or '?'}"
+    lines += [f'| {n} | {number(r.value)} | {ends(r)} | {details(r.detail)} |' for n,r in found.items()] or ['Nothing was measured.']
     checked = check_gates(store, model, gates) if gates else []
     if checked: lines += ['', '## Gates', '', '| measure | limit | value | passed |', '| --- | --- | --: | --- |']
     lines += [f"| {g.name} | {g.limit} | {number(g.value) or 'not measured'} | {'yes' if g.passed else 'no'} |" for g in checked]
@@ -247,7 +249,7 @@ def card_of(
 def _limits(found, missing):
     "The lines of a card about what it doesn't say"
     if missing: yield f"- Not measured, although a gate asks for it: {', '.join(missing)}."
-    without = [n for n,r in found.items() if r.low is None]
+    without = [n for n,r in found.items() if r.low is None or r.high is None]
     if without: yield f"- Measured without an interval: {', '.join(without)}."
     small = [f"{n} ({r.detail['n']})" for n,r in found.items() if isinstance(r.detail.get('n'), int) and r.detail['n'] < 100]
     if small: yield f"- Measured on fewer than 100 examples: {', '.join(small)}."

@@ -9,10 +9,11 @@ Each kind is a dataclass of settings and a function of a `Job`. `finetune`, `lor
 # %% auto #0
 __all__ = ['SPLITS_OF', 'version_data', 'classes_of', 'encoded', 'TrainingRun', 'FinetuneRun', 'LoraRun', 'QloraRun', 'DistilRun',
            'JobCurves', 'QuantiseRun', 'ConvertRun', 'texts_of', 'EvaluateRun', 'in_parts', 'class_measures',
-           'loss_measures', 'cost_measures', 'task_measures', 'mirror_run']
+           'loss_measures', 'quantile_interval', 'cost_measures', 'task_measures', 'mirror_run']
 
 # %% ../../nbs/829_platform.runs.ipynb #c880e76f
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,10 +25,11 @@ import torch
 from sqlalchemy import select
 
 from ..arch.model import Model
+from ..eval.calibration import bin_places
 from ..eval.classify import class_probabilities, classified, interval, macro_f1
 from ..eval.intervals import bootstrap, wilson
 from ..eval.report import eval_task
-from ..eval.tasks import score_interval
+from ..eval.tasks import score_interval, sum_of_gaps
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
 from .jobs import Job, curve_of, job_kind, job_of, submit
@@ -114,7 +116,7 @@ class FinetuneRun(TrainingRun):
 @dataclass(frozen=True)
 class LoraRun(TrainingRun):
     "Settings of `lora`"
-    rate:float = 1e-3 # Peak learning rate
+    rate:float = 3e-3 # Peak learning rate
     r:int = 8 # Rank
     alpha:float = 16. # Numerator of the factor
 
@@ -347,7 +349,7 @@ class EvaluateRun:
     most:int = 500 # Most rows
     template:str = '{text}\nAnswer:' # Prompt for a classified text
     length:int = 256 # Most tokens of an example
-    timed:int = 20 # Texts whose latency is measured
+    timed:int = 100 # Texts whose latency is measured; an upper end for the 95th percentile needs 72
     tasks:list|None = None # Names of `EVAL_TASKS`
     items:int = 100 # Items of each task
     model:str = 'smollm2-135m' # Not used, as the job names a model of the registry
@@ -373,8 +375,8 @@ def in_parts(
 
 # %% ../../nbs/829_platform.runs.ipynb #ae69fc3e
 def _measured(name, value, low=None, high=None, **detail): # A percentile interval of few items may lie beside the value
-    low,high = (None, None) if low is None else (min(low, value), max(high, value))
-    return name, dict(value=float(value), low=low and float(low), high=high and float(high), **detail)
+    low,high = low if low is None else float(min(low, value)),high if high is None else float(max(high, value))
+    return name, dict(value=float(value), low=low, high=high, **detail)
 
 def class_measures(
     job:Job, # Job with `EvaluateRun`
@@ -387,11 +389,13 @@ def class_measures(
     def work(part): return class_probabilities(model, tok, [r['text'] for r in part], classes, job.config.template).tolist()
     p,truth = np.array(in_parts(job, rows, work)),[str(r['label']) for r in rows]
     found,n = classified(truth, None, classes, p),len(rows)
-    right = wilson(round(found.accuracy*n), n)
+    right = np.array([classes[k] for k in p.argmax(1)]) == truth
+    gaps = (p.max(1) - right)[:, None]*np.eye(15)[bin_places(p.max(1))]
+    share = wilson(round(found.accuracy*n), n)
     facts = dict(n=n, split=job.config.split, version=job.row.version_id)
-    return dict([_measured('accuracy', found.accuracy, right.low, right.high, **facts, classes=len(classes)),
+    return dict([_measured('accuracy', found.accuracy, share.low, share.high, **facts, classes=len(classes)),
                  _measured('macro_f1', found.macro_f1, *interval(found.table, macro_f1), **facts),
-                 _measured('calibration_error', found.calibration_error, **facts)])
+                 _measured('calibration_error', found.calibration_error, *bootstrap(gaps, sum_of_gaps)[1:], **facts)])
 
 # %% ../../nbs/829_platform.runs.ipynb #83871123
 def loss_measures(
@@ -412,6 +416,19 @@ def loss_measures(
     return dict([_measured('loss', *found, **facts, unit='nats a token'), _measured('perplexity', *np.exp(found), **facts)])
 
 # %% ../../nbs/829_platform.runs.ipynb #2a17a4b6
+def quantile_interval(
+    values:np.ndarray, # Measured values `n`
+    q:float, # From 0 to 1
+    level:float = .95, # Confidence level
+)->tuple: # Value, and the ends of the interval; None: more values are needed
+    "A quantile and its interval, which holds for any distribution"
+    v = np.sort(values)
+    n = len(v)
+    below = np.cumsum([math.comb(n, k)*q**k*(1 - q)**(n - k) for k in range(n + 1)]) # chance that at most k values are below the quantile
+    low,high = np.searchsorted(below, (1 - level)/2, 'right'),np.searchsorted(below, (1 + level)/2) + 1
+    return np.quantile(v, q),v[low - 1] if low else None,v[high - 1] if high <= n else None
+
+# %% ../../nbs/829_platform.runs.ipynb #929d5f03
 @torch.no_grad()
 def cost_measures(
     model:Model, # Model to measure
@@ -426,7 +443,7 @@ def cost_measures(
         model(ids, logits_to_keep=1)
         if i: seconds.append(perf_counter() - begin)
     facts = dict(n=len(seconds), unit='s', cores=torch.get_num_threads(), what='one forward pass for one text')
-    found = [_measured(f'latency_p{q}', np.quantile(seconds, q/100), **facts) for q in (50, 95)] if seconds else []
+    found = [_measured(f'latency_p{q}', *quantile_interval(seconds, q/100), **facts) for q in (50, 95)] if seconds else []
     files = [p.stat().st_size for p in Path(path).rglob('*') if p.is_file()] if Path(path).is_dir() else []
     if files: found.append(_measured('bytes', sum(files), unit='bytes on disk'))
     return dict([*found, _measured('parameters', model.config.params())])

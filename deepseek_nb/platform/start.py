@@ -11,6 +11,7 @@ __all__ = ['gloss_rows', 'seed_platform', 'workers', 'start_platform']
 # %% ../../nbs/842_platform.start.ipynb #160a6ef6
 import json
 import secrets
+import signal
 import threading
 from collections.abc import Callable
 from contextlib import closing, contextmanager
@@ -27,7 +28,7 @@ from .jobs import Worker
 from .labels import annotate, create_task
 from .monitor import Monitor
 from .registry import add_model
-from .store import Store, open_store
+from .store import Store, collect_blobs, open_store
 from ..serve.app import ServerConfig, key_digest
 
 # %% ../../nbs/842_platform.start.ipynb #8c02a213
@@ -88,6 +89,17 @@ def _greet(store, server):
     if code := setup_code(store): print(f'make the first administrator at {address}/setup with the code {code}', flush=True)
 
 # %% ../../nbs/842_platform.start.ipynb #7123b31f
+@contextmanager
+def _left_in_order(): # only the main thread may set handlers
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def leave(number, frame): raise SystemExit(0)
+    old = signal.signal(signal.SIGTERM, leave)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, old)
+
+# %% ../../nbs/842_platform.start.ipynb #d3e7ef7a
 def start_platform(
     folder:str|Path = 'platform', # Folder of the database, models and jobs
     url:str = '', # Address of a Postgres database; '': SQLite in the folder
@@ -100,7 +112,8 @@ def start_platform(
     ready:Callable|None = None, # Called with the server when it listens
 )->None:
     "Run the platform until SIGTERM"
-    with closing(open_store(url, folder=folder) if url else open_store(folder)) as store:
+    with _left_in_order(), closing(open_store(url, folder=folder) if url else open_store(folder)) as store:
+        collect_blobs(store)
         if demo: seed_platform(store)
         config = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex())))
         server = PlatformServer(store, all_pages(), config=config, hosts=(*hosts, host), https=https)

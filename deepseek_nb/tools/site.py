@@ -104,13 +104,13 @@ def show_source(
     from fastcore.nbio import mk_cell
     if re.match('%%c(pp|u) ', cell.source):
         return exported_block(mk_cell('```cpp\n' + re.sub(r'(%%|#\|).*\n', '', cell.source) + '\n```', 'markdown'))
-    exported = cell.directives.keys() & {'export', 'exports'}
+    exported = cell.directives.keys() & {'export', 'exports', 'exporti'}
     if only_imports(cell.source):
         if not exported: cell.set_source(f'#| code-fold: true\n#| code-summary: imports\n{cell.source}')
         return [cell]
     if not exported: return [cell]
     cell.set_source(re.sub(r'^#\| *export.*\n', '', cell.source, flags=re.M))
-    names, known = list(defined_names(cell.source)), defined_names(cell.source, private=True)
+    names, known = [] if 'exporti' in exported else list(defined_names(cell.source)), defined_names(cell.source, private=True)
     return exported_block(cell, name_heading(names, links or {}, [o for o in known if o not in names]))
 
 # %% ../../nbs/970_tools.site.ipynb #25c481f3

@@ -1,0 +1,163 @@
+"ONNX: logits of GQA with biases, padding, quantised products, damaged and hostile files, other runtimes, real models."
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deepseek_nb.arch.model import Model
+from deepseek_nb.core.config import Config, Rope
+
+onnx = pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+pytest.importorskip('onnxscript')
+
+from deepseek_nb.export.genai import export_genai  # noqa: E402
+from deepseek_nb.export.onnx import DATA, OnnxModel, check_onnx, export_onnx, onnx_weights  # noqa: E402
+from deepseek_nb.export.onnx_quant import IntBlocks, rounded_model  # noqa: E402
+
+SLOW = pytest.mark.skipif(not os.environ.get('DEEPSEEK_NB_SLOW'), reason='takes minutes: set DEEPSEEK_NB_SLOW=1')
+
+
+def distance(got, want):
+    d = ((got - want).abs().max()/want.abs().max()).item()
+    assert np.isfinite(d)
+    return d
+
+
+@pytest.fixture(scope='module')
+def seed():
+    s = int.from_bytes(os.urandom(3), 'big')
+    print('seed', s)
+    torch.manual_seed(s)
+    return s
+
+
+@pytest.fixture(scope='module')
+def qwen(seed):
+    c = Config('qwen2', vocab_size=90, dim=40, n_layers=1, n_heads=6, inter_dim=56, n_kv_heads=2, head_dim=8, attn_bias=True,
+               max_positions=128, rope=Rope(5e4, kind='yarn', factor=4., original_positions=32), eos_ids=(3,))
+    model = Model(c, dtype='float32').eval()
+    model.init_weights(.3)
+    for n, p in model.named_parameters():
+        if n.endswith('bias'): torch.nn.init.normal_(p)
+    return model
+
+
+@pytest.fixture(scope='module')
+def folder(qwen, tmp_path_factory):
+    return export_onnx(qwen, tmp_path_factory.mktemp('onnx')/'plain')
+
+
+def halves(run, tokens, cut):
+    run.reset()
+    return torch.cat([run(tokens[:, :cut]), run(tokens[:, cut:])], 1)
+
+
+def test_logits_of_ragged_sizes(qwen, folder):
+    run = OnnxModel(folder, threads=1)
+    for b, s, cut in ((1, 2, 1), (5, 3, 2), (2, 41, 1), (1, 65, 64)):
+        tokens = torch.randint(0, 90, (b, s))
+        with torch.no_grad(): assert distance(halves(run, tokens, cut), qwen(tokens)) < 1e-4
+
+
+def test_weights_come_back(qwen, folder):
+    state = qwen.state_dict()
+    found = onnx_weights(folder)
+    assert set(found) == set(state) and all(torch.equal(found[k], state[k]) for k in state)
+
+
+def test_no_path_of_this_machine_in_the_graph(folder):
+    text = (folder/'model.onnx').read_bytes()
+    assert b'site-packages' not in text and str(Path(__file__).parent.parent).encode() not in text
+
+
+@pytest.mark.parametrize('form', [IntBlocks(4, 16), IntBlocks(8, 32)])
+def test_quantised_products_equal_rounded_weights(qwen, folder, tmp_path, form):
+    import onnx_ir
+
+    from deepseek_nb.export.onnx import write_onnx
+    from deepseek_nb.export.onnx_quant import quantise_onnx
+    write_onnx(quantise_onnx(onnx_ir.load(folder/'model.onnx'), form), tmp_path)
+    tokens = torch.randint(0, 90, (2, 7))
+    with torch.no_grad(): assert distance(OnnxModel(tmp_path, threads=1)(tokens), rounded_model(qwen, form)(tokens)) < 1e-4
+
+
+@pytest.mark.parametrize('cut', [0, 1, 100, -1])
+def test_truncated_graph(folder, tmp_path, cut):
+    data = (folder/'model.onnx').read_bytes()
+    (tmp_path/'model.onnx').write_bytes(data[:cut])
+    (tmp_path/DATA).write_bytes((folder/DATA).read_bytes())
+    with pytest.raises(ValueError) as e: check_onnx(tmp_path/'model.onnx')
+    assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_truncated_weights(folder, tmp_path):
+    (tmp_path/'model.onnx').write_bytes((folder/'model.onnx').read_bytes())
+    (tmp_path/DATA).write_bytes((folder/DATA).read_bytes()[:-1])
+    with pytest.raises(ValueError, match="don't match"): OnnxModel(tmp_path)
+    (tmp_path/DATA).unlink()
+    with pytest.raises(ValueError, match='no file'): OnnxModel(tmp_path)
+
+
+def test_weights_behind_a_link_and_absolute(folder, tmp_path):
+    proto = onnx.load(folder/'model.onnx', load_external_data=False)
+    inside = tmp_path/'in'
+    inside.mkdir()
+    (tmp_path/'secret').write_bytes((folder/DATA).read_bytes())
+    (inside/DATA).symlink_to(tmp_path/'secret')
+    onnx.save(proto, inside/'model.onnx')
+    with pytest.raises(ValueError, match='outside'): check_onnx(inside/'model.onnx')
+    for t in proto.graph.initializer:
+        for e in t.external_data:
+            if e.key == 'location': e.value = str(tmp_path/'secret')
+    onnx.save(proto, inside/'model.onnx')
+    with pytest.raises(ValueError, match='outside'): check_onnx(inside/'model.onnx')
+
+
+def test_openvino_reads_it(qwen, folder):
+    ov = pytest.importorskip('openvino', reason='pip install openvino')
+    run = ov.Core().compile_model(folder/'model.onnx', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    tokens = torch.randint(0, 90, (2, 5))
+    empty = np.zeros((2, 2, 0, 8), np.float32)
+    feed = dict(input_ids=tokens.numpy(), attention_mask=np.ones((2, 5), np.int64), position_ids=np.tile(np.arange(5), (2, 1)))
+    got = run(feed | {'past_key_values.0.key': empty, 'past_key_values.0.value': empty})['logits']
+    with torch.no_grad(): assert distance(torch.from_numpy(got), qwen(tokens)) < 1e-4
+
+
+def text_prompts():
+    file = Path(os.environ.get('DEEPSEEK_NB_GOLDEN', '../shared/golden'))/'chat_prompts.json'
+    if not file.is_file(): pytest.skip('set DEEPSEEK_NB_GOLDEN to the folder of chat_prompts.json')
+    return [m['content'] for case in json.loads(file.read_text())['cases'][:12] for m in case['messages'] if m['role'] == 'user'][:4]
+
+
+@SLOW
+@pytest.mark.parametrize('name', ['smollm2-135m', 'mini'])
+def test_greedy_text_of_real_models(name, tmp_path):
+    from deepseek_nb.files.tokenizer import Tokenizer
+    model, tok = Model.from_pretrained(name, dtype='float32'), Tokenizer.from_pretrained(name)
+    run = OnnxModel(export_onnx(name, tmp_path/'o'))
+    for text in text_prompts():
+        ids = tok.encode(text)
+        twice = torch.tensor([ids + ids])
+        with torch.no_grad(): assert distance(halves(run, twice, len(ids)), model(twice)) < 1e-4
+        want = model.generate(torch.tensor([ids]), 24, temperature=0)[0, len(ids):].tolist()
+        assert want and run.greedy(ids, len(want)) == want
+
+
+@SLOW
+def test_genai_generates_the_same_tokens(tmp_path):
+    og = pytest.importorskip('onnxruntime_genai', reason='pip install onnxruntime-genai')
+    from deepseek_nb.files.tokenizer import Tokenizer
+    name = 'smollm2-135m'
+    export_genai(name, tmp_path/'g')
+    model, ids = Model.from_pretrained(name, dtype='float32'), Tokenizer.from_pretrained(name).encode('The capital of France is')
+    params = og.GeneratorParams(loaded := og.Model(str(tmp_path/'g')))
+    params.set_search_options(max_length=len(ids) + 16, do_sample=False)
+    generator = og.Generator(loaded, params)
+    generator.append_tokens(ids)
+    while not generator.is_done(): generator.generate_next_token()
+    want = model.generate(torch.tensor([ids]), 16, temperature=0)[0].tolist()
+    assert generator.get_sequence(0).tolist() == want[:len(generator.get_sequence(0))]
