@@ -18,27 +18,27 @@ def test_an_interrupted_run_continues(tmp_path):
     path, ran = tmp_path/'gpu.json', []
     def dies(): raise KeyboardInterrupt
     todo = dict(a=lambda: ran.append('a') or dict(ok=True), b=dies, c=lambda: ran.append('c') or dict(ok=True))
-    with pytest.raises(KeyboardInterrupt): gpu.run_tasks(path, todo, time.time() + 60)
+    with pytest.raises(KeyboardInterrupt): gpu.run_gpu_tasks(path, todo, time.time() + 60)
     assert gpu.open_record(path)['b'] == dict(failed=gpu.BEGUN)
     assert gpu.pending(gpu.open_record(path), [*todo]) == ['b', 'c']
     todo['b'] = lambda: ran.append('b') or dict(ok=True)
-    gpu.run_tasks(path, {n: todo[n] for n in gpu.pending(gpu.open_record(path), [*todo])}, time.time() + 60)
+    gpu.run_gpu_tasks(path, {n: todo[n] for n in gpu.pending(gpu.open_record(path), [*todo])}, time.time() + 60)
     assert ran == ['a', 'b', 'c'] and not gpu.pending(gpu.open_record(path), [*todo])
-    assert json.loads(path.read_text())['hardware'] and not gpu.run_tasks(tmp_path/'late.json', todo, time.time() - 1)
+    assert json.loads(path.read_text())['hardware'] and not gpu.run_gpu_tasks(tmp_path/'late.json', todo, time.time() - 1)
     with mock.patch.object(gpu, 'sources_key', lambda: 'others'): assert gpu.open_record(path) == {}
 
 
 def test_a_lost_context_ends_the_child(tmp_path):
     def lost(): raise RuntimeError('CUDA error: an illegal memory access was encountered')
-    found = gpu.run_tasks(tmp_path/'gpu.json', dict(a=lost, b=lambda: dict(ok=True)), time.time() + 60)
+    found = gpu.run_gpu_tasks(tmp_path/'gpu.json', dict(a=lost, b=lambda: dict(ok=True)), time.time() + 60)
     assert [*found] == ['a'] and 'illegal memory' in found['a']['failed']
 
 
 def test_the_command_emulates(tmp_path, capsys):
     "One task in a child process; a second run begins none"
     argv = ['--dry', '--out', str(tmp_path), '--only', 'check sort by expert, back']
-    assert gpu.main(argv) == 0
-    with mock.patch('subprocess.run', lambda *args, **named: pytest.fail('nothing was left to do')): assert gpu.main(argv) == 0
+    assert gpu.gpu_main(argv) == 0
+    with mock.patch('subprocess.run', lambda *args, **named: pytest.fail('nothing was left to do')): assert gpu.gpu_main(argv) == 0
     assert capsys.readouterr().out.count('1 of 1 tasks passed') == 2
 
 
@@ -82,9 +82,9 @@ def test_without_tools():
 
 def test_claims_name_what_waits():
     check = dict(error=.001, bound=.01, ok=True, launches=dict(k=1), blocks=dict(k=4))
-    rows = {r[0]: r for r in gpu.claims({'check RMSNorm, forward': check})}
+    rows = {r[0]: r for r in gpu.cuda_claims({'check RMSNorm, forward': check})}
     assert rows['RMSNorm'] == ('RMSNorm', '`k` 1×, 4', '1.0e-03 of 1.0e-02, 1 orders', 'waits for a GPU') and rows['rotary'][2] == 'no'
     card = {'check RMSNorm': check, 'race RMSNorm and PyTorch, 1': dict(ok=True, ours=dict(median=2e-6), peer=dict(median=3e-6))}
-    rows = {r[0]: r[3] for r in gpu.claims({}, card)}
+    rows = {r[0]: r[3] for r in gpu.cuda_claims({}, card)}
     assert rows['RMSNorm'] == 'right' and rows['RMSNorm and PyTorch, 1'] == '2.00 µs, peer 3.00 µs'
     assert rows['rotary'] == rows['latents and SDPA, 8'] == 'waits for a GPU'

@@ -92,7 +92,8 @@ __device__ void scaled_product(const e4m3* x, const float* s, const e4m3* w, con
     });
     each_pair<N>(sum, [&](int r, int c, float u, float v) {
         const int row = first + r, col = column + warp_column() + c;
-        if (row < n && col < o) store_pair(y + int64_t(row) * o + col, u, v);
+        const int64_t at = int64_t(blockIdx.y) * n + row;      // each part of a split product has its own result
+        if (row < n && col < o) store_pair(y + at * o + col, u, v);
     });
 }
 

@@ -127,17 +127,18 @@ template <class W, class Token, class Row>
 __device__ void decoded_tile(float (&sum)[M][N][4], const bf16* x, const W& w, Token token, Row row) {
     DYNAMIC_SHARED(char, tiles);
     constexpr int CHUNKS = 2 * W::WORDS, SIZE = ROWS * 128 + COLUMNS * CHUNKS * 16;
-    const int blocks = w.depth(), steps = (blocks + 1) / 2;
+    const int blocks = w.depth();
+    const Range mine = share_of((blocks + 1) / 2);
     auto a = [&](int r) { return token(r) < 0 ? nullptr : x + int64_t(token(r)) * blocks * 32; };
     auto codes = [&](int r) { return row(r) < 0 ? nullptr : w.codes + row(r) * w.chunks() * 16; };
     auto load = [&](int s) {
         char* tile = tiles + s % STAGES * SIZE;
-        if (s < steps) load_rows<8>(tile, ROWS, a, s * 8, blocks * 4, pairs);
-        if (s < steps) load_rows<CHUNKS>(tile + ROWS * 128, COLUMNS, codes, s * CHUNKS, w.chunks(), place<CHUNKS>);
+        if (s < mine.end) load_rows<8>(tile, ROWS, a, s * 8, blocks * 4, pairs);
+        if (s < mine.end) load_rows<CHUNKS>(tile + ROWS * 128, COLUMNS, codes, s * CHUNKS, w.chunks(), place<CHUNKS>);
         commit_copies();
     };
-    for (int s = 0; s < STAGES - 1; ++s) load(s);
-    for (int s = 0; s < steps; ++s) {
+    for (int s = mine.first; s < mine.first + STAGES - 1; ++s) load(s);
+    for (int s = mine.first; s < mine.end; ++s) {
         wait_copies<STAGES - 2>();
         __syncthreads();
         load(s + STAGES - 1);
@@ -153,5 +154,6 @@ __device__ void decoded_tile(float (&sum)[M][N][4], const bf16* x, const W& w, T
 struct Output {
     const bf16* bias;                      // bias, or null
     bf16* y;
+    float* part;                           // results of the parts of a product that is split, or null
     int n, o;                              // number of tokens and of outputs
 };

@@ -12,8 +12,11 @@ template <class W> __device__ void decoded_product(const bf16* x, const W& w, co
     decoded_tile(sum, x, w, token, row);
     each_pair<N>(sum, [&](int r, int c, float u, float v) {
         const int row = first + r, col = column + warp_column() + c;
-        if (row < out.n && col < out.o)
-            put_pair(out.y, out.bias, row, col, out.o, u * w.last(col), v * w.last(min(col + 1, out.o - 1)));
+        if (row >= out.n || col >= out.o) return;
+        u *= w.last(col), v *= w.last(min(col + 1, out.o - 1));
+        const float* none = nullptr;
+        if (out.part) put_pair(out.part + blockIdx.y * int64_t(out.n) * out.o, none, row, col, out.o, u, v);
+        else put_pair(out.y, out.bias, row, col, out.o, u, v);
     });
 }
 

@@ -12,7 +12,8 @@ template <class T> __device__ void w8a8_product(const Integers& p, const T* bias
     int8_tile(sum, p.x, p.s, p.w, token, row, p.d);
     each_pair<N>(sum, [&](int r, int c, float u, float v) {
         const int row = first + r, col = column + warp_column() + c;
-        if (row < n && col < o) put_pair(y, bias, row, col, o, u * p.ws[col], v * p.ws[min(col + 1, o - 1)]);
+        const int64_t at = int64_t(blockIdx.y) * n + row;      // each part of a split product has its own result
+        if (row < n && col < o) put_pair(y, bias, at, col, o, u * p.ws[col], v * p.ws[min(col + 1, o - 1)]);
     });
 }
 

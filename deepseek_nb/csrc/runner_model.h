@@ -4,7 +4,11 @@
 #pragma once
 #include "runner_team.h"
 #include "runner_weights.h"
+#include <cstdlib>
 #include <memory>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 struct Config {
     bool mla = false, interleaved = true, sigmoid = false, normalised = false;
@@ -276,13 +280,17 @@ inline bool Model::read(const uint8_t* bytes, size_t n) {
     for (int64_t i = 0; i < config.layers && l.good; ++i) read_block(l, config, i, blocks[i]);
     return l.good;
 }
+constexpr int64_t HUGE_PAGE = 1 << 21;  // with large pages, a step needs fewer look-ups of addresses
 // copy the weights whose format has a packed form, all threads together
 inline bool Model::pack() {
     int64_t total = 0;
     each_weight([&](Weight& w) { total += round_up(packed_bytes(w), 64); });
-    packed.reset((uint8_t*)calloc(total + 64, 1));
+    packed.reset((uint8_t*)aligned_alloc(HUGE_PAGE, round_up(total + 1, HUGE_PAGE)));
     if (!packed) return fail("no memory for %lld bytes of packed weights", (long long)total);
-    uint8_t* at = packed.get() + (64 - uintptr_t(packed.get()) % 64) % 64;
+#if defined(__linux__)
+    madvise(packed.get(), round_up(total + 1, HUGE_PAGE), MADV_HUGEPAGE);
+#endif
+    uint8_t* at = packed.get();
     each_weight([&](Weight& w) {
         if (packed_bytes(w)) place_panels(w, at), at += round_up(packed_bytes(w), 64);
     });

@@ -13,7 +13,7 @@ struct Activations {
         width = w;
         if (int64_t(numbers.size()) < n * w) numbers.resize(n * w);
         at.resize(n);
-        for (int64_t i = 0; i < n; ++i) at[i] = &numbers[i * w];
+        for (int64_t i = 0; i < n; ++i) at[i] = numbers.data() + i * w;
     }
     float* row(int64_t i) { return numbers.data() + i * width; }
     const float* const* rows() const { return at.data(); }

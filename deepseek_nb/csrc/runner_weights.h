@@ -98,10 +98,11 @@ inline int64_t packed_bytes(const Weight& w) { return panels_of(w.rows) * (w.col
 inline void pack_panel(const Weight& w, int64_t panel, uint8_t* to) {
     const int64_t block = packed_block(w), codes = w.format->id == ID_Q8_0 ? 32 : 16;  // bytes of codes in a row
     const int64_t head = w.format->bytes - codes;                                      // bytes of scale and minimum
+    if ((panel + 1) * PANEL_ROWS > w.rows) memset(to, 0, w.cols / 32 * block);
     for (int64_t g = 0; g < w.cols / 32; ++g, to += block)
         for (int64_t r = 0; r < PANEL_ROWS; ++r) {
             const int64_t row = panel * PANEL_ROWS + r;
-            if (row >= w.rows) continue;  // the memory begins as zeros
+            if (row >= w.rows) break;
             const uint8_t* p = w.data + row * w.row_bytes() + g * w.format->bytes;
             for (int64_t i = 0; i < head; i += 2) memcpy(to + 16 * i + 2 * r, p + i, 2);
             for (int64_t i = 0; i < codes; i += 4) memcpy(to + 16 * head + 16 * i + 4 * r, p + head + i, 4);

@@ -52,14 +52,11 @@ extern "C" __global__ void scan_experts(int* counts, int* offsets, int blocks, i
 }
 
 // %% ../../nbs/572_cuda.route.ipynb #e32b9bbf
-extern "C" __global__ void place_experts(const int64_t* experts, const int* places, int* order, int* position,
-        int64_t rows, int e) {
-    DYNAMIC_SHARED(int, next);
+__device__ inline void place_rows(const int64_t* experts, int* next, int* order, int* position, int64_t begin,
+        int64_t end, int64_t rows, int e) {
     const int lane = threadIdx.x;
-    for (int j = lane; j < e; j += 32) next[j] = places[blockIdx.x * e + j];
-    __syncwarp();
-    for (int i = 0; i < ROWS; i += 32) {
-        const int64_t row = int64_t(blockIdx.x) * ROWS + i + lane;
+    for (int64_t i = begin; i < end; i += 32) {
+        const int64_t row = i + lane;
         const int x = expert_of(experts, row, rows, e);
         const uint32_t same = __match_any_sync(WARP, x);
         const int rank = __popc(same & ((1u << lane) - 1)), place = x < 0 ? -1 : next[x] + rank;
@@ -69,4 +66,39 @@ extern "C" __global__ void place_experts(const int64_t* experts, const int* plac
         if (row < rows) position[row] = place;
         if (place >= 0) order[place] = row;
     }
+}
+
+extern "C" __global__ void place_experts(const int64_t* experts, const int* places, int* order, int* position,
+        int64_t rows, int e) {
+    DYNAMIC_SHARED(int, next);
+    for (int j = threadIdx.x; j < e; j += 32) next[j] = places[blockIdx.x * e + j];
+    __syncwarp();
+    place_rows(experts, next, order, position, int64_t(blockIdx.x) * ROWS, int64_t(blockIdx.x + 1) * ROWS, rows, e);
+}
+
+// %% ../../nbs/572_cuda.route.ipynb #1609e3cb
+extern "C" __global__ void sort_few(const int64_t* experts, int* order, int* offsets, int* position, int* tile,
+        int rows, int e, int tiles, int height) {
+    DYNAMIC_SHARED(int, next);             // rows of each expert, then the place of its next row
+    int* first = next + e;                 // first tile of each expert
+    for (int j = threadIdx.x; j < e; j += blockDim.x) next[j] = 0;
+    for (int t = threadIdx.x; t < tiles; t += blockDim.x) tile[3 * t] = -1;
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) {
+        const int x = expert_of(experts, i, rows, e);
+        if (x >= 0) atomicAdd(&next[x], 1);
+    }
+    __syncthreads();
+    for (int start = 0, sum = 0, cut = 0; start <= e && threadIdx.x < 32; start += 32) {
+        const int j = start + threadIdx.x, mine = j < e ? next[j] : 0, pieces = (mine + height - 1) / height;
+        const int upto = scan_warp(mine), cut_upto = scan_warp(pieces);
+        if (j <= e) offsets[j] = sum + upto - mine;
+        if (j < e) next[j] = sum + upto - mine, first[j] = cut + cut_upto - pieces;
+        sum += __shfl_sync(WARP, upto, 31), cut += __shfl_sync(WARP, cut_upto, 31);
+    }
+    __syncthreads();
+    for (int j = threadIdx.x; j < e; j += blockDim.x)
+        for (int r = offsets[j], t = first[j]; r < offsets[j + 1]; r += height, ++t)
+            tile[3 * t] = j, tile[3 * t + 1] = r, tile[3 * t + 2] = offsets[j + 1];
+    if (threadIdx.x < 32) place_rows(experts, next, order, position, 0, rows, rows, e);
 }

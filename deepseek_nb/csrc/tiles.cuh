@@ -11,7 +11,7 @@
 #define WARPGROUP 0
 #endif
 
-constexpr int COLUMNS = 128, THREADS = 128, STAGES = 3, STAGE = (ROWS + COLUMNS) * 128;
+constexpr int COLUMNS = 128, THREADS = 128, STAGES = ROWS > 64 ? 3 : 4, STAGE = (ROWS + COLUMNS) * 128;
 
 __device__ inline int at(int row, int chunk) { return row * 128 + (chunk ^ row % 8) * 16; }
 
@@ -34,21 +34,29 @@ __device__ inline void wait_stage() {
 }
 
 // %% ../../nbs/575_cuda.tiles.ipynb #34d70727
+struct Range { int first, end; };
+
+__device__ inline Range share_of(int steps) {
+    const int each = (steps + gridDim.y - 1) / gridDim.y, first = blockIdx.y * each;
+    return {first, min(first + each, steps)};
+}
+
+// %% ../../nbs/575_cuda.tiles.ipynb #551d8076
 template <class RowA, class RowB, class Step>
 __device__ void pipeline(RowA a, RowB b, int chunks, Step step) {
     DYNAMIC_SHARED(char, bytes);
     char* tiles = bytes + (-reinterpret_cast<uint64_t>(bytes) & 1023);
-    const int steps = (chunks + 7) / 8;
+    const Range mine = share_of((chunks + 7) / 8);
     auto load = [&](int s) {
         char* tile = tiles + s % STAGES * STAGE;
-        if (s < steps) {
+        if (s < mine.end) {
             load_tile(tile, ROWS, a, s * 8, chunks);
             load_tile(tile + ROWS * 128, COLUMNS, b, s * 8, chunks);
         }
         commit_copies();
     };
-    for (int s = 0; s < STAGES - 1; ++s) load(s);
-    for (int s = 0; s < steps; ++s) {
+    for (int s = mine.first; s < mine.first + STAGES - 1; ++s) load(s);
+    for (int s = mine.first; s < mine.end; ++s) {
         wait_stage();
         __syncthreads();
         load(s + STAGES - 1);

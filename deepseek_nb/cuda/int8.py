@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .build import launch
 from .device import check_argument, suffix_of
-from .tiles import COLUMNS, aligned, tile_rows, tile_shared
+from .tiles import COLUMNS, add_parts, aligned, count_splits, tile_rows, tile_shared
 
 # %% ../../nbs/584_cuda.int8.ipynb #a7f5c49e
 def round_rows(
@@ -52,6 +52,7 @@ def product_int8(
     ws:Tensor, # Scales of the weights `o`
     bias:Tensor|None = None, # Bias in the dtype of the result `o`
     dtype:torch.dtype = torch.float32, # Dtype of the result: float32 or bfloat16
+    parts:int|None = None, # Parts into which the columns are divided; None: `count_splits` decides
     **defines, # Macros of the tile kernel; if given, it also computes a single token
 )->Tensor: # `n o`
     "Multiply int8 activations by int8 weights, with their scales"
@@ -64,6 +65,11 @@ def product_int8(
         launch('int8_vector.cu', f'w8a8_vector_{kind}', grid, block, p=integers, bias=bias, y=y, o=o, shared=shared)
         return y
     rows = defines.get('ROWS') or min(tile_rows(n), 64)
-    grid,shared = -(-n//rows)*-(-o//COLUMNS), tile_shared(rows)
-    launch('quant_int8.cu', f'w8a8_product_{kind}', grid, 128, p=integers, bias=bias, y=y, n=n, o=o, shared=shared, ROWS=rows)
+    tiles = -(-n//rows)*-(-o//COLUMNS)
+    parts,call = parts or count_splits(tiles, -(-i//128), q.device), dict(p=integers, n=n, o=o, shared=tile_shared(rows), ROWS=rows)
+    if parts > 1:
+        part = y.new_empty(parts, n, o, dtype=torch.float32)
+        launch('quant_int8.cu', 'w8a8_product_f32', (tiles, parts), 128, bias=None, y=part, **call)
+        return add_parts(part, bias, dtype)
+    launch('quant_int8.cu', f'w8a8_product_{kind}', tiles, 128, bias=bias, y=y, **call)
     return y

@@ -20,7 +20,7 @@ from .build import cards_ready, launch
 from .device import SUFFIX, check_argument, needs_no_grad
 from .fp8 import fits_fp8, linear_fp8_cuda
 from .int8 import product_int8, round_rows, vector_launch
-from .tiles import COLUMNS, STAGES, aligned, tile_rows
+from .tiles import COLUMNS, add_parts, aligned, count_splits, stages, tile_rows
 from ..kernels.build import operator_name
 from ..quant import Format, QuantizedWeight, linear_quantized
 
@@ -37,7 +37,7 @@ def decoded_shared(
     bits:int, # Bits per code: 4 or 8
 )->int: # Number of bytes
     "Dynamic shared memory of a tile with decoded weights"
-    return STAGES*(rows*128 + COLUMNS*8*bits)
+    return stages(rows)*(rows*128 + COLUMNS*8*bits)
 
 # %% ../../nbs/585_cuda.quant.ipynb #11363f78
 def parts_in_order(
@@ -72,6 +72,7 @@ def product_decoded(
     parts:dict, # Parts of a weight `o i` in `Int4` or `Int8`
     group:int = 0, # Format, from `signed_group`
     bias:Tensor|None = None, # Bias `o`, bfloat16
+    splits:int|None = None, # Parts into which the columns are divided; None: `count_splits` decides
     **defines, # Macros of the tile kernel; if given, it also computes a single token
 )->Tensor: # Products `n o`
     "Multiply bfloat16 activations by weights that are decoded in registers"
@@ -80,15 +81,18 @@ def product_decoded(
     bias = None if bias is None else check_argument('bias', bias, (o,), torch.bfloat16)
     x = aligned(F.pad(check_argument('x', x, (n, i), torch.bfloat16), (0, -i % 32)))
     y,kind = x.new_empty(n, o), 'w4a16' if group > 0 else 'w8a16'
-    call = dict(x=x, w=w, out=dict(bias=bias, y=y, n=n, o=o))
+    call = dict(x=x, w=w, out=dict(bias=bias, y=y, part=None, n=n, o=o))
     if n == 1 and not defines:
         grid,block,shared = vector_launch(-(-i//32), o)
         launch('quant_vector.cu', f'{kind}_vector', grid, block, shared=shared, **call)
         return y
     rows = defines.get('ROWS') or tile_rows(n)
-    grid,shared = -(-n//rows)*-(-o//COLUMNS), decoded_shared(rows, 4 if group > 0 else 8)
-    launch('quant_decoded.cu', f'{kind}_product', grid, 128, shared=shared, ROWS=rows, **call)
-    return y
+    tiles,shared = -(-n//rows)*-(-o//COLUMNS), decoded_shared(rows, 4 if group > 0 else 8)
+    splits = splits or count_splits(tiles, -(-i//64), x.device)
+    part = x.new_empty(splits, n, o, dtype=torch.float32) if splits > 1 else None
+    call['out']['part'] = part
+    launch('quant_decoded.cu', f'{kind}_product', (tiles, splits), 128, shared=shared, ROWS=rows, **call)
+    return y if part is None else add_parts(part, bias, torch.bfloat16)
 
 # %% ../../nbs/585_cuda.quant.ipynb #7a504f74
 def in_order(

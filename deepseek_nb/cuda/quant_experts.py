@@ -16,10 +16,10 @@ from torch.library import custom_op
 from ..arch.moe import run_experts
 from .build import cards_ready, launch
 from .device import check_argument, needs_no_grad
-from .experts import cut_tiles
+from .experts import sort_and_cut
 from .int8 import round_rows
 from .quant import both_round, decoded_shared, in_order, parts_in_order, signed_group, weight_struct
-from .route import combine, sort_by_expert
+from .route import combine
 from .tiles import COLUMNS, aligned, tile_rows, tile_shared
 from ..kernels.build import operator_name
 from ..quant import QuantizedWeight
@@ -66,8 +66,8 @@ def experts_in_codes(
     (n,k),d,e = experts.shape, x.shape[1], len(gate_up['codes'])
     stacks = [parts_in_order({a: t.flatten(0, 1) for a,t in p.items()}, s, g*(g != -1))
               for p,s,g in zip((gate_up, down), ((2*e*f, d), (e*d, f)), groups, strict=True)]
-    order,offsets,position = sort_by_expert(experts, e)
-    tile,hidden,out = cut_tiles(offsets, n*k, ROWS), x.new_empty(n*k, f), x.new_empty(n*k, d)
+    (order,_,position),tile = sort_and_cut(experts, e, ROWS)
+    hidden,out = x.new_empty(n*k, f), x.new_empty(n*k, d)
     blocks = dict(gate_up=len(tile)*-(-2*f//COLUMNS), down=len(tile)*-(-d//COLUMNS))
     named = dict(order=order, tiles=tile, hidden=hidden, k=k, f=f)
     codes_launch('gate_up', aligned(x), stacks[0], groups[0], blocks['gate_up'], ROWS, **named)

@@ -94,6 +94,7 @@ tbody tr:hover { background: var(--side) }
 .num { text-align: right; white-space: nowrap }
 .next { margin-top: .6rem }
 dl.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1.2rem; margin: 0 }
+.stack > dl.facts { margin-bottom: 1rem }
 dl.facts dt { color: var(--dim) }
 dl.facts dd { margin: 0; overflow-wrap: anywhere }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; font-size: .85rem; border: 1px solid var(--edge);
@@ -114,8 +115,8 @@ PAGE_STYLE += '''
   .rows td { border: 0; padding: .2rem .7rem; display: grid; grid-template-columns: 7rem minmax(0, 1fr); gap: .6rem; text-align: left }
   .rows td::before { content: attr(data-head); color: var(--dim); font-size: .85rem }
   th, td { padding: .35rem .4rem }
-  dl.facts { grid-template-columns: 1fr }
-  dl.facts dd { margin-bottom: .4rem }
+  dl.facts { grid-template-columns: 7rem minmax(0, 1fr) }
+  dl.facts dt { overflow-wrap: anywhere }
 }
 '''
 
@@ -141,6 +142,7 @@ button.quiet, .button.quiet { background: transparent; color: var(--mark); borde
 button.danger { background: transparent; color: var(--bad); border-color: currentColor }
 button:hover, .button:hover { filter: brightness(1.1) }
 button kbd { margin-left: .5em; border-color: currentColor; opacity: .9 }
+p > .button { margin: .15rem 0 }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
 .row > form, .row > p { margin: 0 }
 .row .field { flex: 0 1 12rem }
@@ -244,6 +246,10 @@ async function renew(place) {
   later();
 }
 for (const place of all("[data-live]")) setTimeout(() => renew(place), 1000 * Number(place.dataset.seconds || 2));
+for (const link of all("header nav [aria-current]")) { // a narrow navigation begins where the page is
+  const nav = link.closest("nav"), left = link.getBoundingClientRect().left - nav.getBoundingClientRect().left;
+  nav.scrollLeft += left - (nav.clientWidth - link.offsetWidth) / 2;
+}
 for (const button of all("[data-copy]")) button.addEventListener("click", async () => {
   await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent);
   button.textContent = "Copied";

@@ -1,0 +1,232 @@
+"The runner: every format, architecture and stage against Python, hostile files under sanitizers, and the program itself"
+import json
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip('gguf')
+from deepseek_nb.core.nbproc import find_compiler  # noqa: E402
+from deepseek_nb.export.gguf import export_gguf  # noqa: E402
+from deepseek_nb.export.runner import Runner, compile_runner, runner_sources  # noqa: E402
+from deepseek_nb.export.runner_binary import build_program  # noqa: E402
+from deepseek_nb.files.tokenizer import byte_alphabet, from_gguf  # noqa: E402
+
+try: find_compiler('cpp')
+except FileNotFoundError: pytest.skip('no C++ compiler', allow_module_level=True)
+
+Q = gguf.GGMLQuantizationType
+GOLDEN = Path(__file__).resolve().parents[2]/'shared'/'golden'/'chat_prompts.json'
+
+
+@pytest.fixture(scope='module')
+def seed():
+    value = int(np.random.default_rng().integers(2**31))
+    print('seed', value)
+    return value
+
+
+def tiny(path, seed, kind='F32', arch='llama', **facts):
+    "A model of one block with random weights, whose tokens are the 256 bytes and some merges"
+    rng,d,f,v = np.random.default_rng(seed),256 if kind.endswith('_K') else 64,256 if kind.endswith('_K') else 96,270
+    w = gguf.GGUFWriter(path, arch)
+    letters = [*byte_alphabet().values()]
+    w.add_tokenizer_model('gpt2'), w.add_tokenizer_pre('smollm' if arch == 'llama' else 'deepseek-v3')
+    w.add_token_list(letters + [letters[i] + letters[i+1] for i in range(65, 77)] + ['<s>', '</s>'])
+    w.add_token_types([1]*(v - 2) + [3, 3]), w.add_bos_token_id(v - 2), w.add_eos_token_id(v - 1)
+    w.add_token_merges([f'{letters[i]} {letters[i+1]}' for i in range(65, 77)])
+    base = dict(embedding_length=d, feed_forward_length=f, block_count=1, context_length=64) | {'attention.head_count': 4}
+    mla = {'attention.key_length': 24, 'attention.value_length': 16, 'rope.dimension_count': 8, 'attention.kv_lora_rank': 32,
+           'expert_count': 8, 'expert_used_count': 2, 'expert_shared_count': 1, 'expert_feed_forward_length': 32,
+           'expert_group_count': 4, 'expert_group_used_count': 2, 'expert_gating_func': 2}
+    for k,x in (base | (mla if arch == 'deepseek2' else {'attention.head_count_kv': 2}) | facts).items(): w.add_uint32(f'{arch}.{k}', x)
+    w.add_float32(f'{arch}.attention.layer_norm_rms_epsilon', 1e-5)
+    def add(name, *shape):
+        x = (rng.standard_normal(shape)*(.15 if len(shape) > 1 else .1) + (len(shape) == 1)).astype(np.float32)
+        if len(shape) == 1 or kind == 'F32': return w.add_tensor(name, x)
+        if kind.endswith('_K'): return w.add_tensor(name, blocks(rng, kind, x.size//256).reshape(*shape[:-1], -1), raw_dtype=Q[kind])
+        w.add_tensor(name, gguf.quantize(x, Q[kind]), raw_dtype=Q[kind])
+    add('token_embd.weight', v, d), add('output_norm.weight', d)
+    for n in ('attn_norm', 'ffn_norm'): add(f'blk.0.{n}.weight', d)
+    if arch == 'llama':
+        for n,o,i in (('attn_q', d, d), ('attn_k', d//2, d), ('attn_v', d//2, d), ('attn_output', d, d),
+                      ('ffn_gate', f, d), ('ffn_up', f, d), ('ffn_down', d, f)):
+            add(f'blk.0.{n}.weight', o, i)
+    else:
+        for n,*s in (('attn_q', 96, d), ('attn_kv_a_mqa', 40, d), ('attn_kv_b', 4*32, 32), ('attn_output', d, 64), ('ffn_gate_inp', 8, d),
+                     ('ffn_gate_exps', 8, 32, d), ('ffn_up_exps', 8, 32, d), ('ffn_down_exps', 8, d, 32), ('ffn_gate_shexp', 32, d),
+                     ('ffn_up_shexp', 32, d), ('ffn_down_shexp', d, 32)): add(f'blk.0.{n}.weight', *s)
+        add('blk.0.attn_kv_a_norm.weight', 32), add('blk.0.exp_probs_b.bias', 8)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    return path
+
+
+def blocks(rng, kind, n):
+    "Random bytes with small scales, where the format keeps its half-precision numbers"
+    b = rng.integers(0, 256, (n, gguf.GGML_QUANT_SIZES[Q[kind]][1]), dtype=np.uint8)
+    half = rng.uniform(.001, .01, (n, 2)).astype(np.float16).view(np.uint8).reshape(n, 4)
+    if kind == 'Q4_K': b[:, :4] = half
+    else: b[:, -2:] = half[:, :2]
+    return b
+
+
+@pytest.mark.parametrize('kind', ['F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q6_K'])
+def test_every_format(kind, seed, tmp_path):
+    "Rows equal the gguf package's; the logits of float32 products equal those of the decoded model, and packed ones are near"
+    r = Runner(tiny(tmp_path/'a.gguf', seed, kind), exact=True)
+    reader = gguf.GGUFReader(tmp_path/'a.gguf')
+    for t in reader.tensors:
+        whole = gguf.dequantize(t.data, t.tensor_type).reshape(-1, int(t.shape[0]))
+        for i in (0, len(whole) - 1): np.testing.assert_array_equal(r.row(t.name, i), whole[i])
+    ids = np.random.default_rng(seed + 1).integers(0, 270, 40)
+    exact,packed = r.step(ids),Runner(tmp_path/'a.gguf').step(ids)
+    assert exact.isfinite().all()
+    assert (exact - packed).norm() <= .05*exact.norm()
+    np.testing.assert_allclose(Runner(tmp_path/'a.gguf', threads=2, exact=True).step(ids), exact, atol=1e-5*exact.abs().max().item())
+
+
+@pytest.mark.parametrize('arch', ['llama', 'deepseek2'])
+def test_logits_equal_the_model(arch, seed, tmp_path):
+    "Against `Model` with the same file, in one step, in steps of one token, and after a rewind"
+    from deepseek_nb.arch.model import Model
+    path = tiny(tmp_path/'a.gguf', seed, arch=arch)
+    model,r = Model.from_pretrained(path, dtype=torch.float32),Runner(path)
+    ids = torch.randint(0, 270, (1, 60), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode(): expected = model(ids)[0]
+    bound = 1e-4*expected.abs().max().item()
+    assert (r.step(ids[0, :50]) - expected[49]).abs().max() <= bound
+    for i in range(50, 60): assert (r.step(ids[0, i:i+1]) - expected[i]).abs().max() <= bound
+    r.rewind(3)
+    assert (r.step(ids[0, 3:9]) - expected[8]).abs().max() <= bound
+    with pytest.raises(ValueError, match='context'): r.step([1]*60)
+    with pytest.raises(ValueError, match='vocabulary'): r.step([270])
+
+
+def test_greedy_text_of_golden_prompts(tmp_path):
+    if not GOLDEN.exists(): pytest.skip(f'{GOLDEN} is missing')
+    from deepseek_nb.arch.model import Model
+    path = export_gguf('mini', tmp_path/'mini.gguf', 'F32')
+    model,r,tokenizer = Model.from_pretrained('mini'),Runner(path),from_gguf(path)
+    for case in json.loads(GOLDEN.read_text())['cases'][::6]:
+        ids = tokenizer.encode(case['prompt'], special=True)[:300]
+        assert r.encode(case['prompt'], special=True)[:300] == ids
+        r.rewind()
+        with torch.inference_mode():
+            logits,cache = r.step(ids),model.new_cache(1, len(ids) + 16)
+            other = model(torch.tensor([ids]), cache=cache)[0, -1]
+            for _ in range(12):
+                assert (logits - other).abs().max() <= 1e-4*other.abs().max()
+                token = logits.argmax().item()
+                assert token == other.argmax().item()
+                logits,other = r.step([token]),model(torch.tensor([[token]]), cache=cache)[0, -1]
+
+
+FUZZ = r'''
+#include "runner_file.h"
+#include "runner_text.h"
+#include "runner_step.h"
+#include <sanitizer/asan_interface.h>
+#include <time.h>
+int main(int, char** v) {
+    FILE* f = fopen(v[1], "rb");
+    fseek(f, 0, SEEK_END);
+    const size_t n = ftell(f);
+    rewind(f);
+    std::vector<uint8_t> good(n), bytes;
+    if (fread(good.data(), 1, n, f) != n) return 3;
+    uint64_t state = strtoull(v[2], nullptr, 10), read = 0, stepped = 0, all = 0;
+    auto draw = [&](uint64_t m) { return (state = state * 6364136223846793005u + 1442695040888963407u, (state >> 33) % m); };
+    const uint64_t odd[] = {0, 1, 1ull << 63, ~0ull, 0x7fc000007fc00000, 1ull << 32, 1ull << 40, 9, 8, 0xffffffff, 0x7f8000007f800000};
+    for (const double end = clock() + atof(v[3]) * CLOCKS_PER_SEC; clock() < end; ++all) {
+        bytes = good;
+        const size_t header = strtoull(v[4], nullptr, 10), cut = draw(8) ? n : draw(n);
+        for (uint64_t k = draw(3) + (cut == n); k--;) {
+            const size_t at = draw(header - 8), width = 1 << draw(4);
+            const uint64_t x = draw(3) ? odd[draw(std::size(odd))] : draw(1u << 31);
+            memcpy(&bytes[at], &x, width);
+        }
+        const size_t rest = std::max<size_t>(cut, 1) ;
+        uint8_t* exact = (uint8_t*)aligned_alloc(64, (rest + 63) / 64 * 64);
+        memcpy(exact, bytes.data(), rest);
+        ASAN_POISON_MEMORY_REGION(exact + (rest + 7) / 8 * 8, (rest + 63) / 64 * 64 - (rest + 7) / 8 * 8);
+        {
+            Engine e;
+            Tokenizer t;
+            const int32_t tokens[] = {1, 2, 3};
+            std::vector<int32_t> ids;
+            if (e.load(exact, rest)) {
+                ++read;
+                std::vector<float> logits(e.model.config.vocab);
+                if (e.step(tokens, 3, logits.data())) ++stepped;
+                if (t.open(e.model.file)) {
+                    t.encode("It's 12 \xc3\xa9 <s> \xff ABCDE\n\n x", 27, true, ids);
+                    std::string s = prompt(e.model.file, t, "", "a");
+                    for (int32_t i : ids) t.decode(i, s);
+                }
+            } else if (!message[0] || strchr(message, '\n')) return 4;
+        }
+        ASAN_UNPOISON_MEMORY_REGION(exact, (rest + 63) / 64 * 64);
+        free(exact);
+    }
+    printf("%llu files, %llu read, %llu computed\n", (unsigned long long)all, (unsigned long long)read, (unsigned long long)stepped);
+}
+'''
+
+
+@pytest.mark.parametrize('arch', ['llama', 'deepseek2'])
+def test_hostile_files_under_sanitizers(arch, seed, tmp_path):
+    "Headers with changed bytes, huge counts and NaN, and truncated files: an error or a model, but no fault"
+    path,program = tiny(tmp_path/'a.gguf', seed, arch=arch),Path(tempfile.gettempdir())/f'runner-fuzz-{seed}'
+    header = gguf.GGUFReader(path).data_offset
+    if not program.exists():
+        compile_runner(runner_sources() | {'fuzz.cc': FUZZ}, ['fuzz.cc'],
+                       ['-O0', '-g0', '-fsanitize=address,undefined', '-fno-sanitize=alignment',
+                        '-fno-sanitize-recover=undefined'], program)
+    done = subprocess.run([program, path, str(seed), '1', str(header)], capture_output=True, text=True,
+                          env={'ASAN_OPTIONS': 'allocator_may_return_null=1:detect_leaks=0'})
+    assert done.returncode == 0, done.stdout + done.stderr[:3000]
+    all,read,computed = (int(w) for w in done.stdout.split() if w.isdigit())
+    assert all > 50 and 0 < computed <= read < all, done.stdout
+
+
+@pytest.fixture(scope='module')
+def program(): return build_program(level=1, variants=('portable',))
+
+
+BAD = [(b'', 'no GGUF|begin with GGUF'), (b'x'*100, 'begin with GGUF'), (b'GGUF' + b'\xff'*60, 'version'), (None, 'no such file'),
+       (b'GGUF\x03\0\0\0' + (2**63).to_bytes(8, 'little') + bytes(40), 'more entries')]
+
+@pytest.mark.parametrize('content,problem', BAD)
+def test_a_bad_file_is_one_line_and_code_2(content, problem, program, tmp_path):
+    import re
+    path = tmp_path/'a.gguf'
+    if content is not None: path.write_bytes(content)
+    done = subprocess.run([program, path, '-p', 'a'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and re.search(problem, done.stderr) and not done.stdout
+
+
+def test_the_program_equals_the_library(program, seed, tmp_path):
+    path = tiny(tmp_path/'a.gguf', seed)
+    done = subprocess.run([program, path, '-p', 'ABCDE', '-n', '8', '--ids', '--exact', '--threads', '2'], capture_output=True, text=True)
+    r,found = Runner(path, exact=True),[]
+    ids = r.encode('ABCDE', special=True)
+    while len(found) < 8:
+        ids = [r.step(ids).argmax().item()]
+        if ids[0] == 269: break
+        found += ids
+    assert done.returncode == 0 and [int(o) for o in done.stdout.split()] == found
+
+
+def test_aarch64(seed, tmp_path):
+    qemu,compiler = shutil.which('qemu-aarch64'),shutil.which('aarch64-linux-gnu-g++')
+    if not qemu or not compiler or platform.machine() == 'aarch64': pytest.skip('apt-get install qemu-user g++-aarch64-linux-gnu')
+    program,path = build_program('aarch64', level=1),tiny(tmp_path/'a.gguf', seed, 'Q8_0')
+    words = [path, '-p', 'ABCDE', '-n', '8', '--ids', '--exact', '--threads', '1']
+    own = build_program(level=1, variants=('portable',))
+    texts = [subprocess.run([*o, *words], capture_output=True, text=True).stdout for o in ([qemu, program], [own])]
+    assert texts[0] == texts[1] and texts[0].strip()
