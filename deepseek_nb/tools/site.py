@@ -9,9 +9,9 @@ builds the site in `_docs`; with `--new NAME TITLE` it starts a new chapter."""
 
 # %% auto #0
 __all__ = ['CHAPTER', 'defined_names', 'source_page', 'source_links', 'exported_block', 'name_heading', 'only_imports',
-           'show_source', 'link_pages', 'quote_alt', 'own_ids', 'path_lines', 'inline_pictures', 'stage_cells',
-           'stage_page', 'stage_sources', 'stage_front', 'stage', 'inputs_key', 'computed_once', 'build_site',
-           'new_chapter']
+           'show_source', 'link_pages', 'quote_alt', 'own_ids', 'path_lines', 'inline_pictures', 'has_live_figure',
+           'stage_cells', 'stage_page', 'stage_sources', 'stage_front', 'stage', 'inputs_key', 'computed_once',
+           'build_site', 'new_chapter']
 
 # %% ../../nbs/970_tools.site.ipynb #4d33a036
 import ast
@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from posixpath import dirname, join, normpath
 from unittest.mock import patch
 
+from ..export.figures import write_figures
 from .book import FRONT, book, chapters, page_name, path_places, sidebar
 from .glossary import glossary_page, link_terms, read_glossary
 from .moves import read_moves, write_redirects
@@ -166,6 +167,13 @@ def inline_pictures(
         return f'\n```{{=html}}\n{file.read_text(encoding="utf-8").strip()}\n```\n' if file.exists() else m[0]
     return re.sub(r'!\[([^\]]*)\]\(([\w-]+\.svg)\)', put, text)
 
+# %% ../../nbs/970_tools.site.ipynb #e58fcf09
+def has_live_figure(
+    text:str, # Markdown
+)->bool: # Whether an element of a live figure begins a line
+    "Recognise text with a live figure"
+    return bool(re.search('^<live-figure ', text, flags=re.M))
+
 # %% ../../nbs/970_tools.site.ipynb #dfb8fbe9
 def stage_cells(
     nb, # Notebook read by fastcore, which is changed in place
@@ -190,6 +198,7 @@ def stage_cells(
     texts = link_terms(own_ids([o.source for o in prose]), terms, notebook)
     for cell, text in zip(prose, texts, strict=True): cell.set_source(text)
     if lines: nb.cells.insert(1, mk_cell(lines, 'markdown'))
+    if any(map(has_live_figure, texts)): nb.cells.append(mk_cell('<script src="live/live.js" defer></script>', 'markdown'))
 
 # %% ../../nbs/970_tools.site.ipynb #78391b99
 def stage_page(
@@ -312,6 +321,7 @@ def build_site(
         made = site.Site(config.load(root/'_proc'))
         made.discover = lambda: [PurePosixPath(o) for o in pages]
         made.build()
+    if any('live/live.js' in (root/'_proc'/o).read_text() for o in pages if o.endswith('.ipynb')): write_figures(Path(made.out)/'live')
     if made.broken: raise ValueError('broken links: ' + '; '.join(f'{page} → {link}' for page,link in made.broken))
     if (root/'nbs/moves.csv').exists(): write_redirects(Path(made.out), read_moves(root/'nbs/moves.csv'))
     shutil.rmtree(root/'_docs', ignore_errors=True)
