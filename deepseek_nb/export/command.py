@@ -24,7 +24,8 @@ EXPORTS = dict(
     tensorrt='export.tensorrt:export_tensorrt',
     genai='export.genai:export_genai',
     onnx_quantised='export.onnx_quant:export_onnx_quantised',
-    executorch='export.executorch:export_executorch')
+    executorch='export.executorch:export_executorch',
+    page='export.figures:export_page')
 _SUFFIX = dict(gguf='.gguf', executorch='.pte')  # of formats that are one file; the others are folders
 
 def find_exporter(
