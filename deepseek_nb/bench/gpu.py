@@ -390,7 +390,7 @@ def run_gpu_tasks(
     "Run tasks in this process, and store each result"
     found = open_record(path)
     about = dict(key=sources_key(), tools=[t for t,place in tools_found().items() if place], tasks=found)
-    store = lambda: save_result(path, make_record('gpu', about))
+    store = lambda: save_result(path, make_record(Path(path).stem, about))
     for name,f in todo.items():
         if time.time() > deadline: break
         found[name] = dict(failed=BEGUN)
