@@ -87,6 +87,25 @@ def source(request, pytestconfig):
         yield make
 
 
+@pytest.fixture
+def isa(request):
+    "A narrower instruction set than this machine's, drawn anew in each run; SEED=n repeats a run"
+    name = random.Random(f'{SEED} {request.node.nodeid}').choice(('avx2', 'portable'))
+    print(f'{name}, SEED={SEED}')
+    return name
+
+
+@pytest.fixture
+def order(request):
+    "An order in which emulated threads run, drawn anew in each run; the chapters of the kernels go through all of them"
+    import torch
+
+    from deepseek_nb.cuda.emulation import ORDERS, thread_order
+    name = random.Random(f'{SEED} {request.node.nodeid}').choice(ORDERS)
+    print(f'{name}, SEED={SEED}')
+    with thread_order(name, torch.randint(2**31, ()).item()): yield name
+
+
 @pytest.fixture(scope='session')
 def copy(tmp_path_factory):
     "A copy of the sources, for tests that write into the project."

@@ -1,4 +1,4 @@
-"Products with weights in few bits in CUDA: compiled for their targets, and run emulated against float64 in three orders of threads."
+"Products with weights in few bits in CUDA: compiled, and emulated against float64, in an order of threads drawn for each test."
 import sys
 from dataclasses import replace
 
@@ -48,11 +48,6 @@ def seed():
     seed = torch.seed() % 2**32
     print('seed', seed)
     torch.manual_seed(seed)
-
-
-@pytest.fixture(params=ORDERS)
-def order(request):
-    with thread_order(request.param, seed=torch.randint(1000, ()).item()): yield request.param
 
 
 def error(y, exact): return ((y.double() - exact).abs().max()/exact.abs().max().clamp(min=1e-30)).item()
@@ -490,5 +485,5 @@ def test_compiles_for_a_target(file, defines):
     assert {a for _,a in found} == {arch}
     used = {k: v for k,v in found.items() if not (k[0].startswith('w8a8') and defines.get('ROWS') == 128)}  # integers stop at 64
     for (kernel,arch),(registers,*_,spilled) in used.items():
-        assert registers < 255 and spilled <= 4*(arch == 'sm_100' and kernel in ('w8a16_down', 'w8a16_gate_up')), (kernel, arch, spilled)
+        assert registers < 255 and spilled <= 8*(kernel.startswith('w4a16') and file == 'quant_experts.cu'), (kernel, arch, spilled)
     if defines: assert max(decoded_shared(defines['ROWS'], b) for b in (4, 8))*2 <= 228*1024

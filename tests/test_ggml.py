@@ -201,7 +201,6 @@ def run(code, **env):
 
 
 @needs_compiler
-@pytest.mark.parametrize('isa', ['avx2', 'portable'])
 def test_narrower_instruction_sets(isa):
     if isa not in build.ARCHITECTURES.get(os.uname().machine, {}): pytest.skip(f'{os.uname().machine} has no {isa}')
     code = '''import test_ggml as t

@@ -119,7 +119,6 @@ def test_random_shapes(one, threads, r):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize('isa', ['avx2', 'portable'])
 def test_other_instruction_sets(isa):
     env = dict(os.environ, **warm.built_for(isa), PYTHONPATH=os.path.dirname(__file__))
     code = 'import test_kernels_attention as t; t.sweep(40)'

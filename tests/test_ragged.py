@@ -303,7 +303,6 @@ def run(code, **env):
 
 
 @needs_compiler
-@pytest.mark.parametrize('isa', ['avx2', 'portable'])
 def test_narrower_instruction_sets(isa):
     done = run('import test_ragged as t; t.sweep(1)', **warm.built_for(isa))
     if 'it may be' in done.stderr: pytest.skip(f'no {isa} on this processor')
