@@ -376,7 +376,7 @@ def test_sigterm_of_the_command(store):
     "`deepseek-nb platform` with a training on its way: it ends in time, and the training goes on from its checkpoint at the next start"
     pytest.importorskip('fasthtml', reason="the platform needs pip install 'deepseek-nb[platform]'")
     import_module('deepseek_nb.platform.runs')
-    config = dict(model='mini', steps=80, batch=1, warmup=0, length=16, save_every=1, eval_every=0, blocks=1, evaluate=False)
+    config = dict(model='mini', steps=40, batch=1, warmup=0, length=16, save_every=1, eval_every=0, blocks=1, evaluate=False)
     job = submit(store, None, 'finetune', config, 'command', texts_version(store), cores=1)
     command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'platform', str(store.folder), '--port', '0', '--no-demo']
     with (store.folder/'console').open('w') as console: server = subprocess.Popen(command, stdout=console, stderr=console)
@@ -395,4 +395,4 @@ def test_sigterm_of_the_command(store):
     assert row.state == 'queued' and row.attempts == 0 and not is_alive(Process(**child)), row
     assert store.check() == [] and list((job_folder(store, job)/'work'/'checkpoints').glob('checkpoint-*'))
     assert Job(store, claim(store, 1)).perform() == 'done'
-    assert curve_of(store, job)['loss'][0] == [*range(1, 81)] and len(seen['loss'][0]) < 80
+    assert curve_of(store, job)['loss'][0] == [*range(1, 41)] and len(seen['loss'][0]) < 40

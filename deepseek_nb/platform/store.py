@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from weakref import WeakSet
@@ -368,7 +369,7 @@ def _chunks(source):
 # %% ../../nbs/820_platform.store.ipynb #5e8386cd
 @contextmanager
 def _blobs_held(folder, alone=False): # by all processes that share the folder
-    with open(folder/'blobs'/'.lock', 'a') as f:
+    with open(folder/'blobs'/'.lock', 'a', opener=partial(os.open, mode=0o600)) as f:
         fcntl.flock(f, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
