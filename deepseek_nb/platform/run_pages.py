@@ -111,8 +111,8 @@ class Preset(NamedTuple):
 _MINI = dict(steps=40, batch=16, rate=.003, warmup=0, length=48, eval_every=20, blocks=0)
 RUN_PRESETS = dict(
     minute=Preset('mini, within a minute', 'finetune', 'mini', _MINI, '40 steps over all weights, about 11 s of CPU time'),
-    lora=Preset('SmolLM2-135M with LoRA', 'lora', 'smollm2-135m', {}, '45 steps of rank 8, an estimated 80 s of CPU time, 1.5 GB of memory'),
-    qlora=Preset('SmolLM2-135M with QLoRA', 'qlora', 'smollm2-135m', {}, '45 steps over NF4 weights, an estimated 220 s of CPU time, 1.3 GB'))
+    lora=Preset('SmolLM2-135M with LoRA', 'lora', 'smollm2-135m', {}, '45 steps of rank 8, estimated 80 s of CPU time, 1.5 GB of memory'),
+    qlora=Preset('SmolLM2-135M with QLoRA', 'qlora', 'smollm2-135m', {}, '45 steps over NF4 weights, estimated 220 s of CPU time, 1.3 GB'))
 
 # %% ../../nbs/838_platform.run_pages.ipynb #ae9e75de
 def _choices(store):
