@@ -130,6 +130,7 @@ FUZZ = r'''
 #include "runner_file.h"
 #include "runner_text.h"
 #include "runner_step.h"
+#include <algorithm>
 #include <sanitizer/asan_interface.h>
 #include <time.h>
 int main(int, char** v) {
@@ -159,6 +160,7 @@ int main(int, char** v) {
             Tokenizer t;
             const int32_t tokens[] = {1, 2, 3};
             std::vector<int32_t> ids;
+            message[0] = 0;
             if (e.load(exact, rest)) {
                 ++read;
                 std::vector<float> logits(e.model.config.vocab);
@@ -168,7 +170,7 @@ int main(int, char** v) {
                     std::string s = prompt(e.model.file, t, "", "a");
                     for (int32_t i : ids) t.decode(i, s);
                 }
-            } else if (!message[0] || strchr(message, '\n')) return 4;
+            } else if (!message[0] || std::any_of(message, message + strlen(message), [](uint8_t c) { return c < ' ' || c == 127; })) return 4;
         }
         ASAN_UNPOISON_MEMORY_REGION(exact, (rest + 63) / 64 * 64);
         free(exact);

@@ -16,6 +16,8 @@ inline bool fail(const char* format, ...) {
     va_start(words, format);
     vsnprintf(message, sizeof message, format, words);
     va_end(words);
+    for (char& c : message)
+        if (c > 0 && c < ' ' || c == 127) c = '?';
     return false;
 }
 
