@@ -170,7 +170,8 @@ int main(int, char** v) {
                     std::string s = prompt(e.model.file, t, "", "a");
                     for (int32_t i : ids) t.decode(i, s);
                 }
-            } else if (!message[0] || std::any_of(message, message + strlen(message), [](uint8_t c) { return c < ' ' || c == 127; })) return 4;
+            } else if (!message[0]) return 4;
+            else for (const char* c = message; *c; ++c) if (*c > 0 && *c < ' ' || *c == 127) return 5;
         }
         ASAN_UNPOISON_MEMORY_REGION(exact, (rest + 63) / 64 * 64);
         free(exact);
