@@ -261,9 +261,9 @@ Modules:
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
-- `deepseek_nb.studies.protocol`: What a plan must state before its first run, two floors for every table, and a check that refuses records from an unclean tree, from older code, or without their floors.
+- `deepseek_nb.studies.protocol`: What a plan must state before its first run, and a check that refuses records from an unclean tree, from older code, or without their floors.
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
-- `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
+- `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, choose a learning rate on validation texts, and two floors for every table.
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Each claim with the command that measures it, the result, the machine and the date, or *not yet* if nothing was measured.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
