@@ -121,9 +121,9 @@ def changed_since(
 
 # %% ../../nbs/045_core.provenance.ipynb #69dcbeac
 def _flags(words):
-    "Flags without those that name folders of a machine"
+    "Flags without warnings, definitions, and folders of a machine"
     named = [w for w,prior in zip(words, ['', *words], strict=False) if prior != '-isystem']
-    return ' '.join(w for w in named if w != '-isystem' and not w.startswith(('-L', '-I', '/')))
+    return ' '.join(w for w in named if w != '-isystem' and not w.startswith(('-L', '-I', '-W', '-D', '/')))
 
 def builds()->dict: # Name -> how it was built
     "How our kernels and the libraries in this process were built"

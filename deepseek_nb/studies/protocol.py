@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.provenance import doubts
 from ..files.safetensors import read_json
-from . import Plan, carry_out, read_plan, read_records, study_folder, study_names, to_do
+from . import Plan, read_plan, read_records, study_folder, to_do
 
 # %% ../../nbs/901_studies.protocol.ipynb #d5330134
 STATED = dict(metric=str, better=str, headline=str, floors=list, margin=int|float)
