@@ -136,7 +136,7 @@ def test_first_update_is_the_plain_gradient(r):
     "At ratio one nothing is clipped, and each type's gradient is −A times its weight"
     given = inputs(r)
     new, rows, a = given['new'].requires_grad_(), given['rows'], given['advantages']
-    b, sizes = len(a), torch.bincount(rows, minlength=len(a))
+    b, sizes = len(a), torch.bincount(rows, minlength=len(a)).double()
     for kind, weight in dict(grpo=1/(b*sizes[rows]), bnpo=1/len(rows), dapo=1/len(rows), dr_grpo=1/(b*7)).items():
         loss, stats = PolicyLoss(loss_type=kind, max_completion_length=7)(new, None, a, rows)
         got, = torch.autograd.grad(loss, new)
@@ -201,7 +201,7 @@ def batch_of(r, w, b=4):
 def test_model_log_probs(r, kind, tied):
     "Values and all gradients equal those through all logits of the model"
     model = Model(Config('llama', **SIZES, tie_embeddings=tied), dtype='float32', device='cpu').init_weights(.3)
-    if kind == 'lora': model.add_adapter(LoraConfig(r=2, target_modules=['q_proj', 'o_proj']))
+    if kind == 'lora': LoraConfig(r=2, target_modules=['q_proj', 'o_proj']).apply(model)
     batch, temperature = batch_of(r, SIZES['vocab_size']), r.uniform(.5, 1.5)
     labels, rows = batch['labels'], answer_rows(batch['labels'])
     if kind == 'int8':
