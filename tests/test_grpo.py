@@ -11,7 +11,7 @@ from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train.data import IGNORE
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.rollout import (
-    PAGE,
+    ROLLOUT_PAGE,
     Sampler,
     is_invariant,
     mismatch,
@@ -51,8 +51,9 @@ def fresh(c=DENSE, lora=False, std=.3):
 
 def prompts(n):
     "Prompts of ragged lengths, some longer than a page; two begin with the same page"
-    long = random.choices(range(4, 200), k=PAGE + 3)
-    return [[*long, 5], [*long, 6, 7], *([random.randrange(4, 200) for _ in range(random.randrange(1, 2*PAGE))] for _ in range(n - 2))]
+    short = lambda: [random.randrange(4, 200) for _ in range(random.randrange(1, 2*ROLLOUT_PAGE))]
+    long = random.choices(range(4, 200), k=ROLLOUT_PAGE + 3)
+    return [[*long, 5], [*long, 6, 7], *(short() for _ in range(n - 2))]
 
 
 def same(a, b):
