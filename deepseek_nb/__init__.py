@@ -305,6 +305,7 @@ Modules:
 - `deepseek_nb.train.repair`: Train each converted block separately to give the same output as the original block, or fit it in closed form, without labels and with little memory.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint, and its results are bit-identical to those of an uninterrupted run.
 - `deepseek_nb.train.rewards`: Equal numbers, tags in their order, the right language, no overlong answers: each reward with the answer that cheats it
+- `deepseek_nb.train.rollout`: A policy writes groups of answers in the batching engine. Each answer repeats bit for bit from its seed, and the trainer can score it with the sampler's own bits.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
