@@ -15,7 +15,7 @@ from deepseek_nb.core import provenance
 from deepseek_nb.core.provenance import bare_code, before, changed_since, code_hash, doubts, reached_code, used_code
 from deepseek_nb.eval.intervals import equivalent, t_tail
 from deepseek_nb.studies import carry_out, open_study, read_plan, read_records, seal_plan, study, study_names
-from deepseek_nb.studies.protocol import BEFORE, check_records, edge, faults, not_run, read_protocol, read_study, standing
+from deepseek_nb.studies.protocol import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, standing
 from deepseek_nb.studies.report import runs
 from deepseek_nb.studies.texts import WordBayes, majority
 
@@ -80,9 +80,9 @@ SPOILT = {
 @pytest.mark.parametrize('said', SPOILT)
 def test_a_spoilt_record_is_refused(made, said):
     plan, records, seal, folder = made
-    assert faults(plan, records, seal) == [] and len(check_records('guess', folder, folder)) == 4
+    assert objections(plan, records, seal) == [] and len(check_records('guess', folder, folder)) == 4
     SPOILT[said](next(r for r in records if (r['arm'], r['seed']) == ('ours', 1)))
-    assert [f'ours, seed 1: {said}'] == faults(plan, records, seal)
+    assert [f'ours, seed 1: {said}'] == objections(plan, records, seal)
     store(folder, records)
     with pytest.raises(ValueError, match='guess: ours, seed 1: ') as e: check_records('guess', folder, folder)
     assert '\n' not in str(e.value)
@@ -90,10 +90,10 @@ def test_a_spoilt_record_is_refused(made, said):
 
 def test_a_missing_floor_and_a_changed_plan_are_refused(made):
     plan, records, seal, folder = made
-    assert faults(plan, [r for r in records if r['arm'] != 'floor'], seal) == ["the floor 'floor' has no run"]
-    assert faults(plan, records, {}) == ['the plan was not sealed before its first run']
+    assert objections(plan, [r for r in records if r['arm'] != 'floor'], seal) == ["the floor 'floor' has no run"]
+    assert objections(plan, records, {}) == ['the plan was not sealed before its first run']
     other = replace(plan, protocol=plan.protocol | dict(margin=.5))
-    assert [f for f in faults(other, records, seal) if f.startswith('the plan changed after its first run')]
+    assert [f for f in objections(other, records, seal) if f.startswith('the plan changed after its first run')]
     (folder/'guess.toml').write_text(PLAN.replace('margin = 0.1', 'margin = 0.5'))
     with pytest.raises(ValueError, match='needs a name of its own'): carry_out(read_plan(folder/'guess.toml'), folder/'guess.json', folder)
     (folder/'guess.toml').write_text(PLAN + '\n# a remark\n[smoke]\nseeds = [7]\n')
