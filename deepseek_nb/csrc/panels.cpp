@@ -53,7 +53,8 @@ void pack_blocks(Tensor blocks, int64_t head, int64_t bytes, Tensor panels) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = i % P * PANEL_ROWS;
             const uint8_t* rows = data<uint8_t>(blocks) + (i / P * R + first) * step;
-            pack(rows, std::min<int64_t>(PANEL_ROWS, R - first), step / (head + bytes), data<uint8_t>(panels) + i * each);
+            const int64_t n = std::min<int64_t>(PANEL_ROWS, R - first);
+            pack(rows, n, step / (head + bytes), data<uint8_t>(panels) + i * each);
         }
     });
 }

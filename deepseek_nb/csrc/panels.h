@@ -35,7 +35,8 @@ inline ivec dot(ivec s, ivec w, int32_t a) {
 }
 inline ivec whole(ivec s) { return (ivec)widened((__m512i)s); }
 inline ivec dot_signed(ivec s, ivec w, int32_t a) {
-    const __m512i to = _mm512_set1_epi32(a), moved = _mm512_mask_sub_epi8(to, _mm512_movepi8_mask((__m512i)w), __m512i(), to);
+    const __m512i to = _mm512_set1_epi32(a);
+    const __m512i moved = _mm512_mask_sub_epi8(to, _mm512_movepi8_mask((__m512i)w), __m512i(), to);
     return s + (ivec)widened(_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)w), moved));
 }
 
