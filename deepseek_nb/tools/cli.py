@@ -7,8 +7,8 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized', 'run_export',
-           'run_finetune', 'run_distillation', 'run_conversion', 'evaluate', 'run_evidence', 'doctor', 'build_kernels',
-           'run_server', 'run_app', 'run_platform', 'run_bench', 'usage', 'main']
+           'run_finetune', 'run_distillation', 'run_conversion', 'run_pipeline', 'evaluate', 'run_evidence', 'doctor',
+           'build_kernels', 'run_server', 'run_app', 'run_platform', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -195,6 +195,14 @@ def run_conversion(
     "Convert a model to latent attention or to a mixture of experts, or continue an interrupted run"
     from deepseek_nb.train.runs import convert_run
     print(convert_run(config))
+
+# %% ../../nbs/960_tools.cli.ipynb #98c2538d
+def run_pipeline(
+    config:str, # TOML file with `output_dir`, [task], [models.NAME] and [[stage]]
+):
+    "Train by the pipeline of R1, or continue an interrupted run"
+    from deepseek_nb.train.r1 import r1_run
+    print(r1_run(config))
 
 # %% ../../nbs/960_tools.cli.ipynb #82980f19
 def _perplexity(text, tokens, window, stride, *model):
@@ -392,7 +400,7 @@ def run_bench(
 
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
-             distill=run_distillation, convert=run_conversion, eval=evaluate, evidence=run_evidence, doctor=doctor,
+             distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate, evidence=run_evidence, doctor=doctor,
              build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform)
 
 def usage()->str: # Text for a terminal

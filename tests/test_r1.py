@@ -1,0 +1,87 @@
+"The pipeline of R1: killed at random moments it ends with the same bits, and bad files are refused before anything is written"
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deepseek_nb.train.r1 import r1_run
+
+KILLS = int(os.environ.get('R1_KILLS', '2'))
+FILE = '''
+output_dir = "{folder}"
+max_tokens = 6
+[task]
+name = "arithmetic"
+digits = 1
+train = 40
+test = 10
+[models.policy]
+dim = 32
+n_layers = 1
+n_heads = 2
+inter_dim = 64
+[models.student]
+dim = 16
+n_layers = 1
+n_heads = 2
+inter_dim = 32
+[[stage]]
+kind = "sft"
+name = "cold start"
+n = 40
+short = 1.0
+training = {{max_steps = 60, learning_rate = 1e-2, save_steps = 20}}
+[[stage]]
+kind = "rl"
+name = "reasoning"
+training = {{max_steps = 2, save_steps = 1, learning_rate = 1e-3, num_generations = 4, max_completion_length = 6}}
+[[stage]]
+kind = "collect"
+name = "right"
+problems = 40
+portion = 20
+max_tokens = 6
+[[stage]]
+kind = "sft"
+name = "smaller"
+model = "student"
+rows = "right"
+training = {{max_steps = 4, learning_rate = 1e-2}}
+'''
+
+
+def weights(folder): return {n: (folder/n/'model.safetensors').read_bytes() for n in ('policy', 'student')}
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path):
+    whole,killed = tmp_path/'whole.toml',tmp_path/'killed.toml'
+    for path in (whole, killed): path.write_text(FILE.format(folder=tmp_path/path.stem))
+    begin = time.perf_counter()
+    report = r1_run(whole)
+    seconds,seed = time.perf_counter() - begin,random.randrange(2**31)
+    print('seed', seed)
+    rng = random.Random(seed)
+    for _ in range(KILLS):
+        p = subprocess.Popen([sys.executable, '-c', f'from deepseek_nb.train.r1 import r1_run; r1_run({str(killed)!r})'],
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 60
+        while not (tmp_path/'killed').exists() and p.poll() is None and time.monotonic() < until: time.sleep(.05)
+        time.sleep(rng.uniform(0, seconds))
+        p.send_signal(signal.SIGKILL), p.wait()
+    assert r1_run(killed).rows == report.rows
+    assert weights(tmp_path/'killed') == weights(tmp_path/'whole')
+
+
+@pytest.mark.parametrize('old,new,words', [
+    ('"rl"', '"ppo"', 'kind: ppo is not known'), ('rows = "right"', 'rows = "wrong"', 'rows: wrong is not known'),
+    ('model = "student"', 'model = "pupil"', 'model: pupil is not known'), ('num_generations = 4', 'num_generations = 3', 'no multiple'),
+    ('name = "right"', 'name = "cold start"', 'two stages have the same name'), ('digits = 1', 'digit = 1', 'digit is not known')])
+def test_a_bad_file_is_refused_before_anything_is_written(old, new, words, tmp_path):
+    path = tmp_path/'a.toml'
+    path.write_text(FILE.format(folder=tmp_path/'out').replace(old, new))
+    with pytest.raises(ValueError, match=words): r1_run(path)
+    assert not (tmp_path/'out').exists()
