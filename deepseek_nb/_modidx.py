@@ -8358,6 +8358,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepseek_nb/studies/fresh.py'),
                                            'deepseek_nb.studies.fresh.left_out': ( 'studies.fresh.html#left_out',
                                                                                    'deepseek_nb/studies/fresh.py'),
+                                           'deepseek_nb.studies.fresh.load_of_cores': ( 'studies.fresh.html#load_of_cores',
+                                                                                        'deepseek_nb/studies/fresh.py'),
                                            'deepseek_nb.studies.fresh.measure_again': ( 'studies.fresh.html#measure_again',
                                                                                         'deepseek_nb/studies/fresh.py'),
                                            'deepseek_nb.studies.fresh.planned': ( 'studies.fresh.html#planned',
