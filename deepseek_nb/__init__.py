@@ -70,6 +70,7 @@ Modules:
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
 - `deepseek_nb.bench.load`: Streams of requests to any OpenAI-compatible server, in a closed or an open loop, and what a user sees of them: time to first token, inter-token latency, throughput and goodput.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
+- `deepseek_nb.bench.peers`: The same model, prompts and number of threads in llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding of one and of eight rows, and loading.
 - `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
 - `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
 - `deepseek_nb.bench.serve`: Our server, transformers serve, llama.cpp and vLLM with the same model and the same load: throughput, inter-token latency and time to first token at 1 to 32 streams, and goodput.
@@ -84,6 +85,7 @@ Modules:
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
 - `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
+- `deepseek_nb.core.provenance`: The commit, the state of the tree, the build, and a hash of each module that a measurement used, so that a stored number can be told from one that the code of today would give.
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
 - `deepseek_nb.cuda.attention`: Attention over MLA's latent KV cache on tensor cores. The cache is split over multiprocessors and may be ragged or paged.
 - `deepseek_nb.cuda.build`: Compiles a `.cu` file at its first launch, for the GPU with NVRTC or nvcc, or for the CPU with a C++ compiler and the emulation.
@@ -127,6 +129,7 @@ Modules:
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
+- `deepseek_nb.export.packed`: Writes a folder of this package's quantised weights as one GGUF file with equal numbers: 4-bit codes stay codes, so nothing is rounded twice.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
 - `deepseek_nb.export.runner_blocks`: Products with blocks of 256 weights in integers, and with float16 weights that are widened in registers: no weight is expanded to float32 in memory.
@@ -261,10 +264,12 @@ Modules:
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
+- `deepseek_nb.studies.fresh`: One command measures the short records again on today's code, continues where it stopped, and lists what it left out.
+- `deepseek_nb.studies.protocol`: What a plan must state before its first run, and a check that refuses records from an unclean tree, from older code, or without their floors.
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
-- `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
+- `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, choose a learning rate on validation texts, and two floors for every table.
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
-- `deepseek_nb.tools.claims`: Each claim with the command that measures it, the result, the machine and the date, or *not yet* if nothing was measured.
+- `deepseek_nb.tools.claims`: Each claim with its verdict first, then the figure, its interval, its floor, its cost and domain, the machine, and the command that measures it again.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
 - `deepseek_nb.tools.deploy`: A settings file, a container and a systemd unit: a server without root's rights that restarts, drains and keeps its caches
 - `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
@@ -274,6 +279,8 @@ Modules:
 - `deepseek_nb.tools.pictures`: Three SVG pictures made from data: the way of a token through DeepSeek-V3, measured rates compared with other libraries, and a map of the book.
 - `deepseek_nb.tools.serving`: From a command line or a TOML file to models that answer: loading, settings and the message that says where
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
+- `deepseek_nb.tools.verdicts`: The row of a claim: reached, missed, refuted or not measured, then the figure, its interval, its floor, its cost and its domain, all read from stored records.
+- `deepseek_nb.train.advantage`: How much better an answer is than expected: from the group of answers to the same question, or from a critic; bias and variance of each, exactly, on policies whose true gradient is known.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
 - `deepseek_nb.train.bpe`: Learn byte-level BPE merges from text, with DeepSeek-V3's word splitting, and save the tokenizer in Hugging Face's format.
 - `deepseek_nb.train.callbacks`: Callbacks run at named events of a training run: they show its progress, plot its loss, and stop it when it diverges.
@@ -286,6 +293,7 @@ Modules:
 - `deepseek_nb.train.entries`: V4's indexer selects compressed entries, and a selection has no gradient. So the indexer learns, while the model is trained, to predict the attention to entries.
 - `deepseek_nb.train.esft`: The tokens of one task are routed mostly to a few experts. ESFT trains only these experts and freezes all other parameters.
 - `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
+- `deepseek_nb.train.grpo`: The whole loop: sample groups of answers, reward them, and improve the policy, with curves, a guard, and an exact resume.
 - `deepseek_nb.train.indexer`: Make a trained model with dense latent attention sparse: train V3.2's indexer to predict where the model attends, then train the model with the indexer's selection.
 - `deepseek_nb.train.kl_estimate`: Three estimates of the divergence from a reference, from sampled tokens alone; what each is worth as a number and as a loss, and when the term is worth its cost.
 - `deepseek_nb.train.latent`: Convert a trained model with grouped-query attention to multi-head latent attention, which has a smaller KV cache and is the attention of DeepSeek-V3.
@@ -303,6 +311,7 @@ Modules:
 - `deepseek_nb.train.repair`: Train each converted block separately to give the same output as the original block, or fit it in closed form, without labels and with little memory.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint, and its results are bit-identical to those of an uninterrupted run.
 - `deepseek_nb.train.rewards`: Equal numbers, tags in their order, the right language, no overlong answers: each reward with the answer that cheats it
+- `deepseek_nb.train.rollout`: A policy writes groups of answers in the batching engine. Each answer repeats bit for bit from its seed, and the trainer can score it with the sampler's own bits.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.

@@ -37,6 +37,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.plot import COLOURS, draw, style
+from ..core.provenance import provenance
 
 # %% ../../nbs/750_bench.ipynb #208efac5
 def synchronise():
@@ -231,8 +232,9 @@ def make_record(
     result, # Values that JSON can store, dataclasses, or objects with `to_dict`
     *packages:str, # Distributions whose versions matter
 )->dict: # Record, which JSON can store
-    "A result with its hardware, versions and date"
-    return dict(name=name, date=date.today().isoformat(), hardware=hardware(), versions=versions(*packages), result=_plain(result))
+    "A result with its hardware, versions, provenance and date"
+    return dict(name=name, date=date.today().isoformat(), hardware=hardware(), versions=versions(*packages), provenance=provenance(),
+                result=_plain(result))
 
 def _plain(x):
     if hasattr(x, 'to_dict'): return _plain(x.to_dict())
@@ -397,6 +399,7 @@ BENCHMARKS = {  # name at the command line -> location
     'scaling': Benchmark('bench.scaling.measure_scaling'),
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
+    'peers': Benchmark('bench.peers.peers', (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
     'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
