@@ -84,6 +84,7 @@ Modules:
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
 - `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
+- `deepseek_nb.core.provenance`: The commit, the state of the tree, the build, and a hash of each module that a measurement used, so that a stored number can be told from one that the code of today would give.
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
 - `deepseek_nb.cuda.attention`: Attention over MLA's latent KV cache on tensor cores. The cache is split over multiprocessors and may be ragged or paged.
 - `deepseek_nb.cuda.build`: Compiles a `.cu` file at its first launch, for the GPU with NVRTC or nvcc, or for the CPU with a C++ compiler and the emulation.
@@ -129,6 +130,7 @@ Modules:
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
+- `deepseek_nb.export.runner_blocks`: Products with blocks of 256 weights in integers, and with float16 weights that are widened in registers: no weight is expanded to float32 in memory.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
 - `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
 - `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
@@ -261,8 +263,9 @@ Modules:
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
+- `deepseek_nb.studies.protocol`: What a plan must state before its first run, and a check that refuses records from an unclean tree, from older code, or without their floors.
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
-- `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, and choose a learning rate on validation texts.
+- `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, choose a learning rate on validation texts, and two floors for every table.
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Each claim with the command that measures it, the result, the machine and the date, or *not yet* if nothing was measured.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
@@ -274,6 +277,7 @@ Modules:
 - `deepseek_nb.tools.pictures`: Three SVG pictures made from data: the way of a token through DeepSeek-V3, measured rates compared with other libraries, and a map of the book.
 - `deepseek_nb.tools.serving`: From a command line or a TOML file to models that answer: loading, settings and the message that says where
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
+- `deepseek_nb.train.advantage`: How much better an answer is than expected: from the group of answers to the same question, or from a critic; bias and variance of each, exactly, on policies whose true gradient is known.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
 - `deepseek_nb.train.bpe`: Learn byte-level BPE merges from text, with DeepSeek-V3's word splitting, and save the tokenizer in Hugging Face's format.
 - `deepseek_nb.train.callbacks`: Callbacks run at named events of a training run: they show its progress, plot its loss, and stop it when it diverges.
@@ -287,7 +291,9 @@ Modules:
 - `deepseek_nb.train.esft`: The tokens of one task are routed mostly to a few experts. ESFT trains only these experts and freezes all other parameters.
 - `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
 - `deepseek_nb.train.indexer`: Make a trained model with dense latent attention sparse: train V3.2's indexer to predict where the model attends, then train the model with the indexer's selection.
+- `deepseek_nb.train.kl_estimate`: Three estimates of the divergence from a reference, from sampled tokens alone; what each is worth as a number and as a loss, and when the term is worth its cost.
 - `deepseek_nb.train.latent`: Convert a trained model with grouped-query attention to multi-head latent attention, which has a smaller KV cache and is the attention of DeepSeek-V3.
+- `deepseek_nb.train.log_probs`: Each token of a sampled answer gets its log-probability, with an exact gradient, and the entropy at its position, without all logits in memory.
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.
 - `deepseek_nb.train.mini`: Pre-train models of about 6 million parameters, with the architectures of DeepSeek-V3 and V4 and an own tokenizer, on public text, and evaluate them on held-out documents.
@@ -296,15 +302,19 @@ Modules:
 - `deepseek_nb.train.optim`: AdamW scales each element of the gradient by its running mean square. Muon, the optimiser of DeepSeek-V4, orthogonalises the momentum of whole matrices.
 - `deepseek_nb.train.parallel`: Several processes share a training step by data parallelism, fully sharded data parallelism or expert parallelism, and get the same result as one process.
 - `deepseek_nb.train.peft`: Save and load LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+- `deepseek_nb.train.policy`: GRPO's loss, and what later papers changed in it, each as a switch: ratio, clipping, aggregation, corrections for tokens that another policy sampled.
 - `deepseek_nb.train.qlora`: LoRA on a quantised model: gradients pass through int8, int4 or NF4 weights without dequantising a whole matrix.
 - `deepseek_nb.train.repair`: Train each converted block separately to give the same output as the original block, or fit it in closed form, without labels and with little memory.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint, and its results are bit-identical to those of an uninterrupted run.
+- `deepseek_nb.train.rewards`: Equal numbers, tags in their order, the right language, no overlong answers: each reward with the answer that cheats it
+- `deepseek_nb.train.rollout`: A policy writes groups of answers in the batching engine. Each answer repeats bit for bit from its seed, and the trainer can score it with the sampler's own bits.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
 - `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
 - `deepseek_nb.train.split`: Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.
 - `deepseek_nb.train.stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
+- `deepseek_nb.train.tasks`: Sums, Countdown, word problems, JSON and tool calls: rows that a program makes, answers that a program checks, and a supervised start
 - `deepseek_nb.train.teacher`: The outputs of a teacher are computed once and stored: all logits, the top-k probabilities with the mass of the tail, or generated text.
 - `deepseek_nb.train.trainer`: Build a trainer with gradient accumulation, clipping, mixed precision, activation checkpointing and evaluation, then fine-tune a model with it.
 - `deepseek_nb.train.upcycle`: Turn the feed-forward of a trained dense model into a mixture of experts: copy it, which adds parameters, or split it into parts, which saves FLOPs.
