@@ -8,47 +8,74 @@
 #endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #7ea7e3f6
-// s + Σ w_i a_i over the four bytes of each lane; if WIDE is false, w must be small, such as 4-bit codes
+// dot: s + Σ w_i a_i over the four bytes of each lane, as `whole` reads it; if WIDE is false, w is 0 to 15, and up to
+// eight products may be added to the same s
 #if defined(__AVX512VNNI__)
 constexpr bool WIDE = true;
 inline ivec dot(ivec s, ivec w, const int32_t& a) {  // the intrinsic would load a by an instruction of its own
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(s) : "v"(w), "m"(a));
     return s;
 }
+inline ivec whole(ivec s) { return s; }
+inline ivec dot_signed(ivec s, ivec w, const int32_t& a) { return dot(s, w, a); }  // not used where WIDE
+#elif defined(__AVXVNNI__) && defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool WIDE = true;
+inline ivec dot(ivec s, ivec w, int32_t a) {
+    return (ivec)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, _mm256_set1_epi32(a));
+}
+inline ivec whole(ivec s) { return s; }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
+
+// %% ../../nbs/537_kernels.codes.ipynb #0f810d81
 #elif defined(__AVX512BW__)
 constexpr bool WIDE = false;
+inline __m512i widened(__m512i pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
 inline ivec dot(ivec s, ivec w, int32_t a) {
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(a));
-    return s + (ivec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    return (ivec)_mm512_add_epi16((__m512i)s, _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(a)));
 }
+inline ivec whole(ivec s) { return (ivec)widened((__m512i)s); }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) {
+    const __m512i to = _mm512_set1_epi32(a);
+    const __m512i moved = _mm512_mask_sub_epi8(to, _mm512_movepi8_mask((__m512i)w), __m512i(), to);
+    return s + (ivec)widened(_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)w), moved));
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #12906124
 #elif defined(__AVX2__)
 constexpr bool WIDE = false;
+inline __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline ivec dot(ivec s, ivec w, int32_t a) {
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a));
-    return s + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return (ivec)_mm256_add_epi16((__m256i)s, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a)));
 }
+inline ivec whole(ivec s) { return (ivec)widened((__m256i)s); }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) {
+    const __m256i moved = _mm256_sign_epi8(_mm256_set1_epi32(a), (__m256i)w);
+    return s + (ivec)widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), moved));
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #1ff8b9c3
+#elif defined(__aarch64__)
+constexpr bool WIDE = false;
+inline ivec dot_signed(ivec s, ivec w, int32_t a) {
+    const int8x16_t v = (int8x16_t)w, to = vreinterpretq_s8_s32(vdupq_n_s32(a));
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (ivec)vdotq_s32((int32x4_t)s, v, to);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(v), vget_low_s8(to)), high = vmull_high_s8(v, to);
+    return s + (ivec)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+}
+inline ivec dot(ivec s, ivec w, int32_t a) { return dot_signed(s, w, a); }
+inline ivec whole(ivec s) { return s; }
 #else
 constexpr bool WIDE = true;
 inline ivec dot(ivec s, ivec w, int32_t a) {
     for (int i = 0; i < 32; i += 8) s += (w >> i & 255) * int32_t(int8_t(a >> i));
     return s;
 }
+inline ivec whole(ivec s) { return s; }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
 #endif
-
-// %% ../../nbs/537_kernels.codes.ipynb #0f810d81
-inline ivec dot_signed(ivec s, ivec w, int32_t a) {
-    if constexpr (WIDE) return dot(s, w, a);
-    for (int i = 0; i < 32; i += 16) {
-        const ivec even = w << 24 - i >> 24, odd = w << 16 - i >> 24;
-        s += even * int32_t(int8_t(a >> i)) + odd * int32_t(int8_t(a >> i + 8));
-    }
-    return s;
-}
-inline ivec dot_bytes(ivec s, ivec w, int32_t a) {
-    for (int i = 0; i < 32; i += 16)
-        s += (w >> i & 255) * int32_t(int8_t(a >> i)) + (w >> i + 8 & 255) * int32_t(int8_t(a >> i + 8));
-    return s;
-}
 
 // %% ../../nbs/537_kernels.codes.ipynb #bdd804d4
 struct CodeBlock {
@@ -88,59 +115,20 @@ inline void round_block(const float* x, CodeBlock& block) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
-// call use for the blocks with from <= index < to; the last block of a row is filled with zeros
-template <class F> void each_block(const float* x, int64_t K, int64_t from, int64_t to, F use) {
+// round the blocks with from <= index < to
+inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
+    CodeBlock* blocks = (CodeBlock*)memory;
     const int64_t whole = std::min(to, K / 32);
-    for (int64_t g = from; g < whole; ++g) use(x + 32 * g, g);
+    for (int64_t g = from; g < whole; ++g) round_block(x + 32 * g, blocks[g]);
     if (from >= to || whole >= to) return;
     float rest[32] = {};
     memcpy(rest, x + 32 * whole, (K - 32 * whole) * sizeof(float));
-    use(rest, whole);
+    round_block(rest, blocks[whole]);
 }
-inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
-    each_block(x, K, from, to, [&](const float* x, int64_t g) { round_block(x, ((CodeBlock*)memory)[g]); });
-}
-
-// %% ../../nbs/537_kernels.codes.ipynb #e7cc7831
-// codes of the nearest integers of y, which are returned; total += their sum
-inline vec take_codes(vec y, int8_t* to, ivec& total) {
-    const vec whole = (y + 12582912.f) - 12582912.f;
-    const ivec c = __builtin_convertvector(whole, ivec);
-    const bvec codes = __builtin_convertvector(c, bvec);
-    memcpy(to, &codes, L);
-    total += c;
-    return whole;
-}
-inline void round_fine_block(const float* x, CodeBlock& block, CodeBlock& rest) {
-    vec v[32 / L];
-    for (int i = 0; i < 32 / L; ++i) v[i] = load(x + i * L);
-    const float step = largest_magnitude(v) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
-    ivec total = {}, small = {};
-    for (int i = 0; i < 32 / L; ++i) {
-        vec y = v[i] * inverse;
-        keep(y);
-        const vec whole = take_codes(y, (int8_t*)block.codes + i * L, total);
-        take_codes((y - whole) * 128.f, (int8_t*)rest.codes + i * L, small);
-    }
-    block.scale = step < INFINITY ? step / 128 : NAN;
-    block.sum = block.scale * sum(__builtin_convertvector(total * 128 + small, vec));
-}
-
-// %% ../../nbs/537_kernels.codes.ipynb #62d3c118
-inline void round_fine(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
-    CodeBlock *blocks = (CodeBlock*)memory, *rests = blocks + blocks_of(K);
-    each_block(x, K, from, to, [&](const float* x, int64_t g) { round_fine_block(x, blocks[g], rests[g]); });
-}
-inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to, bool fine) {
-    if (fine) round_fine(x, K, memory, from, to);
-    else round_blocks(x, K, memory, from, to);
-}
-inline Codes round_row(const float* x, int64_t K, int32_t* memory, bool fine = false) {
-    if (fine) round_fine(x, K, memory, 0, blocks_of(K));
-    else round_blocks(x, K, memory, 0, blocks_of(K));
+inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
+    round_blocks(x, K, memory, 0, blocks_of(K));
     return (Codes)memory;
 }
-inline int64_t code_words(int64_t K, bool fine) { return CODES * blocks_of(K) << fine; }  // words of memory per row
 
 // %% ../../nbs/537_kernels.codes.ipynb #0abccd07
 #if defined(__AVX512F__)
@@ -162,7 +150,7 @@ inline ivec ints(const uint8_t* p) {
 // %% ../../nbs/537_kernels.codes.ipynb #fb7d061b
 struct Int8 {
     static constexpr int BYTES = 512, SCALES = 64;  // bytes of a block's codes and of a group's scales, for 16 rows
-    static constexpr bool END = true, SIGNED = !WIDE, FINE = false;
+    static constexpr bool END = true, SIGNED = !WIDE;
     template <class Use> static void each(const uint8_t* p, Use use) {
         for (int i = 0; i < 8; ++i) use(i, WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i));
     }
@@ -181,7 +169,7 @@ struct Int8Groups : Int8 {
 // %% ../../nbs/537_kernels.codes.ipynb #cc9e1a84
 template <bool MINS> struct Int4 {
     static constexpr int BYTES = 256, SCALES = MINS ? 64 : 32;
-    static constexpr bool END = false, SIGNED = false, FINE = false;
+    static constexpr bool END = false, SIGNED = false;
     template <class Use> static void each(const uint8_t* p, Use use) {
         for (int i = 0; i < 4; ++i) {
             const ivec both = ints(p + 64 * i);
@@ -193,22 +181,10 @@ template <bool MINS> struct Int4 {
     static vec low(const uint8_t* scales, vec d) { return MINS ? halves(scales + 32) : d * -8.f; }
 };
 
-// %% ../../nbs/537_kernels.codes.ipynb #4bcf88b6
-struct Int8Fine {
-    static constexpr int BYTES = 512, SCALES = 64;
-    static constexpr bool END = false, SIGNED = false, FINE = true;
-    template <class Use> static void each(const uint8_t* p, Use use) {
-        for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i));
-    }
-    static int code(const uint8_t* p, int i) { return p[i / 4 * 64 + i % 4]; }
-    static vec step(const uint8_t* scales) { return halves(scales); }
-    static vec low(const uint8_t* scales, vec) { return halves(scales + 32); }
-};
-
 // %% ../../nbs/537_kernels.codes.ipynb #c33db43f
 constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
 
-enum class Format : int64_t { int8, int8_groups, int4, int4_mins, int8_fine };
+enum class Format : int64_t { int8, int8_groups, int4, int4_mins };
 struct Matrix {
     const uint8_t* data = nullptr;
     Format format = Format::int8;
@@ -216,7 +192,6 @@ struct Matrix {
     int64_t K = 0;      // numbers per row
     int64_t bytes = 0;  // bytes per panel
     const uint8_t* panel(int64_t i) const { return data + i * bytes; }
-    bool fine() const { return format == Format::int8_fine; }  // whether activations have two codes
     int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // blocks per group
     explicit operator bool() const { return data; }
 };
@@ -224,7 +199,6 @@ template <class F> void as_format(const Matrix& m, F use) {
     if (m.format == Format::int8) use(Int8());
     else if (m.format == Format::int8_groups) use(Int8Groups());
     else if (m.format == Format::int4) use(Int4<false>());
-    else if (m.format == Format::int8_fine) use(Int8Fine());
     else use(Int4<true>());
 }
 
@@ -249,12 +223,12 @@ void decode_row(const Matrix& m, int64_t row, float* y);  // one row, as floats
 struct Rounded {
     std::vector<int32_t> memory;
     std::vector<Codes> rows;
-    void take(int64_t n, int64_t K, bool fine = false) {
-        memory.resize(std::max<size_t>(memory.size(), n * code_words(K, fine)));
+    void take(int64_t n, int64_t K) {
+        memory.resize(std::max<size_t>(memory.size(), n * CODES * blocks_of(K)));
         rows.resize(std::max<size_t>(rows.size(), n));
     }
-    void round(int64_t j, const float* x, int64_t K, bool fine = false) {
-        rows[j] = round_row(x, K, memory.data() + j * code_words(K, fine), fine);
+    void round(int64_t j, const float* x, int64_t K) {
+        rows[j] = round_row(x, K, memory.data() + j * CODES * blocks_of(K));
     }
 };
 
@@ -262,14 +236,13 @@ struct Rounded {
 inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix& m, const float* const* x, float* y,
                     int64_t ldy, float* panel) {
     thread_local Rounded codes;
-    const int64_t words = code_words(K, m.fine());
-    codes.take(n, K, m.fine());
-    if (n <= FEW) for (int64_t j = 0; j < n; ++j) codes.round(j, x[j], K, m.fine());
+    codes.take(n, K);
+    if (n <= FEW) for (int64_t j = 0; j < n; ++j) codes.round(j, x[j], K);
     else {
         int32_t* memory = (int32_t*)panel;
         const auto [begin, end] = t.share(n);
-        for (int64_t j = begin; j < end; ++j) round_row(x[j], K, memory + j * words, m.fine());
-        for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * words);
+        for (int64_t j = begin; j < end; ++j) round_row(x[j], K, memory + j * CODES * blocks_of(K));
+        for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * CODES * blocks_of(K));
         t.wait();
     }
     const auto [first, last] = t.share(panels_of(R));
