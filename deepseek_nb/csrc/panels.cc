@@ -84,7 +84,7 @@ template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel
     }
     return to;
 }
-// the sums (16 tokens × 16 rows) of one block; with two codes also those of the second, whose blocks lie `rest` further on
+// the sums (16 tokens × 16 rows) of one block, and those of the second codes, whose blocks lie `rest` further on
 template <bool FINE>
 inline void tile_block(const CodeBlock* x, int64_t step, int64_t rest, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
     _tile_zero(2);
