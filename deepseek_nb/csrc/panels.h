@@ -77,7 +77,7 @@ inline ivec whole(ivec s) { return s; }
 inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
 #endif
 
-// %% ../../nbs/537_kernels.codes.ipynb #d64a890a
+// %% ../../nbs/537_kernels.codes.ipynb #8cd0af56
 inline ivec dot_bytes(ivec s, ivec w, int32_t a) {
     for (int i = 0; i < 32; i += 16)
         s += (w >> i & 255) * int32_t(int8_t(a >> i)) + (w >> i + 8 & 255) * int32_t(int8_t(a >> i + 8));
@@ -135,7 +135,7 @@ inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t fro
     each_block(x, K, from, to, [&](const float* x, int64_t g) { round_block(x, ((CodeBlock*)memory)[g]); });
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #bf1abf4d
+// %% ../../nbs/537_kernels.codes.ipynb #c7718ac4
 // codes of the nearest integers of y, which are returned; total += their sum
 inline vec take_codes(vec y, int8_t* to, ivec& total) {
     const vec whole = (y + 12582912.f) - 12582912.f;
@@ -160,7 +160,7 @@ inline void round_fine_block(const float* x, CodeBlock& block, CodeBlock& rest) 
     block.sum = block.scale * sum(__builtin_convertvector(total * 128 + small, vec));
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #e8e9bb09
+// %% ../../nbs/537_kernels.codes.ipynb #3a0a6647
 inline void round_fine(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
     CodeBlock *blocks = (CodeBlock*)memory, *rests = blocks + blocks_of(K);
     each_block(x, K, from, to, [&](const float* x, int64_t g) { round_fine_block(x, blocks[g], rests[g]); });
@@ -227,7 +227,7 @@ template <bool MINS> struct Int4 {
     static vec low(const uint8_t* scales, vec d) { return MINS ? halves(scales + 32) : d * -8.f; }
 };
 
-// %% ../../nbs/537_kernels.codes.ipynb #dbcd463a
+// %% ../../nbs/537_kernels.codes.ipynb #38e9f6ec
 struct Int8Fine {
     static constexpr int BYTES = 512, SCALES = 64;
     static constexpr bool END = false, SIGNED = false, FINE = true;
