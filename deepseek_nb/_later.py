@@ -56,7 +56,8 @@ METHODS = {'core.config.Config': {'params': 'arch.releases',
                           'encode': 'export.runner_text',
                           'decode': 'export.runner_text',
                           'prompt': 'export.runner_text',
-                          'sample': 'export.runner_binary'},
+                          'sample': 'export.runner_binary',
+                          'product': 'export.runner_blocks'},
  'platform.store.Store': {'check': 'platform.audit'}}
 
 TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm', 'torch/gradient': 'kernels.train', 'cuda/cuda': 'cuda.norm'},

@@ -77,7 +77,7 @@ def window(browser, url):
     contexts, faults = [], []
     def open(size=WIDE, scheme='light'):
         context = browser.new_context(viewport=size, color_scheme=scheme, base_url=url, permissions=['clipboard-read', 'clipboard-write'])
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(120_000)  # a busy machine is no fault
         contexts.append(context)
         page = context.new_page()
         fault = lambda kind, what: faults.append(f'{page.url}: {kind}: {what}')

@@ -6,15 +6,18 @@ import json
 import random
 import re
 import tracemalloc
+from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from platform_fixtures import postgres, postgres_url, store  # noqa: F401
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from deepseek_nb.files.untrusted import RowLimits, check_value, csv_text, safe_cell, untrusted_rows
+from deepseek_nb.platform import datasets
 from deepseek_nb.platform.datasets import (
     SPLITS,
     import_dataset,
@@ -26,7 +29,7 @@ from deepseek_nb.platform.datasets import (
     row_digest,
     version_report,
 )
-from deepseek_nb.platform.store import records, version_rows, versions
+from deepseek_nb.platform.store import open_store, records, version_rows, versions
 from deepseek_nb.train.duplicates import band_keys, folded, jaccard, minhash, near_groups, shingle_set
 
 
@@ -73,20 +76,34 @@ def test_order_of_rows_plays_no_part(store, draw):  # noqa: F811
     assert {r.digest: r.split for r in iter_rows(store, import_rows(store, None, 'x', rows).version)} == one
 
 
-def test_pages_of_rows(store, draw):  # noqa: F811
-    "Pages by key, with filters, join to what a loop over all rows finds"
+def low(text): return ''.join(c.lower() if c.isascii() else c for c in text)
+
+
+def test_pages_of_rows(store, draw, monkeypatch):  # noqa: F811
+    "Pages by key, with filters, join to what a loop over all rows finds, whatever range of ids a search begins with"
+    ranges = draw.randrange(1, 9)
+    monkeypatch.setattr(datasets, '_windows', partial(datasets._windows, size=ranges))
     words = ['100%', 'a_b', 'back\\slash', '"quoted"', 'Äpfel', 'line\nend', 'other']
     rows = [dict(text=f'{t} {draw.choice(words)}') for t in texts(draw, 90)]
     version = import_rows(store, None, 'x', rows).version
     every = [*iter_rows(store, version)]
     assert len(every) == 90 and [r.id for r in every] == sorted(r.id for r in every)
     for split in (None, *SPLITS):
-        for contains in (None, *words[:6], '%', 'zzz'):
+        for contains in (None, *words[:6], 'OTHER', 'A_b', 'äpfel', '%', 'zzz'):
             found, after = [], 0
             while part := page_of_rows(store, version, after, 7, split, contains):
                 found, after = found + part, part[-1].id
-            assert found == [r for r in every if split in (None, r.split) and (contains or '') in r.data['text']], (split, contains)
+            held = low(contains or '')
+            assert found == [r for r in every if split in (None, r.split) and held in low(r.data['text'])], (split, contains)
     assert [r for s in SPLITS for r in iter_rows(store, version, s)].__len__() == 90
+
+
+def test_postgres_knows_how_many_rows_there_are(postgres_url, tmp_path, draw):  # noqa: F811
+    "An import asks for statistics, without which its own look-ups would read the whole table for each thousand rows"
+    with closing(open_store(postgres_url, folder=tmp_path/'store', durable=False)) as store:  # noqa: F811
+        import_rows(store, None, 'x', (dict(text=f'{i} {draw.random()}') for i in range(2500)))
+        counted = text("SELECT relname, reltuples FROM pg_class WHERE relname IN ('records', 'version_rows')")
+        with store.read() as c: assert dict(c.execute(counted).all()) == dict(records=2500, version_rows=2500)
 
 
 def test_given_splits_and_leaks(store):  # noqa: F811

@@ -1,5 +1,6 @@
 "The runner: every format, architecture and stage against Python, hostile files under sanitizers, and the program itself"
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -9,19 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 gguf = pytest.importorskip('gguf')
 from deepseek_nb.core.nbproc import find_compiler  # noqa: E402
 from deepseek_nb.export.gguf import export_gguf  # noqa: E402
 from deepseek_nb.export.runner import Runner, compile_runner, runner_sources  # noqa: E402
 from deepseek_nb.export.runner_binary import build_program  # noqa: E402
-from deepseek_nb.files.tokenizer import byte_alphabet, from_gguf  # noqa: E402
+from deepseek_nb.files.tokenizer import PRE, byte_alphabet, from_gguf  # noqa: E402
 
 try: find_compiler('cpp')
 except FileNotFoundError: pytest.skip('no C++ compiler', allow_module_level=True)
 
 Q = gguf.GGMLQuantizationType
-GOLDEN = Path(__file__).resolve().parents[2]/'shared'/'golden'/'chat_prompts.json'
+GOLDEN = Path(os.environ.get('DEEPSEEK_NB_SHARED') or Path(__file__).resolve().parents[2]/'shared')/'golden'/'chat_prompts.json'
 
 
 @pytest.fixture(scope='module')
@@ -90,6 +93,53 @@ def test_every_format(kind, seed, tmp_path):
     np.testing.assert_allclose(Runner(tmp_path/'a.gguf', threads=2, exact=True).step(ids), exact, atol=1e-5*exact.abs().max().item())
 
 
+def matrices(path, tensors):
+    "A file with some more matrices: name -> bytes or numbers, and kind"
+    w = gguf.GGUFWriter(path, 'llama')
+    d = dict(embedding_length=2, feed_forward_length=2, block_count=1, context_length=8) | {'attention.head_count': 1}
+    for k,x in d.items(): w.add_uint32(f'llama.{k}', x)
+    w.add_float32('llama.attention.layer_norm_rms_epsilon', 1e-5)
+    for n,*s in (('token_embd', 3, 2), ('output_norm', 2), *((f'blk.0.{n}_norm', 2) for n in ('attn', 'ffn')),
+                 *((f'blk.0.{n}', 2, 2) for n in ('attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down'))):
+        w.add_tensor(f'{n}.weight', np.ones(s, np.float32))
+    for n,(x,kind) in tensors.items(): w.add_tensor(n, x, raw_dtype=Q[kind])
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    return path
+
+
+SHAPES = [(1, 1), (17, 1), (33, 5), (16, 25), (50, 70)]  # rows and tokens: of one, of few and of many tokens' products
+
+@pytest.mark.parametrize('kind', ['F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q6_K'])
+def test_every_product(kind, seed, tmp_path):
+    "Floats: the bits of float32 products of the same numbers. Blocks: float64 products with activations of 8 bits, but for float32 sums"
+    rng = np.random.default_rng(seed)
+    block = gguf.GGML_QUANT_SIZES[Q[kind]][0]
+    found = {}
+    for i,(o,_) in enumerate(SHAPES):
+        cols = int(rng.integers(1, 4))*block if block > 1 else int(rng.integers(1, 300))
+        numbers = rng.standard_normal((o, cols)).astype(np.float32)
+        found[f'w{i}'] = blocks(rng, kind, o*cols//256).reshape(o, -1) if block == 256 else gguf.quantize(numbers, Q[kind]),kind
+    plain = {n: (gguf.dequantize(w, Q[k]).astype(np.float32), 'F32') for n,(w,k) in found.items()}
+    packed = Runner(matrices(tmp_path/'a.gguf', found), threads=2)
+    floats,exact = Runner(matrices(tmp_path/'b.gguf', plain)),Runner(tmp_path/'a.gguf', exact=True)
+    for i,(_,n) in enumerate(SHAPES):
+        w = torch.from_numpy(plain[f'w{i}'][0]).double()
+        x = torch.from_numpy(rng.standard_normal((n, w.shape[1]))*10.**rng.integers(-3, 4, (n, 1))).float()
+        y = packed.product(f'w{i}', x)
+        if block == 1:
+            assert torch.equal(y, floats.product(f'w{i}', x)) and torch.equal(y, exact.product(f'w{i}', x))
+            continue
+        g = x.view(n, -1, 32)
+        step = g.abs().amax(-1, keepdim=True)/127
+        codes = (g*(1/step.clamp(min=2.**-126))).round()
+        assert codes.abs().max() == 127
+        rounded = (codes.double()*step.double()).view(n, -1)
+        reach = 4*w.abs().amax(1) + .63  # at least the codes times the scale, and the offset: 63 minima of at most .01, or 128 scales
+        bound = 2.**-24*(w.shape[1]/32*3 + 8)*rounded.abs().sum(1, keepdim=True)*reach
+        assert ((y - rounded @ w.T).abs() <= bound).all() and (bound.norm() < 1e-3*(x.double().norm()*w.norm())).item()
+        assert ((exact.product(f'w{i}', x) - x.double() @ w.T).abs() <= 2.**-24*w.shape[1]*(x.double().abs() @ w.abs().T)).all()
+
+
 @pytest.mark.parametrize('arch', ['llama', 'deepseek2'])
 def test_logits_equal_the_model(arch, seed, tmp_path):
     "Against `Model` with the same file, in one step, in steps of one token, and after a rewind"
@@ -124,6 +174,46 @@ def test_greedy_text_of_golden_prompts(tmp_path):
                 token = logits.argmax().item()
                 assert token == other.argmax().item()
                 logits,other = r.step([token]),model(torch.tensor([[token]]), cache=cache)[0, -1]
+
+
+def vocabulary(path, pre, rng):
+    "A file whose tokens are the bytes and a random eighth of their pairs, so that most wrong ends of words change the tokens"
+    w,letters = gguf.GGUFWriter(path, 'llama'),[*byte_alphabet().values()]
+    pairs = [(letters[a], letters[b]) for a,b in np.argwhere(rng.random((256, 256)) < .125)]
+    rng.shuffle(pairs)
+    tokens = letters + [a + b for a,b in pairs] + ['<s>', '</s>']
+    w.add_tokenizer_model('gpt2'), w.add_token_list(tokens), w.add_token_types([1]*(len(tokens) - 2) + [3, 4])
+    if pre: w.add_tokenizer_pre(pre)
+    w.add_token_merges([f'{a} {b}' for a,b in pairs]), w.add_bos_token_id(len(tokens) - 2)
+    d = dict(embedding_length=2, feed_forward_length=2, block_count=1, context_length=8) | {'attention.head_count': 1}
+    for k,x in d.items(): w.add_uint32(f'llama.{k}', x)
+    w.add_float32('llama.attention.layer_norm_rms_epsilon', 1e-5)
+    for n,*s in (('token_embd', len(tokens), 2), ('output_norm', 2), *((f'blk.0.{n}_norm', 2) for n in ('attn', 'ffn')),
+                 *((f'blk.0.{n}', 2, 2) for n in ('attn_q', 'attn_k', 'attn_v', 'attn_output', 'ffn_gate', 'ffn_up', 'ffn_down'))):
+        w.add_tensor(f'{n}.weight', np.ones(s, np.float32))
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    return path
+
+
+EXAMPLES = int(os.environ.get('DEEPSEEK_NB_EXAMPLES', 40))
+WORDS = st.text(st.sampled_from("aZéſßǅʼ你カ한１½٣12 \n\r\t'’.,:#_-~`$+^|！。　\u0301\u0378\u0085\u2028😀<s>tTRElLvVmMdD"), max_size=24)
+HARD = ("I'll 'RE'ſ don't\t\tx=3.14159; 1234567\r\n\n  \n Ümlaut Ελλ ʼnβ ǅ Ⅷ² 你好123你 ひらカタ한국어 हिन्दी é́"
+        " _a (b[c])<d> 「x」~`^ 🙂\u0378\u0378\x01\x01 \u3000x\xa0y </s> ")
+
+@pytest.mark.parametrize('pre', [*PRE, 'deepseek-r1-qwen', ''])
+def test_every_pre_tokenizer(pre, seed, tmp_path):
+    "Random Unicode text has the tokens of the tokenizer in Python, by every rule that a GGUF file names"
+    path = vocabulary(tmp_path/'a.gguf', pre, np.random.default_rng(seed))
+    r,tokenizer = Runner(path),from_gguf(path)
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[*HealthCheck], database=None)
+    @given(st.one_of(WORDS, st.text(max_size=40), st.lists(WORDS, max_size=4).map(' '.join)))
+    @example(HARD)
+    def same(text):
+        for special in (False, True): assert r.encode(text, special) == tokenizer.encode(text, special=special), repr(text)
+        assert r.decode(r.encode(text)) == text
+    same()
+    if GOLDEN.exists():
+        for case in json.loads(GOLDEN.read_text())['cases']: same.hypothesis.inner_test(case['prompt'])
 
 
 FUZZ = r'''

@@ -32,7 +32,8 @@ def test_a_program_gets_its_input_and_an_empty_folder():
 
 
 def test_exit_codes_and_exceptions_are_data():
-    codes = [run_program(o, '', SMALL).code for o in ('import sys; sys.exit(7)', 'import os; os._exit(0)', '1/0', 'import os; os.abort()', 'x = (')]
+    ends = 'import sys; sys.exit(7)', 'import os; os._exit(0)', '1/0', 'import os; os.abort()', 'x = ('
+    codes = [run_program(o, '', SMALL).code for o in ends]
     assert codes == [7, 0, 1, -6, 1]
 
 
@@ -42,7 +43,8 @@ def test_a_loop_ends():
 
 
 def test_a_sleeper_that_ignores_signals_ends():
-    source = 'import signal, time\nfor s in range(1, 32):\n  if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\nwhile True: time.sleep(9)'
+    source = ('import signal, time\nfor s in range(1, 32):\n  if s not in (9, 19): signal.signal(s, signal.SIG_IGN)\n'
+              'while True: time.sleep(9)')
     done = run_program(source, '', SMALL._replace(wall=.7))
     assert done.status == 'time', done
 
@@ -83,9 +85,9 @@ def test_input_that_nobody_reads_blocks_nothing():
 def test_there_is_no_network():
     needs('network')
     source = '''import socket
-for kind in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+for kind,to in ((socket.AF_INET, ('127.0.0.1', 9)), (socket.AF_INET6, ('::1', 9)), (socket.AF_UNIX, '/x')):
     for how in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        try: socket.socket(kind, how).connect(('127.0.0.1', 9) if kind == socket.AF_INET else ('::1', 9) if kind == socket.AF_INET6 else '/x')
+        try: socket.socket(kind, how).connect(to)
         except OSError as e: print(type(e).__name__)
         else: print('connected')'''
     done = run_program(source, '', SMALL)
@@ -126,7 +128,8 @@ except OSError: pass
 print(total)'''
     done = run_program(source, '', SMALL)
     if done.layers['namespaces'] is True: assert int(done.out) <= SMALL.disk, done
-    big = run_program("import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nf = open('big', 'wb', 0)\nprint(f.write(bytes(2**22)))", '', SMALL)
+    source = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nf = open('big', 'wb', 0)\nprint(f.write(bytes(2**22)))"
+    big = run_program(source, '', SMALL)
     assert int(big.out or 0) <= SMALL.disk
 
 
@@ -171,6 +174,7 @@ def test_the_supervisor_is_out_of_reach():
 @pytest.mark.parametrize('name', ['ptrace', 'unshare', 'mount', 'setuid'])
 def test_system_calls_are_refused(name):
     needs('files')
-    calls = dict(ptrace='l.ptrace(0, 0, 0, 0)', unshare='l.unshare(0x10000000)', mount="l.mount(b'none', b'/', b'tmpfs', 0, None)", setuid='l.setuid(12345)')
+    calls = dict(ptrace='l.ptrace(0, 0, 0, 0)', unshare='l.unshare(0x10000000)', setuid='l.setuid(12345)',
+                 mount="l.mount(b'none', b'/', b'tmpfs', 0, None)")
     done = run_program(f'import ctypes\nl = ctypes.CDLL(None)\nprint({calls[name]})', '', SMALL)
     assert done.out == b'-1\n', done

@@ -16,6 +16,8 @@ void runner_free(runner*);
 const char* runner_error(void);                 // one line about the last failure
 int64_t runner_info(runner*, const char* key);  // a number of the model, -1 if the key is unknown
 int64_t runner_row(runner*, const char* tensor, int64_t row, float* out, int64_t max);  // decoded; its width, or -1
+// y = x · tensorᵀ for n rows of x, or nothing if x is null; the rows of the tensor, or -1
+int64_t runner_product(runner*, const char* tensor, int64_t n, int64_t width, const float* x, float* y);
 const char* runner_text(runner*, const char* key);  // a string of the metadata, null if it is absent
 void runner_threads(int n);                         // threads of the steps that follow
 

@@ -65,6 +65,22 @@ extern "C" int64_t runner_row(runner* r, const char* name, int64_t row, float* o
     std::copy_n(numbers.begin(), std::min(max, t->size[0]), out);
     return t->size[0];
 }
+extern "C" int64_t runner_product(runner* r, const char* name, int64_t n, int64_t cols, const float* x, float* y) {
+    const Tensor* t = r->model.file.tensor(name);
+    if (!t || n < 1 || cols != t->size[0])
+        return fail("%lld × %lld numbers: this does not fit a tensor %.60s", (long long)n, (long long)cols, name), -1;
+    Weight w{t->format, t->rows(), cols, t->data, {}};
+    if (!x) return w.rows;
+    Buffer packed, room;
+    room.need(room_of(n, cols) + 64);
+    if (r->packing && packed_bytes(w)) {
+        place_panels(w, (uint8_t*)packed.need(packed_bytes(w) / 4 + 1));
+        for (int64_t p = 0; p < panels_of(w.rows); ++p) pack_panel(w, p, const_cast<uint8_t*>(w.panels.panel(p)));
+    }
+    const std::vector<const float*> rows = row_pointers(x, n, cols);
+    together([&](const Team& t) { multiply(t, w, n, rows.data(), y, w.rows, room.need(0)); });
+    return w.rows;
+}
 extern "C" const char* runner_text(runner* r, const char* key) {
     const Value* v = r->model.file.find(key);
     return v && v->kind == TEXT ? (r->said = v->text.string()).c_str() : nullptr;

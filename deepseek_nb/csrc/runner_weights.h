@@ -3,9 +3,9 @@
 // %% ../../nbs/809_export.runner_file.ipynb #27aaa479
 #pragma once
 #include "runner_file.h"
-#include "panels.h"
 #include "gemm.cc"
 #include "panels.cc"
+#include "runner_blocks.h"
 
 inline float half(const uint8_t* p) {
     uint16_t h;
@@ -89,13 +89,22 @@ inline int64_t packed_block(const Weight& w) {
         case ID_Q8_0: return Int8Groups::SCALES + Int8Groups::BYTES;
         case ID_Q4_0: return Int4<false>::SCALES + Int4<false>::BYTES;
         case ID_Q4_1: return Int4<true>::SCALES + Int4<true>::BYTES;
-        default: return 0;  // multiplied as it is
+        default: return 0;
     }
 }
-inline int64_t packed_bytes(const Weight& w) { return panels_of(w.rows) * (w.cols / 32) * packed_block(w); }
+inline int64_t packed_panel(const Weight& w) {
+    switch (w.format->id) {
+        case ID_Q4_K: return k_panel_bytes<Q4K>(w.cols);
+        case ID_Q6_K: return k_panel_bytes<Q6K>(w.cols);
+        default: return w.cols / 32 * packed_block(w);
+    }
+}
+inline int64_t packed_bytes(const Weight& w) { return panels_of(w.rows) * packed_panel(w); }
 
 // %% ../../nbs/809_export.runner_file.ipynb #4fdebba1
 inline void pack_panel(const Weight& w, int64_t panel, uint8_t* to) {
+    if (w.format->id == ID_Q4_K) return pack_k_panel<Q4K>(w.data, w.rows, w.cols, panel * PANEL_ROWS, to);
+    if (w.format->id == ID_Q6_K) return pack_k_panel<Q6K>(w.data, w.rows, w.cols, panel * PANEL_ROWS, to);
     const int64_t block = packed_block(w), codes = w.format->id == ID_Q8_0 ? 32 : 16;  // bytes of codes in a row
     const int64_t head = w.format->bytes - codes;                                      // bytes of scale and minimum
     if ((panel + 1) * PANEL_ROWS > w.rows) memset(to, 0, w.cols / 32 * block);
@@ -113,7 +122,7 @@ inline void place_panels(Weight& w, uint8_t* memory) {
     const ::Format f = w.format->id == ID_Q8_0   ? Format::int8_groups
                        : w.format->id == ID_Q4_0 ? Format::int4
                                                  : Format::int4_mins;
-    w.panels = {memory, f, 32, w.cols, w.cols / 32 * packed_block(w)};
+    w.panels = {memory, f, 32, w.cols, packed_panel(w)};
 }
 
 // %% ../../nbs/809_export.runner_file.ipynb #157181f0
@@ -137,7 +146,10 @@ inline int64_t room_of(int64_t n, int64_t cols) { return panel_size(n, round_up(
 inline void multiply(const Team& t, const Weight& w, int64_t n, const float* const* x, float* y, int64_t ldy,
                      float* room) {
     if (n > FEW) t.wait();  // the room may still be in use by the product before
-    if (w.panels) product(t, w.rows, n, w.cols, w.panels, x, y, ldy, room);
+    if (w.panels && w.format->id == ID_Q4_K) k_product<Q4K>(t, w.rows, n, w.cols, w.panels.data, x, y, ldy, room);
+    else if (w.panels && w.format->id == ID_Q6_K) k_product<Q6K>(t, w.rows, n, w.cols, w.panels.data, x, y, ldy, room);
+    else if (w.panels) product(t, w.rows, n, w.cols, w.panels, x, y, ldy, room);
+    else if (w.format->id == ID_F16) product(t, w.rows, n, w.cols, (const f16*)w.data, x, y, ldy, room);
     else if (w.format->id == ID_F32) product(t, w.rows, n, w.cols, (const float*)w.data, x, y, ldy, room);
     else if (w.format->id == ID_BF16) product(t, w.rows, n, w.cols, (const bf16*)w.data, x, y, ldy, room);
     else decoded_product(t, w, n, x, y, ldy);
