@@ -78,7 +78,7 @@ def test_only_what_is_missing_runs(plan, tmp_path):
     carry_out(changed, out, tmp_path/'w', ['two'], said.append)
     assert sorted(r['result']['value'] for r in read_records(out)) == [3, 4, 4, 5]  # the other arm's old records are still there
     assert run_folder(tmp_path, p, 'one', 0) != run_folder(tmp_path, changed, 'one', 0)
-    assert {*read_records(out)[0]} == {'arm', 'seed', 'settings', 'result', 'minutes', 'commit', 'machine', 'date'}
+    assert {*read_records(out)[0]} == {'arm', 'seed', 'settings', 'result', 'minutes', 'commit', 'machine', 'date', 'provenance'}
     assert runs('counting', tmp_path/'r') == read_records(out) and runs('never', tmp_path) == []
     with pytest.raises(KeyError, match="no run 'three'"): to_do(p, [], ['three'])
 

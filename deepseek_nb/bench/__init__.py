@@ -37,6 +37,7 @@ import torch
 from fastcore.basics import patch
 
 from ..core.plot import COLOURS, draw, style
+from ..core.provenance import provenance
 
 # %% ../../nbs/750_bench.ipynb #208efac5
 def synchronise():
@@ -231,8 +232,9 @@ def make_record(
     result, # Values that JSON can store, dataclasses, or objects with `to_dict`
     *packages:str, # Distributions whose versions matter
 )->dict: # Record, which JSON can store
-    "A result with its hardware, versions and date"
-    return dict(name=name, date=date.today().isoformat(), hardware=hardware(), versions=versions(*packages), result=_plain(result))
+    "A result with its hardware, versions, provenance and date"
+    return dict(name=name, date=date.today().isoformat(), hardware=hardware(), versions=versions(*packages), provenance=provenance(),
+                result=_plain(result))
 
 def _plain(x):
     if hasattr(x, 'to_dict'): return _plain(x.to_dict())

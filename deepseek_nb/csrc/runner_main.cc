@@ -28,7 +28,8 @@ struct Options {
 
 // %% ../../nbs/812_export.runner_binary.ipynb #18f4d89f
 constexpr char USAGE[] =
-    "usage: runner MODEL.gguf [-p TEXT] [-n TOKENS] [options]\n"
+    "usage: runner [MODEL.gguf] [-p TEXT] [-n TOKENS] [options]\n"
+    "  MODEL.gguf         by default the model in the program, or model.gguf beside it\n"
     "  -p TEXT            text to continue, or with --chat the first message\n"
     "  -n TOKENS          tokens to write at most (64)\n"
     "  --chat             use the model's chat template, and read further messages from the input\n"
@@ -41,7 +42,7 @@ constexpr char USAGE[] =
     "  --ids              print token ids instead of text\n"
     "  --times            print times to the error output\n";
 
-inline Options read_options(int count, char** words, bool inside) {
+inline Options read_options(int count, char** words, bool inside, const std::string& beside) {
     Options o;
     for (int i = 1; i < count; ++i) {
         const std::string w = words[i];
@@ -68,6 +69,7 @@ inline Options read_options(int count, char** words, bool inside) {
         else if (w[0] == '-' || o.model || inside) leave(words[i], "unknown option; --help lists them");
         else o.model = words[i];
     }
+    if (!o.model && !beside.empty()) o.model = beside.c_str();
     if (!o.model && !inside) fputs(USAGE, stderr), exit(2);
     if (!o.threads) o.threads = int(sysconf(_SC_NPROCESSORS_ONLN));
     return o;
@@ -118,6 +120,14 @@ inline Bytes model_inside() {
     if (self >= 0) close(self);
     if (!found || end.begin % 4096 || end.begin >= uint64_t(at)) return {};
     return map_file("/proc/self/exe", end.begin, size_t(at));
+}
+// the file model.gguf in the folder of the program; empty if there is none
+inline std::string model_beside() {
+    char path[4096];
+    const ssize_t n = readlink("/proc/self/exe", path, sizeof path);
+    std::string found(path, n > 0 && n < ssize_t(sizeof path) ? n : 0);
+    found = found.substr(0, found.rfind('/') + 1) + "model.gguf";
+    return access(found.c_str(), R_OK) ? "" : found;
 }
 
 // %% ../../nbs/812_export.runner_binary.ipynb #d377c933
@@ -190,7 +200,8 @@ inline void read_messages(Session& s) {
 int main(int count, char** words) {
     const double begin = now();
     const Bytes inside = model_inside();
-    const Options o = read_options(count, words, inside.at);
+    const std::string beside = inside.at ? "" : model_beside();
+    const Options o = read_options(count, words, inside.at, beside);
     const Bytes bytes = inside.at ? inside : map_file(o.model, 0, 0);
     const RunnerCalls& engine = best();
     runner* r = engine.load(bytes.at, bytes.n);

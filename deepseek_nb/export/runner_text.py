@@ -21,10 +21,11 @@ from .runner import Runner
 # %% ../../nbs/811_export.runner_text.ipynb #473068bd
 def matching(
     pattern:str, # Regular expression for one character, such as '[a-z]'
+    until:int = 0x110000, # First code point that is left out
 )->str: # All characters that match, in order
     "Characters that a pattern of the tokenizer matches"
     from tokenizers import Regex, pre_tokenizers
-    scalars = ''.join(map(chr, [*range(0xd800), *range(0xe000, 0x110000)]))
+    scalars = ''.join(chr(c) for c in range(until) if not 0xd800 <= c < 0xe000)  # others are no characters
     found = pre_tokenizers.Split(Regex(f'(?:{pattern})+'), 'removed', invert=True).pre_tokenize_str(scalars)
     return ''.join(word for word,_ in found)
 
@@ -36,10 +37,12 @@ def as_runs(
     return ''.join(kind + (np.base_repr(n, 36).lower() if n > 1 else '') for kind,n in runs)
 
 # %% ../../nbs/811_export.runner_text.ipynb #b194b138
-def unicode_runs()->str: # A letter and a length in base 36 for each run
-    "Classes of all code points as runs"
-    kinds = np.full(0x110000, 'O')
-    for kind,pattern in [*((k, rf'\p{{{k}}}') for k in 'LNPSM'), ('W', r'\s')]: kinds[[*map(ord, matching(pattern))]] = kind
+def unicode_runs(
+    until:int = 0x110000, # First code point that is left out
+)->str: # A letter and a length in base 36 for each run
+    "Classes of code points as runs"
+    kinds = np.full(until, 'O')
+    for kind,pattern in [*((k, rf'\p{{{k}}}') for k in 'LNPSM'), ('W', r'\s')]: kinds[[*map(ord, matching(pattern, until))]] = kind
     return as_runs(kinds)
 
 # %% ../../nbs/811_export.runner_text.ipynb #cb8c2fb8

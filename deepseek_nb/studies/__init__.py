@@ -8,8 +8,8 @@ and `studies.texts` splits texts."""
 
 # %% auto #0
 __all__ = ['STUDIES', 'study_folder', 'study_cells', 'study_names', 'StudyLoader', 'StudyFinder', 'open_study', 'study',
-           'find_study', 'Plan', 'merge_settings', 'read_plan', 'revision', 'run_folder', 'stopwatch', 'run_one',
-           'read_records', 'to_do', 'finite', 'carry_out', 'run_study']
+           'find_study', 'Plan', 'merge_settings', 'read_plan', 'run_folder', 'stopwatch', 'run_one', 'read_records',
+           'to_do', 'finite', 'seal_plan', 'carry_out', 'run_study']
 
 # %% ../../nbs/900_studies.ipynb #1fb20dab
 import json
@@ -17,7 +17,6 @@ import linecache
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -32,8 +31,9 @@ from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 
-from ..bench import hardware
+from ..bench import hardware, versions
 from ..core import config as core
+from ..core.provenance import git_state, provenance
 from ..files.safetensors import read_json, written
 
 # %% ../../nbs/900_studies.ipynb #52d2d4d1
@@ -70,6 +70,12 @@ class StudyLoader:
         spec, # Spec of the module
     )->None: # None: Python creates an ordinary module
         "Let Python create the module"
+
+    def get_source(self,
+        name:str, # Full name of the module
+    )->str: # Code of all marked cells
+        "Join the marked cells, for readers of the module's source"
+        return '\n'.join(code for _,code in study_cells(self.path))
 
     def exec_module(self,
         module, # Module in whose namespace the cells run
@@ -128,6 +134,8 @@ def find_study(
     return STUDIES[name]
 
 # %% ../../nbs/900_studies.ipynb #8733efd7
+def _mark(x, digits=12): return sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:digits]
+
 @dataclass(frozen=True)
 class Plan:
     "Arms, seeds and settings to run"
@@ -136,6 +144,9 @@ class Plan:
     seeds:tuple # Whole numbers
     arms:dict # Name of the arm -> all its settings
     own:dict = field(default_factory=dict) # Name of the arm -> its seeds, if it has others than `seeds`
+    protocol:dict = field(default_factory=dict) # Metric, rule of the headline, floors, margins; empty: a plan from before the protocol
+    @property
+    def mark(self): return _mark([self.study, self.seeds, self.arms, self.own, self.protocol])
     def __post_init__(self):
         if not self.arms: raise ValueError(f'{self.study}: a plan needs arms; write a table [arms.NAME] for each')
         if not self.seeds: raise ValueError(f'{self.study}: a plan needs seeds, as in seeds = [0, 1, 2]')
@@ -156,8 +167,8 @@ def read_plan(
     "Read a plan from a file"
     try: file = tomllib.loads(Path(path).read_text(encoding='utf-8'))
     except tomllib.TOMLDecodeError as e: raise ValueError(f'{path} is no TOML file: {e}') from None
-    extra = sorted({*file} - {'minutes', 'seeds', 'settings', 'arms', 'smoke'})
-    if extra: raise ValueError(f'{path}: {extra[0]!r} has no meaning here; a plan has minutes, seeds, settings, arms, smoke')
+    extra = sorted({*file} - {'minutes', 'seeds', 'settings', 'arms', 'smoke', 'protocol'})
+    if extra: raise ValueError(f'{path}: {extra[0]!r} has no meaning here; a plan has minutes, seeds, settings, arms, protocol, smoke')
     if not isinstance(file.get('minutes'), int|float): raise ValueError(f'{path}: minutes, the budget of one run, is missing')
     tiny = file.get('smoke', {}) if smoke else {}
     given,arms = file.get('settings', {}),tiny.pop('arms', list(file.get('arms', {})))
@@ -166,17 +177,9 @@ def read_plan(
     seeds = tuple(tiny.pop('seeds', file.get('seeds', ())))
     own = {a: tuple(n) for a in arms if (n := file['arms'][a].pop('seeds', None)) and not smoke}
     merged = {a: merge_settings(merge_settings(given, file['arms'][a]), tiny) for a in arms}
-    return Plan(Path(path).stem, file['minutes'], seeds, merged, own)
+    return Plan(Path(path).stem, file['minutes'], seeds, merged, own, {} if smoke else file.get('protocol', {}))
 
 # %% ../../nbs/900_studies.ipynb #de7902b8
-def revision()->str: # Eight hexadecimal digits, and `+` if files differ from the commit; '' outside a repository
-    "The commit of the running code"
-    def git(*args): return subprocess.run(['git', *args], cwd=Path(core.__file__).parent, capture_output=True, text=True)
-    try: at,changed = git('rev-parse', '--short=8', 'HEAD'),git('status', '--porcelain', '-uno', '--', '*.py', '*.toml', '*.ipynb')
-    except OSError: return ''
-    return at.stdout.strip() + '+'*bool(changed.stdout.strip()) if at.returncode == 0 else ''
-
-# %% ../../nbs/900_studies.ipynb #69d06484
 def run_folder(
     work:str|Path, # Folder of all runs
     plan:Plan, # Plan of the run
@@ -184,8 +187,7 @@ def run_folder(
     seed:int, # Seed of the run
 )->Path: # Folder, which exists
     "The folder of a run, which also depends on the settings of its arm"
-    mark = sha256(json.dumps(plan.arms[arm], sort_keys=True).encode()).hexdigest()[:8]
-    folder = Path(work)/plan.study/f'{arm}-{seed}-{mark}'
+    folder = Path(work)/plan.study/f'{arm}-{seed}-{_mark(plan.arms[arm], 8)}'
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -216,10 +218,13 @@ def run_one(
     work:str|Path, # Folder of all runs
 )->dict: # Record
     "Run one arm with one seed, or resume it"
-    folder,code = run_folder(work, plan, arm, seed),revision()
+    folder,code = run_folder(work, plan, arm, seed),git_state()
     with stopwatch(folder/'minutes.json') as minutes: result = find_study(plan.study)(plan.arms[arm], seed, folder)
-    return dict(arm=arm, seed=seed, settings=plan.arms[arm], result=result, minutes=round(minutes(), 2), commit=code,
-        machine=hardware(), date=date.today().isoformat())
+    found = provenance(tuple(plan.protocol.get('code', ()))) | dict(plan=plan.mark, versions=versions())
+    if (code['commit'], code['clean']) != (found['commit'], found['clean']): found |= code | dict(clean=False)
+    at = found['commit'] + '+'*(found['clean'] is False)
+    return dict(arm=arm, seed=seed, settings=plan.arms[arm], result=result, minutes=round(minutes(), 2), commit=at,
+        machine=hardware(), date=date.today().isoformat(), provenance=found)
 
 # %% ../../nbs/900_studies.ipynb #74dc7db0
 def read_records(
@@ -260,6 +265,20 @@ def _keep(record, plan, out):
     with written(out) as tmp: tmp.write_text(json.dumps(dict(study=plan.study, runs=[*kept, record]), indent=1))
 
 # %% ../../nbs/900_studies.ipynb #08853e8a
+def seal_plan(
+    plan:Plan, # Plan
+    out:str|Path, # File of results; the seal lies next to it, as `NAME.seal.json`
+)->dict: # The seal: plan, date, commit, clean
+    "Write the hash of a plan before its first run, or compare it"
+    path = Path(out).with_suffix('.seal.json')
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written(path) as tmp: tmp.write_text(json.dumps(dict(plan=plan.mark, date=date.today().isoformat()) | git_state(), indent=1))
+    if (seal := read_json(path))['plan'] == plan.mark: return seal
+    raise ValueError(f"{plan.study}: the plan was sealed as {seal['plan']} on {seal['date']} and is {plan.mark} now: "
+                     'a plan that changes after its first run needs a name of its own')
+
+# %% ../../nbs/900_studies.ipynb #07fde64e
 def carry_out(
     plan:Plan, # Plan
     out:str|Path, # File of results
@@ -268,6 +287,7 @@ def carry_out(
     say:Callable = print, # Function that gets one line for each run
 )->list[dict]: # All records
     "Do all runs that have no record, one after the other"
+    if plan.protocol: seal_plan(plan, out)
     for arm,seed in to_do(plan, read_records(out), only):
         _keep(record := run_one(plan, arm, seed, work), plan, out)
         over = f', over the budget of {plan.minutes:g}'*(record['minutes'] > plan.minutes)

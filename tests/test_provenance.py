@@ -1,0 +1,254 @@
+"""Where numbers come from: hashes of code, plans that are sealed, and records that are refused
+
+Headlines are computed from stored runs alone. Under the protocol a record with an unclean tree, without a commit, with a best rate at
+the end of its grid, without its floor, or older than the code it measures is refused. Records from before are counted, and may only
+become fewer.
+"""
+import json
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deepseek_nb.core import provenance
+from deepseek_nb.core.provenance import bare_code, before, changed_since, code_hash, doubts, reached_code, used_code
+from deepseek_nb.eval.intervals import equivalent, t_tail
+from deepseek_nb.studies import carry_out, open_study, read_plan, read_records, seal_plan, study, study_names
+from deepseek_nb.studies.protocol import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, standing
+from deepseek_nb.studies.report import runs
+from deepseek_nb.studies.texts import WordBayes, majority
+
+# Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
+BENCHES_BEFORE = """
+    attention batch-decode bias blocks cache cache-kinds calibration compile decode dispatch drift evaluation events
+    format-rates gpu-emulated import-time int8 latent-codes llama load-smollm2 lora machine moe-decode moe-layer neurons
+    perturb platform prefill prefix-cache qlora-memory quality quant-decode quant-moe refusals roofline runner scaling serve
+    smollm2-decode smollm2-prefill sparse sparse-steps speculate train-step v4-decode
+""".split()
+PLAN = '''minutes = 1
+seeds = [0, 1]
+[settings]
+rates = [0.1, 1.0, 10.0]
+best = 1.0
+[arms.ours]
+[arms.floor]
+rates = []
+[protocol]
+metric = "a number"
+better = "higher"
+headline = "ours is above the floor"
+floors = ["floor"]
+margin = 0.1
+code = ["deepseek_nb.core.config"]
+grid = "rates"
+chosen = "rate"
+'''
+
+
+@study('guess')
+def guess(settings, seed, folder): return dict(value=seed, rate=settings['best'])
+
+
+@pytest.fixture
+def made(tmp_path):
+    "A study under the protocol, run in a clean tree: plan, records, seal, folder"
+    (tmp_path/'guess.toml').write_text(PLAN)
+    plan = read_plan(tmp_path/'guess.toml')
+    records = carry_out(plan, tmp_path/'guess.json', tmp_path/'work', say=lambda o: None)
+    for r in records: r['provenance'] |= dict(commit='0123abcd', clean=True)
+    store(tmp_path, records)
+    return plan, records, json.loads((tmp_path/'guess.seal.json').read_text()), tmp_path
+
+
+def store(folder, records): (folder/'guess.json').write_text(json.dumps(dict(study='guess', runs=records)))
+
+
+# ---- what is refused
+
+SPOILT = {
+    'the tree was not clean': lambda r: r['provenance'].update(clean=False),
+    'no commit': lambda r: r['provenance'].update(commit=''),
+    'no module is named': lambda r: r['provenance'].update(code={}),
+    'older than the code it measures: deepseek_nb.core.config':
+        lambda r: r['provenance']['code'].update({'deepseek_nb.core.config': '0'*12}),
+    'the best rate is at an end of the grid': lambda r: r['result'].update(rate=10.),
+    'it was made with another plan': lambda r: r['provenance'].update(plan='0'*12),
+    'stored before provenance was kept': lambda r: r.pop('provenance')}
+
+
+@pytest.mark.parametrize('said', SPOILT)
+def test_a_spoilt_record_is_refused(made, said):
+    plan, records, seal, folder = made
+    assert objections(plan, records, seal) == [] and len(check_records('guess', folder, folder)) == 4
+    SPOILT[said](next(r for r in records if (r['arm'], r['seed']) == ('ours', 1)))
+    assert [f'ours, seed 1: {said}'] == objections(plan, records, seal)
+    store(folder, records)
+    with pytest.raises(ValueError, match='guess: ours, seed 1: ') as e: check_records('guess', folder, folder)
+    assert '\n' not in str(e.value)
+
+
+def test_a_missing_floor_and_a_changed_plan_are_refused(made):
+    plan, records, seal, folder = made
+    assert objections(plan, [r for r in records if r['arm'] != 'floor'], seal) == ["the floor 'floor' has no run"]
+    assert objections(plan, records, {}) == ['the plan was not sealed before its first run']
+    other = replace(plan, protocol=plan.protocol | dict(margin=.5))
+    assert [f for f in objections(other, records, seal) if f.startswith('the plan changed after its first run')]
+    (folder/'guess.toml').write_text(PLAN.replace('margin = 0.1', 'margin = 0.5'))
+    with pytest.raises(ValueError, match='needs a name of its own'): carry_out(read_plan(folder/'guess.toml'), folder/'guess.json', folder)
+    (folder/'guess.toml').write_text(PLAN + '\n# a remark\n[smoke]\nseeds = [7]\n')
+    assert read_plan(folder/'guess.toml').mark == plan.mark and read_plan(folder/'guess.toml', smoke=True).protocol == {}
+
+
+@pytest.mark.parametrize('change', ['settings', 'seeds', 'arms', 'protocol'])
+def test_the_mark_hears_every_part_of_a_plan(made, change):
+    plan = made[0]
+    other = dict(settings=dict(arms=plan.arms | dict(ours=dict(best=2.))), seeds=dict(seeds=(0, 1, 2)),
+                 arms=dict(arms=plan.arms | dict(more={})), protocol=dict(protocol=plan.protocol | dict(headline='other')))[change]
+    assert replace(plan, **other).mark != plan.mark
+
+
+@pytest.mark.parametrize('key, value', [('metric', None), ('better', 'more'), ('floors', []), ('floors', ['x']), ('margin', 'small')])
+def test_a_protocol_is_complete(made, key, value):
+    plan = replace(made[0], protocol=made[0].protocol | {key: value})
+    with pytest.raises(ValueError, match=f'guess: .*({key}|floor)'): read_protocol(plan)
+
+
+def test_edges_of_several_rates(made):
+    r = made[1][0]
+    assert not edge(r | dict(result=dict(rate=dict(a=1., b=1.))), made[0].protocol)
+    assert edge(r | dict(result=dict(rate=dict(a=1., b=.1))), made[0].protocol)
+
+
+# ---- hashes of code
+
+CODE = '''"Doc"
+import math
+__all__ = ['f']
+TABLE = {'a': 1}
+
+@staticmethod
+def f(x, # a number
+      y=2):
+    "Add"
+    return x + y  # sum
+class A:
+    """Longer
+    text"""
+    text = """# not a comment"""
+'''
+
+
+@pytest.mark.parametrize('old, new, same', [
+    ('"Add"', '"Sum"', True), ('# a number', '# another', True), ('# sum', '', True), ("'f'", "'f', 'g'", True),
+    ('Longer', 'Other', True),
+    ('\n\n', '\n\n\n', True), ("'a': 1", "'a': 2", True), ('y=2', 'y=3', False), ('# not', '# now', False),
+    ('import math', 'import os', False), ('@staticmethod\n', '', False)])
+def test_only_code_counts(old, new, same):
+    assert (bare_code(CODE.replace(old, new, 1), ('TABLE',)) == bare_code(CODE, ('TABLE',))) == same
+
+
+def test_of_a_study_only_what_its_runs_reach():
+    text = 'N = 3\n@study("a")\ndef a(s): return b(s)\ndef b(s): return N\ndef finding(r): return "words"\nX = 1\n'
+    assert reached_code(text) == reached_code(text.replace('words', 'others').replace('X = 1', 'X = 2'))
+    assert len({reached_code(text.replace(*o)) for o in (('', ''), ('N = 3', 'N = 4'), ('return N', 'return 2*N'))}) == 3
+    assert reached_code('def f(): pass') == 'def f(): pass'
+
+
+def test_every_module_has_a_hash(root):
+    names = ['arch.moe', 'train.trainer', 'bench', 'kernels', 'studies.texts', 'studies.compute', 'studies.balancing']
+    hashes = [code_hash(f'deepseek_nb.{n}') for n in names]
+    assert all(len(h) == 12 for h in hashes) and len({*hashes}) == len(names)
+    cpp = [p.name for p in (root/'deepseek_nb'/'csrc').glob('*.cpp')]
+    assert len({code_hash(f'csrc/{n}') for n in cpp}) == len(cpp)
+    assert code_hash('deepseek_nb.nothing.here') == code_hash('csrc/nothing.cpp') == ''
+
+
+def test_changes_are_named():
+    found = used_code()
+    assert 'deepseek_nb.eval.intervals' in found and not {'deepseek_nb', 'deepseek_nb.studies', 'deepseek_nb.core.provenance'} & {*found}
+    assert changed_since(found) == [] and changed_since(found | {'deepseek_nb.gone': 'f'*12}) == ['deepseek_nb.gone']
+    many = dict(provenance=dict(commit='a', clean=True, code={f'deepseek_nb.gone{i}': '1' for i in range(5)}))
+    assert 'and 2 more' in doubts(many)[0] and before({}) and not before(many)
+
+
+def test_a_tree_with_changes_is_not_clean(tmp_path, monkeypatch):
+    who = 'git', '-c', 'user.name=a', '-c', 'user.email=a@b'
+    def git(*args): subprocess.run([*who, *args], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path/'package').mkdir()
+    monkeypatch.setattr(provenance, '_PACKAGE', tmp_path/'package')
+    (tmp_path/'nbs'/'results').mkdir(parents=True)
+    git('init', '-q')
+    for name in ('package/a.py', 'nbs/b.ipynb', 'nbs/results/c.json'): (tmp_path/name).write_text('1')
+    git('add', '-A'), git('commit', '-qm', 'x')
+    assert provenance.git_state()['clean'] is True
+    (tmp_path/'nbs/results/c.json').write_text('2')
+    assert provenance.git_state()['clean'] is True
+    (tmp_path/'nbs/b.ipynb').write_text('2')  # outside the package's folder
+    assert provenance.git_state()['clean'] is False
+
+
+# ---- statistics and floors
+
+def test_equivalence_equals_two_tests_of_scipy():
+    stats = pytest.importorskip('scipy.stats')
+    g = torch.Generator().manual_seed(torch.seed() % 2**31)
+    for n in (2, 3, 11, 40):
+        x, m = (torch.randn(n, generator=g, dtype=torch.float64)*2).numpy(), .7
+        want = max(stats.ttest_1samp(x, -m, alternative='greater').pvalue, stats.ttest_1samp(x, m, alternative='less').pvalue)
+        assert equivalent(x, m).p == pytest.approx(want, rel=1e-6, abs=1e-12), (n, g.initial_seed())
+        assert equivalent(x, m).equal == (want <= 1 - .95)
+    for df in (1, 2, 9, 300): assert t_tail(-1.7, df) == pytest.approx(stats.t.sf(-1.7, df), rel=1e-9)
+
+
+@pytest.mark.parametrize('values, margin', [([1.], 1), ([1., 2.], 0), ([1., float('nan')], 1), ([[1.], [2.]], 1)])
+def test_equivalence_of_nothing_is_an_error(values, margin):
+    with pytest.raises(ValueError, match='equivalence needs|not finite'): equivalent(values, margin)
+
+
+def test_naive_bayes_equals_that_of_scikit_learn():
+    text, bayes = pytest.importorskip('sklearn.feature_extraction.text'), pytest.importorskip('sklearn.naive_bayes')
+    import random
+    r = random.Random()
+    docs = [' '.join(r.choices('abcdefgh', k=r.randint(1, 9))) for _ in range(60)]
+    labels = [r.choice('xyz') for _ in docs]
+    count = text.CountVectorizer(token_pattern=r'\S+')
+    theirs = bayes.MultinomialNB(alpha=.3).fit(count.fit_transform(docs[:40]), labels[:40])
+    want = theirs.predict_joint_log_proba(count.transform(docs[40:]))
+    ours = WordBayes(docs[:40], labels[:40], .3)
+    best = [ours.classes.index(c) for c in ours.predict(docs[40:])]
+    assert [row[b] for row, b in zip(want, best, strict=True)] == pytest.approx(want.max(1).tolist())
+    assert majority(list('abb'), docs[:2]) == ['b', 'b']
+
+
+# ---- what is stored
+
+def test_studies_from_before_may_only_become_fewer():
+    where = {n: standing(n) for n in study_names()}
+    old = {n for n, (state, _) in where.items() if state == 'before the protocol'}
+    assert old <= {*BEFORE}, f'{sorted(old - {*BEFORE})}: a new study needs a table [protocol] in its plan'
+    assert len(BEFORE) <= 13
+    refused = {n: found[:3] for n, (state, found) in where.items() if state == 'refused'}
+    assert not refused, f'{refused}: run again with deepseek-nb evidence NAME'
+
+
+def test_headlines_follow_from_stored_runs(root):
+    for name in study_names():
+        plan, records, _ = read_study(name)
+        if plan.protocol and records: assert check_records(name) and not_run(name) == []
+    said = open_study('floors').finding(runs('floors', root/'nbs/results/evidence'), runs('compute', root/'nbs/results/evidence'))
+    by = {r['arm']: r['result'] for r in read_records(root/'nbs/results/evidence/floors.json')}
+    for task, n in by['bayes']['n'].items(): assert f"{task} {by['bayes']['hits'][task]/n:.0%} against" in said
+
+
+def test_benchmarks_from_before_may_only_become_fewer(root):
+    found = {p.stem: json.loads(p.read_text()) for p in (root/'nbs/results').glob('*.json')}
+    new = {n for n, r in found.items() if before(r)} - {*BENCHES_BEFORE}
+    assert not new, f'{sorted(new)}: a new record has provenance; measure with deepseek-nb bench NAME --out FILE'
+    for name, r in found.items():
+        if not before(r): assert r['provenance']['commit'] and r['provenance']['clean'] is True and r['provenance']['code'], name
+
+
+def test_a_seal_is_written_once(made):
+    plan, folder = made[0], made[3]
+    assert seal_plan(plan, folder/'guess.json') == made[2] and made[2]['plan'] == plan.mark
