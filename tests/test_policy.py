@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from deepseek_nb import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.quant import quantize
+from deepseek_nb.train.advantage import generalised_advantage, group_advantage, informative, leave_one_out
 from deepseek_nb.train.data import IGNORE, collate, example
 from deepseek_nb.train.kl_estimate import KL_KINDS
 from deepseek_nb.train.log_probs import answer_log_probs, answer_rows, linear_log_probs
@@ -167,6 +168,45 @@ def test_bad_tensors(r):
     with pytest.raises(ValueError, match='rows name answers'): PolicyLoss()(**given | dict(advantages=given['advantages'][:-1]))
 
 
+# ---- advantages
+
+@pytest.mark.parametrize('case', CASES[:6])
+def test_advantages_by_hand(r, case):
+    "Means, standard deviations and sums in plain Python, on rewards of which some groups are all equal"
+    g, groups = r.randrange(2, 9), r.randrange(1, 6)
+    def row(): return [r.choice((.1, .7, 1/3))]*g if r.random() < .4 else [r.choice((0., 1., r.gauss(0, 3))) for _ in range(g)]
+    rewards = [row() for _ in range(groups)]
+    flat = torch.tensor(rewards, dtype=torch.float64).flatten()
+    for i, row in enumerate(rewards):
+        mean = math.fsum(row)/g
+        std = math.sqrt(math.fsum((x - mean)**2 for x in row)/(g - 1))
+        equal, part = len({*row}) == 1, slice(i*g, i*g + g)
+        assert informative(flat, g)[i] == (not equal)
+        for got, want in ((group_advantage(flat, g), [0. if equal else (x - mean)/(std + 1e-4) for x in row]),
+                          (group_advantage(flat, g, scale=False), [0. if equal else x - mean for x in row]),
+                          (leave_one_out(flat, g), [0. if equal else x - (math.fsum(row) - x)/(g - 1) for x in row])):
+            assert max(abs(a - b) for a, b in zip(got[part].tolist(), want, strict=True)) < 1e-12*(1 + max(map(abs, want)))
+            if equal: assert not got[part].any()
+
+
+@pytest.mark.parametrize('rewards, group, words', [
+    ([1., 0, 1], 2, 'do not form groups of 2'), ([1., 0], 1, 'nothing to compare'), ([1., math.nan], 2, '1 of 2 rewards are not finite')])
+def test_bad_rewards(rewards, group, words):
+    for f in (group_advantage, leave_one_out, informative):
+        with pytest.raises(ValueError, match=words): f(torch.tensor(rewards), group)
+
+
+def test_generalised_advantage_by_its_sum(r):
+    "Equation 16, term by term"
+    n, gamma, lam = r.randrange(1, 12), r.uniform(.5, 1), r.uniform(0, 1)
+    rewards, values = torch.randn(2, 3, n, dtype=torch.float64)
+    got = generalised_advantage(rewards, values, gamma, lam)
+    for b in range(3):
+        v = [*values[b].tolist(), 0.]
+        delta = [rewards[b, t].item() + gamma*v[t + 1] - v[t] for t in range(n)]
+        for t in range(n): assert abs(got[b, t] - sum((gamma*lam)**k*delta[t + k] for k in range(n - t))) < 1e-12
+
+
 # ---- log-probabilities
 
 def full(x, w, labels, temperature):
@@ -245,3 +285,146 @@ def test_bfloat16_is_as_near_as_its_bits(r):
     got, _ = linear_log_probs(x, w, labels)
     want, _ = full(x.double(), w.double(), labels, 1.)
     assert got.dtype == torch.float32 and (got - want).abs().max() < 2*2**-8*(x.double()@w.double().T).abs().max()
+
+
+# ---- TRL's trainer on the same batch
+
+TRL = [dict(loss_type=t) for t in LOSS_TYPES] + [dict(loss_type=t, beta=.07, unbiased_kl=u) for t in LOSS_TYPES for u in (False, True)] + [
+    dict(loss_type='dapo', epsilon_high=.28), dict(epsilon=.05, epsilon_high=.1, delta=1.3), dict(loss_type='bnpo', delta=1.5, beta=.04),
+    *(dict(loss_type=t, importance_sampling_level='sequence', epsilon=3e-4, epsilon_high=4e-4) for t in LOSS_TYPES),
+    dict(importance_sampling_level='sequence', beta=.1), dict(loss_type='dapo', top_entropy_quantile=.2),
+    dict(top_entropy_quantile=.5, beta=.05), dict(off_policy=.05), dict(off_policy=.05, beta=.05, unbiased_kl=True, loss_type='dr_grpo'),
+    dict(loss_type='dr_grpo', max_completion_length=1, importance_sampling_level='sequence', theirs=dict(loss_type='luspo')),
+    *(dict(truncate=1.1, mismatch=m, loss_type=t) for m, t in zip(MISMATCH, LOSS_TYPES, strict=True)),
+    dict(truncate=1.05, off_policy=.1, beta=.01, unbiased_kl=True, epsilon_high=.28, loss_type='dapo', top_entropy_quantile=.8)]
+NAMES = dict(unbiased_kl='use_bias_correction_kl', off_policy='off_policy_mask_threshold', truncate='vllm_importance_sampling_clip_max',
+             mismatch='vllm_importance_sampling_mode')
+
+
+@pytest.fixture(scope='module')
+def policies(tmp_path_factory):
+    "A random policy of transformers and ours of the same weights, and three others near it"
+    trl = pytest.importorskip('trl', reason='TRL is not installed: pip install trl')
+    transformers = pytest.importorskip('transformers')
+    from deepseek_nb.files.hub import fetch
+    tok = transformers.AutoTokenizer.from_pretrained(fetch('deepseek-v4-tokenizer'))
+    torch.manual_seed(SEED)
+    config = transformers.LlamaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64,
+                                      initializer_range=.3, bos_token_id=0, eos_token_id=1)
+    folders = [tmp_path_factory.mktemp('policy') for _ in range(4)]
+    model = transformers.LlamaForCausalLM(config)
+    for folder in folders:
+        model.save_pretrained(folder)
+        with torch.no_grad():
+            for p in model.parameters(): p.add_(.1*p.std()*torch.randn_like(p))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    return trl, tok, theirs, [Model.from_pretrained(f, dtype='float32', device='cpu') for f in folders]
+
+
+def trainer(trl, tok, model, folder, s, temperature, length=9):
+    "TRL's trainer with these settings; its sampler is this process, but its correction is computed"
+    import datasets
+    s = dict(max_completion_length=length) | s
+    s = {NAMES.get(k, k): v for k, v in s.items() if k != 'theirs'} | s.get('theirs', {})
+    s |= dict(use_bias_correction_kl=s.get('use_bias_correction_kl', False))
+    args = trl.GRPOConfig(output_dir=str(folder), per_device_train_batch_size=4, num_generations=4, use_cpu=True, bf16=False, report_to=[],
+                          gradient_checkpointing=False, temperature=temperature, save_strategy='no', **dict(loss_type='grpo') | s)
+    t = trl.GRPOTrainer(model=model, reward_funcs=lambda completions, **_: [0.]*len(completions), args=args, processing_class=tok,
+                        train_dataset=datasets.Dataset.from_list([dict(prompt='a')]*4))
+    t.current_gradient_accumulation_steps = 1
+    t.use_vllm = 'vllm_importance_sampling_clip_max' in s
+    return t
+
+
+def padded(values, rows, b):
+    "Tokens of answers as a matrix with zeros at the right, as TRL has them"
+    out = [values[rows == i] for i in range(b)]
+    return torch.nn.utils.rnn.pad_sequence(out, batch_first=True)
+
+
+def their_inputs(batch, given, rows, b):
+    "The same batch in TRL's form: prompts padded at the left, answers at the right"
+    ids, labels = batch['tokens'], batch['labels']
+    answers = padded(labels[labels != IGNORE], rows, b)
+    mask = padded(torch.ones_like(rows), rows, b)
+    prompts = [row[:int((lab != IGNORE).int().argmax()) + 1] for row, lab in zip(ids, labels, strict=True)]
+    wide = max(map(len, prompts))
+    prompt_ids = torch.stack([torch.cat([p.new_zeros(wide - len(p)), p]) for p in prompts])
+    prompt_mask = torch.stack([torch.cat([p.new_zeros(wide - len(p)), torch.ones_like(p)]) for p in prompts])
+    return dict(prompt_ids=prompt_ids, prompt_mask=prompt_mask, completion_ids=answers, completion_mask=mask,
+                advantages=given['advantages'], old_per_token_logps=padded(given['old'], rows, b),
+                ref_per_token_logps=padded(given['reference'], rows, b),
+                sampling_per_token_logps=padded(given['sampled'], rows, b), num_items_in_batch=mask.sum())
+
+
+def correction(inputs, s):
+    "TRL computes this factor while it generates with vLLM, which is absent here; its formula, on matrices"
+    difference = (inputs['old_per_token_logps'] - inputs['sampling_per_token_logps'])*inputs['completion_mask']
+    if s['mismatch'].startswith('sequence'): difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    return ratio.clamp(max=s['truncate']) if s['mismatch'].endswith('truncate') else ratio.masked_fill(ratio > s['truncate'], 0)
+
+
+def steady(entropies, share):
+    "Whether the same tokens are selected if entropies change by a rounding error"
+    if share == 1: return True
+    at = (len(entropies) - 1)*(1 - share)
+    return abs(at - round(at)) > .01 and (entropies - torch.quantile(entropies, 1 - share)).abs().min() > 1e-4
+
+
+def relative(got, want):
+    "Distance of two gradients as vectors of all weights; that of one weight is rounded as the largest are"
+    return float(sum((a - b).square().sum() for a, b in zip(got, want, strict=True)).sqrt()/sum(b.square().sum() for b in want).sqrt())
+
+
+def test_against_trl(r, policies, tmp_path, capsys):
+    "Loss and gradient of every weight, for every setting that TRL has, on fresh batches"
+    trl, tok, theirs, (ours, *others) = policies
+    temperature, found = r.uniform(.6, 1.4), []
+    for s in TRL:
+        b, share, entropies = 4, s.get('top_entropy_quantile', 1), None
+        while entropies is None or not steady(entropies.detach(), share):
+            batch = batch_of(r, 61, b)
+            ours.zero_grad()
+            new, entropies = answer_log_probs(ours, batch, temperature)
+        rows = answer_rows(batch['labels'])
+        with torch.no_grad(): old, reference, sampled = (answer_log_probs(m, batch, temperature)[0] for m in others)
+        given = dict(old=old, reference=reference, sampled=sampled, advantages=torch.randn(b))
+        settings = dict(max_completion_length=9, mismatch='token_truncate') | {k: v for k, v in s.items() if k != 'theirs'}
+        loss, stats = PolicyLoss(**settings)(new, rows=rows, entropies=entropies, **given)
+        loss.backward()
+        t = trainer(trl, tok, theirs, tmp_path, s, temperature)
+        inputs = their_inputs(batch, given, rows, b)
+        if t.use_vllm: inputs['importance_sampling_ratio'] = correction(inputs, settings)
+        if not t.use_vllm and not s.get('off_policy'): del inputs['sampling_per_token_logps']
+        theirs.zero_grad()
+        theirs.train()
+        want = t._compute_loss(theirs, inputs)
+        want.backward()
+        grads, theirs_by_name = dict(ours.named_parameters()), dict(theirs.named_parameters())
+        error = relative([grads[k.removeprefix('model.')].grad for k in theirs_by_name], [p.grad for p in theirs_by_name.values()])
+        found.append((abs(loss.item() - want.item())/max(1e-2, abs(want.item())), error, s))
+        for name, key in (('clip_low', 'clip_ratio/low_mean'), ('clip_high', 'clip_ratio/high_mean')):
+            if s.get('importance_sampling_level') != 'sequence' and 'delta' not in s:
+                assert abs(stats[name] - t._metrics['train'][key][-1]) < 1e-6, (name, s)
+    with capsys.disabled():
+        print(f'TRL, {len(found)} settings: worst loss {max(v for v, *_ in found):.1e}, gradient {max(g for _, g, _ in found):.1e}')
+        if os.environ.get('SHOW'): print(*(f'{s}: loss {value:.1e}, gradient {gradient:.1e}' for value, gradient, s in found), sep='\n')
+    for value, gradient, s in found: assert value < 1e-5 and gradient < 1e-5, s
+
+
+def test_advantages_against_trl(r, policies, tmp_path):
+    "TRL generates with a model of its own and turns random rewards into advantages"
+    trl, tok, theirs, _ = policies
+    given = []
+    def reward(completions, **_):
+        given[:] = [r.choice((0., 1., r.gauss(0, 1))) for _ in completions]
+        return given
+    theirs.config.vocab_size = len(tok)
+    model = type(theirs)(theirs.config)
+    for scale in ('group', 'none'):
+        t = trainer(trl, tok, model, tmp_path, dict(scale_rewards=scale), 1., length=2)
+        t.reward_funcs = [reward]
+        got = t._generate_and_score_completions([dict(prompt='a')]*4)['advantages']
+        assert len(given) == 4 and (got - group_advantage(torch.tensor(given), 4, scale == 'group')).abs().max() < 1e-5
