@@ -1,10 +1,17 @@
 "Products and rows of codes where inputs are nothing, are not finite, are too small to have an inverse, or end within a block."
+import platform
+import shutil
+import subprocess
+
 import pytest
 import torch
+from conftest import SEED
 from torch.nn import functional as F
 
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.core.nbproc import find_compiler, source_text
 from deepseek_nb.cuda.experts import fits_experts
+from deepseek_nb.kernels.build import processor
 from deepseek_nb.kernels.codes import linear_panels, panel_kernels
 from deepseek_nb.kernels.gemm import gemm_kernels, linear_cpp
 from deepseek_nb.kernels.ggml import linear_ggml
@@ -116,3 +123,60 @@ def test_many_tokens_are_as_one_at_a_time(f):
         bad = linear_panels(x, w)
         assert bad[n//2].isnan().all()
         assert torch.equal(bad[:n//2], many[:n//2]) and torch.equal(bad[n//2+1:], many[n//2+1:])
+
+
+# ---- products of bytes
+
+SETS = {'-march=x86-64': '', '-march=x86-64-v3': 'avx2 fma', '-march=x86-64-v3 -mavxvnni': 'avx2 fma avx_vnni',
+        '-march=x86-64-v4': 'avx512bw avx512dq avx512vl', '-march=x86-64-v4 -mavx512vnni': 'avx512bw avx512dq avx512vl avx512_vnni',
+        '-march=armv8-a': '', '-march=armv8.2-a+dotprod': 'asimddp'}
+DOTS = r'''
+#include <algorithm>
+#include <cstdio>
+int main() {
+    uint64_t seed = SEED;
+    auto next = [&] { return seed = seed * 6364136223846793005u + 1442695040888963407u, int(seed >> 33); };
+    for (int round = 0; round < 4000; ++round) {
+        const bool wide = round & 1, ends = round & 2;  // codes of 8 bits, and the ends of the ranges only
+        const int low = wide ? -128 : 0, high = wide ? 127 : 15;
+        int8_t w[8][4 * L], a[8][4];
+        int want[L] = {}, total = 0;
+        for (auto& block : w) for (int8_t& x : block) x = ends ? (next() & 1 ? low : high) : low + next() % (high - low + 1);
+        for (auto& word : a) for (int8_t& x : word) x = ends ? (next() & 1 ? -127 : 127) : next() % 255 - 127;
+        if (ends && !(next() & 3)) memset(w, high, sizeof w), memset(a, 127, sizeof a);
+        ivec s = {}, v;
+        for (int i = 0; i < 8; ++i) {
+            memcpy(&v, w[i], sizeof v);
+            int32_t word;
+            memcpy(&word, a[i], 4);
+            s = wide && !WIDE ? dot_signed(s, v, word) : dot(s, wide ? v ^ int32_t(0x80808080) : v, word);
+            for (int j = 0; j < 4; ++j) total += a[i][j];
+            for (int j = 0; j < 4 * L; ++j) want[j / 4] += w[i][j] * a[i][j % 4];
+        }
+        if (!wide || WIDE) s = whole(s);
+        if (wide && WIDE) s -= 128 * total;
+        for (int j = 0; j < L; ++j)
+            if (s[j] != want[j]) return printf("round %d, lane %d: %d, not %d\n", round, j, s[j], want[j]), 1;
+    }
+    printf("%d lanes\n", L);
+}'''
+
+
+@pytest.mark.parametrize('flags', SETS)
+def test_products_of_bytes_are_exact(flags, tmp_path):
+    "With every instruction set that this processor, or an emulator, runs: all codes, and sums that a narrower one would clip"
+    arm = 'armv8' in flags
+    own = arm == (platform.machine() in ('aarch64', 'arm64'))
+    compiler, emulator = find_compiler('cpp') if own else shutil.which('aarch64-linux-gnu-g++'), shutil.which('qemu-aarch64')
+    if not compiler or not own and not (arm and emulator): pytest.skip('no compiler, or nothing that runs its programs')
+    if own and not {*SETS[flags].split()} <= {*processor().split()}: pytest.skip(f'this processor lacks {SETS[flags]}')
+    head = source_text('panels.h').split('struct CodeBlock')[0].replace('gemm.h', 'simd.h')
+    (tmp_path/'simd.h').write_text(source_text('simd.h'))
+    (tmp_path/'dots.cpp').write_text(head + DOTS.replace('SEED', f'{SEED}u'))
+    made = subprocess.run([compiler, '-std=c++20', '-O1', *flags.split(), *(['-static'] if arm else []), 'dots.cpp', '-o', 'dots'],
+                          cwd=tmp_path, capture_output=True, text=True)
+    if 'unrecognized' in made.stderr or 'unknown argument' in made.stderr: pytest.skip(f'{compiler} has no {flags}')
+    assert made.returncode == 0, made.stderr[:2000]
+    done = subprocess.run([*([] if own else [emulator]), tmp_path/'dots'], capture_output=True, text=True)
+    assert done.returncode == 0, f'{flags}, SEED={SEED}: {done.stdout}{done.stderr}'
+    print(done.stdout)

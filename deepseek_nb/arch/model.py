@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.overrides import TorchFunctionMode
 
 from .attention import GQA, MLA, Context, document_mask, one_document, visible
 from .cache import Cache, cache_shapes
@@ -145,6 +146,13 @@ def check_plain(
                                           'use one without hash layers, such as DeepSeek-V3.2')
 
 # %% ../../nbs/160_arch.model.ipynb #38e3bdf1
+class _Shapes(TorchFunctionMode):
+    "Leave out the initialisation of weights on the meta device, which have no values"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, '__module__', None) == 'torch.nn.init': return kwargs['tensor'] if kwargs and 'tensor' in kwargs else args[0]
+        return func(*args, **kwargs or {})
+
+# %% ../../nbs/160_arch.model.ipynb #bc540951
 @extended
 class Model(nn.Module):
     "A language model: embedding, blocks, norm and head"
@@ -155,7 +163,7 @@ class Model(nn.Module):
     ):
         super().__init__()
         self.config,c = config,config
-        with torch.device('meta'):
+        with torch.device('meta'), _Shapes():
             self.embed_tokens = nn.Embedding(c.vocab_size, c.dim, _weight=torch.empty(c.vocab_size, c.dim))
             self.layers = nn.ModuleList([block_class(c)(c, i) for i in range(c.n_layers)])
             if c.hc_mult: self.hc_head = HyperHead(c)

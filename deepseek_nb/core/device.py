@@ -65,13 +65,15 @@ class Arena:
     def take(self,
         shape:tuple, # Shape of the tensor
         dtype:torch.dtype = torch.uint8, # Dtype of the tensor
-    )->torch.Tensor: # Zeros on the CPU, aligned to a cache line
+        zeros:bool = True, # Whether to fill it with zeros
+    )->torch.Tensor: # On the CPU, aligned to a cache line
         "Allocate a tensor in the current chunk, or in a new one"
         nbytes = prod(shape)*dtype.itemsize
         with self.lock:
             if len(self.chunk) < self.used + nbytes: self._next_chunk(nbytes)
             at,self.used = self.used,self.used + -(-nbytes//64)*64
-            return torch.empty(0, dtype=dtype).set_(self.chunk.untyped_storage(), at//dtype.itemsize, tuple(shape)).zero_()
+            x = torch.empty(0, dtype=dtype).set_(self.chunk.untyped_storage(), at//dtype.itemsize, tuple(shape))
+            return x.zero_() if zeros else x
     def _next_chunk(self, nbytes):
         self.chunk = torch.empty(max(nbytes, self.size) + HUGE_PAGE, dtype=torch.uint8)
         huge_pages(self.chunk)

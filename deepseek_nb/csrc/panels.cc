@@ -13,7 +13,8 @@ template <class F, int N> inline void block_dots(const uint8_t* w, Codes x, ivec
             a = F::SIGNED ? dot_signed(a, v, x[j].codes[i]) : dot(a, v, x[j].codes[i]);
         }
     });
-    for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? s[j] : s[0] + s[1];
+    auto done = [](ivec v) { return F::SIGNED ? v : whole(v); };
+    for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? done(s[j]) : done(s[0]) + done(s[1]);
 }
 // s + a block's part of the product
 inline vec add_block(vec s, ivec sums, vec d, vec low, const CodeBlock& x) {

@@ -8,42 +8,74 @@
 #endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #7ea7e3f6
-// s + Σ w_i a_i over the four bytes of each lane; if WIDE is false, w must be small, such as 4-bit codes
+// dot: s + Σ w_i a_i over the four bytes of each lane, as `whole` reads it; if WIDE is false, w is 0 to 15, and up to
+// eight products may be added to the same s
 #if defined(__AVX512VNNI__)
 constexpr bool WIDE = true;
 inline ivec dot(ivec s, ivec w, const int32_t& a) {  // the intrinsic would load a by an instruction of its own
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(s) : "v"(w), "m"(a));
     return s;
 }
+inline ivec whole(ivec s) { return s; }
+inline ivec dot_signed(ivec s, ivec w, const int32_t& a) { return dot(s, w, a); }  // not used where WIDE
+#elif defined(__AVXVNNI__) && defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool WIDE = true;
+inline ivec dot(ivec s, ivec w, int32_t a) {
+    return (ivec)_mm256_dpbusd_avx_epi32((__m256i)s, (__m256i)w, _mm256_set1_epi32(a));
+}
+inline ivec whole(ivec s) { return s; }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
+
+// %% ../../nbs/537_kernels.codes.ipynb #0f810d81
 #elif defined(__AVX512BW__)
 constexpr bool WIDE = false;
+inline __m512i widened(__m512i pairs) { return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)); }
 inline ivec dot(ivec s, ivec w, int32_t a) {
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(a));
-    return s + (ivec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    return (ivec)_mm512_add_epi16((__m512i)s, _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(a)));
 }
+inline ivec whole(ivec s) { return (ivec)widened((__m512i)s); }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) {
+    const __m512i to = _mm512_set1_epi32(a);
+    const __m512i moved = _mm512_mask_sub_epi8(to, _mm512_movepi8_mask((__m512i)w), __m512i(), to);
+    return s + (ivec)widened(_mm512_maddubs_epi16(_mm512_abs_epi8((__m512i)w), moved));
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #12906124
 #elif defined(__AVX2__)
 constexpr bool WIDE = false;
+inline __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline ivec dot(ivec s, ivec w, int32_t a) {
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a));
-    return s + (ivec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return (ivec)_mm256_add_epi16((__m256i)s, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a)));
 }
+inline ivec whole(ivec s) { return (ivec)widened((__m256i)s); }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) {
+    const __m256i moved = _mm256_sign_epi8(_mm256_set1_epi32(a), (__m256i)w);
+    return s + (ivec)widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), moved));
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #1ff8b9c3
+#elif defined(__aarch64__)
+constexpr bool WIDE = false;
+inline ivec dot_signed(ivec s, ivec w, int32_t a) {
+    const int8x16_t v = (int8x16_t)w, to = vreinterpretq_s8_s32(vdupq_n_s32(a));
+#if defined(__ARM_FEATURE_DOTPROD)
+    return (ivec)vdotq_s32((int32x4_t)s, v, to);
+#else
+    const int16x8_t low = vmull_s8(vget_low_s8(v), vget_low_s8(to)), high = vmull_high_s8(v, to);
+    return s + (ivec)vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+}
+inline ivec dot(ivec s, ivec w, int32_t a) { return dot_signed(s, w, a); }
+inline ivec whole(ivec s) { return s; }
 #else
 constexpr bool WIDE = true;
 inline ivec dot(ivec s, ivec w, int32_t a) {
     for (int i = 0; i < 32; i += 8) s += (w >> i & 255) * int32_t(int8_t(a >> i));
     return s;
 }
+inline ivec whole(ivec s) { return s; }
+inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
 #endif
-
-// %% ../../nbs/537_kernels.codes.ipynb #0f810d81
-inline ivec dot_signed(ivec s, ivec w, int32_t a) {
-    if constexpr (WIDE) return dot(s, w, a);
-    for (int i = 0; i < 32; i += 16) {
-        const ivec even = w << 24 - i >> 24, odd = w << 16 - i >> 24;
-        s += even * int32_t(int8_t(a >> i)) + odd * int32_t(int8_t(a >> i + 8));
-    }
-    return s;
-}
 
 // %% ../../nbs/537_kernels.codes.ipynb #bdd804d4
 struct CodeBlock {

@@ -31,14 +31,31 @@ from .checkpoint import materialise, progress
 from .safetensors import some
 
 # %% ../../nbs/240_files.gguf.ipynb #10443d1e
-def _strings_end(buf, at, n):
-    "Position after `n` strings with length prefixes"
+def _short_strings(a, at, n):
+    "Number of strings at the start of an array that are known to be short, at most `n`, and the position after them"
+    part = a[at:at+2**20]
+    words = (part[s:s + (len(part) - s)//8*8].view('<u8') for s in range(8))
+    starts = np.sort(np.concatenate([np.flatnonzero(w < 256)*8 + s for s,w in enumerate(words)]))
+    if not len(starts) or starts[0]: return 0, at
+    ends = starts + 8 + part[starts]
+    wrong = np.flatnonzero(starts[1:] != ends[:-1])
+    k = min(n, int(wrong[0]) + 1 if len(wrong) else len(starts))
+    return k, at + int(ends[k-1])
+
+# %% ../../nbs/240_files.gguf.ipynb #b5ae20b5
+def _strings_end(a, at, n):
+    "Position after `n` strings with length prefixes, of an array of bytes"
+    k = n
+    while n > 0 and k >= min(n, 1000): # fewer at a time would take longer than one by one
+        k,at = _short_strings(a, at, n)
+        n -= k
+    buf = memoryview(a)
     for _ in range(n):
         if at+8 > len(buf): raise ValueError('an array of strings runs past the end')
         at += 8 + int.from_bytes(buf[at:at+8], 'little')
     return at
 
-# %% ../../nbs/240_files.gguf.ipynb #b5ae20b5
+# %% ../../nbs/240_files.gguf.ipynb #cb70f1f8
 @cache
 def _reader():
     "The reader of the package, changed to skip arrays; defined on first use, so that gguf isn't imported before"
@@ -55,7 +72,7 @@ def _reader():
                 a = self._get(offs+12, self.gguf_scalar_to_np[kind], n)
                 return 12+a.nbytes, [a], [0], [GGUFValueType.ARRAY, kind]
             if kind != GGUFValueType.STRING: return super()._get_field_parts(offs, raw_type)
-            return _strings_end(buf, offs+12, n) - offs, [], [], [GGUFValueType.ARRAY, kind]
+            return _strings_end(self.data, offs+12, n) - offs, [], [], [GGUFValueType.ARRAY, kind]
     return Reader
 
 # %% ../../nbs/240_files.gguf.ipynb #10e1b6ca

@@ -23,7 +23,7 @@ from ..arch.hyper import expand_streams
 from ..arch.model import Model, run_blocks
 from ..core.device import pick_device, pick_dtype
 from ..files.checkpoint import fill
-from ..files.gguf import fill_gguf, open_gguf
+from ..files.gguf import fill_gguf, gguf_config, open_gguf
 from ..files.locate import load_config, locate
 from ..files.safetensors import read_json
 from ..quant import Format, QuantizedWeight, format_names, make_format
@@ -48,10 +48,11 @@ def as_format(
 def _load_floats(cls, path, dtype, device, mtp):
     "Load a model as floats"
     if path.is_dir() and read_packed(path) is not None: return float_model(path, dtype, device)
-    model = cls(load_config(path), dtype=pick_dtype(dtype, device), device='meta')
+    reader = open_gguf(path) if path.suffix == '.gguf' else None
+    model = cls(gguf_config(reader, path) if reader else load_config(path), dtype=pick_dtype(dtype, device), device='meta')
     if mtp: model.add_mtp()
     if path.is_dir() and (memories := read_json(path/'config.json').get('engram')): restore_engram(model, memories)
-    return (fill_gguf(model, open_gguf(path), device, path) if path.suffix == '.gguf' else fill(model, path, device)).eval()
+    return (fill_gguf(model, reader, device, path) if reader else fill(model, path, device)).eval()
 
 # %% ../../nbs/400_infer.load.ipynb #fc4eac6a
 @patch(cls_method=True)

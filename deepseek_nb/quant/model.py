@@ -14,6 +14,7 @@ __all__ = ['IN_MODELS', 'owners', 'role', 'model_format', 'plan', 'QuantizedMode
 import warnings
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,10 +27,11 @@ from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..core.device import pick_device, pick_dtype
 from ..core.lazy import extended
-from ..files.gguf import PLAIN, open_gguf
+from ..files.gguf import PLAIN, gguf_config, open_gguf
 from ..files.locate import load_config, locate
 from ..files.safetensors import some
 from . import Format, QuantizedWeight, linear_quantized, make_format, prepack, replace_parameter
+from .ggml import prepack_blocks
 from .gptq import quantize_layers
 from .int8 import Int8
 from .save import PackedSource, packed_weights, parts_like, read_packed, save_packed
@@ -102,6 +104,17 @@ class QuantizedModel(Model):
         return _load_quantized(cls, path_or_name, dtype, device, compute, **kwargs)
 
 # %% ../../nbs/380_quant.model.ipynb #1052586d
+def _kernel_weight(source, key, t, format, device):
+    "A quantised weight of a source, in the order that the kernels of the device read"
+    blocks = source.blocks(key, format) if torch.device(device).type == 'cpu' else None
+    if blocks is None:
+        w = encode_from(source, key, tuple(t.shape), format, t.dtype, device)
+        return w if isinstance(source, PackedSource) else prepack(w)
+    w = prepack_blocks(blocks)
+    w.error = 0.
+    return w
+
+# %% ../../nbs/380_quant.model.ipynb #ea9dd5c8
 def fill_quantized(
     model:Model, # Model on the meta device
     source:WeightSource, # Source of its weights
@@ -111,9 +124,7 @@ def fill_quantized(
     "Read the parameters of a model one by one, and quantise those of the plan"
     for key,m,name in [*owners(model)]:
         t = getattr(m, name)
-        if key in planned:
-            w = encode_from(source, key, tuple(t.shape), planned[key], t.dtype, device)
-            replace_parameter(m, name, w if isinstance(source, PackedSource) else prepack(w))
+        if key in planned: replace_parameter(m, name, _kernel_weight(source, key, t, planned[key], device))
         else:
             source.read(key, w := torch.empty(t.shape, dtype=t.dtype))
             w = w.to(device)
@@ -176,6 +187,7 @@ def source_for(
     model:Model, # Model on the meta device
     path:Path, # Path of the checkpoint, from `locate`
     dtype:str|dict|Format|None, # Wanted format; None: the checkpoint's own, int8 for a folder of float weights
+    reader = None, # From `open_gguf` for a .gguf file; None: it is opened here
     **kwargs, # Arguments of `plan`
 )->tuple[WeightSource,dict]: # Source, and the format of each key that is quantised
     "The source of a checkpoint's weights, and their formats"
@@ -184,14 +196,15 @@ def source_for(
         return (source := PackedSource(model, path)), source.formats
     planned = plan(model, dtype or 'int8', **kwargs)
     if path.suffix != '.gguf': return FolderSource(model, path), planned
-    source = GgufSource(model, open_gguf(path), path)
+    source = GgufSource(model, reader or open_gguf(path), path)
     return source, planned if dtype else kept_blocks(source, planned)
 
 # %% ../../nbs/380_quant.model.ipynb #ee9521b9
 def _empty_model(cls, path, device, compute):
-    "A model on the meta device, for a checkpoint's weights"
+    "A model on the meta device for a checkpoint's weights, and the reader of a GGUF file, which is opened once"
     floats = pick_dtype(compute or (torch.float32 if device.type == 'cpu' else None), device)
-    return cls(load_config(path), floats, 'meta')
+    reader = open_gguf(path) if path.suffix == '.gguf' else None
+    return cls(gguf_config(reader, path) if reader else load_config(path), floats, 'meta'), reader
 
 def _filled(model, path, device, source, planned):
     "Load a checkpoint's weights into a model on the meta device"
@@ -204,8 +217,8 @@ def _load_quantized(cls, path_or_name, dtype, device, compute, **kwargs):
     "Implementation of `QuantizedModel.from_pretrained`"
     path,device = locate(path_or_name),pick_device(device)
     if path.suffix == '.json': raise ValueError(f'{path}: holds a config and no weights; give the folder of a checkpoint')
-    model = _empty_model(cls, path, device, compute)
-    return _filled(model, path, device, *source_for(model, path, dtype, **kwargs))
+    model,reader = _empty_model(cls, path, device, compute)
+    return _filled(model, path, device, *source_for(model, path, dtype, reader, **kwargs))
 
 # %% ../../nbs/380_quant.model.ipynb #5c52116e
 @patch
@@ -225,9 +238,9 @@ def stored_model(
 )->QuantizedModel|None: # None if the checkpoint is float, or if no kernel supports its blocks
     "A model that uses the quantised codes of its checkpoint"
     if path.is_dir(): return None if read_packed(path) is None else QuantizedModel.from_pretrained(path, None, device)
-    model = _empty_model(QuantizedModel, path, device, None)
-    source = GgufSource(model, open_gguf(path), path)
-    planned = kept_blocks(source, plan(model), lambda f: has_kernel(f, device))
+    model,reader = _empty_model(QuantizedModel, path, device, None)
+    source = GgufSource(model, reader, path)
+    planned = kept_blocks(source, plan(model), lru_cache(lambda f: has_kernel(f, device)))
     return _filled(model, path, device, source, planned) if planned else None
 
 # %% ../../nbs/380_quant.model.ipynb #e57c3805

@@ -28,7 +28,7 @@ from ..files.layouts import dequant_fp4
 from ..files.safetensors import read_tensors
 from . import Format, QuantizedWeight, quantize
 from .fp8 import FP8, SIDE
-from .ggml import Ggml, block_format, from_blocks, split_blocks
+from .ggml import BLOCK_KINDS, Ggml, block_format, from_blocks, split_blocks
 
 # %% ../../nbs/375_quant.stream.ipynb #4f1edac6
 @cache
@@ -76,6 +76,11 @@ class WeightSource:
         format:Format, # The wanted format
     )->dict|None: # Name -> tensor, as from `Format.encode`; None if floats must be encoded
         "Codes and scales that the source already has"
+    def blocks(self,
+        key:str, # A key of the model's `state_dict`
+        format:Format, # The wanted format
+    )->QuantizedWeight|None: # A weight that `prepack_blocks` takes; None if the source has no such blocks
+        "Blocks of the source that hold a weight in the wanted format"
 
 # %% ../../nbs/375_quant.stream.ipynb #bd91390e
 class ErrorSum:
@@ -216,7 +221,8 @@ class GgufSource(WeightSource):
         path, # The file
     ):
         self.path,self.config,self.weights,self.m = path,model.config,model.state_dict(),Meta(reader, path)
-        match_tensors(self.m, gguf_views(model, self.m.arch, self.m.shapes))
+        self.views = {k: self._views(k, t) for k,t in self.weights.items()}
+        match_tensors(self.m, {name: v for views in self.views.values() for name,v in views.items()})
 
     def _views(self, key, t):
         return gguf_views(SimpleNamespace(config=self.config, state_dict=lambda: {key: t}), self.m.arch, self.m.shapes)
@@ -225,7 +231,7 @@ class GgufSource(WeightSource):
         key:str, # A key of the model's `state_dict`
     )->bool: # True if the file has the rows in another order
         "Whether a weight cannot be read in pieces"
-        return any(len(v) != len(t) for t in [self.weights[key]] for v in self._views(key, t).values())
+        return any(len(v) != len(self.weights[key]) for v in self.views[key].values())
 
 # %% ../../nbs/375_quant.stream.ipynb #42876b35
 @patch
@@ -248,7 +254,7 @@ def kinds(self:GgufSource,
     key:str, # A key of the model's `state_dict`
 )->set[str]: # Names of types, such as 'Q4_1' or 'F32'
     "GGML types of the tensors that make up a weight"
-    return {self.m.tensors[n].tensor_type.name for n in self._views(key, self.weights[key])}
+    return {self.m.tensors[n].tensor_type.name for n in self.views[key]}
 
 # %% ../../nbs/375_quant.stream.ipynb #5370fb37
 @patch
@@ -259,7 +265,35 @@ def format(self:GgufSource,
     kinds = self.kinds(key)
     found = block_format(kinds.pop()) if len(kinds) == 1 else None
     if isinstance(found, Ggml) and key.endswith('kv_b_proj.weight'): return None
-    return found if all(v.stride(-1) == 1 for v in self._views(key, self.weights[key]).values()) else None
+    return found if all(v.stride(-1) == 1 for v in self.views[key].values()) else None
+
+# %% ../../nbs/375_quant.stream.ipynb #83a79e93
+def _read_into(path, offset, view):
+    "Fill a view of bytes with those of a file from some offset on"
+    out = view if view.is_contiguous() else torch.empty(view.shape, dtype=torch.uint8)
+    with open(path, 'rb') as f:
+        f.seek(offset)
+        if f.readinto(out.numpy()) < out.numel(): raise ValueError(f'{path}: is shorter than it was; download it again')
+    if out is not view: view.copy_(out)
+
+# %% ../../nbs/375_quant.stream.ipynb #d9fad7b5
+@patch
+def blocks(self:GgufSource, # noqa: F811
+    key:str, # A key of the model's `state_dict`
+    format:Format, # The wanted format
+)->QuantizedWeight|None: # In `Ggml` blocks; None if the file has none that can be split to the wanted format
+    "Read the blocks of a weight"
+    if isinstance(format, Ggml) or self.format(key) != format: return None
+    kind, = self.kinds(key)
+    return from_blocks(self._in_order(key, kind), kind, self.weights[key].dtype)
+
+@patch
+def _in_order(self:GgufSource, key, kind):
+    "Bytes of a weight's blocks, with the rows in our order"
+    *rows,i = self.weights[key].shape
+    b = torch.empty(*rows, i//BLOCK_KINDS[kind].width*BLOCK_KINDS[kind].nbytes, dtype=torch.uint8)
+    for name,view in self._views(key, b).items(): _read_into(self.path, int(self.m.tensors[name].data_offset), view)
+    return b
 
 # %% ../../nbs/375_quant.stream.ipynb #859bc412
 @patch
@@ -268,13 +302,8 @@ def parts(self:GgufSource, # noqa: F811
     format:Format, # The wanted format
 )->dict|None: # Parts from the file's blocks; None if floats must be encoded
     "Codes and scales that the file already has"
-    t,out = self.weights[key],{}
+    if (w := self.blocks(key, format)) is not None: return dict(split_blocks(w).named_buffers())
     if self.format(key) != format: return None
-    for name,view in self._views(key, t).items():
-        tensor,rows = self.m.tensors[name],math.prod(view.shape[:-1])
-        if isinstance(format, Ggml) and view.shape == t.shape: return dict(blocks=tensor_bytes(tensor).view(*t.shape[:-1], -1))
-        data = np.fromfile(self.path, np.uint8, int(tensor.n_bytes), offset=int(tensor.data_offset))
-        for part,codes in split_blocks(from_blocks(torch.from_numpy(data).view(rows, -1), tensor.tensor_type.name)).named_buffers():
-            whole = out.setdefault(part, codes.new_empty(*t.shape[:-1], codes.shape[-1]))
-            (place := self._views(key, whole)[name]).copy_(codes.view(place.shape))
-    return out
+    shape,(name,view) = self.weights[key].shape,next(iter(self.views[key].items()))
+    if view.shape == shape: return dict(blocks=tensor_bytes(self.m.tensors[name]).view(*shape[:-1], -1))
+    return dict(blocks=self._in_order(key, format.kind))
