@@ -65,7 +65,7 @@ def written(rng):
 
 
 def test_numbers_equal_fractions(rng):
-    for _ in range(4000):
+    for _ in range(400):
         text, value = written(rng)
         assert parse_number(text) == value, text
         assert parse_number(f' ${text}$ ') == value, text
@@ -77,7 +77,7 @@ def test_numbers_equal_fractions(rng):
         assert number_reward([''], [text], [str(value + Fraction(1, 10**9))]) == [0.], text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.one_of(st.text(), st.text(alphabet='0123456789.,/-+%$\\{}frac boxed<>think/answer#e×^', max_size=300)))
 def test_no_text_hurts(text):
     for found in (parse_number(text), answer_number(text)): assert found is None or type(found) is Fraction
@@ -209,7 +209,7 @@ def reachable(numbers):
 
 
 def test_the_solver_equals_brute_force(rng):
-    for count, cases in ((2, 20), (3, 20), (4, 3)):
+    for count, cases in ((2, 10), (3, 8), (4, 1)):
         for _ in range(cases):
             numbers = [rng.randint(0, 13) for _ in range(count)]
             known = {int(v) for v in reachable(numbers) if v.denominator == 1 and 0 < v <= 60}
@@ -228,7 +228,7 @@ def drawn_expression(rng, depth):
 
 
 def test_the_parser_equals_python(rng):
-    for _ in range(2000):
+    for _ in range(400):
         text = drawn_expression(rng, 4)
         if len(text) > 200: continue
         try: want = eval(re.sub(r'\d+', r'F(\g<0>)', text), dict(F=Fraction))
@@ -238,14 +238,16 @@ def test_the_parser_equals_python(rng):
         if want is not None: assert e.numbers == [int(n) for n in re.findall(r'\d+', text)]
         i = rng.randrange(len(text))
         broken = text[:i] + rng.choice('+*/()_.x^=') + text[i:]
-        try: want = eval(re.sub(r'\d+', r'F(\g<0>)', broken), dict(F=Fraction)) if not re.search(r'\*\s*\*|//|[_.x^=]|[-+*/(]\s*[-+]|^\s*[-+]', broken) else None
+        other = re.search(r'\*\s*\*|//|[_.x^=]|[-+*/(]\s*[-+]|^\s*[-+]', broken) # in Python's grammar, or no text of ours
+        try: want = None if other else eval(re.sub(r'\d+', r'F(\g<0>)', broken), dict(F=Fraction))
         except (SyntaxError, TypeError, ZeroDivisionError): want = None
         assert T.Expression(broken).value == want, broken
 
 
 # ---- tasks
 
-MADE = dict(sum=lambda s: T.arithmetic(3, '+-*', 400, 60, s), small=lambda s: T.arithmetic(2, '+', 300, 30, s), game=lambda s: T.countdown(3, train=400, test=60, seed=s),
+MADE = dict(sum=lambda s: T.arithmetic(3, '+-*', 150, 30, s), small=lambda s: T.arithmetic(2, '+', 300, 30, s),
+            game=lambda s: T.countdown(3, train=150, test=30, seed=s),
             four=lambda s: T.countdown(4, words=True, train=60, test=20, seed=s), json=lambda s: T.formatting(2, 300, 40, s),
             tools=lambda s: T.tool_calling('v4', False, 300, 40, s))
 KEYS = dict(sum=lambda r: tuple(sorted(re.findall(r'\d+|\D', r['prompt']))), small=lambda r: tuple(sorted(re.findall(r'\d+', r['prompt']))),
@@ -267,12 +269,12 @@ def test_a_task_is_split_by_content_and_seed(name, rng):
 def test_worked_solutions_are_right_and_mistakes_wrong(name, rng):
     task = MADE[name](rng.randrange(1000))
     rows = {r['prompt']: r for r in task.train}
-    for wrong, short in ((0., 0.), (0., 1.), (1., 0.), (.3, .3)):
+    for wrong, short in ((0., 0.), (0., float(task.steps)), (1., 0.), (.3, .3*task.steps)):
         start = T.start_rows(task, 60, wrong, short, rng.randrange(1000))
         columns = {k: [rows[r['prompt']][k] for r in start] for k in task.train[0] if k != 'prompt'}
         values = task.reward(prompts=[r['prompt'] for r in start], completions=[r['completion'] for r in start], **columns)
         full = sum(v == 1 for v in values)
-        assert full == 60*(wrong == 0) if wrong in (0., 1.) else 20 < full < 58, (name, wrong, [r for r, v in zip(start, values, strict=True) if v])
+        assert full == 60*(wrong == 0) if wrong in (0., 1.) else 20 < full < 60, (name, wrong, full)
     text = [r[k] for r in T.start_rows(task, 60) for k in ('prompt', 'completion')]
     tok = T.character_tokenizer(text)
     assert all(tok.decode(tok.encode(t)) == t and len(tok.encode(t)) == len(t.encode()) for t in text)

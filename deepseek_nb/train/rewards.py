@@ -310,7 +310,7 @@ class RewardModel(nn.Module):
         sizes = torch.tensor([len(r) for r in rows], device=self.model.device)
         tokens = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True).to(sizes.device)
         x = self.model.hidden(tokens) # padding on the right is behind every token that counts
-        return self.head(x[torch.arange(len(rows), device=sizes.device), sizes - 1].float())[:, 0]
+        return self.head(x[torch.arange(len(rows), device=sizes.device), sizes - 1].to(self.head.weight.dtype))[:, 0]
 
 # %% ../../nbs/687_train.rewards.ipynb #035dbb23
 def preference_loss(

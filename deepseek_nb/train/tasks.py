@@ -45,6 +45,7 @@ class Task:
     test:list = field(repr=False) # Held-out rows
     reward:Callable # `reward(prompts, completions, **columns)`
     solve:Callable|None = None # `solve(row, random, wrong)`: a worked solution, or one with a mistake; None: the task has none
+    steps:bool = False # Whether a solution has steps before its last line, which is the answer
 
     def dataset(self,
         split:str = 'train', # `train` or `test`
@@ -123,7 +124,7 @@ def arithmetic(
         a,b = max(a, b),min(a, b)
         x,y = (b, a) if sign == '+' and rng.random() < .5 else (a, b)
         return dict(prompt=f'{x}{sign}{y}=', answer=str(column_steps(a, sign, b)[1]), key=f'{a}{sign}{b}')
-    return Task(f'arithmetic-{digits}', *drawn_rows(draw, train, test, seed), number_reward, _worked_sum)
+    return Task(f'arithmetic-{digits}', *drawn_rows(draw, train, test, seed), number_reward, _worked_sum, True)
 
 # %% ../../nbs/688_train.tasks.ipynb #48bcea70
 def _slip(rng, value):
@@ -148,12 +149,13 @@ def start_rows(
 )->list: # Rows with `prompt` and `completion`
     "Worked solutions for a supervised start"
     if task.solve is None: raise ValueError(f'the task {task.name} has no worked solutions')
+    if short and not task.steps: raise ValueError(f'solutions of the task {task.name} have no steps that could be left out')
     if n > len(task.train): raise ValueError(f'the task {task.name} has {len(task.train)} rows to learn from, not {n}')
     rng,out = random.Random(seed),[]
     for row in rng.sample(task.train, n):
         u = rng.random()
         text = task.solve(row, rng, u < wrong)
-        if wrong <= u < wrong + short and isinstance(text, str): text = text.rpartition('\n')[2]
+        if wrong <= u < wrong + short: text = text.rpartition('\n')[2]
         out.append(dict(prompt=row['prompt'], completion=text))
     return out
 
@@ -303,7 +305,7 @@ def countdown(
             value = random_steps(numbers, rng)[1]
         prompt = (_WORDS if words else '{1}={0}:').format(int(value), (', ' if words else ' ').join(map(str, numbers)))
         return dict(prompt=prompt, numbers=numbers, target=int(value), key=f'{sorted(numbers)} {value}')
-    return Task(f'countdown-{count}', *drawn_rows(draw, train, test, seed), countdown_reward, _worked_countdown)
+    return Task(f'countdown-{count}', *drawn_rows(draw, train, test, seed), countdown_reward, _worked_countdown, True)
 
 _WORDS = ('Make {0} from the numbers {1}. Use each number exactly once, with +, -, *, / and brackets. '
           'Write the expression alone on the last line.\n')
@@ -445,7 +447,7 @@ def word_problems(
         easy = [r for r in rows if r['steps'] <= steps and r['size'] <= length and r['answer'].isdecimal() and len(r['answer']) < 5]
         parts[split] = [{k: v for k,v in r.items() if k not in ('size', 'key')} for r in easy if r['key'] not in seen]
         seen |= {r['key'] for r in rows}
-    return Task('gsm8k-easy', parts['train'], parts['test'], number_reward, _worked_problem)
+    return Task('gsm8k-easy', parts['train'], parts['test'], number_reward, _worked_problem, not chat)
 
 def _word_problem(row, chat):
     worked,steps,number = steps_of(row['answer'])
