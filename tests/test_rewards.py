@@ -52,7 +52,8 @@ def grouped(n, separator): return f'{n:,}'.replace(',', separator)
 
 def written(rng):
     "A number with its text in a notation drawn at random"
-    sign, n, d, places = rng.choice(['', '', '-', '−', '+']), rng.randrange(10**rng.randint(1, 9)), rng.randrange(1, 10**3), rng.randint(1, 6)
+    sign, n = rng.choice(['', '', '-', '−', '+']), rng.randrange(10**rng.randint(1, 9))
+    d, places = rng.randrange(1, 10**3), rng.randint(1, 6)
     digits = f'{rng.randrange(10**places):0{places}}'
     decimal, value = f'{n}.{digits}', n + Fraction(int(digits), 10**places)
     text, value = rng.choice([
@@ -90,11 +91,11 @@ def test_no_text_hurts(text):
 
 
 def test_text_of_every_kind_of_cheat():
-    right = dict(number='42', other='41')
-    cheats = [''.join(rf'\boxed{{{i}}}' for i in range(100)), '<answer>42</answer><answer>41</answer>', '<answer>42', '42</answer>', '<think>42',
-              '<think>42</think>', r'\boxed{42} or \boxed{41}', r'\boxed{41, 42}', '<answer>42 41</answer>', '#### 42 43', '<think></think><think>42',
+    cheats = [''.join(rf'\boxed{{{i}}}' for i in range(100)), '<answer>42</answer><answer>41</answer>', '<answer>42', '42</answer>',
+              '<think>42', '<think>42</think>', r'\boxed{42} or \boxed{41}', r'\boxed{41, 42}', '<answer>42 41</answer>', '#### 42 43',
+              '<think></think><think>42',
               '<answer>4**2*2+10</answer>', '<answer>0x2a</answer>', '<answer>forty-two</answer>', '<answer>٤٢</answer>', '42'*40, '']
-    assert number_reward(['']*len(cheats), cheats, [right['number']]*len(cheats)) == [0.]*len(cheats)
+    assert number_reward(['']*len(cheats), cheats, ['42']*len(cheats)) == [0.]*len(cheats)
     assert number_reward([''], ['<answer>41</answer> 42'], ['42']) == [0.]
 
 
@@ -148,7 +149,7 @@ def test_rewards_take_messages_too():
 
 def test_a_guarded_sum_survives():
     def crash(prompts, completions, **columns):
-        if 'boom' in completions: os.kill(os.getpid(), 11)
+        if 'boom' in completions: os.kill(os.getpid(), 9)
         return [1.]*len(completions)
     safe = guarded(weighted([crash, number_reward]), 5.)
     assert safe(['']*3, ['3', 'boom', '5'], answer=['3', '3', '3']) == [2., 0., 1.]
@@ -285,7 +286,8 @@ def test_gsm8k_is_read_and_its_parts_share_no_question():
     if not folder.is_dir(): pytest.skip('DEEPSEEK_NB_DATA names no folder with gsm8k')
     everything = [T.gsm8k_rows(s, folder) for s in ('train', 'test')]
     assert [len(o) for o in everything] == [7473, 1319]
-    assert all(parse_number(T.steps_of(r['answer'])[2]) is not None and '<<' not in T.steps_of(r['answer'])[0] for o in everything for r in o)
+    solutions = [T.steps_of(r['answer']) for o in everything for r in o]
+    assert all(parse_number(number) is not None and '<<' not in worked for worked, _, number in solutions)
     task = T.word_problems(2, 200, folder=folder)
     assert not {r['prompt'] for r in task.train} & {r['prompt'] for r in task.test} and len(task.test) > 100
     values = task.reward(['']*len(task.train), [r['worked'] for r in task.train], [r['answer'] for r in task.train])
