@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests compile some hundred kernels, which all read PyTorch's headers
 test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
 
-.PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke export new-chapter hooks clean
+.PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke evidence-fresh export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -43,6 +43,9 @@ gpu: .venv/.dev  ## all CUDA kernels compiled, checked and measured on this mach
 
 evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
+
+evidence-fresh: .venv/.dev  ## the short measurements again, on today's code: about 15 minutes on two quiet cores, continued where it stopped
+	$(BIN)/deepseek-nb evidence fresh
 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean

@@ -52,7 +52,9 @@ def known(found):
     "Numbers that a record states or implies, and those in its words."
     times = found['result']
     values = flat(times) + [len(times['seconds'][0]), abs(times['medians'][1] - times['medians'][0])]
-    return values, set(numbers(json.dumps([found['hardware'], found['versions'], found['date']])))
+    p = found.get('provenance', {})
+    words = found['hardware'], found['versions'], found['date'], p.get('commit'), p.get('load')
+    return values, set(numbers(json.dumps(words)))
 
 
 def follows(number, values):
@@ -66,8 +68,9 @@ def follows(number, values):
 def test_a_claim_has_a_command_or_is_not_measured(claims, every):
     for c in every:
         if c.command: assert c.result in BENCHMARKS and c.command.split()[-1] == c.result and callable(c.read), c.claim
-        elif c.study: assert claims.claim_row(c, RESULTS)[1:] == claims.experiment_row(c.study, RESULTS)[1:]
-        else: assert (c.result, c.read) == ('', None) and claims.claim_row(c, RESULTS)[1:] == ('not yet', '', ''), c.claim
+        elif c.study: assert claims.claim_row(c, RESULTS).command == f'`deepseek-nb evidence {c.study}`'
+        else: assert (c.result, c.read) == ('', None)
+        if not c.command and not c.study: assert claims.claim_row(c, RESULTS) == claims.ClaimRow('not measured', c.claim)
 
 
 def test_commands_find_their_benchmarks(claims, every):
@@ -82,22 +85,23 @@ def test_commands_find_their_benchmarks(claims, every):
 
 def test_module_prints_the_page(every, tmp_path):
     page = warm.run('-m', 'deepseek_nb.tools.claims', cwd=tmp_path)
-    assert page.returncode == 0 and page.stdout.count('| not yet |') == len(every) and 'Nothing was measured yet.' in page.stdout
+    assert page.returncode == 0 and page.stdout.count('| not measured | ') == len(every) and 'Nothing was measured yet.' in page.stdout
 
 
 def test_the_articles_claims_are_all_there(claims):
     text = ' '.join(c.claim for c in claims.ARTICLE)
-    for said in ('98%', '42%', '35%', '0.89', '21%', '65%', '2.1', '30%', 'past_key_values', '3.8', '82% to 91%', '0.3%', '78% to 94%',
+    for said in ('LoRA', 'fewer than 1,000', 'more than 10,000', 'logistics', '98%', '42%', '35%', '0.89', '21%', '65%', '2.1', '30%',
+                 'past_key_values', '3.8', '82% to 91%', '0.3%', '78% to 94%',
                  '12 a second', '99.7%', '4.3 of 5', '30 languages', 'Arabic and Swahili',
                  'seconds to milliseconds', 'Python, Java and C++', 'bias and robustness'):
         assert said in text, said
-    assert len(claims.ARTICLE) == 14 # its sentence on compliance and style is two claims, as two studies measure it
+    assert len(claims.ARTICLE) == 16 # its sentence on compliance and style is two claims, as two studies measure it
 
 
 # ---- numbers come from records that hold together
 
 def test_without_results_nothing_is_measured(claims, tmp_path):
-    assert {r[1:3] for r in claims.claims(tmp_path).rows} == {('not yet', '')}
+    assert {(r.verdict, r.figure, r.on) for r in claims.claims(tmp_path).rows} == {('not measured', '', '')}
     assert claims.measured(tmp_path) == 'Nothing was measured yet.'
 
 
@@ -115,8 +119,8 @@ EDITS = dict(
 def test_an_edited_result_is_none(claims, results, edit):
     spoil(results, 'moe-decode', EDITS[edit])
     assert claims.checked_record('moe-decode', results) is None
-    row = next(r for r in claims.claims(results).rows if 'moe-decode' in r[3])
-    assert row[1:3] == ('not yet', '') and 'bench-moe' not in claims.measured(results)
+    row = next(r for r in claims.claims(results).rows if 'moe-decode' in r.command)
+    assert (row.verdict, row.figure, row.on) == ('not measured', '', '') and 'bench-moe' not in claims.measured(results)
 
 
 @pytest.mark.parametrize('text', ['', '{', '[]', 'null', '3'])
@@ -133,10 +137,11 @@ def test_whole_results_are_read(claims, every):
 
 def test_numbers_are_in_the_record(claims, every):
     for c in every:
-        found, (_, what, on, _) = claims.checked_record(c.result, RESULTS), claims.claim_row(c, RESULTS)
+        found, row = claims.checked_record(c.result, RESULTS), claims.claim_row(c, RESULTS)
         if not found: continue
-        values, words = known(found[0])
-        assert numbers(what) and all(follows(n, values) for n in numbers(what)), what
+        (values, words), on = known(found[0]), row.on
+        assert numbers(row.figure) and row.verdict in ('reached', 'missed')
+        for what in (row.figure, row.interval): assert all(follows(n, values) for n in numbers(what)), what
         assert set(numbers(on)) <= words, on
 
 
@@ -165,15 +170,19 @@ def test_the_table_says_which_way(claims, tmp_path):
 def test_experiments_say_what_their_runs_say(claims, results):
     from deepseek_nb.studies import open_study, study_names
     from deepseek_nb.studies.report import runs
-    for name, (claim, said, on, command) in zip(study_names(), claims.experiments(RESULTS).rows, strict=True):
+    for name, row in zip(study_names(), claims.experiments(RESULTS).rows, strict=True):
         done = runs(name, RESULTS/'evidence')
-        assert claim == claims.EXPERIMENTS[name] and command == f'`deepseek-nb evidence {name}`'
-        if not done: assert (said, on) == ('not yet', ''); continue
+        assert row.claim == claims.EXPERIMENTS[name] and row.command == f'`deepseek-nb evidence {name}`'
+        if not done: assert (row.verdict, row.figure, row.on) == ('not measured', '', ''); continue
         words = open_study(name).finding(done)
-        assert said == claims.outcome(words) and f'{len(done)} runs' in on and words in claims.findings(RESULTS)
-        assert all(part in words for part in said.split(' · ')), said
+        assert row.verdict in ('reached', 'missed', 'refuted') and f'{len(done)} runs' in row.cost
+        assert words in claims.findings(RESULTS)
+        assert 'protocol' in row.on and row.domain and row.figure and row.interval, row
+        assert all(f'**{part}**' in words for part in row.figure.split(' · ')), row
+        assert {p for p in numbers(row.floor)} <= {*numbers(words)}, row
     shutil.rmtree(results/'evidence', ignore_errors=True)
-    assert {r[1:3] for r in claims.experiments(results).rows} == {('not yet', '')} and 'No experiment' in claims.findings(results)
+    assert {(r.verdict, r.figure) for r in claims.experiments(results).rows} == {('not measured', '')}
+    assert 'No experiment' in claims.findings(results)
 
 
 # ---- the page

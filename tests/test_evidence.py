@@ -145,11 +145,12 @@ def test_a_finding_follows_its_runs():
     def run(arm, seed, **result): return dict(arm=arm, seed=seed, result=dict(flops=10., seconds=1., steps=7) | result)
     dense = [run('dense', s, test=4. + .1*s) for s in range(3)]
     def said(test, flops): return sparse.finding([*dense, run('moe9', 0, test=test, flops=flops)])
-    assert '**reached**: with 50% the best mixture (`moe9`) has 4.100 nats' in said(4.1, 5.)
-    assert 'the dense model 4.100 ± 0.100 (± over 3 seeds)' in said(4.1, 5.)
+    assert '**reached**: with 50% the best mixture (`moe9`) has **4.100 nats' in said(4.1, 5.)
+    assert '**the dense model 4.100 ± 0.100** (± over 3 seeds)' in said(4.1, 5.)
     assert '**missed**' in said(4.11, 5.) and '**missed**' in said(4., 6.)
     more = [run('narrow', 0, test=5., flops=5.5), run('dense-little', 0, test=6., flops=10.), run('moe64-little', 0, test=6.5, flops=5.)]
-    assert sparse.finding([*dense, run('moe9', 0, test=4.1, flops=5.), *more]) == said(4.1, 5.)
+    whole = sparse.finding([*dense, run('moe9', 0, test=4.1, flops=5.), *more])
+    assert whole.startswith(said(4.1, 5.)) and 'with 55% of the FLOPs loses only 0.900 nats' in whole
     rows = {l.split('|')[1].strip(): l for l in sparse.table([o | dict(result=o['result'] | dict(params=2e6)) for o in dense + more],
                                                             dict(narrow=dict(ratio=2.))).splitlines()}
     assert '| 55% | 0.50 | 5.000 ± 0.000 | +0.900 |' in rows['narrow'] and '| 6.500 ± 0.000 | +0.500 |' in rows['moe64-little']

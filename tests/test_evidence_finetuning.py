@@ -174,7 +174,8 @@ def test_tables_of_synthetic_runs():
     assert ft.differences(found, 'lora', 'dora') == {}
     said = ft.finding(records)
     assert said.startswith('Of 4 differences these count: **LoRA is better than full at 50**.')
-    assert ft.counted(synthetic((0, 1)), 8) == '**None of 4 differences between methods counts**.'
+    few = ft.counted(synthetic((0, 1)), 8)
+    assert few.startswith('**None of 4 differences between methods counts**. That is no proof of equality: within 2 points, ')
     assert 'A step with LoRA takes 100% of the time' in said
     assert ft.faster(records, 'ready_step', 1) == []
     more = records + [r | dict(settings=r['settings'] | dict(workers=w), result=dict(encoded_step=19.+w))

@@ -81,7 +81,7 @@ def reached_code(
     return '\n'.join(lines[n-1] for i in sorted(kept) for n in _own_lines(nodes[i]))
 
 # %% ../../nbs/045_core.provenance.ipynb #40cf2173
-KEEPERS = ('', '._modidx', '.core.plot', '.core.provenance', '.studies', '.studies.protocol', '.studies.report', '.bench.fresh')
+KEEPERS = ('', '._modidx', '.core.plot', '.core.provenance', '.studies', '.studies.protocol', '.studies.report', '.studies.fresh')
 NAME_TABLES = {'deepseek_nb.bench': ('BENCHMARKS', '_HF', '_LAYERS', '_MODELS', '_CACHES', '_QUANT', 'make_record')}
 
 @cache

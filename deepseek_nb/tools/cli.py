@@ -263,8 +263,16 @@ def evaluate(
     print(json.dumps(facts) if as_json else found)
 
 # %% ../../nbs/960_tools.cli.ipynb #1a52b072
+def _fresh(folder, only):
+    "Measure the short records again, and list what was left out"
+    from deepseek_nb.studies.fresh import FRESH, measure_again, planned
+    names = tuple(only.split(',')) if only else tuple(FRESH)
+    if strange := {*names} - {*FRESH}: raise KeyError(f'{sorted(strange)[0]!r} is no short measurement; there are {", ".join(FRESH)}')
+    measure_again(folder, names)
+    print(planned(folder))
+
 def run_evidence(
-    name:str = '', # Name of the study; without it, list all studies
+    name:str = '', # Name of the study; `fresh`: measure the short records again; without it, list all studies
     config:str = '', # Plan; default: nbs/configs/evidence/NAME.toml
     out:str = '', # File of results; default: nbs/results/evidence/NAME.json
     work:str = '', # Folder for checkpoints; default: a folder in the user's cache
@@ -274,6 +282,7 @@ def run_evidence(
     "Run a study, or continue an interrupted one"
     from deepseek_nb import studies
     if not name: return print(*studies.study_names(), sep='\n')
+    if name == 'fresh': return _fresh(out or 'nbs/results', only)
     studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
 
 # %% ../../nbs/960_tools.cli.ipynb #6dcb858e
