@@ -16,7 +16,7 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.quant import quantize
 from deepseek_nb.train.advantage import generalised_advantage, group_advantage, informative, leave_one_out
 from deepseek_nb.train.data import IGNORE, collate, example
-from deepseek_nb.train.kl_estimate import KL_KINDS
+from deepseek_nb.train.kl_estimate import KL_KINDS, kl_estimate
 from deepseek_nb.train.log_probs import answer_log_probs, answer_rows, linear_log_probs
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.policy import LOSS_TYPES, MISMATCH, PolicyLoss
@@ -168,6 +168,26 @@ def test_bad_tensors(r):
     with pytest.raises(ValueError, match='rows name answers'): PolicyLoss()(**given | dict(advantages=given['advantages'][:-1]))
 
 
+# ---- estimators of the divergence
+
+def test_kl_estimators_exactly(r):
+    "Means over all tokens: which values and which gradients are those of the divergence, for a policy, a reference and an older policy"
+    z, ref, older = torch.randn(3, r.randrange(2, 12), dtype=torch.float64)
+    z.requires_grad_()
+    new, ref, older = z.log_softmax(0), ref.log_softmax(0), older.log_softmax(0)
+    reverse, forward = (new.exp()*(new - ref)).sum(), (ref.exp()*(ref - new)).sum()
+    def mean(kind, sampler, corrected):
+        sampler = sampler.detach()
+        return (sampler.exp()*kl_estimate(new, ref, kind, sampler if corrected else None)).sum()
+    for kind, sampler, corrected in (('k1', new, False), ('k3', new, False), ('k1', older, True), ('k3', older, True)):
+        assert abs(mean(kind, sampler, corrected) - reverse) < 1e-12
+    def gradient(value): return torch.autograd.grad(value, z, retain_graph=True)[0]
+    for got, want in ((gradient(mean('k1', new, False)), 0*z), (gradient(mean('k2', new, False)), gradient(reverse)),
+                      (gradient(mean('k3', new, False)), gradient(forward)), (gradient(mean('k3', older, True)), gradient(reverse)),
+                      (gradient(mean('k3', new, True)), gradient(reverse)), (gradient(mean('k1', older, True)), gradient(reverse))):
+        assert (got - want).abs().max() < 1e-12
+
+
 # ---- advantages
 
 @pytest.mark.parametrize('case', CASES[:6])
@@ -261,6 +281,23 @@ def test_model_log_probs(r, kind, tied):
     for a, b in ((got, want), (entropies, wanted)): assert (a - b).abs().max() < 1e-4
     for a, b in zip(*(torch.autograd.grad((o*weights).sum(), leaves) for o in (got, want)), strict=True):
         assert (a - b).abs().max() < 1e-4*(1 + b.abs().max())
+
+
+@pytest.mark.parametrize('name', ['mini'])
+def test_real_weights(r, name):
+    "Log-probabilities and entropies of the shipped model's own answers, each prompt alone and all logits at once"
+    model = Model.from_pretrained(name, dtype='float32', device='cpu')
+    batch = batch_of(r, model.config.vocab_size, 3)
+    with torch.no_grad(): got, entropies = answer_log_probs(model, batch, .7, 2)
+    at = 0
+    for tokens, labels in zip(batch['tokens'], batch['labels'], strict=True):
+        scored = (labels != IGNORE).nonzero()[:, 0]
+        with torch.no_grad(): logp = (model(tokens[None, :int(scored[-1]) + 1])[0, scored].double()/.7).log_softmax(-1)
+        part = slice(at, at + len(scored))
+        assert (got[part] - logp.gather(1, labels[scored][:, None])[:, 0]).abs().max() < 1e-4
+        assert (entropies[part] + (logp.exp()*logp).sum(1)).abs().max() < 1e-4
+        at += len(scored)
+    assert at == len(got)
 
 
 class Largest(TorchDispatchMode):
@@ -375,7 +412,8 @@ def steady(entropies, share):
 
 def relative(got, want):
     "Distance of two gradients as vectors of all weights; that of one weight is rounded as the largest are"
-    return float(sum((a - b).square().sum() for a, b in zip(got, want, strict=True)).sqrt()/sum(b.square().sum() for b in want).sqrt())
+    error, size = (torch.cat([t.flatten() for t in ts]).norm().item() for ts in ([a - b for a, b in zip(got, want, strict=True)], want))
+    return error/size if size else error  # all answers may be clipped
 
 
 def test_against_trl(r, policies, tmp_path, capsys):
