@@ -286,7 +286,7 @@ def test_gsm8k_is_read_and_its_parts_share_no_question():
     if not folder.is_dir(): pytest.skip('DEEPSEEK_NB_DATA names no folder with gsm8k')
     everything = [T.gsm8k_rows(s, folder) for s in ('train', 'test')]
     assert [len(o) for o in everything] == [7473, 1319]
-    solutions = [T.steps_of(r['answer']) for o in everything for r in o]
+    solutions = [T.worked_steps(r['answer']) for o in everything for r in o]
     assert all(parse_number(number) is not None and '<<' not in worked for worked, _, number in solutions)
     task = T.word_problems(2, 200, folder=folder)
     assert not {r['prompt'] for r in task.train} & {r['prompt'] for r in task.test} and len(task.test) > 100

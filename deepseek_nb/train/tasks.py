@@ -9,7 +9,7 @@ from scratch, `start_rows` gives worked solutions with as many mistakes as wishe
 # %% auto #0
 __all__ = ['Task', 'drawn_rows', 'column_steps', 'arithmetic', 'start_rows', 'character_tokenizer', 'Expression',
            'countdown_right', 'countdown_reward', 'solve_countdown', 'random_steps', 'countdown', 'json_share',
-           'json_reward', 'formatting', 'tool_reward', 'tool_schemas', 'tool_calling', 'gsm8k_rows', 'steps_of',
+           'json_reward', 'formatting', 'tool_reward', 'tool_schemas', 'tool_calling', 'gsm8k_rows', 'worked_steps',
            'word_problems']
 
 # %% ../../nbs/688_train.tasks.ipynb #b0777527
@@ -426,7 +426,7 @@ def gsm8k_rows(
     if folder is not None: raise FileNotFoundError(f'{folder} has no {split}.jsonl and no {split}.jsonl.gz')
     return [*to_dataset('openai/gsm8k', split, name='main')]
 
-def steps_of(
+def worked_steps(
     answer:str, # Solution of GSM8K, with marks such as `<<48/2=24>>`
 )->tuple[str,int,str]: # Solution without marks, number of steps, final number
     "Split a solution of GSM8K"
@@ -450,7 +450,7 @@ def word_problems(
     return Task('gsm8k-easy', parts['train'], parts['test'], number_reward, _worked_problem, not chat)
 
 def _word_problem(row, chat):
-    worked,steps,number = steps_of(row['answer'])
+    worked,steps,number = worked_steps(row['answer'])
     said,plain = row['question'].strip(),' '.join(re.findall(r'\w+', row['question'].lower()))
     prompt = [dict(role='user', content=said)] if chat else f'Question: {said}\nAnswer:'
     return dict(prompt=prompt, answer=number, worked=f'{worked}\n#### {number}', steps=steps, size=len(said), key=plain)
