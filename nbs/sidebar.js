@@ -15,3 +15,14 @@ document.querySelectorAll(".smalldocs-search").forEach(box => {
     if (exact.length && results.firstChild !== exact[0]) results.prepend(...exact);
   }).observe(results, { childList: true });
 });
+// A formula that is wider than its column scrolls; then it can be reached and scrolled with the keyboard.
+addEventListener("load", () => {
+  const formulas = document.querySelectorAll(".katex-display");
+  const reach = o => {
+    const wide = o.scrollWidth > o.clientWidth, facts = { tabindex: 0, role: "group", "aria-label": "Formula, scrolls sideways" };
+    for (const [name, value] of Object.entries(facts)) wide ? o.setAttribute(name, value) : o.removeAttribute(name);
+  };
+  const sizes = new ResizeObserver(all => all.forEach(o => reach(o.target)));
+  formulas.forEach(o => sizes.observe(o));
+  document.fonts.ready.then(() => formulas.forEach(reach));
+});

@@ -293,10 +293,22 @@ def test_theme_is_kept(window):
     assert background() == light
 
 
+def test_wide_formulas_scroll_with_the_keyboard(window):
+    "On a phone's width a wide formula has a name, takes the focus and scrolls with an arrow key; one that fits is no stop"
+    page = window(NARROW)
+    page.goto('/arch.attention.html')
+    page.wait_for_selector('.katex-display[tabindex="0"][role="group"][aria-label]').focus()
+    page.keyboard.press('ArrowRight')
+    page.wait_for_function('document.activeElement.matches(".katex-display") && document.activeElement.scrollLeft > 0')
+    stops = lambda: page.wait_for_function("""[...document.querySelectorAll(".katex-display")].every(
+        o => (o.scrollWidth > o.clientWidth) === o.hasAttribute("tabindex"))""")
+    stops(), page.set_viewport_size(WIDE), stops()
+
+
 @pytest.mark.skipif(not AXE.exists(), reason='axe-core is absent: .ci/run puts it into .venv')
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_accessible(window, scheme):
-    page = window(WIDE, scheme)
+@pytest.mark.parametrize('scheme,size', [('light', WIDE), ('dark', WIDE), ('light', NARROW)], ids=['light', 'dark', 'narrow'])
+def test_accessible(window, scheme, size):
+    page = window(size, scheme)
     for name in ('index', 'contents', 'glossary', 'arch.attention', 'arch.routing', 'arch.cache'):
         page.goto(f'/{name}.html')
         page.add_script_tag(path=AXE)

@@ -252,3 +252,24 @@ def test_benchmarks_from_before_may_only_become_fewer(root):
 def test_a_seal_is_written_once(made):
     plan, folder = made[0], made[3]
     assert seal_plan(plan, folder/'guess.json') == made[2] and made[2]['plan'] == plan.mark
+
+
+# ---- measuring again
+
+def test_the_short_measurements_are_done_in_turn(tmp_path, monkeypatch):
+    from subprocess import CompletedProcess
+
+    from deepseek_nb.studies import fresh
+    calls, said = [], []
+    def run(words): return calls.append(words) or CompletedProcess(words, len(calls) == 1)
+    monkeypatch.setattr(fresh, 'git_state', lambda: dict(commit='a', clean=True))
+    names = 'dispatch', 'cache'
+    assert fresh.measure_again(tmp_path, names, said.append, run, float) == ['cache']  # the first one failed
+    assert [c[-3] for c in calls] == ['dispatch', 'cache'] and 'its record stays as it is' in said[1]
+    assert fresh.measure_again(tmp_path, names, said.append, run, lambda: 6.) == [] and len(calls) == 2 and 'quiet' in said[-1]
+    for n in names: (tmp_path/f'{n}.json').write_text(json.dumps(dict(provenance=dict(commit='a', clean=True, code=used_code()))))
+    assert fresh.stale(tmp_path, names) == {} and fresh.measure_again(tmp_path, names, said.append, run, float) == []
+    (tmp_path/'old.json').write_text('{}')
+    assert fresh.left_out(tmp_path) == dict(old='stored before provenance was kept') and '1 records were not' in fresh.planned(tmp_path)
+    monkeypatch.setattr(fresh, 'git_state', lambda: dict(commit='a', clean=False))
+    with pytest.raises(ValueError, match='commit them first'): fresh.measure_again(tmp_path, names)

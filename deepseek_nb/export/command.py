@@ -19,14 +19,14 @@ from typing import NamedTuple
 # %% ../../nbs/818_export.command.ipynb #181ede92
 # Format -> module:function
 EXPORTS = dict(
-    gguf='export.gguf:export_gguf', binary='export.runner_binary:export_binary',
+    gguf='export.gguf:export_gguf', packed='export.packed:export_packed', binary='export.runner_binary:export_binary',
     onnx='export.onnx:export_onnx',
     tensorrt='export.tensorrt:export_tensorrt',
     genai='export.genai:export_genai',
     onnx_quantised='export.onnx_quant:export_onnx_quantised',
     executorch='export.executorch:export_executorch',
     page='export.figures:export_page')
-_SUFFIX = dict(gguf='.gguf', executorch='.pte')  # of formats that are one file; the others are folders
+_SUFFIX = dict(gguf='.gguf', packed='.gguf', executorch='.pte')  # of formats that are one file; the others are folders
 
 def find_exporter(
     to:str, # Key of `EXPORTS`

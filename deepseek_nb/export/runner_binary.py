@@ -31,8 +31,10 @@ from torch import Tensor
 from ..bench import alternate
 from ..core.nbproc import find_compiler, note_compiled
 from .gguf import export_gguf
+from .packed import export_packed
 from .runner import Runner, compile_runner, runner_path, runner_sources
 from ..files.checkpoint import install
+from ..quant.save import read_packed
 
 # %% ../../nbs/812_export.runner_binary.ipynb #5d162b40
 @patch
@@ -168,6 +170,7 @@ def _model_file(model, kind, out):
     given = Path(model)
     print(f'writing {out.name}', flush=True)
     if given.suffix == '.gguf' and given.is_file(): shutil.copyfile(given, out)
+    elif read_packed(given) is not None: export_packed(given, out)
     else: export_gguf(model, out, kind)
     Runner(out)  # a model that the runner can't compute is an error here
     return out
@@ -176,7 +179,7 @@ def _model_file(model, kind, out):
 def export_binary(
     model:str|Path, # Folder, .gguf file, or name of a model
     out:str|Path, # Folder to write, or with `single` a file
-    kind:str = 'F16', # GGML type of matrices; a .gguf file is taken as it is
+    kind:str = 'F16', # GGML type of matrices; a .gguf file and a quantised folder keep theirs
     arch:str = '', # 'x86_64', 'aarch64' or 'all'; '': those that this machine has a compiler for
     level:int = 3, # Optimisation level
     single:bool = False, # One program that contains the model, for `arch` or this machine
