@@ -226,6 +226,7 @@ Modules:
 - `deepseek_nb.quant.importance`: The mean square of each input of a weight on a calibration text, which llama.cpp calls the importance matrix, tells which columns must be exact.
 - `deepseek_nb.quant.int4`: Weights in 4 bits: each is rounded to one of sixteen evenly spaced levels, and 32 neighbouring weights share a scale, or a scale and a minimum.
 - `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group of weights: a quarter of float32's memory, with a small error.
+- `deepseek_nb.quant.int8_fine`: 8-bit weights with a scale and a minimum for each 32, and two 8-bit codes for each activation: a quarter of the memory, and much less of the error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.
 - `deepseek_nb.quant.nf4`: 4-bit weights with sixteen levels at the quantiles of a normal distribution, and scales that are themselves quantised to 8 bits.
 - `deepseek_nb.quant.publish`: Rewrite a checkpoint in the quantised formats that vLLM, SGLang and transformers load: DeepSeek's FP8 blocks, and compressed-tensors in int4 and int8.
