@@ -226,6 +226,7 @@ Modules:
 - `deepseek_nb.quant.importance`: The mean square of each input of a weight on a calibration text, which llama.cpp calls the importance matrix, tells which columns must be exact.
 - `deepseek_nb.quant.int4`: Weights in 4 bits: each is rounded to one of sixteen evenly spaced levels, and 32 neighbouring weights share a scale, or a scale and a minimum.
 - `deepseek_nb.quant.int8`: Weights and activations in 8 bits (W8A8), with one scale for each output channel or group of weights: a quarter of float32's memory, with a small error.
+- `deepseek_nb.quant.int8_fine`: 8-bit weights with a scale and a minimum for each 32, and two 8-bit codes for each activation: a quarter of the memory, and much less of the error.
 - `deepseek_nb.quant.model`: Quantise a model in memory or while it is loaded, choose the format of each parameter, and keep the quantised blocks of GGUF files.
 - `deepseek_nb.quant.nf4`: 4-bit weights with sixteen levels at the quantiles of a normal distribution, and scales that are themselves quantised to 8 bits.
 - `deepseek_nb.quant.publish`: Rewrite a checkpoint in the quantised formats that vLLM, SGLang and transformers load: DeepSeek's FP8 blocks, and compressed-tensors in int4 and int8.
@@ -315,6 +316,7 @@ Modules:
 - `deepseek_nb.train.rollout`: A policy writes groups of answers in the batching engine. Each answer repeats bit for bit from its seed, and the trainer can score it with the sampler's own bits.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
+- `deepseek_nb.train.sandbox`: A process with limits for a model's program and its tests, or for a reward that may hang: whatever happens, a score comes back
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
 - `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
 - `deepseek_nb.train.split`: Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.

@@ -18,10 +18,11 @@ from deepseek_nb.quant.fp4 import E2M1, FP4, power_above, to_e2m1
 from deepseek_nb.quant.fp8 import FP8, round_activations_fp8, rounded_fp8, small_codes, small_values
 from deepseek_nb.quant.int4 import Int4, pack_nibbles, unpack_nibbles
 from deepseek_nb.quant.int8 import Int8, round_activations, rounded
+from deepseek_nb.quant.int8_fine import Int8Fine, fine_activations, rounded_fine
 from deepseek_nb.quant.nf4 import DYNAMIC, LEVELS, NF4, nearest, nest, pack_pairs, unnest, unpack_pairs
 
 E4M3 = torch.float8_e4m3fn
-FORMATS = [Int8(), Int8(group=32), Int8(group=64),
+FORMATS = [Int8(), Int8(group=32), Int8(group=64), Int8Fine(), Int8Fine(64),
            Int4(), Int4(64), Int4(128), Int4(symmetric=True), Int4(64, symmetric=True), Int4(128, symmetric=True),
            NF4(), NF4(double=False), FP8(), FP8('ue8m0'), FP4()]
 SHAPES = [(1, 1), (1, 64), (7, 31), (5, 33), (3, 65), (40, 96), (130, 200), (129, 257), (2, 9, 70), (3, 130, 129), (2, 2, 3, 40),
@@ -65,6 +66,21 @@ def int8_row(row, group, got):
         grids = int8_grids(g, [f32(np.float16(least*f32(f))) for f in (1, 1.007, 1.014, 1.021)])
         errors = [((grid.astype(np.float64) - g)**2).sum() for grid in grids]
         good = [grid for grid, e in zip(grids, errors, strict=True) if e <= min(errors)*(1 + 1e-5)]
+        out.append(next((grid for grid in good if (grid == got[i:i+group]).all()), good[0]))
+    return np.concatenate(out)
+
+
+def fine_row(row, group, got):
+    "Of three minima the one with the least error; where several are equally good, the one that was taken."
+    out = []
+    for i in range(0, len(row), group):
+        g = row[i:i+group]
+        g = np.concatenate([g, np.full(group - len(g), g[-1])])
+        step, grids = f32(np.float16((g.max() - g.min())/f32(255))), []
+        for m in (f32(np.float16(g.min() + f32(k)*step)) for k in (0, -.25, .25)):
+            grids.append(np.clip(np.round((g - m)/max(step, np.finfo(np.float32).tiny)), 0, 255).astype(np.float32)*step + m)
+        errors, n = [((grid.astype(np.float64) - g)**2).sum() for grid in grids], len(row[i:i+group])
+        good = [grid[:n] for grid, e in zip(grids, errors, strict=True) if e <= min(errors)*(1 + 1e-5) + 1e-30]
         out.append(next((grid for grid in good if (grid == got[i:i+group]).all()), good[0]))
     return np.concatenate(out)
 
@@ -136,7 +152,8 @@ def reference(w, f, got):
     def matrix(m, q):
         if isinstance(f, NF4): return nf4_matrix(m, f.double)
         if isinstance(f, FP8): return fp8_matrix(m, f)
-        by_row = {'int8': lambda r, q: int8_row(r, f.group, q), 'int4': lambda r, _: int4_row(r, f), 'fp4': lambda r, _: fp4_row(r)}[f.name]
+        by_row = {'int8': lambda r, q: int8_row(r, f.group, q), 'int8-fine': lambda r, q: fine_row(r, f.group, q),
+                  'int4': lambda r, _: int4_row(r, f), 'fp4': lambda r, _: fp4_row(r)}[f.name]
         return np.stack([by_row(*pair) for pair in zip(m, q, strict=True)])
     flat, found = (t.reshape(-1, *w.shape[-2:]).numpy() for t in (w, got))
     return torch.tensor(np.stack([matrix(*pair) for pair in zip(flat, found, strict=True)])).reshape(w.shape)
@@ -226,7 +243,8 @@ def test_extreme_sizes(f, size):
     torch.manual_seed(0)
     x = torch.randn(6, 256).clamp(-3, 3)/3
     w = x*size
-    refused = {'int4': (1e5, 'numbers beyond 65504'), 'fp8': (3e38, 'numbers beyond 2.9e38'), 'fp4': (3e38, 'numbers beyond 2.5e38')}
+    refused = {'int4': (1e5, 'numbers beyond 65504'), 'int8-fine': (6e4, 'numbers beyond 65,504'),
+               'fp8': (3e38, 'numbers beyond 2.9e38'), 'fp4': (3e38, 'numbers beyond 2.5e38')}
     if f == NF4(): refused['nf4'] = 1e38, 'use double=False'
     if f.name == 'int8' and f.group: refused['int8'] = 8e6, 'numbers beyond 8 million'
     most, text = refused.get(f.name, (4e38, ''))
@@ -235,15 +253,28 @@ def test_extreme_sizes(f, size):
         return
     got = quantize(w, f).dequantize()
     assert got.isfinite().all() and got.abs().max() <= 1.2*w.abs().max()
-    exact = {'int8': 10 if getattr(f, 'group', 0) else 1e-30, 'int4': 1e-2, 'nf4': 1e-30, 'fp8': 1e-6, 'fp4': 1e-30}[f.name]
+    exact = {'int8': 10 if getattr(f, 'group', 0) else 1e-30, 'int8-fine': 1, 'int4': 1e-2, 'nf4': 1e-30, 'fp8': 1e-6, 'fp4': 1e-30}[f.name]
     if size >= exact: assert relative_error(w.double()/size, got.double()/size) < 1.2*relative_error(x, quantize(x, f).dequantize())
 
 
-BITS = {Int8(): 8 + 32/1024, Int8(group=32): 8.5, Int8(group=64): 8.25,
+BITS = {Int8(): 8 + 32/1024, Int8(group=32): 8.5, Int8(group=64): 8.25, Int8Fine(): 9, Int8Fine(64): 8.5,
         Int4(): 5, Int4(64): 4.5, Int4(128): 4.25, Int4(symmetric=True): 4.5, Int4(64, symmetric=True): 4.25,
         Int4(128, symmetric=True): 4.125, NF4(): 4 + 8/64 + 32/(64*256) + 32/2**18, NF4(double=False): 4.5,
         FP8(): 8 + 32/128**2, FP8('ue8m0'): 8 + 8/128**2, FP4(): 4.25}
-ERROR = {'int8': .0105, 'int4': .112, 'nf4': .0925, 'fp8': .0267, 'fp4': .117}
+ERROR = {'int8': .0105, 'int8-fine': .0055, 'int4': .112, 'nf4': .0925, 'fp8': .0267, 'fp4': .117}
+
+
+def test_two_codes_of_an_activation():
+    "Against float64, an element at a time; the rest is 128 times finer than the step."
+    for n in (1, 31, 32, 70, 576):
+        x = torch.randn(5, n)*10.**torch.randint(-6, 6, (5, 1))
+        codes, rest, scales = fine_activations(x)
+        steps = scales.double().repeat_interleave(32, -1)[:, :n]
+        assert (rest.abs() <= 64).all() and (codes.abs() <= 127).all()
+        exact = x.double()/steps
+        assert ((codes + rest.double()/128 - exact).abs() <= 1/256 + 1e-4).all()
+        assert torch.equal(codes, round_activations(x)[0]) and torch.equal(scales, round_activations(x)[1])
+        assert relative_error(x, rounded_fine(x)) < relative_error(x, rounded(x))/50 + 1e-6
 
 
 @every_format

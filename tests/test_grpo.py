@@ -1,15 +1,27 @@
 "Rollouts repeat bit for bit, alone and in company, and the trainer can have the sampler's bits."
+import copy
+import hashlib
+import json
+import os
 import random
+import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 
 from deepseek_nb.arch.model import Model, head
 from deepseek_nb.arch.routing import Gate
 from deepseek_nb.core.config import Config
+from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import IGNORE
+from deepseek_nb.train.grpo import GRPOConfig, GRPOTrainer, RewardGuard, batch_answers, safe_reward
 from deepseek_nb.train.lora import LoraConfig
+from deepseek_nb.train.on_policy import Collapsed
 from deepseek_nb.train.rollout import (
     ROLLOUT_PAGE,
     Sampler,
@@ -164,3 +176,179 @@ def test_what_cannot_be(seed):
     with pytest.raises(ValueError, match='has no learned router'), recorded_routes(engine): pass
     with pytest.raises(ValueError, match='above 0'): Sampler(fresh(), TOK, temperature=0.)
     assert len({row_seed(0, i, j) for i in range(40) for j in range(40)}) == 1600
+
+
+# ---- the loop
+
+ROWS = [dict(prompt=f'{a}+{b}', answer=str(a + b)) for a in range(1, 8) for b in range(1, 5)]
+CHARS = ''.join(map(str, range(10)))
+
+
+def digits_reward(prompts, completions, answer, **columns):
+    "Share of digits in a text; +1 for the sum"
+    return [sum(c in CHARS for c in t)/max(1, len(t)) + (t.strip() == a) for t, a in zip(completions, answer, strict=True)]
+
+
+def config(**kw):
+    base = dict(max_steps=6, learning_rate=.01, per_device_train_batch_size=4, num_generations=4, max_completion_length=4,
+                reward_timeout=None, disable_tqdm=True, lr_scheduler_type='constant')
+    return GRPOConfig(**base | kw)
+
+
+def trainer_for(case, **kw):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj'])
+    c, more, peft = dict(
+        full=(DENSE, dict(beta=.05, steps_per_generation=2, num_iterations=2), None),
+        lora=(DENSE, dict(beta=.05, gradient_accumulation_steps=2, loss_type='grpo', row_invariant=is_invariant(fresh())), lora),
+        mixture=(MOE, dict(replay_routes=True, steps_per_generation=2), None))[case]
+    model = Model(c, dtype='float32', device='cpu').init_weights(.3)
+    return GRPOTrainer(model, digits_reward, config(**more | kw), ROWS, processing_class=TOK, peft_config=peft)
+
+
+def digest(trainer):
+    h = hashlib.sha256()
+    for n, p in sorted(trainer.model.named_parameters()): h.update(n.encode() + p.detach().numpy().tobytes())
+    free = 'seconds',
+    rows = [{k: v for k, v in r.items() if k not in free} for r in trainer.history]
+    return dict(weights=h.hexdigest(), history=json.loads(json.dumps(rows)), phase=trainer.batches.phase)
+
+
+KILLED = r'''
+import json, os, random, signal, sys, tempfile, time
+from pathlib import Path
+import torch
+import torch._dynamo # of which each child's optimiser would need a second
+sys.path.insert(0, sys.argv[1])
+from test_grpo import digest, trainer_for
+from deepseek_nb.train.resume import checkpoints
+
+def run(case, out):
+    kw = dict(output_dir=out, save_steps=1, save_total_limit=2, log_completions=True) if out else {}
+    trainer = trainer_for(case, **kw)
+    trainer.train(resume_from_checkpoint=bool(out and checkpoints(out)))
+    return digest(trainer)
+
+def child(case, out, result, seconds=None):
+    "Run in another process, and kill it after a time; whether it was killed"
+    if not (pid := os.fork()):
+        try: result.write_text(json.dumps(run(case, out)))
+        except BaseException as e: print('child failed', repr(e), file=sys.stderr)
+        finally: os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -9
+
+random.seed(int(sys.argv[2]))
+folder = Path(tempfile.mkdtemp())
+for case in ('full', 'lora', 'mixture'):
+    begin = time.monotonic()
+    child(case, None, folder/'want')
+    took,killed,wrong = time.monotonic() - begin,0,0
+    for i in range(int(sys.argv[3])):
+        out = folder/f'{case}-{i}'
+        killed += child(case, out, folder/'got', random.uniform(.1, 1)*took)
+        (folder/'got').unlink(missing_ok=True)
+        child(case, out, folder/'got')
+        wrong += (folder/'got').read_text() != (folder/'want').read_text()
+    print(json.dumps(dict(case=case, killed=killed, wrong=wrong)), flush=True)
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked')
+def test_killed_at_random_moments_it_arrives_at_the_same_bits(root, seed):
+    "GRPO_KILLS=20 kills 20 runs of each case; the moments are anywhere in a run. The parent never computes, so that it can fork."
+    done = warm.run('-c', KILLED, root/'tests', seed, os.environ.get('GRPO_KILLS', 1), modules=warm.TRAINING)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f['case'] for f in found] == ['full', 'lora', 'mixture'], done.stderr
+    assert sum(f['killed'] for f in found), (seed, found)
+    assert not sum(f['wrong'] for f in found), (seed, found, done.stderr)
+
+
+def test_a_checkpoint_in_the_middle_of_a_phase(tmp_path):
+    whole = trainer_for('full')
+    whole.train()
+    class Stop(Callback):
+        def before_update(self, t):
+            if t.step == 3: raise KeyboardInterrupt
+    broken = trainer_for('full', output_dir=tmp_path, save_steps=1)
+    broken.callbacks.append(Stop())
+    with pytest.raises(KeyboardInterrupt): broken.train()
+    again = trainer_for('full', output_dir=tmp_path, save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert digest(again) == digest(whole)
+    other = trainer_for('full', output_dir=tmp_path, save_steps=1)
+    with torch.no_grad(): other.reference.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match='the reference of the run is not this one'): other.train(resume_from_checkpoint=True)
+
+
+def test_ratios_are_one_with_the_samplers_bits():
+    if not is_invariant(fresh()): pytest.skip('no row-invariant kernels on this machine')
+    t = trainer_for('lora', gradient_accumulation_steps=1, max_steps=3)
+    for r in t.train(): assert (r['ratio'], r['gap']) == (1, 0)
+    assert t.history[0]['kl'] == 0
+
+
+def test_a_step_by_hand(seed):
+    "Gradient of one step against a loss in float64, from the definition"
+    t = trainer_for('full', beta=0., loss_type='grpo', steps_per_generation=1, num_iterations=1, per_device_train_batch_size=8)
+    t.begin()
+    batch = next(iter(t.batches))
+    loss, n = t.compute_loss(t.model, batch)
+    (loss/n).backward()
+    got = {k: p.grad.clone() for k, p in t.model.named_parameters()}
+    rewards = torch.tensor([s['reward'] for s in t.batches.samples], dtype=torch.float64).view(-1, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    assert torch.allclose(batch['advantages'].double(), advantages, atol=1e-4)
+    model = copy.deepcopy(t.model).double()
+    model.zero_grad()
+    with use('reference'):
+        total = 0.
+        for i, (prompt, answer) in enumerate(zip(*batch_answers(batch), strict=True)):
+            logp = model(torch.tensor([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1:].double().log_softmax(-1)
+            new = logp[range(len(answer)), answer]
+            total = total - ((new - new.detach()).exp()*advantages[i]).mean()/8
+        total.backward()
+    for k, p in model.named_parameters():
+        if p.grad is not None: assert (got[k] - p.grad).abs().max() <= 1e-3*(1e-2 + p.grad.abs().max()), k
+
+
+def test_hostile_rewards_end_as_zero(tmp_path):
+    def bad(prompts, completions, **columns):
+        if len(completions) == 1 and columns['answer'] == ['2']: os._exit(7)
+        if len(completions) > 1: raise RuntimeError('not in a batch')
+        print('\x1b]0;hostile\x07'*10**5)
+        return [1.]
+    columns = dict(prompts=['a']*3, completions=['x', 'y', 'z'], answer=['1', '2', '3'])
+    with pytest.warns(UserWarning, match='fails for 1 of 3 answers'): assert safe_reward(bad, columns, 20.) == ([1., 0., 1.], 1)
+    def hangs(prompts, completions, **columns):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True: pass
+    with pytest.warns(UserWarning, match='fails for 3 of 3'): assert safe_reward(hangs, columns, .6) == ([0.]*3, 3)
+    for values in ([1., 2.], [float('inf')], 'abc', None):
+        with pytest.warns(UserWarning): assert safe_reward(lambda v=values, **columns: v, columns, 20.)[0] == [0.]*3
+    assert safe_reward(lambda **columns: [None, 2, True], columns, 20.) == ([None, 2., 1.], 0)
+
+
+def test_guard_stops_a_policy_that_loses_its_reward():
+    t = trainer_for('full', max_steps=60, per_device_train_batch_size=8)
+    source = SimpleNamespace(measured=None)
+    guard = RewardGuard(source, patience=3)
+    t.loss, t.norm, t.scaler, t.params = 0., 1., SimpleNamespace(is_enabled=lambda: False), [*t.model.parameters()]
+    base = dict(entropy=1., length=5., variety=.5, repetition=0., ended=1., reward_std=.1)
+    with pytest.raises(Collapsed, match='reward 0, best 0.8'):
+        for t.step, reward in enumerate([.2]*5 + [.8]*8 + [0.]*3):
+            source.measured = base | dict(reward=reward)
+            guard.before_update(t)
+    assert t.step == 15
+
+
+def test_settings_and_columns_that_do_not_fit():
+    with pytest.raises(ValueError, match='no multiple of num_generations'): config(per_device_train_batch_size=6)
+    with pytest.raises(ValueError, match='use \'group\' or \'none\''): config(scale_rewards='batch')
+    with pytest.raises(ValueError, match='2 factors for 1 rewards'):
+        GRPOTrainer(fresh(), digits_reward, config(reward_weights=[1., 2.]), ROWS, processing_class=TOK)
+    with pytest.raises(ValueError, match='a prompt is needed'):
+        GRPOTrainer(fresh(), digits_reward, config(), [dict(text='a')], processing_class=TOK)

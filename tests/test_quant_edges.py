@@ -1,10 +1,13 @@
 "Products and rows of codes where inputs are nothing, are not finite, are too small to have an inverse, or end within a block."
+import os
 import platform
+import random
 import shutil
 import subprocess
 
 import pytest
 import torch
+import warm
 from conftest import SEED
 from torch.nn import functional as F
 
@@ -20,9 +23,10 @@ from deepseek_nb.quant import quantize
 from deepseek_nb.quant.ggml import from_blocks
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, rounded
+from deepseek_nb.quant.int8_fine import Int8Fine, rounded_fine
 
 needs_compiler = pytest.mark.skipif(not (panel_kernels.ready() and gemm_kernels.ready()), reason='no C++ compiler')
-FORMATS = ['int8', Int8(group=32), Int4(), Int4(64, symmetric=True)]
+FORMATS = ['int8', Int8(group=32), Int8Fine(), Int4(), Int4(64, symmetric=True)]
 BAD = [float('nan'), float('inf'), -float('inf')]
 
 
@@ -123,6 +127,36 @@ def test_many_tokens_are_as_one_at_a_time(f):
         bad = linear_panels(x, w)
         assert bad[n//2].isnan().all()
         assert torch.equal(bad[:n//2], many[:n//2]) and torch.equal(bad[n//2+1:], many[n//2+1:])
+
+
+def sweep(rounds):
+    "Products with two codes per activation against float64, at sizes that end within blocks, groups, panels and tiles"
+    r = random.Random(SEED)
+    torch.manual_seed(SEED)
+    for _ in range(rounds):
+        o, i, n = (r.choice(n) for n in ((1, 15, 16, 17, 40, 100), (1, 31, 32, 33, 64, 97, 290, 576), (1, 2, 3, 9, 12, 13, 16, 25, 33)))
+        w, x = quantize(torch.randn(o, i)*10**r.uniform(-2, 2), Int8Fine(r.choice((32, 64, 96)))), torch.randn(n, i)*10**r.uniform(-3, 3)
+        x[:, r.randrange(i)] *= r.choice((1, 100))
+        weight, codes = w.dequantize().double(), rounded_fine(x).double()
+        # float32's sums: terms of 128 steps and of minima cancel each other
+        bound = 2**-22*(codes.abs() @ (weight.abs() + 4*weight.abs().amax(-1, True)).T)
+        got = linear_panels(x, w)
+        assert ((got - codes @ weight.T).abs() <= bound).all(), (o, i, n, w.format, SEED)
+        assert torch.equal(F.embedding(ids := torch.randint(o, (5,)), w), w.dequantize()[ids])
+
+
+@needs_compiler
+def test_two_codes_equal_float64():
+    print('seed', SEED)
+    sweep(60)
+
+
+@needs_compiler
+def test_narrower_instruction_sets(isa):
+    done = warm.run('-c', 'import test_quant_edges as t; t.sweep(20)', env={**os.environ, **warm.built_for(isa), 'SEED': str(SEED),
+                    'PYTHONPATH': os.pathsep.join((os.path.dirname(__file__), os.environ.get('PYTHONPATH', '')))})
+    if 'it may be' in done.stderr: pytest.skip(f'no {isa} on this processor')
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---- products of bytes

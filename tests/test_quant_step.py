@@ -11,6 +11,7 @@ from deepseek_nb.kernels.step_codes import codes_of, run_blocks_codes, step_code
 from deepseek_nb.quant import quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
+from deepseek_nb.quant.int8_fine import Int8Fine
 
 pytestmark = pytest.mark.skipif(not step_codes_kernels.ready(), reason='no C++ compiler')
 
@@ -21,7 +22,7 @@ MLA = Config('deepseek_v3', vocab_size=64, dim=80, n_layers=2, n_heads=3, inter_
 GQA = Config('qwen2', vocab_size=64, dim=72, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=20, inter_dim=104, attn_bias=True,
              max_positions=128)
 CONFIGS = dict(gqa=GQA, mla=MLA, direct=replace(MLA, q_lora_rank=0, n_shared_experts=0))
-FORMATS = dict(int8=Int8(), int8g=Int8(group=64), int4=Int4(), sym64=Int4(64, symmetric=True))
+FORMATS = dict(int8=Int8(), int8g=Int8(group=64), fine=Int8Fine(), int4=Int4(), sym64=Int4(64, symmetric=True))
 
 
 def shrunk(c, f, dtype=torch.float32):

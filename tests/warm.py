@@ -6,6 +6,8 @@ milliseconds. Not for tests of what `import torch` itself brings, of variables t
 or of the seed of `hash`, which all forks share. Elsewhere than on Linux each process is a new interpreter.
 """
 import atexit
+import gc
+import inspect
 import json
 import os
 import runpy
@@ -24,7 +26,8 @@ from pathlib import Path
 # What a test that trains needs; an optimiser imports the second
 TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'datasets', 'matplotlib.pyplot', 'pytest'
 # What the files of tests import, for the workers of pytest-xdist; setuptools as in conftest.py
-WORKER = 'setuptools', *TRAINING, 'peft', 'openai', 'anthropic', 'hypothesis'
+WORKER = ('setuptools', *TRAINING, 'peft', 'openai', 'anthropic', 'hypothesis', 'sqlalchemy', 'sqlalchemy.dialects.sqlite',
+          'sqlalchemy.dialects.postgresql', 'psycopg', 'fasthtml.components', 'starlette.testclient', 'playwright.sync_api')
 
 
 def built_for(isa):
@@ -91,10 +94,19 @@ def lived(*args):
     return status
 
 
+def settle():
+    """Do what each fork would do for itself. `torch.library` asks `inspect` for the module of a source file, which then looks for the
+    files of all modules and keeps them (0.2 s of 8,000); and the collector of garbage would look through all objects"""
+    inspect.getmodule(compile('', '/nowhere', 'exec'), '/nowhere')
+    gc.collect()
+    gc.freeze()
+
+
 def serve(listener, modules):
     "Fork a process for each connection, which is told its id and at last its exit status"
     for name in modules:
         with suppress(ImportError): import_module(name)
+    settle()
     listener = socket.socket(fileno=listener)
     read, write = os.pipe()
     os.set_blocking(write, False)

@@ -353,7 +353,7 @@ def slowest(
 
 # %% ../../nbs/040_core.nbproc.ipynb #fda60a1b
 PRELOADED = ['nbdev.test', 'execnb.shell', 'IPython.core.magics.execution', 'matplotlib_inline.backend_inline', 'fastcore.test', 'einops',
-             'matplotlib.pyplot', 'torch', 'torch._dynamo', 'datasets', 'sympy', 'peft',
+             'matplotlib.pyplot', 'torch', 'torch._dynamo', 'datasets', 'sympy', 'peft', 'sqlalchemy.dialects.sqlite',
              *(f'transformers.models.{o}' for o in ('auto', 'llama.modeling_llama', 'deepseek_v3.modeling_deepseek_v3'))]
 
 def fresh_processes(

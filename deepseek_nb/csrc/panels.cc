@@ -3,17 +3,26 @@
 // %% ../../nbs/537_kernels.codes.ipynb #0a441108
 #include "panels.h"
 
+template <class F> inline ivec dot_codes(ivec s, ivec w, const int32_t& a) {
+    if constexpr (F::FINE && !WIDE) return dot_bytes(s, w, a);
+    return F::SIGNED ? dot_signed(s, w, a) : dot(s, w, a);
+}
+// s[j] += the products of a block of weights with token j; with few tokens each has two sums
+template <class F, int N, int CHAINS> inline void add_dots(const uint8_t* w, Codes x, ivec (&s)[N * CHAINS]) {
+    F::each(w, [&](int i, ivec v) {
+        for (int j = 0; j < N; ++j) s[j + i % CHAINS] = dot_codes<F>(s[j + i % CHAINS], v, x[j].codes[i]);
+    });
+}
 // sums[j] = the sums of the products of a block of weights with token j
 template <class F, int N> inline void block_dots(const uint8_t* w, Codes x, ivec (&sums)[N]) {
     constexpr int CHAINS = N == 1 ? 2 : 1;
     ivec s[N * CHAINS] = {};
-    F::each(w, [&](int i, ivec v) {
-        for (int j = 0; j < N; ++j) {
-            ivec& a = s[j + i % CHAINS];
-            a = F::SIGNED ? dot_signed(a, v, x[j].codes[i]) : dot(a, v, x[j].codes[i]);
-        }
-    });
-    auto done = [](ivec v) { return F::SIGNED ? v : whole(v); };
+    add_dots<F, N, CHAINS>(w, x, s);
+    if constexpr (F::FINE) {
+        for (ivec& v : s) v *= 128;
+        add_dots<F, N, CHAINS>(w, x + N, s);
+    }
+    auto done = [](ivec v) { return F::SIGNED || F::FINE ? v : whole(v); };
     for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? done(s[j]) : done(s[0]) + done(s[1]);
 }
 // s + a block's part of the product
@@ -22,7 +31,7 @@ inline vec add_block(vec s, ivec sums, vec d, vec low, const CodeBlock& x) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #ef63d646
-// c[j] (16 rows) = panel · x_j; block g of token j is x[g N + j]
+// c[j] (16 rows) = panel · x_j; block g of token j is x[g N + j], or x[2 g N + j] with the second codes N blocks later
 template <class F, int N>
 void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL_ROWS]) {
     const int64_t G = blocks_of(m.K), each = m.blocks();
@@ -33,7 +42,7 @@ void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL
         for (int64_t first = 0; first < G; first += each) {
             const vec d = F::step(at - h * 2 * L), low = F::low(at - h * 2 * L, d);
             at += F::SCALES;
-            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES, block += N) {
+            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES, block += N << F::FINE) {
                 for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
                 ivec sums[N];
                 block_dots<F>(at, block, sums);
@@ -59,7 +68,7 @@ struct Tiles {
         _tile_storeconfig(before);
         alignas(64) uint8_t config[64] = {1};
         auto tile = [&](int i, uint8_t rows, uint8_t bytes) { config[48 + i] = rows, config[16 + 2 * i] = bytes; };
-        tile(0, TILE, 32), tile(1, 8, 64), tile(2, TILE, 64);
+        tile(0, TILE, 32), tile(1, 8, 64), tile(2, TILE, 64), tile(3, TILE, 32), tile(4, TILE, 64);
         _tile_loadconfig(config);
     }
     ~Tiles() { _tile_loadconfig(before); }
@@ -75,13 +84,24 @@ template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel
     }
     return to;
 }
-// the sums (16 tokens × 16 rows) of one block
-inline void tile_block(const CodeBlock* x, int64_t step, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
+// the sums (16 tokens × 16 rows) of one block, and those of the second codes, whose blocks lie `rest` further on
+template <bool FINE>
+inline void tile_block(const CodeBlock* x, int64_t step, int64_t rest, const uint8_t* w, int32_t (*sums)[PANEL_ROWS]) {
     _tile_zero(2);
     _tile_loadd(0, x, step * sizeof *x);
     _tile_loadd(1, w, 64);
     _tile_dpbsud(2, 0, 1);
+    if constexpr (FINE) {
+        _tile_zero(4);
+        _tile_loadd(3, x + rest, step * sizeof *x);
+        _tile_dpbsud(4, 3, 1);
+        _tile_stored(4, sums + TILE, 64);
+    }
     _tile_stored(2, sums, 64);
+}
+inline ivec tile_sum(const int32_t (*sums)[PANEL_ROWS], int j, bool fine) {
+    const ivec s = ints((const uint8_t*)sums[j]);
+    return fine ? s * 128 + ints((const uint8_t*)sums[TILE + j]) : s;
 }
 #endif
 
@@ -91,13 +111,13 @@ inline void tile_block(const CodeBlock* x, int64_t step, const uint8_t* w, int32
 template <class F>
 void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
     const int64_t each = m.blocks(), step = x[1] - x[0];
-    alignas(64) int32_t sums[TILE][PANEL_ROWS];
+    alignas(64) int32_t sums[TILE << F::FINE][PANEL_ROWS];
     vec s[TILE] = {};
     for (int64_t g = 0; g < blocks_of(m.K); ++g) {
         const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
         const vec d = F::step(group), low = F::low(group, d);
-        tile_block(x[0] + g, step, codes + 512 * g, sums);
-        for (int j = 0; j < TILE; ++j) s[j] = add_block(s[j], ints((const uint8_t*)sums[j]), d, low, x[j][g]);
+        tile_block<F::FINE>(x[0] + g, step, blocks_of(m.K), codes + 512 * g, sums);
+        for (int j = 0; j < TILE; ++j) s[j] = add_block(s[j], tile_sum(sums, j, F::FINE), d, low, x[j][g]);
     }
     for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
 }
@@ -139,16 +159,17 @@ struct Batch {
     int64_t first, n;  // index of the first token, and number of tokens
     Codes x;
 };
-std::vector<Batch> batches(const Range& r, int64_t first, int64_t G) {
+std::vector<Batch> batches(const Range& r, int64_t first, int64_t G, bool fine) {
     thread_local Buffer buffer;
     const int64_t n = r.n - first, many = (n + AT_ONCE - 1) / AT_ONCE;
-    CodeBlock* to = (CodeBlock*)buffer.need(CODES * G * n);
+    CodeBlock* to = (CodeBlock*)buffer.need(CODES * G * n << fine);
     std::vector<Batch> found;
     for (int64_t b = 0; b < many; ++b) {
         const int64_t j = n * b / many, some = n * (b + 1) / many - j;
         found.push_back({first + j, some, to});
-        for (int64_t i = 0; i < some; ++i) for (int64_t g = 0; g < G; ++g) to[g * some + i] = r.x[first + j + i][g];
-        to += some * G;
+        for (int64_t g = 0; g < G; ++g)
+            for (int64_t part = 0; part <= fine; ++part)
+                for (int64_t i = 0; i < some; ++i) *to++ = r.x[first + j + i][part * G + g];
     }
     return found;
 }
@@ -156,7 +177,7 @@ std::vector<Batch> batches(const Range& r, int64_t first, int64_t G) {
 // %% ../../nbs/537_kernels.codes.ipynb #5b7e1d20
 template <class F> void panel_rows(const Matrix& m, const Range& r) {
     float c[AT_ONCE][PANEL_ROWS];
-    const auto parts = batches(r, tile_rows<F>(m, r), blocks_of(m.K));
+    const auto parts = batches(r, tile_rows<F>(m, r), blocks_of(m.K), F::FINE);
     for (int64_t p = r.first; p < r.last; ++p)
         for (const Batch& b : parts) {
             panel_up_to<F>(b.n, m, m.panel(p), b.x, c, UpToOnce());

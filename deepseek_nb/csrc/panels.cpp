@@ -10,10 +10,10 @@ void linear_panels(Tensor x, Tensor panels, int64_t format, int64_t group, Tenso
     const int64_t n = x.size(0), K = x.size(1), R = y.size(1);
     const Matrix m{data<uint8_t>(panels), Format(format), group, K, panels.size(1)};
     Rounded codes;
-    codes.take(n, K);
+    codes.take(n, K, m.fine());
     team([&](const Team& t) {
         const auto [begin, end] = t.share(n);
-        for (int64_t j = begin; j < end; ++j) codes.round(j, data<float>(x) + j * K, K);
+        for (int64_t j = begin; j < end; ++j) codes.round(j, data<float>(x) + j * K, K, m.fine());
         t.wait();
         const auto [first, last] = t.share(panels_of(R));
         rows_of(m, {first, last, R, n, codes.rows.data(), data<float>(y), R});

@@ -77,6 +77,13 @@ inline ivec whole(ivec s) { return s; }
 inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
 #endif
 
+// %% ../../nbs/537_kernels.codes.ipynb #8cd0af56
+inline ivec dot_bytes(ivec s, ivec w, int32_t a) {
+    for (int i = 0; i < 32; i += 16)
+        s += (w >> i & 255) * int32_t(int8_t(a >> i)) + (w >> i + 8 & 255) * int32_t(int8_t(a >> i + 8));
+    return s;
+}
+
 // %% ../../nbs/537_kernels.codes.ipynb #bdd804d4
 struct CodeBlock {
     int32_t codes[8];  // four codes per word
@@ -115,20 +122,59 @@ inline void round_block(const float* x, CodeBlock& block) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
-// round the blocks with from <= index < to
-inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
-    CodeBlock* blocks = (CodeBlock*)memory;
+// call use for the blocks with from <= index < to; the last block of a row is filled with zeros
+template <class F> void each_block(const float* x, int64_t K, int64_t from, int64_t to, F use) {
     const int64_t whole = std::min(to, K / 32);
-    for (int64_t g = from; g < whole; ++g) round_block(x + 32 * g, blocks[g]);
+    for (int64_t g = from; g < whole; ++g) use(x + 32 * g, g);
     if (from >= to || whole >= to) return;
     float rest[32] = {};
     memcpy(rest, x + 32 * whole, (K - 32 * whole) * sizeof(float));
-    round_block(rest, blocks[whole]);
+    use(rest, whole);
 }
-inline Codes round_row(const float* x, int64_t K, int32_t* memory) {
-    round_blocks(x, K, memory, 0, blocks_of(K));
+inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
+    each_block(x, K, from, to, [&](const float* x, int64_t g) { round_block(x, ((CodeBlock*)memory)[g]); });
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #c7718ac4
+// codes of the nearest integers of y, which are returned; total += their sum
+inline vec take_codes(vec y, int8_t* to, ivec& total) {
+    const vec whole = (y + 12582912.f) - 12582912.f;
+    const ivec c = __builtin_convertvector(whole, ivec);
+    const bvec codes = __builtin_convertvector(c, bvec);
+    memcpy(to, &codes, L);
+    total += c;
+    return whole;
+}
+inline void round_fine_block(const float* x, CodeBlock& block, CodeBlock& rest) {
+    vec v[32 / L];
+    for (int i = 0; i < 32 / L; ++i) v[i] = load(x + i * L);
+    const float step = largest_magnitude(v) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
+    ivec total = {}, small = {};
+    for (int i = 0; i < 32 / L; ++i) {
+        vec y = v[i] * inverse;
+        keep(y);
+        const vec whole = take_codes(y, (int8_t*)block.codes + i * L, total);
+        take_codes((y - whole) * 128.f, (int8_t*)rest.codes + i * L, small);
+    }
+    block.scale = step < INFINITY ? step / 128 : NAN;
+    block.sum = block.scale * sum(__builtin_convertvector(total * 128 + small, vec));
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #3a0a6647
+inline void round_fine(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to) {
+    CodeBlock *blocks = (CodeBlock*)memory, *rests = blocks + blocks_of(K);
+    each_block(x, K, from, to, [&](const float* x, int64_t g) { round_fine_block(x, blocks[g], rests[g]); });
+}
+inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t from, int64_t to, bool fine) {
+    if (fine) round_fine(x, K, memory, from, to);
+    else round_blocks(x, K, memory, from, to);
+}
+inline Codes round_row(const float* x, int64_t K, int32_t* memory, bool fine = false) {
+    if (fine) round_fine(x, K, memory, 0, blocks_of(K));
+    else round_blocks(x, K, memory, 0, blocks_of(K));
     return (Codes)memory;
 }
+inline int64_t code_words(int64_t K, bool fine) { return CODES * blocks_of(K) << fine; }  // words of memory per row
 
 // %% ../../nbs/537_kernels.codes.ipynb #0abccd07
 #if defined(__AVX512F__)
@@ -150,7 +196,7 @@ inline ivec ints(const uint8_t* p) {
 // %% ../../nbs/537_kernels.codes.ipynb #fb7d061b
 struct Int8 {
     static constexpr int BYTES = 512, SCALES = 64;  // bytes of a block's codes and of a group's scales, for 16 rows
-    static constexpr bool END = true, SIGNED = !WIDE;
+    static constexpr bool END = true, SIGNED = !WIDE, FINE = false;
     template <class Use> static void each(const uint8_t* p, Use use) {
         for (int i = 0; i < 8; ++i) use(i, WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i));
     }
@@ -169,7 +215,7 @@ struct Int8Groups : Int8 {
 // %% ../../nbs/537_kernels.codes.ipynb #cc9e1a84
 template <bool MINS> struct Int4 {
     static constexpr int BYTES = 256, SCALES = MINS ? 64 : 32;
-    static constexpr bool END = false, SIGNED = false;
+    static constexpr bool END = false, SIGNED = false, FINE = false;
     template <class Use> static void each(const uint8_t* p, Use use) {
         for (int i = 0; i < 4; ++i) {
             const ivec both = ints(p + 64 * i);
@@ -181,10 +227,22 @@ template <bool MINS> struct Int4 {
     static vec low(const uint8_t* scales, vec d) { return MINS ? halves(scales + 32) : d * -8.f; }
 };
 
+// %% ../../nbs/537_kernels.codes.ipynb #38e9f6ec
+struct Int8Fine {
+    static constexpr int BYTES = 512, SCALES = 64;
+    static constexpr bool END = false, SIGNED = false, FINE = true;
+    template <class Use> static void each(const uint8_t* p, Use use) {
+        for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i));
+    }
+    static int code(const uint8_t* p, int i) { return p[i / 4 * 64 + i % 4]; }
+    static vec step(const uint8_t* scales) { return halves(scales); }
+    static vec low(const uint8_t* scales, vec) { return halves(scales + 32); }
+};
+
 // %% ../../nbs/537_kernels.codes.ipynb #c33db43f
 constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
 
-enum class Format : int64_t { int8, int8_groups, int4, int4_mins };
+enum class Format : int64_t { int8, int8_groups, int4, int4_mins, int8_fine };
 struct Matrix {
     const uint8_t* data = nullptr;
     Format format = Format::int8;
@@ -192,6 +250,7 @@ struct Matrix {
     int64_t K = 0;      // numbers per row
     int64_t bytes = 0;  // bytes per panel
     const uint8_t* panel(int64_t i) const { return data + i * bytes; }
+    bool fine() const { return format == Format::int8_fine; }  // whether activations have two codes
     int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // blocks per group
     explicit operator bool() const { return data; }
 };
@@ -199,6 +258,7 @@ template <class F> void as_format(const Matrix& m, F use) {
     if (m.format == Format::int8) use(Int8());
     else if (m.format == Format::int8_groups) use(Int8Groups());
     else if (m.format == Format::int4) use(Int4<false>());
+    else if (m.format == Format::int8_fine) use(Int8Fine());
     else use(Int4<true>());
 }
 
@@ -223,12 +283,12 @@ void decode_row(const Matrix& m, int64_t row, float* y);  // one row, as floats
 struct Rounded {
     std::vector<int32_t> memory;
     std::vector<Codes> rows;
-    void take(int64_t n, int64_t K) {
-        memory.resize(std::max<size_t>(memory.size(), n * CODES * blocks_of(K)));
+    void take(int64_t n, int64_t K, bool fine = false) {
+        memory.resize(std::max<size_t>(memory.size(), n * code_words(K, fine)));
         rows.resize(std::max<size_t>(rows.size(), n));
     }
-    void round(int64_t j, const float* x, int64_t K) {
-        rows[j] = round_row(x, K, memory.data() + j * CODES * blocks_of(K));
+    void round(int64_t j, const float* x, int64_t K, bool fine = false) {
+        rows[j] = round_row(x, K, memory.data() + j * code_words(K, fine), fine);
     }
 };
 
@@ -236,13 +296,14 @@ struct Rounded {
 inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix& m, const float* const* x, float* y,
                     int64_t ldy, float* panel) {
     thread_local Rounded codes;
-    codes.take(n, K);
-    if (n <= FEW) for (int64_t j = 0; j < n; ++j) codes.round(j, x[j], K);
+    const int64_t words = code_words(K, m.fine());
+    codes.take(n, K, m.fine());
+    if (n <= FEW) for (int64_t j = 0; j < n; ++j) codes.round(j, x[j], K, m.fine());
     else {
         int32_t* memory = (int32_t*)panel;
         const auto [begin, end] = t.share(n);
-        for (int64_t j = begin; j < end; ++j) round_row(x[j], K, memory + j * CODES * blocks_of(K));
-        for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * CODES * blocks_of(K));
+        for (int64_t j = begin; j < end; ++j) round_row(x[j], K, memory + j * words, m.fine());
+        for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * words);
         t.wait();
     }
     const auto [first, last] = t.share(panels_of(R));

@@ -78,10 +78,11 @@ void expand(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* cons
     const int64_t each = w.v / PANEL_ROWS;
     auto [at, end] = t.share(w.h * each);
     thread_local Rounded codes;
-    codes.take(n, w.c);
+    const bool fine = w.kv_b.fine();
+    codes.take(n, w.c, fine);
     while (at < end) {
         const int64_t head = at / each, stop = std::min(end, (head + 1) * each), first = at % each;
-        for (int64_t j = 0; j < n; ++j) codes.round(j, latents[head * n + j], w.c);
+        for (int64_t j = 0; j < n; ++j) codes.round(j, latents[head * n + j], w.c, fine);
         const Matrix values = from_row(w.kv_b, head * (w.nope + w.v) + w.nope, w.c);
         rows_of(values, {first, first + stop - at, w.v, n, codes.rows.data(), out + head * w.v, w.h * w.v});
         at = stop;
@@ -90,16 +91,15 @@ void expand(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* cons
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #47d9fe97
 using GroupOfCodes = Group<Matrix>;
-inline int64_t code_words(const GroupOfCodes& v, int64_t K) { return v.n * CODES * blocks_of(K); }
 inline int32_t* input_codes(const GroupOfCodes& v) { return (int32_t*)v.panel; }
 inline int32_t* hidden_codes(const GroupOfCodes& v) { return (int32_t*)(v.hidden + v.n * v.f); }
 
 inline int64_t group_memory(const GroupOfCodes& v, int64_t d) {
-    return code_words(v, d) + code_words(v, v.f) + v.n * v.f;
+    return v.n * (code_words(d, v.gate.fine()) + code_words(v.f, v.down.fine()) + v.f);
 }
 inline void place(std::vector<GroupOfCodes>& groups, int64_t d, float* memory) {
     for (auto& v : groups) {
-        v.panel = memory, v.hidden = memory + code_words(v, d);
+        v.panel = memory, v.hidden = memory + v.n * code_words(d, v.gate.fine());
         memory += group_memory(v, d);
     }
 }
@@ -117,14 +117,14 @@ void each_share(const Team& t, const std::vector<GroupOfCodes>& groups, Wide wid
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #761e9a50
-inline void take_codes(Rounded& codes, const int32_t* memory, int64_t n, int64_t K) {
-    codes.take(n, K);
-    for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * CODES * blocks_of(K));
+inline void find_codes(Rounded& codes, const int32_t* memory, int64_t n, int64_t words) {
+    codes.rows.resize(std::max<size_t>(codes.rows.size(), n));
+    for (int64_t j = 0; j < n; ++j) codes.rows[j] = (Codes)(memory + j * words);
 }
 inline void gate_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     thread_local Rounded codes;
     thread_local Buffer buffer;
-    take_codes(codes, input_codes(v), v.n, d);
+    find_codes(codes, input_codes(v), v.n, code_words(d, v.gate.fine()));
     const auto [first, last] = t.share(panels_of(v.f));
     float* up = buffer.need(v.n * v.f);
     rows_of(v.gate, {first, last, v.f, v.n, codes.rows.data(), v.hidden, v.f});
@@ -139,7 +139,7 @@ inline void gate_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
 inline void project_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
     thread_local Rounded codes;
     thread_local Buffer buffer;
-    take_codes(codes, hidden_codes(v), v.n, v.f);
+    find_codes(codes, hidden_codes(v), v.n, code_words(v.f, v.down.fine()));
     const auto [first, last] = t.share(panels_of(d));
     float* o = buffer.need(v.n * d);
     rows_of(v.down, {first, last, d, v.n, codes.rows.data(), o, d});
@@ -150,13 +150,15 @@ inline void project_codes(const Team& t, const GroupOfCodes& v, int64_t d) {
 // %% ../../nbs/540_kernels.step_codes.ipynb #6516b5af
 inline void together(const Team& t, const std::vector<GroupOfCodes>& groups, int64_t d) {
     each_share(t, groups, [&](auto&) { return d; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
-        round_blocks(v.in[j], d, input_codes(v) + j * CODES * blocks_of(d), from, to);
+        const bool fine = v.gate.fine();
+        round_blocks(v.in[j], d, input_codes(v) + j * code_words(d, fine), from, to, fine);
     });
     t.wait();
     for (auto& v : groups) gate_codes(t, v, d);
     t.wait();
     each_share(t, groups, [](auto& v) { return v.f; }, [&](auto& v, int64_t j, int64_t from, int64_t to) {
-        round_blocks(v.hidden + j * v.f, v.f, hidden_codes(v) + j * CODES * blocks_of(v.f), from, to);
+        const bool fine = v.down.fine();
+        round_blocks(v.hidden + j * v.f, v.f, hidden_codes(v) + j * code_words(v.f, fine), from, to, fine);
     });
     t.wait();
     for (auto& v : groups) project_codes(t, v, d);

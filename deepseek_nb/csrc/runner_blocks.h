@@ -105,7 +105,7 @@ void Q4K::add(const uint8_t* at, const uint8_t*, int h, const Group* const* x, i
             const ivec scale = i < 4 ? field(i) & 63 : (field(i + 4) & 15) | field(i - 4) >> 6 << 4;
             const ivec least = i < 4 ? field(i + 4) & 63 : field(i + 4) >> 4 | field(i) >> 6 << 4;
             const vec step = d * floats(scale), low = -m * floats(least);
-            for (int j = 0; j < N; ++j) s[j] = add_block(s[j], sums[k][j], step, low, x[j][8 * b + i]);
+            for (int j = 0; j < N; ++j) s[j] = add_block(s[j], whole(sums[k][j]), step, low, x[j][8 * b + i]);
         }
     }
 }
@@ -127,8 +127,8 @@ void Q6K::add(const uint8_t* at, const uint8_t* tail, int h, const Group* const*
                 const ivec low = (w & 0x0f0f0f0f) | ((p % 2 ? c << 2 : c << 4) & 0x30303030);
                 const ivec high = (w >> 4 & 0x0f0f0f0f) | ((p % 2 ? c >> 2 : c) & 0x30303030);
                 for (int j = 0; j < N; ++j) {
-                    a[0][j] = dot(a[0][j], low, x[j][8 * b + i].codes[t]);
-                    a[1][j] = dot(a[1][j], high, x[j][8 * b + i + 2].codes[t]);
+                    a[0][j] = dot_signed(a[0][j], low, x[j][8 * b + i].codes[t]);
+                    a[1][j] = dot_signed(a[1][j], high, x[j][8 * b + i + 2].codes[t]);
                 }
             }
             for (int k = 0; k < 2; ++k) {

@@ -1,6 +1,6 @@
 """Multiplies int8 or int4 weights by activations that are rounded to int8, with the processor's byte instructions.
 
-The C++ twins of `linear_quantized` and `embed_quantized` for weights in int8 and int4. Activations are rounded to 8-bit codes in blocks
+The C++ twins of `linear_quantized` and `embed_quantized` for weights in int8, int8-fine and int4. Activations are rounded to 8-bit codes in blocks
 of 32, so that products are sums of integers, and scales are applied once per block. `panels.h` contains the product for kernels that call
 it within their own team of threads."""
 

@@ -277,7 +277,7 @@ class QuantiseRun:
     "Settings of `quantise`"
     model:str = 'smollm2-135m' # Public name of the model, unless the job names one of the registry
     name:str = '' # Name of the new model; '': that of the job
-    format:str = 'int8' # Format of the weights: int8, int4, nf4, fp8 or fp4
+    format:str = 'int8' # Format of the weights: int8, int8-fine, int4, nf4, fp8 or fp4
     embedding:str = 'int8' # Format of embedding and head; 'float': not quantised
     evaluate:bool = True # Queue an evaluation of the new model
     def __post_init__(self): _checked(self)

@@ -74,12 +74,13 @@ def model_format(
 def plan(
     model:Model, # Model, possibly on the meta device
     dtype:str|dict|Format = 'int8', # Format of the matrices
-    embedding:str|dict|Format|None = 'int8', # Format of embedding and head; None: float
+    embedding:str|dict|Format|None = 'int8', # Format of embedding and head; 'int8': int8-fine beside int8-fine; None: float
     experts:str|dict|Format|None = None, # Format of the routed experts; None: that of the matrices
     skip:tuple = (), # Patterns of keys of parameters that stay float
 )->dict: # Key -> format, for each parameter that will be quantised
     "Choose the format of each parameter"
     if isinstance(dtype, torch.dtype): dtype = str(dtype).removeprefix('torch.')
+    if dtype == 'int8-fine' and embedding == 'int8': embedding = dtype
     wanted = dict(linear=dtype, experts=experts or dtype, embedding=embedding)
     chosen = {kind: model_format(kind, f) for kind,f in wanted.items()}
     if packed_weights(model): raise ValueError("the model is quantised already; load its checkpoint with dtype='float32' and quantise that")
@@ -95,7 +96,7 @@ class QuantizedModel(Model):
     @classmethod
     def from_pretrained(cls,
         path_or_name:str|Path, # A folder, a .gguf file, or a name: `smollm2-135m`, any hub id
-        dtype:str|dict|Format|None = None, # 'int8', 'int4', 'nf4', 'fp8', 'fp4', or a `Format`; None: the checkpoint's, int8 if it is float
+        dtype:str|dict|Format|None = None, # 'int8', 'int8-fine', 'int4', 'nf4', 'fp8', 'fp4', a `Format`; None: the checkpoint's, else int8
         device:str|torch.device|None = None, # Device of the weights; None: chosen by `pick_device`
         compute:str|torch.dtype|None = None, # Dtype of activations and of parameters that stay float; None: float32 on the CPU
         **kwargs, # Arguments of `plan`: embedding, experts, skip

@@ -141,7 +141,7 @@ def _calibrated(name, text, format, embedding):
 # %% ../../nbs/960_tools.cli.ipynb #8f3c2c62
 def write_quantized(
     model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
-    dtype:str = 'int8', # int8, int4, nf4, fp8 or fp4
+    dtype:str = 'int8', # int8, int8-fine, int4, nf4, fp8 or fp4
     out:str = '', # Folder to write
     group:int = 0, # Number of neighbouring weights that share a scale, for int4; 0: the default of the format
     symmetric:bool = False, # Scales without minima, for int4
