@@ -24,7 +24,6 @@ from fastcore.basics import patch
 from ..arch.model import Model
 from ..core.config import Config, family
 from ..core.plot import COLOURS, style
-from ..eval.intervals import wilson
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from .grpo import GRPOConfig, GRPOTrainer, prompt_ids
@@ -265,7 +264,7 @@ def solved_share(
     rows:list, # Its held-out rows, or others
     max_tokens:int = 64, # Most tokens of an answer
     batch:int = 64, # Answers at a time
-)->dict: # `right`, `n`, and Wilson's interval `low` to `high`
+)->dict: # `right` and `n`
     "Share of problems that are solved"
     was,values = model.training,[]
     model.eval()
@@ -274,9 +273,7 @@ def solved_share(
         answers,_ = sample_answers(model, [prompt_ids(r['prompt'], tok) for r in some], max_tokens, temperature=0.)
         values += rewards_of(task, some, answer_texts(tok, answers))
     model.train(was)
-    right = sum(v == 1 for v in values)
-    found = wilson(right, len(values))
-    return dict(right=right, n=len(values), low=found.low, high=found.high)
+    return dict(right=sum(v == 1 for v in values), n=len(values))
 
 # %% ../../nbs/698_train.r1.ipynb #2d75a3c0
 def check_pipeline_plan(
@@ -332,7 +329,7 @@ class PipelineReport:
     rows:list # One dict per stage
 
 # %% ../../nbs/698_train.r1.ipynb #c2a72210
-def _share(found): return f"{found['right']/found['n']:.0%} ({found['low']:.0%} to {found['high']:.0%})" if found else ''
+def _share(found): return f"{found['right']} of {found['n']}" if found else ''
 
 @patch
 def __repr__(self:PipelineReport):
@@ -343,7 +340,7 @@ def __repr__(self:PipelineReport):
 @patch
 def _repr_markdown_(self:PipelineReport)->str:
     "A table of the stages"
-    head = '| stage | kind | model | rows | solved, learnt from (95% interval) | solved, held out |\n|---|---|---|---|---|---|'
+    head = '| stage | kind | model | rows | solved, learnt from | solved, held out |\n|---|---|---|---|---|---|'
     def line(r):
         shares = ' | '.join(_share(r.get(part)) for part in ('trained', 'held'))
         return f"| {r['stage']} | `{r['kind']}` | {r['model']} | {r.get('rows', '')} | {shares} |"
@@ -359,9 +356,7 @@ def plot(self:PipelineReport,
     _,ax = plt.subplots(figsize=(7, 3))
     for name,colour in zip(dict.fromkeys(r['model'] for r in self.rows), COLOURS.values(), strict=False):
         x,found = zip(*[(i, r[part]) for i,r in enumerate(self.rows) if r['model'] == name and part in r], strict=True)
-        y = [f['right']/f['n'] for f in found]
-        spread = [[v - f['low'] for v,f in zip(y, found, strict=True)], [f['high'] - v for v,f in zip(y, found, strict=True)]]
-        ax.errorbar(x, y, spread, fmt='o-', color=colour, label=name, capsize=3)
+        ax.plot(x, [f['right']/f['n'] for f in found], 'o-', color=colour, label=name)
     ax.set_xticks(range(len(self.rows)), [r['stage'] for r in self.rows], rotation=15, ha='right')
     ax.set(ylabel='solved', ylim=(-.02, 1.02)); ax.legend()
     style(ax.figure)
