@@ -399,7 +399,7 @@ BENCHMARKS = {  # name at the command line -> location
     'scaling': Benchmark('bench.scaling.measure_scaling'),
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
-    'peers': Benchmark('bench.peers.peers', (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
+    'peers': Benchmark('bench.runtimes.peers', (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
     'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),

@@ -116,7 +116,7 @@ inline void round_block(const float* x, CodeBlock& block) {
         const ivec c = __builtin_convertvector((y + 12582912.f) - 12582912.f, ivec);
         const bvec codes = __builtin_convertvector(c, bvec);
         memcpy((int8_t*)block.codes + i * L, &codes, L);
-        total += c;
+        total += __builtin_convertvector(codes, ivec);
     }
     block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * sum(__builtin_convertvector(total, vec));
 }
@@ -142,7 +142,7 @@ inline vec take_codes(vec y, int8_t* to, ivec& total) {
     const ivec c = __builtin_convertvector(whole, ivec);
     const bvec codes = __builtin_convertvector(c, bvec);
     memcpy(to, &codes, L);
-    total += c;
+    total += __builtin_convertvector(codes, ivec);
     return whole;
 }
 inline void round_fine_block(const float* x, CodeBlock& block, CodeBlock& rest) {
