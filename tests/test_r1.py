@@ -10,7 +10,7 @@ import pytest
 
 from deepseek_nb.train.r1 import r1_run
 
-KILLS = int(os.environ.get('R1_KILLS', '2'))
+KILLS = int(os.environ.get('R1_KILLS', '1'))
 FILE = '''
 output_dir = "{folder}"
 max_tokens = 6
