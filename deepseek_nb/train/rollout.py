@@ -136,7 +136,8 @@ class PolicyEngine(Engine):
             if not row.new: self._read_prompt(row, own)
         if not (ready := [row for row in counts if row.pending <= 0]): return
         logits = head(torch.cat([parts[row][-1:] for row in ready]), self.model.head_weight)
-        for row,drawn in zip(ready, draw_rows(logits, [r.sampler for r in ready]), strict=True): self._settle(row, [drawn], None, parts[row])
+        found = draw_rows(logits, [row.sampler for row in ready])
+        for row,drawn in zip(ready, found, strict=True): self._settle(row, [drawn], None, parts[row])
 
 # %% ../../nbs/694_train.rollout.ipynb #463a1a9a
 ROLLOUT_PAGE = 16 # positions of a page; pages of a prompt are shared in its group
