@@ -319,6 +319,7 @@ Modules:
 - `deepseek_nb.train.sandbox`: A process with limits for a model's program and its tests, or for a reward that may hang: whatever happens, a score comes back
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
 - `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
+- `deepseek_nb.train.shared`: The answers of a group have one prompt. The forward pass and the gradient compute it once, with the values and the gradients that each row alone would give.
 - `deepseek_nb.train.split`: Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.
 - `deepseek_nb.train.stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
 - `deepseek_nb.train.tasks`: Sums, Countdown, word problems, JSON and tool calls: rows that a program makes, answers that a program checks, and a supervised start

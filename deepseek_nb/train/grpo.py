@@ -316,7 +316,7 @@ def policy_log_probs(
     "Log-probabilities of a batch's answers"
     if invariant and not torch.is_grad_enabled(): return sampler_log_probs(model, *batch_answers(batch), a.temperature), None
     with replayed_routes(model, batch['routes']) if 'routes' in batch else nullcontext():
-        new,entropies = answer_log_probs(model, batch, a.temperature)
+        new,entropies = answer_log_probs(model, batch, a.temperature, share='routes' not in batch)
     return (with_values(new, sampler_log_probs(model, *batch_answers(batch), a.temperature)) if invariant else new), entropies
 
 # %% ../../nbs/696_train.grpo.ipynb #57c7267d

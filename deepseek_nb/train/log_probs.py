@@ -18,6 +18,7 @@ from ..arch.model import Model
 from ..kernels.train import needs_grad
 from .data import IGNORE
 from .loss import LOGITS, head_rows
+from .shared import answer_hidden
 
 # %% ../../nbs/691_train.log_probs.ipynb #3b129388
 def _scores(x, w, temperature, memory):
@@ -27,10 +28,10 @@ def _scores(x, w, temperature, memory):
     return torch.ops.aten._log_softmax.out(logits, 1, False, out=logits)
 
 # %% ../../nbs/691_train.log_probs.ipynb #44775e6f
-def _centred_(logp, labels):
-    "Overwrite log-probabilities with `e_y − p`"
+def _centred_(p, labels):
+    "Overwrite probabilities with `e_y − p`"
     at = labels[:, None]
-    return logp.exp_().neg_().scatter_add_(1, at, torch.ones_like(at, dtype=logp.dtype))
+    return p.neg_().scatter_add_(1, at, torch.ones_like(at, dtype=p.dtype))
 
 # %% ../../nbs/691_train.log_probs.ipynb #e0ae1d8a
 def _score_chunks(x, w, labels, temperature, size):
@@ -51,7 +52,7 @@ def _forward(x, w, labels, temperature, size, learns_x):
         p = logp.exp()
         entropies[at] = -torch.linalg.vecdot(p, logp)
         if learns_x:
-            d = _centred_(logp, y).div_(temperature).to(x.dtype)
+            d = _centred_(p, y).div_(temperature).to(x.dtype)
             dx[at] = sum(d[:, i:i+len(part)]@part for i,part in head_rows(w, x.dtype))
     return logps, entropies, dx
 
@@ -61,8 +62,8 @@ def _head_gradient(x, w, labels, temperature, size, weights):
     used = weights.nonzero()[:, 0]
     dw = torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
     for at,some,logp,y in _score_chunks(x[used], w, labels[used], temperature, size):
-        d = _centred_(logp, y).mul_((weights[used[at]]/temperature)[:, None]).to(x.dtype)
-        dw += d.T@some
+        d = _centred_(logp.exp_(), y).mul_((weights[used[at]]/temperature)[:, None]).to(x.dtype)
+        dw.addmm_(d.T, some) if dw.dtype == d.dtype else dw.add_(d.T@some)
     return dw.to(w.dtype)
 
 # %% ../../nbs/691_train.log_probs.ipynb #65e50f30
@@ -114,11 +115,10 @@ def answer_log_probs(
     batch:dict, # `tokens` and `labels` `b s`, optionally `documents` `b s`
     temperature:float = 1., # The sampler's temperature
     chunk:int = 0, # Positions per chunk; 0: as many as fit into `LOGITS` logits
+    share:bool = True, # Whether a prompt may be computed once for all its answers
 )->tuple[Tensor,Tensor]: # Log-probabilities `n` of the scored tokens, row by row, and entropies `n` (no gradient), in nats
     "Log-probabilities of the scored tokens of a batch"
     labels,tokens = batch['labels'],batch['tokens']
     if labels.shape != tokens.shape:
         raise ValueError(f'labels have shape {tuple(labels.shape)}, tokens {tuple(tokens.shape)}; each position needs a label or {IGNORE}')
-    x = model.hidden(tokens, documents=batch.get('documents')).flatten(0, 1)
-    at = (labels.flatten() != IGNORE).nonzero()[:, 0]
-    return linear_log_probs(x.index_select(0, at), model.head_weight, labels.flatten()[at], temperature, chunk)
+    return linear_log_probs(answer_hidden(model, batch, share), model.head_weight, labels[labels != IGNORE], temperature, chunk)
