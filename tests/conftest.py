@@ -25,7 +25,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that wait leave t
 
 
 def not_drawn(items):
-    """Tests with the mark `draw(n)` that this run leaves out: of the points of one test, or of all tests with the mark's `group`, n are drawn.
+    """Tests with the mark `draw(n)` that this run leaves out: n are drawn of the points of one test, or of all tests of a `group`.
     EVERY=1 runs them all, SEED=n repeats a run"""
     groups = {}
     for i in items:
