@@ -8,7 +8,7 @@ of held-out problems that are solved is measured."""
 
 # %% auto #0
 __all__ = ['PIPELINE_TASKS', 'STAGE_KINDS', 'STAGE_RUNS', 'Pipeline', 'pipeline_task', 'PolicyModel', 'PipelineRun',
-           'with_adapter', 'take_adapter', 'trained_stage', 'FineTuneStage', 'run_fine_tuning', 'ReinforceStage',
+           'stage_adapter', 'take_adapter', 'trained_stage', 'FineTuneStage', 'run_fine_tuning', 'ReinforceStage',
            'run_reinforcement', 'CollectStage', 'rewards_of', 'right_answers', 'answer_texts', 'run_collection',
            'collected_rows', 'read_pipeline_stage', 'check_stages', 'solved_share', 'check_pipeline_plan', 'r1_run',
            'PipelineReport']
@@ -119,7 +119,7 @@ class PipelineRun:
         check_stages(self.stages, self.models, where)
 
 # %% ../../nbs/698_train.r1.ipynb #6c2e1b72
-def with_adapter(
+def stage_adapter(
     model:Model, # Model of a stage
     lora:dict|None, # Fields of `LoraConfig`; None: all weights are to learn
     seed:int = 0, # Seed of the adapter's first weights
@@ -131,7 +131,7 @@ def with_adapter(
 
 def take_adapter(
     model:Model, # Model of a stage, changed
-    trained:Model, # From `with_adapter`
+    trained:Model, # From `stage_adapter`
 )->None:
     "Merge what a stage has trained into its model"
     if trained is not model: model.load_state_dict(trained.merge_and_unload().state_dict())
@@ -171,7 +171,7 @@ def run_fine_tuning(
     if s.fresh: model.load_state_dict(r.first[s.model])
     rows = start_rows(r.task, s.n, s.wrong, s.short, r.d.seed) if s.rows == 'start' else collected_rows(r.places[s.rows])
     args = TrainingArguments(**dict(disable_tqdm=True, save_total_limit=1) | s.training, output_dir=place/'steps')
-    trainer = Trainer(with_adapter(model, s.lora, r.d.seed), args, rows, processing_class=tok)
+    trainer = Trainer(stage_adapter(model, s.lora, r.d.seed), args, rows, processing_class=tok)
     history = trained_stage(trainer, place)
     take_adapter(model, trainer.model)
     return dict(rows=len(rows), loss=history[-1]['loss'])
@@ -194,7 +194,7 @@ def run_reinforcement(
     "Reinforce, or continue it"
     model,tok = r.models[s.model]
     args = GRPOConfig(**dict(disable_tqdm=True, save_total_limit=1, log_completions=True) | s.training, output_dir=place/'steps')
-    trainer = GRPOTrainer(with_adapter(model, s.lora, r.d.seed), r.task.reward, args, r.task.train, processing_class=tok)
+    trainer = GRPOTrainer(stage_adapter(model, s.lora, r.d.seed), r.task.reward, args, r.task.train, processing_class=tok)
     history = trained_stage(trainer, place)
     take_adapter(model, trainer.model)
     return dict(first_reward=history[0]['reward'], reward=history[-1]['reward'])
