@@ -121,7 +121,8 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
         const vec d = F::step(group), low = F::low(group, d);
         const CodeBlock* at = x[0] + g;
 #pragma GCC unroll 16
-        for (int j = 0; j < TILE; ++j, at += step) s[j] = add_block(s[j], tile_sum(sums[g % 2], j, F::FINE), d, low, *at);
+        for (int j = 0; j < TILE; ++j, at += step)
+            s[j] = add_block(s[j], tile_sum(sums[g % 2], j, F::FINE), d, low, *at);
     }
     for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
 }

@@ -107,7 +107,8 @@ inline float largest_magnitude(const vec (&x)[32 / L]) {
 // write the low byte of each lane; for numbers beyond ±128 any byte
 inline void store_bytes(ivec c, int8_t* to) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)c), _mm256_extracti128_si256((__m256i)c, 1));
+    const __m128i low = _mm256_castsi256_si128((__m256i)c), high = _mm256_extracti128_si256((__m256i)c, 1);
+    const __m128i pairs = _mm_packs_epi32(low, high);
     _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(pairs, pairs));
 #else
     typedef int8_t bvec __attribute__((vector_size(L)));
