@@ -12,6 +12,8 @@ HOOKS = $(BIN)/nbdev-install-hooks --diff False && git config --file .gitconfig 
 unexport PYTHONDONTWRITEBYTECODE
 # Tests compile some hundred kernels, which all read PyTorch's headers
 test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
+# Processes share the processors: a thread that waits for another of its own gives way
+test sanitize: export OMP_WAIT_POLICY := passive
 
 .PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke evidence-fresh export new-chapter hooks clean
 
@@ -30,7 +32,7 @@ test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are li
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
-	$(BIN)/python -m pytest tests -k sanitizers
+	EVERY=1 $(BIN)/python -m pytest tests -k sanitizers
 
 docs: .venv/.dev  ## the site, into _docs
 	$(BIN)/python -m deepseek_nb.tools.site

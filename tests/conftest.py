@@ -19,12 +19,36 @@ ROOT = Path(__file__).parents[1]
 
 LONG = ('kernels cuda cuda_quant cuda_experts compile quant_model ragged browser latent gguf evidence house one_way_in '
         'kernels_attention ggml sparse_kernels prefix evidence_conversion evidence_finetuning').split()
+SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
+os.environ['SEED'] = str(SEED)  # for all processes of a run
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that wait leave the processor to other tests; read when PyTorch is loaded
 
 
-def pytest_collection_modifyitems(items):
+def not_drawn(items):
+    """Tests with the mark `draw(n)` that this run leaves out: n are drawn of the points of one test, or of all tests of a `group`.
+    EVERY=1 runs them all, SEED=n repeats a run"""
+    groups = {}
+    for i in items:
+        for m in i.iter_markers('draw'):
+            n, some = groups.setdefault(m.kwargs.get('group', i.nodeid.partition('[')[0]), (m.args[0], []))
+            some.append(i)
+    for name, (n, some) in groups.items():
+        kept = random.Random(f'{SEED} {name}').sample(some, min(n, len(some)))
+        yield from (i for i in some if i not in kept)
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(items, config):
     "What takes longest comes first, then files of few tests: where two run side by side, only short ones are left for the end."
+    if not os.environ.get('EVERY') and (left := {*not_drawn(items)}):
+        config.hook.pytest_deselected(items=[*left])
+        items[:] = [i for i in items if i not in left]
     tests = Counter(i.path for i in items)
     items.sort(key=lambda i: (i.path.stem.removeprefix('test_') not in LONG, tests[i.path]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not os.environ.get('EVERY'): terminalreporter.write_line(f'Of long sweeps a part ran: SEED={SEED} draws it again, EVERY=1 runs all')
 
 
 def rewritten(config):
@@ -67,9 +91,6 @@ def python():
 def interpreter():
     "Runs code in a fresh interpreter and returns what it printed."
     return lambda code: printed(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True))
-
-
-SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 
 
 @pytest.fixture(scope='module')

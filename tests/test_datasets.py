@@ -27,6 +27,7 @@ from deepseek_nb.platform.datasets import (
     list_versions,
     page_of_rows,
     row_digest,
+    search_rows,
     version_report,
 )
 from deepseek_nb.platform.store import open_store, records, version_rows, versions
@@ -90,9 +91,11 @@ def test_pages_of_rows(store, draw, monkeypatch):  # noqa: F811
     assert len(every) == 90 and [r.id for r in every] == sorted(r.id for r in every)
     for split in (None, *SPLITS):
         for contains in (None, *words[:6], 'OTHER', 'A_b', 'äpfel', '%', 'zzz'):
-            found, after = [], 0
-            while part := page_of_rows(store, version, after, 7, split, contains):
-                found, after = found + part, part[-1].id
+            found, after, most = [], 0, draw.randrange(1, 40)
+            while after is not None:
+                if contains: part, after = search_rows(store, version, contains, after, 7, split, most)
+                else: after = part[-1].id if (part := page_of_rows(store, version, after, 7, split)) else None
+                found += part
             held = low(contains or '')
             assert found == [r for r in every if split in (None, r.split) and held in low(r.data['text'])], (split, contains)
     assert [r for s in SPLITS for r in iter_rows(store, version, s)].__len__() == 90

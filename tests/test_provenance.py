@@ -21,10 +21,10 @@ from deepseek_nb.studies.texts import WordBayes, majority
 
 # Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
 BENCHES_BEFORE = """
-    attention batch-decode bias blocks cache cache-kinds calibration compile decode dispatch drift evaluation events
-    format-rates gpu-emulated import-time int8 latent-codes llama load-smollm2 lora machine moe-decode moe-layer neurons
-    perturb platform prefill prefix-cache qlora-memory quality quant-decode quant-moe refusals roofline runner scaling serve
-    smollm2-decode smollm2-prefill sparse sparse-steps speculate train-step v4-decode
+    attention batch-decode bias blocks cache-kinds calibration compile drift evaluation events format-rates
+    gpu-emulated latent-codes lora machine moe-layer neurons perturb platform prefix-cache qlora-memory quality
+    quant-decode quant-moe refusals roofline runner scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
+    speculate train-step v4-decode
 """.split()
 PLAN = '''minutes = 1
 seeds = [0, 1]

@@ -20,7 +20,16 @@ from sqlalchemy import func, select
 from . import labels as lab
 from . import layout
 from .access import allowed
-from .datasets import DATA_KINDS, SPLITS, import_dataset, list_datasets, list_versions, page_of_rows, version_report
+from deepseek_nb.platform.datasets import (
+    DATA_KINDS,
+    SPLITS,
+    import_dataset,
+    list_datasets,
+    list_versions,
+    page_of_rows,
+    search_rows,
+    version_report,
+)
 from .exchange import export_answers, export_rows, import_task, label_studio_config
 from .layout import Pages, badge, big, card, cards, facts, field, form, live, notice, page, press, redirect, table
 from .store import versions
@@ -167,15 +176,18 @@ def _rows_page(request, id):
     "Rows, fifty at a time"
     ask,store = request.query_params,request.state.store
     split,contains = ask.get('split') if ask.get('split') in SPLITS else None,ask.get('contains', '')[:200].replace('\0', '')
-    r,found = version_report(store, id),page_of_rows(store, id, _after(request), 50, split, contains or None)
+    r,after,end = version_report(store, id),_after(request),None
+    if contains: found,end = search_rows(store, id, contains, after, 50, split)
+    elif len(found := page_of_rows(store, id, after, 50, split)) == 50: end = found[-1].id
     keep = ''.join(f'&{k}={v}' for k,v in (('split', split), ('contains', quote(contains, safe=''))) if v)
-    more = f'/versions/{id}/rows?after={found[-1].id}{keep}' if len(found) == 50 else None
+    more = f'/versions/{id}/rows?after={end}{keep}' if end else None
     labels = {'spans': lambda d: ', '.join(s.get('label', '') for s in d.get('spans') or ()) or None}.get(r['kind'], _label)
     rows = [(f'{o.id}', _words(o.data), labels(o.data), o.split) for o in found]
     which = field('split', 'Split', 'select', split or '', options=[('', 'all'), *SPLITS])
     ask = fh.Form(which, field('contains', 'Contains', value=contains),
                   fh.Button('Filter', cls='quiet'), method='get', action=f'/versions/{id}/rows', cls='row')
-    shown = table(['Record', 'Text', 'Label', 'Split'], rows, more, empty='No row fits the filter.')
+    empty = f'No row up to record {end} fits the filter.' if end else 'No row fits the filter.'
+    shown = table(['Record', 'Text', 'Label', 'Split'], rows, more, empty=empty)
     return page(request, f'Rows of {r["name"]}', ask, shown, lead=f'Version {r["number"]}, {r["rows"]:,} rows',
                 trail=[('Datasets', '/datasets'), (f'Version {r["number"]}', f'/versions/{id}')])
 

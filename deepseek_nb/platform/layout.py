@@ -86,13 +86,14 @@ def table(
 ): # Element
     "A table"
     lines = [[*row] for row in rows]
-    if not lines: return fh.P(empty, cls='dim')
+    on = fh.P(fh.A('Next', href=next_url, rel='next', cls='button quiet'), cls='next') if next_url else ''
+    if not lines: return fh.Div(fh.P(empty, cls='dim'), on) if on else fh.P(empty, cls='dim')
     numbers = [isinstance(v, int | float) for v in lines[0]]
     head = [fh.Th(h, scope='col', cls='num' if n else None, role='columnheader') for h,n in zip(heads, numbers, strict=True)]
     body = [fh.Tr(*[_cell(h, v) for h,v in zip(heads, row, strict=True)], role='row') for row in lines]
     parts = fh.Thead(fh.Tr(*head, role='row'), role='rowgroup'),fh.Tbody(*body, role='rowgroup')
     main = fh.Table(fh.Caption(caption) if caption else '', *parts, cls='rows', role='table')
-    return fh.Div(main, fh.P(fh.A('Next', href=next_url, rel='next', cls='button quiet'), cls='next') if next_url else '')
+    return fh.Div(main, on)
 
 # %% ../../nbs/835_platform.layout.ipynb #6121c871
 def card(
