@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import IGNORE
-from deepseek_nb.train.grpo import GRPOConfig, GRPOTrainer, RewardGuard, batch_answers, safe_reward
+from deepseek_nb.train.grpo import CURVES, GRPOConfig, GRPOTrainer, RewardGuard, batch_answers, safe_reward
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.on_policy import Collapsed
 from deepseek_nb.train.rollout import (
@@ -116,6 +117,27 @@ def test_the_draw_follows_the_distribution(seed):
     assert torch.allclose(torch.cat(drawn.sampled).double(), p.log()[ids], atol=1e-4)
 
 
+def test_sampler_and_trainer_share_the_kept_tokens(seed):
+    "The sets are those of the definition in float64, and probabilities are among them, in the trainer too"
+    s = Sampler(fresh(), TOK, max_tokens=6, temperature=.9, top_p=.6, top_k=30, seed=seed, keep=True)
+    drawn = s(prompts(3), 2)
+    compared = 0
+    for prompt, answer, sets, noted in zip(drawn.prompts, drawn.answers, drawn.kept, drawn.sampled, strict=True):
+        with torch.no_grad(): logits = s.model(torch.tensor([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1:].double()/.9
+        for z, token, kept, logp in zip(logits, answer, sets, noted, strict=True):
+            best = z.topk(30).indices
+            q = z[best].softmax(0)
+            if (q.cumsum(0) - .6).abs().min() > 1e-4: # otherwise rounding decides
+                compared += 1
+                assert {*kept.tolist()} == {*best[q.cumsum(0) - q < .6].tolist()}
+            assert abs(logp - (z[token] - z[kept].logsumexp(0))) < 1e-3
+    assert compared
+    args = config(top_p=.6, top_k=30, keep_sampling_mask=True, max_steps=1, beta=.1)
+    t = GRPOTrainer(fresh(), digits_reward, args, ROWS, processing_class=TOK)
+    row = t.train()[0]
+    assert row['gap'] < 1e-3 and row['kl'] < 1e-6 and row['entropy'] < math.log(30)
+
+
 def test_weights_that_change_change_the_next_phase(seed):
     for lora in (False, True):
         model = fresh(DENSE, lora)
@@ -199,9 +221,9 @@ def trainer_for(case, **kw):
     torch.manual_seed(0)
     lora = LoraConfig(r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj'])
     c, more, peft = dict(
-        full=(DENSE, dict(beta=.05, steps_per_generation=2, num_iterations=2), None),
+        full=(DENSE, dict(beta=.05, steps_per_generation=2, num_iterations=2, dynamic_sampling=2), None),
         lora=(DENSE, dict(beta=.05, gradient_accumulation_steps=2, loss_type='grpo', row_invariant=is_invariant(fresh())), lora),
-        mixture=(MOE, dict(replay_routes=True, steps_per_generation=2), None))[case]
+        mixture=(MOE, dict(replay_routes=True, steps_per_generation=2, top_k=20, keep_sampling_mask=True), None))[case]
     model = Model(c, dtype='float32', device='cpu').init_weights(.3)
     return GRPOTrainer(model, digits_reward, config(**more | kw), ROWS, processing_class=TOK, peft_config=peft)
 
@@ -332,6 +354,66 @@ def test_hostile_rewards_end_as_zero(tmp_path):
     assert safe_reward(lambda **columns: [None, 2, True], columns, 20.) == ([None, 2., 1.], 0)
 
 
+def test_silent_groups_are_replaced(seed):
+    "Each phase has the groups that a loop over the same prompts and draws would take, and the curves count them"
+    g, cap = 4, 3
+    rows = [dict(prompt=f'{a}+{b}', answer=str(a + b), quiet=random.random() < .6) for a in range(1, 8) for b in range(1, 5)]
+    def reward(prompts, completions, quiet, **columns):
+        return [0. if q else float(len({*c})) for c, q in zip(completions, quiet, strict=True)]
+    torch.manual_seed(seed)
+    model = Model(DENSE, dtype='float32', device='cpu').init_weights(.3)
+    def made(n):
+        args = config(dynamic_sampling=n, per_device_train_batch_size=12, seed=seed)
+        return GRPOTrainer(model, reward, args, rows, processing_class=TOK)
+    t, plain = made(cap), made(0)
+    t.begin(), plain.begin()
+    asked, draws = 0, 0
+    for _ in range(3):
+        next(iter(t.batches))
+        t.batches.place = t.batches.size
+        groups = []
+        for _ in range(cap + 1):
+            silent = [i for i, x in enumerate(groups) if len({s['reward'] for s in x}) == 1] if groups else [0, 1, 2]
+            if not silent: break
+            plain.batches.asked, plain.batches.draws = asked, draws
+            answers, each, values, _ = plain.batches.ask(len(silent))
+            asked, draws = asked + len(silent), draws + 1
+            new = [[dict(reward=v, ids=a) for v, a in zip(values[i:i + g].tolist(), answers.answers[i:i + g], strict=True)]
+                   for i in range(0, len(each), g)]
+            good = [x for x in new if len({s['reward'] for s in x}) > 1]
+            if not groups: groups, first = new, values
+            else:
+                for i, x in zip(silent, good, strict=False): groups[i] = x
+        now = t.batches.measured
+        assert [s['reward'] for s in t.batches.samples] == [s['reward'] for x in groups for s in x]
+        assert batch_answers(t.batches.buffer[0])[1] == [s['ids'] for x in groups for s in x]
+        assert (t.batches.asked, t.batches.draws) == (asked, draws) and now['reward'] == first.mean().item()
+        assert now['filled'] == pytest.approx(sum(len({s['reward'] for s in x}) > 1 for x in groups)/3)
+        assert now['redrawn'] <= 3*cap
+
+
+@pytest.mark.parametrize('case', ['full', 'lora'])
+def test_unfinished_answers_are_left_out(case):
+    "A batch of them has no scored token, and its loss no gradient"
+    t = trainer_for(case, mask_truncated_completions=True, dynamic_sampling=0)
+    t.begin()
+    t.batches.sampler.stop_ids = ()
+    batch = next(iter(t.batches))
+    assert not t.batches.measured['ended'] and (batch['labels'] == IGNORE).all()
+    loss, _ = t.compute_loss(t.model, batch)
+    loss.backward()
+    assert loss == 0 and not any(p.grad is not None and p.grad.any() for p in t.params)
+
+
+def test_every_curve_is_in_the_history(tmp_path):
+    t = trainer_for('full', output_dir=tmp_path, max_steps=3)
+    t.train()
+    state = dict(json.loads((tmp_path/'checkpoint-3/trainer_state.json').read_text())['state']['dict'])
+    stored = [dict(row['dict']) for row in state['history']]
+    for history in (t.history, stored):
+        assert {*CURVES} - {'clipped'} | {'clip_low', 'clip_high'} <= {k for row in history for k in row}
+
+
 def test_guard_stops_a_policy_that_loses_its_reward():
     t = trainer_for('full', max_steps=60, per_device_train_batch_size=8)
     source = SimpleNamespace(measured=None)
@@ -347,7 +429,9 @@ def test_guard_stops_a_policy_that_loses_its_reward():
 
 def test_settings_and_columns_that_do_not_fit():
     with pytest.raises(ValueError, match='no multiple of num_generations'): config(per_device_train_batch_size=6)
-    with pytest.raises(ValueError, match='use \'group\' or \'none\''): config(scale_rewards='batch')
+    with pytest.raises(ValueError, match="use 'group', 'batch' or 'none'"): config(scale_rewards='all')
+    with pytest.raises(ValueError, match='keep_sampling_mask needs'): config(keep_sampling_mask=True)
+    with pytest.raises(ValueError, match='dynamic_sampling is -1'): config(dynamic_sampling=-1)
     with pytest.raises(ValueError, match='2 factors for 1 rewards'):
         GRPOTrainer(fresh(), digits_reward, config(reward_weights=[1., 2.]), ROWS, processing_class=TOK)
     with pytest.raises(ValueError, match='a prompt is needed'):

@@ -17,7 +17,7 @@ from deepseek_nb.quant import quantize
 from deepseek_nb.train.advantage import generalised_advantage, group_advantage, informative, leave_one_out
 from deepseek_nb.train.data import IGNORE, collate, example
 from deepseek_nb.train.kl_estimate import KL_KINDS, kl_estimate
-from deepseek_nb.train.log_probs import answer_log_probs, answer_rows, linear_log_probs
+from deepseek_nb.train.log_probs import answer_log_probs, answer_rows, kept_log_probs, linear_log_probs
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.policy import LOSS_TYPES, MISMATCH, PolicyLoss
 
@@ -197,12 +197,15 @@ def test_advantages_by_hand(r, case):
     def row(): return [r.choice((.1, .7, 1/3))]*g if r.random() < .4 else [r.choice((0., 1., r.gauss(0, 3))) for _ in range(g)]
     rewards = [row() for _ in range(groups)]
     flat = torch.tensor(rewards, dtype=torch.float64).flatten()
+    whole = [x for row in rewards for x in row]
+    spread = math.sqrt(math.fsum((x - math.fsum(whole)/len(whole))**2 for x in whole)/(len(whole) - 1))
     for i, row in enumerate(rewards):
         mean = math.fsum(row)/g
         std = math.sqrt(math.fsum((x - mean)**2 for x in row)/(g - 1))
         equal, part = len({*row}) == 1, slice(i*g, i*g + g)
         assert informative(flat, g)[i] == (not equal)
         for got, want in ((group_advantage(flat, g), [0. if equal else (x - mean)/(std + 1e-4) for x in row]),
+                          (group_advantage(flat, g, 'batch'), [0. if equal else (x - mean)/(spread + 1e-4) for x in row]),
                           (group_advantage(flat, g, scale=False), [0. if equal else x - mean for x in row]),
                           (leave_one_out(flat, g), [0. if equal else x - (math.fsum(row) - x)/(g - 1) for x in row])):
             assert max(abs(a - b) for a, b in zip(got[part].tolist(), want, strict=True)) < 1e-12*(1 + max(map(abs, want)))
@@ -248,6 +251,30 @@ def test_log_probs_in_float64(r, case):
     grads = [torch.autograd.grad((o*weights).sum(), leaves) for o in (got, want)]
     for a, b in ((got, want), (entropies, wanted), *zip(*grads, strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype and (not a.numel() or (a - b).abs().max() < 1e-11)
+
+
+@pytest.mark.parametrize('case', CASES[:8])
+def test_log_probs_among_kept_tokens(r, case):
+    "Each position by the logits of its own tokens, in plain sums of float64; values, entropies and gradients"
+    n, d, w = r.choice((0, 1, r.randrange(2, 40))), r.randrange(1, 20), r.randrange(2, 50)
+    x, head = (torch.randn(s, d, dtype=torch.float64, requires_grad=True) for s in (n, w))
+    if r.random() < .3: head.requires_grad_(False)
+    sets = [sorted(r.sample(range(w), r.randrange(1, w + 1))) for _ in range(n)]
+    at, temperature, weights = [r.randrange(len(s)) for s in sets], r.uniform(.3, 2), torch.randn(n, dtype=torch.float64)
+    labels = torch.tensor([s[i] for s, i in zip(sets, at, strict=True)], dtype=torch.int64)
+    ids, sizes = (torch.tensor(v, dtype=torch.int64) for v in (sum(sets, []), [len(s) for s in sets]))
+    got, entropies = kept_log_probs(x, head, labels, ids, sizes, temperature, r.randrange(0, n + 2))
+    rows = [x[i]@head[s].T/temperature for i, s in enumerate(sets)]
+    logp = [z - z.exp().sum().log() for z in rows]
+    want = torch.stack([p[i] for p, i in zip(logp, at, strict=True)]) if n else x.sum(1)
+    assert got.shape == entropies.shape == (n,) and not entropies.requires_grad
+    assert all(abs(h + (p.exp()*p).sum()) < 1e-11 for h, p in zip(entropies, logp, strict=True))
+    leaves = [t for t in (x, head) if t.requires_grad]
+    grads = [torch.autograd.grad((o*weights).sum(), leaves, allow_unused=True, materialize_grads=True) for o in (got, want)]
+    for a, b in ((got, want), *zip(*grads, strict=True)): assert not a.numel() or (a - b).abs().max() < 1e-11
+    whole = linear_log_probs(x, head, labels, temperature)[0]
+    everything = kept_log_probs(x, head, labels, torch.arange(w).repeat(n), torch.full((n,), w), temperature)[0]
+    assert not n or (whole - everything).abs().max() < 1e-11
 
 
 def batch_of(r, w, b=4):
@@ -365,8 +392,9 @@ def trainer(trl, tok, model, folder, s, temperature, length=9):
     s = dict(max_completion_length=length) | s
     s = {NAMES.get(k, k): v for k, v in s.items() if k != 'theirs'} | s.get('theirs', {})
     s |= dict(use_bias_correction_kl=s.get('use_bias_correction_kl', False))
-    args = trl.GRPOConfig(output_dir=str(folder), per_device_train_batch_size=4, num_generations=4, use_cpu=True, bf16=False, report_to=[],
-                          gradient_checkpointing=False, temperature=temperature, save_strategy='no', **dict(loss_type='grpo') | s)
+    args = trl.GRPOConfig(output_dir=str(folder), per_device_train_batch_size=4, use_cpu=True, bf16=False, report_to=[],
+                          gradient_checkpointing=False, temperature=temperature, save_strategy='no',
+                          **dict(loss_type='grpo', num_generations=4) | s)
     t = trl.GRPOTrainer(model=model, reward_funcs=lambda completions, **_: [0.]*len(completions), args=args, processing_class=tok,
                         train_dataset=datasets.Dataset.from_list([dict(prompt='a')]*4))
     t.current_gradient_accumulation_steps = 1
@@ -461,8 +489,42 @@ def test_advantages_against_trl(r, policies, tmp_path):
         return given
     theirs.config.vocab_size = len(tok)
     model = type(theirs)(theirs.config)
-    for scale in ('group', 'none'):
-        t = trainer(trl, tok, model, tmp_path, dict(scale_rewards=scale), 1., length=2)
+    for scale, group in (('group', 4), ('none', 4), ('batch', 2), ('group', 2), (True, 2), (False, 2)):
+        t = trainer(trl, tok, model, tmp_path, dict(scale_rewards=scale, num_generations=group), 1., length=2)
         t.reward_funcs = [reward]
         got = t._generate_and_score_completions([dict(prompt='a')]*4)['advantages']
-        assert len(given) == 4 and (got - group_advantage(torch.tensor(given), 4, scale == 'group')).abs().max() < 1e-5
+        assert len(given) == 4 and (got - group_advantage(torch.tensor(given), group, scale)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('kind', LOSS_TYPES)
+def test_truncated_answers_against_trl(r, policies, tmp_path, kind):
+    "TRL masks answers without an end token, of given texts; loss and gradients equal those of a batch of ours"
+    from deepseek_nb.train.grpo import GroupBatches, GRPOConfig, PolicyObjective
+    from deepseek_nb.train.rollout import Rollouts
+    trl, tok, theirs, (ours, *_) = policies
+    t = trainer(trl, tok, theirs, tmp_path, dict(loss_type=kind, mask_truncated_completions=True, scale_rewards='none'), 1.)
+    end = t.eos_token_ids[0]
+    plain = [i for i in range(61) if i not in {*t.eos_token_ids, tok.pad_token_id}]
+    ended = [True, False, *(r.random() < .5 for _ in range(2))]
+    prompts = [[r.choice(plain) for _ in range(3)]]*4
+    answers = [[r.choice(plain) for _ in range(r.randrange(1, 9))] + [end]*e for e in ended]
+    rewards = [r.gauss(0, 1) for _ in range(4)]
+    t._tokenize_prompts = lambda *a: (prompts, None, {})
+    t._generate_single_turn = lambda *a, **k: (answers, None)
+    t.reward_funcs = [lambda completions, **_: rewards]
+    inputs = t._generate_and_score_completions([dict(prompt='a')]*4)
+    theirs.zero_grad()
+    theirs.train()
+    want = t._compute_loss(theirs, inputs)
+    want.backward()
+    args = GRPOConfig(loss_type=kind, mask_truncated_completions=True, max_completion_length=9, num_generations=4,
+                      per_device_train_batch_size=4)
+    drawn = Rollouts(prompts, answers, ended, [torch.zeros(len(a)) for a in answers], 4)
+    batch = GroupBatches([dict(prompt='')], ours, tok, [], args).cut(drawn, group_advantage(torch.tensor(rewards), 4, False), [*range(4)])
+    assert answer_rows(batch['labels']).tolist() == [i for i in range(4) if ended[i] for _ in answers[i]]
+    ours.zero_grad()
+    loss, n = PolicyObjective(args)(ours, batch)
+    (loss/n).backward()
+    grads, by_name = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert abs(loss.item()/n - want.item()) < 1e-5*(1 + abs(want.item()))
+    assert relative([grads[k.removeprefix('model.')].grad for k in by_name], [p.grad for p in by_name.values()]) < 1e-5

@@ -35,12 +35,13 @@ def informative(
 def group_advantage(
     rewards:Tensor, # Reward of each answer `b`, group after group
     group:int, # Answers per group G
-    scale:bool = True, # Divide by the group's standard deviation (GRPO); False: Dr. GRPO
+    scale:bool|str = True, # Divide by the deviation of the 'group' (True, GRPO), of the whole 'batch', or 'none' (False, Dr. GRPO)
 )->Tensor: # Advantage of each answer `b`
     "Compare each reward with the mean of its group"
-    r = _grouped(rewards, group)
+    r,kind = _grouped(rewards, group),{True: 'group', False: 'none'}.get(scale, scale)
+    if kind not in ('group', 'batch', 'none'): raise ValueError(f"scale is {scale!r}; use 'group', 'batch' or 'none'")
     a = r - r.mean(1, keepdim=True)
-    if scale: a = a/(r.std(1, keepdim=True) + 1e-4)
+    if kind != 'none': a = a/((r.std() if kind == 'batch' else r.std(1, keepdim=True)) + 1e-4)
     return (a*informative(rewards, group)[:, None]).flatten()
 
 # %% ../../nbs/690_train.advantage.ipynb #5c0d3be0

@@ -9,7 +9,7 @@ A reward that hangs or crashes scores 0, and `RewardGuard` stops a run that coll
 # %% auto #0
 __all__ = ['LOSS_FIELDS', 'CURVES', 'GRPOConfig', 'check_grpo', 'phase_batches', 'policy_loss', 'safe_reward', 'prompt_ids',
            'completions_of', 'GroupBatches', 'batch_answers', 'policy_log_probs', 'PolicyObjective', 'RolloutLog',
-           'RewardGuard', 'GRPOTrainer']
+           'RewardGuard', 'GRPOTrainer', 'plot_curves']
 
 # %% ../../nbs/696_train.grpo.ipynb #ea9fb344
 import json
@@ -43,6 +43,7 @@ from deepseek_nb.train.rollout import (
     Rollouts,
     Sampler,
     is_invariant,
+    kept_table,
     mismatch,
     policy_views,
     replay_table,
@@ -72,11 +73,14 @@ class GRPOConfig(TrainingArguments):
     loss_type:str = 'dapo' # 'grpo', 'dapo', 'dr_grpo' or 'bnpo'
     importance_sampling_level:str = 'token' # 'token', or 'sequence' (GSPO)
     top_entropy_quantile:float = 1. # Share of tokens with the largest entropy that learn
-    scale_rewards:bool|str = True # Whether advantages are divided by the group's deviation; 'group' and 'none' mean the same
+    scale_rewards:bool|str = True # Advantages are divided by the deviation of the 'group' (True), of the phase ('batch'), or 'none' (False)
     reward_weights:list|None = None # Factor of each reward; None: 1
     log_completions:bool = False # Whether the answers of each phase are written to output_dir/samples
     kl:str = 'k3' # Estimator of the divergence
     unbiased_kl:bool = False # Multiply the divergence by the token's ratio (V3.2)
+    mask_truncated_completions:bool = False # Leave answers without an end token out of the loss
+    keep_sampling_mask:bool = False # Score each token among those that top_p and top_k had kept (V3.2)
+    dynamic_sampling:int = 0 # Most extra draws of a phase, which replace groups of equal rewards by groups of further prompts
     truncate:float|None = None # Largest ratio of trainer to sampler; None: no correction
     off_policy:float|None = None # Threshold of V3.2's mask, in nats; None: no mask
     sampler_dtype:str|None = None # Format of a quantised sampler; None: the policy's own weights
@@ -101,9 +105,12 @@ def check_grpo(
     _expect(n % a.num_generations == 0, f'a phase has {n} answers, which is no multiple of num_generations {a.num_generations}')
     _expect(a.num_iterations >= 1, f'num_iterations is {a.num_iterations}; it must be at least 1')
     _expect(a.temperature > 0, f'temperature is {a.temperature}; it must be above 0')
-    _expect(a.scale_rewards in (True, False, 'group', 'none'), f"scale_rewards is {a.scale_rewards!r}; use 'group' or 'none'")
+    scales = (True, False, 'group', 'batch', 'none')
+    _expect(a.scale_rewards in scales, f"scale_rewards is {a.scale_rewards!r}; use 'group', 'batch' or 'none'")
+    _expect(a.dynamic_sampling >= 0, f'dynamic_sampling is {a.dynamic_sampling}; it counts draws, 0 for none')
     exact = a.sampler_dtype is None and a.top_p == 1 and a.top_k == 0
     _expect(exact or not a.row_invariant, 'row_invariant needs a sampler of floats without top_p and top_k')
+    _expect(not a.keep_sampling_mask or a.top_p < 1 or a.top_k, 'keep_sampling_mask needs top_p or top_k, which keep some of the tokens')
     policy_loss(a)
 
 def phase_batches(
@@ -179,10 +186,10 @@ class GroupBatches:
     ):
         self.rows,self.model,self.tok,self.rewards,self.args,self.reference = rows,model,tok,rewards,args,reference
         self.sampler = Sampler(model, tok, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.seed,
-                               dtype=args.sampler_dtype, replay=args.replay_routes)
+                               dtype=args.sampler_dtype, replay=args.replay_routes, keep=args.keep_sampling_mask)
         self.size = phase_batches(args)
         self.prompts = self.size*args.per_device_train_batch_size//args.num_generations
-        self.phase,self.place,self.buffer,self.samples,self.measured = 0,0,[],[],None
+        self.phase,self.place,self.asked,self.draws,self.buffer,self.samples,self.measured = 0,0,0,0,[],[],None
 
     def __len__(self): # batches of an epoch
         return max(1, len(self.rows)*self.args.num_generations*self.args.num_iterations//self.args.per_device_train_batch_size)
@@ -198,14 +205,17 @@ class GroupBatches:
 
 # %% ../../nbs/696_train.grpo.ipynb #8f60e4b7
 @patch
-def chosen(self:GroupBatches)->list: # Rows, each as a dict
-    "The rows of the next phase"
-    n,order,out = len(self.rows),{},[]
-    for i in range(self.phase*self.prompts, (self.phase + 1)*self.prompts):
-        if i//n not in order: order[i//n] = np.random.default_rng([self.args.seed, i//n]).permutation(n)
-        out.append(dict(self.rows[int(order[i//n][i % n])]))
+def chosen(self:GroupBatches,
+    n:int, # Number of prompts
+)->list: # Rows, each as a dict
+    "The next rows, in a shuffled order"
+    size,order,out = len(self.rows),{},[]
+    for i in range(self.asked, self.asked + n):
+        if i//size not in order: order[i//size] = np.random.default_rng([self.args.seed, i//size]).permutation(size)
+        out.append(dict(self.rows[int(order[i//size][i % size])]))
     return out
 
+# %% ../../nbs/696_train.grpo.ipynb #5b1d0a61
 @patch
 def score(self:GroupBatches,
     rollouts:Rollouts, # Answers
@@ -224,22 +234,60 @@ def score(self:GroupBatches,
         means['broken'] = means.get('broken', 0) + broken
     return total, means
 
+# %% ../../nbs/696_train.grpo.ipynb #5b1d0a62
+@patch
+def ask(self:GroupBatches,
+    n:int, # Number of prompts
+)->tuple[Rollouts,list,Tensor,dict]: # Answers, the row and the reward of each, and the mean of each function
+    "Draw a group of answers to each of the next prompts, and reward them"
+    rows,g = self.chosen(n),self.args.num_generations
+    rollouts = self.sampler([prompt_ids(r['prompt'], self.tok) for r in rows], g, self.draws)
+    self.asked,self.draws = self.asked + n,self.draws + 1
+    each = [r for r in rows for _ in range(g)]
+    return rollouts, each, *self.score(rollouts, each)
+
+# %% ../../nbs/696_train.grpo.ipynb #5b1d0a64
+def _move_groups(old, new, to, at, g):
+    "Replace groups of sequences that have an entry per answer"
+    for a,b in zip(old, new, strict=True):
+        for i,j in zip(to, at, strict=False): a[i*g:i*g + g] = b[j*g:j*g + g]
+
+def _per_answer(rollouts, *more): return [v for v in vars(rollouts).values() if isinstance(v, list)] + [*more]
+
+# %% ../../nbs/696_train.grpo.ipynb #5b1d0a69
+@patch
+def redraw(self:GroupBatches,
+    rollouts:Rollouts, # Answers of a phase; changed
+    rows:list, # Row of each answer; changed
+    rewards:Tensor, # Reward of each answer `b`; changed
+)->dict: # Number of groups drawn, share of groups that are informative now, answers that broke a reward
+    "Replace groups of equal rewards by groups of further prompts"
+    g,drawn,broken = self.args.num_generations,0,0
+    for _ in range(self.args.dynamic_sampling):
+        silent = (~informative(rewards, g)).nonzero()[:, 0].tolist()
+        if not silent: break
+        new,other,values,means = self.ask(len(silent))
+        good = informative(values, g).nonzero()[:, 0].tolist()
+        _move_groups(_per_answer(rollouts, rows, rewards), _per_answer(new, other, values), silent, good, g)
+        drawn,broken = drawn + len(silent),broken + means['broken']
+    return dict(redrawn=drawn, filled=informative(rewards, g).float().mean().item(), broken=broken)
+
 # %% ../../nbs/696_train.grpo.ipynb #a7d45b24
 @patch
 def draw(self:GroupBatches)->None:
     "Sample, reward, and cut a phase into batches"
-    a,rows = self.args,self.chosen()
-    rollouts = self.sampler([prompt_ids(r['prompt'], self.tok) for r in rows], a.num_generations, self.phase)
-    each = [r for r in rows for _ in range(a.num_generations)]
-    rewards,means = self.score(rollouts, each)
-    advantages = group_advantage(rewards, a.num_generations, a.scale_rewards in (True, 'group'))
-    taught = informative(rewards, a.num_generations).float().mean().item()
+    a,g = self.args,self.args.num_generations
+    rollouts,rows,rewards,means = self.ask(self.prompts)
+    taught = informative(rewards, g).float().mean().item()
     self.measured = means | dict(reward=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), informative=taught)
     self.measured |= measures(rollouts.answers, rollouts.ended, rollouts.entropy())
-    texts = completions_of(rollouts, [r['prompt'] for r in each], self.tok)
+    if a.dynamic_sampling:
+        more = self.redraw(rollouts, rows, rewards)
+        self.measured |= more | dict(broken=means['broken'] + more['broken'])
+    advantages,texts = group_advantage(rewards, g, a.scale_rewards),completions_of(rollouts, [r['prompt'] for r in rows], self.tok)
     self.samples = [dict(prompt=r['prompt'], completion=t, reward=v, advantage=w)
-                    for r,t,v,w in zip(each, texts, rewards.tolist(), advantages.tolist(), strict=True)]
-    self.buffer = [self.cut(rollouts, advantages, part) for part in self.parts(len(each))]
+                    for r,t,v,w in zip(rows, texts, rewards.tolist(), advantages.tolist(), strict=True)]
+    self.buffer = [self.cut(rollouts, advantages, part) for part in self.parts(len(rows))]
     self.phase,self.place = self.phase + 1,0
     if a.log_completions and a.output_dir: self.write_samples(Path(a.output_dir)/'samples')
 
@@ -272,7 +320,10 @@ def cut(self:GroupBatches,
 )->dict: # Tensors by name
     "Make a batch, with what the loss needs"
     a,batch = self.args,rollouts.batch(part)
-    batch |= dict(advantages=advantages[part], sampled=torch.cat([rollouts.sampled[i] for i in part]))
+    scored = [i for i in part if rollouts.ended[i] or not a.mask_truncated_completions]
+    batch['labels'][torch.tensor([i not in scored for i in part])] = IGNORE
+    batch |= dict(advantages=advantages[part], sampled=torch.cat([torch.zeros(0), *(rollouts.sampled[i] for i in scored)]))
+    if rollouts.kept: batch |= kept_table([rollouts.kept[i] for i in scored])
     if a.replay_routes: batch['routes'] = replay_table([rollouts.routes[i] for i in part], batch['tokens'].shape[1])
     if a.row_invariant: batch['old'] = batch['sampled'].clone()
     elif self.size*a.num_iterations > a.gradient_accumulation_steps: batch['old'] = policy_log_probs(self.model, batch, a)[0]
@@ -280,11 +331,13 @@ def cut(self:GroupBatches,
     return batch
 
 # %% ../../nbs/696_train.grpo.ipynb #3f88cde8
+_COUNTS = ('phase', 'place', 'asked', 'draws')  # Numbers of phases, of batches of this phase, of prompts and of draws
+
 @patch
 def state_dict(self:GroupBatches)->dict: # Counts, buffer, and identity of the reference
     "State that is saved for an exact resume"
     known = None if self.reference is None else identity(self.reference)
-    return dict(phase=self.phase, place=self.place, buffer=self.buffer, samples=self.samples, reference=known)
+    return {k: getattr(self, k) for k in _COUNTS} | dict(buffer=self.buffer, samples=self.samples, reference=known)
 
 @patch
 def load_state_dict(self:GroupBatches,
@@ -293,19 +346,26 @@ def load_state_dict(self:GroupBatches,
     "Restore a state"
     if state['reference'] != self.state_dict()['reference']:
         raise ValueError('the reference of the run is not this one; resume with the model that the run began with')
-    self.phase,self.place,self.buffer,self.samples = (state[k] for k in ('phase', 'place', 'buffer', 'samples'))
+    for name in (*_COUNTS, 'buffer', 'samples'): setattr(self, name, state[name])
 
 # %% ../../nbs/696_train.grpo.ipynb #20be2332
 def batch_answers(
     batch:dict, # `tokens` and `labels` `b s`
-)->tuple[list,list]: # Token ids of each prompt and of each answer
+)->tuple[list,list]: # Token ids of each prompt and of each answer that is scored
     "Take prompts and answers from a batch"
     prompts,answers = [],[]
     for tokens,labels in zip(batch['tokens'], batch['labels'], strict=True):
         at = (labels != IGNORE).nonzero()[:, 0]
+        if not len(at): continue
         prompts.append(tokens[:at[0] + 1].tolist())
         answers.append(labels[at].tolist())
     return prompts, answers
+
+# %% ../../nbs/696_train.grpo.ipynb #5b1d0a66
+def _bits(model, batch, a):
+    "Log-probabilities of a batch's answers with the sampler's bits"
+    prompts,answers = batch_answers(batch)
+    return sampler_log_probs(model, prompts, answers, a.temperature) if answers else torch.zeros(0)
 
 def policy_log_probs(
     model:Model, # Policy or reference
@@ -314,10 +374,10 @@ def policy_log_probs(
     invariant:bool = False, # Whether to give them the sampler's bits
 )->tuple[Tensor,Tensor|None]: # Log-probabilities `n`, and entropies `n` where they are computed
     "Log-probabilities of a batch's answers"
-    if invariant and not torch.is_grad_enabled(): return sampler_log_probs(model, *batch_answers(batch), a.temperature), None
+    if invariant and not torch.is_grad_enabled(): return _bits(model, batch, a), None
     with replayed_routes(model, batch['routes']) if 'routes' in batch else nullcontext():
         new,entropies = answer_log_probs(model, batch, a.temperature, share='routes' not in batch)
-    return (with_values(new, sampler_log_probs(model, *batch_answers(batch), a.temperature)) if invariant else new), entropies
+    return (with_values(new, _bits(model, batch, a)) if invariant else new), entropies
 
 # %% ../../nbs/696_train.grpo.ipynb #57c7267d
 class PolicyObjective:
@@ -339,7 +399,7 @@ class PolicyObjective:
         rows,extra = answer_rows(batch['labels']),dict(reference=batch.get('reference'), entropies=entropies)
         loss,self.stats = self.loss(new, batch.get('old'), batch['advantages'], rows, sampled=batch['sampled'], **extra)
         first = batch.get('old', new.detach())
-        self.stats |= dict(gap=mismatch(first, batch['sampled'])['largest'], answer_tokens=len(rows))
+        self.stats |= dict(gap=mismatch(first, batch['sampled'])['largest'] if len(rows) else 0., answer_tokens=len(rows))
         n = len(rows) if self.args.loss_type == 'dapo' else 1
         return loss*n, n
 
@@ -491,14 +551,15 @@ def evaluate(self:GRPOTrainer,
     return value
 
 # %% ../../nbs/696_train.grpo.ipynb #9989c5bc
-CURVES = dict(reward='reward', length='tokens of an answer', entropy='entropy (nats)', kl='KL (nats)',
-              clipped='clipped tokens', informative='informative groups', variety='variety', repetition='repetition')
+CURVES = dict(reward='reward', length='tokens of an answer', entropy='entropy (nats)', kl='KL (nats)', clipped='clipped tokens',
+              informative='informative groups', redrawn='redrawn groups', variety='variety', repetition='repetition')
 
-@patch
-def plot(self:GRPOTrainer): # Matplotlib figure
+def plot_curves(
+    history:list, # Rows of a run's history
+): # Matplotlib figure
     "Plot the curves of a run"
     import matplotlib.pyplot as plt
-    rows = [r | dict(clipped=r.get('clip_low', 0) + r.get('clip_high', 0)) for r in self.history]
+    rows = [r | dict(clipped=r.get('clip_low', 0) + r.get('clip_high', 0)) for r in history]
     names = [k for k in CURVES if any(k in r for r in rows)]
     fig,axes = plt.subplots(-(-len(names)//4), 4, figsize=(9, 2*-(-len(names)//4)), squeeze=False)
     for ax in axes.flat[len(names):]: ax.axis('off')
@@ -508,3 +569,9 @@ def plot(self:GRPOTrainer): # Matplotlib figure
         ax.set(title=CURVES[name], xlabel='step')
     style(fig)
     return fig
+
+# %% ../../nbs/696_train.grpo.ipynb #5b1d0a70
+@patch
+def plot(self:GRPOTrainer): # Matplotlib figure
+    "Plot the curves of the run"
+    return plot_curves(self.history)

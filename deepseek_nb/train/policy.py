@@ -104,7 +104,7 @@ def high_entropy(
     share:float, # Share of tokens that are kept
 )->Tensor: # Whether each token is kept `n`
     "Select the tokens with the largest entropy"
-    return entropies >= torch.quantile(entropies, 1 - share)
+    return entropies >= torch.quantile(entropies, 1 - share) if len(entropies) else entropies.bool()
 
 # %% ../../nbs/693_train.policy.ipynb #4431fe4b
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ of held-out problems that are solved is measured."""
 
 # %% auto #0
 __all__ = ['PIPELINE_TASKS', 'STAGE_KINDS', 'STAGE_RUNS', 'Pipeline', 'pipeline_task', 'PolicyModel', 'PipelineRun',
-           'FineTuneStage', 'run_fine_tuning', 'ReinforceStage', 'run_reinforcement', 'CollectStage', 'rewards_of',
-           'right_answers', 'answer_texts', 'run_collection', 'collected_rows', 'read_pipeline_stage', 'check_stages',
-           'solved_share', 'check_pipeline_plan', 'r1_run', 'PipelineReport']
+           'stage_adapter', 'take_adapter', 'trained_stage', 'FineTuneStage', 'run_fine_tuning', 'ReinforceStage',
+           'run_reinforcement', 'CollectStage', 'rewards_of', 'right_answers', 'answer_texts', 'run_collection',
+           'collected_rows', 'read_pipeline_stage', 'check_stages', 'solved_share', 'check_pipeline_plan', 'r1_run',
+           'PipelineReport']
 
 # %% ../../nbs/698_train.r1.ipynb #442d0663
 import inspect
 import json
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,12 +29,22 @@ from ..core.plot import COLOURS, style
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from .grpo import GRPOConfig, GRPOTrainer, prompt_ids
+from .lora import LoraConfig, chosen_weights
 from .mini import known
 from .on_policy import sample_answers
 from .resume import checkpoints, read_model, write_model, write_whole
 from .rollout import Sampler
 from .runs import check_table, read_file, read_table
-from .tasks import Task, arithmetic, character_tokenizer, countdown, start_rows
+from deepseek_nb.train.tasks import (
+    Task,
+    arithmetic,
+    character_tokenizer,
+    countdown,
+    formatting,
+    start_rows,
+    tool_calling,
+    word_problems,
+)
 from .trainer import Trainer, TrainingArguments
 
 # %% ../../nbs/698_train.r1.ipynb #1bd2f4b8
@@ -46,7 +58,8 @@ class Pipeline:
     seed:int = 0 # Seed of new models
     max_tokens:int = 64 # Most tokens of an answer to a held-out problem
 
-PIPELINE_TASKS = dict(arithmetic=arithmetic, countdown=countdown)
+PIPELINE_TASKS = dict(arithmetic=arithmetic, countdown=countdown, formatting=formatting, tool_calling=tool_calling,
+                      word_problems=word_problems)
 
 # %% ../../nbs/698_train.r1.ipynb #d2f66e8e
 def pipeline_task(
@@ -80,6 +93,8 @@ def load(self:PolicyModel,
 )->tuple[Model,Tokenizer]: # Model in float32, and its tokenizer
     "Load a model, or make a new one"
     if self.name: return Model.from_pretrained(self.name, 'float32').requires_grad_(), Tokenizer.from_pretrained(self.name)
+    if not isinstance(task.train[0]['prompt'], str):
+        raise ValueError('a new model has no chat template; name a model, or leave chat out of the task')
     texts = [r['prompt'] + s['completion'] for r,s in zip(task.train, start_rows(task, len(task.train), wrong=.5), strict=True)]
     tok,sizes = character_tokenizer(texts),asdict(self)
     kind = family(sizes.pop('model_type'))
@@ -103,6 +118,34 @@ class PipelineRun:
         self.places = {s.name: self.folder/f'{i}-{s.name.replace(" ", "-")}' for i,s in enumerate(self.stages, 1)}
         check_stages(self.stages, self.models, where)
 
+# %% ../../nbs/698_train.r1.ipynb #6c2e1b72
+def stage_adapter(
+    model:Model, # Model of a stage
+    lora:dict|None, # Fields of `LoraConfig`; None: all weights are to learn
+    seed:int = 0, # Seed of the adapter's first weights
+)->Model: # A copy with a new adapter, or the model itself
+    "Prepare a model for a stage"
+    if lora is None: return model
+    torch.manual_seed(seed)
+    return LoraConfig(**lora).apply(deepcopy(model))
+
+def take_adapter(
+    model:Model, # Model of a stage, changed
+    trained:Model, # From `stage_adapter`
+)->None:
+    "Merge what a stage has trained into its model"
+    if trained is not model: model.load_state_dict(trained.merge_and_unload().state_dict())
+
+# %% ../../nbs/698_train.r1.ipynb #6c2e1b75
+def trained_stage(
+    trainer:Trainer, # Trainer of a stage
+    place:Path, # Folder of the stage
+)->list: # History
+    "Train, or continue, and write the curves"
+    try: return trainer.train(resume_from_checkpoint=bool(checkpoints(place/'steps')))
+    finally:
+        with written(place/'curves.json') as tmp: tmp.write_text(json.dumps(list(trainer.history)))
+
 # %% ../../nbs/698_train.r1.ipynb #2766bbd4
 @dataclass(frozen=True)
 class FineTuneStage:
@@ -114,6 +157,7 @@ class FineTuneStage:
     wrong:float = 0. # Share of worked solutions with a mistake
     short:float = 0. # Share of worked solutions without their steps
     fresh:bool = False # Begin with the model's first weights
+    lora:dict|None = None # Fields of `LoraConfig`; None: all weights learn
     training:dict = field(default_factory=dict) # Fields of `TrainingArguments`
 
 # %% ../../nbs/698_train.r1.ipynb #c19e10f8
@@ -127,8 +171,9 @@ def run_fine_tuning(
     if s.fresh: model.load_state_dict(r.first[s.model])
     rows = start_rows(r.task, s.n, s.wrong, s.short, r.d.seed) if s.rows == 'start' else collected_rows(r.places[s.rows])
     args = TrainingArguments(**dict(disable_tqdm=True, save_total_limit=1) | s.training, output_dir=place/'steps')
-    trainer = Trainer(model, args, rows, processing_class=tok)
-    history = trainer.train(resume_from_checkpoint=bool(checkpoints(place/'steps')))
+    trainer = Trainer(stage_adapter(model, s.lora, r.d.seed), args, rows, processing_class=tok)
+    history = trained_stage(trainer, place)
+    take_adapter(model, trainer.model)
     return dict(rows=len(rows), loss=history[-1]['loss'])
 
 # %% ../../nbs/698_train.r1.ipynb #942ac6c9
@@ -137,6 +182,7 @@ class ReinforceStage:
     "A stage that trains on the task's reward"
     name:str # Name of the stage
     model:str = 'policy' # Model to train
+    lora:dict|None = None # Fields of `LoraConfig`; None: all weights learn
     training:dict = field(default_factory=dict) # Fields of `GRPOConfig`
 
 # %% ../../nbs/698_train.r1.ipynb #89733cc1
@@ -147,9 +193,10 @@ def run_reinforcement(
 )->dict: # Mean reward of the first and of the last step
     "Reinforce, or continue it"
     model,tok = r.models[s.model]
-    args = GRPOConfig(**dict(disable_tqdm=True, save_total_limit=1) | s.training, output_dir=place/'steps')
-    trainer = GRPOTrainer(model, r.task.reward, args, r.task.train, processing_class=tok)
-    history = trainer.train(resume_from_checkpoint=bool(checkpoints(place/'steps')))
+    args = GRPOConfig(**dict(disable_tqdm=True, save_total_limit=1, log_completions=True) | s.training, output_dir=place/'steps')
+    trainer = GRPOTrainer(stage_adapter(model, s.lora, r.d.seed), r.task.reward, args, r.task.train, processing_class=tok)
+    history = trained_stage(trainer, place)
+    take_adapter(model, trainer.model)
     return dict(first_reward=history[0]['reward'], reward=history[-1]['reward'])
 
 # %% ../../nbs/698_train.r1.ipynb #3dd06e5d
@@ -186,8 +233,9 @@ def right_answers(
     "Keep different right answers, the shortest first"
     found = {}
     for row,text,value in zip(rows, texts, rewards, strict=True):
-        if value >= least: found.setdefault(row['prompt'], set()).add(text)
-    return [dict(prompt=p, completion=t) for p,some in found.items() for t in sorted(some, key=lambda t: (len(t), t))[:keep]]
+        if value >= least: found.setdefault(json.dumps(row['prompt']), (row['prompt'], set()))[1].add(text)
+    kept = [(p, t) for p,some in found.values() for t in sorted(some, key=lambda t: (len(t), t))[:keep]]
+    return [dict(prompt=p, completion=t if isinstance(p, str) else [dict(role='assistant', content=t)]) for p,t in kept]
 
 # %% ../../nbs/698_train.r1.ipynb #fdebb6a0
 def answer_texts(
@@ -240,6 +288,7 @@ def read_pipeline_stage(
     stage = read_table(STAGE_KINDS[kind], check_kind, where)
     settings = dict(sft=TrainingArguments, rl=GRPOConfig).get(kind)
     if settings: settings(**check_table(settings, stage.training, f'{where}, training', ('output_dir',)))
+    if getattr(stage, 'lora', None) is not None: read_table(LoraConfig, stage.lora, f'{where}, lora')
     return stage
 
 def check_stages(
@@ -254,6 +303,7 @@ def check_stages(
         known({s.model: 0}, models, f'{where}, [[stage]] {i}, model')
         if isinstance(s, FineTuneStage): known({s.rows: 0}, before, f'{where}, [[stage]] {i}, rows')
         if isinstance(s, CollectStage): before.append(s.name)
+        elif s.lora is not None: chosen_weights(models[s.model][0], LoraConfig(**s.lora))
 
 # %% ../../nbs/698_train.r1.ipynb #d67497be
 @torch.no_grad()
