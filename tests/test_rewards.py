@@ -108,6 +108,8 @@ def test_one_tag_more_or_less_is_no_layout(rng):
         for place in range(0, len(good), 3): assert tag_reward()([''], [good[:place] + tag + good[place:]]) == [0.], (tag, place)
         assert tag_reward()([''], [good.replace(tag, '')]) == [0.]
     assert tag_reward()([''], [f'{good} so']) == tag_reward()([''], [good.replace('42', ' ')]) == [0.]
+    for thought in ('', ' \n', 'so so so so so so', '...'): # the cheapest text between the tags
+        assert tag_reward()([''], [f'<think>{thought}</think><answer>42</answer>']) == [0.], thought
 
 
 def test_overlong_is_dapos_formula(rng):
@@ -194,6 +196,30 @@ def test_a_reward_does_not_depend_on_its_neighbours(rng):
     with torch.no_grad(): judge.head.weight.normal_()
     rows = [[rng.randrange(32) for _ in range(rng.randint(1, 40))] for _ in range(9)]
     with torch.no_grad(): torch.testing.assert_close(judge(rows), torch.cat([judge([r]) for r in rows]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_reward_model_is_cheated_by_length(rng):
+    "Its known hack: trained on pairs whose preferred answer is longer in nine of ten, it pays more for a wrong answer with filler"
+    torch.manual_seed(SEED)
+    config = Config('llama', vocab_size=16, dim=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, inter_dim=32, max_positions=64)
+    judge = RewardModel(Model(config, 'float32', 'cpu').init_weights(.1))
+    optimizer = torch.optim.AdamW(judge.parameters(), 1e-2)
+
+    def text(a, right, n): return [11, a, 12, a + 1 if right else rng.choice([i for i in range(10) if i != a + 1]), *[10]*n]
+
+    def size(long): return rng.randint(4, 12) if long else rng.randint(0, 3)
+
+    for _ in range(50):
+        rows = [(rng.randrange(9), rng.random() < .9) for _ in range(24)]
+        pairs = [text(a, right, size(longer == right)) for right in (True, False) for a, longer in rows]
+        preference_loss(*judge(pairs).chunk(2)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    asked = [rng.randrange(9) for _ in range(100)]
+    with torch.no_grad(): right, padded = (judge([text(a, r, n) for a in asked]) for r, n in ((True, 0), (False, 12)))
+    assert (padded > right).float().mean() > .5
+    answers = [('4', 1.), ('5' + ' filler'*12, 0.)] # a rule is not impressed
+    assert number_reward(['']*2, [t for t, _ in answers], ['4']*2) == [v for _, v in answers]
 
 
 # ---- Countdown

@@ -110,14 +110,19 @@ inline ivec tile_sum(const int32_t (*sums)[PANEL_ROWS], int j, bool fine) {
 // c[j] (16 rows) = panel · x_j for 16 tokens, whose codes have equal distances in memory
 template <class F>
 void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
-    const int64_t each = m.blocks(), step = x[1] - x[0];
-    alignas(64) int32_t sums[TILE << F::FINE][PANEL_ROWS];
+    const int64_t each = m.blocks(), step = x[1] - x[0], G = blocks_of(m.K);
+    alignas(64) int32_t sums[2][TILE << F::FINE][PANEL_ROWS];  // the tiles write one, the vectors read the other
+    auto multiply = [&](int64_t g) { tile_block<F::FINE>(x[0] + g, step, G, codes + 512 * g, sums[g % 2]); };
     vec s[TILE] = {};
-    for (int64_t g = 0; g < blocks_of(m.K); ++g) {
+    multiply(0);
+    for (int64_t g = 0; g < G; ++g) {
+        if (g + 1 < G) multiply(g + 1);
         const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
         const vec d = F::step(group), low = F::low(group, d);
-        tile_block<F::FINE>(x[0] + g, step, blocks_of(m.K), codes + 512 * g, sums);
-        for (int j = 0; j < TILE; ++j) s[j] = add_block(s[j], tile_sum(sums, j, F::FINE), d, low, x[j][g]);
+        const CodeBlock* at = x[0] + g;
+#pragma GCC unroll 16
+        for (int j = 0; j < TILE; ++j, at += step)
+            s[j] = add_block(s[j], tile_sum(sums[g % 2], j, F::FINE), d, low, *at);
     }
     for (int j = 0; j < TILE; ++j) store(c[j], F::END ? s[j] * load((const float*)panel) : s[j]);
 }

@@ -104,7 +104,18 @@ inline float largest_magnitude(const vec (&x)[32 / L]) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #7c1e55a1
-typedef int8_t bvec __attribute__((vector_size(L)));
+// write the low byte of each lane; for numbers beyond ±128 any byte
+inline void store_bytes(ivec c, int8_t* to) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)c), high = _mm256_extracti128_si256((__m256i)c, 1);
+    const __m128i pairs = _mm_packs_epi32(low, high);
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(pairs, pairs));
+#else
+    typedef int8_t bvec __attribute__((vector_size(L)));
+    const bvec codes = __builtin_convertvector(c, bvec);
+    memcpy(to, &codes, L);
+#endif
+}
 inline void round_block(const float* x, CodeBlock& block) {
     vec v[32 / L];
     for (int i = 0; i < 32 / L; ++i) v[i] = load(x + i * L);
@@ -114,9 +125,8 @@ inline void round_block(const float* x, CodeBlock& block) {
         vec y = v[i] * inverse;
         keep(y);
         const ivec c = __builtin_convertvector((y + 12582912.f) - 12582912.f, ivec);
-        const bvec codes = __builtin_convertvector(c, bvec);
-        memcpy((int8_t*)block.codes + i * L, &codes, L);
-        total += __builtin_convertvector(codes, ivec);
+        store_bytes(c, (int8_t*)block.codes + i * L);
+        total += c << 24 >> 24;
     }
     block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * sum(__builtin_convertvector(total, vec));
 }
@@ -140,9 +150,8 @@ inline void round_blocks(const float* x, int64_t K, int32_t* memory, int64_t fro
 inline vec take_codes(vec y, int8_t* to, ivec& total) {
     const vec whole = (y + 12582912.f) - 12582912.f;
     const ivec c = __builtin_convertvector(whole, ivec);
-    const bvec codes = __builtin_convertvector(c, bvec);
-    memcpy(to, &codes, L);
-    total += __builtin_convertvector(codes, ivec);
+    store_bytes(c, to);
+    total += c << 24 >> 24;
     return whole;
 }
 inline void round_fine_block(const float* x, CodeBlock& block, CodeBlock& rest) {
