@@ -2700,6 +2700,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'deepseek_nb/core/provenance.py'),
                                              'deepseek_nb.core.provenance._starts': ( 'core.provenance.html#_starts',
                                                                                       'deepseek_nb/core/provenance.py'),
+                                             'deepseek_nb.core.provenance._statements': ( 'core.provenance.html#_statements',
+                                                                                          'deepseek_nb/core/provenance.py'),
                                              'deepseek_nb.core.provenance.bare_code': ( 'core.provenance.html#bare_code',
                                                                                         'deepseek_nb/core/provenance.py'),
                                              'deepseek_nb.core.provenance.before': ( 'core.provenance.html#before',

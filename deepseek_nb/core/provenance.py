@@ -12,12 +12,10 @@ __all__ = ['KEEPERS', 'NAME_TABLES', 'git_state', 'bare_code', 'reached_code', '
 
 # %% ../../nbs/045_core.provenance.ipynb #770073e6
 import ast
-import io
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -46,23 +44,31 @@ def _named(node):
     places = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign|ast.AugAssign) else []
     return {n.id for t in places for n in ast.walk(t) if isinstance(n, ast.Name)}
 
+def _statements(node):
+    "A node and all statements in its blocks"
+    yield node
+    for part in ('body', 'orelse', 'finalbody', 'handlers', 'cases'):
+        if isinstance(block := getattr(node, part, None), list):
+            for o in block: yield from _statements(o)
+
 def _docstring(node):
     first = node.body[0] if isinstance(getattr(node, 'body', None), list) and node.body else None
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str) and first
 
 # %% ../../nbs/045_core.provenance.ipynb #b0ba7bd6
+_COMMENT = re.compile(r"""#[^\n]*|('''|\"{3}|['"])(?:\\.|(?!\1).)*\1""", re.S) # a comment, or a string
+
 def bare_code(
     text:str, # Source of a Python module
     without:tuple = (), # Names of definitions to leave out
 )->str: # Lines that run
     "Remove comments, docstrings, empty lines, and tables of names"
-    tree,lines,gone = ast.parse(text),text.splitlines(),set()
+    tree,gone = ast.parse(text),set()
+    lines = _COMMENT.sub(lambda m: '' if m[0].startswith('#') else m[0], text).splitlines()
     for node in tree.body:
         if _named(node) & {'__all__', *without}: gone |= {*_own_lines(node)}
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if doc := _docstring(node): gone |= {*_own_lines(doc)} - {getattr(node, 'lineno', 0)}
-    for t in tokenize.generate_tokens(io.StringIO(text).readline):
-        if t.type == tokenize.COMMENT: lines[t.start[0]-1] = lines[t.start[0]-1][:t.start[1]]
     return '\n'.join(l.rstrip() for i,l in enumerate(lines, 1) if i not in gone and l.strip())
 
 # %% ../../nbs/045_core.provenance.ipynb #9c93b338
