@@ -55,7 +55,9 @@ STUDY_NOTES = dict(
                       'The time is that of batches[^.]*'),
     floors=StudyNote('[(]icd10[^)]*[)]', 'the splits of the study of fewer experts'),
     medical=StudyNote('the nearest description in words has [\\d.]+', 'simulated patients whose signs are drawn independently',
-                  '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'))
+                  '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'),
+    reasoning=StudyNote('Floors: .*?%[.]', 'sums of two numbers up to 99, models of a hundred thousand weights',
+                        'In the same processor time, .*?[)][.]', 'three seeds; the start is made so that there is a better way to find'))
 
 # %% ../../nbs/978_tools.verdicts.ipynb #5f131b78
 STUDY_NOTES |= dict(
