@@ -351,7 +351,7 @@ def two_fastest(
 
 # %% ../../nbs/781_bench.grpo.ipynb #4dba8498
 def grpo_steps(
-    name:str = 'smollm2-135m', # The larger policy, for `Model.from_pretrained`; '': only the small one
+    large:str = 'smollm2-135m', # The larger policy, for `Model.from_pretrained`; '': only the small one
     rounds:int = 5, # Counted steps of each contender
     length:int = 64, # Tokens of an answer of the larger policy; of the small one 24
     threads:int = 2, # Threads of each contender
@@ -364,9 +364,9 @@ def grpo_steps(
         model,tok = small_policy(folder)
         Sampler(Model.from_pretrained(model, 'float32', 'cpu'), Tokenizer.from_pretrained(tok), 2)([[5]]) # provenance names the kernels
         out = {'one million': grpo_case(grpo_plan(model, tok, sum_prompts(64, 0), 64, 24, threads), rounds, peers)}
-        if name:
-            plan = grpo_plan(*large_policy(name, folder), sum_prompts(64, 8), 8, length, threads)
-            out[name] = grpo_case(plan, rounds, two_fastest(out['one million']['tried']), own[:2])
+        if large:
+            plan = grpo_plan(*large_policy(large, folder), sum_prompts(64, 8), 8, length, threads)
+            out[large] = grpo_case(plan, rounds, two_fastest(out['one million']['tried']), own[:2])
     return out
 
 # %% ../../nbs/781_bench.grpo.ipynb #ec7e5db0
