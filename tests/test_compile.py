@@ -51,8 +51,11 @@ def through(m, *args, **kw):
 def graphs(): return counters['stats'].get('unique_graphs', 0)
 
 
+INDUCTOR = (needs_compiler, pytest.mark.draw(1, group='inductor'))
+
+
 @pytest.mark.parametrize('name,backend', [
-    ('gqa', 'aot_eager'), ('moe', 'aot_eager'), pytest.param('routed', 'inductor', marks=needs_compiler)])
+    ('gqa', 'aot_eager'), ('moe', 'aot_eager'), *(pytest.param(n, 'inductor', marks=INDUCTOR) for n in ('moe', 'routed'))])
 def test_one_graph_for_200_tokens_and_a_cache_that_grows(name, backend):
     m, prompt = model(CONFIGS[name]), torch.randint(64, (1, 5))
     expected = tokens(m, prompt, 200)
