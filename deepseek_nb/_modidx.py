@@ -9997,6 +9997,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'deepseek_nb/train/sandbox.py'),
                                            'deepseek_nb.train.sandbox._write': ( 'train.sandbox.html#_write',
                                                                                  'deepseek_nb/train/sandbox.py'),
+                                           'deepseek_nb.train.sandbox.bounded_count': ( 'train.sandbox.html#bounded_count',
+                                                                                        'deepseek_nb/train/sandbox.py'),
                                            'deepseek_nb.train.sandbox.bounded_process': ( 'train.sandbox.html#bounded_process',
                                                                                           'deepseek_nb/train/sandbox.py'),
                                            'deepseek_nb.train.sandbox.descendants': ( 'train.sandbox.html#descendants',

@@ -1,5 +1,6 @@
 "Hostile programs in the sandbox: each ends within its limits, leaves no process behind, and the score is a number."
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -55,6 +56,26 @@ def test_memory_is_bounded():
     assert done.memory < 2*SMALL.memory
     source = 'import os\nfor _ in range(5): os.fork()\nx = bytearray(40*2**20)\nimport time\ntime.sleep(2)'
     assert run_program(source, '', SMALL._replace(processes=64)).status == 'memory'
+
+
+def test_the_kernel_refuses_too_many_processes(tmp_path):
+    "Also with no supervisor that gets its turn, and for root"
+    needs('processes')
+    code = f"""
+import os, signal, time
+from deepseek_nb.train.sandbox import bounded_count, new_namespaces
+new_namespaces(2**20, {str(tmp_path)!r})
+bounded_count(8)
+alive = []
+for i in range(50):
+    try: child = os.fork()
+    except OSError: break
+    if not child: os._exit(time.sleep(30) or 0)
+    alive.append(child)
+for child in alive: os.kill(child, signal.SIGKILL)
+print(len(alive))"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() in [str(n) for n in range(1, 8)], done
 
 
 def test_a_fork_bomb_is_bounded():
