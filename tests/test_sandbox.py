@@ -1,5 +1,6 @@
 "Hostile programs in the sandbox: each ends within its limits, leaves no process behind, and the score is a number."
 import os
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +62,7 @@ def test_memory_is_bounded():
 def test_the_kernel_refuses_too_many_processes(tmp_path):
     "Also with no supervisor that gets its turn, and for root"
     needs('processes')
+    if [*map(int, re.findall(r'\d+', os.uname().release)[:2])] < [5, 14]: pytest.skip('the kernel counts all processes of the user')
     code = f"""
 import os, signal, time
 from deepseek_nb.train.sandbox import bounded_count, new_namespaces
