@@ -107,9 +107,19 @@ inline ivec tile_sum(const int32_t (*sums)[PANEL_ROWS], int j, bool fine) {
 
 // %% ../../nbs/537_kernels.codes.ipynb #d4ccab5c
 #if defined(__AMX_INT8__) && defined(__linux__)
+// memory that is prefetched: some bytes with each block
+struct Fetch {
+    const uint8_t* next;
+    int64_t hop;
+    void step() {
+        for (int64_t i = 0; i < hop; i += 64) __builtin_prefetch(next + i, 0, 2);
+        next += hop;
+    }
+};
 // c[j] (16 rows) = panel · x_j for 16 tokens, whose codes have equal distances in memory
 template <class F>
-void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, float (*c)[PANEL_ROWS]) {
+void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, Fetch fetch,
+               float (*c)[PANEL_ROWS]) {
     const int64_t each = m.blocks(), step = x[1] - x[0], G = blocks_of(m.K);
     alignas(64) int32_t sums[2][TILE << F::FINE][PANEL_ROWS];  // the tiles write one, the vectors read the other
     auto multiply = [&](int64_t g) { tile_block<F::FINE>(x[0] + g, step, G, codes + 512 * g, sums[g % 2]); };
@@ -117,6 +127,7 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
     multiply(0);
     for (int64_t g = 0; g < G; ++g) {
         if (g + 1 < G) multiply(g + 1);
+        fetch.step();
         const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
         const vec d = F::step(group), low = F::low(group, d);
         const CodeBlock* at = x[0] + g;
@@ -135,12 +146,14 @@ template <class F> int64_t tile_rows(const Matrix& m, const Range& r) {
     if (r.n < TILE || !tiles_allowed()) return 0;
     const Tiles tiles;
     thread_local Buffer buffer;
-    uint8_t* room = (uint8_t*)buffer.need(128 * blocks_of(m.K));
+    const int64_t G = blocks_of(m.K);
+    uint8_t* room = (uint8_t*)buffer.need(128 * G);
     float c[TILE][PANEL_ROWS];
     for (int64_t p = r.first; p < r.last; ++p) {
         const uint8_t* codes = unpacked<F>(m, m.panel(p), room);
+        const int64_t hop = p + 1 < r.last ? m.bytes / (G * (r.n / TILE)) : 0;
         for (int64_t j = 0; j + TILE <= r.n; j += TILE) {
-            tile_dots<F>(m, m.panel(p), codes, r.x + j, c);
+            tile_dots<F>(m, m.panel(p), codes, r.x + j, {m.panel(p + 1) + j / TILE * hop * G, hop}, c);
             for (int i = 0; i < TILE; ++i) r.write(p, j + i, c[i]);
         }
     }
