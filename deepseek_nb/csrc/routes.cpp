@@ -154,8 +154,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("neighbours(Tensor d, Tensor(a!) near) -> ()");
     m.def("savings(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
           "Tensor(a!) plan, Tensor(b!) stats) -> ()");
-    m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, Tensor(a!) plan, "
-          "Tensor(b!) stats, *, int width, int rounds, float seconds, int seed, float heat, bool busy) -> ()");
+    m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
+          "Tensor(a!) plan, Tensor(b!) stats, *, int width, int rounds, float seconds, int seed, float heat, bool busy) "
+          "-> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("neighbours", TORCH_BOX(&neighbours));
