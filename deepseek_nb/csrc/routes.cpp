@@ -155,8 +155,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("savings(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
           "Tensor(a!) plan, Tensor(b!) stats) -> ()");
     m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
-          "Tensor(a!) plan, Tensor(b!) stats, *, int width, int rounds, float seconds, int seed, float heat, bool busy) "
-          "-> ()");
+          "Tensor(a!) plan, Tensor(b!) stats, *, int width, int rounds, float seconds, int seed, float heat, "
+          "bool busy) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("neighbours", TORCH_BOX(&neighbours));
