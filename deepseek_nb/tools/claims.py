@@ -101,6 +101,7 @@ EXPERIMENTS = dict(
     floors='A trained mixture of experts classifies short texts better than naive Bayes, which counts words',
     medical='With few labels, a student of two distillation stages has 21% more macro-F1 than a student of one stage',
     reasoning='Reinforcement with a checked reward lifts the share of solved problems at least 30 points above the supervised start',
+    wordproblems='GRPO with a checked reward adds to the supervised start of SmolLM2-135M on the easy part of GSM8K',
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',
     crosslingual='A cross-lingual adapter layer carries a task zero-shot to 30 languages, Arabic and Swahili among them',
     indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
