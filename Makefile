@@ -28,7 +28,7 @@ platform: .venv/.platform  ## label, train, judge, release and watch, at http://
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
 	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting
-	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 3
+	OMP_NUM_THREADS=$(HALF) $(if $(EVERY),,DEEPSEEK_NB_UNDRAWN=1) $(BIN)/nbdev-test --n-workers 3
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)

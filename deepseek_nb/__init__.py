@@ -23,7 +23,7 @@ Modules:
 - `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
 - `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; learned apart, stacked, and swapped for another language
-- `deepseek_nb.apps.languages`: Topics of the same sentences in 72 languages and one declaration in nearly all of them: splits without translations across parts, alignment, floors, and what a tokenizer charges a language
+- `deepseek_nb.apps.languages`: The same sentences with topics in 72 languages, and one declaration in nearly all of them: splits that keep translations together, alignment, floors, and the tokens that each language costs
 - `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes
 - `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
 - `deepseek_nb.apps.names`: A small trained tagger finds people and street addresses, word by word and with one word of lookahead, so it can run on a stream
