@@ -43,7 +43,7 @@ bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; 
 gpu: .venv/.dev  ## all CUDA kernels compiled, checked and measured on this machine's GPU; FLAGS=--dry emulates the checks
 	$(BIN)/python -m deepseek_nb.bench.gpu $(FLAGS)
 
-evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
+evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too, but for one that it draws of two)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
 
 evidence-fresh: .venv/.dev  ## the short measurements again, on today's code: about 15 minutes on two quiet cores, continued where it stopped

@@ -33,6 +33,7 @@ def test_rows_move_with_the_seed_alone(texts):
     with pytest.raises(ValueError, match='a text of .* tokens is too short for rows of 64'): random_rows('too short', tok, 1, 64)
 
 
+@pytest.mark.draw(1, group='studies of SmolLM2')
 def test_smoke(root, tmp_path):
     "Of the mixture, and of one of the other two that is drawn for each run; all three with EVERY=1"
     plan = read_plan(root/'nbs/configs/evidence/conversion.toml', smoke=True)
