@@ -261,7 +261,7 @@ def test_whole_graph():
     def layer(x, weights, experts): return gemm.linear(run_experts(x, weights, experts, gate_up, down), gate_up[0])
     args = torch.randn(3, 8), torch.rand(3, 2), torch.tensor([[0, 1], [2, 3], [1, 1]])
     with torch.no_grad():
-        compiled = torch.compile(layer, fullgraph=True)(*args)
+        compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')(*args)  # what Inductor makes of a model: test_compile.py
         torch.testing.assert_close(compiled, layer(*args))
     with torch.inference_mode(): torch.testing.assert_close(layer(*args), compiled)
 

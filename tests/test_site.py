@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -54,12 +55,24 @@ class Page(HTMLParser):
         self.code.append((data, next((o for tag,o in self.open if tag == 'a'), None)))
 
 
+class Tags(Page):
+    "The ids of a page, its links and what it loads, as a search for tags finds them: five times as fast where each word is in one"
+    def feed(self, text):
+        for tag, attrs in re.findall(r'<(\w+)((?: [\w:-]+(?:="[^"]*")?)+)', text):
+            if tag == 'span' and ' id=' not in attrs: continue
+            self.handle_starttag(tag, [(k, unescape(v)) for k,v in re.findall(r'([\w:-]+)="([^"]*)"', attrs)])
+
+
 @pytest.fixture(scope='module')
 def pages(site):
-    "All pages; the sidebar, half of their text, is read on ten of them, others in the next run"
+    """All pages. The sidebar, which is half of their text, is read on ten of them, others in the next run; of other sources of modules,
+    pages of one template, tags alone"""
     files, sidebar = sorted(site.glob('*.html')), re.compile(r'<nav id="quarto-sidebar".*?</nav>', re.S)
     whole = files if os.environ.get('EVERY') else random.Random(SEED).sample(files, 10)
-    return {o.name: Page(o.read_text() if o in whole else sidebar.sub('', o.read_text())) for o in files}
+    def read(o):
+        if o in whole: return Page(o.read_text())
+        return (Tags if o.name.startswith('source.') else Page)(sidebar.sub('', o.read_text()))
+    return {o.name: read(o) for o in files}
 
 
 def test_page_for_every_notebook(pages):

@@ -180,6 +180,7 @@ def lora_part(
     tests = '; '.join(f'{n:,}: {equivalent(d, margin)}' for n,d in gaps.items() if len(d) > 1)
     return 'reached' if won else 'missed',f'LoRA minus full, points: {figure}',tests
 
+# %% ../../nbs/978_tools.verdicts.ipynb #4374ca60
 def workers_part(
     records:list, # Records of `finetuning`
 )->tuple: # Verdict, figure, interval
