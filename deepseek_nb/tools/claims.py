@@ -161,7 +161,11 @@ OURS = (
           times_as('the time of `import torch`'), 1.25, True, 'new processes, files in the page cache'),
     Claim('A call through the registry of twins costs less than a microsecond', 'deepseek-nb bench dispatch', 'dispatch',
           lambda c: f'**{si(c.medians[1] - c.medians[0])}s** more than a direct call',
-          lambda c: c.medians[1] - c.medians[0] < 1e-6, domain='one empty function', floor='a direct call'))
+          lambda c: c.medians[1] - c.medians[0] < 1e-6, domain='one empty function', floor='a direct call'),
+    Claim('int8-fine decodes with at least 0.8 times the speed of int8', 'deepseek-nb bench fine-decode', 'fine-decode',
+          times_as('the speed of int8'), .8, domain='SmolLM2-135M, one row; perplexity is in the record `fine-quality`'),
+    Claim('int8-fine computes a prompt with at least 0.8 times the speed of int8', 'deepseek-nb bench fine-prompt', 'fine-prompt',
+          times_as('the speed of int8'), .8, domain='SmolLM2-135M, 512 tokens'))
 
 # %% ../../nbs/980_tools.claims.ipynb #9fcd2116
 def claims(
