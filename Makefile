@@ -28,7 +28,7 @@ platform: .venv/.platform  ## label, train, judge, release and watch, at http://
 
 test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are listed
 	@$(BIN)/deepseek-nb build >/dev/null 2>&1 &  # kernels that several notebooks need, compiled at the same time, don't keep a worker waiting
-	OMP_NUM_THREADS=$(HALF) $(BIN)/nbdev-test --n-workers 3
+	OMP_NUM_THREADS=$(HALF) $(if $(EVERY),,DEEPSEEK_NB_UNDRAWN=1) $(BIN)/nbdev-test --n-workers 3
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
@@ -43,7 +43,7 @@ bench: .venv/.dev  ## ours and a peer, alternating: make bench NAME=moe-decode; 
 gpu: .venv/.dev  ## all CUDA kernels compiled, checked and measured on this machine's GPU; FLAGS=--dry emulates the checks
 	$(BIN)/python -m deepseek_nb.bench.gpu $(FLAGS)
 
-evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too)
+evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too, but for one that it draws of two)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
 
 evidence-fresh: .venv/.dev  ## the short measurements again, on today's code: about 15 minutes on two quiet cores, continued where it stopped

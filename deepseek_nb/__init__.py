@@ -23,7 +23,7 @@ Modules:
 - `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
 - `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; learned apart, stacked, and swapped for another language
-- `deepseek_nb.apps.languages`: Topics of the same sentences in 72 languages and one declaration in nearly all of them: splits without translations across parts, alignment, floors, and what a tokenizer charges a language
+- `deepseek_nb.apps.languages`: The same sentences with topics in 72 languages, and one declaration in nearly all of them: splits that keep translations together, alignment, floors, and the tokens that each language costs
 - `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes
 - `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
 - `deepseek_nb.apps.names`: A small trained tagger finds people and street addresses, word by word and with one word of lookahead, so it can run on a stream
@@ -64,6 +64,7 @@ Modules:
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.curves`: FLOPs and KV cache bytes of decoding with V3.1, V3.2, V4 and V4.1 at every context length, counted from their configs and compared with the papers' figures.
 - `deepseek_nb.bench.drift`: How often the drift monitor alarms for nothing on 200 weeks of real text, and how many shifts of which size it catches after how many weeks
+- `deepseek_nb.bench.fine`: Perplexity and speed of the finer 8-bit format, with the kernels' own products, on weights that lie on a grid and on weights that don't.
 - `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Until then, emulation and compilers prove what they can.
 - `deepseek_nb.bench.grpo`: A whole step of GRPO in this package and in TRL, at equal settings: tokens per second and peak memory, in processes that take turns.
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.

@@ -24,25 +24,61 @@ os.environ['SEED'] = str(SEED)  # for all processes of a run
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads that wait leave the processor to other tests; read when PyTorch is loaded
 
 
+def points(item):
+    "Where a test stands in each of its sweeps: the names and values of each `parametrize`, and of each fixture with parameters"
+    params, together = getattr(getattr(item, 'callspec', None), 'params', {}), []
+    for m in item.iter_markers('parametrize'):
+        names = m.args[0] if m.args else m.kwargs['argnames']
+        together.append([o.strip() for o in names.split(',')] if isinstance(names, str) else [*names])
+    together += [[o] for o in params if not any(o in names for names in together)]
+    return {tuple((o, id(params[o])) for o in names) for names in together if all(o in params for o in names)}
+
+
+def sample(name, some, n, left):
+    "Draw n of these tests; these points are among theirs, for which there may have to be more"
+    some, kept = random.Random(f'{SEED} {name}').sample(some, len(some)), []
+    while left:
+        kept.append(max(some, key=lambda i: len(points(i) & left)))
+        some.remove(kept[-1])
+        left = left - points(kept[-1])
+    return kept + some[:max(0, n - len(kept))]
+
+
 def not_drawn(items):
-    """Tests with the mark `draw(n)` that this run leaves out: n are drawn of the points of one test, or of all tests of a `group`.
-    EVERY=1 runs them all, SEED=n repeats a run"""
+    """Tests that this run leaves out. Of a sweep over two parameters or more, with more than six points, a third is drawn, among them
+    each value of each parameter. With the mark `draw(n)` n are drawn instead, of the points of one test or of all tests of a `group`;
+    `draw(n, each='dtype')` draws each dtype too, where others go by their numbers alone. EVERY=1 runs all, SEED=n repeats a run"""
     groups = {}
     for i in items:
-        for m in i.iter_markers('draw'):
-            n, some = groups.setdefault(m.kwargs.get('group', i.nodeid.partition('[')[0]), (m.args[0], []))
-            some.append(i)
-    for name, (n, some) in groups.items():
-        kept = random.Random(f'{SEED} {name}').sample(some, min(n, len(some)))
+        name, _, point = i.nodeid.partition('[')
+        m = i.get_closest_marker('draw')
+        if m or point: groups.setdefault(m.kwargs.get('group', name) if m else name, (m, []))[1].append(i)
+    for name, (m, some) in groups.items():
+        if not m and len(some) < 7: continue
+        there = {*()}.union(*map(points, some))
+        if m: there = {p for p in there if any(o == m.kwargs.get('each') for o, _ in p)}
+        kept = sample(name, some, m.args[0] if m else -(-len(some)//3), there)
         yield from (i for i in some if i not in kept)
+
+
+def fewer_examples(items):
+    "A property, or a machine of states, is tried with a third of its examples, at least 30; Hypothesis draws others in the next run"
+    held = '_hypothesis_internal_use_settings'
+    places = {(getattr(i, 'function', None), held) for i in items} | {(getattr(i, 'cls', None), 'settings') for i in items}
+    for place, name in places:
+        own = getattr(place, name, None)
+        if not hasattr(own, 'max_examples') or own.derandomize: continue
+        setattr(place, name, type(own)(own, max_examples=min(own.max_examples, max(30, own.max_examples//3))))
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(items, config):
     "What takes longest comes first, then files of few tests: where two run side by side, only short ones are left for the end."
-    if not os.environ.get('EVERY') and (left := {*not_drawn(items)}):
-        config.hook.pytest_deselected(items=[*left])
+    if not os.environ.get('EVERY'):
+        left = {*not_drawn(items)}
+        if left: config.hook.pytest_deselected(items=[*left])
         items[:] = [i for i in items if i not in left]
+        fewer_examples(items)
     tests = Counter(i.path for i in items)
     items.sort(key=lambda i: (i.path.stem.removeprefix('test_') not in LONG, tests[i.path]))
 
@@ -109,9 +145,9 @@ def source(request, pytestconfig):
 
 
 @pytest.fixture
-def isa(request):
-    "A narrower instruction set than this machine's, drawn anew in each run; SEED=n repeats a run"
-    name = random.Random(f'{SEED} {request.node.nodeid}').choice(('avx2', 'portable'))
+def isa():
+    "A narrower instruction set than this machine's, drawn anew for each run, whose tests share what is compiled; SEED=n repeats a run"
+    name = random.Random(f'{SEED} isa').choice(('avx2', 'portable'))
     print(f'{name}, SEED={SEED}')
     return name
 

@@ -278,6 +278,7 @@ def run_layer(m, c, x, pad, pieces, cached, **kw):
 
 
 @pytest.mark.parametrize('dtype', KINDS)
+@pytest.mark.draw(4, each='dtype')
 @pytest.mark.parametrize('draw_no', range(10))
 def test_gqa(draw_no, dtype, r):
     c = some_gqa(r)
@@ -295,6 +296,7 @@ def test_gqa(draw_no, dtype, r):
 
 @pytest.mark.filterwarnings("ignore:attend_latent.*'torch' twin")
 @pytest.mark.parametrize('dtype', KINDS)
+@pytest.mark.draw(4, each='dtype')
 @pytest.mark.parametrize('draw_no', range(10))
 def test_mla(draw_no, dtype, r):
     c = some_mla(r)

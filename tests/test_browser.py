@@ -126,13 +126,13 @@ DARK = "document.documentElement.classList.contains('quarto-dark')"
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('size', [WIDE, NARROW], ids=['wide', 'narrow'])
 def test_every_page(site, window, size, scheme):
-    """A quarter of the pages, half of them drawn for this run (all with EVERY=1): each opens as the last one stood, and turns to the other
-    width; one in eight turns to the other theme too. Sources, pages of one template, don't turn, and of three in four only the text is put
-    into another, three others in the next run."""
+    """A quarter of the pages, a third of them drawn for this run (all with EVERY=1): each opens as the last one stood, and turns to the
+    other width; one in eight turns to the other theme too. Sources, pages of one template, don't turn, and of three in four only the text
+    is put into another, three others in the next run."""
     page, start = window(size, scheme), 2*(size is WIDE) + (scheme == 'dark')
     sizes = [size, NARROW if size is WIDE else WIDE]
     own = names(site)[start::4]
-    if not os.environ.get('EVERY'): own = sorted(random.Random(f'{SEED} {start}').sample(own, (len(own) + 1)//2))
+    if not os.environ.get('EVERY'): own = sorted(random.Random(f'{SEED} {start}').sample(own, -(-len(own)//3)))
     for i, name in enumerate(own):
         if name.startswith('source.') and place(page).startswith('source.') and (i + SEED) % 4:
             assert page.evaluate(SWAP, name), f'{name} has other scripts or styles than {place(page)}'

@@ -230,7 +230,6 @@ def latents(kv, weight, cos, sin, interleaved):
     return torch.cat([latent, torch.stack(y, -1).flatten(-2) if interleaved else torch.cat(y, -1)], -1)
 
 
-@pytest.mark.draw(12)
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('interleaved', [True, False])
 @pytest.mark.parametrize('b,s,c,r', [(1, 1, 128, 32), (2, 3, 40, 6), (3, 2, 7, 2), (1, 2, 512, 64)])
@@ -309,7 +308,6 @@ def same_route(got, exact):
     torch.testing.assert_close(w1, w2, rtol=2e-5, atol=1e-7, equal_nan=True)
 
 
-@pytest.mark.draw(8)
 @pytest.mark.parametrize('score', ['softmax', 'sigmoid', 'sqrtsoftplus'])
 @pytest.mark.parametrize('e,k,groups,keep,how', [(8, 2, 1, 1, 'max'), (64, 6, 1, 1, 'max'), (160, 6, 8, 3, 'max'), (64, 4, 8, 3, 'sum2'),
                                                  (48, 5, 4, 2, 'sum2'), (33, 32, 1, 1, 'max'), (1, 1, 1, 1, 'max')])
@@ -561,7 +559,7 @@ def sanitized(code):
     return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env)
 
 
-@pytest.mark.draw(2, group='sanitizers')
+@pytest.mark.draw(1, group='sanitizers')
 def test_clean_under_sanitizers():
     some = 'test_norm_nan', 'test_route_prefers', 'test_sort', 'test_combine', 'test_attend_with', 'test_attend_ragged'
     done = sanitized(f'import pytest, sys; sys.exit(pytest.main(["-q", {__file__!r}, "-k", {" or ".join(some)!r}]))')
@@ -579,7 +577,7 @@ launch('row_sum.cu', 'row_sum', 3, 64, torch.ones(3, 100), torch.empty(2), 100, 
 # --- compilers ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.draw(8)
+@pytest.mark.draw(4)
 @pytest.mark.skipif(not has_compiler(), reason='neither NVRTC nor nvcc here')
 @pytest.mark.parametrize('name,defines', [(n, d) for n,many in SIZES.items() for d in many], ids=str)
 def test_compiles(name, defines):

@@ -117,7 +117,7 @@ FILES = [(f, dict(ROWS=r)) for f in ('tile_product.cu', 'experts.cu') for r in (
 FILES += [('fp8_product.cu', dict(ROWS=r)) for r in (16, 64)] + [('fp8_quantise.cu', {}), ('fp8_vector.cu', {}), ('sum_parts.cu', {})]
 
 
-@pytest.mark.draw(5)
+@pytest.mark.draw(3)
 @needs_cuda
 @pytest.mark.parametrize('file,defines', FILES)
 def test_compiles_for_a_target(file, defines):
@@ -137,7 +137,6 @@ def test_warp_group_compiles_for_hopper(file, rows):
     for registers,*_,spilled in resources(file, ('sm_90a',), ROWS=rows, WARPGROUP=1).values(): assert registers <= 255 and not spilled
 
 
-@pytest.mark.draw(8)
 # ---- tiles
 
 @needs_cpp
@@ -213,7 +212,6 @@ LAYERS = {'one token': (1, 2, 5, 72, 40), 'ragged': (19, 3, 6, 88, 72), 'one cho
 def named(x, weights, experts, gate_up, down): return dict(x=x, weights=weights, experts=experts, gate_up=gate_up, down=down)
 
 
-@pytest.mark.draw(10)
 @needs_cpp
 @pytest.mark.parametrize('variant', VARIANTS[:3] + VARIANTS[-1:])
 @pytest.mark.parametrize('name', LAYERS)
@@ -365,7 +363,6 @@ def test_rounding_is_pytorchs():
     assert torch.equal(as_bytes(round_e4m3(x)), as_bytes(x.clamp(-448, 448).to(E4M3)))
 
 
-@pytest.mark.draw(8)
 @needs_cpp
 @pytest.mark.parametrize('n,d', [(1, 4), (3, 128), (130, 132), (129, 260)])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -383,7 +380,6 @@ def test_quantised_activations():
     assert torch.equal(quant_tiles(x[:1])[0], quant_tiles(x)[0][:1])
 
 
-@pytest.mark.draw(10)
 @needs_cpp
 @pytest.mark.parametrize('variant', [dict(ROWS=16), dict(ROWS=64), dict(ROWS=16, WIDEN=1), dict(ROWS=64, WIDEN=1),
                                      dict(ROWS=64, WARPGROUP=1)])

@@ -476,6 +476,7 @@ HEIGHTS = dict(int8=(16, 64), decoded=(16, 64, 128), experts=(16, 64, 128))
 FILES = [('quant_vector.cu', {}), ('int8_vector.cu', {}), *((f'quant_{f}.cu', dict(ROWS=r)) for f,rows in HEIGHTS.items() for r in rows)]
 
 
+@pytest.mark.draw(3)
 @needs_cuda
 @pytest.mark.parametrize('file,defines', FILES)
 def test_compiles_for_a_target(file, defines):

@@ -155,6 +155,7 @@ def test_multipliers_differ_between_layers_and_seeds():
     assert odd_multipliers(EngramConfig(8, (1,), 1000, (7, 7), seed=10007), 1).tolist() == odd_multipliers(c, 2).tolist()
 
 
+@pytest.mark.draw(3)
 @pytest.mark.parametrize('i', range(8))
 def test_hash_is_that_of_python_integers(i):
     r = random.Random(SEED + i)
@@ -188,6 +189,7 @@ def test_normalised_tokens():
 
 # ---- the module
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('i', range(6))
 def test_module_is_the_loop(i):
     r = random.Random(SEED + i)
@@ -219,6 +221,7 @@ def pieces(r, total, rewindable):
         yield start,at
 
 
+@pytest.mark.draw(4)
 @pytest.mark.parametrize('i', range(10))
 def test_cached_chunked_rewound_and_padded(i):
     "Rows are the same. Activations are float64, where a sum of some hundred terms of order one is rounded by less than 1e-13."

@@ -42,6 +42,7 @@ def smoke(tmp_path_factory):
     return run_study('finetuning', CONFIG, folder/'finetuning.json', folder, smoke=True)
 
 
+@pytest.mark.draw(1, group='studies of SmolLM2')
 def test_smoke_runs_every_kind_of_arm(smoke):
     plan = read_plan(CONFIG, smoke=True)
     assert [r['arm'] for r in smoke] == list(plan.arms)

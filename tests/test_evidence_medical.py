@@ -168,6 +168,7 @@ def test_probe_is_logistic_regression():
     assert (p.T@x/40 + 2*.2/5*w).abs().max() < 1e-3 and p.sum(0).abs().max() < .04 # the gradient vanishes
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('seed', range(5))
 def test_lessons_have_the_teachers_shares(seed):
     settings = dict(taught=.5, rows=8, length=16)

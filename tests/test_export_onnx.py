@@ -1,7 +1,9 @@
 "ONNX: logits of GQA with biases, padding, quantised products, damaged and hostile files, other runtimes, real models."
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,10 +129,57 @@ def test_openvino_reads_it(qwen, folder):
     with torch.no_grad(): assert distance(torch.from_numpy(got), qwen(tokens)) < 1e-4
 
 
-def text_prompts():
-    file = Path(os.environ.get('DEEPSEEK_NB_GOLDEN', '../shared/golden'))/'chat_prompts.json'
+def golden_prompts():
+    file = Path(os.environ.get('DEEPSEEK_NB_GOLDEN') or Path(__file__).resolve().parents[2]/'shared/golden')/'chat_prompts.json'
     if not file.is_file(): pytest.skip('set DEEPSEEK_NB_GOLDEN to the folder of chat_prompts.json')
-    return [m['content'] for case in json.loads(file.read_text())['cases'][:12] for m in case['messages'] if m['role'] == 'user'][:4]
+    return [case['prompt'] for case in json.loads(file.read_text())['cases']]
+
+
+@pytest.fixture(scope='module')
+def mini(tmp_path_factory):
+    "Golden prompts in tokens, a model in Python, and its folder: `mini`, or, as tracing it takes half a minute, its first two layers"
+    from deepseek_nb.files.tokenizer import Tokenizer
+    prompts, tok = golden_prompts(), Tokenizer.from_pretrained('mini')
+    model = Model.from_pretrained('mini', dtype='float32', device='cpu')
+    if not os.environ.get('DEEPSEEK_NB_SLOW'):
+        whole, model = model.state_dict(), Model(replace(model.config, n_layers=2), dtype='float32', device='cpu').eval()
+        model.load_state_dict({k: whole[k] for k in model.state_dict()})
+    return [tok.encode(text) for text in prompts], model, export_onnx(model, tmp_path_factory.mktemp('mini')/'o')
+
+
+@pytest.fixture(scope='module')
+def by_onnxruntime(mini): return OnnxModel(mini[2], threads=1)
+
+
+@pytest.fixture(scope='module')
+def by_openvino(mini):
+    "The same graph, computed by OpenVINO"
+    ov = pytest.importorskip('openvino', reason='pip install openvino')
+    graph = ov.Core().compile_model(mini[2]/'model.onnx', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    run = OnnxModel(mini[2], threads=1)
+    run.session = SimpleNamespace(run=lambda _, feed: [x.copy() for x in graph(feed).values()])
+    return run
+
+
+def same_greedy_text(mini, run, prompt):
+    model, ids = mini[1], mini[0][prompt]
+    cache, new = model.new_cache(1, len(ids) + 12), torch.tensor([ids])
+    run.reset()
+    for _ in range(12):
+        with torch.no_grad(): want, got = model(new, cache)[:, -1], run(new)[:, -1]
+        assert distance(got, want) < 1e-4
+        assert got.argmax() == want.argmax()
+        new = want.argmax()[None, None]
+
+
+@pytest.mark.draw(6)
+@pytest.mark.parametrize('prompt', range(41))
+def test_greedy_text_of_golden_prompts(mini, by_onnxruntime, prompt): same_greedy_text(mini, by_onnxruntime, prompt)
+
+
+@pytest.mark.draw(2)
+@pytest.mark.parametrize('prompt', range(41))
+def test_greedy_text_of_golden_prompts_by_openvino(mini, by_openvino, prompt): same_greedy_text(mini, by_openvino, prompt)
 
 
 @SLOW
@@ -139,7 +188,7 @@ def test_greedy_text_of_real_models(name, tmp_path):
     from deepseek_nb.files.tokenizer import Tokenizer
     model, tok = Model.from_pretrained(name, dtype='float32'), Tokenizer.from_pretrained(name)
     run = OnnxModel(export_onnx(name, tmp_path/'o'))
-    for text in text_prompts():
+    for text in golden_prompts()[:12:3]:
         ids = tok.encode(text)
         twice = torch.tensor([ids + ids])
         with torch.no_grad(): assert distance(halves(run, twice, len(ids)), model(twice)) < 1e-4

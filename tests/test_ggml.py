@@ -200,7 +200,7 @@ def run(code, **env):
     return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 
-@pytest.mark.draw(3, group='instruction sets')
+@pytest.mark.draw(2, group='instruction sets')
 @needs_compiler
 def test_narrower_instruction_sets(isa):
     if isa not in build.ARCHITECTURES.get(os.uname().machine, {}): pytest.skip(f'{os.uname().machine} has no {isa}')
@@ -211,7 +211,7 @@ for k in t.KINDS: t.test_rows_are_expanded_to_the_last_bit(k); t.test_nan_and_in
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.draw(2, group='sanitizers')
+@pytest.mark.draw(1, group='sanitizers')
 @needs_compiler
 def test_clean_under_sanitizers():
     if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')

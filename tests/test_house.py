@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ BIN = Path(sys.executable).parent
 
 def cells(path): return json.loads(path.read_text())['cells']
 def source(cell): return ''.join(cell['source'])
+@cache
 def module(path):
     "The module of a chapter; a part's own chapter is its package."
     name = path.stem.split('_', 1)[1]
@@ -147,15 +149,18 @@ def test_exported_cells_are_short():
     assert sizes[len(sizes)//2] <= 12 and sizes[int(.9*len(sizes))] <= 25
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.stem)
-def test_house_form(path):
-    markdown = [source(c) for c in cells(path) if c['cell_type'] == 'markdown']
-    assert re.match(r'# \S.*\n+> \S', markdown[0]), 'the first Markdown cell is `# Title` and a `> line`'
-    if path.stem == 'index': return
-    assert re.match(r'\d{3}_[a-z0-9_.]+$', path.stem)
-    if path in STUDIES: return
-    assert source(next(c for c in cells(path) if c['cell_type'] == 'code')) == f'#| default_exp {module(path)}'
-    assert markdown[1].startswith('#| export\n'), 'the second Markdown cell is exported as the docstring of the module'
+def test_every_notebook_is_in_the_form_of_the_house():
+    for path in NOTEBOOKS:
+        found = cells(path)
+        markdown = [source(c) for c in found if c['cell_type'] == 'markdown']
+        assert re.match(r'# \S.*\n+> \S', markdown[0]), f'{path.stem}: the first Markdown cell is `# Title` and a `> line`'
+        stored = [o for c in found for o in c.get('outputs', []) if o['output_type'] == 'error']
+        assert not stored, f'{path.stem} stores an error: {stored}'
+        if path.stem == 'index': continue
+        assert re.match(r'\d{3}_[a-z0-9_.]+$', path.stem), path.stem
+        if path in STUDIES: continue
+        assert source(next(c for c in found if c['cell_type'] == 'code')) == f'#| default_exp {module(path)}'
+        assert markdown[1].startswith('#| export\n'), f'{path.stem}: the second Markdown cell is exported as the docstring of the module'
 
 
 @pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)
@@ -177,25 +182,23 @@ def test_a_study_exports_nothing(path):
     assert imports and not later & {*imports}
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.stem)
-def test_notebook_stores_no_error(path):
-    assert not [o for c in cells(path) for o in c.get('outputs', []) if o['output_type'] == 'error']
-
-
-@pytest.mark.parametrize('path', CHAPTERS, ids=lambda o: o.stem)
-def test_imports_only_earlier_chapters(path):
-    order = [module(o) for o in CHAPTERS]
-    earlier = {o.removesuffix('.__init__') for o in order[:order.index(module(path))]}
+def imported_names(path, order):
+    "The modules and names that a chapter imports, in full"
     package = ['deepseek_nb', *module(path).split('.')[:-1]]
     for node in ast.walk(ast.parse(exported(path).read_text())):
-        names = []
-        if isinstance(node, ast.Import): names = [o.name for o in node.names]
+        if isinstance(node, ast.Import): yield from (o.name for o in node.names)
         if isinstance(node, ast.ImportFrom):
             base = package[:len(package) + 1 - node.level] if node.level else []
             base = '.'.join([*base, *filter(None, [node.module])])
-            names = [f'{base}.{o.name}' if f'{base}.{o.name}'.removeprefix('deepseek_nb.') in order else base for o in node.names]
-        for name in names:
+            yield from (name if (name := f'{base}.{o.name}').removeprefix('deepseek_nb.') in order else base for o in node.names)
+
+
+def test_imports_only_earlier_chapters():
+    order, earlier = [module(o) for o in CHAPTERS], set()
+    for path in CHAPTERS:
+        for name in imported_names(path, order):
             if name.startswith('deepseek_nb.'): assert name.removeprefix('deepseek_nb.') in earlier, f'{path.stem} imports {name}'
+        earlier.add(module(path).removesuffix('.__init__'))
 
 
 # ---- notebooks and package agree

@@ -52,6 +52,7 @@ def hf(folder, **kw):
 
 # What is exact
 
+@pytest.mark.draw(3)
 @pytest.mark.parametrize('seed', range(8))
 def test_one_or_two_heads_are_exact(seed):
     r = random.Random(seed)
@@ -115,6 +116,7 @@ def test_a_constant_survives_half_precision(dtype):
 
 # Parts against their definitions
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('seed', range(5))
 def test_pairs_add_up_to_the_scores(seed):
     g = torch.Generator().manual_seed(seed)
@@ -172,6 +174,7 @@ def test_stream_error_is_relative_to_each_token():
 
 # Whole models
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('seed', range(6))
 def test_transformers_gives_the_same_logits(seed, tmp_path):
     r = random.Random(seed)
@@ -298,12 +301,12 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
     text = torch.tensor(ids*12)[:240].view(2, 120)
     latent = to_mla(model, text, 320, 128)
     assert latent.config.cache_bytes_per_token() > model.config.cache_bytes_per_token() # so wide that it must answer right
-    first = Model(replace(latent.config, n_layers=8), 'float32', 'cpu')
+    first = Model(replace(latent.config, n_layers=3), 'float32', 'cpu')
     first.load_state_dict({k: t for k, t in latent.state_dict().items() if k in first.state_dict()})
     every = to_moe(first, moe_config(first.config, 12, 12, 4), text) # with a choice among 12, rounding makes some of them
     mine = every(text[:1])
     theirs = hf(every.save_pretrained(tmp_path/'every'))(text[:1]).logits
-    assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 8 layers of float32
+    assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 3 layers of float32
     both = to_moe(latent, moe_config(latent.config, 12, 11, 4), text)
     write_tokenizer(tok, both.save_pretrained(tmp_path))
     theirs, reader = hf(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -86,7 +86,6 @@ def decoded(model):
     return out
 
 
-@pytest.mark.draw(26)
 @pytest.mark.parametrize('format', FORMATS, ids=str)
 @pytest.mark.parametrize('name', FAMILIES)
 def test_as_the_decoded_model(name, format, floats, tokens):
@@ -100,7 +99,6 @@ def test_as_the_decoded_model(name, format, floats, tokens):
         assert relative_error(floats[name](tokens), model(tokens)) > 1e-4  # something was quantised
 
 
-@pytest.mark.draw(26)
 @pytest.mark.parametrize('format', FORMATS, ids=str)
 @pytest.mark.parametrize('name', FAMILIES)
 def test_kernels_and_cache(name, format, floats, tokens):
@@ -215,7 +213,6 @@ def test_four_bits_of_a_file_are_taken_as_they_are(floats, tmp_path):
             if isinstance(m, QuantizedWeight): assert m.error == 0 and torch.equal(m.dequantize(), exact.get_parameter(k)), k
 
 
-@pytest.mark.draw(26)
 # ---- saving
 
 @pytest.mark.parametrize('format', FORMATS, ids=str)
@@ -265,7 +262,6 @@ def test_mtp_block_travels(floats, tmp_path):
     assert weight_map(second.save_pretrained(tmp_path/'b'))['model.layers.2.eh_proj.weight'].shape == (16, 32)
 
 
-@pytest.mark.draw(26)
 # ---- the report
 
 @pytest.mark.parametrize('format', FORMATS, ids=str)

@@ -302,7 +302,7 @@ def run(code, **env):
     return subprocess.run([sys.executable, '-c', warm.ALONE + code], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.draw(3, group='instruction sets')
+@pytest.mark.draw(2, group='instruction sets')
 @needs_compiler
 def test_narrower_instruction_sets(isa):
     done = run('import test_ragged as t; t.sweep(1)', **warm.built_for(isa))
@@ -310,7 +310,7 @@ def test_narrower_instruction_sets(isa):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.draw(2, group='sanitizers')
+@pytest.mark.draw(1, group='sanitizers')
 @needs_compiler
 def test_clean_under_sanitizers():
     if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')

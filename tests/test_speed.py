@@ -177,6 +177,7 @@ def test_phases_add_up(works, expected):
     assert seconds == pytest.approx(expected[0]) and binds == expected[1]
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('seed', range(5))
 def test_tables_and_json(seed):
     draw = random.Random(seed)

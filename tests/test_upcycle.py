@@ -34,6 +34,7 @@ def seeded():
 def ffn(d, f): return SwiGLU(d, f).double().requires_grad_(False)
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('seed', range(6))
 def test_copies_are_the_dense_function(seed):
     r = random.Random(seed)
@@ -93,6 +94,7 @@ def test_router_chooses_better_than_chance():
     assert len({*moe.gate(held).experts[:, 0].tolist()}) == e
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('seed', range(5))
 def test_kmeans_is_balanced(seed):
     g = torch.Generator().manual_seed(seed)

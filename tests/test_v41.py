@@ -67,6 +67,7 @@ def test_flash():
     assert {p.entries for p in plans if p.layer >= 20} == {20} and cache_bytes_v41(V41_FLASH) == 890
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('i', range(6))
 def test_candidates_are_those_of_a_sort(i):
     "Few different scores, so that ties are common: of equal blocks, the lowest is selected."
@@ -84,6 +85,7 @@ def test_candidates_are_those_of_a_sort(i):
             assert set(kept[b, q].nonzero().flatten().tolist()) == {i for g in ranked[:blocks] for i in g}
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('i', range(6))
 def test_a_prefix_gives_the_same_outputs(i):
     "Nothing looks ahead: windows, entries, candidates and selections of a token don't depend on later ones."
@@ -118,6 +120,7 @@ def test_a_borrowed_selection_is_within_the_candidates(i):
             if p.layer != half and p.selection != half: assert may[picked].all() and len(picked) == min(c.index_topk, may.sum())
 
 
+@pytest.mark.draw(2)
 @pytest.mark.parametrize('i', range(6))
 def test_replay_is_exact_from_all_windows_on(i):
     "Besides the entries, the last output depends on decoder layers × (window − 1) + 1 tokens."

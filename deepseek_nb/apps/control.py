@@ -8,7 +8,7 @@ discriminator, and `write_about` writes about topics. `learn_styler` makes one f
 
 # %% auto #0
 __all__ = ['STYLE_WAYS', 'embeddings', 'content_kept', 'answer_losses', 'Styler', 'write_about', 'learn_styler', 'save_styler',
-           'load_styler', 'own_texts', 'two_halves', 'style_card', 'ControlApp', 'answer_style']
+           'load_styler', 'own_texts', 'two_halves', 'style_card', 'answer_style', 'ControlApp']
 
 # %% ../../nbs/880_apps.control.ipynb #1e496d95
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -264,56 +265,6 @@ Writes about topics with `{name}`, in a style and with a strength ({', '.join(wa
 - **Licence**: that of the texts counts too. Brown is for research and teaching only.
 '''
 
-# %% ../../nbs/880_apps.control.ipynb #e8d0e8f7
-class ControlApp:
-    "Text in a style, for `deepseek-nb app control`"
-    @staticmethod
-    def train(
-        data:str, # File with the columns text, style and document, or a folder that may contain MASC and GUM, for the public sets
-        out:str, # Folder to write
-        model:str = 'smollm2-135m', # Name or folder of the plain model
-        steps:int = 16, # Steps of each adapter; 0: no adapters
-        layer:int = -1, # Block for the vectors; -1: the middle
-        reading:int = 400, # Steps of the discriminator
-        passages:int = 400, # Passages of each style to learn from
-        seed:int = 0, # Seed of weights and samples
-    )->str: # A line about the result
-        "Learn styles from texts"
-        parts,plain,tok = own_texts(data),Model.from_pretrained(model, dtype='float32'),Tokenizer.from_pretrained(model)
-        middle,s = len(plain.layers)//2 if layer < 0 else layer,StyleSettings(steps=steps, seed=seed)
-        rows = balanced(parts.get('learn', []), passages, 12, seed)
-        styler = learn_styler(plain.requires_grad_(False), tok, rows, middle, s, reading=reading, seed=seed)
-        styler.judge = fit_judge(*(balanced(o, 3*passages, 30) for o in two_halves(parts.get('judge', []))))
-        card = style_card(styler, model, parts)
-        save_styler(styler, out, model, card)
-        return card.split('- **Quality**: ')[1].split('.\n')[0].split('. ')[0]
-
-    @staticmethod
-    def score(
-        rows:Iterator, # Dicts with `text`, to rate it; or with `topic` and `style`, to write and rate
-        weights:str, # Folder of `train`; '': the weights in the package
-    )->Iterator: # Scores of each style; for a topic also the text
-        "Rate texts, or write them"
-        answer = ControlApp.serve(weights)
-        for row in rows:
-            try: yield answer(Fields(row))
-            except ApiError as e: raise ValueError(e.message) from None
-
-    @staticmethod
-    def serve(
-        weights:str, # Folder of `train`; '': the weights in the package
-    )->Callable: # Function from the `Fields` of a request to the dict of its answer
-        "Load, and return what answers requests"
-        styler = load_styler(_folder(weights))
-        return lambda fields: answer_style(styler, fields)
-
-    @staticmethod
-    def card(
-        weights:str, # Folder of `train`; '': the weights in the package
-    )->str: # Markdown
-        "The model card"
-        return (_folder(weights)/'README.md').read_text(encoding='utf-8')
-
 # %% ../../nbs/880_apps.control.ipynb #a4fcbcb5
 def _folder(weights):
     "The folder of the weights"
@@ -341,3 +292,57 @@ def answer_style(
         text = styler.tok.decode(answer).strip()
     found = dict(zip(styler.judge.names, [round(x, 2) for x in styler.judge.scores([text])[0].tolist()], strict=True))
     return dict(scores=found) | (dict(text=text) if topic is not None else {})
+
+# %% ../../nbs/880_apps.control.ipynb #e8d0e8f7
+class ControlApp:
+    "Text in a style, for `deepseek-nb app control`"
+
+@patch(cls_method=True)
+def train(cls:ControlApp,
+    data:str, # File with the columns text, style and document, or a folder that may contain MASC and GUM, for the public sets
+    out:str, # Folder to write
+    model:str = 'smollm2-135m', # Name or folder of the plain model
+    steps:int = 16, # Steps of each adapter; 0: no adapters
+    layer:int = -1, # Block for the vectors; -1: the middle
+    reading:int = 400, # Steps of the discriminator
+    passages:int = 400, # Passages of each style to learn from
+    seed:int = 0, # Seed of weights and samples
+)->str: # A line about the result
+    "Learn styles from texts"
+    parts,plain,tok = own_texts(data),Model.from_pretrained(model, dtype='float32'),Tokenizer.from_pretrained(model)
+    middle,s = len(plain.layers)//2 if layer < 0 else layer,StyleSettings(steps=steps, seed=seed)
+    rows = balanced(parts.get('learn', []), passages, 12, seed)
+    styler = learn_styler(plain.requires_grad_(False), tok, rows, middle, s, reading=reading, seed=seed)
+    styler.judge = fit_judge(*(balanced(o, 3*passages, 30) for o in two_halves(parts.get('judge', []))))
+    card = style_card(styler, model, parts)
+    save_styler(styler, out, model, card)
+    return card.split('- **Quality**: ')[1].split('.\n')[0].split('. ')[0]
+
+# %% ../../nbs/880_apps.control.ipynb #b9759003
+@patch(cls_method=True)
+def score(cls:ControlApp,
+    rows:Iterator, # Dicts with `text`, to rate it; or with `topic` and `style`, to write and rate
+    weights:str, # Folder of `train`; '': the weights in the package
+)->Iterator: # Scores of each style; for a topic also the text
+    "Rate texts, or write them"
+    answer = cls.serve(weights)
+    for row in rows:
+        try: yield answer(Fields(row))
+        except ApiError as e: raise ValueError(e.message) from None
+
+# %% ../../nbs/880_apps.control.ipynb #a1f372d0
+@patch(cls_method=True)
+def serve(cls:ControlApp,
+    weights:str, # Folder of `train`; '': the weights in the package
+)->Callable: # Function from the `Fields` of a request to the dict of its answer
+    "Load, and return what answers requests"
+    styler = load_styler(_folder(weights))
+    return lambda fields: answer_style(styler, fields)
+
+# %% ../../nbs/880_apps.control.ipynb #4bd268a2
+@patch(cls_method=True)
+def card(cls:ControlApp,
+    weights:str, # Folder of `train`; '': the weights in the package
+)->str: # Markdown
+    "The model card"
+    return (_folder(weights)/'README.md').read_text(encoding='utf-8')

@@ -252,44 +252,51 @@ def _topic_row(found): return dict(topic=found.topic, probability=round(found.pr
 # %% ../../nbs/888_apps.crosslingual.ipynb #fc549f38
 class CrosslingualApp:
     "What the command offers of the classifier"
-    @staticmethod
-    def train(
-        data, # Folder or file of labelled texts
-        out, # Folder to write
-        decay=1e-3, # Weight decay
-    )->str: # Result on held-back texts
-        "Learn topics from texts of one language"
-        texts,labels,late,truth = labelled_texts(data)
-        mine = TopicClassifier.train(texts, labels, decay=decay)
-        mine.save(out)
-        known = [i for i,t in enumerate(truth) if t in mine.topics]
-        found = [mine.topics.index(o.topic) for o in mine.classify([late[i] for i in known])] if known else []
-        f1 = macro_f1(confusion([mine.topics.index(truth[i]) for i in known], found, len(mine.topics))) if known else 0.
-        return f'macro-F1 {f1:.3f} on {len(known)} held-back texts of the same language'
-    @staticmethod
-    def score(
-        rows, # Rows of the command, as dicts
-        weights, # Folder of trained weights; '': the package's
-    )->Iterator[dict]: # A row for each result
-        "Topics of the texts of rows"
-        mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
-        for row in rows: yield dict(row) | _topic_row(mine.classify([row.get('text')], row.get('language') or '')[0])
-    @staticmethod
-    def serve(
-        weights, # Folder of trained weights; '': the package's
-    )->Callable: # From the fields of a request to its answer
-        "Load, and return what answers requests"
-        mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
-        def answer(fields):
-            text,language = fields.take('text', str, needed=True),fields.take('language', str, default='')
-            fields.done()
-            found = mine.classify([text], language)[0]
-            return _topic_row(found) | dict(probabilities=found.probabilities)
-        return answer
-    @staticmethod
-    def card(
-        weights, # Folder of trained weights; '': the package's
-    )->str: # Markdown
-        "The model card"
-        if weights: return f'# Topics, trained by the owner\n\nTopics: {", ".join(TopicClassifier.load(weights).topics)}.\n'
-        return (Path(str(files('deepseek_nb')))/'topics'/'README.md').read_text(encoding='utf-8')
+
+@patch(cls_method=True)
+def train(cls:CrosslingualApp, # noqa: F811
+    data, # Folder or file of labelled texts
+    out, # Folder to write
+    decay=1e-3, # Weight decay
+)->str: # Result on held-back texts
+    "Learn topics from texts of one language"
+    texts,labels,late,truth = labelled_texts(data)
+    mine = TopicClassifier.train(texts, labels, decay=decay)
+    mine.save(out)
+    known = [i for i,t in enumerate(truth) if t in mine.topics]
+    found = [mine.topics.index(o.topic) for o in mine.classify([late[i] for i in known])] if known else []
+    f1 = macro_f1(confusion([mine.topics.index(truth[i]) for i in known], found, len(mine.topics))) if known else 0.
+    return f'macro-F1 {f1:.3f} on {len(known)} held-back texts of the same language'
+
+# %% ../../nbs/888_apps.crosslingual.ipynb #7077e1cc
+@patch(cls_method=True)
+def score(cls:CrosslingualApp,
+    rows, # Rows of the command, as dicts
+    weights, # Folder of trained weights; '': the package's
+)->Iterator[dict]: # A row for each result
+    "Topics of the texts of rows"
+    mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
+    for row in rows: yield dict(row) | _topic_row(mine.classify([row.get('text')], row.get('language') or '')[0])
+
+# %% ../../nbs/888_apps.crosslingual.ipynb #f3f4c8bb
+@patch(cls_method=True)
+def serve(cls:CrosslingualApp,
+    weights, # Folder of trained weights; '': the package's
+)->Callable: # From the fields of a request to its answer
+    "Load, and return what answers requests"
+    mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
+    def answer(fields):
+        text,language = fields.take('text', str, needed=True),fields.take('language', str, default='')
+        fields.done()
+        found = mine.classify([text], language)[0]
+        return _topic_row(found) | dict(probabilities=found.probabilities)
+    return answer
+
+# %% ../../nbs/888_apps.crosslingual.ipynb #b66742b8
+@patch(cls_method=True)
+def card(cls:CrosslingualApp,
+    weights, # Folder of trained weights; '': the package's
+)->str: # Markdown
+    "The model card"
+    if weights: return f'# Topics, trained by the owner\n\nTopics: {", ".join(TopicClassifier.load(weights).topics)}.\n'
+    return (Path(str(files('deepseek_nb')))/'topics'/'README.md').read_text(encoding='utf-8')

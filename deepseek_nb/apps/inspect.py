@@ -347,39 +347,46 @@ def _request(inspector, fields):
 # %% ../../nbs/866_apps.inspect.ipynb #4c81003f
 class InspectApp:
     "What the command offers of the inspector"
-    @staticmethod
-    def train(
-        data, # Folder of records
-        out, # Folder to write
-        steps=800, # Steps of training
-        batch=64, # Pieces in a step
-        seed=0, # Of initialisation and batches
-    )->str: # Result on held-back pieces
-        "Train on a folder"
-        inspector,late = train_inspector(data, FusionSettings(steps, batch, seed=seed))
-        inspector.save(out)
-        with torch.no_grad(): right = (inspector.net(late.pictures, late.spectrograms).argmax(1) == late.labels).float().mean().item()
-        return f'{right:.1%} of {len(late.labels)} pieces right that were not learned from'
-    @staticmethod
-    def score(
-        rows, # Rows of the command, as dicts
-        weights, # Folder of trained weights; '': the package's
-    )->Iterator[dict]: # A row for each result
-        "Decide on the pieces of rows or files"
-        inspector = Inspector.load(weights) if weights else Inspector.shipped()
-        for row in rows:
-            if pair := _pairs(row): yield dict(piece=str(pair[0] or pair[1] or '')) | _answer(inspector.inspect(*pair))
-    @staticmethod
-    def serve(
-        weights, # Folder of trained weights; '': the package's
-    )->Callable: # From the fields of a request to its answer
-        "Load, and return what answers requests"
-        inspector = Inspector.load(weights) if weights else Inspector.shipped()
-        return lambda fields: _request(inspector, fields)
-    @staticmethod
-    def card(
-        weights, # Folder of trained weights; '': the package's
-    )->str: # Markdown
-        "The model card"
-        if weights: return f'# Inspector trained by its owner\n\nCauses: {", ".join(Inspector.load(weights).causes)}.\n'
-        return (Path(str(files('deepseek_nb')))/'inspector'/'README.md').read_text(encoding='utf-8')
+
+@patch(cls_method=True)
+def train(cls:InspectApp, # noqa: F811
+    data, # Folder of records
+    out, # Folder to write
+    steps=800, # Steps of training
+    batch=64, # Pieces in a step
+    seed=0, # Of initialisation and batches
+)->str: # Result on held-back pieces
+    "Train on a folder"
+    inspector,late = train_inspector(data, FusionSettings(steps, batch, seed=seed))
+    inspector.save(out)
+    with torch.no_grad(): right = (inspector.net(late.pictures, late.spectrograms).argmax(1) == late.labels).float().mean().item()
+    return f'{right:.1%} of {len(late.labels)} pieces right that were not learned from'
+
+# %% ../../nbs/866_apps.inspect.ipynb #65374b5f
+@patch(cls_method=True)
+def score(cls:InspectApp,
+    rows, # Rows of the command, as dicts
+    weights, # Folder of trained weights; '': the package's
+)->Iterator[dict]: # A row for each result
+    "Decide on the pieces of rows or files"
+    inspector = Inspector.load(weights) if weights else Inspector.shipped()
+    for row in rows:
+        if pair := _pairs(row): yield dict(piece=str(pair[0] or pair[1] or '')) | _answer(inspector.inspect(*pair))
+
+# %% ../../nbs/866_apps.inspect.ipynb #58601818
+@patch(cls_method=True)
+def serve(cls:InspectApp,
+    weights, # Folder of trained weights; '': the package's
+)->Callable: # From the fields of a request to its answer
+    "Load, and return what answers requests"
+    inspector = Inspector.load(weights) if weights else Inspector.shipped()
+    return lambda fields: _request(inspector, fields)
+
+# %% ../../nbs/866_apps.inspect.ipynb #0d182158
+@patch(cls_method=True)
+def card(cls:InspectApp,
+    weights, # Folder of trained weights; '': the package's
+)->str: # Markdown
+    "The model card"
+    if weights: return f'# Inspector trained by its owner\n\nCauses: {", ".join(Inspector.load(weights).causes)}.\n'
+    return (Path(str(files('deepseek_nb')))/'inspector'/'README.md').read_text(encoding='utf-8')

@@ -1,4 +1,4 @@
-"""Topics of the same sentences in 72 languages and one declaration in nearly all of them: splits without translations across parts, alignment, floors, and what a tokenizer charges a language
+"""The same sentences with topics in 72 languages, and one declaration in nearly all of them: splits that keep translations together, alignment, floors, and the tokens that each language costs
 
 `read_sib` reads the parallel sentences of SIB-200 with their topics, and `read_udhr` the Universal Declaration of Human Rights. `align_texts` pairs the
 paragraphs of two translations. `near_repeats` finds sentences of one part in another. `token_premium` is the length of a language in tokens beside

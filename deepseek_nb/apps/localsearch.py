@@ -16,7 +16,7 @@ from .moves import HEAT, Improved, Roads, improve, join_by_savings, nearest_plac
 from ..kernels.build import Kernels
 
 # %% ../../nbs/872_apps.localsearch.ipynb #dbdb0a0d
-route_kernels = Kernels('routes.cpp', neighbours=lambda *o: None, savings=lambda *o: None, improve=lambda *o: None)
+route_kernels = Kernels('routes.cpp', neighbours=lambda *o: None, savings=lambda *o: None, improve=lambda *o, **settings: None)
 
 @nearest_places.twin('cpp', available=route_kernels.ready)
 def nearest_places_cpp(
@@ -39,13 +39,13 @@ def _unflat(flat):
     return routes[:-1]
 
 # %% ../../nbs/872_apps.localsearch.ipynb #9c7fad79
-def _call(op, roads, routes, *more):
+def _call(op, roads, routes, **settings):
     "Call an operator on routes, which it replaces"
     flat = _flat(routes)
     plan,stats = torch.zeros(max(len(flat), 2*len(roads.demand)) + 2, dtype=torch.int32),torch.tensor([len(flat), 0, 0])
     plan[:len(flat)] = torch.tensor(flat, dtype=torch.int32)
     windows = None if roads.windows is None else roads.windows.contiguous()
-    op(roads.distance, roads.demand, roads.capacity, windows, roads.locked, roads.near, *more[:1], plan, stats, *more[1:])
+    op(roads.distance, roads.demand, roads.capacity, windows, roads.locked, roads.near, plan, stats, **settings)
     size,cost,rounds = stats.tolist()
     return _unflat(plan[:size].tolist()),cost,rounds
 
@@ -62,7 +62,8 @@ def improve_cpp(
 )->Improved: # Routes that are at least as good
     "`improve` in C++"
     heat = HEAT['tsp' if roads.capacity < 0 else 'cvrp'] if heat is None else heat
-    return Improved(*_call(route_kernels.load().improve, roads, routes, roads.width, rounds, max(seconds, 1e-6), seed, heat, busy))
+    return Improved(*_call(route_kernels.load().improve, roads, routes, width=roads.width, rounds=rounds, seconds=max(seconds, 1e-6),
+                           seed=seed, heat=heat, busy=busy))
 
 # %% ../../nbs/872_apps.localsearch.ipynb #9b5667b3
 @join_by_savings.twin('cpp', available=route_kernels.ready)

@@ -284,64 +284,68 @@ def _answer(router, fields, path):
 # %% ../../nbs/876_apps.route.ipynb #167d7ae2
 class RouteApp:
     "Routes for the command `deepseek-nb app`"
-    @staticmethod
-    def net(
-        weights, # Folder of trained weights; '': the package's
-    )->RouteNet:
-        "Load a network"
-        return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
 
-    @staticmethod
-    def train(
-        data, # Folder of problems, for the size of those that are generated
-        out, # Folder to write
-        problems:int = 800, # Generated problems
-        steps:int = 2000, # Steps of training
-    ):
-        "Train on generated problems of the sizes of a folder's"
-        sizes = sorted(len(read_instance(p).xy) for p in Path(data).rglob('*.*') if p.suffix in ('.vrp', '.tsp'))
-        if not sizes: raise ValueError(f'{data} contains no problems: files that end in .vrp or .tsp')
-        torch.manual_seed(0)
-        net = RouteNet()
-        losses = train_route_net(net, teach(range(problems), sizes=(min(sizes[0], 100), min(sizes[-1], 100))), steps)
-        Path(out).mkdir(parents=True, exist_ok=True)
-        net.save(Path(out)/'model.safetensors')
-        return f'{problems} problems of up to {min(sizes[-1], 100)} places; loss of a decision {sum(losses[-50:])/len(losses[-50:]):.3f}'
+@patch(cls_method=True)
+def net(cls:RouteApp,
+    weights, # Folder of trained weights; '': the package's
+)->RouteNet:
+    "Load a network"
+    return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
 
-    @staticmethod
-    def score(
-        rows, # Files of problems, or a table of orders
-        weights, # Folder of a trained network; '': the package's
-        seconds:float = .02, # Deadline of each problem
-        x:float = 0., # Depot of a table of orders
-        y:float = 0., # Depot of a table of orders
-        capacity:float = 0., # Capacity for a table of orders; 0: one vehicle
-    ):
-        "Plan routes for files or for a table of orders"
-        rows,net = iter(rows),RouteApp.net(weights)
-        first = next(rows, None)
-        rows = [] if first is None else chain([first], rows)
-        if first is None or 'file' not in first: yield from _plan_rows(rows, Router((x, y), capacity or None, net=net), seconds)
-        else: yield from (_plan_file(r['file'], net, seconds) for r in rows)
+# %% ../../nbs/876_apps.route.ipynb #84f28111
+@patch(cls_method=True)
+def train(cls:RouteApp,
+    data, # Folder of problems, for the size of those that are generated
+    out, # Folder to write
+    problems:int = 800, # Generated problems
+    steps:int = 2000, # Steps of training
+):
+    "Train on generated problems of the sizes of a folder's"
+    sizes = sorted(len(read_instance(p).xy) for p in Path(data).rglob('*.*') if p.suffix in ('.vrp', '.tsp'))
+    if not sizes: raise ValueError(f'{data} contains no problems: files that end in .vrp or .tsp')
+    torch.manual_seed(0)
+    net = RouteNet()
+    losses = train_route_net(net, teach(range(problems), sizes=(min(sizes[0], 100), min(sizes[-1], 100))), steps)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    net.save(Path(out)/'model.safetensors')
+    return f'{problems} problems of up to {min(sizes[-1], 100)} places; loss of a decision {sum(losses[-50:])/len(losses[-50:]):.3f}'
 
-    @staticmethod
-    def serve(
-        weights, # Folder of a trained network; '': the package's
-        x:float = 0., # Depot
-        y:float = 0., # Depot
-        capacity:float = 0., # Capacity of a vehicle; 0: one vehicle
-        close:float = 0., # Time at which vehicles must be back; 0: any
-        state:str = '', # File for the state; '': none
-    ):
-        "Load, and return what answers requests"
-        net,restored = RouteApp.net(weights),state and Path(state).exists()
-        router = Router.load(state, net) if restored else Router((x, y), capacity or None, close or None, net)
-        return lambda fields: _answer(router, fields, state)
+# %% ../../nbs/876_apps.route.ipynb #9777ca69
+@patch(cls_method=True)
+def score(cls:RouteApp,
+    rows, # Files of problems, or a table of orders
+    weights, # Folder of a trained network; '': the package's
+    seconds:float = .02, # Deadline of each problem
+    x:float = 0., # Depot of a table of orders
+    y:float = 0., # Depot of a table of orders
+    capacity:float = 0., # Capacity for a table of orders; 0: one vehicle
+):
+    "Plan routes for files or for a table of orders"
+    rows,net = iter(rows),cls.net(weights)
+    first = next(rows, None)
+    rows = [] if first is None else chain([first], rows)
+    if first is None or 'file' not in first: yield from _plan_rows(rows, Router((x, y), capacity or None, net=net), seconds)
+    else: yield from (_plan_file(r['file'], net, seconds) for r in rows)
 
-    @staticmethod
-    def card(
-        weights, # Folder of trained weights; '': the package's
-    )->str: # Markdown
-        "The model card"
-        path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
-        return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'
+# %% ../../nbs/876_apps.route.ipynb #501c2695
+@patch(cls_method=True)
+def serve(cls:RouteApp,
+    weights, # Folder of a trained network; '': the package's
+    x:float = 0., # Depot
+    y:float = 0., # Depot
+    capacity:float = 0., # Capacity of a vehicle; 0: one vehicle
+    close:float = 0., # Time at which vehicles must be back; 0: any
+    state:str = '', # File for the state; '': none
+):
+    "Load, and return what answers requests"
+    net,restored = cls.net(weights),state and Path(state).exists()
+    router = Router.load(state, net) if restored else Router((x, y), capacity or None, close or None, net)
+    return lambda fields: _answer(router, fields, state)
+
+@patch(cls_method=True)
+def card(cls:RouteApp,
+    weights, # Folder of trained weights; '': the package's
+)->str: # Markdown
+    "The model card"
+    path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
+    return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'

@@ -266,44 +266,48 @@ class Service:
 # %% ../../nbs/858_apps.watch.ipynb #7c7e01ab
 class AnomalyApp:
     "Anomalies in tables and card payments, for `deepseek-nb app anomaly`"
-    @staticmethod
-    def train(
-        data:str, # Table or JSON lines with numbers, or the folder of a card simulation
-        out:str, # Folder to write
-        budget:float = .003, # Acceptable share of false positives
-        steps:int = 0, # Steps of training; 0: 500 for cards, 400 for tables
-        mix:int = 0, # 1: mix the days of honest payments, for the simulator's fault
-        rate:float = 0., # Seconds between two rows of a stream; 0: events at any time
-        seed:int = 0, # Seed of weights, windows and groups
-    )->str: # A line about the result
-        "Train and calibrate a detector"
-        if Path(data).is_dir(): return _train_cards(data, out, budget, steps, mix, seed)
-        return _train_table(data, out, budget, steps, rate, seed)
 
-    @staticmethod
-    def score(
-        rows:Iterator, # Dicts: rows of a table, or payments
-        weights:str, # Folder of a trained detector; '': the fraud detector in the package
-        explain:int = 0, # 1: explain each score
-    )->Iterator: # stream, score, alarm, ready
-        "Score rows"
-        watcher = watcher_from(weights)
-        for row in rows:
-            try: yield watcher.score(Fields(row | dict(explain=bool(explain))))
-            except ApiError as e: raise ValueError(e.message) from None
+@patch(cls_method=True)
+def train(cls:AnomalyApp,
+    data:str, # Table or JSON lines with numbers, or the folder of a card simulation
+    out:str, # Folder to write
+    budget:float = .003, # Acceptable share of false positives
+    steps:int = 0, # Steps of training; 0: 500 for cards, 400 for tables
+    mix:int = 0, # 1: mix the days of honest payments, for the simulator's fault
+    rate:float = 0., # Seconds between two rows of a stream; 0: events at any time
+    seed:int = 0, # Seed of weights, windows and groups
+)->str: # A line about the result
+    "Train and calibrate a detector"
+    if Path(data).is_dir(): return _train_cards(data, out, budget, steps, mix, seed)
+    return _train_table(data, out, budget, steps, rate, seed)
 
-    @staticmethod
-    def serve(
-        weights:str, # Folder of a trained detector; '': the fraud detector in the package
-        state:str = '', # Folder in which the streams survive a restart; '': none
-        every:int = 1000, # Answers after which the streams are saved
-    )->Callable: # Function from the `Fields` of a request to the dict of its answer
-        "Load, and return what answers requests"
-        return Service(watcher_from(state if state and (Path(state)/'reader.json').exists() else weights), state, every).answer
+# %% ../../nbs/858_apps.watch.ipynb #eee3d934
+@patch(cls_method=True)
+def score(cls:AnomalyApp,
+    rows:Iterator, # Dicts: rows of a table, or payments
+    weights:str, # Folder of a trained detector; '': the fraud detector in the package
+    explain:int = 0, # 1: explain each score
+)->Iterator: # stream, score, alarm, ready
+    "Score rows"
+    watcher = watcher_from(weights)
+    for row in rows:
+        try: yield watcher.score(Fields(row | dict(explain=bool(explain))))
+        except ApiError as e: raise ValueError(e.message) from None
 
-    @staticmethod
-    def card(
-        weights:str, # Folder of a trained detector; '': the fraud detector in the package
-    )->str: # Markdown
-        "The model card"
-        return (Path(weights or packaged())/'README.md').read_text(encoding='utf-8')
+# %% ../../nbs/858_apps.watch.ipynb #a0ae3f69
+@patch(cls_method=True)
+def serve(cls:AnomalyApp,
+    weights:str, # Folder of a trained detector; '': the fraud detector in the package
+    state:str = '', # Folder in which the streams survive a restart; '': none
+    every:int = 1000, # Answers after which the streams are saved
+)->Callable: # Function from the `Fields` of a request to the dict of its answer
+    "Load, and return what answers requests"
+    return Service(watcher_from(state if state and (Path(state)/'reader.json').exists() else weights), state, every).answer
+
+# %% ../../nbs/858_apps.watch.ipynb #ab70c014
+@patch(cls_method=True)
+def card(cls:AnomalyApp,
+    weights:str, # Folder of a trained detector; '': the fraud detector in the package
+)->str: # Markdown
+    "The model card"
+    return (Path(weights or packaged())/'README.md').read_text(encoding='utf-8')

@@ -401,6 +401,7 @@ BENCHMARKS = {  # name at the command line -> location
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
     'peers': Benchmark('bench.runtimes.peers', (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
     'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
+    **{f'fine-{n}': Benchmark(f'bench.fine.fine_{n}') for n in ('quality', 'decode', 'prompt')},
     'grpo': Benchmark('bench.grpo.grpo_steps', (*_HF, 'trl', 'accelerate')),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),

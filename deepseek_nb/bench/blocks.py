@@ -10,7 +10,9 @@ __all__ = ['ggml_quantize', 'column_factors', 'round_columns', 'round_layers', '
 
 # %% ../../nbs/773_bench.blocks.ipynb #ff607900
 import ctypes
+import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arch.model import Model
+from . import BENCHMARKS, make_record, save_result
 from .llama import llama_cpp
+from ..core.provenance import doubts
 from ..eval.perplexity import perplexity, speeches
 from ..files.tokenizer import Tokenizer
 from ..quant.blocks import quantize_blocks
@@ -78,6 +82,17 @@ def round_layers(
         errors.append(((got - w).norm()/w.norm()).item())
     return sum(errors)/len(errors)
 
+# %% ../../nbs/773_bench.blocks.ipynb #b10c4a7e
+_QUANTISERS = dict(deepseek_nb=quantize_blocks, llama=ggml_quantize)
+
+def _known_rows(out, facts):
+    "Rows of a record of the same text and the same code"
+    if not out or not Path(out).is_file(): return {}
+    record = json.loads(Path(out).read_text())
+    same = all(record['result'].get(k) == v for k,v in facts.items())
+    return record['result']['rows'] if same and not doubts(record) else {}
+
+
 # %% ../../nbs/773_bench.blocks.ipynb #bb264fed
 @torch.no_grad()
 def block_quality(
@@ -85,6 +100,7 @@ def block_quality(
     calibration:int = 8192, # Tokens of the calibration text
     kinds:str = 'Q8_0 Q4_K', # GGML types
     window:int = 512, # Tokens per window, of the perplexity and the calibration
+    out:str = '', # Path of the record, which is stored after each row, and continued
 )->dict: # Perplexity in float32, and for each kind and quantiser perplexity, ratio to float32, its standard error, and error of the weights
     "Compare the perplexity of two quantisers on SmolLM2"
     name = 'smollm2-135m'
@@ -92,13 +108,13 @@ def block_quality(
     learn,ids = ids[:calibration//window*window].view(-1, window),ids[-tokens:]
     matrices = measure_importance(model, learn)
     exact,base = {k: model.state_dict()[k].clone() for k in matrices},perplexity(model, ids, window)
-    rows = {}
-    for kind in kinds.split():
-        for who,f in dict(deepseek_nb=quantize_blocks, llama=ggml_quantize).items():
-            for how,a in dict(plain=None, importance=matrices).items():
-                if (kind, who, how) == ('Q8_0', 'llama', 'importance'): continue
-                error = round_layers(model, exact, kind, f, a)
-                found = perplexity(model, ids, window)
-                ratio,spread = found.against(base)
-                rows[f'{kind} {who} {how}'] = dict(perplexity=found.value, ratio=ratio, spread=spread, error=error)
-    return dict(float32=base.value, tokens=base.tokens, calibration=learn.numel(), window=window, rows=rows)
+    facts = dict(float32=base.value, tokens=base.tokens, calibration=learn.numel(), window=window)
+    rows = _known_rows(out, facts)
+    for kind,(who,f),(how,a) in product(kinds.split(), _QUANTISERS.items(), dict(plain=None, importance=matrices).items()):
+        name = f'{kind} {who} {how}'
+        if name in rows or name == 'Q8_0 llama importance': continue
+        error,found = round_layers(model, exact, kind, f, a),perplexity(model, ids, window)
+        rows[name] = dict(zip(('perplexity', 'ratio', 'spread', 'error'), (found.value, *found.against(base), error), strict=True))
+        if out: save_result(out, make_record('blocks', facts | dict(rows=rows), *BENCHMARKS['blocks'].packages))
+    return facts | dict(rows=rows)
+

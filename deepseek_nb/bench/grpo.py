@@ -218,6 +218,7 @@ def take_turns(
     torch.set_num_threads(plan['threads'])
     (steps_of_ours if kind in OUR_CONTENDERS else steps_of_trl)(plan, kind)
 
+# %% ../../nbs/781_bench.grpo.ipynb #95345c4b
 class Contender:
     "A process that takes a step whenever it is asked to"
     def __init__(self,

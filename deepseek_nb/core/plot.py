@@ -8,9 +8,18 @@ is no frame. `COLOURS` are those of Okabe and Ito, which colour-blind readers ca
 # %% auto #0
 __all__ = ['COLOURS', 'GREY', 'style', 'draw']
 
+# %% ../../nbs/050_core.plot.ipynb #5undrawi
+import os
+import sys
+
 # %% ../../nbs/050_core.plot.ipynb #b4c3745e
 COLOURS = dict(blue='#0072B2', orange='#E69F00', green='#009E73', red='#D55E00', pink='#CC79A7', sky='#56B4E9')
 GREY = '#808080'
+
+# %% ../../nbs/050_core.plot.ipynb #5undrawc
+def _leave_undrawn():
+    "Stop the inline backend from drawing the figures of this process"
+    if (inline := sys.modules.get('matplotlib_inline.config')): inline.InlineBackend.instance().figure_formats = set()
 
 # %% ../../nbs/050_core.plot.ipynb #ab0e7f8e
 def style(
@@ -29,6 +38,7 @@ def style(
         for edge in ax.spines.values(): edge.set_color(GREY)
         ax.spines[['top', 'right']].set_visible(False)
     fig.tight_layout()
+    if os.environ.get('DEEPSEEK_NB_UNDRAWN'): _leave_undrawn()
 
 # %% ../../nbs/050_core.plot.ipynb #97699ce4
 def draw(

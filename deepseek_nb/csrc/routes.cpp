@@ -70,8 +70,8 @@ void fill(Search& search, const Tensor& plan, int64_t size) {
 
 // %% ../../nbs/872_apps.localsearch.ipynb #0792d44e
 // plan: routes in a flat list, replaced by better ones; stats: length of the list, then cost and rounds
-void improve(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor locked, Tensor near, int64_t width,
-             Tensor plan, Tensor stats, int64_t rounds, double seconds, int64_t seed, double heat, bool busy) {
+void improve(Tensor d, Tensor demand, int64_t capacity, Maybe windows, Tensor locked, Tensor near, Tensor plan,
+             Tensor stats, int64_t width, int64_t rounds, double seconds, int64_t seed, double heat, bool busy) {
     const double begin = clock_seconds(busy);
     const Roads p = roads(d, demand, capacity, windows, locked, near, width);
     Search search(p, seed);
@@ -154,8 +154,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("neighbours(Tensor d, Tensor(a!) near) -> ()");
     m.def("savings(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
           "Tensor(a!) plan, Tensor(b!) stats) -> ()");
-    m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, int width, "
-          "Tensor(a!) plan, Tensor(b!) stats, int rounds, float seconds, int seed, float heat, bool busy) -> ()");
+    m.def("improve(Tensor d, Tensor demand, int capacity, Tensor? windows, Tensor locked, Tensor near, "
+          "Tensor(a!) plan, Tensor(b!) stats, *, int width, int rounds, float seconds, int seed, float heat, "
+          "bool busy) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("neighbours", TORCH_BOX(&neighbours));

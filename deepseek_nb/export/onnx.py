@@ -10,8 +10,8 @@ before it is loaded, `OnnxModel` runs it with ONNX Runtime, and `onnx_weights` r
 __all__ = ['MOE_FORMS', 'OPSET', 'DATA', 'GrowingSlot', 'cache_names', 'input_names', 'output_names', 'spread_weights',
            'dense_experts', 'gathered_experts', 'moe_cost', 'static_mixture', 'check_exportable', 'CachedStep',
            'step_inputs', 'traced', 'sort_as_topk', 'translated', 'clean_graph', 'onnx_model', 'write_onnx',
-           'new_folder', 'copy_description', 'float_source', 'export_onnx', 'OnnxModel', 'check_external',
-           'proto_bytes', 'check_graph', 'check_onnx', 'onnx_weights']
+           'new_folder', 'copy_description', 'float_source', 'export_onnx', 'check_external', 'proto_bytes',
+           'check_graph', 'check_onnx', 'OnnxModel', 'onnx_weights']
 
 # %% ../../nbs/802_export.onnx.ipynb #901db6fb
 import logging
@@ -389,60 +389,6 @@ def export_onnx(
         copy_description(model, source, tmp)
     return Path(out)
 
-# %% ../../nbs/802_export.onnx.ipynb #f1817e5d
-class OnnxModel:
-    "A graph that ONNX Runtime executes, with its cache"
-    def __init__(self,
-        folder:str|Path, # Folder from `export_onnx`
-        threads:int = 0, # Threads of a product; 0: ONNX Runtime decides
-    ):
-        import onnxruntime as ort
-        check_onnx(Path(folder)/'model.onnx')
-        options = ort.SessionOptions()
-        options.intra_op_num_threads,options.log_severity_level = threads,3
-        self.session = ort.InferenceSession(Path(folder)/'model.onnx', options, providers=['CPUExecutionProvider'])
-        self.names = [i.name for i in self.session.get_inputs()]
-        self.past = [i for i in self.session.get_inputs() if i.name.startswith('past_key_values.')]
-        self.reset()
-
-    def reset(self):
-        "Empty the cache"
-        self.cache = None
-
-    def empty(self, b):
-        "An empty cache for b rows"
-        size = lambda d: b if d == 'batch' else d if isinstance(d, int) else 0
-        kinds = {'tensor(float)': np.float32, 'tensor(float16)': np.float16}
-        return [np.zeros([size(d) for d in i.shape], kinds[i.type]) for i in self.past]
-
-# %% ../../nbs/802_export.onnx.ipynb #c6f53168
-@patch
-def __call__(self:OnnxModel,
-    tokens:Tensor, # New tokens `b s`
-)->Tensor: # Logits `b s w`
-    "Compute logits, and extend the cache"
-    b,s = tokens.shape
-    cache = self.empty(b) if self.cache is None else self.cache
-    t = cache[0].shape[-2] + s
-    feed = dict(input_ids=tokens.numpy(), attention_mask=np.ones((b, t), np.int64), position_ids=np.tile(np.arange(t - s, t), (b, 1)))
-    feed = {k: x for k,x in feed.items() if k in self.names} | {i.name: x for i,x in zip(self.past, cache, strict=True)}
-    logits,*self.cache = self.session.run(None, feed)
-    return torch.from_numpy(logits)
-
-# %% ../../nbs/802_export.onnx.ipynb #c0883067
-@patch
-def greedy(self:OnnxModel,
-    prompt:list[int], # Tokens of the prompt
-    n:int, # Number of tokens to generate
-)->list[int]: # The new tokens
-    "Generate the most probable tokens"
-    self.reset()
-    out,new = [],torch.tensor([prompt])
-    for _ in range(n):
-        out.append(int(self(new)[0, -1].argmax()))
-        new = torch.tensor([out[-1:]])
-    return out
-
 # %% ../../nbs/802_export.onnx.ipynb #ef8b8986
 def check_external(
     tensor, # `onnx.TensorProto` with external data
@@ -506,6 +452,62 @@ def check_onnx(
             elif len(t.raw_data) not in (0, proto_bytes(t)):
                 raise ValueError(f"{t.name}: {len(t.raw_data)} bytes don't match its shape; export it again")
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
+
+# %% ../../nbs/802_export.onnx.ipynb #f1817e5d
+class OnnxModel:
+    "A graph that ONNX Runtime executes, with its cache"
+    def __init__(self,
+        folder:str|Path, # Folder from `export_onnx`
+        threads:int = 0, # Threads of a product; 0: ONNX Runtime decides
+    ):
+        import onnxruntime as ort
+        check_onnx(Path(folder)/'model.onnx')
+        options = ort.SessionOptions()
+        options.intra_op_num_threads,options.log_severity_level = threads,3
+        self.session = ort.InferenceSession(Path(folder)/'model.onnx', options, providers=['CPUExecutionProvider'])
+        self.names = [i.name for i in self.session.get_inputs()]
+        self.past = [i for i in self.session.get_inputs() if i.name.startswith('past_key_values.')]
+        self.reset()
+
+    def reset(self):
+        "Empty the cache"
+        self.cache = None
+
+    def empty(self,
+        b:int, # Number of rows
+    )->list: # Arrays without tokens
+        "An empty cache"
+        size = lambda d: b if d == 'batch' else d if isinstance(d, int) else 0
+        kinds = {'tensor(float)': np.float32, 'tensor(float16)': np.float16}
+        return [np.zeros([size(d) for d in i.shape], kinds[i.type]) for i in self.past]
+
+# %% ../../nbs/802_export.onnx.ipynb #c6f53168
+@patch
+def __call__(self:OnnxModel,
+    tokens:Tensor, # New tokens `b s`
+)->Tensor: # Logits `b s w`
+    "Compute logits, and extend the cache"
+    b,s = tokens.shape
+    cache = self.empty(b) if self.cache is None else self.cache
+    t = cache[0].shape[-2] + s
+    feed = dict(input_ids=tokens.numpy(), attention_mask=np.ones((b, t), np.int64), position_ids=np.tile(np.arange(t - s, t), (b, 1)))
+    feed = {k: x for k,x in feed.items() if k in self.names} | {i.name: x for i,x in zip(self.past, cache, strict=True)}
+    logits,*self.cache = self.session.run(None, feed)
+    return torch.from_numpy(logits)
+
+# %% ../../nbs/802_export.onnx.ipynb #c0883067
+@patch
+def greedy(self:OnnxModel,
+    prompt:list[int], # Tokens of the prompt
+    n:int, # Number of tokens to generate
+)->list[int]: # The new tokens
+    "Generate the most probable tokens"
+    self.reset()
+    out,new = [],torch.tensor([prompt])
+    for _ in range(n):
+        out.append(int(self(new)[0, -1].argmax()))
+        new = torch.tensor([out[-1:]])
+    return out
 
 # %% ../../nbs/802_export.onnx.ipynb #54b95c42
 def onnx_weights(

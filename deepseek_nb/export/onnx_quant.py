@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model
@@ -108,28 +109,41 @@ class IntBlocks:
         if self.bits not in (4, 8): raise ValueError(f'bits is {self.bits}; it must be 4 or 8')
         if self.block < 16 or self.block & (self.block - 1): raise ValueError(f'block is {self.block}; it must be a power of two from 16')
 
-    def encode(self,
-        w:Tensor, # Matrix `o i`
-    )->tuple[Tensor,Tensor,Tensor]: # Packed codes `o g bytes`, scales `o g`, packed zero points `o bytes`
-        "Quantise a matrix"
-        x = rearrange(F.pad(w, (0, -w.shape[1] % self.block)), 'o (g n) -> o g n', n=self.block)
-        low,high,top = x.amin(-1).clamp(max=0),x.amax(-1).clamp(min=0),2**self.bits - 1
-        scale = ((high - low)/top).clamp(min=torch.finfo(torch.float32).tiny)
-        zero = (-low/scale).round().clamp(0, top)
-        codes = (x/scale[..., None] + zero[..., None]).round().clamp(0, top).to(torch.uint8)
-        return self.pack(codes), scale, self.pack(zero.to(torch.uint8))
+    def pack(self,
+        codes:Tensor, # One code in each byte `… n`
+    )->Tensor: # As they are stored
+        "Pack codes"
+        return pack_low_high(codes) if self.bits == 4 else codes
 
-    def pack(self, codes): return pack_low_high(codes) if self.bits == 4 else codes
-    def unpack(self, packed): return unpack_low_high(packed) if self.bits == 4 else packed
+    def unpack(self,
+        packed:Tensor, # From `pack`
+    )->Tensor: # One code in each byte `… n`
+        "Unpack codes"
+        return unpack_low_high(packed) if self.bits == 4 else packed
 
-    def decode(self,
-        codes:Tensor, # Packed `o g bytes`
-        scale:Tensor, # `o g`
-        zero:Tensor, # Packed `o bytes`
-    )->Tensor: # `o i`, with the padding of the last block
-        "The matrix that the codes stand for"
-        z = self.unpack(zero)[:, :scale.shape[1], None].float()
-        return ((self.unpack(codes).float() - z)*scale[..., None]).flatten(1)
+# %% ../../nbs/803_export.onnx_quant.ipynb #d6a2da3e
+@patch
+def encode(self:IntBlocks,
+    w:Tensor, # Matrix `o i`
+)->tuple[Tensor,Tensor,Tensor]: # Packed codes `o g bytes`, scales `o g`, packed zero points `o bytes`
+    "Quantise a matrix"
+    x = rearrange(F.pad(w, (0, -w.shape[1] % self.block)), 'o (g n) -> o g n', n=self.block)
+    low,high,top = x.amin(-1).clamp(max=0),x.amax(-1).clamp(min=0),2**self.bits - 1
+    scale = ((high - low)/top).clamp(min=torch.finfo(torch.float32).tiny)
+    zero = (-low/scale).round().clamp(0, top)
+    codes = (x/scale[..., None] + zero[..., None]).round().clamp(0, top).to(torch.uint8)
+    return self.pack(codes), scale, self.pack(zero.to(torch.uint8))
+
+# %% ../../nbs/803_export.onnx_quant.ipynb #3ad6ae08
+@patch
+def decode(self:IntBlocks,
+    codes:Tensor, # Packed `o g bytes`
+    scale:Tensor, # `o g`
+    zero:Tensor, # Packed `o bytes`
+)->Tensor: # `o i`, with the padding of the last block
+    "The matrix that the codes stand for"
+    z = self.unpack(zero)[:, :scale.shape[1], None].float()
+    return ((self.unpack(codes).float() - z)*scale[..., None]).flatten(1)
 
 # %% ../../nbs/803_export.onnx_quant.ipynb #6d1d99cb
 @lru_cache(maxsize=1)  # the parts of a matrix are written one after the other

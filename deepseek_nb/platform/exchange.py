@@ -231,6 +231,7 @@ def import_task(
     _write_answers(store, user, task, version, kind, read)
     return task
 
+# %% ../../nbs/825_platform.exchange.ipynb #237200d4
 def _write_answers(store, user, task, version, kind, read):
     ids = {r.digest: r.id for r in iter_rows(store, version)}
     for start in range(0, len(read), 500):

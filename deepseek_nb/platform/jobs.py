@@ -247,6 +247,7 @@ class LogText(NamedTuple):
     next:int # Offset of the byte after it
     lost:int # Bytes before it that were deleted
 
+# %% ../../nbs/826_platform.jobs.ipynb #c8446cf5
 @patch
 def _bytes(self:JobLog, begin, limit): # Offset of the first byte that exists, and bytes from there
     data = b''
@@ -261,6 +262,7 @@ def _bytes(self:JobLog, begin, limit): # Offset of the first byte that exists, a
         if len(data) >= limit: break
     return begin, data
 
+# %% ../../nbs/826_platform.jobs.ipynb #896b0d7d
 @patch
 def read(self:JobLog,
     offset:int = 0, # First wanted byte; negative: counted from the end
@@ -580,6 +582,7 @@ def why_dead(
         if lines: how += f': {lines[-1] if code and code > 0 else lines[0]}'
     return how[:1000]
 
+# %% ../../nbs/826_platform.jobs.ipynb #753d596b
 @patch
 def put_back(self:Worker,
     row, # Row of the table `jobs`, in the state `running`

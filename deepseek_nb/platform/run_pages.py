@@ -250,6 +250,7 @@ def _value(row): # A measure as text
     if row is None: return '–'
     return f'{row.value:.3g}' + ('' if row.low is None or row.high is None else f' ({row.low:.3g}–{row.high:.3g})')
 
+# %% ../../nbs/838_platform.run_pages.ipynb #4378e32f
 @run_pages.get('/models', role='viewer')
 def _models_page(request):
     "All models, and what is released where"
@@ -268,6 +269,7 @@ def _models_page(request):
                                          empty='No models: add one, or train one.'),
                 cards(card('Released now', table(['Place', 'Mode', 'Share', 'Model'], places)), card('Add a public model', add)))
 
+# %% ../../nbs/838_platform.run_pages.ipynb #6ebc3a8f
 @run_pages.post('/models', role='developer')
 def _add_public(request, form):
     "Register a public model"

@@ -448,6 +448,7 @@ def cost_measures(
     if files: found.append(_measured('bytes', sum(files), unit='bytes on disk'))
     return dict([*found, _measured('parameters', model.config.params())])
 
+# %% ../../nbs/829_platform.runs.ipynb #751cbfb4
 def task_measures(
     model:Model, # Model to measure
     tok:Tokenizer, # The model's tokenizer

@@ -373,6 +373,7 @@ def _blobs_held(folder, alone=False): # by all processes that share the folder
         fcntl.flock(f, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
+# %% ../../nbs/820_platform.store.ipynb #3fff527e
 @patch
 def put(self:Store,
     source, # Bytes, a file open for reading bytes, or a path
@@ -394,6 +395,7 @@ def put(self:Store,
                       'free space and try again') from e
     finally: part and part.unlink(missing_ok=True)
 
+# %% ../../nbs/820_platform.store.ipynb #2a69e2bf
 def _place(part, made, digest):
     target = made/digest[:2]/digest[2:]
     if target.exists(): os.utime(target) # as if it were new: its row comes later

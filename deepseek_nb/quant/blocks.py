@@ -154,11 +154,18 @@ class SuperBlock(NamedTuple):
     m:Tensor # Unit of the minima `n 1 1`
     s:Tensor # Scales, 0 to 63, `n 8 1`
     t:Tensor # Minima, 0 to 63, `n 8 1`
-    def codes(self, x):
-        "The nearest codes `n 8 32`"
+
+    def codes(self,
+        x:Tensor, # Weights `n 8 32`
+    )->Tensor: # `n 8 32`
+        "The nearest codes"
         return nearest_codes(x + self.m*self.t, self.d*self.s, 0, 15)
-    def error(self, x, importance):
-        "Weighted squared error of each part `n 8 1`"
+
+    def error(self,
+        x:Tensor, # Weights `n 8 32`
+        importance:Tensor, # Importance of each weight `n 8 32`
+    )->Tensor: # `n 8 1`
+        "Weighted squared error of each part"
         return (importance*(x + self.m*self.t - self.d*self.s*self.codes(x))**2).sum(-1, True)
 
 # %% ../../nbs/352_quant.blocks.ipynb #fdd010dc

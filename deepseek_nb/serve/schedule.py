@@ -52,7 +52,7 @@ def active(self:FairQueue)->set:
 def push(self:FairQueue,
     user:str, # Whose request
     item, # What waits
-    first:bool = False, # Whether it goes before the user's other requests, as one does that ran already
+    first:bool = False, # Whether it goes before the user's other requests, as a request that has run before does
 )->None:
     "Let a request wait"
     if user not in self.active:

@@ -240,6 +240,7 @@ def _missing(self:Snapshots, ids, user):
     new = len(ids)//self.pool.page - len(known)
     return known, done, new*block_bytes(c, self.pool.page, size) + state_bytes(c, len(ids), size)
 
+# %% ../../nbs/451_serve.snapshots.ipynb #bb7f5032
 @patch
 def insert(self:Snapshots,
     ids:list, # Tokens of the cache, and maybe more
@@ -256,6 +257,7 @@ def insert(self:Snapshots,
     new = [entries_between(cache, i*page, (i + 1)*page) for i in range(len(known), at//page)]
     self._add(ids, user, known, new, state_at(cache, at))
 
+# %% ../../nbs/451_serve.snapshots.ipynb #4207c05a
 @patch
 def _add(self:Snapshots, ids, user, known, new, state):
     "Add blocks behind the known ones, and a state at the end"

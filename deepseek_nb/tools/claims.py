@@ -101,6 +101,7 @@ EXPERIMENTS = dict(
     floors='A trained mixture of experts classifies short texts better than naive Bayes, which counts words',
     medical='With few labels, a student of two distillation stages has 21% more macro-F1 than a student of one stage',
     reasoning='Reinforcement with a checked reward lifts the share of solved problems at least 30 points above the supervised start',
+    wordproblems='GRPO with a checked reward adds to the supervised start of SmolLM2-135M on the easy part of GSM8K',
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',
     crosslingual='A cross-lingual adapter layer carries a task zero-shot to 30 languages, Arabic and Swahili among them',
     indexer='A lightning indexer trained for minutes keeps SmolLM2 within 5% of its perplexity with an eighth of the tokens attended',
@@ -160,7 +161,11 @@ OURS = (
           times_as('the time of `import torch`'), 1.25, True, 'new processes, files in the page cache'),
     Claim('A call through the registry of twins costs less than a microsecond', 'deepseek-nb bench dispatch', 'dispatch',
           lambda c: f'**{si(c.medians[1] - c.medians[0])}s** more than a direct call',
-          lambda c: c.medians[1] - c.medians[0] < 1e-6, domain='one empty function', floor='a direct call'))
+          lambda c: c.medians[1] - c.medians[0] < 1e-6, domain='one empty function', floor='a direct call'),
+    Claim('int8-fine decodes with at least 0.8 times the speed of int8', 'deepseek-nb bench fine-decode', 'fine-decode',
+          times_as('the speed of int8'), .8, domain='SmolLM2-135M, one row; perplexity is in the record `fine-quality`'),
+    Claim('int8-fine computes a prompt with at least 0.8 times the speed of int8', 'deepseek-nb bench fine-prompt', 'fine-prompt',
+          times_as('the speed of int8'), .8, domain='SmolLM2-135M, 512 tokens'))
 
 # %% ../../nbs/980_tools.claims.ipynb #9fcd2116
 def claims(

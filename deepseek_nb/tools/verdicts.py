@@ -57,7 +57,9 @@ STUDY_NOTES = dict(
     medical=StudyNote('the nearest description in words has [\\d.]+', 'simulated patients whose signs are drawn independently',
                   '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'),
     reasoning=StudyNote('Floors: .*?%[.]', 'sums of two numbers up to 99, models of a hundred thousand weights',
-                        'In the same processor time, .*?[)][.]', 'three seeds; the start is made so that there is a better way to find'))
+                        'In the same processor time, .*?[)][.]', 'three seeds; the start is made so that there is a better way to find'),
+    wordproblems=StudyNote('Floors: .*', 'the easy part of GSM8K, SmolLM2-135M-Instruct with adapters',
+                           'In the same processor time, .*?[)][.]', 'two seeds; minutes of training'))
 
 # %% ../../nbs/978_tools.verdicts.ipynb #5f131b78
 STUDY_NOTES |= dict(
@@ -178,6 +180,7 @@ def lora_part(
     tests = '; '.join(f'{n:,}: {equivalent(d, margin)}' for n,d in gaps.items() if len(d) > 1)
     return 'reached' if won else 'missed',f'LoRA minus full, points: {figure}',tests
 
+# %% ../../nbs/978_tools.verdicts.ipynb #4374ca60
 def workers_part(
     records:list, # Records of `finetuning`
 )->tuple: # Verdict, figure, interval
