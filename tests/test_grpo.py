@@ -228,6 +228,13 @@ def trainer_for(case, **kw):
     return GRPOTrainer(model, digits_reward, config(**more | kw), ROWS, processing_class=TOK, peft_config=peft)
 
 
+@pytest.mark.filterwarnings('ignore:bf16=True')
+@pytest.mark.parametrize('case', ['full', 'mixture'])
+def test_steps_in_mixed_precision(case):
+    rows = trainer_for(case, bf16=True, max_steps=2).train()
+    assert len(rows) == 2 and all(math.isfinite(r['loss']) and r['entropy'] > 0 for r in rows)
+
+
 def digest(trainer):
     h = hashlib.sha256()
     for n, p in sorted(trainer.model.named_parameters()): h.update(n.encode() + p.detach().numpy().tobytes())

@@ -253,6 +253,24 @@ def test_log_probs_in_float64(r, case):
         assert a.shape == b.shape and a.dtype == b.dtype and (not a.numel() or (a - b).abs().max() < 1e-11)
 
 
+def test_log_probs_under_autocast(r):
+    n, d, w = 9, 32, 61
+    x, head = (.3*torch.randn(n, d)).requires_grad_(), torch.randn(w, d, requires_grad=True)
+    labels, weights = torch.randint(w, (n,)), torch.randn(n)
+    with torch.autocast('cpu', torch.bfloat16): got, entropies = linear_log_probs(x, head, labels, .7, r.randrange(0, n + 2))
+    (got*weights).sum().backward()
+    half = [t.detach().bfloat16().double().requires_grad_() for t in (x, head)]
+    logits = half[0]@half[1].T/.7
+    full = logits.log_softmax(-1)
+    want = full.gather(1, labels[:, None])[:, 0]
+    (want*weights).sum().backward()
+    step = 2*2**-8*logits.abs().max().item() # of the logits, which bfloat16 rounds, and of their normaliser
+    assert got.dtype == entropies.dtype == torch.float32
+    assert (got - want).abs().max() <= step
+    assert (entropies + (full.exp()*full).sum(1)).abs().max() <= step*(1 + math.log(w))
+    for one,other in zip((x, head), half): assert (one.grad - other.grad).norm() <= (.02 + step)*other.grad.norm()
+
+
 @pytest.mark.parametrize('case', CASES[:8])
 def test_log_probs_among_kept_tokens(r, case):
     "Each position by the logits of its own tokens, in plain sums of float64; values, entropies and gradients"

@@ -4,15 +4,18 @@ Headlines are computed from stored runs alone. Under the protocol a record with 
 the end of its grid, without its floor, or older than the code it measures is refused. Records from before are counted, and may only
 become fewer.
 """
+import importlib
 import json
+import random
 import subprocess
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
 from deepseek_nb.core import provenance
-from deepseek_nb.core.provenance import bare_code, before, changed_since, code_hash, doubts, reached_code, used_code
+from deepseek_nb.core.provenance import EQUAL, bare_code, before, changed_since, code_hash, doubts, reached_code, used_code
 from deepseek_nb.eval.intervals import equivalent, t_tail
 from deepseek_nb.studies import carry_out, open_study, read_plan, read_records, seal_plan, study, study_names
 from deepseek_nb.studies.protocol import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, standing
@@ -22,7 +25,7 @@ from deepseek_nb.studies.texts import WordBayes, majority
 # Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
 BENCHES_BEFORE = """
     attention batch-decode bias blocks cache-kinds calibration compile drift evaluation events format-rates
-    gpu-emulated latent-codes lora machine moe-layer neurons perturb platform prefix-cache qlora-memory quality
+    gpu-emulated latent-codes lora machine moe-layer neurons perturb prefix-cache qlora-memory quality
     quant-decode quant-moe refusals roofline runner scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
     speculate train-step v4-decode
 """.split()
@@ -162,6 +165,39 @@ def test_every_module_has_a_hash(root):
     cpp = [p.name for p in (root/'deepseek_nb'/'csrc').glob('*.cpp')]
     assert len({code_hash(f'csrc/{n}') for n in cpp}) == len(cpp)
     assert code_hash('deepseek_nb.nothing.here') == code_hash('csrc/nothing.cpp') == ''
+
+
+def of_commit(root, commit, name):
+    "A module as it was at a commit, and its hash"
+    file = f'{name.replace(".", "/")}.py'
+    found = subprocess.run(['git', 'show', f'{commit}:{file}'], cwd=root, capture_output=True, text=True)
+    if found.returncode: pytest.skip(f'Git does not have {file} of commit {commit} here')
+    module = types.ModuleType(f'{name}_before')
+    module.__package__ = name.rpartition('.')[0]
+    exec(compile(found.stdout, file, 'exec'), vars(module))
+    return module, provenance._digest(bare_code(found.stdout))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_listed_changes_of_log_probs_leave_every_bit(root, dtype):
+    name = 'deepseek_nb.train.log_probs'
+    old, = [o for n,o in EQUAL if n == name]
+    if code_hash(name) != EQUAL[name, old]: pytest.skip('the module has changed again, so its records are stale')
+    record = next(r for r in read_study('reasoning')[1] if r['provenance']['code'][name] == old)
+    then, digest = of_commit(root, record['provenance']['commit'], name)
+    assert digest == old
+    now, seed = importlib.import_module(name), random.randrange(10**6)
+    print(f'SEED={seed}')
+    torch.manual_seed(seed)
+    for n,d,w,chunk in (1, 5, 7, 0), (13, 32, 61, 0), (13, 32, 61, 4), (130, 17, 2000, 50):
+        x, head, labels, weights = torch.randn(n, d, dtype=dtype), torch.randn(w, d, dtype=dtype), torch.randint(w, (n,)), torch.randn(n)
+        outs = []
+        for module in then, now:
+            a, b = x.clone().requires_grad_(), head.clone().requires_grad_()
+            logps, entropies = module.linear_log_probs(a, b, labels, .7, chunk)
+            (logps*weights).sum().backward()
+            outs.append((logps.detach(), entropies, a.grad, b.grad))
+        for one,other in zip(*outs): assert one.dtype == other.dtype and torch.equal(one, other) and one.isfinite().all()
 
 
 def test_changes_are_named():

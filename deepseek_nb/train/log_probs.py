@@ -51,7 +51,7 @@ def _forward(x, w, labels, temperature, size, learns_x):
     for at,_,logp,y in _score_chunks(x, w, labels, temperature, size):
         logps[at] = logp.gather(1, y[:, None])[:, 0]
         p = logp.exp()
-        entropies[at] = -torch.linalg.vecdot(p, logp)
+        with torch.autocast(x.device.type, enabled=False): entropies[at] = -torch.linalg.vecdot(p, logp)
         if learns_x:
             d = _centred_(p, y).div_(temperature).to(x.dtype)
             dx[at] = sum(d[:, i:i+len(part)]@part for i,part in head_rows(w, x.dtype))
