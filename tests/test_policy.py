@@ -268,7 +268,7 @@ def test_log_probs_under_autocast(r):
     assert got.dtype == entropies.dtype == torch.float32
     assert (got - want).abs().max() <= step
     assert (entropies + (full.exp()*full).sum(1)).abs().max() <= step*(1 + math.log(w))
-    for one,other in zip((x, head), half): assert (one.grad - other.grad).norm() <= (.02 + step)*other.grad.norm()
+    for one,other in zip((x, head), half, strict=True): assert (one.grad - other.grad).norm() <= (.02 + step)*other.grad.norm()
 
 
 @pytest.mark.parametrize('case', CASES[:8])

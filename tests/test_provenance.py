@@ -197,7 +197,7 @@ def test_listed_changes_of_log_probs_leave_every_bit(root, dtype):
             logps, entropies = module.linear_log_probs(a, b, labels, .7, chunk)
             (logps*weights).sum().backward()
             outs.append((logps.detach(), entropies, a.grad, b.grad))
-        for one,other in zip(*outs): assert one.dtype == other.dtype and torch.equal(one, other) and one.isfinite().all()
+        for one,other in zip(*outs, strict=True): assert one.dtype == other.dtype and torch.equal(one, other) and one.isfinite().all()
 
 
 def test_changes_are_named():
