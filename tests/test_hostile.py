@@ -344,7 +344,7 @@ def test_a_slow_body_is_not_waited_for(live):
 def test_malformed_heads(live, head):
     "Refused, or read as RFC 9112 says; never taken for a request of another length."
     data = f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n{{"a":1}}GET /health HTTP/1.1\r\n\r\n'
-    answer = live.raw(data.encode(), half=True)
+    answer = live.raw(data.encode(), half=True, reset=True) # with a part of the head unread, closing may reset
     assert b'"status":"ok"' not in answer and (not answer or answer.split()[1][:1] in b'45')
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -39,13 +40,14 @@ class Live:
     def client(self, key='none', base='/v1', **kw):
         return openai.OpenAI(api_key=key, base_url=f'http://127.0.0.1:{self.port}{base}', max_retries=0, timeout=60, **kw)
 
-    def raw(self, data, wait=30., half=False):
-        "The bytes that come back for bytes that are sent, until the server closes; half: the sending side is closed at once."
+    def raw(self, data, wait=30., half=False, reset=False):
+        "The bytes that come back until the server closes; half: the sending side is closed at once; reset: the server may reset."
         with socket.create_connection(('127.0.0.1', self.port), timeout=wait) as s:
-            s.sendall(data)
-            if half: s.shutdown(socket.SHUT_WR)
             out = b''
-            while piece := s.recv(2**16): out += piece
+            with suppress(*[ConnectionError]*reset):
+                s.sendall(data)
+                if half: s.shutdown(socket.SHUT_WR)
+                while piece := s.recv(2**16): out += piece
         return out
 
     def idle(self, seconds=60.):
