@@ -38,7 +38,7 @@ def spoil(folder, name, change):
     path.write_text(json.dumps(found))
 
 
-def numbers(text): return re.findall(r'\d+(?:\.\d+)?', text)
+def numbers(text): return re.findall(r'(?<![A-Za-z\d.])\d+(?:\.\d+)?', text) # not those of names such as int8
 
 
 def flat(x):
