@@ -110,6 +110,13 @@ class ToxicityNet:
 REACH = 200 # Characters to the left that count
 _WINDOW = 24 # Words
 
+def _word_before(text, stop):
+    "The last word that ends before a position, within reach"
+    least = max(0, stop - REACH)
+    near = max(least, text.rfind(' ', least, max(least, stop - 1)) + 1)
+    words = _WORDS.findall(text[near:stop]) or _WORDS.findall(text[least:stop])
+    return words[-1] if words else ''
+
 @patch
 def find(self:ToxicityNet,
     text:str, # Any text
@@ -123,10 +130,10 @@ def find(self:ToxicityNet,
             if len(m[0]) <= 32: hold = m.start()
             break
         if m.start() < first: continue
+        own = self.rate(_word_before(text, m.start()), m[0])
+        if own < limit/4: continue # no word is toxic by its neighbours alone
         words = ['', *_WORDS.findall(text[max(0, m.start() - REACH):m.start()])]
-        own = self.rate(words[-1], m[0])
-        if own >= limit/4 and own + sum(map(self.rate, words[-_WINDOW:], words[-_WINDOW + 1:])) >= limit:
-            out.append(TextMatch(*m.span(), 'toxic'))
+        if own + sum(map(self.rate, words[-_WINDOW:], words[-_WINDOW + 1:])) >= limit: out.append(TextMatch(*m.span(), 'toxic'))
     return out,hold
 
 # %% ../../nbs/882_apps.toxic.ipynb #8cbd94aa

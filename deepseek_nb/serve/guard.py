@@ -175,10 +175,12 @@ class AnswerGuard:
         return out if self.blocked else joined([*out, *self._end()])
 
 # %% ../../nbs/467_serve.guard.ipynb #dd28bd07
+_TEXTS = ReasoningDelta, ContentDelta, ToolCallDelta
+
 @patch
 def _pass(self:AnswerGuard, event):
     "Filter one event"
-    if isinstance(event, ReasoningDelta|ContentDelta|ToolCallDelta):
+    if isinstance(event, _TEXTS):
         out = [] if self.kind is type(event) else self._begin(type(event))
         if self.blocked: return out
         self.said[self.kind] = (self.said.get(self.kind, '') + event[-1])[-1000:]
@@ -219,7 +221,7 @@ def _end(self:AnswerGuard):
 @patch
 def _shown(self:AnswerGuard, event, text):
     "What can be shown of a text; the end of a call that was blocked"
-    out = [event._replace(**{event._fields[-1]: text})] if text else []
+    out = [type(event)(*event[:-1], text)] if text else []
     if not self.stream.blocked: return out
     self.found.update(self.stream.found)
     self.blocked = self.stream.blocked

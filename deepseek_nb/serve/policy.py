@@ -111,11 +111,11 @@ class TextScan:
     )->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
         "Read a piece"
         self.text += text
-        found,hold = self.find(self.text, end, self.done - self.base)
-        found = [TextMatch(m.start + self.base, m.stop + self.base, m.kind) for m in found]
-        matches = [m for m in found if self.done <= m.start < self.base + hold]
-        self.done = max(self.done, self.base + hold)
-        kept = max(0, self.done - self.base - self.reach)
+        first = self.done - self.base
+        found,hold = self.find(self.text, end, first)
+        matches = [TextMatch(m.start + self.base, m.stop + self.base, m.kind) for m in found if first <= m.start < hold]
+        self.done = self.base + max(first, hold)
+        kept = max(0, max(first, hold) - self.reach)
         self.text,self.base = self.text[kept:],self.base + kept
         return matches,self.done
 
@@ -123,9 +123,9 @@ class TextScan:
 def search_from(
     text:str, # Any text
     first:int, # Matches that begin before are known
-)->int: # `first`, or 0 where a word may cross it
+)->int: # The beginning of the word that may cross it
     "Where a search for words can begin"
-    return first if first == 0 or text[first - 1].isspace() else 0
+    return max(text.rfind(' ', 0, first), text.rfind('\n', 0, first)) + 1
 
 # %% ../../nbs/463_serve.policy.ipynb #b400b382
 class FilterStream:
@@ -148,9 +148,12 @@ class FilterStream:
         "Read a piece"
         if self.blocked: return ''
         self.text += text
-        read = [s.read(text, end) for s in self.scans]
-        self.matches += [m for found,_ in read for m in found if m.kind in self.rules]
-        return self._release(min([hold for _,hold in read], default=self.base + len(self.text)))
+        hold = self.base + len(self.text)
+        for s in self.scans:
+            found,least = s.read(text, end)
+            self.matches += [m for m in found if m.kind in self.rules]
+            if least < hold: hold = least
+        return self._release(hold) if self.matches else self._show(hold)
 
     def close(self)->str: # The rest
         "End the text"

@@ -74,7 +74,7 @@ class PartFinder:
     def __init__(self,
         texts:Iterable, # Pairs of a text and the number of characters from which a part of it counts
     ):
-        self.next,self.link,self.length,self.least = [{}],[-1],[0],[10**9]
+        self.next,self.link,self.length,self.least,self.moves = [{}],[-1],[0],[10**9],{}
         for text,least in texts: self._insert(text, least)
         self._settle()
 
@@ -84,9 +84,17 @@ class PartFinder:
         char:str, # Next character
     )->tuple[int,int]: # State, and length of the longest part that ends with the character
         "Read a character"
-        while state and char not in self.next[state]: state,length = self.link[state],self.length[self.link[state]]
-        if char not in self.next[state]: return 0,0
-        return self.next[state][char],length + 1
+        if char not in self.next[0]: return 0,0
+        if (state, char) not in self.moves: self.moves[state, char] = self._move(state, char)
+        state,most = self.moves[state, char]
+        return state,min(length, most) + 1
+
+@patch
+def _move(self:PartFinder, state, char):
+    "The next state, and the most characters that a part had before it"
+    most = 10**9
+    while char not in self.next[state]: state,most = self.link[state],self.length[self.link[state]]
+    return self.next[state][char],most
 
 # %% ../../nbs/466_serve.secrets.ipynb #c8725244
 @patch
@@ -177,8 +185,10 @@ class SecretScan:
     )->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
         "Read a piece"
         for c in text:
-            self._letter(c)
+            if small := char_skeleton(c): self._letters(small)
+            else: self._between(c)
             self.position += 1
+        del self.places[:-max(self.at[1], 1)]
         hold = self.places[-self.at[1]] if self.at[1] and not end else self.position
         out,self.pending = [m for m in self.pending if m.start < hold],[m for m in self.pending if m.start >= hold]
         return out,hold
@@ -187,18 +197,18 @@ class SecretScan:
 _INVISIBLE = 'Cf', 'Mn', 'Me', 'Cc'
 
 @patch
-def _letter(self:SecretScan, char):
-    "Read one character"
-    small = char_skeleton(char)
-    if not small:
-        self.gap += unicodedata.category(char) not in _INVISIBLE or char in '\n\t'
-        if self.gap > GAP: self.at = 0,0
-        return
+def _between(self:SecretScan, char):
+    "Read a character that is no letter"
+    self.gap += unicodedata.category(char) not in _INVISIBLE or char in '\n\t'
+    if self.gap > GAP: self.at = 0,0
+
+@patch
+def _letters(self:SecretScan, small):
+    "Read the skeleton of a character"
     self.gap = 0
     for c in small:
         self.at = self.finder.step(*self.at, c)
         self.places.append(self.position)
-    del self.places[:-max(self.at[1], 1)]
     if n := self.finder.counted(*self.at):
         start = self.places[-n]
         while self.pending and self.pending[-1].start >= start: self.pending.pop() # it is longer now
