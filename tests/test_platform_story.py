@@ -205,17 +205,17 @@ def test_story(server, reader, tmp_path):
     reader.menu('Data')
     reader.send('Import', {'Name of the dataset': 'definitions', 'File': file, 'Column of the split': 'split'})
     assert '500' in reader.text()
-    # label 40
+    # label 16
     reader.menu('Labelling')
     reader.link('What is it?')
     with page.expect_navigation(): keys.press('l')
     names = sorted({*labels.values()})
-    for _ in range(40):
+    for _ in range(16):
         text = page.inner_text('#record')
         keys.press(str(1 + names.index(labels[text])))
         with page.expect_navigation(): keys.press('Enter')
     reader.link('Stop')
-    assert '240 of 500' in reader.text()
+    assert '216 of 500' in reader.text()
     reader.press('Make a labelled version')
     # a short run on few labels: its curves are seen, and its gates fail
     poor = run(reader, 'glosses, version 2', {'Steps': '2', 'Batch': '2', 'Rate': '0.00001', 'Eval every': '0'})
