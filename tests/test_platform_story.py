@@ -292,6 +292,6 @@ class Axe:
 
     def faults(self, rules):
         "What axe finds; it measures again, since the window has changed"
-        ask = dict(runOnly=dict(type='rule', values=rules)) if rules else {}
+        ask = dict(resultTypes=['violations']) | (dict(runOnly=dict(type='rule', values=rules)) if rules else {})
         how = 'axe.run(%s).then(o => JSON.stringify(o.violations.map(v => v.id + ": " + v.nodes[0].html)))'
         return json.loads(self.run(how % json.dumps(ask)))
