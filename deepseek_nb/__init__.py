@@ -46,8 +46,8 @@ Modules:
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
 - `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
-- `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
-- `deepseek_nb.arch.moe`: The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
+- `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. With V3's config, it is DeepSeek-V3
+- `deepseek_nb.arch.moe`: The feed-forward network of a block: one SwiGLU in a dense block; in all other blocks a router, the experts that it selects for each token, and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
 - `deepseek_nb.arch.norm`: RMSNorm divides each row by its root mean square and scales each channel. It normalises the input of every attention layer and feed-forward network
 - `deepseek_nb.arch.picture`: Diagrams of a model's architecture, drawn from its config, and of the data flow of MLA's two forms, with FLOPs and bytes
@@ -155,7 +155,7 @@ Modules:
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
-- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats. The argument `dtype` selects another format.
 - `deepseek_nb.infer.paged`: Stores the KV cache of all sequences in fixed-size pages of one pool, as in vLLM. Memory is bounded, little of it is wasted, and sequences share the pages of a common prefix.
 - `deepseek_nb.infer.persist`: Stores pages of the KV cache as files, so that a cached prompt survives a restart. Each file is named by a hash of everything that its content depends on, and checked when it is read.
 - `deepseek_nb.infer.prefix`: Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
