@@ -129,6 +129,7 @@ Modules:
 - `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server
 - `deepseek_nb.export.genai`: A folder that ONNX Runtime GenAI runs: attention as one operator that keeps the KV cache in place, and a description of the model in genai_config.json.
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
+- `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
 - `deepseek_nb.export.packed`: Writes a folder of this package's quantised weights as one GGUF file with equal numbers: 4-bit codes stay codes, so nothing is rounded twice.
