@@ -16,11 +16,11 @@ from fastcore.basics import patch
 from sqlalchemy import select
 
 from ..eval.report import eval_task
-from . import runs  # noqa: F401
 from .events import DAY
 from .jobs import submit
 from .monitor import Monitor, Probe
 from .registry import gates_from
+from .runs import EvaluateRun
 from .store import Store
 
 # %% ../../nbs/842_platform.probes.ipynb #c9b18c51
@@ -83,7 +83,8 @@ def _task(self:LiveProbes, place, model, task, limits):
     job,now = _newest(self.store, name),self.store.now()
     over = job is not None and job.state in ('done', 'failed', 'cancelled')
     if job is None or over and (job.model_id != model or job.ended + self.every <= now):
-        submit(self.store, None, 'evaluate', dict(tasks=[task], items=self.items, timed=0), name, model=model, priority=-1)
+        run = EvaluateRun(tasks=[task], items=self.items, timed=0)
+        submit(self.store, None, 'evaluate', vars(run), name, model=model, priority=-1)
     return [self._probe(place, job, o) for o in limits if over and job.ended > _judged(self.store, place, f'{task}.{o.name}')]
 
 @patch
