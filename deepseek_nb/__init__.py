@@ -9,50 +9,50 @@ Packages:
 
 Modules:
 
-- `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time with its state kept and saved, sets its threshold from a budget of false alarms, and says what it compared with
-- `deepseek_nb.apps.command`: Train, score a file, serve over HTTP with keys, show the model card: what each application offers, and the command that runs it
+- `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time, saves its state, sets its threshold from a budget of false alarms, and explains its alarms
+- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One command does all of it
 - `deepseek_nb.apps.constructor`: An attention model reads a routing problem and points at one stop after the other; it learns from the routes of a slow solver
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.crosslingual`: A frozen multilingual encoder, a linear head that learns in English alone, and maps that align other languages by a hundred parallel paragraphs
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
-- `deepseek_nb.apps.discord`: A forecast misses odd shapes that it follows step by step: attention over the normal past finds windows that resemble none of it, with exact streams
-- `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a network whose states can be read and whose weights can be trained
+- `deepseek_nb.apps.discord`: A forecast of single steps misses anomalous shapes that change slowly. Attention over the normal past finds windows that are unlike all normal ones
+- `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a PyTorch network with readable states and trainable weights
 - `deepseek_nb.apps.filter`: Patterns, planted secrets, names and toxic words behind one policy: for the server, for a table of texts, and for the command line
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
 - `deepseek_nb.apps.guide`: A small discriminator shifts the next token's probabilities towards a style, and an independent judge rates texts from 1 to 5
-- `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
+- `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, reports pieces that are unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
-- `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; learned apart, stacked, and swapped for another language
+- `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 - `deepseek_nb.apps.languages`: The same sentences with topics in 72 languages, and one declaration in nearly all of them: splits that keep translations together, alignment, floors, and the tokens that each language costs
 - `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes
-- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
+- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python. Feasible routes stay feasible
 - `deepseek_nb.apps.names`: A small trained tagger finds people and street addresses, word by word and with one word of lookahead, so it can run on a stream
 - `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and keeps what vehicles have already done
-- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders come in as dicts, results go out whole or not at all
+- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders are read as dicts, and results are written completely or not at all
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.spectrogram`: A recording of vibration becomes a picture of power over time and frequency, and a damaged bearing leaves bursts in it that repeat at known rates
 - `deepseek_nb.apps.steer`: Two ways to give a model a style at any strength: add a vector to the residual stream, for each row of a batch its own, or train a LoRA adapter and scale it
 - `deepseek_nb.apps.styles`: Texts of four styles from five public sets, split by document without near repeats, and an encoder that makes a vector of a style from texts or from its name
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
 - `deepseek_nb.apps.toxic`: A small trained classifier scores each word with the word before it, and a text by the chance that at least one of its words is toxic
-- `deepseek_nb.apps.vocabulary`: New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained alone
-- `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a stated rule that pairs pictures with vibration so that neither alone decides
+- `deepseek_nb.apps.vocabulary`: New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained without changing other weights
+- `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a rule that pairs pictures with vibration so that both are needed
 - `deepseek_nb.apps.watch`: The anomaly detector as an application: rows in, scores and alarms out, with small weights that were trained on simulated card payments
 - `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
 - `deepseek_nb.arch.cache`: The keys and values of earlier tokens, or one latent per token for MLA, are stored for later decode steps
 - `deepseek_nb.arch.compressed`: DeepSeek-V4 pools every 4 or every 128 tokens into one entry. A query attends to its window and to entries: to the best 512 of the fine ones, or to all of the coarse ones
-- `deepseek_nb.arch.dspark`: DeepSeek-V4's own drafter: three small blocks look at the model's activations and write five tokens in one pass; a table of token pairs makes them fit together.
+- `deepseek_nb.arch.dspark`: DeepSeek-V4's own drafter: three small blocks read the model's activations and draft five tokens in one pass. A table of token pairs makes neighbouring tokens consistent.
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
 - `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
-- `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
-- `deepseek_nb.arch.moe`: The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
+- `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. With V3's config, it is DeepSeek-V3
+- `deepseek_nb.arch.moe`: The feed-forward network of a block: one SwiGLU in a dense block; in all other blocks a router, the experts that it selects for each token, and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
 - `deepseek_nb.arch.norm`: RMSNorm divides each row by its root mean square and scales each channel. It normalises the input of every attention layer and feed-forward network
 - `deepseek_nb.arch.picture`: Diagrams of a model's architecture, drawn from its config, and of the data flow of MLA's two forms, with FLOPs and bytes
 - `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs and KV cache bytes per token of every DeepSeek release, computed from its config
-- `deepseek_nb.arch.rewindable`: The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that tokens can be taken back exactly and prompts padded on the left
+- `deepseek_nb.arch.rewindable`: The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that a rewind is exact and prompts can be padded on the left
 - `deepseek_nb.arch.rope`: RoPE rotates queries and keys by their positions, so that attention scores depend only on distances; YaRN and Llama 3's rule extend it to longer contexts
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
 - `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
@@ -129,6 +129,7 @@ Modules:
 - `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server
 - `deepseek_nb.export.genai`: A folder that ONNX Runtime GenAI runs: attention as one operator that keeps the KV cache in place, and a description of the model in genai_config.json.
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
+- `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
 - `deepseek_nb.export.packed`: Writes a folder of this package's quantised weights as one GGUF file with equal numbers: 4-bit codes stay codes, so nothing is rounded twice.
@@ -155,7 +156,7 @@ Modules:
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
-- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats. The argument `dtype` selects another format.
 - `deepseek_nb.infer.paged`: Stores the KV cache of all sequences in fixed-size pages of one pool, as in vLLM. Memory is bounded, little of it is wasted, and sequences share the pages of a common prefix.
 - `deepseek_nb.infer.persist`: Stores pages of the KV cache as files, so that a cached prompt survives a restart. Each file is named by a hash of everything that its content depends on, and checked when it is read.
 - `deepseek_nb.infer.prefix`: Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
@@ -241,22 +242,22 @@ Modules:
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
 - `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning apart, call a tool and meet errors
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
-- `deepseek_nb.serve.connection`: A server must read what slow clients send, write what slow clients read, and stop generating as soon as nobody waits
+- `deepseek_nb.serve.connection`: A server must not be delayed by slow clients, and must stop generating as soon as the client has left
 - `deepseek_nb.serve.drafts`: Each row of a batch may bring a draft of its next tokens, which are verified in the same step. Answers have the same bits with and without drafts.
 - `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the one that the request would have got alone.
 - `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
 - `deepseek_nb.serve.experts`: Recompute the tokens of an answer and report which experts of a mixture each of them was routed to, without hooks in the model that serves.
 - `deepseek_nb.serve.grammar`: A grammar decides before each token which ones may follow, so an answer is valid JSON, matches a schema or a regular expression, or calls a tool correctly.
-- `deepseek_nb.serve.guard`: Reasoning, content and the arguments of tool calls are filtered while they stream; JSON stays JSON, and a blocked answer ends in order
+- `deepseek_nb.serve.guard`: Reasoning, content and the arguments of tool calls are filtered while they stream; arguments stay valid JSON, and a blocked answer ends with valid events
 - `deepseek_nb.serve.logs`: One line for each request, as JSON or as text: who, what, how long and how many tokens, but not what was said
 - `deepseek_nb.serve.lora`: A LoRA adapter answers under a model name of its own, and an administrator loads and unloads adapters over HTTP.
 - `deepseek_nb.serve.metrics`: Counters, gauges and histograms of an engine in Prometheus' format, under the names that vLLM's dashboards know
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
-- `deepseek_nb.serve.patterns`: Card numbers by Luhn, IBANs by their remainder, national numbers, e-mail and telephone, keys: what may still become one is known from the same pattern
+- `deepseek_nb.serve.patterns`: Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers and keys in a stream. The same pattern tells which text may still become a match
 - `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
-- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
+- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on the other rows.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.secrets`: A secret is recognised in parts, spelled with look-alikes or separators, reversed, or in base64, hex and other codes, by one automaton for all of its forms
 - `deepseek_nb.serve.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.

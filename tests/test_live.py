@@ -13,6 +13,7 @@ import torch
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.arch.moe import MoE
 from deepseek_nb.export.figures import FIGURE_NOTES, export_page
+from deepseek_nb.export.live import figure_visit, served
 from deepseek_nb.export.wasm import compile_wasm, find_clang, interface, read_wasm, wasm_sections, wasm_sources
 from deepseek_nb.infer.inside import attention_pattern, record_stream, routes
 
@@ -203,6 +204,21 @@ def test_memory_is_released(opened, window):
     opened('cache', page=page)
     page.goto('about:blank')
     assert no_workers(page)
+
+
+@pytest.mark.parametrize('text, words', [('Four score and seven', None), ('state and union ' * 25, 'shorten it')])
+def test_the_benchmark_uses_a_figure_as_a_reader_does(browser, folder, text, words):
+    with served(folder) as (address, sent):
+        if words:
+            with pytest.raises(browsing.playwright.Error, match=words): figure_visit(browser, address, sent, 'sampling', text)
+            return
+        found = figure_visit(browser, address, sent, 'sampling', text)
+    sizes = {o.name: o.stat().st_size for o in [folder/'index.html', *(folder/'live').iterdir()]}
+    assert found['faults'] == [] and found['opening'] > 0 and found['answer'] > 0 and found['rate'] > 0 and found['tokens'] >= 4
+    assert found['bytes'] == dict(before=sizes['index.html'] + sizes['live.js'], after=sum(sizes.values()))
+    weights = sizes['mini.gguf']
+    memory = found['memory']
+    assert memory['open'] - memory['closed'] > weights and memory['again'] - memory['closed'] < weights and memory['left'] < memory['open']
 
 
 def test_bad_input_is_said(opened):
