@@ -9,34 +9,34 @@ Packages:
 
 Modules:
 
-- `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time with its state kept and saved, sets its threshold from a budget of false alarms, and says what it compared with
-- `deepseek_nb.apps.command`: Train, score a file, serve over HTTP with keys, show the model card: what each application offers, and the command that runs it
+- `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time, saves its state, sets its threshold from a budget of false alarms, and explains its alarms
+- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One command does all of it
 - `deepseek_nb.apps.constructor`: An attention model reads a routing problem and points at one stop after the other; it learns from the routes of a slow solver
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.crosslingual`: A frozen multilingual encoder, a linear head that learns in English alone, and maps that align other languages by a hundred parallel paragraphs
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
-- `deepseek_nb.apps.discord`: A forecast misses odd shapes that it follows step by step: attention over the normal past finds windows that resemble none of it, with exact streams
-- `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a network whose states can be read and whose weights can be trained
+- `deepseek_nb.apps.discord`: A forecast of single steps misses anomalous shapes that change slowly. Attention over the normal past finds windows that are unlike all normal ones
+- `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a PyTorch network with readable states and trainable weights
 - `deepseek_nb.apps.filter`: Patterns, planted secrets, names and toxic words behind one policy: for the server, for a table of texts, and for the command line
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
 - `deepseek_nb.apps.guide`: A small discriminator shifts the next token's probabilities towards a style, and an independent judge rates texts from 1 to 5
-- `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
+- `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, reports pieces that are unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
-- `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; learned apart, stacked, and swapped for another language
+- `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 - `deepseek_nb.apps.languages`: The same sentences with topics in 72 languages, and one declaration in nearly all of them: splits that keep translations together, alignment, floors, and the tokens that each language costs
 - `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes
-- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
+- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python. Feasible routes stay feasible
 - `deepseek_nb.apps.names`: A small trained tagger finds people and street addresses, word by word and with one word of lookahead, so it can run on a stream
 - `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and keeps what vehicles have already done
-- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders come in as dicts, results go out whole or not at all
+- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders are read as dicts, and results are written completely or not at all
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.spectrogram`: A recording of vibration becomes a picture of power over time and frequency, and a damaged bearing leaves bursts in it that repeat at known rates
 - `deepseek_nb.apps.steer`: Two ways to give a model a style at any strength: add a vector to the residual stream, for each row of a batch its own, or train a LoRA adapter and scale it
 - `deepseek_nb.apps.styles`: Texts of four styles from five public sets, split by document without near repeats, and an encoder that makes a vector of a style from texts or from its name
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
 - `deepseek_nb.apps.toxic`: A small trained classifier scores each word with the word before it, and a text by the chance that at least one of its words is toxic
-- `deepseek_nb.apps.vocabulary`: New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained alone
-- `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a stated rule that pairs pictures with vibration so that neither alone decides
+- `deepseek_nb.apps.vocabulary`: New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained without changing other weights
+- `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a rule that pairs pictures with vibration so that both are needed
 - `deepseek_nb.apps.watch`: The anomaly detector as an application: rows in, scores and alarms out, with small weights that were trained on simulated card payments
 - `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
 - `deepseek_nb.arch.cache`: The keys and values of earlier tokens, or one latent per token for MLA, are stored for later decode steps
@@ -199,6 +199,7 @@ Modules:
 - `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
+- `deepseek_nb.platform.answers`: A page of answers whose texts are kept, on which a person says what an answer should have been: corrections become labels
 - `deepseek_nb.platform.app`: Pages, the chat API and the release that each owner gets, in one process: tokens are its keys, and every answer becomes an event
 - `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
 - `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
@@ -213,10 +214,12 @@ Modules:
 - `deepseek_nb.platform.latency`: How long the pages of the platform take with 100,000 rows and 20,000 labelled records, over SQLite and Postgres: wall time and processor time of each page, at the median and at the 99th percentile.
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
 - `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
+- `deepseek_nb.platform.probes`: Once a day, a job measures bias and other tasks of the report on the model that answers at each place, and a limit in a file opens an alert
 - `deepseek_nb.platform.registry`: Each model is stored with where it came from and what was measured, its card is written from that alone, and limits in a file decide about release
 - `deepseek_nb.platform.rollout`: A model that passes its gates is released to a place, at first for a share of the owners or in the shadow of the old one, and one call goes back
 - `deepseek_nb.platform.run_pages`: See a run learn, cancel it, read a model's card, and release a model or go back, each with one button and without writing a command
 - `deepseek_nb.platform.runs`: Fine-tuning, LoRA, QLoRA, distillation, quantising, conversion and evaluation as jobs that read a dataset version and register a model
+- `deepseek_nb.platform.shadow`: A model in the shadow answers the same requests as the model that is live: nobody gets its answers, and its latency, errors and findings are recorded
 - `deepseek_nb.platform.start`: One command, one folder, one port: the database, a first task, the worker of jobs, the monitor and the server, until SIGTERM ends all of them in order
 - `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
 - `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
