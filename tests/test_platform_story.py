@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import redirect_stdout
 from io import StringIO
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -181,7 +182,8 @@ def traffic(server, weeks):
     import torch
     table = EmbeddingTable(torch.randn(400, 8, generator=torch.Generator().manual_seed(0)))
     start = MONDAY + ((store.now() - MONDAY)//WEEK - weeks)*WEEK
-    with Recorder(store, seed=0) as recorder:
+    # Meanwhile the server's own monitor waits, which would judge weeks of which a part is written
+    with mock.patch.object(Monitor, 'tick', lambda monitor: []), Recorder(store, seed=0) as recorder:
         for week in range(weeks):
             for user in range(100):
                 ids = (rng.integers(0, 200, 20) + 200*(week == weeks - 1)).tolist()
@@ -205,17 +207,17 @@ def test_story(server, reader, tmp_path):
     reader.menu('Data')
     reader.send('Import', {'Name of the dataset': 'definitions', 'File': file, 'Column of the split': 'split'})
     assert '500' in reader.text()
-    # label 40
+    # label 16
     reader.menu('Labelling')
     reader.link('What is it?')
     with page.expect_navigation(): keys.press('l')
     names = sorted({*labels.values()})
-    for _ in range(40):
+    for _ in range(16):
         text = page.inner_text('#record')
         keys.press(str(1 + names.index(labels[text])))
         with page.expect_navigation(): keys.press('Enter')
     reader.link('Stop')
-    assert '240 of 500' in reader.text()
+    assert '216 of 500' in reader.text()
     reader.press('Make a labelled version')
     # a short run on few labels: its curves are seen, and its gates fail
     poor = run(reader, 'glosses, version 2', {'Steps': '2', 'Batch': '2', 'Rate': '0.00001', 'Eval every': '0'})
@@ -292,6 +294,6 @@ class Axe:
 
     def faults(self, rules):
         "What axe finds; it measures again, since the window has changed"
-        ask = dict(runOnly=dict(type='rule', values=rules)) if rules else {}
+        ask = dict(resultTypes=['violations']) | (dict(runOnly=dict(type='rule', values=rules)) if rules else {})
         how = 'axe.run(%s).then(o => JSON.stringify(o.violations.map(v => v.id + ": " + v.nodes[0].html)))'
         return json.loads(self.run(how % json.dumps(ask)))
