@@ -9,50 +9,50 @@ Packages:
 
 Modules:
 
-- `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time with its state kept and saved, sets its threshold from a budget of false alarms, and says what it compared with
-- `deepseek_nb.apps.command`: Train, score a file, serve over HTTP with keys, show the model card: what each application offers, and the command that runs it
+- `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time, saves its state, sets its threshold from a budget of false alarms, and explains its alarms
+- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One command does all of it
 - `deepseek_nb.apps.constructor`: An attention model reads a routing problem and points at one stop after the other; it learns from the routes of a slow solver
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.crosslingual`: A frozen multilingual encoder, a linear head that learns in English alone, and maps that align other languages by a hundred parallel paragraphs
 - `deepseek_nb.apps.detection`: Recall at a rate of false positives, events, UCR's accuracy and NAB's score, and why point adjustment makes a random detector look good
-- `deepseek_nb.apps.discord`: A forecast misses odd shapes that it follows step by step: attention over the normal past finds windows that resemble none of it, with exact streams
-- `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a network whose states can be read and whose weights can be trained
+- `deepseek_nb.apps.discord`: A forecast of single steps misses anomalous shapes that change slowly. Attention over the normal past finds windows that are unlike all normal ones
+- `deepseek_nb.apps.encoder`: multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a PyTorch network with readable states and trainable weights
 - `deepseek_nb.apps.filter`: Patterns, planted secrets, names and toxic words behind one policy: for the server, for a table of texts, and for the command line
 - `deepseek_nb.apps.fusion`: A picture branch and a vibration branch that read each other by cross-attention in both directions, work with one of the two missing, and show where a defect is
 - `deepseek_nb.apps.guide`: A small discriminator shifts the next token's probabilities towards a style, and an independent judge rates texts from 1 to 5
-- `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
+- `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, reports pieces that are unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.instances`: Reads TSPLIB and VRPLIB files with the rounding rule of each family, checks that routes are feasible, and generates problems to learn from
-- `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; learned apart, stacked, and swapped for another language
+- `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 - `deepseek_nb.apps.languages`: The same sentences with topics in 72 languages, and one declaration in nearly all of them: splits that keep translations together, alignment, floors, and the tokens that each language costs
 - `deepseek_nb.apps.localsearch`: The moves, disturbances and savings of the chapter before, some fifty times faster, with the same random numbers and equal routes
-- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
+- `deepseek_nb.apps.moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python. Feasible routes stay feasible
 - `deepseek_nb.apps.names`: A small trained tagger finds people and street addresses, word by word and with one word of lookahead, so it can run on a stream
-- `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and keeps what vehicles have already done
-- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders come in as dicts, results go out whole or not at all
+- `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and doesn't change the stops that vehicles have already reached
+- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders are read as dicts, and results are written completely or not at all
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.spectrogram`: A recording of vibration becomes a picture of power over time and frequency, and a damaged bearing leaves bursts in it that repeat at known rates
 - `deepseek_nb.apps.steer`: Two ways to give a model a style at any strength: add a vector to the residual stream, for each row of a batch its own, or train a LoRA adapter and scale it
 - `deepseek_nb.apps.styles`: Texts of four styles from five public sets, split by document without near repeats, and an encoder that makes a vector of a style from texts or from its name
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
 - `deepseek_nb.apps.toxic`: A small trained classifier scores each word with the word before it, and a text by the chance that at least one of its words is toxic
-- `deepseek_nb.apps.vocabulary`: New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained alone
-- `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a stated rule that pairs pictures with vibration so that neither alone decides
+- `deepseek_nb.apps.vocabulary`: New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained without changing other weights
+- `deepseek_nb.apps.wafers`: Loaders for two sets of wafer maps and one of bearings, with repeats removed, and a rule that pairs pictures with vibration so that both are needed
 - `deepseek_nb.apps.watch`: The anomaly detector as an application: rows in, scores and alarms out, with small weights that were trained on simulated card payments
 - `deepseek_nb.arch.attention`: Grouped-query attention (GQA), and DeepSeek's multi-head latent attention (MLA) in two forms that give the same result at different costs
 - `deepseek_nb.arch.cache`: The keys and values of earlier tokens, or one latent per token for MLA, are stored for later decode steps
 - `deepseek_nb.arch.compressed`: DeepSeek-V4 pools every 4 or every 128 tokens into one entry. A query attends to its window and to entries: to the best 512 of the fine ones, or to all of the coarse ones
-- `deepseek_nb.arch.dspark`: DeepSeek-V4's own drafter: three small blocks look at the model's activations and write five tokens in one pass; a table of token pairs makes them fit together.
+- `deepseek_nb.arch.dspark`: DeepSeek-V4's own drafter: three small blocks read the model's activations and draft five tokens in one pass. A table of token pairs makes neighbouring tokens consistent.
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
 - `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
-- `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
-- `deepseek_nb.arch.moe`: The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
+- `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. With V3's config, it is DeepSeek-V3
+- `deepseek_nb.arch.moe`: The feed-forward network of a block: one SwiGLU in a dense block; in all other blocks a router, the experts that it selects for each token, and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
 - `deepseek_nb.arch.norm`: RMSNorm divides each row by its root mean square and scales each channel. It normalises the input of every attention layer and feed-forward network
 - `deepseek_nb.arch.picture`: Diagrams of a model's architecture, drawn from its config, and of the data flow of MLA's two forms, with FLOPs and bytes
 - `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs and KV cache bytes per token of every DeepSeek release, computed from its config
-- `deepseek_nb.arch.rewindable`: The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that tokens can be taken back exactly and prompts padded on the left
+- `deepseek_nb.arch.rewindable`: The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that a rewind is exact and prompts can be padded on the left
 - `deepseek_nb.arch.rope`: RoPE rotates queries and keys by their positions, so that attention scores depend only on distances; YaRN and Llama 3's rule extend it to longer contexts
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
 - `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
@@ -63,21 +63,21 @@ Modules:
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.curves`: FLOPs and KV cache bytes of decoding with V3.1, V3.2, V4 and V4.1 at every context length, counted from their configs and compared with the papers' figures.
-- `deepseek_nb.bench.drift`: How often the drift monitor alarms for nothing on 200 weeks of real text, and how many shifts of which size it catches after how many weeks
+- `deepseek_nb.bench.drift`: The rate of false alarms of the drift monitor on 200 weeks of real text, and the share of shifts of each size that it detects, with the delay
 - `deepseek_nb.bench.fine`: Perplexity and speed of the finer 8-bit format, with the kernels' own products, on weights that lie on a grid and on weights that don't.
-- `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Until then, emulation and compilers prove what they can.
+- `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
 - `deepseek_nb.bench.grpo`: A whole step of GRPO in this package and in TRL, at equal settings: tokens per second and peak memory, in processes that take turns.
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
-- `deepseek_nb.bench.load`: Streams of requests to any OpenAI-compatible server, in a closed or an open loop, and what a user sees of them: time to first token, inter-token latency, throughput and goodput.
+- `deepseek_nb.bench.load`: Sends streams of requests to any OpenAI-compatible server, in a closed or an open loop, and measures what a user sees: time to first token, inter-token latency, throughput and goodput.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
 - `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
 - `deepseek_nb.bench.runtimes`: The same model, prompts and number of threads in llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding of one and of eight rows, and loading.
 - `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
 - `deepseek_nb.bench.serve`: Our server, transformers serve, llama.cpp and vLLM with the same model and the same load: throughput, inter-token latency and time to first token at 1 to 32 streams, and goodput.
 - `deepseek_nb.bench.sparse`: The time of a decode step with DeepSeek sparse attention against dense MLA, from the kernels to a whole model, and the limit of the machine.
-- `deepseek_nb.bench.speculate`: What a drafted token costs and what it yields: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and draft models beside their prediction.
+- `deepseek_nb.bench.speculate`: The cost and the gain of drafts: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and measured against predicted speedups of draft models.
 - `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
 - `deepseek_nb.bench.v4`: The time of a decode step of DeepSeek-V4 with thousands of cached tokens, against transformers and against the readable blocks.
@@ -129,6 +129,7 @@ Modules:
 - `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server
 - `deepseek_nb.export.genai`: A folder that ONNX Runtime GenAI runs: attention as one operator that keeps the KV cache in place, and a description of the model in genai_config.json.
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
+- `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
 - `deepseek_nb.export.packed`: Writes a folder of this package's quantised weights as one GGUF file with equal numbers: 4-bit codes stay codes, so nothing is rounded twice.
@@ -144,18 +145,18 @@ Modules:
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
 - `deepseek_nb.files.hub`: Finding a model's files by a path, a Hugging Face id or a registered name. Downloads are verified and cached.
-- `deepseek_nb.files.layouts`: V4's checkpoints name their weights differently from V3's, transformers saves a third form, and the experts are stored in FP4. This chapter maps the names and reads the numbers
+- `deepseek_nb.files.layouts`: V4's checkpoints have other weight names than V3's, transformers writes a third form, and the experts are in FP4. This chapter maps the names and reads FP4
 - `deepseek_nb.files.locate`: Finding the folder or file of a checkpoint by a path or a name, and reading the model's config without its weights.
 - `deepseek_nb.files.prompts`: The checkpoints of DeepSeek-V3.2, V4 and V4.1 contain no chat template. Here their prompt formats are written as functions, tools, reasoning and tool results included.
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
-- `deepseek_nb.files.untrusted`: Read JSON lines, CSV and Parquet that strangers upload, one row at a time in bounded memory; every hostile or broken file ends with one clear line.
+- `deepseek_nb.files.untrusted`: Read JSON lines, CSV and Parquet that strangers upload, one row at a time in bounded memory; every hostile or broken file causes one clear error message.
 - `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory, and a different adapter for each row of a batch.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
-- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
+- `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats. The argument `dtype` selects another format.
 - `deepseek_nb.infer.paged`: Stores the KV cache of all sequences in fixed-size pages of one pool, as in vLLM. Memory is bounded, little of it is wasted, and sequences share the pages of a common prefix.
 - `deepseek_nb.infer.persist`: Stores pages of the KV cache as files, so that a cached prompt survives a restart. Each file is named by a hash of everything that its content depends on, and checked when it is read.
 - `deepseek_nb.infer.prefix`: Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
@@ -198,6 +199,7 @@ Modules:
 - `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
+- `deepseek_nb.platform.answers`: A page of answers whose texts are kept, on which a person says what an answer should have been: corrections become labels
 - `deepseek_nb.platform.app`: Pages, the chat API and the release that each owner gets, in one process: tokens are its keys, and every answer becomes an event
 - `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
 - `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
@@ -212,10 +214,12 @@ Modules:
 - `deepseek_nb.platform.latency`: How long the pages of the platform take with 100,000 rows and 20,000 labelled records, over SQLite and Postgres: wall time and processor time of each page, at the median and at the 99th percentile.
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
 - `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
+- `deepseek_nb.platform.probes`: Once a day, a job measures bias and other tasks of the report on the model that answers at each place, and a limit in a file opens an alert
 - `deepseek_nb.platform.registry`: Each model is stored with where it came from and what was measured, its card is written from that alone, and limits in a file decide about release
 - `deepseek_nb.platform.rollout`: A model that passes its gates is released to a place, at first for a share of the owners or in the shadow of the old one, and one call goes back
 - `deepseek_nb.platform.run_pages`: See a run learn, cancel it, read a model's card, and release a model or go back, each with one button and without writing a command
 - `deepseek_nb.platform.runs`: Fine-tuning, LoRA, QLoRA, distillation, quantising, conversion and evaluation as jobs that read a dataset version and register a model
+- `deepseek_nb.platform.shadow`: A model in the shadow answers the same requests as the model that is live: nobody gets its answers, and its latency, errors and findings are recorded
 - `deepseek_nb.platform.start`: One command, one folder, one port: the database, a first task, the worker of jobs, the monitor and the server, until SIGTERM ends all of them in order
 - `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
 - `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
@@ -239,24 +243,24 @@ Modules:
 - `deepseek_nb.serve.anthropic`: Anthropic's protocol for the same models: content in blocks, thinking with a budget, tool use, named events, and counting of tokens
 - `deepseek_nb.serve.app`: An HTTP server for the chat API: keys, limits, streams that notice when a client leaves, metrics, and an orderly end
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
-- `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning apart, call a tool and meet errors
+- `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning separately, call a tool and handle errors
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
-- `deepseek_nb.serve.connection`: A server must read what slow clients send, write what slow clients read, and stop generating as soon as nobody waits
+- `deepseek_nb.serve.connection`: A server must not be delayed by slow clients, and must stop generating as soon as the client has left
 - `deepseek_nb.serve.drafts`: Each row of a batch may bring a draft of its next tokens, which are verified in the same step. Answers have the same bits with and without drafts.
-- `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the one that the request would have got alone.
+- `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the same as if the request had run alone.
 - `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
 - `deepseek_nb.serve.experts`: Recompute the tokens of an answer and report which experts of a mixture each of them was routed to, without hooks in the model that serves.
 - `deepseek_nb.serve.grammar`: A grammar decides before each token which ones may follow, so an answer is valid JSON, matches a schema or a regular expression, or calls a tool correctly.
-- `deepseek_nb.serve.guard`: Reasoning, content and the arguments of tool calls are filtered while they stream; JSON stays JSON, and a blocked answer ends in order
+- `deepseek_nb.serve.guard`: Reasoning, content and the arguments of tool calls are filtered while they stream; arguments stay valid JSON, and a blocked answer ends with valid events
 - `deepseek_nb.serve.logs`: One line for each request, as JSON or as text: who, what, how long and how many tokens, but not what was said
 - `deepseek_nb.serve.lora`: A LoRA adapter answers under a model name of its own, and an administrator loads and unloads adapters over HTTP.
 - `deepseek_nb.serve.metrics`: Counters, gauges and histograms of an engine in Prometheus' format, under the names that vLLM's dashboards know
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
-- `deepseek_nb.serve.patterns`: Card numbers by Luhn, IBANs by their remainder, national numbers, e-mail and telephone, keys: what may still become one is known from the same pattern
+- `deepseek_nb.serve.patterns`: Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers and keys in a stream. The same pattern tells which text may still become a match
 - `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
-- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
+- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on the other rows.
 - `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.secrets`: A secret is recognised in parts, spelled with look-alikes or separators, reversed, or in base64, hex and other codes, by one automaton for all of its forms
 - `deepseek_nb.serve.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.
@@ -280,10 +284,10 @@ Modules:
 - `deepseek_nb.tools.glossary`: A glossary with one sentence for each term and a link to the chapter that explains it. The first use of a term on a page links to its entry.
 - `deepseek_nb.tools.moves`: Redirects from the old addresses of pages to the new ones, and a table of the moves in the changelog, both made from one file.
 - `deepseek_nb.tools.pictures`: Three SVG pictures made from data: the way of a token through DeepSeek-V3, measured rates compared with other libraries, and a map of the book.
-- `deepseek_nb.tools.serving`: From a command line or a TOML file to models that answer: loading, settings and the message that says where
+- `deepseek_nb.tools.serving`: Reads settings from the command line or a TOML file, loads the models, and serves them
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
 - `deepseek_nb.tools.verdicts`: The row of a claim: reached, missed, refuted or not measured, then the figure, its interval, its floor, its cost and its domain, all read from stored records.
-- `deepseek_nb.train.advantage`: How much better an answer is than expected: from the group of answers to the same question, or from a critic; bias and variance of each, exactly, on policies whose true gradient is known.
+- `deepseek_nb.train.advantage`: The advantage says how much better an answer is than expected. It is computed from a group of answers or from a critic; bias and variance of both are computed exactly on small policies.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
 - `deepseek_nb.train.bpe`: Learn byte-level BPE merges from text, with DeepSeek-V3's word splitting, and save the tokenizer in Hugging Face's format.
 - `deepseek_nb.train.callbacks`: Callbacks run at named events of a training run: they show its progress, plot its loss, and stop it when it diverges.
@@ -298,7 +302,7 @@ Modules:
 - `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
 - `deepseek_nb.train.grpo`: The whole loop: sample groups of answers, reward them, and improve the policy, with curves, a guard, and an exact resume.
 - `deepseek_nb.train.indexer`: Make a trained model with dense latent attention sparse: train V3.2's indexer to predict where the model attends, then train the model with the indexer's selection.
-- `deepseek_nb.train.kl_estimate`: Three estimates of the divergence from a reference, from sampled tokens alone; what each is worth as a number and as a loss, and when the term is worth its cost.
+- `deepseek_nb.train.kl_estimate`: Three estimates of the divergence from a reference, from sampled tokens alone. Bias and variance of each as a number and as a loss, and when the term is useful.
 - `deepseek_nb.train.latent`: Convert a trained model with grouped-query attention to multi-head latent attention, which has a smaller KV cache and is the attention of DeepSeek-V3.
 - `deepseek_nb.train.log_probs`: Each token of a sampled answer gets its log-probability, with an exact gradient, and the entropy at its position, without all logits in memory.
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
@@ -314,17 +318,17 @@ Modules:
 - `deepseek_nb.train.r1`: Cold start, reinforcement learning, rejection sampling, fine-tuning, a second reinforcement, and distillation into a smaller model, from one TOML file
 - `deepseek_nb.train.repair`: Train each converted block separately to give the same output as the original block, or fit it in closed form, without labels and with little memory.
 - `deepseek_nb.train.resume`: A training run that was killed at any step resumes from its last checkpoint, and its results are bit-identical to those of an uninterrupted run.
-- `deepseek_nb.train.rewards`: Equal numbers, tags in their order, the right language, no overlong answers: each reward with the answer that cheats it
+- `deepseek_nb.train.rewards`: Rewards for equal numbers, tags in the right order, the right language and lengths within a limit, each tested with answers that try to cheat it
 - `deepseek_nb.train.rollout`: A policy writes groups of answers in the batching engine. Each answer repeats bit for bit from its seed, and the trainer can score it with the sampler's own bits.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
-- `deepseek_nb.train.sandbox`: A process with limits for a model's program and its tests, or for a reward that may hang: whatever happens, a score comes back
+- `deepseek_nb.train.sandbox`: Runs a model's program and its tests, or a reward that may hang, in a process with limits. Every call returns a score
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
 - `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
 - `deepseek_nb.train.shared`: The answers of a group have one prompt. The forward pass and the gradient compute it once, with the values and the gradients that each row alone would give.
 - `deepseek_nb.train.split`: Split a dataset so that training and test part share no key, and measure how many n-grams of a test occur in the training text.
 - `deepseek_nb.train.stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
-- `deepseek_nb.train.tasks`: Sums, Countdown, word problems, JSON and tool calls: rows that a program makes, answers that a program checks, and a supervised start
+- `deepseek_nb.train.tasks`: Sums, Countdown, word problems, JSON and tool calls, whose answers a program checks, with solutions for a supervised start
 - `deepseek_nb.train.teacher`: The outputs of a teacher are computed once and stored: all logits, the top-k probabilities with the mass of the tail, or generated text.
 - `deepseek_nb.train.trainer`: Build a trainer with gradient accumulation, clipping, mixed precision, activation checkpointing and evaluation, then fine-tune a model with it.
 - `deepseek_nb.train.upcycle`: Turn the feed-forward of a trained dense model into a mixture of experts: copy it, which adds parameters, or split it into parts, which saves FLOPs.

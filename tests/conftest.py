@@ -62,13 +62,13 @@ def not_drawn(items):
 
 
 def fewer_examples(items):
-    "A property, or a machine of states, is tried with a third of its examples, at least 30; Hypothesis draws others in the next run"
+    "A property, or a machine of states, is tried with a fifth of its examples, at least 20; Hypothesis draws others in the next run"
     held = '_hypothesis_internal_use_settings'
     places = {(getattr(i, 'function', None), held) for i in items} | {(getattr(i, 'cls', None), 'settings') for i in items}
     for place, name in places:
         own = getattr(place, name, None)
         if not hasattr(own, 'max_examples') or own.derandomize: continue
-        setattr(place, name, type(own)(own, max_examples=min(own.max_examples, max(30, own.max_examples//3))))
+        setattr(place, name, type(own)(own, max_examples=min(own.max_examples, max(20, own.max_examples//5))))
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

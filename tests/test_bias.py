@@ -26,26 +26,41 @@ def rng():
     return random.Random(seed)
 
 
+def of_transformers(batch=12):
+    "SmolLM2 in float32, as the harness runs it with transformers"
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deepseek_nb.files.hub import fetch
+    path = fetch('smollm2-135m')
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend='causal', batch_size=batch, device='cpu')
+
+
 @harness
 @needs('crows_pairs')
 def test_crows_pairs_as_in_the_harness(rng, tmp_path):
-    "A random sample: the same log-likelihood of each sentence, and both metrics"
+    "A random sample: the log-likelihood of each sentence by the harness's class for transformers and by ours; CROWS_PAIRS=200 asks more"
     from deepseek_nb.arch.model import Model
     from deepseek_nb.eval.harness import harness_model, local_task, run_tasks
     from deepseek_nb.files.tokenizer import Tokenizer
     model,tok = Model.from_pretrained('smollm2-135m', dtype='float32', device='cpu'),Tokenizer.from_pretrained('smollm2-135m')
-    pairs = rng.sample(B.read_crows_pairs(DATA/'crows_pairs'), 5)
+    pairs = rng.sample(B.read_crows_pairs(DATA/'crows_pairs'), int(os.environ.get('CROWS_PAIRS', 5)))
     rows = [dict(sent_more=p.more, sent_less=p.less, bias_type=p.kind) for p in pairs]
     (tmp_path/'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     local_task(tmp_path, 'crows_pairs/crows_pairs_english.yaml', 'crows_local', dict(test=tmp_path/'rows.jsonl'))
-    found = run_tasks(harness_model(model, tok), ['crows_local'], tmp_path, log_samples=True)
     mine = B.crows_pairs(model, tok, pairs)
-    for sample in found['samples']['crows_local']:
-        theirs = [r[0][0] for r in sample['resps']]
-        assert np.abs(mine.scores[sample['doc_id'], :, 0] - theirs).max() < 1e-3
-    scores = found['results']['crows_local']
-    assert scores['pct_stereotype,none'] == pytest.approx(mine.hits.mean())
-    assert scores['likelihood_diff,none'] == pytest.approx(abs(mine.gaps).mean(), abs=1e-3)
+    for lm in harness_model(model, tok), of_transformers():
+        found = run_tasks(lm, ['crows_local'], tmp_path, log_samples=True)
+        theirs = {s['doc_id']: [r[0][0] for r in s['resps']] for s in found['samples']['crows_local']}
+        worst = np.abs(mine.scores[:, :, 0] - [theirs[i] for i in range(len(pairs))]).max()
+        print(len(pairs), 'pairs by', type(lm).__name__, 'largest difference', worst)
+        assert worst < 1e-3
+        scores = found['results']['crows_local']
+        assert scores['pct_stereotype,none'] == pytest.approx(mine.hits.mean())
+        assert scores['likelihood_diff,none'] == pytest.approx(abs(mine.gaps).mean(), abs=1e-3)
 
 
 @harness
@@ -73,23 +88,16 @@ def test_bbq_as_in_the_harness(rng):
 @needs('bbq')
 def test_bbq_log_likelihoods_as_in_the_harness(rng):
     "The model of transformers in float32, scored by the harness: the same log-likelihoods, choices and scores; BBQ_ITEMS=200 asks more"
-    import torch
     from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.bbq import utils
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from deepseek_nb.arch.model import Model
-    from deepseek_nb.files.hub import fetch
     from deepseek_nb.files.tokenizer import Tokenizer
     class Rows(list):
         def map(self, f): return [f(dict(r)) for r in self]
     rows = rng.sample([r for p in sorted((DATA/'bbq').glob('*.jsonl*')) for r in read_lines(p)], int(os.environ.get('BBQ_ITEMS', 4)))
     docs,asked = utils.process_docs(Rows(rows)),[A._question(r) for r in rows]
-    path = fetch('smollm2-135m')
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    lm = HFLM(pretrained=theirs, tokenizer=tokenizer, backend='causal', batch_size=12)
+    lm = of_transformers()
     requests = [Instance('loglikelihood', d, (f"{d['context']}\n\nQ: {d['question']}\nA:", f' {c}'), i)
                 for d in docs for i,c in enumerate(utils.doc_to_choice(d))]
     want = np.array([r[0] for r in lm.loglikelihood(requests, disable_tqdm=True)]).reshape(len(rows), -1)

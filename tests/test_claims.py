@@ -25,6 +25,12 @@ def claims():
 def every(claims): return claims.ARTICLE + claims.OURS
 
 
+@pytest.fixture(scope='module')
+def said(claims):
+    "The table of experiments and the words of all, which are worked out from their runs once"
+    return claims.experiments(RESULTS), claims.findings(RESULTS)
+
+
 @pytest.fixture
 def results(tmp_path):
     "A copy of the stored results, to spoil."
@@ -167,16 +173,17 @@ def test_the_table_says_which_way(claims, tmp_path):
     assert 'SmolLM2' not in text
 
 
-def test_experiments_say_what_their_runs_say(claims, results):
+def test_experiments_say_what_their_runs_say(claims, said, results):
     from deepseek_nb.studies import open_study, study_names
     from deepseek_nb.studies.report import runs
-    for name, row in zip(study_names(), claims.experiments(RESULTS).rows, strict=True):
+    table, every = said
+    for name, row in zip(study_names(), table.rows, strict=True):
         done = runs(name, RESULTS/'evidence')
         assert row.claim == claims.EXPERIMENTS[name] and row.command == f'`deepseek-nb evidence {name}`'
         if not done: assert (row.verdict, row.figure, row.on) == ('not measured', '', ''); continue
         words = open_study(name).finding(done)
         assert row.verdict in ('reached', 'missed', 'refuted') and f'{len(done)} runs' in row.cost
-        assert words in claims.findings(RESULTS)
+        assert words in every
         assert 'protocol' in row.on and row.domain and row.figure and row.interval, row
         assert all(f'**{part}**' in words for part in row.figure.split(' · ')), row
         assert {p for p in numbers(row.floor)} <= {*numbers(words)}, row
@@ -190,10 +197,10 @@ def test_experiments_say_what_their_runs_say(claims, results):
 def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
 
 
-def test_the_page_is_what_the_results_say(claims):
+def test_the_page_is_what_the_results_say(claims, said):
     shown = [o for cell in PAGE for o in outputs(cell)]
-    tables = claims.claims(RESULTS, claims.ARTICLE), claims.claims(RESULTS, claims.OURS), claims.experiments(RESULTS)
-    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS), claims.findings(RESULTS)):
+    tables = claims.claims(RESULTS, claims.ARTICLE), claims.claims(RESULTS, claims.OURS), said[0]
+    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS), said[1]):
         assert what in shown, 'nbs/980_tools.claims.ipynb is stale: run it and store its outputs'
         shown.remove(what)
     assert not numbers(' '.join(shown)), 'the page shows a number that no record holds'

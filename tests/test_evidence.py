@@ -173,11 +173,11 @@ def test_arms_differ(root, tmp_path):
 
 def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
     "Of the mixture with the bias: kill -9 in the middle, then again from the start of the command"
-    text = (root/'nbs/configs/evidence/balancing.toml').read_text().replace('steps = 2\nevery = 1', 'steps = 40\nevery = 5')
+    text = (root/'nbs/configs/evidence/balancing.toml').read_text().replace('steps = 2\nevery = 1', 'steps = 20\nevery = 5')
     text = text.replace('eval_steps = 1 }', 'eval_steps = 10, save_steps = 5 }')
     (tmp_path/'balancing.toml').write_text(text)
     plan = read_plan(tmp_path/'balancing.toml', smoke=True)
-    assert plan.arms['bias']['steps'] == 40 and plan.arms['bias']['training']['save_steps'] == 5
+    assert plan.arms['bias']['steps'] == 20 and plan.arms['bias']['training']['save_steps'] == 5
     def start(work, out):
         code = f"from deepseek_nb.studies import run_study; run_study('balancing', {str(tmp_path/'balancing.toml')!r}, "
         code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"

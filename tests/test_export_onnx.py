@@ -17,7 +17,7 @@ pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
 from deepseek_nb.export.genai import export_genai  # noqa: E402
-from deepseek_nb.export.onnx import DATA, OnnxModel, check_onnx, export_onnx, onnx_weights  # noqa: E402
+from deepseek_nb.export.onnx import DATA, OnnxModel, check_onnx, export_onnx, onnx_weights, sort_as_topk  # noqa: E402
 from deepseek_nb.export.onnx_quant import IntBlocks, rounded_model  # noqa: E402
 
 SLOW = pytest.mark.skipif(not os.environ.get('DEEPSEEK_NB_SLOW'), reason='takes minutes: set DEEPSEEK_NB_SLOW=1')
@@ -69,6 +69,19 @@ def test_weights_come_back(qwen, folder):
     state = qwen.state_dict()
     found = onnx_weights(folder)
     assert set(found) == set(state) and all(torch.equal(found[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize('descending', [False, True])
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64, torch.float32])
+def test_equal_values_keep_their_order(seed, dtype, descending):
+    "Not only where a runtime's TopK does so"
+    from onnxscript.tensor import Tensor
+    for n in (1, 2, 33):
+        for dim in (-1, 0):
+            x = torch.randint(0, 3, (n, 5) if dim == 0 else (5, n)).to(dtype)
+            if dtype.is_floating_point: x[x == 0] = -torch.inf
+            got, want = sort_as_topk(Tensor(x.numpy()), True, dim, descending), x.sort(dim=dim, stable=True, descending=descending)
+            for o, w in zip(got, want, strict=True): np.testing.assert_array_equal(o.value, w)
 
 
 def test_no_path_of_this_machine_in_the_graph(folder):

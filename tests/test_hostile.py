@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 pytest.importorskip('openai')
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
@@ -404,9 +404,9 @@ server.run(lambda: print(server.address[1], flush=True))
 def test_sigkill_leaves_the_disk_cache_intact(model, tok, tmp_path):
     "Killed while it writes pages: each file is whole, and the next server finds them."
     code = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    process = warm.start('-c', code, modules=warm.WORKER)
     try:
-        port = int(process.stdout.readline())
+        port = int(warm.first_line(process))
         for n in range(1, 40):
             s = socket.create_connection(('127.0.0.1', port), timeout=30)
             s.sendall(request(dict(model='tiny', prompt=[n]*300, max_tokens=2, messages=None), '/v1/completions'))

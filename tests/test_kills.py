@@ -8,7 +8,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from contextlib import suppress
 from importlib import import_module
 
 import pytest
+import warm
 from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 from sqlalchemy import func, select
 from test_jobs import texts_version
@@ -376,23 +376,24 @@ def test_sigterm_of_the_command(store):
     "`deepseek-nb platform` with a training on its way: it ends in time, and the training goes on from its checkpoint at the next start"
     pytest.importorskip('fasthtml', reason="the platform needs pip install 'deepseek-nb[platform]'")
     import_module('deepseek_nb.platform.runs')
-    config = dict(model='mini', steps=40, batch=1, warmup=0, length=16, save_every=1, eval_every=0, blocks=1, evaluate=False)
+    config = dict(model='mini', steps=20, batch=1, warmup=0, length=16, save_every=1, eval_every=0, blocks=1, evaluate=False)
     job = submit(store, None, 'finetune', config, 'command', texts_version(store), cores=1)
-    command = [sys.executable, '-m', 'deepseek_nb.tools.cli', 'platform', str(store.folder), '--port', '0', '--no-demo']
-    with (store.folder/'console').open('w') as console: server = subprocess.Popen(command, stdout=console, stderr=console)
+    command = '-m', 'deepseek_nb.tools.cli', 'platform', store.folder, '--port', '0', '--no-demo'
+    server = warm.start(*command, modules=warm.WORKER)
     try:
         end = time.monotonic() + 120
         while not (seen := curve_of(store, job)):
-            assert server.poll() is None and time.monotonic() < end, (store.folder/'console').read_text()
+            if server.poll() is not None: pytest.fail('the command has ended: ' + ''.join(server.communicate()))
+            assert time.monotonic() < end
             time.sleep(.02)
         child, begin = job_of(store, job).process, time.monotonic()
         server.send_signal(signal.SIGTERM)
         code, seconds = server.wait(60), time.monotonic() - begin
     finally: server.kill()
-    said = (store.folder/'console').read_text()
+    said = ''.join(server.communicate())
     row = job_of(store, job)
     assert code == 0 and seconds < 30 and 'Traceback' not in said, (code, seconds, said)
     assert row.state == 'queued' and row.attempts == 0 and not is_alive(Process(**child)), row
     assert store.check() == [] and list((job_folder(store, job)/'work'/'checkpoints').glob('checkpoint-*'))
     assert Job(store, claim(store, 1)).perform() == 'done'
-    assert curve_of(store, job)['loss'][0] == [*range(1, 41)] and len(seen['loss'][0]) < 40
+    assert curve_of(store, job)['loss'][0] == [*range(1, 21)] and len(seen['loss'][0]) < 20

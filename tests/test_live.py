@@ -12,7 +12,9 @@ import torch
 
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.arch.moe import MoE
+from deepseek_nb.export import wasm
 from deepseek_nb.export.figures import FIGURE_NOTES, export_page
+from deepseek_nb.export.live import figure_visit, served
 from deepseek_nb.export.wasm import compile_wasm, find_clang, interface, read_wasm, wasm_sections, wasm_sources
 from deepseek_nb.infer.inside import attention_pattern, record_stream, routes
 
@@ -205,6 +207,21 @@ def test_memory_is_released(opened, window):
     assert no_workers(page)
 
 
+@pytest.mark.parametrize('text, words', [('Four score and seven', None), ('state and union ' * 25, 'shorten it')])
+def test_the_benchmark_uses_a_figure_as_a_reader_does(browser, folder, text, words):
+    with served(folder) as (address, sent):
+        if words:
+            with pytest.raises(browsing.playwright.Error, match=words): figure_visit(browser, address, sent, 'sampling', text)
+            return
+        found = figure_visit(browser, address, sent, 'sampling', text)
+    sizes = {o.name: o.stat().st_size for o in [folder/'index.html', *(folder/'live').iterdir()]}
+    assert found['faults'] == [] and found['opening'] > 0 and found['answer'] > 0 and found['rate'] > 0 and found['tokens'] >= 4
+    assert found['bytes'] == dict(before=sizes['index.html'] + sizes['live.js'], after=sum(sizes.values()))
+    weights = sizes['mini.gguf']
+    memory = found['memory']
+    assert memory['open'] - memory['closed'] > weights and memory['again'] - memory['closed'] < weights and memory['left'] < memory['open']
+
+
 def test_bad_input_is_said(opened):
     figure = opened('experts')
     figure.get_by_role('textbox').fill('state and union ' * 25)
@@ -268,7 +285,7 @@ def test_accessible_and_within_the_window(window, opened, size, scheme):
     assert page.locator('live-figure[data-show=experts] input[type=radio]').nth(2).is_checked()
     if AXE.exists():
         page.add_script_tag(path=AXE)
-        for o in page.evaluate('axe.run().then(o => o.violations)'):
+        for o in page.evaluate('axe.run({resultTypes: ["violations"]}).then(o => o.violations)'):
             if o['impact'] in ('serious', 'critical'): page.faults.extend(f'{o["id"]}: {node["html"][:120]}' for node in o['nodes'])
 
 
@@ -281,12 +298,13 @@ def test_pages_of_the_site(site):
     assert (site/'live'/facts['file']).stat().st_size == facts['bytes'] and (site/'live/live.js').stat().st_size < 3000
 
 
-def test_the_module_is_made_from_the_sources(tmp_path):
-    "Its digest is that of the sources; where the compiler is, they compile to a module with the same interface"
+def test_the_module_is_made_from_the_sources(tmp_path, monkeypatch):
+    "Its digest is that of the sources; where the compiler is, they compile to a module with the same interface, here without optimising"
     stored = read_wasm()
     try: find_clang()
     except FileNotFoundError as e: pytest.skip(str(e))
     if not Path('/usr/include/wasm32-wasi').exists(): pytest.skip('wasi-libc is absent: apt-get install wasi-libc')
+    monkeypatch.setattr(wasm, 'WASM_FLAGS', (*wasm.WASM_FLAGS, '-O0'))
     made = dict(wasm_sections(read_wasm(compile_wasm(tmp_path/'runner.wasm'))))
     assert made['deepseek_nb.sources'] == dict(wasm_sections(stored))['deepseek_nb.sources']
     assert all(o.encode() in made['export'] for o in interface(wasm_sources()['runner.h']))

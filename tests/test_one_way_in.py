@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -80,16 +81,16 @@ def result(pid, file):
 
 
 def foreign():
-    "Modules of other packages that all of this needs, as they take most of the time"
-    for name in MODULES: import_module(name)
-    logits()
-    return [n for n, m in sys.modules.items() if not n.startswith(('deepseek_nb', '__')) and getattr(m, '__spec__', None)]
+    "Modules of other packages that ours import when they are imported"
+    texts = (p.read_text() for p in (ROOT/'deepseek_nb').rglob('*.py'))
+    return sorted({name for text in texts for name in re.findall(r'^(?:import|from) (\w[\w.]*)', text, re.M)})
 
 
 def all_alone():
     "Print what every module finds, two processes at a time, which have others' packages already and nothing of ours"
-    for name in result(*fork(foreign)):
-        with suppress(Exception): import_module(name)
+    for name in foreign():
+        if not name.startswith('deepseek_nb'):
+            with suppress(Exception): import_module(name)
     assert not [n for n in sys.modules if n.startswith('deepseek_nb')]
     warm.settle()
     running, found = [], {}
@@ -103,7 +104,7 @@ def all_alone():
 def found():
     print(f'SEED={SEED}')
     env = os.environ | dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore', SEED=str(SEED))
-    p = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, env=env | dict(PYTHONPATH=str(ROOT)))
+    p = warm.run(__file__, cwd=ROOT, env=env | dict(PYTHONPATH=str(ROOT)), modules=warm.TRAINING)
     assert p.returncode == 0, p.stderr
     return json.loads(p.stdout.splitlines()[-1])
 

@@ -206,8 +206,7 @@ def started(program, processes, folder):
     code += f't.{program}({str(folder)!r})\n'
     with socket.create_server(('localhost', 0)) as s: port = s.getsockname()[1]
     env = os.environ | dict(MASTER_ADDR='localhost', MASTER_PORT=str(port), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes))
-    ranks = [warm.start('-c', code, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), modules=(*warm.TRAINING, 'torch.distributed.fsdp'))
-             for i in range(processes)]
+    ranks = [warm.start('-c', code, env=env | dict(RANK=str(i), LOCAL_RANK=str(i)), modules=warm.TRAINING) for i in range(processes)]
     for p in ranks:
         _, said = p.communicate(timeout=900)
         assert p.returncode == 0, said

@@ -11,6 +11,7 @@ import subprocess
 import types
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,7 +25,7 @@ from deepseek_nb.studies.texts import WordBayes, majority
 
 # Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
 BENCHES_BEFORE = """
-    attention batch-decode bias cache-kinds calibration compile drift evaluation format-rates
+    attention batch-decode bias cache-kinds calibration compile format-rates
     gpu-emulated latent-codes lora machine moe-layer neurons perturb prefix-cache qlora-memory quality
     quant-moe refusals roofline scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
     speculate train-step v4-decode
@@ -198,6 +199,30 @@ def test_listed_changes_of_log_probs_leave_every_bit(root, dtype):
             (logps*weights).sum().backward()
             outs.append((logps.detach(), entropies, a.grad, b.grad))
         for one,other in zip(*outs, strict=True): assert one.dtype == other.dtype and torch.equal(one, other) and one.isfinite().all()
+
+
+def test_listed_changes_of_gguf_leave_every_tensor(root, tmp_path):
+    "The reader refuses more files; what it reads of a sound one is the same"
+    gguf, name = pytest.importorskip('gguf'), 'deepseek_nb.files.gguf'
+    old, = [o for n,o in EQUAL if n == name]
+    if code_hash(name) != EQUAL[name, old]: pytest.skip('the module has changed again, so its records are stale')
+    records = [json.loads(p.read_text()) for p in sorted((root/'nbs'/'results').glob('*.json'))]
+    record = next(r for r in records if r.get('provenance', {}).get('code', {}).get(name) == old)
+    then, digest = of_commit(root, record['provenance']['commit'], name)
+    assert digest == old
+    now, r = importlib.import_module(name), np.random.default_rng()
+    for align in (32, 64):
+        w = gguf.GGUFWriter(path := tmp_path/f'{align}.gguf', 'llama')
+        w.add_custom_alignment(align), w.add_token_list(['a', 'b']), w.add_uint32('llama.block_count', 3)
+        for i,kind in enumerate(('F32', 'F16', 'Q8_0', 'Q4_0', 'Q4_1')):
+            kind, x = gguf.GGMLQuantizationType[kind], r.standard_normal((r.integers(1, 9), 32*r.integers(1, 9))).astype(np.float32)
+            w.add_tensor(f't{i}', gguf.quantize(x, kind), raw_dtype=kind)
+        w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+        a, b = then.open_gguf(path), now.open_gguf(path)
+        assert then.metadata(a) == now.metadata(b) and len(a.tensors) == len(b.tensors) == 5
+        for o,t in zip(a.tensors, b.tensors, strict=True):
+            assert (o.name, o.tensor_type, o.shape.tolist(), o.data_offset) == (t.name, t.tensor_type, t.shape.tolist(), t.data_offset)
+            assert np.array_equal(o.data, t.data)
 
 
 def test_changes_are_named():

@@ -1,5 +1,7 @@
 "Models in few bits: every family and format, loading piece by piece, saving, the report, damage, memory"
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from math import prod
 from pathlib import Path
 
@@ -354,17 +356,26 @@ def test_quantised_twice(few, floats, tmp_path):
 
 
 
-def test_commands(floats, tmp_path, capsys):
-    assert main(['quantize', 'smollm2-135m', '--dtype', 'int4', '--group', '64', '--symmetric', '--out', str(tmp_path/'smol')]) == 0
-    assert 'int4 (group=64, symmetric=True)' in capsys.readouterr().out
-    assert main(['generate', 'The capital of France is', '--model', str(tmp_path/'smol'), '--max-new-tokens', '3', '--device', 'cpu']) == 0
+@pytest.fixture(scope='module')
+def smol(tmp_path_factory):
+    "SmolLM2 in int4, saved by the command, and what it printed"
+    out, said = tmp_path_factory.mktemp('few')/'smol', StringIO()
+    with torch.no_grad(), redirect_stdout(said):
+        assert main(['quantize', 'smollm2-135m', '--dtype', 'int4', '--group', '64', '--symmetric', '--out', str(out)]) == 0
+    return out, said.getvalue()
+
+
+def test_commands(smol, tmp_path, capsys):
+    smol, said = smol
+    assert 'int4 (group=64, symmetric=True)' in said
+    assert main(['generate', 'The capital of France is', '--model', str(smol), '--max-new-tokens', '3', '--device', 'cpu']) == 0
     assert 'Paris' in capsys.readouterr().out
-    assert main(['chat', str(tmp_path/'smol'), '--demo', '--device', 'cpu', '--max-new-tokens', '4']) == 0
+    assert main(['chat', str(smol), '--demo', '--device', 'cpu', '--max-new-tokens', '4']) == 0
     for argv, said in ((['quantize', 'smollm2-135m', '--out', ''], 'name it with --out'),
                        (['quantize', '--dtype', 'int3', '--out', 'x'], "'int3'"),
                        (['quantize', '--dtype', 'nf4', '--group', '32', '--out', 'x'], "no field 'group'"),
                        (['quantize', '--dtype', 'int4', '--group', '48', '--out', 'x'], '32 does not divide it'),
-                       (['quantize', str(tmp_path/'smol'), '--out', str(tmp_path/'y')], 'is quantised already')):
+                       (['quantize', str(smol), '--out', str(tmp_path/'y')], 'is quantised already')):
         capsys.readouterr()
         assert main(argv) == 2
         err = capsys.readouterr().err
@@ -372,8 +383,8 @@ def test_commands(floats, tmp_path, capsys):
     assert not (tmp_path/'y').exists()
 
 
-def test_saved_tokenizer_is_the_file_s(tmp_path):
-    saved = QuantizedModel.from_pretrained('smollm2-135m', 'int8', device='cpu').save_pretrained(tmp_path/'smol')
+def test_saved_tokenizer_is_the_file_s(smol):
+    saved = smol[0]
     a, b = Tokenizer.from_pretrained('smollm2-135m'), Tokenizer.from_pretrained(saved)
     talk = [dict(role='user', content='Sei gegrüßt, 世界 <|im_end|> 1234!')]
     assert a.chat(talk) == b.chat(talk) and a.eos_ids == b.eos_ids and a.bos_id == b.bos_id

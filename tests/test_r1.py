@@ -3,11 +3,10 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+import warm
 
 from deepseek_nb.train.grpo import CURVES
 from deepseek_nb.train.r1 import PIPELINE_TASKS, r1_run
@@ -70,8 +69,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     print('seed', seed)
     rng = random.Random(seed)
     for _ in range(KILLS):
-        p = subprocess.Popen([sys.executable, '-c', f'from deepseek_nb.train.r1 import r1_run; r1_run({str(killed)!r})'],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = warm.start('-c', f'from deepseek_nb.train.r1 import r1_run; r1_run({str(killed)!r})', modules=warm.TRAINING)
         until = time.monotonic() + 60
         while not (tmp_path/'killed').exists() and p.poll() is None and time.monotonic() < until: time.sleep(.05)
         time.sleep(rng.uniform(0, seconds))

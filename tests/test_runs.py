@@ -1,12 +1,12 @@
 "The verbs that read a file: they run, go on, and refuse what they can't read"
 import json
 import os
-import subprocess
-import sys
+import socket
 
 import datasets
 import pytest
 import torch
+import warm
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
@@ -244,11 +244,12 @@ def test_two_processes_share_a_finetuning(place):
         'max_steps', 'per_device_train_batch_size = 4\nmax_steps'))
     (place/'alone.toml').write_text(FILES['finetune'].replace('"out"', '"alone"'))
     assert cli.main(['finetune', 'alone.toml']) == 0
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += ['-m', 'deepseek_nb.tools.cli', 'finetune']
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    p = subprocess.run([*command, 'run.toml'], capture_output=True, text=True, timeout=120, env=env)
-    assert p.returncode == 0 and p.stdout.count('the result is in out/model') == 1, p.stderr
+    with socket.create_server(('localhost', 0)) as s: port = s.getsockname()[1]
+    env = os.environ | dict(MASTER_ADDR='localhost', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')  # as `torchrun` sets them
+    ranks = [warm.start('-m', 'deepseek_nb.tools.cli', 'finetune', 'run.toml', env=env | dict(RANK=i, LOCAL_RANK=i), modules=warm.TRAINING)
+             for i in '01']
+    said = [p.communicate(timeout=300) for p in ranks]
+    assert [p.returncode for p in ranks] == [0, 0] and ''.join(out for out, _ in said).count('the result is in out/model') == 1, said
     got, want = (Model.from_pretrained(f'{n}/model', 'float32', 'cpu').state_dict() for n in ('out', 'alone'))
     for k, t in want.items(): torch.testing.assert_close(got[k], t, rtol=0, atol=1e-4)
 

@@ -3,13 +3,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 
 import pytest
+import warm
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.files.tokenizer import Tokenizer
@@ -272,9 +271,9 @@ server.run(lambda: print(server.address[1], flush=True))
 
 def test_sigterm_completes_the_answers():
     code = SERVE.format(folder=os.path.dirname(__file__))
-    process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    process = warm.start('-c', code, modules=warm.WORKER)
     try:
-        client = openai.OpenAI(api_key='x', base_url=f'http://127.0.0.1:{int(process.stdout.readline())}/v1', max_retries=0)
+        client = openai.OpenAI(api_key='x', base_url=f'http://127.0.0.1:{int(warm.first_line(process))}/v1', max_retries=0)
         stream = client.chat.completions.create(model='mini', messages=HI, max_tokens=300, logit_bias={1: -100}, stream=True,
                                                 stream_options=dict(include_usage=True))
         next(stream)

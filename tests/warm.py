@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
-# What a test that trains needs; an optimiser imports the second
-TRAINING = 'torch', 'torch._dynamo', 'safetensors.torch', 'einops', 'fastcore.all', 'datasets', 'matplotlib.pyplot', 'pytest'
+# What a test that trains needs, also in several processes; an optimiser imports the second
+TRAINING = ('torch', 'torch._dynamo', 'torch.distributed.fsdp', 'safetensors.torch', 'einops', 'fastcore.all', 'datasets',
+            'matplotlib.pyplot', 'pytest')
 # What the files of tests import, for the workers of pytest-xdist; setuptools as in conftest.py
 WORKER = ('setuptools', *TRAINING, 'peft', 'openai', 'anthropic', 'hypothesis', 'sqlalchemy', 'sqlalchemy.dialects.sqlite',
           'sqlalchemy.dialects.postgresql', 'psycopg', 'fasthtml.components', 'starlette.testclient', 'playwright.sync_api')
@@ -212,6 +214,17 @@ def start(*words, env=None, cwd=None, stdin=None, modules=('torch',)):
                                 stderr=subprocess.PIPE, text=True)
     out, err = (tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace') for _ in range(2))
     with open(os.devnull) as nothing: return Process(words, env, cwd, [stdin or nothing, out, err], modules)
+
+
+def first_line(p, timeout=120):
+    "What a process of `start` prints first"
+    if not isinstance(p, Process): return p.stdout.readline().rstrip('\n')
+    end = time.monotonic() + timeout
+    while True:
+        out, err = (os.pread(s.fileno(), 2**16, 0).decode(errors='replace') for s in p.streams[1:])  # at a place of its own
+        if '\n' in out: return out.partition('\n')[0]
+        if p.poll() is not None or time.monotonic() > end: raise RuntimeError(f'nothing was printed, and the process said: {err}')
+        time.sleep(.01)
 
 
 def run(*words, timeout=600, check=False, **kwargs):

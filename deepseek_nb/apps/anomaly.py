@@ -1,4 +1,4 @@
-"""Learns from a signal, scores one observation at a time with its state kept and saved, sets its threshold from a budget of false alarms, and says what it compared with
+"""Learns from a signal, scores one observation at a time, saves its state, sets its threshold from a budget of false alarms, and explains its alarms
 
 `Detector.fit` trains a [network](850_apps.tcn.ipynb) on a signal, or on many with labels. `Detector.score` takes one observation and returns its score
 and whether it is an alarm; `score_series` gives the same bits for a whole signal. `calibrate` chooses the threshold for a budget of false positives and

@@ -1,4 +1,4 @@
-"""Train, score a file, serve over HTTP with keys, show the model card: what each application offers, and the command that runs it
+"""Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One command does all of it
 
 An application is an object with the four functions of `App`: `train`, `score`, `serve` and `card`. `APPS` names each by its module, which is imported when
 it is used, and `find_app` returns it. `train_app`, `score_file`, `serve_app` and `app_card` do what the command `deepseek-nb app NAME ACTION` asks for:

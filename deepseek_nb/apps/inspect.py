@@ -1,4 +1,4 @@
-"""Gives the cause of a defect from a picture, a recording or both, with a heat map, says when a piece is unlike all known ones, and reads PNG and WAV files
+"""Gives the cause of a defect from a picture, a recording or both, with a heat map, reports pieces that are unlike all known ones, and reads PNG and WAV files
 
 `Inspector.train` learns from batches, `Inspector.inspect` decides on one piece and returns a `PieceFinding` with a heat map and whether the piece is unlike the
 known ones. `read_picture` and `read_wav` decode files, `check_picture` refuses what can't be read. `save` and `Inspector.load` keep everything, and

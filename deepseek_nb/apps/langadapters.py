@@ -1,4 +1,4 @@
-"""MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; learned apart, stacked, and swapped for another language
+"""MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 
 `Bottleneck` and `InvertibleAdapter` are the two kinds of layers of MAD-X. `AdapterStack` puts named sets of them into a frozen network and chooses
 which are active. `learn_language` trains the set of a language on its text, `learn_topics` trains a task and its `TopicHead` on labelled English, and

@@ -1,4 +1,4 @@
-"""Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python: what is feasible stays feasible
+"""Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python. Feasible routes stay feasible
 
 `improve` improves routes until a number of rounds or seconds is over, and never returns routes that are not feasible. `join_by_savings` and
 `nearest_neighbour` construct routes. `Search` holds the state and the moves. One code serves the TSP, the CVRP and the VRPTW, and stops that were

@@ -1,4 +1,4 @@
-"""Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and keeps what vehicles have already done
+"""Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and doesn't change the stops that vehicles have already reached
 
 `Router` holds the orders of a depot and their routes. `plan` plans all anew, `add` and `cancel` change the orders, `reached` locks a stop; each returns a
 `RoutePlan` before its deadline. `check_order` refuses orders that can't be served, in one line and before anything is changed. `save` and `Router.load`

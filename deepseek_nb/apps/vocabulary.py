@@ -1,4 +1,4 @@
-"""New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained alone
+"""New tokens for a language that a tokenizer cuts into pieces: learned from its text, initialised from their pieces, and trained without changing other weights
 
 `learn_pieces` continues a tokenizer's merges on the text of one language. `ExtendedTokens` encodes and decodes with them. `extend_vocabulary` gives a
 model rows for the new tokens, each the mean of the rows that it replaces, and `learn_rows` trains these rows alone."""

@@ -65,7 +65,7 @@ class Context(NamedTuple):
     pad:Tensor|None = None # Padding tokens at the left of each row `b`; None: there are none
     tokens:Tensor|None = None # Token ids `b s`, for blocks that route by token
     by_layer:tuple = () # Angles of each layer, if they differ between layers; empty: all layers use `angles`
-    taps:object = None # Has a method `note` that gets the index and the output of each block; None: nobody wants them
+    taps:object = None # Has a method `note` that gets the index and the output of each block; None: outputs are not reported
 
     def layer(self,
         i:int, # Index of a block

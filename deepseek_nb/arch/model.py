@@ -1,4 +1,4 @@
-"""A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. V3's config makes it DeepSeek-V3
+"""A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. With V3's config, it is DeepSeek-V3
 
 `Block` builds the attention and feed-forward that the config names, and `Model` stacks blocks between an embedding and a head.
 The same classes implement Llama, Qwen2, DeepSeek-V2, V3, V3.2 and V4; V4's blocks are `HyperBlock`s. `model(tokens)` returns logits; `model(tokens, cache=cache)` also reads and

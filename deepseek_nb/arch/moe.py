@@ -1,4 +1,4 @@
-"""The feed-forward network of a block: a SwiGLU in a dense block, and otherwise a router with a few selected experts and shared experts
+"""The feed-forward network of a block: one SwiGLU in a dense block; in all other blocks a router, the experts that it selects for each token, and shared experts
 
 `run_experts` applies the selected experts of each token and sums their weighted outputs. Its definition is a loop over experts. The faster twin sorts
 tokens by expert first, so that the tokens of an expert are adjacent rows. `SwiGLU` is used for dense feed-forward networks and for shared experts,

@@ -1,4 +1,4 @@
-"""How often the drift monitor alarms for nothing on 200 weeks of real text, and how many shifts of which size it catches after how many weeks
+"""The rate of false alarms of the drift monitor on 200 weeks of real text, and the share of shifts of each size that it detects, with the delay
 
 `brown_requests` makes requests from the Brown corpus, `shifted_week` draws a week of them with a shift of a given kind and size, and `drift_weeks` is the
 benchmark `drift`: calm weeks, and shifts of several sizes until an alarm. `DriftCurve` reads its record."""

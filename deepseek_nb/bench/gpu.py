@@ -1,4 +1,4 @@
-"""`make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Until then, emulation and compilers prove what they can.
+"""`make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
 
 `make gpu` runs a list of tasks. `CHECKS` call the kernels at ragged sizes and compare them with float64; memory that a kernel should write is filled with NaN
 before. `RACES` time them with CUDA graphs beside cuBLAS, PyTorch's attention and `torch._grouped_mm`, and further tasks compile every file and use `compute-sanitizer`.

@@ -1,4 +1,4 @@
-"""Streams of requests to any OpenAI-compatible server, in a closed or an open loop, and what a user sees of them: time to first token, inter-token latency, throughput and goodput.
+"""Sends streams of requests to any OpenAI-compatible server, in a closed or an open loop, and measures what a user sees: time to first token, inter-token latency, throughput and goodput.
 
 `ask` sends one completion request over HTTP and notes when each piece of the answer arrives. `closed_loop` keeps a fixed number of streams busy, and `open_loop`
 sends requests at random times at a given rate. `load_summary` turns what was noted into time to first token, inter-token latency, throughput and goodput."""

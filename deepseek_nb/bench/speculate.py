@@ -1,4 +1,4 @@
-"""What a drafted token costs and what it yields: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and draft models beside their prediction.
+"""The cost and the gain of drafts: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and measured against predicted speedups of draft models.
 
 The benchmark `speculate` measures the time of a step against its number of tokens, generation with and without drafts by lookup on real texts, a draft model and a
 multi-token-prediction block beside what step times and acceptance predict, and an engine whose rows become more. `SpeculationReport` holds the times and draws the speedup against acceptance."""

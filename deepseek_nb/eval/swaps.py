@@ -218,5 +218,5 @@ def swaps_task(
     found = swap_scores(texts, swaps, lambda ts: class_probabilities(model, tokenizer, ts, [*classes], template))
     ids,effects = [item_id(t) for t in found.texts],by_group(found)
     one = [i for i,f in zip(ids, found.first, strict=True) if f >= 0]
-    out = {f'effect {g}': TaskScore(effects[:, k].tolist(), one, 'zero') for k,g in enumerate(found.groups) if one}
+    out = {f'effect_{g}': TaskScore(effects[:, k].tolist(), one, 'zero') for k,g in enumerate(found.groups) if one}
     return dict(move=TaskScore(found.moves.tolist(), ids, 'lower'), flip=TaskScore(found.flips.tolist(), ids, 'lower')) | out

@@ -238,15 +238,26 @@ def traced(
         return torch.export.export(step.eval(), example, dynamic_shapes=(rows, rows, rows, (cached,)*len(past)), strict=False)
 
 # %% ../../nbs/802_export.onnx.ipynb #8b42bdbd
+def _ordered(op, values, found, n, dim):
+    "The indices of sorted values, with those of equal values in ascending order"
+    zero,one,last,size,axis = (op.Constant(value_ints=[o]) for o in (0, 1, n - 1, n, dim))
+    new = op.Not(op.Equal(op.Slice(values, one, size, axis), op.Slice(values, zero, last, axis)))
+    run = op.CumSum(op.Concat(op.Mul(op.Slice(found, zero, one, axis), zero), op.Cast(new, to=7), axis=dim), axis)
+    keys,_ = op.TopK(op.Add(op.Mul(run, size), found), size, axis=dim, largest=0)
+    return op.Sub(keys, op.Mul(op.Div(keys, size), size))
+
+# %% ../../nbs/802_export.onnx.ipynb #582a63d1
 def sort_as_topk(
     self, # Values to sort
-    stable:bool|None = None, # Whether equal values keep their order; TopK keeps it in any case
-    dim:int = -1, # Axis
+    stable:bool|None = None, # Whether equal values keep their order
+    dim:int = -1, # Axis, whose size is fixed
     descending:bool = False, # From the largest
 ): # Sorted values and their positions
     "Translation of `aten.sort` to ONNX"
     from onnxscript import opset20 as op
-    return op.TopK(self, op.Constant(value_ints=[self.shape[dim]]), axis=dim, largest=int(descending))
+    x = op.Cast(self, to=7) if 'UINT8' in str(self.dtype).upper() else self # few runtimes sort bytes
+    values,found = op.TopK(x, op.Constant(value_ints=[n := self.shape[dim]]), axis=dim, largest=int(descending))
+    return (op.CastLike(values, self) if x is not self else values), _ordered(op, values, found, n, dim) if stable else found
 
 # %% ../../nbs/802_export.onnx.ipynb #6e465206
 @contextmanager

@@ -85,6 +85,16 @@ def _check_magic(path):
         if f.read(4) != b'GGUF':
             raise ValueError(f'{path}: not a GGUF file: it does not begin with GGUF; check the path, or download it again')
 
+# %% ../../nbs/240_files.gguf.ipynb #7c0de5a1
+def _misplaced(r):
+    "What is wrong with the places of the tensors: they may not lie in the header, or in one another"
+    end = int(r.data_offset)
+    for t in sorted(r.tensors, key=lambda t: int(t.data_offset)):
+        at = int(t.data_offset)
+        if at < end: return f'{t.name} lies in the header, or overlaps another tensor'
+        if (at - int(r.data_offset)) % int(r.alignment): return f"{t.name} doesn't begin at a multiple of {r.alignment} bytes"
+        end = at + int(t.n_bytes)
+
 # %% ../../nbs/240_files.gguf.ipynb #fbaa2a06
 def open_gguf(
     path:str|Path, # A .gguf file
@@ -92,11 +102,13 @@ def open_gguf(
     "Map a GGUF file into memory and read its metadata"
     path = Path(path)
     _check_magic(path)
-    try: r = _reader()(path, 'c')
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:
+    try:
+        with np.errstate(over='ignore'): r = _reader()(path, 'c') # a place beyond 2⁶⁴ is found below
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as e:
         raise ValueError(f'{path}: truncated or corrupt GGUF ({_one_line(e)}); download it again') from None
     if end := [t.name for t in r.tensors if t.data_offset + t.n_bytes > len(r.data)]:
         raise ValueError(f'{path}: truncated GGUF: {some(end)} beyond the end of the file; download it again')
+    if wrong := _misplaced(r): raise ValueError(f'{path}: corrupt GGUF: {wrong}; download it again')
     return r
 
 # %% ../../nbs/240_files.gguf.ipynb #61de4f2b

@@ -1,4 +1,4 @@
-"""V4's checkpoints name their weights differently from V3's, transformers saves a third form, and the experts are stored in FP4. This chapter maps the names and reads the numbers
+"""V4's checkpoints have other weight names than V3's, transformers writes a third form, and the experts are in FP4. This chapter maps the names and reads FP4
 
 `release_key` gives the key of a weight in DeepSeek's V4 checkpoints, and `official_key` translates the keys that transformers writes to the same form.
 `dequant_fp4` reads the experts of a release: two numbers of four bits in a byte, and a power of two as the scale of 32 neighbours.

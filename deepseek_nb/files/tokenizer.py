@@ -39,7 +39,7 @@ def _byte_values(): return {c: b for b, c in byte_alphabet().items()}
 def token_bytes(
     token:str, # Token as in the vocabulary
 )->bytes: # Bytes of the text that it represents
-    "The bytes of a token; one with other characters than the byte alphabet's represents itself"
+    "The bytes of a token; a token with other characters than the byte alphabet's stands for its own text"
     values = _byte_values()
     return bytes(values[c] for c in token) if all(c in values for c in token) else token.encode()
 

@@ -1,4 +1,4 @@
-"""`Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats, and `dtype` selects another format.
+"""`Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats. The argument `dtype` selects another format.
 
 `Model.from_pretrained` combines earlier chapters: `locate` finds the checkpoint, `load_config` reads its config, and the weights are read
 into a model that was built without storage. Without a `dtype`, a quantised checkpoint keeps its codes if this machine has kernels for
@@ -109,7 +109,7 @@ def decode_path(
 @torch.no_grad()
 def warm_kernels(
     model:Model, # Model; its weights and outputs don't change
-    tokens:int = 65, # Tokens of the prompt; by default one more than a fused decode step takes
+    tokens:int = 65, # Tokens of the prompt; by default one more than a decode kernel takes at once
 ):
     "Compile and load the kernels of prefill and decode"
     room = min(tokens + 9, model.config.max_positions)

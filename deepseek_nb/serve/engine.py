@@ -1,4 +1,4 @@
-"""One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the one that the request would have got alone.
+"""One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the same as if the request had run alone.
 
 An `Engine` joins the parts: requests wait in a `FairQueue`, enter when there is memory for them, run in the steps that `plan_step` divides, and leave when they end.
 Their KV caches come from a store, which also keeps known prefixes for later requests of the same user. When the memory is full, the youngest row is preempted: it gives its

@@ -1,4 +1,4 @@
-"""Reasoning, content and the arguments of tool calls are filtered while they stream; JSON stays JSON, and a blocked answer ends in order
+"""Reasoning, content and the arguments of tool calls are filtered while they stream; arguments stay valid JSON, and a blocked answer ends with valid events
 
 A `ContentFilter` joins a policy with scans. It checks prompts, says whether an answer should be drawn again, and opens an `AnswerGuard` for each answer. The guard reads the events of a [`Splitter`](460_serve.events.ipynb): it filters each kind of text on its own, the arguments of
 tool calls through a `JsonStream`, and ends the answer where the policy says so. A server without a policy has no guard."""

@@ -1,4 +1,4 @@
-"""Card numbers by Luhn, IBANs by their remainder, national numbers, e-mail and telephone, keys: what may still become one is known from the same pattern
+"""Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers and keys in a stream. The same pattern tells which text may still become a match
 
 A `Shape` is a row of character classes with counts. Two regular expressions come from it: one for complete matches, and one for a beginning at the end of the text, which must be withheld.
 A check, such as `luhn` or `mod97`, decides about what has the shape. `pattern_scan` makes a scan of the shapes that a country needs."""

@@ -1,4 +1,4 @@
-"""In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on its neighbours.
+"""In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on the other rows.
 
 `SamplingParams` are the settings of one request, with the names that OpenAI's API and vLLM use. A `RowSampler` holds the state of one row: the tokens so far,
 a random generator, and perhaps a grammar. `sample_rows` draws a token for each row of a batch. Only the greedy choice is made for all rows in one operation;

@@ -378,8 +378,11 @@ def run_platform(
     from deepseek_nb.tools.serving import missing_packages
     if missing := missing_packages(('starlette', 'uvicorn', 'fasthtml', 'sqlalchemy', 'prometheus_client')):
         raise ValueError(f"the platform needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[platform]'")
+    from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.platform.start import start_platform
-    start_platform(folder, url, host, port, not no_demo, tuple(filter(None, names.split(','))), https, cores or None)
+    net,hosts = ToxicityNet.load(),tuple(filter(None, names.split(',')))
+    scans = dict(toxic=lambda text: net.peak(text) >= net.least)
+    start_platform(folder, url, host, port, not no_demo, hosts, https, cores or None, scans)
 
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(

@@ -1,4 +1,4 @@
-"""From a command line or a TOML file to models that answer: loading, settings and the message that says where
+"""Reads settings from the command line or a TOML file, loads the models, and serves them
 
 `read_settings` reads a TOML file and options of the command line into a `ServerConfig` and the settings of engines. `serve_models` loads the models,
 compiles their kernels, and serves them until the process is stopped. `deepseek-nb serve` calls it."""

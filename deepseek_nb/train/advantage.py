@@ -1,4 +1,4 @@
-"""How much better an answer is than expected: from the group of answers to the same question, or from a critic; bias and variance of each, exactly, on policies whose true gradient is known.
+"""The advantage says how much better an answer is than expected. It is computed from a group of answers or from a critic; bias and variance of both are computed exactly on small policies.
 
 `group_advantage` compares the reward of an answer with those of the other answers to the same question, as GRPO and Dr. GRPO do, and `leave_one_out` as RLOO does.
 `generalised_advantage` needs a critic's values instead, as PPO does. `informative` finds groups whose rewards differ, the only ones that have a gradient."""

@@ -1,4 +1,4 @@
-"""Three estimates of the divergence from a reference, from sampled tokens alone; what each is worth as a number and as a loss, and when the term is worth its cost.
+"""Three estimates of the divergence from a reference, from sampled tokens alone. Bias and variance of each as a number and as a loss, and when the term is useful.
 
 `kl_estimate` estimates the KL divergence of a policy from a reference at each sampled token, from two log-probabilities, by Schulman's k1, k2 or k3.
 With the log-probabilities of the policy that sampled, it multiplies the estimate by the ratio of probabilities, as DeepSeek-V3.2 does,

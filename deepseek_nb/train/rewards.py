@@ -1,4 +1,4 @@
-"""Equal numbers, tags in their order, the right language, no overlong answers: each reward with the answer that cheats it
+"""Rewards for equal numbers, tags in the right order, the right language and lengths within a limit, each tested with answers that try to cheat it
 
 A reward scores a model's completions: `reward(prompts, completions, **columns)` gives a number per completion, or None.
 `number_reward` compares numbers exactly, `tag_reward` checks the layout of R1's answers, `language_reward` the language.

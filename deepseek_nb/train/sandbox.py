@@ -1,4 +1,4 @@
-"""A process with limits for a model's program and its tests, or for a reward that may hang: whatever happens, a score comes back
+"""Runs a model's program and its tests, or a reward that may hang, in a process with limits. Every call returns a score
 
 `run_program` runs a Python program in a confined process: limits of time, memory, output and processes, no network, no files but an empty
 folder, no secrets, and nothing that survives. `run_calls` runs functions of such a program and compares the results outside of it, and

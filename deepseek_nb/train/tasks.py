@@ -1,4 +1,4 @@
-"""Sums, Countdown, word problems, JSON and tool calls: rows that a program makes, answers that a program checks, and a supervised start
+"""Sums, Countdown, word problems, JSON and tool calls, whose answers a program checks, with solutions for a supervised start
 
 A `Task` has rows to learn from, held-out rows that share no problem with them, and a reward that checks answers by a program.
 `arithmetic`, `countdown`, `formatting` and `tool_calling` make their problems, `word_problems` reads GSM8K's easy part. For a small model

@@ -1,0 +1,42 @@
+"ExecuTorch: greedy text of the golden prompts, and bad input."
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek_nb.arch.model import Model
+
+pytest.importorskip('executorch', reason='pip install executorch')
+
+from deepseek_nb.export.executorch import EdgeModel, export_executorch  # noqa: E402
+
+CONTEXT = 512
+GOLDEN = Path(os.environ.get('DEEPSEEK_NB_GOLDEN') or Path(__file__).resolve().parents[2]/'shared/golden')/'chat_prompts.json'
+
+
+@pytest.fixture(scope='module')
+def mini(tmp_path_factory):
+    "Golden prompts in tokens, a model in Python, and in ExecuTorch: `mini`, or, as lowering it takes a minute, its first two layers"
+    from deepseek_nb.files.tokenizer import Tokenizer
+    if not GOLDEN.is_file(): pytest.skip('set DEEPSEEK_NB_GOLDEN to the folder of chat_prompts.json')
+    tok, model = Tokenizer.from_pretrained('mini'), Model.from_pretrained('mini', dtype='float32', device='cpu')
+    if not os.environ.get('DEEPSEEK_NB_SLOW'):
+        whole, model = model.state_dict(), Model(replace(model.config, n_layers=2), dtype='float32', device='cpu').eval()
+        model.load_state_dict({k: whole[k] for k in model.state_dict()})
+    file = export_executorch(model, tmp_path_factory.mktemp('pte')/'mini.pte', context=CONTEXT)
+    return [tok.encode(o['prompt'])[-CONTEXT + 16:] for o in json.loads(GOLDEN.read_text())['cases']], model, EdgeModel(file, model.config)
+
+
+@pytest.mark.draw(2)
+@pytest.mark.parametrize('prompt', range(41))
+def test_greedy_text_of_golden_prompts(mini, prompt):
+    ids, model, run = mini[0][prompt], *mini[1:]
+    cache, new, run.cache = model.new_cache(1, len(ids) + 12), torch.tensor([ids]), None
+    for _ in range(12):
+        with torch.no_grad(): want, got = model(new, cache)[:, -1], run(new)[:, -1]
+        assert got.isfinite().all() and (got - want).abs().max() <= 1e-4*want.abs().max()
+        assert got.argmax() == want.argmax()
+        new = want.argmax()[None, None]
