@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import re
+import time
 from types import SimpleNamespace
 from urllib.parse import quote
 
@@ -15,10 +16,11 @@ from deepseek_nb.apps.filter import FilterApp, content_filter, divide_set, learn
 from deepseek_nb.apps.names import NameTagger, guards_folder, read_pii
 from deepseek_nb.apps.toxic import ToxicityNet, read_toxicity
 from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.serve import chat
 from deepseek_nb.serve.anthropic import MessagesRun, read_anthropic
 from deepseek_nb.serve.chat import ApiError, ServedModel
 from deepseek_nb.serve.completions import ChatRun, read_chat
-from deepseek_nb.serve.guard import ContentFilter, JsonStream
+from deepseek_nb.serve.guard import AnswerGuard, ContentFilter, JsonStream
 from deepseek_nb.serve.patterns import luhn, mod97, nhs_check, tax_check
 from deepseek_nb.serve.policy import ACTIONS, CONTENT_KINDS, FilterStream, Policy, read_policy, same_for_cuts
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
@@ -253,6 +255,25 @@ def test_chat_whole_and_in_chunks(tok):
     chunks = asyncio.run(listed(ChatRun(m, read_chat(dict(messages=HI, stream=True)))))
     assert whole['message']['content'] == 'Pay with [CARD], or [SECRET].' and whole['finish_reason'] == 'stop'
     assert ''.join(c['choices'][0]['delta'].get('content', '') for c in chunks) == whole['message']['content']
+
+
+def test_the_times_of_tokens_change_no_text(tok, draw, everything, monkeypatch):
+    "A guard reads together what comes within some milliseconds; the first token passes at once"
+    clock = [0.]
+    def tick():
+        clock[0] += draw.choice((0., .004, .011, .03))
+        return clock[0]
+    monkeypatch.setattr(chat, 'time', SimpleNamespace(**vars(time) | dict(monotonic=tick)))
+    reads = []
+    feed = AnswerGuard.feed
+    monkeypatch.setattr(AnswerGuard, 'feed', lambda self, events: (reads.append(len(events)), feed(self, events))[1])
+    for _ in range(10):
+        text = 'Yes' + ''.join(draw.choices(PIECES, k=12))
+        m = served(tok, text, answers=MASKS, secrets=(SECRET,))
+        reads.clear()
+        chunks = asyncio.run(listed(ChatRun(m, read_chat(dict(messages=HI, stream=True)))))
+        assert ''.join(c['choices'][0]['delta'].get('content', '') for c in chunks) == everything.answer(text)[0]
+        assert 1 < len(reads) < -(-len(text)//m.engine.size)
 
 
 def test_reasoning_and_arguments_are_filtered(tok):
