@@ -4,6 +4,7 @@ Where a test is of what is traced, guarded or chosen, the backend is `eager`: `a
 """
 import copy
 import io
+import os
 import warnings
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ MOE = Config('deepseek_v3', vocab_size=64, dim=32, n_layers=2, n_heads=2, inter_
              norm_topk=True, route_scale=2.5, max_positions=256, rope=Rope(interleaved=True))
 GQA = Config('qwen2', vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=48, n_kv_heads=2, head_dim=8, attn_bias=True,
              tie_embeddings=True, max_positions=256)
-CONFIGS = dict(moe=MOE, gqa=GQA, routed=replace(MOE, n_layers=1, n_dense_layers=0))
+CONFIGS = dict(moe=MOE, gqa=GQA, routed=replace(MOE, n_layers=1, n_dense_layers=0), dense=replace(GQA, n_layers=1))
 needs_compiler = pytest.mark.skipif(comp.how_to_compile('cpu') != 'inductor', reason='no C++ compiler')
 
 
@@ -35,7 +36,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-def model(c=MOE, dtype=torch.float32, seed=0):
+def model(c=CONFIGS['routed'], dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     return Model(c, dtype, 'cpu').init_weights(.3).eval().requires_grad_(False)
 
@@ -51,11 +52,12 @@ def through(m, *args, **kw):
 def graphs(): return counters['stats'].get('unique_graphs', 0)
 
 
-INDUCTOR = (needs_compiler, pytest.mark.draw(1, group='inductor'))
+COMPILED, INDUCTOR = pytest.mark.draw(3, group='compiled'), (needs_compiler, pytest.mark.draw(1, group='inductor'))
+ONES = ('routed', 'dense', *['moe']*('EVERY' in os.environ))  # of one layer, as a kernel takes over a second; 20 to 40 are compiled
 
 
 @pytest.mark.parametrize('name,backend', [
-    ('gqa', 'aot_eager'), ('moe', 'aot_eager'), *(pytest.param(n, 'inductor', marks=INDUCTOR) for n in ('moe', 'routed'))])
+    *(pytest.param(n, 'aot_eager', marks=COMPILED) for n in ('gqa', 'moe')), *(pytest.param(n, 'inductor', marks=INDUCTOR) for n in ONES)])
 def test_one_graph_for_200_tokens_and_a_cache_that_grows(name, backend):
     m, prompt = model(CONFIGS[name]), torch.randint(64, (1, 5))
     expected = tokens(m, prompt, 200)
@@ -67,7 +69,7 @@ def test_one_graph_for_200_tokens_and_a_cache_that_grows(name, backend):
     assert graphs() == 1
 
 
-@pytest.mark.draw(2, group='compiled')
+@pytest.mark.draw(3, group='compiled')
 @pytest.mark.parametrize('name', ['moe', 'gqa'])
 def test_batches_and_left_padding(name):
     m = model(CONFIGS[name])
@@ -81,7 +83,7 @@ def test_batches_and_left_padding(name):
     assert graphs() == 1
 
 
-@pytest.mark.draw(2, group='compiled')
+@pytest.mark.draw(3, group='compiled')
 @pytest.mark.parametrize('name', ['moe', 'gqa'])
 def test_bfloat16(name):
     "Logits of the same tokens, as greedy tokens of a random model hang on the last bit"
