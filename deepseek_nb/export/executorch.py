@@ -44,9 +44,11 @@ def export_executorch(
     moe:str = 'dense', # Form of the mixture: 'dense' or 'gather'
 )->Path: # The file
     "Export a model to ExecuTorch"
-    from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig, MMConfig
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    try:
+        from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig, MMConfig
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ModuleNotFoundError as e: raise ValueError(f'ExecuTorch cannot be loaded ({e}): pip install executorch') from None
     model,out = float_source(model)[0],Path(out)
     program = traced_within(CachedStep(model, moe), min(context, model.config.max_positions))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=[LinearConfig, AddmmConfig, MMConfig])])
