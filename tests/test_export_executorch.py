@@ -44,7 +44,8 @@ def test_greedy_text_of_golden_prompts(mini, prompt):
 
 def test_a_mixture_is_refused_in_one_line(tmp_path):
     c = Config('deepseek_v3', vocab_size=60, dim=16, n_layers=1, n_heads=2, inter_dim=24, kv_lora_rank=8, qk_nope_head_dim=8,
-               qk_rope_head_dim=4, v_head_dim=8, n_dense_layers=0, n_routed_experts=8, n_activated_experts=2, moe_inter_dim=8, max_positions=32)
+               qk_rope_head_dim=4, v_head_dim=8, n_dense_layers=0, n_routed_experts=8, n_activated_experts=2,
+               moe_inter_dim=8, max_positions=32)
     with pytest.raises(ValueError, match='--to onnx or --to binary') as e:
         export_executorch(Model(c, dtype='float32').eval(), tmp_path/'a.pte')
     assert '\n' not in str(e.value) and not [*tmp_path.iterdir()]
