@@ -3661,6 +3661,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'deepseek_nb/export/executorch.py'),
                                                'deepseek_nb.export.executorch.EdgeModel.__init__': ( 'export.executorch.html#edgemodel.__init__',
                                                                                                      'deepseek_nb/export/executorch.py'),
+                                               'deepseek_nb.export.executorch._reason': ( 'export.executorch.html#_reason',
+                                                                                          'deepseek_nb/export/executorch.py'),
                                                'deepseek_nb.export.executorch.export_executorch': ( 'export.executorch.html#export_executorch',
                                                                                                     'deepseek_nb/export/executorch.py'),
                                                'deepseek_nb.export.executorch.traced_within': ( 'export.executorch.html#traced_within',
