@@ -195,7 +195,8 @@ def test_sidebar_reaches_every_page(book, links, window):
     assert not {name: o['lacks'] for name, o in zip(book, links, strict=True) if o['lacks']}
     page = window()
     page.goto('/')
-    for name in book[1::24]: assert go(page, name) == name
+    print(f'SEED={SEED}')
+    for name in book[1 + SEED % 48::48]: assert go(page, name) == name
 
 
 def test_sidebar_folds_by_mouse_and_keyboard(window):

@@ -560,8 +560,9 @@ def sanitized(code):
 
 
 @pytest.mark.draw(1, group='sanitizers')
-def test_clean_under_sanitizers():
-    some = 'test_norm_nan', 'test_route_prefers', 'test_sort', 'test_combine', 'test_attend_with', 'test_attend_ragged'
+@pytest.mark.parametrize('some', [('test_norm_nan', 'test_route_prefers', 'test_sort', 'test_combine'),
+                                  ('test_attend_with', 'test_attend_ragged')], ids=['small', 'attention'])
+def test_clean_under_sanitizers(some):
     done = sanitized(f'import pytest, sys; sys.exit(pytest.main(["-q", {__file__!r}, "-k", {" or ".join(some)!r}]))')
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 

@@ -132,6 +132,44 @@ def test_weights_behind_a_link_and_absolute(folder, tmp_path):
     with pytest.raises(ValueError, match='outside'): check_onnx(inside/'model.onnx')
 
 
+def entry(key, value):
+    def change(proto):
+        t = next(t for t in proto.graph.initializer if t.external_data)
+        found = {e.key: e for e in t.external_data}
+        (found.get(key) or t.external_data.add(key=key)).value = value
+    return change
+
+
+def cycle(proto):
+    nodes = [n for n in proto.graph.node if n.input]
+    nodes[9].input[0] = nodes[20].output[0]
+
+
+def shape(*dims):
+    def change(proto):
+        t = next(t for t in proto.graph.initializer if t.external_data)
+        del t.dims[:]
+        t.dims.extend(dims)
+    return change
+
+
+HOSTILE = [cycle, *(entry('location', o) for o in ('../x', '/dev/zero', '.', '', 'a\0b')),
+           *(entry('length', o) for o in ('-4', '0', str(2**63))),
+           *(entry('offset', o) for o in ('-1', str(2**63), '1e3', str(10**30))), *(shape(*o) for o in ([0], [2**62, 4], [-1, 16], [])),
+           lambda p: setattr(p.graph.node[3], 'op_type', 'Nope'), lambda p: setattr(p.graph.node[3], 'domain', 'elsewhere'),
+           lambda p: setattr(p.opset_import[0], 'version', 9999), lambda p: setattr(p, 'ir_version', 9999)]
+
+@pytest.mark.parametrize('change', HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_graphs(folder, tmp_path, change):
+    "Cycles, places outside, sizes that overflow, and what the runtime doesn't know: one line each"
+    proto = onnx.load(folder/'model.onnx', load_external_data=False)
+    change(proto)
+    onnx.save(proto, tmp_path/'model.onnx')
+    (tmp_path/DATA).write_bytes((folder/DATA).read_bytes())
+    with pytest.raises(ValueError) as e: OnnxModel(tmp_path)
+    assert '\n' not in str(e.value) and str(tmp_path) in str(e.value)
+
+
 def test_openvino_reads_it(qwen, folder):
     ov = pytest.importorskip('openvino', reason='pip install openvino')
     run = ov.Core().compile_model(folder/'model.onnx', 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})

@@ -200,7 +200,7 @@ def run(code, **env):
     return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 
-@pytest.mark.draw(2, group='instruction sets')
+@pytest.mark.draw(1, group='instruction sets')
 @needs_compiler
 def test_narrower_instruction_sets(isa):
     if isa not in build.ARCHITECTURES.get(os.uname().machine, {}): pytest.skip(f'{os.uname().machine} has no {isa}')

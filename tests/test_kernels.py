@@ -140,7 +140,7 @@ def run(code, **env):
     return subprocess.run([sys.executable, '-c', warm.ALONE + code], capture_output=True, text=True, env=env, cwd=HERE, timeout=600)
 
 
-@pytest.mark.draw(2, group='instruction sets')
+@pytest.mark.draw(1, group='instruction sets')
 def test_narrower_instruction_sets(isa):
     if isa not in build.ARCHITECTURES.get(os.uname().machine, {}): pytest.skip(f'{os.uname().machine} has no {isa}')
     done = run('import test_kernels as t; t.sweep(6)', **warm.built_for(isa))
@@ -156,9 +156,10 @@ def test_any_number_of_threads(threads):
 
 
 @pytest.mark.draw(1, group='sanitizers')
-def test_clean_under_sanitizers():
+@pytest.mark.parametrize('module', ['test_kernels', 'test_kernels_attention'])
+def test_clean_under_sanitizers(module):
     if not (under := warm.sanitized()): pytest.skip('this compiler has no AddressSanitizer')
-    done = run('import test_kernels as t, test_kernels_attention as a; t.sweep(3); a.sweep(3)', **under, OMP_NUM_THREADS='2')
+    done = run(f'import {module} as t; t.sweep(3)', **under, OMP_NUM_THREADS='2')
     assert done.returncode == 0, done.stderr[-3000:]
 
 

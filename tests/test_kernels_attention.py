@@ -119,7 +119,7 @@ def test_random_shapes(one, threads, r):
     torch.set_num_threads(before)
 
 
-@pytest.mark.draw(2, group='instruction sets')
+@pytest.mark.draw(1, group='instruction sets')
 def test_other_instruction_sets(isa):
     env = dict(os.environ, **warm.built_for(isa), PYTHONPATH=os.path.dirname(__file__))
     code = 'import test_kernels_attention as t; t.sweep(40)'

@@ -25,9 +25,9 @@ from deepseek_nb.studies.texts import WordBayes, majority
 
 # Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
 BENCHES_BEFORE = """
-    attention batch-decode bias cache-kinds calibration compile format-rates
+    attention batch-decode bias cache-kinds compile format-rates
     gpu-emulated latent-codes lora machine moe-layer neurons perturb prefix-cache qlora-memory quality
-    quant-moe refusals roofline scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
+    quant-moe roofline scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
     speculate train-step v4-decode
 """.split()
 PLAN = '''minutes = 1

@@ -151,7 +151,7 @@ def test_two_codes_equal_float64():
     sweep(60)
 
 
-@pytest.mark.draw(2, group='instruction sets')
+@pytest.mark.draw(1, group='instruction sets')
 @needs_compiler
 def test_narrower_instruction_sets(isa):
     done = warm.run('-c', 'import test_quant_edges as t; t.sweep(20)', env={**os.environ, **warm.built_for(isa), 'SEED': str(SEED),

@@ -302,7 +302,7 @@ def run(code, **env):
     return subprocess.run([sys.executable, '-c', warm.ALONE + code], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.draw(2, group='instruction sets')
+@pytest.mark.draw(1, group='instruction sets')
 @needs_compiler
 def test_narrower_instruction_sets(isa):
     done = run('import test_ragged as t; t.sweep(1)', **warm.built_for(isa))

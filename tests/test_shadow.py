@@ -79,6 +79,7 @@ def test_shadows_answer_nobody(store):  # noqa: F811
     server.recorder.close()
 
 
+@pytest.mark.parametrize('store', ['sqlite'], indirect=True)
 def test_what_waits_is_bounded(store):  # noqa: F811
     "A shadow that is slow to load delays no live answer, and only two requests wait for it"
     ann = access.create_user(store, None, 'ann', PASSWORD, 'admin')
@@ -144,6 +145,7 @@ def test_probes_of_what_is_live(store):  # noqa: F811
     assert json.loads(json.dumps(found['probe swaps.fun'].threshold, allow_nan=False)) > 0
 
 
+@pytest.mark.parametrize('store', ['sqlite'], indirect=True)
 def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
     live(store, 'mini')
     probes = LiveProbes(store, [Limit('accuracy', 'advglue', min=.1)], items=2)
@@ -158,6 +160,7 @@ def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
     assert alert.rule == 'probe advglue.accuracy' and 'the set is not here' in alert.detail['why']
 
 
+@pytest.mark.parametrize('store', ['sqlite'], indirect=True)
 def test_a_wrong_file_of_probes_is_told_at_the_start(store):  # noqa: F811
     for text, said in (('[humour]\nfun = {max = 1}\n', 'no evaluation task'), ('[swaps]\nmove = {mxa = 1}\n', 'mxa is unknown')):
         (Path(store.folder)/'probes.toml').write_text(text)

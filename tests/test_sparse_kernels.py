@@ -146,7 +146,7 @@ def test_random_shapes(one, r):
     torch.set_num_threads(before)
 
 
-@pytest.mark.draw(2, group='instruction sets')
+@pytest.mark.draw(1, group='instruction sets')
 def test_other_instruction_sets(isa):
     env = os.environ | warm.built_for(isa) | dict(DEEPSEEK_NB_CXXFLAGS='-O1', PYTHONPATH=os.path.dirname(__file__))
     seed = time.time_ns() % 10**9

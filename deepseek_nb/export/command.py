@@ -47,17 +47,25 @@ def _value(text):
         except ValueError: continue
     return text
 
+def _typed(name, text, default):
+    "The value of an option, of the type of its default"
+    if isinstance(default, str): return text
+    value,needs = _value(text),{bool: 'true or false', int: 'a whole number'}.get(type(default))
+    if needs and type(value) is not type(default): raise ValueError(f'option {name!r} is {text!r}; it must be {needs}')
+    return value
+
 # %% ../../nbs/818_export.command.ipynb #840bab88
 def export_options(
     text:str, # NAME=VALUE, separated by commas
     f, # An exporter
 )->dict: # Name -> value
     "Read the options of an exporter"
-    pairs,known = [o.partition('=') for o in text.split(',') if o],[*signature(f).parameters][2:]
+    pairs = [o.partition('=') for o in text.split(',') if o]
+    known = {k: p.default for k,p in [*signature(f).parameters.items()][2:] if p.default is not None} # None: for Python alone
     for name,equals,_ in pairs:
         if not equals: raise ValueError(f'option {name!r} must have the form NAME=VALUE')
         if name not in known: raise ValueError(f"{name!r} is no option; {'there are ' + ', '.join(known) if known else 'there are none'}")
-    return {name: _value(v) for name,_,v in pairs}
+    return {name: _typed(name, v, known[name]) for name,_,v in pairs}
 
 # %% ../../nbs/818_export.command.ipynb #7c17e607
 class Exported(NamedTuple):
@@ -71,6 +79,14 @@ class Exported(NamedTuple):
 # %% ../../nbs/818_export.command.ipynb #591ff0e7
 def _size(path): return sum(p.stat().st_size for p in (path.rglob('*') if path.is_dir() else [path]) if p.is_file())
 
+# %% ../../nbs/818_export.command.ipynb #5e1f0b9c
+def _check_place(out, one):
+    "Raise an error where neither a file nor a folder can be written"
+    if one and out.is_dir(): raise ValueError(f'{out} is a folder, and the export writes a file; name a file with --out')
+    if not one and out.is_file(): raise ValueError(f'{out} is a file, and the export writes a folder; name a folder with --out')
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir(): raise ValueError(f'{above} is not a folder, so nothing can be written below it; name another place with --out')
+
 # %% ../../nbs/818_export.command.ipynb #5f4aa0ef
 def export_model(
     model:str|Path, # Folder, .gguf file, or name of a model
@@ -79,11 +95,12 @@ def export_model(
     options:str = '', # NAME=VALUE, separated by commas
 )->Exported: # Path, size and notes
     "Write a model in another format"
-    f = find_exporter(to)
+    f,made = find_exporter(to),export_options(options, find_exporter(to))
     out = Path(out) if out else Path(f'{Path(model).stem}{_SUFFIX.get(to, f"-{to}")}')
     if out.exists() and os.path.exists(model) and out.samefile(model):
         raise ValueError(f'{out} is the model itself; name another place with --out')
+    _check_place(out, to in _SUFFIX or made.get('single', False))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always', UserWarning)
-        path = f(model, out, **export_options(options, f))
+        path = f(model, out, **made)
     return Exported(path, _size(path), tuple(dict.fromkeys(str(w.message) for w in said if w.category is UserWarning)))

@@ -35,6 +35,14 @@ def traced_within(
     with torch.no_grad(), use('reference'):
         return torch.export.export(step.eval(), example, dynamic_shapes=(rows, total, rows, (cached,)*len(past)), strict=False)
 
+# %% ../../nbs/806_export.executorch.ipynb #0b4f6e2d
+_INSTEAD = 'a mixture of experts needs another format, such as --to onnx or --to binary'
+
+def _reason(e):
+    "The line of an error that names what is missing"
+    lines = [o.strip() for o in str(e).splitlines() if o.strip()] or [type(e).__name__]
+    return next((o for o in lines if 'Operator' in o), lines[0])[:160]
+
 # %% ../../nbs/806_export.executorch.ipynb #748c8ac5
 def export_executorch(
     model:Model|str|Path, # A model, or path or name of a checkpoint
@@ -44,16 +52,20 @@ def export_executorch(
     moe:str = 'dense', # Form of the mixture: 'dense' or 'gather'
 )->Path: # The file
     "Export a model to ExecuTorch"
-    from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig, MMConfig
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    try:
+        from executorch.backends.xnnpack.partition.config.gemm_configs import AddmmConfig, LinearConfig, MMConfig
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ModuleNotFoundError as e: raise ValueError(f'ExecuTorch cannot be loaded ({e}): pip install executorch') from None
     model,out = float_source(model)[0],Path(out)
     program = traced_within(CachedStep(model, moe), min(context, model.config.max_positions))
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(configs=[LinearConfig, AddmmConfig, MMConfig])])
+    parts = [XnnpackPartitioner(configs=[LinearConfig, AddmmConfig, MMConfig])]
+    try: lowered = to_edge_transform_and_lower(program, partitioner=parts).to_executorch()
+    except Exception as e: raise ValueError(f"ExecuTorch can't lower this model ({_reason(e)}); {_INSTEAD}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
     tmp = out.with_name(f'.{out.name}.{os.getpid()}')
     try:
-        with open(tmp, 'wb') as f: edge.to_executorch().write_to_file(f)
+        with open(tmp, 'wb') as f: lowered.write_to_file(f)
         os.replace(tmp, out)
     finally: tmp.unlink(missing_ok=True)
     return out

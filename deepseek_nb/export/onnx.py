@@ -407,14 +407,14 @@ def check_external(
 )->None:
     "Raise an error if the data of a tensor are not within a file of the folder"
     entry = {e.key: e.value for e in tensor.external_data}
-    place = entry.get('location', '')
+    place = entry.get('location', '').replace('\0', '')
     path = (folder/place).resolve()
     if not place or folder.resolve() not in path.parents:
         raise ValueError(f'{tensor.name}: weights at {place!r} are outside of the folder; move them into it')
     if not path.is_file(): raise ValueError(f'{tensor.name}: there is no file {place!r} beside the graph; copy it too')
     try: start,n = int(entry.get('offset', 0)),int(entry.get('length', -1))
     except ValueError: raise ValueError(f'{tensor.name}: offset or length of its weights is not a number; export it again') from None
-    n = proto_bytes(tensor) if n < 0 else n
+    if 'length' not in entry: n = proto_bytes(tensor)
     if start < 0 or n != proto_bytes(tensor) or start + n > path.stat().st_size:
         raise ValueError(f"{tensor.name}: {n} bytes at {start} of {place!r} don't match its shape or the file; export it again")
 
@@ -475,7 +475,10 @@ class OnnxModel:
         check_onnx(Path(folder)/'model.onnx')
         options = ort.SessionOptions()
         options.intra_op_num_threads,options.log_severity_level = threads,3
-        self.session = ort.InferenceSession(Path(folder)/'model.onnx', options, providers=['CPUExecutionProvider'])
+        try: self.session = ort.InferenceSession(Path(folder)/'model.onnx', options, providers=['CPUExecutionProvider'])
+        except Exception as e: # each of its errors has a class of its own
+            said = ' '.join(str(e).split())[:300]
+            raise ValueError(f'{folder}: ONNX Runtime {ort.__version__} cannot load the graph ({said}); export it again') from None
         self.names = [i.name for i in self.session.get_inputs()]
         self.past = [i for i in self.session.get_inputs() if i.name.startswith('past_key_values.')]
         self.reset()
