@@ -316,8 +316,9 @@ def _filtered(self:Answer, events, end=False):
     if self.guard is None: return events
     self.late += events
     if not end and time.monotonic() < self.due: return []
-    late,self.late,self.due = joined(self.late),[],time.monotonic() + GATHERED
+    late,self.late = joined(self.late),[]
     out = self.guard.close(late) if end else self.guard.feed(late)
+    if out: self.due = time.monotonic() + GATHERED
     self.stream.filtered = self.guard.found
     self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
     return out
