@@ -273,7 +273,12 @@ def test_the_times_of_tokens_change_no_text(tok, draw, everything, monkeypatch):
         reads.clear()
         chunks = asyncio.run(listed(ChatRun(m, read_chat(dict(messages=HI, stream=True)))))
         assert ''.join(c['choices'][0]['delta'].get('content', '') for c in chunks) == everything.answer(text)[0]
-        assert 1 < len(reads) < -(-len(text)//m.engine.size)
+        assert 1 < len(reads) <= -(-len(text)//m.engine.size) + 1
+    monkeypatch.setattr(chat, 'time', SimpleNamespace(**vars(time) | dict(monotonic=lambda: 1.))) # all tokens come at once
+    m = served(tok, 'it is a fine day, and we go to the sea again ', answers=MASKS, secrets=(SECRET,))
+    reads.clear()
+    asyncio.run(listed(ChatRun(m, read_chat(dict(messages=HI, stream=True)))))
+    assert 1 < len(reads) < 5
 
 
 def test_reasoning_and_arguments_are_filtered(tok):
