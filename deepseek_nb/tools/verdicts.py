@@ -58,6 +58,9 @@ STUDY_NOTES = dict(
                   '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'),
     reasoning=StudyNote('Floors: .*?%[.]', 'sums of two numbers up to 99, models of a hundred thousand weights',
                         'In the same processor time, .*?[)][.]', 'three seeds; the start is made so that there is a better way to find'),
+    stages=StudyNote('`?\\w+`? has [\\d.]+ ± [\\d.]+(?=[.] With all labels)',
+                     'published patients, signs as text, students from random weights',
+                     'The others: [^.]*.*?(?=[.] The best)', 'one rate for all stages; the teacher may know the reports'),
     wordproblems=StudyNote('Floors: .*', 'the easy part of GSM8K, SmolLM2-135M-Instruct with adapters',
                            'In the same processor time, .*?[)][.]', 'two seeds; minutes of training'))
 
