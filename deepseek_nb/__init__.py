@@ -214,6 +214,7 @@ Modules:
 - `deepseek_nb.platform.latency`: How long the pages of the platform take with 100,000 rows and 20,000 labelled records, over SQLite and Postgres: wall time and processor time of each page, at the median and at the 99th percentile.
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
 - `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
+- `deepseek_nb.platform.operator`: Which internal hosts may be reached, where runs and numbers are copied, and what tokens cost: files in the folder of the platform, read when it starts
 - `deepseek_nb.platform.probes`: Once a day, a job measures bias and other tasks of the report on the model that answers at each place, and a limit in a file opens an alert
 - `deepseek_nb.platform.registry`: Each model is stored with where it came from and what was measured, its card is written from that alone, and limits in a file decide about release
 - `deepseek_nb.platform.rollout`: A model that passes its gates is released to a place, at first for a share of the owners or in the shadow of the old one, and one call goes back

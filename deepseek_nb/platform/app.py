@@ -89,11 +89,12 @@ class PlatformServer(Server):
         most:int = 2, # Models that stay loaded
         hosts = (), # Further names under which the pages are visited
         https:bool = False, # Whether visitors come over HTTPS through a proxy
+        internal = (), # Hosts of webhooks that may have internal addresses
     ):
         config = config or ServerConfig(log_format='off')
         config.keys = {'nobody': key_digest(secrets.token_hex())} # without keys, everybody could ask
         super().__init__([], config)
-        self.platform,self.most = store,most
+        self.platform,self.most,self.internal = store,most,internal
         self.recorder = recorder or Recorder(store, scans=dict(personal=personal_scan()), keep_texts=keeps_texts(store))
         self.site = Site(store, pages, ('localhost', '127.0.0.1', '[::1]', *hosts), https)
         self.secret,self.loading,self.tables,self.numbers = secrets.token_bytes(32),threading.Lock(),{},{}

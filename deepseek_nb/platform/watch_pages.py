@@ -214,7 +214,8 @@ def _hooks_page(request):
     with request.state.store.read() as c: found = c.execute(select(hooks).where(hooks.c.disabled.is_(None)).order_by(hooks.c.id)).all()
     rows = [(h.url, h.secret_name, ', '.join(h.rules) or 'all', when(h.created),
              press(request, f'/hooks/{h.id}/remove', 'Remove', 'danger')) for h in found]
-    fields = [field('url', 'Address', help='https://… of a public host.', required=True),
+    fields = [field('url', 'Address', required=True,
+                    help='https://… of a public host, or of one that the operator allows (deepseek-nb platform --internal).'),
               field('secret', 'Variable with the secret', help='Name of an environment variable of this process; the secret isn’t stored.',
                     required=True), field('rules', 'Rules', help='Names, separated by commas; empty: all.')]
     return page(request, 'Webhooks', _alert_tabs(request),
@@ -225,7 +226,8 @@ def _hooks_page(request):
 def _hook_add(request, form):
     "Add an address"
     rules = [r.strip() for r in form.get('rules', '').split(',') if r.strip()]
-    add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules)
+    internal = getattr(request.scope.get('platform'), 'internal', ())
+    add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules, internal)
     return redirect('/hooks', 'The address gets alerts from now on.')
 
 @watch_pages.post('/hooks/{id:int}/remove', role='admin')
