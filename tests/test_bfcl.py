@@ -158,7 +158,9 @@ def test_the_grammar_refuses_calls_with_a_wrong_argument(format):
         for tools, calls in rows(name)[::EVERY]:
             for wrong in spoilt(tools, calls, rng):
                 if not follows(format, tools, wrong):
-                    assert verdict(format, tools, wrong) == 'refused', wrong
+                    found = verdict(format, tools, wrong)
+                    # A schema that nothing follows, such as an array with an enum of texts, has no grammar
+                    assert found == 'refused' or found == 'key' and not follows(format, tools, calls), wrong
                     n += 1
     assert n > 1500/EVERY
 
