@@ -8902,6 +8902,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'deepseek_nb/tools/serving.py'),
                                            'deepseek_nb.tools.serving.new_key': ( 'tools.serving.html#new_key',
                                                                                   'deepseek_nb/tools/serving.py'),
+                                           'deepseek_nb.tools.serving.path_notes': ( 'tools.serving.html#path_notes',
+                                                                                     'deepseek_nb/tools/serving.py'),
                                            'deepseek_nb.tools.serving.read_settings': ( 'tools.serving.html#read_settings',
                                                                                         'deepseek_nb/tools/serving.py'),
                                            'deepseek_nb.tools.serving.serve_models': ( 'tools.serving.html#serve_models',
