@@ -190,6 +190,7 @@ def read_chat(
         f.take('timeout', float), f.take('return_token_ids', bool, default=False), body.get('reasoning_effort'), read_drafts(f),
         f.take('parallel_tool_calls', bool, default=True))
     if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')
+    if out.timeout is not None and not out.timeout > 0: raise f.wrong('timeout', f'is {out.timeout:g}; it must be above 0')
     _accept(f)
     f.done()
     return out
@@ -199,7 +200,11 @@ def read_user(
     fields:Fields, # Body
 )->str: # '': nothing was said
     "Who asks: DeepSeek's field `user_id`, or OpenAI's"
-    return next((u for n in ('user_id', 'user', 'safety_identifier') if (u := fields.take(n, str))), '')
+    for name in ('user_id', 'user', 'safety_identifier'):
+        if not (user := fields.take(name, str)): continue
+        if len(user.encode(errors='replace')) > 512: raise fields.wrong(name, 'has more than 512 bytes; send a shorter name')
+        return user
+    return ''
 
 # %% ../../nbs/472_serve.completions.ipynb #63f4cea4
 def _accept(f):
