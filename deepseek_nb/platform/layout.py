@@ -223,7 +223,8 @@ def _menu(request):
     "Links that this visitor may follow"
     path = request.url.path
     links = [m for m in request.state.menu if allowed(request.state.user, m.role)]
-    here = max((m.url for m in links if path == m.url or m.url != '/' and path.startswith(m.url + '/')), key=len, default=None)
+    under = [(u, m.url) for m in links for u in (m.url, *m.also) if path == u or u != '/' and path.startswith(u + '/')]
+    _,here = max(under, key=lambda o: len(o[0]), default=(None, None))
     rows = [fh.Li(fh.A(m.title, href=m.url, aria_current='page' if m.url == here else None)) for m in links]
     return fh.Nav(fh.Ul(*rows), aria_label='Main')
 
@@ -308,6 +309,7 @@ class Menu(NamedTuple):
     title:str # Text
     url:str # Address
     role:str # Least role
+    also:tuple = () # Further addresses that stand under this link
 
 class Pages:
     "A table of routes, and the links of the navigation"
@@ -353,9 +355,10 @@ def menu(self:Pages,
     title:str, # Text
     url:str, # Address
     role:str = 'viewer', # Who sees it
+    also:tuple = (), # Further addresses that stand under this link
 )->None:
     "Add a link to the navigation"
-    self.links.append(Menu(title, url, role))
+    self.links.append(Menu(title, url, role, also))
 
 # %% ../../nbs/835_platform.layout.ipynb #8e74c83d
 def cookie_name(

@@ -143,6 +143,7 @@ button.danger { background: transparent; color: var(--bad); border-color: curren
 button:hover, .button:hover { filter: brightness(1.1) }
 button kbd { margin-left: .5em; border-color: currentColor; opacity: .9 }
 p > .button { margin: .15rem 0 }
+td button { white-space: nowrap }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
 .row > form, .row > p { margin: 0 }
 .row .field { flex: 0 1 12rem }

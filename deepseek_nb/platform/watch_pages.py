@@ -70,7 +70,7 @@ def series_of(
 
 # %% ../../nbs/839_platform.watch_pages.ipynb #e28cff70
 watch_pages = Pages('Monitoring', '/watch')
-watch_pages.menu('Alerts', '/alerts')
+watch_pages.menu('Alerts', '/alerts', also=('/hooks', '/feedback'))
 _SPANS = {'hour': (60*MINUTE, MINUTE), 'day': (DAY, 30*MINUTE), 'week': (7*DAY, 180*MINUTE)}
 
 def _numbers(t):
@@ -215,11 +215,11 @@ def _hooks_page(request):
     rows = [(h.url, h.secret_name, ', '.join(h.rules) or 'all', when(h.created),
              press(request, f'/hooks/{h.id}/remove', 'Remove', 'danger')) for h in found]
     fields = [field('url', 'Address', required=True,
-                    help='https://… of a public host, or of one that the operator allows (deepseek-nb platform --internal).'),
+                    help='https://… of a public host, or of one that the operator allows.'),
               field('secret', 'Variable with the secret', help='Name of an environment variable of this process; the secret isn’t stored.',
                     required=True), field('rules', 'Rules', help='Names, separated by commas; empty: all.')]
     return page(request, 'Webhooks', _alert_tabs(request),
-                table(['Address', 'Secret', 'Rules', 'Since', ''], rows, empty='Nobody is told of alerts.'),
+                table(['Address', 'Secret', 'Rules', 'Since', 'Change'], rows, empty='Nobody is told of alerts.'),
                 card('Add', form(request, '/hooks', *fields, button='Add')))
 
 @watch_pages.post('/hooks', role='admin')

@@ -288,6 +288,8 @@ def _card(self:Server,
 async def _list_models(self:Server, request): # `GET /v1/models`
     "All models"
     from starlette.responses import JSONResponse
+    try: owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+    except ApiError as error: return self._response(error, request=request)
     data = [*map(self._card, all_served(self.models))]
     return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
@@ -296,7 +298,9 @@ async def _list_models(self:Server, request): # `GET /v1/models`
 async def _get_model(self:Server, request): # `GET /v1/models/NAME`
     "One model"
     from starlette.responses import JSONResponse
-    try: return JSONResponse(self._card(self.model(request.path_params['name'])))
+    try:
+        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+        return JSONResponse(self._card(self.model(request.path_params['name'])))
     except ApiError as error: return self._response(error, request=request)
 
 # %% ../../nbs/480_serve.app.ipynb #486e7624
