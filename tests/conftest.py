@@ -1,3 +1,4 @@
+import gc
 import os
 import random
 import shlex
@@ -74,6 +75,16 @@ def fewer_examples(items):
         own = getattr(place, name, None)
         if not hasattr(own, 'max_examples') or own.derandomize: continue
         setattr(place, name, type(own)(own, max_examples=min(own.max_examples, max(10, own.max_examples//10))))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    "Modules and tests, a million objects, stay to the end: the collector of garbage, which needs a second for them, leaves them out"
+    gc.disable()
+    try: return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
