@@ -163,7 +163,7 @@ def test_the_log_tells_no_secrets(model, tok, lines):
             direct.asked(chat | dict(stream=True), '/v1/chat/completions', leave=True, **key)
             direct.asked(chat | {words: 1}, '/v1/chat/completions', **key)
             direct.asked(chat, '/v1/chat/completions', authorization=f'Bearer {words}')
-            direct.asked(path='/v1/models/' + 'x'*5000)
+            direct.asked(path='/v1/models/' + 'x'*5000, **key)
             direct.asked(path='/health')
             found = [json.loads(line) for line in lines]
             assert [f['status'] for f in found] in ([200, o, 400, 401, 404, 200] for o in (200, 499)) and found[-1]['level'] == 'debug'

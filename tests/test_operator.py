@@ -96,7 +96,7 @@ def test_the_command_says_them(monkeypatch, tmp_path, capsys):
     from deepseek_nb.platform import start
     from deepseek_nb.tools.cli import main
     with pytest.raises(SystemExit): main(['platform', '--help'])
-    said = capsys.readouterr().out
+    said = ' '.join(capsys.readouterr().out.split()) # argparse breaks lines by the terminal's width
     assert all(o in said for o in ('--internal', '--mlflow', '--opentelemetry', 'internal addresses'))
     made = []
     class Stopped(Exception): pass
