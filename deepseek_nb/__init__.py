@@ -154,6 +154,7 @@ Modules:
 - `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory, and a different adapter for each row of a batch.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
+- `deepseek_nb.infer.dspark_release`: The drafter of V4's final releases, read from the folder of the model: other names, and weights in FP8 and FP4.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
 - `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats. The argument `dtype` selects another format.
@@ -214,6 +215,7 @@ Modules:
 - `deepseek_nb.platform.latency`: How long the pages of the platform take with 100,000 rows and 20,000 labelled records, over SQLite and Postgres: wall time and processor time of each page, at the median and at the 99th percentile.
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
 - `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
+- `deepseek_nb.platform.operator`: Which internal hosts may be reached, where runs and numbers are copied, and what tokens cost: files in the folder of the platform, read when it starts
 - `deepseek_nb.platform.probes`: Once a day, a job measures bias and other tasks of the report on the model that answers at each place, and a limit in a file opens an alert
 - `deepseek_nb.platform.registry`: Each model is stored with where it came from and what was measured, its card is written from that alone, and limits in a file decide about release
 - `deepseek_nb.platform.rollout`: A model that passes its gates is released to a place, at first for a share of the owners or in the shadow of the old one, and one call goes back
@@ -271,6 +273,7 @@ Modules:
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
+- `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
 - `deepseek_nb.studies.fresh`: One command measures the short records again on today's code, continues where it stopped, and lists what it left out.
 - `deepseek_nb.studies.protocol`: What a plan must state before its first run, and a check that refuses records from an unclean tree, from older code, or without their floors.
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.

@@ -53,11 +53,13 @@ def graphs(): return counters['stats'].get('unique_graphs', 0)
 
 
 COMPILED, INDUCTOR = pytest.mark.draw(3, group='compiled'), (needs_compiler, pytest.mark.draw(1, group='inductor'))
-ONES = ('routed', 'dense', *['moe']*('EVERY' in os.environ))  # of one layer, as a kernel takes over a second; 20 to 40 are compiled
+# Of one layer, as tracing takes a second each, and a kernel another, of which 20 to 40 are compiled
+LARGE = 'EVERY' in os.environ
+ONES, TRACED = ('routed', 'dense', *['moe']*LARGE), ('moe', 'gqa') if LARGE else ('routed', 'dense')
 
 
 @pytest.mark.parametrize('name,backend', [
-    *(pytest.param(n, 'aot_eager', marks=COMPILED) for n in ('gqa', 'moe')), *(pytest.param(n, 'inductor', marks=INDUCTOR) for n in ONES)])
+    *(pytest.param(n, 'aot_eager', marks=COMPILED) for n in TRACED), *(pytest.param(n, 'inductor', marks=INDUCTOR) for n in ONES)])
 def test_one_graph_for_200_tokens_and_a_cache_that_grows(name, backend):
     m, prompt = model(CONFIGS[name]), torch.randint(64, (1, 5))
     expected = tokens(m, prompt, 200)
@@ -70,7 +72,7 @@ def test_one_graph_for_200_tokens_and_a_cache_that_grows(name, backend):
 
 
 @pytest.mark.draw(3, group='compiled')
-@pytest.mark.parametrize('name', ['moe', 'gqa'])
+@pytest.mark.parametrize('name', TRACED)
 def test_batches_and_left_padding(name):
     m = model(CONFIGS[name])
     ids, mask = left_padded([[1, 2, 3, 4, 5, 6, 7], [9], [8, 7, 6]])
@@ -84,7 +86,7 @@ def test_batches_and_left_padding(name):
 
 
 @pytest.mark.draw(3, group='compiled')
-@pytest.mark.parametrize('name', ['moe', 'gqa'])
+@pytest.mark.parametrize('name', TRACED)
 def test_bfloat16(name):
     "Logits of the same tokens, as greedy tokens of a random model hang on the last bit"
     m, ids, found = model(CONFIGS[name], torch.bfloat16), torch.randint(64, (2, 20)), []
@@ -137,8 +139,9 @@ def test_many_choices_go_to_the_operator():
 
 
 def test_other_configs():
-    for c in (replace(MOE, q_lora_rank=0, norm_topk=False, score_func='softmax', group_score='max', score_bias=False, n_shared_experts=0),
-              replace(GQA, n_kv_heads=4, tie_embeddings=False, rope=Rope(kind='yarn', factor=4., original_positions=64))):
+    moe, gqa = map(CONFIGS.get, TRACED)
+    for c in (replace(moe, q_lora_rank=0, norm_topk=False, score_func='softmax', group_score='max', score_bias=False, n_shared_experts=0),
+              replace(gqa, n_kv_heads=4, tie_embeddings=False, rope=Rope(kind='yarn', factor=4., original_positions=64))):
         m, prompt = model(c), torch.randint(64, (2, 3))
         expected = tokens(m, prompt, 12)
         assert torch.equal(through(m.compile('eager'), prompt, 12), expected)

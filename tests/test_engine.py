@@ -16,6 +16,7 @@ from deepseek_nb.serve import drafts
 from deepseek_nb.serve.engine import Engine, QueueFull
 from deepseek_nb.serve.sampling import RowSampler, SamplingParams
 from deepseek_nb.serve.stream import Request, Stream
+from deepseek_nb.tools.serving import path_notes
 
 LATENT = Config('deepseek_v3', vocab_size=256, dim=64, n_layers=2, n_heads=4, inter_dim=128, q_lora_rank=48, kv_lora_rank=32,
                 qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, n_dense_layers=1, n_routed_experts=8, n_shared_experts=1,
@@ -259,6 +260,8 @@ def test_a_gguf_model(name, kinds, exact, tmp_path):
     model = Model.from_pretrained(tmp_path/'m.gguf', device='cpu')
     asked = [Request([i]*70 + [7, i], SamplingParams(seed=i, logprobs=2), max_tokens=6, stop_ids=()) for i in range(3)]
     want = []
+    notes = '\n'.join(path_notes('m.gguf', Engine(model, Bytes())))
+    assert ('deepseek-nb quantize m.gguf --dtype int4 --out FOLDER' in notes) == (name == 'v3' and not exact)
     for r in asked:
         alone = (one := Engine(model, Bytes())).submit(r)
         run(one)

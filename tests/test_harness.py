@@ -17,7 +17,7 @@ from test_choice import make
 from deepseek_nb.eval import harness as H
 from deepseek_nb.files.tokenizer import Tokenizer
 
-DATA = Path(__file__).parents[2]/'shared/data'
+DATA = Path(os.environ.get('DEEPSEEK_NB_DATA') or Path(__file__).parents[2]/'shared/data')
 INSTALLED = importlib.util.find_spec('lm_eval') is not None
 TASKS = ['piqa_local', 'hellaswag_local']
 

@@ -6,11 +6,12 @@ import pytest
 
 pytest.importorskip('fasthtml', reason="the platform needs pip install 'deepseek-nb[platform]'")
 from platform_fixtures import postgres, postgres_url, store  # noqa: E402, F401
-from sqlalchemy import func, select  # noqa: E402
+from sqlalchemy import delete, func, select, update  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from deepseek_nb.platform import access  # noqa: E402
 from deepseek_nb.platform.answers import every_page  # noqa: E402
+from deepseek_nb.platform.audit import audit  # noqa: E402
 from deepseek_nb.platform.layout import SAFE_HEADERS, Pages, Site, csrf_field, page, redirect  # noqa: E402
 from deepseek_nb.platform.shadow import ShadowServer  # noqa: E402
 from deepseek_nb.platform.start import seed_platform  # noqa: E402
@@ -196,6 +197,21 @@ def test_every_page_and_form(site):
             assert '<script>alert' not in answer.text, action
     for answer, _ in crawl(admin).values(): assert '<script>alert' not in answer.text and answer.status_code < 500, answer.url
     with site.store.read() as c: assert c.scalar(select(func.count()).select_from(users)) >= 4
+
+
+def test_the_audit_page_tells_of_what_it_shows(site):
+    "An edit deep in a long log: told by the page that shows it, by its neighbour that is linked to it, and by the full check"
+    with site.store.write() as c:
+        for i in range(700): audit(c, None, 'look', f'thing:{i}')
+    admin = site.clients['admin']
+    def whole(url): return 'The chain is whole' in admin.get(url).text
+    pages = ['/audit', *(f'/audit?before={b}' for b in (99, 100, 120, 149, 150, 151, 400))]
+    assert all(map(whole, pages))
+    with site.store.write() as c: c.execute(update(audits).where(audits.c.id == 100).values(detail=dict(seen=False)))
+    assert [u for u in pages if not whole(u)] == [f'/audit?before={b}' for b in (100, 120, 149, 150)]
+    assert 'entry 100 was edited' in admin.get('/audit?before=120').text and 'entry 100 was edited' in site.store.check()[0]
+    with site.store.write() as c: c.execute(delete(audits).where(audits.c.id > 690))
+    assert not any(map(whole, pages)) and 'the log was cut off' in admin.get('/audit?before=400').text
 
 
 def test_no_secret_is_stored(site):

@@ -249,7 +249,10 @@ def test_keys_and_limits():
         how = dict(model='mini', messages=HI, max_tokens=400, logit_bias={1: -100})
         for key in ('sk-bob', 'x', 'sk-an', 'sk-annn'):
             with pytest.raises(openai.AuthenticationError): live.client(key).chat.completions.create(**how)
+            with pytest.raises(openai.AuthenticationError): live.client(key).models.list()
+            with pytest.raises(openai.AuthenticationError): live.client(key).models.retrieve('mini')
         client = live.client('sk-ann')
+        assert client.models.retrieve('mini') == client.models.list().data[0]
         streams = [client.chat.completions.create(**how, stream=True) for _ in range(2)]
         with pytest.raises(openai.RateLimitError): client.chat.completions.create(model='mini', messages=HI, max_tokens=1)
         for s in streams: s.close()

@@ -13,16 +13,18 @@ from starlette.testclient import TestClient  # noqa: E402
 
 from deepseek_nb.platform import access  # noqa: E402
 from deepseek_nb.platform.answers import every_page, kept_answers  # noqa: E402
+from deepseek_nb.platform.datasets import import_rows  # noqa: E402
 from deepseek_nb.platform.entry import write_setting  # noqa: E402
 from deepseek_nb.platform.events import DAY, Recorder, RequestEvent  # noqa: E402
 from deepseek_nb.platform.jobs import Job, claim, jobs_of  # noqa: E402
+from deepseek_nb.platform.labels import create_task  # noqa: E402
 from deepseek_nb.platform.layout import Pages, csrf_field  # noqa: E402
 from deepseek_nb.platform.monitor import feedback_rows, open_alerts  # noqa: E402
 from deepseek_nb.platform.probes import LiveProbes, ProbingMonitor  # noqa: E402
 from deepseek_nb.platform.registry import Limit, add_model, measure, measures_of  # noqa: E402
 from deepseek_nb.platform.rollout import end_release, release  # noqa: E402
 from deepseek_nb.platform.shadow import ShadowServer, shadow_place  # noqa: E402
-from deepseek_nb.platform.store import events, texts  # noqa: E402
+from deepseek_nb.platform.store import annotations, events, records, texts  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
 
@@ -206,3 +208,47 @@ def test_the_command_scans_for_personal_data_and_toxic_words(monkeypatch, tmp_pa
     scans = made[0].recorder.scans
     said = 'Write to ann@example.com', 'You fucking idiot', 'A letter about trees'
     assert [{n for n, scan in scans.items() if scan(t)} for t in said] == [{'personal'}, {'toxic'}, set()]
+
+
+PROTOCOLS = { # path -> body that asks a text, in every way in which a client may write it
+    'chat': ('/v1/chat/completions', lambda t: dict(messages=[dict(role='system', content='Sort.'), dict(role='user', content=t)])),
+    'parts': ('/v1/chat/completions', lambda t: dict(messages=[
+        dict(role='user', content='Hello'), dict(role='assistant', content='Hi'),
+        dict(role='user', content=[dict(type='text', text=t[:3]), dict(type='text', text=t[3:])])])),
+    'stream': ('/v1/chat/completions', lambda t: dict(messages=[dict(role='user', content=t)], stream=True)),
+    'text': ('/v1/completions', lambda t: dict(prompt=t)),
+    'responses': ('/v1/responses', lambda t: dict(input=t)),
+    'items': ('/v1/responses', lambda t: dict(input=[dict(role='user', content=[dict(type='input_text', text=t)])])),
+    'anthropic': ('/anthropic/v1/messages', lambda t: dict(messages=[dict(role='user', content=[dict(type='text', text=t)])]))}
+
+
+def test_corrections_of_api_answers_become_labels(store):  # noqa: F811
+    "Asked in every protocol over HTTP, corrected on the page and by the route, each text is labelled in its own row and in no other"
+    ann = access.create_user(store, None, 'ann', PASSWORD, 'admin')
+    heads = {'authorization': f"Bearer {access.create_token(store, ann, 'test')}"}
+    live(store, 'mini')
+    write_setting(store, ann, 'keep_texts', store.now())
+    rows = {n: f'  {n}: the <b>house</b> of the people, “{i}”\n' for i, n in enumerate([*PROTOCOLS, 'nobody'])}
+    version = import_rows(store, ann, 'said', [dict(text=t) for t in rows.values()]).version
+    task = create_task(store, ann, version, 'said', 'classification', 'What is it?', [*rows])
+    server = ShadowServer(store, every_page())
+    with TestClient(server.app(), base_url='http://localhost') as client:
+        for name, (path, body) in PROTOCOLS.items():
+            longest = 'max_output_tokens' if path.endswith('responses') else 'max_tokens'
+            said = client.post(path, json=dict(model='assistant', **{longest: 3}) | body(rows[name]), headers=heads)
+            assert said.status_code == 200, (name, said.text)
+        server.recorder.flush()
+        client.cookies.set('session', access.log_in(store, 'ann', PASSWORD))
+        kept = {o.prompt: o.id for o in kept_answers(store)}
+        assert {*kept} == {rows[n] for n in PROTOCOLS}
+        for i, name in enumerate(PROTOCOLS): # by turns on the answer's own page and by the route of feedback
+            url = f'/answers/{kept[rows[name]]}'
+            csrf = csrf_field(client.get(url).text)
+            form = dict(csrf=csrf, label=name) | ({} if i%2 else dict(place='assistant', event=str(kept[rows[name]])))
+            assert client.post(url if i%2 else '/feedback', data=form).status_code == 200
+        made = client.post('/feedback/labels', data=dict(csrf=csrf, task=str(task), place='assistant'))
+        assert f'{len(PROTOCOLS)} labels were made' in made.text
+    a, r = annotations.c, records.c
+    with store.read() as c: found = c.execute(select(r.data, a.value).join(annotations, a.record_id == r.id).where(a.task_id == task)).all()
+    assert {d['text']: v['label'] for d, v in found} == {t: n for n, t in rows.items() if n != 'nobody'}
+    server.recorder.close()

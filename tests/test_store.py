@@ -547,10 +547,15 @@ def test_a_changed_log_is_noticed(logged):
         found = first_broken(logged)
         assert found and found.id == where(n), (change, n, found)
         assert len(logged.check()) == 1
+        with logged.read() as c: ids = c.scalars(select(audits.c.id).order_by(audits.c.id.desc())).all()
+        pages = {until: first_broken(logged, last=4, until=until) for until in [None, *ids[4::4]]}
+        assert any(pages.values()), (change, n) # pages that show all entries in turn find it, too
+        assert min(b.id for b in pages.values() if b) >= where(n), (change, n, pages)
         with logged.write() as c:
             c.execute(delete(audits))
             c.execute(insert(audits), rows)
         assert logged.check() == []
+        assert not any(first_broken(logged, last=DRAWN.randrange(1, 14), until=u) for u in range(1, 14))
 
 
 def test_the_head_outside(logged):

@@ -29,7 +29,8 @@ TRAINING = ('torch', 'torch._dynamo', 'torch.distributed.fsdp', 'safetensors.tor
             'matplotlib.pyplot', 'pytest')
 # What the files of tests import, for the workers of pytest-xdist; setuptools as in conftest.py
 WORKER = ('setuptools', *TRAINING, 'peft', 'openai', 'anthropic', 'hypothesis', 'sqlalchemy', 'sqlalchemy.dialects.sqlite',
-          'sqlalchemy.dialects.postgresql', 'psycopg', 'fasthtml.components', 'starlette.testclient', 'playwright.sync_api')
+          'sqlalchemy.dialects.postgresql', 'psycopg', 'fasthtml.components', 'starlette.testclient', 'playwright.sync_api',
+          'sklearn.metrics', 'openresponses_types', 'jsonschema')
 
 
 def built_for(isa):

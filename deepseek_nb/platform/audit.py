@@ -104,29 +104,44 @@ def _link_fault(row, id, digest): # the entry before had `id` and `digest`
     if row.before != digest: return f'entry {row.id} follows another entry than {id}: one of both was replaced'
     if entry_digest(row._mapping) != row.digest: return f'entry {row.id} was edited'
 
-def _pages(c, last=-2**62, size=1000): # an inserted entry may have any id
+def _pages(c, last, size): # an inserted entry may have any id
     while rows := c.execute(select(audits).where(audits.c.id > last).order_by(audits.c.id).limit(size)).all():
         yield from rows
         last = rows[-1].id
 
 # %% ../../nbs/821_platform.audit.ipynb #221eeb39
+def _at_head(c, head):
+    "The last entry, and whether the entry of the head has its digest"
+    last = c.execute(select(audits.c.id, audits.c.digest).order_by(audits.c.id.desc()).limit(1)).first() or LogHead(0, NO_ENTRY)
+    there = c.scalar(select(audits.c.digest).where(audits.c.id == head.id)) if head and 0 < head.id <= last.id else None
+    if head and 0 < head.id <= last.id and there != head.digest:
+        return last.id, Broken(head.id, f'entry {head.id} was replaced: the head names another')
+    return last.id, None
+
+def _end_fault(head, id): # of a log whose last entry is `id`
+    if head is None: return Broken(id, 'the file audit.head is missing') if id else None
+    if head.digest == 'unreadable': return Broken(id, 'the file audit.head is unreadable')
+    if head.id > id: return Broken(id + 1, f'entries {id + 1} to {head.id} are missing: the log was cut off')
+
+# %% ../../nbs/821_platform.audit.ipynb #f93aceb8
 def first_broken(
     store:Store, # Open store
     noted:LogHead|None = None, # A head that was noted elsewhere; None: that of the file
-    last:int|None = None, # Only so many entries, at the end; None: all
+    last:int|None = None, # Only so many entries; None: all
+    until:int|None = None, # The last of them has this id; None: the newest
 )->Broken|None: # None: the log is as it was written
     "Find the first entry of the audit log that was edited, deleted, inserted, moved or cut off"
     head,start,(id,digest) = noted or head_of(store),-2**62,LogHead(0, NO_ENTRY)
     with store.read() as c:
-        ask = select(audits.c.id, audits.c.digest).order_by(audits.c.id.desc()).offset(last or 0).limit(1)
+        ask = select(audits.c.id, audits.c.digest).where(audits.c.id <= (2**62 if until is None else until))
+        ask = ask.order_by(audits.c.id.desc()).offset(last or 0).limit(1)
         if last and (before := c.execute(ask).first()): start,(id,digest) = before.id,before
-        for row in _pages(c, start):
-            if why := _link_fault(row, id, digest): return Broken(id + 1, why)
+        end,replaced = _at_head(c, head)
+        for row in _pages(c, start, min(last or 1000, 1000) + 1):
+            if why := _link_fault(row, id, digest): return min(filter(None, (Broken(id + 1, why), replaced)), key=lambda b: b.id)
             id,digest = row.id,row.digest
-            if head and id == head.id and digest != head.digest: return Broken(id, f'entry {id} was replaced: the head names another')
-    if head is None: return Broken(id, 'the file audit.head is missing') if id else None
-    if head.digest == 'unreadable': return Broken(id, 'the file audit.head is unreadable')
-    if head.id > id: return Broken(id + 1, f'entries {id + 1} to {head.id} are missing: the log was cut off')
+            if until is not None and id > until: break
+    return replaced or _end_fault(head, max(end, id))
 
 # %% ../../nbs/821_platform.audit.ipynb #240e7ecb
 @patch

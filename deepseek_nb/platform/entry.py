@@ -183,10 +183,10 @@ def _user_disable(request, form, id):
     return redirect('/users', 'The user is disabled.' if form.get('disabled') else 'The user is enabled.')
 
 # %% ../../nbs/836_platform.entry.ipynb #dc7b434b
-def _chain_state(store):
-    "A notice about the newest entries of the chain, so that the page stays fast"
-    broken = first_broken(store, last=1000)
-    if broken is None: return notice('The chain is whole, as far as its newest 1,000 entries; the settings check all.', 'good')
+def _chain_state(store, until=None, shown=500): # entries that are checked, so that the page stays fast
+    "A notice about entries of the chain: the newest ones, or those that a page shows"
+    broken,what = first_broken(store, last=shown, until=until),'the entries of this page and its end' if until else 'its newest 500 entries'
+    if broken is None: return notice(f'The chain is whole, as far as {what}; the settings check all.', 'good')
     return notice(f'The log was tampered with: {broken.why}.', 'bad')
 
 @entry_pages.get('/audit', role='admin')
@@ -198,7 +198,8 @@ def _audit_page(request):
     if before.isdecimal(): ask = ask.where(audits.c.id < int(before[:18]))
     with store.read() as c: found = c.execute(ask).all()
     rows = [(str(r.id), when(r.at), r.name or 'system', r.action, r.subject, _details(r.detail)) for r in found[:50]]
-    return page(request, 'Audit log', _chain_state(store), table(['Entry', 'When', 'Who', 'What', 'Subject', 'Details'], rows,
+    state = _chain_state(store, found[0].id, len(rows)) if before.isdecimal() and found else _chain_state(store)
+    return page(request, 'Audit log', state, table(['Entry', 'When', 'Who', 'What', 'Subject', 'Details'], rows,
                                                                  f'/audit?before={found[49].id}' if len(found) > 50 else None))
 
 def _details(detail):

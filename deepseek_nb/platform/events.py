@@ -50,6 +50,7 @@ class RequestEvent(NamedTuple):
     features:Callable|None = None # Gives `RequestFeatures`; called in the recorder's thread
     texts:tuple|None = None # Prompt and answer; stored only where a place keeps texts
     at:int|None = None # Microseconds since 1970; None: now
+    asked:str = '' # What a person wrote last, stored in place of the prompt; '': the prompt
 
 # %% ../../nbs/830_platform.events.ipynb #2389c55d
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def _write(self:Recorder, batch, about):
         if rows: c.execute(insert(events), [r for _,r in rows])
         for e,r in kept:
             (id,) = c.execute(insert(events).values(r)).inserted_primary_key
-            c.execute(insert(texts).values(event_id=id, prompt=e.texts[0], answer=e.texts[1]))
+            c.execute(insert(texts).values(event_id=id, prompt=e.asked or e.texts[0], answer=e.texts[1]))
         for key,(items,costs) in groups.items(): _add_window(c, key, items, costs)
 
 # %% ../../nbs/830_platform.events.ipynb #c7ab05ad
@@ -409,7 +410,8 @@ def request_hook(
         recorder.record(RequestEvent(
             place, 'chat', user_hash(streams[0].request.user) if streams else '', model,
             sum(s.usage.prompt_tokens for s in streams), answer,
-            first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said), wait=0)
+            first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said,
+            asked=getattr(record, 'asked', '')), wait=0)
     return ended
 
 # %% ../../nbs/830_platform.events.ipynb #2c8eaf96

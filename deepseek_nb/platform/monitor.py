@@ -17,7 +17,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -124,18 +124,22 @@ def judge(
     return said
 
 # %% ../../nbs/831_platform.monitor.ipynb #1bdea98a
+def _allowed(url, hosts):
+    "Whether the host of an address may be internal"
+    return hosts if isinstance(hosts, bool) else (urlsplit(url).hostname or '') in hosts
+
 def add_hook(
     store:Store, # Open store
     user, # Who adds it
     url:str, # http:// or https://
     secret_name:str, # Variable of the environment that has the secret
     rules:Iterable = (), # Names of rules; empty: all alerts
-    allow_private:bool = False, # Whether internal addresses are meant
+    allow_private:bool|Collection = False, # Whether internal addresses are meant, or the hosts that may have them
 )->int: # Id
     "Register an address that gets alerts"
     if not secret_name.replace('_', '').isalnum() or secret_name[0].isdigit():
         raise ValueError(f'{secret_name!r:.80} is no name of a variable; the secret itself is never stored')
-    checked_target(url, allow_private)
+    checked_target(url, _allowed(url, allow_private))
     with store.write() as c:
         (id,) = c.execute(insert(hooks).values(url=url, secret_name=secret_name, rules=[*rules], created=store.now(),
                                                user_id=user and user.id)).inserted_primary_key
@@ -164,7 +168,7 @@ def _attempt(store, alert, hook, allow_private, send):
     body = json.dumps(dict(id=alert.id, at=alert.at, rule=alert.rule, place=alert.place, value=alert.value, threshold=alert.threshold,
                            detail={k: v for k,v in alert.detail.items() if k != 'hooks'})).encode()
     signed = {'x-deepseek-nb-signature': signature(secret, body, store.now()//10**6)}
-    try: status = send(checked_target(hook.url, allow_private), body, signed)
+    try: status = send(checked_target(hook.url, _allowed(hook.url, allow_private)), body, signed)
     except (OSError, ValueError, http.client.HTTPException) as e: return f'{type(e).__name__}: {e}'[:200]
     return '' if 200 <= status < 300 else f'status {status}'
 
@@ -184,7 +188,7 @@ def _due(store):
 # %% ../../nbs/831_platform.monitor.ipynb #db75a06e
 def deliver(
     store:Store, # Open store
-    allow_private:bool = False, # Whether internal addresses are meant
+    allow_private:bool|Collection = False, # Whether internal addresses are meant, or the hosts that may have them
     send:Callable = post_json, # Sends a message and returns the status
 )->int: # Messages that arrived
     "Send the alerts that are due"
@@ -389,7 +393,7 @@ class Monitor:
         probes:Iterable = (), # `Probe`s
         plan:DriftPlan|None = None, # How drift is watched; None: by the week
         window:int = 300_000_000, # Microseconds of a window of the rules
-        allow_private:bool = False, # Whether webhooks may have internal addresses
+        allow_private:bool|Collection = False, # Whether webhooks may have internal addresses, or the hosts that may
     ):
         self.store,self.rules,self.probes,self.plan = store,[*rules],[*probes],plan or DriftPlan()
         self.window,self.allow_private,self.over,self.error = window,allow_private,threading.Event(),''

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 from fastcore.basics import patch
 
-from .app import PlatformServer
+from .app import PlatformServer, asked_text, passed_text
 from .layout import Pages
 from .registry import model_of
 from .rollout import choose
@@ -43,18 +43,7 @@ class ShadowServer(PlatformServer):
     ):
         super().__init__(store, pages, most=most, **options)
         self.waiting,self.shadows,self.left_out = waiting,set(),0
-        self.apart = ThreadPoolExecutor(1, 'shadow') # loading a model must not take the threads that read requests
-
-# %% ../../nbs/841_platform.shadow.ipynb #b841pick
-@patch
-def pick(self:ShadowServer,
-    place:str|None, # Name that the client asked for
-    owner:str, # Who asks
-)->tuple: # `ServedModel` and `Choice`
-    "The model that answers an owner at a place; it waits only for its own loading"
-    choice = choose(self.platform, place or '', owner)
-    if served := self.numbers.get(choice.model_id): return served, choice
-    return PlatformServer.pick(self, place, owner)
+        self.apart = ThreadPoolExecutor(1, 'shadow') # loading must not take the threads that read requests
 
 # %% ../../nbs/841_platform.shadow.ipynb #1b8a41a0
 @patch
@@ -94,11 +83,13 @@ async def _shadow(self:ShadowServer, place, model, start, body):
     "The answer of a shadow, and its event"
     go,run = asyncio.get_running_loop().run_in_executor,None
     record = SimpleNamespace(place=shadow_place(place), model_id=model, model=model_of(self.platform, model).name, tok=None, streams=[],
-                             error='', status=200, started=time.monotonic())
+                             error='', status=200, started=time.monotonic(), asked='')
+    text = asked_text(body)
     try:
         served = await go(self.apart, self._loaded, model)
         record.model,record.tok,record.started = served.name,served.tok,time.monotonic() # loading isn't part of the answer
         run = await go(self.apart, start, served, body, 'shadow')
+        record.asked = await go(self.apart, passed_text, served, text)
         record.streams = [a.stream for a in getattr(run, 'answers', None) or [run.answer]]
         await run.whole()
     except Exception as e: record.error,record.status = str((error := as_api_error(e)).code or error.kind),error.status

@@ -148,6 +148,11 @@ def _drift_page(request, place):
 # %% ../../nbs/839_platform.watch_pages.ipynb #482b49a8
 def _value(v): return '–' if v is None else f'{v:.3g}'
 
+def _alert_tabs(request):
+    "Alerts, who is told of them, and what users say; only an administrator sees who is told"
+    told = [('Webhooks', '/hooks')] if request.state.user.role == 'admin' else []
+    return tabs(request, ('Alerts', '/alerts'), *told, ('Feedback', '/feedback'))
+
 def _alert_rows(found):
     for a in found:
         state = badge('open', 'bad') if a.closed is None else badge('closed', '')
@@ -162,7 +167,7 @@ def _alerts_page(request):
         found = [Alert(*r) for r in c.execute(q)]
     heads = ['Rule', 'Place', 'Since', 'Measured', 'Allowed', 'State']
     more = f'/alerts?before={found[49].id}' if len(found) > 50 else None
-    return page(request, 'Alerts', tabs(request, ('Alerts', '/alerts'), ('Webhooks', '/hooks'), ('Feedback', '/feedback')),
+    return page(request, 'Alerts', _alert_tabs(request),
                 table(heads, _alert_rows(found[:50]), more, empty='No alerts.'))
 
 # %% ../../nbs/839_platform.watch_pages.ipynb #4b3898ee
@@ -209,17 +214,20 @@ def _hooks_page(request):
     with request.state.store.read() as c: found = c.execute(select(hooks).where(hooks.c.disabled.is_(None)).order_by(hooks.c.id)).all()
     rows = [(h.url, h.secret_name, ', '.join(h.rules) or 'all', when(h.created),
              press(request, f'/hooks/{h.id}/remove', 'Remove', 'danger')) for h in found]
-    fields = [field('url', 'Address', help='https://… of a public host.', required=True),
+    fields = [field('url', 'Address', required=True,
+                    help='https://… of a public host, or of one that the operator allows (deepseek-nb platform --internal).'),
               field('secret', 'Variable with the secret', help='Name of an environment variable of this process; the secret isn’t stored.',
                     required=True), field('rules', 'Rules', help='Names, separated by commas; empty: all.')]
-    return page(request, 'Webhooks', table(['Address', 'Secret', 'Rules', 'Since', ''], rows, empty='Nobody is told of alerts.'),
-                card('Add', form(request, '/hooks', *fields, button='Add')), trail=(('Alerts', '/alerts'),))
+    return page(request, 'Webhooks', _alert_tabs(request),
+                table(['Address', 'Secret', 'Rules', 'Since', ''], rows, empty='Nobody is told of alerts.'),
+                card('Add', form(request, '/hooks', *fields, button='Add')))
 
 @watch_pages.post('/hooks', role='admin')
 def _hook_add(request, form):
     "Add an address"
     rules = [r.strip() for r in form.get('rules', '').split(',') if r.strip()]
-    add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules)
+    internal = getattr(request.scope.get('platform'), 'internal', ())
+    add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules, internal)
     return redirect('/hooks', 'The address gets alerts from now on.')
 
 @watch_pages.post('/hooks/{id:int}/remove', role='admin')
@@ -247,8 +255,8 @@ def _feedback_page(request):
     fields = (field('place', 'Place', 'select', options=[*thumbs]),
               field('task', 'Task', 'select', options=[(t.id, t.name) for t in open_tasks]))
     use = card('Use corrections', form(request, '/feedback/labels', *fields, button='Make labels')) if open_tasks and thumbs else ''
-    return page(request, 'Feedback', table(['Place', 'When', 'Thumb', 'Label', 'Text'], rows, more, empty='Nobody has said anything yet.'),
-                use, trail=(('Alerts', '/alerts'),))
+    return page(request, 'Feedback', _alert_tabs(request),
+                table(['Place', 'When', 'Thumb', 'Label', 'Text'], rows, more, empty='Nobody has said anything yet.'), use)
 
 # %% ../../nbs/839_platform.watch_pages.ipynb #86ef3838
 @watch_pages.post('/feedback/labels', role='developer')

@@ -373,6 +373,9 @@ def run_platform(
     https:bool = False, # Visitors come over HTTPS, through a proxy
     cores:int = 0, # Cores that jobs may use; default: all
     no_demo:bool = False, # Don't give an empty platform its first task
+    internal:str = '', # Hosts of webhooks and MLflow that may have internal addresses, separated by commas; default: none
+    mlflow:str = '', # Address of an MLflow server to which runs are copied; default: nowhere
+    opentelemetry:bool = False, # Give the numbers of each minute to OpenTelemetry
 ):
     "Run the platform: label, train, judge, release and watch, in one process"
     from deepseek_nb.tools.serving import missing_packages
@@ -382,7 +385,8 @@ def run_platform(
     from deepseek_nb.platform.start import start_platform
     net,hosts = ToxicityNet.load(),tuple(filter(None, names.split(',')))
     scans = dict(toxic=lambda text: net.peak(text) >= net.least)
-    start_platform(folder, url, host, port, not no_demo, hosts, https, cores or None, scans)
+    decided = dict(internal=[h for h in internal.split(',') if h], mlflow=mlflow, opentelemetry=opentelemetry)
+    start_platform(folder, url, host, port, not no_demo, hosts, https, cores or None, scans, **decided)
 
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(

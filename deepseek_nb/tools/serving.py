@@ -7,7 +7,7 @@ compiles their kernels, and serves them until the process is stopped. `deepseek-
 
 # %% auto #0
 __all__ = ['ENGINE_SETTINGS', 'read_settings', 'warm_engine', 'adapter_folders', 'draft_source', 'load_served',
-           'missing_packages', 'serve_models', 'new_key']
+           'missing_packages', 'path_notes', 'serve_models', 'new_key']
 
 # %% ../../nbs/955_tools.serving.ipynb #1f56653c
 import logging
@@ -133,6 +133,19 @@ def missing_packages(
     return [n for n in names if find_spec(n) is None]
 
 # %% ../../nbs/955_tools.serving.ipynb #3ba86af8
+def path_notes(
+    name:str, # Model, as the command line names it
+    engine:Engine, # Its engine
+)->list[str]: # Lines
+    "What a user should know about the way a model is computed"
+    path = decode_path(engine.model)
+    notes = {str(path): True, 'the last bits of an answer may depend on other requests': not engine.exact,
+             'each token is computed alone, so no bit of an answer depends on other requests; --exact no is faster': engine.single,
+             'rows run one by one, as no kernel takes several rows of these GGUF blocks; a copy in int4 is several times faster: '
+             f'deepseek-nb quantize {name} --dtype int4 --out FOLDER': 'ggml' in path.formats and not engine.exact}
+    return [note for note,holds in notes.items() if holds]
+
+# %% ../../nbs/955_tools.serving.ipynb #7b9adc2d
 def serve_models(
     models:list, # Folders, `.gguf` files, or names of models
     config:ServerConfig, # Settings of the server
@@ -148,11 +161,9 @@ def serve_models(
     server = Server(served, config)
     for setting,path in config.adapters.items(): add_adapter(server.models, *adapter_base(server.models, setting), path)
     logging.captureWarnings(config.log_format != 'off') # they go into the log, in its form
-    for m in served:
+    for name,m in zip(models, served, strict=True):
         print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
-        print(decode_path(m.engine.model))
-        if not m.engine.exact: print('the last bits of an answer may depend on other requests')
-        if m.engine.single: print('each token is computed alone, so no bit of an answer depends on other requests; --exact no is faster')
+        for note in path_notes(name, m.engine): print(note)
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 

@@ -56,8 +56,13 @@ STUDY_NOTES = dict(
     floors=StudyNote('[(]icd10[^)]*[)]', 'the splits of the study of fewer experts'),
     medical=StudyNote('the nearest description in words has [\\d.]+', 'simulated patients whose signs are drawn independently',
                   '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'),
+    ranks=StudyNote('Floors: .*', 'definitions of a dictionary by field, 8 blocks of SmolLM2-135M', 'Rank 64 minus full: .*?[)][.]',
+                    'at most 10,000 samples; equal steps, not equal time'),
     reasoning=StudyNote('Floors: .*?%[.]', 'sums of two numbers up to 99, models of a hundred thousand weights',
                         'In the same processor time, .*?[)][.]', 'three seeds; the start is made so that there is a better way to find'),
+    stages=StudyNote('`?\\w+`? has [\\d.]+ ± [\\d.]+(?=[.] With all labels)',
+                     'published patients, signs as text, students from random weights',
+                     'The others: [^.]*.*?(?=[.] The best)', 'one rate for all stages; the teacher may know the reports'),
     wordproblems=StudyNote('Floors: .*', 'the easy part of GSM8K, SmolLM2-135M-Instruct with adapters',
                            'In the same processor time, .*?[)][.]', 'two seeds; minutes of training'))
 
