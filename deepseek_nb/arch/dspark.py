@@ -107,7 +107,7 @@ def forward(self:DSpark,
     main:Tensor, # Activations of the tokens before the anchor, from `fuse` `b t d`
     anchor:Tensor, # The last token of the text `b`
     embed:nn.Embedding, # Embedding of the model
-)->Tensor: # Inputs of the head, one for each token of the block `b γ d`
+)->Tensor: # Collapsed activations, one for each token of the block `b γ d`
     "Run the blocks"
     main,g = main[:, -self.c.window:],self.length
     t,tokens = main.shape[1],F.pad(anchor[:, None], (0, g - 1), value=self.noise)
@@ -115,18 +115,18 @@ def forward(self:DSpark,
                 for i in (slice(0, t), slice(t, t + g)))
     ctx,x = Context(own, cache=Past(main, near), tokens=tokens),expand_streams(embed(tokens), self.c.hc_mult)
     for layer in self.layers: x = layer(x, ctx)
-    return self.norm(self.hc_head(x))
+    return self.hc_head(x)
 
 # %% ../../nbs/185_arch.dspark.ipynb #1bab4891
 @patch
 def predict(self:DSpark,
-    x:Tensor, # Inputs of the head `b n d`
+    x:Tensor, # Collapsed activations `b n d`
     before:Tensor, # The token before each `b n`
     w:Tensor, # Matrix of the model's head `w d`
 )->tuple[Tensor,Tensor]: # Logits `b n w`, and the logit of the confidence `b n`, float32
     "Add the logits of pairs, and estimate whether a token will be kept"
     e = self.markov_w1(before)
-    return head(x, w) + self.markov_w2(e).float(), self.confidence(torch.cat([x, e], -1))[..., 0].float()
+    return head(self.norm(x), w) + self.markov_w2(e).float(), self.confidence(torch.cat([x, e], -1))[..., 0].float()
 
 # %% ../../nbs/185_arch.dspark.ipynb #5d7248e8
 def block_loss(
