@@ -11,6 +11,7 @@ __all__ = ['OPENAI', 'RESPONSES', 'ANTHROPIC', 'key_digest', 'owner_of', 'Server
 
 # %% ../../nbs/480_serve.app.ipynb #9476bc0a
 import asyncio
+import gc
 import hashlib
 import hmac
 import logging
@@ -564,7 +565,9 @@ def run(self:Server,
     server = _uvicorn(uvicorn)(self, settings)
     if ready is not None: server.ready = ready
     self.uvicorn = server
-    server.run()
+    gc.collect(); gc.freeze()
+    try: server.run()
+    finally: gc.unfreeze()
 
 # %% ../../nbs/480_serve.app.ipynb #16759422
 def _is_news(record):
