@@ -179,6 +179,18 @@ def of_commit(root, commit, name):
     return module, provenance._digest(bare_code(found.stdout))
 
 
+def both_codes(root, name):
+    "A module as a benchmark's record measured it, and as it is now"
+    old, = [o for n,o in EQUAL if n == name]
+    if code_hash(name) != EQUAL[name, old]: pytest.skip('the module has changed again, so its records are stale')
+    records = [json.loads(p.read_text()) for p in sorted((root/'nbs'/'results').glob('*.json'))]
+    record = next((r for r in records if r.get('provenance', {}).get('code', {}).get(name) == old), None)
+    if record is None: pytest.fail(f'no record has this code of {name} any more: take it out of EQUAL')
+    then, digest = of_commit(root, record['provenance']['commit'], name)
+    assert digest == old
+    return then, importlib.import_module(name)
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
 def test_listed_changes_of_log_probs_leave_every_bit(root, dtype):
     name = 'deepseek_nb.train.log_probs'
@@ -204,13 +216,7 @@ def test_listed_changes_of_log_probs_leave_every_bit(root, dtype):
 def test_listed_changes_of_gguf_leave_every_tensor(root, tmp_path):
     "The reader refuses more files; what it reads of a sound one is the same"
     gguf, name = pytest.importorskip('gguf'), 'deepseek_nb.files.gguf'
-    old, = [o for n,o in EQUAL if n == name]
-    if code_hash(name) != EQUAL[name, old]: pytest.skip('the module has changed again, so its records are stale')
-    records = [json.loads(p.read_text()) for p in sorted((root/'nbs'/'results').glob('*.json'))]
-    record = next(r for r in records if r.get('provenance', {}).get('code', {}).get(name) == old)
-    then, digest = of_commit(root, record['provenance']['commit'], name)
-    assert digest == old
-    now, r = importlib.import_module(name), np.random.default_rng()
+    (then, now), r = both_codes(root, name), np.random.default_rng()
     for align in (32, 64):
         w = gguf.GGUFWriter(path := tmp_path/f'{align}.gguf', 'llama')
         w.add_custom_alignment(align), w.add_token_list(['a', 'b']), w.add_uint32('llama.block_count', 3)
@@ -231,13 +237,7 @@ def test_listed_changes_of_the_block_drafter_leave_every_draft(root):
 
     from deepseek_nb.arch.releases import preset
     name = 'deepseek_nb.arch.dspark'
-    old, = [o for n,o in EQUAL if n == name]
-    if code_hash(name) != EQUAL[name, old]: pytest.skip('the module has changed again, so its records are stale')
-    records = [json.loads(p.read_text()) for p in sorted((root/'nbs'/'results').glob('*.json'))]
-    record = next(r for r in records if r.get('provenance', {}).get('code', {}).get(name) == old)
-    then, digest = of_commit(root, record['provenance']['commit'], name)
-    assert digest == old
-    now, seed = importlib.import_module(name), random.randrange(10**6)
+    (then, now), seed = both_codes(root, name), random.randrange(10**6)
     print(f'SEED={seed}')
     torch.manual_seed(seed)
     c = replace(preset('deepseek-v4-flash'), vocab_size=32, dim=32, n_layers=2, n_heads=4, inter_dim=32, n_routed_experts=2,
