@@ -102,6 +102,7 @@ EXPERIMENTS = dict(
     medical='With few labels, a student of two distillation stages has 21% more macro-F1 than a student of one stage',
     stages='On published patients with few labels, a student of two stages has 21% more macro-F1 than one of a single stage',
     ranks='With a rate for each size, LoRA is better with 50 and 200 samples, and full fine-tuning with 10,000',
+    workers='Two data-loading workers cut the wait for a batch by 30%, with compressed shards',
     reasoning='Reinforcement with a checked reward lifts the share of solved problems at least 30 points above the supervised start',
     wordproblems='GRPO with a checked reward adds to the supervised start of SmolLM2-135M on the easy part of GSM8K',
     conversion='With half the KV cache, or with 30% fewer FLOPs in its feed-forward, the perplexity of SmolLM2 rises by at most 10%',

@@ -58,6 +58,8 @@ STUDY_NOTES = dict(
                   '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'),
     ranks=StudyNote('Floors: .*', 'definitions of a dictionary by field, 8 blocks of SmolLM2-135M', 'Rank 64 minus full: .*?[)][.]',
                     'at most 10,000 samples; equal steps, not equal time'),
+    workers=StudyNote('[-\d]+% [(][^)]*[)] of it with rows in memory', 'definitions of a dictionary in compressed blocks, two cores',
+                      'The first batch comes .*?two[.]', 'the delays of 5 and 20 ms are stated, not measured'),
     reasoning=StudyNote('Floors: .*?%[.]', 'sums of two numbers up to 99, models of a hundred thousand weights',
                         'In the same processor time, .*?[)][.]', 'three seeds; the start is made so that there is a better way to find'),
     stages=StudyNote('`?\\w+`? has [\\d.]+ ± [\\d.]+(?=[.] With all labels)',
