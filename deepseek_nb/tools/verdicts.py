@@ -53,6 +53,8 @@ STUDY_NOTES = dict(
     compute=StudyNote('.naive Bayes.[(][^)]*[)][^,]*', 'five tasks with short texts, a mixture trained for them, batches',
                       'The time is that of batches[^.]*'),
     floors=StudyNote('[(]icd10[^)]*[)]', 'the splits of the study of fewer experts'),
+    spared=StudyNote('naive Bayes [(][^%]*%', 'five tasks with short texts, the first 4 blocks of SmolLM2-135M as a mixture',
+                     'Kept by others: .*?%[.] && Eight experts have .*', 'attention has four tenths of the FLOPs; 8 of 12 experts'),
     medical=StudyNote('the nearest description in words has [\\d.]+', 'simulated patients whose signs are drawn independently',
                   '\\d of \\d other arms are behind it', 'the gain over one teacher is confounded with pseudo-labels'),
     ranks=StudyNote('Floors: .*', 'definitions of a dictionary by field, 8 blocks of SmolLM2-135M', 'Rank 64 minus full: .*?[)][.]',
