@@ -27,8 +27,7 @@ from deepseek_nb.studies.texts import WordBayes, majority
 BENCHES_BEFORE = """
     attention batch-decode bias cache-kinds compile format-rates
     gpu-emulated latent-codes lora machine moe-layer neurons perturb prefix-cache qlora-memory quality
-    quant-moe roofline scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
-    speculate train-step v4-decode
+    quant-moe roofline scaling smollm2-decode smollm2-prefill train-step
 """.split()
 PLAN = '''minutes = 1
 seeds = [0, 1]
@@ -253,6 +252,28 @@ def test_listed_changes_of_the_block_drafter_leave_every_draft(root):
         main, w = torch.randn(b, t, c.dim), torch.randn(c.vocab_size, c.dim)
         with torch.no_grad(): (one, sure), (other, differs) = (m.predict(m.forward(main, anchor, embed), before, w) for m in (a, z))
         assert torch.equal(one, other) and one.isfinite().all() and not torch.equal(sure, differs)
+
+
+def test_listed_changes_of_completions_leave_every_request(root):
+    "More prompts than ever fit are refused with another status; all others become the same requests"
+    from types import SimpleNamespace
+    (then, now), r = both_codes(root, 'deepseek_nb.serve.text'), random.Random()
+    def sent(module, body):
+        got = []
+        tok = SimpleNamespace(encode=lambda text: [*text.encode()], decode=lambda ids: bytes(ids).decode())
+        engine = SimpleNamespace(max_waiting=20, max_rows=4)
+        served = SimpleNamespace(engine=engine, check_private=lambda p: None, adapter=None, filter=None, screened_ids=lambda p, i: p,
+                                 submit=lambda q: (got.append(q) or q, None), tok=tok, guard=lambda before: None)
+        module.TextRun(served, module.read_completion(dict(body), tok), 'me')
+        return [(q.prompt, vars(q.params), q.max_tokens, q.stop, q.user, q.prompt_logprobs, q.draft_tokens) for q in got]
+    for _ in range(20):
+        prompts = [[r.randrange(97, 120) for _ in range(r.randrange(1, 9))] for _ in range(r.randrange(1, 9))]
+        body = dict(prompt=prompts, n=r.randrange(1, 4), max_tokens=r.randrange(1, 50), temperature=r.random(), seed=r.randrange(99),
+                    echo=r.random() < .5, logprobs=r.choice([0, 3]))
+        one, other = sent(then, body), sent(now, body)
+        assert one == other and len(one) == len(body['prompt'])*body['n']
+    with pytest.raises(now.ApiError, match='25 answers are too many') as refused: sent(now, dict(prompt=['a']*25))
+    assert refused.value.status == 400 and len(sent(then, dict(prompt=['a']*25))) == 25
 
 
 def test_changes_are_named():

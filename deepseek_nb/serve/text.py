@@ -112,6 +112,9 @@ class TextRun:
         self.id,self.created = f'cmpl-{uuid4().hex}',int(time.time())
         r,score = request,request.echo and request.params.logprobs is not None
         served.check_private(r.params)
+        most = served.engine.max_waiting + served.engine.max_rows
+        if len(r.prompts)*r.n > most:
+            raise ApiError(400, f'{len(r.prompts)*r.n} answers are too many for one request; this server takes at most {most}', 'prompt')
         prompts = [served.screened_ids(p, i) for i,p in enumerate(r.prompts)]
         try:
             for i in range(len(r.prompts)*r.n):
