@@ -27,8 +27,7 @@ from deepseek_nb.studies.texts import WordBayes, majority
 BENCHES_BEFORE = """
     attention batch-decode bias cache-kinds compile format-rates
     gpu-emulated latent-codes lora machine moe-layer neurons perturb prefix-cache qlora-memory quality
-    quant-moe roofline scaling serve smollm2-decode smollm2-prefill sparse sparse-steps
-    speculate train-step v4-decode
+    quant-moe roofline scaling smollm2-decode smollm2-prefill train-step
 """.split()
 PLAN = '''minutes = 1
 seeds = [0, 1]

@@ -142,7 +142,7 @@ ARTICLE = (
           times_as('the speed of the same model in floats'), 2.1, domain='the time of one model; memory is in the record `quality`'),
     Claim('With fewer than 1,000 samples, LoRA is better than full fine-tuning', study='finetuning', part='small'),
     Claim('With more than 10,000 samples, full fine-tuning is better than LoRA', study='finetuning', part='large'),
-    Claim('Two data-loading workers on four cores cut I/O delay by 30%', study='finetuning', part='workers'),
+    Claim('Two data-loading workers on four cores cut I/O delay by 30%', study='workers'),
     Claim('A `past_key_values` cache avoids recomputation', 'deepseek-nb bench cache', 'cache',
           times_as('the speed of recomputing the prefix'), 1., domain='one prompt and one length'),
     Claim('TensorRT gives 3.8 times the throughput'),
