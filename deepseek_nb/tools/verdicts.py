@@ -74,6 +74,8 @@ STUDY_NOTES = dict(
 STUDY_NOTES |= dict(
     conversion=StudyNote('', 'State of the Union addresses, SmolLM2-135M from a four-bit file',
                          'on other text [^;]*?% && The saved FLOPs[^:]*: .*'),
+    converted=StudyNote('Floors: .*', 'later speeches and the Brown corpus, SmolLM2-135M from a four-bit file',
+                        'Latent attention has [^,]*?prefill', '8-bit codes halve the cache too; 164,000 tokens of training'),
     crosslingual=StudyNote('It beats naive Bayes[^.]*', 'topics of sentences (SIB-200), a frozen encoder'),
     indexer=StudyNote('window [+][\\d.]+%, random [+][\\d.]+%', 'SmolLM2-135M, rows of one text'),
     control=StudyNote('Floors: .*', 'a stated judge, a character of SmolLM2-135M', 'its perplexity is [\\d.]+ times the plain one'),
