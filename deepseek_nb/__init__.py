@@ -72,6 +72,7 @@ Modules:
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
 - `deepseek_nb.bench.load`: Sends streams of requests to any OpenAI-compatible server, in a closed or an open loop, and measures what a user sees: time to first token, inter-token latency, throughput and goodput.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
+- `deepseek_nb.bench.pages`: A decode step that reads pages in place, for rows of any length, against a step with one contiguous cache for all rows.
 - `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
 - `deepseek_nb.bench.runtimes`: The same model, prompts and number of threads in llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding of one and of eight rows, and loading.
 - `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.

@@ -182,7 +182,9 @@ def test_a_killed_run_ends_with_the_same_numbers(root, tmp_path):
         code = f"from deepseek_nb.studies import run_study; run_study('balancing', {str(tmp_path/'balancing.toml')!r}, "
         code += f"{str(out)!r}, {str(work)!r}, ['bias'], True)"
         return warm.start('-c', code, modules=warm.TRAINING)
-    def looks(): return [n for o in (tmp_path/'war').rglob('looks.txt') for n in o.read_text().splitlines()]
+    def looks():  # `os.walk` passes over folders that are renamed meanwhile
+        found = [tmp_path/at/'looks.txt' for at,_,names in os.walk(tmp_path/'war') if 'looks.txt' in names]
+        return [n for o in found for n in o.read_text().splitlines()]
     p = start(tmp_path/'war', tmp_path/'war.json')
     while p.poll() is None and len(looks()) < 3: time.sleep(.01)
     assert p.poll() is None

@@ -219,7 +219,7 @@ def test_secrets_in_a_file_and_locales(tmp_path):
 class Scripted:
     "An engine that says what it was told"
     def __init__(self, text, size=3):
-        self.text, self.size, self.asked, self.ends = text, size, [], ()
+        self.text, self.size, self.asked, self.ends, self.max_waiting, self.max_rows = text, size, [], (), 8, 8
         self.model = SimpleNamespace(config=SimpleNamespace(max_positions=4096, model_type='llama', vocab_size=64))
 
     def submit(self, request):

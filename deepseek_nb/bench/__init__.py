@@ -398,6 +398,7 @@ BENCHMARKS = {  # name at the command line -> location
     'import-time': Benchmark('bench.startup.import_time'), 'dispatch': Benchmark('bench.startup.dispatch_overhead'),
     'scaling': Benchmark('bench.scaling.measure_scaling'),
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
+    'ragged-steps': Benchmark('bench.pages.ragged_steps'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
     'peers': Benchmark('bench.runtimes.peers', (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
     'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
