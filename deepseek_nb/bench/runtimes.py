@@ -17,9 +17,12 @@ import json
 import os
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -43,9 +46,14 @@ class OurPeer:
     def __call__(self,
         prompt:torch.Tensor, # Token ids `b s`
         n:int, # Number of new tokens
+        first = int, # Function that is called when the first one is there
     )->torch.Tensor: # New tokens `b n`
         "Generate greedy tokens"
-        return self.model.generate(prompt, max_new_tokens=n, eos_token_id=[])[:, prompt.shape[1]:]
+        out = []
+        for token in self.model.stream(prompt, n, eos_token_id=[]):
+            out.append(token)
+            if len(out) == 1: first()
+        return torch.stack(out, 1)
 
 # %% ../../nbs/778_bench.runtimes.ipynb #c0275c67
 class LlamaRows:
@@ -83,10 +91,12 @@ def _next_rows(self, tokens, past):
 def __call__(self:LlamaRows,
     prompt:torch.Tensor, # Token ids `b s`
     n:int, # Number of new tokens
+    first = int, # Function that is called when the first one is there
 )->torch.Tensor: # New tokens `b n`
     "Generate greedy tokens"
     self.c.llama_memory_clear(self.c.llama_get_memory(self.ctx), False)
     out = [_next_rows(self, prompt, 0)]
+    first()
     for i in range(n - 1): out.append(_next_rows(self, out[-1], prompt.shape[1] + i))
     return torch.cat(out, 1)
 
@@ -112,12 +122,16 @@ class OpenvinoPeer:
     def __call__(self,
         prompt:torch.Tensor, # Token ids `b s`
         n:int, # Number of new tokens
+        first = int, # Function that is called when the first one is there
     )->torch.Tensor: # New tokens `b n`
         "Generate greedy tokens"
         how = self.g.GenerationConfig()
         how.max_new_tokens,how.ignore_eos,how.do_sample = n,True,False
         ids,ones = (self.ov.Tensor(x.numpy()) for x in (prompt, torch.ones_like(prompt)))
-        return torch.tensor(self.pipe.generate(self.g.TokenizedInputs(ids, ones), how).tokens)
+        begin = perf_counter()
+        found = self.pipe.generate(self.g.TokenizedInputs(ids, ones), how)
+        first(begin + found.perf_metrics.get_ttft().mean/1e3)
+        return torch.tensor(found.tokens)
 
 # %% ../../nbs/778_bench.runtimes.ipynb #9014220c
 def genai_folder(
@@ -144,6 +158,7 @@ class OnnxPeer:
     def __call__(self,
         prompt:torch.Tensor, # Token ids `b s`
         n:int, # Number of new tokens
+        first = int, # Function that is called when the first one is there
     )->torch.Tensor: # New tokens `b n`
         "Generate greedy tokens"
         b,s = prompt.shape
@@ -151,10 +166,20 @@ class OnnxPeer:
         p.set_search_options(batch_size=b, max_length=s + n, min_length=s + n, do_sample=False)
         run = self.g.Generator(self.model, p)
         run.append_tokens(prompt.int().numpy())
-        for _ in range(n): run.generate_next_token()
+        for i in range(n):
+            run.generate_next_token()
+            if not i: first()
         return torch.tensor(np.stack([run.get_sequence(i)[s:s + n] for i in range(b)]))
 
 # %% ../../nbs/778_bench.runtimes.ipynb #5432e58a
+class _FirstToken:
+    "A streamer, which gets the prompt and then each token"
+    def __init__(self, first): self.first,self.seen = first,0
+    def put(self, ids):
+        self.seen += 1
+        if self.seen == 2: self.first()
+    def end(self): pass
+
 class TransformersPeer:
     "A GGUF file in transformers, with a static cache and compiled unless `eager`"
     def __init__(self,
@@ -169,11 +194,12 @@ class TransformersPeer:
     def __call__(self,
         prompt:torch.Tensor, # Token ids `b s`
         n:int, # Number of new tokens
+        first = int, # Function that is called when the first one is there
     )->torch.Tensor: # New tokens `b n`
         "Generate greedy tokens"
         with torch.inference_mode():
             out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                                      cache_implementation=self.kind, pad_token_id=0)
+                                      cache_implementation=self.kind, pad_token_id=0, streamer=_FirstToken(first))
         return out[:, prompt.shape[1]:]
 
 # %% ../../nbs/778_bench.runtimes.ipynb #7913ffd0
@@ -203,6 +229,11 @@ def _requantised(path, folder): return file if (file := folder/'q4_0.gguf').exis
 # %% ../../nbs/778_bench.runtimes.ipynb #259b03b0
 HERE = 'deepseek_nb.bench.runtimes'
 
+def _timed(peer, prompt, n):
+    marks = [perf_counter()]
+    ids = peer(prompt, n, lambda at=None: marks.append(at or perf_counter())).tolist()
+    return ids,[b - a for a,b in pairwise([*marks, perf_counter()])]
+
 def _answer(pipe, kind, given, threads):
     torch.set_num_threads(threads)
     load,peer = partial(getattr(import_module(HERE), kind), *given),None
@@ -211,8 +242,8 @@ def _answer(pipe, kind, given, threads):
             if fresh or peer is None:
                 peer = None
                 peer = load()
-            pipe.send((True, peer(torch.tensor(prompt), n).tolist()))
-        except Exception as e: pipe.send((False, f'{type(e).__name__}: {e}'))
+            pipe.send(_timed(peer, torch.tensor(prompt), n))
+        except Exception as e: pipe.send((None, f'{type(e).__name__}: {e}'))
 
 class Apart:
     "A contender in a process of its own"
@@ -225,20 +256,21 @@ class Apart:
         self.process = spawn.Process(target=import_module(HERE)._answer, args=given, daemon=True)
         self.process.start()
         other.close()
-    def __call__(self,
+    def timed(self,
         prompt:torch.Tensor, # Token ids `b s`
         n:int, # Number of new tokens
         fresh:bool = False, # Whether to load the contender anew
-    )->torch.Tensor: # New tokens `b n`
-        "Generate greedy tokens"
+    )->tuple[torch.Tensor,list]: # New tokens `b n`, and seconds to the first one and from there to the last
+        "Generate greedy tokens, timed in the process"
         try:
             self.pipe.send((fresh, prompt.tolist(), n))
-            done,found = self.pipe.recv()
+            ids,times = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             raise ValueError(f'the process of the contender ended with exit code {self.process.exitcode}') from None
-        if not done: raise ValueError(found)
-        return torch.tensor(found)
+        if ids is None: raise ValueError(times)
+        return torch.tensor(ids),times
+    def __call__(self, *request): return self.timed(*request)[0]
 
 # %% ../../nbs/778_bench.runtimes.ipynb #dc913e61
 @patch
@@ -267,17 +299,19 @@ def agreeing(
 
 # %% ../../nbs/778_bench.runtimes.ipynb #36287dee
 def generation_race(
-    peers:dict, # Name -> contender
+    peers:dict, # Name -> `Apart`
     prompt:torch.Tensor, # Token ids `b s`
-    steps:int = 24, # Number of timed decode steps
+    steps:int = 64, # Number of timed decode steps
     repeats:int = 7, # Rounds
 )->dict: # Seconds of the prompt, and per decode step of all rows, of each contender in every round
     "Time a prompt with its first token, and decode steps after it"
-    runs = {(name, n): partial(peer, prompt, n) for name,peer in peers.items() for n in (1, 1 + steps)}
-    times = alternate(runs, repeats, warmup=1)
-    prefill = {name: times[name, 1] for name in peers}
-    return dict(prefill=prefill, decode={name: [max(b - a, 1e-9)/steps for a,b in zip(times[name, 1], times[name, 1 + steps], strict=True)]
-                                         for name in peers})
+    found,order = {kind: {n: [] for n in peers} for kind in ('prefill', 'decode')},[*peers]
+    for i in range(1 + repeats): # the first round, which may compile, isn't counted
+        Random(i).shuffle(order)
+        for name in order:
+            to_first,rest = peers[name].timed(prompt, 1 + steps)[1]
+            if i: found['prefill'][name].append(to_first), found['decode'][name].append(rest/steps)
+    return found
 
 # %% ../../nbs/778_bench.runtimes.ipynb #3fb4ff4a
 def timed_loads(
@@ -285,7 +319,8 @@ def timed_loads(
     repeats:int = 5, # Rounds
 )->dict: # Seconds of each contender in every round
     "Time loading with a first token"
-    return alternate({name: partial(peer, torch.tensor([[1]]), 1, True) for name,peer in peers.items()}, repeats, warmup=1)
+    times = alternate({name: partial(peer, torch.tensor([[1]]), 1, True) for name,peer in peers.items()}, 1 + repeats)
+    return {name: seconds[1:] for name,seconds in times.items()} # the first load reads the file from the disk
 
 # %% ../../nbs/778_bench.runtimes.ipynb #0bbc33ce
 def weight_bytes(
@@ -333,7 +368,7 @@ def peers(
     name:str = 'smollm2-135m', # GGUF file in Q4_1, or name of a model that `fetch` finds
     lengths:tuple = (128, 512), # Tokens of the prompts of one row
     rows:int = 8, # Rows of the last case, with the shortest prompt
-    steps:int = 24, # Decode steps
+    steps:int = 64, # Decode steps
     repeats:int = 7, # Rounds
     chosen:tuple = (), # Beginnings of the names of contenders; none: all
 )->dict: # Tokens, seconds of all cases, bytes of our weights, rates of the machine, contenders left out, and builds
