@@ -27,6 +27,7 @@ from datetime import date
 from hashlib import sha256
 from importlib import import_module
 from importlib.util import spec_from_file_location
+from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -240,9 +241,10 @@ def to_do(
     only:Iterable = (), # Runs as `arm` or `arm:seed`; empty: all
 )->list[tuple]: # Pairs of arm and seed
     "List the runs of a plan that have no record"
-    wanted = [(a, s) for s in plan.seeds for a in plan.arms if s in plan.own.get(a, plan.seeds)]
+    every = sorted({*plan.seeds, *chain(*plan.own.values())})
+    wanted = [(a, s) for s in every for a in plan.arms if s in plan.own.get(a, plan.seeds)]
     strange = sorted({*only} - {a for a,_ in wanted} - {f'{a}:{s}' for a,s in wanted})
-    if strange: raise KeyError(f'{plan.study} has no run {strange[0]!r}; its arms are {", ".join(plan.arms)}, its seeds {plan.seeds}')
+    if strange: raise KeyError(f'{plan.study} has no run {strange[0]!r}; its arms are {", ".join(plan.arms)}, its seeds {every}')
     had = [(r['arm'], r['seed']) for r in done if r['settings'] == plan.arms.get(r['arm'])]
     return [(a, s) for a,s in wanted if (a, s) not in had and (not only or {a, f'{a}:{s}'} & {*only})]
 
