@@ -8778,6 +8778,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'deepseek_nb/tools/claims.py'),
                                           'deepseek_nb.tools.claims.ClaimTable._repr_markdown_': ( 'tools.claims.html#claimtable._repr_markdown_',
                                                                                                    'deepseek_nb/tools/claims.py'),
+                                          'deepseek_nb.tools.claims.at_level': ( 'tools.claims.html#at_level',
+                                                                                 'deepseek_nb/tools/claims.py'),
                                           'deepseek_nb.tools.claims.checked_record': ( 'tools.claims.html#checked_record',
                                                                                        'deepseek_nb/tools/claims.py'),
                                           'deepseek_nb.tools.claims.claim_row': ( 'tools.claims.html#claim_row',
