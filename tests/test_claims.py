@@ -1,4 +1,5 @@
 "The claims page says what the stored results say, and nothing else."
+import ast
 import json
 import re
 import shutil
@@ -192,6 +193,57 @@ def test_experiments_say_what_their_runs_say(claims, said, results):
     assert 'No experiment' in claims.findings(results)
 
 
+# ---- objections
+
+def spelt(path):
+    "Text in the functions of a module without a name, without what is computed and without formats"
+    for made in (o.body for o in ast.walk(ast.parse(path.read_text())) if isinstance(o, ast.Lambda)):
+        computed = {id(x) for o in ast.walk(made) if isinstance(o, ast.FormattedValue) for x in ast.walk(o)}
+        yield from (o.value for o in ast.walk(made) if isinstance(o, ast.Constant) and isinstance(o.value, str) and id(o) not in computed)
+
+
+def test_answers_spell_out_no_measured_number():
+    texts = [*spelt(ROOT/'deepseek_nb'/'tools'/'verdicts.py')]
+    assert len(texts) > 40 and max(map(len, texts)) > 100
+    for text in texts: assert not re.search(r'\d\.\d|\d ?%', text), text
+
+
+def test_each_row_has_its_objections_answered(claims):
+    from deepseek_nb.studies import study_names
+    from deepseek_nb.tools.verdicts import ANSWERS, SPEED_ANSWERS, speed_answer, study_answer
+    assert [*ANSWERS] == study_names()
+    assert {*SPEED_ANSWERS} == {c.result for c in claims.ARTICLE + claims.OURS if c.result}
+    for name in ANSWERS:
+        said = study_answer(name, RESULTS)
+        assert bool(said) == (RESULTS/'evidence'/f'{name}.json').exists() and 'is missing' not in said
+        assert not said or said.count('?* ') >= 2
+    for name in SPEED_ANSWERS: assert 'is missing' not in (said := speed_answer(name, RESULTS)) and '?* ' in said, name
+
+
+@pytest.mark.parametrize('name,arm,key', [('sparse', 'moe8', 'test'), ('finetuning', 'lora-whole', 'f1'), ('inspect', 'late', 'value'),
+                                          ('balancing', 'bias', 'test'), ('anomaly', 'ucr-full', 'value')])
+def test_an_answer_follows_its_record(results, name, arm, key):
+    from deepseek_nb.tools.verdicts import study_answer
+    def worse(found):
+        for r in (o for o in found['runs'] if o['arm'] == arm): r['result'][key] *= 1.1
+    before = study_answer(name, results)
+    spoil(results/'evidence', name, worse)
+    assert study_answer(name, results) not in ('', before)
+    spoil(results/'evidence', name, lambda found: [r['result'].pop(key) for r in found['runs'] if r['arm'] == arm])
+    assert study_answer(name, results) == 'A record that would answer the objections is missing.'
+
+
+def test_int8_is_judged_by_its_memory_too(claims, results):
+    def row(): return claims.claim_row(next(c for c in claims.ARTICLE if c.result == 'int8'), results)
+    found = json.loads((results/'quant-decode.json').read_text())['result']
+    less = [1 - a['int8']/a['float32'] for a in (found['nbytes'], {f: o['decode'] for f, o in found['peak'].items()})]
+    assert row().verdict == 'reached' and min(less) > .65 and numbers(row().cost) == [f'{100*x:.0f}' for x in less]
+    spoil(results, 'quant-decode', lambda o: o['result']['peak']['int8'].update(decode=o['result']['peak']['float32']['decode']))
+    assert row().verdict == 'missed'
+    (results/'quant-decode.json').unlink()
+    assert (row().verdict, row().figure) == ('not measured', '')
+
+
 # ---- the page
 
 def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
@@ -200,7 +252,7 @@ def outputs(cell): return [''.join(o['data']['text/markdown']) for o in cell.get
 def test_the_page_is_what_the_results_say(claims, said):
     shown = [o for cell in PAGE for o in outputs(cell)]
     tables = claims.claims(RESULTS, claims.ARTICLE), claims.claims(RESULTS, claims.OURS), said[0]
-    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS), said[1]):
+    for what in (*(t._repr_markdown_() for t in tables), claims.measured(RESULTS), said[1], claims.speed_answers(RESULTS)):
         assert what in shown, 'nbs/980_tools.claims.ipynb is stale: run it and store its outputs'
         shown.remove(what)
     assert not numbers(' '.join(shown)), 'the page shows a number that no record holds'
