@@ -9029,6 +9029,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'deepseek_nb/tools/verdicts.py'),
                                             'deepseek_nb.tools.verdicts._middle': ( 'tools.verdicts.html#_middle',
                                                                                     'deepseek_nb/tools/verdicts.py'),
+                                            'deepseek_nb.tools.verdicts._over_bar': ( 'tools.verdicts.html#_over_bar',
+                                                                                      'deepseek_nb/tools/verdicts.py'),
                                             'deepseek_nb.tools.verdicts._over_texts': ( 'tools.verdicts.html#_over_texts',
                                                                                         'deepseek_nb/tools/verdicts.py'),
                                             'deepseek_nb.tools.verdicts._passed': ( 'tools.verdicts.html#_passed',

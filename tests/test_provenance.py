@@ -25,9 +25,8 @@ from deepseek_nb.studies.texts import WordBayes, majority
 
 # Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
 BENCHES_BEFORE = """
-    attention batch-decode bias cache-kinds compile format-rates
-    gpu-emulated latent-codes lora machine moe-layer neurons perturb prefix-cache qlora-memory quality
-    quant-moe roofline scaling smollm2-decode smollm2-prefill train-step
+    bias compile format-rates gpu-emulated lora machine neurons perturb prefix-cache qlora-memory quality
+    quant-moe roofline scaling train-step
 """.split()
 PLAN = '''minutes = 1
 seeds = [0, 1]
