@@ -429,7 +429,7 @@ def find_benchmark(
 # %% ../../nbs/750_bench.ipynb #0b4d0cb3
 def run_benchmark(
     name:str, # A key of `BENCHMARKS`
-    /, **options, # Arguments of the benchmark
+    **options, # Arguments of the benchmark
 )->tuple: # Result of the benchmark, and its record
     "Run a benchmark, and make a record of its result"
     run = find_benchmark(name)
