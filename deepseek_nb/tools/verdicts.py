@@ -483,6 +483,20 @@ SPEED_ANSWERS |= {
     'fine-prompt': lambda of: (
         "*Is the format useless for prompts?* It costs this time for the perplexity above. Other lengths aren't measured.")}
 
+# %% ../../nbs/978_tools.verdicts.ipynb #532f1e53
+SPEED_ANSWERS |= {
+    'peers': lambda of: (
+        "*Is each library at its fastest?* llama.cpp runs in four settings, transformers compiled with a static cache and without; the "
+        "record has the builds. Other settings weren't searched. *Why are prompts slower?* Two libraries multiply prompts in bfloat16 on "
+        "a matrix unit. Ours multiplies 8-bit codes there and scales the sums of each block, and in return a token's product has the "
+        "same bits among any number of others. *Is memory the limit of decoding?* Reading the weights would take "
+        f"{of('peers', 'weights')/of('peers', 'read')*1e3:.1f} ms of the "
+        f"{1e3*_middle(of, 'peers', 'cases/decode 1×128/deepseek_nb'):.1f} ms of a step."),
+    'peers-avx2': lambda of: (
+        "*Is this a processor without AVX-512?* No: libraries are kept from using it on one that has it, so clock, caches and memory "
+        f"are those of this one. *Which are left out?* {', '.join(n for n in of('peers-avx2', 'missing'))}: they can't be kept from it. "
+        "*Does transformers get a bad dtype?* It computes in float32, as it's the fastest without such instructions.")}
+
 # %% ../../nbs/978_tools.verdicts.ipynb #00e8420c
 def speed_answer(
     name:str, # Name of a benchmark
