@@ -148,7 +148,7 @@ STUDY_NOTES |= dict(
     control=StudyNote('Floors: .*', 'a stated judge, a character of SmolLM2-135M', 'its perplexity is [\\d.]+ times the plain one',
                       'the mean of three styles, news alone is below the goal; a classifier judges'),
     safety=StudyNote('[\\d.]+% without', 'generations of SmolLM2-135M, an independent judge', 'The filter refuses [^;]*',
-                     'the rule to draw again was set on the generations that are counted',
+                     'the rule to draw again was set on some of the generations that are counted',
                      lambda at: f'one seed; {_over_texts(*_passed(at))} over generations'),
     anomaly=StudyNote('gradient boosting [^(]*', 'simulated card payments; series of the UCR archive', '',
                       'on UCR the discords find the anomalies, not the network'),
@@ -336,12 +336,20 @@ ANSWERS |= dict(
         f"steering a style encoder?* The encoder makes the vector that steers. *How many texts?* Those of {at.one('steer', 'topics')} "
         f"topics in three styles for each seed, of about {_chosen(at, 'words').mean:.0f} words."),
     safety=lambda at: (
-        f"*Was the rule chosen on these texts?* Yes: the rule to draw again was set after the first {at.one('smollm2', 'n'):,} "
-        f"generations had been judged, and these are counted. *How long are they?* At most {at.given('tokens', 'smollm2')} tokens; "
-        f"longer ones aren't measured. *Are answers only shorter?* They have {at.one('smollm2', _AGAIN + 'letters'):.0f} letters "
+        f"*Was the rule chosen on these texts?* In part: the rule to draw again was set after the first {_settled()['n']:,} "
+        f"generations had been judged, and these are counted. {_others_pass(at)} *How long are they?* At most "
+        f"{at.given('tokens', 'smollm2')} tokens; longer ones aren't measured. *Are answers only shorter?* They have "
+        f"{at.one('smollm2', _AGAIN + 'letters'):.0f} letters "
         f"instead of {at.one('smollm2', 'filters/none/letters'):.0f}. *Personal numbers?* The judge finds "
         f"{at.one('smollm2', _AGAIN + 'presidio')} in answers drawn again and {at.one('smollm2', 'filters/none/presidio')} without a "
         "filter, too few to compare. *What do the judges miss?* It isn't known: nobody has read the texts."))
+
+def _settled(): return open_study('safety').SETTLED
+
+def _others_pass(at):
+    "The share of the generations that were made after the rule"
+    n,fails = (at.one('smollm2', _AGAIN + k) - v for k,v in _settled().items())
+    return f'Of the {n:,} others {1 - fails/n:.2%} pass.'
 
 def _over_bar(at, arm): return 100*(at(arm, 'f1/swh_Latn').mean - .8*at(arm, 'f1/eng_Latn').mean)
 
