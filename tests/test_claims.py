@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import median
 
 import pytest
 import warm
@@ -55,9 +56,9 @@ def flat(x):
     return [float(x)] if isinstance(x, int | float) else []
 
 
-def known(found):
+def known(found, times=None):
     "Numbers that a record states or implies, and those in its words."
-    times = found['result']
+    times = times or found['result']
     values = flat(times) + [len(times['seconds'][0]), abs(times['medians'][1] - times['medians'][0])]
     p = found.get('provenance', {})
     words = found['hardware'], found['versions'], found['date'], p.get('commit'), p.get('load')
@@ -139,14 +140,16 @@ def test_a_damaged_result_is_none(claims, results, text):
 def test_whole_results_are_read(claims, every):
     names = [c.result for c in every if c.command and (RESULTS/f'{c.result}.json').exists()]
     assert len(names) >= 4
-    for name in names: assert claims.checked_record(name, RESULTS), f'nbs/results/{name}.json contradicts itself: measure again'
+    for c in every:
+        if c.result in names: assert claims.record_of(c, RESULTS), f'nbs/results/{c.result}.json contradicts itself: measure again'
 
 
 def test_numbers_are_in_the_record(claims, every):
     for c in every:
-        found, row = claims.checked_record(c.result, RESULTS), claims.claim_row(c, RESULTS)
+        found, row = claims.record_of(c, RESULTS), claims.claim_row(c, RESULTS)
         if not found: continue
-        (values, words), on = known(found[0]), row.on
+        (values, words), on = known(found[0], json.loads(json.dumps(found[1].to_dict()))), row.on
+        if c.case: assert found[2].startswith(c.case) and found[2] in row.domain
         assert numbers(row.figure) and row.verdict in ('reached', 'missed')
         for what in (row.figure, row.interval): assert all(follows(n, values) for n in numbers(what)), what
         assert set(numbers(on)) <= words, on
@@ -242,6 +245,21 @@ def test_int8_is_judged_by_its_memory_too(claims, results):
     assert row().verdict == 'missed'
     (results/'quant-decode.json').unlink()
     assert (row().verdict, row().figure) == ('not measured', '')
+
+
+def test_the_worst_case_is_shown(claims, every, results):
+    c = next(c for c in every if (c.result, c.case) == ('peers', 'decode'))
+    before, (_, times, case) = claims.claim_row(c, results), claims.record_of(c, results)
+    cases = {n: t for n, t in json.loads((results/'peers.json').read_text())['result']['cases'].items() if n.startswith('decode')}
+    def ratio(seconds):
+        fast = min((o for n, o in seconds.items() if n != 'deepseek_nb'), key=median)
+        return median(b/a for a, b in zip(seconds['deepseek_nb'], fast, strict=True))
+    assert len(cases) >= 3 and times.ratio == pytest.approx(min(map(ratio, cases.values()))) == pytest.approx(ratio(cases[case]))
+    spoil(results, 'peers', lambda o: o['result']['cases'][case].update(quick=[t/100 for t in times.seconds[0]]))
+    row = claims.claim_row(c, results)
+    assert row.verdict == 'missed' and row.figure != before.figure and row.floor == 'quick' and '**0.01**' in row.figure
+    spoil(results, 'peers', lambda o: o['result']['cases'].clear())
+    assert claims.claim_row(c, results).verdict == 'not measured'
 
 
 # ---- the page

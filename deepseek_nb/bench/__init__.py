@@ -400,7 +400,7 @@ BENCHMARKS = {  # name at the command line -> location
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
     'ragged-steps': Benchmark('bench.pages.ragged_steps'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
-    'peers': Benchmark('bench.runtimes.peers', (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
+    **_of('runtimes', ('peers', 'peers-avx2'), (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
     'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
     **{f'fine-{n}': Benchmark(f'bench.fine.fine_{n}') for n in ('quality', 'decode', 'prompt')},
     'grpo': Benchmark('bench.grpo.grpo_steps', (*_HF, 'trl', 'accelerate')),

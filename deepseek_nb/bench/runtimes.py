@@ -9,8 +9,8 @@ missing are listed with the reason."""
 
 # %% auto #0
 __all__ = ['HERE', 'OurPeer', 'LlamaRows', 'optional', 'OpenvinoPeer', 'genai_folder', 'OnnxPeer', 'TransformersPeer',
-           'peer_loaders', 'Apart', 'agreeing', 'generation_race', 'timed_loads', 'weight_bytes', 'peer_builds',
-           'peer_cases', 'peers']
+           'narrow_llama', 'peer_loaders', 'Apart', 'agreeing', 'generation_race', 'timed_loads', 'weight_bytes',
+           'peer_builds', 'peer_cases', 'peers', 'peers_avx2']
 
 # %% ../../nbs/778_bench.runtimes.ipynb #2c3cd9a6
 import json
@@ -23,6 +23,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from unittest import mock
 
 import numpy as np
 import torch
@@ -185,9 +186,10 @@ class TransformersPeer:
     def __init__(self,
         path:str|Path, # GGUF file
         eager:bool = False, # Whether to leave out the compiler and the static cache
+        dtype:str|None = None, # Dtype of the model; None: the one that `pick_dtype` chooses
     ):
         hf,path = optional('transformers', 'transformers'),Path(path)
-        how = dict(gguf_file=path.name, dtype=pick_dtype(None, 'cpu'), quantization_config=hf.GgufConfig(dequantize=True))
+        how = dict(gguf_file=path.name, dtype=pick_dtype(dtype, 'cpu'), quantization_config=hf.GgufConfig(dequantize=True))
         self.model = hf.AutoModelForCausalLM.from_pretrained(path.parent, **how).eval()
         self.kind = None if eager else 'static'
         if not eager: self.model.forward = torch.compile(self.model.forward)
@@ -202,11 +204,26 @@ class TransformersPeer:
                                       cache_implementation=self.kind, pad_token_id=0, streamer=_FirstToken(first))
         return out[:, prompt.shape[1]:]
 
+# %% ../../nbs/778_bench.runtimes.ipynb #96d22ac7
+AVX2 = dict(DEEPSEEK_NB_ISA='avx2', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
+LIMITS = {'': {}, 'avx2': AVX2}
+
+# %% ../../nbs/778_bench.runtimes.ipynb #91aaf7a9
+def narrow_llama(
+    built:str, # What llama.cpp says about its build
+    isa:str, # A key of `LIMITS`
+)->bool: # True
+    "Raise an error if llama.cpp uses wider instructions"
+    if isa and any(f'{wide} = 1' in built for wide in ('AVX512', 'AVX_VNNI')):
+        raise ValueError('llama.cpp uses more than AVX2 here; build it without: CMAKE_ARGS=-DGGML_NATIVE=OFF pip install llama-cpp-python')
+    return True
+
 # %% ../../nbs/778_bench.runtimes.ipynb #7913ffd0
 def peer_loaders(
     path:str|Path, # GGUF file in Q4_1
     folder:str|Path, # Folder for files that contenders need
     chosen:tuple = (), # Beginnings of names; none: all
+    isa:str = '', # A key of `LIMITS`
 )->tuple[dict,dict]: # Name -> function that loads a contender, and name -> reason why it is left out
     "A loader for each contender"
     folder,out,missing = Path(folder),{},{}
@@ -214,14 +231,24 @@ def peer_loaders(
         if chosen and not name.startswith(tuple(chosen)): return
         try: out[name] = make()
         except (ValueError, OSError, RuntimeError) as e: missing[name] = str(e).splitlines()[0]
+    def llama(): return narrow_llama(llama_cpp().llama_print_system_info().decode(), isa)
+    def hf(eager=False):
+        optional('transformers', 'transformers')
+        return partial(TransformersPeer, path, eager, 'float32' if isa else None)
+    def onnx():
+        if isa: raise ValueError('ONNX Runtime has no setting for the instructions that it uses')
+        return partial(OnnxPeer, genai_folder(path, folder/'genai'))
+    def openvino():
+        if isa: raise ValueError('OpenVINO gives no token where oneDNN alone is limited')
+        return optional('openvino_genai', 'openvino-genai') and partial(OpenvinoPeer, path)
     add('deepseek_nb', lambda: partial(OurPeer, path))
     for flash in (False, True):
-        add('llama.cpp Q4_1' + ', flash'*flash, lambda flash=flash: llama_cpp() and partial(LlamaRows, path, flash))
-        add('llama.cpp Q4_0' + ', flash'*flash, lambda flash=flash: partial(LlamaRows, _requantised(path, folder), flash))
-    add('openvino-genai', lambda: optional('openvino_genai', 'openvino-genai') and partial(OpenvinoPeer, path))
-    add('onnxruntime-genai int4', lambda: partial(OnnxPeer, genai_folder(path, folder/'genai')))
-    add('transformers, compiled', lambda: optional('transformers', 'transformers') and partial(TransformersPeer, path))
-    add('transformers, eager', lambda: optional('transformers', 'transformers') and partial(TransformersPeer, path, True))
+        add('llama.cpp Q4_1' + ', flash'*flash, lambda flash=flash: llama() and partial(LlamaRows, path, flash))
+        add('llama.cpp Q4_0' + ', flash'*flash, lambda flash=flash: llama() and partial(LlamaRows, _requantised(path, folder), flash))
+    add('openvino-genai', openvino)
+    add('onnxruntime-genai int4', onnx)
+    add('transformers, compiled', hf)
+    add('transformers, eager', partial(hf, True))
     return out,missing
 
 def _requantised(path, folder): return file if (file := folder/'q4_0.gguf').exists() else requantise(path, file)
@@ -371,16 +398,23 @@ def peers(
     steps:int = 64, # Decode steps
     repeats:int = 7, # Rounds
     chosen:tuple = (), # Beginnings of the names of contenders; none: all
-)->dict: # Tokens, seconds of all cases, bytes of our weights, rates of the machine, contenders left out, and builds
+    isa:str = '', # Instructions that may be used: 'avx2', or '' for all
+)->dict: # Tokens, seconds of all cases, bytes of our weights, rates of the machine, contenders left out, builds and limits
     "SmolLM2 beside llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding and loading"
-    os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+    if isa not in LIMITS: raise ValueError(f"isa is {isa!r}; it may be {', '.join(filter(None, LIMITS))} or ''")
     path,tok = fetch(name),Tokenizer.from_pretrained(name)
     prompt = torch.tensor([tok.encode('The capital of France is')])
-    with TemporaryDirectory() as folder:
-        loaders,missing = peer_loaders(path, folder, chosen)
+    with TemporaryDirectory() as folder,mock.patch.dict(os.environ, LIMITS[isa] | dict(TOKENIZERS_PARALLELISM='false')):
+        loaders,missing = peer_loaders(path, folder, chosen, isa)
         for n,why in missing.items(): print(f'{n} is left out: {why}')
         host = ceilings()
         found = peer_cases(loaders, tok.vocab_size, lengths, rows, steps, repeats, prompt)
-        host = better(host, ceilings())
+        host,built = better(host, ceilings()),peer_builds()
     weights = weight_bytes(Model.from_pretrained(path, device='cpu'))
-    return found | dict(weights=weights, read=host.read, missing=missing, builds=peer_builds())
+    return found | dict(weights=weights, read=host.read, missing=missing, builds=built, limits=LIMITS[isa])
+
+def peers_avx2(
+    **options, # Arguments of `peers`
+)->dict: # Result of `peers`
+    "The same with AVX2 alone: no matrix unit, no AVX-512, no VNNI"
+    return peers(isa='avx2', **options)

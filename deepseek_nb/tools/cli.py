@@ -341,7 +341,7 @@ def run_server(
 
 # %% ../../nbs/960_tools.cli.ipynb #a9c10002
 def run_app(
-    name:str = '', # anomaly, inspect, route or filter; without it, list them
+    name:str = '', # anomaly, inspect, route, control, crosslingual or filter; without it, list them
     action:str = 'card', # train, score, serve or card
     data:str = '', # What to learn from, or to score: a folder, a table (.csv) or JSON lines
     out:str = '', # Folder for the trained weights, or file for the scores
@@ -351,7 +351,7 @@ def run_app(
     host:str = '', # Address to listen on; default: 127.0.0.1
     port:int = 0, # Port to listen on; default: 8000
 ):
-    "Train, score with, serve or describe an application: anomalies, inspection, routes, a filter for texts"
+    "Train, score with, serve or describe an application: anomalies, inspection, routes, styles, languages, a filter"
     from deepseek_nb.apps import command
     if not name: return print(*command.APPS, sep='\n')
     if action == 'card': return print(command.app_card(name, weights))

@@ -148,7 +148,7 @@ STUDY_NOTES |= dict(
     control=StudyNote('Floors: .*', 'a stated judge, a character of SmolLM2-135M', 'its perplexity is [\\d.]+ times the plain one',
                       'the mean of three styles, news alone is below the goal; a classifier judges'),
     safety=StudyNote('[\\d.]+% without', 'generations of SmolLM2-135M, an independent judge', 'The filter refuses [^;]*',
-                     'the rule to draw again was set on the generations that are counted',
+                     'the rule to draw again was set on some of the generations that are counted',
                      lambda at: f'one seed; {_over_texts(*_passed(at))} over generations'),
     anomaly=StudyNote('gradient boosting [^(]*', 'simulated card payments; series of the UCR archive', '',
                       'on UCR the discords find the anomalies, not the network'),
@@ -336,12 +336,20 @@ ANSWERS |= dict(
         f"steering a style encoder?* The encoder makes the vector that steers. *How many texts?* Those of {at.one('steer', 'topics')} "
         f"topics in three styles for each seed, of about {_chosen(at, 'words').mean:.0f} words."),
     safety=lambda at: (
-        f"*Was the rule chosen on these texts?* Yes: the rule to draw again was set after the first {at.one('smollm2', 'n'):,} "
-        f"generations had been judged, and these are counted. *How long are they?* At most {at.given('tokens', 'smollm2')} tokens; "
-        f"longer ones aren't measured. *Are answers only shorter?* They have {at.one('smollm2', _AGAIN + 'letters'):.0f} letters "
+        f"*Was the rule chosen on these texts?* In part: the rule to draw again was set after the first {_settled()['n']:,} "
+        f"generations had been judged, and these are counted. {_others_pass(at)} *How long are they?* At most "
+        f"{at.given('tokens', 'smollm2')} tokens; longer ones aren't measured. *Are answers only shorter?* They have "
+        f"{at.one('smollm2', _AGAIN + 'letters'):.0f} letters "
         f"instead of {at.one('smollm2', 'filters/none/letters'):.0f}. *Personal numbers?* The judge finds "
         f"{at.one('smollm2', _AGAIN + 'presidio')} in answers drawn again and {at.one('smollm2', 'filters/none/presidio')} without a "
         "filter, too few to compare. *What do the judges miss?* It isn't known: nobody has read the texts."))
+
+def _settled(): return open_study('safety').SETTLED
+
+def _others_pass(at):
+    "The share of the generations that were made after the rule"
+    n,fails = (at.one('smollm2', _AGAIN + k) - v for k,v in _settled().items())
+    return f'Of the {n:,} others {1 - fails/n:.2%} pass.'
 
 def _over_bar(at, arm): return 100*(at(arm, 'f1/swh_Latn').mean - .8*at(arm, 'f1/eng_Latn').mean)
 
@@ -482,6 +490,20 @@ SPEED_ANSWERS |= {
         "tokens. *Batches?* Not measured."),
     'fine-prompt': lambda of: (
         "*Is the format useless for prompts?* It costs this time for the perplexity above. Other lengths aren't measured.")}
+
+# %% ../../nbs/978_tools.verdicts.ipynb #532f1e53
+SPEED_ANSWERS |= {
+    'peers': lambda of: (
+        "*Is each library at its fastest?* llama.cpp runs in four settings, transformers compiled with a static cache and without; the "
+        "record has the builds. Other settings weren't searched. *Why are prompts slower?* Two libraries multiply prompts in bfloat16 on "
+        "a matrix unit. Ours multiplies 8-bit codes there and scales the sums of each block, and in return a token's product has the "
+        "same bits among any number of others. *Is memory the limit of decoding?* Reading the weights would take "
+        f"{of('peers', 'weights')/of('peers', 'read')*1e3:.1f} ms of the "
+        f"{1e3*_middle(of, 'peers', 'cases/decode 1×128/deepseek_nb'):.1f} ms of a step."),
+    'peers-avx2': lambda of: (
+        "*Is this a processor without AVX-512?* No: libraries are kept from using it on one that has it, so clock, caches and memory "
+        f"are those of this one. *Which are left out?* {', '.join(n for n in of('peers-avx2', 'missing'))}: they can't be kept from it. "
+        "*Does transformers get a bad dtype?* It computes in float32, as it's the fastest without such instructions.")}
 
 # %% ../../nbs/978_tools.verdicts.ipynb #00e8420c
 def speed_answer(
