@@ -503,7 +503,7 @@ SPEED_ANSWERS |= {
     'peers-avx2': lambda of: (
         "*Is this a processor without AVX-512?* No: libraries are kept from using it on one that has it, so clock, caches and memory "
         f"are those of this one. *Which are left out?* {', '.join(n for n in of('peers-avx2', 'missing'))}: they can't be kept from it. "
-        "*Does transformers get a bad dtype?* It computes in float32, as `pick_dtype` chooses without a matrix unit; bfloat16 isn't timed there.")}
+        "*Does transformers get a bad dtype?* It computes in float32, as `pick_dtype` chooses without a matrix unit; no other is timed.")}
 
 # %% ../../nbs/978_tools.verdicts.ipynb #00e8420c
 def speed_answer(
