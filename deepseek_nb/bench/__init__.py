@@ -383,6 +383,7 @@ class Benchmark(NamedTuple):
 
 # %% ../../nbs/750_bench.ipynb #bcf51988
 _HF = ('transformers',)
+_PEERS = (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')
 _LAYERS = {'moe-layer': 'moe_layer', 'attention': 'attention', 'neurons': 'neurons_speed'}
 _MODELS = ('prefill', 'decode', 'batch-decode', 'train-step', 'smollm2-prefill', 'smollm2-decode', 'moe-decode')
 _CACHES = ('prefix-cache', 'cache-kinds', 'latent-codes')
@@ -400,7 +401,7 @@ BENCHMARKS = {  # name at the command line -> location
     'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
     'ragged-steps': Benchmark('bench.pages.ragged_steps'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
-    **_of('runtimes', ('peers', 'peers-avx2'), (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')),
+    **_of('runtimes', ('peers', 'peers-avx2'), _PEERS), **_of('vectors', ('peers-avx512',), _PEERS),
     'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
     **{f'fine-{n}': Benchmark(f'bench.fine.fine_{n}') for n in ('quality', 'decode', 'prompt')},
     'grpo': Benchmark('bench.grpo.grpo_steps', (*_HF, 'trl', 'accelerate')),
