@@ -189,7 +189,7 @@ def int8_memory(
 # %% ../../nbs/980_tools.claims.ipynb #d160d1e6
 ARTICLE = (
     Claim('Sparse activation with dynamic routing keeps 98% of the accuracy at 42% less compute and 35% less latency', study='compute'),
-    Claim('Progressive distillation reaches F1 0.89 on rare diseases, 21% above a single architecture', study='medical'),
+    Claim('Progressive distillation reaches F1 0.89 on rare diseases, 21% above a single architecture', study='stages'),
     Claim('int8 takes 65% less memory and runs 2.1 times as fast', 'deepseek-nb bench int8', 'int8',
           times_as('the speed of the same model in floats'), 2.1, domain='SmolLM2, one row after 128 tokens', also=int8_memory),
     Claim('With fewer than 1,000 samples, LoRA is better than full fine-tuning', study='finetuning', part='small'),
@@ -232,6 +232,12 @@ OURS = (
           case='prefill', domain=_cases),
     Claim('It loads no slower than the fastest of them', 'deepseek-nb bench peers', 'peers', _fastest, 1., case='load',
           domain='SmolLM2-135M in four bits, the file in the page cache, to the first token'),
+    Claim('Without a matrix unit, SmolLM2 decodes at least twice as fast as the fastest library', 'deepseek-nb bench peers-avx512',
+          'peers-avx512', _fastest, 2., case='decode', domain=_cases),
+    Claim('Without a matrix unit, it computes prompts at least twice as fast', 'deepseek-nb bench peers-avx512', 'peers-avx512',
+          _fastest, 2., case='prefill', domain=_cases),
+    Claim('Without a matrix unit, it loads no slower than the fastest of them', 'deepseek-nb bench peers-avx512', 'peers-avx512',
+          _fastest, 1., case='load', domain='SmolLM2-135M in four bits, the file in the page cache, to the first token'),
     Claim('Without AVX-512, SmolLM2 decodes at least 1.5 times as fast as the fastest library', 'deepseek-nb bench peers-avx2',
           'peers-avx2', _fastest, 1.5, case='decode', domain=_cases),
     Claim('Without AVX-512, it computes prompts at least 1.5 times as fast', 'deepseek-nb bench peers-avx2', 'peers-avx2', _fastest, 1.5,
