@@ -82,7 +82,7 @@ Modules:
 - `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
 - `deepseek_nb.bench.v4`: The time of a decode step of DeepSeek-V4 with thousands of cached tokens, against transformers and against the readable blocks.
-- `deepseek_nb.bench.vectors`: The libraries of the chapter before on a processor that has AVX-512 and no matrix unit, such as AMD's: which of the ratios there come from the unit?
+- `deepseek_nb.bench.vectors`: The libraries of the chapter before on a processor that has AVX-512 and no matrix unit: are the ratios there those of the unit?
 - `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: How the device of tensors and the dtype of weights are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call

@@ -1,4 +1,4 @@
-"""The libraries of the chapter before on a processor that has AVX-512 and no matrix unit, such as AMD's: which of the ratios there come from the unit?
+"""The libraries of the chapter before on a processor that has AVX-512 and no matrix unit: are the ratios there those of the unit?
 
 `peers_avx512` runs the benchmark `peers` on a processor with AVX-512 and without a matrix unit. On any other processor it raises an error that
 names the benchmark to run instead."""

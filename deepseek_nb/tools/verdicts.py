@@ -506,7 +506,7 @@ SPEED_ANSWERS |= {
         f"{1e3*_middle(of, 'peers', 'cases/decode 1×128/deepseek_nb'):.1f} ms of a step."),
     'peers-avx512': lambda of: (
         "*Why are prompts slower here, too?* OpenVINO is ahead without a matrix unit as well. Our products of codes with a scale for each "
-        "block of 32 take most of what the goal allows, at any usual clock; the chapter counts them. *Why is loading missed here and "
+        "block of 32 take nearly all or more of what the goal allows; the chapter counts them. *Why is loading missed here and "
         f"reached with a matrix unit?* Ours takes {1e3*_middle(of, 'peers-avx512', 'cases/load/deepseek_nb'):.0f} ms here and "
         f"{1e3*_middle(of, 'peers', 'cases/load/deepseek_nb'):.0f} there; llama.cpp, which maps the file, "
         f"{1e3*_middle(of, 'peers-avx512', 'cases/load/llama.cpp Q4_1'):.0f} and "
