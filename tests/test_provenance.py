@@ -4,7 +4,9 @@ Headlines are computed from stored runs alone. Under the protocol a record with 
 the end of its grid, without its floor, or older than the code it measures is refused. Records from before are counted, and may only
 become fewer.
 """
+import ast
 import importlib
+import inspect
 import json
 import random
 import subprocess
@@ -172,7 +174,7 @@ def of_commit(root, commit, name):
     found = subprocess.run(['git', 'show', f'{commit}:{file}'], cwd=root, capture_output=True, text=True)
     if found.returncode: pytest.skip(f'Git does not have {file} of commit {commit} here')
     module = types.ModuleType(f'{name}_before')
-    module.__package__ = name.rpartition('.')[0]
+    module.__package__, module.source = name.rpartition('.')[0], found.stdout
     exec(compile(found.stdout, file, 'exec'), vars(module))
     return module, provenance._digest(bare_code(found.stdout))
 
@@ -227,6 +229,27 @@ def test_listed_changes_of_gguf_leave_every_tensor(root, tmp_path):
         for o,t in zip(a.tensors, b.tensors, strict=True):
             assert (o.name, o.tensor_type, o.shape.tolist(), o.data_offset) == (t.name, t.tensor_type, t.shape.tolist(), t.data_offset)
             assert np.array_equal(o.data, t.data)
+
+
+def test_listed_changes_of_the_trainer_leave_every_run_that_did_not_ask_for_bfloat16(root):
+    "One function differs; it differs where `bf16=True`, on a processor that multiplies bfloat16 without tiles, and no record has that"
+    from deepseek_nb.arch.model import Model
+    from deepseek_nb.core.config import Config
+    name = 'deepseek_nb.train.trainer'
+    then, now = both_codes(root, name)
+    def parts(code):
+        return {ast.unparse(o) for o in ast.parse(bare_code(code)).body if getattr(o, 'name', '') not in ('compute_dtype', 'has_fast_bf16')}
+    assert {o for o in parts(then.source) ^ parts(inspect.getsource(now)) if not o.startswith('__all__')} == set()
+    c = Config('llama', vocab_size=8, dim=8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=8, inter_dim=8, max_positions=8)
+    for dtype in 'float32', 'bfloat16', 'float16':
+        for how in {}, dict(bf16=False), dict(fp16=True):
+            model, args = Model(c, dtype, 'cpu'), now.TrainingArguments(**how)
+            assert then.compute_dtype(model, args) == now.compute_dtype(model, args), (dtype, how)
+    def asks(o): return any(k == 'bf16' and v is True or asks(v) for k,v in o.items()) if isinstance(o, dict) else False
+    old, = [o for n,o in EQUAL if n == name]
+    for named in study_names():
+        for r in read_study(named)[1]:
+            if r.get('provenance', {}).get('code', {}).get(name) == old: assert not asks(r['settings']), named
 
 
 def test_listed_changes_of_the_block_drafter_leave_every_draft(root):

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.train import trainer as module
 from deepseek_nb.train.callbacks import EVENTS, Callback, CancelFit, CancelStep, Diverged, Guard, LivePlot, Progress
 from deepseek_nb.train.data import IGNORE, Batches, collate
 from deepseek_nb.train.loss import language_loss
@@ -176,13 +175,13 @@ def test_half_weights_are_trained_in_float32():
     assert [r['loss'] for r in history] == pytest.approx([r['loss'] for r in full], abs=.03)
 
 
-def test_bf16_asks_the_policy(monkeypatch):
-    for policy,want in ((torch.bfloat16, torch.bfloat16), (torch.float32, None)):
-        monkeypatch.setattr(module, 'pick_dtype', lambda dtype, device, policy=policy: policy)
-        if want: assert compute_dtype(fresh(), args(bf16=True)) == want
-        else:
-            with pytest.warns(UserWarning, match='no bfloat16 products worth using'):
-                assert compute_dtype(fresh(), args(bf16=True)) is None
+@pytest.mark.parametrize('has,want', [('amx_bf16', torch.bfloat16), ('avx512_bf16', torch.bfloat16), ('avx512_f', None)])
+def test_bf16_asks_the_processor(monkeypatch, has, want):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: {has: True, 'avx2': True})
+    if want: assert compute_dtype(fresh(), args(bf16=True)) == want
+    else:
+        with pytest.warns(UserWarning, match='no bfloat16 products worth using'):
+            assert compute_dtype(fresh(), args(bf16=True)) is None
     assert compute_dtype(fresh(dtype='bfloat16'), args(bf16=False)) is None
     assert compute_dtype(fresh(), args(fp16=True)) == torch.float16
 

@@ -121,7 +121,8 @@ def used_code(
 # %% ../../nbs/045_core.provenance.ipynb #d61072f4
 # Changes that leave every number as it was: module and its hash before -> hash after; a test compares both codes
 EQUAL = {('deepseek_nb.train.log_probs', 'cbe0ee0560a9'): 'af4a5cd1f7aa', ('deepseek_nb.files.gguf', '18e283c49984'): 'b7b1621cf6d4',
-         ('deepseek_nb.arch.dspark', '37a74d205ef1'): '27e446a1c622', ('deepseek_nb.serve.text', '4c161d9ed2b8'): '5d7500c88f4e'}
+         ('deepseek_nb.arch.dspark', '37a74d205ef1'): '27e446a1c622', ('deepseek_nb.serve.text', '4c161d9ed2b8'): '5d7500c88f4e',
+         ('deepseek_nb.train.trainer', 'df191c14311d'): '434422f7bc56'}
 
 def changed_since(
     stored:dict, # Hashes from `used_code`

@@ -9,7 +9,7 @@ finding, what got worse, and for which data the verdict holds. `study_answer` an
 # %% auto #0
 __all__ = ['ROW_HEAD', 'STUDY_NOTES', 'ANSWERS', 'SPEED_ANSWERS', 'CLAIM_PARTS', 'PART_DOMAINS', 'ClaimRow', 'StudyNumbers',
            'StudyNote', 'bold', 'word', 'phrase', 'runs_cost', 'made_by', 'scatter', 'study_row', 'study_answer',
-           'speed_answer', 'ratio_verdict', 'kept_since', 'lora_part', 'part_row']
+           'speed_answer', 'ratio_verdict', 'kept_since', 'part_gaps', 'part_row']
 
 # %% ../../nbs/978_tools.verdicts.ipynb #f07ce08c
 import re
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 from ..bench import Comparison, load_result
 from ..core.provenance import before, doubts
-from ..eval.intervals import equivalent, wilson
+from ..eval.intervals import wilson
 from ..studies import open_study
 from ..studies.protocol import not_run, standing
 from ..studies.report import Spread, runs, several, spread
@@ -546,40 +546,30 @@ def kept_since(
     return f"commit {p['commit']}, load {p.get('load')}" + f"; {', '.join(wrong)}"*bool(wrong)
 
 # %% ../../nbs/978_tools.verdicts.ipynb #0a3b6e91
-def _gaps(records, above, below, layers=8):
-    "Differences of LoRA and full fine-tuning in points, by number of samples"
-    study = open_study('finetuning')
-    found = study.differences(study.scores(records, layers), 'lora', 'full')
-    return {n: [100*x for x in d] for n,d in found.items() if above <= n < below}
+CLAIM_PARTS = dict(small=('rank8', 'full', (50, 200)), large=('full', 'rank8', (10_000,))) # Better, worse, numbers of samples
+PART_DOMAINS = dict(small=STUDY_NOTES['ranks'].domain, large=f"{STUDY_NOTES['ranks'].domain}; 10,000 samples, where the claim begins")
 
-def lora_part(
-    records:list, # Records of `finetuning`
-    above:int = 0, # Smallest number of samples
-    below:int = 1000, # First number that is too large
-    sign:int = 1, # 1: LoRA should be better, -1: full fine-tuning
-    margin:float = 2., # Largest difference that doesn't matter, in points of macro-F1
-)->tuple: # Verdict, figure, interval
-    "LoRA against full fine-tuning for some numbers of samples"
-    gaps = _gaps(records, above, below)
-    if not gaps: return 'not measured','','the largest number of samples is below the claim'
-    won = all(sign*x > 0 for d in gaps.values() for x in d)
-    figure = ', '.join(f'{n:,}: {spread(d):+.1f}' for n,d in gaps.items())
-    tests = '; '.join(f'{n:,}: {equivalent(d, margin)}' for n,d in gaps.items() if len(d) > 1)
-    return 'reached' if won else 'missed',f'LoRA minus full, points: {figure}',tests
-
-# %% ../../nbs/978_tools.verdicts.ipynb #9aaf1c69
-CLAIM_PARTS = dict(small=lora_part, large=lambda records: lora_part(records, 10_001, 10**9, -1))
-PART_DOMAINS = dict(small=STUDY_NOTES['finetuning'].domain, large='at most 10,000 samples were trained on')
+def part_gaps(
+    part:str, # Key of `CLAIM_PARTS`
+    records:list, # Records of `ranks`
+)->dict: # Number of samples -> difference in points of macro-F1; empty unless all were measured
+    "Differences that a claim of the article is about"
+    better,worse,sizes = CLAIM_PARTS[part]
+    found = {n: open_study('ranks').against(records, better, worse, n) for n in sizes}
+    return found if all(found.values()) else {}
 
 def part_row(
     part:str, # Key of `CLAIM_PARTS`
     claim:str, # Text of the claim
     folder:str|Path = 'results', # Folder of the records
 )->ClaimRow: # What is known
-    "Make the row of one of several claims that the study of fine-tuning measures"
-    done,command = runs('finetuning', Path(folder)/'evidence'),'`deepseek-nb evidence finetuning`'
-    if not done: return ClaimRow('not measured', claim, command=command)
-    verdict,figure,interval = CLAIM_PARTS[part](done)
-    about,said = STUDY_NOTES['finetuning'],open_study('finetuning').finding(done)
-    floor,cost = phrase(about.floor, said),f'{runs_cost(done)}; {about.note}'
-    return ClaimRow(verdict, claim, figure, interval, floor, cost, PART_DOMAINS[part], made_by('finetuning', done), command)
+    "Make the row of one of the claims that the study of LoRA's rank measures"
+    study,done,command = open_study('ranks'),runs('ranks', Path(folder)/'evidence'),'`deepseek-nb evidence ranks`'
+    if not (gaps := part_gaps(part, done)): return ClaimRow('not measured', claim, command=command)
+    a,b = (dict(rank8='LoRA', full='full fine-tuning')[o] for o in CLAIM_PARTS[part][:2])
+    figure = f"{a} minus {b}, points: {', '.join(f'{n:,} samples {g.value:+.1f}' for n,g in gaps.items())}"
+    interval = '; '.join(f"{n:,}: {g.low:+.1f} to {g.high:+.1f}{', equivalent'*g.equal}" for n,g in gaps.items())
+    about,seeds = STUDY_NOTES['ranks'],', '.join({f'{g.n} seeds' for g in gaps.values()})
+    floor,cost = phrase(about.floor, study.finding(done)),f'{runs_cost(done)}; {about.note}'
+    return ClaimRow(study.word([*gaps.values()]), claim, figure, f'{interval} ({seeds})', floor, cost, PART_DOMAINS[part],
+                    made_by('ranks', done), command)
