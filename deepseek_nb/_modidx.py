@@ -9045,6 +9045,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'deepseek_nb/tools/verdicts.py'),
                                             'deepseek_nb.tools.verdicts._over_texts': ( 'tools.verdicts.html#_over_texts',
                                                                                         'deepseek_nb/tools/verdicts.py'),
+                                            'deepseek_nb.tools.verdicts._pairs': ( 'tools.verdicts.html#_pairs',
+                                                                                   'deepseek_nb/tools/verdicts.py'),
                                             'deepseek_nb.tools.verdicts._passed': ( 'tools.verdicts.html#_passed',
                                                                                     'deepseek_nb/tools/verdicts.py'),
                                             'deepseek_nb.tools.verdicts._rise': ( 'tools.verdicts.html#_rise',
