@@ -129,21 +129,39 @@ def test_threshold_keeps_the_budget(toy):
 
 def run(arm, seed, rises, flops=.84, speed=1.):
     loss = {t: [3 + .1*i + np.log1p(up + .001*(-1)**(i + seed)) for i in range(20)] for t, up in zip(study.TEXTS, rises, strict=True)}
-    clock = {p: dict(quartiles=[speed - .01, speed, speed + .01]) for p in ('decode', 'prefill')}
-    result = dict(loss=loss, documents={t: [i//2 for i in range(20)] for t in study.TEXTS}, cache=.5, feed_forward=.7, flops=flops)
+    clock = {p: dict(quartiles=[speed - .01, speed, speed + .01]) for p in study.PHASES}
+    result = dict(loss=loss, documents={t: [i//2 for i in range(20)] for t in study.TEXTS}, cache=.5, feed_forward=.7,
+                  flops=dict.fromkeys(study.PHASES, flops))
     return dict(arm=arm, seed=seed, result=result | dict(clock=clock, seen=dict(test=0., other=.25)))
 
 
 def test_verdicts_follow_the_plan():
     records = [run(a, 0, (0., 0.)) for a in study.NEEDED[:6]] + [run(a, s, (.05, .09)) for a in study.NEEDED[6:] for s in (0, 1)]
-    assert study.headline(records) == dict(half='reached', forty='reached', experts='reached', clock='missed')
+    assert study.headline(records) == dict(half='reached', forty='reached', experts='reached', decode='missed', prefill='missed')
     said = study.finding(records)
-    assert 'Half of the cache: reached**' in said and 'time: missed**' in said and 'Not run' not in said
+    assert 'Half of the cache: reached**' in said and 'as time, a prompt: missed**' in said and 'Not run' not in said
     for arm in study.NEEDED: assert study.finding([r for r in records if r['arm'] != arm]) == f'Not run yet: {arm}.'
     worse = [r | run(r['arm'], r['seed'], (.05, .15)) if r['arm'] in ('mla-50', 'mla-40') else r for r in records]
     assert study.headline(worse)['half'] == 'refuted' and study.headline(worse)['forty'] == 'reached'
-    assert '| `moe-70` | 50% | 70% | 84% |' in study.table(records) and study.table([]) == 'Not run yet.'
+    assert '| `moe-70` | 50% | 70% | 84% | 84% |' in study.table(records) and study.table([]) == 'Not run yet.'
     low = random.uniform(.02, .09)
     assert study.within([Interval(.095, low, .11)]) == 'missed'
-    assert study.faster([run('moe-70', 0, (0., 0.), .84, .9)], 'moe-70') == 'refuted'
-    assert study.wanted(records, 'moe-70') == pytest.approx(1/.92)
+    assert study.faster([run('moe-70', 0, (0., 0.), .84, .9)], 'moe-70', 'decode') == 'refuted'
+    assert study.wanted(records, 'moe-70', 'prefill') == pytest.approx(1/.92)
+
+
+def test_steps_are_relative_to_the_size_of_a_matrix(toy, settings):
+    "Matrices have steps in proportion to their elements, and a router without a rate isn't trained"
+    dense, _, mixed = toy
+    for joint in 0., .02:
+        model = study.turned(deepcopy(mixed), study.Relaxed, joint > 0, way='top', width=TAU/8).requires_grad_(True)
+        if not joint:
+            for b in model.layers: b.mlp.gate.requires_grad_(False)
+        names = {id(p): n for n, p in model.named_parameters()}
+        rates = {names[id(g['params'][0])]: g['lr'] for g in study.groups_of(model, settings | dict(joint_rate=joint), .01)}
+        own = dict(model.named_parameters())
+        assert {*rates} == {n for n, p in own.items() if p.requires_grad}
+        assert any(n.endswith('gate.weight') for n in rates) == (joint > 0)
+        for n, lr in rates.items():
+            size = own[n].detach().square().mean().sqrt().item() if own[n].ndim > 1 else .1
+            if not n.endswith('correction_bias'): assert lr == pytest.approx((joint if n.endswith('gate.weight') else .01)*size)

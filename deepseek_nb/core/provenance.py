@@ -88,7 +88,7 @@ def reached_code(
 
 # %% ../../nbs/045_core.provenance.ipynb #40cf2173
 KEEPERS = ('', '._modidx', '.core.plot', '.core.provenance', '.studies', '.studies.protocol', '.studies.report', '.studies.fresh')
-NAME_TABLES = {'deepseek_nb.bench': ('BENCHMARKS', '_HF', '_LAYERS', '_MODELS', '_CACHES', '_QUANT', 'make_record')}
+NAME_TABLES = {'deepseek_nb.bench': ('BENCHMARKS', '_HF', '_LAYERS', '_MODELS', '_CACHES', '_QUANT', '_PEERS', 'make_record')}
 
 @cache
 def code_hash(
@@ -122,7 +122,7 @@ def used_code(
 # Changes that leave every number as it was: module and its hash before -> hash after; a test compares both codes
 EQUAL = {('deepseek_nb.train.log_probs', 'cbe0ee0560a9'): 'af4a5cd1f7aa', ('deepseek_nb.files.gguf', '18e283c49984'): 'b7b1621cf6d4',
          ('deepseek_nb.arch.dspark', '37a74d205ef1'): '27e446a1c622', ('deepseek_nb.serve.text', '4c161d9ed2b8'): '5d7500c88f4e',
-         ('deepseek_nb.train.trainer', 'df191c14311d'): '434422f7bc56'}
+         ('deepseek_nb.train.trainer', 'df191c14311d'): '434422f7bc56', ('deepseek_nb.bench', '2d63372c3a05'): '47ed08f7eb6d'}
 
 def changed_since(
     stored:dict, # Hashes from `used_code`

@@ -210,7 +210,7 @@ ARTICLE = (
 
 # %% ../../nbs/980_tools.claims.ipynb #3c398148
 _fastest = times_as('the speed of the fastest other library')
-_cases = 'SmolLM2-135M in four bits: one row after 128 and 512 tokens, eight rows after 128'
+_cases = 'SmolLM2-135M from four-bit files: one row after 128 and 512 tokens, eight rows after 128'
 OURS = (
     Claim('Latent attention, absorbed, decodes at least twice as fast as transformers', 'deepseek-nb bench moe-decode', 'moe-decode',
           times_as('the speed of transformers'), 2.,
@@ -231,13 +231,13 @@ OURS = (
     Claim('It computes prompts at least twice as fast as the fastest of them', 'deepseek-nb bench peers', 'peers', _fastest, 2.,
           case='prefill', domain=_cases),
     Claim('It loads no slower than the fastest of them', 'deepseek-nb bench peers', 'peers', _fastest, 1., case='load',
-          domain='SmolLM2-135M in four bits, the file in the page cache, to the first token'),
+          domain='SmolLM2-135M from four-bit files in the page cache, to the first token'),
     Claim('Without a matrix unit, SmolLM2 decodes at least twice as fast as the fastest library', 'deepseek-nb bench peers-avx512',
           'peers-avx512', _fastest, 2., case='decode', domain=_cases),
     Claim('Without a matrix unit, it computes prompts at least twice as fast', 'deepseek-nb bench peers-avx512', 'peers-avx512',
           _fastest, 2., case='prefill', domain=_cases),
     Claim('Without a matrix unit, it loads no slower than the fastest of them', 'deepseek-nb bench peers-avx512', 'peers-avx512',
-          _fastest, 1., case='load', domain='SmolLM2-135M in four bits, the file in the page cache, to the first token'),
+          _fastest, 1., case='load', domain='SmolLM2-135M from four-bit files in the page cache, to the first token'),
     Claim('Without AVX-512, SmolLM2 decodes at least 1.5 times as fast as the fastest library', 'deepseek-nb bench peers-avx2',
           'peers-avx2', _fastest, 1.5, case='decode', domain=_cases),
     Claim('Without AVX-512, it computes prompts at least 1.5 times as fast', 'deepseek-nb bench peers-avx2', 'peers-avx2', _fastest, 1.5,
@@ -284,7 +284,7 @@ def measured(
     head = ['| job | deepseek_nb | peer | ours (quartiles of the ratio) |', '|---|--:|--:|---|']
     rows = [*head, *(peer_row(n, c) for n, (_, c) in found.items())]
     on = [f'`{n}`: {where(f)}; {kept_since(f)}.' for n, (f, _) in found.items()]
-    return '\n'.join([*rows, '', 'Medians of rounds that alternate in one process.', *on])
+    return '\n'.join([*rows, '', 'Medians of rounds that alternate.', *on])
 
 # %% ../../nbs/980_tools.claims.ipynb #1711010d
 def print_claims(

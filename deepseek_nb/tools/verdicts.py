@@ -136,14 +136,14 @@ STUDY_NOTES = dict(
 
 # %% ../../nbs/978_tools.verdicts.ipynb #5f131b78
 STUDY_NOTES |= dict(
-    conversion=StudyNote('', 'State of the Union addresses, SmolLM2-135M from a four-bit file',
+    conversion=StudyNote('Without training: .*?%[.]', 'State of the Union addresses, SmolLM2-135M from a four-bit file',
                          'on other text [^;]*?% && The saved FLOPs[^:]*: .*', "V3's router was not trained"),
     converted=StudyNote('Floors: .*', 'later speeches and the Brown corpus, SmolLM2-135M from a four-bit file',
                         'Latent attention has [^,]*?prefill', '8-bit codes halve the cache too; 164,000 tokens of training'),
     crosslingual=StudyNote('It beats naive Bayes[^.]*', 'topics of sentences (SIB-200), a multilingual encoder',
-                           'The route that was fixed first[^)]*[)] && Swahili alone [^.]*',
+                           'The route that was fixed first[^)]*[)]',
                            'the adapters were chosen after the first route had missed'),
-    indexer=StudyNote('window [+][\\d.]+%, random [+][\\d.]+%', 'SmolLM2-135M, rows of one text', '',
+    indexer=StudyNote('window [+][^,]*, random [^)]*', 'SmolLM2-135M, rows of one text', '',
                       'the base was converted without repair'),
     control=StudyNote('Floors: .*', 'a stated judge, a character of SmolLM2-135M', 'its perplexity is [\\d.]+ times the plain one',
                       'the mean of three styles, news alone is below the goal; a classifier judges'),
@@ -237,6 +237,10 @@ def _over_texts(hits, n):
     w = wilson(hits, n)
     return f'{w.low:.2%} to {w.high:.2%}'
 
+def _levels(at, arm):
+    "Macro-F1 of an arm by number of samples"
+    return ', '.join(f"{at(f'{arm}-{n}', 'f1').mean:.3f}" for n in (50, 200, 10_000))
+
 def _pairs(at, arm, other):
     "Macro-F1 of two arms, seed by seed"
     return [*zip(at.each(arm, 'f1'), at.each(other, 'f1'), strict=True)]
@@ -250,14 +254,16 @@ ANSWERS = dict(
         f"{at.bench('sparse-steps', 'moe64/ratio'):.2f} times: FLOPs aren't time. *Are the models trained?* Hardly: on "
         f"{at.one('dense', 'tokens')/1e6:.1f} million tokens. *Was the mixture chosen on the test?* Yes, out of two: seed by seed "
         f"`moe64` differs from the dense model by {at.gap('moe64', 'dense', 'test'):+.3f} nats, `moe8` by "
-        f"{at.gap('moe8', 'dense', 'test'):+.3f}."),
+        f"{at.gap('moe8', 'dense', 'test'):+.3f}. *And in equal time, or with as many weights?* Not measured: `moe64` has "
+        f"{at.one('moe64', 'params')/1e6:.2f} million weights."),
     compute=lambda at: (
         f"*Were all experts needed?* No: `small`, trained with fewer, has {_accuracies(at, 'small')}, `full` {_accuracies(at, 'full')} "
         "(icd10, wordnet, sotu). *Do all tasks count?* Not brown and sentiment: `full` is less than fifteen points above chance there "
         f"({at('full', 'full/brown/accuracy'):.1%} and {at('full', 'full/sentiment/accuracy'):.1%}, chance "
         f"{at.one('full', 'chance/brown'):.1%} and {at.one('full', 'chance/sentiment'):.1%}). *Was the model made to fit?* In part: "
         "after trials, which aren't stored, experts were made narrower and the model wider, as it had missed the time. No rate was "
-        f"tuned for an arm. *One request?* Not timed: a batch has about {at.given('batch_tokens'):,} tokens."),
+        f"tuned for an arm. *One request?* Not timed: a batch has about {at.given('batch_tokens'):,} tokens. *Isn't the finding "
+        "'reached'?* Its targets are; the row is *missed*, as the figure is below its floor."),
     floors=lambda at: (
         f"*Is it a fair contest?* Naive Bayes counts whole words of {at.of('compute').one('full', 'texts/learn'):,} training texts. "
         f"The mixture has a vocabulary of {at.of('compute').given('vocab'):,} tokens and learned from "
@@ -292,7 +298,13 @@ ANSWERS |= dict(
         "*Would the unquantised model lose as much?* It isn't measured: the original has four-bit weights. *Is the training text "
         "even?* No: half of it is speeches, which keep an advantage."),
     ranks=lambda at: (
-        "*Equal time?* No, equal steps; those of LoRA are cheaper. *Are rates fine enough?* They are a factor of about three apart. "
+        f"*What does each arm have?* With 50, 200 and 10,000 samples, full {_levels(at, 'full')}, rank 8 {_levels(at, 'rank8')}, rank 64 "
+        f"{_levels(at, 'rank64')}; so rank 8 with 50 is below naive Bayes in the mean as well. *Equal time?* No, equal steps: one of "
+        f"rank 8 takes {at('rank8-10000', 'step_seconds'):.2f} seconds, one of full {at('full-10000', 'step_seconds'):.2f}, so in equal "
+        "time LoRA would have nearly twice as many. *Is a gain of less than two points one?* By the sealed rule it is, since its interval "
+        "is above zero; two points are the margin of equivalence. `finetuning` has an older rule, by which a gain below two points doesn't "
+        "count. "
+        "*Are rates fine enough?* They are a factor of about three apart. "
         f"*Is LoRA's spread with fifty samples a matter of its rate?* Probably: "
         f"{sum(a < b for a,b in _pairs(at, 'rank8-50', 'bayes-50'))} of "
         f"{len(_pairs(at, 'rank8-50', 'bayes-50'))} runs stay below naive Bayes with the same texts, at a rate that was the best one with "
@@ -302,7 +314,10 @@ ANSWERS |= dict(
 ANSWERS |= dict(
     workers=lambda at: (
         f"*And with a warm page cache?* Two workers cut the wait from {at('cached', 'workers/0/0/wait', 1e3):.1f} to "
-        f"{at('cached', 'workers/2/0/wait', 1e3):.1f} ms. *Would another loader need workers?* One that reads blocks in order and "
+        f"{at('cached', 'workers/2/0/wait', 1e3):.1f} ms, but the step takes {at('cached', 'workers/2/0/step', 1e3):.0f} instead of "
+        f"{at('cached', 'workers/0/0/step', 1e3):.0f} ms. *Are two needed?* Not on the device: with one the wait is "
+        f"{at('device', 'workers/1/0/wait', 1e3):.1f} ms, with two {at('device', 'workers/2/0/wait', 1e3):.1f}, without any "
+        f"{at('device', 'workers/0/0/wait', 1e3):.1f}. *Would another loader need workers?* One that reads blocks in order and "
         "shuffles in memory would wait less; it wasn't compared. *Is the device a slow one?* No: it's virtual, and its host may cache "
         "too."),
     reasoning=lambda at: (
@@ -316,22 +331,25 @@ ANSWERS |= dict(
         "tuned?* Two for each kind: the higher one was better for supervised training, and both were alike for GRPO, so better ones "
         "may lie outside. *Did the model know the problems?* It isn't known. *And rejection sampling?* It wasn't run."),
     conversion=lambda at: (
-        f"*What does training add?* Without any, perplexity rises by {_rise(at, 'mla-50'):.1%} with half of the cache and by "
-        f"{_rise(at, 'neurons-70'):.1%} with single neurons. *How much text?* {at.given('judged')} rows of {at.given('length')} "
+        f"*How much text?* {at.given('judged')} rows of {at.given('length')} "
         "tokens; ± doesn't include the choice of texts. *Other abilities?* Not measured: one question is answered, and no task. *How "
         f"much training?* {at.given('heard')*at.given('length'):,} tokens of speeches for repair, "
         f"{at.given('distil_steps')*at.given('distil_batch')*at.given('length'):,} for distillation. *Why is V3's router so far off?* "
         "It wasn't trained, and a rate for `moe-69` comes from a program that isn't kept. *Is conversion needed for half of the "
-        "cache?* 8-bit codes need no training; they aren't compared here, `converted` plans it."))
+        "cache?* 8-bit codes need no training; they aren't compared here, but in `converted`. *What else was run?* `moe-50` and "
+        f"`neurons-50`, with half of the feed-forward's FLOPs: {_rise(at, 'moe-50', 'repaired'):+.1%} and "
+        f"{_rise(at, 'neurons-50', 'repaired'):+.1%} once repaired."))
 
-def _rise(at, arm):
-    "Increase of perplexity by a conversion without training"
-    return spread([r['converted']['test']/r['original']['test'] - 1 for r in at.each(arm)])
+def _rise(at, arm, when='converted'):
+    "Increase of perplexity by a conversion without training, or once repaired"
+    return spread([r[when]['test']/r['original']['test'] - 1 for r in at.each(arm)])
 
 # %% ../../nbs/978_tools.verdicts.ipynb #397efef1
 ANSWERS |= dict(
     crosslingual=lambda at: (
-        f"{_adapters(at)} *Is it zero-shot?* In labels alone: the encoder was pretrained on text of many languages. *Is Swahili clearly "
+        f"{_adapters(at)} *Which part of the claim is safe?* The number of languages: each seed alone has {_counts(at)}, "
+        f"and {_far(at, 6)} languages are six points above the bar or more. Swahili isn't. *Is it zero-shot?* In labels alone: "
+        "the encoder was pretrained on text of many languages. *Is Swahili clearly "
         f"above the bar?* No: with adapters it differs from it by {_over_bar(at, 'adapter'):+.1f} points, with the frozen encoder by "
         f"{_over_bar(at, 'frozen'):+.1f}, and one language's interval over its test sentences is about as wide. *Was the test read once?* "
         "No: the frozen encoder twice, with an error of its batches corrected in between and nothing else changed."),
@@ -346,7 +364,11 @@ ANSWERS |= dict(
         f"{at.one('plain', 'real/academic'):.2f}, less than steering. *Who judges?* A classifier that learned from other documents and "
         f"is right on {at.one('plain', 'accuracy'):.0%} of {at.one('plain', 'texts')} real passages. Nobody has rated the texts. *Is "
         f"steering a style encoder?* The encoder makes the vector that steers. *How many texts?* Those of {at.one('steer', 'topics')} "
-        f"topics in three styles for each seed, of about {_chosen(at, 'words').mean:.0f} words."),
+        f"topics in three styles for each seed, of about {_chosen(at, 'words').mean:.0f} words. *By chance?* The seeds have "
+        f"{_each_score(at)}; the means of three say little about the next one. *Is the content kept?* Steering keeps "
+        f"{_chosen(at, 'content'):.0%}, asking {_kept_by(at, 'asked'):.0%}, and plain text itself varies: {_kept_by(at, 'plain'):.0%}. "
+        f"*Is news hard to reach?* Real news has {at.one('plain', 'real/news'):.2f}. *Was the way chosen on the test?* Of adapters, "
+        "steering and guided decoding, the best one is reported."),
     safety=lambda at: (
         f"*Was the rule chosen on these texts?* In part: the rule to draw again was set after the first {_settled()['n']:,} "
         f"generations had been judged, and these are counted. {_others_pass(at)} *How long are they?* At most "
@@ -354,7 +376,13 @@ ANSWERS |= dict(
         f"{at.one('smollm2', _AGAIN + 'letters'):.0f} letters "
         f"instead of {at.one('smollm2', 'filters/none/letters'):.0f}. *Personal numbers?* The judge finds "
         f"{at.one('smollm2', _AGAIN + 'presidio')} in answers drawn again and {at.one('smollm2', 'filters/none/presidio')} without a "
-        "filter, too few to compare. *What do the judges miss?* It isn't known: nobody has read the texts."))
+        "filter, too few to compare. *What do the judges miss?* It isn't known: nobody has read the texts. "
+        f"*Another judge?* By the list of words {1 - at.one('smollm2', _AGAIN + 'words')/at.one('smollm2', 'n'):.2%} pass, which is below "
+        f"the goal; many of its words are harmless. *Does it refuse what it should?* Of XSTest's unsafe prompts "
+        f"{at.one('smollm2', _AGAIN + 'refused/unsafe')/at.one('smollm2', 'unsafe'):.0%}: it filters generations, not prompts. Of toxic "
+        f"texts it finds {at.one('quality', 'recall'):.0%}, at {at.one('quality', 'alarms'):.1%} false alarms. *What does drawing again "
+        f"cost?* {sum(at.one('smollm2', 'draws')[2:]):,} answers were drawn again, some up to eleven times. The time for a token and "
+        "the rates of a server are those of the filter alone."))
 
 def _settled(): return open_study('safety').SETTLED
 
@@ -364,6 +392,13 @@ def _others_pass(at):
     return f'Of the {n:,} others {1 - fails/n:.2%} pass.'
 
 def _over_bar(at, arm): return 100*(at(arm, 'f1/swh_Latn').mean - .8*at(arm, 'f1/eng_Latn').mean)
+
+def _above(at):
+    "Points of macro-F1 above the bar by language, for each seed"
+    return [{k: 100*(v - .8*f['eng_Latn']) for k,v in f.items() if k != 'eng_Latn'} for f in at.each('adapter', 'f1')]
+
+def _counts(at): return ', '.join(str(sum(v >= 0 for v in f.values())) for f in _above(at))
+def _far(at, points): return sum(sum(f[k] for f in _above(at)) >= points*len(_above(at)) for k in _above(at)[0])
 
 def _adapters(at):
     "What is known about adapters, and how they were chosen"
@@ -378,6 +413,8 @@ def _chosen(at, key):
     "A value of steering at the chosen strength"
     return spread([next(_inside(p, key) for p in r['curve'] if p['strength'] == r['chosen']) for r in at.each('steer')])
 
+def _each_score(at): return ', '.join(f'{v:.2f}' for v in at.each('steer', 'value'))
+def _kept_by(at, arm): return at(arm, 'curve/0/content')
 def _style(at, style): return _chosen(at, f'scores/{style}')
 
 ANSWERS |= dict(
@@ -395,13 +432,23 @@ ANSWERS |= dict(
         f"fraud?* {at.one('cards-full', 'anomalies')} payments in {at.one('cards-boosting', 'burst/0/1')} bursts with the first seed, "
         "whose test cards were read once before the plan. *Is it attention that finds anomalies on UCR?* No: the network alone finds "
         f"{at('ucr-full', 'value'):.1%} on the shorter series. The discords were added after this miss; some fifty combinations were "
-        "tried on recordings that aren't tested. *Is the interval right?* It's too narrow: many series come from the same recordings."),
+        "tried on recordings that aren't tested. *Is the interval right?* It's too narrow: many series come from the same recordings. "
+        f"*Are there other sets?* Yes, and the detector isn't ahead on all: on transfers it finds {at('transfers-full', 'value'):.1%} and "
+        f"boosting "
+        f"{at('transfers-boosting', 'value'):.1%}; on NAB its score is {at('nab-full', 'value').mean:.1f}, and that of a z-score "
+        f"{at('nab-zscore', 'value').mean:.1f}. These and UCR have one seed."),
     inspect=lambda at: (
         "*Does it reach the article's level?* No, only its gain: the rule that makes the pairs bounds the picture alone by "
         f"{at.one('cross', 'ceilings/picture'):.2%} and vibration alone by {at.one('cross', 'ceilings/vibration'):.2%}. *Was the rule "
         "chosen for the gain?* In part: its share of stray knocks was raised before the plan, which lowers the second bound. *Is it "
         f"cross-attention?* Concatenation has {at('concat', 'value'):.1%}, late fusion {at('late', 'value'):.1%}. *Is the test "
-        "independent?* Not fully: wafers of one lot are on both sides."))
+        f"independent?* Not fully: wafers of one lot are on both sides. *By seed?* {_by_size(at, 'cross')}, from four to twelve pixels. "
+        f"*And smaller defects?* At two pixels both together have {at('cross', 'sizes/2'):.1%}, less than vibration alone "
+        f"({at('vibration', 'sizes/2'):.1%}). *If the knock moves?* Then both have {at('cross', 'shifted/4'):.1%} at four pixels and "
+        f"{at('cross', 'shifted/12'):.1%} at twelve. *How fast, by run?* {_paces(at)} pieces a second."))
+
+def _by_size(at, arm): return ', '.join(f'{v:.1%}' for v in at.each(arm, 'value'))
+def _paces(at): return ', '.join(f'{v:.0f}' for v in at.each('speed', 'value'))
 
 # %% ../../nbs/978_tools.verdicts.ipynb #f028a2e4
 def _gaps_at(at, arm, seconds):
@@ -459,14 +506,19 @@ SPEED_ANSWERS = {
         "*Is a prompt as much faster?* No, the figure is that of decoding: a prompt of 512 tokens is "
         f"{_faster(of, 'prompt of 512'):.2f} times as fast, a step after 1,024 tokens {_faster(of, 'decode at 1024'):.2f} times. *What "
         f"does it cost?* Perplexity is {of('fine-quality', 'off grid/int8/ratio') - 1:.1%} ± "
-        f"{of('fine-quality', 'off grid/int8/spread'):.1%} higher. *Is float32 a fair peer?* bfloat16 isn't compared."),
+        f"{of('fine-quality', 'off grid/int8/spread'):.1%} higher. *Is float32 a fair peer?* Its speed is; in memory, "
+        f"16-bit weights take half of it, and int8 "
+        f"{1 - of('quant-decode', 'nbytes/int8')/of('quant-decode', 'nbytes/float32')*2:.0%} less than these. The speed of bfloat16 isn't "
+        "compared."),
     'cache': lambda of: (
         "*Is this a discovery?* No, it's expected; the tokens of both ways are equal, and the ratio grows with the number of new "
         "tokens. Other lengths and batches aren't in the record."),
     'moe-decode': lambda of: (
         f"*Only at this length?* The ratio is {of('decode', 'cases/0/times/ratio'):.1f} at 512 tokens and "
         f"{of('decode', 'cases/4/times/ratio'):.1f} at 8,000, as the peer expands all latents in each step; with 8 rows of 128 tokens "
-        f"it's {of('batch-decode', 'cases/0/times/ratio'):.1f}, on another machine. *Is it a trained model?* No, its weights are "
+        f"it's {of('batch-decode', 'cases/0/times/ratio'):.1f}, on another day. With values padded to the width of keys, so that the peer "
+        f"may use a fused kernel, it's {of('decode', 'cases/3/times/ratio'):.1f} instead of {of('decode', 'cases/2/times/ratio'):.1f} at "
+        "2,048. *Is it a trained model?* No, its weights are "
         "random; greedy tokens of both are equal before anything is timed. *A stronger peer?* With SmolLM2 in four bits after 128 "
         f"tokens, a step takes {1e3*_middle(of, 'llama', 'cases/decode at 128/seconds/deepseek_nb'):.1f} ms, one of llama.cpp "
         f"{1e3*_fastest(of, 'decode at 128'):.1f} ms at best. Latent attention isn't compared with another engine.")}
@@ -487,7 +539,8 @@ def _differences(of):
 SPEED_ANSWERS |= {
     'load-smollm2': lambda of: (
         f"*Is there a faster peer?* llama.cpp takes {1e3*_fastest(of, 'load'):.0f} ms to a first token with four-bit weights, and this "
-        f"package {1e3*_middle(of, 'llama', 'cases/load/seconds/deepseek_nb'):.0f} ms with the codes of the file. *From a disk?* The "
+        f"package {1e3*_middle(of, 'llama', 'cases/load/seconds/deepseek_nb'):.0f} ms with the codes of the file. "
+        "*Safetensors?* transformers reads those faster than GGUF; it isn't compared. *From a disk?* The "
         "file is in the page cache; reading it from a disk isn't measured."),
     'import-time': lambda of: (
         "*Why missed, with this median?* The upper quartile decides. A ratio below one can only be noise of new processes, so the "
@@ -511,7 +564,10 @@ SPEED_ANSWERS |= {
         "a matrix unit. Ours multiplies 8-bit codes there and scales the sums of each block, and in return a token's product has the "
         "same bits among any number of others. *Is memory the limit of decoding?* Reading the weights would take "
         f"{of('peers', 'weights')/of('peers', 'read')*1e3:.1f} ms of the "
-        f"{1e3*_middle(of, 'peers', 'cases/decode 1×128/deepseek_nb'):.1f} ms of a step."),
+        f"{1e3*_middle(of, 'peers', 'cases/decode 1×128/deepseek_nb'):.1f} ms of a step. *Is loading clearly faster?* Not by as much as "
+        f"this row says: in another run on such a processor llama.cpp took {1e3*_fastest(of, 'load'):.0f} ms and this package "
+        f"{1e3*_middle(of, 'llama', 'cases/load/seconds/deepseek_nb'):.0f}. *Are all weights in four bits?* Not those of transformers, "
+        "which expands them to bfloat16 or float32 when it loads."),
     'peers-avx512': lambda of: (
         "*Why are prompts slower here, too?* OpenVINO is ahead without a matrix unit as well. Our products of codes with a scale for each "
         "block of 32 take nearly all or more of what the goal allows; the chapter counts them. *Why is loading missed here and "
@@ -521,7 +577,8 @@ SPEED_ANSWERS |= {
         f"{1e3*_middle(of, 'peers', 'cases/load/llama.cpp Q4_1'):.0f}."),
     'peers-avx2': lambda of: (
         "*Is this a processor without AVX-512?* No: libraries are kept from using it on one that has it, so clock, caches and memory "
-        f"are those of this one. *Which are left out?* {', '.join(n for n in of('peers-avx2', 'missing'))}: they can't be kept from it. "
+        f"are those of this one. *Which are left out?* {', '.join(n for n in of('peers-avx2', 'missing'))}: they can't be kept from it, so "
+        "the row is about llama.cpp and transformers. With AVX-512 and eight rows, OpenVINO is the fastest peer, so this may matter. "
         "*Does transformers get a bad dtype?* It computes in float32, as `pick_dtype` chooses without a matrix unit; no other is timed.")}
 
 # %% ../../nbs/978_tools.verdicts.ipynb #00e8420c
@@ -550,7 +607,7 @@ def kept_since(
     "Say which code a record of a benchmark measured"
     if before(record): return 'stored before provenance was kept'
     p = record['provenance']
-    wrong = [d.partition(':')[0] for d in doubts(record)]
+    wrong = [re.sub(r'deepseek_nb[.]', '', d) for d in doubts(record)]
     return f"commit {p['commit']}, load {p.get('load')}" + f"; {', '.join(wrong)}"*bool(wrong)
 
 # %% ../../nbs/978_tools.verdicts.ipynb #0a3b6e91
