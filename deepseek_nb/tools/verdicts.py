@@ -234,6 +234,7 @@ def study_row(
     done,command = runs(name, Path(folder)/'evidence'),f'`deepseek-nb evidence {name}`'
     if not done: return ClaimRow('not measured', claim, command=command)
     about,said = STUDY_NOTES[name],open_study(name).finding(done)
+    if said.startswith('Not run yet'): return ClaimRow('not measured', claim, cost=left_runs(name, done), command=command)
     verdict,shown = word(said),[o for o in bold(said) if o not in ('reached', 'missed', 'refuted')]
     worse = [phrase(p, said) for p in about.worse.split(' && ')]
     cost = '; '.join(o for o in (runs_cost(done), *worse, about.note, left_runs(name, done)) if o)
