@@ -133,7 +133,15 @@ CONTRADICTIONS = [
     ('llama', dict(vocab_size=0), ['vocab_size', 'positive']),
     ('llama', dict(num_attention_heads=0), ['num_attention_heads', 'positive']),
     ('llama', dict(num_hidden_layers='2'), ['num_hidden_layers', 'positive']),
-    ('llama', dict(rope_scaling=dict(type='longrope', factor=2.)), ["rope scaling 'longrope'", 'yarn'])]
+    ('llama', dict(rope_scaling=dict(type='longrope', factor=2.)), ["rope scaling 'longrope'", 'yarn']),
+    ('llama', dict(rope_theta=-1, rope_parameters=None), ['rope_theta is -1', 'positive']),
+    ('llama', dict(rope_theta='b', rope_parameters=None, rope_scaling=dict(type='yarn', factor='a')), ["rope_theta is 'b'"]),
+    ('v3', dict(rope_scaling=dict(type='yarn', factor='a'), rope_parameters=None), ["factor is 'a'"]),
+    ('v3', dict(moe_layer_freq=0), ['moe_layer_freq is 0', 'at least 1']),
+    ('v3', dict(n_shared_experts=-1), ['n_shared_experts is -1', 'at least 0']),
+    ('v3', dict(quantization_config='fp8'), ["quantization_config is 'fp8'", 'object']),
+    ('v3', dict(engram=5), ['engram is 5', 'object']),
+    ('llama', dict(eos_token_id={}), ['eos_token_id is {}', 'integer'])]
 
 
 @pytest.mark.parametrize('name,change,words', CONTRADICTIONS, ids=[','.join(c) for _, c, _ in CONTRADICTIONS])
@@ -292,6 +300,15 @@ def test_wrong_shapes_of_tokens_masks_and_caches(model):
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
     for mask in ([[1, 1, 0], [1, 1, 1]], [[1, 0, 1], [1, 1, 1]], [[0, 0, 0], [1, 1, 1]]):
         refuses(ValueError, lambda mask=mask: model(ids, attention_mask=torch.tensor(mask)), 'attention_mask', 'left')
+    for mask in (torch.ones(2, 4), torch.ones(1, 3), torch.ones(2, 2), torch.ones(2), torch.ones(2, 3, 1)):
+        refuses(ValueError, lambda mask=mask: model(ids, attention_mask=mask), tuple(mask.shape), '(2, 3)')
+        refuses(ValueError, lambda mask=mask: model(ids, model.new_cache(2), attention_mask=mask), tuple(mask.shape))
+    cache = model.new_cache(2)
+    model(ids, cache, attention_mask=(mask := torch.tensor([[0, 1, 1], [1, 1, 1]])))
+    # the mask of all tokens so far, as in transformers
+    long = model(ids[:, :1], cache, attention_mask=torch.cat([mask, torch.ones(2, 1)], 1))
+    assert long.isfinite().all()
+    refuses(ValueError, lambda: model(ids, logits_to_keep=-1), 'logits_to_keep', '-1')
     refuses(ValueError, lambda: model(ids, model.new_cache(1)), 'cache has 1 rows, tokens have 2')
     refuses(ValueError, lambda: model.new_cache(1).rewind(1), 'cannot rewind 1', 'holds 0')
     refuses(ValueError, lambda: stream_text(model, None, ids), 'batch of 2')
@@ -303,6 +320,39 @@ def test_unknown_dtype_and_device(made, says):
     says('generate', 'x', '--model', made['llama'], '--dtype', 'int3', words=['int3', 'float32', 'int8'])
     refuses(ValueError, lambda: Model.from_pretrained(made['llama'], dtype='float99'), 'float99', 'bfloat16')
     if not torch.cuda.is_available(): says('generate', 'x', '--model', made['llama'], '--device', 'cuda', words=['cuda', 'not available'])
+    says('generate', 'x', '--model', made['llama'], '--device', 'banana', words=["'banana'", 'unknown', 'cpu'])
+
+
+def _without(key): return lambda d: d['model'].pop(key)
+
+
+TOKENIZERS = dict(merges=_without('merges'), vocab=_without('vocab'), content=lambda d: d['added_tokens'][0].pop('content'),
+                  merge=lambda d: d['model']['merges'].append('no such'), kind=lambda d: d.update(pre_tokenizer=dict(type='Mystery')),
+                  model=lambda d: d.update(added_tokens={'a': 1}), lists=lambda d: d['model'].update(vocab=[1, 2]))
+
+
+@pytest.mark.parametrize('how', TOKENIZERS)
+def test_corrupt_tokenizers(how, folder, says):
+    f = folder('llama')
+    d = json.loads((f/'tokenizer.json').read_text())
+    TOKENIZERS[how](d)
+    (f/'tokenizer.json').write_text(json.dumps(d))
+    refuses(ValueError, lambda: Tokenizer.from_pretrained(f), f, 'corrupt tokenizer')
+    says('generate', 'x', '--model', f, words=[f, 'corrupt tokenizer', 'download it again'])
+
+
+def test_corrupt_files_beside_a_tokenizer(folder, says):
+    f = folder('llama')
+    (f/'chat_template.jinja').write_bytes(b'\xff\xfe')
+    refuses(ValueError, lambda: Tokenizer.from_pretrained(f), f, 'corrupt tokenizer')
+    (f/'chat_template.jinja').unlink()
+    (f/'generation_config.json').write_text('{"eos_token_id": "x"}')
+    refuses(ValueError, lambda: Tokenizer.from_pretrained(f), f, "eos_token_id is 'x'", 'integer')
+
+
+def test_text_that_is_no_text(made):
+    tok = Tokenizer.from_pretrained(made['llama'])
+    for text in ('\ud800', 'a\udc80b', b'x', [1]): refuses(ValueError, lambda text=text: tok.encode(text), 'no text', 'UTF-8')
 
 
 # Templates, network, downloads, through the command line

@@ -406,6 +406,8 @@ def hidden(self:Model,
     check_tokens(tokens, self.config, not decodes(tokens, cache))
     check_documents(documents, tokens, cache, attention_mask, self.config)
     b,s = tokens.shape
+    if attention_mask is not None and attention_mask.shape not in ((b, s), (b, s + len(cache or ()))):
+        raise ValueError(f'attention_mask has shape {tuple(attention_mask.shape)}, tokens {(b, s)}; give 0 or 1 for each token')
     pad = left_pad(attention_mask) if attention_mask is not None else None
     if cache is not None: pad = make_room(cache, self, b, s, pad)
     x,n = self.embed_tokens(tokens),self.config.hc_mult
@@ -423,6 +425,7 @@ def forward(self:Model,
     mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
 )->Tensor: # Logits `b s w`, float32
     "Logits of the next token at each position"
+    if logits_to_keep < 0: raise ValueError(f'logits_to_keep is {logits_to_keep}; give a number of last positions, or 0 for all')
     x = self.hidden(tokens, cache, attention_mask, mla=mla)[:, -logits_to_keep:]
     return head(x, self.head_weight)
 

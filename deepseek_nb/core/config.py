@@ -54,6 +54,8 @@ def rope_from_hf(
     theta = p.get('rope_theta') or d.get('rope_theta') or 10000.
     kw = {} if kind=='default' else {ours: s[hf] for ours,hf in _ROPE_KEYS.items() if s.get(hf) is not None}
     if kind in ('yarn', 'llama3'): kw.setdefault('original_positions', d.get('max_position_embeddings', 0))
+    if bad := [(k, v) for k,v in (dict(rope_theta=theta) | kw).items() if not isinstance(v, int | float) or k == 'rope_theta' and v <= 0]:
+        raise ValueError(f'config.json: {_ROPE_KEYS.get(bad[0][0], bad[0][0])} is {bad[0][1]!r}; it must be a positive number')
     return Rope(theta=theta, interleaved=d.get('rope_interleave', interleaved), kind=None if kind=='default' else kind, **kw)
 
 # %% ../../nbs/010_core.config.ipynb #91d634e8
@@ -277,6 +279,8 @@ def check_sizes(
     if miss := [k for k in need if d.get(k) is None]: raise ValueError(f"config.json: {', '.join(miss)} missing; add it")
     if bad := [k for k in need if not isinstance(d[k], int) or d[k] < 1]:
         raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be a positive integer')
+    if bad := [(k, n) for k,n in dict(moe_layer_freq=1, n_shared_experts=0).items() if isinstance(d.get(k), int) and d[k] < n]:
+        raise ValueError(f'config.json: {bad[0][0]} is {d[bad[0][0]]}; it must be at least {bad[0][1]}')
 
 # %% ../../nbs/010_core.config.ipynb #1f2a7611
 def check_supported(
@@ -288,6 +292,8 @@ def check_supported(
     if d['model_type'] == 'glm4_moe' and (d.get('partial_rotary_factor', .5) != 1 or d.get('use_qk_norm')):
         raise ValueError('config.json: glm4_moe is supported only with partial_rotary_factor 1 and without use_qk_norm')
     if d['model_type'] == 'deepseek_v32': _check_layers(d)
+    if bad := [k for k in ('quantization_config', 'engram') if not isinstance(d.get(k) or {}, dict)]:
+        raise ValueError(f'config.json: {bad[0]} is {d[bad[0]]!r}; it must be an object or null')
     if d.get('use_sliding_window'): raise ValueError('config.json: use_sliding_window is not supported; set it to false')
     if not isinstance(method, str) or method not in _ROUTERS:
         raise ValueError(f"config.json: topk_method {method!r} is not one of {', '.join(_ROUTERS)}")
@@ -370,6 +376,7 @@ def from_hf(cls:Config,
     kw |= _v4_fields(d) if f.v4 else dict(rope=rope_from_hf(d, interleaved=f.mla))
     eos = d.get('eos_token_id')
     kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if not all(isinstance(i, int) for i in kw['eos_ids']): raise ValueError(f'config.json: eos_token_id is {eos!r}; it must be an integer')
     used = _CONSUMED | (_V4_KEYS if f.v4 else {'layer_types'} if mt == 'deepseek_v32' else set())
     kw['extra'] = {k:v for k,v in d.items() if k not in used}
     return cls(model_type=mt, **_with_defaults(d, kw))

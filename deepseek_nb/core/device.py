@@ -23,7 +23,8 @@ def pick_device(
     "Choose or check a device"
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device('cpu')
     if device is None: return best
-    device = torch.device(device)
+    try: device = torch.device(device)
+    except (RuntimeError, TypeError) as e: raise ValueError(f"device {device!r} is unknown; use '{best}'") from e
     if device.type in ('cpu', 'meta', best.type): return device
     raise ValueError(f"device {device} is not available; use 'cpu'" + f" or '{best}'"*(best.type!='cpu'))
 

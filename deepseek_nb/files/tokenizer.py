@@ -221,10 +221,13 @@ def encode(self:Tokenizer,
 @patch
 def _plain(self:Tokenizer, text):
     "Ids of text in which no control token is recognised"
-    if self._missing and len(raw := text.encode()) != len(raw.translate(None, self._missing)):
-        lost = ' '.join(f'{b:02x}' for b in sorted(set(raw) & set(self._missing)))
-        warnings.warn(f'this vocabulary has no token for the bytes {lost}, which are omitted', stacklevel=3)
-    return self.backend.encode(text, add_special_tokens=False).ids if text else []
+    try:
+        if self._missing and len(raw := text.encode()) != len(raw.translate(None, self._missing)):
+            lost = ' '.join(f'{b:02x}' for b in sorted(set(raw) & set(self._missing)))
+            warnings.warn(f'this vocabulary has no token for the bytes {lost}, which are omitted', stacklevel=3)
+        return self.backend.encode(text, add_special_tokens=False).ids if text else []
+    except (TypeError, UnicodeEncodeError) as e:
+        raise ValueError(f'{text[:40]!r} is no text that has tokens: give a str that can be written in UTF-8') from e
 
 # %% ../../nbs/210_files.tokenizer.ipynb #d101a76b
 @patch
@@ -356,6 +359,8 @@ def _eos_ids(folder, added, named):
     "Tokens that end a generation: those of generation_config.json and config.json, then the token with the role"
     listed = [_read(folder/name).get('eos_token_id') for name in ('generation_config.json', 'config.json')]
     ids = [i for ids in listed for i in (ids if isinstance(ids, list) else [ids])] + [added.get(named.get('eos_token'), {}).get('id')]
+    if bad := [i for i in ids if not isinstance(i, int | None)]:
+        raise ValueError(f'{folder}: eos_token_id is {bad[0]!r}; it must be an integer')
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 # %% ../../nbs/210_files.tokenizer.ipynb #8ae84067
@@ -384,4 +389,7 @@ def from_pretrained(cls:Tokenizer,
 )->Tokenizer: # Tokenizer of the model
     "Load the tokenizer of a model"
     path = fetch(path_or_name, weights=False)
-    return from_gguf(path) if path.is_file() else from_folder(path)
+    try: return from_gguf(path) if path.is_file() else from_folder(path)
+    except Exception as e: # the library of tokenizers raises nothing narrower
+        if isinstance(e, ValueError | OSError | ImportError) and not isinstance(e, UnicodeDecodeError): raise
+        raise ValueError(f'{path} has a corrupt tokenizer ({type(e).__name__}: {e}); download it again') from e
