@@ -290,7 +290,7 @@ def test_settings_give_adapters_to_every_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serving, 'load_served', load)
     monkeypatch.setattr(Server, 'run', lambda self, ready: seen.append(self.models))
     settings = serving.adapter_folders(f'law={folders["law"]},tax@second={folders["tax"]}')
-    serving.serve_models(['first', 'second'], ServerConfig(adapters=settings))
+    serving.serve_models(['first', 'second'], ServerConfig(port=0, adapters=settings))
     [models] = seen
     assert [(m.name, m.base) for m in all_served(models)] == [('first', None), ('second', None), ('law', 'first'), ('tax', 'second')]
     assert 'tax: an adapter of second' in capsys.readouterr().out
@@ -298,7 +298,7 @@ def test_settings_give_adapters_to_every_model(tmp_path, monkeypatch, capsys):
     assert found.engine is models['second'].engine and found.engine.adapters['tax'].folder.name == 'tax'
     assert [a.name for m in models.values() for a in m.engine.adapters] == ['law', 'tax']
     with pytest.raises(ValueError, match='name of another model or adapter'):
-        serving.serve_models(['first', 'second'], ServerConfig(adapters={'law': folders['law'], 'law@second': folders['tax']}))
+        serving.serve_models(['first', 'second'], ServerConfig(port=0, adapters={'law': folders['law'], 'law@second': folders['tax']}))
 
 
 def test_wrong_folders_are_named(base, tmp_path):

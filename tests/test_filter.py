@@ -197,10 +197,15 @@ def test_wrong_policies_say_what_is_wrong(tmp_path):
     wrong = [('[answers]\ncards = "mask"', "'cards' is no kind"), ('[prompts]\ncard = "hide"', "'hide' is no action"),
              ('a =', 'is no TOML'), ('[answer]\n', "'answer' is no setting"), ('locale = "fr"', "locale is 'fr'"),
              ('[answers]\ntoxic = "rewrite"', 'has no text for it'), ('secrets = [1]', 'secrets must be texts'),
-             ('[locales.us.prompt]', "'prompt' is no setting")]
+             ('[locales.us.prompt]', "'prompt' is no setting"), ('answers = 3', 'answers must be a dict'),
+             ('locales = 3', 'locales must be a dict'), ('locales = {us = 3}', '[locales]: us must be a dict'),
+             ('[locales.us]\nanswers = 3', '[locales.us]: answers must be a dict'),
+             ('secrets = "abc"', 'secrets must be a list'), ('secrets_file = 3', 'secrets_file must be a str')]
     for text, said in wrong:
         path.write_text(text)
         with pytest.raises(ValueError, match=re.escape(said)): read_policy(path)
+    path.write_bytes(b'\xff')
+    with pytest.raises(ValueError, match=f'^{path} is no TOML file'): read_policy(path)
     path.write_text('secrets = ["abc"]\n[answers]\nsecret = "mask"')
     with pytest.raises(ValueError, match='at least six letters'): load_filter(path)
 

@@ -1,5 +1,6 @@
 "What an operator decides, over both databases: internal addresses are refused unless they are named, and no copy is lost"
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -86,10 +87,15 @@ def test_the_files_and_the_options(tmp_path, monkeypatch):
     (tmp_path/'prices.toml').write_text('currency = "EUR"\n[places."*"]\nprompt = 1\ncompletion = 2\n')
     found = operator_settings(tmp_path, mlflow='file:///b')
     assert (found.internal, found.mlflow, found.prices.currency) == (('a.lan',), 'file:///b', 'EUR')
-    wrong = ('internal = [1', 'Unclosed'), ('mlflow = 7', 'mlflow must be a str'), ('secret = "x"', 'secret is no setting')
+    wrong = ('internal = [1', 'Unclosed'), ('mlflow = 7', 'mlflow must be a str'), ('secret = "x"', "'secret' is no setting")
     for text, said in wrong:
         (tmp_path/'platform.toml').write_text(text)
         with pytest.raises(ValueError, match=said): operator_settings(tmp_path)
+    (tmp_path/'platform.toml').unlink()
+    for text, said in ((b'a = = 3', 'is no TOML file'), (b'\xff', 'is no TOML file'), (b'place = 1', 'is no setting'),
+                       (b'places = 3', 'must be a dict'), (b'[places]\na = 3', 'must have prompt and completion')):
+        (tmp_path/'prices.toml').write_bytes(text)
+        with pytest.raises(ValueError, match=f'^{tmp_path}/prices.toml.*{said}'): operator_settings(tmp_path)
 
 
 def test_the_command_says_them(monkeypatch, tmp_path, capsys):
@@ -108,9 +114,28 @@ def test_the_command_says_them(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(start, 'ShadowServer', Server)
     (tmp_path/'p').mkdir()
     (tmp_path/'p/prices.toml').write_text('currency = "EUR"\n[places."*"]\nprompt = 1\ncompletion = 2\n')
-    with pytest.raises(Stopped): start.start_platform(tmp_path/'p', demo=False, internal=['hooks.lan'])
+    with pytest.raises(Stopped): start.start_platform(tmp_path/'p', port=0, demo=False, internal=['hooks.lan'])
     assert made[0].internal == ('hooks.lan',) and made[0].recorder.prices.currency == 'EUR'
-    with pytest.raises(ValueError, match='not public'): start.start_platform(tmp_path/'p', demo=False, mlflow='http://127.0.0.1:5000')
+    with pytest.raises(ValueError, match='not public'): start.start_platform(tmp_path/'p', port=0, demo=False, mlflow='http://127.0.0.1:5000')
+
+
+def test_a_platform_that_cannot_start_makes_nothing(tmp_path, capsys):
+    from deepseek_nb.tools.cli import main
+    (tmp_path/'bad').mkdir()
+    (tmp_path/'bad/platform.toml').write_text('a = = 3')
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        taken = other.getsockname()[1]
+        for options, said in {('--port', '99999'): 'port is 99999; it must be from 1 to 65535', ('--port', '-1'): 'port is -1',
+                              ('--port', str(taken)): f'port {taken}: Address already in use',
+                              ('--port', '0', '--url', 'nonsense'): 'nonsense: not a postgresql:// URL',
+                              ('--port', '0', '--url', 'postgresql//u:geheim@h/x'): 'postgresql//u:***@h/x: not a postgresql:// URL',
+                              ('--port', '0', '--host', 'no host'): 'host no host: '}.items():
+            assert main(['platform', str(tmp_path/'new'), '--no-demo', *options]) == 2
+            out, err = capsys.readouterr()
+            assert out == '' and err.startswith('deepseek-nb: ') and said in err and err.count('\n') == 1
+    assert main(['platform', str(tmp_path/'bad'), '--no-demo', '--port', '0']) == 2
+    assert f'{tmp_path}/bad/platform.toml is no TOML file' in capsys.readouterr().err
+    assert [p.name for p in tmp_path.rglob('*')] == ['bad', 'platform.toml']
 
 
 def test_runs_are_copied_in_order_and_none_twice(store, monkeypatch):  # noqa: F811

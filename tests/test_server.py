@@ -12,10 +12,13 @@ import warm
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.serve.app import Server, ServerConfig, key_digest
+from deepseek_nb.serve.app import Server, ServerConfig, check_address, key_digest
 from deepseek_nb.serve.chat import ServedModel
 from deepseek_nb.serve.drafts import RowDrafts
 from deepseek_nb.serve.engine import Engine
+from deepseek_nb.tools import serving
+from deepseek_nb.tools.cli import main
+from deepseek_nb.tools.serving import served_name
 
 openai = pytest.importorskip('openai')
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}\n"
@@ -260,6 +263,83 @@ def test_keys_and_limits():
         live.idle()
         assert client.chat.completions.create(model='mini', messages=HI, max_tokens=1).choices
     finally: live.stop()
+
+
+@pytest.mark.parametrize('digest', ['sk-ann', 3, 'schlüssel', '0'*63, 'A'*64, '0'*64 + '\n', '', None, int('1'*64)])
+def test_what_is_no_digest_is_refused(digest):
+    with pytest.raises(ValueError, match='^keys.ann must be 64 hexadecimal digits') as e: ServerConfig(keys=dict(ann=digest))
+    assert 'sk-ann' not in str(e.value)
+    if not digest: return
+    with pytest.raises(ValueError, match='^admin_key must be 64 hexadecimal digits'): ServerConfig(admin_key=digest)
+
+
+def test_models_of_one_name_are_refused():
+    tok = Tokenizer.from_pretrained('mini')
+    served = [ServedModel('mini', Engine(Model.from_pretrained('mini'), tok), tok) for _ in range(2)]
+    with pytest.raises(ValueError, match='two models have one name: mini, mini'): Server(served)
+
+
+def test_a_host_with_an_unused_family(monkeypatch):
+    "A name with addresses of two families may be listened at if one of them can"
+    found = [(socket.AF_INET, 1, 6, '', ('127.0.0.1', 0)), (socket.AF_INET, 1, 6, '', ('192.0.2.1', 0))]
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *args, **kw: found)
+    check_address('both', 0)
+    found.pop(0)
+    with pytest.raises(OSError, match='host both, port 0: Cannot assign requested address; choose'): check_address('both', 0)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    "Run `deepseek-nb serve`: no model is loaded, and one line on standard error says these words"
+    monkeypatch.setattr(serving, 'load_served', lambda *args, **kw: pytest.fail('a model is loaded'))
+    def run(*argv, words):
+        assert main(['serve', *map(str, argv)]) == 2
+        out, err = capsys.readouterr()
+        assert out == '' and err.startswith('deepseek-nb: ') and err.count('\n') == 1, err
+        for w in words: assert str(w) in err, (w, err)
+    return run
+
+
+@pytest.mark.parametrize('models', ['ra/model,rb/model', 'model,mini,other/model.gguf', 'mini,mini'])
+def test_two_models_of_one_name(refused, models):
+    refused(models, words=['would all be called', *[m for m in models.split(',') if served_name(m) != 'mini' or models == 'mini,mini']])
+
+
+def test_addresses_are_checked_before_models(refused, tmp_path):
+    for port in (99999, 65536, -1): refused('mini', '--port', port, words=[f'port is {port}; it must be from 1 to 65535'])
+    with socket.create_server(('127.0.0.1', 0)) as other:
+        port = other.getsockname()[1]
+        refused('mini', '--port', port, words=[f'host 127.0.0.1, port {port}: Address already in use'])
+    (file := tmp_path/'server.toml').write_text(f'host = "no host"\nkeys = {{ann = "{key_digest("a")}"}}')
+    refused('mini', '--config', file, words=['host no host: '])
+    (tmp_path/'p.toml').write_text('a = = 3')
+    refused('mini', '--policy', tmp_path/'p.toml', words=[f'{tmp_path}/p.toml is no TOML file'])
+
+
+@pytest.mark.parametrize('text, said', [
+    (b'a = = 3', ' is no TOML file: Invalid value (at line 1, column 5)'), (b'\xff\xfe', ' is no TOML file: '),
+    (b'models = "mini"', ": models is 'mini'; it must be of type list"), (b'models = 5', ': models is 5; it must be of type list'),
+    (b'models = [1]', ': models is [1]; each must be a name'), (b'models = [""]', ": models is ['']"),
+    (b'models = []', ': no model is named'), (b'max_row = 8', ": 'max_row' is no setting"),
+    (b'folder = 3', ': folder is 3; it must be of type str'), (b'max_rows = -1', ': max_rows is -1; it must be more than 0'),
+    (b'max_rows = true', ': max_rows is True; it must be of type int'), (b'memory = 0', ': memory is 0; it must be more than 0'),
+    (b'drain = -0.5', ': drain is -0.5; it must be at least 0'), (b'drain = nan', ': drain is nan'),
+    (b'keep_alive = 0.0', ': keep_alive is 0.0'), (b'port = -1', ': port is -1; it must be from 1'),
+    (b'keys = 3', ': keys is 3; it must be of type dict'),
+    (b'keys = {a = "sk-secret"}', ': keys.a must be 64 hexadecimal digits'), (b'keys = {a = 3}', ': keys.a must be'),
+    (b'admin_key = "root"', ': admin_key must be 64'), (b'adapters = {law = 3}', ': adapters.law is 3; it must be a folder')])
+def test_a_wrong_settings_file_is_named(refused, tmp_path, text, said):
+    (file := tmp_path/'server.toml').write_bytes(text)
+    refused('--config', file, words=[f'{file}{said}'])
+
+
+def test_options_and_settings_that_are_right(refused, tmp_path):
+    right = 'port = 0', 'stored = 0', 'drain = 0', 'max_waiting = 0', 'patience = 1', 'folder = "pages"', 'models = ["mini"]'
+    (file := tmp_path/'server.toml').write_text('\n'.join(right))
+    models, config, engine = serving.read_settings(file)
+    assert (models, config.port, config.patience, engine['folder'], engine['max_waiting']) == (['mini'], 0, 1, 'pages', 0)
+    refused('mini', '--max-rows', -1, words=['deepseek-nb: max_rows is -1; it must be more than 0'])
+    refused('mini', '--memory', -1, '--config', file, words=[f'{file} or an option: memory is -1'])
 
 
 SERVE = """

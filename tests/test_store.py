@@ -633,8 +633,10 @@ def test_a_server_that_is_not_there(tmp_path):
 
 
 def test_where_a_store_may_be(tmp_path):
-    for bad in ('mysql://x:geheim@y/z', 'sqlite:///x.db'):
+    for bad in ('mysql://x:geheim@y/z', 'sqlite:///x.db', 'nonsense', 'postgresql//x:geheim@y/z', 'postgresql://x:geheim@y:port/z',
+                'postgresql:', tmp_path/'new'):
         with pytest.raises(ValueError, match='postgresql://') as e: open_store(bad, folder=tmp_path)
         assert 'geheim' not in str(e.value)
+    assert not [*tmp_path.iterdir()]
     with pytest.raises(ValueError, match='folder='): open_store('postgresql://x@y/z')
     assert Path(open_store(str(tmp_path/'as text')).folder).name == 'as text'

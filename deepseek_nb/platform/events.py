@@ -15,7 +15,6 @@ import math
 import tempfile
 import threading
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -33,6 +32,7 @@ from ..eval.features import COORDINATES, HASH_BUCKETS, EmbeddingTable, RequestFe
 from ..eval.shares import bucket_quantile, log_bucket
 from .store import Store, events, lock_rows, open_store, texts, windows
 from ..serve.logs import user_hash
+from ..serve.policy import read_toml
 
 # %% ../../nbs/830_platform.events.ipynb #c8e8430b
 class RequestEvent(NamedTuple):
@@ -64,9 +64,10 @@ class Prices:
         path:str|Path, # TOML file: currency = "EUR", [places.assistant] prompt = 0.2, completion = 0.8
     )->'Prices':
         "Read prices from a file"
-        found = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+        found = read_toml(path, dict(currency=str, places=dict))
         for place,p in found.get('places', {}).items():
-            if {*p} != {'prompt', 'completion'} or not all(isinstance(v, int|float) and v >= 0 for v in p.values()):
+            good = isinstance(p, dict) and {*p} == {'prompt', 'completion'}
+            if not good or not all(isinstance(v, int|float) and v >= 0 for v in p.values()):
                 raise ValueError(f'{path}: [places.{place}] must have prompt and completion, prices of a million tokens of at least 0')
         return cls(found.get('currency', ''), found.get('places', {}))
 

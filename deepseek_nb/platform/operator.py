@@ -10,7 +10,6 @@ __all__ = ['OperatorSettings', 'operator_settings', 'mirror_ended', 'mirror_minu
 
 # %% ../../nbs/845_platform.operator.ipynb #64afa83e
 import threading
-import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from .monitor import Monitor, close_alert, mirror_window, open_alerts, raise_ale
 from .probes import ProbingMonitor
 from .runs import mirror_run
 from .store import Store
+from ..serve.policy import read_toml
 from ..serve.webhooks import checked_target
 
 # %% ../../nbs/845_platform.operator.ipynb #adbc17cb
@@ -52,11 +52,7 @@ def operator_settings(
 )->OperatorSettings:
     "Read the files of an operator"
     file,prices = Path(folder)/'platform.toml',Path(folder)/'prices.toml'
-    found = tomllib.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    kinds = dict(internal=list, mlflow=str, opentelemetry=bool)
-    for k,v in found.items():
-        if k not in kinds: raise ValueError(f'{file}: {k} is no setting; there are {", ".join(kinds)}')
-        if not isinstance(v, kinds[k]): raise ValueError(f'{file}: {k} must be a {kinds[k].__name__}, not {v!r:.60}')
+    found = read_toml(file, dict(internal=list, mlflow=str, opentelemetry=bool)) if file.exists() else {}
     found |= {k: v for k,v in given.items() if v}
     found['internal'] = tuple(str(h).lower() for h in found.get('internal', ()))
     return _checked(OperatorSettings(**found, prices=Prices.read(prices) if prices.exists() else Prices()))

@@ -33,7 +33,7 @@ from .operator import OperatedMonitor, OperatorSettings, operator_settings
 from .registry import add_model
 from .shadow import ShadowServer
 from .store import Store, collect_blobs, open_store
-from ..serve.app import ServerConfig, key_digest
+from ..serve.app import ServerConfig, check_address, key_digest
 
 # %% ../../nbs/846_platform.start.ipynb #8c02a213
 from deepseek_nb.platform.store import datasets, records
@@ -109,7 +109,7 @@ def start_platform(
     folder:str|Path = 'platform', # Folder of the database, models and jobs
     url:str = '', # Address of a Postgres database; '': SQLite in the folder
     host:str = '127.0.0.1', # Address to listen on
-    port:int = 8000, # Port to listen on
+    port:int = 8000, # Port to listen on; 0: any that is free
     demo:bool = True, # Whether an empty store gets a first task
     hosts:tuple = (), # Further names under which the pages are visited
     https:bool = False, # Whether visitors come over HTTPS through a proxy
@@ -119,11 +119,11 @@ def start_platform(
     **decided, # `internal`, `mlflow` and `opentelemetry` of `OperatorSettings`; they win over the file
 )->None:
     "Run the platform until SIGTERM"
+    config,settings = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex()))),operator_settings(folder, **decided)
+    check_address(host, port)
     with _left_in_order(), closing(open_store(url, folder=folder) if url else open_store(folder)) as store:
-        settings = operator_settings(store.folder, **decided)
         collect_blobs(store)
         if demo: seed_platform(store)
-        config = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex())))
         recorder = Recorder(store, settings.prices, dict(personal=personal_scan()) | (scans or {}), keep_texts=keeps_texts(store))
         server = ShadowServer(store, every_page(), recorder=recorder, config=config, hosts=(*hosts, host), https=https,
                               internal=settings.internal)

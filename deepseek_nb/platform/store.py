@@ -30,7 +30,7 @@ import sqlalchemy as sa
 from fastcore.basics import patch
 from sqlalchemy import JSON, Column, ForeignKey, Index, String, Table, Text, UniqueConstraint, func, insert, select, update
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -324,9 +324,14 @@ def upgrade(
 
 # %% ../../nbs/820_platform.store.ipynb #e9a0b447
 def _url(where, folder): # None: a folder
-    if not re.match(r'\w[\w+]*:(//|$)', str(where)): return None
-    url = make_url(re.sub('^postgres:', 'postgresql:', str(where)))
-    if url.get_backend_name() != 'postgresql': raise ValueError(f'{url!r}: a store is a folder (SQLite) or a postgresql:// URL')
+    said = str(where)
+    if folder is None and not re.match(r'\w[\w+]*:(//|$)', said): return None
+    try: url = make_url(re.sub('^postgres:', 'postgresql:', said))
+    except (ArgumentError, ValueError): url = None
+    if url is None or url.get_backend_name() != 'postgresql':
+        shown = re.sub(':[^/].*@', ':***@', said) # without the password
+        raise ValueError(f'{shown}: not a postgresql:// URL, such as postgresql+psycopg://name@host/database; '
+                         'without a URL, the store is SQLite in a folder')
     if folder is None: raise ValueError(f'{url!r}: say in which folder blobs lie, open_store(url, folder=…)')
     return url
 
