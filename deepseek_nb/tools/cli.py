@@ -438,9 +438,7 @@ def _check_options(given):
         except UnicodeDecodeError as e: raise ValueError(f'{path} is not text in UTF-8: {e.reason} at byte {e.start}') from None
     if device := given.get('device'):
         from deepseek_nb.core.device import pick_device
-        try: found = pick_device(device).type != 'meta'
-        except RuntimeError: found = False
-        if not found: raise ValueError(f'there is no device {device!r}; name cpu, cuda, cuda:1, mps …')
+        if pick_device(device).type == 'meta': raise ValueError("device 'meta' has no memory; use 'cpu'")
 
 # %% ../../nbs/960_tools.cli.ipynb #879e873c
 _EXTRAS = dict(app='apps', export='export', platform='platform', serve='serve')  # verb -> extra with the packages that it may lack
