@@ -69,15 +69,17 @@ def test_finding_of_synthetic_runs():
     assert conversion.finding(made[:0]) == 'Not run yet: mla-50, neurons-70, mla-40, moe-69.'
     said = conversion.finding(made)
     assert said.startswith('The target is an increase of perplexity') and said.endswith('Not run yet: neurons-70, mla-40, moe-69.')
-    assert '**Half of the cache: reached** once repaired (`mla-50`), 4.0 ± 1.0% after distillation; on other text +8.0 ± 2.0%.' in said
+    assert '**Half of the cache: reached, +4.0 ± 1.0%** after distillation (`mla-50`, reached once repaired); ' in said
+    assert 'on other text `mla-50` has +8.0 ± 2.0%.' in said
     assert '| +50.0% ± 0.0% | +9.0% ± 1.0% | +4.0% ± 1.0% | +8.0% ± 2.0% | 3 |' in conversion.summary(made)
     assert 'at most 10%' in said
     made.append(synthetic('neurons-70', 0, .02))
     assert conversion.finding(made).endswith('Not run yet: mla-40, moe-69.')
     said = conversion.finding(made + [synthetic('mla-40', 0, .09), synthetic('moe-69', 0, .2)])
-    assert 'Not run yet' not in said and '**40% of the cache: reached** once distilled (`mla-40`), 9.0% after' in said
+    assert 'Not run yet' not in said
+    assert '**40% of the cache: reached, +9.0%** after distillation (`mla-40`, reached once distilled)' in said
     short = synthetic('moe-50', 0, .01)
     del short['result']['distilled']  # an arm of the frontier alone
     assert conversion.finding(made + [short]) == conversion.finding(made) and 'moe-50' not in conversion.rises(made + [short], 'distilled')
     assert '| moe-50 | 50% | 100% | +50.0% ± 0.0% | +6.0% ± 0.0% |  |  | 1 |' in conversion.summary(made + [short])
-    assert 'router: missed** (`moe-69`), 20.0% after distillation;' in said and 'four-bit weights' in said
+    assert 'router: missed, +20.0%** after distillation (`moe-69`);' in said and 'four-bit weights' in said

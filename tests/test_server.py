@@ -317,7 +317,7 @@ def test_addresses_are_checked_before_models(refused, tmp_path):
 
 
 @pytest.mark.parametrize('text, said', [
-    (b'a = = 3', ' is no TOML file: Invalid value (at line 1, column 5)'), (b'\xff\xfe', ' is no TOML file: '),
+    (b'a = = 3', ' is no TOML file: Invalid value (at line 1, column 5)'), (b'\xff\xfe', ' is not text in UTF-8: '),
     (b'models = "mini"', ": models is 'mini'; it must be of type list"), (b'models = 5', ': models is 5; it must be of type list'),
     (b'models = [1]', ': models is [1]; each must be a name'), (b'models = [""]', ": models is ['']"),
     (b'models = []', ': no model is named'), (b'max_row = 8', ": 'max_row' is no setting"),

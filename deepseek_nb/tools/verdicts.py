@@ -198,10 +198,11 @@ def runs_cost(
 def left_runs(
     name:str, # Name of a study
     records:list, # Its records
-)->str: # Such as 'planned and not run: spared (2), dense'; '' if all were made
+)->str: # Such as 'planned and not run: spared (2 of 3), dense'; '' if all were made
     "Planned runs without a record, by arm"
-    left = Counter(a for a,_ in to_do(read_study(name)[0], records))
-    return f"planned and not run: {', '.join(f'{a} ({n})' if n > 1 else a for a,n in left.items())}"*bool(left)
+    left,all_runs = (Counter(a for a,_ in to_do(read_study(name)[0], o)) for o in (records, []))
+    def count(a, n): return f'{a} ({n} of {all_runs[a]})' if n < all_runs[a] else f'{a} ({n})' if n > 1 else a
+    return f"planned and not run: {', '.join(count(a, n) for a,n in left.items())}"*bool(left)
 
 def made_by(
     name:str, # Name of a study
@@ -337,13 +338,16 @@ ANSWERS |= dict(
     converted=lambda at: (
         f"*Don't 8-bit codes halve the cache for nothing?* Nearly: they take {at('eight', 'cache').mean:.0%} of the bytes, and their "
         "increase is among the floors. Latent attention pays for its smaller cache with arithmetic: a decode step has "
-        f"{at('mla-50', 'flops/decode').mean:.0%} of the FLOPs. *Doesn't a narrow dense model save the same FLOPs?* `narrow-70` does, "
-        f"and has {_speed_of(at, 'narrow-70')}; its increase is among the floors. *Is the mixture that was timed the one that was "
-        f"trained?* Both were timed: `moe-70` has {_speed_of(at, 'moe-70')}, `wide-70`, untrained, {_speed_of(at, 'wide-70')}. *Is one "
-        "seed enough?* The interval is over documents only; second seeds were planned and not run, so nothing here shows how much a "
-        "seed changes. *Is 60% less cache measured?* Not here, as no rates were tried for `mla-40`; without training it has "
-        f"{_rise_of(at, 'raw-mla-40')}. Nor are routers as they were fitted, or a threshold. *Would the unquantised model lose as much?* "
-        "It isn't measured: the original has four-bit weights. *Is the training text even?* No: "
+        f"{at('mla-50', 'flops/decode').mean:.0%} of the FLOPs. *Why is it so much slower, then?* No kernel of this package reads the "
+        "constant dimension that conversion adds, nor quantised experts of eight neurons, so these times are also those of kernels that "
+        "don't exist. *Is half of the cache far from the limit?* No: on speeches it is within, and in `conversion`, which trained on "
+        "speeches alone, other text lost more. *Doesn't a narrow dense model save the same FLOPs?* `narrow-70` does: it loses more, and "
+        f"has {_speed_of(at, 'narrow-70')}; no mixture is as fast. *Is the mixture that was timed the one that was trained?* Both were "
+        f"timed: `moe-70` has {_speed_of(at, 'moe-70')}, `wide-70`, untrained, {_speed_of(at, 'wide-70')}. *Is one seed enough?* The "
+        "interval is over documents only; second seeds were planned and not run, so nothing here shows how much a seed changes. *Is less "
+        f"than half measured?* Not here, as no rates were tried for `mla-40`; without training it has {_rise_of(at, 'raw-mla-40')}. Nor "
+        "are routers as they were fitted, or a threshold. *Would the unquantised model lose as much?* It isn't measured: the original has "
+        "four-bit weights. *Is the training text even?* No: "
         f"{at.given('mix/speeches')/sum(at.given('mix').values()):.0%} of the rows are speeches, which keep an advantage."),
     ranks=lambda at: (
         f"*What does each arm have?* With 50, 200 and 10,000 samples, full {_levels(at, 'full')}, rank 8 {_levels(at, 'rank8')}, rank 64 "
