@@ -74,6 +74,7 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path, capsys):
                        (('counter', 'train', tmp_path, '--out', 'x', '--options', 'times=two'), "'times' is 'two'; it must be"),
                        (('counter', 'train', tmp_path, '--out', 'x', '--options', 'times=1.5'), "'times' is '1.5'; it must be"),
                        (('counter', 'train', tmp_path, '--out', tmp_path/'rows.csv'), 'rows.csv is a file, and a folder is written'),
+                       (('counter', 'score', tmp_path/'rows.csv', '--out', tmp_path), 'is a folder, and a file is written'),
                        (('counter', 'train', '', '--out', 'x'), 'name the data'), (('counter', 'score'), 'name the data')]:
         code, _, err = shell(capsys, *argv)
         assert code == 2 and said in err and err.count('\n') == 1

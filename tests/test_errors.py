@@ -384,6 +384,11 @@ def test_numbers_that_mean_nothing(made, says):
     says('eval', made['llama'], '--tokens', -5, words=['--tokens is -5', 'give 0 for all tokens'])
 
 
+def test_a_report_of_another_kind_is_refused_before_a_model_is_read(tmp_path, says, monkeypatch):
+    monkeypatch.setattr('deepseek_nb.tools.cli._load', None)
+    says('eval', 'mini', '--report', tmp_path/'report.txt', words=[f"{tmp_path/'report.txt'}: a report is a .json or .html file"])
+
+
 def test_a_place_that_is_taken(made, folder, tmp_path, says, monkeypatch):
     "Is said before a model is read"
     monkeypatch.setattr('deepseek_nb.quant.model.QuantizedModel.from_pretrained', None)

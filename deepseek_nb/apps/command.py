@@ -124,6 +124,7 @@ def score_file(
     options:str = '', # NAME=VALUE, separated by commas
 )->int: # Number of rows
     "Score the rows of a file or the files of a folder"
+    if out: check_place(out, True)
     app,rows,folder,where,n = find_app(name),input_rows(_named(data)),Path(data).is_dir(),'',0
     def counted():
         nonlocal where,n

@@ -247,6 +247,7 @@ def _report(name, path, against, tasks, n, dtype, device, as_json):
     from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.bench import hardware, versions
     from deepseek_nb.eval.report import compare_reports, load_report, run_report, save_report
+    if path and Path(path).suffix not in ('.json', '.html'): raise ValueError(f'--report {path}: a report is a .json or .html file')
     other = load_report(against) if against else None
     about = dict(dtype=dtype or 'default', hardware=hardware(), versions=versions('tokenizers'))
     def log(key, seconds): return None if as_json else print(f'{key:<12} {seconds:.0f} s', flush=True)
