@@ -221,8 +221,8 @@ def rates_note(
     hosts = sorted({f'{o["hardware"]["cpu"]} ({o["hardware"]["instructions"]}, {o["hardware"]["threads"]} threads)' for o in records})
     peers = sorted({f'{k} {v}' for o in records for k,v in o['versions'].items() if k not in ('python', 'torch')})
     if not records: return 'Not measured yet.'
-    what = ('Tokens per second, one row. SmolLM2-135M decodes after 128 tokens, a small DeepSeek-V3 with random weights after 512. From the '
-            '4-bit file, each library has the fastest setting that was tried, and transformers expands the weights; in float32, '
+    what = ('Tokens per second, one row. SmolLM2-135M decodes after 128 tokens, a small DeepSeek-V3 with random weights after 512. From '
+            'the 4-bit file, each library has the fastest setting that was tried, and transformers expands the weights; in float32, '
             'transformers is not compiled.')
     return f'{what} {", ".join(hosts)}; {", ".join(peers)}; {" and ".join(sorted({o["date"] for o in records}))}.'
 
