@@ -146,7 +146,7 @@ def test_verdicts_follow_the_plan():
     assert study.headline([r for r in records if r['arm'] != 'mla-40'])['forty'] == 'not measured'
     worse = [r | run(r['arm'], r['seed'], (.05, .15)) if r['arm'] in ('mla-50', 'mla-40') else r for r in records]
     assert study.headline(worse)['half'] == 'refuted' and study.headline(worse)['forty'] == 'reached'
-    assert '| `moe-70` | 50% | 70% | 84% | 84% |' in study.table(records) and study.table([]) == 'Not run yet.'
+    assert '| `moe-70` | 50% | 70% | 84%, 84% |' in study.table(records) and study.table([]) == 'Not run yet.'
     low = random.uniform(.02, .09)
     assert study.within([Interval(.095, low, .11)]) == 'missed'
     assert study.faster([run('moe-70', 0, (0., 0.), .84, .9)], 'moe-70', 'decode') == 'refuted'
