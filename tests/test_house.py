@@ -163,6 +163,15 @@ def test_every_notebook_is_in_the_form_of_the_house():
         assert markdown[1].startswith('#| export\n'), f'{path.stem}: the second Markdown cell is exported as the docstring of the module'
 
 
+def test_stored_outputs_name_no_folder_of_a_person():
+    "Nor a warning with the place of a package on one machine"
+    def texts(o): return [''.join(o.get('text', '')), *(''.join(v) for k,v in o.get('data', {}).items() if k.startswith('text'))]
+    for path in NOTEBOOKS:
+        said = '\n'.join(t for c in cells(path) for o in c.get('outputs', []) for t in texts(o))
+        found = re.search(r'(?<![\w.:/])/(root|home|work|Users)/\S+|\S*site-packages\S*', said)
+        assert not found, f'{path.stem}: {found[0]}; run the cell without it, or remove the output'
+
+
 @pytest.mark.parametrize('path', STUDIES, ids=lambda o: o.stem)
 def test_a_study_shows_before_it_tells(path):
     "A table and a plot stand before the paragraph of the finding"

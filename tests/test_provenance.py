@@ -30,8 +30,7 @@ from deepseek_nb.tools.verdicts import study_row
 
 # Records of benchmarks that were stored before provenance was kept; a measurement on today's code takes one off
 BENCHES_BEFORE = """
-    bias compile format-rates lora machine neurons prefix-cache qlora-memory quality quant-moe roofline scaling
-    train-step
+    bias format-rates lora machine prefix-cache quality roofline
 """.split()
 PLAN = '''minutes = 1
 seeds = [0, 1]
