@@ -334,28 +334,6 @@ def test_listed_changes_only_refuse_more(root, name):
     assert unrefused(found.stdout) == unrefused(now)
 
 
-def test_listed_changes_of_completions_leave_every_request(root):
-    "More prompts than ever fit are refused with another status; all others become the same requests"
-    from types import SimpleNamespace
-    (then, now), r = both_codes(root, 'deepseek_nb.serve.text'), random.Random()
-    def sent(module, body):
-        got = []
-        tok = SimpleNamespace(encode=lambda text: [*text.encode()], decode=lambda ids: bytes(ids).decode())
-        engine = SimpleNamespace(max_waiting=20, max_rows=4)
-        served = SimpleNamespace(engine=engine, check_private=lambda p: None, adapter=None, filter=None, screened_ids=lambda p, i: p,
-                                 submit=lambda q: (got.append(q) or q, None), tok=tok, guard=lambda before: None)
-        module.TextRun(served, module.read_completion(dict(body), tok), 'me')
-        return [(q.prompt, vars(q.params), q.max_tokens, q.stop, q.user, q.prompt_logprobs, q.draft_tokens) for q in got]
-    for _ in range(20):
-        prompts = [[r.randrange(97, 120) for _ in range(r.randrange(1, 9))] for _ in range(r.randrange(1, 9))]
-        body = dict(prompt=prompts, n=r.randrange(1, 4), max_tokens=r.randrange(1, 50), temperature=r.random(), seed=r.randrange(99),
-                    echo=r.random() < .5, logprobs=r.choice([0, 3]))
-        one, other = sent(then, body), sent(now, body)
-        assert one == other and len(one) == len(body['prompt'])*body['n']
-    with pytest.raises(now.ApiError, match='25 answers are too many') as refused: sent(now, dict(prompt=['a']*25))
-    assert refused.value.status == 400 and len(sent(then, dict(prompt=['a']*25))) == 25
-
-
 def test_changes_are_named():
     found = used_code()
     assert 'deepseek_nb.eval.intervals' in found and not {'deepseek_nb', 'deepseek_nb.studies', 'deepseek_nb.core.provenance'} & {*found}

@@ -121,8 +121,8 @@ def used_code(
 # %% ../../nbs/045_core.provenance.ipynb #d61072f4
 # Changes that leave every number as it was: module and its hash before -> hash after; a test compares both codes
 EQUAL = {('deepseek_nb.train.log_probs', 'cbe0ee0560a9'): 'af4a5cd1f7aa', ('deepseek_nb.files.gguf', '18e283c49984'): 'b7b1621cf6d4',
-         ('deepseek_nb.arch.dspark', '37a74d205ef1'): '27e446a1c622', ('deepseek_nb.serve.text', '4c161d9ed2b8'): '5d7500c88f4e',
-         ('deepseek_nb.train.trainer', 'df191c14311d'): '434422f7bc56', ('deepseek_nb.bench', '2d63372c3a05'): '47ed08f7eb6d',
+         ('deepseek_nb.arch.dspark', '37a74d205ef1'): '27e446a1c622', ('deepseek_nb.train.trainer', 'df191c14311d'): '434422f7bc56',
+         ('deepseek_nb.bench', '2d63372c3a05'): '47ed08f7eb6d',
          ('deepseek_nb.core.config', 'caa6b51435a1'): 'ea7db1fed7a7', ('deepseek_nb.core.device', 'f0005b515908'): '07584c7c7da2',
          ('deepseek_nb.arch.model', 'f546f7392348'): 'da79491418f3', ('deepseek_nb.files.tokenizer', '7c9b391c9347'): '42f855229430'}
 
