@@ -351,8 +351,7 @@ ANSWERS |= dict(
         f"*Don't 8-bit codes save as much?* Nearly, without training: they take {at('eight', 'cache').mean:.0%} of the bytes, and their "
         f"increase "
         f"is among the floors. Their time isn't measured here; on another machine, in float32 and without a kernel that reads them, a "
-        f"decode "
-        f"step has {at.bench('cache-kinds', 'smollm2-135m/decode/int8/ratio'):.2f} times the speed (record `cache-kinds`). Latent "
+        f"decode step has {at.bench('cache-kinds', 'smollm2-135m/decode/int8/ratio'):.2f} times the speed (record `cache-kinds`). Latent "
         f"attention pays for its smaller cache with arithmetic: a decode step has "
         f"{at('mla-50', 'flops/decode').mean:.0%} of the FLOPs. *Why is it so much slower, then?* No kernel of this package reads the "
         "constant dimension that conversion adds, nor quantised experts of eight neurons, so these times are also those of kernels that "
@@ -373,8 +372,7 @@ ANSWERS |= dict(
         f"rank 8 takes {at('rank8-10000', 'step_seconds'):.2f} seconds, one of full {at('full-10000', 'step_seconds'):.2f}, so in equal "
         "time LoRA would have nearly twice as many. *Is a gain of less than two points one?* By the sealed rule it is, since its interval "
         "is above zero; two points are the margin of equivalence. `finetuning` has an older rule, by which a gain below two points doesn't "
-        "count. "
-        "*Are rates fine enough?* They are a factor of about three apart. "
+        "count. *Are rates fine enough?* They are a factor of about three apart. "
         f"*Is LoRA's spread with fifty samples a matter of its rate?* Probably: "
         f"{sum(a < b for a,b in _pairs(at, 'rank8-50', 'bayes-50'))} of "
         f"{len(_pairs(at, 'rank8-50', 'bayes-50'))} runs stay below naive Bayes with the same texts, at a rate that was the best one with "
@@ -441,8 +439,7 @@ ANSWERS |= dict(
         f"*How much text?* {at.given('judged')} rows of {at.given('length')} tokens for each seed, of which the second half counts. "
         "*Is the base sound?* It's SmolLM2 converted without repair, and increases are relative to this model. *Was the indexer "
         "tuned?* No, its rate is that of a smaller model. *Could a better indexer reach it?* Hardly: the selection with the most "
-        "attention mass "
-        f"has {_of_best(at)} with the three seeds. *Is time saved?* Not measured. *Longer rows?* Not measured either: an "
+        f"attention mass has {_of_best(at)} with the three seeds. *Is time saved?* Not measured. *Longer rows?* Not measured either: an "
         f"eighth is {at.given('length')//8} tokens here, and a window would miss more in long rows."),
     control=lambda at: (
         f"*Does each style reach it?* No: academic {_style(at, 'academic'):.2f}, news {_style(at, 'news'):.2f}, social "
@@ -506,8 +503,7 @@ def _adapters(at):
     return ('*Were adapters chosen on the test?* By English validation texts, but after test texts of ten languages had been read, Arabic '
             f"and Swahili among them, where adapters were above the bar: Swahili by {_by_seed(at, 'e5-adapter')} points with the three "
             f"seeds, now by {_by_seed(at, 'adapter')}. The first route missed because of Swahili, so this part of the claim isn't shown "
-            f"on unseen "
-            f'texts. {left}')
+            f'on unseen texts. {left}')
 
 # %% ../../nbs/978_tools.verdicts.ipynb #c0872aa2
 _AGAIN = 'filters/ours, drawn again/'
