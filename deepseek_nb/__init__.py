@@ -153,10 +153,11 @@ Modules:
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
 - `deepseek_nb.files.untrusted`: Read JSON lines, CSV and Parquet that strangers upload, one row at a time in bounded memory; every hostile or broken file causes one clear error message.
-- `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory, and a different adapter for each row of a batch.
+- `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory: each row of a batch has its own. They are loaded and unloaded by name while the model answers.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
 - `deepseek_nb.infer.dspark_release`: The drafter of V4's final releases, read from the folder of the model: other names, and weights in FP8 and FP4.
+- `deepseek_nb.infer.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the same as if the request had run alone.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.
 - `deepseek_nb.infer.load`: `Model.from_pretrained` finds a checkpoint and loads it. GGUF files and quantised folders keep their quantised weights; other checkpoints are loaded as floats. The argument `dtype` selects another format.
@@ -166,7 +167,13 @@ Modules:
 - `deepseek_nb.infer.quant_cache`: Stores the latents, keys and values of the KV cache in 8 bits. This takes less than half of the memory of a float32 cache.
 - `deepseek_nb.infer.radix`: A tree over token ids finds the pages of the KV cache that belong to the longest known prefix of a prompt. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
 - `deepseek_nb.infer.ragged`: One forward pass for sequences of different lengths: some process a chunk of a prompt, others one new token, and each gets the same result as alone.
+- `deepseek_nb.infer.request`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them, in a thread or in an event loop.
+- `deepseek_nb.infer.row_drafts`: Each row of a batch may bring a draft of its next tokens, which are verified in the same step. Answers have the same bits with and without drafts.
+- `deepseek_nb.infer.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on the other rows.
+- `deepseek_nb.infer.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
+- `deepseek_nb.infer.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.
 - `deepseek_nb.infer.speculate`: The model verifies a draft of several tokens in one step. The distribution of the text doesn't change, and where drafts are often right it takes fewer steps.
+- `deepseek_nb.infer.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
 - `deepseek_nb.infer.streams`: What a V4 model does with a text: experts chosen by table and by score, what a compressed entry holds, which entries a query selects, and how four residual streams are mixed.
 - `deepseek_nb.kernels.adapted`: Runs rows with different LoRA adapters in one C++ call, on float or quantised weights; each row gets the same bits as alone.
 - `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
@@ -243,15 +250,12 @@ Modules:
 - `deepseek_nb.quant.report`: A table of all parameters of a model: format, bytes, and relative error, or the reason why a parameter is not quantised.
 - `deepseek_nb.quant.save`: Saving a quantised model as a folder of safetensors files, and mapping the files into memory when the model is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised a few rows at a time, so quantising a model never needs memory for all of its float32 weights.
-- `deepseek_nb.serve.adapters`: The LoRA adapters of a served model by name: they are loaded and unloaded while the model answers, and never share cached prefixes.
 - `deepseek_nb.serve.anthropic`: Anthropic's protocol for the same models: content in blocks, thinking with a budget, tool use, named events, and counting of tokens
 - `deepseek_nb.serve.app`: An HTTP server for the chat API: keys, limits, streams that notice when a client leaves, metrics, and an orderly end
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
 - `deepseek_nb.serve.clients`: Python, JavaScript, Java, C++ and curl: short programs that stream an answer, show its reasoning separately, call a tool and handle errors
 - `deepseek_nb.serve.completions`: OpenAI's chat API with DeepSeek's additions: reasoning, prefix completion and cache accounting, whole or as a stream of chunks
 - `deepseek_nb.serve.connection`: A server must not be delayed by slow clients, and must stop generating as soon as the client has left
-- `deepseek_nb.serve.drafts`: Each row of a batch may bring a draft of its next tokens, which are verified in the same step. Answers have the same bits with and without drafts.
-- `deepseek_nb.serve.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the same as if the request had run alone.
 - `deepseek_nb.serve.events`: The text of an answer is split into reasoning, content and tool calls as it arrives, and the result doesn't depend on where the stream was cut.
 - `deepseek_nb.serve.experts`: Recompute the tokens of an answer and report which experts of a mixture each of them was routed to, without hooks in the model that serves.
 - `deepseek_nb.serve.grammar`: A grammar decides before each token which ones may follow, so an answer is valid JSON, matches a schema or a regular expression, or calls a tool correctly.
@@ -264,13 +268,8 @@ Modules:
 - `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
 - `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
-- `deepseek_nb.serve.sampling`: In a server, each row of a batch has its own temperature, penalties, seed and grammar. A row's draws never depend on the other rows.
-- `deepseek_nb.serve.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.serve.secrets`: A secret is recognised in parts, spelled with look-alikes or separators, reversed, or in base64, hex and other codes, by one automaton for all of its forms
-- `deepseek_nb.serve.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.
 - `deepseek_nb.serve.stored`: A conversation continues from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
-- `deepseek_nb.serve.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
-- `deepseek_nb.serve.stream`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them, in a thread or in an event loop.
 - `deepseek_nb.serve.text`: The older completions API, without messages: prompts as text or token ids, log-probabilities of the prompt for evaluation harnesses, and filling in the middle
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written

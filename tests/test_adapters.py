@@ -19,18 +19,17 @@ from test_server import HI, Live, openai
 
 from deepseek_nb.arch.model import Model, head
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.infer.adapters import read_adapter
+from deepseek_nb.infer.adapters import Adapters, read_adapter
+from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.paged import PagedCache, PagePool
 from deepseek_nb.infer.ragged import RaggedBatch, run_adapted_rows
+from deepseek_nb.infer.request import Request
+from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.kernels import adapted
 from deepseek_nb.quant import relative_error
-from deepseek_nb.serve.adapters import Adapters
 from deepseek_nb.serve.app import Server, ServerConfig, key_digest
 from deepseek_nb.serve.chat import ServedModel
-from deepseek_nb.serve.engine import Engine
 from deepseek_nb.serve.lora import add_adapter, all_served, find_served
-from deepseek_nb.serve.sampling import SamplingParams
-from deepseek_nb.serve.stream import Request
 from deepseek_nb.tools import serving
 from deepseek_nb.train.lora import LoraConfig, lora_weights
 

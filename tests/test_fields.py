@@ -14,12 +14,12 @@ import pytest
 import typing_extensions as te
 
 from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.infer.request import Request, Stream
 from deepseek_nb.serve.anthropic import MessagesRun, read_anthropic
 from deepseek_nb.serve.chat import Answer, ApiError, ServedModel
 from deepseek_nb.serve.completions import ChatRun, read_chat
 from deepseek_nb.serve.events import Splitter
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
-from deepseek_nb.serve.stream import Request, Stream
 from deepseek_nb.serve.text import read_completion
 from deepseek_nb.serve.tools import Call, write_calls
 

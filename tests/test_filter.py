@@ -16,6 +16,7 @@ from deepseek_nb.apps.filter import FilterApp, content_filter, divide_set, learn
 from deepseek_nb.apps.names import NameTagger, guards_folder, read_pii
 from deepseek_nb.apps.toxic import ToxicityNet, read_toxicity
 from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.infer.request import Piece, Stream
 from deepseek_nb.serve import chat
 from deepseek_nb.serve.anthropic import MessagesRun, read_anthropic
 from deepseek_nb.serve.chat import ApiError, ServedModel
@@ -25,7 +26,6 @@ from deepseek_nb.serve.patterns import luhn, mod97, nhs_check, tax_check
 from deepseek_nb.serve.policy import ACTIONS, CONTENT_KINDS, FilterStream, Policy, read_policy, same_for_cuts
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
 from deepseek_nb.serve.secrets import PartFinder, SecretScan, finder_for, skeletons
-from deepseek_nb.serve.stream import Piece, Stream
 from deepseek_nb.serve.text import TextRun, read_completion
 from deepseek_nb.serve.tools import Call, write_calls
 from deepseek_nb.tools import cli

@@ -26,13 +26,13 @@ from deepseek_nb.arch.model import Model  # noqa: E402
 from deepseek_nb.core.config import Config  # noqa: E402
 from deepseek_nb.files.tokenizer import Tokenizer  # noqa: E402
 from deepseek_nb.infer import persist  # noqa: E402
+from deepseek_nb.infer.engine import Engine, EngineClosed, QueueFull  # noqa: E402
+from deepseek_nb.infer.request import Request  # noqa: E402
+from deepseek_nb.infer.sampling import SamplingParams  # noqa: E402
 from deepseek_nb.serve import app as serve_app  # noqa: E402
 from deepseek_nb.serve.app import Server, ServerConfig, key_digest  # noqa: E402
 from deepseek_nb.serve.chat import ServedModel  # noqa: E402
-from deepseek_nb.serve.engine import Engine, EngineClosed, QueueFull  # noqa: E402
 from deepseek_nb.serve.logs import REQUESTS, JsonLines  # noqa: E402
-from deepseek_nb.serve.sampling import SamplingParams  # noqa: E402
-from deepseek_nb.serve.stream import Request  # noqa: E402
 
 TINY = Config('qwen2', vocab_size=4096, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, inter_dim=32, attn_bias=True,
               max_positions=512)

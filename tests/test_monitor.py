@@ -210,9 +210,9 @@ def test_a_server_reports_its_requests(tmp_path):
 
     from deepseek_nb.arch.model import Model
     from deepseek_nb.files.tokenizer import Tokenizer
+    from deepseek_nb.infer.engine import Engine
     from deepseek_nb.serve.app import Server
     from deepseek_nb.serve.chat import ServedModel
-    from deepseek_nb.serve.engine import Engine
     store = open_store(tmp_path, durable=False)
     model, tok = Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini')
     server = Server([ServedModel('mini', Engine(model, tok, nbytes=2**22), tok)])

@@ -145,9 +145,9 @@ def test_unknown_roles_and_efforts():
 def served():
     "A model of V4's type without a chat template, and without a model; what would be asked is kept"
     from deepseek_nb.files.tokenizer import Tokenizer
+    from deepseek_nb.infer.request import Request, Stream
     from deepseek_nb.serve.chat import Answer, ServedModel
     from deepseek_nb.serve.events import Splitter
-    from deepseek_nb.serve.stream import Request, Stream
     class Asked(ServedModel):
         def ask(self, text, ids, thinking=False, tools=None, max_tokens=None, begun='', **settings):
             self.asked = dict(text=text, ids=ids, begun=begun)

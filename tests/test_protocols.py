@@ -8,12 +8,12 @@ import pytest
 from test_server import HI, Live, post
 from test_tools import MODELS, OPEN, answer
 
+from deepseek_nb.infer.request import Piece, Request, Stream
+from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.serve.anthropic import MessagesRun, ThinkingBudget, read_anthropic
 from deepseek_nb.serve.chat import Answer, ApiError, ServedModel
 from deepseek_nb.serve.events import Splitter
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
-from deepseek_nb.serve.sampling import SamplingParams
-from deepseek_nb.serve.stream import Piece, Request, Stream
 from deepseek_nb.serve.tools import Call, write_calls
 
 openai, anthropic = pytest.importorskip('openai'), pytest.importorskip('anthropic')

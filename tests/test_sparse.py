@@ -481,9 +481,9 @@ class Bytes:
 
 def test_server():
     "Prompts with a common prefix, in pages and chunks, get the tokens of `generate`"
-    from deepseek_nb.serve.engine import Engine
-    from deepseek_nb.serve.sampling import SamplingParams
-    from deepseek_nb.serve.stream import Request
+    from deepseek_nb.infer.engine import Engine
+    from deepseek_nb.infer.request import Request
+    from deepseek_nb.infer.sampling import SamplingParams
     m, r = model(toy(index_n_heads=8), seed=0), random.Random(0)
     engine, shared = Engine(m, Bytes(), budget=64), [r.randrange(50) for _ in range(80)]
     prompts = [shared + [r.randrange(50) for _ in range(9)], [5, 6, 7], shared[:70], shared]

@@ -22,11 +22,11 @@ from deepseek_nb.bench import make_record, save_result
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer import speculate as S
+from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.generate import Sampling, left_padded
-from deepseek_nb.serve.engine import Engine
+from deepseek_nb.infer.request import Request
+from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.serve.grammar import compile_grammar
-from deepseek_nb.serve.sampling import SamplingParams
-from deepseek_nb.serve.stream import Request
 from deepseek_nb.train.corpora import corpus
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))

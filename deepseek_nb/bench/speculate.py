@@ -26,13 +26,13 @@ from .caches import bench_model
 from ..core.plot import COLOURS, GREY, style
 from ..files.tokenizer import Tokenizer
 from ..infer.drafts import Drafter, ModelDrafter, MTPDrafter, common
+from ..infer.engine import Engine
 from ..infer.generate import best_tokens
 from ..infer.paged import PagedCache, PagePool
+from ..infer.request import Request
+from ..infer.sampling import SamplingParams
 from ..infer.speculate import expected_tokens
 from ..quant.model import quantize_model
-from ..serve.engine import Engine
-from ..serve.sampling import SamplingParams
-from ..serve.stream import Request
 from ..train.corpora import corpus
 
 # %% ../../nbs/794_bench.speculate.ipynb #5b1c6467

@@ -25,10 +25,10 @@ from torch import Tensor
 from ..arch.model import Model, head
 from ..files.tokenizer import Tokenizer
 from ..infer.conversation import common_prefix
+from ..infer.engine import Engine
 from ..infer.paged import PagedCache, PagePool
-from ..serve.engine import Engine
-from ..serve.sampling import SamplingParams
-from ..serve.stream import Request
+from ..infer.request import Request
+from ..infer.sampling import SamplingParams
 
 # %% ../../nbs/740_eval.harness.ipynb #63edcba7
 class ContextGroup(NamedTuple):

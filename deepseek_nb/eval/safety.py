@@ -24,10 +24,10 @@ from .intervals import Interval, bootstrap, wilson
 from .sets import find_set
 from .tasks import FORMS, TaskScore, item_id, some_items
 from ..files.tokenizer import Tokenizer
-from ..serve.engine import Engine
+from ..infer.engine import Engine
+from ..infer.request import Request
+from ..infer.sampling import SamplingParams
 from ..serve.guard import ContentFilter
-from ..serve.sampling import SamplingParams
-from ..serve.stream import Request
 
 # %% ../../nbs/742_eval.safety.ipynb #fae4de5f
 class SafetyPrompt(NamedTuple):

@@ -28,6 +28,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from ..arch.model import Model
 from ..eval.features import EmbeddingTable
 from ..files.tokenizer import Tokenizer
+from ..infer.engine import Engine
 from ..infer.load import warm_kernels
 from .access import user_of_token
 from .data_pages import data_pages
@@ -44,7 +45,6 @@ from ..serve.app import Server, ServerConfig, key_digest
 from ..serve.chat import ApiError, Fields, ServedModel
 from ..serve.completions import ChatRun, read_chat
 from ..serve.connection import event_bytes, json_body
-from ..serve.engine import Engine
 
 # %% ../../nbs/840_platform.app.ipynb #2c704217
 from deepseek_nb.platform.store import alerts, datasets, events, jobs, models, releases, versions

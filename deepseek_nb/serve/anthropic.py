@@ -20,11 +20,11 @@ from uuid import uuid4
 import numpy as np
 from fastcore.basics import patch
 
+from ..infer.sampling import SamplingParams
 from .chat import ApiError, Fields, ServedModel, sampling_from
 from .completions import EFFORTS, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .responses import add_turn, chat_call, text_parts
-from .sampling import SamplingParams
 
 # %% ../../nbs/478_serve.anthropic.ipynb #d7046fc3
 ERROR_TYPES = {401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error', 413: 'request_too_large',

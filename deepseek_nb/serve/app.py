@@ -31,12 +31,12 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
-from .adapters import NoAdapter
+from ..infer.adapters import NoAdapter
+from ..infer.engine import EngineClosed, QueueFull
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
 from .chat import ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from .connection import blank_lines, event_bytes, json_body, patient_protocol, while_connected, with_comments
-from .engine import EngineClosed, QueueFull
 from .experts import experts_report, has_router
 from .logs import RequestLog, log_settings
 from .lora import all_served, find_served, load_lora, unload_lora

@@ -21,11 +21,11 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
-from .engine import Engine
+from ..infer.engine import Engine
+from ..infer.request import Piece, Request, Stream
+from ..infer.sampling import SamplingParams
 from .events import ContentDelta, ReasoningDelta, Splitter, ToolCallStart, joined
 from .reasoning import THINKING
-from .sampling import SamplingParams
-from .stream import Piece, Request, Stream
 from .tools import NAMED_FORMATS, answer_format
 
 # %% ../../nbs/470_serve.chat.ipynb #ef344316

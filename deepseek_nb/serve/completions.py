@@ -20,11 +20,11 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
+from ..infer.request import MOST_DRAFTED, Piece
+from ..infer.sampling import SamplingParams
 from .chat import ApiError, Fields, ServedModel, read_messages, sampling_from
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallStart
 from .grammar import Grammar, ToolGrammar, compile_grammar
-from .sampling import SamplingParams
-from .stream import MOST_DRAFTED, Piece
 
 # %% ../../nbs/472_serve.completions.ipynb #9504fb40
 @dataclass

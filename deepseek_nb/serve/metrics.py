@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fastcore.basics import patch
 
-from .engine import EngineWatch
+from ..infer.engine import EngineWatch
 
 # %% ../../nbs/459_serve.metrics.ipynb #063cf1a5
 class EngineNumber(NamedTuple):

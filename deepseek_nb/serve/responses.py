@@ -21,10 +21,10 @@ from uuid import uuid4
 
 from fastcore.basics import patch
 
+from ..infer.sampling import SamplingParams
 from .chat import ApiError, Fields, ServedModel, sampling_from
 from .completions import EFFORTS, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
-from .sampling import SamplingParams
 from .stored import StoredResponse, listed
 
 # %% ../../nbs/476_serve.responses.ipynb #89057459

@@ -17,11 +17,11 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
+from ..infer.request import Request
+from ..infer.sampling import Drawn, SamplingParams
 from .chat import Answer, ApiError, Fields, ServedModel, sampling_from
 from .completions import drafted_tokens, merged, read_drafts, read_stop, read_streaming, read_user, usage_of
 from .events import Splitter
-from .sampling import Drawn, SamplingParams
-from .stream import Request
 
 # %% ../../nbs/474_serve.text.ipynb #7e172879
 def read_prompts(

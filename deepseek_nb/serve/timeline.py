@@ -19,9 +19,9 @@ from typing import NamedTuple
 from fastcore.basics import patch
 
 from ..core.plot import COLOURS, GREY, style
-from .engine import Engine, StepRecord
-from .stores import PagedRows
-from .stream import Request
+from ..infer.engine import Engine, StepRecord
+from ..infer.request import Request
+from ..infer.stores import PagedRows
 
 # %% ../../nbs/461_serve.timeline.ipynb #6e400246
 class Moment(NamedTuple):

@@ -97,7 +97,7 @@ BOOK_PARTS = [BookPart(*o) for o in (
     (200, 'files', 'Files', 'Tokenizers, chat templates, safetensors and GGUF'),
     (300, 'quant', 'Quantisation', 'int8, int4, NF4, FP8, FP4, GGUF blocks and GPTQ, and models with quantised weights'),
     (400, 'infer', 'Inference', 'Loading, generation, conversations, speculative decoding, and paged, stored, shared or quantised caches'),
-    (450, 'serve', 'Serving', 'Many requests in one batch, and the APIs of OpenAI, DeepSeek and Anthropic, with tools and grammars'),
+    (459, 'serve', 'Serving', 'Many requests in one batch, and the APIs of OpenAI, DeepSeek and Anthropic, with tools and grammars'),
     (500, 'kernels', 'CPU kernels', 'C++ for GEMM, attention, experts, norms, whole decode steps and backward passes'),
     (560, 'cuda', 'CUDA kernels', 'CUDA C++ for GPUs, which tests run on a CPU'),
     (600, 'train', 'Training', 'Data, loss, optimisers, the trainer, LoRA, distillation, and conversion to latent attention and experts'),

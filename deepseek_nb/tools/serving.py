@@ -21,14 +21,14 @@ from pathlib import Path
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
 from ..infer.drafts import load_drafter
+from ..infer.engine import Engine, EngineStats
 from ..infer.load import decode_path, warm_kernels
+from ..infer.request import Request
 from ..infer.speculate import DraftLength
 from ..serve.app import Server, ServerConfig, check_address, key_digest
 from ..serve.chat import ServedModel
-from ..serve.engine import Engine, EngineStats
 from ..serve.lora import adapter_base, add_adapter
 from ..serve.policy import read_toml
-from ..serve.stream import Request
 
 # %% ../../nbs/955_tools.serving.ipynb #368ed1d2
 # Defaults; memory and disk in MB

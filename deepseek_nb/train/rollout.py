@@ -28,12 +28,12 @@ from ..arch.routing import Gate, Route
 from ..core.lazy import extended
 from ..files.tokenizer import Tokenizer
 from ..infer.adapters import SharedAdapter, shared_view
+from ..infer.engine import Engine, Row
 from ..infer.paged import PagedCache, PagePool
+from ..infer.request import Piece, Request
+from ..infer.row_drafts import keeps_bits
+from ..infer.sampling import Drawn, RowSampler, SamplingParams, truncate
 from ..quant.model import quantize_model
-from ..serve.drafts import keeps_bits
-from ..serve.engine import Engine, Row
-from ..serve.sampling import Drawn, RowSampler, SamplingParams, truncate
-from ..serve.stream import Piece, Request
 from .loss import LOGITS
 from .on_policy import own_batch
 
