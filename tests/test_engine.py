@@ -9,13 +9,13 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.infer import row_drafts as drafts
 from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.engine import Engine, QueueFull
 from deepseek_nb.infer.paged import PagePool
 from deepseek_nb.infer.quant_cache import QuantizedPool
 from deepseek_nb.infer.request import Request, Stream
 from deepseek_nb.infer.sampling import RowSampler, SamplingParams
-from deepseek_nb.serve import drafts
 from deepseek_nb.tools.serving import path_notes
 
 LATENT = Config('deepseek_v3', vocab_size=256, dim=64, n_layers=2, n_heads=4, inter_dim=128, q_lora_rank=48, kv_lora_rank=32,

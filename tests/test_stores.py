@@ -11,6 +11,7 @@ from deepseek_nb.arch.dspark import DSpark, keep_taps
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.releases import preset
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.infer import engine as engine_module
 from deepseek_nb.infer import ragged
 from deepseek_nb.infer.drafts import save_drafter
 from deepseek_nb.infer.engine import Engine
@@ -18,7 +19,6 @@ from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.infer.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, border_distance, restore, state_bytes
 from deepseek_nb.infer.stores import OwnedRows, PagedRows
-from deepseek_nb.serve import engine as engine_module
 from deepseek_nb.tools.serving import draft_source
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
