@@ -25,7 +25,7 @@ from ..arch.model import Model, head
 from ..arch.mtp import check_mtp
 from ..arch.rewindable import WindowSlot
 from ..files.safetensors import read_header, read_json, read_tensors, some, write_tensors, written
-from .generate import Sampling, best_tokens
+from .sampling import GREEDY, RowSampler, SamplingParams, draw_token
 
 # %% ../../nbs/447_infer.drafts.ipynb #a444788d
 class Draft(NamedTuple):
@@ -97,15 +97,13 @@ def _agree(ids, end, most=16):
 def pick(
     logits:Tensor, # Logits of the next token `w`
     ids:list, # Tokens so far, for the repetition penalty
-    how:Sampling, # Settings for choosing a token
-    gen:torch.Generator|None = None, # Source of randomness
+    row:RowSampler, # Settings and random numbers of the drafter
 )->tuple[int,Tensor|None]: # Token, and the distribution that it was drawn from; None if it was not drawn
     "Choose one token of a draft"
-    seen = torch.tensor([ids], device=logits.device) if how.repetition_penalty != 1 else None # a long list
-    x = how.adjusted(logits[None].float(), seen)
-    if how.temperature == 0: return best_tokens(x).item(),None
-    probs = x.softmax(-1)
-    return torch.multinomial(probs, 1, generator=gen).item(),probs[0]
+    row.prompt = ids
+    weights = row.weights(logits.float())
+    if row.how.temperature == 0: return int(weights.argmax()),None
+    return draw_token(weights, row.uniform()),weights/weights.sum()
 
 # %% ../../nbs/447_infer.drafts.ipynb #3ee0c685
 def common(
@@ -123,17 +121,13 @@ def common(
 def _longest(cache): return getattr(cache, 'rewinds', 2**30) + 1 # longest draft that can be taken back; its last token is in no cache
 
 # %% ../../nbs/447_infer.drafts.ipynb #dac8dc9c
-_greedy = Sampling()
-
 class ModelDrafter(Drafter):
     "A smaller model writes the draft"
     def __init__(self,
         model:Model, # Draft model
-        how:Sampling = _greedy, # Settings for choosing a token
-        seed:int|None = None, # Seed; None: PyTorch's default generator
+        how:SamplingParams = GREEDY, # Settings for choosing a token, with a seed
     ):
-        self.model,self.how,self.cache,self.fed,self.agreed = model,how,model.new_cache(1),[],0
-        self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+        self.model,self.row,self.cache,self.fed,self.agreed = model,RowSampler(how, []),model.new_cache(1),[],0
 
     def kind(self,
         ids:list, # All tokens of the row
@@ -157,10 +151,10 @@ class ModelDrafter(Drafter):
         keep,text,probs = self._common(ids),list(ids),[]
         for _ in range(min(n, self.model.config.max_positions - len(ids), _longest(self.cache))):
             new,keep = torch.tensor([text[keep:]], device=self.model.device),len(text)
-            t,q = pick(self.model(new, self.cache, logits_to_keep=1)[0,-1], text, self.how, self.gen)
+            t,q = pick(self.model(new, self.cache, logits_to_keep=1)[0,-1], text, self.row)
             text.append(t); probs.append(q)
         self.fed,self.agreed = text[:-1],len(ids)
-        return Draft(text[len(ids):], probs if self.how.temperature else None)
+        return Draft(text[len(ids):], probs if self.row.how.temperature else None)
 
 # %% ../../nbs/447_infer.drafts.ipynb #1ad66991
 @patch
@@ -201,13 +195,11 @@ class MTPDrafter(Drafter):
     "The first multi-token-prediction block of the model writes the draft"
     def __init__(self,
         model:Model, # Model with `mtp` blocks
-        how:Sampling = _greedy, # Settings for choosing a token
-        seed:int|None = None, # Seed; None: PyTorch's default generator
+        how:SamplingParams = GREEDY, # Settings for choosing a token, with a seed
         start:int = 0, # Number of first tokens whose activations are not known
     ):
         check_mtp(model)
-        self.model,self.how,self.new,self.cache,self.start = model,how,[],_block_cache(model),start
-        self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+        self.model,self.row,self.new,self.cache,self.start = model,RowSampler(how, []),[],_block_cache(model),start
 
     def kind(self,
         ids:list, # All tokens of the row
@@ -232,10 +224,10 @@ class MTPDrafter(Drafter):
         text,probs,self.new = list(ids),[],[]
         for i in range(most := min(n, _longest(self.cache))):
             if i: x,y = _run_block(self.model, self.cache, x, text[-1:])
-            t,q = pick(head(y[None,None], self.model.head_weight)[0,0], text, self.how, self.gen)
+            t,q = pick(head(y[None,None], self.model.head_weight)[0,0], text, self.row)
             text.append(t); probs.append(q)
         self.cache.rewind(max(most - 1, 0))
-        return Draft(text[len(ids):], probs if self.how.temperature else None)
+        return Draft(text[len(ids):], probs if self.row.how.temperature else None)
 
 # %% ../../nbs/447_infer.drafts.ipynb #9d74f025
 @patch
@@ -270,12 +262,10 @@ class DSparkDrafter(Drafter):
     def __init__(self,
         model:Model, # V4 model
         drafter:DSpark, # Its drafter
-        how:Sampling = _greedy, # Settings for choosing a token
-        seed:int|None = None, # Seed; None: PyTorch's default generator
+        how:SamplingParams = GREEDY, # Settings for choosing a token, with a seed
         sure:float = 0., # Lowest confidence of a drafted token
     ):
-        self.model,self.drafter,self.how,self.sure,self.main = model,check_drafter(drafter, model),how,sure,None
-        self.gen = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+        self.model,self.drafter,self.row,self.sure,self.main = model,check_drafter(drafter, model),RowSampler(how, []),sure,None
 
     def kind(self,
         ids:list, # All tokens of the row
@@ -305,9 +295,9 @@ def draft(self:DSparkDrafter, # noqa: F811
     for k in range(min(n, d.length)):
         z,sure = d.predict(x[:, k:k+1], torch.tensor([text[-1:]], device=w.device), w)
         if sure.sigmoid() < self.sure: break # known before the token is drawn
-        t,q = pick(z[0, 0], text, self.how, self.gen)
+        t,q = pick(z[0, 0], text, self.row)
         text.append(t); probs.append(q)
-    return Draft(text[len(ids):], probs if self.how.temperature else None)
+    return Draft(text[len(ids):], probs if self.row.how.temperature else None)
 
 # %% ../../nbs/447_infer.drafts.ipynb #cb7dbb35
 _FILE,_SIZES = 'dspark',('taps', 'length', 'stages', 'rank', 'noise')

@@ -120,6 +120,7 @@ def sampling_from(
     bias = fields.take('logit_bias', dict, default={})
     try: found['logit_bias'] = {int(k): v for k,v in bias.items()}
     except ValueError: raise fields.wrong('logit_bias', f'must map token ids to numbers, not {bias!r:.60}') from None
+    if (found['temperature'] or 0) > 2: raise fields.wrong('temperature', f'is {found["temperature"]}; it must be at most 2')
     try: return SamplingParams(**{k: v for k,v in found.items() if v is not None}, **given)
     except ValueError as error: raise ApiError(400, str(error), str(error).split(' ')[0]) from None
 
