@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.infer.generate import Sampling, Stopper, left_padded, stream_text
+from deepseek_nb.infer.generate import Stopper, left_padded, stream_text
+from deepseek_nb.infer.sampling import RowSampler, SamplingParams, draw_token
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 DRAWS = int(os.environ.get('DRAWS') or 4)
@@ -326,20 +327,14 @@ def test_repetition_penalty_is_transformers(pair, r):
 
 # Sampling
 
-def processed(how, logits, seen, monkeypatch):
-    "The distribution that `choose` draws from"
-    kept = []
-    def draw(p, n, generator=None):
-        kept.append(p)
-        return p.argmax(-1, keepdim=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, 'multinomial', draw)
-        how.choose(logits, seen)
-    return kept[0]
+def processed(how, logits, seen):
+    "The distribution that each row draws from"
+    weights = torch.stack([RowSampler(how, s).weights(x) for x, s in zip(logits, seen.tolist(), strict=True)])
+    return weights/weights.sum(-1, keepdim=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_processors_of_transformers(dtype, r, monkeypatch):
+def test_processors_of_transformers(dtype, r):
     "Penalty, temperature, top-k, top-p, min-p in this order: the same survivors, the same probabilities"
     L = pytest.importorskip('transformers.generation.logits_process')
     for _ in range(150):
@@ -354,10 +349,10 @@ def test_processors_of_transformers(dtype, r, monkeypatch):
         if kw['top_k']: theirs.append(L.TopKLogitsWarper(kw['top_k']))
         if kw['top_p'] < 1: theirs.append(L.TopPLogitsWarper(kw['top_p']))
         if kw['min_p']: theirs.append(L.MinPLogitsWarper(kw['min_p']))
-        want, got = theirs(seen, logits.clone()).softmax(-1), processed(Sampling(**kw), logits, seen, monkeypatch)
+        want, got = theirs(seen, logits.clone()).softmax(-1), processed(SamplingParams(**kw), logits, seen)
         differ = (got > 0) != (want > 0)
         if dtype == torch.float32: # skip what rounding decides
-            p = processed(Sampling(**kw | dict(top_p=1., min_p=0.)), logits, seen, monkeypatch).double().sort(descending=True)
+            p = processed(SamplingParams(**kw | dict(top_p=1., min_p=0.)), logits, seen).double().sort(descending=True)
             edge = ((p.values.cumsum(-1)-kw['top_p']).abs() < 1e-5).any(-1) | ((p.values/p.values[:, :1]-kw['min_p']).abs() < 1e-5).any(-1)
             if edge.any(): continue
         assert not differ.any(), (SEED, kw)
@@ -376,10 +371,11 @@ def test_order_of_transformers(pair):
 
 
 def test_draws_follow_the_distribution(r):
-    logits, n = torch.randn(1, 6).expand(60_000, 6), 60_000
-    how = Sampling(temperature=.8, top_k=4)
-    got = torch.bincount(how.choose(logits, torch.zeros(n, 1, dtype=torch.int64), torch.Generator().manual_seed(SEED)), minlength=6)/n
-    top = logits[0].topk(4)
+    logits, n = torch.randn(6), 60_000
+    row = RowSampler(SamplingParams(temperature=.8, top_k=4, seed=SEED), [])
+    weights = row.weights(logits)
+    got = torch.bincount(torch.tensor([draw_token(weights, row.uniform()) for _ in range(n)]), minlength=6)/n
+    top = logits.topk(4)
     want = torch.zeros(6).scatter(0, top.indices, (top.values/.8).softmax(0))
     # Bernstein's bound, which one of four frequencies exceeds once in ten million draws, however rare its token
     assert ((got-want).abs() <= 6.04*(want*(1-want)/n).sqrt() + 12.2/n*(want > 0)).all()

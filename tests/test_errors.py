@@ -17,7 +17,8 @@ from deepseek_nb.arch.rope import geometric
 from deepseek_nb.core.config import Config
 from deepseek_nb.files import hub
 from deepseek_nb.files.locate import load_config
-from deepseek_nb.infer.generate import Sampling, Stopper, left_padded, stream_text
+from deepseek_nb.infer.generate import Stopper, left_padded, stream_text
+from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.tools.cli import main
 
 LLAMA = Config('llama', vocab_size=258, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4, inter_dim=24, max_positions=32,
@@ -269,7 +270,7 @@ OUT = [('temperature', -1.), ('temperature', -1e-9), ('temperature', float('nan'
 def test_sampling_out_of_range(name, value, model, made, says):
     ids = torch.tensor([[1, 2]])
     kw = {name: value}
-    for run in (lambda: Sampling(**kw), lambda: model.generate(ids, **kw), lambda: model.stream(ids, **kw)):
+    for run in (lambda: SamplingParams(**kw), lambda: model.generate(ids, **kw), lambda: model.stream(ids, **kw)):
         refuses(ValueError, run, name, value, 'must be')
     option = f'--{name.replace("_", "-")}={value}'
     says('generate', 'x', '--model', made['llama'], option, words=[name, value])
@@ -277,7 +278,7 @@ def test_sampling_out_of_range(name, value, model, made, says):
 
 
 def test_temperature_below_zero_as_a_word_of_its_own(made, says):
-    says('generate', 'x', '--model', made['llama'], '--temperature', '-0.5', words=['temperature is -0.5', 'zero (greedy) or above'])
+    says('generate', 'x', '--model', made['llama'], '--temperature', '-0.5', words=['temperature is -0.5', 'at least 0'])
 
 
 @pytest.mark.parametrize('token', [-1, 258, 10**6])

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import sys
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -22,10 +23,11 @@ from deepseek_nb.bench import make_record, save_result
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer import speculate as S
+from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.engine import Engine
-from deepseek_nb.infer.generate import Sampling, left_padded
+from deepseek_nb.infer.generate import left_padded
 from deepseek_nb.infer.request import Request
-from deepseek_nb.infer.sampling import SamplingParams
+from deepseek_nb.infer.sampling import RowSampler, SamplingParams, sample_ahead
 from deepseek_nb.serve.grammar import compile_grammar
 from deepseek_nb.train.corpora import corpus
 
@@ -152,9 +154,9 @@ def test_v4_drafts_by_its_own_block():
 
 def test_v4_drafts_are_drawn_from_what_they_say():
     "Sampled drafts of the block: the distributions by a slow loop without a cache, and the text follows the model's distribution."
-    r, how = random.Random(SEED + 1), Sampling(temperature=1.2)
+    r, how = random.Random(SEED + 1), SamplingParams(temperature=1.2, seed=0)
     model, text = v4(4, r), [r.randrange(4) for _ in range(21)]
-    drafter, block, at = S.MTPDrafter(model, how, 0), model.mtp[0], 0
+    drafter, block, at = S.MTPDrafter(model, how), model.mtp[0], 0
     for end in (7, 8, 13, 21):
         with torch.no_grad(), model.keep_hidden() as kept: model.hidden(torch.tensor([text[:end]]))
         drafter.note(text[:end], kept[0][0, at:end - 1])
@@ -172,7 +174,7 @@ def test_v4_drafts_are_drawn_from_what_they_say():
 
 def test_v4_drafts_by_a_block_drafter():
     "Greedy tokens are those of plain decoding, sampled ones follow the model's distribution; a drafter of another model is refused."
-    r, kept, how = random.Random(SEED + 2), 0, Sampling(temperature=1.3, top_k=3, repetition_penalty=1.4)
+    r, kept, how = random.Random(SEED + 2), 0, SamplingParams(temperature=1.3, top_k=3, repetition_penalty=1.4)
     model = v4(4, r)
     for row in prompts(model, 4)[2:]:
         want = model.generate(torch.tensor([row]), 24, eos_token_id=[])
@@ -193,6 +195,12 @@ def tokens_of(model, prompt, how, n): return map(tuple, tokens(model, [prompt]*n
 
 # ---- the distribution
 
+def distribution(logits, how, seen):
+    "What a row draws from"
+    w = RowSampler(how, seen.tolist()).weights(logits)
+    return w/w.sum()
+
+
 def exact(model, prompt, how, n):
     "Probability of each continuation of n tokens"
     found = {(): 1.}
@@ -200,7 +208,7 @@ def exact(model, prompt, how, n):
         longer = {}
         for text, p in found.items():
             ids = torch.tensor([[*prompt, *text]])
-            with torch.no_grad(): probs = how.adjusted(model(ids)[:, -1], ids).softmax(-1)[0]
+            with torch.no_grad(): probs = distribution(model(ids)[0, -1], how, ids[0])
             longer |= {(*text, t): p*q for t, q in enumerate(probs.tolist()) if q}
         found = longer
     return found
@@ -225,10 +233,10 @@ def frequencies(model, prompt, draft, how, n, rows=400):
     return counts
 
 
-PENALISED = Sampling(temperature=1.3, top_k=4, repetition_penalty=1.5)
+PENALISED = SamplingParams(temperature=1.3, top_k=4, repetition_penalty=1.5)
 
 
-@pytest.mark.parametrize('how', [Sampling(temperature=1.), PENALISED], ids=['plain', 'penalised'])
+@pytest.mark.parametrize('how', [SamplingParams(temperature=1.), PENALISED], ids=['plain', 'penalised'])
 @pytest.mark.parametrize('draft', ['lookup', 'model', 'mtp'])
 def test_sampling_follows_the_models_distribution(draft, how):
     torch.manual_seed(SEED)
@@ -240,10 +248,8 @@ def test_sampling_follows_the_models_distribution(draft, how):
 def test_the_distribution_test_sees_a_wrong_rule(monkeypatch):
     "A rule that keeps every drafted token."
     torch.manual_seed(SEED)
-    how = Sampling(temperature=1.)
-    def keep(logits, drafted, *rest):
-        return S.Verified(torch.cat([drafted, how.choose(logits[:, -1], None)[:, None]], 1), torch.full((len(drafted),), drafted.shape[1]))
-    monkeypatch.setattr(S, 'verify_drawn', keep)
+    how = SamplingParams(temperature=1.)
+    monkeypatch.setattr(S, 'verify_drawn', lambda p, q, drafted, u: (torch.tensor(len(drafted)), p[-1]))
     model = build('deepseek_v3', V, std=.2)
     assert surprise(frequencies(model, [1, 2, 3, 1], build('llama', V, 1, std=.9), how, 3), exact(model, [1, 2, 3, 1], how, 3)) > 5
 
@@ -252,10 +258,10 @@ def test_acceptance_is_the_shared_probability():
     g, n = torch.Generator().manual_seed(SEED), 125_000
     for _ in range(3):
         p, q = (torch.randn(V, generator=g).softmax(-1) for _ in range(2))
-        drawn, seen = torch.multinomial(q, n, replacement=True, generator=g)[:, None], torch.zeros(n, 1).long()
-        new = S.verify_drawn(p.log().expand(n, 2, V), drawn, q.expand(n, 1, V), seen, Sampling(temperature=1.), g)
+        drawn, u = torch.multinomial(q, n, replacement=True, generator=g)[:, None], torch.rand(n, 1, generator=g)
+        kept, _ = S.verify_drawn(p.expand(n, 2, V), q.expand(n, 1, V), drawn, u)
         share = torch.minimum(p, q).sum().item()
-        assert abs(new.kept.float().mean().item() - share) < 5.5*math.sqrt(share*(1 - share)/n) + 1e-6
+        assert abs(kept.float().mean().item() - share) < 5.5*math.sqrt(share*(1 - share)/n) + 1e-6
 
 
 # ---- the rules alone, on a model that is a table: a hundred thousand texts at once
@@ -263,8 +269,10 @@ def test_acceptance_is_the_shared_probability():
 class Table:
     "Logits of the next token that depend on the last one"
     def __init__(self, g, how, sharp=1.): self.logits, self.how = sharp*torch.randn(V, V, generator=g), how
-    def __call__(self, text): return self.logits[text[:, -1]]
-    def probs(self, text): return self.how.adjusted(self(text), text).softmax(-1)
+    def probs(self, text):
+        "Distribution after each text, computed once for equal texts"
+        found, which = text.unique(dim=0, return_inverse=True)
+        return torch.stack([distribution(self.logits[o[-1]], self.how, o) for o in found])[which]
 
     def continued(self, text, n):
         "Probability of each of the V**n continuations"
@@ -275,26 +283,21 @@ class Table:
         return probs
 
 
-def drafted(kind, source, texts, n, g):
-    "Drafts of n tokens, and their distributions if they were drawn"
-    text, probs = texts, []
-    for i in range(n):
-        q = source.probs(text)
-        probs.append(q)
-        new = (text[:, i] if kind == 'lookup' else q.argmax(-1) if kind == 'greedy' else torch.multinomial(q, 1, generator=g)[:, 0])
-        text = torch.cat([text, new[:, None]], 1)
-    return text[:, -n:], torch.stack(probs, 1)
+def drawn_from(p, g): return torch.multinomial(p, 1, generator=g)[:, 0]
 
 
-def two_tokens(kind, rule, target, source, start, rows, g, n=2):
-    "The first two new tokens of each row, from steps with drafts"
-    text = start.repeat(rows, 1)
-    draft, q = drafted(kind, source, text, n, g)
-    logits = torch.stack([target(torch.cat([text, draft[:, :k]], 1)) for k in range(n + 1)], 1)
-    new = rule(logits, draft, *([q] if kind == 'drawn' else []), text, target.how, g)
-    first, second = new.tokens[:, 0], new.tokens[:, 1] if new.tokens.shape[1] > 1 else torch.zeros(rows).long()
-    again = torch.cat([text, first[:, None]], 1)
-    return torch.stack([first, torch.where(new.kept > 0, second, target.how.choose(target(again), again, g))], 1)
+def two_tokens(rule, target, source, start, rows, g, n=2):
+    "The first two new tokens of each row, from steps with drafts of n tokens"
+    text, q = start.repeat(rows, 1), []
+    for _ in range(n):
+        q.append(source.probs(text))
+        text = torch.cat([text, drawn_from(q[-1], g)[:, None]], 1)
+    p = torch.stack([target.probs(text[:, :len(start) + k]) for k in range(n + 1)], 1)
+    draft = text[:, -n:]
+    kept, rest = rule(p, torch.stack(q, 1), draft, torch.rand(rows, n, generator=g))
+    first = torch.where(kept > 0, draft[:, 0], after := drawn_from(rest, g))
+    plain = drawn_from(target.probs(torch.cat([start.repeat(rows, 1), first[:, None]], 1)), g)
+    return torch.stack([first, torch.where(kept > 1, draft[:, 1], torch.where(kept == 1, after, plain))], 1)
 
 
 def deviation(found, probs):
@@ -303,21 +306,19 @@ def deviation(found, probs):
     return surprise({i: c for i, c in enumerate(counts) if c}, {i: p for i, p in enumerate(probs.tolist()) if p})
 
 
-RULES = [Sampling(temperature=1.), Sampling(temperature=1.3, top_k=4, top_p=.95, repetition_penalty=1.5)]
+RULES = [SamplingParams(temperature=1.), SamplingParams(temperature=1.3, top_k=4, top_p=.95, repetition_penalty=1.5)]
 
 
 @pytest.mark.parametrize('how', RULES, ids=['plain', 'penalised'])
-@pytest.mark.parametrize('kind', ['lookup', 'greedy', 'drawn'])
-def test_a_hundred_thousand_texts(kind, how):
-    "Copied tokens, a greedy draft, and drafts of a model that is near or far"
+def test_a_hundred_thousand_texts(how):
+    "Drafts of a model that is near or far"
     g = torch.Generator().manual_seed(SEED)
     target, start = Table(g, how), torch.randint(V, (4,), generator=g)
     far = Table(g, how, 2.)
     near = Table(g, how)
     near.logits = target.logits + .3*near.logits
     for source in (near, far):
-        rule = S.verify_drawn if kind == 'drawn' else S.verify_fixed
-        found = two_tokens(kind, rule, target, source, start, 100_000, g)
+        found = two_tokens(S.verify_drawn, target, source, start, 100_000, g)
         assert deviation(found[:, 0]*V + found[:, 1], target.continued(start, 2)) < 5
 
 
@@ -326,18 +327,19 @@ def test_wrong_rules_are_seen(wrong):
     "The last one verifies a draft only if it begins with token 0: the length of a draft then depends on a drafted token."
     g, how = torch.Generator().manual_seed(SEED), RULES[wrong == 'forgets penalties']
     target, far = Table(g, how), Table(g, how, 2.)
-    def rule(logits, draft, q, seen, how, g):
-        new = S.verify_drawn(logits, draft, q, seen, Sampling(temperature=1.3) if wrong == 'forgets penalties' else how, g)
-        tokens, kept = new.tokens.clone(), new.kept
-        if wrong == 'keeps all': return S.Verified(torch.cat([draft, tokens[:, -1:]], 1), torch.full_like(kept, draft.shape[1]))
-        if wrong == 'redraws from p': tokens[kept == 0, 0] = how.choose(logits[kept == 0, 0], seen[kept == 0], g)
+    forgets = Table(g, SamplingParams(temperature=1.3))
+    forgets.logits = target.logits
+    def rule(p, q, draft, u):
+        kept, rest = S.verify_drawn(p, q, draft, u)
+        if wrong == 'keeps all': return torch.full_like(kept, draft.shape[1]), p[:, -1]
+        if wrong == 'redraws from p': rest = torch.where((kept == 0)[:, None], p[:, 0], rest)
         if wrong == 'looks at the draft':
-            tokens[:, 0] = torch.where(draft[:, 0] == 0, tokens[:, 0], how.choose(logits[:, 0], seen, g))
+            rest = torch.where((draft[:, :1] == 0), rest, p[:, 0])
             kept = torch.where(draft[:, 0] == 0, kept, 0)
-        return S.Verified(tokens, kept)
+        return kept, rest
     def seen_after(last):
         start = torch.tensor([0, 1, 2, last])
-        found = two_tokens('drawn', rule, target, far, start, 100_000, g)
+        found = two_tokens(rule, forgets if wrong == 'forgets penalties' else target, far, start, 100_000, g)
         counts, probs = found[:, 0].bincount(minlength=V).tolist(), target.continued(start, 1)
         try: return surprise({i: c for i, c in enumerate(counts) if c}, {i: p for i, p in enumerate(probs.tolist()) if p}) > 5
         except AssertionError as error: return 'exclude' in str(error)
@@ -346,19 +348,34 @@ def test_wrong_rules_are_seen(wrong):
 
 def test_sampling_one_row_at_a_time_is_plain_sampling():
     "A fixed draft uses the random numbers of plain decoding, whatever it says."
-    how = RULES[1]
     for seed in range(20):
-        g = torch.Generator().manual_seed(SEED + seed)
-        target, start = Table(g, how), torch.randint(V, (1, 4), generator=g)
-        texts = []
+        g, texts = torch.Generator().manual_seed(SEED + seed), []
+        table, start, how = torch.randn(V, V, generator=g), torch.randint(V, (4,), generator=g).tolist(), replace(RULES[1], seed=seed)
         for length in (0, 3):
-            gen, text = torch.Generator().manual_seed(seed), start
-            while text.shape[1] < 30:
-                draft = drafted('greedy', target, text, length, g)[0] if length else text[:, :0]
-                logits = torch.stack([target(torch.cat([text, draft[:, :k]], 1)) for k in range(length + 1)], 1)
-                text = torch.cat([text, torch.tensor([S.verify_fixed(logits, draft, text, how, gen).row(0)])], 1)
-            texts.append(text[0, :30].tolist())
+            row, text = RowSampler(how, start), list(start)
+            while len(text) < 30:
+                draft = torch.randint(V, (length,), generator=g).tolist()
+                [new] = sample_ahead(table[[text[-1], *draft]], [row], [draft])
+                text += [d.id for d in new]
+            texts.append(text[:30])
         assert texts[0] == texts[1]
+
+
+def test_a_row_with_a_drawn_draft_follows_its_distribution():
+    "The loop's own use of the rule: state of the sampler, penalties that see the draft, the token behind it"
+    g = torch.Generator().manual_seed(SEED)
+    how, start, n, found = RULES[1], [1, 2], 20_000, []
+    target, source = Table(g, how), Table(g, how, 2.)
+    q, p = source.probs(torch.tensor([start])), target.continued(torch.tensor(start), 2)
+    second = source.probs(torch.tensor([[*start, t] for t in range(V)]))
+    for seed in range(n):
+        row, first = RowSampler(replace(how, seed=seed), start), int(drawn_from(q, g))
+        draft = Draft([first, int(drawn_from(second[first][None], g))], [q[0], second[first]])
+        new = S._verify(target.logits[[start[-1], *draft.tokens]], draft, row)
+        assert row.tokens == new and 1 <= len(new) <= 3
+        while len(new) < 2: new = [*new, row.sample(target.logits[new[-1]]).id]
+        found.append(new[0]*V + new[1])
+    assert deviation(torch.tensor(found), p) < 5
 
 
 # ---- trained models

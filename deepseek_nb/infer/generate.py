@@ -175,14 +175,16 @@ def stream(self:Model,
     **kwargs, # Further fields of `SamplingParams`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
-    how,n = sampling_of(do_sample, temperature, **kwargs),budget(self.config, _batch(ids, attention_mask).shape[1], max_new_tokens, max_length)
+    how = sampling_of(do_sample, temperature, **kwargs)
+    n = budget(self.config, _batch(ids, attention_mask).shape[1], max_new_tokens, max_length)
     eos,cache = _end_tokens(eos_token_id, self.config.eos_ids),_one_cache(cache, past_key_values)
     if pad_token_id is None: pad_token_id = eos[0] if eos else 0
     prompts = _unpadded(ids, attention_mask)
     if draft is not None: return _with_drafts(self, prompts, how, n, eos, pad_token_id, cache, draft, draft_tokens)
     if draft_tokens is not None: raise ValueError('draft_tokens is given without a draft; add draft="lookup", "mtp" or a smaller Model')
     if cache is None: cache = self.new_cache(len(ids), ids.shape[1] + n)
-    return _steps(self, ids.to(self.device), cache, row_samplers(how, prompts), n=n, eos=eos, pad=pad_token_id, attention_mask=attention_mask, mla=mla)
+    rows = row_samplers(how, prompts)
+    return _steps(self, ids.to(self.device), cache, rows, n=n, eos=eos, pad=pad_token_id, attention_mask=attention_mask, mla=mla)
 
 # %% ../../nbs/410_infer.generate.ipynb #48bfc18e
 @patch
