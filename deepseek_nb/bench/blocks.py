@@ -22,7 +22,7 @@ from torch import Tensor
 from ..arch.model import Model
 from . import BENCHMARKS, make_record, save_result
 from .llama import llama_cpp
-from ..core.provenance import doubts
+from ..core.provenance import git_state
 from ..eval.perplexity import perplexity, speeches
 from ..files.tokenizer import Tokenizer
 from ..quant.blocks import quantize_blocks
@@ -86,11 +86,12 @@ def round_layers(
 _QUANTISERS = dict(deepseek_nb=quantize_blocks, llama=ggml_quantize)
 
 def _known_rows(out, facts):
-    "Rows of a record of the same text and the same code"
+    "Rows of a record of the same text and the same commit"
     if not out or not Path(out).is_file(): return {}
     record = json.loads(Path(out).read_text())
     same = all(record['result'].get(k) == v for k,v in facts.items())
-    return record['result']['rows'] if same and not doubts(record) else {}
+    return record['result']['rows'] if same and record.get('provenance', {}).get('commit') == git_state()['commit'] else {}
+
 
 
 # %% ../../nbs/773_bench.blocks.ipynb #bb264fed
@@ -117,4 +118,5 @@ def block_quality(
         rows[name] = dict(zip(('perplexity', 'ratio', 'spread', 'error'), (found.value, *found.against(base), error), strict=True))
         if out: save_result(out, make_record('blocks', facts | dict(rows=rows), *BENCHMARKS['blocks'].packages))
     return facts | dict(rows=rows)
+
 

@@ -9,7 +9,7 @@ measured, so an interrupted benchmark continues where it stopped. `ARMS` lists w
 __all__ = ['RATES', 'ARMS', 'USAGE', 'COMMANDS', 'Arm', 'smaller_tokenizer', 'without_end', 'write_endless', 'prepare_models',
            'Command', 'program', 'version_of', 'NotStarted', 'without_folders', 'free_port', 'wait_until_ready',
            'running', 'host_busy', 'Sizes', 'first_tokens_again', 'measure_load', 'Run', 'runs_of', 'ServeReport',
-           'report_of', 'measure_arm', 'measure_all', 'served_code', 'serve_record', 'serve_load']
+           'report_of', 'measure_arm', 'measure_all', 'serve_load']
 
 # %% ../../nbs/792_bench.serve.ipynb #345509c0
 import asyncio
@@ -41,7 +41,7 @@ from . import make_record, save_result
 from .caches import bench_model
 from .load import USER, Endpoint, Limits, ask, closed_loop, load_summary, one_token_words, open_loop, random_prompts
 from ..core.plot import COLOURS, GREY, style
-from ..core.provenance import changed_since
+from ..core.provenance import builds, git_state
 from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..quant.model import quantize_model
@@ -421,53 +421,26 @@ def measure_all(
             save()
     return report
 
-# %% ../../nbs/792_bench.serve.ipynb #d674e273
-# Runs in a process of its own, with pairs of a model's path and the kind of its KV cache
-_LOAD = '''import json, sys
-from deepseek_nb.core.provenance import builds, used_code
-from deepseek_nb.tools.serving import load_served
-for path, kind in zip(sys.argv[1::2], sys.argv[2::2]): load_served(path, kv_cache=kind)
-print(json.dumps(dict(code=used_code(), build=builds())))'''
-
-def served_code(
-    arms:tuple, # Those of our server are loaded
-    folder:str|Path, # Models, from `prepare_models`
-)->dict: # `code` and `build` as in `provenance`
-    "The modules and kernels that our server uses for some models"
-    own = [w for a in arms if a.server == 'deepseek_nb' for w in (Path(folder)/a.file, (a.options or ['auto'])[-1])]
-    if not own: return dict(code={}, build={})
-    done = subprocess.run([sys.executable, '-c', _LOAD, *map(str, own)], capture_output=True, text=True)
-    if done.returncode: raise ValueError(f'our server can\'t load its models: {done.stderr.strip().splitlines()[-1]}')
-    return json.loads(done.stdout.splitlines()[-1])
-
 # %% ../../nbs/792_bench.serve.ipynb #a463292f
 _TINY = (Arm('deepseek_nb', 'mini', 'float32', 'mini', (1, 2), (), (20.,)),)
 
 def _resume(out, sizes, threads):
-    "The report of an earlier call and the code that it measured, or a new report"
+    "The report of an earlier call, or a new one"
     report = ServeReport(json.loads(json.dumps(vars(sizes))), threads)
-    if not out or not Path(out).exists(): return report,{}
+    if not out or not Path(out).exists(): return report
     record = json.loads(Path(out).read_text())
-    found,code = report_of(record['result']),record.get('provenance', {}).get('code', {})
+    found,commit = report_of(record['result']),record.get('provenance', {}).get('commit')
     if (found.sizes, found.threads) != (report.sizes, report.threads):
         raise ValueError(f'{out} was measured with other sizes or threads; remove it to measure again')
-    if not code or (old := changed_since(code)):
-        raise ValueError(f'{out} measured other code ({", ".join(old[:3]) if code else "it names none"}); remove it to measure again')
+    if commit != git_state()['commit']: raise ValueError(f'{out} measured another commit ({commit}); remove it to measure again')
     found.left = {}
-    return found,code
+    return found
 
-# %% ../../nbs/792_bench.serve.ipynb #78a54d6a
-def serve_record(
-    report:ServeReport, # What was measured
-    code:dict, # Module or C++ file -> hash, of earlier calls
-    about:dict, # From `served_code`
-)->dict: # Record, which JSON can store
-    "A record with the code of the servers, besides that of this process"
+def _store(out, report):
+    "Write a record, with the flags of our kernels, which ran in the process of the server"
     record = make_record('serve', report)
-    found = record['provenance']
-    found['code'] = dict(sorted((code | found['code'] | about['code']).items()))
-    found['build'] |= about['build']
-    return record
+    record['provenance']['build'] = builds(kernels=True)
+    save_result(out, record)
 
 # %% ../../nbs/792_bench.serve.ipynb #6eb9a4ee
 def _prepared(folder, smoke, arms, peers):
@@ -491,14 +464,12 @@ def serve_load(
     "Servers under load, ours against transformers, llama.cpp and vLLM: throughput, latencies and goodput at 1 to 32 streams"
     arms,sizes,rounds = (_TINY, Sizes(12, 4, 8, 100, .1), 1) if smoke else (ARMS, Sizes(), rounds)
     arms = tuple(a for a in arms if only in a.name)
-    report,code = _resume(out, sizes, threads)
+    report = _resume(out, sizes, threads)
     with TemporaryDirectory() as tmp:
         words = _prepared(folder := Path(models or tmp), smoke, arms, peers)
         if not smoke: report.versions = {s: version_of(s, peers) for s in COMMANDS if program(s, peers)}
-        todo = {r for i in range(rounds) for a in arms for r in runs_of(a, i, i == rounds - 1)} - report.done()
-        about = served_code(arms if out and todo else (), folder)
         def start(arm): return running(arm, folder, peers, threads)
-        def save(): out and save_result(out, serve_record(report, code, about))
+        def save(): out and _store(out, report)
         return measure_all(report, arms, rounds, words, start, save, sizes, minutes)
 
 # %% ../../nbs/792_bench.serve.ipynb #0de7bead

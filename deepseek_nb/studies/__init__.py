@@ -221,7 +221,7 @@ def run_one(
     "Run one arm with one seed, or resume it"
     folder,code = run_folder(work, plan, arm, seed),git_state()
     with stopwatch(folder/'minutes.json') as minutes: result = find_study(plan.study)(plan.arms[arm], seed, folder)
-    found = provenance(tuple(plan.protocol.get('code', ()))) | dict(plan=plan.mark, versions=versions())
+    found = provenance() | dict(plan=plan.mark, versions=versions())
     if (code['commit'], code['clean']) != (found['commit'], found['clean']): found |= code | dict(clean=False)
     at = found['commit'] + '+'*(found['clean'] is False)
     return dict(arm=arm, seed=seed, settings=plan.arms[arm], result=result, minutes=round(minutes(), 2), commit=at,

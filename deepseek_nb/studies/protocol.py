@@ -1,4 +1,4 @@
-"""What a plan must state before its first run, and a check that refuses records from an unclean tree, from older code, or without their floors.
+"""What a plan must state before its first run, and a check that refuses records from an unclean tree, of another plan, or without their floors.
 
 `read_protocol` reads what a plan states in advance, `objections` lists everything that speaks against the records of a study, and
 `check_records` raises an error if there is anything. `standing` says for each study whether it was run under the protocol, and `not_run`

@@ -706,12 +706,11 @@ def ratio_verdict(
 
 def kept_since(
     record:dict, # Record of a benchmark
-)->str: # 'before provenance was kept', 'today's code', or what changed
-    "Say which code a record of a benchmark measured"
+)->str: # The commit, or 'stored before provenance was kept'
+    "Say at which commit a benchmark was measured"
     if before(record): return 'stored before provenance was kept'
     p = record['provenance']
-    wrong = [re.sub(r'deepseek_nb[.]', '', d) for d in doubts(record)]
-    return f"commit {p['commit']}, load {p.get('load')}" + f"; {', '.join(wrong)}"*bool(wrong)
+    return ', '.join([f"measured at commit {p['commit']}", f"load {p.get('load')}", *doubts(record)])
 
 # %% ../../nbs/978_tools.verdicts.ipynb #0a3b6e91
 CLAIM_PARTS = dict(small=('rank8', 'full', (50, 200)), large=('full', 'rank8', (10_000,))) # Better, worse, numbers of samples
