@@ -102,7 +102,7 @@ def pick(
     "Choose one token of a draft"
     row.prompt = ids
     weights = row.weights(logits.float())
-    if row.how.temperature == 0: return int(weights.argmax()),None
+    if row.how.greedy: return int(weights.argmax()),None
     return draw_token(weights, row.uniform()),weights/weights.sum()
 
 # %% ../../nbs/447_infer.drafts.ipynb #3ee0c685
@@ -154,7 +154,7 @@ class ModelDrafter(Drafter):
             t,q = pick(self.model(new, self.cache, logits_to_keep=1)[0,-1], text, self.row)
             text.append(t); probs.append(q)
         self.fed,self.agreed = text[:-1],len(ids)
-        return Draft(text[len(ids):], probs if self.row.how.temperature else None)
+        return Draft(text[len(ids):], None if self.row.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #1ad66991
 @patch
@@ -227,7 +227,7 @@ class MTPDrafter(Drafter):
             t,q = pick(head(y[None,None], self.model.head_weight)[0,0], text, self.row)
             text.append(t); probs.append(q)
         self.cache.rewind(max(most - 1, 0))
-        return Draft(text[len(ids):], probs if self.row.how.temperature else None)
+        return Draft(text[len(ids):], None if self.row.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #9d74f025
 @patch
@@ -297,7 +297,7 @@ def draft(self:DSparkDrafter, # noqa: F811
         if sure.sigmoid() < self.sure: break # known before the token is drawn
         t,q = pick(z[0, 0], text, self.row)
         text.append(t); probs.append(q)
-    return Draft(text[len(ids):], probs if self.row.how.temperature else None)
+    return Draft(text[len(ids):], None if self.row.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #cb7dbb35
 _FILE,_SIZES = 'dspark',('taps', 'length', 'stages', 'rank', 'noise')

@@ -45,8 +45,8 @@ def row_samplers(
     prompts:list, # Token ids of each row, for the repetition penalty
 )->list: # A `RowSampler` for each row
     "Samplers of a batch"
-    seed = int(torch.randint(2**62, ())) if how.seed is None and how.temperature else how.seed or 0
-    return [RowSampler(replace(how, seed=seed + i), p) for i,p in enumerate(prompts)]
+    if how.seed is None: how = replace(how, seed=0 if how.greedy else int(torch.randint(2**62, ())))
+    return [RowSampler(how.number(i), p) for i,p in enumerate(prompts)]
 
 # %% ../../nbs/410_infer.generate.ipynb #3719eb1f
 def left_padded(

@@ -12,7 +12,6 @@ __all__ = ['verify_drawn', 'expected_tokens', 'experts_read', 'DraftLength']
 # %% ../../nbs/449_infer.speculate.ipynb #ba2284d2
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from ..arch.rewindable import RewindableCache
 from .drafts import Draft, Drafter, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter
 from .generate import row_samplers
 from .paged import PagedCache, PagePool
-from .sampling import GREEDY, SamplingParams, draw_token, sample_ahead
+from .sampling import GREEDY, RowSampler, SamplingParams, draw_token, sample_ahead
 
 # %% ../../nbs/449_infer.speculate.ipynb #f76e73d0
 def verify_drawn(
@@ -198,7 +197,7 @@ class _Row:
 # %% ../../nbs/449_infer.speculate.ipynb #1e9d8802
 def _drafters(draft, model, how, n):
     "A drafter for each of `n` rows"
-    own = [r.how for r in row_samplers(how if how.seed is None else replace(how, seed=how.seed + n), [()]*n)] # numbers of their own
+    own = [r.how for r in row_samplers(how.number(n), [()]*n)] # numbers of their own
     if draft is None: return [Drafter() for _ in own] # finds nothing
     if draft == 'lookup': return [LookupDrafter() for _ in own]
     if draft == 'mtp': return [MTPDrafter(model, how) for how in own]
