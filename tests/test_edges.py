@@ -14,12 +14,11 @@ import warm
 from test_server import HI, SERVE, Live, openai, post
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.infer.drafts import pick
-from deepseek_nb.infer.generate import Sampling
-from deepseek_nb.infer.speculate import verify_drawn, verify_fixed
+from deepseek_nb.infer.drafts import Draft, pick
+from deepseek_nb.infer.engine import Engine
+from deepseek_nb.infer.sampling import RowSampler, SamplingParams, sample_rows
+from deepseek_nb.infer.speculate import _verify
 from deepseek_nb.serve.app import key_digest
-from deepseek_nb.serve.engine import Engine
-from deepseek_nb.serve.sampling import RowSampler, SamplingParams, sample_rows
 
 COLD = 1e-38, 1e-30, 5e-324, 1e-45, 1e-20, -0.
 TINY = 1e-38, 1e-46, 5e-324
@@ -50,13 +49,11 @@ def asked(live, body, path='/v1/chat/completions'): return post(live, dict(model
 def test_a_cold_temperature_is_greedy(seed, cold):
     "In every sampler: the limit of a temperature that goes to 0 is the most likely token"
     x = torch.randn(20, 300)*torch.tensor([.01, 1., 30., 1e4]).repeat(5)[:, None]
-    best, none = x.argmax(-1), torch.zeros(20, 1, dtype=torch.long)
-    how = Sampling(temperature=cold, top_p=.9, min_p=.1, top_k=50)
-    assert torch.equal(how.choose(x, none), best)
-    assert [pick(row, [], how)[0] for row in x] == best.tolist()
-    logits, guess = torch.stack([x, x.roll(1, 0)], 1), best[:, None]
-    for found in (verify_fixed(logits, guess, none, how), verify_drawn(logits, guess, torch.full((20, 1, 300), 1/300), none, how)):
-        assert torch.equal(found.tokens[:, 0], best)
+    best, how = x.argmax(-1), SamplingParams(temperature=cold, top_p=.9, min_p=.1, top_k=50)
+    assert [pick(row, [], RowSampler(how, []))[0] for row in x] == best.tolist()
+    for i, t in enumerate(best.tolist()):
+        for draft in (Draft([t]), Draft([t], [torch.full((300,), 1/300)])):
+            assert _verify(torch.stack([x[i], x[i-1]]), draft, RowSampler(how, [])) == [t, int(best[i-1])]
     rows = [RowSampler(SamplingParams(temperature=cold, top_p=.9, logprobs=1, frequency_penalty=2), []) for _ in x]
     assert [d.id for d in sample_rows(x, rows)] == best.tolist()
 
@@ -64,7 +61,6 @@ def test_a_cold_temperature_is_greedy(seed, cold):
 @pytest.mark.parametrize('p', TINY)
 def test_a_tiny_top_p_keeps_the_most_likely_token(seed, p):
     x = torch.randn(20, 300)
-    assert torch.equal(Sampling(temperature=1., top_p=p).choose(x, torch.zeros(20, 1, dtype=torch.long)), x.argmax(-1))
     rows = [RowSampler(SamplingParams(top_p=p), []) for _ in x]
     assert [d.id for d in sample_rows(x, rows)] == x.argmax(-1).tolist()
 
@@ -72,8 +68,7 @@ def test_a_tiny_top_p_keeps_the_most_likely_token(seed, p):
 @pytest.mark.parametrize('wrong', [dict(temperature=math.inf), dict(temperature=math.nan), dict(temperature=1e308), dict(top_p=math.nan),
     dict(repetition_penalty=1e-38), dict(repetition_penalty=1e308), dict(repetition_penalty=math.inf), dict(min_p=math.nan)])
 def test_what_has_no_limit_is_refused(wrong):
-    for kind in (Sampling, SamplingParams):
-        with pytest.raises(ValueError, match=next(iter(wrong))): kind(**wrong)
+    with pytest.raises(ValueError, match=next(iter(wrong))): SamplingParams(**wrong)
 
 
 def test_penalties_at_their_limits(seed):
@@ -85,8 +80,6 @@ def test_penalties_at_their_limits(seed):
                                               logit_bias={3: 100, 4: -100, 5: 5e-324}), seen) for _ in range(8)]
             for row in rows: row.tokens = [*range(100, 200)]
             for d in sample_rows(torch.randn(8, 300)*20, rows): assert not isinstance(d, Exception)
-            how = Sampling(temperature=temperature, repetition_penalty=penalty)
-            assert how.choose(torch.randn(8, 300)*20, torch.tensor([seen]*8)).shape == (8,)
 
 
 def test_generate_at_a_cold_temperature(seed):
