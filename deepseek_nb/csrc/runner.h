@@ -13,13 +13,13 @@ typedef struct runner runner;
 runner* runner_load(const uint8_t* bytes,
                     size_t n);  // the bytes must live as long as the handle; null: see runner_error
 void runner_free(runner*);
-const char* runner_error(void);                 // one line about the last failure
+const char* runner_error(void);                 // one line about the last failure of this thread
 int64_t runner_info(runner*, const char* key);  // a number of the model, -1 if the key is unknown
 int64_t runner_row(runner*, const char* tensor, int64_t row, float* out, int64_t max);  // decoded; its width, or -1
 // y = x · tensorᵀ for n rows of x, or nothing if x is null; the rows of the tensor, or -1
 int64_t runner_product(runner*, const char* tensor, int64_t n, int64_t width, const float* x, float* y);
 const char* runner_text(runner*, const char* key);  // a string of the metadata, null if it is absent
-void runner_threads(int n);                         // threads of the steps that follow
+void runner_threads(runner*, int n);                // threads of the steps that follow
 
 // %% ../../nbs/808_export.runner.ipynb #81d327bf
 void runner_reset(runner*);

@@ -8,7 +8,7 @@
 
 struct runner : Engine {
     Tokenizer tokenizer;
-    std::string said;
+    Queue queue;  // of the threads that call its functions
 };
 
 extern "C" {
@@ -19,20 +19,41 @@ runner* runner_load(const uint8_t* bytes, size_t n) {
 }
 void runner_free(runner* r) { delete r; }
 const char* runner_error() { return message; }
-void runner_threads(int n) { pool().resize(std::clamp(n, 1, 256)); }
-void runner_pack(runner* r, int on) { r->packing = on; }
-void runner_watch(runner* r, int on) { r->watch = on; }
-void runner_reset(runner* r) { r->cache.length = 0; }
+void runner_threads(runner* r, int n) {
+    const Ticket ticket(r->queue);
+    r->pool.resize(std::clamp(n, 1, 256));
+}
+void runner_pack(runner* r, int on) {
+    const Ticket ticket(r->queue);
+    r->packing = on;
+}
+void runner_watch(runner* r, int on) {
+    const Ticket ticket(r->queue);
+    r->watch = on;
+}
+void runner_reset(runner* r) {
+    const Ticket ticket(r->queue);
+    r->cache.length = 0;
+}
 int runner_rewind(runner* r, int n) {
+    const Ticket ticket(r->queue);
     if (n < 0 || n > r->cache.length) return fail("%d is not one of the positions in the cache", n), -1;
     return r->cache.length = n, 0;
 }
-int runner_step(runner* r, const int32_t* tokens, int n, float* logits) { return r->step(tokens, n, logits) ? 0 : -1; }
+int runner_step(runner* r, const int32_t* tokens, int n, float* logits) {
+    const Ticket ticket(r->queue);
+    return r->step(tokens, n, logits) ? 0 : -1;
+}
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #8a56513c
 extern "C" int64_t runner_info(runner* r, const char* key) {
+    const Ticket ticket(r->queue);
     const Config& c = r->model.config;
+    auto token = [&](const char* key) {
+        const double x = r->model.file.number(key, -1);
+        return x >= 0 && x < c.vocab ? int64_t(x) : -1;
+    };
     const struct {
         const char* key;
         int64_t value;
@@ -47,9 +68,9 @@ extern "C" int64_t runner_info(runner* r, const char* key) {
                {"dense_layers", c.experts ? c.dense : c.layers},
                {"context", c.context},
                {"position", r->cache.length},
-               {"bos", int64_t(r->model.file.number("tokenizer.ggml.bos_token_id", -1))},
-               {"eos", int64_t(r->model.file.number("tokenizer.ggml.eos_token_id", -1))},
-               {"eot", int64_t(r->model.file.number("tokenizer.ggml.eot_token_id", -1))},
+               {"bos", token("tokenizer.ggml.bos_token_id")},
+               {"eos", token("tokenizer.ggml.eos_token_id")},
+               {"eot", token("tokenizer.ggml.eot_token_id")},
                {"cache_bytes_per_token", c.layers * c.cached() * 4},
                {"packed_bytes", r->model.packed_size}};
     for (auto& one : all)
@@ -66,6 +87,7 @@ extern "C" int64_t runner_row(runner* r, const char* name, int64_t row, float* o
     return t->size[0];
 }
 extern "C" int64_t runner_product(runner* r, const char* name, int64_t n, int64_t cols, const float* x, float* y) {
+    const Ticket ticket(r->queue);
     const Tensor* t = r->model.file.tensor(name);
     if (!t || n < 1 || cols != t->size[0])
         return fail("%lld × %lld numbers: this does not fit a tensor %.60s", (long long)n, (long long)cols, name), -1;
@@ -78,16 +100,18 @@ extern "C" int64_t runner_product(runner* r, const char* name, int64_t n, int64_
         for (int64_t p = 0; p < panels_of(w.rows); ++p) pack_panel(w, p, const_cast<uint8_t*>(w.panels.panel(p)));
     }
     const std::vector<const float*> rows = row_pointers(x, n, cols);
-    together([&](const Team& t) { multiply(t, w, n, rows.data(), y, w.rows, room.need(0)); });
+    r->pool.call([&](const Team& t) { multiply(t, w, n, rows.data(), y, w.rows, room.need(0)); });
     return w.rows;
 }
 extern "C" const char* runner_text(runner* r, const char* key) {
+    thread_local std::string said;
     const Value* v = r->model.file.find(key);
-    return v && v->kind == TEXT ? (r->said = v->text.string()).c_str() : nullptr;
+    return v && v->kind == TEXT ? (said = v->text.string()).c_str() : nullptr;
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #50dbbaa0
 extern "C" int runner_probe(runner* r, int kind, int layer, float* out, int max) {
+    const Ticket ticket(r->queue);
     const Config& c = r->model.config;
     std::vector<float> found;
     if (layer < -1 || layer >= c.layers || !r->cache.length)

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-inline char message[256];  // of the last failure
+inline thread_local char message[256];  // of the last failure of this thread
 inline bool fail(const char* format, ...) {
     va_list words;
     va_start(words, format);

@@ -207,7 +207,7 @@ int main(int count, char** words) {
     runner* r = engine.load(bytes.at, bytes.n);
     if (!r) leave(o.model ? o.model : "model", engine.error());
     if (o.times) fprintf(stderr, "loaded in %.1f ms\n", 1e3 * (now() - begin));
-    engine.threads(o.threads), engine.pack(r, !o.exact);
+    engine.threads(r, o.threads), engine.pack(r, !o.exact);
     Session s{engine, o, r, std::vector<float>(engine.info(r, "vocab")), o.seed};
     if (!o.chat) s.answer(s.encode(o.prompt, true));
     else {

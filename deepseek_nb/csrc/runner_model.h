@@ -254,6 +254,7 @@ struct Model {
     Weight embedding, head;
     const float* norm = nullptr;
     std::vector<Block> blocks;
+    int64_t inner = 0, widest = 0;  // of dense feed-forwards; numbers of the longest row of a weight
     std::unique_ptr<uint8_t, void (*)(void*)> packed{nullptr, free};
     int64_t packed_size = 0;
     template <class F> void each_weight(F use) {
@@ -266,7 +267,8 @@ struct Model {
         }
     }
     bool read(const uint8_t* bytes, size_t n);
-    bool pack();
+    bool pack(Pool& pool);
+    void measure();
 };
 
 // %% ../../nbs/810_export.runner_step.ipynb #28f05abf
@@ -278,11 +280,19 @@ inline bool Model::read(const uint8_t* bytes, size_t n) {
     if (file.tensor("output.weight")) l.read(head, "output.weight", config.d, config.vocab);
     blocks.resize(config.layers);
     for (int64_t i = 0; i < config.layers && l.good; ++i) read_block(l, config, i, blocks[i]);
+    if (l.good) measure();
     return l.good;
+}
+// sizes of memory come from tensors, which the file contains, not from metadata that no tensor confirms
+inline void Model::measure() {
+    each_weight([&](const Weight& w) { widest = std::max(widest, w.cols); });
+    for (const Block& b : blocks) inner = std::max(inner, b.gate.rows);
+    if (config.dense >= config.layers) config.experts = 0;
+    if (!config.experts) config.used = config.shared = config.expert_inner = 0;
 }
 constexpr int64_t HUGE_PAGE = 1 << 21;  // with large pages, a step needs fewer look-ups of addresses
 // copy the weights whose format has a packed form, all threads together
-inline bool Model::pack() {
+inline bool Model::pack(Pool& pool) {
     int64_t total = 0;
     each_weight([&](Weight& w) { total += round_up(packed_bytes(w), 64); });
     packed.reset((uint8_t*)aligned_alloc(HUGE_PAGE, round_up(total + 1, HUGE_PAGE)));
@@ -295,7 +305,7 @@ inline bool Model::pack() {
         if (packed_bytes(w)) place_panels(w, at), at += round_up(packed_bytes(w), 64);
     });
     packed_size = total;
-    together([&](const Team& t) {
+    pool.call([&](const Team& t) {
         each_weight([&](Weight& w) {
             const auto [begin, end] = t.share(w.panels ? panels_of(w.rows) : 0);
             for (int64_t p = begin; p < end; ++p) pack_panel(w, p, const_cast<uint8_t*>(w.panels.panel(p)));

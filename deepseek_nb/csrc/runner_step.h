@@ -114,20 +114,24 @@ inline void limit_groups(const Config& c, bool two, std::vector<float>& wanted) 
     for (int64_t g = 0; g < c.groups; ++g)
         if (rank[g] != -INFINITY) std::fill_n(wanted.begin() + g * each, each, -INFINITY);
 }
-inline void choose(const Config& c, const float* logits, const float* bias, Choice& out) {
+// false if a score is not a number, or if too few experts have a score above -inf
+inline bool choose(const Config& c, const float* logits, const float* bias, Choice& out) {
     out.scores.assign(logits, logits + c.experts), out.experts.resize(c.used), out.weights.resize(c.used);
     if (c.sigmoid)
         for (float& s : out.scores) s = 1 / (1 + std::exp(-s));
     else soften(out.scores.data(), c.experts);
     std::vector<float> wanted = out.scores;
     for (int64_t i = 0; bias && i < c.experts; ++i) wanted[i] += bias[i];
+    if (std::any_of(wanted.begin(), wanted.end(), [](float w) { return w != w; })) return false;
     if (c.keep < c.groups) limit_groups(c, bias || c.sigmoid, wanted);
     float total = 1e-20f;
     for (int64_t k = 0; k < c.used; ++k) {
         const int64_t e = out.experts[k] = std::max_element(wanted.begin(), wanted.end()) - wanted.begin();
+        if (wanted[e] == -INFINITY) return false;
         wanted[e] = -INFINITY, total += out.weights[k] = out.scores[e];
     }
     for (float& w : out.weights) w *= c.route_scale / (c.normalised ? total : 1);
+    return true;
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #02d4450d
@@ -142,7 +146,8 @@ struct Engine {
     Model model;
     Cache cache;
     Seen seen;
-    bool watch = false, packing = true, packed = false;
+    Pool pool;
+    bool watch = false, packing = true, packed = false, failed = false;
     int64_t n = 0;  // tokens of this step
     Activations x, normal, q, qa, kv, mixed, out, gate, up, slots, parts;
     std::vector<Turn> turns;
@@ -153,6 +158,7 @@ struct Engine {
     Buffer room, logits;
     bool load(const uint8_t* bytes, size_t size);
     bool step(const int32_t* tokens, int64_t n, float* logits);
+    bool take_rows();
     void chunk(const Team& t, float* logits);
     void attention(const Team& t, int64_t layer);
     void project_gqa(const Team& t, const Block& b, int64_t layer);
@@ -161,6 +167,7 @@ struct Engine {
     void feed_forward(const Team& t, int64_t layer);
     void dense(const Team& t, const Block& b);
     void route(const Team& t, const Block& b, int64_t layer);
+    bool arrange(int64_t layer);
     void mixture(const Team& t, const Block& b);
 };
 
@@ -273,27 +280,35 @@ inline void Engine::dense(const Team& t, const Block& b) {
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #c03a32e1
-// choose the experts of each token, and give each pair of token and expert a slot, in the order of the experts
+// give each pair of token and expert a slot, in the order of the experts; false if a token has no experts
+inline bool Engine::arrange(int64_t layer) {
+    const Config& c = model.config;
+    for (int64_t j = 0; j < n; ++j)
+        if (choices[j].experts.empty())
+            return fail("block %lld: the router's scores for token %lld are NaN, or -inf for too many experts; the weights "
+                        "of the file are damaged", (long long)layer, (long long)(cache.length + j));
+    seen.choices[layer] = choices[n - 1];
+    first.assign(c.experts + 1, 0);
+    for (int64_t j = 0; j < n; ++j)
+        for (int64_t e : choices[j].experts) ++first[e + 1];
+    for (int64_t e = 0; e < c.experts; ++e) first[e + 1] += first[e];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    slot_of.resize(n * c.used), token_of.resize(n * c.used), slot_rows.resize(n * c.used);
+    for (int64_t i = 0; i < n * c.used; ++i) {
+        const int64_t slot = slot_of[i] = next[choices[i / c.used].experts[i % c.used]]++;
+        token_of[slot] = i / c.used, slot_rows[slot] = normal.row(i / c.used);
+    }
+    return true;
+}
 inline void Engine::route(const Team& t, const Block& b, int64_t layer) {
     const Config& c = model.config;
     project(t, b.router, n, normal, slots, room.need(0));
     t.wait();
     const auto [begin, end] = t.share(n);
-    for (int64_t j = begin; j < end; ++j) choose(c, slots.row(j), b.router_bias, choices[j]);
+    for (int64_t j = begin; j < end; ++j)
+        if (!choose(c, slots.row(j), b.router_bias, choices[j])) choices[j].experts.clear();
     t.wait();
-    if (t.rank == 0) {
-        seen.choices[layer] = choices[n - 1];
-        first.assign(c.experts + 1, 0);
-        for (int64_t j = 0; j < n; ++j)
-            for (int64_t e : choices[j].experts) ++first[e + 1];
-        for (int64_t e = 0; e < c.experts; ++e) first[e + 1] += first[e];
-        std::vector<int64_t> next(first.begin(), first.end() - 1);
-        slot_of.resize(n * c.used), token_of.resize(n * c.used), slot_rows.resize(n * c.used);
-        for (int64_t i = 0; i < n * c.used; ++i) {
-            const int64_t slot = slot_of[i] = next[choices[i / c.used].experts[i % c.used]]++;
-            token_of[slot] = i / c.used, slot_rows[slot] = normal.row(i / c.used);
-        }
-    }
+    if (t.rank == 0) failed = !arrange(layer);
     t.wait();
 }
 
@@ -332,7 +347,8 @@ inline void Engine::feed_forward(const Team& t, int64_t layer) {
         if (t.rank == 0) std::fill_n(out.row(0), n * model.config.d, 0.f);
         t.wait();
     }
-    if (b.router) route(t, b, layer), mixture(t, b);
+    if (b.router) route(t, b, layer);
+    if (b.router && !failed) mixture(t, b);
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #4a63dedb
@@ -358,6 +374,7 @@ inline void Engine::chunk(const Team& t, float* logits) {
         attention(t, i);
         add_norm(t, n, c.d, &out, x, model.blocks[i].feed_norm, c.eps, normal);
         feed_forward(t, i);
+        if (failed) return;
     }
     add_norm(t, n, c.d, &out, x, model.norm, c.eps, normal);
     note(c.layers);
@@ -374,18 +391,21 @@ inline bool Engine::load(const uint8_t* bytes, size_t size) {
     seen.choices.resize(c.layers), seen.rms.resize(c.layers + 1), seen.attention.resize(c.layers);
     return true;
 }
-inline void take_rows(Engine& e, int64_t n) {
-    const Config& c = e.model.config;
-    const int64_t inner = std::max(c.inner, c.shared * c.expert_inner),
-                  used = c.used * std::max(c.expert_inner, int64_t(1));
-    e.x.take(n, c.d), e.normal.take(n, c.d), e.out.take(n, c.d), e.q.take(n, c.heads * c.key),
-        e.mixed.take(n, c.heads * c.value);
-    e.kv.take(n, c.mla ? c.latent + c.rotary : c.kv_heads * c.key),
-        e.qa.take(n, c.mla ? std::max(c.q_latent, int64_t(1)) : c.kv_heads * c.value);
-    e.slots.take(n, std::max(c.experts, used)), e.parts.take(n, std::max(c.used, int64_t(1)) * c.d);
-    e.turns.resize(n), e.choices.resize(n);
-    e.gate.take(n, inner), e.up.take(n, std::max(inner, used));
-    e.room.need(room_of(n, std::max({c.d, inner, c.heads * c.value, c.q_latent, c.latent})) + 64);
+// memory for n tokens: every width is that of a tensor of the file
+inline bool Engine::take_rows() {
+    const Config& c = model.config;
+    const int64_t wide = model.inner, slot = c.used * c.expert_inner, keys = c.kv_heads * c.key;
+    const struct { Activations& rows; int64_t width; } all[] = {
+        {x, c.d}, {normal, c.d}, {out, c.d}, {q, c.heads * c.key}, {mixed, c.heads * c.value},
+        {kv, c.mla ? c.latent + c.rotary : keys}, {qa, c.mla ? c.q_latent : c.kv_heads * c.value},
+        {slots, std::max(c.experts, slot)}, {parts, c.used * c.d}, {gate, wide}, {up, std::max(wide, slot)}};
+    const int64_t panel = room_of(n, model.widest) + 64;
+    int64_t floats = panel + (cache.length + n) * cache.row * 2;
+    for (auto& a : all) floats += n * a.width;
+    if (uint64_t(floats) > PTRDIFF_MAX / sizeof(float)) return fail("no memory for %lld numbers", (long long)floats);
+    for (auto& a : all) a.rows.take(n, a.width);
+    turns.resize(n), choices.resize(n), room.need(panel), cache.reserve(cache.length + n);
+    return true;
 }
 
 // %% ../../nbs/810_export.runner_step.ipynb #8020d973
@@ -398,16 +418,18 @@ inline bool Engine::step(const int32_t* tokens, int64_t count, float* logits) {
     for (int64_t i = 0; i < count; ++i)
         if (tokens[i] < 0 || tokens[i] >= c.vocab)
             return fail("token %d is not in the vocabulary of %lld", tokens[i], (long long)c.vocab);
-    if (packing && !packed && !model.pack()) return false;
-    packed = true;
+    if (packing && !packed && !model.pack(pool)) return false;
+    packed = true, failed = false;
+    const int64_t before = cache.length;
     for (int64_t at = 0; at < count; at += n) {
         n = std::min(CHUNK, count - at);
-        cache.reserve(cache.length + n), take_rows(*this, n);
+        if (!take_rows()) return cache.length = before, false;
         for (int64_t j = 0; j < n; ++j)
             model.embedding.row(tokens[at + j], x.row(j)), turns[j].at(model.rotary, cache.length + j);
         if (watch)
             for (auto& a : seen.attention) a.assign(c.heads * (cache.length + n), 0);
-        together([&](const Team& t) { chunk(t, at + n == count ? logits : nullptr); });
+        pool.call([&](const Team& t) { chunk(t, at + n == count ? logits : nullptr); });
+        if (failed) return cache.length = before, false;
         cache.length += n;
     }
     return true;

@@ -3,62 +3,60 @@
 // %% ../../nbs/808_export.runner.ipynb #5c8f788c
 #pragma once
 #include "team.h"
+#include <memory>
+#include <thread>
 #include <vector>
 
 struct Pool {
-    using Work = void (*)(const void*, const Team&);
     int64_t size = 1;  // threads of a step; the caller is the first
-    Meeting meeting;
 #if defined(__wasm__)
     void resize(int64_t) {}
-    void call(Work work, const void* with) { work(with, Team{0, 1, &meeting}); }
 #else
+    using Work = void (*)(const void*, const Team&);
     std::vector<std::thread> others;
-    std::atomic<uint32_t> calls{0}, busy{0};
-    std::atomic<bool> closing{false};
-    Work work = nullptr;
+    Number calls{0}, busy{0};
+    Meeting meeting;
+    Work work = nullptr;  // null: the others end
     const void* with = nullptr;
     void serve(int64_t rank, uint32_t seen);
-    void call(Work f, const void* argument);
+    void start(Work f, const void* argument);
     void resize(int64_t n);
     ~Pool() { resize(1); }
 #endif
+    // call use(team) on all threads, and wait for them
+    template <class F> void call(const F& use) {
+        if (size == 1) return use(Team{0, 1, nullptr});
+#if !defined(__wasm__)
+        const Ticket ticket(deepseek_nb_teams);
+        start([](const void* f, const Team& t) { (*(const F*)f)(t); }, &use);
+        use(Team{0, size, &meeting});
+        for (uint32_t now; (now = busy.load(std::memory_order_acquire));) changed(busy, now);
+#endif
+    }
 };
 
 // %% ../../nbs/808_export.runner.ipynb #b4141470
 #if !defined(__wasm__)
-// a thread waits for the next call: first it spins, then it sleeps
+// a thread waits for the next call: first it yields, then it sleeps
 inline void Pool::serve(int64_t rank, uint32_t seen) {
     for (;; ++seen) {
         for (int i = 0; i < 1000 && calls.load(std::memory_order_acquire) == seen; ++i) std::this_thread::yield();
         calls.wait(seen);
-        if (closing) return;
+        if (!work) return;
         work(with, Team{rank, size, &meeting});
-        busy.fetch_sub(1, std::memory_order_release);
+        busy.fetch_sub(1), busy.notify_all();
     }
 }
-inline void Pool::call(Work f, const void* argument) {
+inline void Pool::start(Work f, const void* argument) {
     work = f, with = argument;
     busy.store(uint32_t(others.size()));
-    calls.fetch_add(1), calls.notify_all();
-    f(argument, Team{0, size, &meeting});
-    spin_until([&] { return busy.load(std::memory_order_acquire) == 0; });
+    increase(calls);
 }
 inline void Pool::resize(int64_t n) {
     if (n == size) return;
-    closing = true, calls.fetch_add(1), calls.notify_all();
+    start(nullptr, nullptr);
     for (auto& t : others) t.join();
-    others.clear(), closing = false, size = n;
+    others.clear(), size = n;
     for (int64_t i = 1; i < n; ++i) others.emplace_back([this, i, seen = calls.load()] { serve(i, seen); });
 }
 #endif
-
-// %% ../../nbs/808_export.runner.ipynb #3b2a5243
-inline Pool& pool() {
-    static Pool one;
-    return one;
-}
-// call work(team) on all threads, and wait for them
-template <class F> void together(const F& work) {
-    pool().call([](const void* f, const Team& t) { (*(const F*)f)(t); }, &work);
-}

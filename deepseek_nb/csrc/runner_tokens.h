@@ -5,6 +5,7 @@
 #include "runner_calls.h"
 
 extern "C" int runner_encode(runner* r, const char* text, int bytes, int special, int32_t* tokens, int max) {
+    const Ticket ticket(r->queue);
     std::vector<int32_t> found;
     if (!r->tokenizer.open(r->model.file)) return -1;
     if (special && r->tokenizer.add_bos) found.push_back(r->tokenizer.bos);
@@ -15,6 +16,7 @@ extern "C" int runner_encode(runner* r, const char* text, int bytes, int special
     return int(found.size());
 }
 extern "C" int runner_decode(runner* r, const int32_t* tokens, int n, char* text, int max) {
+    const Ticket ticket(r->queue);
     std::string found;
     if (!r->tokenizer.open(r->model.file)) return -1;
     for (int i = 0; i < n; ++i) {
@@ -26,6 +28,7 @@ extern "C" int runner_decode(runner* r, const int32_t* tokens, int n, char* text
     return int(found.size());
 }
 extern "C" int runner_prompt(runner* r, const char* system, const char* user, char* text, int max) {
+    const Ticket ticket(r->queue);
     if (!r->tokenizer.open(r->model.file)) return -1;
     const std::string found = prompt(r->model.file, r->tokenizer, system ? system : "", user);
     memcpy(text, found.data(), std::min<int64_t>(max, found.size()));

@@ -4,6 +4,7 @@
 #include "team.h"
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 using torch::stable::Tensor;
 
@@ -13,6 +14,7 @@ void shares(Tensor owner, Tensor mirrored, int64_t rounds) {
     int64_t *second = static_cast<int64_t*>(mirrored.data_ptr());
     team([&](const Team& t) {
         const auto [begin, end] = t.share(n);
+        if (t.rank == 0) STD_TORCH_CHECK(mirrored.size(0) == n, n, " elements, and room for ", mirrored.size(0));
         for (int64_t round = 0; round < rounds; ++round) {
             for (int64_t i = begin; i < end; ++i) first[i] = t.rank + round;
             t.wait();

@@ -4,19 +4,45 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <thread>
+#include <exception>
 #include <utility>
-#include <torch/csrc/stable/ops.h>
-
-template <class F> inline void spin_until(F done) {
-    for (int i = 0; !done(); ++i)
-        if (i > 10000) std::this_thread::yield();
-#if defined(__x86_64__)
-        else __builtin_ia32_pause();
+#if !defined(__wasm__)
+#include <pthread.h>
 #endif
-}
+#if defined(__cpp_exceptions)  // the runner is compiled without them, and has threads of its own
+#include <torch/csrc/stable/ops.h>
+#endif
 
-struct Meeting { std::atomic<int64_t> chunk{0}, arrived{0}, round{0}; };
+using Number = std::atomic<uint32_t>;
+// wait until a number is another one, and return it
+inline uint32_t changed(const Number& number, uint32_t from) {
+    for (int i = 0; i < 10000; ++i) {
+        if (const uint32_t now = number.load(std::memory_order_acquire); now != from) return now;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    number.wait(from, std::memory_order_acquire);
+    return number.load(std::memory_order_acquire);
+}
+inline void increase(Number& number) { number.fetch_add(1), number.notify_all(); }
+
+// %% ../../nbs/507_kernels.team.ipynb #abbf4330
+struct Meeting {
+    Number size{0}, arrived{0}, round{0}, failed{0};
+#if defined(__cpp_exceptions)
+    std::exception_ptr problem;  // the first exception
+    void fail() {
+        if (!failed.exchange(1)) problem = std::current_exception();
+        increase(round);
+    }
+    void check() const {
+        if (failed.load(std::memory_order_relaxed)) throw failed.load();
+    }
+#else
+    void check() const {}
+#endif
+};
 
 // %% ../../nbs/507_kernels.team.ipynb #3e96ceb8
 struct Team {
@@ -25,23 +51,50 @@ struct Team {
 
     void wait() const {
         if (size == 1) return;
-        const int64_t round = meeting->round.load(std::memory_order_acquire);
-        if (meeting->arrived.fetch_add(1) == size - 1) {
-            meeting->arrived.store(0);
-            meeting->round.store(round + 1, std::memory_order_release);
-        } else spin_until([&] { return meeting->round.load(std::memory_order_acquire) != round; });
+        Meeting& m = *meeting;
+        const uint32_t round = m.round.load(std::memory_order_acquire);
+        m.check();
+        if (m.arrived.fetch_add(1) == size - 1) m.arrived.store(0), increase(m.round);
+        else changed(m.round, round), m.check();
     }
     std::pair<int64_t, int64_t> share(int64_t n) const { return {n * rank / size, n * (rank + 1) / size}; }
 };
 
 // %% ../../nbs/507_kernels.team.ipynb #6e07cf69
+struct Queue {
+    Number drawn{0}, called{0};
+    void wait() {
+        const uint32_t mine = drawn.fetch_add(1);
+        for (uint32_t now; (now = called.load(std::memory_order_acquire)) != mine;) called.wait(now);
+    }
+};
+struct Ticket {
+    Queue& queue;
+    explicit Ticket(Queue& q) : queue(q) { queue.wait(); }
+    ~Ticket() { increase(queue.called); }
+};
+#if defined(__wasm__)
+inline Queue deepseek_nb_teams;
+#else
+__attribute__((visibility("default"))) inline Queue deepseek_nb_teams;
+inline const int after_fork = pthread_atfork(nullptr, nullptr, [] { deepseek_nb_teams.drawn = 0, deepseek_nb_teams.called = 0; });
+#endif
+
+// %% ../../nbs/507_kernels.team.ipynb #6a432d43
+#if defined(__cpp_exceptions)
+inline thread_local bool within = false;  // whether this thread belongs to a team
 template <class F> void team(F work) {
     Meeting meeting;
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = within ? 1 : torch::stable::get_num_threads();
+    if (threads == 1) return work(Team{0, 1, &meeting});
+    const Ticket ticket(deepseek_nb_teams);
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        if (begin == 0) meeting.chunk.store(end);
-        spin_until([&] { return meeting.chunk.load() != 0; });
-        const int64_t chunk = meeting.chunk.load();
-        work(Team{begin / chunk, (threads + chunk - 1) / chunk, &meeting});
+        if (begin == 0) meeting.size.store(uint32_t(end)), meeting.size.notify_all();
+        const int64_t chunk = changed(meeting.size, 0);
+        within = true;
+        try { work(Team{begin / chunk, (threads + chunk - 1) / chunk, &meeting}); } catch (...) { meeting.fail(); }
+        within = false;
     });
+    if (meeting.problem) std::rethrow_exception(meeting.problem);
 }
+#endif

@@ -100,7 +100,6 @@ async function load({weights}, seen) {
   const host = new Proxy({}, {get: (_, name) => name === "proc_exit" ? () => { throw new Error("the engine ended"); } : () => 52});
   wasm = (await WebAssembly.instantiate(code, {wasi_snapshot_preview1: host})).instance.exports;
   wasm._initialize?.();
-  wasm.runner_threads(1);
   model = wasm.runner_load(put(bytes), bytes.length);
   if (!model) throw new Error(string(wasm.runner_error()));
   wasm.runner_watch(model, 1);

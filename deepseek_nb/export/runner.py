@@ -27,19 +27,11 @@ from ..files.hub import cache_dir
 from ..kernels.build import processor, target
 
 # %% ../../nbs/808_export.runner.ipynb #23a3aa0c
-_STAND_IN = '''#pragma once
-#include <cstdint>
-namespace torch::stable {
-int64_t get_num_threads();
-template <class F> void parallel_for(int64_t, int64_t, int64_t, const F&);
-}
-'''
-
 def runner_sources(
     name:str = 'runner.cc', # Source file: the engine, or `runner_main.cc`
 )->dict: # Name -> text
     "A source file of the runner and all files that it includes"
-    return with_includes(f'#include "{name}"') | {'torch/csrc/stable/ops.h': _STAND_IN}
+    return with_includes(f'#include "{name}"')
 
 # %% ../../nbs/808_export.runner.ipynb #f13d7d9d
 RUNNER_FLAGS = ('-std=c++20', '-fno-exceptions', '-fno-rtti', '-ffp-contract=fast', '-fno-math-errno', '-fno-trapping-math')
@@ -92,7 +84,8 @@ def build_runner(
 
 # %% ../../nbs/808_export.runner.ipynb #832c023c
 _TYPES = dict(runner_load=[ctypes.c_void_p, ctypes.c_size_t], runner_free=[ctypes.c_void_p], runner_info=[ctypes.c_void_p, ctypes.c_char_p],
-              runner_text=[ctypes.c_void_p, ctypes.c_char_p], runner_pack=[ctypes.c_void_p, ctypes.c_int])
+              runner_text=[ctypes.c_void_p, ctypes.c_char_p], runner_pack=[ctypes.c_void_p, ctypes.c_int],
+              runner_threads=[ctypes.c_void_p, ctypes.c_int])
 _RESULTS = dict(runner_load=ctypes.c_void_p, runner_info=ctypes.c_int64, runner_text=ctypes.c_char_p, runner_error=ctypes.c_char_p,
                 runner_row=ctypes.c_int64)
 
@@ -106,7 +99,7 @@ def _open_library(path):
 # %% ../../nbs/808_export.runner.ipynb #b9f2cb42
 @extended
 class Runner:
-    "A model that the runner computes"
+    "A model that the runner computes; each has its own threads, and calls from several threads take turns"
     def __init__(self,
         path:str|Path, # A GGUF file
         threads:int = 1, # Threads of a step
@@ -116,7 +109,7 @@ class Runner:
         self.c,self.bytes,self.handle = _open_library(build_runner(level)),np.memmap(path, mode='r', dtype=np.uint8),None
         self.handle = self.c.runner_load(self.bytes.ctypes.data, len(self.bytes))
         if not self.handle: raise ValueError(f'{path}: {self.problem()}')
-        self.c.runner_threads(threads)
+        self.c.runner_threads(self.handle, threads)
         if exact: self.c.runner_pack(self.handle, 0)
 
     def problem(self)->str: # One line

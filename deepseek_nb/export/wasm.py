@@ -22,21 +22,13 @@ from pathlib import Path
 from ..core.nbproc import first_error, source_text, with_includes
 
 # %% ../../nbs/814_export.wasm.ipynb #1b7d477d
-_HEADER = 'torch/csrc/stable/ops.h'
-_DECLARED = '''#pragma once
-#include <cstdint>
-namespace torch::stable {
-int64_t get_num_threads();
-template <class F> void parallel_for(int64_t, int64_t, int64_t, const F&);
-}
-namespace std::this_thread { inline void yield() {} }
-extern "C" __attribute__((weak, used)) int __cxa_thread_atexit(void (*)(void*), void*, void*) { return 0; }
+_BEFORE = '''extern "C" __attribute__((weak, used)) int __cxa_thread_atexit(void (*)(void*), void*, void*) { return 0; }
 '''
 
 def wasm_sources()->dict: # File name -> text
     "The sources of the engine"
     text = source_text('runner.cc')
-    return with_includes(text, {'runner.cc': text, _HEADER: _DECLARED})
+    return with_includes(text, {'runner.cc': text + _BEFORE})
 
 # %% ../../nbs/814_export.wasm.ipynb #dbce4b54
 def source_digest(
