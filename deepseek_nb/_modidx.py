@@ -4403,6 +4403,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'deepseek_nb/files/tokenizer.py'),
                                              'deepseek_nb.files.tokenizer._missing_bytes': ( 'files.tokenizer.html#_missing_bytes',
                                                                                              'deepseek_nb/files/tokenizer.py'),
+                                             'deepseek_nb.files.tokenizer._one_of': ( 'files.tokenizer.html#_one_of',
+                                                                                      'deepseek_nb/files/tokenizer.py'),
                                              'deepseek_nb.files.tokenizer._read': ( 'files.tokenizer.html#_read',
                                                                                     'deepseek_nb/files/tokenizer.py'),
                                              'deepseek_nb.files.tokenizer._template': ( 'files.tokenizer.html#_template',
