@@ -194,6 +194,22 @@ def test_broken_index(sharded, text):
     one_line(e)
 
 
+@pytest.mark.parametrize('place', ['../secret.safetensors', '{folder}/../secret.safetensors', 'sub/../../secret.safetensors', '..', '.', '',
+                                   './model.safetensors', '..\\secret.safetensors', 'secret\0.safetensors', 5, None, ['a'], {}])
+def test_an_index_names_only_files_of_its_folder(sharded, place):
+    "Wherever else it points, a file with just the right tensors lies there, and isn't read"
+    index = json.loads((sharded/ck.INDEX).read_text())
+    shard = sorted(set(index['weight_map'].values()))[0]
+    (sharded/'sub').mkdir()
+    (sharded.parent/'secret.safetensors').write_bytes((sharded/shard).read_bytes())
+    (sharded/shard).unlink()
+    place = place.format(folder=sharded) if isinstance(place, str) else place
+    index['weight_map'] = {k: place if f == shard else f for k, f in index['weight_map'].items()}
+    (sharded/ck.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match='which is no file of this folder') as e: load(sharded)
+    one_line(e)
+
+
 def test_missing_and_unused_keys(saved):
     def change(d):
         del d['model.norm.weight']

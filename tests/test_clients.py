@@ -202,5 +202,38 @@ def test_a_stop_in_a_stream(live, folder, client, monkeypatch):
     assert live.engine.stats.finished['cancelled'] == before + 1 and not live.engine.rows
 
 
+AI_SDK = r"""
+import {generateText, streamText, tool, stepCountIs, jsonSchema} from 'ai'
+import {createAnthropic} from '@ai-sdk/anthropic'
+import {createOpenAI} from '@ai-sdk/openai'
+globalThis.AI_SDK_LOG_WARNINGS = false
+const at = process.argv.at(-1), settings = {apiKey: 'sk-ann'}
+const openai = createOpenAI({baseURL: at + '/v1', ...settings})
+const models = {
+  messages: [createAnthropic({baseURL: at + '/anthropic/v1', ...settings})('script'), {anthropic: {thinking: {type: 'adaptive'}}}],
+  chat: [openai.chat('script'), {}],
+  responses: [openai.responses('script'), {openai: {store: false, reasoningEffort: 'high', forceReasoning: true}}]}
+const city = jsonSchema({type: 'object', properties: {city: {type: 'string'}}, required: ['city']})
+const weather = tool({description: 'Weather', inputSchema: city, execute: async () => '18 °C'})
+for (const [name, [model, providerOptions]] of Object.entries(models)) for (const generate of [generateText, streamText]) {
+  const how = {model, prompt: 'Is it warm?', tools: {weather}, stopWhen: stepCountIs(3), providerOptions, maxRetries: 0}
+  const answer = await generate({...how, onError: ({error}) => { throw error }})
+  console.log(JSON.stringify([name, await answer.text, await answer.finishReason, (await answer.steps).length]))
+}
+"""
+
+
+def test_the_schemas_of_the_ai_sdk(live):
+    "It checks each answer with a schema: what has no value must be absent, or null, or empty, as the schema says"
+    modules = Path(__file__).parent.parent/'.venv/clients/node_modules'
+    if lacks := [n for n in ('ai', '@ai-sdk/anthropic', '@ai-sdk/openai') if not (modules/n).is_dir()]:
+        pytest.skip(f'npm install --prefix .venv/clients {" ".join(lacks)}')
+    command = ['node', '--input-type=module', '--eval', AI_SDK, f'http://127.0.0.1:{live.port}']
+    done = subprocess.run(command, cwd=modules.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    want = [[name, SAID, 'stop', 2] for name in ('messages', 'chat', 'responses') for _ in range(2)]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == want
+
+
 def test_every_program_is_known():
     assert {c.file for c in CLIENTS.values()} == {p.name for p in EXAMPLES.iterdir() if owner(p).name == '484_serve.clients.ipynb'}

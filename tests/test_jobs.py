@@ -184,6 +184,20 @@ def test_a_flood_is_bounded_and_secrets_stay_outside(store, kinds, monkeypatch):
     assert 'test_' not in json.loads(seen)['command'] and '://' not in json.loads(seen)['command']
 
 
+def test_what_a_job_writes_is_private(store, kinds):
+    "Log, checkpoints and results hold what users wrote: only the owner reads them, whatever the umask of the worker"
+    store.folder.chmod(0o755)
+    old = os.umask(0o022)
+    try:
+        job = module.submit(store, None, 'flood', {})
+        until(Worker(store, 2, kinds), lambda: job_of(store, job).state == 'failed')
+    finally: os.umask(old)
+    found = [*job_folder(store, job).rglob('*')]
+    assert {'seen.json', 'crash.txt'} <= {p.name for p in found}
+    for p in (job_folder(store, job), *found): assert not p.stat().st_mode & 0o077, p
+
+
+
 def test_a_clock_that_jumps_kills_nothing(store):
     module.job_kind('nothing')(lambda job: {})
     job = module.submit(store, None, 'nothing', {})

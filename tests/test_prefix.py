@@ -517,6 +517,17 @@ def test_folders_are_private(tmp_path):
     assert (tmp_path/'a'/'b').stat().st_mode & 0o077 == 0
 
 
+def test_pages_are_private_in_any_folder(tmp_path):
+    "Also in one that others may read, and also pages that were left open to all"
+    tmp_path.chmod(0o755)
+    ask(new(MODELS['gqa'], folder=tmp_path), PROMPT)
+    modes = lambda: {p.stat().st_mode & 0o777 for p in tmp_path.glob('*.page')}
+    assert modes() == {0o600}
+    for p in tmp_path.glob('*.page'): p.chmod(0o644)
+    new(MODELS['gqa'], folder=tmp_path)
+    assert modes() == {0o600}
+
+
 RESTART = '''
 import json, sys, torch
 from deepseek_nb.arch.model import Model

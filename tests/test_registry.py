@@ -31,6 +31,17 @@ def test_numbers_are_given_once(store):
     assert len(set(found)) == 12 and sorted(m.number for m in models_of(store)) == [*range(1, 13)]
 
 
+def test_a_name_is_no_path(store, tmp_path, monkeypatch):
+    "A file or folder of this machine is no public model, whatever way leads there"
+    (tmp_path/'inner').mkdir()
+    (tmp_path/'other').mkdir()
+    for p in (tmp_path/'secret.gguf', tmp_path/'inner'/'secret.gguf'): p.write_bytes(b'GGUF')
+    monkeypatch.chdir(tmp_path/'inner')
+    for place in ('../secret.gguf', 'secret.gguf', './secret.gguf', '..', '../x', 'x/..', '.', '-x', 'a/-b', '../other', str(tmp_path/'other')):
+        with pytest.raises((FileNotFoundError, ValueError), match='no name of a model|lies outside of'): add_model(store, None, 'one', place)
+    assert not models_of(store)
+
+
 def test_a_release_needs_its_gates_and_unchanged_files(store):
     folder = store.folder/'models'/'one'
     folder.mkdir(parents=True)

@@ -103,7 +103,7 @@ def pick(
     "Choose one token of a draft"
     seen = torch.tensor([ids], device=logits.device) if how.repetition_penalty != 1 else None # a long list
     x = how.adjusted(logits[None].float(), seen)
-    if how.temperature == 0: return best_tokens(x).item(),None
+    if how.greedy: return best_tokens(x).item(),None
     probs = x.softmax(-1)
     return torch.multinomial(probs, 1, generator=gen).item(),probs[0]
 
@@ -160,7 +160,7 @@ class ModelDrafter(Drafter):
             t,q = pick(self.model(new, self.cache, logits_to_keep=1)[0,-1], text, self.how, self.gen)
             text.append(t); probs.append(q)
         self.fed,self.agreed = text[:-1],len(ids)
-        return Draft(text[len(ids):], probs if self.how.temperature else None)
+        return Draft(text[len(ids):], None if self.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #1ad66991
 @patch
@@ -235,7 +235,7 @@ class MTPDrafter(Drafter):
             t,q = pick(head(y[None,None], self.model.head_weight)[0,0], text, self.how, self.gen)
             text.append(t); probs.append(q)
         self.cache.rewind(max(most - 1, 0))
-        return Draft(text[len(ids):], probs if self.how.temperature else None)
+        return Draft(text[len(ids):], None if self.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #9d74f025
 @patch
@@ -307,7 +307,7 @@ def draft(self:DSparkDrafter, # noqa: F811
         if sure.sigmoid() < self.sure: break # known before the token is drawn
         t,q = pick(z[0, 0], text, self.how, self.gen)
         text.append(t); probs.append(q)
-    return Draft(text[len(ids):], probs if self.how.temperature else None)
+    return Draft(text[len(ids):], None if self.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #cb7dbb35
 _FILE,_SIZES = 'dspark',('taps', 'length', 'stages', 'rank', 'noise')

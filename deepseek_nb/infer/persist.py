@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from itertools import chain, takewhile
 from pathlib import Path
@@ -117,6 +118,9 @@ def _page_folder(folder):
     for p in folder.glob('.*.page.*.tmp'):  # if it is recent, another process may be writing it
         with suppress(OSError):
             if time.time() - p.stat().st_mtime > 60: p.unlink()
+    for p in folder.glob('*.page'): # of versions that left them open to all
+        with suppress(OSError):
+            if p.stat().st_mode & 0o077: p.chmod(0o600)
     return folder
 
 # %% ../../nbs/442_infer.persist.ipynb #074a3b38
@@ -196,7 +200,7 @@ def write(self:PageStore,
     head,data = self.head(key).pack(),page.contiguous().numpy()
     h = sha256(head); h.update(data)
     try:
-        with written(self.path(key)) as tmp, open(tmp, 'wb') as f: f.writelines((head, h.digest(), data))
+        with written(self.path(key)) as tmp, open(tmp, 'wb', opener=partial(os.open, mode=0o600)) as f: f.writelines((head, h.digest(), data))
     except OSError as e:
         self.warn('write', f'{self.folder}: a page cannot be written ({e.strerror}); prompts are not kept on disk')
         return False

@@ -49,7 +49,7 @@ def verify_fixed(
     gen:torch.Generator|None = None, # Source of randomness
 )->Verified:
     "Choose tokens until one differs from the draft"
-    if how.temperature == 0 and how.repetition_penalty == 1: new = best_tokens(logits) # all at once
+    if how.greedy and how.repetition_penalty == 1: new = best_tokens(logits) # all at once
     else: new = _one_by_one(logits, drafted, seen, how, gen)
     n = min(new.shape[1], drafted.shape[1])
     return Verified(new, (new[:, :n] == drafted[:, :n]).long().cumprod(1).sum(1))
@@ -197,7 +197,7 @@ def _even(self:DraftLength):
 # %% ../../nbs/449_infer.speculate.ipynb #a18fc51f
 def _verify(logits, draft, ids, how, gen):
     "The new tokens of one row, by the rule for its draft"
-    if how.temperature == 0 and how.repetition_penalty == 1: # as `verify_fixed`, without tensors
+    if how.greedy and how.repetition_penalty == 1: # as `verify_fixed`, without tensors
         best = best_tokens(logits).tolist()
         return best[:common(best, draft.tokens) + 1]
     drafted,seen = torch.tensor([draft.tokens], dtype=torch.long, device=logits.device),torch.tensor([ids], device=logits.device)

@@ -40,7 +40,7 @@ from .registry import lineage_of, model_of, model_path
 from .rollout import choose
 from .run_pages import run_pages
 from .watch_pages import watch_pages
-from ..serve.app import Server, ServerConfig, key_digest
+from ..serve.app import Server, ServerConfig, given_key, key_digest, owner_of
 from ..serve.chat import ApiError, Fields, ServedModel
 from ..serve.completions import ChatRun, read_chat
 from ..serve.connection import event_bytes, json_body
@@ -184,7 +184,9 @@ async def _start(self:PlatformServer, request, start, owner):
 # %% ../../nbs/840_platform.app.ipynb #1fe3db8f
 @patch
 async def _list_models(self:PlatformServer, request): # `GET /v1/models`
-    "All places"
+    "All places, for whoever has a token"
+    try: owner_of(request.headers.get('authorization'), self.config.keys)
+    except ApiError as error: return self._response(error, request=request)
     data = [dict(id=place, object='model', created=int(self.started), owned_by='deepseek_nb') for place,_ in live_places(self.platform)]
     return JSONResponse(dict(object='list', data=data, has_more=False))
 
@@ -202,7 +204,7 @@ def _key(self:PlatformServer, token):
 async def _gate(self:PlatformServer, scope):
     "The same request with an inner key"
     given = Request(scope).headers
-    token = (given.get('authorization') or given.get('x-api-key') or '').removeprefix('Bearer ').strip()
+    token = given_key(given.get('authorization') or given.get('x-api-key'))
     key = await run_in_threadpool(self._key, token) if token else None
     heads = [(k, v) for k,v in scope['headers'] if k not in (b'authorization', b'x-api-key')]
     return scope | dict(headers=heads + ([(b'authorization', f'Bearer {key}'.encode())] if key else []))

@@ -29,7 +29,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -553,12 +553,12 @@ def start(self:Worker,
 )->None:
     "Start the process of a job"
     folder = job_folder(self.store, row.id)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o700, parents=True, exist_ok=True)
     url = None if self.store.kind == 'sqlite' else self.store.engine.url.render_as_string(hide_password=False)
     task = dict(store=str(Path(self.store.folder).absolute()), url=url, job=row.id, attempt=row.attempts, modules=list(self.modules))
-    with (folder/'crash.txt').open('wb') as crash:
+    with open(folder/'crash.txt', 'wb', opener=partial(os.open, mode=0o600)) as crash:
         child = subprocess.Popen([sys.executable, '-m', 'deepseek_nb.platform.jobs'], stdin=subprocess.PIPE, stdout=crash, stderr=crash,
-                                 cwd=folder, env=job_environment(JOB_KINDS.get(row.kind), row.cores), start_new_session=True)
+                                 cwd=folder, env=job_environment(JOB_KINDS.get(row.kind), row.cores), start_new_session=True, umask=0o077)
     self.children[row.id, row.attempts] = child
     with suppress(BrokenPipeError), child.stdin: child.stdin.write(json.dumps(task).encode())
 

@@ -40,7 +40,8 @@ def folder_digest(
 
 def _stored_path(store, path): # Path below the store's folder, or a name; and its digest
     if not Path(path).is_dir():
-        if not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)): raise FileNotFoundError(f'{path}: no such folder, and no name of a model')
+        named = re.fullmatch(r'\w[\w.-]*(/\w[\w.-]*)?', str(path)) and not Path(path).exists()
+        if not named: raise FileNotFoundError(f'{path}: no such folder, and no name of a model')
         return str(path), ''
     full,home = Path(path).resolve(),Path(store.folder).resolve()
     if not full.is_relative_to(home): raise ValueError(f'{path}: lies outside of {home}; copy the model there')

@@ -481,7 +481,7 @@ def _copy_blobs(source, target):
         (target/'blobs'/path.parent.name).mkdir(mode=0o700, parents=True, exist_ok=True)
         new = target/path.relative_to(source)
         if not new.exists():
-            shutil.copyfile(path, part := new.with_name('.part'))
+            shutil.copy(path, part := new.with_name('.part'))
             with open(part, 'rb') as f: os.fsync(f.fileno())
             os.replace(part, new)
 

@@ -166,7 +166,7 @@ def read_tool_uses(
     out = []
     for i,tool in enumerate(fields.take('tools', list, default=[])):
         f = Fields(tool, f'tools[{i}]')
-        f.only('type', 'custom'), f.only('cache_control', *CACHE)
+        f.only('type', 'custom'), f.only('cache_control', *CACHE), f.only('eager_input_streaming', True, False) # inputs always stream
         given = dict(name=f.take('name', str, needed=True), description=f.take('description', str),
                      parameters=f.take('input_schema', dict, needed=True), strict=f.take('strict', bool) or None)
         f.done()
@@ -248,7 +248,7 @@ def read_anthropic(
     return out
 
 # %% ../../nbs/478_serve.anthropic.ipynb #fd7132f1
-NEW_BLOCKS = dict(text=dict(text='', citations=None), thinking=dict(thinking='', signature=''),
+NEW_BLOCKS = dict(text=dict(text='', citations=[]), thinking=dict(thinking='', signature=''),
                   tool_use=dict(input={}, caller=dict(type='direct'))) # Kind -> an empty block
 
 class BlockWriter:

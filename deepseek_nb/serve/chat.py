@@ -205,7 +205,8 @@ class ServedModel:
             self.tok.chat_template = dict(default=template, tool_use=named)
 
     @property
-    def context(self)->int: return self.engine.model.config.max_positions # Most tokens of prompt and answer
+    def context(self)->int: # Most tokens of prompt and answer: those of the model, or what the memory of the engine holds
+        return min(self.engine.model.config.max_positions, self.engine.store.longest)
 
     def with_adapter(self,
         name:str, # Name of a LoRA adapter of this model
@@ -307,6 +308,11 @@ class Answer:
         if self.stream.finish == 'stop': return 'tool_calls' if self.calls else 'stop'
         return 'length'
 
+    def check_whole(self)->None:
+        "Raise an error if the server has cut the answer"
+        if self.stream.finish == 'cancelled' and not self.stream.cancelled:
+            raise ApiError(503, 'the server stopped before the answer was complete; send the request again', kind='server_error', code='draining')
+
 # %% ../../nbs/470_serve.chat.ipynb #5a28677e
 GATHERED = .025 # Seconds of an answer that a guard reads together
 
@@ -337,6 +343,7 @@ async def steps(self:Answer)->AsyncIterator[AnswerStep]:
             self.calls += kinds.count(ToolCallStart)
             yield AnswerStep(self._filtered(events), piece)
             if self.guard is not None and self.guard.blocked: break
+    self.check_whole()
     last = self.splitter.close()
     self.calls += sum(isinstance(e, ToolCallStart) for e in last)
     yield AnswerStep(self._filtered(last, end=True), None)
@@ -371,7 +378,7 @@ def screened_ids(self:ServedModel,
     text = self.tok.decode(ids)
     shown,found = self.filter.prompt(text)
     if shown is None: raise _refused(f'prompt {index}', found)
-    return ids if shown == text else self.tok.encode(shown)
+    return ids if shown == text else self.tok.encode(shown, special=True)
 
 @patch
 async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: the end of the answer
@@ -380,6 +387,7 @@ async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: th
         async for piece in pieces:
             yield (piece.text if self.guard is None else ''.join(e.text for e in self._filtered([ContentDelta(piece.text)]))), piece
             if self.guard is not None and self.guard.blocked: break
+    self.check_whole()
     if self.guard is not None: yield ''.join(e.text for e in self._filtered([], end=True)), None
 
 # %% ../../nbs/470_serve.chat.ipynb #c7736741
@@ -416,11 +424,10 @@ def submit(self:ServedModel,
 )->tuple: # `Stream`, and its `Redraw`; None: the first draw is taken
     "Pass a request to the engine"
     rule,how = self.filter is not None and self.filter.policy.redraw,request.params
-    if not rule or how.temperature == 0 or request.max_tokens == 0: return self.engine.submit(request),None
+    if not rule or how.greedy or request.max_tokens == 0: return self.engine.submit(request),None
     kept = request.grammar and request.grammar.fork()
     def start(i):
-        seed = None if how.seed is None else how.seed + 10**9*i
-        return self.engine.submit(replace(request, params=replace(how, seed=seed), grammar=kept and kept.fork()))
+        return self.engine.submit(replace(request, params=how.number(10**9*i), grammar=kept and kept.fork()))
     return self.engine.submit(request),Redraw(start, self.filter.excess, self.filter.policy.tries)
 
 # %% ../../nbs/470_serve.chat.ipynb #b9e402aa

@@ -190,7 +190,8 @@ def read_chat(
         f.take('timeout', float), f.take('return_token_ids', bool, default=False), body.get('reasoning_effort'), read_drafts(f),
         f.take('parallel_tool_calls', bool, default=True))
     if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')
-    if out.timeout is not None and not out.timeout > 0: raise f.wrong('timeout', f'is {out.timeout:g}; it must be above 0')
+    if out.timeout is not None and not 0 < out.timeout <= 1e9:
+        raise f.wrong('timeout', f'is {out.timeout!r:.40}; it must be above 0 and at most 1e9 seconds')
     _accept(f)
     f.done()
     return out
@@ -327,7 +328,7 @@ class ChatRun:
         self.answers,self.prompt,grammar = [],ids,grammar_for(served, request)
         try:
             for i in range(request.n):
-                how |= dict(params=self._params(i), grammar=grammar and grammar.fork())
+                how |= dict(params=request.params.number(i), grammar=grammar and grammar.fork())
                 self.answers.append(served.ask(text, ids, request.thinking, request.tools, request.max_tokens, **how))
         except Exception:
             self.cancel()
@@ -336,11 +337,6 @@ class ChatRun:
     def cancel(self)->None:
         "Stop what still runs"
         for a in self.answers: a.stream.cancel()
-
-    def _params(self, i):
-        "Settings of an answer; answers to one request have seeds of their own"
-        p = self.request.params
-        return SamplingParams(**vars(p) | dict(seed=None if p.seed is None else p.seed + i))
 
 # %% ../../nbs/472_serve.completions.ipynb #d535577f
 @patch

@@ -12,6 +12,7 @@ __all__ = ['strict_json', 'json_body', 'event_bytes', 'probe_delays', 'half_clos
 # %% ../../nbs/477_serve.connection.ipynb #a93fde58
 import asyncio
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -25,12 +26,17 @@ def _once(pairs):
     [(key,_)] = Counter(k for k,_ in pairs).most_common(1)
     raise ValueError(f'the key {key!r:.60} comes twice')
 
+def _finite(text):
+    "A number; Python also reads NaN and Infinity, which an answer couldn't repeat"
+    if math.isfinite(x := float(text)): return x
+    raise ValueError(f'{text:.40} is no number of JSON, or too large')
+
 # %% ../../nbs/477_serve.connection.ipynb #c3d8df13
 def strict_json(
     text:str, # Of a body
 ): # Value; its strings can be encoded
-    "Parse JSON strictly: no key of an object twice, and no half characters"
-    data = json.loads(text, object_pairs_hook=_once)
+    "Parse JSON strictly: no key of an object twice, no half characters, and no numbers beyond those of JSON"
+    data = json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite)
     try: re.search(r'(?i)\\ud[89a-f]', text) and json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError as error: raise ValueError(f'{error.object[error.start]!a} is half of a pair, no character') from None
     return data

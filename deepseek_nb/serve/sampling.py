@@ -11,7 +11,7 @@ __all__ = ['LIMITS', 'OPEN', 'SamplingParams', 'nucleus_threshold', 'truncate', 
            'Drawn', 'most_likely', 'sample_ahead', 'sample_rows']
 
 # %% ../../nbs/452_serve.sampling.ipynb #45661a32
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -19,12 +19,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..infer.generate import best_tokens, penalise
+from ..infer.generate import COLDEST, best_tokens, penalise
 
 # %% ../../nbs/452_serve.sampling.ipynb #df043833
-LIMITS = dict(temperature=(0, 2), top_p=(0, 1), top_k=(0, 2**31), min_p=(0, 1), repetition_penalty=(0, 10), presence_penalty=(-2, 2),
+LIMITS = dict(temperature=(0, 2), top_p=(0, 1), top_k=(0, 2**31), min_p=(0, 1), repetition_penalty=(1e-6, 10), presence_penalty=(-2, 2),
               frequency_penalty=(-2, 2), seed=(-2**63, 2**63 - 1), logprobs=(0, 20))
-OPEN = 'top_p', 'repetition_penalty'  # the lower limit itself is excluded
+OPEN = ('top_p',)  # the lower limit itself is excluded
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -43,6 +43,15 @@ class SamplingParams:
     def __post_init__(self):
         for name,limits in LIMITS.items(): _check(name, getattr(self, name), *limits)
         for token,bias in self.logit_bias.items(): _check(f'logit_bias[{token}]', bias, -100, 100)
+
+    @property
+    def greedy(self)->bool: return self.temperature < COLDEST # Whether no random numbers are used
+
+    def number(self,
+        i:int, # 0: these settings
+    )->'SamplingParams':
+        "The settings of answer `i` to one request, with a seed of its own"
+        return self if self.seed is None or not i else replace(self, seed=(self.seed + i + 2**63)%2**64 - 2**63)
 
 # %% ../../nbs/452_serve.sampling.ipynb #516cf33e
 def _check(name, value, low, high):
@@ -116,7 +125,7 @@ class RowSampler:
     def plain(self)->bool: # Whether the token is the argmax of the model's logits
         h = self.how
         changed = h.repetition_penalty != 1 or h.presence_penalty or h.frequency_penalty or h.logit_bias
-        return h.temperature == 0 and h.logprobs is None and self.grammar is None and not changed
+        return h.greedy and h.logprobs is None and self.grammar is None and not changed
 
 # %% ../../nbs/452_serve.sampling.ipynb #93585f43
 @patch
@@ -160,7 +169,7 @@ def sample(self:RowSampler,
     "Draw the next token of the row, and note it"
     how,x = self.how,self.adjusted(logits)
     if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
-    if how.temperature == 0: token = int(best_tokens(x))
+    if how.greedy: token = int(best_tokens(x))
     else:
         u = torch.rand((), dtype=torch.float64, generator=self.generator).item()
         token = draw_token(truncate((x/how.temperature).softmax(0), how), u)

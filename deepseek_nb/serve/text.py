@@ -27,13 +27,14 @@ from .stream import Request
 def read_prompts(
     fields:Fields, # Body
     tok:Tokenizer, # Encodes text
+    special:bool = True, # Whether control tokens in a text are control tokens
 )->list: # Token ids of each prompt
     "The field `prompt`"
     given = fields.take('prompt', str, list, needed=True)
     prompts = [given] if isinstance(given, str) or given and all(isinstance(t, int) for t in given) else given
     out = []
     for p in prompts:
-        if isinstance(p, str): out.append(tok.encode(p))
+        if isinstance(p, str): out.append(tok.encode(p, special=special))
         elif isinstance(p, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in p): out.append(p)
         else: raise fields.wrong('prompt', 'must be a string, token ids, or a list of these')
     if not out or not all(out): raise fields.wrong('prompt', 'is empty; give at least one token')
@@ -75,7 +76,8 @@ def read_completion(
 )->TextRequest:
     "Read the body of a completion"
     f = Fields(body)
-    prompts,suffix,echo,top = read_prompts(f, tok),f.take('suffix', str),f.take('echo', bool, default=False),f.take('logprobs', int)
+    suffix,echo,top = f.take('suffix', str),f.take('echo', bool, default=False),f.take('logprobs', int)
+    prompts = read_prompts(f, tok, suffix is None)
     if suffix is not None:
         if echo or top is not None: raise f.wrong('suffix', "can't be combined with echo or logprobs")
         prompts = [fim_prompt(tok, p, suffix) for p in prompts]
@@ -118,9 +120,8 @@ class TextRun:
         prompts = [served.screened_ids(p, i) for i,p in enumerate(r.prompts)]
         try:
             for i in range(len(r.prompts)*r.n):
-                params = SamplingParams(**vars(r.params) | dict(seed=None if r.params.seed is None else r.params.seed + i))
                 how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score, draft_tokens=r.drafts)
-                request = Request(prompts[i//r.n], params, r.max_tokens, r.stop, **how)
+                request = Request(prompts[i//r.n], r.params.number(i), r.max_tokens, r.stop, **how)
                 before = served.tok.decode(prompts[i//r.n][-250:]) if served.filter is not None else ''
                 stream,again = served.submit(request)
                 self.answers.append(Answer(stream, Splitter(), served.guard(before), again))

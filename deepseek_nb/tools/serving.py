@@ -194,7 +194,9 @@ def serve_models(
     for setting,path in config.adapters.items(): add_adapter(server.models, *adapter_base(server.models, setting), path)
     logging.captureWarnings(config.log_format != 'off') # they go into the log, in its form
     for name,m in zip(models, served, strict=True):
-        print(f'{m.name}: context of {m.context:,} tokens, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
+        whole = m.engine.model.config.max_positions
+        less = f' of {whole:,}, as --memory holds no more' if m.context < whole else ''
+        print(f'{m.name}: context of {m.context:,} tokens{less}, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         for note in path_notes(name, m.engine): print(note)
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
