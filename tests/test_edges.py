@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import warm
-from test_server import HI, SERVE, Live, openai, post
+from test_server import HI, JSON, SERVE, Live, openai, post
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.infer.drafts import Draft, pick
@@ -177,7 +177,7 @@ def test_an_answer_that_a_drain_cuts(path, stream):
     body = {k: v for k, v in body.items() if v is not None}
     if path != '/v1/messages' and path != '/v1/responses': body['logit_bias'] = {str(i): -100 for i in live.engine.ends}
     data, found = json.dumps(body).encode(), []
-    head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n'
+    head = f'POST {path} HTTP/1.1\r\n{JSON}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n'
     reader = threading.Thread(target=lambda: found.append(live.raw(head.encode() + data)))
     reader.start()
     while not live.engine.stats.output_tokens: time.sleep(.01)

@@ -7,17 +7,17 @@ import resource
 import shutil
 import subprocess
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 gguf = pytest.importorskip('gguf')
+from test_runner import blocks  # noqa: E402
+
 from deepseek_nb.core.nbproc import find_compiler, with_includes  # noqa: E402
 from deepseek_nb.export.runner import Runner, compile_runner, runner_path, runner_sources  # noqa: E402
 from deepseek_nb.export.wasm import MODULE  # noqa: E402
 from deepseek_nb.files.tokenizer import byte_alphabet  # noqa: E402
-from test_runner import blocks  # noqa: E402
 
 try: find_compiler('cpp')
 except FileNotFoundError: pytest.skip('no C++ compiler', allow_module_level=True)

@@ -20,7 +20,7 @@ import warm
 
 pytest.importorskip('openai')
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
-from test_server import HI, TEMPLATE, Live  # noqa: E402
+from test_server import HI, JSON, TEMPLATE, Live  # noqa: E402
 
 from deepseek_nb.arch.model import Model  # noqa: E402
 from deepseek_nb.core.config import Config  # noqa: E402
@@ -287,7 +287,7 @@ def test_slow_work_beside_the_engine_delays_no_answer(direct):
 
 def request(body, path='/v1/chat/completions', close='close'):
     data = json.dumps(dict(model='mini', messages=HI, logit_bias=ON) | body).encode()
-    return f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: {close}\r\n\r\n'.encode() + data
+    return f'POST {path} HTTP/1.1\r\n{JSON}Content-Length: {len(data)}\r\nConnection: {close}\r\n\r\n'.encode() + data
 
 
 def unchunked(answer):
@@ -343,7 +343,7 @@ def test_a_slow_body_is_not_waited_for(live):
     'X: ' + 'x'*70_000, 'A B: 1', 'Transfer-Encoding: gzip'], ids=['twice', 'negative', 'both', 'word', 'long', 'name', 'gzip'])
 def test_malformed_heads(live, head):
     "Refused, or read as RFC 9112 says; never taken for a request of another length."
-    data = f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n{{"a":1}}GET /health HTTP/1.1\r\n\r\n'
+    data = f'POST /v1/chat/completions HTTP/1.1\r\n{JSON}{head}\r\n\r\n{{"a":1}}GET /health HTTP/1.1\r\n\r\n'
     answer = live.raw(data.encode(), half=True, reset=True) # with a part of the head unread, closing may reset
     assert b'"status":"ok"' not in answer and (not answer or answer.split()[1][:1] in b'45')
 
@@ -444,7 +444,7 @@ def test_sigterm_under_load(monkeypatch):
     while len(texts) < 8 or not all(texts.values()): time.sleep(.001)
     live.server.uvicorn.handle_exit(signal.SIGTERM, None)
     while not live.server.draining: time.sleep(.001)
-    get = 'GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
+    get = 'GET {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'
     found = {p: live.raw(get.format(p).encode()).split()[1] for p in ('/health', '/ready')}
     refused = live.raw(request(dict(max_tokens=1)))
     assert found == {'/health': b'200', '/ready': b'503'} and b' 503 ' in refused[:20] and b'retry-after: 1' in refused

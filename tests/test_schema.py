@@ -43,7 +43,8 @@ def sent(live, path, body=None, **script):
     "Status and objects that come back: one, or those of a stream"
     live.script.__dict__ |= dict(pieces=[TEXT], finish='stop', error=None, matched=None) | script
     link = http.client.HTTPConnection('127.0.0.1', live.port, timeout=60)
-    link.request('POST' if body is not None else 'GET', path, None if body is None else json.dumps(body))
+    link.request('POST' if body is not None else 'GET', path, None if body is None else json.dumps(body),
+                 {'content-type': 'application/json'})
     answer = link.getresponse()
     text = answer.read().decode()
     link.close()

@@ -25,6 +25,7 @@ TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for c in m
             "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 HI = [dict(role='user', content='The Congress of the United States')]
+JSON = 'Host: localhost\r\nContent-Type: application/json\r\n'
 
 
 class Live:
@@ -73,7 +74,7 @@ def live():
 
 def post(live, body, path='/v1/chat/completions', headers=''):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n{headers}\r\n'
+    head = f'POST {path} HTTP/1.1\r\n{JSON}Content-Length: {len(data)}\r\nConnection: close\r\n{headers}\r\n'
     status, _, rest = live.raw(head.encode() + data).partition(b'\r\n')
     return int(status.split()[1]), json.loads(rest.partition(b'\r\n\r\n')[2])
 
@@ -195,7 +196,7 @@ def test_too_large(live): assert post(live, b' '*100_001)[0] == 413
 
 def test_paths(live):
     for path in ('/v1/models/..%2f..%2fetc%2fpasswd', '/../../etc/passwd', '/v1/models/x', '/nothing', '/v1/chat'):
-        assert live.raw(f'GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'.encode()).split()[1] in (b'404', b'405', b'400')
+        assert live.raw(f'GET {path} HTTP/1.1\r\n{JSON}Connection: close\r\n\r\n'.encode()).split()[1] in (b'404', b'405', b'400')
 
 
 def test_a_client_that_leaves(live):
@@ -203,7 +204,7 @@ def test_a_client_that_leaves(live):
     for stream, wait in ((True, .2), (True, 0), (False, .1)):
         data = json.dumps(dict(model='mini', messages=HI, max_tokens=450, stream=stream, logit_bias={1: -100})).encode()
         with socket.create_connection(('127.0.0.1', live.port)) as s:
-            s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
+            s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\n{JSON}Content-Length: {len(data)}\r\n\r\n'.encode() + data)
             time.sleep(wait)
         live.idle()
     assert {p for r in live.engine.rows for p in r.cache.tables[0]} == set()
@@ -212,7 +213,7 @@ def test_a_client_that_leaves(live):
 def test_half_a_request(live):
     "A client that stops sending is no request, and doesn't disturb others."
     with socket.create_connection(('127.0.0.1', live.port)) as s:
-        s.sendall(b'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model"')
+        s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\n{JSON}Content-Length: 100\r\n\r\n{{"model"'.encode())
         assert live.client().chat.completions.create(model='mini', messages=HI, max_tokens=1).choices
     live.idle()
 
@@ -221,7 +222,7 @@ def test_a_slow_reader(live):
     "An answer that nobody reads ends, and the others don't wait."
     with socket.create_connection(('127.0.0.1', live.port)) as s:
         data = json.dumps(dict(model='mini', messages=HI, max_tokens=300, stream=True)).encode()
-        s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n'.encode() + data)
+        s.sendall(f'POST /v1/chat/completions HTTP/1.1\r\n{JSON}Content-Length: {len(data)}\r\n\r\n'.encode() + data)
         assert live.client().chat.completions.create(model='mini', messages=HI, max_tokens=3).choices
         end = time.monotonic() + 30
         while live.engine.count and time.monotonic() < end: time.sleep(.01)

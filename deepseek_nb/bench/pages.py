@@ -16,8 +16,8 @@ import torch
 from ..arch.model import Model, head
 from . import Comparison, compare
 from .caches import bench_model
-from ..infer.generate import best_tokens
 from ..infer.paged import PagedCache, PagePool
+from ..infer.sampling import best_tokens
 from ..quant import QuantizedWeight
 from ..quant.model import quantize_model
 

@@ -27,10 +27,9 @@ from ..core.plot import COLOURS, GREY, style
 from ..files.tokenizer import Tokenizer
 from ..infer.drafts import Drafter, ModelDrafter, MTPDrafter, common
 from ..infer.engine import Engine
-from ..infer.generate import best_tokens
 from ..infer.paged import PagedCache, PagePool
 from ..infer.request import Request
-from ..infer.sampling import SamplingParams
+from ..infer.sampling import SamplingParams, best_tokens
 from ..infer.speculate import expected_tokens
 from ..quant.model import quantize_model
 from ..train.corpora import corpus

@@ -210,7 +210,8 @@ def unused_pair(
     text:str, # All text of a prompt
 )->str: # Two private-use characters that the text doesn't contain
     "Find two characters that can be used as marks"
-    free = (c for c in map(chr, [*range(0xe000, 0xf900), *range(0xf0000, 0x10fffe)]) if c not in text)
+    used = set(text)
+    free = (c for c in map(chr, [*range(0xe000, 0xf900), *range(0xf0000, 0x10fffe)]) if c not in used)
     return next(free) + next(free)
 
 # %% ../../nbs/220_files.chat.ipynb #564ffcbf
@@ -232,12 +233,14 @@ def encode_marked(self:Tokenizer,
     pair:str, # The two marks
 )->list: # Token ids
     "Encode a prompt, with marked control tokens as plain text"
-    ids, run, at, token = [], '', 0, self._control.pattern
+    ids, run, at, token = [], [], 0, self._control.pattern
     for m in re.finditer(f'{pair[0]}({token}){pair[1]}|({token})|[{pair}]', text):
-        run += text[at:m.start()] + (m[1] or '')
+        run += text[at:m.start()], m[1] or ''
         at = m.end()
-        if m[2]: ids, run = ids + self.encode(run) + self.encode(m[2], special=True), ''
-    return ids + self.encode(run + text[at:])
+        if not m[2]: continue
+        ids += self.encode(''.join(run)) + self.encode(m[2], special=True)
+        run = []
+    return ids + self.encode(''.join(run) + text[at:])
 
 # %% ../../nbs/220_files.chat.ipynb #2c309614
 @patch

@@ -174,11 +174,20 @@ class Tokenizer:
         self._control, self._missing = _control_pattern(added, self.special_tokens), _missing_bytes(backend.get_vocab())
 
 # %% ../../nbs/210_files.tokenizer.ipynb #69f47cf1
+def _one_of(words):
+    "A pattern for any of some words, the longest first; what several begin with is read once"
+    heads = {}
+    for w in filter(None, words): heads.setdefault(w[0], []).append(w[1:])
+    ways = '|'.join(re.escape(c) + _one_of(rest) for c, rest in heads.items())
+    if '' in words: return ways and f'(?:{ways})?'
+    return f'(?:{ways})' if len(heads) > 1 else ways
+
 def _control_pattern(added, control):
     "Matches control tokens, the longest first, with the white space that some of them include"
-    space = lambda token, side: r'\s*' if added[token].get(side) else ''
-    longest = sorted(control, key=len, reverse=True)
-    return re.compile('|'.join(f'{space(t, "lstrip")}{re.escape(t)}{space(t, "rstrip")}' for t in longest) or '(?!)')
+    before, after = (lambda t: r'(?:(?<!\s)\s+)?' if added[t].get('lstrip') else ''), (lambda t: r'\s*' if added[t].get('rstrip') else '')
+    spaced = sorted((t for t in control if before(t) or after(t)), key=len, reverse=True)
+    plain = _one_of(set(control) - set(spaced)) if len(spaced) < len(control) else '(?!)'
+    return re.compile('|'.join([*(before(t) + re.escape(t) + after(t) for t in spaced), plain]))
 
 def _token_table(backend, control): return {i: t for t, i in (backend.get_vocab() | control).items()}
 
@@ -218,6 +227,8 @@ def encode(self:Tokenizer,
     return ids + self._plain(text[at:])
 
 # %% ../../nbs/210_files.tokenizer.ipynb #14816463
+_LONG = 2**12 # characters; a batch lets other threads of Python run meanwhile, which a single text doesn't
+
 @patch
 def _plain(self:Tokenizer, text):
     "Ids of text in which no control token is recognised"
@@ -225,7 +236,8 @@ def _plain(self:Tokenizer, text):
         if self._missing and len(raw := text.encode()) != len(raw.translate(None, self._missing)):
             lost = ' '.join(f'{b:02x}' for b in sorted(set(raw) & set(self._missing)))
             warnings.warn(f'this vocabulary has no token for the bytes {lost}, which are omitted', stacklevel=3)
-        return self.backend.encode(text, add_special_tokens=False).ids if text else []
+        if len(text) < _LONG: return self.backend.encode(text, add_special_tokens=False).ids if text else []
+        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
     except (TypeError, UnicodeEncodeError) as e:
         raise ValueError(f'{text[:40]!r} is no text that has tokens: give a str that can be written in UTF-8') from e
 

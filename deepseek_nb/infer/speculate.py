@@ -24,7 +24,7 @@ from ..arch.rewindable import RewindableCache
 from .drafts import Draft, Drafter, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter
 from .generate import row_samplers
 from .paged import PagedCache, PagePool
-from .sampling import GREEDY, RowSampler, SamplingParams, draw_token, sample_ahead
+from .sampling import GREEDY, SamplingParams, draw_token, sample_ahead
 
 # %% ../../nbs/449_infer.speculate.ipynb #f76e73d0
 def verify_drawn(

@@ -10,7 +10,6 @@ __all__ = ['chat_pages', 'home_pages', 'prompt_template', 'load_model', 'Platfor
            'live_places', 'all_pages']
 
 # %% ../../nbs/840_platform.app.ipynb #12433496
-import asyncio
 import hmac
 import json
 import secrets
@@ -44,7 +43,7 @@ from .watch_pages import watch_pages
 from ..serve.app import Server, ServerConfig, given_key, key_digest, owner_of
 from ..serve.chat import ApiError, Fields, ServedModel
 from ..serve.completions import ChatRun, read_chat
-from ..serve.connection import event_bytes, json_body
+from ..serve.connection import event_bytes
 
 # %% ../../nbs/840_platform.app.ipynb #2c704217
 from deepseek_nb.platform.store import alerts, datasets, events, jobs, models, releases, versions
@@ -168,17 +167,16 @@ def model(self:PlatformServer,
     return self.pick(name, '')[0]
 
 @patch
-async def _start(self:PlatformServer, request, start, owner):
-    "Read the body and start what it asks for, with the model that is released for this owner"
-    body,record = await json_body(request, self.config.max_body, self.config.patience),request.scope['record']
+async def _start(self:PlatformServer, request, start, owner, body):
+    "Read a body and start what it asks for, with the model that is released for this owner"
+    (body,long),record = await self._parsed(body, owner),request.scope['record']
     record.place,record.model_id = str(Fields(dict(body)).take('model', str) or '')[:100],None
-    run = asyncio.get_running_loop().run_in_executor
-    served,choice = await run(self.readers, self.pick, record.place, owner)
+    served,choice = await self.readers.run(owner, False, self.pick, record.place, owner)
     record.model,record.key,record.tok,record.model_id = served.name,owner,served.tok,choice.model_id
     text = asked_text(body) # before a run changes it
-    out = await run(self.readers, start, served, {k: v for k,v in body.items() if k != 'model'}, owner)
+    out = await self._read(request, owner, long, start, served, {k: v for k,v in body.items() if k != 'model'}, owner)
     record.answer,record.streams = out.id,[a.stream for a in getattr(out, 'answers', None) or [out.answer]]
-    record.asked = await run(self.readers, passed_text, served, text)
+    record.asked = await self.readers.run(owner, long, passed_text, served, text)
     return out
 
 # %% ../../nbs/840_platform.app.ipynb #1fe3db8f

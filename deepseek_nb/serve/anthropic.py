@@ -22,9 +22,9 @@ from fastcore.basics import patch
 
 from ..infer.sampling import SamplingParams
 from .chat import ApiError, Fields, ServedModel, sampling_from
-from .completions import EFFORTS, check_names, grammar_for
+from .completions import EFFORTS, check_names, check_stops, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
-from .responses import add_turn, chat_call, text_parts
+from .responses import add_turn, chat_call, joined_turns, text_parts
 
 # %% ../../nbs/478_serve.anthropic.ipynb #d7046fc3
 ERROR_TYPES = {401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error', 413: 'request_too_large',
@@ -109,7 +109,7 @@ def read_turns(
         else: raise f.wrong('role', f'is {role!r:.40}; known are user, assistant')
     if out[-1].get('tool_calls'): raise fields.wrong('messages', "ends with a tool's use; send its result")
     if out[-1]['role'] == 'assistant': out[-1]['prefix'] = True
-    return out
+    return joined_turns(out)
 
 # %% ../../nbs/478_serve.anthropic.ipynb #4b4b984f
 class ThinkingBudget:
@@ -221,8 +221,7 @@ def read_output(
 def _read_stops(fields):
     "The field `stop_sequences`"
     stop = fields.take('stop_sequences', list, default=[])
-    if len(stop) > 16 or not all(isinstance(s, str) and s for s in stop):
-        raise fields.wrong('stop_sequences', 'must be a list of at most 16 strings that are not empty')
+    check_stops(fields, 'stop_sequences', stop)
     return tuple(stop)
 
 # %% ../../nbs/478_serve.anthropic.ipynb #6a30b6f4

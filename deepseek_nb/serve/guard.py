@@ -126,8 +126,8 @@ def prompt(self:ContentFilter,
     "Apply the policy to a prompt"
     if not self.policy.prompts: return text,Counter()
     s = self.open('prompts')
-    out = s.feed(text) + s.close()
-    return None if s.blocked else out, s.found
+    out = [s.feed(text[i:i + 4096]) for i in range(0, len(text), 4096)] # what is shown is cut off what is held, so that is kept short
+    return None if s.blocked else ''.join([*out, s.close()]), s.found
 
 # %% ../../nbs/467_serve.guard.ipynb #378cb8b3
 @patch

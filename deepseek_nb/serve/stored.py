@@ -10,7 +10,7 @@ __all__ = ['StoredResponse', 'ResponseStore', 'listed', 'item_page']
 
 # %% ../../nbs/473_serve.stored.ipynb #abe40c2e
 import json
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from threading import Lock
 from typing import NamedTuple
 
@@ -30,11 +30,11 @@ class StoredResponse(NamedTuple):
 class ResponseStore:
     "The latest answers of a server, in memory"
     def __init__(self,
-        most:int = 1000, # Most answers; 0: none is kept
+        most:int = 1000, # Most answers of a key; 0: none is kept
         most_chars:int = 2**25, # Most characters of all answers as JSON
     ):
-        self.most,self.most_chars,self.kept,self.size,self.lock = most,most_chars,OrderedDict(),0,Lock()
-    def __len__(self): return len(self.kept)
+        self.most,self.most_chars,self.kept,self.sizes,self.lock = most,most_chars,{},Counter(),Lock() # `kept`: of each owner, by id
+    def __len__(self): return sum(map(len, self.kept.values()))
 
 # %% ../../nbs/473_serve.stored.ipynb #e4f2a7e7
 @patch
@@ -42,12 +42,21 @@ def put(self:ResponseStore,
     owner:str, # Name of the key that asked
     stored:StoredResponse, # Its `size` is filled in here
 )->None:
-    "Keep an answer, and drop the oldest while there are too many"
+    "Keep an answer, and drop the oldest while there are too many; when the memory is full, those of the key that uses most of it"
     size = len(json.dumps(stored[:3]))
     with self.lock:
-        self.kept[owner, stored.response['id']] = stored._replace(size=size)
-        self.size += size
-        while len(self.kept) > self.most or self.size > self.most_chars: self.size -= self.kept.popitem(last=False)[1].size
+        own = self.kept.setdefault(owner, OrderedDict())
+        own[stored.response['id']] = stored._replace(size=size)
+        self.sizes[owner] += size
+        if len(own) > self.most: self._drop(owner)
+        while self.sizes.total() > self.most_chars: self._drop(max(self.sizes, key=self.sizes.get))
+
+@patch
+def _drop(self:ResponseStore, owner, id=None):
+    "Forget an answer, the oldest if none is named"
+    own = self.kept[owner]
+    self.sizes[owner] -= own.pop(next(iter(own)) if id is None else id).size
+    if not own: del self.kept[owner],self.sizes[owner]
 
 # %% ../../nbs/473_serve.stored.ipynb #59a3c265
 @patch
@@ -58,9 +67,9 @@ def get(self:ResponseStore,
 )->StoredResponse:
     "An answer that is kept"
     with self.lock:
-        if (owner, id) in self.kept:
-            self.kept.move_to_end((owner, id))
-            return self.kept[owner, id]
+        if id in (own := self.kept.get(owner, {})):
+            own.move_to_end(id)
+            return own[id]
     raise ApiError(404, f'response {id!r:.60} is not stored here, or not any more; send the whole conversation', param, code='not_found')
 
 @patch
@@ -71,7 +80,7 @@ def delete(self:ResponseStore,
     "Forget an answer"
     self.get(owner, id)
     with self.lock:
-        if found := self.kept.pop((owner, id), None): self.size -= found.size
+        if id in self.kept.get(owner, ()): self._drop(owner, id)
     return dict(id=id, object='response', deleted=True)
 
 # %% ../../nbs/473_serve.stored.ipynb #6d1f4132

@@ -7,7 +7,8 @@ compiles their kernels, and serves them until the process is stopped. `deepseek-
 
 # %% auto #0
 __all__ = ['ENGINE_SETTINGS', 'read_settings', 'warm_engine', 'adapter_folders', 'draft_source', 'served_name',
-           'check_model_names', 'load_served', 'missing_packages', 'path_notes', 'serve_models', 'new_key']
+           'check_model_names', 'load_served', 'missing_packages', 'path_notes', 'open_notes', 'serve_models',
+           'new_key']
 
 # %% ../../nbs/955_tools.serving.ipynb #1f56653c
 import logging
@@ -174,6 +175,16 @@ def path_notes(
     return [note for note,holds in notes.items() if holds]
 
 # %% ../../nbs/955_tools.serving.ipynb #7b9adc2d
+def open_notes(
+    config:ServerConfig, # Settings
+)->list[str]: # Lines
+    "What anybody who reaches the server can read and do"
+    if not config.keys: return ['no keys: whoever reaches this address can ask, and read /metrics; keys stand in a file for --config']
+    if config.metrics_key: return ['without a key, anybody can read / (the chat page with the names of the models) and /health']
+    return ['without a key, anybody can read / (the chat page with the names of the models), /health and /metrics; '
+            'metrics_key asks for one at /metrics']
+
+# %% ../../nbs/955_tools.serving.ipynb #b9d13792
 def serve_models(
     models:list, # Folders, `.gguf` files, or names of models
     config:ServerConfig, # Settings of the server
@@ -199,6 +210,7 @@ def serve_models(
         print(f'{m.name}: context of {m.context:,} tokens{less}, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
         for note in path_notes(name, m.engine): print(note)
         for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
+    for line in open_notes(config): print(line)
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 
 # %% ../../nbs/955_tools.serving.ipynb #aefe1f8a
