@@ -15,7 +15,7 @@ test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
 # Processes share the processors: a thread that waits for another of its own gives way
 test sanitize: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke evidence-fresh export new-chapter hooks clean
+.PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke canaries export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -46,8 +46,8 @@ gpu: .venv/.dev  ## all CUDA kernels compiled, checked and measured on this mach
 evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end to the other (make test does this too, but for one that it draws of two)
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
 
-evidence-fresh: .venv/.dev  ## the short measurements again, on today's code: about 15 minutes on two quiet cores, continued where it stopped
-	$(BIN)/deepseek-nb evidence fresh
+canaries: .venv/.dev  ## a small part of each measurement again: which numbers and speeds have changed? Monthly, and before a release
+	$(BIN)/deepseek-nb evidence canaries
 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean

@@ -274,8 +274,8 @@ Modules:
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, the pages of a preemption, and latency against load.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
+- `deepseek_nb.studies.canaries`: A small part of each measurement, repeated in at most two minutes, says whether its numbers and ratios of times are still what they were.
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
-- `deepseek_nb.studies.fresh`: One command measures the short records again on today's code, continues where it stopped, and lists what it left out.
 - `deepseek_nb.studies.protocol`: What a plan must state before its first run, and a check that refuses records from an unclean tree, of another plan, or without their floors.
 - `deepseek_nb.studies.report`: Functions that summarise the records of an experiment: means with standard deviations over seeds, tables, plots with error bars, and a paragraph about the runs.
 - `deepseek_nb.studies.texts`: Functions that the studies share: find test texts that occur in the training texts, remove them, limit the number of texts per class, choose a learning rate on validation texts, and two floors for every table.

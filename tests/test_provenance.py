@@ -5,14 +5,18 @@ the end of its grid, or without its floor is refused, and the plan is older than
 only become fewer.
 """
 import json
+import math
+import random
 import re
 import subprocess
 import types
 from dataclasses import replace
+from inspect import signature
 
 import pytest
 import torch
 
+from deepseek_nb.bench import find_benchmark
 from deepseek_nb.core import provenance
 from deepseek_nb.core.provenance import before
 from deepseek_nb.eval.intervals import equivalent, t_tail
@@ -28,6 +32,7 @@ from deepseek_nb.studies import (
     study_cells,
     study_names,
 )
+from deepseek_nb.studies.canaries import SMALL, check_canaries, judge, numbers_of, ratios_of, recorded, reference, run_canary
 from deepseek_nb.studies.protocol import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, standing
 from deepseek_nb.studies.report import runs
 from deepseek_nb.studies.texts import WordBayes, majority
@@ -200,7 +205,6 @@ def test_equivalence_of_nothing_is_an_error(values, margin):
 
 def test_naive_bayes_equals_that_of_scikit_learn():
     text, bayes = pytest.importorskip('sklearn.feature_extraction.text'), pytest.importorskip('sklearn.naive_bayes')
-    import random
     r = random.Random()
     docs = [' '.join(r.choices('abcdefgh', k=r.randint(1, 9))) for _ in range(60)]
     labels = [r.choice('xyz') for _ in docs]
@@ -247,3 +251,45 @@ def test_benchmarks_from_before_may_only_become_fewer(root):
 def test_a_seal_is_written_once(made):
     plan, folder = made[0], made[3]
     assert seal_plan(plan, folder/'guess.json') == made[2] and made[2]['plan'] == plan.mark
+
+
+# ---- canaries
+
+def test_every_record_has_a_canary_or_is_listed(root):
+    "Rates of a machine, and measurements without small options, have none"
+    without = 'format-rates latent-codes machine quality roofline scaling bfcl mini speculate-equality'.split()
+    assert {*recorded(root/'nbs/results')} - {*SMALL} - {*study_names()} == {*without}
+    for name, options in SMALL.items(): signature(find_benchmark(name), follow_wrapped=False).bind(**options)
+    stored = json.loads((root/'nbs/results/evidence/canaries.json').read_text())
+    assert {*stored} <= {*recorded(root/'nbs/results')}
+    for name, kept in stored.items():
+        assert re.fullmatch('[0-9a-f]{8,}', kept['commit']) and (kept['numbers'] or kept['ratios']), name
+        assert judge(kept, kept).startswith('same'), name
+
+
+def test_a_canary_hears_numbers_and_not_times():
+    r = random.Random(seed := random.randrange(10**6))
+    print(f'SEED={seed}')
+    fixed = [r.uniform(-9, 9) for _ in range(50)]
+    def run(change=1., slow=1.):
+        result = dict(losses=[change*v for v in fixed], minutes=r.random(), times=dict(deepseek_nb=[slow*.1, slow*.3], peer=[.2, .2]))
+        return dict(numbers=numbers_of(result), ratios=ratios_of(result))
+    kept = reference(run(), run())
+    assert len(kept['numbers']) == 8 and all(p.startswith('/losses') for p in kept['numbers'])
+    for change, slow, said in ((1, 1, 'same'), (1 + 1e-6, 1.5, 'same'), (1.01, 1, 'numbers differ'), (math.nan, 1, 'numbers differ'),
+                               (1, 2.5, 'slower'), (1, .3, 'times differ')):
+        assert judge(run(change, slow), kept).startswith(said), (change, slow)
+
+
+def test_a_canary_that_cannot_run_stops_no_other(tmp_path):
+    for n in ('cache', 'decode'): (tmp_path/f'{n}.json').write_text('{}')
+    (tmp_path/'evidence').mkdir()
+    kept = dict(numbers={'/x': 1.}, ratios={}, commit='0123abcd', date='2026-12-01', cpu='another')
+    (tmp_path/'evidence'/'canaries.json').write_text(json.dumps(dict(cache=kept, decode=kept)))
+    def run(name):
+        if name == 'cache': raise ValueError('No module named x')
+        return dict(numbers={'/x': 1.}, ratios={})
+    found = check_canaries((), tmp_path, say=str, run=run)
+    assert found['cache'] == 'no canary: No module named x'
+    assert found['decode'].startswith('same: 1 numbers') and 'another' in found['decode']
+    with pytest.raises(ValueError, match='more than 0.01 seconds'): run_canary('dispatch', .01)

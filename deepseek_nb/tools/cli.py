@@ -284,27 +284,23 @@ def evaluate(
     print(json.dumps(facts) if as_json else found)
 
 # %% ../../nbs/960_tools.cli.ipynb #1a52b072
-def _fresh(folder, only):
-    "Measure the short records again, and list what was left out"
-    from deepseek_nb.studies.fresh import FRESH, measure_again, planned
-    names = tuple(only.split(',')) if only else tuple(FRESH)
-    if strange := {*names} - {*FRESH}: raise KeyError(f'{sorted(strange)[0]!r} is no short measurement; there are {", ".join(FRESH)}')
-    measure_again(folder, names)
-    print(planned(folder))
-
 def run_evidence(
-    name:str = '', # Name of the study; `fresh`: measure the short records again; without it, list all studies
+    name:str = '', # Name of the study; `canaries`: has what was measured changed? Without it, list all studies
     config:str = '', # Plan; default: nbs/configs/evidence/NAME.toml
     out:str = '', # File of results; default: nbs/results/evidence/NAME.json
     work:str = '', # Folder for checkpoints; default: a folder in the user's cache
-    only:str = '', # Runs as ARM or ARM:SEED, separated by commas; default: all
+    only:str = '', # Runs as ARM or ARM:SEED, or records for `canaries`, separated by commas; default: all
     smoke:bool = False, # Run a tiny version, without stored checkpoints
+    store:bool = False, # For `canaries`: take new references
 ):
     "Run a study, or continue an interrupted one"
     from deepseek_nb import studies
     if not name: return print(*studies.study_names(), sep='\n')
-    if name == 'fresh': return _fresh(out or 'nbs/results', only)
-    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, only.split(',') if only else (), smoke)
+    names = tuple(only.split(',')) if only else ()
+    if name == 'canaries':
+        from deepseek_nb.studies.canaries import check_canaries
+        check_canaries(names, out or 'nbs/results', store)
+    else: studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke)
 
 # %% ../../nbs/960_tools.cli.ipynb #6dcb858e
 def doctor(
