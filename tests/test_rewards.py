@@ -253,8 +253,8 @@ def each(function): return lambda prompts, completions, **columns: [len(function
 RULES = dict(
     number=number_reward, tags=tag_reward(), opened=tag_reward(opened=True), behind=tag_reward(answer=False),
     language=language_reward('en'), chinese=language_reward('zh'), overlong=overlong_reward(100, 50), repetition=repetition_reward(),
-    json=T.json_reward, countdown=T.countdown_reward, tool=T.tool_reward(), tool_v4=T.tool_reward('v4'), program=each(program_text), numbers=each(numbers_in),
-    boxes=each(boxes))
+    json=T.json_reward, countdown=T.countdown_reward, tool=T.tool_reward(), tool_v4=T.tool_reward('v4'), program=each(program_text),
+    numbers=each(numbers_in), boxes=each(boxes))
 
 
 @pytest.mark.parametrize('name', RULES)
