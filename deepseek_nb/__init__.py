@@ -326,7 +326,7 @@ Modules:
 - `deepseek_nb.train.rollout`: A policy writes groups of answers in the batching engine. Each answer repeats bit for bit from its seed, and the trainer can score it with the sampler's own bits.
 - `deepseek_nb.train.rotary_pairs`: Multi-head latent attention has one rotary key for all heads. Choose which rotary pairs of a GQA model keep rotating in it, and compute the error for the pairs that don't.
 - `deepseek_nb.train.runs`: Describe a fine-tuning, a distillation or a conversion in one TOML file, and resume an interrupted run by calling it again.
-- `deepseek_nb.train.sandbox`: Runs a model's program and its tests, or a reward that may hang, in a process with limits. Every call returns a score
+- `deepseek_nb.train.sandbox`: Runs a model's program and its tests, or a reward that may hang, in a process with limits. What can't be confined isn't run
 - `deepseek_nb.train.schedule`: Warm up the learning rate, then change it by a linear, cosine or warmup–stable–decay schedule, with the same values as in transformers.
 - `deepseek_nb.train.sft`: Chat messages, prompt–completion pairs and labelled texts become training examples, in which only the answer counts in the loss.
 - `deepseek_nb.train.shared`: The answers of a group have one prompt. The forward pass and the gradient compute it once, with the values and the gradients that each row alone would give.

@@ -5,8 +5,8 @@ import json
 import math
 import os
 import random
-import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +20,7 @@ from deepseek_nb.core.dispatch import use
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import IGNORE
-from deepseek_nb.train.grpo import CURVES, GRPOConfig, GRPOTrainer, RewardGuard, batch_answers, safe_reward
+from deepseek_nb.train.grpo import CURVES, GRPOConfig, GRPOTrainer, RewardGuard, batch_answers
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.on_policy import Collapsed
 from deepseek_nb.train.rollout import (
@@ -36,6 +36,7 @@ from deepseek_nb.train.rollout import (
     token_log_probs,
     with_values,
 )
+from deepseek_nb.train.sandbox import guarded
 
 TOK = Tokenizer.from_pretrained('mini')
 SIZES = dict(vocab_size=len(TOK), dim=32, n_layers=2, n_heads=2, inter_dim=48, max_positions=128, eos_ids=TOK.eos_ids[:1])
@@ -344,21 +345,19 @@ def test_a_step_by_hand(seed):
         if p.grad is not None: assert (got[k] - p.grad).abs().max() <= 1e-3*(1e-2 + p.grad.abs().max()), k
 
 
-def test_hostile_rewards_end_as_zero(tmp_path):
-    def bad(prompts, completions, **columns):
-        if len(completions) == 1 and columns['answer'] == ['2']: os._exit(7)
-        if len(completions) > 1: raise RuntimeError('not in a batch')
-        print('\x1b]0;hostile\x07'*10**5)
-        return [1.]
-    columns = dict(prompts=['a']*3, completions=['x', 'y', 'z'], answer=['1', '2', '3'])
-    with pytest.warns(UserWarning, match='fails for 1 of 3 answers'): assert safe_reward(bad, columns, 20.) == ([1., 0., 1.], 1)
-    def hangs(prompts, completions, **columns):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        while True: pass
-    with pytest.warns(UserWarning, match='fails for 3 of 3'): assert safe_reward(hangs, columns, .6) == ([0.]*3, 3)
-    for values in ([1., 2.], [float('inf')], 'abc', None):
-        with pytest.warns(UserWarning): assert safe_reward(lambda v=values, **columns: v, columns, 20.)[0] == [0.]*3
-    assert safe_reward(lambda **columns: [None, 2, True], columns, 20.) == ([None, 2., 1.], 0)
+def hostile(prompts, completions, **columns):
+    print('\x1b]0;hostile\x07'*10**5)
+    time.sleep(99*('+' in prompts[0]))
+
+
+@pytest.mark.parametrize('direct', [False, True])
+def test_a_reward_that_fails_stops_the_run(direct):
+    "It scores nothing: `reward_timeout` bounds it by itself, and a guarded reward isn't guarded again"
+    rewards = [digits_reward, guarded(hostile, .5) if direct else hostile]
+    model = Model(DENSE, dtype='float32', device='cpu').init_weights(.3)
+    trainer = GRPOTrainer(model, rewards, config(max_steps=1, reward_timeout=30. if direct else .5), ROWS, processing_class=TOK)
+    with pytest.raises(RuntimeError, match='reward hostile: no answer in 0.5 s; completion 0 of 4'): trainer.train()
+    assert trainer.step == 0
 
 
 def test_silent_groups_are_replaced(seed):

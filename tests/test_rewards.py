@@ -5,6 +5,10 @@ import math
 import os
 import random
 import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from hypothesis import strategies as st
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
+from deepseek_nb.train import sandbox
 from deepseek_nb.train import tasks as T
 from deepseek_nb.train.rewards import (
     TAGS,
@@ -22,6 +27,7 @@ from deepseek_nb.train.rewards import (
     answer_number,
     boxes,
     checked_rewards,
+    language_reward,
     language_share,
     number_reward,
     numbers_in,
@@ -29,6 +35,7 @@ from deepseek_nb.train.rewards import (
     parse_number,
     preference_loss,
     program_reward,
+    program_text,
     read_test,
     repetition_reward,
     tag_reward,
@@ -149,12 +156,122 @@ def test_rewards_take_messages_too():
         assert number_reward([''], [text], ['42']) == number_reward([[]], [[dict(role='assistant', content=text)]], ['42'])
 
 
+# ---- rewards in another process
+
+def test_a_guarded_reward_may_use_threads():
+    "A fork of this process would wait for threads that it doesn't have"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def product(prompts, completions, **columns): return [float((torch.ones(400, 400) @ torch.ones(400, 400)).mean())/400]*len(completions)
+    try:
+        assert product(['']*2, ['1', '2']) == [1., 1.]
+        assert guarded(product, 20.)(['']*2, ['1', '2']) == [1., 1.]
+    finally: torch.set_num_threads(threads)
+
+
+def crash(prompts, completions, **columns):
+    if 'boom' in completions: os.kill(os.getpid(), 9)
+    return [1.]*len(completions)
+
+
 def test_a_guarded_sum_survives():
-    def crash(prompts, completions, **columns):
-        if 'boom' in completions: os.kill(os.getpid(), 9)
-        return [1.]*len(completions)
-    safe = guarded(weighted([crash, number_reward]), 5.)
-    assert safe(['']*3, ['3', 'boom', '5'], answer=['3', '3', '3']) == [2., 0., 1.]
+    three = dict(prompts=['']*3, completions=['3', 'boom', '5'], answer=['3', '3', '3'])
+    told = r'crash\+number_reward fails for 1 of 3 completions, which get 0.0: its process ended with code -9'
+    with pytest.warns(UserWarning, match=told):
+        assert guarded(weighted([crash, number_reward]), 5., broken=0.)(**three) == [2., 0., 1.]
+
+
+LOCKS = [threading.Lock()]
+FAILING = dict(
+    raises=(lambda prompts, completions, **c: 1/0, 'ZeroDivisionError: division by zero'),
+    lacks_a_column=(lambda prompts, completions, **c: c['answer'], "KeyError: 'answer'"),
+    hangs=(lambda prompts, completions, **c: time.sleep(99), 'no answer in 0.5 s'),
+    hangs_on=(lambda prompts, completions, **c: [signal.signal(signal.SIGTERM, signal.SIG_IGN), time.sleep(99)], 'no answer in 0.5 s'),
+    crashes=(lambda prompts, completions, **c: os.abort(), 'its process ended with code -6'),
+    leaves=(lambda prompts, completions, **c: os._exit(0), 'its process ended with code 0'),
+    eats=(lambda prompts, completions, **c: [len(bytearray(2**40))], 'MemoryError'),
+    too_few=(lambda prompts, completions, **c: [], r'it returned \[\], not 1 finite numbers'),
+    too_large=(lambda prompts, completions, **c: [float('inf')], r'it returned \[inf\], not 1 finite numbers'),
+    no_number=(lambda prompts, completions, **c: [float('nan')], r'it returned \[nan\], not 1 finite numbers'),
+    kills_the_worker=(lambda prompts, completions, **c: os.kill(os.getppid(), 9), 'the worker died, or did not answer'),
+    can_not_be_sent=(lambda prompts, completions, locks=LOCKS, **c: [1.], "can't be sent to another process"))
+
+
+@pytest.mark.parametrize('name', FAILING)
+@pytest.mark.parametrize('broken', [None, 0.])
+def test_a_reward_that_fails_is_an_error_that_names_it(name, broken):
+    "Also if broken completions may have a value: here all fail, so it isn't them"
+    reward, why = FAILING[name]
+    reward.__name__ = name
+    with pytest.raises(RuntimeError, match=f'reward {name}: .*{why}'): guarded(reward, .5, broken=broken)(['?'], ['42'])
+    assert guarded(crash, 20.)(['?'], ['42']) == [1.] # the next call is not the last one's
+
+
+def test_a_worker_that_can_not_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sandbox, 'WORKER', sandbox.Worker())
+    monkeypatch.setattr(sandbox.sys, 'executable', '/bin/false')
+    with pytest.raises(RuntimeError, match='reward crash: the worker died, or did not answer'): guarded(crash)(['?'], ['42'])
+
+
+def test_an_answer_that_comes_late_is_not_the_next_ones():
+    def slow(prompts, completions, **columns): return [time.sleep(1.5) or 7.]
+
+    def interrupt(*_): raise KeyboardInterrupt
+    assert guarded(crash, 20.)(['?'], ['42']) == [1.]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, .5)
+        with pytest.raises(KeyboardInterrupt): guarded(slow, 20.)(['?'], ['42'])
+    finally: signal.signal(signal.SIGALRM, before)
+    assert guarded(crash, 20.)(['?'], ['42']) == [1.]
+
+
+def test_threads_share_the_worker():
+    def own(prompts, completions, **columns): return [float(c) for c in completions]
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(lambda i: guarded(own, 20.)(['?'], [str(i)]), range(20))] == [[float(i)] for i in range(20)]
+
+
+# ---- long text made to take long
+
+def long_texts(n):
+    parts = [
+        '<think>' + '</think><answer>'*(n//16), '<think>a</think>' + ' '*n, '</think> '*(n//9), '<answer>'*(n//8), ' '*n + 'x',
+        '<think>'*(n//7), '<'*n, '1,111'*(n//5), '9'*n, '1/'*(n//2), '-'*n, '.'*n, r'\frac{'*(n//6), r'\frac 1'*(n//7),
+        r'\boxed{'*(n//7), r'\boxed{1}'*(n//9), '{'*n, '['*n, '('*n, '1+'*(n//2), '####'*(n//4), '= '*(n//2), '\n'*n,
+        '```\n'*(n//4), '```python\n'*(n//10), '`'*n, '```' + ' '*n, '```py'*(n//5), '"a":'*(n//4), '{"a":'*(n//5), '{"a": 1' + '0'*n,
+        '\\'*n, '"'*n, 'the '*(n//4), ' '.join(map(str, range(n//6))),
+        'é中'*(n//2), 'ﷺ'*(n//2), ('x'*40 + ' ')*(n//41), '<｜tool▁calls▁begin｜>'*(n//20),
+        '<｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n'*(n//40)]
+    return [p[:n] for p in parts]
+
+
+def each(function): return lambda prompts, completions, **columns: [len(function(c)) for c in completions]
+
+
+RULES = dict(
+    number=number_reward, tags=tag_reward(), opened=tag_reward(opened=True), behind=tag_reward(answer=False),
+    language=language_reward('en'), chinese=language_reward('zh'), overlong=overlong_reward(100, 50), repetition=repetition_reward(),
+    json=T.json_reward, countdown=T.countdown_reward, tool=T.tool_reward(), tool_v4=T.tool_reward('v4'), program=each(program_text),
+    numbers=each(numbers_in), boxes=each(boxes))
+
+
+@pytest.mark.parametrize('name', RULES)
+def test_no_text_takes_more_than_its_share(name):
+    "Time grows with the length: 8 times for 8 times the text, where a quadratic rule takes 64 times"
+    columns = dict(answer=['{"a": 1}' if name == 'json' else '42'], numbers=[[1, 2]], target=[3], name=['f'], arguments=['{}'])
+
+    def seconds(text):
+        least = float('inf')
+        for _ in range(3):
+            start = time.process_time()
+            RULES[name](prompts=['?'], completions=[text], **columns)
+            least = min(least, time.process_time() - start)
+        return least
+    for short, long in zip(long_texts(2**14), long_texts(2**17), strict=True):
+        start, end = seconds(short), seconds(long)
+        assert end < .02 or end < 28*start, (name, long[:40], start, end)
 
 
 # ---- programs

@@ -101,9 +101,10 @@ def find(self:Markers,
     end:bool = False, # Whether no more will come
 )->Found: # Certain text, tag, and the rest
     "Look for the first tag"
-    hit = self._pattern.search(text)
+    n = self._only.match(text).end() if self._only else len(text)
+    hit = self._pattern.search(text, 0, len(text) if self._gap else n + self._reach + 1) # no further: many tags would take quadratic time
     stop = self._before(text, hit.start()) if hit else len(text) - self._held(text)
-    if self._only and (n := self._only.match(text).end()) < stop: return Found(text[:n], '', text[n:])
+    if n < stop: return Found(text[:n], '', text[n:])
     if hit: return Found(text[:stop], hit[0], text[hit.end():], text[stop:hit.end()])
     return Found(text, None, '') if end else Found(text[:stop], None, text[stop:])
 

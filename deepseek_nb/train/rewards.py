@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
-from .sandbox import CONFINES, Confines, run_calls
+from .sandbox import CONFINES, Confines, run_calls, run_program
 
 # %% ../../nbs/687_train.rewards.ipynb #d594c856
 def completion_text(
@@ -146,12 +146,13 @@ def tag_reward(
     answer:bool = True, # Whether the answer stands in `<answer>` tags; False: behind the thought
 )->Callable: # Reward: 1 where the layout is right, else 0
     "Make a reward for the layout of R1's answers"
-    behind = r'\s*<answer>(.*?)</answer>\s*' if answer else '(.*)'
-    layout = re.compile(('' if opened else r'\s*<think>') + '(.*?)</think>' + behind, re.S)
+    wanted = [*TAGS[opened:2], *TAGS[2:2 + 2*answer]]
     def right(text):
-        found = layout.fullmatch(text)
-        if not found or any(t in part for part in found.groups() for t in TAGS): return 0.
-        return float(len({*found[1].split()}) >= least and bool(found[2].strip()))
+        parts = re.split('(</?(?:think|answer)>)', text)
+        if parts[1::2] != wanted: return 0.
+        texts = parts[::2][not opened:]
+        outside = [parts[0]]*(not opened) + [texts[1], texts[-1]]*answer
+        return float(len({*texts[0].split()}) >= least and bool(texts[1 + answer].strip()) and not ''.join(outside).strip())
     def reward(prompts, completions, **columns): return [right(completion_text(c)) for c in completions]
     reward.__name__ = 'tag_reward'
     return reward
@@ -254,6 +255,7 @@ def program_reward(
     share:bool = False, # Whether a part of the tests earns a part of the reward; False: all or nothing
 )->Callable: # Reward: 0 to 1; needs a column `tests` with a list of tests per row
     "Make a reward for programs that pass unit tests"
+    run_program('', confines=confines)
     def score(text, tests):
         calls,expected = zip(*map(read_test, tests), strict=True)
         found = run_calls(program_text(text), [*calls], confines)
