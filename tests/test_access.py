@@ -11,6 +11,7 @@ from deepseek_nb.platform import access
 from deepseek_nb.platform.access import (
     IDLE,
     LIFETIME,
+    NOTED,
     USER_ROLES,
     TooManyTries,
     User,
@@ -20,6 +21,7 @@ from deepseek_nb.platform.access import (
     create_user,
     csrf_matches,
     csrf_of,
+    device_note,
     disable_user,
     first_admin,
     hash_password,
@@ -169,7 +171,8 @@ def test_tries_wait_longer_and_longer(store, bob, at):
         try: log_in(store, 'bob', 'a wrong guess', '10.6.6.6')
         except TooManyTries as e:
             assert 0 < e.seconds <= 900
-            with pytest.raises(TooManyTries): log_in(store, 'bob', BOB, '10.6.6.7')  # also the right password, from anywhere
+            with pytest.raises(TooManyTries): log_in(store, 'bob', BOB, '10.6.6.6')  # also the right password, from there
+            assert user_of_session(store, log_in(store, 'bob', BOB, '10.6.6.7')) == bob
             hours += e.seconds/3600 + 1e-6
         except PermissionError: failed.append(hours)
     waits = [round((b - a)*3600) for a, b in zip(failed, failed[1:], strict=False)]
@@ -179,7 +182,63 @@ def test_tries_wait_longer_and_longer(store, bob, at):
     for _ in range(5):
         with pytest.raises(PermissionError): log_in(store, 'bob', 'a wrong guess')
     with pytest.raises(TooManyTries): log_in(store, 'bob', BOB)
-    with again(store).read() as c: assert c.scalar(select(func.count()).select_from(attempts)) == 2, 'a restart forgets nothing'
+    with again(store).read() as c: assert c.scalar(select(func.count()).select_from(attempts)) == 4, 'a restart forgets nothing'
+
+
+def test_successes_count_for_nothing(store, ada, bob, at):
+    "However many log in from one address, also side by side, and whatever others there have typed"
+    for i in range(60): assert log_in(store, *(('bob', BOB) if i%2 else ('ada', ADA)), '10.0.0.1')
+    with store.read() as c: assert not c.scalar(select(func.sum(attempts.c['count'])))
+    for i in range(15):
+        with pytest.raises(PermissionError): log_in(store, f'name{i}', 'a wrong guess', '10.0.0.1')
+        assert log_in(store, 'bob', BOB, '10.0.0.1')
+    for i in range(5): # the successes between have not cleared the failures of the address
+        with pytest.raises(PermissionError, match='wrong'): log_in(store, f'other{i}', 'a wrong guess', '10.0.0.1')
+    with pytest.raises(TooManyTries): log_in(store, 'ada', ADA, '10.0.0.1')
+
+
+def test_guesses_of_others_keep_nobody_out(store, ada, bob, at):
+    "From elsewhere or from the same address, a hundred or more: bob's own browser is let in, and no other one with it"
+    note = device_note(store, log_in(store, 'bob', BOB, '10.0.0.1'))
+    for i in range(8):
+        with pytest.raises(PermissionError): log_in(store, 'bob', f'a wrong guess {i}', '10.6.6.6')
+    assert log_in(store, 'bob', BOB, '10.0.0.1') and log_in(store, 'bob', BOB, '10.0.0.2')
+    failed, hours = 0, 0.
+    while failed < 110: # of many addresses
+        at(hours)
+        try: log_in(store, 'bob', f'a wrong guess {failed}', f'10.6.{failed}.1')
+        except TooManyTries as e: hours += e.seconds/3600 + 1e-6
+        except PermissionError: failed += 1
+    with pytest.raises(TooManyTries): log_in(store, 'bob', BOB, '10.0.0.1')
+    other = device_note(store, log_in(store, 'ada', ADA))
+    for wrong in ('', note[:-1] + 'x', other, '\ud800', '..', note.replace('.', '.9', 1), f'{bob.id}.{10**17}.{"0"*64}', 'x'*10**5):
+        with pytest.raises(TooManyTries): log_in(store, 'bob', BOB, '10.0.0.1', device=wrong)
+    assert user_of_session(store, log_in(store, 'bob', BOB, '10.6.6.6', device=note)) == bob
+    for _ in range(5):
+        with pytest.raises(PermissionError, match='wrong'): log_in(store, 'bob', 'a wrong guess', '10.0.0.3', device=note)
+    with pytest.raises(TooManyTries): log_in(store, 'bob', BOB, '10.0.0.3', device=note)  # a stolen note has limits of its own
+
+
+def test_a_note_ends(store, ada, bob, at):
+    "With its time, with the password, and with the user"
+    def known(device):
+        try: log_in(store, 'bob', 'a wrong guess', '10.6.6.6', device=device)
+        except TooManyTries: return False
+        except PermissionError: return True
+    note = device_note(store, log_in(store, 'bob', BOB))
+    for _ in range(5):
+        with pytest.raises(PermissionError): log_in(store, 'bob', 'a wrong guess', '10.6.6.6')
+    assert known(note) and not known(None)
+    at(NOTED/HOUR + .5)
+    for _ in range(5):
+        with pytest.raises(PermissionError): log_in(store, 'bob', 'a wrong guess', '10.6.6.6')
+    assert not known(note)
+    at(NOTED/HOUR + 1)
+    note = device_note(store, log_in(store, 'bob', BOB))
+    for _ in range(5): known(None)
+    assert known(note) and not known(None)
+    set_password(store, ada, bob.id, 'nine quiet volcanoes')
+    assert not known(note)
 
 
 def test_an_address_is_limited_over_all_names(store, bob, at):
@@ -187,7 +246,8 @@ def test_an_address_is_limited_over_all_names(store, bob, at):
         with pytest.raises(PermissionError) as e: log_in(store, f'name{i}', 'a wrong guess', '10.6.6.6')
         assert not isinstance(e.value, TooManyTries)
     with pytest.raises(TooManyTries): log_in(store, 'bob', BOB, '10.6.6.6')
-    assert user_of_session(store, log_in(store, 'bob', BOB, '10.0.0.1')) == bob
+    note = device_note(store, log_in(store, 'bob', BOB, '10.0.0.1'))
+    assert user_of_session(store, log_in(store, 'bob', BOB, '10.6.6.6', device=note)) == bob
 
 
 def test_tries_side_by_side_all_count(store, bob, at):

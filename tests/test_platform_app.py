@@ -119,6 +119,19 @@ def test_sessions(site):
     assert cookie.startswith('__Host-session=') and 'Secure' in cookie and 'Domain' not in cookie and 'Path=/' in cookie
 
 
+def test_a_browser_that_is_known(site):
+    "Guesses from the same address lock out a browser that has never logged in, and not one that has, logged out or not"
+    def enter(client, password=PASSWORD):
+        return client.post('/login', data=dict(name='viewer', password=password, csrf=csrf_field(client.get('/login').text))).status_code
+    mine, other = site.new(), site.new()
+    assert enter(mine) == 303
+    kept = next(c for c in mine.cookies.jar if c.name == 'device')
+    assert kept.has_nonstandard_attr('HttpOnly') and kept.get_nonstandard_attr('SameSite') == 'lax'
+    mine.post('/logout', data=dict(csrf=csrf_field(mine.get('/').text)))
+    assert [enter(other, 'a wrong guess') for _ in range(6)] == [403]*5 + [429] and enter(other) == 429
+    assert enter(mine) == 303
+
+
 def test_bodies(store):  # noqa: F811
     "A body is counted while it arrives, whatever was announced; a bomb of fields, files or brackets is one line"
     pages = Pages()
@@ -237,8 +250,10 @@ def test_tokens_are_keys(site):
     ask = dict(model='assistant', messages=[dict(role='user', content='Hi')])
     def post(client, **heads): return client.post('/v1/chat/completions', json=ask, headers=heads)
     stranger = site.new()
-    refused = post(stranger), post(site.clients['admin']), post(stranger, authorization='Bearer dnb_x')
-    assert [a.status_code for a in refused] == [401]*3
+    refused = [post(stranger), post(site.clients['admin']), post(stranger, authorization='Bearer dnb_x')]
+    refused += [client.get(path) for client in (stranger, site.clients['admin']) for path in ('/v1/models', '/v1/models/assistant')]
+    assert [a.status_code for a in refused] == [401]*7
+    assert stranger.get('/v1/models', headers=dict(authorization=f'bearer {token}')).json()['data'] == []
     answer = post(stranger, authorization=f'Bearer {token}')
     assert answer.status_code == 404 and "nothing is released as 'assistant'" in answer.json()['error']['message']
     assert post(stranger, **{'x-api-key': token}).status_code == 404

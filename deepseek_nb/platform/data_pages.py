@@ -75,7 +75,7 @@ def _newest(store):
     with store.read() as c: return c.scalar(select(func.max(versions.c.id))) or 0
 
 def _source(form):
-    if getattr(form.get('file'), 'name', ''): return form.file('file').file,form.file('file').name
+    if 'file' in form.files: return form.file('file').file,form.file('file').name
     hub = form.text('hub', 200) if form.get('hub') else ''
     if not hub: raise ValueError('choose a file, or give a name on the hub')
     if not re.fullmatch(r'[\w.-]{1,96}(/[\w.-]{1,96})?', hub) or '..' in hub or Path(hub).exists() or Path(hub).suffix:

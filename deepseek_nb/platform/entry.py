@@ -34,7 +34,10 @@ _WEEKS = 14*24*3600 # seconds
 def _entered(request, token, url, message=''):
     "Go on as a user"
     response = redirect(url, message)
-    response.set_cookie(cookie_name(request), token, _WEEKS, httponly=True, samesite='lax', secure=request.state.secure)
+    kept = dict(httponly=True, samesite='lax', secure=request.state.secure)
+    response.set_cookie(cookie_name(request), token, _WEEKS, **kept)
+    note = access.device_note(request.state.store, token)
+    response.set_cookie(cookie_name(request, 'device'), note, access.NOTED//10**6, **kept)
     response.delete_cookie('visit')
     return response
 
@@ -82,8 +85,8 @@ def _login(request, url, name='', error=''):
 @entry_pages.post('/login', role=None)
 def _enter(request, form):
     "Log in"
-    name,old = form.text('name', 100),request.state.session
-    try: token = access.log_in(request.state.store, name, form.get('password', ''), _address(request), old)
+    name,old,device = form.text('name', 100),request.state.session,request.cookies.get(cookie_name(request, 'device'))
+    try: token = access.log_in(request.state.store, name, form.get('password', ''), _address(request), old, device)
     except access.TooManyTries: raise
     except PermissionError as e: return _login(request, _path(form.get('next', '/')), name, f'{e}.'.replace('..', '.'))
     return _entered(request, token, _path(form.get('next', '/')))

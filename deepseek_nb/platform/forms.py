@@ -24,23 +24,20 @@ class Upload(NamedTuple):
     name:str # Without folders
     file:BinaryIO # Its content; on disk if it's large
 
-class FormData(dict):
-    "What a form sent: each name with its last value"
-    def __init__(self,
-        pairs:list, # Pairs (name, value), in order
-    ):
-        for name,value in pairs:
-            for text in (name, value):
-                if isinstance(text, str) and re.search('[\0\ud800-\udfff]', text):
-                    raise ValueError(f'{name!r:.40} has a character that is no text')
-        super().__init__(pairs)
-        self.pairs = pairs
+def _as_text(name, value): # JSON also has numbers, true and false
+    if isinstance(value, bool): return 'yes'*value
+    if not isinstance(value, str|int|float): raise ValueError(f'{name!r:.40} must be a text')
+    for text in (name, str(value)):
+        if re.search('[\0\ud800-\udfff]', text): raise ValueError(f'{name!r:.40} has a character that is no text')
+    return str(value)
 
-    def list(self,
-        name:str, # Of a field
-    )->list: # All its values
-        "Values of a field that occurs several times"
-        return [v for k,v in self.pairs if k == name]
+class FormData(dict):
+    "What a form sent: each name with its last text; `files` has those that are files"
+    def __init__(self,
+        pairs:list, # Pairs (name, value), in order; None: as if it were absent
+    ):
+        self.files = {k: v for k,v in pairs if isinstance(v, Upload) and _as_text(k, v.name)}
+        super().__init__((k, _as_text(k, v)) for k,v in pairs if v is not None and not isinstance(v, Upload))
 
 # %% ../../nbs/832_platform.forms.ipynb #7fb8ce1f
 @patch
@@ -50,7 +47,6 @@ def text(self:FormData,
 )->str: # Without spaces around it
     "A text that must be there"
     value = self.get(name, '')
-    if not isinstance(value, str): raise ValueError(f'{name} must be a text')
     if not value.strip(): raise ValueError(f'{name} is missing')
     if len(value) > most: raise ValueError(f'{name} has {len(value):,} characters; at most {most:,} are allowed')
     return value.strip()
@@ -64,7 +60,7 @@ def number(self:FormData,
     "A number"
     value = self.get(name, '')
     try: found = float(value)
-    except (TypeError, ValueError): raise ValueError(f'{name} is {value!r:.40}, which is no number') from None
+    except ValueError: raise ValueError(f'{name} is {value!r:.40}, which is no number') from None
     if not least <= found <= most: raise ValueError(f'{name} is {found:g}; it must lie between {least:g} and {most:g}')
     return found
 
@@ -85,9 +81,8 @@ def file(self:FormData,
     name:str, # Of a field
 )->Upload:
     "A file that must be there"
-    found = self.get(name)
-    if not isinstance(found, Upload) or not found.name: raise ValueError(f'{name}: choose a file')
-    return found
+    if name not in self.files: raise ValueError(f'{name}: choose a file')
+    return self.files[name]
 
 # %% ../../nbs/832_platform.forms.ipynb #8d133cb4
 def _counted(request, limit):

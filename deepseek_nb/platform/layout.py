@@ -363,9 +363,10 @@ def menu(self:Pages,
 # %% ../../nbs/835_platform.layout.ipynb #8e74c83d
 def cookie_name(
     request, # Request
-)->str: # `session`, over HTTPS with a prefix that browsers protect
-    "Name of the cookie with the session"
-    return '__Host-session' if request.state.secure else 'session'
+    kind:str = 'session', # What it holds
+)->str: # `kind`, over HTTPS with a prefix that browsers protect
+    "Name of a cookie"
+    return f'__Host-{kind}' if request.state.secure else kind
 
 def _enter(site, request):
     "Who visits"
