@@ -20,7 +20,7 @@ import warm
 
 pytest.importorskip('openai')
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
-from test_server import HI, TEMPLATE, Live  # noqa: E402
+from test_server import HI, JSON, TEMPLATE, Live  # noqa: E402
 
 from deepseek_nb.arch.model import Model  # noqa: E402
 from deepseek_nb.core.config import Config  # noqa: E402
