@@ -263,6 +263,7 @@ Modules:
 - `deepseek_nb.serve.logs`: One line for each request, as JSON or as text: who, what, how long and how many tokens, but not what was said
 - `deepseek_nb.serve.lora`: A LoRA adapter answers under a model name of its own, and an administrator loads and unloads adapters over HTTP.
 - `deepseek_nb.serve.metrics`: Counters, gauges and histograms of an engine in Prometheus' format, under the names that vLLM's dashboards know
+- `deepseek_nb.serve.openapi`: `GET /openapi.json` describes every route in OpenAPI 3.1, so that tools can write clients, and send what nobody thought of
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
 - `deepseek_nb.serve.patterns`: Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers and keys in a stream. The same pattern tells which text may still become a match
 - `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match

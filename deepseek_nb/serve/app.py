@@ -545,7 +545,8 @@ async def _chat(self:Server,
 @patch
 async def _complete(self:Server, request): # `POST …/completions`
     "A text completion"
-    return await self._handle(request, lambda served, body, owner: TextRun(served, read_completion(body, served.tok, served.check_length), owner))
+    def start(served, body, owner): return TextRun(served, read_completion(body, served.tok, served.check_length), owner)
+    return await self._handle(request, start)
 
 # %% ../../nbs/480_serve.app.ipynb #9451ae8d
 @patch
@@ -643,6 +644,12 @@ async def _change_adapters(self:Server, request): # `POST /v1/load_lora_adapter`
 
 # %% ../../nbs/480_serve.app.ipynb #28a7313f
 @patch
+async def _openapi(self:Server, request): # `GET /openapi.json`
+    "What all routes take, in the form of OpenAPI"
+    from deepseek_nb.serve.openapi import openapi_document
+    return await self._json(openapi_document(self.routes()))
+
+@patch
 def routes(self:Server)->list: # Starlette's routes
     "All routes"
     from starlette.routing import Route
@@ -660,8 +667,9 @@ def routes(self:Server)->list: # Starlette's routes
         out += [Route(f'{base}/messages', self._message, methods=['POST']),
                 Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
     out += [Route(f'/v1/{verb}_lora_adapter', self._change_adapters, methods=['POST']) for verb in ('load', 'unload')]
-    return out + [Route('/', self._page), Route('/health', self._health), Route('/ready', self._health), Route('/metrics', self._metrics),
-                  Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
+    out += [Route('/', self._page), Route('/openapi.json', self._openapi), Route('/metrics', self._metrics)]
+    out += [Route(path, self._health) for path in ('/health', '/ready')]
+    return out + [Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
                   *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 # %% ../../nbs/480_serve.app.ipynb #0915169e

@@ -16,6 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from itertools import islice
 
 from .chat import ApiError
 
@@ -54,9 +55,10 @@ def parse_body(
     body:bytes, # Of a request
 )->dict:
     "The JSON object in a body"
-    n = sum(map(body.count, (b'[', b'{', b':')))
-    if n > MOST_VALUES: n = sum(not m[0].startswith(b'"') for m in _MARKS.finditer(body)) # without those in texts
-    if n > MOST_VALUES: raise ApiError(400, f'the body has {n:,} lists, objects and keys; send at most {MOST_VALUES:,}')
+    if sum(map(body.count, (b'[', b'{', b':'))) > MOST_VALUES: # of which some may stand in texts
+        values = (m for m in _MARKS.finditer(body) if not m[0].startswith(b'"'))
+        if next(islice(values, MOST_VALUES, None), None):
+            raise ApiError(400, f'the body has more than {MOST_VALUES:,} lists, objects and keys; send less at a time')
     try: data = strict_json(body.decode())
     except (ValueError, RecursionError) as error: raise ApiError(400, f'the body is not JSON: {error}') from None
     if not isinstance(data, dict): raise ApiError(400, 'the body must be a JSON object')
@@ -208,6 +210,8 @@ async def blank_lines(
     finally: task.cancel()
 
 # %% ../../nbs/477_serve.connection.ipynb #966896c3
+_READ = 2**15 # most bytes of a connection that are taken before others have their turn: they may be thousands of tiny chunks
+
 def patient_protocol(
     seconds:float, # That a client has for the head of a request
 ): # A class for `uvicorn.Config(http=…)`
@@ -216,7 +220,7 @@ def patient_protocol(
     class Patient(H11Protocol):
         timer = None
         def connection_made(self, transport):
-            self.app_state = self.app_state | dict(half_closed=asyncio.Event())
+            self.app_state,self.pending = self.app_state | dict(half_closed=asyncio.Event()),bytearray()
             super().connection_made(transport)
             self._expect()
         def on_response_complete(self):
@@ -225,7 +229,16 @@ def patient_protocol(
         def connection_lost(self, error):
             super().connection_lost(error)
             self.timer.cancel()
+        def data_received(self, data):
+            self.pending += data
+            if len(self.pending) == len(data): self._feed(_READ)
+        def _feed(self, most):
+            part = bytes(self.pending[:most])
+            del self.pending[:most]
+            if part: super().data_received(part)
+            if self.pending: self.loop.call_soon(self._feed, most)
         def eof_received(self):
+            self._feed(len(self.pending))
             if self.cycle is None or self.cycle.response_complete or self.cycle.more_body: return False
             self.cycle.keep_alive = False
             self.app_state['half_closed'].set()
