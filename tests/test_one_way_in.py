@@ -134,16 +134,13 @@ for name, twins in _later.TWINS.items():
     op.load()
     assert {*op.twins} == {'reference', *twins}, name
     for n, chapter in twins.items(): assert op.twins[n].fn.__module__ == f'deepseek_nb.{chapter}', (name, n)
-for name, methods in _later.METHODS.items():
-    module, _, cls = name.rpartition('.')
-    for m in methods: getattr(getattr(import_module(f'deepseek_nb.{module}'), cls), m)
 ''')
 
 
 def test_the_table_is_fresh():
     from deepseek_nb import _later
-    from deepseek_nb.core.lazy import later_table
-    assert later_table(sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))) == (_later.METHODS, _later.TWINS), 'run nbdev-export'
+    from deepseek_nb.core.lazy import twin_table
+    assert twin_table(sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))) == _later.TWINS, 'run nbdev-export'
 
 
 def test_no_import_for_its_side_effect():
