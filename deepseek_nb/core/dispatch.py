@@ -22,7 +22,6 @@ from inspect import Parameter, Signature, signature
 from threading import Lock
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -125,117 +124,105 @@ class Op:
         self.twins = {'reference': Twin('reference', reference)}
         self.later = _later.TWINS.get(f'{reference.__module__}.{reference.__qualname__}'.removeprefix('deepseek_nb.'), {})
 
-# %% ../../nbs/030_core.dispatch.ipynb #58ae58bc
-@patch
-def load(
-    self:Op,
-    kinds:tuple=ORDER, # Kinds of twins to load
-    device:str|None=None, # Type of device of the twins; None: all
-):
-    "Import the chapters that register twins"
-    for name, module in self.later.items():
-        kind, on = (name.split('/') + [''])[:2]
-        wanted = kind in kinds and (device is None or on not in DEVICES.values() or on == device)
-        if wanted and name not in self.twins: import_module(f'deepseek_nb.{module}')
+    def load(
+        self,
+        kinds:tuple=ORDER, # Kinds of twins to load
+        device:str|None=None, # Type of device of the twins; None: all
+    ):
+        "Import the chapters that register twins"
+        for name, module in self.later.items():
+            kind, on = (name.split('/') + [''])[:2]
+            wanted = kind in kinds and (device is None or on not in DEVICES.values() or on == device)
+            if wanted and name not in self.twins: import_module(f'deepseek_nb.{module}')
 
-# %% ../../nbs/030_core.dispatch.ipynb #2ceca37c
-@patch
-def plan(
-    self:Op,
-    choice:str, # One of `CHOICES`
-    device:str, # Type of device of the tensors
-)->tuple: # Names of the twins to try, in order
-    "Twins for a choice and a device, fastest first"
-    if (found := self.plans.get((choice, device))) is not None: return found
-    kinds = ORDER if choice == 'auto' else ORDER[ORDER.index(choice):]
-    self.load(kinds, device)
-    book = [*self.later]
-    ranked = sorted(self.twins.values(), key=lambda t: -book.index(t.name) if t.name in book else -len(book))
-    names = tuple(t.name for k in kinds for t in ranked if t.kind == k and t.serves(device))
-    return self.plans.setdefault((choice, device), names)
+    def plan(
+        self,
+        choice:str, # One of `CHOICES`
+        device:str, # Type of device of the tensors
+    )->tuple: # Names of the twins to try, in order
+        "Twins for a choice and a device, fastest first"
+        if (found := self.plans.get((choice, device))) is not None: return found
+        kinds = ORDER if choice == 'auto' else ORDER[ORDER.index(choice):]
+        self.load(kinds, device)
+        book = [*self.later]
+        ranked = sorted(self.twins.values(), key=lambda t: -book.index(t.name) if t.name in book else -len(book))
+        names = tuple(t.name for k in kinds for t in ranked if t.kind == k and t.serves(device))
+        return self.plans.setdefault((choice, device), names)
+
+    def add(
+        self,
+        twin:Twin, # Twin to register
+    ):
+        "Register a twin with a new name"
+        if old := self.twins.get(twin.name):
+            places = [t.fn.__module__ for t in (old, twin)]
+            again = old.fn.__qualname__ == twin.fn.__qualname__ and (places[0] == places[1] or '__main__' in places)
+            if not again:
+                raise ValueError(f'{self.name} already has a twin {twin.name!r}, {places[0]}.{old.fn.__qualname__}: give this one a label')
+            if places[0] == '__main__' != places[1]: return
+        self.twins[twin.name] = twin
+        self.plans.clear()
+
+    def twin(
+        self,
+        kind:str, # `cuda`, `cpp`, `compile` or `torch`
+        device:str|None=None, # Type of device on which it runs; None: `cpu` for C++, `cuda` for CUDA, otherwise any
+        available:Callable|None=None, # `() -> bool`, called once, before it first runs; None: always available
+        supports:Callable|None=None, # `(*args) -> bool`, called for each call; None: all arguments
+        label:str='', # Distinguishes twins of the same kind and device
+    )->Callable: # Decorator
+        "Register the decorated function as a twin"
+        check_choice(kind, ORDER[:-1])
+        def register(fn):
+            check_signature(self.reference, fn)
+            self.add(Twin(kind, fn, device or DEVICES.get(kind), available, supports, label))
+            return fn
+        return register
+
+    def ready(
+        self,
+        name:str, # Name of a twin
+    )->bool: # True if it can run
+        "Whether a twin is available on this machine"
+        ask = self.twins[name].available
+        if ask is not None and ask not in self.asked: self.asked[ask] = bool(ask())
+        return ask is None or self.asked[ask]
+
+    def fall_back(
+        self,
+        choice:str, # The chosen kind
+        name:str, # Name of the twin that runs instead
+        device:str, # Type of device of the tensors
+    ):
+        "Warn once that a twin of another kind than the chosen one runs"
+        if choice in self.warned: return
+        self.warned.add(choice)
+        known = any(self.twins[n].kind == choice and self.ready(n) for n in self.plan(choice, device))
+        why = "doesn't support these arguments" if known else f'is missing or unavailable on {device}'
+        warnings.warn(f'{self.name}: the {choice!r} twin {why}, {name!r} runs instead', stacklevel=4)
+
+    def choose(
+        self,
+        *args, # Positional arguments of a call
+        **kwargs, # Keyword arguments of a call
+    )->Twin: # The first twin of the plan that supports the arguments
+        "The twin that a call runs"
+        choice, device = chosen(), device_of(args, kwargs)
+        for name in self.plan(choice, device):
+            twin = self.twins[name]
+            if (twin.supports is None or twin.supports(*args, **kwargs)) and (twin.available is None or self.ready(name)): break
+        if choice != 'auto' and twin.kind != choice: self.fall_back(choice, name, device)
+        return twin
 
 # %% ../../nbs/030_core.dispatch.ipynb #25c6d80a
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo
 Op.plan._dynamo_marked_constant = True
 
-# %% ../../nbs/030_core.dispatch.ipynb #4a8a9727
-@patch
-def add(
-    self:Op,
-    twin:Twin, # Twin to register
-):
-    "Register a twin with a new name"
-    if old := self.twins.get(twin.name):
-        places = [t.fn.__module__ for t in (old, twin)]
-        again = old.fn.__qualname__ == twin.fn.__qualname__ and (places[0] == places[1] or '__main__' in places)
-        if not again:
-            raise ValueError(f'{self.name} already has a twin {twin.name!r}, {places[0]}.{old.fn.__qualname__}: give this one a label')
-        if places[0] == '__main__' != places[1]: return
-    self.twins[twin.name] = twin
-    self.plans.clear()
-
-# %% ../../nbs/030_core.dispatch.ipynb #c6272fdf
-@patch
-def twin(
-    self:Op,
-    kind:str, # `cuda`, `cpp`, `compile` or `torch`
-    device:str|None=None, # Type of device on which it runs; None: `cpu` for C++, `cuda` for CUDA, otherwise any
-    available:Callable|None=None, # `() -> bool`, called once, before it first runs; None: always available
-    supports:Callable|None=None, # `(*args) -> bool`, called for each call; None: all arguments
-    label:str='', # Distinguishes twins of the same kind and device
-)->Callable: # Decorator
-    "Register the decorated function as a twin"
-    check_choice(kind, ORDER[:-1])
-    def register(fn):
-        check_signature(self.reference, fn)
-        self.add(Twin(kind, fn, device or DEVICES.get(kind), available, supports, label))
-        return fn
-    return register
-
 # %% ../../nbs/030_core.dispatch.ipynb #5c1e7a41
-@patch
-def ready(
-    self:Op,
-    name:str, # Name of a twin
-)->bool: # True if it can run
-    "Whether a twin is available on this machine"
-    ask = self.twins[name].available
-    if ask is not None and ask not in self.asked: self.asked[ask] = bool(ask())
-    return ask is None or self.asked[ask]
-
 Op.ready._dynamo_marked_constant = True
 
 # %% ../../nbs/030_core.dispatch.ipynb #c3de41b1
-@patch
-def fall_back(
-    self:Op,
-    choice:str, # The chosen kind
-    name:str, # Name of the twin that runs instead
-    device:str, # Type of device of the tensors
-):
-    "Warn once that a twin of another kind than the chosen one runs"
-    if choice in self.warned: return
-    self.warned.add(choice)
-    known = any(self.twins[n].kind == choice and self.ready(n) for n in self.plan(choice, device))
-    why = "doesn't support these arguments" if known else f'is missing or unavailable on {device}'
-    warnings.warn(f'{self.name}: the {choice!r} twin {why}, {name!r} runs instead', stacklevel=4)
-
 Op.fall_back._dynamo_marked_constant = True
-
-# %% ../../nbs/030_core.dispatch.ipynb #0eb0beea
-@patch
-def choose(
-    self:Op,
-    *args, # Positional arguments of a call
-    **kwargs, # Keyword arguments of a call
-)->Twin: # The first twin of the plan that supports the arguments
-    "The twin that a call runs"
-    choice, device = chosen(), device_of(args, kwargs)
-    for name in self.plan(choice, device):
-        twin = self.twins[name]
-        if (twin.supports is None or twin.supports(*args, **kwargs)) and (twin.available is None or self.ready(name)): break
-    if choice != 'auto' and twin.kind != choice: self.fall_back(choice, name, device)
-    return twin
 
 # %% ../../nbs/030_core.dispatch.ipynb #f847af2f
 _ops = {}  # module.name -> Op

@@ -84,7 +84,28 @@ class Sampling:
         _need(self, 0 <= self.min_p <= 1, 'min_p', 'between 0 and 1')
         _need(self, self.repetition_penalty > 0, 'repetition_penalty', 'above 0')
 
+    def adjusted(self,
+        logits:Tensor, # Logits of the next token `b w`
+        seen:Tensor, # Tokens so far `b t`
+    )->Tensor: # Logits `b w`, −∞ for tokens that can't be drawn
+        "Apply penalty, temperature and cuts"
+        if self.repetition_penalty != 1: logits = penalise(logits, seen, self.repetition_penalty)
+        if self.temperature == 0: return logits
+        logits = logits/self.temperature
+        if self.top_k: logits = keep_top_k(logits, self.top_k)
+        if self.top_p < 1: logits = keep_top_p(logits, self.top_p)
+        if self.min_p: logits = keep_min_p(logits, self.min_p)
+        return logits
 
+    def choose(self,
+        logits:Tensor, # Logits of the next token `b w`
+        seen:Tensor, # Tokens so far `b t`
+        generator:torch.Generator|None = None, # Source of randomness
+    )->Tensor: # Tokens `b`
+        "Choose the next token of each row"
+        logits = self.adjusted(logits, seen)
+        if self.temperature == 0: return best_tokens(logits)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:,0]
 
 # %% ../../nbs/410_infer.generate.ipynb #063c6981
 def sampling_of(
@@ -108,32 +129,6 @@ def best_tokens(
     "Argmax, on a CPU by NumPy"
     if logits.device.type != 'cpu' or logits.dtype != torch.float32 or logits.requires_grad or is_compiling(): return logits.argmax(-1)
     return torch.as_tensor(logits.numpy().argmax(-1))
-
-# %% ../../nbs/410_infer.generate.ipynb #a293b587
-@patch
-def adjusted(self:Sampling,
-    logits:Tensor, # Logits of the next token `b w`
-    seen:Tensor, # Tokens so far `b t`
-)->Tensor: # Logits `b w`, −∞ for tokens that can't be drawn
-    "Apply penalty, temperature and cuts"
-    if self.repetition_penalty != 1: logits = penalise(logits, seen, self.repetition_penalty)
-    if self.temperature == 0: return logits
-    logits = logits/self.temperature
-    if self.top_k: logits = keep_top_k(logits, self.top_k)
-    if self.top_p < 1: logits = keep_top_p(logits, self.top_p)
-    if self.min_p: logits = keep_min_p(logits, self.min_p)
-    return logits
-
-@patch
-def choose(self:Sampling,
-    logits:Tensor, # Logits of the next token `b w`
-    seen:Tensor, # Tokens so far `b t`
-    generator:torch.Generator|None = None, # Source of randomness
-)->Tensor: # Tokens `b`
-    "Choose the next token of each row"
-    logits = self.adjusted(logits, seen)
-    if self.temperature == 0: return best_tokens(logits)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:,0]
 
 # %% ../../nbs/410_infer.generate.ipynb #3719eb1f
 def left_padded(

@@ -16,7 +16,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..infer.generate import best_tokens, penalise
@@ -118,21 +117,42 @@ class RowSampler:
         changed = h.repetition_penalty != 1 or h.presence_penalty or h.frequency_penalty or h.logit_bias
         return h.temperature == 0 and h.logprobs is None and self.grammar is None and not changed
 
-# %% ../../nbs/452_serve.sampling.ipynb #93585f43
-@patch
-def adjusted(self:RowSampler,
-    logits:Tensor, # Logits of the next token `w`, float32
-)->Tensor: # `w`; −∞ for tokens that the grammar forbids
-    "Logits after penalties, biases and the grammar's mask"
-    h,x = self.how,logits
-    if h.repetition_penalty != 1: x = penalise(x[None], torch.tensor([[*self.prompt, *self.tokens]]), h.repetition_penalty)[0]
-    if self.tokens and (h.presence_penalty or h.frequency_penalty):
-        ids,count = torch.tensor(self.tokens).unique(return_counts=True)
-        x = x.index_add(0, ids, -(h.presence_penalty + h.frequency_penalty*count.float()))
-    if h.logit_bias:
-        ids,bias = zip(*h.logit_bias.items(), strict=True)
-        x = x.index_add(0, torch.tensor(ids), torch.tensor(bias, dtype=x.dtype))
-    return x if self.grammar is None else x.masked_fill(~unpack_mask(torch.as_tensor(self.grammar.mask()), len(x)), -torch.inf)
+    def adjusted(self,
+        logits:Tensor, # Logits of the next token `w`, float32
+    )->Tensor: # `w`; −∞ for tokens that the grammar forbids
+        "Logits after penalties, biases and the grammar's mask"
+        h,x = self.how,logits
+        if h.repetition_penalty != 1: x = penalise(x[None], torch.tensor([[*self.prompt, *self.tokens]]), h.repetition_penalty)[0]
+        if self.tokens and (h.presence_penalty or h.frequency_penalty):
+            ids,count = torch.tensor(self.tokens).unique(return_counts=True)
+            x = x.index_add(0, ids, -(h.presence_penalty + h.frequency_penalty*count.float()))
+        if h.logit_bias:
+            ids,bias = zip(*h.logit_bias.items(), strict=True)
+            x = x.index_add(0, torch.tensor(ids), torch.tensor(bias, dtype=x.dtype))
+        return x if self.grammar is None else x.masked_fill(~unpack_mask(torch.as_tensor(self.grammar.mask()), len(x)), -torch.inf)
+
+    def sample(self,
+        logits:Tensor, # Logits of the next token `w`, float32
+    )->'Drawn':
+        "Draw the next token of the row, and note it"
+        how,x = self.how,self.adjusted(logits)
+        if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
+        if how.temperature == 0: token = int(best_tokens(x))
+        else:
+            u = torch.rand((), dtype=torch.float64, generator=self.generator).item()
+            token = draw_token(truncate((x/how.temperature).softmax(0), how), u)
+        return self.note(token, logits)
+
+    def note(self,
+        token:int, # The chosen token
+        logits:Tensor, # Logits of this position `w`
+    )->'Drawn':
+        "Note a token of the answer, and pass it to the grammar"
+        self.tokens.append(token)
+        if self.grammar is not None: self.grammar.accept(token)
+        if self.how.logprobs is None: return Drawn(token)
+        logprobs = logits.log_softmax(0)
+        return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.how.logprobs))
 
 # %% ../../nbs/452_serve.sampling.ipynb #36161925
 class Drawn(NamedTuple):
@@ -151,33 +171,6 @@ def most_likely(
     ids = (logprobs >= logprobs.topk(min(n, len(logprobs))).values[-1]).nonzero()[:, 0]
     order = logprobs[ids].sort(descending=True, stable=True).indices[:n]
     return tuple(zip(ids[order].tolist(), logprobs[ids[order]].tolist(), strict=True))
-
-# %% ../../nbs/452_serve.sampling.ipynb #c833442c
-@patch
-def sample(self:RowSampler,
-    logits:Tensor, # Logits of the next token `w`, float32
-)->Drawn:
-    "Draw the next token of the row, and note it"
-    how,x = self.how,self.adjusted(logits)
-    if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
-    if how.temperature == 0: token = int(best_tokens(x))
-    else:
-        u = torch.rand((), dtype=torch.float64, generator=self.generator).item()
-        token = draw_token(truncate((x/how.temperature).softmax(0), how), u)
-    return self.note(token, logits)
-
-# %% ../../nbs/452_serve.sampling.ipynb #32c54460
-@patch
-def note(self:RowSampler,
-    token:int, # The chosen token
-    logits:Tensor, # Logits of this position `w`
-)->Drawn:
-    "Note a token of the answer, and pass it to the grammar"
-    self.tokens.append(token)
-    if self.grammar is not None: self.grammar.accept(token)
-    if self.how.logprobs is None: return Drawn(token)
-    logprobs = logits.log_softmax(0)
-    return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.how.logprobs))
 
 # %% ../../nbs/452_serve.sampling.ipynb #a2de5275
 def sample_ahead(

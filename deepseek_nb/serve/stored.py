@@ -14,8 +14,6 @@ from collections import OrderedDict
 from threading import Lock
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from .chat import ApiError, Fields
 
 # %% ../../nbs/473_serve.stored.ipynb #e6a72519
@@ -36,43 +34,38 @@ class ResponseStore:
         self.most,self.most_chars,self.kept,self.size,self.lock = most,most_chars,OrderedDict(),0,Lock()
     def __len__(self): return len(self.kept)
 
-# %% ../../nbs/473_serve.stored.ipynb #e4f2a7e7
-@patch
-def put(self:ResponseStore,
-    owner:str, # Name of the key that asked
-    stored:StoredResponse, # Its `size` is filled in here
-)->None:
-    "Keep an answer, and drop the oldest while there are too many"
-    size = len(json.dumps(stored[:3]))
-    with self.lock:
-        self.kept[owner, stored.response['id']] = stored._replace(size=size)
-        self.size += size
-        while len(self.kept) > self.most or self.size > self.most_chars: self.size -= self.kept.popitem(last=False)[1].size
+    def put(self,
+        owner:str, # Name of the key that asked
+        stored:StoredResponse, # Its `size` is filled in here
+    )->None:
+        "Keep an answer, and drop the oldest while there are too many"
+        size = len(json.dumps(stored[:3]))
+        with self.lock:
+            self.kept[owner, stored.response['id']] = stored._replace(size=size)
+            self.size += size
+            while len(self.kept) > self.most or self.size > self.most_chars: self.size -= self.kept.popitem(last=False)[1].size
 
-# %% ../../nbs/473_serve.stored.ipynb #59a3c265
-@patch
-def get(self:ResponseStore,
-    owner:str, # Name of the key that asks
-    id:str, # Of the response
-    param:str|None = None, # Field that names it; None: the path does
-)->StoredResponse:
-    "An answer that is kept"
-    with self.lock:
-        if (owner, id) in self.kept:
-            self.kept.move_to_end((owner, id))
-            return self.kept[owner, id]
-    raise ApiError(404, f'response {id!r:.60} is not stored here, or not any more; send the whole conversation', param, code='not_found')
+    def get(self,
+        owner:str, # Name of the key that asks
+        id:str, # Of the response
+        param:str|None = None, # Field that names it; None: the path does
+    )->StoredResponse:
+        "An answer that is kept"
+        with self.lock:
+            if (owner, id) in self.kept:
+                self.kept.move_to_end((owner, id))
+                return self.kept[owner, id]
+        raise ApiError(404, f'response {id!r:.60} is not stored here, or not any more; send the whole conversation', param, code='not_found')
 
-@patch
-def delete(self:ResponseStore,
-    owner:str, # Name of the key that asks
-    id:str, # Of the response
-)->dict: # OpenAI's form
-    "Forget an answer"
-    self.get(owner, id)
-    with self.lock:
-        if found := self.kept.pop((owner, id), None): self.size -= found.size
-    return dict(id=id, object='response', deleted=True)
+    def delete(self,
+        owner:str, # Name of the key that asks
+        id:str, # Of the response
+    )->dict: # OpenAI's form
+        "Forget an answer"
+        self.get(owner, id)
+        with self.lock:
+            if found := self.kept.pop((owner, id), None): self.size -= found.size
+        return dict(id=id, object='response', deleted=True)
 
 # %% ../../nbs/473_serve.stored.ipynb #6d1f4132
 _SHORT = dict(message='msg', function_call='fc', function_call_output='fco', reasoning='rs', compaction='cmp')

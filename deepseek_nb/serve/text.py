@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from uuid import uuid4
 
-from fastcore.basics import patch
-
 from ..files.tokenizer import Tokenizer
 from .chat import Answer, ApiError, Fields, ServedModel, sampling_from
 from .completions import drafted_tokens, merged, read_drafts, read_stop, read_streaming, read_user, usage_of
@@ -132,75 +130,65 @@ class TextRun:
         "Stop what still runs"
         for a in self.answers: a.stream.cancel()
 
-# %% ../../nbs/474_serve.text.ipynb #30bae463
-@patch
-def _echoed(self:TextRun,
-    answer:Answer, # To one of the prompts
-)->tuple[str,list]: # Its prompt: the text, and the tokens
-    "What stands in front of an answer with `echo`"
-    ids = answer.stream.request.prompt
-    return self.served.tok.decode(ids), answer.stream.prompt_logprobs or [Drawn(i) for i in ids]
+    def _echoed(self,
+        answer:Answer, # To one of the prompts
+    )->tuple[str,list]: # Its prompt: the text, and the tokens
+        "What stands in front of an answer with `echo`"
+        ids = answer.stream.request.prompt
+        return self.served.tok.decode(ids), answer.stream.prompt_logprobs or [Drawn(i) for i in ids]
 
-@patch
-def _choice(self:TextRun,
-    i:int, # Number of the answer
-    text:str, # What is new
-    drawn:list, # Tokens of the text
-    start:int, # Offset of the text
-    finish:str|None = None, # Why the answer ended
-)->dict: # OpenAI's form
-    "What is new in one answer"
-    lists = None if self.request.params.logprobs is None else logprob_lists(self.served.tok, drawn, start)
-    return dict(index=i, text=text, logprobs=lists, finish_reason=finish)
+    def _choice(self,
+        i:int, # Number of the answer
+        text:str, # What is new
+        drawn:list, # Tokens of the text
+        start:int, # Offset of the text
+        finish:str|None = None, # Why the answer ended
+    )->dict: # OpenAI's form
+        "What is new in one answer"
+        lists = None if self.request.params.logprobs is None else logprob_lists(self.served.tok, drawn, start)
+        return dict(index=i, text=text, logprobs=lists, finish_reason=finish)
 
-# %% ../../nbs/474_serve.text.ipynb #795d08df
-@patch
-async def _answer_choices(self:TextRun,
-    i:int, # Number of the answer
-)->AsyncIterator[dict]:
-    "The choices of one answer's chunks"
-    answer,start,drawn,echo = self.answers[i],0,[],self.request.echo
-    async for new,piece in answer.texts():
+    async def _answer_choices(self,
+        i:int, # Number of the answer
+    )->AsyncIterator[dict]:
+        "The choices of one answer's chunks"
+        answer,start,drawn,echo = self.answers[i],0,[],self.request.echo
+        async for new,piece in answer.texts():
+            text,before = self._echoed(answer) if echo else ('', [])
+            text,drawn,echo = text + new,before + drawn + ([piece] if piece is not None else []),False
+            if not text: continue
+            yield self._choice(i, text, drawn, start)
+            start,drawn = start + len(text),[]
         text,before = self._echoed(answer) if echo else ('', [])
-        text,drawn,echo = text + new,before + drawn + ([piece] if piece is not None else []),False
-        if not text: continue
-        yield self._choice(i, text, drawn, start)
-        start,drawn = start + len(text),[]
-    text,before = self._echoed(answer) if echo else ('', [])
-    yield self._choice(i, text, before + drawn, start, answer.finish)
+        yield self._choice(i, text, before + drawn, start, answer.finish)
 
-@patch
-def _chunk(self:TextRun,
-    choices:list, # What is new
-    **more, # Other fields
-)->dict:
-    "A chunk of the stream, or a whole response"
-    usage = dict(usage=None) if self.request.include_usage else {}
-    return dict(id=self.id, object='text_completion', created=self.created, model=self.served.name, choices=choices) | usage | more
+    def _chunk(self,
+        choices:list, # What is new
+        **more, # Other fields
+    )->dict:
+        "A chunk of the stream, or a whole response"
+        usage = dict(usage=None) if self.request.include_usage else {}
+        return dict(id=self.id, object='text_completion', created=self.created, model=self.served.name, choices=choices) | usage | more
 
-# %% ../../nbs/474_serve.text.ipynb #2b654e5a
-@patch
-def _usage(self:TextRun)->dict:
-    "The usage of all prompts together"
-    each = [usage_of(self.answers[i:i + self.request.n]) for i in range(0, len(self.answers), self.request.n)]
-    total = {k: sum(u[k] for u in each) for k,v in each[0].items() if isinstance(v, int)}
-    cached = dict(cached_tokens=total['prompt_cache_hit_tokens'])
-    details = dict(reasoning_tokens=0) | drafted_tokens(self.answers)
-    return total | dict(prompt_tokens_details=cached, completion_tokens_details=details, timing=each[0]['timing'])
+    def _usage(self)->dict:
+        "The usage of all prompts together"
+        each = [usage_of(self.answers[i:i + self.request.n]) for i in range(0, len(self.answers), self.request.n)]
+        total = {k: sum(u[k] for u in each) for k,v in each[0].items() if isinstance(v, int)}
+        cached = dict(cached_tokens=total['prompt_cache_hit_tokens'])
+        details = dict(reasoning_tokens=0) | drafted_tokens(self.answers)
+        return total | dict(prompt_tokens_details=cached, completion_tokens_details=details, timing=each[0]['timing'])
 
-@patch
-async def chunks(self:TextRun)->AsyncIterator[dict]:
-    "All chunks of the stream"
-    async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
-    if self.request.include_usage: yield self._chunk([], usage=self._usage())
+    async def chunks(self)->AsyncIterator[dict]:
+        "All chunks of the stream"
+        async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
+        if self.request.include_usage: yield self._chunk([], usage=self._usage())
 
-@patch
-async def whole(self:TextRun)->dict: # OpenAI's `text_completion`
-    "All answers, when they are complete"
-    choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
-    async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
-        c = choices[i]
-        c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
-        old = c['logprobs'] or {}
-        if new['logprobs']: c['logprobs'] = {k: old.get(k, []) + v for k,v in new['logprobs'].items()}
-    return self._chunk(choices, usage=self._usage())
+    async def whole(self)->dict: # OpenAI's `text_completion`
+        "All answers, when they are complete"
+        choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
+        async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
+            c = choices[i]
+            c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
+            old = c['logprobs'] or {}
+            if new['logprobs']: c['logprobs'] = {k: old.get(k, []) + v for k,v in new['logprobs'].items()}
+        return self._chunk(choices, usage=self._usage())

@@ -14,7 +14,6 @@ __all__ = ['PIECE_TOKENS', 'FEED', 'ATTEND', 'back_through', 'Pairs', 'Frozen', 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
@@ -60,25 +59,21 @@ class Pairs:
         if not self.each: return
         for (j,b,s),z in zip(self.each, (x@self.all.T).split(self.ranks, 1), strict=True): ys[j].addmm_(z, b.T, alpha=s)
 
-# %% ../../nbs/631_train.frozen.ipynb #b86dd576
-@patch
-def accumulate(self:Pairs,
-    dys:list, # Gradients of the outputs `n o`
-    x:Tensor, # Shared input `n i`
-    dx:Tensor|None, # Gradient of the input, to which the adapters' part is added; None: not needed
-)->None:
-    "Accumulate the gradients of some rows"
-    if self.da is None: self.da,self.dbs = torch.zeros_like(self.all),[b.new_zeros(b.shape[::-1]) for b in self.b]
-    dz = torch.cat([(dys[j]@b).mul_(s) for j,b,s in self.each], 1)
-    self.da.addmm_(dz.T, x)
-    if dx is not None: dx.addmm_(dz, self.all)
-    for (j,_,s),z,db in zip(self.each, (x@self.all.T).split(self.ranks, 1), self.dbs, strict=True): db.addmm_(z.T, dys[j], alpha=s)
+    def accumulate(self,
+        dys:list, # Gradients of the outputs `n o`
+        x:Tensor, # Shared input `n i`
+        dx:Tensor|None, # Gradient of the input, to which the adapters' part is added; None: not needed
+    )->None:
+        "Accumulate the gradients of some rows"
+        if self.da is None: self.da,self.dbs = torch.zeros_like(self.all),[b.new_zeros(b.shape[::-1]) for b in self.b]
+        dz = torch.cat([(dys[j]@b).mul_(s) for j,b,s in self.each], 1)
+        self.da.addmm_(dz.T, x)
+        if dx is not None: dx.addmm_(dz, self.all)
+        for (j,_,s),z,db in zip(self.each, (x@self.all.T).split(self.ranks, 1), self.dbs, strict=True): db.addmm_(z.T, dys[j], alpha=s)
 
-# %% ../../nbs/631_train.frozen.ipynb #66750808
-@patch
-def grads(self:Pairs)->list: # Gradients in the order of the tensors
-    "Accumulated gradients of A and B"
-    return [g for a,b in zip(self.da.split(self.ranks), self.dbs, strict=True) for g in (a, b.T)] if self.each else []
+    def grads(self)->list: # Gradients in the order of the tensors
+        "Accumulated gradients of A and B"
+        return [g for a,b in zip(self.da.split(self.ranks), self.dbs, strict=True) for g in (a, b.T)] if self.each else []
 
 # %% ../../nbs/631_train.frozen.ipynb #04fdac97
 class Frozen:
@@ -105,27 +100,23 @@ class Frozen:
         plain = all(a.magnitude is None and not (a.training and a.dropout) for a in self.adapters)
         return plain and not any(t is not None and t.requires_grad for t in fixed)
 
-# %% ../../nbs/631_train.frozen.ipynb #454c5246
-@patch
-def product(self:Frozen,
-    j:int, # Index of the projection
-    x:Tensor, # Input `n i`
-    out:Tensor, # Tensor `n o` for the result
-)->Tensor: # The tensor out
-    "Multiply by a frozen weight"
-    w,b = self.weights[j],self.biases[j]
-    if isinstance(w, QuantizedWeight): return out.copy_(F.linear(x, w, b))
-    return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
+    def product(self,
+        j:int, # Index of the projection
+        x:Tensor, # Input `n i`
+        out:Tensor, # Tensor `n o` for the result
+    )->Tensor: # The tensor out
+        "Multiply by a frozen weight"
+        w,b = self.weights[j],self.biases[j]
+        if isinstance(w, QuantizedWeight): return out.copy_(F.linear(x, w, b))
+        return torch.mm(x, w.T, out=out) if b is None else torch.addmm(b, x, w.T, out=out)
 
-# %% ../../nbs/631_train.frozen.ipynb #22e52794
-@patch
-def input_gradient(self:Frozen,
-    dys:list, # Gradients of the outputs `n o`
-)->Tensor: # `n i`
-    "Gradient of the input, without the adapters' part"
-    dx = None
-    for dy,w in zip(dys, self.weights, strict=True): dx = back_through(dy, w, dx)
-    return dx
+    def input_gradient(self,
+        dys:list, # Gradients of the outputs `n o`
+    )->Tensor: # `n i`
+        "Gradient of the input, without the adapters' part"
+        dx = None
+        for dy,w in zip(dys, self.weights, strict=True): dx = back_through(dy, w, dx)
+        return dx
 
 # %% ../../nbs/631_train.frozen.ipynb #ef1a5337
 PIECE_TOKENS = 1024  # tokens per piece

@@ -84,25 +84,21 @@ class Adapter(nn.Module):
         "Change of the weight, without DoRA's magnitude"
         return self.b@self.a*self.scale
 
-# %% ../../nbs/630_train.lora.ipynb #7dc69bb4
-@patch
-def gain(self:Adapter,
-    w:Tensor|QuantizedWeight, # Frozen weight `o i`
-)->Tensor: # `o`
-    "DoRA's factor on each row"
-    return self.magnitude/row_norms(w, self.a, self.b*self.scale)
+    def gain(self,
+        w:Tensor|QuantizedWeight, # Frozen weight `o i`
+    )->Tensor: # `o`
+        "DoRA's factor on each row"
+        return self.magnitude/row_norms(w, self.a, self.b*self.scale)
 
-# %% ../../nbs/630_train.lora.ipynb #de70d796
-@patch
-def change(self:Adapter,
-    x:Tensor, # Input `… i`
-    y:Tensor, # Product of input and frozen weight `… o`
-    w:Tensor|QuantizedWeight, # Frozen weight `o i`
-)->Tensor: # `… o`
-    "Change of the product y by the adapter"
-    if self.magnitude is None: return self.low(x).to(y.dtype)
-    gain = self.gain(w)
-    return (y*(gain - 1) + self.low(x)*gain).to(y.dtype)
+    def change(self,
+        x:Tensor, # Input `… i`
+        y:Tensor, # Product of input and frozen weight `… o`
+        w:Tensor|QuantizedWeight, # Frozen weight `o i`
+    )->Tensor: # `… o`
+        "Change of the product y by the adapter"
+        if self.magnitude is None: return self.low(x).to(y.dtype)
+        gain = self.gain(w)
+        return (y*(gain - 1) + self.low(x)*gain).to(y.dtype)
 
 # %% ../../nbs/630_train.lora.ipynb #9b9f62dd
 class LoraWeight(nn.Module):
@@ -127,6 +123,27 @@ class LoraWeight(nn.Module):
         "Active adapters of this weight; an empty list while they are merged"
         return [] if self.merged else [self.adapters[n] for n in self.active if n in self.adapters]
 
+    def sum(self)->Tensor: # `… o i`
+        "Add the active adapters to the weight"
+        if row_choice() is not None and self.adapters:
+            raise ValueError("the rows of this batch use different adapters, so there is no single weight; call the model with mla='naive'")
+        w = self.base if isinstance(self.base, Tensor) else self.base.dequantize()
+        if len(chosen := self.chosen()) > 1 and any(a.magnitude is not None for a in chosen):
+            raise ValueError('a DoRA adapter can\'t be active together with another adapter; make only one of them active')
+        for a in chosen: w = adapted(w, a)
+        return w
+
+    def _by_adapter(self, rows, x):
+        "Yield the adapters of this weight, each with the indices of its rows"
+        for name in dict.fromkeys(rows):
+            if name in self.adapters: yield self.adapters[name], _tokens_of(name, rows, x)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear: return linear_adapted(*args, **kwargs or {})
+        args,kwargs = tree_map_only(cls, lambda w: w.sum(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
 # %% ../../nbs/630_train.lora.ipynb #a13e32f2
 def adapted(
     w:Tensor, # Float weight `… o i`
@@ -135,18 +152,6 @@ def adapted(
     "Add an adapter to a weight"
     new = w + adapter.delta().to(w.dtype)
     return new if adapter.magnitude is None else new*adapter.gain(w)[:, None]
-
-# %% ../../nbs/630_train.lora.ipynb #79bfa1e1
-@patch
-def sum(self:LoraWeight)->Tensor: # `… o i`
-    "Add the active adapters to the weight"
-    if row_choice() is not None and self.adapters:
-        raise ValueError("the rows of this batch use different adapters, so there is no single weight; call the model with mla='naive'")
-    w = self.base if isinstance(self.base, Tensor) else self.base.dequantize()
-    if len(chosen := self.chosen()) > 1 and any(a.magnitude is not None for a in chosen):
-        raise ValueError('a DoRA adapter can\'t be active together with another adapter; make only one of them active')
-    for a in chosen: w = adapted(w, a)
-    return w
 
 # %% ../../nbs/630_train.lora.ipynb #71648ec8
 _rows = ContextVar('rows', default=None)
@@ -170,13 +175,6 @@ def linear_adapted(
         for a,i in w._by_adapter(rows, x): out = out.index_add(0, i, a.change(x[i], y[i], w.base))
     return out if bias is None else out + bias
 
-# %% ../../nbs/630_train.lora.ipynb #de41d90b
-@patch
-def _by_adapter(self:LoraWeight, rows, x):
-    "Yield the adapters of this weight, each with the indices of its rows"
-    for name in dict.fromkeys(rows):
-        if name in self.adapters: yield self.adapters[name], _tokens_of(name, rows, x)
-
 # %% ../../nbs/630_train.lora.ipynb #6c409da3
 def _tokens_of(name, rows, x):
     "Indices of the rows that use an adapter, or of the tokens in these rows"
@@ -184,13 +182,6 @@ def _tokens_of(name, rows, x):
         raise ValueError(f'adapters were chosen for {len(rows)} rows, but the batch has {len(x)}; give one name per row')
     own = torch.tensor([r == name for r in rows], device=x.device)
     return own.repeat_interleave(len(x)//len(rows)).nonzero()[:, 0]
-
-# %% ../../nbs/630_train.lora.ipynb #cf8efa86
-@patch(cls_method=True)
-def __torch_function__(cls:LoraWeight, func, types, args=(), kwargs=None):
-    if func is F.linear: return linear_adapted(*args, **kwargs or {})
-    args,kwargs = tree_map_only(cls, lambda w: w.sum(), (args, kwargs or {}))
-    return func(*args, **kwargs)
 
 # %% ../../nbs/630_train.lora.ipynb #16f2b9df
 @dataclass
@@ -218,6 +209,23 @@ class LoraConfig:
             raise ValueError('LoraConfig: no target_modules and no target_parameters; give at least one of them')
         if self.target_parameters and (self.use_dora or self.lora_dropout):
             raise ValueError('LoraConfig: target_parameters can\'t be combined with use_dora or lora_dropout, as in PEFT')
+
+    def apply(self,
+        model:Model, # Model, changed in place
+        name:str = 'default', # Name of the adapter
+        strict:bool = True, # Whether every target must match a weight
+    )->Model: # The same model
+        "Freeze a model and add an adapter"
+        config,found = self,chosen_weights(model, self, strict)
+        if not name or '.' in name: raise ValueError(f'{name!r} can\'t be the name of an adapter; give a name without dots')
+        if name in adapters_of(model): raise ValueError(f'the model has an adapter {name!r} already; delete_adapter({name!r}) removes it')
+        model.requires_grad_(False)
+        for key,(m,part) in found.items():
+            r,alpha = pattern(config.rank_pattern, key, config.r),pattern(config.alpha_pattern, key, config.lora_alpha)
+            scale,w = alpha/(r**.5 if config.use_rslora else r),_place(m, part)
+            w.adapters[name] = Adapter(w.base, r, scale, config.lora_dropout, config.use_dora).train(m.training)
+        model.peft_config = adapters_of(model) | {name: self}
+        return model.set_adapter(name)
 
 # %% ../../nbs/630_train.lora.ipynb #4bb8e548
 def matches(
@@ -302,25 +310,6 @@ def adapters_of(
 )->dict[str, LoraConfig]: # Config for each name
     "Configs of a model's adapters"
     return getattr(model, 'peft_config', {})
-
-# %% ../../nbs/630_train.lora.ipynb #2b8d333e
-@patch
-def apply(self:LoraConfig,
-    model:Model, # Model, changed in place
-    name:str = 'default', # Name of the adapter
-    strict:bool = True, # Whether every target must match a weight
-)->Model: # The same model
-    "Freeze a model and add an adapter"
-    config,found = self,chosen_weights(model, self, strict)
-    if not name or '.' in name: raise ValueError(f'{name!r} can\'t be the name of an adapter; give a name without dots')
-    if name in adapters_of(model): raise ValueError(f'the model has an adapter {name!r} already; delete_adapter({name!r}) removes it')
-    model.requires_grad_(False)
-    for key,(m,part) in found.items():
-        r,alpha = pattern(config.rank_pattern, key, config.r),pattern(config.alpha_pattern, key, config.lora_alpha)
-        scale,w = alpha/(r**.5 if config.use_rslora else r),_place(m, part)
-        w.adapters[name] = Adapter(w.base, r, scale, config.lora_dropout, config.use_dora).train(m.training)
-    model.peft_config = adapters_of(model) | {name: self}
-    return model.set_adapter(name)
 
 # %% ../../nbs/630_train.lora.ipynb #b5168efd
 @patch

@@ -26,8 +26,6 @@ from contextlib import suppress
 from importlib import import_module
 from typing import NamedTuple
 
-
-
 # %% ../../nbs/686_train.sandbox.ipynb #f79078af
 class Confines(NamedTuple):
     "What a confined program may use"
