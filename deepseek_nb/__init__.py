@@ -86,6 +86,7 @@ Modules:
 - `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: How the device of tensors and the dtype of weights are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
+- `deepseek_nb.core.fold`: A chapter shows a class method by method, with `@patch`. The export writes the methods into the class, as readers, editors and type checkers of the package expect
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
 - `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
@@ -250,6 +251,7 @@ Modules:
 - `deepseek_nb.quant.report`: A table of all parameters of a model: format, bytes, and relative error, or the reason why a parameter is not quantised.
 - `deepseek_nb.quant.save`: Saving a quantised model as a folder of safetensors files, and mapping the files into memory when the model is loaded.
 - `deepseek_nb.quant.stream`: A checkpoint is read and quantised a few rows at a time, so quantising a model never needs memory for all of its float32 weights.
+- `deepseek_nb.serve.adapters`: The LoRA adapters of a served model by name: they are loaded and unloaded while the model answers, and never share cached prefixes.
 - `deepseek_nb.serve.anthropic`: Anthropic's protocol for the same models: content in blocks, thinking with a budget, tool use, named events, and counting of tokens
 - `deepseek_nb.serve.app`: An HTTP server for the chat API: keys, limits, streams that notice when a client leaves, metrics, and an orderly end
 - `deepseek_nb.serve.chat`: What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
@@ -342,6 +344,18 @@ Modules:
 __version__ = "0.1.0"
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .arch.cache import Cache as Cache
+    from .arch.model import Model as Model
+    from .core.config import Config as Config
+    from .files.tokenizer import Tokenizer as Tokenizer
+    from .quant.model import QuantizedModel as QuantizedModel
+    from .train.lora import LoraConfig as LoraConfig
+    from .train.optim import AdamW as AdamW
+    from .train.schedule import get_linear_schedule_with_warmup as get_linear_schedule_with_warmup
+    from .train.trainer import Trainer as Trainer, TrainingArguments as TrainingArguments
 
 # The names that users import load when they are first asked for, so importing the package imports no PyTorch
 _HOMES = {'Config': 'core.config', 'Cache': 'arch.cache', 'Model': 'arch.model', 'Tokenizer': 'files.tokenizer', 'QuantizedModel': 'quant.model',

@@ -49,7 +49,7 @@ def alone(name):
     ops = {o.removeprefix('deepseek_nb.'): op for o, op in _ops.items()}
     strangers = {o: [n for n, t in op.twins.items() if n != 'reference' and t.fn.__module__ != f"deepseek_nb.{_later.TWINS[o].get(n)}"]
                  for o, op in ops.items() if o in _later.TWINS}
-    planned = {o: op.plans.get(('auto', 'cpu')) for o, op in sorted(ops.items()) if o.startswith('arch.')}
+    planned = {o: op.plans.get(('auto', 'cpu', False)) for o, op in sorted(ops.items()) if o.startswith('arch.')}
     return dict(bits=bits, strangers={o: n for o, n in strangers.items() if n}, plans={o: [*p] for o, p in planned.items() if p})
 
 
@@ -134,16 +134,46 @@ for name, twins in _later.TWINS.items():
     op.load()
     assert {*op.twins} == {'reference', *twins}, name
     for n, chapter in twins.items(): assert op.twins[n].fn.__module__ == f'deepseek_nb.{chapter}', (name, n)
-for name, methods in _later.METHODS.items():
-    module, _, cls = name.rpartition('.')
-    for m in methods: getattr(getattr(import_module(f'deepseek_nb.{module}'), cls), m)
+''')
+
+
+def test_a_model_without_adapters_imports_nothing_of_training(python):
+    "Neither the plans of all operations on a CPU, nor a forward pass with a gradient, of floats and of codes"
+    python('''
+import sys
+from importlib import import_module
+import torch
+from deepseek_nb import Model, _later
+from deepseek_nb.quant.model import quantize_model
+model = Model.from_pretrained('deepseek_nb/mini')
+ids = torch.arange(5)[None]
+model.generate(ids, max_new_tokens=2)
+model(ids).sum().backward()
+codes = quantize_model(model, 'int8')
+codes.generate(ids, max_new_tokens=2)
+for name in _later.TWINS:
+    room, module, function = name.split('.')[0], *name.rpartition('.')[::2]
+    if room not in ('train', 'apps', 'cuda'): getattr(import_module(f'deepseek_nb.{module}'), function).op.plan('auto', 'cpu')
+assert not (found := [n for n in sys.modules if n.startswith(('deepseek_nb.train', 'deepseek_nb.apps', 'deepseek_nb.cuda'))]), found
+
+import pickle
+from deepseek_nb.arch.model import add_attention
+assert not any('adapters' in n for n in add_attention.op.plan('auto', 'cpu'))
+from deepseek_nb.train.lora import LoraWeight
+assert not any('adapters' in n for n in add_attention.op.plan('auto', 'cpu'))
+stored = pickle.dumps(LoraWeight(torch.ones(2, 3)))
+assert 'torch/adapters' in add_attention.op.plan('auto', 'cpu') and 'deepseek_nb.train.frozen' in sys.modules
+from deepseek_nb.core import dispatch
+dispatch._adapters = False
+pickle.loads(stored)
+assert dispatch._adapters
 ''')
 
 
 def test_the_table_is_fresh():
     from deepseek_nb import _later
-    from deepseek_nb.core.lazy import later_table
-    assert later_table(sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))) == (_later.METHODS, _later.TWINS), 'run nbdev-export'
+    from deepseek_nb.core.lazy import twin_table
+    assert twin_table(sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))) == _later.TWINS, 'run nbdev-export'
 
 
 def test_no_import_for_its_side_effect():

@@ -8,10 +8,10 @@ from test_lora import FAMILIES, STACKS, batch, made, same, shake
 
 from deepseek_nb import Model
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.kernels.gradients import back_through
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.model import quantize_model
-from deepseek_nb.train.frozen import back_through
 from deepseek_nb.train.lora import LoraConfig, lora_weights
 from deepseek_nb.train.loss import language_loss
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor
 
 from .tcn import SignalConfig, SignalNet, SignalState, find_periods, receptive_field
@@ -229,29 +228,154 @@ class Detector:
         self.warm_up = (0 if labelled else receptive_field(net.c.kernel, net.c.dilations)) if warm_up is None else warm_up
         self.calibration,self.streams,self.losses = None,{},[]
 
-# %% ../../nbs/856_apps.anomaly.ipynb #368a1c9a
-@patch(cls_method=True)
-def fit(cls:Detector,
-    series, # Signal `t` or `t m`, or a list of signals; NaN: missing
-    labels=None, # 1 at each anomaly, `t` or a list; None: learn what is normal
-    config:SignalConfig|None = None, # Sizes; None: chosen from the signal
-    settings:FitSettings|None = None, # Steps, windows, learning rate; None: the defaults
-    **options, # Options of `Detector`: rate, max_gap, warm_up
-)->Detector: # Trained detector
-    "Learn what a signal normally does, or what its labels mean"
-    many = is_many(series)
-    x = [as_series(o) for o in (series if many else [series])]
-    y = [torch.as_tensor(o).float() for o in (labels if many else [labels])] if labels is not None else [torch.zeros(len(o)) for o in x]
-    check_series(x, y)
-    s = settings or FitSettings()
-    scaling = fit_scaling(torch.cat(x))
-    config = config or choose_config(scaled(max(x, key=len), scaling))
-    torch.manual_seed(s.seed)
-    net = SignalNet(config)
-    losses = train_net(net, [(scaled(o, scaling), l) for o,l in zip(x, y, strict=True)], s, labels is not None)
-    detector = cls(net, scaling, labels is not None, **options)
-    detector.losses = losses
-    return detector
+    @classmethod
+    def fit(cls,
+        series, # Signal `t` or `t m`, or a list of signals; NaN: missing
+        labels=None, # 1 at each anomaly, `t` or a list; None: learn what is normal
+        config:SignalConfig|None = None, # Sizes; None: chosen from the signal
+        settings:FitSettings|None = None, # Steps, windows, learning rate; None: the defaults
+        **options, # Options of `Detector`: rate, max_gap, warm_up
+    )->'Detector': # Trained detector
+        "Learn what a signal normally does, or what its labels mean"
+        many = is_many(series)
+        x = [as_series(o) for o in (series if many else [series])]
+        y = [torch.as_tensor(o).float() for o in (labels if many else [labels])] if labels is not None else [torch.zeros(len(o)) for o in x]
+        check_series(x, y)
+        s = settings or FitSettings()
+        scaling = fit_scaling(torch.cat(x))
+        config = config or choose_config(scaled(max(x, key=len), scaling))
+        torch.manual_seed(s.seed)
+        net = SignalNet(config)
+        losses = train_net(net, [(scaled(o, scaling), l) for o,l in zip(x, y, strict=True)], s, labels is not None)
+        detector = cls(net, scaling, labels is not None, **options)
+        detector.losses = losses
+        return detector
+
+    def advance(self,
+        stream:SignalStream, # Stream, which is changed
+        x:Tensor, # Observations `s m`, without gaps
+        exact:bool = True, # Whether the bits are independent of how the signal is cut; False: several times faster
+    )->Tensor: # Scores `s`; 0 during the warm-up and where nothing was observed
+        "Score observations, and move the stream behind them"
+        z = scaled(x, self.scaling)[None]
+        with torch.no_grad(): out,stream.state = self.net(z.clamp(-20, 20), stream.state, exact)
+        weights = {k: w[:, -1:] for k,w in out.weights.items()}
+        before = stream.ahead or (torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1]), weights)
+        location,scale = (torch.cat([a, b[:, :-1]], 1) for a,b in zip(before[:2], (out.location, out.scale), strict=True))
+        score = out.label[0] if self.labelled else over_variables(deviations(z, location, scale), z)[0]
+        earlier = before[2] if len(x) == 1 else {k: w[:, -2:-1] for k,w in out.weights.items()}
+        stream.basis = location[:, -1:], scale[:, -1:], z[:, -1:], weights if self.labelled else earlier
+        stream.ahead = out.location[:, -1:], out.scale[:, -1:], weights
+        warm = torch.arange(stream.steps, stream.steps + len(x)) >= self.warm_up
+        stream.steps += len(x)
+        return score*warm
+
+    def new_stream(self)->SignalStream: # Stream before its first observation
+        "Begin a stream"
+        return SignalStream(self.net.new_state())
+
+    def missing_rows(self,
+        stream:SignalStream, # Stream, which begins anew after a long gap
+        time:float|None, # Time of the next observation
+    )->Tensor: # Rows of NaN `gap m`
+        "What stands for the steps without observation"
+        if time is None and stream.time is not None: raise ValueError('this stream has had times; give the time of this observation too')
+        if time is not None and not math.isfinite(time): raise ValueError(f'the time {time} is not a number of seconds')
+        gap = 0 if stream.time is None else gap_steps(stream.time, time, self.rate) - 1
+        if gap > self.max_gap: vars(stream).update(vars(self.new_stream()))
+        return torch.full((gap if gap <= self.max_gap else 0, self.net.c.variables), torch.nan)
+
+    def score(self,
+        x, # One observation: a number, or one for each variable; NaN: missing
+        time:float|None = None, # When it was made, in seconds; None: one step after the last
+        key:str = '', # Which stream it belongs to
+    )->'Reading': # Score and alarm
+        "Score one observation, and keep the stream's state"
+        x = as_series(torch.as_tensor(x, dtype=torch.float32).reshape(1, -1))
+        if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
+        stream = self.streams.get(key) or self.new_stream()
+        if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap)
+        self.streams[key] = stream
+        value,stream.time = self.advance(stream, x)[0].item(),time
+        ready = stream.steps > self.warm_up
+        return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
+
+    def score_series(self,
+        series, # Signal `t` or `t m`; NaN: missing
+        times:Sequence|None = None, # Seconds `t`; None: no gaps
+        piece:int = 256, # Observations that are computed at once
+        exact:bool = True, # Whether the bits are those of `score`; False: several times faster
+    )->Tensor: # Scores `t`
+        "Score a signal from its beginning, without touching the detector's streams"
+        x,stream,scores,begin = as_series(series),self.new_stream(),[],0
+        if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
+        times = [None]*len(x) if times is None else [float(t) for t in times]
+        def flush(end): scores.extend(self.advance(stream, o, exact) for o in x[begin:end].split(piece) if len(o))
+        for i,time in enumerate(times):
+            if i and time is not None and gap_steps(times[i-1], time, self.rate) > 1:
+                flush(i)
+                begin,stream.time = i,times[i-1]
+                if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap, exact)
+        flush(len(x))
+        return torch.cat(scores)
+
+    def calibrate(self,
+        series, # Normal signal `t` or `t m`, or a list of signals, none of which the detector has learned from
+        budget:float = .003, # Acceptable share of false positives
+        confidence:float = .95, # Of the interval of the rate
+    )->Calibration: # Threshold, rate and interval
+        "Set the threshold from normal data"
+        scores = torch.cat([self.score_series(o)[self.warm_up:] for o in (series if is_many(series) else [series])])
+        self.calibration = choose_threshold(scores, budget, confidence)
+        return self.calibration
+
+    def explain(self,
+        key:str = '', # Stream
+        most:int = 5, # Number of stretches
+    )->'Explanation': # Forecast, parts and stretches of the last observation of the stream
+        "Say what the last score of a stream rests on"
+        if (stream := self.streams.get(key)) is None or stream.basis is None:
+            raise ValueError(f'the stream {key!r} has no observation yet; the streams are {[*self.streams]}')
+        location,scale,z,weights = stream.basis
+        span,now = receptive_field(self.net.c.kernel, self.net.c.dilations),0 if self.labelled else 1
+        def units(y): return (y[0, 0]*self.scaling.spread + self.scaling.centre).tolist()
+        rows = [Attended(p, n*p - 1 + now + span - 1, n*p - 1 + now, w[0, 0, h, n-1].item())
+                for w in weights.values() for h,p in enumerate(self.net.c.periods) for n in range(1, self.net.c.slots + 1)]
+        wide = scale*math.log(100) # P(|x - location| > wide) = 1% for a Laplace distribution
+        parts = deviations(z, location, scale)[0, 0]/max(1, int((~z.isnan()).sum()))
+        return Explanation(units(z), units(location), units(location - wide), units(location + wide), parts.tolist(),
+                           sorted(rows, key=lambda r: -r.weight)[:most])
+
+    def save(self,
+        folder:str|Path, # Folder, which is created
+    )->None:
+        "Save the detector and all its streams"
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f'net.{k}': v for k,v in self.net.state_dict().items()} | dict(centre=self.scaling.centre, spread=self.scaling.spread)
+        for i,stream in enumerate(self.streams.values()): tensors |= {f'stream.{i}.{k}': v for k,v in _flat(stream).items()}
+        about = dict(config=asdict(self.net.c), labelled=self.labelled, rate=self.rate, max_gap=self.max_gap, warm_up=self.warm_up,
+            calibration=asdict(self.calibration) if self.calibration else None,
+            streams=[dict(key=k, time=s.time, steps=s.steps) for k,s in self.streams.items()])
+        write_tensors(folder/'detector.safetensors', tensors | dict(about=torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)))
+
+    @classmethod
+    def load(cls,
+        folder:str|Path, # Folder of a saved detector
+    )->'Detector': # Detector with its streams
+        "Restore a detector, which goes on with the next observation"
+        from safetensors.torch import load_file
+        path = Path(folder)/'detector.safetensors'
+        if not path.exists(): raise FileNotFoundError(f'{folder} holds no detector: the file detector.safetensors, which Detector.save writes')
+        tensors = load_file(path)
+        about = json.loads(bytes(tensors.pop('about').tolist()))
+        def under(name): return {k.removeprefix(name): v for k,v in tensors.items() if k.startswith(name)}
+        net = SignalNet(SignalConfig(**{k: tuple(v) if isinstance(v, list) else v for k,v in about['config'].items()}))
+        net.load_state_dict(under('net.'))
+        d = cls(net, VariableUnits(tensors['centre'], tensors['spread']), **{k: about[k] for k in ('labelled', 'rate', 'max_gap', 'warm_up')})
+        d.calibration = Calibration(**about['calibration']) if about['calibration'] else None
+        d.streams = {o['key']: _stream(under(f'stream.{i}.'), o) for i,o in enumerate(about['streams'])}
+        return d
 
 # %% ../../nbs/856_apps.anomaly.ipynb #6918c663
 def check_series(
@@ -274,90 +398,12 @@ def choose_config(
     p = find_periods(x)
     return SignalConfig(x.shape[1], dim=24 if len(p) != 2 else 32, periods=p*2 if len(p) == 1 else p)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #29f2f2ce
-@patch
-def advance(self:Detector,
-    stream:SignalStream, # Stream, which is changed
-    x:Tensor, # Observations `s m`, without gaps
-    exact:bool = True, # Whether the bits are independent of how the signal is cut; False: several times faster
-)->Tensor: # Scores `s`; 0 during the warm-up and where nothing was observed
-    "Score observations, and move the stream behind them"
-    z = scaled(x, self.scaling)[None]
-    with torch.no_grad(): out,stream.state = self.net(z.clamp(-20, 20), stream.state, exact)
-    weights = {k: w[:, -1:] for k,w in out.weights.items()}
-    before = stream.ahead or (torch.zeros_like(z[:, :1]), torch.ones_like(z[:, :1]), weights)
-    location,scale = (torch.cat([a, b[:, :-1]], 1) for a,b in zip(before[:2], (out.location, out.scale), strict=True))
-    score = out.label[0] if self.labelled else over_variables(deviations(z, location, scale), z)[0]
-    earlier = before[2] if len(x) == 1 else {k: w[:, -2:-1] for k,w in out.weights.items()}
-    stream.basis = location[:, -1:], scale[:, -1:], z[:, -1:], weights if self.labelled else earlier
-    stream.ahead = out.location[:, -1:], out.scale[:, -1:], weights
-    warm = torch.arange(stream.steps, stream.steps + len(x)) >= self.warm_up
-    stream.steps += len(x)
-    return score*warm
-
 # %% ../../nbs/856_apps.anomaly.ipynb #d7a66fbc
 class Reading(NamedTuple):
     "What a detector says about an observation"
     score:float # The larger, the more anomalous
     alarm:bool # Whether it is above the threshold
     ready:bool # Whether the warm-up is over
-
-# %% ../../nbs/856_apps.anomaly.ipynb #1ab647b8
-@patch
-def new_stream(self:Detector)->SignalStream: # Stream before its first observation
-    "Begin a stream"
-    return SignalStream(self.net.new_state())
-
-# %% ../../nbs/856_apps.anomaly.ipynb #fb58d798
-@patch
-def missing_rows(self:Detector,
-    stream:SignalStream, # Stream, which begins anew after a long gap
-    time:float|None, # Time of the next observation
-)->Tensor: # Rows of NaN `gap m`
-    "What stands for the steps without observation"
-    if time is None and stream.time is not None: raise ValueError('this stream has had times; give the time of this observation too')
-    if time is not None and not math.isfinite(time): raise ValueError(f'the time {time} is not a number of seconds')
-    gap = 0 if stream.time is None else gap_steps(stream.time, time, self.rate) - 1
-    if gap > self.max_gap: vars(stream).update(vars(self.new_stream()))
-    return torch.full((gap if gap <= self.max_gap else 0, self.net.c.variables), torch.nan)
-
-# %% ../../nbs/856_apps.anomaly.ipynb #d730be0b
-@patch
-def score(self:Detector,
-    x, # One observation: a number, or one for each variable; NaN: missing
-    time:float|None = None, # When it was made, in seconds; None: one step after the last
-    key:str = '', # Which stream it belongs to
-)->Reading: # Score and alarm
-    "Score one observation, and keep the stream's state"
-    x = as_series(torch.as_tensor(x, dtype=torch.float32).reshape(1, -1))
-    if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
-    stream = self.streams.get(key) or self.new_stream()
-    if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap)
-    self.streams[key] = stream
-    value,stream.time = self.advance(stream, x)[0].item(),time
-    ready = stream.steps > self.warm_up
-    return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
-
-# %% ../../nbs/856_apps.anomaly.ipynb #7eaed7f3
-@patch
-def score_series(self:Detector,
-    series, # Signal `t` or `t m`; NaN: missing
-    times:Sequence|None = None, # Seconds `t`; None: no gaps
-    piece:int = 256, # Observations that are computed at once
-    exact:bool = True, # Whether the bits are those of `score`; False: several times faster
-)->Tensor: # Scores `t`
-    "Score a signal from its beginning, without touching the detector's streams"
-    x,stream,scores,begin = as_series(series),self.new_stream(),[],0
-    if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
-    times = [None]*len(x) if times is None else [float(t) for t in times]
-    def flush(end): scores.extend(self.advance(stream, o, exact) for o in x[begin:end].split(piece) if len(o))
-    for i,time in enumerate(times):
-        if i and time is not None and gap_steps(times[i-1], time, self.rate) > 1:
-            flush(i)
-            begin,stream.time = i,times[i-1]
-            if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap, exact)
-    flush(len(x))
-    return torch.cat(scores)
 
 # %% ../../nbs/856_apps.anomaly.ipynb #e1dd31bf
 def _at_most(k, n, p):
@@ -403,18 +449,6 @@ def choose_threshold(
     low,high = rate_interval(runs, max(runs, round(n*runs/max(len(at), 1))) if runs else n, confidence)
     return Calibration(threshold, budget, len(at)/n, low, high, n, runs, confidence)
 
-# %% ../../nbs/856_apps.anomaly.ipynb #bd3dc037
-@patch
-def calibrate(self:Detector,
-    series, # Normal signal `t` or `t m`, or a list of signals, none of which the detector has learned from
-    budget:float = .003, # Acceptable share of false positives
-    confidence:float = .95, # Of the interval of the rate
-)->Calibration: # Threshold, rate and interval
-    "Set the threshold from normal data"
-    scores = torch.cat([self.score_series(o)[self.warm_up:] for o in (series if is_many(series) else [series])])
-    self.calibration = choose_threshold(scores, budget, confidence)
-    return self.calibration
-
 # %% ../../nbs/856_apps.anomaly.ipynb #2b2de06f
 class Attended(NamedTuple):
     "A stretch of the past that a score rests on"
@@ -434,25 +468,6 @@ class Explanation:
     parts:list # Part of each variable in the score
     attended:list = field(default_factory=list) # `Attended` stretches, the largest weight first
 
-# %% ../../nbs/856_apps.anomaly.ipynb #32463f3f
-@patch
-def explain(self:Detector,
-    key:str = '', # Stream
-    most:int = 5, # Number of stretches
-)->Explanation: # Forecast, parts and stretches of the last observation of the stream
-    "Say what the last score of a stream rests on"
-    if (stream := self.streams.get(key)) is None or stream.basis is None:
-        raise ValueError(f'the stream {key!r} has no observation yet; the streams are {[*self.streams]}')
-    location,scale,z,weights = stream.basis
-    span,now = receptive_field(self.net.c.kernel, self.net.c.dilations),0 if self.labelled else 1
-    def units(y): return (y[0, 0]*self.scaling.spread + self.scaling.centre).tolist()
-    rows = [Attended(p, n*p - 1 + now + span - 1, n*p - 1 + now, w[0, 0, h, n-1].item())
-            for w in weights.values() for h,p in enumerate(self.net.c.periods) for n in range(1, self.net.c.slots + 1)]
-    wide = scale*math.log(100) # P(|x - location| > wide) = 1% for a Laplace distribution
-    parts = deviations(z, location, scale)[0, 0]/max(1, int((~z.isnan()).sum()))
-    return Explanation(units(z), units(location), units(location - wide), units(location + wide), parts.tolist(),
-                       sorted(rows, key=lambda r: -r.weight)[:most])
-
 # %% ../../nbs/856_apps.anomaly.ipynb #9d8111fd
 def _flat(stream):
     s = stream.state
@@ -461,21 +476,6 @@ def _flat(stream):
     location,scale,weights = stream.ahead
     return tensors | dict(location=location, scale=scale) | {f'weights.{k}': w for k,w in weights.items()}
 
-# %% ../../nbs/856_apps.anomaly.ipynb #ee1765a4
-@patch
-def save(self:Detector,
-    folder:str|Path, # Folder, which is created
-)->None:
-    "Save the detector and all its streams"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f'net.{k}': v for k,v in self.net.state_dict().items()} | dict(centre=self.scaling.centre, spread=self.scaling.spread)
-    for i,stream in enumerate(self.streams.values()): tensors |= {f'stream.{i}.{k}': v for k,v in _flat(stream).items()}
-    about = dict(config=asdict(self.net.c), labelled=self.labelled, rate=self.rate, max_gap=self.max_gap, warm_up=self.warm_up,
-        calibration=asdict(self.calibration) if self.calibration else None,
-        streams=[dict(key=k, time=s.time, steps=s.steps) for k,s in self.streams.items()])
-    write_tensors(folder/'detector.safetensors', tensors | dict(about=torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)))
-
 # %% ../../nbs/856_apps.anomaly.ipynb #710d1ddb
 def _stream(tensors, about):
     def under(name): return {k.removeprefix(name): v for k,v in tensors.items() if k.startswith(name)}
@@ -483,22 +483,3 @@ def _stream(tensors, about):
     state = SignalState(convs, under('attn.'), tensors['seen'])
     ahead = (tensors['location'], tensors['scale'], under('weights.')) if 'location' in tensors else None
     return SignalStream(state, ahead, None, about['time'], about['steps'])
-
-# %% ../../nbs/856_apps.anomaly.ipynb #b13c612a
-@patch(cls_method=True)
-def load(cls:Detector,
-    folder:str|Path, # Folder of a saved detector
-)->Detector: # Detector with its streams
-    "Restore a detector, which goes on with the next observation"
-    from safetensors.torch import load_file
-    path = Path(folder)/'detector.safetensors'
-    if not path.exists(): raise FileNotFoundError(f'{folder} holds no detector: the file detector.safetensors, which Detector.save writes')
-    tensors = load_file(path)
-    about = json.loads(bytes(tensors.pop('about').tolist()))
-    def under(name): return {k.removeprefix(name): v for k,v in tensors.items() if k.startswith(name)}
-    net = SignalNet(SignalConfig(**{k: tuple(v) if isinstance(v, list) else v for k,v in about['config'].items()}))
-    net.load_state_dict(under('net.'))
-    d = cls(net, VariableUnits(tensors['centre'], tensors['spread']), **{k: about[k] for k in ('labelled', 'rate', 'max_gap', 'warm_up')})
-    d.calibration = Calibration(**about['calibration']) if about['calibration'] else None
-    d.streams = {o['key']: _stream(under(f'stream.{i}.'), o) for i,o in enumerate(about['streams'])}
-    return d

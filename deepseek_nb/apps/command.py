@@ -19,8 +19,6 @@ from inspect import signature
 from pathlib import Path
 from typing import Protocol
 
-from fastcore.basics import patch
-
 from .rows import as_value, input_rows, write_rows
 from ..export.command import check_place
 from ..serve.app import Server, ServerConfig, owner_of
@@ -167,34 +165,30 @@ class AppServer(Server):
         others = ', '.join(self.answers)
         raise ApiError(404, f'application {name!r:.60} is not served here; known are {others}', code='not_found')
 
-# %% ../../nbs/889_apps.command.ipynb #3c0ac50b
-@patch
-async def _answer_app(self:AppServer, request): # `POST /v1/apps/NAME`
-    "An answer of an application"
-    from starlette.responses import JSONResponse
-    try: owner = self._admit(request)
-    except Exception as error: return self._response(error, request=request)
-    self.running[owner] += 1
-    try:
-        name,record = self.known(request.path_params['name']),request.scope['record']
-        record.model,record.key = name,owner
-        fields = Fields(await json_body(request, self.config.max_body, self.config.patience))
-        answered = asyncio.get_running_loop().run_in_executor(self.workers[name], self.answers[name], fields)
-        return JSONResponse(await answered)
-    except Exception as error: return self._response(error, request=request)
-    finally: self._leave(owner, None)
+    async def _answer_app(self, request): # `POST /v1/apps/NAME`
+        "An answer of an application"
+        from starlette.responses import JSONResponse
+        try: owner = self._admit(request)
+        except Exception as error: return self._response(error, request=request)
+        self.running[owner] += 1
+        try:
+            name,record = self.known(request.path_params['name']),request.scope['record']
+            record.model,record.key = name,owner
+            fields = Fields(await json_body(request, self.config.max_body, self.config.patience))
+            answered = asyncio.get_running_loop().run_in_executor(self.workers[name], self.answers[name], fields)
+            return JSONResponse(await answered)
+        except Exception as error: return self._response(error, request=request)
+        finally: self._leave(owner, None)
 
-# %% ../../nbs/889_apps.command.ipynb #64b40789
-@patch
-async def _show_app(self:AppServer, request): # `GET /v1/apps` and `GET /v1/apps/NAME`
-    "The names of the applications, or a model card"
-    from starlette.responses import JSONResponse, PlainTextResponse
-    try:
-        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-        name,kind = request.path_params.get('name'),'text/markdown'
-        if name is not None: return PlainTextResponse(self.cards.get(self.known(name), ''), media_type=kind)
-        return JSONResponse(dict(object='list', data=[dict(id=n, object='app') for n in self.answers]))
-    except Exception as error: return self._response(error, request=request)
+    async def _show_app(self, request): # `GET /v1/apps` and `GET /v1/apps/NAME`
+        "The names of the applications, or a model card"
+        from starlette.responses import JSONResponse, PlainTextResponse
+        try:
+            owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+            name,kind = request.path_params.get('name'),'text/markdown'
+            if name is not None: return PlainTextResponse(self.cards.get(self.known(name), ''), media_type=kind)
+            return JSONResponse(dict(object='list', data=[dict(id=n, object='app') for n in self.answers]))
+        except Exception as error: return self._response(error, request=request)
 
 # %% ../../nbs/889_apps.command.ipynb #dc9ac8c7
 def serve_app(

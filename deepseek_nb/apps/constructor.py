@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .instances import Instance, random_instance
@@ -101,26 +100,44 @@ class RouteNet(nn.Module):
         x = self.norm(x)
         return [*self.keys(x).chunk(3, -1), self.here(x), self.begin(x)]
 
-# %% ../../nbs/874_apps.constructor.ipynb #dc1a55d7
-@patch
-def point(self:RouteNet,
-    parts:list, # Output of the encoder: keys, values, pointer keys, and the two parts of queries, each `b n d`
-    here:Tensor, # Place of the vehicle `b s`
-    begin:Tensor, # First stop of the tour `b s`
-    rest:Tensor, # What is left of the capacity and of the day, as shares `b s 2`
-    allowed:Tensor, # What may come next `b s n`
-    near:Tensor, # Distances in units of a typical edge `b n n`
-)->Tensor: # Logits `b s n`
-    "Score what comes next"
-    def at(x, i): return x.gather(1, i[..., None].expand(-1, -1, x.shape[-1]))
-    k,v,p,q1,q2 = parts
-    split = 'b n (h x) -> b h n x'
-    q = at(q1, here) + at(q2, begin) + self.rest(rest)
-    q,k,v = (rearrange(o, split, h=self.c.heads) for o in (q, k, v))
-    g = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
-    g = self.out(rearrange(g, 'b h s x -> b s (h x)'))
-    logits = self.c.clip*torch.tanh(einsum(g, p, 'b s d, b n d -> b s n')/self.c.dim**.5) - self.step.abs()*at(near, here)
-    return logits.masked_fill(~allowed, -1e9)
+    def point(self,
+        parts:list, # Output of the encoder: keys, values, pointer keys, and the two parts of queries, each `b n d`
+        here:Tensor, # Place of the vehicle `b s`
+        begin:Tensor, # First stop of the tour `b s`
+        rest:Tensor, # What is left of the capacity and of the day, as shares `b s 2`
+        allowed:Tensor, # What may come next `b s n`
+        near:Tensor, # Distances in units of a typical edge `b n n`
+    )->Tensor: # Logits `b s n`
+        "Score what comes next"
+        def at(x, i): return x.gather(1, i[..., None].expand(-1, -1, x.shape[-1]))
+        k,v,p,q1,q2 = parts
+        split = 'b n (h x) -> b h n x'
+        q = at(q1, here) + at(q2, begin) + self.rest(rest)
+        q,k,v = (rearrange(o, split, h=self.c.heads) for o in (q, k, v))
+        g = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed[:, None])
+        g = self.out(rearrange(g, 'b h s x -> b s (h x)'))
+        logits = self.c.clip*torch.tanh(einsum(g, p, 'b s d, b n d -> b s n')/self.c.dim**.5) - self.step.abs()*at(near, here)
+        return logits.masked_fill(~allowed, -1e9)
+
+    def save(self,
+        path:str|Path, # File, such as `route.safetensors`
+    )->None:
+        "Write sizes and weights to a file"
+        sizes = torch.tensor(list(json.dumps(asdict(self.c)).encode()), dtype=torch.uint8)
+        write_tensors(Path(path), {k: v.contiguous() for k,v in self.state_dict().items()} | dict(sizes=sizes))
+
+    @classmethod
+    def load(cls,
+        path:str|Path|None = None, # File; None: the weights of the package
+    )->'RouteNet': # Network that doesn't need gradients
+        "Read a network from a file"
+        from safetensors.torch import load_file
+        path = Path(path or Path(core.__file__).parents[1]/'routes'/'model.safetensors')
+        if not path.exists(): raise FileNotFoundError(f'{path} is missing: a file that RouteNet.save writes')
+        tensors = load_file(path)
+        net = cls(RouteConfig(**json.loads(bytes(tensors.pop('sizes').tolist()))))
+        net.load_state_dict(tensors)
+        return net.eval().requires_grad_(False)
 
 # %% ../../nbs/874_apps.constructor.ipynb #128b0472
 @dataclass
@@ -308,26 +325,3 @@ def train_route_net(
         opt.step(); plan.step()
         losses.append(loss.item())
     return losses
-
-# %% ../../nbs/874_apps.constructor.ipynb #f5775c41
-@patch
-def save(self:RouteNet,
-    path:str|Path, # File, such as `route.safetensors`
-)->None:
-    "Write sizes and weights to a file"
-    sizes = torch.tensor(list(json.dumps(asdict(self.c)).encode()), dtype=torch.uint8)
-    write_tensors(Path(path), {k: v.contiguous() for k,v in self.state_dict().items()} | dict(sizes=sizes))
-
-# %% ../../nbs/874_apps.constructor.ipynb #06a3e965
-@patch(cls_method=True)
-def load(cls:RouteNet,
-    path:str|Path|None = None, # File; None: the weights of the package
-)->RouteNet: # Network that doesn't need gradients
-    "Read a network from a file"
-    from safetensors.torch import load_file
-    path = Path(path or Path(core.__file__).parents[1]/'routes'/'model.safetensors')
-    if not path.exists(): raise FileNotFoundError(f'{path} is missing: a file that RouteNet.save writes')
-    tensors = load_file(path)
-    net = cls(RouteConfig(**json.loads(bytes(tensors.pop('sizes').tolist()))))
-    net.load_state_dict(tensors)
-    return net.eval().requires_grad_(False)

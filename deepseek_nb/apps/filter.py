@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from .names import NameTagger, drop_near_copies, guards_folder, read_pii, refilled, split_part, train_names
 from .toxic import ToxicityNet, read_toxicity, threshold_at, train_toxicity
 from ..serve.chat import ApiError
@@ -111,53 +109,50 @@ def _at(locale): return Policy(**vars(STANDARD) | dict(locale=locale))
 class FilterApp:
     "The safety filter, for `deepseek-nb app filter`"
 
-@patch(cls_method=True)
-def train(cls:FilterApp,
-    data:str, # Folder that contains `presidio_pii` and `decodingtrust`
-    out:str, # Folder to write
-    budget:float = .01, # Share of harmless texts that may be taken for toxic
-    seed:int = 0, # Of the training
-)->str: # A line about the result
-    "Train the tagger and the classifier"
-    tagger,net,found = learn_filter(read_pii(Path(data)/'presidio_pii'), read_toxicity(Path(data)/'decodingtrust'), budget, seed)
-    tagger.save(out), net.save(out)
-    (Path(out)/'README.md').write_text(filter_card(found), encoding='utf-8')
-    return f"{found['pii']:,} sentences and {found['texts']:,} texts; threshold of toxicity {found['least']:.3f}"
+    @classmethod
+    def train(cls,
+        data:str, # Folder that contains `presidio_pii` and `decodingtrust`
+        out:str, # Folder to write
+        budget:float = .01, # Share of harmless texts that may be taken for toxic
+        seed:int = 0, # Of the training
+    )->str: # A line about the result
+        "Train the tagger and the classifier"
+        tagger,net,found = learn_filter(read_pii(Path(data)/'presidio_pii'), read_toxicity(Path(data)/'decodingtrust'), budget, seed)
+        tagger.save(out), net.save(out)
+        (Path(out)/'README.md').write_text(filter_card(found), encoding='utf-8')
+        return f"{found['pii']:,} sentences and {found['texts']:,} texts; threshold of toxicity {found['least']:.3f}"
 
-# %% ../../nbs/883_apps.filter.ipynb #61643528
-@patch(cls_method=True)
-def score(cls:FilterApp,
-    rows:Iterator, # Dicts with `text`
-    weights:str, # Folder of trained weights; '': those of the package
-    policy:str = '', # TOML file; '': `STANDARD`
-)->Iterator: # text, blocked, found
-    "Filter texts"
-    f = load_filter(policy, weights) if policy else content_filter(weights=weights)
-    for row in rows:
-        if not isinstance(row.get('text'), str): raise ValueError('a row needs the column text')
-        yield _result(f, row['text'])
+    @classmethod
+    def score(cls,
+        rows:Iterator, # Dicts with `text`
+        weights:str, # Folder of trained weights; '': those of the package
+        policy:str = '', # TOML file; '': `STANDARD`
+    )->Iterator: # text, blocked, found
+        "Filter texts"
+        f = load_filter(policy, weights) if policy else content_filter(weights=weights)
+        for row in rows:
+            if not isinstance(row.get('text'), str): raise ValueError('a row needs the column text')
+            yield _result(f, row['text'])
 
-# %% ../../nbs/883_apps.filter.ipynb #277e2a3c
-@patch(cls_method=True)
-def serve(cls:FilterApp,
-    weights:str, # Folder of trained weights; '': those of the package
-    policy:str = '', # TOML file; '': `STANDARD`
-)->Callable: # Function from the `Fields` of a request to the dict of its answer
-    "Load, and return what answers requests"
-    filters = {'': load_filter(policy, weights) if policy else content_filter(weights=weights)}
-    def answer(fields):
-        text,locale = fields.take('text', str, needed=True),fields.take('locale', str, default='')
-        fields.done()
-        if locale not in filters:
-            try: filters[locale] = load_filter(policy, weights, locale) if policy else content_filter(_at(locale), weights)
-            except ValueError as e: raise ApiError(400, str(e), 'locale') from None
-        return _result(filters[locale], text)
-    return answer
+    @classmethod
+    def serve(cls,
+        weights:str, # Folder of trained weights; '': those of the package
+        policy:str = '', # TOML file; '': `STANDARD`
+    )->Callable: # Function from the `Fields` of a request to the dict of its answer
+        "Load, and return what answers requests"
+        filters = {'': load_filter(policy, weights) if policy else content_filter(weights=weights)}
+        def answer(fields):
+            text,locale = fields.take('text', str, needed=True),fields.take('locale', str, default='')
+            fields.done()
+            if locale not in filters:
+                try: filters[locale] = load_filter(policy, weights, locale) if policy else content_filter(_at(locale), weights)
+                except ValueError as e: raise ApiError(400, str(e), 'locale') from None
+            return _result(filters[locale], text)
+        return answer
 
-# %% ../../nbs/883_apps.filter.ipynb #d5e9083d
-@patch(cls_method=True)
-def card(cls:FilterApp,
-    weights:str, # Folder of trained weights; '': those of the package
-)->str: # Markdown
-    "The model card"
-    return (Path(weights or guards_folder())/'README.md').read_text(encoding='utf-8')
+    @classmethod
+    def card(cls,
+        weights:str, # Folder of trained weights; '': those of the package
+    )->str: # Markdown
+        "The model card"
+        return (Path(weights or guards_folder())/'README.md').read_text(encoding='utf-8')

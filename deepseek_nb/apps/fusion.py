@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/864_apps.fusion.ipynb #dfac2857
@@ -119,17 +118,15 @@ class CrossAttention(nn.Module):
         v = rearrange(self.v(y), 'b j (h v) -> b h j v', h=self.heads)
         return self.o(rearrange(self.weights(x, y, at_x, at_y) @ v, 'b h i v -> b i (h v)'))
 
-# %% ../../nbs/864_apps.fusion.ipynb #47e54824
-@patch
-def weights(self:CrossAttention,
-    x:Tensor, # Tokens that read `b i d`
-    y:Tensor, # Tokens that are read `b j d`
-    at_x:Tensor, # Descriptions of where the first are `i w`
-    at_y:Tensor, # Descriptions of where the second are `j w`
-)->Tensor: # `b h i j`
-    "Attention weights"
-    q,k = (rearrange(o, 'b i (h v) -> b h i v', h=self.heads) for o in (self.q(x) + self.at_q(at_x), self.k(y) + self.at_k(at_y)))
-    return (q @ k.mT*q.shape[-1]**-.5).softmax(-1)
+    def weights(self,
+        x:Tensor, # Tokens that read `b i d`
+        y:Tensor, # Tokens that are read `b j d`
+        at_x:Tensor, # Descriptions of where the first are `i w`
+        at_y:Tensor, # Descriptions of where the second are `j w`
+    )->Tensor: # `b h i j`
+        "Attention weights"
+        q,k = (rearrange(o, 'b i (h v) -> b h i v', h=self.heads) for o in (self.q(x) + self.at_q(at_x), self.k(y) + self.at_k(at_y)))
+        return (q @ k.mT*q.shape[-1]**-.5).softmax(-1)
 
 # %% ../../nbs/864_apps.fusion.ipynb #197ac22b
 class FusionNet(nn.Module):
@@ -151,63 +148,67 @@ class FusionNet(nn.Module):
         self.register_buffer('places', waves(radii(c.size//2), c.waves), persistent=False)
         self.register_buffer('moments', waves((torch.arange(c.frames//3) + .5)/(c.frames//3), c.waves), persistent=False)
 
+    def tokens(self,
+        inputs:dict, # Modality -> pictures `b h h`, or spectrograms `b frame band`
+        there:'Modalities', # Which of them count
+    )->dict: # Modality -> tokens `b place d` or `b moment d`
+        "Make tokens that have read the other modality"
+        x = {k: self.branches[k](inputs[k]) for k in self.reads}
+        if hasattr(self, 'cross'):
+            z,at = {k: self.norms[f'{k}-0'](v) for k,v in x.items()},dict(picture=self.places, vibration=self.moments)
+            def read(a, b): return getattr(there, b)[:, None, None]*self.cross[a](z[a], z[b], at[a], at[b])
+            x = {a: x[a] + read(a, b) for a,b in (self.reads, self.reads[::-1])}
+        return {k: self.norms[f'{k}-1'](v + self.feed[k](v)) for k,v in x.items()}
+
+    def features(self,
+        tokens:dict, # Modality -> tokens
+        there:'Modalities', # Which of them count
+    )->Tensor: # Maxima and means `b f`
+        "Summarise the tokens"
+        def summary(k, v):
+            found,here = torch.cat([v.amax(1), v.mean(1)], -1),getattr(there, k)[:, None]
+            return here*found + (1 - here)*self.missing[k]
+        return torch.cat([summary(k, v) for k,v in tokens.items()], -1)
+
+    def forward(self,
+        pictures:Tensor|None, # `b h h` of 0, 1, 2; None: missing
+        spectrograms:Tensor|None, # `b frame band`; None: missing
+        there:'Modalities | None' = None, # Which of them count; None: all that are given
+    )->Tensor: # Logits `b class`
+        "Decide on the cause"
+        inputs,there = self.prepared(pictures, spectrograms, there)
+        return self.decide(self.features(self.tokens(inputs, there), there))
+
+    def prepared(self,
+        pictures:Tensor|None, # `b h h`; None: missing
+        spectrograms:Tensor|None, # `b frame band`; None: missing
+        there:'Modalities | None' = None, # Which of them count; None: all that are given
+    )->tuple: # Inputs by modality, and what counts
+        "Replace what is missing by zeros"
+        given = dict(picture=pictures, vibration=spectrograms)
+        if all(given[k] is None for k in self.reads): raise ValueError(f'nothing to read: this network needs {" or ".join(self.reads)}')
+        b,c,like = len(next(o for o in given.values() if o is not None)),self.c,self.decide.weight
+        shapes = dict(picture=(b, c.size, c.size), vibration=(b, c.frames, c.bands))
+        there = there or Modalities(*(like.new_full((b,), float(o is not None)) for o in given.values()))
+        return {k: like.new_zeros(shapes[k]) if v is None else v for k,v in given.items()}, there
+
+    def evidence(self,
+        pictures:Tensor, # `b h h` of 0, 1, 2
+        spectrograms:Tensor|None = None, # `b frame band`; None: missing
+    )->tuple: # Evidence of each place for each class `b place class`, and logits `b class`
+        "Divide the decision over the places of the picture"
+        inputs,there = self.prepared(pictures, spectrograms)
+        tokens = self.tokens(inputs, there)
+        x,w = tokens['picture'],self.decide.weight[:, :2*self.c.dim]
+        first = torch.zeros_like(x).scatter_(1, x.argmax(1, keepdim=True), 1.)
+        e = (x*first) @ w[:, :self.c.dim].T + x @ w[:, self.c.dim:].T/x.shape[1]
+        return e, self.decide(self.features(tokens, there))
+
 # %% ../../nbs/864_apps.fusion.ipynb #f0abb4de
 class Modalities(NamedTuple):
     "Which modalities of each piece are there"
     picture:Tensor # 1 or 0 `b`
     vibration:Tensor # 1 or 0 `b`
-
-# %% ../../nbs/864_apps.fusion.ipynb #a3ff6d63
-@patch
-def tokens(self:FusionNet,
-    inputs:dict, # Modality -> pictures `b h h`, or spectrograms `b frame band`
-    there:Modalities, # Which of them count
-)->dict: # Modality -> tokens `b place d` or `b moment d`
-    "Make tokens that have read the other modality"
-    x = {k: self.branches[k](inputs[k]) for k in self.reads}
-    if hasattr(self, 'cross'):
-        z,at = {k: self.norms[f'{k}-0'](v) for k,v in x.items()},dict(picture=self.places, vibration=self.moments)
-        def read(a, b): return getattr(there, b)[:, None, None]*self.cross[a](z[a], z[b], at[a], at[b])
-        x = {a: x[a] + read(a, b) for a,b in (self.reads, self.reads[::-1])}
-    return {k: self.norms[f'{k}-1'](v + self.feed[k](v)) for k,v in x.items()}
-
-# %% ../../nbs/864_apps.fusion.ipynb #59fd062a
-@patch
-def features(self:FusionNet,
-    tokens:dict, # Modality -> tokens
-    there:Modalities, # Which of them count
-)->Tensor: # Maxima and means `b f`
-    "Summarise the tokens"
-    def summary(k, v):
-        found,here = torch.cat([v.amax(1), v.mean(1)], -1),getattr(there, k)[:, None]
-        return here*found + (1 - here)*self.missing[k]
-    return torch.cat([summary(k, v) for k,v in tokens.items()], -1)
-
-# %% ../../nbs/864_apps.fusion.ipynb #71ebbe23
-@patch
-def forward(self:FusionNet,
-    pictures:Tensor|None, # `b h h` of 0, 1, 2; None: missing
-    spectrograms:Tensor|None, # `b frame band`; None: missing
-    there:Modalities|None = None, # Which of them count; None: all that are given
-)->Tensor: # Logits `b class`
-    "Decide on the cause"
-    inputs,there = self.prepared(pictures, spectrograms, there)
-    return self.decide(self.features(self.tokens(inputs, there), there))
-
-# %% ../../nbs/864_apps.fusion.ipynb #4a83a646
-@patch
-def prepared(self:FusionNet,
-    pictures:Tensor|None, # `b h h`; None: missing
-    spectrograms:Tensor|None, # `b frame band`; None: missing
-    there:Modalities|None = None, # Which of them count; None: all that are given
-)->tuple: # Inputs by modality, and what counts
-    "Replace what is missing by zeros"
-    given = dict(picture=pictures, vibration=spectrograms)
-    if all(given[k] is None for k in self.reads): raise ValueError(f'nothing to read: this network needs {" or ".join(self.reads)}')
-    b,c,like = len(next(o for o in given.values() if o is not None)),self.c,self.decide.weight
-    shapes = dict(picture=(b, c.size, c.size), vibration=(b, c.frames, c.bands))
-    there = there or Modalities(*(like.new_full((b,), float(o is not None)) for o in given.values()))
-    return {k: like.new_zeros(shapes[k]) if v is None else v for k,v in given.items()}, there
 
 # %% ../../nbs/864_apps.fusion.ipynb #59cc6557
 def leave_out(
@@ -269,20 +270,6 @@ def train_fusion(
         losses.append(loss.item())
     net.eval()
     return losses
-
-# %% ../../nbs/864_apps.fusion.ipynb #157967d3
-@patch
-def evidence(self:FusionNet,
-    pictures:Tensor, # `b h h` of 0, 1, 2
-    spectrograms:Tensor|None = None, # `b frame band`; None: missing
-)->tuple: # Evidence of each place for each class `b place class`, and logits `b class`
-    "Divide the decision over the places of the picture"
-    inputs,there = self.prepared(pictures, spectrograms)
-    tokens = self.tokens(inputs, there)
-    x,w = tokens['picture'],self.decide.weight[:, :2*self.c.dim]
-    first = torch.zeros_like(x).scatter_(1, x.argmax(1, keepdim=True), 1.)
-    e = (x*first) @ w[:, :self.c.dim].T + x @ w[:, self.c.dim:].T/x.shape[1]
-    return e, self.decide(self.features(tokens, there))
 
 # %% ../../nbs/864_apps.fusion.ipynb #bb7c5cbc
 def heat_map(

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .steer import index_batches
@@ -102,21 +101,19 @@ class Guide:
         new = torch.full_like(logits, -torch.inf).scatter(1, ids, top + s*style)
         return torch.where(s == 0, logits, new)
 
-# %% ../../nbs/879_apps.guide.ipynb #49d3d389
-@patch
-def __call__(self:Guide, tokens, cache=None, logits_to_keep=0, **kwargs):
-    "Shifted logits of the next token, in place of a model's `forward`"
-    if cache is None or logits_to_keep != 1:
-        raise ValueError('guided decoding makes one token at a time, with a cache; use the model itself for other logits')
-    b,s = tokens.shape
-    for what in (self.wanted, self.strengths):
-        if len(what) not in (1, b): raise ValueError(f'styles or strengths were given for {len(what)} rows, but the batch has {b}')
-    logits = self.model(tokens, cache, logits_to_keep=1, **kwargs)
-    length,state = self.states.get(cache, (0, None))
-    goes_on = s == 1 and state is not None and length == len(cache) - 1
-    state = self.reader(tokens, state)[1] if goes_on else torch.zeros(1, b, self.reader.gru.hidden_size)
-    self.states[cache] = len(cache),state
-    return self.shift(logits[:, -1], state)[:, None]
+    def __call__(self, tokens, cache=None, logits_to_keep=0, **kwargs):
+        "Shifted logits of the next token, in place of a model's `forward`"
+        if cache is None or logits_to_keep != 1:
+            raise ValueError('guided decoding makes one token at a time, with a cache; use the model itself for other logits')
+        b,s = tokens.shape
+        for what in (self.wanted, self.strengths):
+            if len(what) not in (1, b): raise ValueError(f'styles or strengths were given for {len(what)} rows, but the batch has {b}')
+        logits = self.model(tokens, cache, logits_to_keep=1, **kwargs)
+        length,state = self.states.get(cache, (0, None))
+        goes_on = s == 1 and state is not None and length == len(cache) - 1
+        state = self.reader(tokens, state)[1] if goes_on else torch.zeros(1, b, self.reader.gru.hidden_size)
+        self.states[cache] = len(cache),state
+        return self.shift(logits[:, -1], state)[:, None]
 
 # %% ../../nbs/879_apps.guide.ipynb #0cb48e85
 def guided(

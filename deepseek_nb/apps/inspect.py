@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -170,119 +169,107 @@ class Inspector:
         self.net,self.spectrogram,self.causes,self.known = net.eval().requires_grad_(False),spectrogram,tuple(causes),known or {}
         self.losses = []
 
+    def features_of(self,
+        pictures:Tensor|None, # `b h h`; None: missing
+        spectrograms:Tensor|None, # `b frame band`; None: missing
+    )->Tensor: # Those of the modalities that are there `b f`
+        "Features that decide, without what stands for missing modalities"
+        inputs,there = self.net.prepared(pictures, spectrograms)
+        tokens = {k: v for k,v in self.net.tokens(inputs, there).items() if getattr(there, k).any()}
+        return self.net.features(tokens, there)
+
+    def calibrate(self,
+        p:Pieces, # Known pieces that the network has not learned from
+        share:float = .05, # Share of them that may be called unknown
+    )->dict: # both, picture, vibration -> limit
+        "Measure what is known"
+        views = dict(both=(p.pictures, p.spectrograms), picture=(p.pictures, None), vibration=(None, p.spectrograms))
+        self.known = {k: fit_known(self.features_of(*v), p.labels, share) for k,v in views.items() if k == 'both' or len(self.net.reads) == 2}
+        return {k: v.limit for k,v in self.known.items()}
+
+    @classmethod
+    def train(cls,
+        draw:Callable, # Function from a number and a generator to `Pieces` to learn from
+        calibrate:Pieces, # Other pieces, for the limits
+        config:FusionConfig|None = None, # Sizes of the network; None: the defaults
+        settings:FusionSettings|None = None, # Steps, batches, learning rate; None: the defaults
+        spectrogram:SpectrogramConfig|None = None, # How vibration is read; None: the defaults
+        causes:tuple = CAUSES, # Names of the classes; the first is a sound piece
+    )->'Inspector': # Trained inspector
+        "Train an inspector"
+        settings = settings or FusionSettings()
+        torch.manual_seed(settings.seed)
+        net = FusionNet(config or FusionConfig(classes=len(causes)))
+        losses = train_fusion(net, draw, settings)
+        inspector = cls(net, spectrogram or SpectrogramConfig(), causes)
+        inspector.calibrate(calibrate)
+        inspector.losses = losses
+        return inspector
+
+    def inspect(self,
+        picture=None, # Wafer map `h h` of 0, 1, 2, or a PNG file or its bytes; None: missing
+        vibration=None, # Samples `s`, or a WAV file or its bytes; None: missing
+        rate:float|None = None, # Samples in a second; None: the file says it
+    )->PieceFinding: # Cause, probability, heat map
+        "Decide on one piece"
+        pictures = spectrograms = None
+        if picture is not None:
+            m = read_picture(picture) if isinstance(picture, str | Path | bytes) else picture
+            pictures = check_picture(m, self.net.c.size)[None]
+        if vibration is not None:
+            x,rate = read_wav(vibration) if isinstance(vibration, str | Path | bytes) else (vibration, rate)
+            if rate is None: raise ValueError('give the rate of the recording, in samples a second')
+            spectrograms = log_mel(check_recording(x, rate, self.spectrogram), self.spectrogram)[None]
+        return self.decide(pictures, spectrograms)
+
+    def decide(self,
+        pictures:Tensor|None, # One picture `1 h h`; None: missing
+        spectrograms:Tensor|None, # One spectrogram `1 frame band`; None: missing
+    )->PieceFinding: # Cause, probability, heat map
+        "Decide on one piece that has been checked"
+        with torch.no_grad():
+            heat,logits = None,self.net(pictures, spectrograms)
+            p = logits.softmax(-1)[0]
+            if pictures is not None: heat = heat_map(self.net.evidence(pictures, spectrograms)[0], p.argmax()[None])[0]
+            k = self.known.get(_pattern(pictures, spectrograms))
+            far = strangeness(self.features_of(pictures, spectrograms), k).item()/k.limit if k else 0.
+        name = self.causes[p.argmax()]
+        return PieceFinding(name, p.max().item(), dict(zip(self.causes, p.tolist(), strict=True)), far > 1, far, heat)
+
+    def save(self,
+        folder:str|Path, # Folder, which is created
+    )->None:
+        "Save weights, sizes and limits in one file"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tensors = {f'net.{k}': v for k,v in self.net.state_dict().items()}
+        for k,v in self.known.items(): tensors |= {f'known.{k}.means': v.means, f'known.{k}.inverse': v.inverse}
+        about = dict(config=asdict(self.net.c), spectrogram=asdict(self.spectrogram), causes=self.causes,
+                     limits={k: v.limit for k,v in self.known.items()})
+        tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        write_tensors(Path(folder)/'inspector.safetensors', tensors)
+
+    @classmethod
+    def load(cls,
+        folder:str|Path, # Folder that `save` has written
+    )->'Inspector': # Inspector
+        "Load an inspector"
+        path = Path(folder)/'inspector.safetensors'
+        if not path.exists(): raise FileNotFoundError(f'{folder} contains no inspector.safetensors; it is no folder of a trained inspector')
+        tensors = load_file(path)
+        about = json.loads(bytes(tensors['about'].tolist()))
+        net = FusionNet(FusionConfig(**about['config']))
+        net.load_state_dict({k.removeprefix('net.'): v for k,v in tensors.items() if k.startswith('net.')})
+        known = {k: Known(tensors[f'known.{k}.means'], tensors[f'known.{k}.inverse'], v) for k,v in about['limits'].items()}
+        return cls(net, SpectrogramConfig(**about['spectrogram']), about['causes'], known)
+
+    @classmethod
+    def shipped(cls)->'Inspector': # The inspector of the package
+        "Load the small weights of the package"
+        return cls.load(Path(str(files('deepseek_nb')))/'inspector')
+
 # %% ../../nbs/866_apps.inspect.ipynb #d9be1f1f
 def _pattern(pictures, spectrograms):
     return 'vibration' if pictures is None else 'picture' if spectrograms is None else 'both'
-
-@patch
-def features_of(self:Inspector,
-    pictures:Tensor|None, # `b h h`; None: missing
-    spectrograms:Tensor|None, # `b frame band`; None: missing
-)->Tensor: # Those of the modalities that are there `b f`
-    "Features that decide, without what stands for missing modalities"
-    inputs,there = self.net.prepared(pictures, spectrograms)
-    tokens = {k: v for k,v in self.net.tokens(inputs, there).items() if getattr(there, k).any()}
-    return self.net.features(tokens, there)
-
-# %% ../../nbs/866_apps.inspect.ipynb #8aacad2b
-@patch
-def calibrate(self:Inspector,
-    p:Pieces, # Known pieces that the network has not learned from
-    share:float = .05, # Share of them that may be called unknown
-)->dict: # both, picture, vibration -> limit
-    "Measure what is known"
-    views = dict(both=(p.pictures, p.spectrograms), picture=(p.pictures, None), vibration=(None, p.spectrograms))
-    self.known = {k: fit_known(self.features_of(*v), p.labels, share) for k,v in views.items() if k == 'both' or len(self.net.reads) == 2}
-    return {k: v.limit for k,v in self.known.items()}
-
-# %% ../../nbs/866_apps.inspect.ipynb #ac83a286
-@patch(cls_method=True)
-def train(cls:Inspector,
-    draw:Callable, # Function from a number and a generator to `Pieces` to learn from
-    calibrate:Pieces, # Other pieces, for the limits
-    config:FusionConfig|None = None, # Sizes of the network; None: the defaults
-    settings:FusionSettings|None = None, # Steps, batches, learning rate; None: the defaults
-    spectrogram:SpectrogramConfig|None = None, # How vibration is read; None: the defaults
-    causes:tuple = CAUSES, # Names of the classes; the first is a sound piece
-)->Inspector: # Trained inspector
-    "Train an inspector"
-    settings = settings or FusionSettings()
-    torch.manual_seed(settings.seed)
-    net = FusionNet(config or FusionConfig(classes=len(causes)))
-    losses = train_fusion(net, draw, settings)
-    inspector = cls(net, spectrogram or SpectrogramConfig(), causes)
-    inspector.calibrate(calibrate)
-    inspector.losses = losses
-    return inspector
-
-# %% ../../nbs/866_apps.inspect.ipynb #0ab4fd90
-@patch
-def inspect(self:Inspector,
-    picture=None, # Wafer map `h h` of 0, 1, 2, or a PNG file or its bytes; None: missing
-    vibration=None, # Samples `s`, or a WAV file or its bytes; None: missing
-    rate:float|None = None, # Samples in a second; None: the file says it
-)->PieceFinding: # Cause, probability, heat map
-    "Decide on one piece"
-    pictures = spectrograms = None
-    if picture is not None:
-        m = read_picture(picture) if isinstance(picture, str | Path | bytes) else picture
-        pictures = check_picture(m, self.net.c.size)[None]
-    if vibration is not None:
-        x,rate = read_wav(vibration) if isinstance(vibration, str | Path | bytes) else (vibration, rate)
-        if rate is None: raise ValueError('give the rate of the recording, in samples a second')
-        spectrograms = log_mel(check_recording(x, rate, self.spectrogram), self.spectrogram)[None]
-    return self.decide(pictures, spectrograms)
-
-# %% ../../nbs/866_apps.inspect.ipynb #f2a1fdb7
-@patch
-def decide(self:Inspector,
-    pictures:Tensor|None, # One picture `1 h h`; None: missing
-    spectrograms:Tensor|None, # One spectrogram `1 frame band`; None: missing
-)->PieceFinding: # Cause, probability, heat map
-    "Decide on one piece that has been checked"
-    with torch.no_grad():
-        heat,logits = None,self.net(pictures, spectrograms)
-        p = logits.softmax(-1)[0]
-        if pictures is not None: heat = heat_map(self.net.evidence(pictures, spectrograms)[0], p.argmax()[None])[0]
-        k = self.known.get(_pattern(pictures, spectrograms))
-        far = strangeness(self.features_of(pictures, spectrograms), k).item()/k.limit if k else 0.
-    name = self.causes[p.argmax()]
-    return PieceFinding(name, p.max().item(), dict(zip(self.causes, p.tolist(), strict=True)), far > 1, far, heat)
-
-# %% ../../nbs/866_apps.inspect.ipynb #a2ffd91e
-@patch
-def save(self:Inspector,
-    folder:str|Path, # Folder, which is created
-)->None:
-    "Save weights, sizes and limits in one file"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {f'net.{k}': v for k,v in self.net.state_dict().items()}
-    for k,v in self.known.items(): tensors |= {f'known.{k}.means': v.means, f'known.{k}.inverse': v.inverse}
-    about = dict(config=asdict(self.net.c), spectrogram=asdict(self.spectrogram), causes=self.causes,
-                 limits={k: v.limit for k,v in self.known.items()})
-    tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-    write_tensors(Path(folder)/'inspector.safetensors', tensors)
-
-# %% ../../nbs/866_apps.inspect.ipynb #b9761b9e
-@patch(cls_method=True)
-def load(cls:Inspector,
-    folder:str|Path, # Folder that `save` has written
-)->Inspector: # Inspector
-    "Load an inspector"
-    path = Path(folder)/'inspector.safetensors'
-    if not path.exists(): raise FileNotFoundError(f'{folder} contains no inspector.safetensors; it is no folder of a trained inspector')
-    tensors = load_file(path)
-    about = json.loads(bytes(tensors['about'].tolist()))
-    net = FusionNet(FusionConfig(**about['config']))
-    net.load_state_dict({k.removeprefix('net.'): v for k,v in tensors.items() if k.startswith('net.')})
-    known = {k: Known(tensors[f'known.{k}.means'], tensors[f'known.{k}.inverse'], v) for k,v in about['limits'].items()}
-    return cls(net, SpectrogramConfig(**about['spectrogram']), about['causes'], known)
-
-# %% ../../nbs/866_apps.inspect.ipynb #6736a96a
-@patch(cls_method=True)
-def shipped(cls:Inspector)->Inspector: # The inspector of the package
-    "Load the small weights of the package"
-    return cls.load(Path(str(files('deepseek_nb')))/'inspector')
 
 # %% ../../nbs/866_apps.inspect.ipynb #245e2a40
 def own_pieces(
@@ -348,45 +335,42 @@ def _request(inspector, fields):
 class InspectApp:
     "What the command offers of the inspector"
 
-@patch(cls_method=True)
-def train(cls:InspectApp, # noqa: F811
-    data, # Folder of records
-    out, # Folder to write
-    steps=800, # Steps of training
-    batch=64, # Pieces in a step
-    seed=0, # Of initialisation and batches
-)->str: # Result on held-back pieces
-    "Train on a folder"
-    inspector,late = train_inspector(data, FusionSettings(steps, batch, seed=seed))
-    inspector.save(out)
-    with torch.no_grad(): right = (inspector.net(late.pictures, late.spectrograms).argmax(1) == late.labels).float().mean().item()
-    return f'{right:.1%} of {len(late.labels)} pieces right that were not learned from'
+    @classmethod
+    def train(cls, # noqa: F811
+        data, # Folder of records
+        out, # Folder to write
+        steps=800, # Steps of training
+        batch=64, # Pieces in a step
+        seed=0, # Of initialisation and batches
+    )->str: # Result on held-back pieces
+        "Train on a folder"
+        inspector,late = train_inspector(data, FusionSettings(steps, batch, seed=seed))
+        inspector.save(out)
+        with torch.no_grad(): right = (inspector.net(late.pictures, late.spectrograms).argmax(1) == late.labels).float().mean().item()
+        return f'{right:.1%} of {len(late.labels)} pieces right that were not learned from'
 
-# %% ../../nbs/866_apps.inspect.ipynb #65374b5f
-@patch(cls_method=True)
-def score(cls:InspectApp,
-    rows, # Rows of the command, as dicts
-    weights, # Folder of trained weights; '': the package's
-)->Iterator[dict]: # A row for each result
-    "Decide on the pieces of rows or files"
-    inspector = Inspector.load(weights) if weights else Inspector.shipped()
-    for row in rows:
-        if pair := _pairs(row): yield dict(piece=str(pair[0] or pair[1] or '')) | _answer(inspector.inspect(*pair))
+    @classmethod
+    def score(cls,
+        rows, # Rows of the command, as dicts
+        weights, # Folder of trained weights; '': the package's
+    )->Iterator[dict]: # A row for each result
+        "Decide on the pieces of rows or files"
+        inspector = Inspector.load(weights) if weights else Inspector.shipped()
+        for row in rows:
+            if pair := _pairs(row): yield dict(piece=str(pair[0] or pair[1] or '')) | _answer(inspector.inspect(*pair))
 
-# %% ../../nbs/866_apps.inspect.ipynb #58601818
-@patch(cls_method=True)
-def serve(cls:InspectApp,
-    weights, # Folder of trained weights; '': the package's
-)->Callable: # From the fields of a request to its answer
-    "Load, and return what answers requests"
-    inspector = Inspector.load(weights) if weights else Inspector.shipped()
-    return lambda fields: _request(inspector, fields)
+    @classmethod
+    def serve(cls,
+        weights, # Folder of trained weights; '': the package's
+    )->Callable: # From the fields of a request to its answer
+        "Load, and return what answers requests"
+        inspector = Inspector.load(weights) if weights else Inspector.shipped()
+        return lambda fields: _request(inspector, fields)
 
-# %% ../../nbs/866_apps.inspect.ipynb #0d182158
-@patch(cls_method=True)
-def card(cls:InspectApp,
-    weights, # Folder of trained weights; '': the package's
-)->str: # Markdown
-    "The model card"
-    if weights: return f'# Inspector trained by its owner\n\nCauses: {", ".join(Inspector.load(weights).causes)}.\n'
-    return (Path(str(files('deepseek_nb')))/'inspector'/'README.md').read_text(encoding='utf-8')
+    @classmethod
+    def card(cls,
+        weights, # Folder of trained weights; '': the package's
+    )->str: # Markdown
+        "The model card"
+        if weights: return f'# Inspector trained by its owner\n\nCauses: {", ".join(Inspector.load(weights).causes)}.\n'
+        return (Path(str(files('deepseek_nb')))/'inspector'/'README.md').read_text(encoding='utf-8')

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .encoder import TokenBatch, mean_state, token_batches
@@ -100,31 +99,26 @@ class AdapterStack:
             if a := self.sets[name].embedding: x = a.inverse(x) if back else a(x)
         return x
 
-# %% ../../nbs/886_apps.langadapters.ipynb #378dbae4
-@patch
-def add(self:AdapterStack,
-    name:str, # Name of the set
-    width:int, # Width of the narrow layers
-    invertible:bool = False, # Whether it changes the embedding too
-)->AdapterSet: # New set, which changes nothing yet
-    "Add a set of adapters"
-    self.sets[name] = AdapterSet(self.net.config.dim, len(self.net.layers), width, invertible).requires_grad_(False)
-    return self.sets[name]
+    def add(self,
+        name:str, # Name of the set
+        width:int, # Width of the narrow layers
+        invertible:bool = False, # Whether it changes the embedding too
+    )->AdapterSet: # New set, which changes nothing yet
+        "Add a set of adapters"
+        self.sets[name] = AdapterSet(self.net.config.dim, len(self.net.layers), width, invertible).requires_grad_(False)
+        return self.sets[name]
 
-# %% ../../nbs/886_apps.langadapters.ipynb #346117df
-@patch
-def use(self:AdapterStack,
-    *names:str, # Names of sets, in the order in which they are applied; none: the network alone
-)->None:
-    "Choose the active sets"
-    for n in names:
-        if n not in self.sets: raise KeyError(f'there is no set {n!r}; there are {", ".join(self.sets)}')
-    self.active = names
+    def use(self,
+        *names:str, # Names of sets, in the order in which they are applied; none: the network alone
+    )->None:
+        "Choose the active sets"
+        for n in names:
+            if n not in self.sets: raise KeyError(f'there is no set {n!r}; there are {", ".join(self.sets)}')
+        self.active = names
 
-@patch
-def remove(self:AdapterStack)->None:
-    "Take all adapters out of the network"
-    for hook in self.hooks: hook.remove()
+    def remove(self)->None:
+        "Take all adapters out of the network"
+        for hook in self.hooks: hook.remove()
 
 # %% ../../nbs/886_apps.langadapters.ipynb #a09de367
 @dataclass(frozen=True)

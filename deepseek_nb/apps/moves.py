@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from time import perf_counter, thread_time
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from .instances import Instance
@@ -88,6 +87,286 @@ class Search:
     def _load(self, r): return self.upto[self.routes[r][-2]]
     def _leave(self, a, b): return self.w[a][2] + self.d[a][b]
 
+    def _below(self,
+        n:int, # Upper end, excluded
+    )->int: # Random number
+        "Draw a whole number"
+        self.state,z = splitmix(self.state)
+        return (z >> 33) % n
+
+    def _refresh(self,
+        r:int, # Number of a route
+    )->None:
+        "Update what is known of the stops of a route"
+        s,load = self.routes[r],0
+        for i,c in enumerate(s[1:-1], 1):
+            load += self.demand[c]
+            self.where[c],self.at[c],self.upto[c] = r,i,load
+            if self.w: self.early[c] = max(self.w[c][0], self.early[s[i-1]] + self._leave(s[i-1], c))
+        if self.w:
+            for i in range(len(s) - 2, 0, -1): self.late[s[i]] = min(self.w[s[i]][1], self.late[s[i+1]] - self._leave(s[i], s[i+1]))
+
+    def _replace(self,
+        changes:dict, # Number of a route -> new stops, with the depot at both ends
+        delta:int, # Change of the cost
+        ends:tuple, # Stops whose surroundings change
+    )->bool: # Whether the new routes are in time
+        "Replace routes"
+        if self.w and not all(self._in_time(s) for s in changes.values()): return False
+        for r,s in changes.items():
+            self.log.append((r, self.routes[r]))
+            self.routes[r] = s
+            self._refresh(r)
+        self.cost += delta
+        for c in ends: self._touch(c)
+        return True
+
+    def _in_time(self,
+        s:list, # Stops, with the depot at both ends
+    )->bool: # Whether each stop is reached in time
+        "Drive a route"
+        time = self.w[0][0]
+        for a,b in zip(s, s[1:], strict=False):
+            time = max(self.w[b][0], time + self._leave(a, b))
+            if time > self.w[b][1]: return False
+        return True
+
+    def _touch(self,
+        c:int, # Stop
+    )->None:
+        "Put a stop into the queue"
+        if c and not self.queued[c]:
+            self.queued[c] = True
+            self.queue.append(c)
+
+    def _undo(self)->None:
+        "Restore what was replaced in this round"
+        for r,s in reversed(self.log):
+            self.routes[r] = s
+            self._refresh(r)
+        self.log = []
+
+    def cross(self,
+        a:int, # Number of a route
+        i:int, # Place behind which it is cut
+        b:int, # Number of the other route, or the same
+        j:int, # Place behind which that one is cut
+        flip:bool, # Whether to join head with head and tail with tail
+    )->bool: # Whether it helped
+        "2-opt within a route, 2-opt* between two"
+        if a == b and i > j: i,j = j,i
+        s,t,d = self.routes[a],self.routes[b],self.d
+        u,x,v,y = s[i],s[i+1],t[j],t[j+1]
+        if self.locked[x] or self.locked[y] or flip and a != b and self.locked[t[1]]: return False
+        delta = (d[u][v] + d[x][y] if flip else d[u][y] + d[v][x]) - d[u][x] - d[v][y]
+        if delta >= 0: return False
+        if a == b: return self._replace({a: s[:i+1] + s[i+1:j+1][::-1] + s[j+1:]}, delta, (u, x, v, y))
+        su,sv = self.upto[u],self.upto[v]
+        first = su + (sv if flip else self._load(b) - sv)
+        if not (self._fits(first) and self._fits(self._load(a) + self._load(b) - first)): return False
+        one,two = (s[:i+1] + t[1:j+1][::-1] + [0], [0] + s[i+1:-1][::-1] + t[j+1:]) if flip else (s[:i+1] + t[j+1:], t[:j+1] + s[i+1:])
+        return self._replace({a: one, b: two}, delta, (u, x, v, y))
+
+    def relocate(self,
+        u:int, # Stop that becomes a neighbour of v
+        v:int, # Stop
+        n:int, # Number of stops that move
+        ahead:bool, # Whether they begin at u, rather than end there
+        behind:bool, # Whether they go behind v, rather than before it
+    )->bool: # Whether it helped
+        "Or-opt within a route and between two"
+        a,b,d = self.where[u],self.where[v],self.d
+        s,t,i,j = self.routes[a],self.routes[b],self.at[u] - (0 if ahead else n - 1),self.at[v] - (not behind)
+        k = i + n
+        if i < 1 or k > len(s) - 1 or a == b and i - 1 <= j < k: return False
+        o,c,l,q,x,y = s[i-1],s[i],s[k-1],s[k],t[j],t[j+1]
+        if self.locked[c] or self.locked[y]: return False
+        delta = d[o][q] - d[o][c] - d[l][q] + d[u][v] + d[l if ahead else c][y if behind else x] - d[x][y]
+        if delta >= 0 or a != b and not self._fits(self._load(b) + self.upto[l] - self.upto[o]): return False
+        part = s[i:k] if ahead == behind else s[i:k][::-1]
+        if a != b: new = {a: s[:i] + s[k:], b: t[:j+1] + part + t[j+1:]}
+        else: new = {a: s[:i] + s[k:j+1] + part + s[j+1:] if j >= k else s[:j+1] + part + s[j+1:i] + s[k:]}
+        return self._replace(new, delta, (o, q, x, y, c, l))
+
+    def exchange(self,
+        u:int, # Stop that becomes a neighbour of v
+        v:int, # Stop
+        m:int, # Number of stops that move with u
+        n:int, # Number of stops beside v that take their place
+        behind:bool, # Whether u goes behind v, rather than before it
+    )->bool: # Whether it helped
+        "Swap short pieces"
+        a,b,d = self.where[u],self.where[v],self.d
+        s,t,i,g = self.routes[a],self.routes[b],self.at[u] - (0 if behind else m - 1),self.at[v] + 1 if behind else self.at[v] - n
+        k,h = i + m,g + n
+        if i < 1 or k > len(s) - 1 or g < 1 or h > len(t) - 1 or a == b and k >= g and h >= i: return False
+        o,c,l,q,x,e,f,y = s[i-1],s[i],s[k-1],s[k],t[g-1],t[g],t[h-1],t[h]
+        if self.locked[c] or self.locked[e]: return False
+        delta = d[o][e] + d[f][q] + d[x][c] + d[l][y] - d[o][c] - d[l][q] - d[x][e] - d[f][y]
+        more = self.upto[f] - self.upto[x] - self.upto[l] + self.upto[o]
+        if delta >= 0 or a != b and not (self._fits(self._load(a) + more) and self._fits(self._load(b) - more)): return False
+        if a != b: new = {a: s[:i] + t[g:h] + s[k:], b: t[:g] + s[i:k] + t[h:]}
+        else:
+            (i,k),(g,h) = sorted([(i, k), (g, h)])
+            new = {a: s[:i] + s[g:h] + s[k:g] + s[i:k] + s[h:]}
+        return self._replace(new, delta, (o, c, l, q, x, e, f, y))
+
+    def try_moves(self,
+        u:int, # Stop
+        v:int, # Near stop
+    )->bool: # Whether one helped
+        "Try the moves that make u and v neighbours"
+        a,b,i,j = self.where[u],self.where[v],self.at[u],self.at[v]
+        if self.cross(a, i, b, j, True) or self.cross(a, i-1, b, j-1, True): return True
+        if a != b and (self.cross(a, i, b, j-1, False) or self.cross(a, i-1, b, j, False)): return True
+        ways = [(n, way < 2, way % 2 == 1) for n in (1, 2, 3) for way in range(4 if n > 1 else 2)]
+        if any(self.relocate(u, v, *o) for o in ways): return True
+        return any(self.exchange(u, v, m, n, behind) for m in (1, 2) for n in (1, 2) for behind in (True, False))
+
+    def descend(self)->None:
+        "Improve until no move helps"
+        def improve_at(u):
+            s,i = self.routes[self.where[u]],self.at[u]
+            reach = max(self.d[s[i-1]][u], self.d[u][s[i+1]])
+            near = self.near[u][:self.p.width]
+            return any(v and self.where[v] >= 0 and self.d[u][v] < reach and self.try_moves(u, v) for v in near)
+        for u in self.queue: # grows meanwhile
+            self.queued[u] = False
+            while self.where[u] >= 0 and improve_at(u): pass
+        self.queue = []
+
+    def bridge(self)->None:
+        "Swap two neighbouring stretches of a tour"
+        s = self.routes[0]
+        begin = next(i for i in range(1, len(s)) if not self.locked[s[i]])
+        if (m := len(s) - 1 - begin) < 4: return
+        most = min(50, m//3)
+        a = 1 + self._below(most)
+        b = 1 + self._below(most)
+        i = begin + self._below(m - a - b + 1)
+        j,k = i + a,i + a + b
+        new = s[:i] + s[j:k] + s[i:j] + s[k:]
+        self._replace({0: new}, self._length(new) - self._length(s), (s[i-1], s[i], s[j-1], s[j], s[k-1], s[k]))
+
+    def ruin(self)->list: # Stops that were taken out
+        "Take strings of stops out of routes that lie near each other"
+        out,hit = [],[]
+        seed = 1 + self._below(len(self.d) - 1)
+        strings = 1 + self._below(4)
+        for v in [seed, *self.near[seed]]:
+            if len(hit) == strings: break
+            r = self.where[v] if v else -1
+            if r < 0 or self.locked[v] or r in hit: continue
+            s = self.routes[r]
+            begin = next(i for i in range(1, len(s)) if not self.locked[s[i]])
+            m = len(s) - 1 - begin
+            n = 1 + self._below(min(m, 10))
+            lowest,highest = max(begin, self.at[v] - n + 1),min(self.at[v], begin + m - n)
+            i = lowest + self._below(highest - lowest + 1)
+            hit.append(r)
+            out += self._take_out(r, i, i + n)
+        return out
+
+    def _take_out(self,
+        r:int, # Number of a route
+        i:int, # First place
+        k:int, # Place behind the last
+    )->list: # Stops
+        "Take stops out of a route"
+        s = self.routes[r]
+        for c in s[i:k]: self.where[c] = -1
+        new = s[:i] + s[k:]
+        self._touch(s[i-1])
+        self._touch(s[k])
+        self.log.append((r, s))
+        self.routes[r] = new
+        self.cost += self._length(new) - self._length(s)
+        self._refresh(r)
+        return s[i:k]
+
+    def _order(self,
+        out:list, # Stops
+    )->list: # The same stops
+        "Order in which stops return"
+        for i in range(len(out) - 1, 0, -1):
+            j = self._below(i + 1)
+            out[i],out[j] = out[j],out[i]
+        how = self._below(11)
+        if how < 4: return out
+        return sorted(out, key=lambda c: -self.demand[c] if how < 8 else -self.d[0][c] if how < 10 else self.d[0][c])
+
+    def consider(self,
+        c:int, # Stop
+        r:int, # Number of a route
+        i:int, # Place behind which it may go
+        best:tuple, # Cost, route and place of the best insertion so far
+    )->tuple: # The better one
+        "Compare an insertion with the best so far"
+        x,y = self.routes[r][i:i+2]
+        cost = self.d[x][c] + self.d[c][y] - self.d[x][y]
+        if cost >= best[0] or self.locked[y] or not self._fits(self._load(r) + self.demand[c]): return best
+        if self.w:
+            time = max(self.w[c][0], self.early[x] + self._leave(x, c))
+            if time > self.w[c][1] or time + self._leave(c, y) > self.late[y]: return best
+        return cost,r,i
+
+    def _empty(self)->int: # Number of a route
+        "Find a route without customers, or open one"
+        free = next((r for r,s in enumerate(self.routes) if len(s) == 2), len(self.routes))
+        if free == len(self.routes): self.routes.append([0, 0])
+        return free
+
+    def insert(self,
+        c:int, # Stop
+        overlook:bool, # Whether to skip one neighbour in a hundred
+    )->None:
+        "Insert a stop where it costs least"
+        best = 2**62,-1,0
+        for v in self.near[c]:
+            if not v or self.where[v] < 0 or overlook and not self._below(100): continue
+            for i in (self.at[v] - 1, self.at[v]): best = self.consider(c, self.where[v], i, best)
+        if best[1] < 0:
+            for r,s in enumerate(self.routes):
+                for i in range(len(s) - 1): best = self.consider(c, r, i, best)
+                if best[1] >= 0: break
+        alone = 2*self.d[0][c]
+        if best[1] < 0 or self.p.capacity >= 0 and alone < best[0]: best = alone,self._empty(),0
+        cost,r,i = best
+        s = self.routes[r]
+        self.log.append((r, s))
+        self.routes[r],self.cost = s[:i+1] + [c] + s[i+1:],self.cost + cost
+        self._refresh(r)
+        for o in (c, s[i], s[i+1]): self._touch(o)
+
+    def _round(self):
+        "Disturb and descend"
+        if self.p.capacity < 0: self.bridge()
+        else:
+            for c in self._order(self.ruin()): self.insert(c, True)
+        self.descend()
+
+    def run(self,
+        seconds:float, # Time to spend
+        rounds:int, # Disturbances to make; -1: until the time is over
+        heat:float, # Share of the mean edge by which a round may be worse at first
+        clock=perf_counter, # Function that returns the time in seconds
+    )->'Improved': # The best routes
+        "Improve by rounds of disturbance and descent"
+        begin,n = clock(),len(self.d)
+        def spent(done): return (clock() - begin)/max(seconds, 1e-6) if rounds < 0 else done/rounds if rounds else 1.
+        for c in range(1, n):
+            if self.where[c] < 0: self.insert(c, False)
+        for c in range(1, n): self._touch(c)
+        self.descend()
+        best,least,done,mean = [*self.routes],self.cost,0,heat*self.cost/n
+        while n > 4 and (share := spent(done)) < 1:
+            before,self.log,done = self.cost,[],done + 1
+            self._round()
+            self.state,z = splitmix(self.state)
+            if self.cost - before > mean*(1 - share)*((z >> 11)*2**-53): self._undo(); self.cost = before
+            elif self.cost < least: best,least = [*self.routes],self.cost
+        return Improved([s[1:-1] for s in best if len(s) > 2], least, done)
+
 # %% ../../nbs/871_apps.moves.ipynb #fe3cb769
 def splitmix(
     state:int, # 64 bits
@@ -99,291 +378,6 @@ def splitmix(
     z = (z ^ z >> 27)*0x94d049bb133111eb & full
     return state, z ^ z >> 31
 
-@patch
-def _below(self:Search,
-    n:int, # Upper end, excluded
-)->int: # Random number
-    "Draw a whole number"
-    self.state,z = splitmix(self.state)
-    return (z >> 33) % n
-
-# %% ../../nbs/871_apps.moves.ipynb #03bfc66c
-@patch
-def _refresh(self:Search,
-    r:int, # Number of a route
-)->None:
-    "Update what is known of the stops of a route"
-    s,load = self.routes[r],0
-    for i,c in enumerate(s[1:-1], 1):
-        load += self.demand[c]
-        self.where[c],self.at[c],self.upto[c] = r,i,load
-        if self.w: self.early[c] = max(self.w[c][0], self.early[s[i-1]] + self._leave(s[i-1], c))
-    if self.w:
-        for i in range(len(s) - 2, 0, -1): self.late[s[i]] = min(self.w[s[i]][1], self.late[s[i+1]] - self._leave(s[i], s[i+1]))
-
-@patch
-def _replace(self:Search,
-    changes:dict, # Number of a route -> new stops, with the depot at both ends
-    delta:int, # Change of the cost
-    ends:tuple, # Stops whose surroundings change
-)->bool: # Whether the new routes are in time
-    "Replace routes"
-    if self.w and not all(self._in_time(s) for s in changes.values()): return False
-    for r,s in changes.items():
-        self.log.append((r, self.routes[r]))
-        self.routes[r] = s
-        self._refresh(r)
-    self.cost += delta
-    for c in ends: self._touch(c)
-    return True
-
-# %% ../../nbs/871_apps.moves.ipynb #351281b1
-@patch
-def _in_time(self:Search,
-    s:list, # Stops, with the depot at both ends
-)->bool: # Whether each stop is reached in time
-    "Drive a route"
-    time = self.w[0][0]
-    for a,b in zip(s, s[1:], strict=False):
-        time = max(self.w[b][0], time + self._leave(a, b))
-        if time > self.w[b][1]: return False
-    return True
-
-# %% ../../nbs/871_apps.moves.ipynb #f72db394
-@patch
-def _touch(self:Search,
-    c:int, # Stop
-)->None:
-    "Put a stop into the queue"
-    if c and not self.queued[c]:
-        self.queued[c] = True
-        self.queue.append(c)
-
-# %% ../../nbs/871_apps.moves.ipynb #da872435
-@patch
-def _undo(self:Search)->None:
-    "Restore what was replaced in this round"
-    for r,s in reversed(self.log):
-        self.routes[r] = s
-        self._refresh(r)
-    self.log = []
-
-# %% ../../nbs/871_apps.moves.ipynb #54698b57
-@patch
-def cross(self:Search,
-    a:int, # Number of a route
-    i:int, # Place behind which it is cut
-    b:int, # Number of the other route, or the same
-    j:int, # Place behind which that one is cut
-    flip:bool, # Whether to join head with head and tail with tail
-)->bool: # Whether it helped
-    "2-opt within a route, 2-opt* between two"
-    if a == b and i > j: i,j = j,i
-    s,t,d = self.routes[a],self.routes[b],self.d
-    u,x,v,y = s[i],s[i+1],t[j],t[j+1]
-    if self.locked[x] or self.locked[y] or flip and a != b and self.locked[t[1]]: return False
-    delta = (d[u][v] + d[x][y] if flip else d[u][y] + d[v][x]) - d[u][x] - d[v][y]
-    if delta >= 0: return False
-    if a == b: return self._replace({a: s[:i+1] + s[i+1:j+1][::-1] + s[j+1:]}, delta, (u, x, v, y))
-    su,sv = self.upto[u],self.upto[v]
-    first = su + (sv if flip else self._load(b) - sv)
-    if not (self._fits(first) and self._fits(self._load(a) + self._load(b) - first)): return False
-    one,two = (s[:i+1] + t[1:j+1][::-1] + [0], [0] + s[i+1:-1][::-1] + t[j+1:]) if flip else (s[:i+1] + t[j+1:], t[:j+1] + s[i+1:])
-    return self._replace({a: one, b: two}, delta, (u, x, v, y))
-
-# %% ../../nbs/871_apps.moves.ipynb #21bf23e1
-@patch
-def relocate(self:Search,
-    u:int, # Stop that becomes a neighbour of v
-    v:int, # Stop
-    n:int, # Number of stops that move
-    ahead:bool, # Whether they begin at u, rather than end there
-    behind:bool, # Whether they go behind v, rather than before it
-)->bool: # Whether it helped
-    "Or-opt within a route and between two"
-    a,b,d = self.where[u],self.where[v],self.d
-    s,t,i,j = self.routes[a],self.routes[b],self.at[u] - (0 if ahead else n - 1),self.at[v] - (not behind)
-    k = i + n
-    if i < 1 or k > len(s) - 1 or a == b and i - 1 <= j < k: return False
-    o,c,l,q,x,y = s[i-1],s[i],s[k-1],s[k],t[j],t[j+1]
-    if self.locked[c] or self.locked[y]: return False
-    delta = d[o][q] - d[o][c] - d[l][q] + d[u][v] + d[l if ahead else c][y if behind else x] - d[x][y]
-    if delta >= 0 or a != b and not self._fits(self._load(b) + self.upto[l] - self.upto[o]): return False
-    part = s[i:k] if ahead == behind else s[i:k][::-1]
-    if a != b: new = {a: s[:i] + s[k:], b: t[:j+1] + part + t[j+1:]}
-    else: new = {a: s[:i] + s[k:j+1] + part + s[j+1:] if j >= k else s[:j+1] + part + s[j+1:i] + s[k:]}
-    return self._replace(new, delta, (o, q, x, y, c, l))
-
-# %% ../../nbs/871_apps.moves.ipynb #72bbd74d
-@patch
-def exchange(self:Search,
-    u:int, # Stop that becomes a neighbour of v
-    v:int, # Stop
-    m:int, # Number of stops that move with u
-    n:int, # Number of stops beside v that take their place
-    behind:bool, # Whether u goes behind v, rather than before it
-)->bool: # Whether it helped
-    "Swap short pieces"
-    a,b,d = self.where[u],self.where[v],self.d
-    s,t,i,g = self.routes[a],self.routes[b],self.at[u] - (0 if behind else m - 1),self.at[v] + 1 if behind else self.at[v] - n
-    k,h = i + m,g + n
-    if i < 1 or k > len(s) - 1 or g < 1 or h > len(t) - 1 or a == b and k >= g and h >= i: return False
-    o,c,l,q,x,e,f,y = s[i-1],s[i],s[k-1],s[k],t[g-1],t[g],t[h-1],t[h]
-    if self.locked[c] or self.locked[e]: return False
-    delta = d[o][e] + d[f][q] + d[x][c] + d[l][y] - d[o][c] - d[l][q] - d[x][e] - d[f][y]
-    more = self.upto[f] - self.upto[x] - self.upto[l] + self.upto[o]
-    if delta >= 0 or a != b and not (self._fits(self._load(a) + more) and self._fits(self._load(b) - more)): return False
-    if a != b: new = {a: s[:i] + t[g:h] + s[k:], b: t[:g] + s[i:k] + t[h:]}
-    else:
-        (i,k),(g,h) = sorted([(i, k), (g, h)])
-        new = {a: s[:i] + s[g:h] + s[k:g] + s[i:k] + s[h:]}
-    return self._replace(new, delta, (o, c, l, q, x, e, f, y))
-
-# %% ../../nbs/871_apps.moves.ipynb #5dc772c9
-@patch
-def try_moves(self:Search,
-    u:int, # Stop
-    v:int, # Near stop
-)->bool: # Whether one helped
-    "Try the moves that make u and v neighbours"
-    a,b,i,j = self.where[u],self.where[v],self.at[u],self.at[v]
-    if self.cross(a, i, b, j, True) or self.cross(a, i-1, b, j-1, True): return True
-    if a != b and (self.cross(a, i, b, j-1, False) or self.cross(a, i-1, b, j, False)): return True
-    ways = [(n, way < 2, way % 2 == 1) for n in (1, 2, 3) for way in range(4 if n > 1 else 2)]
-    if any(self.relocate(u, v, *o) for o in ways): return True
-    return any(self.exchange(u, v, m, n, behind) for m in (1, 2) for n in (1, 2) for behind in (True, False))
-
-# %% ../../nbs/871_apps.moves.ipynb #7319c66a
-@patch
-def descend(self:Search)->None:
-    "Improve until no move helps"
-    def improve_at(u):
-        s,i = self.routes[self.where[u]],self.at[u]
-        reach = max(self.d[s[i-1]][u], self.d[u][s[i+1]])
-        near = self.near[u][:self.p.width]
-        return any(v and self.where[v] >= 0 and self.d[u][v] < reach and self.try_moves(u, v) for v in near)
-    for u in self.queue: # grows meanwhile
-        self.queued[u] = False
-        while self.where[u] >= 0 and improve_at(u): pass
-    self.queue = []
-
-# %% ../../nbs/871_apps.moves.ipynb #d03b369c
-@patch
-def bridge(self:Search)->None:
-    "Swap two neighbouring stretches of a tour"
-    s = self.routes[0]
-    begin = next(i for i in range(1, len(s)) if not self.locked[s[i]])
-    if (m := len(s) - 1 - begin) < 4: return
-    most = min(50, m//3)
-    a = 1 + self._below(most)
-    b = 1 + self._below(most)
-    i = begin + self._below(m - a - b + 1)
-    j,k = i + a,i + a + b
-    new = s[:i] + s[j:k] + s[i:j] + s[k:]
-    self._replace({0: new}, self._length(new) - self._length(s), (s[i-1], s[i], s[j-1], s[j], s[k-1], s[k]))
-
-# %% ../../nbs/871_apps.moves.ipynb #80d9d0fa
-@patch
-def ruin(self:Search)->list: # Stops that were taken out
-    "Take strings of stops out of routes that lie near each other"
-    out,hit = [],[]
-    seed = 1 + self._below(len(self.d) - 1)
-    strings = 1 + self._below(4)
-    for v in [seed, *self.near[seed]]:
-        if len(hit) == strings: break
-        r = self.where[v] if v else -1
-        if r < 0 or self.locked[v] or r in hit: continue
-        s = self.routes[r]
-        begin = next(i for i in range(1, len(s)) if not self.locked[s[i]])
-        m = len(s) - 1 - begin
-        n = 1 + self._below(min(m, 10))
-        lowest,highest = max(begin, self.at[v] - n + 1),min(self.at[v], begin + m - n)
-        i = lowest + self._below(highest - lowest + 1)
-        hit.append(r)
-        out += self._take_out(r, i, i + n)
-    return out
-
-# %% ../../nbs/871_apps.moves.ipynb #7b5107a0
-@patch
-def _take_out(self:Search,
-    r:int, # Number of a route
-    i:int, # First place
-    k:int, # Place behind the last
-)->list: # Stops
-    "Take stops out of a route"
-    s = self.routes[r]
-    for c in s[i:k]: self.where[c] = -1
-    new = s[:i] + s[k:]
-    self._touch(s[i-1])
-    self._touch(s[k])
-    self.log.append((r, s))
-    self.routes[r] = new
-    self.cost += self._length(new) - self._length(s)
-    self._refresh(r)
-    return s[i:k]
-
-# %% ../../nbs/871_apps.moves.ipynb #e4b6aebb
-@patch
-def _order(self:Search,
-    out:list, # Stops
-)->list: # The same stops
-    "Order in which stops return"
-    for i in range(len(out) - 1, 0, -1):
-        j = self._below(i + 1)
-        out[i],out[j] = out[j],out[i]
-    how = self._below(11)
-    if how < 4: return out
-    return sorted(out, key=lambda c: -self.demand[c] if how < 8 else -self.d[0][c] if how < 10 else self.d[0][c])
-
-# %% ../../nbs/871_apps.moves.ipynb #6f94a449
-@patch
-def consider(self:Search,
-    c:int, # Stop
-    r:int, # Number of a route
-    i:int, # Place behind which it may go
-    best:tuple, # Cost, route and place of the best insertion so far
-)->tuple: # The better one
-    "Compare an insertion with the best so far"
-    x,y = self.routes[r][i:i+2]
-    cost = self.d[x][c] + self.d[c][y] - self.d[x][y]
-    if cost >= best[0] or self.locked[y] or not self._fits(self._load(r) + self.demand[c]): return best
-    if self.w:
-        time = max(self.w[c][0], self.early[x] + self._leave(x, c))
-        if time > self.w[c][1] or time + self._leave(c, y) > self.late[y]: return best
-    return cost,r,i
-
-# %% ../../nbs/871_apps.moves.ipynb #0da168f7
-@patch
-def _empty(self:Search)->int: # Number of a route
-    "Find a route without customers, or open one"
-    free = next((r for r,s in enumerate(self.routes) if len(s) == 2), len(self.routes))
-    if free == len(self.routes): self.routes.append([0, 0])
-    return free
-
-# %% ../../nbs/871_apps.moves.ipynb #52828561
-@patch
-def insert(self:Search,
-    c:int, # Stop
-    overlook:bool, # Whether to skip one neighbour in a hundred
-)->None:
-    "Insert a stop where it costs least"
-    best = 2**62,-1,0
-    for v in self.near[c]:
-        if not v or self.where[v] < 0 or overlook and not self._below(100): continue
-        for i in (self.at[v] - 1, self.at[v]): best = self.consider(c, self.where[v], i, best)
-    if best[1] < 0:
-        for r,s in enumerate(self.routes):
-            for i in range(len(s) - 1): best = self.consider(c, r, i, best)
-            if best[1] >= 0: break
-    alone = 2*self.d[0][c]
-    if best[1] < 0 or self.p.capacity >= 0 and alone < best[0]: best = alone,self._empty(),0
-    cost,r,i = best
-    s = self.routes[r]
-    self.log.append((r, s))
-    self.routes[r],self.cost = s[:i+1] + [c] + s[i+1:],self.cost + cost
-    self._refresh(r)
-    for o in (c, s[i], s[i+1]): self._touch(o)
-
 # %% ../../nbs/871_apps.moves.ipynb #954c2c6f
 HEAT = dict(tsp=.2, cvrp=.4) # Share of the mean edge by which a round may be worse at first
 
@@ -393,39 +387,6 @@ class Improved:
     routes:list # Lists of customers
     cost:int # Sum of the distances
     rounds:int # Disturbances
-
-# %% ../../nbs/871_apps.moves.ipynb #1de73f5b
-@patch
-def _round(self:Search):
-    "Disturb and descend"
-    if self.p.capacity < 0: self.bridge()
-    else:
-        for c in self._order(self.ruin()): self.insert(c, True)
-    self.descend()
-
-# %% ../../nbs/871_apps.moves.ipynb #45395a4e
-@patch
-def run(self:Search,
-    seconds:float, # Time to spend
-    rounds:int, # Disturbances to make; -1: until the time is over
-    heat:float, # Share of the mean edge by which a round may be worse at first
-    clock=perf_counter, # Function that returns the time in seconds
-)->Improved: # The best routes
-    "Improve by rounds of disturbance and descent"
-    begin,n = clock(),len(self.d)
-    def spent(done): return (clock() - begin)/max(seconds, 1e-6) if rounds < 0 else done/rounds if rounds else 1.
-    for c in range(1, n):
-        if self.where[c] < 0: self.insert(c, False)
-    for c in range(1, n): self._touch(c)
-    self.descend()
-    best,least,done,mean = [*self.routes],self.cost,0,heat*self.cost/n
-    while n > 4 and (share := spent(done)) < 1:
-        before,self.log,done = self.cost,[],done + 1
-        self._round()
-        self.state,z = splitmix(self.state)
-        if self.cost - before > mean*(1 - share)*((z >> 11)*2**-53): self._undo(); self.cost = before
-        elif self.cost < least: best,least = [*self.routes],self.cost
-    return Improved([s[1:-1] for s in best if len(s) > 2], least, done)
 
 # %% ../../nbs/871_apps.moves.ipynb #4e439a0c
 @op

@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from safetensors.numpy import load_file, save_file
 
 from .series import find_set
@@ -152,32 +151,47 @@ class NameTagger:
             self.known[word] = NAME_KINDS[best] if p[1 + best] >= self.least else ''
         return self.known[word]
 
-# %% ../../nbs/881_apps.names.ipynb #ab6b9165
-@patch
-def find(self:NameTagger,
-    text:str, # Any text
-    end:bool = True, # Whether the text ends here
-    first:int = 0, # Matches that begin before are known
-)->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
-    "Find names and addresses"
-    out,hold = [],len(text)
-    for m in name_words(text, search_from(text, first)):
-        if m.start() < first: continue
-        word = None if m.end() == len(text) and not end else neighbours(text, *m.span(), end)
-        near = bool(out) and out[-1].stop >= m.start() - 2 and '\n' not in text[out[-1].stop:m.start()]
-        if word is None:
-            hold = out[-1].start if near else m.start()
-            break
-        if not (kind := self.kind(*word)): continue
-        if near and out[-1].kind == kind: out[-1] = TextMatch(out[-1].start, m.end(), kind)
-        else: out.append(TextMatch(*m.span(), kind))
-    if hold == len(text) and not end and out and out[-1].stop >= hold - 2: hold = out[-1].start
-    return out,hold
+    def find(self,
+        text:str, # Any text
+        end:bool = True, # Whether the text ends here
+        first:int = 0, # Matches that begin before are known
+    )->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
+        "Find names and addresses"
+        out,hold = [],len(text)
+        for m in name_words(text, search_from(text, first)):
+            if m.start() < first: continue
+            word = None if m.end() == len(text) and not end else neighbours(text, *m.span(), end)
+            near = bool(out) and out[-1].stop >= m.start() - 2 and '\n' not in text[out[-1].stop:m.start()]
+            if word is None:
+                hold = out[-1].start if near else m.start()
+                break
+            if not (kind := self.kind(*word)): continue
+            if near and out[-1].kind == kind: out[-1] = TextMatch(out[-1].start, m.end(), kind)
+            else: out.append(TextMatch(*m.span(), kind))
+        if hold == len(text) and not end and out and out[-1].stop >= hold - 2: hold = out[-1].start
+        return out,hold
 
-@patch
-def scan(self:NameTagger)->TextScan:
-    "A scan for a filtered stream"
-    return TextScan(self.find, _LEFT)
+    def scan(self)->TextScan:
+        "A scan for a filtered stream"
+        return TextScan(self.find, _LEFT)
+
+    def save(self,
+        folder:str|Path, # Folder, which is created
+    )->None:
+        "Save the weights as 16-bit numbers"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        kept = dict(weights=self.weights.astype(np.float16), least=np.array([self.least], np.float32))
+        with written(Path(folder)/'names.safetensors') as tmp: save_file(kept, tmp)
+
+    @classmethod
+    def load(cls,
+        folder:str|Path = '', # Folder; '': that of the package
+    )->'NameTagger':
+        "Load a tagger; nothing is downloaded"
+        path = Path(folder or guards_folder())/'names.safetensors'
+        if not path.exists(): raise FileNotFoundError(f'{path}: no such file; deepseek-nb app filter train writes it')
+        found = load_file(path)
+        return NameTagger(found['weights'], float(found['least'][0]))
 
 # %% ../../nbs/881_apps.names.ipynb #8b117be9
 def _refill(row, pool, draw):
@@ -236,23 +250,3 @@ def guards_folder()->Path:
     "Folder of the weights in the package"
     import deepseek_nb
     return Path(deepseek_nb.__file__).parent/'guards'
-
-@patch
-def save(self:NameTagger,
-    folder:str|Path, # Folder, which is created
-)->None:
-    "Save the weights as 16-bit numbers"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    kept = dict(weights=self.weights.astype(np.float16), least=np.array([self.least], np.float32))
-    with written(Path(folder)/'names.safetensors') as tmp: save_file(kept, tmp)
-
-# %% ../../nbs/881_apps.names.ipynb #ecaeabb3
-@patch(cls_method=True)
-def load(cls:NameTagger,
-    folder:str|Path = '', # Folder; '': that of the package
-)->NameTagger:
-    "Load a tagger; nothing is downloaded"
-    path = Path(folder or guards_folder())/'names.safetensors'
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such file; deepseek-nb app filter train writes it')
-    found = load_file(path)
-    return NameTagger(found['weights'], float(found['least'][0]))

@@ -19,7 +19,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from fastcore.basics import patch
 
 from .constructor import RouteNet, construct_routes, teach, train_route_net
 from .instances import Instance, checked_cost, read_instance
@@ -122,123 +121,106 @@ class Router:
         self.depot,self.capacity,self.close,self.net,self.seed = tuple(depot),capacity,close,net,seed
         self.orders,self.routes,self.locked = {},[],set()
 
-# %% ../../nbs/876_apps.route.ipynb #e51b7d08
-@patch
-def _decide(self:Router, orders, routes, begin, deadline, rounds):
-    "Improve routes of ids, take orders and routes over, and report"
-    ids = [*orders]
-    number = {k: i for i,k in enumerate(ids, 1)}
-    problem = as_instance([*orders.values()], self.depot, self.capacity, self.close)
-    roads = prepare_roads(problem, [number[k] for k in self.locked])
-    if routes is None:
-        now = join_by_savings(roads)
-        if self.net is not None and ids and .004 + 1.2e-7*len(ids)**2 < deadline/3:
-            ways = [now, construct_routes(self.net, problem)]
-            now = min(ways, key=lambda r: sum(problem.distance[[0, *o], [*o, 0]].sum().item() for o in r))
-    else: now = [[number[k] for k in r] for r in routes]
-    left = .95*deadline - (perf_counter() - begin)
-    found = improve(roads, now, left, -1 if rounds is None else rounds, self.seed) if ids else None
-    self.orders,self.routes = orders,[[ids[c - 1] for c in r] for r in found.routes] if ids else []
-    self.seed += 1
-    spent = perf_counter() - begin
-    return RoutePlan(self.routes, found.cost/UNIT if ids else 0., spent, spent > deadline, found.rounds if ids else 0)
+    def _decide(self, orders, routes, begin, deadline, rounds):
+        "Improve routes of ids, take orders and routes over, and report"
+        ids = [*orders]
+        number = {k: i for i,k in enumerate(ids, 1)}
+        problem = as_instance([*orders.values()], self.depot, self.capacity, self.close)
+        roads = prepare_roads(problem, [number[k] for k in self.locked])
+        if routes is None:
+            now = join_by_savings(roads)
+            if self.net is not None and ids and .004 + 1.2e-7*len(ids)**2 < deadline/3:
+                ways = [now, construct_routes(self.net, problem)]
+                now = min(ways, key=lambda r: sum(problem.distance[[0, *o], [*o, 0]].sum().item() for o in r))
+        else: now = [[number[k] for k in r] for r in routes]
+        left = .95*deadline - (perf_counter() - begin)
+        found = improve(roads, now, left, -1 if rounds is None else rounds, self.seed) if ids else None
+        self.orders,self.routes = orders,[[ids[c - 1] for c in r] for r in found.routes] if ids else []
+        self.seed += 1
+        spent = perf_counter() - begin
+        return RoutePlan(self.routes, found.cost/UNIT if ids else 0., spent, spent > deadline, found.rounds if ids else 0)
 
-# %% ../../nbs/876_apps.route.ipynb #f0c981dc
-@patch
-def _checked(self:Router, orders, known):
-    "Orders by id, if all can be served"
-    new = {}
-    for o in orders:
-        if o.id in known or o.id in new: raise ValueError(f'order {o.id!r}: there is an order with this id already')
-        check_order(o, self.depot, self.capacity, self.close)
-        new[o.id] = o
-    if new and not (fits := alone_feasible(as_instance([*new.values()], self.depot, self.capacity, self.close))).all():
-        odd = [*new][fits.int().argmin()]
-        raise ValueError(f'order {odd!r}: in thousandths, its demand or window is just beyond what a vehicle can do')
-    return new
+    def _checked(self, orders, known):
+        "Orders by id, if all can be served"
+        new = {}
+        for o in orders:
+            if o.id in known or o.id in new: raise ValueError(f'order {o.id!r}: there is an order with this id already')
+            check_order(o, self.depot, self.capacity, self.close)
+            new[o.id] = o
+        if new and not (fits := alone_feasible(as_instance([*new.values()], self.depot, self.capacity, self.close))).all():
+            odd = [*new][fits.int().argmin()]
+            raise ValueError(f'order {odd!r}: in thousandths, its demand or window is just beyond what a vehicle can do')
+        return new
 
-# %% ../../nbs/876_apps.route.ipynb #88cd1d42
-@patch
-def plan(self:Router,
-    orders:Sequence, # All `Order`s, which replace the present ones
-    deadline:float = .02, # Seconds
-    rounds:int|None = None, # Rounds of the local search, for results that can be repeated; None: until the deadline
-)->RoutePlan: # Routes
-    "Plan all routes anew"
-    begin = perf_counter()
-    new = self._checked(orders, ())
-    self.locked = set()
-    return self._decide(new, None, begin, deadline, rounds)
+    def plan(self,
+        orders:Sequence, # All `Order`s, which replace the present ones
+        deadline:float = .02, # Seconds
+        rounds:int|None = None, # Rounds of the local search, for results that can be repeated; None: until the deadline
+    )->RoutePlan: # Routes
+        "Plan all routes anew"
+        begin = perf_counter()
+        new = self._checked(orders, ())
+        self.locked = set()
+        return self._decide(new, None, begin, deadline, rounds)
 
-# %% ../../nbs/876_apps.route.ipynb #232671f5
-@patch
-def add(self:Router,
-    orders:Order|Sequence, # New order, or several
-    deadline:float = .02, # Seconds
-    rounds:int|None = None, # Rounds of the local search; None: until the deadline
-)->RoutePlan: # Routes with the new orders
-    "Take new orders into the plan"
-    begin = perf_counter()
-    new = self._checked([orders] if isinstance(orders, Order) else orders, self.orders)
-    return self._decide(self.orders | new, self.routes, begin, deadline, rounds)
+    def add(self,
+        orders:Order|Sequence, # New order, or several
+        deadline:float = .02, # Seconds
+        rounds:int|None = None, # Rounds of the local search; None: until the deadline
+    )->RoutePlan: # Routes with the new orders
+        "Take new orders into the plan"
+        begin = perf_counter()
+        new = self._checked([orders] if isinstance(orders, Order) else orders, self.orders)
+        return self._decide(self.orders | new, self.routes, begin, deadline, rounds)
 
-# %% ../../nbs/876_apps.route.ipynb #1dc8c08b
-@patch
-def reached(self:Router,
-    key:str, # Id of an order
-)->None:
-    "Lock a stop that a vehicle has reached, or is driving to"
-    route = self._route_of(key)
-    ahead = [k for k in route if k not in self.locked]
-    if key in self.locked: return
-    if ahead[0] != key: raise ValueError(f'order {key!r} is not the next stop of its route; {ahead[0]!r} is')
-    self.locked.add(key)
+    def reached(self,
+        key:str, # Id of an order
+    )->None:
+        "Lock a stop that a vehicle has reached, or is driving to"
+        route = self._route_of(key)
+        ahead = [k for k in route if k not in self.locked]
+        if key in self.locked: return
+        if ahead[0] != key: raise ValueError(f'order {key!r} is not the next stop of its route; {ahead[0]!r} is')
+        self.locked.add(key)
 
-# %% ../../nbs/876_apps.route.ipynb #9c983c68
-@patch
-def _route_of(self:Router, key):
-    for r in self.routes:
-        if key in r: return r
-    raise ValueError(f'there is no order {key!r}')
+    def _route_of(self, key):
+        for r in self.routes:
+            if key in r: return r
+        raise ValueError(f'there is no order {key!r}')
 
-# %% ../../nbs/876_apps.route.ipynb #a6a2abbe
-@patch
-def cancel(self:Router,
-    key:str, # Id of an order
-    deadline:float = .02, # Seconds
-    rounds:int|None = None, # Rounds of the local search; None: until the deadline
-)->RoutePlan: # Routes without the order
-    "Take an order out of the plan"
-    begin = perf_counter()
-    self._route_of(key)
-    if key in self.locked: raise ValueError(f'order {key!r} was reached already')
-    routes = [[k for k in r if k != key] for r in self.routes]
-    return self._decide({k: o for k,o in self.orders.items() if k != key}, [r for r in routes if r], begin, deadline, rounds)
+    def cancel(self,
+        key:str, # Id of an order
+        deadline:float = .02, # Seconds
+        rounds:int|None = None, # Rounds of the local search; None: until the deadline
+    )->RoutePlan: # Routes without the order
+        "Take an order out of the plan"
+        begin = perf_counter()
+        self._route_of(key)
+        if key in self.locked: raise ValueError(f'order {key!r} was reached already')
+        routes = [[k for k in r if k != key] for r in self.routes]
+        return self._decide({k: o for k,o in self.orders.items() if k != key}, [r for r in routes if r], begin, deadline, rounds)
 
-# %% ../../nbs/876_apps.route.ipynb #15727cc0
-@patch
-def save(self:Router,
-    path:str|Path, # File
-)->None:
-    "Write orders, routes and locked stops to a file"
-    about = {k: getattr(self, k) for k in ('depot', 'capacity', 'close', 'seed', 'routes')}
-    about |= dict(locked=sorted(self.locked), orders=[asdict(o) for o in self.orders.values()])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with written(Path(path)) as tmp: tmp.write_text(json.dumps(about, indent=1))
+    def save(self,
+        path:str|Path, # File
+    )->None:
+        "Write orders, routes and locked stops to a file"
+        about = {k: getattr(self, k) for k in ('depot', 'capacity', 'close', 'seed', 'routes')}
+        about |= dict(locked=sorted(self.locked), orders=[asdict(o) for o in self.orders.values()])
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with written(Path(path)) as tmp: tmp.write_text(json.dumps(about, indent=1))
 
-# %% ../../nbs/876_apps.route.ipynb #19b835f4
-@patch(cls_method=True)
-def load(cls:Router,
-    path:str|Path, # File of `save`
-    net:RouteNet|None = None, # Network for routes to begin with
-)->Router: # The service as it was
-    "Restore a service"
-    if not Path(path).exists(): raise FileNotFoundError(f'{path} is missing: a file that Router.save writes')
-    about = json.loads(Path(path).read_text())
-    router = cls(about['depot'], about['capacity'], about['close'], net, about['seed'])
-    router.orders = {o['id']: Order(**o) for o in about['orders']}
-    router.routes,router.locked = about['routes'],{*about['locked']}
-    return router
+    @classmethod
+    def load(cls,
+        path:str|Path, # File of `save`
+        net:RouteNet|None = None, # Network for routes to begin with
+    )->'Router': # The service as it was
+        "Restore a service"
+        if not Path(path).exists(): raise FileNotFoundError(f'{path} is missing: a file that Router.save writes')
+        about = json.loads(Path(path).read_text())
+        router = cls(about['depot'], about['capacity'], about['close'], net, about['seed'])
+        router.orders = {o['id']: Order(**o) for o in about['orders']}
+        router.routes,router.locked = about['routes'],{*about['locked']}
+        return router
 
 # %% ../../nbs/876_apps.route.ipynb #7bb28a4a
 def _plan_file(path, net, seconds):
@@ -290,68 +272,65 @@ def _answer(router, fields, path):
 class RouteApp:
     "Routes for the command `deepseek-nb app`"
 
-@patch(cls_method=True)
-def net(cls:RouteApp,
-    weights, # Folder of trained weights; '': the package's
-)->RouteNet:
-    "Load a network"
-    return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
+    @classmethod
+    def net(cls,
+        weights, # Folder of trained weights; '': the package's
+    )->RouteNet:
+        "Load a network"
+        return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
 
-# %% ../../nbs/876_apps.route.ipynb #84f28111
-@patch(cls_method=True)
-def train(cls:RouteApp,
-    data, # Folder of problems, for the size of those that are generated
-    out, # Folder to write
-    problems:int = 800, # Generated problems
-    steps:int = 2000, # Steps of training
-):
-    "Train on generated problems of the sizes of a folder's"
-    sizes = sorted(len(read_instance(p).xy) for p in Path(data).rglob('*.*') if p.suffix in ('.vrp', '.tsp'))
-    if not sizes: raise ValueError(f'{data} contains no problems: files that end in .vrp or .tsp')
-    torch.manual_seed(0)
-    net = RouteNet()
-    losses = train_route_net(net, teach(range(problems), sizes=(min(sizes[0], 100), min(sizes[-1], 100))), steps)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    net.save(Path(out)/'model.safetensors')
-    return f'{problems} problems of up to {min(sizes[-1], 100)} places; loss of a decision {sum(losses[-50:])/len(losses[-50:]):.3f}'
+    @classmethod
+    def train(cls,
+        data, # Folder of problems, for the size of those that are generated
+        out, # Folder to write
+        problems:int = 800, # Generated problems
+        steps:int = 2000, # Steps of training
+    ):
+        "Train on generated problems of the sizes of a folder's"
+        sizes = sorted(len(read_instance(p).xy) for p in Path(data).rglob('*.*') if p.suffix in ('.vrp', '.tsp'))
+        if not sizes: raise ValueError(f'{data} contains no problems: files that end in .vrp or .tsp')
+        torch.manual_seed(0)
+        net = RouteNet()
+        losses = train_route_net(net, teach(range(problems), sizes=(min(sizes[0], 100), min(sizes[-1], 100))), steps)
+        Path(out).mkdir(parents=True, exist_ok=True)
+        net.save(Path(out)/'model.safetensors')
+        return f'{problems} problems of up to {min(sizes[-1], 100)} places; loss of a decision {sum(losses[-50:])/len(losses[-50:]):.3f}'
 
-# %% ../../nbs/876_apps.route.ipynb #9777ca69
-@patch(cls_method=True)
-def score(cls:RouteApp,
-    rows, # Files of problems, or a table of orders
-    weights, # Folder of a trained network; '': the package's
-    seconds:float = .02, # Deadline of each problem
-    x:float = 0., # Depot of a table of orders
-    y:float = 0., # Depot of a table of orders
-    capacity:float = 0., # Capacity for a table of orders; 0: one vehicle
-):
-    "Plan routes for files or for a table of orders"
-    rows,net = iter(rows),cls.net(weights)
-    first = next(rows, None)
-    rows = [] if first is None else chain([first], rows)
-    if first is None or 'file' not in first: yield from _plan_rows(rows, Router((x, y), capacity or None, net=net), seconds)
-    else: yield from (_plan_file(r['file'], net, seconds) for r in rows)
+    @classmethod
+    def score(cls,
+        rows, # Files of problems, or a table of orders
+        weights, # Folder of a trained network; '': the package's
+        seconds:float = .02, # Deadline of each problem
+        x:float = 0., # Depot of a table of orders
+        y:float = 0., # Depot of a table of orders
+        capacity:float = 0., # Capacity for a table of orders; 0: one vehicle
+    ):
+        "Plan routes for files or for a table of orders"
+        rows,net = iter(rows),cls.net(weights)
+        first = next(rows, None)
+        rows = [] if first is None else chain([first], rows)
+        if first is None or 'file' not in first: yield from _plan_rows(rows, Router((x, y), capacity or None, net=net), seconds)
+        else: yield from (_plan_file(r['file'], net, seconds) for r in rows)
 
-# %% ../../nbs/876_apps.route.ipynb #501c2695
-@patch(cls_method=True)
-def serve(cls:RouteApp,
-    weights, # Folder of a trained network; '': the package's
-    x:float = 0., # Depot
-    y:float = 0., # Depot
-    capacity:float = 0., # Capacity of a vehicle; 0: one vehicle
-    close:float = 0., # Time at which vehicles must be back; 0: any
-    state:str = '', # File for the state; '': none
-):
-    "Load, and return what answers requests"
-    net,restored = cls.net(weights),state and Path(state).exists()
-    router = Router.load(state, net) if restored else Router((x, y), capacity or None, close or None, net)
-    return lambda fields: _answer(router, fields, state)
+    @classmethod
+    def serve(cls,
+        weights, # Folder of a trained network; '': the package's
+        x:float = 0., # Depot
+        y:float = 0., # Depot
+        capacity:float = 0., # Capacity of a vehicle; 0: one vehicle
+        close:float = 0., # Time at which vehicles must be back; 0: any
+        state:str = '', # File for the state; '': none
+    ):
+        "Load, and return what answers requests"
+        net,restored = cls.net(weights),state and Path(state).exists()
+        router = Router.load(state, net) if restored else Router((x, y), capacity or None, close or None, net)
+        return lambda fields: _answer(router, fields, state)
 
-@patch(cls_method=True)
-def card(cls:RouteApp,
-    weights, # Folder of trained weights; '': the package's
-)->str: # Markdown
-    "The model card"
-    if weights: cls.net(weights)
-    path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
-    return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'
+    @classmethod
+    def card(cls,
+        weights, # Folder of trained weights; '': the package's
+    )->str: # Markdown
+        "The model card"
+        if weights: cls.net(weights)
+        path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
+        return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'

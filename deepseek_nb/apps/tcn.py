@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/850_apps.tcn.ipynb #d7a0f20a
@@ -201,36 +200,32 @@ class PeriodAttention(nn.Module):
         y = rearrange((p[..., None]*v).sum(3), 'b s h v -> b s (h v)')
         return x + row_product(y, self.out, exact), kv[:, kv.shape[1] - self.c.farthest:], p
 
-# %% ../../nbs/850_apps.tcn.ipynb #84519527
-@patch
-def windows(self:PeriodAttention,
-    x:Tensor, # Normalised activations `b s d`
-    seen:Tensor, # Steps of each signal before these `b`
-    exact:bool = False, # Whether each row has the same bits in a batch of any shape
-)->Tensor: # Factor of each slot `b s h slot`
-    "The windows of the heads: their adaptive length, and nothing before the beginning"
-    at = rearrange(seen, 'b -> b 1 1 1') + rearrange(torch.arange(x.shape[1], device=x.device), 's -> s 1 1')
-    there = (at >= torch.tensor(self.lags, device=x.device)).float()
-    if not self.c.adaptive: return there
-    length = self.c.slots/(1 + (-row_product(x, self.gate, exact) - self.start).exp())
-    return there*soft_window(length, self.c.slots, self.c.ramp)
+    def windows(self,
+        x:Tensor, # Normalised activations `b s d`
+        seen:Tensor, # Steps of each signal before these `b`
+        exact:bool = False, # Whether each row has the same bits in a batch of any shape
+    )->Tensor: # Factor of each slot `b s h slot`
+        "The windows of the heads: their adaptive length, and nothing before the beginning"
+        at = rearrange(seen, 'b -> b 1 1 1') + rearrange(torch.arange(x.shape[1], device=x.device), 's -> s 1 1')
+        there = (at >= torch.tensor(self.lags, device=x.device)).float()
+        if not self.c.adaptive: return there
+        length = self.c.slots/(1 + (-row_product(x, self.gate, exact) - self.start).exp())
+        return there*soft_window(length, self.c.slots, self.c.ramp)
 
-# %% ../../nbs/850_apps.tcn.ipynb #2fb19d5e
-@patch
-def attention(self:PeriodAttention,
-    z:Tensor, # Normalised activations `b s d`
-    past:Tensor, # Earlier keys and values `b farthest (h 2 v)`
-    seen:Tensor, # Steps of each signal before these `b`
-    exact:bool = False, # Whether each row has the same bits in a batch of any shape
-)->tuple: # Weights `b s h slot`, values `b s h slot v`, and the new keys and values with those before them
-    "Compute the weights of the slots"
-    q,kv = row_product(z, self.qkv, exact).split([self.c.dim, 2*self.c.dim], -1)
-    kv,h = torch.cat([past, kv], 1),len(self.lags)
-    heads = rearrange(kv, 'b t (h y) -> h b t y', h=h)
-    near = torch.stack([look_back(y, z.shape[1], lags) for y,lags in zip(heads, self.lags, strict=True)], 2)
-    k,v = near.chunk(2, -1)
-    q = rearrange(q, 'b s (h v) -> b s h v', h=h)
-    return attend_slots(q, k, self.windows(z, seen, exact), self.bias, self.sink), v, kv
+    def attention(self,
+        z:Tensor, # Normalised activations `b s d`
+        past:Tensor, # Earlier keys and values `b farthest (h 2 v)`
+        seen:Tensor, # Steps of each signal before these `b`
+        exact:bool = False, # Whether each row has the same bits in a batch of any shape
+    )->tuple: # Weights `b s h slot`, values `b s h slot v`, and the new keys and values with those before them
+        "Compute the weights of the slots"
+        q,kv = row_product(z, self.qkv, exact).split([self.c.dim, 2*self.c.dim], -1)
+        kv,h = torch.cat([past, kv], 1),len(self.lags)
+        heads = rearrange(kv, 'b t (h y) -> h b t y', h=h)
+        near = torch.stack([look_back(y, z.shape[1], lags) for y,lags in zip(heads, self.lags, strict=True)], 2)
+        k,v = near.chunk(2, -1)
+        q = rearrange(q, 'b s (h v) -> b s h v', h=h)
+        return attend_slots(q, k, self.windows(z, seen, exact), self.bias, self.sink), v, kv
 
 # %% ../../nbs/850_apps.tcn.ipynb #32bc835f
 class SignalNet(nn.Module):
@@ -247,6 +242,34 @@ class SignalNet(nn.Module):
         self.label = nn.Parameter(torch.zeros(1, c.dim))
         self.offset = nn.Parameter(torch.zeros(2*c.variables + 1))
 
+    def new_state(self,
+        batch:int = 1, # b, number of signals
+    )->'SignalState': # State before the first observation
+        "Begin signals"
+        c,like = self.c,self.read
+        convs = [like.new_zeros(batch, b.past, c.dim) for b in self.blocks]
+        attns = {i: like.new_zeros(batch, c.farthest, 2*c.dim) for i in self.attns}
+        return SignalState(convs, attns, torch.zeros(batch, dtype=torch.int64, device=like.device))
+
+    def forward(self,
+        x:Tensor, # Observations `b s m`; NaN: missing
+        state:'SignalState | None' = None, # State after the earlier observations; None: the signals begin
+        exact:bool = False, # Whether each row has the same bits in a batch of any shape
+    )->tuple: # `SignalOut`, and the state for the next call
+        "Read observations and predict the next ones"
+        state = state or self.new_state(len(x))
+        missing = x.isnan()
+        y = row_product(torch.cat([x.masked_fill(missing, 0.), missing.to(x.dtype)], -1), self.read, exact)
+        convs,attns,weights = [],{},{}
+        for i,(block,past) in enumerate(zip(self.blocks, state.convs, strict=True)):
+            y,kept = block(y, past, exact)
+            convs.append(kept)
+            if (a := f'{i}') in state.attns: y,attns[a],weights[a] = self.attns[a](y, state.attns[a], state.seen, exact)
+        heads = row_product(unit_rms(y), torch.cat([self.forecast, self.label]), exact) + self.offset
+        location,scale,label = (o.contiguous() for o in heads.split([self.c.variables, self.c.variables, 1], -1))
+        out = SignalOut(location, scale.clamp(-7, 7).exp(), label[..., 0], weights)
+        return out, SignalState(convs, attns, state.seen + x.shape[1])
+
 # %% ../../nbs/850_apps.tcn.ipynb #b845d5c9
 @dataclass
 class SignalState:
@@ -254,17 +277,6 @@ class SignalState:
     convs:list # Earlier inputs of each block's convolution `b past d`
     attns:dict # Name of the block -> earlier keys and values `b farthest (h 2 v)`
     seen:Tensor # Steps of each signal `b`
-
-# %% ../../nbs/850_apps.tcn.ipynb #cc4db549
-@patch
-def new_state(self:SignalNet,
-    batch:int = 1, # b, number of signals
-)->SignalState: # State before the first observation
-    "Begin signals"
-    c,like = self.c,self.read
-    convs = [like.new_zeros(batch, b.past, c.dim) for b in self.blocks]
-    attns = {i: like.new_zeros(batch, c.farthest, 2*c.dim) for i in self.attns}
-    return SignalState(convs, attns, torch.zeros(batch, dtype=torch.int64, device=like.device))
 
 # %% ../../nbs/850_apps.tcn.ipynb #dda70cce
 @dataclass
@@ -274,24 +286,3 @@ class SignalOut:
     scale:Tensor # Its mean absolute deviation `b s m`
     label:Tensor # Logit of the label `b s`
     weights:dict = field(default_factory=dict) # Name of a block -> attention weights `b s h slot`
-
-# %% ../../nbs/850_apps.tcn.ipynb #fcc0bb0d
-@patch
-def forward(self:SignalNet,
-    x:Tensor, # Observations `b s m`; NaN: missing
-    state:SignalState|None = None, # State after the earlier observations; None: the signals begin
-    exact:bool = False, # Whether each row has the same bits in a batch of any shape
-)->tuple: # `SignalOut`, and the state for the next call
-    "Read observations and predict the next ones"
-    state = state or self.new_state(len(x))
-    missing = x.isnan()
-    y = row_product(torch.cat([x.masked_fill(missing, 0.), missing.to(x.dtype)], -1), self.read, exact)
-    convs,attns,weights = [],{},{}
-    for i,(block,past) in enumerate(zip(self.blocks, state.convs, strict=True)):
-        y,kept = block(y, past, exact)
-        convs.append(kept)
-        if (a := f'{i}') in state.attns: y,attns[a],weights[a] = self.attns[a](y, state.attns[a], state.seen, exact)
-    heads = row_product(unit_rms(y), torch.cat([self.forecast, self.label]), exact) + self.offset
-    location,scale,label = (o.contiguous() for o in heads.split([self.c.variables, self.c.variables, 1], -1))
-    out = SignalOut(location, scale.clamp(-7, 7).exp(), label[..., 0], weights)
-    return out, SignalState(convs, attns, state.seen + x.shape[1])

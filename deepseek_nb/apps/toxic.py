@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from safetensors.numpy import load_file, save_file
 
 from .names import guards_folder
@@ -106,6 +105,56 @@ class ToxicityNet:
         words = ['', *_WORDS.findall(text)]
         return -math.expm1(-sum(map(self.rate, words, words[1:])))
 
+    def find(self,
+        text:str, # Any text
+        end:bool = True, # Whether the text ends here
+        first:int = 0, # Matches that begin before are known
+    )->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
+        "Find the words that make a text toxic"
+        out,limit,hold = [],-math.log1p(-self.least),len(text)
+        for m in _WORDS.finditer(text, search_from(text, first)):
+            if m.end() == len(text) and not end or not end and re.fullmatch(r"[*@$#'’]*", text[m.end():]):
+                if len(m[0]) <= 32: hold = m.start()
+                break
+            if m.start() < first: continue
+            own = self.rate(_word_before(text, m.start()), m[0])
+            if own < limit/4: continue # no word is toxic by its neighbours alone
+            words = ['', *_WORDS.findall(text[max(0, m.start() - REACH):m.start()])]
+            if own + sum(map(self.rate, words[-_WINDOW:], words[-_WINDOW + 1:])) >= limit: out.append(TextMatch(*m.span(), 'toxic'))
+        return out,hold
+
+    def scan(self)->TextScan:
+        "A scan for a filtered stream"
+        return TextScan(self.find, REACH)
+
+    def peak(self,
+        text:str, # Any text
+    )->float: # Probability
+        "Highest probability of 24 words in a row"
+        words = ['', *_WORDS.findall(text)]
+        rates = [*map(self.rate, words, words[1:])]
+        return max((-math.expm1(-sum(rates[max(0, i - _WINDOW):i])) for i in range(1, len(rates) + 1)), default=0.)
+
+    def save(self,
+        folder:str|Path, # Folder, which is created
+    )->None:
+        "Save the weights as bytes with one scale"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        scale = max(float(np.abs(self.weights).max())/127, 1e-12)
+        kept = dict(weights=np.round(self.weights/scale).astype(np.int8), numbers=np.array([scale, self.bias, self.least], np.float64))
+        with written(Path(folder)/'toxic.safetensors') as tmp: save_file(kept, tmp)
+
+    @classmethod
+    def load(cls,
+        folder:str|Path = '', # Folder; '': that of the package
+    )->'ToxicityNet':
+        "Load a net; nothing is downloaded"
+        path = Path(folder or guards_folder())/'toxic.safetensors'
+        if not path.exists(): raise FileNotFoundError(f'{path}: no such file; deepseek-nb app filter train writes it')
+        found = load_file(path)
+        scale,bias,least = found['numbers'].tolist()
+        return ToxicityNet(found['weights']*np.float32(scale), bias, least)
+
 # %% ../../nbs/882_apps.toxic.ipynb #40709c02
 REACH = 200 # Characters to the left that count
 _WINDOW = 24 # Words
@@ -116,41 +165,6 @@ def _word_before(text, stop):
     near = max(least, text.rfind(' ', least, max(least, stop - 1)) + 1)
     words = _WORDS.findall(text[near:stop]) or _WORDS.findall(text[least:stop])
     return words[-1] if words else ''
-
-@patch
-def find(self:ToxicityNet,
-    text:str, # Any text
-    end:bool = True, # Whether the text ends here
-    first:int = 0, # Matches that begin before are known
-)->tuple[list,int]: # `TextMatch`es, and the position before which no other begins
-    "Find the words that make a text toxic"
-    out,limit,hold = [],-math.log1p(-self.least),len(text)
-    for m in _WORDS.finditer(text, search_from(text, first)):
-        if m.end() == len(text) and not end or not end and re.fullmatch(r"[*@$#'’]*", text[m.end():]):
-            if len(m[0]) <= 32: hold = m.start()
-            break
-        if m.start() < first: continue
-        own = self.rate(_word_before(text, m.start()), m[0])
-        if own < limit/4: continue # no word is toxic by its neighbours alone
-        words = ['', *_WORDS.findall(text[max(0, m.start() - REACH):m.start()])]
-        if own + sum(map(self.rate, words[-_WINDOW:], words[-_WINDOW + 1:])) >= limit: out.append(TextMatch(*m.span(), 'toxic'))
-    return out,hold
-
-# %% ../../nbs/882_apps.toxic.ipynb #8cbd94aa
-@patch
-def scan(self:ToxicityNet)->TextScan:
-    "A scan for a filtered stream"
-    return TextScan(self.find, REACH)
-
-# %% ../../nbs/882_apps.toxic.ipynb #8c475e6d
-@patch
-def peak(self:ToxicityNet,
-    text:str, # Any text
-)->float: # Probability
-    "Highest probability of 24 words in a row"
-    words = ['', *_WORDS.findall(text)]
-    rates = [*map(self.rate, words, words[1:])]
-    return max((-math.expm1(-sum(rates[max(0, i - _WINDOW):i])) for i in range(1, len(rates) + 1)), default=0.)
 
 # %% ../../nbs/882_apps.toxic.ipynb #1c78cea7
 def _batch(rows):
@@ -195,26 +209,3 @@ def threshold_at(
 )->float:
     "The threshold of a rate of false alarms"
     return float(np.quantile(np.array([*scores]), 1 - share, method='higher'))
-
-# %% ../../nbs/882_apps.toxic.ipynb #7b226124
-@patch
-def save(self:ToxicityNet,
-    folder:str|Path, # Folder, which is created
-)->None:
-    "Save the weights as bytes with one scale"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    scale = max(float(np.abs(self.weights).max())/127, 1e-12)
-    kept = dict(weights=np.round(self.weights/scale).astype(np.int8), numbers=np.array([scale, self.bias, self.least], np.float64))
-    with written(Path(folder)/'toxic.safetensors') as tmp: save_file(kept, tmp)
-
-# %% ../../nbs/882_apps.toxic.ipynb #1cf3389c
-@patch(cls_method=True)
-def load(cls:ToxicityNet,
-    folder:str|Path = '', # Folder; '': that of the package
-)->ToxicityNet:
-    "Load a net; nothing is downloaded"
-    path = Path(folder or guards_folder())/'toxic.safetensors'
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such file; deepseek-nb app filter train writes it')
-    found = load_file(path)
-    scale,bias,least = found['numbers'].tolist()
-    return ToxicityNet(found['weights']*np.float32(scale), bias, least)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from .anomaly import Calibration, Detector, FitSettings, choose_threshold
 from .rows import input_rows
@@ -96,32 +95,28 @@ class Watcher:
         except ValueError as e: raise ApiError(400, f'{e}', 'time' if r.columns else 'unix_time') from None
         return dict(stream=key, score=found.score, alarm=found.alarm, ready=found.ready) | (self.reasons(key) if why else {})
 
-# %% ../../nbs/858_apps.watch.ipynb #bed48612
-@patch
-def reasons(self:Watcher,
-    key:str, # Stream
-    most:int = 3, # Variables and stretches
-)->dict: # `unusual` and `attended`
-    "Explain the last score of a stream"
-    e = self.detector.explain(key, most)
-    names = self.reader.columns or [*PAYMENT_NAMES, *CATEGORIES]
-    rows = zip(names, e.parts, e.observed, e.expected, e.low, e.high, strict=True)
-    def number(x): return None if math.isnan(x) else round(x, 4)
-    first = sorted(rows, key=lambda o: -o[1])[:most]
-    unusual = [dict(variable=n, part=number(p)) | {k: number(v) for k,v in zip(('observed', 'expected', 'low', 'high'), rest, strict=True)}
-               for n,p,*rest in first]
-    return dict(unusual=unusual, attended=[dict(steps_back=[a.first, a.last], weight=number(a.weight)) for a in e.attended])
+    def reasons(self,
+        key:str, # Stream
+        most:int = 3, # Variables and stretches
+    )->dict: # `unusual` and `attended`
+        "Explain the last score of a stream"
+        e = self.detector.explain(key, most)
+        names = self.reader.columns or [*PAYMENT_NAMES, *CATEGORIES]
+        rows = zip(names, e.parts, e.observed, e.expected, e.low, e.high, strict=True)
+        def number(x): return None if math.isnan(x) else round(x, 4)
+        first = sorted(rows, key=lambda o: -o[1])[:most]
+        unusual = [dict(variable=n, part=number(p)) | {k: number(v) for k,v in zip(('observed', 'expected', 'low', 'high'), rest, strict=True)}
+                   for n,p,*rest in first]
+        return dict(unusual=unusual, attended=[dict(steps_back=[a.first, a.last], weight=number(a.weight)) for a in e.attended])
 
-# %% ../../nbs/858_apps.watch.ipynb #306f06a7
-@patch
-def save(self:Watcher,
-    folder:str|Path, # Folder, which is created
-    card:str = '', # Model card; '': leave an earlier one
-)->None:
-    "Save the detector, its streams, the columns and the model card"
-    self.detector.save(folder)
-    (Path(folder)/'reader.json').write_text(json.dumps(dict(columns=self.reader.columns)))
-    if card: (Path(folder)/'README.md').write_text(card, encoding='utf-8')
+    def save(self,
+        folder:str|Path, # Folder, which is created
+        card:str = '', # Model card; '': leave an earlier one
+    )->None:
+        "Save the detector, its streams, the columns and the model card"
+        self.detector.save(folder)
+        (Path(folder)/'reader.json').write_text(json.dumps(dict(columns=self.reader.columns)))
+        if card: (Path(folder)/'README.md').write_text(card, encoding='utf-8')
 
 # %% ../../nbs/858_apps.watch.ipynb #bc4ee431
 def packaged()->Path: # Folder
@@ -267,47 +262,44 @@ class Service:
 class AnomalyApp:
     "Anomalies in tables and card payments, for `deepseek-nb app anomaly`"
 
-@patch(cls_method=True)
-def train(cls:AnomalyApp,
-    data:str, # Table or JSON lines with numbers, or the folder of a card simulation
-    out:str, # Folder to write
-    budget:float = .003, # Acceptable share of false positives
-    steps:int = 0, # Steps of training; 0: 500 for cards, 400 for tables
-    mix:int = 0, # 1: mix the days of honest payments, for the simulator's fault
-    rate:float = 0., # Seconds between two rows of a stream; 0: events at any time
-    seed:int = 0, # Seed of weights, windows and groups
-)->str: # A line about the result
-    "Train and calibrate a detector"
-    if Path(data).is_dir(): return _train_cards(data, out, budget, steps, mix, seed)
-    return _train_table(data, out, budget, steps, rate, seed)
+    @classmethod
+    def train(cls,
+        data:str, # Table or JSON lines with numbers, or the folder of a card simulation
+        out:str, # Folder to write
+        budget:float = .003, # Acceptable share of false positives
+        steps:int = 0, # Steps of training; 0: 500 for cards, 400 for tables
+        mix:int = 0, # 1: mix the days of honest payments, for the simulator's fault
+        rate:float = 0., # Seconds between two rows of a stream; 0: events at any time
+        seed:int = 0, # Seed of weights, windows and groups
+    )->str: # A line about the result
+        "Train and calibrate a detector"
+        if Path(data).is_dir(): return _train_cards(data, out, budget, steps, mix, seed)
+        return _train_table(data, out, budget, steps, rate, seed)
 
-# %% ../../nbs/858_apps.watch.ipynb #eee3d934
-@patch(cls_method=True)
-def score(cls:AnomalyApp,
-    rows:Iterator, # Dicts: rows of a table, or payments
-    weights:str, # Folder of a trained detector; '': the fraud detector in the package
-    explain:int = 0, # 1: explain each score
-)->Iterator: # stream, score, alarm, ready
-    "Score rows"
-    watcher = watcher_from(weights)
-    for row in rows:
-        try: yield watcher.score(Fields(row | dict(explain=bool(explain))))
-        except ApiError as e: raise ValueError(e.message) from None
+    @classmethod
+    def score(cls,
+        rows:Iterator, # Dicts: rows of a table, or payments
+        weights:str, # Folder of a trained detector; '': the fraud detector in the package
+        explain:int = 0, # 1: explain each score
+    )->Iterator: # stream, score, alarm, ready
+        "Score rows"
+        watcher = watcher_from(weights)
+        for row in rows:
+            try: yield watcher.score(Fields(row | dict(explain=bool(explain))))
+            except ApiError as e: raise ValueError(e.message) from None
 
-# %% ../../nbs/858_apps.watch.ipynb #a0ae3f69
-@patch(cls_method=True)
-def serve(cls:AnomalyApp,
-    weights:str, # Folder of a trained detector; '': the fraud detector in the package
-    state:str = '', # Folder in which the streams survive a restart; '': none
-    every:int = 1000, # Answers after which the streams are saved
-)->Callable: # Function from the `Fields` of a request to the dict of its answer
-    "Load, and return what answers requests"
-    return Service(watcher_from(state if state and (Path(state)/'reader.json').exists() else weights), state, every).answer
+    @classmethod
+    def serve(cls,
+        weights:str, # Folder of a trained detector; '': the fraud detector in the package
+        state:str = '', # Folder in which the streams survive a restart; '': none
+        every:int = 1000, # Answers after which the streams are saved
+    )->Callable: # Function from the `Fields` of a request to the dict of its answer
+        "Load, and return what answers requests"
+        return Service(watcher_from(state if state and (Path(state)/'reader.json').exists() else weights), state, every).answer
 
-# %% ../../nbs/858_apps.watch.ipynb #ab70c014
-@patch(cls_method=True)
-def card(cls:AnomalyApp,
-    weights:str, # Folder of a trained detector; '': the fraud detector in the package
-)->str: # Markdown
-    "The model card"
-    return (Path(weights or packaged())/'README.md').read_text(encoding='utf-8')
+    @classmethod
+    def card(cls,
+        weights:str, # Folder of a trained detector; '': the fraud detector in the package
+    )->str: # Markdown
+        "The model card"
+        return (Path(weights or packaged())/'README.md').read_text(encoding='utf-8')

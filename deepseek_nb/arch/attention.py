@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .norm import RMSNorm, rms_norm
@@ -154,32 +153,89 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(c.kv_lora_rank, c.n_heads*(c.qk_nope_head_dim + c.v_head_dim), bias=False)
         self.o_proj = nn.Linear(c.n_heads*c.v_head_dim, c.dim, bias=c.out_bias)
 
-# %% ../../nbs/120_arch.attention.ipynb #72e8d6a7
-@patch
-def query_latent(self:MLA,
-    x:Tensor, # Activations `b s d`
-)->Tensor: # Latents of queries; the activations themselves if queries have no latent
-    "Compress each token to a latent of its queries"
-    return self.q_a_layernorm(self.q_a_proj(x)) if self.c.q_lora_rank else x
+    def query_latent(self,
+        x:Tensor, # Activations `b s d`
+    )->Tensor: # Latents of queries; the activations themselves if queries have no latent
+        "Compress each token to a latent of its queries"
+        return self.q_a_layernorm(self.q_a_proj(x)) if self.c.q_lora_rank else x
 
-@patch
-def expand_queries(self:MLA,
-    latent:Tensor, # Latents of queries, from `query_latent`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->tuple[Tensor,Tensor]: # Non-rotary part `b h s x` and rotary part `b h s r`
-    "Project latents to queries, and rotate their rotary part"
-    c = self.c
-    q = rearrange((self.q_b_proj if c.q_lora_rank else self.q_proj)(latent), 'b s (h x) -> b h s x', h=c.n_heads)
-    q_nope,q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-    return q_nope, rotate(q_rope, *angles, c.rope.interleaved)
+    def expand_queries(self,
+        latent:Tensor, # Latents of queries, from `query_latent`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->tuple[Tensor,Tensor]: # Non-rotary part `b h s x` and rotary part `b h s r`
+        "Project latents to queries, and rotate their rotary part"
+        c = self.c
+        q = rearrange((self.q_b_proj if c.q_lora_rank else self.q_proj)(latent), 'b s (h x) -> b h s x', h=c.n_heads)
+        q_nope,q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        return q_nope, rotate(q_rope, *angles, c.rope.interleaved)
 
-@patch
-def queries(self:MLA,
-    x:Tensor, # Activations `b s d`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->tuple[Tensor,Tensor]: # Non-rotary part `b h s x` and rotary part `b h s r`
-    "Project to queries, and rotate their rotary part"
-    return self.expand_queries(self.query_latent(x), angles)
+    def queries(self,
+        x:Tensor, # Activations `b s d`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->tuple[Tensor,Tensor]: # Non-rotary part `b h s x` and rotary part `b h s r`
+        "Project to queries, and rotate their rotary part"
+        return self.expand_queries(self.query_latent(x), angles)
+
+    def latents(self,
+        x:Tensor, # Activations `b s d`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->Tensor: # Latent and rotary key of each token, `b s (c r)`
+        "Compress each token to a latent and a rotary key"
+        norm = self.kv_a_layernorm
+        return norm_rotate(self.kv_a_proj_with_mqa(x), norm.weight, *angles, norm.eps, self.c.rope.interleaved)
+
+    def naive(self,
+        q_nope:Tensor, # Non-rotary part of the queries `b h s x`
+        q_rope:Tensor, # Rotated part of the queries `b h s r`
+        z:Tensor, # Cached latents and rotary keys `b t (c r)`
+        mask:Tensor|None = None, # True where a query attends to a key; None: causal
+    )->Tensor: # `b h s v`
+        "Expand latents to keys and values for each head, then attend"
+        c = self.c
+        latent,k_rope = z.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        kv = rearrange(self.kv_b_proj(latent), 'b t (h x) -> b h t x', h=c.n_heads)
+        k_nope,v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+        k = torch.cat([k_nope, k_rope[:,None].expand(-1, c.n_heads, -1, -1)], -1)
+        return attend(torch.cat([q_nope, q_rope], -1), k, v, self.scale, mask, causal=mask is None)
+
+    def expansions(self)->tuple[Tensor,Tensor]: # Matrices of keys `h x c` and of values `h v c`
+        "The two parts of the matrix that expands latents"
+        w = torch.unflatten(self.kv_b_proj.weight, 0, (self.c.n_heads, -1))  # torch.unflatten decodes a quantised weight
+        return w.split([self.c.qk_nope_head_dim, self.c.v_head_dim], 1)
+
+    def absorbed(self,
+        q_nope:Tensor, # Non-rotary part of the queries `b h s x`
+        q_rope:Tensor, # Rotated part of the queries `b h s r`
+        z:Tensor, # Cached latents and rotary keys `b t (c r)`
+        mask:Tensor|None = None, # True where a query attends to a key; None: causal
+    )->Tensor: # `b h s v`
+        "Attend to the latents, with the expansion absorbed into query and output"
+        w_uk,w_uv = self.expansions()
+        q = torch.cat([einsum(q_nope, w_uk, 'b h s x, h x c -> b h s c'), q_rope], -1)
+        o = attend_latent(q, z, self.c.kv_lora_rank, self.scale, mask)
+        return einsum(o, w_uv, 'b h s c, h v c -> b h s v')
+
+    def attend_all(self,
+        q_nope:Tensor, # Non-rotary part of the queries `b h s x`
+        q_rope:Tensor, # Rotated part of the queries `b h s r`
+        z:Tensor, # Latents and rotary keys of all tokens `b t (c r)`
+        ctx:Context, # Mask and form of MLA
+    )->Tensor: # `b h s v`
+        "Attend to all visible tokens, in the naive or absorbed form"
+        if ctx.mla not in ('auto', 'naive', 'absorbed'): raise ValueError(f"mla {ctx.mla!r} must be 'auto', 'naive' or 'absorbed'")
+        form = ctx.mla if ctx.mla != 'auto' else cheaper_form(self.c, q_nope.shape[2], z.shape[1])
+        return (self.naive if form == 'naive' else self.absorbed)(q_nope, q_rope, z, ctx.mask)
+
+    def forward(self,
+        x:Tensor, # Activations `b s d`
+        ctx:Context, # Rotary angles, mask, cache slot and form of MLA
+    )->Tensor: # `b s d`
+        "Project, extend the cache, attend and project back"
+        q_nope,q_rope = self.queries(x, ctx.angles)
+        z = self.latents(x, ctx.angles)
+        if ctx.cache is not None: z, = ctx.cache.append(z)
+        o = self.attend_all(q_nope, q_rope, z, ctx)
+        return self.o_proj(rearrange(o, 'b h s v -> b s (h v)'))
 
 # %% ../../nbs/120_arch.attention.ipynb #6633a83a
 @op
@@ -194,32 +250,6 @@ def norm_rotate(
     "Normalise the latent, and rotate the rotary key"
     latent,k_rope = x.split([len(weight), 2*cos.shape[-1]], -1)
     return torch.cat([rms_norm(latent, weight, eps), rotate(k_rope[:,None], cos, sin, interleaved)[:,0]], -1)
-
-# %% ../../nbs/120_arch.attention.ipynb #5a55d304
-@patch
-def latents(self:MLA,
-    x:Tensor, # Activations `b s d`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->Tensor: # Latent and rotary key of each token, `b s (c r)`
-    "Compress each token to a latent and a rotary key"
-    norm = self.kv_a_layernorm
-    return norm_rotate(self.kv_a_proj_with_mqa(x), norm.weight, *angles, norm.eps, self.c.rope.interleaved)
-
-# %% ../../nbs/120_arch.attention.ipynb #af3f269c
-@patch
-def naive(self:MLA,
-    q_nope:Tensor, # Non-rotary part of the queries `b h s x`
-    q_rope:Tensor, # Rotated part of the queries `b h s r`
-    z:Tensor, # Cached latents and rotary keys `b t (c r)`
-    mask:Tensor|None = None, # True where a query attends to a key; None: causal
-)->Tensor: # `b h s v`
-    "Expand latents to keys and values for each head, then attend"
-    c = self.c
-    latent,k_rope = z.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-    kv = rearrange(self.kv_b_proj(latent), 'b t (h x) -> b h t x', h=c.n_heads)
-    k_nope,v = kv.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    k = torch.cat([k_nope, k_rope[:,None].expand(-1, c.n_heads, -1, -1)], -1)
-    return attend(torch.cat([q_nope, q_rope], -1), k, v, self.scale, mask, causal=mask is None)
 
 # %% ../../nbs/120_arch.attention.ipynb #2a847082
 @op
@@ -236,27 +266,6 @@ def attend_latent(
     if mask is None and s>1: mask = visible(s, t, device=q.device)
     if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
     return einsum(scores.softmax(-1).to(z.dtype), z[..., :c], 'b h s t, b t c -> b h s c')
-
-# %% ../../nbs/120_arch.attention.ipynb #954ffe91
-@patch
-def expansions(self:MLA)->tuple[Tensor,Tensor]: # Matrices of keys `h x c` and of values `h v c`
-    "The two parts of the matrix that expands latents"
-    w = torch.unflatten(self.kv_b_proj.weight, 0, (self.c.n_heads, -1))  # torch.unflatten decodes a quantised weight
-    return w.split([self.c.qk_nope_head_dim, self.c.v_head_dim], 1)
-
-# %% ../../nbs/120_arch.attention.ipynb #7f4153b0
-@patch
-def absorbed(self:MLA,
-    q_nope:Tensor, # Non-rotary part of the queries `b h s x`
-    q_rope:Tensor, # Rotated part of the queries `b h s r`
-    z:Tensor, # Cached latents and rotary keys `b t (c r)`
-    mask:Tensor|None = None, # True where a query attends to a key; None: causal
-)->Tensor: # `b h s v`
-    "Attend to the latents, with the expansion absorbed into query and output"
-    w_uk,w_uv = self.expansions()
-    q = torch.cat([einsum(q_nope, w_uk, 'b h s x, h x c -> b h s c'), q_rope], -1)
-    o = attend_latent(q, z, self.c.kv_lora_rank, self.scale, mask)
-    return einsum(o, w_uv, 'b h s c, h v c -> b h s v')
 
 # %% ../../nbs/120_arch.attention.ipynb #ee2fb942
 def mla_flops(
@@ -279,29 +288,3 @@ def cheaper_form(
     "The form of MLA with fewer FLOPs"
     naive,absorbed = mla_flops(c, s, t)
     return 'naive' if naive < absorbed else 'absorbed'
-
-# %% ../../nbs/120_arch.attention.ipynb #dd552192
-@patch
-def attend_all(self:MLA,
-    q_nope:Tensor, # Non-rotary part of the queries `b h s x`
-    q_rope:Tensor, # Rotated part of the queries `b h s r`
-    z:Tensor, # Latents and rotary keys of all tokens `b t (c r)`
-    ctx:Context, # Mask and form of MLA
-)->Tensor: # `b h s v`
-    "Attend to all visible tokens, in the naive or absorbed form"
-    if ctx.mla not in ('auto', 'naive', 'absorbed'): raise ValueError(f"mla {ctx.mla!r} must be 'auto', 'naive' or 'absorbed'")
-    form = ctx.mla if ctx.mla != 'auto' else cheaper_form(self.c, q_nope.shape[2], z.shape[1])
-    return (self.naive if form == 'naive' else self.absorbed)(q_nope, q_rope, z, ctx.mask)
-
-# %% ../../nbs/120_arch.attention.ipynb #6a2426d0
-@patch
-def forward(self:MLA,
-    x:Tensor, # Activations `b s d`
-    ctx:Context, # Rotary angles, mask, cache slot and form of MLA
-)->Tensor: # `b s d`
-    "Project, extend the cache, attend and project back"
-    q_nope,q_rope = self.queries(x, ctx.angles)
-    z = self.latents(x, ctx.angles)
-    if ctx.cache is not None: z, = ctx.cache.append(z)
-    o = self.attend_all(q_nope, q_rope, z, ctx)
-    return self.o_proj(rearrange(o, 'b h s v -> b s (h v)'))

@@ -13,12 +13,12 @@ from functools import partial
 from math import prod
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.config import Config
 from ..core.device import ARENA_CHUNK, Arena
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 
 # %% ../../nbs/130_arch.cache.ipynb #8a24eab7
 def cache_shapes(
@@ -49,7 +49,6 @@ class Slot:
         return [old[..., :end, :] for old in self.tensors]
 
 # %% ../../nbs/130_arch.cache.ipynb #a3456603
-@extended
 class Cache:
     "Keys and values, or latents, of earlier tokens"
     def __init__(self,
@@ -75,47 +74,44 @@ class Cache:
     def nbytes(self)->int: return sum(t.nbytes for s in self.slots for t in s.tensors)
     def __repr__(self): return f'{type(self).__name__}({self.batch}×{self.length} of {self.capacity} positions, {self.nbytes:,} bytes)'
 
-# %% ../../nbs/130_arch.cache.ipynb #e16fec1e
-@patch
-def grow(self:Cache,
-    capacity:int, # New capacity in tokens
-)->None:
-    "Allocate larger tensors and copy the cached tokens"
-    if capacity > self.c.max_positions:
-        raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
-    self._allocate(capacity)
-    self.capacity = capacity
+    if TYPE_CHECKING:
+        from deepseek_nb.arch.show import _repr_markdown_
+    else:
+        _repr_markdown_ = later('arch.show')
 
-@patch
-def _allocate(self:Cache, capacity):
-    size = sum(-(-prod(s)*dtype.itemsize//64)*64 for s,dtype in self._kinds(capacity))*len(self.slots)
-    arena = Arena(min(size, ARENA_CHUNK)) if self.device.type == 'cpu' else None
-    for slot in self.slots:
-        new = self._empty(capacity, arena)
-        for a,b in zip(new, slot.tensors, strict=True): a[..., :self.length, :] = b[..., :self.length, :]
-        slot.tensors = new
+    def grow(self,
+        capacity:int, # New capacity in tokens
+    )->None:
+        "Allocate larger tensors and copy the cached tokens"
+        if capacity > self.c.max_positions:
+            raise ValueError(f'context of {capacity} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
+        self._allocate(capacity)
+        self.capacity = capacity
 
-# %% ../../nbs/130_arch.cache.ipynb #4041b363
-@patch
-def reserve(self:Cache,
-    s:int, # Number of new tokens
-)->None:
-    "Make sure that there is memory for new tokens"
-    need = self.length + s
-    if need > self.capacity: self.grow(max(need, min(2*self.capacity, self.c.max_positions)))
+    def _allocate(self, capacity):
+        size = sum(-(-prod(s)*dtype.itemsize//64)*64 for s,dtype in self._kinds(capacity))*len(self.slots)
+        arena = Arena(min(size, ARENA_CHUNK)) if self.device.type == 'cpu' else None
+        for slot in self.slots:
+            new = self._empty(capacity, arena)
+            for a,b in zip(new, slot.tensors, strict=True): a[..., :self.length, :] = b[..., :self.length, :]
+            slot.tensors = new
 
-@patch
-def advance(self:Cache,
-    s:int, # Number of tokens that every layer has written
-)->None:
-    "Add new tokens to the length, after the last layer"
-    self.length += s
+    def reserve(self,
+        s:int, # Number of new tokens
+    )->None:
+        "Make sure that there is memory for new tokens"
+        need = self.length + s
+        if need > self.capacity: self.grow(max(need, min(2*self.capacity, self.c.max_positions)))
 
-# %% ../../nbs/130_arch.cache.ipynb #ba2b0867
-@patch
-def rewind(self:Cache,
-    n:int, # Number of tokens to remove
-)->None:
-    "Remove the last tokens"
-    if not 0 <= n <= self.length: raise ValueError(f'cannot rewind {n} tokens of a cache that holds {self.length}')
-    self.length -= n
+    def advance(self,
+        s:int, # Number of tokens that every layer has written
+    )->None:
+        "Add new tokens to the length, after the last layer"
+        self.length += s
+
+    def rewind(self,
+        n:int, # Number of tokens to remove
+    )->None:
+        "Remove the last tokens"
+        if not 0 <= n <= self.length: raise ValueError(f'cannot rewind {n} tokens of a cache that holds {self.length}')
+        self.length -= n

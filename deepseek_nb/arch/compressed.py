@@ -14,7 +14,6 @@ __all__ = ['pool_windows', 'pool_all', 'take_windows', 'Compressor', 'visible_en
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import Context
@@ -91,39 +90,33 @@ class Compressor(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(lambda t: keep_dtype(fn, t) if t is self.ape else fn(t), recurse)
 
-# %% ../../nbs/126_arch.compressed.ipynb #a9beda77
-@patch
-def rows(self:Compressor,
-    x:Tensor, # Activations `b s d`
-)->Tensor: # Candidates and gates, concatenated `b s (2 w)`, float32
-    "Project tokens to candidates and gates"
-    return torch.cat([F.linear(x.float(), w.weight.float()) for w in (self.wkv, self.wgate)], -1)
+    def rows(self,
+        x:Tensor, # Activations `b s d`
+    )->Tensor: # Candidates and gates, concatenated `b s (2 w)`, float32
+        "Project tokens to candidates and gates"
+        return torch.cat([F.linear(x.float(), w.weight.float()) for w in (self.wkv, self.wgate)], -1)
 
-# %% ../../nbs/126_arch.compressed.ipynb #5bb372ff
-@patch
-def entries(self:Compressor,
-    z:Tensor, # Candidates `b n m w`
-    g:Tensor, # Gates `b n m w`
-    first:Tensor|int, # Index of the first entry, for each row `b`
-)->Tensor: # Entries `b n v`
-    "Pool, normalise, and rotate each entry by the position of the first token of its window"
-    e = self.norm(pool_windows(z, g + self.ape.float(), self.overlap))
-    i = torch.as_tensor(first, device=z.device).reshape(-1, 1) + torch.arange(z.shape[1], device=z.device)
-    rope = self.c.compress_rope
-    angles = cos_sin(frequencies(rope, self.c.qk_rope_head_dim, z.device), self.m*i, rotary_factor(rope))
-    return rotate_last(e[:, None], angles)[:, 0]
+    def entries(self,
+        z:Tensor, # Candidates `b n m w`
+        g:Tensor, # Gates `b n m w`
+        first:Tensor|int, # Index of the first entry, for each row `b`
+    )->Tensor: # Entries `b n v`
+        "Pool, normalise, and rotate each entry by the position of the first token of its window"
+        e = self.norm(pool_windows(z, g + self.ape.float(), self.overlap))
+        i = torch.as_tensor(first, device=z.device).reshape(-1, 1) + torch.arange(z.shape[1], device=z.device)
+        rope = self.c.compress_rope
+        angles = cos_sin(frequencies(rope, self.c.qk_rope_head_dim, z.device), self.m*i, rotary_factor(rope))
+        return rotate_last(e[:, None], angles)[:, 0]
 
-# %% ../../nbs/126_arch.compressed.ipynb #f74a6c7f
-@patch
-def forward(self:Compressor,
-    x:Tensor, # Activations of the new tokens `b s d`
-    store=None, # Cache of the entries and of unfinished windows; None: the tokens are the whole text
-    pad:Tensor|None = None, # Number of padding tokens at the left of each row `b`
-)->Tensor: # Entries of all complete windows `b i v`
-    "Compress the text"
-    if store is not None: return store.extend(self.rows(x), self).to(x.dtype)
-    z,g = take_windows(self.rows(x), 0 if pad is None else -pad, 0, x.shape[1]//self.m, self.m)
-    return self.entries(z, g, 0).to(x.dtype)
+    def forward(self,
+        x:Tensor, # Activations of the new tokens `b s d`
+        store=None, # Cache of the entries and of unfinished windows; None: the tokens are the whole text
+        pad:Tensor|None = None, # Number of padding tokens at the left of each row `b`
+    )->Tensor: # Entries of all complete windows `b i v`
+        "Compress the text"
+        if store is not None: return store.extend(self.rows(x), self).to(x.dtype)
+        z,g = take_windows(self.rows(x), 0 if pad is None else -pad, 0, x.shape[1]//self.m, self.m)
+        return self.entries(z, g, 0).to(x.dtype)
 
 # %% ../../nbs/126_arch.compressed.ipynb #c34f8e54
 def visible_entries(
@@ -243,26 +236,24 @@ class CompressedAttention(WindowAttention):
         y = self.attend_far(x, latent, k, padding(ctx, k.shape[1], past, x.shape[1]), ctx)
         return self.output(y, ctx.angles)
 
-# %% ../../nbs/126_arch.compressed.ipynb #1ea79d4e
-@patch
-def attend_far(self:CompressedAttention,
-    x:Tensor, # Activations `b s d`
-    latent:Tensor, # Normalised latent of the queries `b s q`
-    keys:Tensor, # Keys of the window `b t v`
-    pad:Tensor|None, # Number of the first keys of each row that are padding `b`
-    ctx:Context, # Angles, padding and cache slot of the layer
-)->Tensor: # Weighted sums `b h s v`
-    "Compress, select, and attend to keys and entries"
-    lists = (None, None) if ctx.cache is None else (ctx.cache.compressor, ctx.cache.indexer)
-    entries = self.compressor(x, lists[0], ctx.pad)
-    own = None if self.indexer is None else self.indexer.compressor(x, lists[1], ctx.pad)
-    positions = None  # a single query without padding sees all entries
-    if x.shape[1] > 1 or ctx.pad is not None: positions = query_positions(ctx, x.shape[1], x.device)
+    def attend_far(self,
+        x:Tensor, # Activations `b s d`
+        latent:Tensor, # Normalised latent of the queries `b s q`
+        keys:Tensor, # Keys of the window `b t v`
+        pad:Tensor|None, # Number of the first keys of each row that are padding `b`
+        ctx:Context, # Angles, padding and cache slot of the layer
+    )->Tensor: # Weighted sums `b h s v`
+        "Compress, select, and attend to keys and entries"
+        lists = (None, None) if ctx.cache is None else (ctx.cache.compressor, ctx.cache.indexer)
+        entries = self.compressor(x, lists[0], ctx.pad)
+        own = None if self.indexer is None else self.indexer.compressor(x, lists[1], ctx.pad)
+        positions = None  # a single query without padding sees all entries
+        if x.shape[1] > 1 or ctx.pad is not None: positions = query_positions(ctx, x.shape[1], x.device)
 
-    def attend(q, k, near, i):
-        may = None if positions is None else visible_entries(positions[:, i], entries.shape[1], self.m)
-        if own is None or own.shape[1] <= self.c.index_topk:
-            return attend_entries(q, k, entries, self.attn_sink, self.scale, near, may)
-        chosen = self.indexer(x[:, i], latent[:, i], own, tuple(a[:, :, i] for a in ctx.angles), may)
-        return attend_chosen(q, k, entries, chosen, self.attn_sink, self.scale, near, full=may is None)
-    return attend_blocks(self.queries(latent, ctx.angles), keys, self.c.window, attend, pad)
+        def attend(q, k, near, i):
+            may = None if positions is None else visible_entries(positions[:, i], entries.shape[1], self.m)
+            if own is None or own.shape[1] <= self.c.index_topk:
+                return attend_entries(q, k, entries, self.attn_sink, self.scale, near, may)
+            chosen = self.indexer(x[:, i], latent[:, i], own, tuple(a[:, :, i] for a in ctx.angles), may)
+            return attend_chosen(q, k, entries, chosen, self.attn_sink, self.scale, near, full=may is None)
+        return attend_blocks(self.queries(latent, ctx.angles), keys, self.c.window, attend, pad)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import Context
@@ -93,40 +92,34 @@ class DSpark(nn.Module):
         self.markov_w1,self.markov_w2 = nn.Embedding(c.vocab_size, rank),nn.Linear(rank, c.vocab_size, bias=False)
         self.confidence = nn.Linear(c.dim + rank, 1, bias=False)
 
-# %% ../../nbs/185_arch.dspark.ipynb #33fb86b5
-@patch
-def fuse(self:DSpark,
-    taps:Tensor, # Streams behind the layers, as `keep_taps` collects them `b t (n d)`
-)->Tensor: # `b t d`
-    "One activation per token of the text"
-    return self.main_norm(self.main_proj(taps))
+    def fuse(self,
+        taps:Tensor, # Streams behind the layers, as `keep_taps` collects them `b t (n d)`
+    )->Tensor: # `b t d`
+        "One activation per token of the text"
+        return self.main_norm(self.main_proj(taps))
 
-# %% ../../nbs/185_arch.dspark.ipynb #f5c7cd98
-@patch
-def forward(self:DSpark,
-    main:Tensor, # Activations of the tokens before the anchor, from `fuse` `b t d`
-    anchor:Tensor, # The last token of the text `b`
-    embed:nn.Embedding, # Embedding of the model
-)->Tensor: # Collapsed activations, one for each token of the block `b γ d`
-    "Run the blocks"
-    main,g = main[:, -self.c.window:],self.length
-    t,tokens = main.shape[1],F.pad(anchor[:, None], (0, g - 1), value=self.noise)
-    near,own = (tuple(a[:, :, i] for a in first_angles(self.c.rope, self.c.rotary_dim, self.c.window + g, main.device))
-                for i in (slice(0, t), slice(t, t + g)))
-    ctx,x = Context(own, cache=Past(main, near), tokens=tokens),expand_streams(embed(tokens), self.c.hc_mult)
-    for layer in self.layers: x = layer(x, ctx)
-    return self.hc_head(x)
+    def forward(self,
+        main:Tensor, # Activations of the tokens before the anchor, from `fuse` `b t d`
+        anchor:Tensor, # The last token of the text `b`
+        embed:nn.Embedding, # Embedding of the model
+    )->Tensor: # Collapsed activations, one for each token of the block `b γ d`
+        "Run the blocks"
+        main,g = main[:, -self.c.window:],self.length
+        t,tokens = main.shape[1],F.pad(anchor[:, None], (0, g - 1), value=self.noise)
+        near,own = (tuple(a[:, :, i] for a in first_angles(self.c.rope, self.c.rotary_dim, self.c.window + g, main.device))
+                    for i in (slice(0, t), slice(t, t + g)))
+        ctx,x = Context(own, cache=Past(main, near), tokens=tokens),expand_streams(embed(tokens), self.c.hc_mult)
+        for layer in self.layers: x = layer(x, ctx)
+        return self.hc_head(x)
 
-# %% ../../nbs/185_arch.dspark.ipynb #1bab4891
-@patch
-def predict(self:DSpark,
-    x:Tensor, # Collapsed activations `b n d`
-    before:Tensor, # The token before each `b n`
-    w:Tensor, # Matrix of the model's head `w d`
-)->tuple[Tensor,Tensor]: # Logits `b n w`, and the logit of the confidence `b n`, float32
-    "Add the logits of pairs, and estimate whether a token will be kept"
-    e = self.markov_w1(before)
-    return head(self.norm(x), w) + self.markov_w2(e).float(), self.confidence(torch.cat([x, e], -1))[..., 0].float()
+    def predict(self,
+        x:Tensor, # Collapsed activations `b n d`
+        before:Tensor, # The token before each `b n`
+        w:Tensor, # Matrix of the model's head `w d`
+    )->tuple[Tensor,Tensor]: # Logits `b n w`, and the logit of the confidence `b n`, float32
+        "Add the logits of pairs, and estimate whether a token will be kept"
+        e = self.markov_w1(before)
+        return head(self.norm(x), w) + self.markov_w2(e).float(), self.confidence(torch.cat([x, e], -1))[..., 0].float()
 
 # %% ../../nbs/185_arch.dspark.ipynb #5d7248e8
 def block_loss(

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/157_arch.engram.ipynb #8ac125ba
@@ -164,20 +163,19 @@ class MappedTables:
         found = torch.from_numpy(self.raw[(rows.cpu() + self.first).numpy()]).view(self.dtype)
         return rearrange(found, 'b s h v -> b s (h v)').to(rows.device)
 
+    def prefetch(self,
+        rows:Tensor, # Row of each table `b s h`
+    )->int: # Number of pages
+        "Ask the operating system to read the pages of the rows, without waiting for them"
+        pages = _pages(self, rows)
+        for page in pages.tolist(): self.map.madvise(mmap.MADV_WILLNEED, page*mmap.PAGESIZE, mmap.PAGESIZE)
+        return len(pages)
+
 # %% ../../nbs/157_arch.engram.ipynb #dce57841
 def _pages(self:MappedTables, rows):
     start = (rows.cpu() + self.first).flatten().numpy()*self.row_bytes
     spans = np.arange(-(-self.row_bytes//mmap.PAGESIZE) + 1)*mmap.PAGESIZE
     return np.unique(np.minimum(start[:, None] + spans, start[:, None] + self.row_bytes - 1)//mmap.PAGESIZE)
-
-@patch
-def prefetch(self:MappedTables,
-    rows:Tensor, # Row of each table `b s h`
-)->int: # Number of pages
-    "Ask the operating system to read the pages of the rows, without waiting for them"
-    pages = _pages(self, rows)
-    for page in pages.tolist(): self.map.madvise(mmap.MADV_WILLNEED, page*mmap.PAGESIZE, mmap.PAGESIZE)
-    return len(pages)
 
 # %% ../../nbs/157_arch.engram.ipynb #3b3da133
 def memory_gate(
@@ -218,17 +216,15 @@ class EngramState:
     @property
     def nbytes(self)->int: return self.ids.nbytes + sum(o.nbytes for o in self.rows.values())
 
-# %% ../../nbs/157_arch.engram.ipynb #dfe7a620
-@patch
-def rewind(self:EngramState,
-    n:int, # Number of tokens to take back
-)->None:
-    "Forget the last tokens"
-    if not 0 <= n <= (left := min(self.length, self.ids.shape[1] - self.needed)):
-        raise ValueError(f'cannot rewind {n} tokens of a state that can take back {left}; make it with a larger `rewindable`')
-    self.length -= n
-    self.ids = self.ids[:, :self.ids.shape[1] - n]
-    self.rows = {o: rows[:, :rows.shape[1] - n] if rows.shape[1] else rows for o,rows in self.rows.items()}
+    def rewind(self,
+        n:int, # Number of tokens to take back
+    )->None:
+        "Forget the last tokens"
+        if not 0 <= n <= (left := min(self.length, self.ids.shape[1] - self.needed)):
+            raise ValueError(f'cannot rewind {n} tokens of a state that can take back {left}; make it with a larger `rewindable`')
+        self.length -= n
+        self.ids = self.ids[:, :self.ids.shape[1] - n]
+        self.rows = {o: rows[:, :rows.shape[1] - n] if rows.shape[1] else rows for o,rows in self.rows.items()}
 
 # %% ../../nbs/157_arch.engram.ipynb #48b2ca9f
 class Ngrams(NamedTuple):
@@ -249,25 +245,23 @@ class NgramHash(nn.Module):
         self.register_buffer('multipliers', torch.stack([odd_multipliers(c, o) for o in c.layers]))
         self.register_buffer('sizes', torch.tensor(list(table_rows(c).values())))
 
-# %% ../../nbs/157_arch.engram.ipynb #b8196339
-@patch
-def forward(self:NgramHash,
-    tokens:Tensor, # Token ids `b s`
-    state:EngramState|None = None, # Ids of earlier tokens, which the new ones are added to
-    pad:Tensor|None = None, # Padding tokens at the left of each row `b`; with a state, given with its first tokens
-)->Ngrams: # Rows for each layer
-    "Hash the n-grams that end at each token"
-    c,(b,s) = self.c,tokens.shape
-    state = state if state is not None else EngramState(c, b, device=tokens.device)
-    if state.length == 0: state.pad = pad
-    ids,real = self.compress[tokens],None
-    if state.pad is not None:
-        real = torch.arange(state.length, state.length + s, device=tokens.device) >= rearrange(state.pad, 'b -> b 1')
-        ids = torch.where(real, ids, c.pad)
-    seen = torch.cat([state.ids, ids], 1)
-    window,state.ids = seen[:, -(s + c.n - 1):],seen[:, -(c.n - 1 + state.spare):]
-    state.length += s
-    return Ngrams({o: ngram_rows(window, a, m) for o,a,m in zip(c.layers, self.multipliers, self.sizes, strict=True)}, real)
+    def forward(self,
+        tokens:Tensor, # Token ids `b s`
+        state:EngramState|None = None, # Ids of earlier tokens, which the new ones are added to
+        pad:Tensor|None = None, # Padding tokens at the left of each row `b`; with a state, given with its first tokens
+    )->Ngrams: # Rows for each layer
+        "Hash the n-grams that end at each token"
+        c,(b,s) = self.c,tokens.shape
+        state = state if state is not None else EngramState(c, b, device=tokens.device)
+        if state.length == 0: state.pad = pad
+        ids,real = self.compress[tokens],None
+        if state.pad is not None:
+            real = torch.arange(state.length, state.length + s, device=tokens.device) >= rearrange(state.pad, 'b -> b 1')
+            ids = torch.where(real, ids, c.pad)
+        seen = torch.cat([state.ids, ids], 1)
+        window,state.ids = seen[:, -(s + c.n - 1):],seen[:, -(c.n - 1 + state.spare):]
+        state.length += s
+        return Ngrams({o: ngram_rows(window, a, m) for o,a,m in zip(c.layers, self.multipliers, self.sizes, strict=True)}, real)
 
 # %% ../../nbs/157_arch.engram.ipynb #74640136
 class Engram(nn.Module):
@@ -295,33 +289,29 @@ class Engram(nn.Module):
         v = self.recall(x, ngrams)
         return x + v + self.convolve(v, ngrams.real, state) if self.c.kernel else x + v
 
-# %% ../../nbs/157_arch.engram.ipynb #1c0dfe63
-@patch
-def recall(self:Engram,
-    x:Tensor, # Residual streams `b s x d`
-    ngrams:Ngrams, # Rows that the tokens select
-)->Tensor: # Gated values `b s x d`
-    "What the memory holds, weighted by the gate"
-    c,memory = self.c,self.tables(ngrams.rows[self.layer]).to(x.dtype)
-    keys,value = rearrange(self.kv_proj(memory), 'b s (x d) -> b s x d', d=c.dim).split([c.streams, 1], 2)
-    norm = lambda t, w: F.rms_norm(t, (c.dim,), eps=c.eps)*w
-    return memory_gate(norm(keys, self.key_norm), norm(x, self.stream_norm))*value
+    def recall(self,
+        x:Tensor, # Residual streams `b s x d`
+        ngrams:Ngrams, # Rows that the tokens select
+    )->Tensor: # Gated values `b s x d`
+        "What the memory holds, weighted by the gate"
+        c,memory = self.c,self.tables(ngrams.rows[self.layer]).to(x.dtype)
+        keys,value = rearrange(self.kv_proj(memory), 'b s (x d) -> b s x d', d=c.dim).split([c.streams, 1], 2)
+        norm = lambda t, w: F.rms_norm(t, (c.dim,), eps=c.eps)*w
+        return memory_gate(norm(keys, self.key_norm), norm(x, self.stream_norm))*value
 
-# %% ../../nbs/157_arch.engram.ipynb #52784162
-@patch
-def convolve(self:Engram,
-    v:Tensor, # Gated values `b s x d`
-    real:Tensor|None, # False for padding `b s`
-    state:EngramState|None, # Rows of earlier tokens, which the new ones are added to
-)->Tensor: # `b s x d`
-    "Mix the values with earlier ones"
-    rows,c = F.rms_norm(v, (self.c.dim,), eps=1e-5)*self.conv_norm,self.c
-    if real is not None: rows = rows*rearrange(real, 'b s -> b s 1 1')
-    span = (c.kernel - 1)*c.n
-    if state is None: return F.silu(dilated_conv(F.pad(rows, (0, 0, 0, 0, span, 0)), self.conv, c.n))
-    seen = torch.cat([state.rows[self.layer], rows], 1)
-    state.rows[self.layer] = seen[:, -(span + state.spare):]
-    return F.silu(dilated_conv(seen[:, -(span + v.shape[1]):], self.conv, c.n))
+    def convolve(self,
+        v:Tensor, # Gated values `b s x d`
+        real:Tensor|None, # False for padding `b s`
+        state:EngramState|None, # Rows of earlier tokens, which the new ones are added to
+    )->Tensor: # `b s x d`
+        "Mix the values with earlier ones"
+        rows,c = F.rms_norm(v, (self.c.dim,), eps=1e-5)*self.conv_norm,self.c
+        if real is not None: rows = rows*rearrange(real, 'b s -> b s 1 1')
+        span = (c.kernel - 1)*c.n
+        if state is None: return F.silu(dilated_conv(F.pad(rows, (0, 0, 0, 0, span, 0)), self.conv, c.n))
+        seen = torch.cat([state.rows[self.layer], rows], 1)
+        state.rows[self.layer] = seen[:, -(span + state.spare):]
+        return F.silu(dilated_conv(seen[:, -(span + v.shape[1]):], self.conv, c.n))
 
 # %% ../../nbs/157_arch.engram.ipynb #5d6a044d
 def _state(engram, cache, rewindable):
@@ -362,7 +352,6 @@ def add_engram(
         with torch.device(model.device): block.engram = Engram(c, i).to(model.dtype)
         block.register_forward_pre_hook(partial(_remember, model.hashes, rewindable))
     return model
-
 
 # %% ../../nbs/157_arch.engram.ipynb #4ff86733
 def engram_settings(

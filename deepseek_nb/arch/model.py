@@ -18,7 +18,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
@@ -38,7 +37,8 @@ from .window import WindowAttention
 from ..core.config import Config, Rope
 from ..core.device import huge_pages, pick_device, pick_dtype
 from ..core.dispatch import op
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 
 # %% ../../nbs/160_arch.model.ipynb #d55355b5
 @op
@@ -153,7 +153,6 @@ class _Shapes(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 # %% ../../nbs/160_arch.model.ipynb #bc540951
-@extended
 class Model(nn.Module):
     "A language model: embedding, blocks, norm and head"
     def __init__(self,
@@ -177,37 +176,178 @@ class Model(nn.Module):
         for p in self.to_empty(device=device).parameters(): huge_pages(p)
         self.init_weights()
 
-# %% ../../nbs/160_arch.model.ipynb #656b03c4
-@patch(as_prop=True)
-def device(self:Model)->torch.device:
-    "Device of the weights"
-    return self.embed_tokens.weight.device
+    if TYPE_CHECKING:
+        from deepseek_nb.arch.show import _repr_markdown_
+        from deepseek_nb.arch.mtp import add_mtp, hidden_ahead
+        from deepseek_nb.files.checkpoint import save_pretrained
+        from deepseek_nb.quant.report import quantization_report
+        from deepseek_nb.infer.load import from_pretrained as _from_pretrained
+        from_pretrained = classmethod(_from_pretrained)  # type: ignore
+        from deepseek_nb.infer.generate import prefill, stream, generate
+        from deepseek_nb.infer.ragged import ragged_angles, ragged_batch, ragged, _ragged_step
+        from deepseek_nb.infer.speculate import speculate
+        from deepseek_nb.kernels.compile import compile
+        from deepseek_nb.train.lora import set_adapter, delete_adapter, merge_adapter, unmerge_adapter, merge_and_unload, unload, adapters
+        from deepseek_nb.train.peft import save_adapter, load_adapter
+        from deepseek_nb.train.dynamic import set_compute
+    else:
+        _repr_markdown_ = later('arch.show')
+        add_mtp = later('arch.mtp')
+        hidden_ahead = later('arch.mtp')
+        save_pretrained = later('files.checkpoint')
+        quantization_report = later('quant.report')
+        from_pretrained = later('infer.load')
+        prefill = later('infer.generate')
+        stream = later('infer.generate')
+        generate = later('infer.generate')
+        ragged_angles = later('infer.ragged')
+        ragged_batch = later('infer.ragged')
+        ragged = later('infer.ragged')
+        _ragged_step = later('infer.ragged')
+        speculate = later('infer.speculate')
+        compile = later('kernels.compile')
+        set_adapter = later('train.lora')
+        delete_adapter = later('train.lora')
+        merge_adapter = later('train.lora')
+        unmerge_adapter = later('train.lora')
+        merge_and_unload = later('train.lora')
+        unload = later('train.lora')
+        adapters = later('train.lora')
+        save_adapter = later('train.peft')
+        load_adapter = later('train.peft')
+        set_compute = later('train.dynamic')
 
-@patch(as_prop=True)
-def dtype(self:Model)->torch.dtype:
-    "Dtype of weights and activations"
-    return self.embed_tokens.weight.dtype
+    @property
+    def device(self)->torch.device:
+        "Device of the weights"
+        return self.embed_tokens.weight.device
 
-@patch(as_prop=True)
-def head_weight(self:Model)->Tensor: # `w d`
-    "Matrix of the head, or of the embedding if the two are tied"
-    return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+    @property
+    def dtype(self)->torch.dtype:
+        "Dtype of weights and activations"
+        return self.embed_tokens.weight.dtype
 
-# %% ../../nbs/160_arch.model.ipynb #43a001c0
-@patch
-def init_weights(self:Model,
-    std:float = .02, # Standard deviation of weight matrices
-)->Model: # The same model
-    "Initialise all weights"
-    for name,p in self.named_parameters():
-        if name.endswith('norm.weight'): nn.init.ones_(p)
-        elif name.endswith(('bias', 'attn_sink', '.ape')): nn.init.zeros_(p)
-        else: nn.init.normal_(p, std=std)
-    for b in self.buffers(): b.zero_()
-    for m in self.modules():
-        if isinstance(m, (HyperConnection, HyperHead)): m.reset()
-        if isinstance(m, HashGate): m.reset_table()
-    return self
+    @property
+    def head_weight(self)->Tensor: # `w d`
+        "Matrix of the head, or of the embedding if the two are tied"
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def init_weights(self,
+        std:float = .02, # Standard deviation of weight matrices
+    )->'Model': # The same model
+        "Initialise all weights"
+        for name,p in self.named_parameters():
+            if name.endswith('norm.weight'): nn.init.ones_(p)
+            elif name.endswith(('bias', 'attn_sink', '.ape')): nn.init.zeros_(p)
+            else: nn.init.normal_(p, std=std)
+        for b in self.buffers(): b.zero_()
+        for m in self.modules():
+            if isinstance(m, (HyperConnection, HyperHead)): m.reset()
+            if isinstance(m, HashGate): m.reset_table()
+        return self
+
+    def angles(self,
+        start:int, # First of the new positions
+        end:int, # Last of the new positions + 1
+        pad:Tensor|None = None, # Number of padding tokens of each row `b`
+        rope:Rope|None = None, # Rotary settings; None: `rope` of the config
+    )->tuple[Tensor,Tensor]: # cos and sin `b 1 s r/2`
+        "Rotary angles of new positions"
+        rope,r = rope or self.config.rope,self.config.rotary_dim
+        if pad is None and not is_compiling():
+            cos,sin = first_angles(rope, r, max(256, 1 << (end - 1).bit_length()), self.device)
+            return cos[:, :, start:end], sin[:, :, start:end]
+        pos = torch.arange(start, end, device=self.device)[None]
+        if pad is not None: pos = (pos - pad[:,None]).clamp(min=0)
+        return cos_sin(frequencies(rope, r, self.device), pos, rotary_factor(rope))
+
+    def context(self,
+        s:int, # Number of new tokens
+        cache:Cache|None = None, # Cache of the tokens before the new ones; None: there are none
+        pad:Tensor|None = None, # Number of padding tokens at the left of each row `b`
+        documents:Tensor|None = None, # Document number of each position in packed rows `b s`
+        mla:str = 'auto', # Form of MLA
+        tokens:Tensor|None = None, # Token ids `b s`, for blocks that route by token
+    )->Context: # Shared by all layers
+        "Rotary angles and mask of the new tokens, with the cache"
+        past,mask = len(cache) if cache is not None else 0,None
+        if pad is not None and not self.config.window: mask = visible(s, past+s, pad, self.device)
+        elif not one_document(documents): mask = document_mask(documents)
+        own,c,by_layer = self.angles(past, past+s, pad),self.config,()
+        if any(c.compress_ratios):
+            other = self.angles(past, past+s, pad, c.compress_rope)
+            by_layer = tuple(other if ratio else own for ratio in c.compress_ratios)
+        return Context(own, mask, cache, mla, pad, tokens, by_layer, getattr(self, 'taps', None))
+
+    def new_cache(self,
+        batch:int = 1, # Number of rows b
+        max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
+        index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
+    )->Cache: # An empty cache
+        "Make an empty cache for this model"
+        if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
+        make = CodedCache if index_dtype else RewindableCache if self.config.window else Cache
+        return make(self.config, batch, max_len, self.dtype, self.device)
+
+    def _read(self, x):
+        "Input of the head from `b s x d` or `b s d`; streams are kept for `keep_hidden`"
+        if not self.config.hc_mult: return self.norm(x)
+        for kept in getattr(self, 'keepers', ()): kept.append(x)
+        return read_streams(x, self.hc_head, self.norm)
+
+    def hidden(self,
+        tokens:Tensor, # Token ids `b s`
+        cache:Cache|None = None, # Cache that is read and extended
+        attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
+        documents:Tensor|None = None, # Document number of each position in packed rows `b s`
+        mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
+    )->Tensor: # Activations after the last norm `b s d`
+        "The forward pass without the head"
+        check_tokens(tokens, self.config, not decodes(tokens, cache))
+        check_documents(documents, tokens, cache, attention_mask, self.config)
+        b,s = tokens.shape
+        if attention_mask is not None and attention_mask.shape not in ((b, s), (b, s + len(cache or ()))):
+            raise ValueError(f'attention_mask has shape {tuple(attention_mask.shape)}, tokens {(b, s)}; give 0 or 1 for each token')
+        pad = left_pad(attention_mask) if attention_mask is not None else None
+        if cache is not None: pad = make_room(cache, self, b, s, pad)
+        x,n = self.embed_tokens(tokens),self.config.hc_mult
+        x = run_blocks(expand_streams(x, n) if n else x, self.layers, self.context(s, cache, pad, documents, mla, tokens))
+        if cache is not None: cache.advance(s)
+        return self._read(x)
+
+    def forward(self,
+        tokens:Tensor, # Token ids `b s`
+        cache:Cache|None = None, # Cache that is read and extended
+        logits_to_keep:int = 0, # Compute logits of this many last positions; 0: all
+        attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
+        mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
+    )->Tensor: # Logits `b s w`, float32
+        "Logits of the next token at each position"
+        if logits_to_keep < 0: raise ValueError(f'logits_to_keep is {logits_to_keep}; give a number of last positions, or 0 for all')
+        x = self.hidden(tokens, cache, attention_mask, mla=mla)[:, -logits_to_keep:]
+        return head(x, self.head_weight)
+
+    def residual_stream(self,
+        x:Tensor, # Embedded tokens `b s d`
+        ctx:Context, # Context of the pass, from `context`
+    )->Iterator[Tensor]: # `n_layers+1` tensors `b s d`
+        "Yield the residual stream before the first block and after each block"
+        check_plain(self.config, 'the residual stream between blocks')
+        yield x
+        for i,block in enumerate(self.layers):
+            x = block(x, ctx.layer(i))
+            yield x
+
+    @contextmanager
+    def keep_hidden(self)->Iterator[list]: # List that gets the activations after the last norm `b s d`, one tensor per forward pass
+        "Collect the inputs of the head from all forward passes within a `with` block; of hyper-connections the streams `b s x d`"
+        kept,streams = [],self.config.hc_mult
+        if streams: self.keepers = [*getattr(self, 'keepers', ()), kept]
+        else: hook = self.norm.register_forward_hook(lambda module, args, out: kept.append(out))
+        try: yield kept
+        finally:
+            if streams: self.keepers = [k for k in self.keepers if k is not kept]
+            else: hook.remove()
 
 # %% ../../nbs/160_arch.model.ipynb #feef4c76
 def check_tokens(
@@ -272,55 +412,6 @@ def first_angles(
     with torch.inference_mode(False):
         return cos_sin(frequencies(rope, r, device), torch.arange(n, device=device)[None], rotary_factor(rope))
 
-# %% ../../nbs/160_arch.model.ipynb #12501088
-@patch
-def angles(self:Model,
-    start:int, # First of the new positions
-    end:int, # Last of the new positions + 1
-    pad:Tensor|None = None, # Number of padding tokens of each row `b`
-    rope:Rope|None = None, # Rotary settings; None: `rope` of the config
-)->tuple[Tensor,Tensor]: # cos and sin `b 1 s r/2`
-    "Rotary angles of new positions"
-    rope,r = rope or self.config.rope,self.config.rotary_dim
-    if pad is None and not is_compiling():
-        cos,sin = first_angles(rope, r, max(256, 1 << (end - 1).bit_length()), self.device)
-        return cos[:, :, start:end], sin[:, :, start:end]
-    pos = torch.arange(start, end, device=self.device)[None]
-    if pad is not None: pos = (pos - pad[:,None]).clamp(min=0)
-    return cos_sin(frequencies(rope, r, self.device), pos, rotary_factor(rope))
-
-# %% ../../nbs/160_arch.model.ipynb #b94b128c
-@patch
-def context(self:Model,
-    s:int, # Number of new tokens
-    cache:Cache|None = None, # Cache of the tokens before the new ones; None: there are none
-    pad:Tensor|None = None, # Number of padding tokens at the left of each row `b`
-    documents:Tensor|None = None, # Document number of each position in packed rows `b s`
-    mla:str = 'auto', # Form of MLA
-    tokens:Tensor|None = None, # Token ids `b s`, for blocks that route by token
-)->Context: # Shared by all layers
-    "Rotary angles and mask of the new tokens, with the cache"
-    past,mask = len(cache) if cache is not None else 0,None
-    if pad is not None and not self.config.window: mask = visible(s, past+s, pad, self.device)
-    elif not one_document(documents): mask = document_mask(documents)
-    own,c,by_layer = self.angles(past, past+s, pad),self.config,()
-    if any(c.compress_ratios):
-        other = self.angles(past, past+s, pad, c.compress_rope)
-        by_layer = tuple(other if ratio else own for ratio in c.compress_ratios)
-    return Context(own, mask, cache, mla, pad, tokens, by_layer, getattr(self, 'taps', None))
-
-# %% ../../nbs/160_arch.model.ipynb #7f1910b7
-@patch
-def new_cache(self:Model,
-    batch:int = 1, # Number of rows b
-    max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
-    index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
-)->Cache: # An empty cache
-    "Make an empty cache for this model"
-    if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
-    make = CodedCache if index_dtype else RewindableCache if self.config.window else Cache
-    return make(self.config, batch, max_len, self.dtype, self.device)
-
 # %% ../../nbs/160_arch.model.ipynb #01f217d5
 def _layout(c):
     "What determines the shapes of a cache"
@@ -376,14 +467,6 @@ def read_streams(
     "Collapse the streams and apply the last norm"
     return norm(collapse(x))
 
-# %% ../../nbs/160_arch.model.ipynb #3207b2cf
-@patch
-def _read(self:Model, x):
-    "Input of the head from `b s x d` or `b s d`; streams are kept for `keep_hidden`"
-    if not self.config.hc_mult: return self.norm(x)
-    for kept in getattr(self, 'keepers', ()): kept.append(x)
-    return read_streams(x, self.hc_head, self.norm)
-
 # %% ../../nbs/160_arch.model.ipynb #f6b1e122
 @op
 def head(
@@ -392,65 +475,3 @@ def head(
 )->Tensor: # Logits `b s w`, float32
     "Compute the logit of each token of the vocabulary"
     return F.linear(x, w).float()
-
-# %% ../../nbs/160_arch.model.ipynb #524313cb
-@patch
-def hidden(self:Model,
-    tokens:Tensor, # Token ids `b s`
-    cache:Cache|None = None, # Cache that is read and extended
-    attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
-    documents:Tensor|None = None, # Document number of each position in packed rows `b s`
-    mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
-)->Tensor: # Activations after the last norm `b s d`
-    "The forward pass without the head"
-    check_tokens(tokens, self.config, not decodes(tokens, cache))
-    check_documents(documents, tokens, cache, attention_mask, self.config)
-    b,s = tokens.shape
-    if attention_mask is not None and attention_mask.shape not in ((b, s), (b, s + len(cache or ()))):
-        raise ValueError(f'attention_mask has shape {tuple(attention_mask.shape)}, tokens {(b, s)}; give 0 or 1 for each token')
-    pad = left_pad(attention_mask) if attention_mask is not None else None
-    if cache is not None: pad = make_room(cache, self, b, s, pad)
-    x,n = self.embed_tokens(tokens),self.config.hc_mult
-    x = run_blocks(expand_streams(x, n) if n else x, self.layers, self.context(s, cache, pad, documents, mla, tokens))
-    if cache is not None: cache.advance(s)
-    return self._read(x)
-
-# %% ../../nbs/160_arch.model.ipynb #c187ef65
-@patch
-def forward(self:Model,
-    tokens:Tensor, # Token ids `b s`
-    cache:Cache|None = None, # Cache that is read and extended
-    logits_to_keep:int = 0, # Compute logits of this many last positions; 0: all
-    attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
-    mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
-)->Tensor: # Logits `b s w`, float32
-    "Logits of the next token at each position"
-    if logits_to_keep < 0: raise ValueError(f'logits_to_keep is {logits_to_keep}; give a number of last positions, or 0 for all')
-    x = self.hidden(tokens, cache, attention_mask, mla=mla)[:, -logits_to_keep:]
-    return head(x, self.head_weight)
-
-# %% ../../nbs/160_arch.model.ipynb #372308eb
-@patch
-def residual_stream(self:Model,
-    x:Tensor, # Embedded tokens `b s d`
-    ctx:Context, # Context of the pass, from `context`
-)->Iterator[Tensor]: # `n_layers+1` tensors `b s d`
-    "Yield the residual stream before the first block and after each block"
-    check_plain(self.config, 'the residual stream between blocks')
-    yield x
-    for i,block in enumerate(self.layers):
-        x = block(x, ctx.layer(i))
-        yield x
-
-# %% ../../nbs/160_arch.model.ipynb #5d0f9a90
-@patch
-@contextmanager
-def keep_hidden(self:Model)->Iterator[list]: # List that gets the activations after the last norm `b s d`, one tensor per forward pass
-    "Collect the inputs of the head from all forward passes within a `with` block; of hyper-connections the streams `b s x d`"
-    kept,streams = [],self.config.hc_mult
-    if streams: self.keepers = [*getattr(self, 'keepers', ()), kept]
-    else: hook = self.norm.register_forward_hook(lambda module, args, out: kept.append(out))
-    try: yield kept
-    finally:
-        if streams: self.keepers = [k for k in self.keepers if k is not kept]
-        else: hook.remove()

@@ -13,13 +13,11 @@ __all__ = ['Ring', 'EntryList', 'WindowSlot', 'RewindableCache', 'rewindable_byt
 from math import ceil
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from .cache import Cache
 from .compressed import Compressor, take_windows
 from ..core.config import Config
-from ..core.lazy import extended
 
 # %% ../../nbs/132_arch.rewindable.ipynb #79b85d5e
 class Ring:
@@ -72,34 +70,30 @@ class EntryList:
         new[:, :self.entries.shape[1]] = self.entries
         self.entries = new
 
-# %% ../../nbs/132_arch.rewindable.ipynb #a94c224e
-@patch
-def extend(self:EntryList,
-    new:Tensor, # Raw rows of the new tokens `b s (2 w)`
-    compressor:Compressor, # Compressor that pools windows to entries
-)->Tensor: # All entries `b i v`; in a padded row, those behind its last complete window are not valid
-    "Add tokens, and pool the windows that they complete"
-    past,s,m,pad,over = self.cache.length,new.shape[1],self.m,self.cache.pad,int(self.overlap)
-    back = min(past, m*(1 + over) - 1)
-    rows = torch.cat([self.rows.between(past - back, past), new], 1)
-    self.rows.write(new, past)
-    first = past//m if pad is None else (past - pad).clamp(min=0)//m
-    n = (past + s)//m - first if pad is None else ceil(s/m)
-    if n:
-        z,g = take_windows(rows, past - back - (0 if pad is None else pad), first - over, n + over, m)
-        self.put(compressor.entries(z, g, first - over)[:, over:], first)
-    return self.entries[:, :(past + s)//m]
+    def extend(self,
+        new:Tensor, # Raw rows of the new tokens `b s (2 w)`
+        compressor:Compressor, # Compressor that pools windows to entries
+    )->Tensor: # All entries `b i v`; in a padded row, those behind its last complete window are not valid
+        "Add tokens, and pool the windows that they complete"
+        past,s,m,pad,over = self.cache.length,new.shape[1],self.m,self.cache.pad,int(self.overlap)
+        back = min(past, m*(1 + over) - 1)
+        rows = torch.cat([self.rows.between(past - back, past), new], 1)
+        self.rows.write(new, past)
+        first = past//m if pad is None else (past - pad).clamp(min=0)//m
+        n = (past + s)//m - first if pad is None else ceil(s/m)
+        if n:
+            z,g = take_windows(rows, past - back - (0 if pad is None else pad), first - over, n + over, m)
+            self.put(compressor.entries(z, g, first - over)[:, over:], first)
+        return self.entries[:, :(past + s)//m]
 
-# %% ../../nbs/132_arch.rewindable.ipynb #6ebe3464
-@patch
-def put(self:EntryList,
-    entries:Tensor, # Entries of consecutive windows `b n v`
-    first:Tensor|int, # Index of the first, for each row `b`
-)->None:
-    "Store entries"
-    n,batch = entries.shape[1],torch.arange(len(entries), device=entries.device)
-    if isinstance(first, int): self.entries[:, first:first + n] = entries
-    else: self.entries[batch[:, None], first[:, None] + torch.arange(n, device=entries.device)] = entries.to(self.entries.dtype)
+    def put(self,
+        entries:Tensor, # Entries of consecutive windows `b n v`
+        first:Tensor|int, # Index of the first, for each row `b`
+    )->None:
+        "Store entries"
+        n,batch = entries.shape[1],torch.arange(len(entries), device=entries.device)
+        if isinstance(first, int): self.entries[:, first:first + n] = entries
+        else: self.entries[batch[:, None], first[:, None] + torch.arange(n, device=entries.device)] = entries.to(self.entries.dtype)
 
 # %% ../../nbs/132_arch.rewindable.ipynb #6dd57dec
 class WindowSlot:
@@ -131,7 +125,6 @@ class WindowSlot:
         return [self.keys.between(start, past + s) if past + s - start <= self.keys.data.shape[1] else kept]
 
 # %% ../../nbs/132_arch.rewindable.ipynb #bb1be8df
-@extended
 class RewindableCache(Cache):
     "The cache of a V4 model"
     def __init__(self,
@@ -149,25 +142,21 @@ class RewindableCache(Cache):
     def _allocate(self, capacity):
         for o in (o for slot in self.slots for o in slot.lists): o.grow(capacity)
 
-# %% ../../nbs/132_arch.rewindable.ipynb #cdb7c431
-@patch
-def advance(self:RewindableCache,
-    s:int, # Number of tokens that every layer has written
-)->None:
-    "Add new tokens to the length, after the last layer"
-    Cache.advance(self, s)
-    self.floor = max(self.floor, self.length - self.rewinds)
+    def advance(self,
+        s:int, # Number of tokens that every layer has written
+    )->None:
+        "Add new tokens to the length, after the last layer"
+        Cache.advance(self, s)
+        self.floor = max(self.floor, self.length - self.rewinds)
 
-# %% ../../nbs/132_arch.rewindable.ipynb #eb2fc625
-@patch
-def rewind(self:RewindableCache,
-    n:int, # Number of tokens to remove
-)->None:
-    "Remove the last tokens; all tokens can always be removed"
-    if n < self.length < self.floor + n:
-        raise ValueError(f'cannot rewind {n} tokens, only {self.length - self.floor}: the cache was made for rewinds={self.rewinds}')
-    Cache.rewind(self, n)
-    if not self.length: self.floor = 0
+    def rewind(self,
+        n:int, # Number of tokens to remove
+    )->None:
+        "Remove the last tokens; all tokens can always be removed"
+        if n < self.length < self.floor + n:
+            raise ValueError(f'cannot rewind {n} tokens, only {self.length - self.floor}: the cache was made for rewinds={self.rewinds}')
+        Cache.rewind(self, n)
+        if not self.length: self.floor = 0
 
 # %% ../../nbs/132_arch.rewindable.ipynb #6f9bec0b
 def rewindable_bytes(

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .sparse import top_positions
 from ..core.config import Config
 from ..core.dispatch import op
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 
 # %% ../../nbs/140_arch.routing.ipynb #2f5ada73
 def affinity(
@@ -48,12 +48,15 @@ def limit_groups(
     return rearrange(grouped.masked_fill(~kept[...,None], -torch.inf), 'n g e -> n (g e)')
 
 # %% ../../nbs/140_arch.routing.ipynb #32e34f5c
-@extended
 class Route(NamedTuple):
     "Selected experts of each token, and their weights"
     weights:Tensor # Weights of the selected experts `n k`, float32
     experts:Tensor # Indices of the selected experts `n k`
     scores:Tensor # Scores of all experts `n e`, for the balance losses
+    if TYPE_CHECKING:
+        from deepseek_nb.arch.show import _repr_html_
+    else:
+        _repr_html_ = later('arch.show', '_repr_html_')
 
 @op
 def route(
@@ -94,6 +97,13 @@ class Gate(nn.Module):
         "Route tokens, computed in float32"
         return route(F.linear(x.float(), self.weight.float()), self.c, self.e_score_correction_bias)
 
+    def update_bias(self,
+        loads:Tensor, # Load of each expert in the last step `e`
+        gamma:float = .001, # Size of the update
+    )->None:
+        "Adjust the bias towards an even load"
+        with torch.no_grad(): self.e_score_correction_bias += gamma*torch.sign(loads.float().mean() - loads)
+
 # %% ../../nbs/140_arch.routing.ipynb #1602b28b
 def expert_load(
     experts:Tensor, # Selected experts `n k`
@@ -107,15 +117,6 @@ def max_violation(
 )->float: # Between 0 for an even load and e/k − 1
     "Largest load relative to the mean load, minus 1"
     return (loads.max()/loads.float().mean() - 1).item()
-
-# %% ../../nbs/140_arch.routing.ipynb #54041a6b
-@patch
-def update_bias(self:Gate,
-    loads:Tensor, # Load of each expert in the last step `e`
-    gamma:float = .001, # Size of the update
-)->None:
-    "Adjust the bias towards an even load"
-    with torch.no_grad(): self.e_score_correction_bias += gamma*torch.sign(loads.float().mean() - loads)
 
 # %% ../../nbs/140_arch.routing.ipynb #8492ef3f
 def expert_loss(

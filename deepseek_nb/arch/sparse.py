@@ -14,7 +14,6 @@ __all__ = ['CHUNK', 'Indexer', 'rotate_first', 'index_scores', 'top_positions', 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import MLA, Context, mla_flops, visible
@@ -35,6 +34,27 @@ class Indexer(nn.Module):
         self.k_norm = nn.LayerNorm(c.index_head_dim, eps=1e-6)
         self.weights_proj = nn.Linear(c.dim, c.index_n_heads, bias=False)
 
+    def keys(self,
+        x:Tensor, # Activations `b s d`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->Tensor: # `b s u`
+        "Index keys of new tokens"
+        return rotate_first(self.k_norm(self.wk(x))[:, None], *angles)[:, 0]
+
+    def queries(self,
+        latent:Tensor, # Latents of MLA's queries `b s l`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->Tensor: # `b s j u`
+        "Index queries of new tokens"
+        q = rearrange(self.wq_b(latent), 'b s (j u) -> b j s u', u=self.c.index_head_dim)
+        return rearrange(rotate_first(q, *angles), 'b j s u -> b s j u')
+
+    def weights(self,
+        x:Tensor, # Activations `b s d`
+    )->Tensor: # `b s j`, float32
+        "Weights of the index heads"
+        return F.linear(x.float(), self.weights_proj.weight.float())*(self.c.index_n_heads*self.c.index_head_dim)**-.5
+
 # %% ../../nbs/122_arch.sparse.ipynb #c30fa343
 def rotate_first(
     x:Tensor, # Queries or keys `b j s u`
@@ -44,33 +64,6 @@ def rotate_first(
     "Rotate the first r channels, in half-split pairs"
     r = 2*cos.shape[-1]
     return torch.cat([rotate(x[..., :r], cos, sin, False), x[..., r:]], -1)
-
-# %% ../../nbs/122_arch.sparse.ipynb #6c973e62
-@patch
-def keys(self:Indexer,
-    x:Tensor, # Activations `b s d`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->Tensor: # `b s u`
-    "Index keys of new tokens"
-    return rotate_first(self.k_norm(self.wk(x))[:, None], *angles)[:, 0]
-
-# %% ../../nbs/122_arch.sparse.ipynb #a8b8e89b
-@patch
-def queries(self:Indexer,
-    latent:Tensor, # Latents of MLA's queries `b s l`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->Tensor: # `b s j u`
-    "Index queries of new tokens"
-    q = rearrange(self.wq_b(latent), 'b s (j u) -> b j s u', u=self.c.index_head_dim)
-    return rearrange(rotate_first(q, *angles), 'b j s u -> b s j u')
-
-# %% ../../nbs/122_arch.sparse.ipynb #17d512f9
-@patch
-def weights(self:Indexer,
-    x:Tensor, # Activations `b s d`
-)->Tensor: # `b s j`, float32
-    "Weights of the index heads"
-    return F.linear(x.float(), self.weights_proj.weight.float())*(self.c.index_n_heads*self.c.index_head_dim)**-.5
 
 # %% ../../nbs/122_arch.sparse.ipynb #f763ea89
 @op
@@ -159,19 +152,52 @@ class DSA(MLA):
         super().__init__(c)
         self.indexer = Indexer(c)
 
-# %% ../../nbs/122_arch.sparse.ipynb #2161b84a
-@patch
-@torch.no_grad()
-def select(self:DSA,
-    x:Tensor, # Activations `b s d`
-    latent:Tensor, # Latents of queries `b s l`
-    k:Tensor, # Index keys of all tokens `b t u`
-    ctx:Context, # Angles and mask
-)->Tensor|None: # Positions that each query attends to `b s a`; None: all
-    "Select the tokens with the highest index scores"
-    if k.shape[1] <= self.c.index_topk: return None
-    mask = ctx.mask if ctx.mask is None or ctx.mask.ndim == 2 else ctx.mask[:, 0]
-    return select_positions(self.indexer.queries(latent, ctx.angles), k, self.indexer.weights(x), self.c.index_topk, mask)
+    @torch.no_grad()
+    def select(self,
+        x:Tensor, # Activations `b s d`
+        latent:Tensor, # Latents of queries `b s l`
+        k:Tensor, # Index keys of all tokens `b t u`
+        ctx:Context, # Angles and mask
+    )->Tensor|None: # Positions that each query attends to `b s a`; None: all
+        "Select the tokens with the highest index scores"
+        if k.shape[1] <= self.c.index_topk: return None
+        mask = ctx.mask if ctx.mask is None or ctx.mask.ndim == 2 else ctx.mask[:, 0]
+        return select_positions(self.indexer.queries(latent, ctx.angles), k, self.indexer.weights(x), self.c.index_topk, mask)
+
+    def selected(self,
+        q_nope:Tensor, # Non-rotary part of the queries `b h s x`
+        q_rope:Tensor, # Rotated part of the queries `b h s r`
+        z:Tensor, # Latents and rotary keys of all tokens `b t (c r)`
+        positions:Tensor, # Positions that each query attends to `b s a`
+    )->Tensor: # `b h s v`
+        "The absorbed form over selected latents, a few queries at a time"
+        w_uk,w_uv = self.expansions()
+        q = torch.cat([einsum(q_nope, w_uk, 'b h s x, h x c -> b h s c'), q_rope], -1)
+        rows = torch.arange(q.shape[2]).split(max(1, CHUNK//(positions.shape[-1]*z.shape[-1])))
+        o = torch.cat([attend_selected(q[:, :, i], z, positions[:, i], self.c.kv_lora_rank, self.scale) for i in rows], 2)
+        return einsum(o, w_uv, 'b h s c, h v c -> b h s v')
+
+    def cheaper(self,
+        s:int, # Number of queries
+        t:int, # Number of keys
+    )->str: # 'naive' or 'absorbed'
+        "The form with fewer FLOPs: all tokens and a mask, or the selected tokens"
+        return 'naive' if mla_flops(self.c, s, t)[0] < mla_flops(self.c, s, min(t, self.c.index_topk))[1] else 'absorbed'
+
+    def forward(self,
+        x:Tensor, # Activations `b s d`
+        ctx:Context, # Angles, mask, cache slot and form of MLA
+    )->Tensor: # `b s d`
+        "Attend to the selected tokens"
+        latent = self.query_latent(x)
+        (q_nope,q_rope),z,k = self.expand_queries(latent, ctx.angles),self.latents(x, ctx.angles),self.indexer.keys(x, ctx.angles)
+        if ctx.cache is not None: z,k = ctx.cache.append(z, k)
+        positions = self.select(x, latent, k, ctx)
+        form = self.cheaper(x.shape[1], z.shape[1]) if ctx.mla == 'auto' else ctx.mla
+        if positions is None: o = self.attend_all(q_nope, q_rope, z, ctx)
+        elif form == 'naive': o = self.attend_all(q_nope, q_rope, z, ctx._replace(mask=selected_mask(positions, z.shape[1]), mla=form))
+        else: o = self.selected(q_nope, q_rope, z, positions)
+        return self.o_proj(rearrange(o, 'b h s v -> b s (h v)'))
 
 # %% ../../nbs/122_arch.sparse.ipynb #4356bfd1
 def selected_mask(
@@ -181,47 +207,6 @@ def selected_mask(
     "The mask of a selection"
     mask = torch.zeros(*positions.shape[:2], t+1, dtype=torch.bool, device=positions.device)
     return mask.scatter(-1, positions.where(positions >= 0, t), True)[:, None, :, :t]
-
-# %% ../../nbs/122_arch.sparse.ipynb #45914073
-@patch
-def selected(self:DSA,
-    q_nope:Tensor, # Non-rotary part of the queries `b h s x`
-    q_rope:Tensor, # Rotated part of the queries `b h s r`
-    z:Tensor, # Latents and rotary keys of all tokens `b t (c r)`
-    positions:Tensor, # Positions that each query attends to `b s a`
-)->Tensor: # `b h s v`
-    "The absorbed form over selected latents, a few queries at a time"
-    w_uk,w_uv = self.expansions()
-    q = torch.cat([einsum(q_nope, w_uk, 'b h s x, h x c -> b h s c'), q_rope], -1)
-    rows = torch.arange(q.shape[2]).split(max(1, CHUNK//(positions.shape[-1]*z.shape[-1])))
-    o = torch.cat([attend_selected(q[:, :, i], z, positions[:, i], self.c.kv_lora_rank, self.scale) for i in rows], 2)
-    return einsum(o, w_uv, 'b h s c, h v c -> b h s v')
-
-# %% ../../nbs/122_arch.sparse.ipynb #e9eaf1e7
-@patch
-def cheaper(self:DSA,
-    s:int, # Number of queries
-    t:int, # Number of keys
-)->str: # 'naive' or 'absorbed'
-    "The form with fewer FLOPs: all tokens and a mask, or the selected tokens"
-    return 'naive' if mla_flops(self.c, s, t)[0] < mla_flops(self.c, s, min(t, self.c.index_topk))[1] else 'absorbed'
-
-# %% ../../nbs/122_arch.sparse.ipynb #a8861a22
-@patch
-def forward(self:DSA,
-    x:Tensor, # Activations `b s d`
-    ctx:Context, # Angles, mask, cache slot and form of MLA
-)->Tensor: # `b s d`
-    "Attend to the selected tokens"
-    latent = self.query_latent(x)
-    (q_nope,q_rope),z,k = self.expand_queries(latent, ctx.angles),self.latents(x, ctx.angles),self.indexer.keys(x, ctx.angles)
-    if ctx.cache is not None: z,k = ctx.cache.append(z, k)
-    positions = self.select(x, latent, k, ctx)
-    form = self.cheaper(x.shape[1], z.shape[1]) if ctx.mla == 'auto' else ctx.mla
-    if positions is None: o = self.attend_all(q_nope, q_rope, z, ctx)
-    elif form == 'naive': o = self.attend_all(q_nope, q_rope, z, ctx._replace(mask=selected_mask(positions, z.shape[1]), mla=form))
-    else: o = self.selected(q_nope, q_rope, z, positions)
-    return self.o_proj(rearrange(o, 'b h s v -> b s (h v)'))
 
 # %% ../../nbs/122_arch.sparse.ipynb #f80eeb8c
 def sparse_cost(

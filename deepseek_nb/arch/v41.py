@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .compressed import attend_chosen, pool_windows, visible_entries
@@ -151,61 +150,53 @@ class CSA2(WindowAttention):
             self.index_q = nn.Linear(c.q_lora_rank, c.index_n_heads*c.index_head_dim, bias=False)
             self.index_weights = nn.Linear(c.dim, c.index_n_heads, bias=False)
 
-# %% ../../nbs/158_arch.v41.ipynb #8aca98b7
-@patch
-def angles(self:CSA2,
-    positions:Tensor, # Positions of tokens `s`
-)->tuple: # cos and sin `1 1 s r/2`
-    "Rotary angles of the layer"
-    return cos_sin(frequencies(self.rope, self.c.rotary_dim, positions.device), positions[None], rotary_factor(self.rope))
+    def angles(self,
+        positions:Tensor, # Positions of tokens `s`
+    )->tuple: # cos and sin `1 1 s r/2`
+        "Rotary angles of the layer"
+        return cos_sin(frequencies(self.rope, self.c.rotary_dim, positions.device), positions[None], rotary_factor(self.rope))
 
-# %% ../../nbs/158_arch.v41.ipynb #433d10c7
-@patch
-def publish(self:CSA2,
-    x:Tensor, # Activations of all tokens from the first `b t d`
-    shared:Borrowed, # What earlier layers left
-)->Borrowed: # With the entries of this layer
-    "Compress tokens, if the layer does so"
-    if self.plan.mode != 'full': return shared
-    entries,keys = self.source(x, self.angles(torch.arange(x.shape[1], device=x.device)))
-    return shared._replace(entries=entries, keys=keys)
+    def publish(self,
+        x:Tensor, # Activations of all tokens from the first `b t d`
+        shared:Borrowed, # What earlier layers left
+    )->Borrowed: # With the entries of this layer
+        "Compress tokens, if the layer does so"
+        if self.plan.mode != 'full': return shared
+        entries,keys = self.source(x, self.angles(torch.arange(x.shape[1], device=x.device)))
+        return shared._replace(entries=entries, keys=keys)
 
-# %% ../../nbs/158_arch.v41.ipynb #6e2c77f0
-@patch
-def choose(self:CSA2,
-    x:Tensor, # Activations `b s d`
-    latent:Tensor, # Normalised latent of the queries `b s q`
-    positions:Tensor, # Positions of the queries `s`
-    shared:Borrowed, # What earlier layers left
-)->Borrowed: # With the selection of this layer
-    "Score entries and select the best, unless the selection is borrowed"
-    if self.plan.mode == 'reuse': return shared
-    c,o = self.c,self.layout
-    q = rotate_last(rearrange(self.index_q(latent), 'b s (j u) -> b j s u', j=c.index_n_heads), self.angles(positions))
-    w = self.index_weights(x).float()*(c.index_n_heads*c.index_head_dim)**-.5
-    scores = index_scores(rearrange(q, 'b j s u -> b s j u'), shared.keys, w)
-    may = visible_entries(positions[None], scores.shape[-1], self.plan.ratio)
-    if self.plan.layer == o.candidate_source:
-        shared = shared._replace(candidates=candidate_blocks(scores, may, o.candidate_blocks, o.block))
-    elif self.plan.layer > o.candidate_source: may = may & shared.candidates
-    return shared._replace(chosen=top_positions(scores, c.index_topk, may))
+    def choose(self,
+        x:Tensor, # Activations `b s d`
+        latent:Tensor, # Normalised latent of the queries `b s q`
+        positions:Tensor, # Positions of the queries `s`
+        shared:Borrowed, # What earlier layers left
+    )->Borrowed: # With the selection of this layer
+        "Score entries and select the best, unless the selection is borrowed"
+        if self.plan.mode == 'reuse': return shared
+        c,o = self.c,self.layout
+        q = rotate_last(rearrange(self.index_q(latent), 'b s (j u) -> b j s u', j=c.index_n_heads), self.angles(positions))
+        w = self.index_weights(x).float()*(c.index_n_heads*c.index_head_dim)**-.5
+        scores = index_scores(rearrange(q, 'b j s u -> b s j u'), shared.keys, w)
+        may = visible_entries(positions[None], scores.shape[-1], self.plan.ratio)
+        if self.plan.layer == o.candidate_source:
+            shared = shared._replace(candidates=candidate_blocks(scores, may, o.candidate_blocks, o.block))
+        elif self.plan.layer > o.candidate_source: may = may & shared.candidates
+        return shared._replace(chosen=top_positions(scores, c.index_topk, may))
 
-# %% ../../nbs/158_arch.v41.ipynb #004595e7
-@patch
-def forward(self:CSA2,
-    x:Tensor, # Activations `b s d`
-    positions:Tensor, # Positions of the tokens, consecutive `s`
-    shared:Borrowed, # What earlier layers left, own entries included
-)->tuple: # Output `b s d`, and `Borrowed` with the selection of this layer
-    "Attend to the window and to selected entries"
-    angles,latent = self.angles(positions),self.q_norm(self.wq_a(x))
-    q = rotate_last(rearrange(self.wq_b(latent), 'b s (h v) -> b h s v', h=self.c.n_heads), angles)
-    k,near = self.keys(x, angles),window_mask(x.shape[1], x.shape[1], self.c.window, device=x.device)
-    if self.plan.mode == 'window' or not shared.entries.shape[1]: y = attend_sinks(q, k, self.attn_sink, self.scale, near)
-    else:
-        shared = self.choose(x, latent, positions, shared)
-        y = attend_chosen(q, k, shared.entries, shared.chosen, self.attn_sink, self.scale, near)
-    return self.output(y, angles), shared
+    def forward(self,
+        x:Tensor, # Activations `b s d`
+        positions:Tensor, # Positions of the tokens, consecutive `s`
+        shared:Borrowed, # What earlier layers left, own entries included
+    )->tuple: # Output `b s d`, and `Borrowed` with the selection of this layer
+        "Attend to the window and to selected entries"
+        angles,latent = self.angles(positions),self.q_norm(self.wq_a(x))
+        q = rotate_last(rearrange(self.wq_b(latent), 'b s (h v) -> b h s v', h=self.c.n_heads), angles)
+        k,near = self.keys(x, angles),window_mask(x.shape[1], x.shape[1], self.c.window, device=x.device)
+        if self.plan.mode == 'window' or not shared.entries.shape[1]: y = attend_sinks(q, k, self.attn_sink, self.scale, near)
+        else:
+            shared = self.choose(x, latent, positions, shared)
+            y = attend_chosen(q, k, shared.entries, shared.chosen, self.attn_sink, self.scale, near)
+        return self.output(y, angles), shared
 
 # %% ../../nbs/158_arch.v41.ipynb #658f1352
 def first_pre(

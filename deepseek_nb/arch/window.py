@@ -14,7 +14,6 @@ __all__ = ['QUERY_BLOCK', 'attend_sinks', 'rotate_last', 'rotate_back', 'window_
 # %% ../../nbs/124_arch.window.ipynb #bf49965a
 import torch
 from einops import einsum, rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import Context, visible
@@ -138,34 +137,40 @@ class WindowAttention(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(lambda t: keep_dtype(fn, t) if t is self.attn_sink else fn(t), recurse)
 
-# %% ../../nbs/124_arch.window.ipynb #ea22892c
-@patch
-def queries(self:WindowAttention,
-    latent:Tensor, # Normalised latent of the queries `b s q`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->Tensor: # `b h s v`
-    "Expand the latent to queries, divide each head by its root mean square, and rotate"
-    q = rearrange(self.wq_b(latent), 'b s (h v) -> b h s v', h=self.c.n_heads)
-    q = (q.float()*(q.float().square().mean(-1, keepdim=True) + self.c.norm_eps).rsqrt()).to(q.dtype)
-    return rotate_last(q, angles)
+    def queries(self,
+        latent:Tensor, # Normalised latent of the queries `b s q`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->Tensor: # `b h s v`
+        "Expand the latent to queries, divide each head by its root mean square, and rotate"
+        q = rearrange(self.wq_b(latent), 'b s (h v) -> b h s v', h=self.c.n_heads)
+        q = (q.float()*(q.float().square().mean(-1, keepdim=True) + self.c.norm_eps).rsqrt()).to(q.dtype)
+        return rotate_last(q, angles)
 
-# %% ../../nbs/124_arch.window.ipynb #bd1cb77b
-@patch
-def keys(self:WindowAttention,
-    x:Tensor, # Activations `b s d`
-    angles:tuple, # cos and sin `b 1 s r/2`
-)->Tensor: # `b s v`
-    "The shared key, which is also the value, of each token"
-    return rotate_last(self.kv_norm(self.wkv(x))[:,None], angles)[:,0]
+    def keys(self,
+        x:Tensor, # Activations `b s d`
+        angles:tuple, # cos and sin `b 1 s r/2`
+    )->Tensor: # `b s v`
+        "The shared key, which is also the value, of each token"
+        return rotate_last(self.kv_norm(self.wkv(x))[:,None], angles)[:,0]
 
-# %% ../../nbs/124_arch.window.ipynb #19308dd5
-@patch
-def output(self:WindowAttention,
-    y:Tensor, # Weighted sums of rotated keys `b h s v`
-    angles:tuple, # cos and sin `b 1 s r/2` of the queries
-)->Tensor: # `b s d`
-    "Rotate back, and project to the residual stream"
-    return self.wo_b(project_groups(rotate_back(y, angles), self.wo_a.weight, self.c.o_groups))
+    def output(self,
+        y:Tensor, # Weighted sums of rotated keys `b h s v`
+        angles:tuple, # cos and sin `b 1 s r/2` of the queries
+    )->Tensor: # `b s d`
+        "Rotate back, and project to the residual stream"
+        return self.wo_b(project_groups(rotate_back(y, angles), self.wo_a.weight, self.c.o_groups))
+
+    def forward(self,
+        x:Tensor, # Activations `b s d`
+        ctx:Context, # Angles, padding and cache slot of the layer
+    )->Tensor: # `b s d`
+        "Attend to the window"
+        q,k = self.queries(self.q_norm(self.wq_a(x)), ctx.angles),self.keys(x, ctx.angles)
+        past = 0
+        if ctx.cache is not None: past,(k,) = ctx.cache.past,ctx.cache.append(k)
+        def attend(q, k, mask, i): return attend_sinks(q, k, self.attn_sink, self.scale, mask)
+        y = attend_blocks(q, k, self.c.window, attend, padding(ctx, k.shape[1], past, x.shape[1]))
+        return self.output(y, ctx.angles)
 
 # %% ../../nbs/124_arch.window.ipynb #7709d01c
 def padding(
@@ -176,17 +181,3 @@ def padding(
 )->Tensor|None: # Number of the first keys of each row that are padding `b`; None: there is no padding
     "Padding among the keys that a layer attends to"
     return None if ctx.pad is None else (ctx.pad - (past + s - t)).clamp(min=0)
-
-# %% ../../nbs/124_arch.window.ipynb #cc848b11
-@patch
-def forward(self:WindowAttention,
-    x:Tensor, # Activations `b s d`
-    ctx:Context, # Angles, padding and cache slot of the layer
-)->Tensor: # `b s d`
-    "Attend to the window"
-    q,k = self.queries(self.q_norm(self.wq_a(x)), ctx.angles),self.keys(x, ctx.angles)
-    past = 0
-    if ctx.cache is not None: past,(k,) = ctx.cache.past,ctx.cache.append(k)
-    def attend(q, k, mask, i): return attend_sinks(q, k, self.attn_sink, self.scale, mask)
-    y = attend_blocks(q, k, self.c.window, attend, padding(ctx, k.shape[1], past, x.shape[1]))
-    return self.output(y, ctx.angles)

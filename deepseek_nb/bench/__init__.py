@@ -34,7 +34,6 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 
 from ..core.plot import COLOURS, draw, style
 from ..core.provenance import provenance
@@ -86,14 +85,12 @@ class Comparison:
         "All values as a dict, for JSON"
         return dict(names=self.names, seconds=self.seconds, medians=self.medians, ratio=self.ratio, quartiles=self.quartiles)
 
-# %% ../../nbs/750_bench.ipynb #baa6ebd7
-@patch
-def _repr_markdown_(self:Comparison):
-    (low, mid, high), (ours, peer) = self.quartiles, self.names
-    rows = [f'| {n} | {si(t)}s | {si(min(s))}s | {si(max(s))}s |'
-            for n, t, s in zip(self.names, self.medians, self.seconds, strict=True)]
-    table = ['| | median | least | most |', '|---|---|---|---|', *rows]
-    return '\n'.join([*table, '', f'{peer} / {ours}: **{mid:.2f}** (quartiles {low:.2f} to {high:.2f}, {len(self.ratios)} rounds)'])
+    def _repr_markdown_(self):
+        (low, mid, high), (ours, peer) = self.quartiles, self.names
+        rows = [f'| {n} | {si(t)}s | {si(min(s))}s | {si(max(s))}s |'
+                for n, t, s in zip(self.names, self.medians, self.seconds, strict=True)]
+        table = ['| | median | least | most |', '|---|---|---|---|', *rows]
+        return '\n'.join([*table, '', f'{peer} / {ours}: **{mid:.2f}** (quartiles {low:.2f} to {high:.2f}, {len(self.ratios)} rounds)'])
 
 # %% ../../nbs/750_bench.ipynb #c6b623e1
 def alternate(

@@ -92,8 +92,6 @@ def _known_rows(out, facts):
     same = all(record['result'].get(k) == v for k,v in facts.items())
     return record['result']['rows'] if same and record.get('provenance', {}).get('commit') == git_state()['commit'] else {}
 
-
-
 # %% ../../nbs/773_bench.blocks.ipynb #bb264fed
 @torch.no_grad()
 def block_quality(
@@ -118,5 +116,3 @@ def block_quality(
         rows[name] = dict(zip(('perplexity', 'ratio', 'spread', 'error'), (found.value, *found.against(base), error), strict=True))
         if out: save_result(out, make_record('blocks', facts | dict(rows=rows), *BENCHMARKS['blocks'].packages))
     return facts | dict(rows=rows)
-
-

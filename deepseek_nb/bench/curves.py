@@ -14,8 +14,6 @@ __all__ = ['V41_SIZES', 'PAPERS', 'Reads', 'code_bytes', 'latent_reads', 'entry_
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fastcore.basics import patch
-
 from ..arch.releases import preset
 from ..arch.v41 import V41_FLASH, V41Layout
 from ..core.config import Config
@@ -33,23 +31,19 @@ class Reads:
     entry:float = 0 # Bytes of a cached entry, with the indexer's key
     fixed:int = 0 # Bytes of cache that don't grow with the context
 
-# %% ../../nbs/757_bench.curves.ipynb #45f3c60f
-@patch
-def attended(self:Reads,
-    t:int, # Number of tokens in the context
-)->int: # Number of keys and entries that a query attends to
-    "Count the tokens of the window and the attended entries"
-    entries = t//self.ratio if self.ratio else 0
-    return min(self.window, t) + (min(entries, self.topk) if self.topk else entries)
+    def attended(self,
+        t:int, # Number of tokens in the context
+    )->int: # Number of keys and entries that a query attends to
+        "Count the tokens of the window and the attended entries"
+        entries = t//self.ratio if self.ratio else 0
+        return min(self.window, t) + (min(entries, self.topk) if self.topk else entries)
 
-# %% ../../nbs/757_bench.curves.ipynb #d6108644
-@patch
-def scored(self:Reads,
-    t:int, # Number of tokens in the context
-)->int: # Number of entries
-    "Count the entries that the indexer scores"
-    entries = t//self.ratio if self.ratio and self.score else 0
-    return min(entries, self.candidates) if self.candidates else entries
+    def scored(self,
+        t:int, # Number of tokens in the context
+    )->int: # Number of entries
+        "Count the entries that the indexer scores"
+        entries = t//self.ratio if self.ratio and self.score else 0
+        return min(entries, self.candidates) if self.candidates else entries
 
 # %% ../../nbs/757_bench.curves.ipynb #80ed0caa
 def code_bytes(
@@ -127,22 +121,18 @@ class Decoder:
     layers:list # A `Reads` for each layer
     index_rate:float = 1. # FP8-equivalents of one FLOP of the indexer: 1 for FP8, 0.5 for FP4
 
-# %% ../../nbs/757_bench.curves.ipynb #0a6240b3
-@patch
-def flops(self:Decoder,
-    t:int, # Number of tokens in the context
-)->dict: # FP8-equivalent FLOPs of weights, attention and index
-    "FLOPs to decode one token, in three parts"
-    return dict(weights=2*self.weights, attention=2*sum(l.key*l.attended(t) for l in self.layers),
-                index=self.index_rate*sum(l.score*l.scored(t) for l in self.layers))
+    def flops(self,
+        t:int, # Number of tokens in the context
+    )->dict: # FP8-equivalent FLOPs of weights, attention and index
+        "FLOPs to decode one token, in three parts"
+        return dict(weights=2*self.weights, attention=2*sum(l.key*l.attended(t) for l in self.layers),
+                    index=self.index_rate*sum(l.score*l.scored(t) for l in self.layers))
 
-# %% ../../nbs/757_bench.curves.ipynb #73f7f3fb
-@patch
-def cache(self:Decoder,
-    t:int, # Number of tokens in the context
-)->float: # Bytes
-    "Bytes of the KV cache of one sequence"
-    return sum(l.fixed + (l.entry*(t//l.ratio) if l.ratio else 0) for l in self.layers)
+    def cache(self,
+        t:int, # Number of tokens in the context
+    )->float: # Bytes
+        "Bytes of the KV cache of one sequence"
+        return sum(l.fixed + (l.entry*(t//l.ratio) if l.ratio else 0) for l in self.layers)
 
 # %% ../../nbs/757_bench.curves.ipynb #c3f8e042
 def decoder(

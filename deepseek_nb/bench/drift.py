@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from . import make_record, save_result
@@ -69,16 +68,14 @@ class WeekMaker:
         answer = 8 if refused else 1 + int(rng.lognormal(math.log(20 + len(ids)), .6))
         return self.table.features(ids, answer, 'refusal' if refused else 'stop')
 
-# %% ../../nbs/796_bench.drift.ipynb #30cceb40
-@patch
-def week(self:WeekMaker,
-    rng:np.random.Generator, # Source
-    shift:str = '', # One of `SHIFTS`, or ''
-    share:float = 0., # Of the requests that shift
-    n:int = 0, # Requests; 0: the usual number
-)->RequestSample:
-    "The requests of a week"
-    return features_sample([self.request(rng, shift if rng.random() < share else '') for _ in range(n or self.n)], OUTCOMES)
+    def week(self,
+        rng:np.random.Generator, # Source
+        shift:str = '', # One of `SHIFTS`, or ''
+        share:float = 0., # Of the requests that shift
+        n:int = 0, # Requests; 0: the usual number
+    )->RequestSample:
+        "The requests of a week"
+        return features_sample([self.request(rng, shift if rng.random() < share else '') for _ in range(n or self.n)], OUTCOMES)
 
 # %% ../../nbs/796_bench.drift.ipynb #6b0a9516
 def calm_weeks(
@@ -147,6 +144,21 @@ class DriftCurve(NamedTuple):
         "Weeks to the alarm"
         return [r['weeks'] for r in self.runs if (r['kind'], r['share']) == (kind, share)]
 
+    def plot(self)->None:
+        "Share caught within a week, a month and two months, by the share of requests that shift"
+        import matplotlib.pyplot as plt
+        fig,axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
+        for ax,kind in zip(axes, SHIFTS, strict=True):
+            for most,colour in zip((1, 4, 8), ('blue', 'orange', 'green'), strict=True):
+                caught = [100*np.mean([0 < w <= most for w in self.delays(kind, s)]) for s in SHARES]
+                ax.plot([100*s for s in SHARES], caught, '.-', color=COLOURS[colour], label=f'within {most} week{"s"*(most > 1)}')
+            ax.set(xscale='log', xlabel='% of requests that shift', title=kind)
+            ax.set_xticks([5, 10, 20, 40, 80], ['5', '10', '20', '40', '80'])
+            ax.minorticks_off()
+        axes[0].set(ylabel='% of shifts caught')
+        axes[0].legend()
+        style(fig)
+
 # %% ../../nbs/796_bench.drift.ipynb #69ce9d77
 def drift_weeks(
     out:str = '', # Record to continue and to write after each run
@@ -163,20 +175,3 @@ def drift_weeks(
         curve.runs.append(dict(zip(('kind', 'share', 'seed'), job, strict=True)) | _simulate(maker, *job, smoke))
         if out: save_result(path, make_record('drift', curve, 'numpy'))
     return curve
-
-# %% ../../nbs/796_bench.drift.ipynb #7f09a6a6
-@patch
-def plot(self:DriftCurve)->None:
-    "Share caught within a week, a month and two months, by the share of requests that shift"
-    import matplotlib.pyplot as plt
-    fig,axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
-    for ax,kind in zip(axes, SHIFTS, strict=True):
-        for most,colour in zip((1, 4, 8), ('blue', 'orange', 'green'), strict=True):
-            caught = [100*np.mean([0 < w <= most for w in self.delays(kind, s)]) for s in SHARES]
-            ax.plot([100*s for s in SHARES], caught, '.-', color=COLOURS[colour], label=f'within {most} week{"s"*(most > 1)}')
-        ax.set(xscale='log', xlabel='% of requests that shift', title=kind)
-        ax.set_xticks([5, 10, 20, 40, 80], ['5', '10', '20', '40', '80'])
-        ax.minorticks_off()
-    axes[0].set(ylabel='% of shifts caught')
-    axes[0].legend()
-    style(fig)

@@ -21,7 +21,6 @@ from itertools import cycle
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 
 from .. import Model
 from ..arch.attention import attend_latent
@@ -79,6 +78,14 @@ class Place:
         "Random token ids, the same on every device"
         return torch.randint(w, size, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
+    def agree(self,
+        ours:torch.Tensor, # Our result
+        peer:torch.Tensor, # Result of the peer
+        slack:float=1., # Factor of the allowed difference
+    ):
+        "Raise an error if two results differ by more than the precision of this dtype explains"
+        if self.exact or ours.is_floating_point(): check_same(ours, peer, slack*(1e-4 if self.exact else .03))
+
 # %% ../../nbs/760_bench.layers.ipynb #32288060
 def pad_values()->str: # Name for `set_attn_implementation`
     "Register an attention with transformers that pads values to the width of keys"
@@ -114,16 +121,6 @@ def check_same(
         return
     error = ((ours - peer).abs().max()/peer.abs().max()).item()
     if not error <= eps: raise ValueError(f'outputs differ by {error:.1e} of the largest number: nothing was timed')
-
-# %% ../../nbs/760_bench.layers.ipynb #fa1d4fdf
-@patch
-def agree(self:Place,
-    ours:torch.Tensor, # Our result
-    peer:torch.Tensor, # Result of the peer
-    slack:float=1., # Factor of the allowed difference
-):
-    "Raise an error if two results differ by more than the precision of this dtype explains"
-    if self.exact or ours.is_floating_point(): check_same(ours, peer, slack*(1e-4 if self.exact else .03))
 
 # %% ../../nbs/760_bench.layers.ipynb #146b3905
 HF = {'transformers': 'sdpa'}  # Label of the peer -> attention implementation

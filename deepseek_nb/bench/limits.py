@@ -21,7 +21,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from fastcore.basics import patch
 
 from ..arch.releases import attention_shapes, ffn_shapes, hyper_shapes
 from . import Comparison, Machine, Work, bandwidth, best_rate, bound, gemm_rate, hardware, load_result, si, versions
@@ -237,6 +236,25 @@ class Speed:
         "Share of the limit that ours has reached"
         return self.limit(case)[0]/case.times.medians[0]
 
+    def _repr_markdown_(self):
+        ours = self.cases[0].times.names[0] if self.cases else 'ours'
+        head = f'| case | {ours} | peer | ratio (quartiles) | limit | ratio at limit | share of the limit |'
+        rates = f'{si(self.host.flops[self.dtype])}FLOP/s of {self.dtype} products, {si(self.host.read)}B/s read'
+        where = ', '.join(str(self.host.hardware[k]) for k in ('cpu', 'instructions') if k in self.host.hardware)
+        rows = [head, '|---|--:|--:|--:|--:|--:|--:|', *(case_row(self, c) for c in self.cases)]
+        return '\n'.join([*rows, '', f'Limits at the rates of the same run: {rates}. {where}'.rstrip()])
+
+    def to_dict(self)->dict: # Values that JSON can store
+        "All values of the table, with limit and share of each case"
+        def plain(c):
+            found = dict(zip(('limit', 'binds'), self.limit(c), strict=True), share=self.share(c))
+            return dict(name=c.name, works=[asdict(w) for w in c.works], times=c.times.to_dict(), **found)
+        return dict(host=asdict(self.host), dtype=self.dtype, cases=[plain(c) for c in self.cases])
+
+    def plot(self):
+        "Plot the cases on a roofline"
+        plot_speeds({'cases': self})
+
 # %% ../../nbs/755_bench.limits.ipynb #8b4efd7d
 def case_row(
     speed:Speed, # Table with the rates of the machine
@@ -247,25 +265,6 @@ def case_row(
     cells = [case.name, f'{si(ours)}s', f'{case.times.names[1]}: {si(peer)}s', f'**{mid:.2f}** ({low:.2f} to {high:.2f})',
              f'{si(t)}s, {binds}', f'{peer/t:.1f}', f'{speed.share(case):.0%}']
     return f"| {' | '.join(cells)} |"
-
-# %% ../../nbs/755_bench.limits.ipynb #49cb9f84
-@patch
-def _repr_markdown_(self:Speed):
-    ours = self.cases[0].times.names[0] if self.cases else 'ours'
-    head = f'| case | {ours} | peer | ratio (quartiles) | limit | ratio at limit | share of the limit |'
-    rates = f'{si(self.host.flops[self.dtype])}FLOP/s of {self.dtype} products, {si(self.host.read)}B/s read'
-    where = ', '.join(str(self.host.hardware[k]) for k in ('cpu', 'instructions') if k in self.host.hardware)
-    rows = [head, '|---|--:|--:|--:|--:|--:|--:|', *(case_row(self, c) for c in self.cases)]
-    return '\n'.join([*rows, '', f'Limits at the rates of the same run: {rates}. {where}'.rstrip()])
-
-# %% ../../nbs/755_bench.limits.ipynb #e1510aef
-@patch
-def to_dict(self:Speed)->dict: # Values that JSON can store
-    "All values of the table, with limit and share of each case"
-    def plain(c):
-        found = dict(zip(('limit', 'binds'), self.limit(c), strict=True), share=self.share(c))
-        return dict(name=c.name, works=[asdict(w) for w in c.works], times=c.times.to_dict(), **found)
-    return dict(host=asdict(self.host), dtype=self.dtype, cases=[plain(c) for c in self.cases])
 
 # %% ../../nbs/755_bench.limits.ipynb #b3d2959a
 def speed_of(
@@ -309,9 +308,3 @@ def plot_speeds(
     ax.set(xlabel='FLOPs per byte', ylabel=f'GFLOP/s ({dtype})')
     ax.legend(fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     style(fig)
-
-# %% ../../nbs/755_bench.limits.ipynb #6af04990
-@patch
-def plot(self:Speed):
-    "Plot the cases on a roofline"
-    plot_speeds({'cases': self})

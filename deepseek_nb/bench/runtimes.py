@@ -27,7 +27,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from .. import Model
 from . import alternate
@@ -76,6 +75,18 @@ class LlamaRows:
     def __del__(self):
         self.c.llama_batch_free(self.batch), self.c.llama_free(self.ctx), self.c.llama_model_free(self.model)
 
+    def __call__(self,
+        prompt:torch.Tensor, # Token ids `b s`
+        n:int, # Number of new tokens
+        first = int, # Function that is called when the first one is there
+    )->torch.Tensor: # New tokens `b n`
+        "Generate greedy tokens"
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.ctx), False)
+        out = [_next_rows(self, prompt, 0)]
+        first()
+        for i in range(n - 1): out.append(_next_rows(self, out[-1], prompt.shape[1] + i))
+        return torch.cat(out, 1)
+
 # %% ../../nbs/778_bench.runtimes.ipynb #790a59ff
 def _next_rows(self, tokens, past):
     "Greedy tokens after some more tokens of each row"
@@ -86,20 +97,6 @@ def _next_rows(self, tokens, past):
     if self.c.llama_decode(self.ctx, b): raise ValueError('llama.cpp has no room for the batch')
     at = [self.c.llama_get_logits_ith(self.ctx, s*(i + 1) - 1) for i in range(rows)]
     return torch.tensor([[int(np.ctypeslib.as_array(p, (self.w,)).argmax())] for p in at])
-
-# %% ../../nbs/778_bench.runtimes.ipynb #7f19a460
-@patch
-def __call__(self:LlamaRows,
-    prompt:torch.Tensor, # Token ids `b s`
-    n:int, # Number of new tokens
-    first = int, # Function that is called when the first one is there
-)->torch.Tensor: # New tokens `b n`
-    "Generate greedy tokens"
-    self.c.llama_memory_clear(self.c.llama_get_memory(self.ctx), False)
-    out = [_next_rows(self, prompt, 0)]
-    first()
-    for i in range(n - 1): out.append(_next_rows(self, out[-1], prompt.shape[1] + i))
-    return torch.cat(out, 1)
 
 # %% ../../nbs/778_bench.runtimes.ipynb #cdd77edd
 def optional(
@@ -299,15 +296,13 @@ class Apart:
         return torch.tensor(ids),times
     def __call__(self, *request): return self.timed(*request)[0]
 
-# %% ../../nbs/778_bench.runtimes.ipynb #dc913e61
-@patch
-def close(self:Apart):
-    "End the process"
-    try: self.pipe.send(None)
-    except OSError: pass # it has ended
-    self.process.join(10)
-    self.process.kill()
-    self.pipe.close()
+    def close(self):
+        "End the process"
+        try: self.pipe.send(None)
+        except OSError: pass # it has ended
+        self.process.join(10)
+        self.process.kill()
+        self.pipe.close()
 
 # %% ../../nbs/778_bench.runtimes.ipynb #59e3b008
 def agreeing(

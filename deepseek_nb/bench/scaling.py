@@ -17,7 +17,6 @@ from functools import partial
 from math import log
 
 import torch
-from fastcore.basics import patch
 
 from .. import Model
 from ..arch.moe import MoE
@@ -58,6 +57,25 @@ class Scaling:
     sweeps:tuple # `Sweep`s
     to_dict = asdict
 
+    def _repr_markdown_(self):
+        head = '| job | size | from, to | measured | lower bound at the largest size | theoretical slope | measured slope |'
+        return '\n'.join([head, '|---|---|--:|--:|--:|--:|--:|', *map(sweep_row, self.sweeps)])
+
+    def plot(self)->None:
+        "Draw a small log-log plot for each sweep"
+        import matplotlib.pyplot as plt
+        rows = -(-len(self.sweeps)//2)
+        fig, axes = plt.subplots(rows, 2, figsize=(7, 2.3*rows), dpi=96, squeeze=False)
+        for s, ax in zip(self.sweeps, axes.flat, strict=False):
+            ax.loglog(s.xs, s.theory, color=GREY, lw=1.2)
+            ax.loglog(s.xs, s.measured, 'o', color=COLOURS['blue'], ms=4)
+            ax.set(xlabel=s.axis, ylabel=dict(s='seconds', B='bytes')[s.unit])
+            ax.set_xticks(s.xs, [f'{x:,}' if i % 2 == 0 else '' for i, x in enumerate(s.xs[::-1])][::-1], fontsize=8)
+            ax.xaxis.set_minor_locator(plt.NullLocator())
+            ax.set_title(f'{s.name}: {slope(s.xs, s.measured):.2f} ({slope(s.xs, s.theory):.2f})', fontsize=9)
+        for ax in axes.flat[len(self.sweeps):]: ax.set_axis_off()
+        style(fig)
+
 # %% ../../nbs/765_bench.scaling.ipynb #bc630fb5
 def sweep_row(
     s:Sweep, # Sweep
@@ -68,12 +86,6 @@ def sweep_row(
              f'{slope(s.xs, s.theory):.2f}', f'**{slope(s.xs, s.measured):.2f}**']
     return f"| {' | '.join(cells)} |"
 
-# %% ../../nbs/765_bench.scaling.ipynb #573ea432
-@patch
-def _repr_markdown_(self:Scaling):
-    head = '| job | size | from, to | measured | lower bound at the largest size | theoretical slope | measured slope |'
-    return '\n'.join([head, '|---|---|--:|--:|--:|--:|--:|', *map(sweep_row, self.sweeps)])
-
 # %% ../../nbs/765_bench.scaling.ipynb #cc2feffd
 def scaling_of(
     found:dict, # Result of `to_dict`
@@ -81,23 +93,6 @@ def scaling_of(
     "Make a result from its stored values"
     def sweep(s): return Sweep(**{k: tuple(v) if isinstance(v, list) else v for k, v in s.items()})
     return Scaling(Machine(**found['host']), tuple(map(sweep, found['sweeps'])))
-
-# %% ../../nbs/765_bench.scaling.ipynb #64e467f9
-@patch
-def plot(self:Scaling)->None:
-    "Draw a small log-log plot for each sweep"
-    import matplotlib.pyplot as plt
-    rows = -(-len(self.sweeps)//2)
-    fig, axes = plt.subplots(rows, 2, figsize=(7, 2.3*rows), dpi=96, squeeze=False)
-    for s, ax in zip(self.sweeps, axes.flat, strict=False):
-        ax.loglog(s.xs, s.theory, color=GREY, lw=1.2)
-        ax.loglog(s.xs, s.measured, 'o', color=COLOURS['blue'], ms=4)
-        ax.set(xlabel=s.axis, ylabel=dict(s='seconds', B='bytes')[s.unit])
-        ax.set_xticks(s.xs, [f'{x:,}' if i % 2 == 0 else '' for i, x in enumerate(s.xs[::-1])][::-1], fontsize=8)
-        ax.xaxis.set_minor_locator(plt.NullLocator())
-        ax.set_title(f'{s.name}: {slope(s.xs, s.measured):.2f} ({slope(s.xs, s.theory):.2f})', fontsize=9)
-    for ax in axes.flat[len(self.sweeps):]: ax.set_axis_off()
-    style(fig)
 
 # %% ../../nbs/765_bench.scaling.ipynb #7805d02b
 def timed_sweep(

@@ -33,8 +33,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from ..arch.model import Model
 from ..arch.show import markdown_table
 from . import make_record, save_result
@@ -360,6 +358,50 @@ class ServeReport:
         for p in path: out = [r[p] for r in out if isinstance(r, list) or p in r]
         return out
 
+    def arms(self)->list: # Names, those of one model together
+        "The arms that were measured"
+        names = [*dict.fromkeys(r['arm'] for r in self.runs)]
+        known = [a.name for a in ARMS]
+        return sorted(names, key=lambda n: known.index(n) if n in known else -1)
+
+    def best_peer(self,
+        model:str, # 'SmolLM2' or 'bench-moe'
+        load:int = 8, # Streams
+    )->str|None: # Name of the arm; None: there is none
+        "The peer with the highest throughput"
+        found = {n: _middle(self.values(n, 'closed', load, 'throughput')) for n in self.arms()
+                 if n.split()[1] == model and not n.startswith('deepseek_nb')}
+        found = {n: x for n,x in found.items() if x}
+        return max(found, key=found.get) if found else None
+
+    def _repr_markdown_(self)->str:
+        loads = sorted({r['load'] for r in self.runs if r['kind'] == 'closed'})
+        head = ['server, model, format', *(f'tokens/s at {n}' for n in loads), 'ITL p50, ms', 'ITL p99, ms', 'TTFT p50, s']
+        forms = ('itl', 0, 1e3, 1), ('itl', 1, 1e3, 1), ('ttft', 0, 1, 2)
+        def rates(n): return [_cell(self.values(n, 'closed', x, 'throughput')) for x in loads]
+        def latencies(n): return [_cell(self.values(n, 'closed', 8, *p), s, d) for *p,s,d in forms]
+        return markdown_table(head, [[n, *rates(n), *latencies(n)] for n in self.arms()])
+
+    def plot(self,
+        model:str = 'SmolLM2', # Whose arms
+        kind:str = 'closed', # 'closed' or 'open'
+    ):
+        "Throughput or goodput, inter-token latency and time to first token over the load"
+        import matplotlib.pyplot as plt
+        first = ('tokens/s', ('throughput',), 1.) if kind == 'closed' else ('goodput, requests/s', ('goodput',), 1.)
+        panels = first, ('ITL p50, ms', ('itl', 0), 1e3), ('ITL p99, ms', ('itl', 1), 1e3), ('TTFT p50, s', ('ttft', 0), 1.)
+        fig,axes = plt.subplots(2, 2, figsize=(7.5, 5.4), dpi=96, sharex=True)
+        for ax,(label,path,scale) in zip(axes.flat, panels, strict=True):
+            _lines(self, ax, model, kind, path, scale)
+            ax.set_ylabel(label)
+            if kind == 'closed': ax.set_xscale('log', base=2)
+            if path != first[1]: _in_tens(ax)
+            ax.xaxis.set_major_formatter('{x:g}')
+        for ax in axes[1]: ax.set_xlabel('streams' if kind == 'closed' else 'arrivals, requests/s')
+        style(fig)
+        place = dict(loc='lower left', bbox_to_anchor=(0, 1.02), fontsize=8, ncol=3, frameon=False, labelcolor=GREY)
+        if axes[0, 0].lines: axes[0, 0].legend(**place) # behind `style`, so that it takes no room of the panels
+
 # %% ../../nbs/792_bench.serve.ipynb #3c7d6d5e
 def report_of(
     found:dict, # Result of a stored record
@@ -490,36 +532,6 @@ def _cell(
     a,m,b = (f'{scale*x:,.{digits}f}' for x in (min(values), _middle(values), max(values)))
     return m if a == b else f'{m} ({a} to {b})'
 
-# %% ../../nbs/792_bench.serve.ipynb #6ca51048
-@patch
-def arms(self:ServeReport)->list: # Names, those of one model together
-    "The arms that were measured"
-    names = [*dict.fromkeys(r['arm'] for r in self.runs)]
-    known = [a.name for a in ARMS]
-    return sorted(names, key=lambda n: known.index(n) if n in known else -1)
-
-# %% ../../nbs/792_bench.serve.ipynb #d7a04eb1
-@patch
-def best_peer(self:ServeReport,
-    model:str, # 'SmolLM2' or 'bench-moe'
-    load:int = 8, # Streams
-)->str|None: # Name of the arm; None: there is none
-    "The peer with the highest throughput"
-    found = {n: _middle(self.values(n, 'closed', load, 'throughput')) for n in self.arms()
-             if n.split()[1] == model and not n.startswith('deepseek_nb')}
-    found = {n: x for n,x in found.items() if x}
-    return max(found, key=found.get) if found else None
-
-# %% ../../nbs/792_bench.serve.ipynb #865747da
-@patch
-def _repr_markdown_(self:ServeReport)->str:
-    loads = sorted({r['load'] for r in self.runs if r['kind'] == 'closed'})
-    head = ['server, model, format', *(f'tokens/s at {n}' for n in loads), 'ITL p50, ms', 'ITL p99, ms', 'TTFT p50, s']
-    forms = ('itl', 0, 1e3, 1), ('itl', 1, 1e3, 1), ('ttft', 0, 1, 2)
-    def rates(n): return [_cell(self.values(n, 'closed', x, 'throughput')) for x in loads]
-    def latencies(n): return [_cell(self.values(n, 'closed', 8, *p), s, d) for *p,s,d in forms]
-    return markdown_table(head, [[n, *rates(n), *latencies(n)] for n in self.arms()])
-
 # %% ../../nbs/792_bench.serve.ipynb #cf52eb52
 _MARKS = dict(zip(COMMANDS, COLOURS.values(), strict=False))
 _DASH = {'int4': '-', 'Q4_0': '-', 'int4/int8': ':', 'float32': '--'}
@@ -542,25 +554,3 @@ def _in_tens(ax):
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-# %% ../../nbs/792_bench.serve.ipynb #672c96b4
-@patch
-def plot(self:ServeReport,
-    model:str = 'SmolLM2', # Whose arms
-    kind:str = 'closed', # 'closed' or 'open'
-):
-    "Throughput or goodput, inter-token latency and time to first token over the load"
-    import matplotlib.pyplot as plt
-    first = ('tokens/s', ('throughput',), 1.) if kind == 'closed' else ('goodput, requests/s', ('goodput',), 1.)
-    panels = first, ('ITL p50, ms', ('itl', 0), 1e3), ('ITL p99, ms', ('itl', 1), 1e3), ('TTFT p50, s', ('ttft', 0), 1.)
-    fig,axes = plt.subplots(2, 2, figsize=(7.5, 5.4), dpi=96, sharex=True)
-    for ax,(label,path,scale) in zip(axes.flat, panels, strict=True):
-        _lines(self, ax, model, kind, path, scale)
-        ax.set_ylabel(label)
-        if kind == 'closed': ax.set_xscale('log', base=2)
-        if path != first[1]: _in_tens(ax)
-        ax.xaxis.set_major_formatter('{x:g}')
-    for ax in axes[1]: ax.set_xlabel('streams' if kind == 'closed' else 'arrivals, requests/s')
-    style(fig)
-    place = dict(loc='lower left', bbox_to_anchor=(0, 1.02), fontsize=8, ncol=3, frameon=False, labelcolor=GREY)
-    if axes[0, 0].lines: axes[0, 0].legend(**place) # behind `style`, so that it takes no room of the panels

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model, head
 from ..arch.show import markdown_table
@@ -127,8 +126,6 @@ class DraftRace:
         return tuple(statistics.quantiles(ratios, n=4, method='inclusive')[::2]) if len(ratios) > 1 else (ratios[0],)*2
     @property
     def per_step(self)->float: return self.tokens/self.steps
-
-
 
 # %% ../../nbs/794_bench.speculate.ipynb #794race2
 def decode_seconds(
@@ -265,6 +262,34 @@ class SpeculationReport:
         share = (m - low)/max(1, high - low)
         return ((1 - share)*known[low] + share*known[high])/known[1]
 
+    def _repr_markdown_(self):
+        steps = [dict(model=name, **{f'{m}': f'{self.step(name, int(m)):.2f}' for m in times}) for name,times in self.cost.items()]
+        looked = [{'task': kind, 'tokens a step': f'{statistics.mean(r.per_step for r in races):.2f}',
+                   'lookup ÷ plain, tokens a second': f'{statistics.median(r.ratio for r in races):.2f}',
+                   'each prompt': ', '.join(f'{r.ratio:.2f}' for r in races)} for kind,races in self.lookup.items()]
+        drafters = [{'drafter': name, 'γ': p.length, 'tokens a step': f'{p.race.per_step:.2f}', 'measured (quartiles)': _ratio(p.race),
+                     'predicted': f'{p.expected:.2f}', 'difference': f'{p.error:+.0%}'} for name,ps in self.predictions.items() for p in ps]
+        rows = [{'rows': n, 'tokens a step': f'{r.per_step:.2f}', 'lookup ÷ plain (quartiles)': _ratio(r)} for n,r in self.rows.items()]
+        tables = [markdown_table([*t[0]], [[*row.values()] for row in t]) for t in (steps, looked, drafters, rows) if t]
+        return '\n\n'.join(['Time of a step with m tokens, relative to one:', *tables])
+
+    def plot(self):
+        "Draw step times, and the speedup against acceptance that follows from them"
+        import matplotlib.pyplot as plt
+        fig,axes = plt.subplots(1, 1 + len(self.cost), figsize=(3.3*(1 + len(self.cost)), 2.9))
+        for (name,times),colour in zip(self.cost.items(), COLOURS.values(), strict=False):
+            ms = [int(m) for m in times]
+            axes[0].plot(ms, [self.step(name, m) for m in ms], 'o-', ms=3, color=colour, label=name)
+        axes[0].set(xlabel='tokens of a step', ylabel='time, relative to one token', ylim=0); axes[0].legend()
+        share = [i/40 for i in range(41)]
+        for ax,name in zip(axes[1:], self.cost, strict=True):
+            for n,colour in ((1, 'blue'), (3, 'green'), (8, 'orange')):
+                ax.plot(share, [expected_tokens(a, n)/self.step(name, n + 1) for a in share], color=COLOURS[colour], label=f'{n} drafted')
+            ax.axhline(1, color=GREY, lw=.8, ls=':')
+            ax.set(title=name, xlabel='acceptance of a token', ylim=(0, 6))
+        axes[1].set(ylabel='speedup'); axes[1].legend()
+        style(fig)
+
 # %% ../../nbs/794_bench.speculate.ipynb #fcc73cb6
 def speculation_report(
     result:dict, # As stored in a record
@@ -274,38 +299,6 @@ def speculation_report(
     predictions = {k: [Prediction(**p | dict(race=race(p['race']))) for p in v] for k,v in result['predictions'].items()}
     return SpeculationReport(result['cost'], {k: [*map(race, v)] for k,v in result['lookup'].items()}, predictions,
                              {int(k): race(v) for k,v in result['rows'].items()})
-
-# %% ../../nbs/794_bench.speculate.ipynb #6571e1e8
-@patch
-def _repr_markdown_(self:SpeculationReport):
-    steps = [dict(model=name, **{f'{m}': f'{self.step(name, int(m)):.2f}' for m in times}) for name,times in self.cost.items()]
-    looked = [{'task': kind, 'tokens a step': f'{statistics.mean(r.per_step for r in races):.2f}',
-               'lookup ÷ plain, tokens a second': f'{statistics.median(r.ratio for r in races):.2f}',
-               'each prompt': ', '.join(f'{r.ratio:.2f}' for r in races)} for kind,races in self.lookup.items()]
-    drafters = [{'drafter': name, 'γ': p.length, 'tokens a step': f'{p.race.per_step:.2f}', 'measured (quartiles)': _ratio(p.race),
-                 'predicted': f'{p.expected:.2f}', 'difference': f'{p.error:+.0%}'} for name,ps in self.predictions.items() for p in ps]
-    rows = [{'rows': n, 'tokens a step': f'{r.per_step:.2f}', 'lookup ÷ plain (quartiles)': _ratio(r)} for n,r in self.rows.items()]
-    tables = [markdown_table([*t[0]], [[*row.values()] for row in t]) for t in (steps, looked, drafters, rows) if t]
-    return '\n\n'.join(['Time of a step with m tokens, relative to one:', *tables])
-
-# %% ../../nbs/794_bench.speculate.ipynb #7bf97277
-@patch
-def plot(self:SpeculationReport):
-    "Draw step times, and the speedup against acceptance that follows from them"
-    import matplotlib.pyplot as plt
-    fig,axes = plt.subplots(1, 1 + len(self.cost), figsize=(3.3*(1 + len(self.cost)), 2.9))
-    for (name,times),colour in zip(self.cost.items(), COLOURS.values(), strict=False):
-        ms = [int(m) for m in times]
-        axes[0].plot(ms, [self.step(name, m) for m in ms], 'o-', ms=3, color=colour, label=name)
-    axes[0].set(xlabel='tokens of a step', ylabel='time, relative to one token', ylim=0); axes[0].legend()
-    share = [i/40 for i in range(41)]
-    for ax,name in zip(axes[1:], self.cost, strict=True):
-        for n,colour in ((1, 'blue'), (3, 'green'), (8, 'orange')):
-            ax.plot(share, [expected_tokens(a, n)/self.step(name, n + 1) for a in share], color=COLOURS[colour], label=f'{n} drafted')
-        ax.axhline(1, color=GREY, lw=.8, ls=':')
-        ax.set(title=name, xlabel='acceptance of a token', ylim=(0, 6))
-    axes[1].set(ylabel='speedup'); axes[1].legend()
-    style(fig)
 
 # %% ../../nbs/794_bench.speculate.ipynb #49f4003f
 def _sources():

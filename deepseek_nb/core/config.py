@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, fields, replace
 from math import inf, log, nextafter
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
-from .lazy import extended
+from typing import TYPE_CHECKING
+from .lazy import later
 
 # %% ../../nbs/010_core.config.ipynb #5f7667ba
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ def rope_from_hf(
     return Rope(theta=theta, interleaved=d.get('rope_interleave', interleaved), kind=None if kind=='default' else kind, **kw)
 
 # %% ../../nbs/010_core.config.ipynb #91d634e8
-@extended
 @dataclass(frozen=True)
 class Config:
     "Sizes and design choices of a model"
@@ -129,6 +127,53 @@ class Config:
     )->bool: # Whether its feed-forward network is a mixture of experts
         "Whether a block has a mixture of experts"
         return self.n_routed_experts > 0 and layer >= self.n_dense_layers and layer % self.moe_layer_freq == 0
+
+    if TYPE_CHECKING:
+        from deepseek_nb.arch.releases import params, active_params, flops_per_token, cache_bytes_per_token
+        from deepseek_nb.arch.show import _repr_markdown_
+    else:
+        params = later('arch.releases')
+        active_params = later('arch.releases')
+        flops_per_token = later('arch.releases')
+        cache_bytes_per_token = later('arch.releases')
+        _repr_markdown_ = later('arch.show')
+
+    @classmethod
+    def from_hf(cls,
+        d:dict, # Contents of a config.json, official or written by transformers
+    )->'Config': # Config of the same model
+        "Read Hugging Face's config.json"
+        check_sizes(d)
+        check_supported(d)
+        mt,f = d['model_type'],family(d['model_type'])
+        kw = f.defaults | {ours: d[hf] for ours,hf in hf_names(mt).items() if d.get(hf) is not None}
+        check_types(kw, hf_names(mt))
+        kw |= _v4_fields(d) if f.v4 else dict(rope=rope_from_hf(d, interleaved=f.mla))
+        eos = d.get('eos_token_id')
+        kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        if not all(isinstance(i, int) for i in kw['eos_ids']): raise ValueError(f'config.json: eos_token_id is {eos!r}; it must be an integer')
+        used = _CONSUMED | (_V4_KEYS if f.v4 else {'layer_types'} if mt == 'deepseek_v32' else set())
+        kw['extra'] = {k:v for k,v in d.items() if k not in used}
+        return cls(model_type=mt, **_with_defaults(d, kw))
+
+    def to_hf(self,
+        form:str = 'official', # 'official' (rope_theta, rope_scaling) or 'transformers' (rope_parameters)
+    )->dict: # Contents for a config.json
+        "Write Hugging Face's config.json"
+        if form not in ('official', 'transformers'): raise ValueError(f"form {form!r} must be 'official' or 'transformers'")
+        mt,eos = self.model_type,self.eos_ids
+        absent = {'out_bias', *([] if self.index_n_heads else ['index_n_heads', 'index_head_dim', 'index_topk'])}
+        if family(mt).v4 and form == 'transformers': absent |= {'qk_rope_head_dim', 'n_hash_layers'}
+        d = dict(architectures=[family(mt).architecture], model_type=mt, hidden_act='silu') | self.extra
+        d |= _v4_to_hf(self, form) if family(mt).v4 else rope_to_hf(self.rope, form)
+        d |= {hf: getattr(self, o) for o,hf in hf_names(mt).items() if o not in absent}
+        d['eos_token_id'] = None if not eos else eos[0] if len(eos)==1 else list(eos)
+        if mt == 'qwen2': d.pop('attention_bias')
+        if self.mla:
+            d |= dict(q_lora_rank=self.q_lora_rank or None, num_key_value_heads=self.n_heads, rope_interleave=self.rope.interleaved)
+        if self.n_routed_experts and not (family(mt).v4 and form == 'transformers'):
+            d['topk_method'] = 'noaux_tc' if self.score_bias else 'greedy' if self.n_expert_groups==1 else 'group_limited_greedy'
+        return d
 
 # %% ../../nbs/010_core.config.ipynb #e5465211
 def check_config(
@@ -363,24 +408,6 @@ _CONSUMED = {*'model_type mlp_layer_types eos_token_id rope_theta rope_scaling r
              *'architectures transformers_version auto_map qk_head_dim hidden_act'.split(),
              *_NAMES.values(), *_GQA_NAMES.values(), *_MLA_NAMES, *MOE_NAMES.values()}
 
-@patch(cls_method=True)
-def from_hf(cls:Config,
-    d:dict, # Contents of a config.json, official or written by transformers
-)->Config: # Config of the same model
-    "Read Hugging Face's config.json"
-    check_sizes(d)
-    check_supported(d)
-    mt,f = d['model_type'],family(d['model_type'])
-    kw = f.defaults | {ours: d[hf] for ours,hf in hf_names(mt).items() if d.get(hf) is not None}
-    check_types(kw, hf_names(mt))
-    kw |= _v4_fields(d) if f.v4 else dict(rope=rope_from_hf(d, interleaved=f.mla))
-    eos = d.get('eos_token_id')
-    kw['eos_ids'] = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    if not all(isinstance(i, int) for i in kw['eos_ids']): raise ValueError(f'config.json: eos_token_id is {eos!r}; it must be an integer')
-    used = _CONSUMED | (_V4_KEYS if f.v4 else {'layer_types'} if mt == 'deepseek_v32' else set())
-    kw['extra'] = {k:v for k,v in d.items() if k not in used}
-    return cls(model_type=mt, **_with_defaults(d, kw))
-
 # %% ../../nbs/010_core.config.ipynb #c75ea09f
 def rope_to_hf(
     r:Rope, # Rotary settings
@@ -422,24 +449,3 @@ def _v4_scaling(c):
     r = c.compress_rope
     if not r or not r.kind: return None
     return {k: v for k,v in rope_to_hf(r, 'official')['rope_scaling'].items() if 'mscale' not in k and (k, v) != ('attention_factor', 1)}
-
-# %% ../../nbs/010_core.config.ipynb #93985940
-@patch
-def to_hf(self:Config,
-    form:str = 'official', # 'official' (rope_theta, rope_scaling) or 'transformers' (rope_parameters)
-)->dict: # Contents for a config.json
-    "Write Hugging Face's config.json"
-    if form not in ('official', 'transformers'): raise ValueError(f"form {form!r} must be 'official' or 'transformers'")
-    mt,eos = self.model_type,self.eos_ids
-    absent = {'out_bias', *([] if self.index_n_heads else ['index_n_heads', 'index_head_dim', 'index_topk'])}
-    if family(mt).v4 and form == 'transformers': absent |= {'qk_rope_head_dim', 'n_hash_layers'}
-    d = dict(architectures=[family(mt).architecture], model_type=mt, hidden_act='silu') | self.extra
-    d |= _v4_to_hf(self, form) if family(mt).v4 else rope_to_hf(self.rope, form)
-    d |= {hf: getattr(self, o) for o,hf in hf_names(mt).items() if o not in absent}
-    d['eos_token_id'] = None if not eos else eos[0] if len(eos)==1 else list(eos)
-    if mt == 'qwen2': d.pop('attention_bias')
-    if self.mla:
-        d |= dict(q_lora_rank=self.q_lora_rank or None, num_key_value_heads=self.n_heads, rope_interleave=self.rope.interleaved)
-    if self.n_routed_experts and not (family(mt).v4 and form == 'transformers'):
-        d['topk_method'] = 'noaux_tc' if self.score_bias else 'greedy' if self.n_expert_groups==1 else 'group_limited_greedy'
-    return d

@@ -228,7 +228,6 @@ def check_rest()->list[str]: # Names of the files
         except FileNotFoundError as e: print(f'{name}: not compiled, {e}')
     return [name for _,name in rest]
 
-
 # %% ../../nbs/040_core.nbproc.ipynb #exmp1e03
 _examples = {}  # file name -> {cell: text} of the cells that were run in this session
 

@@ -26,7 +26,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.nbproc import find_compiler, first_error, note_compiled, source_text, with_includes
@@ -296,47 +295,41 @@ class Loaded:
             self.call('cuCtxGetCurrent', ctypes.byref(self.context))
             self.call('cuModuleLoadData', ctypes.byref(self.module), image)
 
-# %% ../../nbs/565_cuda.build.ipynb #12c9e368
-@patch
-def call(self:Loaded,
-    function:str, # Function of the driver
-    *args, # Arguments of the function
-):
-    "Call the driver; if it fails, raise a `RuntimeError` with its message"
-    code,text = getattr(self.driver, function)(*args),ctypes.c_char_p()
-    if not code: return
-    self.driver.cuGetErrorString(code, ctypes.byref(text))
-    raise RuntimeError(f'{self.name}: {function} failed on {self.device}: {(text.value or b"unknown error").decode()} ({code})')
+    def call(self,
+        function:str, # Function of the driver
+        *args, # Arguments of the function
+    ):
+        "Call the driver; if it fails, raise a `RuntimeError` with its message"
+        code,text = getattr(self.driver, function)(*args),ctypes.c_char_p()
+        if not code: return
+        self.driver.cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f'{self.name}: {function} failed on {self.device}: {(text.value or b"unknown error").decode()} ({code})')
 
-# %% ../../nbs/565_cuda.build.ipynb #f597a07d
-@patch
-def function(self:Loaded,
-    kernel:str, # Kernel of the file
-    shared:int = 0, # Bytes of dynamic shared memory that the kernel needs
-): # Handle of the kernel
-    "Find a kernel, once"
-    if (kernel,shared) in self.functions: return self.functions[kernel,shared]
-    handle = ctypes.c_void_p()
-    self.call('cuModuleGetFunction', ctypes.byref(handle), self.module, kernel.encode())
-    if shared > 48*1024: self.call('cuFuncSetAttribute', handle, 8, shared)     # attribute 8: largest size of dynamic shared memory
-    self.functions[kernel,shared] = handle
-    return handle
+    def function(self,
+        kernel:str, # Kernel of the file
+        shared:int = 0, # Bytes of dynamic shared memory that the kernel needs
+    ): # Handle of the kernel
+        "Find a kernel, once"
+        if (kernel,shared) in self.functions: return self.functions[kernel,shared]
+        handle = ctypes.c_void_p()
+        self.call('cuModuleGetFunction', ctypes.byref(handle), self.module, kernel.encode())
+        if shared > 48*1024: self.call('cuFuncSetAttribute', handle, 8, shared)     # attribute 8: largest size of dynamic shared memory
+        self.functions[kernel,shared] = handle
+        return handle
 
-# %% ../../nbs/565_cuda.build.ipynb #d6e061e6
-@patch
-def run(self:Loaded,
-    kernel:str, # Kernel of the file
-    grid:tuple, # Number of blocks, x y z
-    block:tuple, # Threads per block, x y z
-    args:tuple, # Arguments in the order of the parameters
-    shared:int = 0, # Bytes of dynamic shared memory
-):
-    "Launch a kernel on the current stream"
-    values = pack_arguments(kernel, self.kernels[kernel], args, self.device, self.structs)
-    with torch.cuda.device(self.device):
-        self.call('cuCtxSetCurrent', self.context)
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self.call('cuLaunchKernel', self.function(kernel, shared), *grid, *block, shared, stream, _addresses(values), None)
+    def run(self,
+        kernel:str, # Kernel of the file
+        grid:tuple, # Number of blocks, x y z
+        block:tuple, # Threads per block, x y z
+        args:tuple, # Arguments in the order of the parameters
+        shared:int = 0, # Bytes of dynamic shared memory
+    ):
+        "Launch a kernel on the current stream"
+        values = pack_arguments(kernel, self.kernels[kernel], args, self.device, self.structs)
+        with torch.cuda.device(self.device):
+            self.call('cuCtxSetCurrent', self.context)
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            self.call('cuLaunchKernel', self.function(kernel, shared), *grid, *block, shared, stream, _addresses(values), None)
 
 # %% ../../nbs/565_cuda.build.ipynb #0eec9d73
 LARGEST_SHARED = 227*1024  # for compute capabilities 9.0 and 10.0; 8.0 has 163 KB

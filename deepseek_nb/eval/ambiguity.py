@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from .bias import crows_pairs, read_crows_pairs, read_stereoset, sentence_scores, stereoset
@@ -118,6 +117,29 @@ class BBQAnswers:
         chosen = [*zip(self.questions, self.picks(offered), strict=True)]
         return np.array([[p == q.label, p in q.biased, p != q.unknown] for q,p in chosen], dtype=np.float64)
 
+    def intervals(self,
+        category:str = '', # Name; '': all
+        offered:bool = False, # Compare only the three answers of the set
+    )->dict: # Name of a score -> `Interval`
+        "Scores with intervals, by drawing templates"
+        values,out = self.columns(offered),{}
+        for name,ambiguous,score in (('ambiguous', True, bias_ambiguous), ('disambiguated', False, bias_disambiguated)):
+            where = [i for i,q in enumerate(self.questions) if q.ambiguous == ambiguous and category in ('', q.category)]
+            if not where: continue
+            clusters = [self.questions[i].template for i in where]
+            out[f'accuracy_{name}'] = bootstrap(values[where], clusters=clusters)
+            out[f'bias_{name}'] = bootstrap(values[where], score, clusters)
+        return out
+
+    def categories(self,
+        offered:bool = False, # Compare only the three answers of the set
+    )->list: # One dict for each category, and one for all
+        "Scores by category"
+        count = {c: sum(c in ('all', q.category) for q in self.questions) for c in [*sorted({q.category for q in self.questions}), 'all']}
+        return [dict(category=c, n=n) | {k: [*i] for k,i in self.intervals('' if c == 'all' else c, offered).items()} for c,n in count.items()]
+
+    def __repr__(self): return ', '.join(f'{k} {i}' for k,i in self.intervals().items()) + f' on {len(self.questions):,} questions'
+
 # %% ../../nbs/724_eval.ambiguity.ipynb #204edabd
 def bbq(
     model:Model, # Language model
@@ -130,35 +152,6 @@ def bbq(
     forms = map(bbq_form, questions)
     pairs = [[encode_pair(tokenizer, context, f' {a}') for a in answers] for context,answers in forms]
     return BBQAnswers(questions, np.array(log_likelihoods(model, pairs, batch_size)))
-
-# %% ../../nbs/724_eval.ambiguity.ipynb #fc5cdca4
-@patch
-def intervals(self:BBQAnswers,
-    category:str = '', # Name; '': all
-    offered:bool = False, # Compare only the three answers of the set
-)->dict: # Name of a score -> `Interval`
-    "Scores with intervals, by drawing templates"
-    values,out = self.columns(offered),{}
-    for name,ambiguous,score in (('ambiguous', True, bias_ambiguous), ('disambiguated', False, bias_disambiguated)):
-        where = [i for i,q in enumerate(self.questions) if q.ambiguous == ambiguous and category in ('', q.category)]
-        if not where: continue
-        clusters = [self.questions[i].template for i in where]
-        out[f'accuracy_{name}'] = bootstrap(values[where], clusters=clusters)
-        out[f'bias_{name}'] = bootstrap(values[where], score, clusters)
-    return out
-
-# %% ../../nbs/724_eval.ambiguity.ipynb #38a80ecc
-@patch
-def categories(self:BBQAnswers,
-    offered:bool = False, # Compare only the three answers of the set
-)->list: # One dict for each category, and one for all
-    "Scores by category"
-    count = {c: sum(c in ('all', q.category) for q in self.questions) for c in [*sorted({q.category for q in self.questions}), 'all']}
-    return [dict(category=c, n=n) | {k: [*i] for k,i in self.intervals('' if c == 'all' else c, offered).items()} for c,n in count.items()]
-
-# %% ../../nbs/724_eval.ambiguity.ipynb #fc9c21f7
-@patch
-def __repr__(self:BBQAnswers): return ', '.join(f'{k} {i}' for k,i in self.intervals().items()) + f' on {len(self.questions):,} questions'
 
 # %% ../../nbs/724_eval.ambiguity.ipynb #1e343448
 def bbq_task(

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 
 from ..arch.cache import Cache
 from ..arch.model import Model, check_tokens, head
@@ -181,22 +180,18 @@ class Choices:
     acc_bytes = property(lambda self: self.hits(in_bytes).mean()) # Per byte
     acc_stderr,acc_norm_stderr = property(lambda self: stderr(self.hits())),property(lambda self: stderr(self.hits(len)))
 
-# %% ../../nbs/720_eval.choice.ipynb #8fd14550
-@patch
-def __repr__(self:Choices):
-    return (f'acc {self.acc:.3f} ± {self.acc_stderr:.3f}, acc_norm {self.acc_norm:.3f} ± {self.acc_norm_stderr:.3f} '
+    def __repr__(self):
+        return (f'acc {self.acc:.3f} ± {self.acc_stderr:.3f}, acc_norm {self.acc_norm:.3f} ± {self.acc_norm_stderr:.3f} '
             f'on {len(self.right):,} questions')
 
-# %% ../../nbs/720_eval.choice.ipynb #2c8402fd
-@patch
-def against(self:Choices,
-    other:Choices, # Result of another model on the same questions
-    length:Callable = len, # Length of an answer, by which its score is divided; `len` for acc_norm
-)->tuple[float,float]: # Difference of the accuracies, and its standard error
-    "Compare with another model"
-    if self.right != other.right: raise ValueError('the results are for different questions; compare models on the same questions')
-    d = self.hits(length) - other.hits(length)
-    return float(d.mean()), stderr(d)
+    def against(self,
+        other:'Choices', # Result of another model on the same questions
+        length:Callable = len, # Length of an answer, by which its score is divided; `len` for acc_norm
+    )->tuple[float,float]: # Difference of the accuracies, and its standard error
+        "Compare with another model"
+        if self.right != other.right: raise ValueError('the results are for different questions; compare models on the same questions')
+        d = self.hits(length) - other.hits(length)
+        return float(d.mean()), stderr(d)
 
 # %% ../../nbs/720_eval.choice.ipynb #76a72063
 def _passage(row): return f'{row["passage"]}\n' if row.get('passage') else ''

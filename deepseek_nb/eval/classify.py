@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from .choice import log_likelihoods
@@ -128,14 +127,12 @@ class Classified:
         return (f'accuracy {self.accuracy:.3f} ({bounds[accuracy]}), macro-F1 {self.macro_f1:.3f} ({bounds[macro_f1]}){sure} '
                 f'on {self.table.sum():,} texts of {len(self.classes)} classes')
 
-# %% ../../nbs/730_eval.classify.ipynb #6283864e
-@patch
-def rows(self:Classified)->list: # One dict per class; measures that are undefined are NaN
-    "Compute the measures of each class"
-    right,predicted,true = np.diagonal(self.table),self.table.sum(0)[:-1],self.table.sum(1)
-    share = lambda a,b: float(a/b) if b else float('nan')
-    columns = zip(self.classes, right, predicted, true, f1(self.table).tolist(), strict=True)
-    return [dict(label=name, precision=share(r, s), recall=share(r, t), f1=f, n=int(t)) for name,r,s,t,f in columns]
+    def rows(self)->list: # One dict per class; measures that are undefined are NaN
+        "Compute the measures of each class"
+        right,predicted,true = np.diagonal(self.table),self.table.sum(0)[:-1],self.table.sum(1)
+        share = lambda a,b: float(a/b) if b else float('nan')
+        columns = zip(self.classes, right, predicted, true, f1(self.table).tolist(), strict=True)
+        return [dict(label=name, precision=share(r, s), recall=share(r, t), f1=f, n=int(t)) for name,r,s,t,f in columns]
 
 # %% ../../nbs/730_eval.classify.ipynb #3fe57f54
 def classified(

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from fastcore.basics import patch
 
 # %% ../../nbs/746_eval.drift.ipynb #3bcbcb41
 def _shares(c): return c/np.maximum(c.sum(-1, keepdims=True), 1e-9)
@@ -248,28 +247,22 @@ class DriftWatch:
         self.pool,self.rule,self.size,self.times,self.seed = pool,rule or DriftRule(),size,times,seed
         self.evidence,self.count = 1.,0
 
-# %% ../../nbs/746_eval.drift.ipynb #01f59205
-@patch
-def look(self:DriftWatch,
-    window:RequestSample, # Requests of a window
-)->DriftFinding:
-    "Compare the next window, which joins the past if it doesn't alarm"
-    self.count += 1
-    found = compare_samples(self.pool, window, self.times, [self.seed, self.count])
-    self.evidence,alarm = self.rule.step(found.p, self.evidence)
-    if not alarm: self.accept(window)
-    return DriftFinding(alarm, found.p, self.evidence, found)
+    def look(self,
+        window:RequestSample, # Requests of a window
+    )->DriftFinding:
+        "Compare the next window, which joins the past if it doesn't alarm"
+        self.count += 1
+        found = compare_samples(self.pool, window, self.times, [self.seed, self.count])
+        self.evidence,alarm = self.rule.step(found.p, self.evidence)
+        if not alarm: self.accept(window)
+        return DriftFinding(alarm, found.p, self.evidence, found)
 
-# %% ../../nbs/746_eval.drift.ipynb #094448be
-@patch
-def accept(self:DriftWatch,
-    window:RequestSample, # That alarmed
-)->None:
-    "Let a window join the past"
-    self.pool = absorb(self.pool, window, self.size, np.random.default_rng([self.seed, self.count, 1]))
+    def accept(self,
+        window:RequestSample, # That alarmed
+    )->None:
+        "Let a window join the past"
+        self.pool = absorb(self.pool, window, self.size, np.random.default_rng([self.seed, self.count, 1]))
 
-# %% ../../nbs/746_eval.drift.ipynb #cd51b15d
-@patch
-def settle(self:DriftWatch)->None:
-    "Forget the evidence, after an alarm was dealt with"
-    self.evidence = 1.
+    def settle(self)->None:
+        "Forget the evidence, after an alarm was dealt with"
+        self.evidence = 1.

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from .drift import RequestSample
@@ -55,6 +54,14 @@ class EmbeddingTable:
         "Mean of the rows of some tokens"
         return self.rows[np.asarray(ids, np.int64)].mean(0) if len(ids) else np.zeros(COORDINATES, np.float32)
 
+    def features(self,
+        prompt, # Token ids
+        answer:int = 0, # Tokens of the answer
+        outcome:str = '', # Why the answer ended, or its label
+    )->'RequestFeatures':
+        "The features of a request"
+        return RequestFeatures(len(prompt), answer, outcome, token_buckets(prompt), self.mean(prompt))
+
 # %% ../../nbs/747_eval.features.ipynb #85584c30
 class RequestFeatures(NamedTuple):
     "What drift detection knows of a request"
@@ -77,16 +84,6 @@ class RequestFeatures(NamedTuple):
         both = base64.b64decode(packed[3])
         coordinates = np.frombuffer(both[HASH_BUCKETS:], np.float16).astype(np.float32)
         return cls(*packed[:3], np.frombuffer(both[:HASH_BUCKETS], np.uint8), coordinates)
-
-# %% ../../nbs/747_eval.features.ipynb #f35907aa
-@patch
-def features(self:EmbeddingTable,
-    prompt, # Token ids
-    answer:int = 0, # Tokens of the answer
-    outcome:str = '', # Why the answer ended, or its label
-)->RequestFeatures:
-    "The features of a request"
-    return RequestFeatures(len(prompt), answer, outcome, token_buckets(prompt), self.mean(prompt))
 
 # %% ../../nbs/747_eval.features.ipynb #0c2c64b8
 def features_sample(

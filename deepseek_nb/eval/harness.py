@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model, head
@@ -139,54 +138,48 @@ class PairScorer:
         pages = (2*max(self.budget, longest + 2*PAGE) + longest)//PAGE + 3
         return PagePool(self.model.config, pages, PAGE, self.model.dtype, self.model.device)
 
-# %% ../../nbs/740_eval.harness.ipynb #e0833dc9
-@patch
-def _continue(self:PairScorer,
-    shared:SharedPrefix, # Runs the rows
-    rows:list, # For each continuation: cache and last activation of its context, its token ids
-)->list[Score]:
-    "Score a step of continuations"
-    states = [[last[None]] for _,last,_ in rows]
-    longer = [i for i,(_,_,ids) in enumerate(rows) if len(ids) > 1]
-    caches = [rows[i][0].fork([0]) for i in longer]
-    if longer:
-        for i,x in zip(longer, shared.run(caches, [rows[i][2][:-1] for i in longer]), strict=True): states[i].append(x)
-    for c in caches: c.free()
-    return score_rows(self.model, [torch.cat(s) for s in states], [ids for _,_,ids in rows])
+    def _continue(self,
+        shared:SharedPrefix, # Runs the rows
+        rows:list, # For each continuation: cache and last activation of its context, its token ids
+    )->list[Score]:
+        "Score a step of continuations"
+        states = [[last[None]] for _,last,_ in rows]
+        longer = [i for i,(_,_,ids) in enumerate(rows) if len(ids) > 1]
+        caches = [rows[i][0].fork([0]) for i in longer]
+        if longer:
+            for i,x in zip(longer, shared.run(caches, [rows[i][2][:-1] for i in longer]), strict=True): states[i].append(x)
+        for c in caches: c.free()
+        return score_rows(self.model, [torch.cat(s) for s in states], [ids for _,_,ids in rows])
 
-# %% ../../nbs/740_eval.harness.ipynb #8505459f
-@patch
-def _score_step(self:PairScorer,
-    shared:SharedPrefix, # At the prefix of an earlier step
-    groups:list, # `ContextGroup`s of this step
-)->Iterator[tuple[int,Score]]: # Index of a request, and its score
-    "Score a step of contexts"
-    first,last = groups[0].context,groups[-1].context
-    n = min(common_prefix(first, last), *(len(g.context) - 1 for g in groups))
-    shared.move(first[:n])
-    caches = [shared.cache.fork([0]) for _ in groups]
-    ends = [x[-1] for x in shared.run(caches, [g.context[n:] for g in groups])]
-    found = zip(caches, ends, groups, strict=True)
-    rows = [(c, x, ids, i) for c,x,g in found for ids,i in zip(g.continuations, g.indices, strict=True)]
-    for step in token_steps(rows, lambda r: len(r[2]), self.budget):
-        yield from zip((r[3] for r in step), self._continue(shared, [r[:3] for r in step]), strict=True)
-    for c in caches: c.free()
+    def _score_step(self,
+        shared:SharedPrefix, # At the prefix of an earlier step
+        groups:list, # `ContextGroup`s of this step
+    )->Iterator[tuple[int,Score]]: # Index of a request, and its score
+        "Score a step of contexts"
+        first,last = groups[0].context,groups[-1].context
+        n = min(common_prefix(first, last), *(len(g.context) - 1 for g in groups))
+        shared.move(first[:n])
+        caches = [shared.cache.fork([0]) for _ in groups]
+        ends = [x[-1] for x in shared.run(caches, [g.context[n:] for g in groups])]
+        found = zip(caches, ends, groups, strict=True)
+        rows = [(c, x, ids, i) for c,x,g in found for ids,i in zip(g.continuations, g.indices, strict=True)]
+        for step in token_steps(rows, lambda r: len(r[2]), self.budget):
+            yield from zip((r[3] for r in step), self._continue(shared, [r[:3] for r in step]), strict=True)
+        for c in caches: c.free()
 
-# %% ../../nbs/740_eval.harness.ipynb #849d69ff
-@patch
-@torch.no_grad()
-def score(self:PairScorer,
-    pairs:list, # Pairs of token ids: context, continuation
-)->list[Score]: # In the order of the requests
-    "Score all pairs"
-    if not pairs: return []
-    groups = by_context(pairs, self.limit)
-    shared,out = SharedPrefix(self.model, self.pool(groups)),[None]*len(pairs)
-    for step in token_steps(groups, lambda g: len(g.context), self.budget):
-        for i,score in self._score_step(shared, step): out[i] = score
-    self.asked += sum(len(g.context) + len(c) - 1 for g in groups for c in g.continuations)
-    self.computed += shared.computed
-    return out
+    @torch.no_grad()
+    def score(self,
+        pairs:list, # Pairs of token ids: context, continuation
+    )->list[Score]: # In the order of the requests
+        "Score all pairs"
+        if not pairs: return []
+        groups = by_context(pairs, self.limit)
+        shared,out = SharedPrefix(self.model, self.pool(groups)),[None]*len(pairs)
+        for step in token_steps(groups, lambda g: len(g.context), self.budget):
+            for i,score in self._score_step(shared, step): out[i] = score
+        self.asked += sum(len(g.context) + len(c) - 1 for g in groups for c in g.continuations)
+        self.computed += shared.computed
+        return out
 
 # %% ../../nbs/740_eval.harness.ipynb #dfff8445
 def rolling_windows(
@@ -248,83 +241,71 @@ class HarnessMethods:
     eot_token_id = property(lambda self: (self.tok.eos_ids or self.lm.config.eos_ids)[0])
     prefix_token_id = property(lambda self: self.eot_token_id if self.tok.bos_id is None else self.tok.bos_id)
 
-# %% ../../nbs/740_eval.harness.ipynb #b5fb6e2f
-@patch
-def _note(self:HarnessMethods, method, args, results):
-    "Tell the harness's cache of responses"
-    hook = getattr(self, 'cache_hook', None)
-    for a,r in zip(args, results, strict=True) if hook is not None else (): hook.add_partial(method, a, r)
+    def _note(self, method, args, results):
+        "Tell the harness's cache of responses"
+        hook = getattr(self, 'cache_hook', None)
+        for a,r in zip(args, results, strict=True) if hook is not None else (): hook.add_partial(method, a, r)
 
-@patch
-def tok_encode(self:HarnessMethods,
-    string:str, # Text
-    add_special_tokens:bool|None = None, # Whether to add the beginning-of-text token; None: as the tokenizer says
-    **kwargs, # Ignored by the harness's own classes too
-)->list: # Token ids
-    "Tokenise a text"
-    ids,bos = self.tok.encode(string, special=True),self.tok.bos_id
-    add = self.tok.add_bos and ids[:1] != [bos] if add_special_tokens is None else add_special_tokens
-    return [bos] + ids if add and bos is not None else ids
+    def tok_encode(self,
+        string:str, # Text
+        add_special_tokens:bool|None = None, # Whether to add the beginning-of-text token; None: as the tokenizer says
+        **kwargs, # Ignored by the harness's own classes too
+    )->list: # Token ids
+        "Tokenise a text"
+        ids,bos = self.tok.encode(string, special=True),self.tok.bos_id
+        add = self.tok.add_bos and ids[:1] != [bos] if add_special_tokens is None else add_special_tokens
+        return [bos] + ids if add and bos is not None else ids
 
-# %% ../../nbs/740_eval.harness.ipynb #6f9e8518
-@patch
-def _loglikelihood_tokens(self:HarnessMethods,
-    requests:list, # ((context, continuation), context ids, continuation ids)
-    disable_tqdm:bool = False, # There is no progress bar
-)->list: # (log-likelihood, greedy) of each
-    "Score continuations"
-    out = [(s.logprob, s.greedy) for s in self.scorer.score([(c, a) for _,c,a in requests])]
-    self._note('loglikelihood', [texts for texts,_,_ in requests], out)
-    return out
+    def _loglikelihood_tokens(self,
+        requests:list, # ((context, continuation), context ids, continuation ids)
+        disable_tqdm:bool = False, # There is no progress bar
+    )->list: # (log-likelihood, greedy) of each
+        "Score continuations"
+        out = [(s.logprob, s.greedy) for s in self.scorer.score([(c, a) for _,c,a in requests])]
+        self._note('loglikelihood', [texts for texts,_,_ in requests], out)
+        return out
 
-@patch
-def loglikelihood_rolling(self:HarnessMethods,
-    requests:list, # Requests with the text of a document
-    disable_tqdm:bool = False, # There is no progress bar
-)->list[float]: # Log-likelihood of each document
-    "Score documents"
-    windows = [rolling_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length) for r in requests]
-    scores = iter(self.scorer.score([w for doc in windows for w in doc]))
-    out = [sum(next(scores).logprob for _ in doc) for doc in windows]
-    self._note('loglikelihood_rolling', [r.args for r in requests], out)
-    return out
+    def loglikelihood_rolling(self,
+        requests:list, # Requests with the text of a document
+        disable_tqdm:bool = False, # There is no progress bar
+    )->list[float]: # Log-likelihood of each document
+        "Score documents"
+        windows = [rolling_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length) for r in requests]
+        scores = iter(self.scorer.score([w for doc in windows for w in doc]))
+        out = [sum(next(scores).logprob for _ in doc) for doc in windows]
+        self._note('loglikelihood_rolling', [r.args for r in requests], out)
+        return out
 
-# %% ../../nbs/740_eval.harness.ipynb #db498ab4
-@patch
-def generate_until(self:HarnessMethods,
-    requests:list, # Requests with a context and settings
-    disable_tqdm:bool = False, # There is no progress bar
-)->list[str]: # Texts without their stop strings
-    "Generate until a stop string"
-    engine,streams = Engine(self.lm, self.tok, max_rows=self.batch_size, max_waiting=len(requests)),[]
-    for r in requests:
-        context,kwargs = r.args
-        how,most,stops = generation_of(kwargs, self.max_gen_toks)
-        if most >= self.max_length: raise ValueError(f'{most} new tokens leave no room for a prompt in a context of {self.max_length}')
-        prompt = self.tok_encode(context)[-(self.max_length - most):] or [self.prefix_token_id]
-        streams.append(engine.submit(Request(prompt, how, most, stops)))
-    while engine.count: engine.step()
-    out = [s.text() for s in streams]
-    self._note('generate_until', [r.args for r in requests], out)
-    return out
+    def generate_until(self,
+        requests:list, # Requests with a context and settings
+        disable_tqdm:bool = False, # There is no progress bar
+    )->list[str]: # Texts without their stop strings
+        "Generate until a stop string"
+        engine,streams = Engine(self.lm, self.tok, max_rows=self.batch_size, max_waiting=len(requests)),[]
+        for r in requests:
+            context,kwargs = r.args
+            how,most,stops = generation_of(kwargs, self.max_gen_toks)
+            if most >= self.max_length: raise ValueError(f'{most} new tokens leave no room for a prompt in a context of {self.max_length}')
+            prompt = self.tok_encode(context)[-(self.max_length - most):] or [self.prefix_token_id]
+            streams.append(engine.submit(Request(prompt, how, most, stops)))
+        while engine.count: engine.step()
+        out = [s.text() for s in streams]
+        self._note('generate_until', [r.args for r in requests], out)
+        return out
 
-# %% ../../nbs/740_eval.harness.ipynb #c2491de4
-@patch
-def apply_chat_template(self:HarnessMethods,
-    chat_history:list, # Messages
-    add_generation_prompt:bool = True, # Whether the prompt ends with the header of an answer; otherwise within the last message
-)->str: # Prompt as text
-    "Render a conversation"
-    return self.tok.prompt(chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
+    def apply_chat_template(self,
+        chat_history:list, # Messages
+        add_generation_prompt:bool = True, # Whether the prompt ends with the header of an answer; otherwise within the last message
+    )->str: # Prompt as text
+        "Render a conversation"
+        return self.tok.prompt(chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
 
-# %% ../../nbs/740_eval.harness.ipynb #8c6ce1c5
-@patch
-def chat_template(self:HarnessMethods,
-    chat_template:bool|str = False, # Name of a template; True: the default one
-)->str: # Jinja source; '' without a template
-    "The template that the harness stores with its results"
-    if not chat_template: return ''
-    return self.tok.template_for(None, None if chat_template is True else chat_template)
+    def chat_template(self,
+        chat_template:bool|str = False, # Name of a template; True: the default one
+    )->str: # Jinja source; '' without a template
+        "The template that the harness stores with its results"
+        if not chat_template: return ''
+        return self.tok.template_for(None, None if chat_template is True else chat_template)
 
 # %% ../../nbs/740_eval.harness.ipynb #437d5f6f
 def local_task(

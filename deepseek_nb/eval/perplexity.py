@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model, check_tokens, head
@@ -78,15 +77,13 @@ class Perplexity:
     value = property(lambda self: math.exp(self.losses.mean()))
     def __repr__(self): return f'perplexity {self.value:.3f} on {self.tokens:,} tokens (window {self.window}, stride {self.stride})'
 
-# %% ../../nbs/700_eval.perplexity.ipynb #7b7e2b30
-@patch
-def against(self:Perplexity,
-    other:Perplexity, # Perplexity of another model on the same tokens
-)->tuple[float,float]: # Ratio of the perplexities, and its standard error
-    "Divide this perplexity by that of another model"
-    d = self.losses - other.losses
-    ratio = math.exp(d.mean())
-    return ratio, ratio*(d.std()/len(d)**.5).item()
+    def against(self,
+        other:'Perplexity', # Perplexity of another model on the same tokens
+    )->tuple[float,float]: # Ratio of the perplexities, and its standard error
+        "Divide this perplexity by that of another model"
+        d = self.losses - other.losses
+        ratio = math.exp(d.mean())
+        return ratio, ratio*(d.std()/len(d)**.5).item()
 
 # %% ../../nbs/700_eval.perplexity.ipynb #b27c97a8
 def perplexity(

@@ -12,8 +12,6 @@ __all__ = ['ERROR', 'log_bucket', 'bucket_quantile', 'binomial_tail', 'ShareRule
 import math
 from dataclasses import dataclass
 
-from fastcore.basics import patch
-
 # %% ../../nbs/744_eval.shares.ipynb #4489b323
 ERROR = .01 # relative error of quantiles
 _GAMMA = (1 + ERROR)/(1 - ERROR)
@@ -73,15 +71,13 @@ class ShareRule:
         if self.what == 'slow': return sum(n for b,n in w.sketch.seconds.items() if b > log_bucket(self.seconds)), w.count
         return w.sketch.flags[self.what], w.sketch.flags['scanned']
 
-# %% ../../nbs/744_eval.shares.ipynb #3578731f
-@patch
-def verdict(self:ShareRule,
-    recent:list, # Windows, newest last
-    is_open:bool, # Whether there is an alert
-)->str: # 'open', 'close' or ''
-    "What should happen to the alert"
-    counts = [o for w in recent if (o := self.count(w))[1]]
-    if not counts: return ''
-    if not is_open: return 'open' if binomial_tail(*counts[-1], self.share) <= self.level else ''
-    last = counts[-self.calm:]
-    return 'close' if len(last) == self.calm and all(k <= self.share*n for k,n in last) else ''
+    def verdict(self,
+        recent:list, # Windows, newest last
+        is_open:bool, # Whether there is an alert
+    )->str: # 'open', 'close' or ''
+        "What should happen to the alert"
+        counts = [o for w in recent if (o := self.count(w))[1]]
+        if not counts: return ''
+        if not is_open: return 'open' if binomial_tail(*counts[-1], self.share) <= self.level else ''
+        last = counts[-self.calm:]
+        return 'close' if len(last) == self.calm and all(k <= self.share*n for k,n in last) else ''

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.attention import Context
@@ -176,41 +175,35 @@ class CachedStep(nn.Module):
         for i,block in enumerate(m.layers): x = self.block(x, block, ctx.layer(i))
         return F.linear(m.norm(x), m.head_weight).float(), *(t for slot in slots for t in slot.tensors)
 
-# %% ../../nbs/802_export.onnx.ipynb #2ad17a11
-@patch
-def context(self:CachedStep,
-    attention_mask:Tensor, # `b t`
-    position_ids:Tensor, # `b s`
-    slots:list, # Cached tensors of each layer
-)->Context: # Shared by all layers
-    "Rotary angles and mask, from inputs of the graph"
-    c,s,t = self.model.config,position_ids.shape[1],attention_mask.shape[1]
-    q,k = torch.arange(t - s, t)[:, None],torch.arange(t)
-    mask = (k <= q) & (attention_mask[:, None, None] > 0) | (k == q)
-    angles = cos_sin(self.freqs, position_ids, rotary_factor(c.rope))
-    return Context(angles, mask, slots, 'absorbed')
+    def context(self,
+        attention_mask:Tensor, # `b t`
+        position_ids:Tensor, # `b s`
+        slots:list, # Cached tensors of each layer
+    )->Context: # Shared by all layers
+        "Rotary angles and mask, from inputs of the graph"
+        c,s,t = self.model.config,position_ids.shape[1],attention_mask.shape[1]
+        q,k = torch.arange(t - s, t)[:, None],torch.arange(t)
+        mask = (k <= q) & (attention_mask[:, None, None] > 0) | (k == q)
+        angles = cos_sin(self.freqs, position_ids, rotary_factor(c.rope))
+        return Context(angles, mask, slots, 'absorbed')
 
-# %% ../../nbs/802_export.onnx.ipynb #55e9c148
-@patch
-def attend_block(self:CachedStep,
-    x:Tensor, # Normalised activations `b s d`
-    attention:nn.Module, # `GQA` or `MLA`
-    ctx:Context, # Context of its layer
-)->Tensor: # `b s d`
-    "Attention of one block"
-    return attention(x, ctx)
+    def attend_block(self,
+        x:Tensor, # Normalised activations `b s d`
+        attention:nn.Module, # `GQA` or `MLA`
+        ctx:Context, # Context of its layer
+    )->Tensor: # `b s d`
+        "Attention of one block"
+        return attention(x, ctx)
 
-# %% ../../nbs/802_export.onnx.ipynb #8db1f5d5
-@patch
-def block(self:CachedStep,
-    x:Tensor, # Residual stream `b s d`
-    block:nn.Module, # A `Block` of the model
-    ctx:Context, # Context of its layer
-)->Tensor: # `b s d`
-    "Attention and feed-forward of one block"
-    x = x + self.attend_block(block.input_layernorm(x), block.self_attn, ctx)
-    h = block.post_attention_layernorm(x)
-    return x + (static_mixture(block.mlp, h, self.moe) if isinstance(block.mlp, MoE) else block.mlp(h))
+    def block(self,
+        x:Tensor, # Residual stream `b s d`
+        block:nn.Module, # A `Block` of the model
+        ctx:Context, # Context of its layer
+    )->Tensor: # `b s d`
+        "Attention and feed-forward of one block"
+        x = x + self.attend_block(block.input_layernorm(x), block.self_attn, ctx)
+        h = block.post_attention_layernorm(x)
+        return x + (static_mixture(block.mlp, h, self.moe) if isinstance(block.mlp, MoE) else block.mlp(h))
 
 # %% ../../nbs/802_export.onnx.ipynb #14e6b02c
 def step_inputs(
@@ -495,33 +488,29 @@ class OnnxModel:
         kinds = {'tensor(float)': np.float32, 'tensor(float16)': np.float16}
         return [np.zeros([size(d) for d in i.shape], kinds[i.type]) for i in self.past]
 
-# %% ../../nbs/802_export.onnx.ipynb #c6f53168
-@patch
-def __call__(self:OnnxModel,
-    tokens:Tensor, # New tokens `b s`
-)->Tensor: # Logits `b s w`
-    "Compute logits, and extend the cache"
-    b,s = tokens.shape
-    cache = self.empty(b) if self.cache is None else self.cache
-    t = cache[0].shape[-2] + s
-    feed = dict(input_ids=tokens.numpy(), attention_mask=np.ones((b, t), np.int64), position_ids=np.tile(np.arange(t - s, t), (b, 1)))
-    feed = {k: x for k,x in feed.items() if k in self.names} | {i.name: x for i,x in zip(self.past, cache, strict=True)}
-    logits,*self.cache = self.session.run(None, feed)
-    return torch.from_numpy(logits)
+    def __call__(self,
+        tokens:Tensor, # New tokens `b s`
+    )->Tensor: # Logits `b s w`
+        "Compute logits, and extend the cache"
+        b,s = tokens.shape
+        cache = self.empty(b) if self.cache is None else self.cache
+        t = cache[0].shape[-2] + s
+        feed = dict(input_ids=tokens.numpy(), attention_mask=np.ones((b, t), np.int64), position_ids=np.tile(np.arange(t - s, t), (b, 1)))
+        feed = {k: x for k,x in feed.items() if k in self.names} | {i.name: x for i,x in zip(self.past, cache, strict=True)}
+        logits,*self.cache = self.session.run(None, feed)
+        return torch.from_numpy(logits)
 
-# %% ../../nbs/802_export.onnx.ipynb #c0883067
-@patch
-def greedy(self:OnnxModel,
-    prompt:list[int], # Tokens of the prompt
-    n:int, # Number of tokens to generate
-)->list[int]: # The new tokens
-    "Generate the most probable tokens"
-    self.reset()
-    out,new = [],torch.tensor([prompt])
-    for _ in range(n):
-        out.append(int(self(new)[0, -1].argmax()))
-        new = torch.tensor([out[-1:]])
-    return out
+    def greedy(self,
+        prompt:list[int], # Tokens of the prompt
+        n:int, # Number of tokens to generate
+    )->list[int]: # The new tokens
+        "Generate the most probable tokens"
+        self.reset()
+        out,new = [],torch.tensor([prompt])
+        for _ in range(n):
+            out.append(int(self(new)[0, -1].argmax()))
+            new = torch.tensor([out[-1:]])
+        return out
 
 # %% ../../nbs/802_export.onnx.ipynb #54b95c42
 def onnx_weights(

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model
@@ -121,29 +120,25 @@ class IntBlocks:
         "Unpack codes"
         return unpack_low_high(packed) if self.bits == 4 else packed
 
-# %% ../../nbs/803_export.onnx_quant.ipynb #d6a2da3e
-@patch
-def encode(self:IntBlocks,
-    w:Tensor, # Matrix `o i`
-)->tuple[Tensor,Tensor,Tensor]: # Packed codes `o g bytes`, scales `o g`, packed zero points `o bytes`
-    "Quantise a matrix"
-    x = rearrange(F.pad(w, (0, -w.shape[1] % self.block)), 'o (g n) -> o g n', n=self.block)
-    low,high,top = x.amin(-1).clamp(max=0),x.amax(-1).clamp(min=0),2**self.bits - 1
-    scale = ((high - low)/top).clamp(min=torch.finfo(torch.float32).tiny)
-    zero = (-low/scale).round().clamp(0, top)
-    codes = (x/scale[..., None] + zero[..., None]).round().clamp(0, top).to(torch.uint8)
-    return self.pack(codes), scale, self.pack(zero.to(torch.uint8))
+    def encode(self,
+        w:Tensor, # Matrix `o i`
+    )->tuple[Tensor,Tensor,Tensor]: # Packed codes `o g bytes`, scales `o g`, packed zero points `o bytes`
+        "Quantise a matrix"
+        x = rearrange(F.pad(w, (0, -w.shape[1] % self.block)), 'o (g n) -> o g n', n=self.block)
+        low,high,top = x.amin(-1).clamp(max=0),x.amax(-1).clamp(min=0),2**self.bits - 1
+        scale = ((high - low)/top).clamp(min=torch.finfo(torch.float32).tiny)
+        zero = (-low/scale).round().clamp(0, top)
+        codes = (x/scale[..., None] + zero[..., None]).round().clamp(0, top).to(torch.uint8)
+        return self.pack(codes), scale, self.pack(zero.to(torch.uint8))
 
-# %% ../../nbs/803_export.onnx_quant.ipynb #3ad6ae08
-@patch
-def decode(self:IntBlocks,
-    codes:Tensor, # Packed `o g bytes`
-    scale:Tensor, # `o g`
-    zero:Tensor, # Packed `o bytes`
-)->Tensor: # `o i`, with the padding of the last block
-    "The matrix that the codes stand for"
-    z = self.unpack(zero)[:, :scale.shape[1], None].float()
-    return ((self.unpack(codes).float() - z)*scale[..., None]).flatten(1)
+    def decode(self,
+        codes:Tensor, # Packed `o g bytes`
+        scale:Tensor, # `o g`
+        zero:Tensor, # Packed `o bytes`
+    )->Tensor: # `o i`, with the padding of the last block
+        "The matrix that the codes stand for"
+        z = self.unpack(zero)[:, :scale.shape[1], None].float()
+        return ((self.unpack(codes).float() - z)*scale[..., None]).flatten(1)
 
 # %% ../../nbs/803_export.onnx_quant.ipynb #6d1d99cb
 @lru_cache(maxsize=1)  # the parts of a matrix are written one after the other

@@ -19,9 +19,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from fastcore.basics import patch
 
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 from ..core.nbproc import compiler_version, find_compiler, first_error, note_compiled, with_includes
 from ..files.hub import cache_dir
 from ..kernels.build import processor, target
@@ -97,7 +97,6 @@ def _open_library(path):
     return library
 
 # %% ../../nbs/808_export.runner.ipynb #b9f2cb42
-@extended
 class Runner:
     "A model that the runner computes; each has its own threads, and calls from several threads take turns"
     def __init__(self,
@@ -119,18 +118,33 @@ class Runner:
     def __del__(self):
         if getattr(self, 'handle', None): self.c.runner_free(self.handle)
 
-# %% ../../nbs/808_export.runner.ipynb #a4d7faaa
-@patch
-def info(self:Runner,
-    key:str, # Name of a number, such as 'vocab'
-)->int: # -1 if it is unknown
-    "A number of the model"
-    return self.c.runner_info(self.handle, key.encode())
+    if TYPE_CHECKING:
+        from deepseek_nb.export.runner_file import row
+        from deepseek_nb.export.runner_step import step, rewind, probe, watch
+        from deepseek_nb.export.runner_text import encode, decode, prompt
+        from deepseek_nb.export.runner_binary import sample
+        from deepseek_nb.export.runner_blocks import product
+    else:
+        row = later('export.runner_file')
+        step = later('export.runner_step')
+        rewind = later('export.runner_step')
+        probe = later('export.runner_step')
+        watch = later('export.runner_step')
+        encode = later('export.runner_text')
+        decode = later('export.runner_text')
+        prompt = later('export.runner_text')
+        sample = later('export.runner_binary')
+        product = later('export.runner_blocks')
 
-@patch
-def text(self:Runner,
-    key:str, # Key of the metadata
-)->str|None: # None if there is no such text
-    "A text of the file's metadata"
-    found = self.c.runner_text(self.handle, key.encode())
-    return None if found is None else found.decode(errors='replace')
+    def info(self,
+        key:str, # Name of a number, such as 'vocab'
+    )->int: # -1 if it is unknown
+        "A number of the model"
+        return self.c.runner_info(self.handle, key.encode())
+
+    def text(self,
+        key:str, # Key of the metadata
+    )->str|None: # None if there is no such text
+        "A text of the file's metadata"
+        found = self.c.runner_text(self.handle, key.encode())
+        return None if found is None else found.decode(errors='replace')

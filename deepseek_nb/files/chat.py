@@ -284,19 +284,17 @@ def chat(self:Tokenizer,
     if allow_special: return self.encode(text, special=True)
     rows, tools, docs = normalise(messages), plain_data(tools), plain_data(options.get('documents'))
     pair = unused_pair(text + json.dumps([rows, tools, docs], ensure_ascii=False))
-    marked, tools, docs = [self._mark_row(row, pair) for row in rows], mark(tools, self._control, pair), mark(docs, self._control, pair)
+    marked, tools, docs = [_mark_row(self, row, pair) for row in rows], mark(tools, self._control, pair), mark(docs, self._control, pair)
     marked = self.prompt(marked, tools, chat_template, **options | dict(documents=docs))
-    return self.encode_marked(self._same(text, marked, pair), pair)
+    return self.encode_marked(_same(text, marked, pair), pair)
 
 # %% ../../nbs/220_files.chat.ipynb #f0d982b5
-@patch
-def _mark_row(self:Tokenizer, row, pair):
+def _mark_row(tok, row, pair):
     "Mark the control tokens of a message, except the assistant's `<think>` and `</think>`"
     thought = '(?!</?think>)' if row.get('role') == 'assistant' else ''
-    return mark(row, re.compile(f'{thought}(?:{self._control.pattern})'), pair)
+    return mark(row, re.compile(f'{thought}(?:{tok._control.pattern})'), pair)
 
-@patch
-def _same(self:Tokenizer, text, marked, pair):
+def _same(text, marked, pair):
     "Check that a marked prompt without its marks equals the prompt of unmarked messages"
     if marked.translate(dict.fromkeys(map(ord, pair))) == text: return marked
     raise ValueError('the chat template interprets a control token in a message: remove it or pass allow_special=True')

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..core.config import Config, Rope
@@ -136,25 +135,21 @@ class Meta:
         self.shapes = {t.name: tuple(reversed(t.shape.tolist())) for t in reader.tensors}
         self.tensors = {t.name: t for t in reader.tensors}
 
-# %% ../../nbs/240_files.gguf.ipynb #7e1a46c6
-@patch
-def get(self:Meta,
-    key:str, # Key without the prefix of the architecture
-    default = None, # Value if the key is absent
-): # Value
-    "Look up an optional key"
-    return self.d.get(f'{self.arch}.{key}', default)
+    def get(self,
+        key:str, # Key without the prefix of the architecture
+        default = None, # Value if the key is absent
+    ): # Value
+        "Look up an optional key"
+        return self.d.get(f'{self.arch}.{key}', default)
 
-# %% ../../nbs/240_files.gguf.ipynb #d3fa41f7
-@patch
-def need(self:Meta,
-    key:str, # Key without the prefix of the architecture
-): # Value
-    "Look up a required key"
-    v = self.get(key)
-    if v is None: raise ValueError(f'{self.path}: metadata {self.arch}.{key} is missing; {_CONVERT}')
-    if isinstance(v, list): raise ValueError(f'{self.path}: metadata {self.arch}.{key} differs between layers, which is not supported')
-    return v
+    def need(self,
+        key:str, # Key without the prefix of the architecture
+    ): # Value
+        "Look up a required key"
+        v = self.get(key)
+        if v is None: raise ValueError(f'{self.path}: metadata {self.arch}.{key} is missing; {_CONVERT}')
+        if isinstance(v, list): raise ValueError(f'{self.path}: metadata {self.arch}.{key} differs between layers, which is not supported')
+        return v
 
 # %% ../../nbs/240_files.gguf.ipynb #111f5964
 def llama3_factors(

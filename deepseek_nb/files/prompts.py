@@ -13,8 +13,6 @@ __all__ = ['EFFORT_NAMES', 'STYLES', 'PromptStyle', 'call_arguments', 'turns_of'
 import json
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 # %% ../../nbs/215_files.prompts.ipynb #f8d79e7a
 class PromptStyle(NamedTuple):
     "How a release writes a conversation"
@@ -24,6 +22,99 @@ class PromptStyle(NamedTuple):
     blank:str = '' # Line of a call without parameters
     system:str = '' # Token before a system message
     efforts:dict = {} # Effort of reasoning: instruction before the system message
+
+    def calls(self,
+        calls:list, # Tool calls of a message
+    )->str:
+        "Tool calls as the model writes them"
+        out,inner = '',f'｜DSML｜{self.space}'
+        for call in calls:
+            out += f'<{inner}invoke name="{call["function"]["name"]}">\n'
+            for key,value in (arguments := call_arguments(call)).items():
+                text,string = (value, 'true') if isinstance(value, str) else (_as_json(value), 'false')
+                out += f'<{inner}parameter name="{key}" string="{string}">{text}</{inner}parameter>\n'
+            out += ('' if arguments else self.blank) + f'</{inner}invoke>\n'
+        return f'<｜DSML｜{self.block}>\n{out}</｜DSML｜{self.block}>'
+
+    def tool_text(self,
+        tools:list|None, # JSON schemas of functions
+    )->str: # '' without tools
+        "The instructions for tools"
+        if not tools: return ''
+        functions = [t.get('function', t) for t in tools]
+        if self.efforts: functions = [dict(name=f['name'], description=f.get('description') or '',
+                                           parameters=f.get('parameters') or {}) for f in functions]
+        text = self.tools.replace('BLOCK', self.block).replace('SP', self.space)
+        return '\n\n' + text.replace('TOOLS', '\n'.join(map(_as_json, functions)))
+
+    def asked(self,
+        turn:list, # Messages of the user and of tools
+    )->str:
+        "The text of a turn before an answer"
+        if self.efforts:
+            return '<｜User｜>' + '\n\n'.join(f'<tool_result>{_said(m)}</tool_result>' if m['role'] == 'tool' else _said(m) for m in turn)
+        results,texts = ([m for m in turn if (m['role'] == 'tool') == tool] for tool in (True, False))
+        out = ''.join(f'\n<result>{_said(m)}</result>' for m in results)
+        return (f'\n\n<function_results>{out}\n</function_results>' if out else '') + ''.join(f'<｜User｜>{_said(m)}' for m in texts)
+
+    def answered(self,
+        m:dict, # Message of the assistant
+        thinks:bool, # Whether its reasoning is part of the prompt
+        open:bool = False, # Whether it is continued
+    )->str:
+        "The text of an answer, behind the token that begins it"
+        content,thought = _said(m),m.get('reasoning_content') or ''
+        if open and thinks and not content: return f'<think>{thought}'
+        calls = f'\n\n{self.calls(m["tool_calls"])}' if m.get('tool_calls') else ''
+        end = '' if open else '<｜end▁of▁sentence｜>'
+        return (f'<think>{thought}</think>' if thinks else '</think>') + content + calls + end
+
+    def _keeps(self, messages, thinking, tools):
+        "Index of the first message whose reasoning is part of the prompt"
+        if not thinking or self.efforts and not tools: return len(messages)
+        if self.efforts: return 0
+        return max((i for i,m in enumerate(messages) if m['role'] == 'user'), default=-1)
+
+    def _opening(self,
+        system:list, # Texts of the system messages
+        tools:list|None, # JSON schemas of functions
+        effort:str, # 'low', 'high', 'max', or '' without reasoning
+    )->str:
+        "What stands before the first turn"
+        begin = self.efforts.get(effort, '')
+        token = self.system if begin or system or tools else ''
+        return token + begin + '\n\n'.join(system) + self.tool_text(tools)
+
+    def _split(self, messages):
+        "System messages that stand before the first turn, and the other messages"
+        if self.system: return (messages[:1], messages[1:]) if messages[0]['role'] == 'system' else ([], messages)
+        return tuple([m for m in messages if (m['role'] == 'system') == system] for system in (True, False))
+
+    def _header(self, before):
+        "What begins an answer behind a turn"
+        return '\n\n' if not self.efforts and before and before[-1]['role'] == 'tool' else '<｜Assistant｜>'
+
+    def __call__(self,
+        messages:list, # Dicts with `role` and `content`, in order
+        tools:list|None = None, # JSON schemas of the functions that the model may call
+        thinking:bool = False, # Whether the model reasons first
+        reasoning_effort:str|None = None, # How much, see `EFFORT_NAMES`; None: 'high'
+        add_generation_prompt:bool = True, # End with the beginning of an answer
+        bos_token:str = '<｜begin▁of▁sentence｜>', # First token
+        **options, # Other variables of templates
+    )->str: # Prompt
+        "A conversation as a prompt"
+        first,rest = self._split(messages)
+        out,before = bos_token + self._opening([*map(_said, first)], tools, EFFORT_NAMES[reasoning_effort or 'high'] if thinking else ''),None
+        keeps,turns,at = self._keeps(rest, thinking, tools),turns_of(rest),0
+        for turn in turns:
+            m,at = turn[-1],at + len(turn)
+            open = turn is turns[-1] and m['role'] == 'assistant' and not add_generation_prompt
+            if m['role'] == 'system': out += self.system + _said(m)
+            elif m['role'] == 'assistant': out += self._header(before) + self.answered(m, at > keeps or open and thinking, open)
+            else: out += self.asked(turn)
+            before = turn
+        return out + (self._header(before) + ('<think>' if thinking else '</think>') if add_generation_prompt else '')
 
 # %% ../../nbs/215_files.prompts.ipynb #24c39302
 def call_arguments(
@@ -41,21 +132,6 @@ def _as_json(
 )->str:
     "JSON as DeepSeek writes it"
     return json.dumps(x, ensure_ascii=False)
-
-# %% ../../nbs/215_files.prompts.ipynb #cf24671f
-@patch
-def calls(self:PromptStyle,
-    calls:list, # Tool calls of a message
-)->str:
-    "Tool calls as the model writes them"
-    out,inner = '',f'｜DSML｜{self.space}'
-    for call in calls:
-        out += f'<{inner}invoke name="{call["function"]["name"]}">\n'
-        for key,value in (arguments := call_arguments(call)).items():
-            text,string = (value, 'true') if isinstance(value, str) else (_as_json(value), 'false')
-            out += f'<{inner}parameter name="{key}" string="{string}">{text}</{inner}parameter>\n'
-        out += ('' if arguments else self.blank) + f'</{inner}invoke>\n'
-    return f'<｜DSML｜{self.block}>\n{out}</｜DSML｜{self.block}>'
 
 # %% ../../nbs/215_files.prompts.ipynb #f69d96d3
 _USE = '''## Tools
@@ -150,18 +226,6 @@ STYLES = {
     'deepseek-v4.1': PromptStyle(' calls', _V4_TOOLS, ' ', '\n', '<｜System｜>',
                                  {k: _NUMBER.format(n) for k,n in dict(low=50, high=75, max=100).items()})}
 
-@patch
-def tool_text(self:PromptStyle,
-    tools:list|None, # JSON schemas of functions
-)->str: # '' without tools
-    "The instructions for tools"
-    if not tools: return ''
-    functions = [t.get('function', t) for t in tools]
-    if self.efforts: functions = [dict(name=f['name'], description=f.get('description') or '',
-                                       parameters=f.get('parameters') or {}) for f in functions]
-    text = self.tools.replace('BLOCK', self.block).replace('SP', self.space)
-    return '\n\n' + text.replace('TOOLS', '\n'.join(map(_as_json, functions)))
-
 # %% ../../nbs/215_files.prompts.ipynb #1f890092
 def _in_call_order(
     turn:list, # Messages of the user and of tools
@@ -187,85 +251,3 @@ def turns_of(
 
 # %% ../../nbs/215_files.prompts.ipynb #c2a28605
 def _said(m): return m.get('content') or ''
-
-@patch
-def asked(self:PromptStyle,
-    turn:list, # Messages of the user and of tools
-)->str:
-    "The text of a turn before an answer"
-    if self.efforts:
-        return '<｜User｜>' + '\n\n'.join(f'<tool_result>{_said(m)}</tool_result>' if m['role'] == 'tool' else _said(m) for m in turn)
-    results,texts = ([m for m in turn if (m['role'] == 'tool') == tool] for tool in (True, False))
-    out = ''.join(f'\n<result>{_said(m)}</result>' for m in results)
-    return (f'\n\n<function_results>{out}\n</function_results>' if out else '') + ''.join(f'<｜User｜>{_said(m)}' for m in texts)
-
-# %% ../../nbs/215_files.prompts.ipynb #d5da4b73
-@patch
-def answered(self:PromptStyle,
-    m:dict, # Message of the assistant
-    thinks:bool, # Whether its reasoning is part of the prompt
-    open:bool = False, # Whether it is continued
-)->str:
-    "The text of an answer, behind the token that begins it"
-    content,thought = _said(m),m.get('reasoning_content') or ''
-    if open and thinks and not content: return f'<think>{thought}'
-    calls = f'\n\n{self.calls(m["tool_calls"])}' if m.get('tool_calls') else ''
-    end = '' if open else '<｜end▁of▁sentence｜>'
-    return (f'<think>{thought}</think>' if thinks else '</think>') + content + calls + end
-
-# %% ../../nbs/215_files.prompts.ipynb #df4d9145
-@patch
-def _keeps(self:PromptStyle, messages, thinking, tools):
-    "Index of the first message whose reasoning is part of the prompt"
-    if not thinking or self.efforts and not tools: return len(messages)
-    if self.efforts: return 0
-    return max((i for i,m in enumerate(messages) if m['role'] == 'user'), default=-1)
-
-# %% ../../nbs/215_files.prompts.ipynb #ce01f923
-@patch
-def _opening(self:PromptStyle,
-    system:list, # Texts of the system messages
-    tools:list|None, # JSON schemas of functions
-    effort:str, # 'low', 'high', 'max', or '' without reasoning
-)->str:
-    "What stands before the first turn"
-    begin = self.efforts.get(effort, '')
-    token = self.system if begin or system or tools else ''
-    return token + begin + '\n\n'.join(system) + self.tool_text(tools)
-
-# %% ../../nbs/215_files.prompts.ipynb #ad97d2b3
-@patch
-def _split(self:PromptStyle, messages):
-    "System messages that stand before the first turn, and the other messages"
-    if self.system: return (messages[:1], messages[1:]) if messages[0]['role'] == 'system' else ([], messages)
-    return tuple([m for m in messages if (m['role'] == 'system') == system] for system in (True, False))
-
-# %% ../../nbs/215_files.prompts.ipynb #8978b7d7
-@patch
-def _header(self:PromptStyle, before):
-    "What begins an answer behind a turn"
-    return '\n\n' if not self.efforts and before and before[-1]['role'] == 'tool' else '<｜Assistant｜>'
-
-# %% ../../nbs/215_files.prompts.ipynb #68e149cb
-@patch
-def __call__(self:PromptStyle,
-    messages:list, # Dicts with `role` and `content`, in order
-    tools:list|None = None, # JSON schemas of the functions that the model may call
-    thinking:bool = False, # Whether the model reasons first
-    reasoning_effort:str|None = None, # How much, see `EFFORT_NAMES`; None: 'high'
-    add_generation_prompt:bool = True, # End with the beginning of an answer
-    bos_token:str = '<｜begin▁of▁sentence｜>', # First token
-    **options, # Other variables of templates
-)->str: # Prompt
-    "A conversation as a prompt"
-    first,rest = self._split(messages)
-    out,before = bos_token + self._opening([*map(_said, first)], tools, EFFORT_NAMES[reasoning_effort or 'high'] if thinking else ''),None
-    keeps,turns,at = self._keeps(rest, thinking, tools),turns_of(rest),0
-    for turn in turns:
-        m,at = turn[-1],at + len(turn)
-        open = turn is turns[-1] and m['role'] == 'assistant' and not add_generation_prompt
-        if m['role'] == 'system': out += self.system + _said(m)
-        elif m['role'] == 'assistant': out += self._header(before) + self.answered(m, at > keeps or open and thinking, open)
-        else: out += self.asked(turn)
-        before = turn
-    return out + (self._header(before) + ('<think>' if thinking else '</think>') if add_generation_prompt else '')

@@ -19,9 +19,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-from fastcore.basics import patch
-
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 from .hub import fetch
 
 # %% ../../nbs/210_files.tokenizer.ipynb #dc1ddbae
@@ -153,7 +152,6 @@ def plain_bpe(
     return BPE(vocab={t: i for t, i in vocab.items() if t not in control}, merges=merges, **flags)
 
 # %% ../../nbs/210_files.tokenizer.ipynb #0050e044
-@extended
 class Tokenizer:
     "Byte-level BPE with its control tokens and chat template"
     def __init__(self,
@@ -172,6 +170,91 @@ class Tokenizer:
         self.bos_id = self.special_tokens.get(self.named.get('bos_token'))
         self.eos_ids = tuple(eos_ids) or tuple(i for t, i in self.special_tokens.items() if t == self.named.get('eos_token'))
         self._control, self._missing = _control_pattern(added, self.special_tokens), _missing_bytes(backend.get_vocab())
+
+    if TYPE_CHECKING:
+        from deepseek_nb.files.chat import encode_marked, template_for, prompt, chat
+    else:
+        encode_marked = later('files.chat')
+        template_for = later('files.chat')
+        prompt = later('files.chat')
+        chat = later('files.chat')
+
+    def __getstate__(self):
+        "What a pickle holds: `datasets` makes one before each `map`, and the table of tokens would take most of the time"
+        return self.__dict__ | dict(_tokens=None)
+
+    def __setstate__(self, state):
+        self.__dict__ |= state
+        self._tokens = _token_table(self.backend, self.special_tokens)
+
+    def __len__(self): return max(self._tokens) + 1
+
+    @property
+    def vocab_size(self)->int: # Rows that an embedding needs
+        "One more than the largest id"
+        return len(self)
+
+    def encode(self,
+        text:str,           # Any text; no start or end token is added
+        special:bool=False, # Recognise control tokens in the text
+    )->list: # Token ids
+        "Text to token ids"
+        ids, at = [], 0
+        for m in self._control.finditer(text) if special else ():
+            ids += self._plain(text[at:m.start()])
+            ids.append(self.special_tokens[m[0] if m[0] in self.special_tokens else m[0].strip()])
+            at = m.end()
+        return ids + self._plain(text[at:])
+
+    def _plain(self, text):
+        "Ids of text in which no control token is recognised"
+        try:
+            if self._missing and len(raw := text.encode()) != len(raw.translate(None, self._missing)):
+                lost = ' '.join(f'{b:02x}' for b in sorted(set(raw) & set(self._missing)))
+                warnings.warn(f'this vocabulary has no token for the bytes {lost}, which are omitted', stacklevel=3)
+            if len(text) < _LONG: return self.backend.encode(text, add_special_tokens=False).ids if text else []
+            return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except (TypeError, UnicodeEncodeError) as e:
+            raise ValueError(f'{text[:40]!r} is no text that has tokens: give a str that can be written in UTF-8') from e
+
+    def id_to_token(self,
+        id:int, # Token id
+    )->str: # Token as in the vocabulary
+        "The token of an id"
+        if int(id) not in self._tokens: raise ValueError(f'token id {int(id)} is outside the vocabulary of {len(self)} tokens')
+        return self._tokens[int(id)]
+
+    def id_to_bytes(self,
+        id:int, # Token id
+    )->bytes: # Bytes of UTF-8 text
+        "The bytes of a token"
+        token = self.id_to_token(id)
+        return token.encode() if int(id) in self._added else token_bytes(token)
+
+    def decode(self,
+        ids,                     # Token ids: a list or a one-dimensional tensor
+        skip_special:bool=False, # Leave out the tokens that the file marks special
+    )->str: # Text
+        "Token ids to text"
+        ids = ids.tolist() if hasattr(ids, 'tolist') else ids
+        return b''.join(self.id_to_bytes(i) for i in ids if not (skip_special and i in self._skip)).decode(errors='replace')
+
+    def stream_decoder(self,
+        skip_special:bool=False, # Leave out the tokens that the file marks special
+    )->'StreamDecoder': # Has `push(id)` and `flush()`
+        "Make a decoder for one stream of tokens"
+        return StreamDecoder(self, skip_special)
+
+    @classmethod
+    def from_pretrained(cls,
+        path_or_name, # Folder, `.gguf` file, hub id, or registered name such as `smollm2-135m`
+    )->'Tokenizer': # Tokenizer of the model
+        "Load the tokenizer of a model"
+        path = fetch(path_or_name, weights=False)
+        try: return from_gguf(path) if path.is_file() else from_folder(path)
+        except Exception as e: # the library of tokenizers raises nothing narrower
+            if isinstance(e, ValueError | OSError | ImportError) and not isinstance(e, UnicodeDecodeError): raise
+            raise ValueError(f'{path} has a corrupt tokenizer ({type(e).__name__}: {e}); download it again') from e
 
 # %% ../../nbs/210_files.tokenizer.ipynb #69f47cf1
 def _one_of(words):
@@ -193,81 +276,8 @@ def _token_table(backend, control): return {i: t for t, i in (backend.get_vocab(
 
 def _missing_bytes(vocab): return bytes(b for b, c in byte_alphabet().items() if c not in vocab)
 
-@patch
-def __getstate__(self:Tokenizer):
-    "What a pickle holds: `datasets` makes one before each `map`, and the table of tokens would take most of the time"
-    return self.__dict__ | dict(_tokens=None)
-
-# %% ../../nbs/210_files.tokenizer.ipynb #984158f1
-@patch
-def __setstate__(self:Tokenizer, state):
-    self.__dict__ |= state
-    self._tokens = _token_table(self.backend, self.special_tokens)
-
-@patch
-def __len__(self:Tokenizer): return max(self._tokens) + 1
-
-@patch(as_prop=True)
-def vocab_size(self:Tokenizer)->int: # Rows that an embedding needs
-    "One more than the largest id"
-    return len(self)
-
-# %% ../../nbs/210_files.tokenizer.ipynb #73806987
-@patch
-def encode(self:Tokenizer,
-    text:str,           # Any text; no start or end token is added
-    special:bool=False, # Recognise control tokens in the text
-)->list: # Token ids
-    "Text to token ids"
-    ids, at = [], 0
-    for m in self._control.finditer(text) if special else ():
-        ids += self._plain(text[at:m.start()])
-        ids.append(self.special_tokens[m[0] if m[0] in self.special_tokens else m[0].strip()])
-        at = m.end()
-    return ids + self._plain(text[at:])
-
 # %% ../../nbs/210_files.tokenizer.ipynb #14816463
 _LONG = 2**12 # characters; a batch lets other threads of Python run meanwhile, which a single text doesn't
-
-@patch
-def _plain(self:Tokenizer, text):
-    "Ids of text in which no control token is recognised"
-    try:
-        if self._missing and len(raw := text.encode()) != len(raw.translate(None, self._missing)):
-            lost = ' '.join(f'{b:02x}' for b in sorted(set(raw) & set(self._missing)))
-            warnings.warn(f'this vocabulary has no token for the bytes {lost}, which are omitted', stacklevel=3)
-        if len(text) < _LONG: return self.backend.encode(text, add_special_tokens=False).ids if text else []
-        return self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-    except (TypeError, UnicodeEncodeError) as e:
-        raise ValueError(f'{text[:40]!r} is no text that has tokens: give a str that can be written in UTF-8') from e
-
-# %% ../../nbs/210_files.tokenizer.ipynb #d101a76b
-@patch
-def id_to_token(self:Tokenizer,
-    id:int, # Token id
-)->str: # Token as in the vocabulary
-    "The token of an id"
-    if int(id) not in self._tokens: raise ValueError(f'token id {int(id)} is outside the vocabulary of {len(self)} tokens')
-    return self._tokens[int(id)]
-
-# %% ../../nbs/210_files.tokenizer.ipynb #efe32e29
-@patch
-def id_to_bytes(self:Tokenizer,
-    id:int, # Token id
-)->bytes: # Bytes of UTF-8 text
-    "The bytes of a token"
-    token = self.id_to_token(id)
-    return token.encode() if int(id) in self._added else token_bytes(token)
-
-# %% ../../nbs/210_files.tokenizer.ipynb #090b004c
-@patch
-def decode(self:Tokenizer,
-    ids,                     # Token ids: a list or a one-dimensional tensor
-    skip_special:bool=False, # Leave out the tokens that the file marks special
-)->str: # Text
-    "Token ids to text"
-    ids = ids.tolist() if hasattr(ids, 'tolist') else ids
-    return b''.join(self.id_to_bytes(i) for i in ids if not (skip_special and i in self._skip)).decode(errors='replace')
 
 # %% ../../nbs/210_files.tokenizer.ipynb #3a1ca951
 class StreamDecoder:
@@ -289,14 +299,6 @@ class StreamDecoder:
     def flush(self)->str: # U+FFFD if the stream stopped inside a character
         "Decode an incomplete character at the end of a stream"
         return self.utf8.decode(b'', final=True)
-
-# %% ../../nbs/210_files.tokenizer.ipynb #54ae6064
-@patch
-def stream_decoder(self:Tokenizer,
-    skip_special:bool=False, # Leave out the tokens that the file marks special
-)->StreamDecoder: # Has `push(id)` and `flush()`
-    "Make a decoder for one stream of tokens"
-    return StreamDecoder(self, skip_special)
 
 # %% ../../nbs/210_files.tokenizer.ipynb #485cddc6
 def _backend(vocab, merges, added, **flags):
@@ -393,15 +395,3 @@ def from_folder(
     named = {k: v['content'] if isinstance(v, dict) else v for k, v in config.items() if k.endswith('_token') and isinstance(v, str|dict)}
     return Tokenizer(_folder_backend(spec, added), added, named, _eos_ids(folder, added, named), _template(folder, config),
                      bool(config.get('add_bos_token')))
-
-# %% ../../nbs/210_files.tokenizer.ipynb #ecd026a4
-@patch(cls_method=True)
-def from_pretrained(cls:Tokenizer,
-    path_or_name, # Folder, `.gguf` file, hub id, or registered name such as `smollm2-135m`
-)->Tokenizer: # Tokenizer of the model
-    "Load the tokenizer of a model"
-    path = fetch(path_or_name, weights=False)
-    try: return from_gguf(path) if path.is_file() else from_folder(path)
-    except Exception as e: # the library of tokenizers raises nothing narrower
-        if isinstance(e, ValueError | OSError | ImportError) and not isinstance(e, UnicodeDecodeError): raise
-        raise ValueError(f'{path} has a corrupt tokenizer ({type(e).__name__}: {e}); download it again') from e

@@ -20,7 +20,6 @@ from pathlib import Path
 from threading import Lock
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.model import Model
@@ -107,6 +106,33 @@ class Adapters:
         if (found := self.loaded.get(name)) is not None: return found
         raise NoAdapter(f'adapter {name!r:.60} is not loaded; {", ".join(self.loaded) or "no adapter"} is')
 
+    @torch.no_grad()
+    def _try_out(self, adapter):
+        "Run one token, which also compiles the kernels"
+        x = self.model.ragged(torch.zeros(1, dtype=torch.long, device=self.model.device), [self.make()], [1], [adapter.layers])
+        if not x.isfinite().all(): raise ValueError(f'{adapter.folder}: the adapter gives numbers that are not finite')
+
+    def load(self,
+        name:str, # Name for clients
+        folder:str|Path, # Folder with adapter_config.json and adapter_model.safetensors
+        replace:bool = False, # Whether an adapter of this name is replaced
+    )->SharedAdapter:
+        "Load an adapter; from any thread"
+        if check_adapter_name(name) in self and not replace: raise ValueError(f'adapter {name!r} is loaded already; unload it first')
+        self._try_out(adapter := read_adapter(self.model, folder, name))
+        with self.lock:
+            if name in self and not replace: raise ValueError(f'adapter {name!r} is loaded already; unload it first')
+            self.loaded[name] = adapter
+        return adapter
+
+    def unload(self,
+        name:str, # Name of an adapter
+    )->SharedAdapter: # It lives on while rows use it
+        "Forget an adapter; from any thread"
+        with self.lock:
+            self[name]
+            return self.loaded.pop(name)
+
 # %% ../../nbs/457_infer.adapters.ipynb #e48691b6
 def check_adapter_name(
     name:str, # Name of an adapter, as clients give it
@@ -114,34 +140,3 @@ def check_adapter_name(
     "Raise an error for a name that a client couldn't use"
     if re.fullmatch(r'\w[\w.:@-]*(/\w[\w.:@-]*)*', name, re.ASCII) and len(name) <= 128: return name
     raise ValueError(f'{name!r:.60} is no name for an adapter; use up to 128 letters, digits and any of _ . : @ -, and / between words')
-
-# %% ../../nbs/457_infer.adapters.ipynb #a43b17fb
-@patch
-@torch.no_grad()
-def _try_out(self:Adapters, adapter):
-    "Run one token, which also compiles the kernels"
-    x = self.model.ragged(torch.zeros(1, dtype=torch.long, device=self.model.device), [self.make()], [1], [adapter.layers])
-    if not x.isfinite().all(): raise ValueError(f'{adapter.folder}: the adapter gives numbers that are not finite')
-
-@patch
-def load(self:Adapters,
-    name:str, # Name for clients
-    folder:str|Path, # Folder with adapter_config.json and adapter_model.safetensors
-    replace:bool = False, # Whether an adapter of this name is replaced
-)->SharedAdapter:
-    "Load an adapter; from any thread"
-    if check_adapter_name(name) in self and not replace: raise ValueError(f'adapter {name!r} is loaded already; unload it first')
-    self._try_out(adapter := read_adapter(self.model, folder, name))
-    with self.lock:
-        if name in self and not replace: raise ValueError(f'adapter {name!r} is loaded already; unload it first')
-        self.loaded[name] = adapter
-    return adapter
-
-@patch
-def unload(self:Adapters,
-    name:str, # Name of an adapter
-)->SharedAdapter: # It lives on while rows use it
-    "Forget an adapter; from any thread"
-    with self.lock:
-        self[name]
-        return self.loaded.pop(name)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
@@ -57,47 +56,41 @@ class Conversation:
         self.messages = [dict(role='system', content=system)] if system else []
         self.cache,self.ids,self.stats = model.new_cache(1),[],Stats()
 
-# %% ../../nbs/420_infer.conversation.ipynb #68885f41
-@patch
-def _timed(self:Conversation, tokens, ids):
-    "Yield the tokens, and count and time them"
-    start,held = perf_counter(),list(ids)
-    try:
-        for t in tokens:
-            now,self.stats.new = perf_counter(),self.stats.new + 1
-            if self.stats.new == 1: self.stats.first,start = now-start,now
-            else: self.stats.rest = now-start
-            held.append(t.item())
-            yield t
-    finally: self.ids = held[:len(self.cache)]
+    def _timed(self, tokens, ids):
+        "Yield the tokens, and count and time them"
+        start,held = perf_counter(),list(ids)
+        try:
+            for t in tokens:
+                now,self.stats.new = perf_counter(),self.stats.new + 1
+                if self.stats.new == 1: self.stats.first,start = now-start,now
+                else: self.stats.rest = now-start
+                held.append(t.item())
+                yield t
+        finally: self.ids = held[:len(self.cache)]
 
-# %% ../../nbs/420_infer.conversation.ipynb #223e972c
-@patch
-def _answered(self:Conversation, user, tokens, stopper):
-    "Yield the text, and append question and answer to the messages at the end"
-    pieces = []
-    try:
-        ends = {*self.model.config.eos_ids, *self.tok.eos_ids}
-        for piece in text_pieces(tokens, self.tok.stream_decoder(), stopper, ends):
-            pieces.append(piece)
-            yield piece
-    finally:
-        tokens.close()
-        if self.stats.new: self.messages += [user, dict(role='assistant', content=''.join(pieces))]
+    def _answered(self, user, tokens, stopper):
+        "Yield the text, and append question and answer to the messages at the end"
+        pieces = []
+        try:
+            ends = {*self.model.config.eos_ids, *self.tok.eos_ids}
+            for piece in text_pieces(tokens, self.tok.stream_decoder(), stopper, ends):
+                pieces.append(piece)
+                yield piece
+        finally:
+            tokens.close()
+            if self.stats.new: self.messages += [user, dict(role='assistant', content=''.join(pieces))]
 
-# %% ../../nbs/420_infer.conversation.ipynb #565a73d6
-@patch
-def ask(self:Conversation,
-    text:str, # Question
-    stop:tuple|list = (), # Strings that end the answer
-    max_new_tokens:int = 512, # Largest number of tokens of the answer
-    **sampling, # Fields of `Sampling`
-)->Iterator[str]: # Pieces of the answer
-    "Ask a question, and stream the answer"
-    user = dict(role='user', content=text)
-    ids = self.tok.chat([*self.messages, user], **self.options)
-    kept = min(common_prefix(self.ids, ids), len(self.cache), len(ids)-1)
-    self.cache.rewind(len(self.cache) - kept)
-    self.stats,self.ids = Stats(prompt=len(ids), reused=kept),ids[:kept]
-    tokens = self.model.stream(torch.tensor([ids]), max_new_tokens, cache=self.cache, **sampling)
-    return self._answered(user, self._timed(tokens, ids), Stopper(stop))
+    def ask(self,
+        text:str, # Question
+        stop:tuple|list = (), # Strings that end the answer
+        max_new_tokens:int = 512, # Largest number of tokens of the answer
+        **sampling, # Fields of `Sampling`
+    )->Iterator[str]: # Pieces of the answer
+        "Ask a question, and stream the answer"
+        user = dict(role='user', content=text)
+        ids = self.tok.chat([*self.messages, user], **self.options)
+        kept = min(common_prefix(self.ids, ids), len(self.cache), len(ids)-1)
+        self.cache.rewind(len(self.cache) - kept)
+        self.stats,self.ids = Stats(prompt=len(ids), reused=kept),ids[:kept]
+        tokens = self.model.stream(torch.tensor([ids]), max_new_tokens, cache=self.cache, **sampling)
+        return self._answered(user, self._timed(tokens, ids), Stopper(stop))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.dspark import DSpark
@@ -156,19 +155,17 @@ class ModelDrafter(Drafter):
         self.fed,self.agreed = text[:-1],len(ids)
         return Draft(text[len(ids):], None if self.row.how.greedy else probs)
 
-# %% ../../nbs/447_infer.drafts.ipynb #1ad66991
-@patch
-@torch.no_grad()
-def feed(self:ModelDrafter,
-    ids:list, # All tokens of the row
-    n:int, # Most tokens to process
-)->bool: # Whether a draft has at most `n` tokens of the row to process
-    "Process a part of a long prompt"
-    keep = self._common(ids)
-    if len(ids) - keep <= n: return True
-    self.model(torch.tensor([ids[keep:keep+n]], device=self.model.device), self.cache, logits_to_keep=1)
-    self.fed,self.agreed = ids[:keep+n],keep + n
-    return len(ids) - keep <= 2*n
+    @torch.no_grad()
+    def feed(self,
+        ids:list, # All tokens of the row
+        n:int, # Most tokens to process
+    )->bool: # Whether a draft has at most `n` tokens of the row to process
+        "Process a part of a long prompt"
+        keep = self._common(ids)
+        if len(ids) - keep <= n: return True
+        self.model(torch.tensor([ids[keep:keep+n]], device=self.model.device), self.cache, logits_to_keep=1)
+        self.fed,self.agreed = ids[:keep+n],keep + n
+        return len(ids) - keep <= 2*n
 
 # %% ../../nbs/447_infer.drafts.ipynb #d02d06c3
 def _run_block(model, cache, x, tokens):
@@ -229,20 +226,18 @@ class MTPDrafter(Drafter):
         self.cache.rewind(max(most - 1, 0))
         return Draft(text[len(ids):], None if self.row.how.greedy else probs)
 
-# %% ../../nbs/447_infer.drafts.ipynb #9d74f025
-@patch
-@torch.no_grad()
-def feed(self:MTPDrafter, # noqa: F811
-    ids:list, # All tokens of the row
-    n:int, # Most activations that may wait
-)->bool: # True: a draft has at most `n` positions to process
-    "Run the block on activations that wait, if they are many"
-    new,at = sum(map(len, self.new)),self.start + len(self.cache) + 1
-    if new <= n: return True
-    x,ready = torch.cat(self.new),min(new - 1, len(ids) - at)
-    if ready: _run_block(self.model, self.cache, x[:ready], ids[at:at+ready])
-    self.new = [x[ready:]]
-    return True
+    @torch.no_grad()
+    def feed(self, # noqa: F811
+        ids:list, # All tokens of the row
+        n:int, # Most activations that may wait
+    )->bool: # True: a draft has at most `n` positions to process
+        "Run the block on activations that wait, if they are many"
+        new,at = sum(map(len, self.new)),self.start + len(self.cache) + 1
+        if new <= n: return True
+        x,ready = torch.cat(self.new),min(new - 1, len(ids) - at)
+        if ready: _run_block(self.model, self.cache, x[:ready], ids[at:at+ready])
+        self.new = [x[ready:]]
+        return True
 
 # %% ../../nbs/447_infer.drafts.ipynb #3ae30c16
 def check_drafter(
@@ -282,22 +277,20 @@ class DSparkDrafter(Drafter):
         new = self.drafter.fuse(x[None, -self.model.config.window:])
         self.main = (new if self.main is None else torch.cat([self.main, new], 1))[:, -self.model.config.window:]
 
-# %% ../../nbs/447_infer.drafts.ipynb #e654ec77
-@patch
-@torch.no_grad()
-def draft(self:DSparkDrafter, # noqa: F811
-    ids:list, # All tokens of the row
-    n:int, # Number of tokens to propose
-)->Draft: # Up to `n` tokens, at most those of a block
-    "Run the blocks once, and draw the tokens from left to right"
-    d,text,probs,w = self.drafter,list(ids),[],self.model.head_weight
-    x = d(self.main, torch.tensor(ids[-1:], device=w.device), self.model.embed_tokens)
-    for k in range(min(n, d.length)):
-        z,sure = d.predict(x[:, k:k+1], torch.tensor([text[-1:]], device=w.device), w)
-        if sure.sigmoid() < self.sure: break # known before the token is drawn
-        t,q = pick(z[0, 0], text, self.row)
-        text.append(t); probs.append(q)
-    return Draft(text[len(ids):], None if self.row.how.greedy else probs)
+    @torch.no_grad()
+    def draft(self, # noqa: F811
+        ids:list, # All tokens of the row
+        n:int, # Number of tokens to propose
+    )->Draft: # Up to `n` tokens, at most those of a block
+        "Run the blocks once, and draw the tokens from left to right"
+        d,text,probs,w = self.drafter,list(ids),[],self.model.head_weight
+        x = d(self.main, torch.tensor(ids[-1:], device=w.device), self.model.embed_tokens)
+        for k in range(min(n, d.length)):
+            z,sure = d.predict(x[:, k:k+1], torch.tensor([text[-1:]], device=w.device), w)
+            if sure.sigmoid() < self.sure: break # known before the token is drawn
+            t,q = pick(z[0, 0], text, self.row)
+            text.append(t); probs.append(q)
+        return Draft(text[len(ids):], None if self.row.how.greedy else probs)
 
 # %% ../../nbs/447_infer.drafts.ipynb #cb7dbb35
 _FILE,_SIZES = 'dspark',('taps', 'length', 'stages', 'rank', 'noise')

@@ -21,7 +21,6 @@ from time import monotonic
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model, head
 from ..files.tokenizer import Tokenizer
@@ -144,23 +143,329 @@ class Engine:
     @property
     def prefix(self): return self.store.prefix
 
-# %% ../../nbs/458_infer.engine.ipynb #0be847c8
-@patch
-def check(self:Engine,
-    r:Request, # A new request
-)->None:
-    "Raise an error if a request can never be served"
-    c,n = self.model.config,len(r.prompt) + r.max_tokens
-    if n > c.max_positions:
-        raise ValueError(f"this model's maximum context length is {c.max_positions} tokens; the request wants {n} "
+    def check(self,
+        r:Request, # A new request
+    )->None:
+        "Raise an error if a request can never be served"
+        c,n = self.model.config,len(r.prompt) + r.max_tokens
+        if n > c.max_positions:
+            raise ValueError(f"this model's maximum context length is {c.max_positions} tokens; the request wants {n} "
                          f'({len(r.prompt)} in the prompt, {r.max_tokens} in the answer); shorten one of them')
-    self.store.check(n)
-    for what,ids in {'the prompt': r.prompt, 'logit_bias': r.params.logit_bias, 'stop_ids': r.stop_ids or ()}.items():
-        bad = [i for i in ids if not 0 <= i < c.vocab_size]
-        if bad: raise ValueError(f'token id {bad[0]} in {what} is outside of the vocabulary of {c.vocab_size}')
-    if r.adapter is not None: self.adapters[r.adapter] # raises an error if it is not loaded
-    if r.draft_tokens and self.drafts is None:
-        raise ValueError(f'draft_tokens is {r.draft_tokens}, and this model is served without drafts; leave it out')
+        self.store.check(n)
+        for what,ids in {'the prompt': r.prompt, 'logit_bias': r.params.logit_bias, 'stop_ids': r.stop_ids or ()}.items():
+            bad = [i for i in ids if not 0 <= i < c.vocab_size]
+            if bad: raise ValueError(f'token id {bad[0]} in {what} is outside of the vocabulary of {c.vocab_size}')
+        if r.adapter is not None: self.adapters[r.adapter] # raises an error if it is not loaded
+        if r.draft_tokens and self.drafts is None:
+            raise ValueError(f'draft_tokens is {r.draft_tokens}, and this model is served without drafts; leave it out')
+
+    def submit(self,
+        request:Request, # What to generate
+    )->Stream: # Its answer
+        "Let a request wait for its turn; from any thread"
+        self.check(request)
+        adapter = None if request.adapter is None else self.adapters[request.adapter]
+        row,most = Row(Stream(request), self.tok, self.ends, adapter),self.max_waiting + self.max_rows
+        with self.lock: # an engine that closes, and its count, are seen together: no request is accepted that nobody runs
+            if self.closing: raise EngineClosed('the engine is closing; send the request to another server')
+            if self.count >= most: raise QueueFull(f'{self.count} requests run or wait, and the engine takes {most}; try again later')
+            self.count += 1
+            self.inbox.put(row)
+        return row.stream
+
+    def receive(self,
+        wait:bool = False, # Whether to sleep until something arrives
+    )->None:
+        "Move new requests from the inbox to the queue"
+        while True:
+            try: row = self.inbox.get(block=wait)
+            except Empty: return
+            if row is not None: self.queue.push(row.user, row)
+            wait = False
+
+    def _caches(self): return [row.cache for row in self.rows if row.cache is not None]
+
+    def has_room(self,
+        row:Row, # The next one
+    )->bool: # Whether it can enter now
+        "Whether there is memory for a row; a row that is alone always finds some"
+        return not self.rows or self.store.has_room(row.tokens, row.space, self._caches())
+
+    def is_computed(self,
+        row:Row, # The next one
+    )->bool: # Whether a row in prefill has a page more of this prompt than the prefix cache
+        "Whether waiting saves work"
+        same = [common_prefix(r.tokens, row.tokens[:-1]) for r in self.rows if r.space == row.space and r.pending > 1]
+        return max(same, default=0) >= self.store.known(row.tokens, row.space) + self.pool.page
+
+    def enter(self,
+        row:Row, # Its tokens are computed from now on
+    )->None:
+        "Give a row its cache"
+        self.rows.append(row)
+        r = row.stream.request
+        row.cache = self.store.open(row.tokens, row.space, self._caches(), not r.prompt_logprobs)
+        if self.drafts is not None and r.draft_tokens != 0: row.drafter = self.drafts.enter(len(row.cache), row.longest)
+        self.queue.charge(row.user, prompt=row.pending)
+        if row.entered: return
+        row.entered = True
+        row.stream.timing.queue = monotonic() - row.stream.started
+        row.stream.usage.prompt_cache_hit_tokens = len(row.cache)
+        self.stats.entered_tokens += len(row.stream.request.prompt)
+        self.stats.cached_tokens += len(row.cache)
+
+    def admit(self)->None:
+        "Let requests enter while there is room"
+        while len(self.rows) < self.max_rows and (row := self.queue.peek()) is not None:
+            if not self.has_room(row) or self.is_computed(row): return
+            try: self.enter(self.queue.pop())
+            except Exception as error: self.finish(row, 'error', error)
+
+    def _release(self,
+        row:Row, # Runs
+    )->None:
+        "Take a row out of the batch; the prefix cache keeps what it has computed while there is room"
+        if row.cache is not None:
+            self._keep(self.store.keep, row, True)
+            row.cache.free()
+            row.cache = None
+        if self.drafts is not None: self.drafts.leave(row.drafter)
+        row.drafter = None
+        self.rows.remove(row)
+
+    def _keep(self, call, row, *args):
+        "Store what a row has computed for later requests; a cache that can't is no reason to lose an answer"
+        try: call(row.tokens, row.cache, row.space, *args)
+        except Exception as error: warnings.warn(f'the prefix cache could not store a prompt ({type(error).__name__}: {error})', stacklevel=2)
+
+    def finish(self,
+        row:Row, # Runs or waits
+        why:str, # Why it ends
+        error:Exception|None = None, # What went wrong
+    )->None:
+        "End a request"
+        if row.ended: return
+        row.ended = True
+        if row in self.rows:
+            self._release(row)
+            self.queue.leave(row.user)
+        else: self.queue.remove(row, row.user)
+        with self.lock: self.count -= 1
+        self.stats.finished[why] += 1
+        if not row.entered: row.stream.timing.queue = monotonic() - row.stream.started
+        if self.watch is not None: self.watch.ended(row.stream)
+        row.stream.matched = row.out.matched
+        row.stream.end(why, error)
+
+    def preempt(self)->Row: # It waits again
+        "Take the cache of the youngest row"
+        row = self.rows[-1]
+        self._release(row)
+        self.queue.push(row.user, row, first=True)
+        self.queue.leave(row.user)
+        self.stats.preempted += 1
+        return row
+
+    def drop_ended(self)->None:
+        "End the requests that were cancelled, or whose deadline has passed"
+        now = monotonic()
+        for row in [*self.rows, *self.queue]:
+            late = row.stream.request.deadline is not None and now >= row.stream.request.deadline
+            if row.stream.cancelled or self.aborting: self.finish(row, 'cancelled')
+            elif late: self.finish(row, 'deadline')
+
+    def _tokens(self)->int:
+        "Most tokens of the next step: prompts are cut finer while somebody waits for the next token of an answer"
+        decoding = sum(r.pending == 1 for r in self.rows)
+        return min(self.budget, max(self.beside, decoding + PROMPT_ROOM)) if decoding else self.budget
+
+    def _plan(self,
+        drafting:bool = True, # Whether rows may have drafts
+    )->tuple[dict,dict]: # `Row` -> number of its tokens, and `Row` -> its `RowDraft`
+        "Choose the tokens of the next step"
+        pending,source = [self.store.part(r.cache, r.pending) for r in self.rows],self.drafts if drafting else None
+        wanted = [] if source is None else [source.length(r.drafter, r.tokens, r.draftable, pending.count(1)) for r in self.rows]
+        counts = {r: n for r,n in zip(self.rows, plan_step(pending, self._tokens(), wanted), strict=True) if n}
+        drafts = {r: self._careful(r, source.draft, r.tokens, n - 1) for r,n in counts.items() if r.pending == 1 and n > 1}
+        return counts | {r: 1 + len(d.tokens if d else ()) for r,d in drafts.items()},{r: d for r,d in drafts.items() if d and d.tokens}
+
+    def _careful(self, row, call, *args):
+        "Call the drafter of a row; a drafter that fails is no reason to lose an answer"
+        if row.drafter is None: return None
+        try: return call(row.drafter, *args)
+        except Exception as error:
+            warnings.warn(f'a request goes on without drafts ({type(error).__name__}: {error})', stacklevel=2)
+            self.drafts.leave(row.drafter)
+            row.drafter = None
+
+    def _forward(self,
+        counts:dict, # `Row` -> number of its tokens
+        drafts:dict, # `Row` -> its `RowDraft`
+    )->tuple[torch.Tensor,torch.Tensor]: # Activations after the last norm `n d`, and what drafters learn: these, or V4's streams `n …`
+        "One forward pass"
+        new = {r: r.tokens[len(r.cache):] + (drafts[r].tokens if r in drafts else []) for r in counts}
+        ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
+        own = [r.adapter and r.adapter.layers for r in counts]
+        with self.drafts.states() if self.drafts else nullcontext() as kept:
+            x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
+        return x,torch.cat([k[0] for k in kept]) if kept else x
+
+    def _run(self)->dict: # `Row` -> number of its tokens; empty if no row runs
+        "One step; drops drafts, and preempts rows, until the memory suffices"
+        gone,drafting,start = [],True,monotonic()
+        while self.rows:
+            counts,drafts = self._plan(drafting)
+            try: x,seen = self._forward(counts, drafts)
+            except PoolFull:
+                if drafts: drafting = False
+                elif len(self.rows) == 1: raise
+                else: gone.append(self.preempt().stream)
+                continue
+            self._record(counts, drafts, gone)
+            plain = self.drafts is not None and all(_decodes(r, n, drafts) for r,n in counts.items())
+            self._draw(x, counts, drafts, seen)
+            for row in counts:
+                if row.cache is not None: self._keep(self.store.passed, row)
+            if plain: self.drafts.lengths.time(sum(counts.values()), monotonic() - start)
+            return counts
+        return {}
+
+    def _record(self, counts, drafts, gone):
+        "Count a step"
+        self.stats.steps += 1
+        if self.on_step is None: return
+        drafted = {r.stream: len(d.tokens) for r,d in drafts.items()}
+        self.on_step(StepRecord({r.stream: n - drafted.get(r.stream, 0) for r,n in counts.items()}, len(self.queue), gone, drafted))
+
+    def _draw(self,
+        x:torch.Tensor, # Activations after the last norm `n d`
+        counts:dict, # `Row` -> number of its tokens
+        drafts:dict, # `Row` -> its `RowDraft`
+        seen:torch.Tensor, # What drafters learn `n …`
+    )->None:
+        "Draw the next tokens of the rows that are complete"
+        parts,learned = (dict(zip(counts, y.split([*counts.values()]), strict=True)) for y in (x, seen))
+        guesses = {r: d.tokens for r,d in drafts.items()}
+        for row,own in parts.items():
+            if not row.new: self._read_prompt(row, own)
+            if row.pending > 0: self._careful(row, self.drafts and self.drafts.learn, row.tokens, learned[row])
+        ready = [row for row in counts if row.pending <= 0]
+        wanting = {row: parts[row][-1 - len(guesses.get(row, ())):] for row in ready if row.stream.request.max_tokens}
+        for row in ready:
+            if row not in wanting: self.finish(row, 'length')
+        if not wanting: return
+        logits = head(torch.cat([*wanting.values()]), self.model.head_weight) # of two axes: the bits don't depend on the rows
+        found = sample_ahead(logits, [r.sampler for r in wanting], [guesses.get(r, ()) for r in wanting])
+        for row,drawn in zip(wanting, found, strict=True): self._settle(row, drawn, drafts.get(row), learned[row])
+
+    def _settle(self,
+        row:Row, # Has drawn tokens
+        drawn:list, # A `Drawn` for each, the last may be an exception
+        draft:RowDraft|None, # What was drafted; None: nothing
+        x:torch.Tensor, # What drafters learn from the row's positions in this step `m …`
+    )->None:
+        "Forget the part of a draft that is wrong, and deliver what was drawn"
+        kept = len(drawn) - 1
+        extra = len(draft.tokens) - kept if draft else 0
+        row.cache.rewind(extra)
+        if draft: self._count_draft(row, draft, kept)
+        try:
+            for i,one in enumerate(drawn):
+                if row.ended: break
+                if i < kept: self._count_accepted(row, i)
+                self._deliver(row, one)
+        except Exception as error: self.finish(row, 'error', error)
+        self._careful(row, self.drafts and self.drafts.learn, row.tokens, x[:len(x) - extra])
+
+    def _count_draft(self, row, draft, kept):
+        self.drafts.lengths.note(draft.kind, len(draft.tokens), kept)
+        self.stats.drafts += 1
+        self.stats.draft_tokens += len(draft.tokens)
+        row.stream.drafted += len(draft.tokens)
+
+    def _count_accepted(self, row, i):
+        self.stats.accepted[i] += 1
+        row.stream.accepted += 1
+
+    def _read_prompt(self,
+        row:Row, # In prefill
+        x:torch.Tensor, # Activations of a chunk of its prompt `n d`
+    )->None:
+        "Count the tokens of a chunk, and note their log-probabilities where they are wanted"
+        self.stats.prompt_tokens += len(x)
+        if not row.stream.request.prompt_logprobs: return
+        found,prompt = row.stream.prompt_logprobs,row.stream.request.prompt
+        if not found: found.append(Drawn(prompt[0]))
+        for logprobs in head(x, self.model.head_weight).log_softmax(-1): # of two axes: the bits don't depend on the chunk
+            if len(found) == len(prompt): return
+            token = prompt[len(found)]
+            found.append(Drawn(token, float(logprobs[token]), most_likely(logprobs, row.stream.request.params.logprobs or 0)))
+
+    def _deliver(self,
+        row:Row, # Has drawn a token
+        drawn:Drawn|Exception, # The token, or what went wrong
+    )->None:
+        "Pass a token on, and end the request if it was the last"
+        if isinstance(drawn, Exception): return self.finish(row, 'error', drawn)
+        self._count(row)
+        row.tokens.append(drawn.id)
+        text,r = row.out.push(drawn.id),row.stream.request
+        done = row.out.matched is not None or getattr(r.grammar, 'finished', False)
+        if not done and row.new == r.max_tokens: text,done = text + row.out.flush(),'length'
+        row.stream.put(Piece(drawn.id, text, drawn.logprob, drawn.top))
+        if not done: return
+        row.cache.rewind(len(row.cache) - len(row.tokens) + 1) # as without a draft: the last token is not in the cache
+        self.finish(row, 'length' if done == 'length' and row.out.matched is None else 'stop')
+
+    def _count(self, row):
+        "Count a token and its time; the first one makes the prompt's pages known"
+        usage,timing,now = row.stream.usage,row.stream.timing,monotonic() - row.stream.started
+        gap = now - timing.queue - timing.prefill - timing.decode # since the token before
+        if not row.new:
+            timing.prefill = now - timing.queue
+            self._keep(self.store.keep, row)
+        timing.decode = now - timing.queue - timing.prefill
+        usage.completion_tokens += 1
+        self.stats.output_tokens += 1
+        self.queue.charge(row.user, output=1)
+        if self.watch is not None: self.watch.token(row.stream, gap)
+
+    @torch.no_grad()
+    def step(self)->bool: # Whether any row ran
+        "Take in new requests, and run one step"
+        self.receive()
+        self.drop_ended()
+        self.admit()
+        return bool(self._run())
+
+    def _loop(self)->None:
+        "Run steps until the engine is closed"
+        while not self.closing or self.count: # in this order: `count` can't rise once the engine closes
+            try: self.step()
+            except Exception as error:
+                for row in [*self.rows] or [*self.queue][:1]: self.finish(row, 'error', error)
+            if not self.count and not self.closing: self.receive(wait=True)
+
+    def start(self)->'Engine': # The same
+        "Start the engine's thread"
+        if self.thread is None:
+            self.thread = Thread(target=self._loop, name='engine', daemon=True)
+            self.thread.start()
+        return self
+
+    def close(self,
+        drain:bool = True, # Complete all answers; False: cancel them
+        timeout:float|None = None, # Seconds to wait for the thread; None: no limit
+    )->None:
+        "Refuse new requests, and end the thread"
+        with self.lock: self.closing,self.aborting = True,not drain
+        self.inbox.put(None)
+        if self.thread is not None: self.thread.join(timeout)
+        else: self._loop()
+
+    def __enter__(self): return self.start()
+
+    def __exit__(self, *error): self.close(drain=error[0] is None)
 
 # %% ../../nbs/458_infer.engine.ipynb #a8c53e52
 class QueueFull(RuntimeError):
@@ -169,373 +474,7 @@ class QueueFull(RuntimeError):
 class EngineClosed(QueueFull):
     "The engine takes no more requests"
 
-# %% ../../nbs/458_infer.engine.ipynb #80afa549
-@patch
-def submit(self:Engine,
-    request:Request, # What to generate
-)->Stream: # Its answer
-    "Let a request wait for its turn; from any thread"
-    self.check(request)
-    adapter = None if request.adapter is None else self.adapters[request.adapter]
-    row,most = Row(Stream(request), self.tok, self.ends, adapter),self.max_waiting + self.max_rows
-    with self.lock: # an engine that closes, and its count, are seen together: no request is accepted that nobody runs
-        if self.closing: raise EngineClosed('the engine is closing; send the request to another server')
-        if self.count >= most: raise QueueFull(f'{self.count} requests run or wait, and the engine takes {most}; try again later')
-        self.count += 1
-        self.inbox.put(row)
-    return row.stream
-
-# %% ../../nbs/458_infer.engine.ipynb #901a3483
-@patch
-def receive(self:Engine,
-    wait:bool = False, # Whether to sleep until something arrives
-)->None:
-    "Move new requests from the inbox to the queue"
-    while True:
-        try: row = self.inbox.get(block=wait)
-        except Empty: return
-        if row is not None: self.queue.push(row.user, row)
-        wait = False
-
-# %% ../../nbs/458_infer.engine.ipynb #38bcd031
-@patch
-def _caches(self:Engine): return [row.cache for row in self.rows if row.cache is not None]
-
-@patch
-def has_room(self:Engine,
-    row:Row, # The next one
-)->bool: # Whether it can enter now
-    "Whether there is memory for a row; a row that is alone always finds some"
-    return not self.rows or self.store.has_room(row.tokens, row.space, self._caches())
-
-# %% ../../nbs/458_infer.engine.ipynb #318e5db7
-@patch
-def is_computed(self:Engine,
-    row:Row, # The next one
-)->bool: # Whether a row in prefill has a page more of this prompt than the prefix cache
-    "Whether waiting saves work"
-    same = [common_prefix(r.tokens, row.tokens[:-1]) for r in self.rows if r.space == row.space and r.pending > 1]
-    return max(same, default=0) >= self.store.known(row.tokens, row.space) + self.pool.page
-
-# %% ../../nbs/458_infer.engine.ipynb #865b6975
-@patch
-def enter(self:Engine,
-    row:Row, # Its tokens are computed from now on
-)->None:
-    "Give a row its cache"
-    self.rows.append(row)
-    r = row.stream.request
-    row.cache = self.store.open(row.tokens, row.space, self._caches(), not r.prompt_logprobs)
-    if self.drafts is not None and r.draft_tokens != 0: row.drafter = self.drafts.enter(len(row.cache), row.longest)
-    self.queue.charge(row.user, prompt=row.pending)
-    if row.entered: return
-    row.entered = True
-    row.stream.timing.queue = monotonic() - row.stream.started
-    row.stream.usage.prompt_cache_hit_tokens = len(row.cache)
-    self.stats.entered_tokens += len(row.stream.request.prompt)
-    self.stats.cached_tokens += len(row.cache)
-
-@patch
-def admit(self:Engine)->None:
-    "Let requests enter while there is room"
-    while len(self.rows) < self.max_rows and (row := self.queue.peek()) is not None:
-        if not self.has_room(row) or self.is_computed(row): return
-        try: self.enter(self.queue.pop())
-        except Exception as error: self.finish(row, 'error', error)
-
-# %% ../../nbs/458_infer.engine.ipynb #7a24d3ae
-@patch
-def _release(self:Engine,
-    row:Row, # Runs
-)->None:
-    "Take a row out of the batch; the prefix cache keeps what it has computed while there is room"
-    if row.cache is not None:
-        self._keep(self.store.keep, row, True)
-        row.cache.free()
-        row.cache = None
-    if self.drafts is not None: self.drafts.leave(row.drafter)
-    row.drafter = None
-    self.rows.remove(row)
-
-# %% ../../nbs/458_infer.engine.ipynb #b61ab395
-@patch
-def _keep(self:Engine, call, row, *args):
-    "Store what a row has computed for later requests; a cache that can't is no reason to lose an answer"
-    try: call(row.tokens, row.cache, row.space, *args)
-    except Exception as error: warnings.warn(f'the prefix cache could not store a prompt ({type(error).__name__}: {error})', stacklevel=2)
-
-# %% ../../nbs/458_infer.engine.ipynb #s4590624
-@patch
-def finish(self:Engine,
-    row:Row, # Runs or waits
-    why:str, # Why it ends
-    error:Exception|None = None, # What went wrong
-)->None:
-    "End a request"
-    if row.ended: return
-    row.ended = True
-    if row in self.rows:
-        self._release(row)
-        self.queue.leave(row.user)
-    else: self.queue.remove(row, row.user)
-    with self.lock: self.count -= 1
-    self.stats.finished[why] += 1
-    if not row.entered: row.stream.timing.queue = monotonic() - row.stream.started
-    if self.watch is not None: self.watch.ended(row.stream)
-    row.stream.matched = row.out.matched
-    row.stream.end(why, error)
-
-# %% ../../nbs/458_infer.engine.ipynb #22db980f
-@patch
-def preempt(self:Engine)->Row: # It waits again
-    "Take the cache of the youngest row"
-    row = self.rows[-1]
-    self._release(row)
-    self.queue.push(row.user, row, first=True)
-    self.queue.leave(row.user)
-    self.stats.preempted += 1
-    return row
-
-# %% ../../nbs/458_infer.engine.ipynb #86af0630
-@patch
-def drop_ended(self:Engine)->None:
-    "End the requests that were cancelled, or whose deadline has passed"
-    now = monotonic()
-    for row in [*self.rows, *self.queue]:
-        late = row.stream.request.deadline is not None and now >= row.stream.request.deadline
-        if row.stream.cancelled or self.aborting: self.finish(row, 'cancelled')
-        elif late: self.finish(row, 'deadline')
-
-# %% ../../nbs/458_infer.engine.ipynb #665e397a
-@patch
-def _tokens(self:Engine)->int:
-    "Most tokens of the next step: prompts are cut finer while somebody waits for the next token of an answer"
-    decoding = sum(r.pending == 1 for r in self.rows)
-    return min(self.budget, max(self.beside, decoding + PROMPT_ROOM)) if decoding else self.budget
-
-# %% ../../nbs/458_infer.engine.ipynb #5a823f61
-@patch
-def _plan(self:Engine,
-    drafting:bool = True, # Whether rows may have drafts
-)->tuple[dict,dict]: # `Row` -> number of its tokens, and `Row` -> its `RowDraft`
-    "Choose the tokens of the next step"
-    pending,source = [self.store.part(r.cache, r.pending) for r in self.rows],self.drafts if drafting else None
-    wanted = [] if source is None else [source.length(r.drafter, r.tokens, r.draftable, pending.count(1)) for r in self.rows]
-    counts = {r: n for r,n in zip(self.rows, plan_step(pending, self._tokens(), wanted), strict=True) if n}
-    drafts = {r: self._careful(r, source.draft, r.tokens, n - 1) for r,n in counts.items() if r.pending == 1 and n > 1}
-    return counts | {r: 1 + len(d.tokens if d else ()) for r,d in drafts.items()},{r: d for r,d in drafts.items() if d and d.tokens}
-
-# %% ../../nbs/458_infer.engine.ipynb #a849b8b0
-@patch
-def _careful(self:Engine, row, call, *args):
-    "Call the drafter of a row; a drafter that fails is no reason to lose an answer"
-    if row.drafter is None: return None
-    try: return call(row.drafter, *args)
-    except Exception as error:
-        warnings.warn(f'a request goes on without drafts ({type(error).__name__}: {error})', stacklevel=2)
-        self.drafts.leave(row.drafter)
-        row.drafter = None
-
-# %% ../../nbs/458_infer.engine.ipynb #1fa355c5
-@patch
-def _forward(self:Engine,
-    counts:dict, # `Row` -> number of its tokens
-    drafts:dict, # `Row` -> its `RowDraft`
-)->tuple[torch.Tensor,torch.Tensor]: # Activations after the last norm `n d`, and what drafters learn: these, or V4's streams `n …`
-    "One forward pass"
-    new = {r: r.tokens[len(r.cache):] + (drafts[r].tokens if r in drafts else []) for r in counts}
-    ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
-    own = [r.adapter and r.adapter.layers for r in counts]
-    with self.drafts.states() if self.drafts else nullcontext() as kept:
-        x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
-    return x,torch.cat([k[0] for k in kept]) if kept else x
-
 # %% ../../nbs/458_infer.engine.ipynb #484801a3
 def _decodes(row, n, drafts):
     "Whether a row only decodes in a step, and its drafter has nothing else to do"
     return row.new and n == 1 + len(drafts[row].tokens if row in drafts else ()) and (row.drafter is None or row.drafter.ready)
-
-# %% ../../nbs/458_infer.engine.ipynb #535baa75
-@patch
-def _run(self:Engine)->dict: # `Row` -> number of its tokens; empty if no row runs
-    "One step; drops drafts, and preempts rows, until the memory suffices"
-    gone,drafting,start = [],True,monotonic()
-    while self.rows:
-        counts,drafts = self._plan(drafting)
-        try: x,seen = self._forward(counts, drafts)
-        except PoolFull:
-            if drafts: drafting = False
-            elif len(self.rows) == 1: raise
-            else: gone.append(self.preempt().stream)
-            continue
-        self._record(counts, drafts, gone)
-        plain = self.drafts is not None and all(_decodes(r, n, drafts) for r,n in counts.items())
-        self._draw(x, counts, drafts, seen)
-        for row in counts:
-            if row.cache is not None: self._keep(self.store.passed, row)
-        if plain: self.drafts.lengths.time(sum(counts.values()), monotonic() - start)
-        return counts
-    return {}
-
-# %% ../../nbs/458_infer.engine.ipynb #7a0d1344
-@patch
-def _record(self:Engine, counts, drafts, gone):
-    "Count a step"
-    self.stats.steps += 1
-    if self.on_step is None: return
-    drafted = {r.stream: len(d.tokens) for r,d in drafts.items()}
-    self.on_step(StepRecord({r.stream: n - drafted.get(r.stream, 0) for r,n in counts.items()}, len(self.queue), gone, drafted))
-
-# %% ../../nbs/458_infer.engine.ipynb #0a76dd87
-@patch
-def _draw(self:Engine,
-    x:torch.Tensor, # Activations after the last norm `n d`
-    counts:dict, # `Row` -> number of its tokens
-    drafts:dict, # `Row` -> its `RowDraft`
-    seen:torch.Tensor, # What drafters learn `n …`
-)->None:
-    "Draw the next tokens of the rows that are complete"
-    parts,learned = (dict(zip(counts, y.split([*counts.values()]), strict=True)) for y in (x, seen))
-    guesses = {r: d.tokens for r,d in drafts.items()}
-    for row,own in parts.items():
-        if not row.new: self._read_prompt(row, own)
-        if row.pending > 0: self._careful(row, self.drafts and self.drafts.learn, row.tokens, learned[row])
-    ready = [row for row in counts if row.pending <= 0]
-    wanting = {row: parts[row][-1 - len(guesses.get(row, ())):] for row in ready if row.stream.request.max_tokens}
-    for row in ready:
-        if row not in wanting: self.finish(row, 'length')
-    if not wanting: return
-    logits = head(torch.cat([*wanting.values()]), self.model.head_weight) # of two axes: the bits don't depend on the rows
-    found = sample_ahead(logits, [r.sampler for r in wanting], [guesses.get(r, ()) for r in wanting])
-    for row,drawn in zip(wanting, found, strict=True): self._settle(row, drawn, drafts.get(row), learned[row])
-
-# %% ../../nbs/458_infer.engine.ipynb #011004d0
-@patch
-def _settle(self:Engine,
-    row:Row, # Has drawn tokens
-    drawn:list, # A `Drawn` for each, the last may be an exception
-    draft:RowDraft|None, # What was drafted; None: nothing
-    x:torch.Tensor, # What drafters learn from the row's positions in this step `m …`
-)->None:
-    "Forget the part of a draft that is wrong, and deliver what was drawn"
-    kept = len(drawn) - 1
-    extra = len(draft.tokens) - kept if draft else 0
-    row.cache.rewind(extra)
-    if draft: self._count_draft(row, draft, kept)
-    try:
-        for i,one in enumerate(drawn):
-            if row.ended: break
-            if i < kept: self._count_accepted(row, i)
-            self._deliver(row, one)
-    except Exception as error: self.finish(row, 'error', error)
-    self._careful(row, self.drafts and self.drafts.learn, row.tokens, x[:len(x) - extra])
-
-# %% ../../nbs/458_infer.engine.ipynb #0d714c04
-@patch
-def _count_draft(self:Engine, row, draft, kept):
-    self.drafts.lengths.note(draft.kind, len(draft.tokens), kept)
-    self.stats.drafts += 1
-    self.stats.draft_tokens += len(draft.tokens)
-    row.stream.drafted += len(draft.tokens)
-
-# %% ../../nbs/458_infer.engine.ipynb #77fe4f36
-@patch
-def _count_accepted(self:Engine, row, i):
-    self.stats.accepted[i] += 1
-    row.stream.accepted += 1
-
-# %% ../../nbs/458_infer.engine.ipynb #46f13848
-@patch
-def _read_prompt(self:Engine,
-    row:Row, # In prefill
-    x:torch.Tensor, # Activations of a chunk of its prompt `n d`
-)->None:
-    "Count the tokens of a chunk, and note their log-probabilities where they are wanted"
-    self.stats.prompt_tokens += len(x)
-    if not row.stream.request.prompt_logprobs: return
-    found,prompt = row.stream.prompt_logprobs,row.stream.request.prompt
-    if not found: found.append(Drawn(prompt[0]))
-    for logprobs in head(x, self.model.head_weight).log_softmax(-1): # of two axes: the bits don't depend on the chunk
-        if len(found) == len(prompt): return
-        token = prompt[len(found)]
-        found.append(Drawn(token, float(logprobs[token]), most_likely(logprobs, row.stream.request.params.logprobs or 0)))
-
-# %% ../../nbs/458_infer.engine.ipynb #5c2814c1
-@patch
-def _deliver(self:Engine,
-    row:Row, # Has drawn a token
-    drawn:Drawn|Exception, # The token, or what went wrong
-)->None:
-    "Pass a token on, and end the request if it was the last"
-    if isinstance(drawn, Exception): return self.finish(row, 'error', drawn)
-    self._count(row)
-    row.tokens.append(drawn.id)
-    text,r = row.out.push(drawn.id),row.stream.request
-    done = row.out.matched is not None or getattr(r.grammar, 'finished', False)
-    if not done and row.new == r.max_tokens: text,done = text + row.out.flush(),'length'
-    row.stream.put(Piece(drawn.id, text, drawn.logprob, drawn.top))
-    if not done: return
-    row.cache.rewind(len(row.cache) - len(row.tokens) + 1) # as without a draft: the last token is not in the cache
-    self.finish(row, 'length' if done == 'length' and row.out.matched is None else 'stop')
-
-# %% ../../nbs/458_infer.engine.ipynb #303b91fe
-@patch
-def _count(self:Engine, row):
-    "Count a token and its time; the first one makes the prompt's pages known"
-    usage,timing,now = row.stream.usage,row.stream.timing,monotonic() - row.stream.started
-    gap = now - timing.queue - timing.prefill - timing.decode # since the token before
-    if not row.new:
-        timing.prefill = now - timing.queue
-        self._keep(self.store.keep, row)
-    timing.decode = now - timing.queue - timing.prefill
-    usage.completion_tokens += 1
-    self.stats.output_tokens += 1
-    self.queue.charge(row.user, output=1)
-    if self.watch is not None: self.watch.token(row.stream, gap)
-
-# %% ../../nbs/458_infer.engine.ipynb #21f4d587
-@patch
-@torch.no_grad()
-def step(self:Engine)->bool: # Whether any row ran
-    "Take in new requests, and run one step"
-    self.receive()
-    self.drop_ended()
-    self.admit()
-    return bool(self._run())
-
-# %% ../../nbs/458_infer.engine.ipynb #2541aa82
-@patch
-def _loop(self:Engine)->None:
-    "Run steps until the engine is closed"
-    while not self.closing or self.count: # in this order: `count` can't rise once the engine closes
-        try: self.step()
-        except Exception as error:
-            for row in [*self.rows] or [*self.queue][:1]: self.finish(row, 'error', error)
-        if not self.count and not self.closing: self.receive(wait=True)
-
-# %% ../../nbs/458_infer.engine.ipynb #070ad67f
-@patch
-def start(self:Engine)->Engine: # The same
-    "Start the engine's thread"
-    if self.thread is None:
-        self.thread = Thread(target=self._loop, name='engine', daemon=True)
-        self.thread.start()
-    return self
-
-# %% ../../nbs/458_infer.engine.ipynb #a2c2e08e
-@patch
-def close(self:Engine,
-    drain:bool = True, # Complete all answers; False: cancel them
-    timeout:float|None = None, # Seconds to wait for the thread; None: no limit
-)->None:
-    "Refuse new requests, and end the thread"
-    with self.lock: self.closing,self.aborting = True,not drain
-    self.inbox.put(None)
-    if self.thread is not None: self.thread.join(timeout)
-    else: self._loop()
-
-# %% ../../nbs/458_infer.engine.ipynb #7c126d20
-@patch
-def __enter__(self:Engine): return self.start()
-@patch
-def __exit__(self:Engine, *error): self.close(drain=error[0] is None)

@@ -15,7 +15,6 @@ from math import prod
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.cache import Cache, cache_shapes
@@ -62,88 +61,76 @@ class PagePool:
         used = f'{self.pages - len(self.free)} of {self.pages} pages of {self.page} positions in use'
         return f'{type(self).__name__}({used}, {self.nbytes:,} bytes)'
 
-# %% ../../nbs/440_infer.paged.ipynb #8ffddfb1
-@patch
-def encode(self:PagePool,
-    *new:Tensor, # New keys and values, or latents, of a layer; positions are the second last axis
-)->list[Tensor]: # Tensors to store, of the same number of positions
-    "Convert a layer's tensors to the form that the pool stores"
-    return list(new)
+    def encode(self,
+        *new:Tensor, # New keys and values, or latents, of a layer; positions are the second last axis
+    )->list[Tensor]: # Tensors to store, of the same number of positions
+        "Convert a layer's tensors to the form that the pool stores"
+        return list(new)
 
-@patch
-def decode(self:PagePool,
-    *stored:Tensor, # Result of `encode`
-)->list[Tensor]: # Keys and values, or latents, of a layer
-    "Convert stored tensors back to a layer's tensors"
-    return list(stored)
+    def decode(self,
+        *stored:Tensor, # Result of `encode`
+    )->list[Tensor]: # Keys and values, or latents, of a layer
+        "Convert stored tensors back to a layer's tensors"
+        return list(stored)
 
-# %% ../../nbs/440_infer.paged.ipynb #9f4d62a0
-@patch(cls_method=True)
-def sized(cls:PagePool,
-    c:Config, # The model's config
-    nbytes:int, # Budget in bytes
-    page:int = 16, # Positions per page
-    dtype:torch.dtype = torch.float32, # Dtype of the activations
-    device:torch.device|str = 'cpu', # Device of the activations
-    **kw, # Further arguments of a subclass
-)->PagePool: # Pool with the largest number of pages that fits
-    "Create a pool of at most `nbytes` bytes"
-    one = cls(c, 1, page, dtype, device, **kw).nbytes
-    if nbytes < one: raise ValueError(f'a budget of {nbytes:,} bytes is smaller than one page of {one:,} bytes; raise the budget')
-    return cls(c, nbytes//one, page, dtype, device, **kw)
+    @classmethod
+    def sized(cls,
+        c:Config, # The model's config
+        nbytes:int, # Budget in bytes
+        page:int = 16, # Positions per page
+        dtype:torch.dtype = torch.float32, # Dtype of the activations
+        device:torch.device|str = 'cpu', # Device of the activations
+        **kw, # Further arguments of a subclass
+    )->'PagePool': # Pool with the largest number of pages that fits
+        "Create a pool of at most `nbytes` bytes"
+        one = cls(c, 1, page, dtype, device, **kw).nbytes
+        if nbytes < one: raise ValueError(f'a budget of {nbytes:,} bytes is smaller than one page of {one:,} bytes; raise the budget')
+        return cls(c, nbytes//one, page, dtype, device, **kw)
+
+    def take(self)->int: # Number of the page
+        "Allocate a free page, with one owner"
+        if not self.free and self.on_full is not None: self.on_full()
+        if not self.free:
+            raise PoolFull(f'all {self.pages} pages of {self.page} positions are in use ({self.nbytes:,} bytes); '
+                       'free a cache or enlarge the pool')
+        page = self.free.pop()
+        self.refs[page] = 1
+        return page
+
+    def _owned(self, page, what):
+        if not 0 <= page < self.pages or not self.refs[page]:
+            raise ValueError(f'cannot {what} page {page}: it is not in use; {self}')
+
+    def share(self,
+        page:int, # A page in use
+    )->int: # The same page
+        "Add an owner"
+        self._owned(page, 'share')
+        self.refs[page] += 1
+        return page
+
+    def drop(self,
+        page:int, # A page in use
+    )->None:
+        "Remove an owner, and free the page if it was the last"
+        self._owned(page, 'drop')
+        self.refs[page] -= 1
+        if not self.refs[page]: self.free.append(page)
+
+    def own(self,
+        page:int, # Page that will be written
+    )->int: # The same page, or a copy of it
+        "Return a page with the same contents that has a single owner"
+        if self.refs[page] == 1: return page
+        new = self.take()
+        for layer in self.layers:
+            for x in layer: x[new] = x[page]
+        self.drop(page)
+        return new
 
 # %% ../../nbs/440_infer.paged.ipynb #c025ed07
 class PoolFull(ValueError):
     "No page is free"
-
-@patch
-def take(self:PagePool)->int: # Number of the page
-    "Allocate a free page, with one owner"
-    if not self.free and self.on_full is not None: self.on_full()
-    if not self.free:
-        raise PoolFull(f'all {self.pages} pages of {self.page} positions are in use ({self.nbytes:,} bytes); '
-                       'free a cache or enlarge the pool')
-    page = self.free.pop()
-    self.refs[page] = 1
-    return page
-
-# %% ../../nbs/440_infer.paged.ipynb #de3a8c2f
-@patch
-def _owned(self:PagePool, page, what):
-    if not 0 <= page < self.pages or not self.refs[page]:
-        raise ValueError(f'cannot {what} page {page}: it is not in use; {self}')
-
-@patch
-def share(self:PagePool,
-    page:int, # A page in use
-)->int: # The same page
-    "Add an owner"
-    self._owned(page, 'share')
-    self.refs[page] += 1
-    return page
-
-# %% ../../nbs/440_infer.paged.ipynb #4a5077eb
-@patch
-def drop(self:PagePool,
-    page:int, # A page in use
-)->None:
-    "Remove an owner, and free the page if it was the last"
-    self._owned(page, 'drop')
-    self.refs[page] -= 1
-    if not self.refs[page]: self.free.append(page)
-
-# %% ../../nbs/440_infer.paged.ipynb #fdbe7810
-@patch
-def own(self:PagePool,
-    page:int, # Page that will be written
-)->int: # The same page, or a copy of it
-    "Return a page with the same contents that has a single owner"
-    if self.refs[page] == 1: return page
-    new = self.take()
-    for layer in self.layers:
-        for x in layer: x[new] = x[page]
-    self.drop(page)
-    return new
 
 # %% ../../nbs/440_infer.paged.ipynb #a14779be
 @op
@@ -187,47 +174,96 @@ class PagedCache(Cache):
     def nbytes(self)->int: return len(self.pages)*self.pool.page_bytes
     def __repr__(self): return f'PagedCache({self.batch}×{self.length} positions in {len(self.pages)} pages, {self.nbytes:,} bytes)'
 
-# %% ../../nbs/440_infer.paged.ipynb #95e8202e
-@patch
-def _take_pages(self:PagedCache, end):
-    "Own the last page and all later ones, and take pages up to `end` positions"
-    for t in self.tables:
-        for i in range(self.length//self.pool.page, len(t)): t[i] = self.pool.own(t[i])
-        while len(t)*self.pool.page < end: t.append(self.pool.take())
+    def _take_pages(self, end):
+        "Own the last page and all later ones, and take pages up to `end` positions"
+        for t in self.tables:
+            for i in range(self.length//self.pool.page, len(t)): t[i] = self.pool.own(t[i])
+            while len(t)*self.pool.page < end: t.append(self.pool.take())
 
-# %% ../../nbs/440_infer.paged.ipynb #61723317
-@patch
-def reserve(self:PagedCache,
-    s:int, # Number of new positions
-)->None:
-    "Take pages for the next `s` positions, and copy those that have other owners"
-    end = self.length + s
-    if end > self.c.max_positions:
-        raise ValueError(f'context of {end} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
-    try: self._take_pages(end)
-    except BaseException:
+    def reserve(self,
+        s:int, # Number of new positions
+    )->None:
+        "Take pages for the next `s` positions, and copy those that have other owners"
+        end = self.length + s
+        if end > self.c.max_positions:
+            raise ValueError(f'context of {end} tokens is longer than max_positions {self.c.max_positions}; shorten the prompt')
+        try: self._take_pages(end)
+        except BaseException:
+            self.rewind(0)
+            raise
+        self.table = torch.tensor(self.tables, device=self.device)
+
+    def rewind(self,
+        n:int, # Number of tokens to remove
+    )->None:
+        "Remove the last `n` tokens, and drop the pages after them"
+        Cache.rewind(self, n)
+        keep,self.table = -(-self.length//self.pool.page),None
+        for t in self.tables:
+            while len(t) > keep: self.pool.drop(t.pop())
+
+    def grow(self,
+        capacity:int, # Number of positions that the cache must hold
+    )->None:
+        "Take pages in advance"
+        self.reserve(max(0, capacity - self.length))
+
+    def writable(self,
+        new:tuple, # New positions: as many tensors as a layer stores
+    )->tuple[Tensor,Tensor]: # Block table `b n`, and indices of the new positions `s`
+        "Check that pages are reserved for new positions"
+        s = check_new(self, new)
+        if self.table is None or self.length + s > self.table.shape[1]*self.pool.page:
+            raise ValueError(f'no pages for {s} positions after {self.length}; call reserve({s}) first')
+        return self.table, torch.arange(self.length, self.length + s, device=self.device)
+
+    def __getitem__(self, layer):
+        if not 0 <= layer < self.c.n_layers:
+            raise ValueError(f'cache has {self.c.n_layers} layers and no layer {layer}; make one for this model')
+        return PagedSlot(self, layer)
+
+    @property
+    def slots(self)->list: # One `PagedSlot` per layer
+        "The slots of all layers"
+        return [self[i] for i in range(self.c.n_layers)]
+
+    def free(self)->None:
+        "Drop all pages; the cache is empty and may be used again"
+        self.length,self.table = 0,None
+        for t in self.tables:
+            while t: self.pool.drop(t.pop())
+
+    def __enter__(self): return self
+
+    def __exit__(self, *error): self.free()
+
+    def __del__(self): self.free()
+
+    @classmethod
+    def from_pages(cls,
+        pool:PagePool, # Pool with the pages
+        tables:list, # Pages of each row; the cache becomes another owner of them
+        length:int, # Number of positions that the pages hold
+    )->'PagedCache': # Cache whose rows start with these pages
+        "Create a cache that starts with pages in use"
+        keep = -(-length//pool.page)
+        if not tables or any(len(t) != keep for t in tables):
+            raise ValueError(f'{length} positions take {keep} pages of {pool.page} a row, not {[len(t) for t in tables]}')
+        self = cls(pool, len(tables))
+        for new,t in zip(self.tables, tables, strict=True): new.extend(map(pool.share, t))
+        self.length = length
+        return self
+
+    def fork(self,
+        rows, # Indices of the rows to continue, with repetition and in any order
+    )->'PagedCache': # Cache with one row per index, in the same pages
+        "Continue some rows in another cache, without copying"
+        rows = [int(r) for r in rows]
+        if not rows or not all(0 <= r < self.batch for r in rows): raise ValueError(f'cannot fork rows {rows} of a cache of {self.batch}')
         self.rewind(0)
-        raise
-    self.table = torch.tensor(self.tables, device=self.device)
-
-# %% ../../nbs/440_infer.paged.ipynb #800b6d4c
-@patch
-def rewind(self:PagedCache,
-    n:int, # Number of tokens to remove
-)->None:
-    "Remove the last `n` tokens, and drop the pages after them"
-    Cache.rewind(self, n)
-    keep,self.table = -(-self.length//self.pool.page),None
-    for t in self.tables:
-        while len(t) > keep: self.pool.drop(t.pop())
-
-# %% ../../nbs/440_infer.paged.ipynb #b8941a35
-@patch
-def grow(self:PagedCache,
-    capacity:int, # Number of positions that the cache must hold
-)->None:
-    "Take pages in advance"
-    self.reserve(max(0, capacity - self.length))
+        new = self.from_pages(self.pool, [self.tables[r] for r in rows], self.length)
+        if self.pad is not None: new.pad = self.pad[rows]
+        return new
 
 # %% ../../nbs/440_infer.paged.ipynb #2f411ee5
 def check_new(
@@ -240,17 +276,6 @@ def check_new(
     if want != got: raise ValueError(f'cache takes {want} a layer, not {got}; make a cache for this model and batch')
     if new[0].dtype != cache.dtype: raise ValueError(f'cache is {cache.dtype}, new positions are {new[0].dtype}; make one of their dtype')
     return s
-
-# %% ../../nbs/440_infer.paged.ipynb #2fedc63e
-@patch
-def writable(self:PagedCache,
-    new:tuple, # New positions: as many tensors as a layer stores
-)->tuple[Tensor,Tensor]: # Block table `b n`, and indices of the new positions `s`
-    "Check that pages are reserved for new positions"
-    s = check_new(self, new)
-    if self.table is None or self.length + s > self.table.shape[1]*self.pool.page:
-        raise ValueError(f'no pages for {s} positions after {self.length}; call reserve({s}) first')
-    return self.table, torch.arange(self.length, self.length + s, device=self.device)
 
 # %% ../../nbs/440_infer.paged.ipynb #470ce36c
 class PagedSlot:
@@ -269,59 +294,3 @@ class PagedSlot:
             old[table[:, pos//pool.page], ..., pos%pool.page, :] = rearrange(x.detach(), 'b ... s x -> b s ... x')
         end = self.cache.length + len(pos)
         return pool.decode(*[gather(old, table)[..., :end, :] for old in self.pages])
-
-# %% ../../nbs/440_infer.paged.ipynb #568387ff
-@patch
-def __getitem__(self:PagedCache, layer):
-    if not 0 <= layer < self.c.n_layers:
-        raise ValueError(f'cache has {self.c.n_layers} layers and no layer {layer}; make one for this model')
-    return PagedSlot(self, layer)
-
-@patch(as_prop=True)
-def slots(self:PagedCache)->list: # One `PagedSlot` per layer
-    "The slots of all layers"
-    return [self[i] for i in range(self.c.n_layers)]
-
-# %% ../../nbs/440_infer.paged.ipynb #b7119b7f
-@patch
-def free(self:PagedCache)->None:
-    "Drop all pages; the cache is empty and may be used again"
-    self.length,self.table = 0,None
-    for t in self.tables:
-        while t: self.pool.drop(t.pop())
-
-@patch
-def __enter__(self:PagedCache): return self
-@patch
-def __exit__(self:PagedCache, *error): self.free()
-@patch
-def __del__(self:PagedCache): self.free()
-
-# %% ../../nbs/440_infer.paged.ipynb #a914f635
-@patch(cls_method=True)
-def from_pages(cls:PagedCache,
-    pool:PagePool, # Pool with the pages
-    tables:list, # Pages of each row; the cache becomes another owner of them
-    length:int, # Number of positions that the pages hold
-)->PagedCache: # Cache whose rows start with these pages
-    "Create a cache that starts with pages in use"
-    keep = -(-length//pool.page)
-    if not tables or any(len(t) != keep for t in tables):
-        raise ValueError(f'{length} positions take {keep} pages of {pool.page} a row, not {[len(t) for t in tables]}')
-    self = cls(pool, len(tables))
-    for new,t in zip(self.tables, tables, strict=True): new.extend(map(pool.share, t))
-    self.length = length
-    return self
-
-# %% ../../nbs/440_infer.paged.ipynb #e5043992
-@patch
-def fork(self:PagedCache,
-    rows, # Indices of the rows to continue, with repetition and in any order
-)->PagedCache: # Cache with one row per index, in the same pages
-    "Continue some rows in another cache, without copying"
-    rows = [int(r) for r in rows]
-    if not rows or not all(0 <= r < self.batch for r in rows): raise ValueError(f'cannot fork rows {rows} of a cache of {self.batch}')
-    self.rewind(0)
-    new = self.from_pages(self.pool, [self.tables[r] for r in rows], self.length)
-    if self.pad is not None: new.pad = self.pad[rows]
-    return new

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model
@@ -145,78 +144,99 @@ class PageStore:
         "The file of a page"
         return self.folder/f'{key.hex()}.page'
 
-# %% ../../nbs/442_infer.persist.ipynb #c7a984e0
-@patch
-def head(self:PageStore,
-    key:bytes, # Key of a page
-)->Head: # Expected header
-    "Header that a page's file must have"
-    return Head(MAGIC, _VERSION, self.size, bytes.fromhex(self.model), key)
+    def head(self,
+        key:bytes, # Key of a page
+    )->Head: # Expected header
+        "Header that a page's file must have"
+        return Head(MAGIC, _VERSION, self.size, bytes.fromhex(self.model), key)
 
-# %% ../../nbs/442_infer.persist.ipynb #fb261609
-@patch
-def keys(self:PageStore,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->list[bytes]: # One key for each whole page
-    "Keys of a prompt's pages"
-    root = json.dumps([self.model, self.form, sys.byteorder, self.page, user])
-    return page_keys(sha256(root.encode()).digest(), ids, self.page)
+    def keys(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->list[bytes]: # One key for each whole page
+        "Keys of a prompt's pages"
+        root = json.dumps([self.model, self.form, sys.byteorder, self.page, user])
+        return page_keys(sha256(root.encode()).digest(), ids, self.page)
 
-# %% ../../nbs/442_infer.persist.ipynb #8bf9a3c1
-@patch
-def warn(self:PageStore,
-    key:bytes|str, # Key of the page, or 'write' for the folder
-    message:str, # Text of the warning
-)->None:
-    "Warn once per key"
-    if key not in self.warned: warnings.warn(message, stacklevel=3)
-    self.warned.add(key)
+    def warn(self,
+        key:bytes|str, # Key of the page, or 'write' for the folder
+        message:str, # Text of the warning
+    )->None:
+        "Warn once per key"
+        if key not in self.warned: warnings.warn(message, stacklevel=3)
+        self.warned.add(key)
 
-# %% ../../nbs/442_infer.persist.ipynb #5c3842da
-@patch
-def load(self:PageStore,
-    key:bytes, # Key of the page
-)->Tensor|None: # Bytes of the page, uint8, as a view of the file; None if there is no valid file
-    "Read a page"
-    path,data = self.path(key),b''
-    try:
-        with open(path, 'rb') as f:
-            if os.fstat(f.fileno()).st_size: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        why = fault(memoryview(data), self.head(key))
-    except FileNotFoundError: return None
-    except OSError as e: why = f'cannot be read ({e.strerror})'
-    if not why: return torch.frombuffer(data, dtype=torch.uint8, offset=START)
-    self.warn(key, f'{path} {why}; it is ignored, and its tokens are computed again')
-    return None
+    def load(self,
+        key:bytes, # Key of the page
+    )->Tensor|None: # Bytes of the page, uint8, as a view of the file; None if there is no valid file
+        "Read a page"
+        path,data = self.path(key),b''
+        try:
+            with open(path, 'rb') as f:
+                if os.fstat(f.fileno()).st_size: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+            why = fault(memoryview(data), self.head(key))
+        except FileNotFoundError: return None
+        except OSError as e: why = f'cannot be read ({e.strerror})'
+        if not why: return torch.frombuffer(data, dtype=torch.uint8, offset=START)
+        self.warn(key, f'{path} {why}; it is ignored, and its tokens are computed again')
+        return None
 
-# %% ../../nbs/442_infer.persist.ipynb #9a10cbb8
-@patch
-def write(self:PageStore,
-    key:bytes, # Key of the page
-    page:Tensor, # Bytes of the page, uint8
-)->bool: # Whether the page is on disk now
-    "Write a page; if this fails, no file remains"
-    head,data = self.head(key).pack(),page.contiguous().numpy()
-    h = sha256(head); h.update(data)
-    try:
-        with written(self.path(key)) as tmp, open(tmp, 'wb', opener=partial(os.open, mode=0o600)) as f: f.writelines((head, h.digest(), data))
-    except OSError as e:
-        self.warn('write', f'{self.folder}: a page cannot be written ({e.strerror}); prompts are not kept on disk')
-        return False
-    self.warned.discard(key)
-    return True
+    def write(self,
+        key:bytes, # Key of the page
+        page:Tensor, # Bytes of the page, uint8
+    )->bool: # Whether the page is on disk now
+        "Write a page; if this fails, no file remains"
+        head,data = self.head(key).pack(),page.contiguous().numpy()
+        h = sha256(head); h.update(data)
+        try:
+            with written(self.path(key)) as tmp, open(tmp, 'wb', opener=partial(os.open, mode=0o600)) as f: f.writelines((head, h.digest(), data))
+        except OSError as e:
+            self.warn('write', f'{self.folder}: a page cannot be written ({e.strerror}); prompts are not kept on disk')
+            return False
+        self.warned.discard(key)
+        return True
 
-# %% ../../nbs/442_infer.persist.ipynb #fde01f0b
-@patch
-def touch(self:PageStore,
-    keys:list, # Keys of a prompt's pages, in order
-)->None:
-    "Set the time of last use to now"
-    now = time.time_ns()
-    for i,key in enumerate(keys):
-        try: os.utime(self.path(key), ns=(now, now - 1000*i))
-        except OSError: continue
+    def touch(self,
+        keys:list, # Keys of a prompt's pages, in order
+    )->None:
+        "Set the time of last use to now"
+        now = time.time_ns()
+        for i,key in enumerate(keys):
+            try: os.utime(self.path(key), ns=(now, now - 1000*i))
+            except OSError: continue
+
+    def files(self)->'list[PageFile]': # Sorted, least recently used first
+        "All pages in the folder; none if the folder doesn't exist"
+        try: return sorted(filter(None, (_page_file(e) for e in os.scandir(self.folder) if _NAME.fullmatch(e.name))))
+        except OSError: return []
+
+    def make_room(self,
+        n:int, # Number of bytes to be written
+    )->bool: # Whether they fit
+        "Remove the least recently used pages until new ones fit"
+        files = self.files()
+        total = n + sum(f.size for f in files)
+        for f in files:
+            if total <= self.nbytes: break
+            try: Path(f.path).unlink(missing_ok=True)
+            except OSError as e:
+                self.warn('write', f'{f.path} cannot be removed ({e.strerror}); prompts are not kept on disk')
+                return False
+            total -= f.size
+        return total <= self.nbytes
+
+    def save(self,
+        keys:list, # Keys of a prompt's pages, in order
+        read, # Function `index -> bytes of the page`, uint8
+    )->int: # Number of pages written
+        "Write the missing pages of a prompt"
+        if self.nbytes is not None: keys = keys[:self.nbytes//(START + self.size)]
+        missing = [i for i,k in enumerate(keys) if k in self.warned or not os.path.exists(self.path(k))]
+        self.touch(keys)
+        if missing and self.nbytes is not None and not self.make_room(len(missing)*(START + self.size)): return 0
+        count = sum(1 for _ in takewhile(lambda i: self.write(keys[i], read(i)), missing))
+        self.touch(keys)
+        return count
 
 # %% ../../nbs/442_infer.persist.ipynb #144b9b73
 class PageFile(NamedTuple):
@@ -230,42 +250,3 @@ def _page_file(entry):
     try: s = entry.stat()
     except FileNotFoundError: return None
     return PageFile(s.st_mtime_ns, s.st_size, entry.path)
-
-# %% ../../nbs/442_infer.persist.ipynb #02d9be13
-@patch
-def files(self:PageStore)->list[PageFile]: # Sorted, least recently used first
-    "All pages in the folder; none if the folder doesn't exist"
-    try: return sorted(filter(None, (_page_file(e) for e in os.scandir(self.folder) if _NAME.fullmatch(e.name))))
-    except OSError: return []
-
-# %% ../../nbs/442_infer.persist.ipynb #4ab88ae2
-@patch
-def make_room(self:PageStore,
-    n:int, # Number of bytes to be written
-)->bool: # Whether they fit
-    "Remove the least recently used pages until new ones fit"
-    files = self.files()
-    total = n + sum(f.size for f in files)
-    for f in files:
-        if total <= self.nbytes: break
-        try: Path(f.path).unlink(missing_ok=True)
-        except OSError as e:
-            self.warn('write', f'{f.path} cannot be removed ({e.strerror}); prompts are not kept on disk')
-            return False
-        total -= f.size
-    return total <= self.nbytes
-
-# %% ../../nbs/442_infer.persist.ipynb #667f1de4
-@patch
-def save(self:PageStore,
-    keys:list, # Keys of a prompt's pages, in order
-    read, # Function `index -> bytes of the page`, uint8
-)->int: # Number of pages written
-    "Write the missing pages of a prompt"
-    if self.nbytes is not None: keys = keys[:self.nbytes//(START + self.size)]
-    missing = [i for i,k in enumerate(keys) if k in self.warned or not os.path.exists(self.path(k))]
-    self.touch(keys)
-    if missing and self.nbytes is not None and not self.make_room(len(missing)*(START + self.size)): return 0
-    count = sum(1 for _ in takewhile(lambda i: self.write(keys[i], read(i)), missing))
-    self.touch(keys)
-    return count

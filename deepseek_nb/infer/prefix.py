@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
@@ -79,18 +78,134 @@ class PrefixCache:
     def __repr__(self):
         return f'PrefixCache({self.tree.size} pages of {self.tree.page} tokens, {self.nbytes:,} of {self.pool.nbytes:,} bytes)'
 
-# %% ../../nbs/444_infer.prefix.ipynb #5645a866
-@patch
-def evict(self:PrefixCache,
-    n:int, # Number of pages to evict
-)->None:
-    "Evict pages that no request uses"
-    for p in self.tree.evict(n, busy=lambda p: self.pool.refs[p] > 1): self.pool.drop(p)
+    def evict(self,
+        n:int, # Number of pages to evict
+    )->None:
+        "Evict pages that no request uses"
+        for p in self.tree.evict(n, busy=lambda p: self.pool.refs[p] > 1): self.pool.drop(p)
 
-@patch
-def clear(self:PrefixCache)->None:
-    "Remove all pages in memory that no request uses"
-    self.evict(self.tree.size)
+    def clear(self)->None:
+        "Remove all pages in memory that no request uses"
+        self.evict(self.tree.size)
+
+    @contextmanager
+    def pinned(self,
+        pages:list, # Page numbers
+    )->Iterator[None]:
+        "Protect pages from eviction within a `with` block"
+        for p in pages: self.pool.share(p)
+        try: yield
+        finally:
+            for p in pages: self.pool.drop(p)
+
+    def take(self,
+        n:int, # Number of pages
+    )->list[int]: # Page numbers; fewer than n if no more can be evicted
+        "Take free pages, and evict others if there are too few"
+        if n > len(self.pool.free): self.evict(n - len(self.pool.free))
+        return [self.pool.take() for _ in range(min(n, len(self.pool.free)))]
+
+    def _load(self, keys):
+        "Load pages from disk, until one is missing or memory is full"
+        for key in keys:
+            if (data := self.store.load(key)) is None or not (new := self.take(1)): return
+            from_bytes(self.pool, new[0], data)
+            yield new[0]
+
+    def pages(self,
+        ids:list|Tensor, # Prompt, `s` or `1 s`
+        user:str = '', # User id
+    )->list[int]: # Page numbers
+        "Pages of the longest known prefix; those on disk are loaded into memory"
+        ids = one_prompt(ids)[:-1]
+        found = self.tree.match(ids, check_user(user))
+        if self.store is None: return found
+        keys = self.store.keys(ids, user)
+        with self.pinned(found):
+            pages = [*found, *self._load(keys[len(found):])]
+            self.tree.insert(ids, pages, user)
+        self.store.touch(keys[:len(pages)])
+        return pages
+
+    def lookup(self,
+        ids:list|Tensor, # Prompt, `s` or `1 s`
+        user:str = '', # User id
+    )->int: # Number of tokens; less than the whole prompt
+        "Number of tokens of a prompt that are in the cache"
+        return len(self.pages(ids, user))*self.tree.page
+
+    def _check_cache(self, cache):
+        "Check that a cache belongs to this model and has one row without padding"
+        fits = type(cache) is Cache or isinstance(cache, PagedCache) and cache.pool is self.pool
+        if not fits or cache.c != self.model.config or cache.batch != 1 or cache.pad is not None or cache.dtype != self.pool.dtype:
+            raise ValueError(f'{cache} must be a cache of this model with one row and no padding; make one with start or new_cache(1)')
+
+    def insert(self,
+        ids:list|Tensor, # Tokens of the cache, and maybe more, `s` or `1 s`
+        cache:Cache, # Cache with one row
+        user:str = '', # User id
+        tail:bool = False, # Whether the last page is stored even if it is not full; the request must not write to it any more
+    )->int: # Number of tokens that are stored in whole pages
+        "Store the pages that a request has computed"
+        self._check_cache(cache)
+        ids = one_prompt(ids)[:len(cache)]
+        found = self.tree.match(ids, check_user(user))
+        start,end = len(found),len(ids)//self.tree.page
+        with self.pinned(found):
+            if isinstance(cache, PagedCache): new = [self.pool.share(p) for p in cache.tables[0][start:end]]
+            else: copy_in(self.pool, new := self.take(end - start), cache, start*self.tree.page)
+            self.tree.insert(ids, pages := found + new, user)
+        if self.store is not None:
+            self.store.save(self.store.keys(ids, user)[:len(pages)], lambda i: to_bytes(self.pool, pages[i]))
+        if tail and isinstance(cache, PagedCache) and len(ids) > len(pages)*self.tree.page: self._insert_tail(ids, cache, user)
+        return len(pages)*self.tree.page
+
+    def _insert_tail(self, ids, cache, user):
+        page = cache.tables[0][len(ids)//self.tree.page]
+        if self.tree.keep_tail(ids, page, user): self.pool.share(page)
+
+    def start(self,
+        ids:list|Tensor, # Prompt, `s` or `1 s`
+        user:str = '', # User id
+        paged:bool = False, # Share the pages instead of copying them into a contiguous cache
+        max_len:int = 0, # Capacity of a contiguous cache, if larger than the prompt
+    )->Cache: # Cache with the known prefix; its length is the number of hits
+        "Create a KV cache that begins with the known prefix of a prompt"
+        ids = one_prompt(ids)
+        pages = self.pages(ids, user)
+        if paged: return PagedCache.from_pages(self.pool, [pages], len(pages)*self.tree.page)
+        cache = self.model.new_cache(1, max(max_len, len(ids)))
+        copy_out(self.pool, pages, cache)
+        return cache
+
+    @delegates(Model.stream)
+    def stream(self,
+        ids:list|Tensor, # Prompt, `s` or `1 s`
+        user:str = '', # User id
+        paged:bool = False, # Whether to share the pages, as in `start`
+        max_new_tokens:int|None = None, # Number of new tokens; None: 64
+        max_length:int|None = None, # Number of tokens of prompt and answer together, instead of max_new_tokens
+        **kwargs, # Further arguments of `Model.stream`
+    )->'CachedAnswer': # Iterator of new tokens `1`, with their `usage`
+        "Generate tokens after a prompt, reusing its known prefix"
+        for name in ('cache', 'past_key_values', 'attention_mask'):
+            if kwargs.get(name) is not None: raise ValueError(f'{name} was given, but a prefix cache makes its own; use Model.stream')
+        ids = one_prompt(ids)
+        room = max_length if max_length and max_new_tokens is None else len(ids) + (64 if max_new_tokens is None else max_new_tokens)
+        cache = self.start(ids, user, paged, min(room, self.model.config.max_positions))
+        prompt = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        return CachedAnswer(self, ids, user, cache, self.model.stream(prompt, max_new_tokens, max_length, cache=cache, **kwargs))
+
+    @delegates(stream)
+    def generate(self,
+        ids:list|Tensor, # Prompt, `s` or `1 s`
+        user:str = '', # User id
+        **kwargs, # Further arguments of `stream`
+    )->tuple[Tensor,Usage]: # Prompt and new tokens `1 s'`, and token counts
+        "Generate all tokens after a prompt"
+        request = self.stream(ids, user, **kwargs)
+        for _ in request: continue
+        return torch.tensor([request.ids], device=self.model.device), request.usage
 
 # %% ../../nbs/444_infer.prefix.ipynb #91dbaf1c
 def copy_in(
@@ -135,36 +250,6 @@ def from_bytes(
     parts = [x[page].view(-1).view(torch.uint8) for layer in pool.layers for x in layer]
     for x,part in zip(parts, data.split([len(x) for x in parts]), strict=True): x.copy_(part)
 
-# %% ../../nbs/444_infer.prefix.ipynb #651ade80
-@patch
-@contextmanager
-def pinned(self:PrefixCache,
-    pages:list, # Page numbers
-)->Iterator[None]:
-    "Protect pages from eviction within a `with` block"
-    for p in pages: self.pool.share(p)
-    try: yield
-    finally:
-        for p in pages: self.pool.drop(p)
-
-# %% ../../nbs/444_infer.prefix.ipynb #a03742fd
-@patch
-def take(self:PrefixCache,
-    n:int, # Number of pages
-)->list[int]: # Page numbers; fewer than n if no more can be evicted
-    "Take free pages, and evict others if there are too few"
-    if n > len(self.pool.free): self.evict(n - len(self.pool.free))
-    return [self.pool.take() for _ in range(min(n, len(self.pool.free)))]
-
-# %% ../../nbs/444_infer.prefix.ipynb #e2515e0b
-@patch
-def _load(self:PrefixCache, keys):
-    "Load pages from disk, until one is missing or memory is full"
-    for key in keys:
-        if (data := self.store.load(key)) is None or not (new := self.take(1)): return
-        from_bytes(self.pool, new[0], data)
-        yield new[0]
-
 # %% ../../nbs/444_infer.prefix.ipynb #cfd28ea5
 def one_prompt(
     ids:list|Tensor, # Token ids, `s` or `1 s`
@@ -184,84 +269,6 @@ def check_user(
     if not isinstance(user, str): raise ValueError(f'user {user!r} is not a string; give an id that is a string')
     return user
 
-# %% ../../nbs/444_infer.prefix.ipynb #79fde665
-@patch
-def pages(self:PrefixCache,
-    ids:list|Tensor, # Prompt, `s` or `1 s`
-    user:str = '', # User id
-)->list[int]: # Page numbers
-    "Pages of the longest known prefix; those on disk are loaded into memory"
-    ids = one_prompt(ids)[:-1]
-    found = self.tree.match(ids, check_user(user))
-    if self.store is None: return found
-    keys = self.store.keys(ids, user)
-    with self.pinned(found):
-        pages = [*found, *self._load(keys[len(found):])]
-        self.tree.insert(ids, pages, user)
-    self.store.touch(keys[:len(pages)])
-    return pages
-
-# %% ../../nbs/444_infer.prefix.ipynb #9c7c7c23
-@patch
-def lookup(self:PrefixCache,
-    ids:list|Tensor, # Prompt, `s` or `1 s`
-    user:str = '', # User id
-)->int: # Number of tokens; less than the whole prompt
-    "Number of tokens of a prompt that are in the cache"
-    return len(self.pages(ids, user))*self.tree.page
-
-# %% ../../nbs/444_infer.prefix.ipynb #6a94e652
-@patch
-def _check_cache(self:PrefixCache, cache):
-    "Check that a cache belongs to this model and has one row without padding"
-    fits = type(cache) is Cache or isinstance(cache, PagedCache) and cache.pool is self.pool
-    if not fits or cache.c != self.model.config or cache.batch != 1 or cache.pad is not None or cache.dtype != self.pool.dtype:
-        raise ValueError(f'{cache} must be a cache of this model with one row and no padding; make one with start or new_cache(1)')
-
-# %% ../../nbs/444_infer.prefix.ipynb #755d7359
-@patch
-def insert(self:PrefixCache,
-    ids:list|Tensor, # Tokens of the cache, and maybe more, `s` or `1 s`
-    cache:Cache, # Cache with one row
-    user:str = '', # User id
-    tail:bool = False, # Whether the last page is stored even if it is not full; the request must not write to it any more
-)->int: # Number of tokens that are stored in whole pages
-    "Store the pages that a request has computed"
-    self._check_cache(cache)
-    ids = one_prompt(ids)[:len(cache)]
-    found = self.tree.match(ids, check_user(user))
-    start,end = len(found),len(ids)//self.tree.page
-    with self.pinned(found):
-        if isinstance(cache, PagedCache): new = [self.pool.share(p) for p in cache.tables[0][start:end]]
-        else: copy_in(self.pool, new := self.take(end - start), cache, start*self.tree.page)
-        self.tree.insert(ids, pages := found + new, user)
-    if self.store is not None:
-        self.store.save(self.store.keys(ids, user)[:len(pages)], lambda i: to_bytes(self.pool, pages[i]))
-    if tail and isinstance(cache, PagedCache) and len(ids) > len(pages)*self.tree.page: self._insert_tail(ids, cache, user)
-    return len(pages)*self.tree.page
-
-# %% ../../nbs/444_infer.prefix.ipynb #28a96053
-@patch
-def _insert_tail(self:PrefixCache, ids, cache, user):
-    page = cache.tables[0][len(ids)//self.tree.page]
-    if self.tree.keep_tail(ids, page, user): self.pool.share(page)
-
-# %% ../../nbs/444_infer.prefix.ipynb #9605ad46
-@patch
-def start(self:PrefixCache,
-    ids:list|Tensor, # Prompt, `s` or `1 s`
-    user:str = '', # User id
-    paged:bool = False, # Share the pages instead of copying them into a contiguous cache
-    max_len:int = 0, # Capacity of a contiguous cache, if larger than the prompt
-)->Cache: # Cache with the known prefix; its length is the number of hits
-    "Create a KV cache that begins with the known prefix of a prompt"
-    ids = one_prompt(ids)
-    pages = self.pages(ids, user)
-    if paged: return PagedCache.from_pages(self.pool, [pages], len(pages)*self.tree.page)
-    cache = self.model.new_cache(1, max(max_len, len(ids)))
-    copy_out(self.pool, pages, cache)
-    return cache
-
 # %% ../../nbs/444_infer.prefix.ipynb #0837fe67
 class CachedAnswer:
     "The tokens of an answer, one at a time, and their usage"
@@ -280,57 +287,20 @@ class CachedAnswer:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/444_infer.prefix.ipynb #a419b13e
-@patch
-def close(self:CachedAnswer)->None:
-    "Stop, store the computed pages, and release the cache"
-    if self.cache is None: return
-    self.tokens.close()
-    self._keep()
-    if isinstance(self.cache, PagedCache): self.cache.free()
-    self.cache = None
+    def close(self)->None:
+        "Stop, store the computed pages, and release the cache"
+        if self.cache is None: return
+        self.tokens.close()
+        self._keep()
+        if isinstance(self.cache, PagedCache): self.cache.free()
+        self.cache = None
 
-# %% ../../nbs/444_infer.prefix.ipynb #8411a8dc
-@patch
-def __next__(self:CachedAnswer):
-    try: token = next(self.tokens)
-    except BaseException:
-        self.close()
-        raise
-    self.ids.append(token.item())
-    self.usage.completion_tokens += 1
-    if self.usage.completion_tokens == 1 and isinstance(self.cache, PagedCache): self._keep()
-    return token
-
-# %% ../../nbs/444_infer.prefix.ipynb #7dfcba88
-@patch
-@delegates(Model.stream)
-def stream(self:PrefixCache,
-    ids:list|Tensor, # Prompt, `s` or `1 s`
-    user:str = '', # User id
-    paged:bool = False, # Whether to share the pages, as in `start`
-    max_new_tokens:int|None = None, # Number of new tokens; None: 64
-    max_length:int|None = None, # Number of tokens of prompt and answer together, instead of max_new_tokens
-    **kwargs, # Further arguments of `Model.stream`
-)->CachedAnswer: # Iterator of new tokens `1`, with their `usage`
-    "Generate tokens after a prompt, reusing its known prefix"
-    for name in ('cache', 'past_key_values', 'attention_mask'):
-        if kwargs.get(name) is not None: raise ValueError(f'{name} was given, but a prefix cache makes its own; use Model.stream')
-    ids = one_prompt(ids)
-    room = max_length if max_length and max_new_tokens is None else len(ids) + (64 if max_new_tokens is None else max_new_tokens)
-    cache = self.start(ids, user, paged, min(room, self.model.config.max_positions))
-    prompt = torch.tensor([ids], dtype=torch.long, device=self.model.device)
-    return CachedAnswer(self, ids, user, cache, self.model.stream(prompt, max_new_tokens, max_length, cache=cache, **kwargs))
-
-# %% ../../nbs/444_infer.prefix.ipynb #8b1a86fd
-@patch
-@delegates(PrefixCache.stream)
-def generate(self:PrefixCache,
-    ids:list|Tensor, # Prompt, `s` or `1 s`
-    user:str = '', # User id
-    **kwargs, # Further arguments of `stream`
-)->tuple[Tensor,Usage]: # Prompt and new tokens `1 s'`, and token counts
-    "Generate all tokens after a prompt"
-    request = self.stream(ids, user, **kwargs)
-    for _ in request: continue
-    return torch.tensor([request.ids], device=self.model.device), request.usage
+    def __next__(self):
+        try: token = next(self.tokens)
+        except BaseException:
+            self.close()
+            raise
+        self.ids.append(token.item())
+        self.usage.completion_tokens += 1
+        if self.usage.completion_tokens == 1 and isinstance(self.cache, PagedCache): self._keep()
+        return token

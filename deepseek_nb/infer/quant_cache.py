@@ -18,7 +18,6 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.cache import Cache, Slot
@@ -39,30 +38,26 @@ class CacheFormat:
         if self.name not in MOST: raise ValueError(f"unknown cache format {self.name!r}; this package has {', '.join(MOST)}")
         if self.scales not in ('token', 32): raise ValueError(f"cache scales {self.scales!r} must be 'token' or 32")
 
-# %% ../../nbs/446_infer.quant_cache.ipynb #6ffc4002
-@patch
-def encode(self:CacheFormat,
-    x:Tensor, # Rows `… i`
-)->list[Tensor]: # Codes, int8 or uint8 `… i`, and scales, float32 `… g`
-    "Divide each block by its scale and round to codes"
-    i,most = x.shape[-1],MOST[self.name]
-    block = i if self.scales == 'token' else self.scales
-    rows = rearrange(F.pad(x.detach().float(), (0, -i % block)), '... (g a) -> ... g a', a=block)
-    scales = rows.abs().amax(-1)/most
-    codes = (rows/scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).clamp(-most, most)
-    codes = codes.round().to(torch.int8) if self.name == 'int8' else codes.to(torch.float8_e4m3fn).view(torch.uint8)
-    return [rearrange(codes, '... g a -> ... (g a)')[..., :i], scales]
+    def encode(self,
+        x:Tensor, # Rows `… i`
+    )->list[Tensor]: # Codes, int8 or uint8 `… i`, and scales, float32 `… g`
+        "Divide each block by its scale and round to codes"
+        i,most = x.shape[-1],MOST[self.name]
+        block = i if self.scales == 'token' else self.scales
+        rows = rearrange(F.pad(x.detach().float(), (0, -i % block)), '... (g a) -> ... g a', a=block)
+        scales = rows.abs().amax(-1)/most
+        codes = (rows/scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).clamp(-most, most)
+        codes = codes.round().to(torch.int8) if self.name == 'int8' else codes.to(torch.float8_e4m3fn).view(torch.uint8)
+        return [rearrange(codes, '... g a -> ... (g a)')[..., :i], scales]
 
-# %% ../../nbs/446_infer.quant_cache.ipynb #7d57b10c
-@patch
-def decode(self:CacheFormat,
-    codes:Tensor, # Codes, from `encode` `… i`
-    scales:Tensor, # Scales, from `encode` `… g`
-)->Tensor: # Decoded rows `… i`, float32
-    "Multiply codes by their scales"
-    x = codes.float() if self.name == 'int8' else codes.view(torch.float8_e4m3fn).float()
-    if scales.shape[-1] == 1: return x*scales
-    return x*scales.repeat_interleave(self.scales, -1)[..., :x.shape[-1]]
+    def decode(self,
+        codes:Tensor, # Codes, from `encode` `… i`
+        scales:Tensor, # Scales, from `encode` `… g`
+    )->Tensor: # Decoded rows `… i`, float32
+        "Multiply codes by their scales"
+        x = codes.float() if self.name == 'int8' else codes.view(torch.float8_e4m3fn).float()
+        if scales.shape[-1] == 1: return x*scales
+        return x*scales.repeat_interleave(self.scales, -1)[..., :x.shape[-1]]
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #e5c806a1
 def encode_layer(
@@ -134,16 +129,15 @@ class QuantizedCache(Cache):
         size = f'{self.batch}×{self.length} of {self.capacity} positions, {self.nbytes:,} bytes'
         return f'QuantizedCache({size}, {self.form.name} with a scale for {"a token" if self.form.scales == "token" else "32"})'
 
-# %% ../../nbs/446_infer.quant_cache.ipynb #afc11876
-@patch(cls_method=True)
-def of(cls:QuantizedCache,
-    model:Model, # Model that will use the cache
-    *args, # `batch` and `max_len`, as for `Model.new_cache`
-    **kwargs, # `format` and `scales`
-)->Cache: # Empty cache, a `QuantizedCache` or for V4 a `QuantizedWindowCache`
-    "A quantised cache for a model, with its dtype and device"
-    kind = QuantizedWindowCache if model.config.window else cls
-    return kind(model.config, *args, dtype=model.dtype, device=model.device, **kwargs)
+    @classmethod
+    def of(cls,
+        model:Model, # Model that will use the cache
+        *args, # `batch` and `max_len`, as for `Model.new_cache`
+        **kwargs, # `format` and `scales`
+    )->Cache: # Empty cache, a `QuantizedCache` or for V4 a `QuantizedWindowCache`
+        "A quantised cache for a model, with its dtype and device"
+        kind = QuantizedWindowCache if model.config.window else cls
+        return kind(model.config, *args, dtype=model.dtype, device=model.device, **kwargs)
 
 # %% ../../nbs/446_infer.quant_cache.ipynb #4de8c3a8
 class QuantizedEntries(EntryList):

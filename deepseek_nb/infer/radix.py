@@ -13,8 +13,6 @@ __all__ = ['token_blocks', 'Node', 'RadixTree']
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
-from fastcore.basics import patch
-
 from .conversation import common_prefix
 
 # %% ../../nbs/443_infer.radix.ipynb #7a23cacc
@@ -53,133 +51,113 @@ class RadixTree:
         page:int = 16, # Tokens per page
     ): self.page,self.roots,self.clock,self.size = page,{},0,0
 
-# %% ../../nbs/443_infer.radix.ipynb #daad7083
-@patch
-def path(self:RadixTree,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->list[Node]: # Edges from the root on, each of them contained in the prompt
-    "Follow a prompt, and set the time of last use of its edges"
-    node,rest,path = self.roots.get(user),token_blocks(ids, self.page),[]
-    self.clock += 1
-    while node is not None and rest and (child := node.children.get(rest[0])) is not None:
-        n = common_prefix(child.blocks, rest)
-        node = child if n == len(child.blocks) else child.split(n)
-        node.used,rest = self.clock,rest[n:]
-        path.append(node)
-    return path
+    def path(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->list[Node]: # Edges from the root on, each of them contained in the prompt
+        "Follow a prompt, and set the time of last use of its edges"
+        node,rest,path = self.roots.get(user),token_blocks(ids, self.page),[]
+        self.clock += 1
+        while node is not None and rest and (child := node.children.get(rest[0])) is not None:
+            n = common_prefix(child.blocks, rest)
+            node = child if n == len(child.blocks) else child.split(n)
+            node.used,rest = self.clock,rest[n:]
+            path.append(node)
+        return path
 
-# %% ../../nbs/443_infer.radix.ipynb #aff575cb
-@patch
-def match(self:RadixTree,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->list[int]: # Page numbers
-    "Pages of the longest known prefix"
-    return [p for node in self.path(ids, user) for p in node.pages]
+    def match(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->list[int]: # Page numbers
+        "Pages of the longest known prefix"
+        return [p for node in self.path(ids, user) for p in node.pages]
 
-# %% ../../nbs/443_infer.radix.ipynb #6cdd7f10
-@patch
-def insert(self:RadixTree,
-    ids:list, # Token ids
-    pages:list, # Pages of a prefix of the prompt; those already stored come first
-    user:str = '', # User id
-)->list[int]: # Pages that were not stored before
-    "Add the pages of a prompt"
-    path = self.path(ids, user)
-    known = sum(len(node.pages) for node in path)
-    new = pages[known:]
-    if new:
-        parent = path[-1] if path else self.roots.setdefault(user, Node([], []))
-        Node(token_blocks(ids, self.page)[known:len(pages)], list(new), parent, self.clock)
-    self.size += len(new)
-    return new
+    def insert(self,
+        ids:list, # Token ids
+        pages:list, # Pages of a prefix of the prompt; those already stored come first
+        user:str = '', # User id
+    )->list[int]: # Pages that were not stored before
+        "Add the pages of a prompt"
+        path = self.path(ids, user)
+        known = sum(len(node.pages) for node in path)
+        new = pages[known:]
+        if new:
+            parent = path[-1] if path else self.roots.setdefault(user, Node([], []))
+            Node(token_blocks(ids, self.page)[known:len(pages)], list(new), parent, self.clock)
+        self.size += len(new)
+        return new
 
-# %% ../../nbs/443_infer.radix.ipynb #fcdc9af7
-@patch
-def nodes(self:RadixTree)->Iterator[Node]: # Edges, without the roots
-    "All edges"
-    todo = [*self.roots.values()]
-    while todo:
-        node = todo.pop()
-        todo += node.children.values()
-        if node.parent is not None: yield node
+    def nodes(self)->Iterator[Node]: # Edges, without the roots
+        "All edges"
+        todo = [*self.roots.values()]
+        while todo:
+            node = todo.pop()
+            todo += node.children.values()
+            if node.parent is not None: yield node
 
-# %% ../../nbs/443_infer.radix.ipynb #799487b5
-@patch
-def __repr__(self:RadixTree):
-    lines,todo = [],[(root, f'user {user!r}', 0) for user,root in reversed(self.roots.items())]
-    while todo:
-        node,text,depth = todo.pop()
-        lines.append('  '*depth + text)
-        for child in reversed(node.children.values()):
-            tokens = ' | '.join(' '.join(map(str, b)) for b in child.blocks)
-            todo.append((child, f'{tokens} → pages {child.pages}', depth + 1))
-    return '\n'.join(lines) or 'empty'
+    def __repr__(self):
+        lines,todo = [],[(root, f'user {user!r}', 0) for user,root in reversed(self.roots.items())]
+        while todo:
+            node,text,depth = todo.pop()
+            lines.append('  '*depth + text)
+            for child in reversed(node.children.values()):
+                tokens = ' | '.join(' '.join(map(str, b)) for b in child.blocks)
+                todo.append((child, f'{tokens} → pages {child.pages}', depth + 1))
+        return '\n'.join(lines) or 'empty'
 
-# %% ../../nbs/443_infer.radix.ipynb #1b07fcfa
-@patch
-def _after(self:RadixTree, ids, user):
-    "The last edge of a prompt's known prefix, or the root, and the tokens after it"
-    path = self.path(ids, user)
-    known = sum(len(node.pages) for node in path)
-    return path[-1] if path else self.roots.get(user), tuple(ids[known*self.page:])
+    def _after(self, ids, user):
+        "The last edge of a prompt's known prefix, or the root, and the tokens after it"
+        path = self.path(ids, user)
+        known = sum(len(node.pages) for node in path)
+        return path[-1] if path else self.roots.get(user), tuple(ids[known*self.page:])
 
-# %% ../../nbs/443_infer.radix.ipynb #58539b2d
-@patch
-def tail(self:RadixTree,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->tuple[int|None,int]: # Page number, and how many of the next tokens it begins with
-    "The page after the known prefix that shares the most tokens"
-    node,rest = self._after(ids, user)
-    shared = [(common_prefix(child.blocks[0], rest), child) for child in node.children.values()] if node else []
-    n,best = max(shared, key=lambda found: found[0], default=(0, None))
-    if not n: return None, 0
-    best.used = self.clock
-    return best.pages[0], n
+    def tail(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->tuple[int|None,int]: # Page number, and how many of the next tokens it begins with
+        "The page after the known prefix that shares the most tokens"
+        node,rest = self._after(ids, user)
+        shared = [(common_prefix(child.blocks[0], rest), child) for child in node.children.values()] if node else []
+        n,best = max(shared, key=lambda found: found[0], default=(0, None))
+        if not n: return None, 0
+        best.used = self.clock
+        return best.pages[0], n
 
-# %% ../../nbs/443_infer.radix.ipynb #650bd57e
-@patch
-def keep_tail(self:RadixTree,
-    ids:list, # Token ids; the pages before the last one are known
-    page:int, # Page with the tokens that fill no page
-    user:str = '', # User id
-)->bool: # Whether it was added; not if the tree has a page that begins with these tokens
-    "Add a page that is not full"
-    node,rest = self._after(ids, user)
-    if not 0 < len(rest) < self.page: raise ValueError(f'{len(rest)} tokens follow the known pages; 1 to {self.page - 1} are a tail')
-    if node is None: node = self.roots.setdefault(user, Node([], []))
-    if any(common_prefix(child.blocks[0], rest) == len(rest) for child in node.children.values()): return False
-    Node([rest], [page], node, self.clock)
-    self.size += 1
-    return True
+    def keep_tail(self,
+        ids:list, # Token ids; the pages before the last one are known
+        page:int, # Page with the tokens that fill no page
+        user:str = '', # User id
+    )->bool: # Whether it was added; not if the tree has a page that begins with these tokens
+        "Add a page that is not full"
+        node,rest = self._after(ids, user)
+        if not 0 < len(rest) < self.page: raise ValueError(f'{len(rest)} tokens follow the known pages; 1 to {self.page - 1} are a tail')
+        if node is None: node = self.roots.setdefault(user, Node([], []))
+        if any(common_prefix(child.blocks[0], rest) == len(rest) for child in node.children.values()): return False
+        Node([rest], [page], node, self.clock)
+        self.size += 1
+        return True
 
-# %% ../../nbs/443_infer.radix.ipynb #9c3ed00a
-@patch
-def _shorten(self:RadixTree, leaf, n, busy):
-    "Remove up to `n` pages from the end of a leaf; return them, and its parent if this is a leaf now"
-    parent,first,out = leaf.parent,leaf.blocks[0],[]
-    while leaf.pages and len(out) < n and not busy(leaf.pages[-1]):
-        out.append(leaf.pages.pop())
-        leaf.blocks.pop()
-    if leaf.pages: return out, None
-    del parent.children[first]
-    return out, parent if parent.parent is not None and not parent.children else None
+    def _shorten(self, leaf, n, busy):
+        "Remove up to `n` pages from the end of a leaf; return them, and its parent if this is a leaf now"
+        parent,first,out = leaf.parent,leaf.blocks[0],[]
+        while leaf.pages and len(out) < n and not busy(leaf.pages[-1]):
+            out.append(leaf.pages.pop())
+            leaf.blocks.pop()
+        if leaf.pages: return out, None
+        del parent.children[first]
+        return out, parent if parent.parent is not None and not parent.children else None
 
-# %% ../../nbs/443_infer.radix.ipynb #c52481f5
-@patch
-def evict(self:RadixTree,
-    n:int, # Number of pages to evict
-    busy:Callable = lambda page: False, # Function that returns whether a page must stay
-)->list[int]: # Evicted pages; fewer than n if no more can be evicted
-    "Evict pages of the least recently used leaves"
-    leaves,out = [(node.used, id(node), node) for node in self.nodes() if not node.children],[]
-    heapify(leaves)
-    while leaves and len(out) < n:
-        pages,leaf = self._shorten(heappop(leaves)[-1], n - len(out), busy)
-        out += pages
-        if leaf is not None: heappush(leaves, (leaf.used, id(leaf), leaf))
-    self.size -= len(out)
-    for user in [u for u,root in self.roots.items() if not root.children]: del self.roots[user]
-    return out
+    def evict(self,
+        n:int, # Number of pages to evict
+        busy:Callable = lambda page: False, # Function that returns whether a page must stay
+    )->list[int]: # Evicted pages; fewer than n if no more can be evicted
+        "Evict pages of the least recently used leaves"
+        leaves,out = [(node.used, id(node), node) for node in self.nodes() if not node.children],[]
+        heapify(leaves)
+        while leaves and len(out) < n:
+            pages,leaf = self._shorten(heappop(leaves)[-1], n - len(out), busy)
+            out += pages
+            if leaf is not None: heappush(leaves, (leaf.used, id(leaf), leaf))
+        self.size -= len(out)
+        for user in [u for u,root in self.roots.items() if not root.children]: del self.roots[user]
+        return out

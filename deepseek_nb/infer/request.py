@@ -17,8 +17,6 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from ..files.tokenizer import Tokenizer
 from .generate import Stopper
 from .prefix import Usage
@@ -118,62 +116,53 @@ class Stream:
         self.pieces.put(item)
         if self.listener is not None: self.listener()
 
-# %% ../../nbs/454_infer.request.ipynb #2b6790a6
-@patch
-def end(self:Stream,
-    finish:str, # Why the answer ended
-    error:Exception|None = None, # What went wrong, for 'error'
-)->None:
-    "Mark the end; called by the engine"
-    if self.finish is not None: return
-    self.finish,self.error = finish,error
-    self.put(None)
+    def end(self,
+        finish:str, # Why the answer ended
+        error:Exception|None = None, # What went wrong, for 'error'
+    )->None:
+        "Mark the end; called by the engine"
+        if self.finish is not None: return
+        self.finish,self.error = finish,error
+        self.put(None)
 
-@patch
-def cancel(self:Stream)->None:
-    "Ask the engine to stop within one step; what it has computed stays in the prefix cache"
-    self.cancelled = True
+    def cancel(self)->None:
+        "Ask the engine to stop within one step; what it has computed stays in the prefix cache"
+        self.cancelled = True
 
-# %% ../../nbs/454_infer.request.ipynb #bb3ca85b
-@patch
-def __iter__(self:Stream)->Iterator[Piece]:
-    while (piece := self.pieces.get()) is not None: yield piece
-    self.pieces.put(None) # for whoever reads again
-    if self.error is not None: raise self.error
+    def __iter__(self)->Iterator[Piece]:
+        while (piece := self.pieces.get()) is not None: yield piece
+        self.pieces.put(None) # for whoever reads again
+        if self.error is not None: raise self.error
 
-@patch
-def text(self:Stream)->str: # All of it
-    "Wait for the end, and return the text"
-    return ''.join(p.text for p in self)
+    def text(self)->str: # All of it
+        "Wait for the end, and return the text"
+        return ''.join(p.text for p in self)
 
-# %% ../../nbs/454_infer.request.ipynb #d0d31864
-@patch
-async def aiter(self:Stream)->AsyncIterator[Piece]:
-    "The pieces, for `async for`"
-    loop,ready = asyncio.get_running_loop(),asyncio.Event()
-    self.listener = lambda: _wake(loop, ready.set)
-    try:
+    async def aiter(self)->AsyncIterator[Piece]:
+        "The pieces, for `async for`"
+        loop,ready = asyncio.get_running_loop(),asyncio.Event()
+        self.listener = lambda: _wake(loop, ready.set)
+        try:
+            while True:
+                ready.clear()
+                for piece in self.arrived():
+                    if piece is None:
+                        if self.error is not None: raise self.error
+                        return
+                    yield piece
+                await ready.wait()
+        finally:
+            self.listener = None
+            if self.finish is None: self.cancel()
+
+    def arrived(self)->Iterator[Piece|None]: # None: the end
+        "The pieces that are there already"
         while True:
-            ready.clear()
-            for piece in self.arrived():
-                if piece is None:
-                    if self.error is not None: raise self.error
-                    return
-                yield piece
-            await ready.wait()
-    finally:
-        self.listener = None
-        if self.finish is None: self.cancel()
+            try: yield self.pieces.get_nowait()
+            except Empty: return
 
 # %% ../../nbs/454_infer.request.ipynb #c5c6d636
 def _wake(loop, call:Callable):
     "Call a function in an event loop, unless the loop is closed"
     try: loop.call_soon_threadsafe(call)
     except RuntimeError: pass
-
-@patch
-def arrived(self:Stream)->Iterator[Piece|None]: # None: the end
-    "The pieces that are there already"
-    while True:
-        try: yield self.pieces.get_nowait()
-        except Empty: return

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.dspark import DSpark, keep_taps
@@ -48,6 +47,65 @@ class RowDrafts:
         if fixed is not None and fixed < 1: raise ValueError(f'draft_tokens is {fixed}; it must be 1 or above')
         self.model,self.source,self.fixed,self.room,self.lengths = model,source,fixed,positions,DraftLength()
 
+    def enter(self,
+        cached:int, # Tokens of the row that are cached, so that the model won't compute them
+        longest:int, # Most tokens of the row
+    )->'RowDrafter | None': # None: no room
+        "Make the drafter of a row"
+        if self.source == 'lookup': return RowDrafter(LookupDrafter(), 0)
+        if isinstance(self.source, DSpark): longest = min(longest, self.model.config.window)
+        if longest > self.room: return None
+        self.room -= longest
+        return RowDrafter(self._drafter(cached), longest)
+
+    def _drafter(self, cached):
+        if self.source == 'mtp': return MTPDrafter(self.model, start=cached)
+        return DSparkDrafter(self.model, self.source) if isinstance(self.source, DSpark) else ModelDrafter(self.source)
+
+    def leave(self,
+        row:'RowDrafter | None', # Of a row that leaves
+    )->None:
+        "Give back the room of a drafter"
+        if row is not None: self.room += row.positions
+
+    def length(self,
+        row:'RowDrafter | None', # Of a row that decodes
+        ids:list, # All tokens of the row
+        most:int, # Most tokens of the draft
+        rows:int = 1, # Number of rows that decode in the step
+    )->int: # Number of tokens
+        "How many tokens to draft"
+        if row is None or not row.ready or most < 1 or (kind := row.drafter.kind(ids)) is None: return 0
+        if isinstance(self.source, DSpark): most = min(most, self.source.length)
+        return min(most, self.lengths.length(kind, rows) if self.fixed is None else self.fixed)
+
+    def draft(self,
+        row:'RowDrafter', # Of a row that decodes
+        ids:list, # All tokens of the row
+        n:int, # Number of tokens
+    )->RowDraft: # Up to `n` tokens
+        "Draft tokens"
+        return RowDraft(row.drafter.kind(ids), row.drafter.draft(ids, n).tokens)
+
+    @contextmanager
+    def states(self)->Iterator[list]: # Gets a tensor `1 m …` for each part of a step; empty: activations after the last norm will do
+        "Collect what drafters start from, within a `with` block"
+        if isinstance(self.source, DSpark):
+            with keep_taps(self.model, self.source.taps) as kept: yield kept
+        elif self.source == 'mtp' and self.model.config.hc_mult:
+            with self.model.keep_hidden() as kept: yield kept
+        else: yield []
+
+    def learn(self,
+        row:'RowDrafter', # Of a row that ran
+        ids:list, # All tokens of the row, the new ones included
+        x:Tensor, # What `states` collected for the positions that stay `m …`, or activations after the last norm `m d`
+        part:int = 64, # Most tokens that a drafter reads
+    )->None:
+        "Tell a drafter what the model has computed"
+        row.drafter.note(ids, x)
+        row.ready = row.drafter.feed(ids, part)
+
 # %% ../../nbs/455_infer.row_drafts.ipynb #a11bfcbf
 def _check_vocabulary(small, model):
     if (a := small.config.vocab_size) != (b := model.config.vocab_size):
@@ -60,76 +118,6 @@ class RowDrafter:
         drafter:Drafter, # Source of its drafts
         positions:int, # Positions that its cache may take
     ): self.drafter,self.positions,self.ready = drafter,positions,True # `ready`: whether it has read the prompt
-
-@patch
-def enter(self:RowDrafts,
-    cached:int, # Tokens of the row that are cached, so that the model won't compute them
-    longest:int, # Most tokens of the row
-)->RowDrafter|None: # None: no room
-    "Make the drafter of a row"
-    if self.source == 'lookup': return RowDrafter(LookupDrafter(), 0)
-    if isinstance(self.source, DSpark): longest = min(longest, self.model.config.window)
-    if longest > self.room: return None
-    self.room -= longest
-    return RowDrafter(self._drafter(cached), longest)
-
-@patch
-def _drafter(self:RowDrafts, cached):
-    if self.source == 'mtp': return MTPDrafter(self.model, start=cached)
-    return DSparkDrafter(self.model, self.source) if isinstance(self.source, DSpark) else ModelDrafter(self.source)
-
-@patch
-def leave(self:RowDrafts,
-    row:RowDrafter|None, # Of a row that leaves
-)->None:
-    "Give back the room of a drafter"
-    if row is not None: self.room += row.positions
-
-# %% ../../nbs/455_infer.row_drafts.ipynb #9072ea90
-@patch
-def length(self:RowDrafts,
-    row:RowDrafter|None, # Of a row that decodes
-    ids:list, # All tokens of the row
-    most:int, # Most tokens of the draft
-    rows:int = 1, # Number of rows that decode in the step
-)->int: # Number of tokens
-    "How many tokens to draft"
-    if row is None or not row.ready or most < 1 or (kind := row.drafter.kind(ids)) is None: return 0
-    if isinstance(self.source, DSpark): most = min(most, self.source.length)
-    return min(most, self.lengths.length(kind, rows) if self.fixed is None else self.fixed)
-
-# %% ../../nbs/455_infer.row_drafts.ipynb #e6608023
-@patch
-def draft(self:RowDrafts,
-    row:RowDrafter, # Of a row that decodes
-    ids:list, # All tokens of the row
-    n:int, # Number of tokens
-)->RowDraft: # Up to `n` tokens
-    "Draft tokens"
-    return RowDraft(row.drafter.kind(ids), row.drafter.draft(ids, n).tokens)
-
-# %% ../../nbs/455_infer.row_drafts.ipynb #eaceb201
-@patch
-@contextmanager
-def states(self:RowDrafts)->Iterator[list]: # Gets a tensor `1 m …` for each part of a step; empty: activations after the last norm will do
-    "Collect what drafters start from, within a `with` block"
-    if isinstance(self.source, DSpark):
-        with keep_taps(self.model, self.source.taps) as kept: yield kept
-    elif self.source == 'mtp' and self.model.config.hc_mult:
-        with self.model.keep_hidden() as kept: yield kept
-    else: yield []
-
-# %% ../../nbs/455_infer.row_drafts.ipynb #9f764bd1
-@patch
-def learn(self:RowDrafts,
-    row:RowDrafter, # Of a row that ran
-    ids:list, # All tokens of the row, the new ones included
-    x:Tensor, # What `states` collected for the positions that stay `m …`, or activations after the last norm `m d`
-    part:int = 64, # Most tokens that a drafter reads
-)->None:
-    "Tell a drafter what the model has computed"
-    row.drafter.note(ids, x)
-    row.ready = row.drafter.feed(ids, part)
 
 # %% ../../nbs/455_infer.row_drafts.ipynb #4e29cbf6
 @torch.no_grad()

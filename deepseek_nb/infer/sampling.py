@@ -16,7 +16,6 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -147,21 +146,50 @@ class RowSampler:
         changed = h.repetition_penalty != 1 or h.presence_penalty or h.frequency_penalty or h.logit_bias
         return h.greedy and h.logprobs is None and self.grammar is None and not changed
 
-# %% ../../nbs/405_infer.sampling.ipynb #93585f43
-@patch
-def adjusted(self:RowSampler,
-    logits:Tensor, # Logits of the next token `w`, float32
-)->Tensor: # `w`; −∞ for tokens that the grammar forbids
-    "Logits after penalties, biases and the grammar's mask"
-    h,x = self.how,logits
-    if h.repetition_penalty != 1: x = penalise(x, torch.tensor([*self.prompt, *self.tokens], device=x.device), h.repetition_penalty)
-    if self.tokens and (h.presence_penalty or h.frequency_penalty):
-        ids,count = torch.tensor(self.tokens, device=x.device).unique(return_counts=True)
-        x = x.index_add(0, ids, -(h.presence_penalty + h.frequency_penalty*count.float()))
-    if h.logit_bias:
-        ids,bias = zip(*h.logit_bias.items(), strict=True)
-        x = x.index_add(0, torch.tensor(ids, device=x.device), torch.tensor(bias, dtype=x.dtype, device=x.device))
-    return x if self.grammar is None else x.masked_fill(~unpack_mask(torch.as_tensor(self.grammar.mask()), len(x)).to(x.device), -torch.inf)
+    def adjusted(self,
+        logits:Tensor, # Logits of the next token `w`, float32
+    )->Tensor: # `w`; −∞ for tokens that the grammar forbids
+        "Logits after penalties, biases and the grammar's mask"
+        h,x = self.how,logits
+        if h.repetition_penalty != 1: x = penalise(x, torch.tensor([*self.prompt, *self.tokens], device=x.device), h.repetition_penalty)
+        if self.tokens and (h.presence_penalty or h.frequency_penalty):
+            ids,count = torch.tensor(self.tokens, device=x.device).unique(return_counts=True)
+            x = x.index_add(0, ids, -(h.presence_penalty + h.frequency_penalty*count.float()))
+        if h.logit_bias:
+            ids,bias = zip(*h.logit_bias.items(), strict=True)
+            x = x.index_add(0, torch.tensor(ids, device=x.device), torch.tensor(bias, dtype=x.dtype, device=x.device))
+        return x if self.grammar is None else x.masked_fill(~unpack_mask(torch.as_tensor(self.grammar.mask()), len(x)).to(x.device), -torch.inf)
+
+    def weights(self,
+        logits:Tensor, # Logits of the next token `w`, float32
+    )->Tensor: # 0 for tokens that can't be drawn; they add up to at most 1 `w`
+        "Probabilities by which the next token is drawn"
+        x = self.adjusted(logits)
+        if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
+        if self.how.greedy: return torch.zeros_like(x).index_fill(0, best_tokens(x), 1)
+        return truncate((x/self.how.temperature).softmax(0), self.how)
+
+    def uniform(self)->float: # In [0, 1)
+        "The row's next random number"
+        return torch.rand((), dtype=torch.float64, generator=self.generator).item()
+
+    def sample(self,
+        logits:Tensor, # Logits of the next token `w`, float32
+    )->'Drawn':
+        "Draw the next token of the row, and note it"
+        weights = self.weights(logits)
+        return self.note(int(best_tokens(weights)) if self.how.greedy else draw_token(weights, self.uniform()), logits)
+
+    def note(self,
+        token:int, # The chosen token
+        logits:Tensor, # Logits of this position `w`
+    )->'Drawn':
+        "Note a token of the answer, and pass it to the grammar"
+        self.tokens.append(token)
+        if self.grammar is not None: self.grammar.accept(token)
+        if self.how.logprobs is None: return Drawn(token)
+        logprobs = logits.log_softmax(0)
+        return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.how.logprobs))
 
 # %% ../../nbs/405_infer.sampling.ipynb #36161925
 class Drawn(NamedTuple):
@@ -180,43 +208,6 @@ def most_likely(
     ids = (logprobs >= logprobs.topk(min(n, len(logprobs))).values[-1]).nonzero()[:, 0]
     order = logprobs[ids].sort(descending=True, stable=True).indices[:n]
     return tuple(zip(ids[order].tolist(), logprobs[ids[order]].tolist(), strict=True))
-
-# %% ../../nbs/405_infer.sampling.ipynb #c833442c
-@patch
-def weights(self:RowSampler,
-    logits:Tensor, # Logits of the next token `w`, float32
-)->Tensor: # 0 for tokens that can't be drawn; they add up to at most 1 `w`
-    "Probabilities by which the next token is drawn"
-    x = self.adjusted(logits)
-    if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
-    if self.how.greedy: return torch.zeros_like(x).index_fill(0, best_tokens(x), 1)
-    return truncate((x/self.how.temperature).softmax(0), self.how)
-
-@patch
-def uniform(self:RowSampler)->float: # In [0, 1)
-    "The row's next random number"
-    return torch.rand((), dtype=torch.float64, generator=self.generator).item()
-
-@patch
-def sample(self:RowSampler,
-    logits:Tensor, # Logits of the next token `w`, float32
-)->Drawn:
-    "Draw the next token of the row, and note it"
-    weights = self.weights(logits)
-    return self.note(int(best_tokens(weights)) if self.how.greedy else draw_token(weights, self.uniform()), logits)
-
-# %% ../../nbs/405_infer.sampling.ipynb #32c54460
-@patch
-def note(self:RowSampler,
-    token:int, # The chosen token
-    logits:Tensor, # Logits of this position `w`
-)->Drawn:
-    "Note a token of the answer, and pass it to the grammar"
-    self.tokens.append(token)
-    if self.grammar is not None: self.grammar.accept(token)
-    if self.how.logprobs is None: return Drawn(token)
-    logprobs = logits.log_softmax(0)
-    return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.how.logprobs))
 
 # %% ../../nbs/405_infer.sampling.ipynb #a2de5275
 def sample_ahead(

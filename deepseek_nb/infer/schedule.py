@@ -11,8 +11,6 @@ __all__ = ['PROMPT_ROOM', 'OUTPUT_WEIGHT', 'plan_step', 'FairQueue']
 # %% ../../nbs/456_infer.schedule.ipynb #5cf882f3
 from collections import deque
 
-from fastcore.basics import patch
-
 # %% ../../nbs/456_infer.schedule.ipynb #1ef821d1
 PROMPT_ROOM = 16  # tokens of a step that drafts leave to a prompt
 
@@ -41,84 +39,70 @@ class FairQueue:
     def __len__(self): return sum(map(len, self.waiting.values()))
     def __iter__(self): return (item for q in self.waiting.values() for item in q)
 
-# %% ../../nbs/456_infer.schedule.ipynb #e72b6698
-@patch(as_prop=True)
-def active(self:FairQueue)->set:
-    "Users with requests that wait or run"
-    return {*self.waiting, *self.running}
+    @property
+    def active(self)->set:
+        "Users with requests that wait or run"
+        return {*self.waiting, *self.running}
 
-# %% ../../nbs/456_infer.schedule.ipynb #88727b08
-@patch
-def push(self:FairQueue,
-    user:str, # Whose request
-    item, # What waits
-    first:bool = False, # Whether it goes before the user's other requests, as a request that has run before does
-)->None:
-    "Let a request wait"
-    if user not in self.active:
-        level = min((self.served[u] for u in self.active), default=0)
-        self.served[user] = max(self.served.get(user, 0), level)
-    queue = self.waiting.setdefault(user, deque())
-    queue.appendleft(item) if first else queue.append(item)
+    def push(self,
+        user:str, # Whose request
+        item, # What waits
+        first:bool = False, # Whether it goes before the user's other requests, as a request that has run before does
+    )->None:
+        "Let a request wait"
+        if user not in self.active:
+            level = min((self.served[u] for u in self.active), default=0)
+            self.served[user] = max(self.served.get(user, 0), level)
+        queue = self.waiting.setdefault(user, deque())
+        queue.appendleft(item) if first else queue.append(item)
+
+    def _next(self): return min(self.waiting, key=self.served.__getitem__, default=None)
+
+    def peek(self): # A request; None: nobody waits
+        "The next request"
+        user = self._next()
+        return None if user is None else self.waiting[user][0]
+
+    def pop(self): # A request
+        "Take the next request out; it runs now"
+        user = self._next()
+        item = self.waiting[user].popleft()
+        if not self.waiting[user]: del self.waiting[user]
+        self.running[user] = self.running.get(user, 0) + 1
+        return item
+
+    def charge(self,
+        user:str, # Who was served
+        prompt:int = 0, # Tokens of prompts that were computed
+        output:int = 0, # Tokens of answers
+    )->None:
+        "Count service"
+        self.served[user] = self.served.get(user, 0) + prompt + OUTPUT_WEIGHT*output
+
+    def _forget(self):
+        "Remove the counts that would be raised on return"
+        level = min((self.served[u] for u in self.active), default=float('inf'))
+        for u in [u for u,n in self.served.items() if u not in self.active and n <= level]: del self.served[u]
+
+    def leave(self,
+        user:str, # Whose request no longer runs
+    )->None:
+        "A request has ended, or waits again"
+        self.running[user] -= 1
+        if not self.running[user]: del self.running[user]
+        self._forget()
+
+    def remove(self,
+        item, # A request that waits
+        user:str, # Whose
+    )->bool: # Whether it was there
+        "Take out a request that was cancelled"
+        queue = self.waiting.get(user, ())
+        if item not in queue: return False
+        queue.remove(item)
+        if not queue: del self.waiting[user]
+        self._forget()
+        return True
 
 # %% ../../nbs/456_infer.schedule.ipynb #70d91a3b
 OUTPUT_WEIGHT = 2  # a token of an answer counts as two of a prompt
-
-@patch
-def _next(self:FairQueue): return min(self.waiting, key=self.served.__getitem__, default=None)
-
-@patch
-def peek(self:FairQueue): # A request; None: nobody waits
-    "The next request"
-    user = self._next()
-    return None if user is None else self.waiting[user][0]
-
-# %% ../../nbs/456_infer.schedule.ipynb #f9a26a96
-@patch
-def pop(self:FairQueue): # A request
-    "Take the next request out; it runs now"
-    user = self._next()
-    item = self.waiting[user].popleft()
-    if not self.waiting[user]: del self.waiting[user]
-    self.running[user] = self.running.get(user, 0) + 1
-    return item
-
-# %% ../../nbs/456_infer.schedule.ipynb #1fe25103
-@patch
-def charge(self:FairQueue,
-    user:str, # Who was served
-    prompt:int = 0, # Tokens of prompts that were computed
-    output:int = 0, # Tokens of answers
-)->None:
-    "Count service"
-    self.served[user] = self.served.get(user, 0) + prompt + OUTPUT_WEIGHT*output
-
-# %% ../../nbs/456_infer.schedule.ipynb #fb9a1e34
-@patch
-def _forget(self:FairQueue):
-    "Remove the counts that would be raised on return"
-    level = min((self.served[u] for u in self.active), default=float('inf'))
-    for u in [u for u,n in self.served.items() if u not in self.active and n <= level]: del self.served[u]
-
-@patch
-def leave(self:FairQueue,
-    user:str, # Whose request no longer runs
-)->None:
-    "A request has ended, or waits again"
-    self.running[user] -= 1
-    if not self.running[user]: del self.running[user]
-    self._forget()
-
-# %% ../../nbs/456_infer.schedule.ipynb #3909e16b
-@patch
-def remove(self:FairQueue,
-    item, # A request that waits
-    user:str, # Whose
-)->bool: # Whether it was there
-    "Take out a request that was cancelled"
-    queue = self.waiting.get(user, ())
-    if item not in queue: return False
-    queue.remove(item)
-    if not queue: del self.waiting[user]
-    self._forget()
-    return True

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model
@@ -114,34 +113,30 @@ class RowPool:
     def free(self)->int: return self.nbytes - self.rows - self.kept
     def __repr__(self): return f'RowPool({self.rows:,} bytes of rows and {self.kept:,} of snapshots, of {self.nbytes:,})'
 
-# %% ../../nbs/451_infer.snapshots.ipynb #b04bb9e6
-@patch
-def capacity(self:RowPool,
-    t:int, # Number of tokens
-)->int: # Tokens that a cache has memory for
-    "Round up to a border"
-    most = self.c.max_positions
-    if t > most: raise ValueError(f'context of {t} tokens is longer than max_positions {most}; shorten the prompt')
-    return min(-(-t//self.page)*self.page, most)
+    def capacity(self,
+        t:int, # Number of tokens
+    )->int: # Tokens that a cache has memory for
+        "Round up to a border"
+        most = self.c.max_positions
+        if t > most: raise ValueError(f'context of {t} tokens is longer than max_positions {most}; shorten the prompt')
+        return min(-(-t//self.page)*self.page, most)
 
-@patch
-def row_bytes(self:RowPool,
-    t:int, # Number of tokens
-)->int: # Bytes
-    "Size of the cache of a row"
-    return rewindable_bytes(self.c, self.capacity(t), 1, self.dtype.itemsize, self.rewinds)
+    def row_bytes(self,
+        t:int, # Number of tokens
+    )->int: # Bytes
+        "Size of the cache of a row"
+        return rewindable_bytes(self.c, self.capacity(t), 1, self.dtype.itemsize, self.rewinds)
+
+    def take(self,
+        n:int, # Number of bytes
+    )->None:
+        "Reserve bytes for a row"
+        if n > self.free and self.on_full is not None: self.on_full(n - self.free)
+        if n > self.free:
+            raise PoolFull(f'a row needs {n:,} more bytes, and {self.free:,} of {self.nbytes:,} are free; end a row or enlarge the pool')
+        self.rows += n
 
 # %% ../../nbs/451_infer.snapshots.ipynb #46e8c923
-@patch
-def take(self:RowPool,
-    n:int, # Number of bytes
-)->None:
-    "Reserve bytes for a row"
-    if n > self.free and self.on_full is not None: self.on_full(n - self.free)
-    if n > self.free:
-        raise PoolFull(f'a row needs {n:,} more bytes, and {self.free:,} of {self.nbytes:,} are free; end a row or enlarge the pool')
-    self.rows += n
-
 class OwnedCache(RewindableCache):
     "The cache of one row, with memory from a pool"
     def __init__(self,
@@ -159,17 +154,14 @@ class OwnedCache(RewindableCache):
         self.pool.take(self.pool.row_bytes(need) - self.nbytes)
         self.grow(self.pool.capacity(need))
 
-# %% ../../nbs/451_infer.snapshots.ipynb #d8ba1d77
-@patch
-def free(self:OwnedCache)->None:
-    "Give the memory back; the cache can't be used any more"
-    if not self.slots: return
-    self.pool.rows -= self.nbytes
-    self.slots,self.length,self.capacity = [],0,0
+    def free(self)->None:
+        "Give the memory back; the cache can't be used any more"
+        if not self.slots: return
+        self.pool.rows -= self.nbytes
+        self.slots,self.length,self.capacity = [],0,0
 
-@patch
-def __del__(self:OwnedCache):
-    if hasattr(self, 'pool'): self.free()
+    def __del__(self):
+        if hasattr(self, 'pool'): self.free()
 
 # %% ../../nbs/451_infer.snapshots.ipynb #4e32c609
 @dataclass
@@ -195,77 +187,104 @@ class Snapshots:
     def nbytes(self)->int: return self.pool.kept
     def __repr__(self): return f'Snapshots({len(self.blocks)} blocks of {self.pool.page} tokens, {self.nbytes:,} bytes)'
 
-# %% ../../nbs/451_infer.snapshots.ipynb #d535c144
-@patch
-def match(self:Snapshots,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->list[PrefixBlock]: # Blocks of the longest prefix with a state at its end
-    "Find the longest prefix from which a prompt can continue"
-    found = [self.blocks[i] for i in self.tree.match(ids, user)]
-    while found and found[-1].state is None: found.pop()
-    return found
+    def match(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->list[PrefixBlock]: # Blocks of the longest prefix with a state at its end
+        "Find the longest prefix from which a prompt can continue"
+        found = [self.blocks[i] for i in self.tree.match(ids, user)]
+        while found and found[-1].state is None: found.pop()
+        return found
 
-# %% ../../nbs/451_infer.snapshots.ipynb #65a58dc4
-@patch
-def _inner(self:Snapshots):
-    "Blocks with a state that are not the end of a prompt, those used least recently first"
-    ends = [(node, node.pages if node.children else node.pages[:-1]) for node in self.tree.nodes()]
-    used = [(node.used, i, number) for node,numbers in ends for i,number in enumerate(numbers)]
-    return [b for _,_,number in sorted(used) if (b := self.blocks[number]).state is not None]
+    def _inner(self):
+        "Blocks with a state that are not the end of a prompt, those used least recently first"
+        ends = [(node, node.pages if node.children else node.pages[:-1]) for node in self.tree.nodes()]
+        used = [(node.used, i, number) for node,numbers in ends for i,number in enumerate(numbers)]
+        return [b for _,_,number in sorted(used) if (b := self.blocks[number]).state is not None]
 
-@patch
-def evict(self:Snapshots,
-    nbytes:int, # Bytes that are needed
-)->None:
-    "Forget states and blocks until so many bytes are free"
-    least = self.pool.kept - nbytes
-    for block in self._inner():
-        if self.pool.kept <= least: return
-        self.pool.kept -= sum(t.nbytes for t in block.state)
-        block.state = None
-    while self.pool.kept > least and (gone := self.tree.evict(1)): self.pool.kept -= self.blocks.pop(gone[0]).nbytes
+    def evict(self,
+        nbytes:int, # Bytes that are needed
+    )->None:
+        "Forget states and blocks until so many bytes are free"
+        least = self.pool.kept - nbytes
+        for block in self._inner():
+            if self.pool.kept <= least: return
+            self.pool.kept -= sum(t.nbytes for t in block.state)
+            block.state = None
+        while self.pool.kept > least and (gone := self.tree.evict(1)): self.pool.kept -= self.blocks.pop(gone[0]).nbytes
 
-@patch
-def clear(self:Snapshots)->None:
-    "Forget everything"
-    self.evict(self.pool.kept)
+    def clear(self)->None:
+        "Forget everything"
+        self.evict(self.pool.kept)
 
-# %% ../../nbs/451_infer.snapshots.ipynb #9195dc2c
-@patch
-def _missing(self:Snapshots, ids, user):
-    "Number of known blocks of a whole number of blocks, whether the state at the end is known, and the bytes of the rest"
-    known,c,size = self.tree.match(ids, user),self.pool.c,self.pool.dtype.itemsize
-    done = len(known)*self.pool.page == len(ids) and self.blocks[known[-1]].state is not None
-    new = len(ids)//self.pool.page - len(known)
-    return known, done, new*block_bytes(c, self.pool.page, size) + state_bytes(c, len(ids), size)
+    def _missing(self, ids, user):
+        "Number of known blocks of a whole number of blocks, whether the state at the end is known, and the bytes of the rest"
+        known,c,size = self.tree.match(ids, user),self.pool.c,self.pool.dtype.itemsize
+        done = len(known)*self.pool.page == len(ids) and self.blocks[known[-1]].state is not None
+        new = len(ids)//self.pool.page - len(known)
+        return known, done, new*block_bytes(c, self.pool.page, size) + state_bytes(c, len(ids), size)
 
-# %% ../../nbs/451_infer.snapshots.ipynb #bb7f5032
-@patch
-def insert(self:Snapshots,
-    ids:list, # Tokens of the cache, and maybe more
-    cache:OwnedCache, # Cache of a row
-    user:str = '', # User id
-)->None:
-    "Keep the state of a row at its last border, and its entries up to there"
-    page = self.pool.page
-    at = len(cache)//page*page
-    if not at or len(cache) - at > cache.rewinds or self._missing(ids := ids[:at], user)[1]: return
-    if (need := self._missing(ids, user)[2]) > self.pool.free: self.evict(need - self.pool.free)
-    known,_,need = self._missing(ids, user)
-    if need > self.pool.free: return
-    new = [entries_between(cache, i*page, (i + 1)*page) for i in range(len(known), at//page)]
-    self._add(ids, user, known, new, state_at(cache, at))
+    def insert(self,
+        ids:list, # Tokens of the cache, and maybe more
+        cache:OwnedCache, # Cache of a row
+        user:str = '', # User id
+    )->None:
+        "Keep the state of a row at its last border, and its entries up to there"
+        page = self.pool.page
+        at = len(cache)//page*page
+        if not at or len(cache) - at > cache.rewinds or self._missing(ids := ids[:at], user)[1]: return
+        if (need := self._missing(ids, user)[2]) > self.pool.free: self.evict(need - self.pool.free)
+        known,_,need = self._missing(ids, user)
+        if need > self.pool.free: return
+        new = [entries_between(cache, i*page, (i + 1)*page) for i in range(len(known), at//page)]
+        self._add(ids, user, known, new, state_at(cache, at))
 
-# %% ../../nbs/451_infer.snapshots.ipynb #4207c05a
-@patch
-def _add(self:Snapshots, ids, user, known, new, state):
-    "Add blocks behind the known ones, and a state at the end"
-    numbers = [*known, *(next(self.numbers) for _ in new)]
-    self.blocks |= {i: PrefixBlock(entries, None) for i,entries in zip(numbers[len(known):], new, strict=True)}
-    self.tree.insert(ids, numbers, user)
-    self.blocks[numbers[-1]].state = state
-    self.pool.kept += sum(t.nbytes for part in (*new, state) for t in part)
+    def _add(self, ids, user, known, new, state):
+        "Add blocks behind the known ones, and a state at the end"
+        numbers = [*known, *(next(self.numbers) for _ in new)]
+        self.blocks |= {i: PrefixBlock(entries, None) for i,entries in zip(numbers[len(known):], new, strict=True)}
+        self.tree.insert(ids, numbers, user)
+        self.blocks[numbers[-1]].state = state
+        self.pool.kept += sum(t.nbytes for part in (*new, state) for t in part)
+
+    def save(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->None:
+        "Write the known prefix of a prompt to the folder"
+        if self.store is None or not (found := self.match(ids, user)): return
+        entries,states,ids = self.store.entries,self.store.states,ids[:len(found)*self.pool.page]
+        entries.save(entries.keys(ids, user), lambda i: tensors_to_bytes(found[i].entries, entries.size))
+        states.save(states.keys(ids, user)[-1:], lambda i: tensors_to_bytes(found[-1].state, states.size))
+
+    def _read(self, ids, user):
+        "Entries of the blocks of the longest prefix in memory and on disk that ends with a state on disk, and the state"
+        entries,states,pool = self.store.entries,self.store.states,self.pool
+        keys,borders,found = entries.keys(ids, user),states.keys(ids, user),[self.blocks[i].entries for i in self.tree.match(ids, user)]
+        n,least = len(keys),len(self.match(ids, user))
+        while (n := next((i for i in range(n, least, -1) if states.path(borders[i-1]).exists()), 0)):
+            while len(found) < n and (data := entries.load(keys[len(found)])) is not None:
+                found.append(tensors_from_bytes(data, block_shapes(pool.c, pool.page, pool.dtype), pool.device))
+            if len(found) >= n and (data := states.load(borders[n-1])) is not None:
+                return found[:n], tensors_from_bytes(data, state_shapes(pool.c, n*pool.page, pool.dtype), pool.device)
+            n = min(n - 1, len(found))
+        return [], None
+
+    def load(self,
+        ids:list, # Token ids
+        user:str = '', # User id
+    )->None:
+        "Read a longer prefix of a prompt from the folder, if there is memory for it"
+        if self.store is None: return
+        entries,state = self._read(ids, user)
+        if state is None: return
+        ids = ids[:len(entries)*self.pool.page]
+        if (need := self._missing(ids, user)[2]) > self.pool.free: self.evict(need - self.pool.free)
+        known,_,need = self._missing(ids, user)
+        if need > self.pool.free: return
+        self._add(ids, user, known, entries[len(known):], state)
+        self.store.entries.touch(self.store.entries.keys(ids, user))
+        self.store.states.touch(self.store.states.keys(ids, user)[-1:])
 
 # %% ../../nbs/451_infer.snapshots.ipynb #9f4b2aab
 def block_shapes(
@@ -323,48 +342,3 @@ class SnapshotFolder:
         self.entries,self.states = (PageStore(folder, of, f'{pool.dtype} {kind}', pool.page, n, nbytes) for kind,n in sizes.items())
     @property
     def nbytes(self)->int: return sum(f.size for f in self.entries.files())
-
-# %% ../../nbs/451_infer.snapshots.ipynb #708d49ba
-@patch
-def save(self:Snapshots,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->None:
-    "Write the known prefix of a prompt to the folder"
-    if self.store is None or not (found := self.match(ids, user)): return
-    entries,states,ids = self.store.entries,self.store.states,ids[:len(found)*self.pool.page]
-    entries.save(entries.keys(ids, user), lambda i: tensors_to_bytes(found[i].entries, entries.size))
-    states.save(states.keys(ids, user)[-1:], lambda i: tensors_to_bytes(found[-1].state, states.size))
-
-# %% ../../nbs/451_infer.snapshots.ipynb #4b7d4d27
-@patch
-def _read(self:Snapshots, ids, user):
-    "Entries of the blocks of the longest prefix in memory and on disk that ends with a state on disk, and the state"
-    entries,states,pool = self.store.entries,self.store.states,self.pool
-    keys,borders,found = entries.keys(ids, user),states.keys(ids, user),[self.blocks[i].entries for i in self.tree.match(ids, user)]
-    n,least = len(keys),len(self.match(ids, user))
-    while (n := next((i for i in range(n, least, -1) if states.path(borders[i-1]).exists()), 0)):
-        while len(found) < n and (data := entries.load(keys[len(found)])) is not None:
-            found.append(tensors_from_bytes(data, block_shapes(pool.c, pool.page, pool.dtype), pool.device))
-        if len(found) >= n and (data := states.load(borders[n-1])) is not None:
-            return found[:n], tensors_from_bytes(data, state_shapes(pool.c, n*pool.page, pool.dtype), pool.device)
-        n = min(n - 1, len(found))
-    return [], None
-
-# %% ../../nbs/451_infer.snapshots.ipynb #9ef07172
-@patch
-def load(self:Snapshots,
-    ids:list, # Token ids
-    user:str = '', # User id
-)->None:
-    "Read a longer prefix of a prompt from the folder, if there is memory for it"
-    if self.store is None: return
-    entries,state = self._read(ids, user)
-    if state is None: return
-    ids = ids[:len(entries)*self.pool.page]
-    if (need := self._missing(ids, user)[2]) > self.pool.free: self.evict(need - self.pool.free)
-    known,_,need = self._missing(ids, user)
-    if need > self.pool.free: return
-    self._add(ids, user, known, entries[len(known):], state)
-    self.store.entries.touch(self.store.entries.keys(ids, user))
-    self.store.states.touch(self.store.states.keys(ids, user)[-1:])

@@ -86,58 +86,48 @@ class DraftLength:
         self.steps += 1
         self.sums = [.98*s + x for s,x in zip(self.sums, (1, tokens, tokens*tokens, seconds, tokens*seconds), strict=True)]
 
-# %% ../../nbs/449_infer.speculate.ipynb #c04d551c
-@patch
-def kept(self:DraftLength,
-    kind, # Kind of the draft
-)->float: # Between 0 and 1
-    "Estimated probability that a drafted token is kept"
-    kept,drafted = self.seen.get(kind, (0., 0.))
-    return (kept + 3*self.guess.get(kind, .5))/(drafted + 3)
+    def kept(self,
+        kind, # Kind of the draft
+    )->float: # Between 0 and 1
+        "Estimated probability that a drafted token is kept"
+        kept,drafted = self.seen.get(kind, (0., 0.))
+        return (kept + 3*self.guess.get(kind, .5))/(drafted + 3)
 
-# %% ../../nbs/449_infer.speculate.ipynb #cfdad25e
-@patch
-def line(self:DraftLength)->tuple[float,float]: # a and b; 1 and 0.1 if nothing was measured yet
-    "Estimated time `a + b m` of a step with m tokens, in seconds"
-    n,m1,m2,t,mt = self.sums
-    if not n: return 1., .1
-    spread = n*m2 - m1*m1
-    sure = 64*n # weight of a first guess, a tenth of the time per token, so that one slow step decides nothing
-    b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
-    return (t - b*m1)/n, b
+    def line(self)->tuple[float,float]: # a and b; 1 and 0.1 if nothing was measured yet
+        "Estimated time `a + b m` of a step with m tokens, in seconds"
+        n,m1,m2,t,mt = self.sums
+        if not n: return 1., .1
+        spread = n*m2 - m1*m1
+        sure = 64*n # weight of a first guess, a tenth of the time per token, so that one slow step decides nothing
+        b = max(0., (n*mt - m1*t + sure*.1*t/m1)/(spread + sure))
+        return (t - b*m1)/n, b
 
-# %% ../../nbs/449_infer.speculate.ipynb #c414c611
-@patch
-def cost(self:DraftLength,
-    m:int, # Number of tokens of a step
-)->float: # Seconds
-    "Estimated time of a step"
-    a,b = self.line()
-    return max(a + b*m, 1e-9)
+    def cost(self,
+        m:int, # Number of tokens of a step
+    )->float: # Seconds
+        "Estimated time of a step"
+        a,b = self.line()
+        return max(a + b*m, 1e-9)
 
-# %% ../../nbs/449_infer.speculate.ipynb #93a8cb49
-@patch
-def length(self:DraftLength,
-    kind, # Kind of the draft
-    rows:int = 1, # Number of rows that decode in the step
-)->int: # Number of tokens to draft
-    "The length with the most tokens per second"
-    if self._even() and self.steps % self.again > self.again - 3: return 0
-    alpha,(a,b),best,top,tokens = self.kept(kind),self.line(),0,0.,0.
-    for n in range(self.most + 1):
-        tokens += alpha**n # as in `expected_tokens`
-        if (rate := tokens/max(a + b*rows*(n + 1), 1e-9)) < top: break # longer ones are worse still
-        best,top = n,rate
-    if not best and self.steps - self.tried.setdefault(kind, self.steps) < self.again: return 0
-    self.tried[kind] = self.steps
-    return max(best, 1)
+    def length(self,
+        kind, # Kind of the draft
+        rows:int = 1, # Number of rows that decode in the step
+    )->int: # Number of tokens to draft
+        "The length with the most tokens per second"
+        if self._even() and self.steps % self.again > self.again - 3: return 0
+        alpha,(a,b),best,top,tokens = self.kept(kind),self.line(),0,0.,0.
+        for n in range(self.most + 1):
+            tokens += alpha**n # as in `expected_tokens`
+            if (rate := tokens/max(a + b*rows*(n + 1), 1e-9)) < top: break # longer ones are worse still
+            best,top = n,rate
+        if not best and self.steps - self.tried.setdefault(kind, self.steps) < self.again: return 0
+        self.tried[kind] = self.steps
+        return max(best, 1)
 
-# %% ../../nbs/449_infer.speculate.ipynb #969c8f58
-@patch
-def _even(self:DraftLength):
-    "Whether all steps had about the same number of tokens: a deviation of one or less"
-    n,m1,m2,*_ = self.sums
-    return n*m2 - m1*m1 <= n*n
+    def _even(self):
+        "Whether all steps had about the same number of tokens: a deviation of one or less"
+        n,m1,m2,*_ = self.sums
+        return n*m2 - m1*m1 <= n*n
 
 # %% ../../nbs/449_infer.speculate.ipynb #a18fc51f
 def _verify(logits, draft, row):

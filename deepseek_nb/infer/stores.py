@@ -12,8 +12,6 @@ __all__ = ['PagedRows', 'OwnedRows', 'store_for']
 # %% ../../nbs/453_infer.stores.ipynb #1a09f996
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from ..arch.model import Model
 from ..arch.rewindable import RewindableCache
 from .paged import PagedCache, PagePool
@@ -53,99 +51,82 @@ class PagedRows:
         "A cache for one token, apart from the pool"
         return PagedCache(self.kind(self.model.config, 1, 16, self.model.dtype, self.model.device))
 
-# %% ../../nbs/453_infer.stores.ipynb #9c632562
-@patch
-def check(self:PagedRows,
-    n:int, # Tokens of a request, its answer included
-)->None:
-    "Raise an error if a request can never run"
-    if -(-n//self.pool.page) > self.pool.pages:
-        pages = f'{self.pool.pages} pages of {self.pool.page} positions'
-        raise ValueError(f'{n} tokens need more than the {pages} that the engine has; give it more bytes')
+    def check(self,
+        n:int, # Tokens of a request, its answer included
+    )->None:
+        "Raise an error if a request can never run"
+        if -(-n//self.pool.page) > self.pool.pages:
+            pages = f'{self.pool.pages} pages of {self.pool.page} positions'
+            raise ValueError(f'{n} tokens need more than the {pages} that the engine has; give it more bytes')
 
-# %% ../../nbs/453_infer.stores.ipynb #c25ae8c7
-@patch
-def busy(self:PagedRows,
-    caches:list, # Caches of the rows that run
-)->set: # Page numbers
-    "Pages of the rows that run"
-    return {p for cache in caches for p in cache.tables[0]}
+    def busy(self,
+        caches:list, # Caches of the rows that run
+    )->set: # Page numbers
+        "Pages of the rows that run"
+        return {p for cache in caches for p in cache.tables[0]}
 
-# %% ../../nbs/453_infer.stores.ipynb #cb717417
-@patch
-def has_room(self:PagedRows,
-    tokens:list, # Tokens of a request
-    space:str, # Part of the prefix cache that it may use
-    caches:list, # Caches of the rows that run
-)->bool: # Whether it can start
-    "Whether the pool has pages for a request"
-    busy = self.busy(caches)
-    shared = len(busy.intersection(self.prefix.tree.match(tokens, space)))
-    return -(-(len(tokens) + 1)//self.pool.page) - shared + len(caches) <= self.pool.pages - len(busy)
+    def has_room(self,
+        tokens:list, # Tokens of a request
+        space:str, # Part of the prefix cache that it may use
+        caches:list, # Caches of the rows that run
+    )->bool: # Whether it can start
+        "Whether the pool has pages for a request"
+        busy = self.busy(caches)
+        shared = len(busy.intersection(self.prefix.tree.match(tokens, space)))
+        return -(-(len(tokens) + 1)//self.pool.page) - shared + len(caches) <= self.pool.pages - len(busy)
 
-# %% ../../nbs/453_infer.stores.ipynb #64656791
-@patch
-def known(self:PagedRows,
-    tokens:list, # Tokens of a request
-    space:str, # Part of the prefix cache that it may use
-)->int: # Tokens, without the last page
-    "Length of the known prefix"
-    return len(self.prefix.tree.match(tokens[:-1], space))*self.pool.page
+    def known(self,
+        tokens:list, # Tokens of a request
+        space:str, # Part of the prefix cache that it may use
+    )->int: # Tokens, without the last page
+        "Length of the known prefix"
+        return len(self.prefix.tree.match(tokens[:-1], space))*self.pool.page
 
-# %% ../../nbs/453_infer.stores.ipynb #3a9db49d
-@patch
-def _shared(self:PagedRows, tokens, space, caches):
-    "Pages, and the number of positions of the known prefix in them"
-    page,pages = self.pool.page,self.prefix.pages(tokens, space)
-    last,n = self.prefix.tree.tail(tokens[:-1], space)
-    need = -(-(len(tokens) + 1)//page) - len(pages) + 1 # the shared page is kept until it is copied
-    if n < page//8 or need > self.pool.pages - len(self.busy(caches).union(pages)): return pages, len(pages)*page
-    return [*pages, last], len(pages)*page + n
+    def _shared(self, tokens, space, caches):
+        "Pages, and the number of positions of the known prefix in them"
+        page,pages = self.pool.page,self.prefix.pages(tokens, space)
+        last,n = self.prefix.tree.tail(tokens[:-1], space)
+        need = -(-(len(tokens) + 1)//page) - len(pages) + 1 # the shared page is kept until it is copied
+        if n < page//8 or need > self.pool.pages - len(self.busy(caches).union(pages)): return pages, len(pages)*page
+        return [*pages, last], len(pages)*page + n
 
-# %% ../../nbs/453_infer.stores.ipynb #92ec2861
-@patch
-def open(self:PagedRows,
-    tokens:list, # Tokens of a request
-    space:str, # Part of the prefix cache that it may use
-    caches:list, # Caches of the rows that run
-    share:bool = True, # Whether to begin with a known prefix
-)->PagedCache:
-    "Make a cache that begins with the known prefix"
-    pages,n = self._shared(tokens, space, caches) if share else ([], 0)
-    return PagedCache.from_pages(self.pool, [pages], n)
+    def open(self,
+        tokens:list, # Tokens of a request
+        space:str, # Part of the prefix cache that it may use
+        caches:list, # Caches of the rows that run
+        share:bool = True, # Whether to begin with a known prefix
+    )->PagedCache:
+        "Make a cache that begins with the known prefix"
+        pages,n = self._shared(tokens, space, caches) if share else ([], 0)
+        return PagedCache.from_pages(self.pool, [pages], n)
 
-# %% ../../nbs/453_infer.stores.ipynb #7ac0b610
-@patch
-def part(self:PagedRows,
-    cache:PagedCache, # Cache of a row
-    n:int, # Tokens that it lacks
-)->int: # Tokens
-    "Most tokens that one step may compute"
-    return n
+    def part(self,
+        cache:PagedCache, # Cache of a row
+        n:int, # Tokens that it lacks
+    )->int: # Tokens
+        "Most tokens that one step may compute"
+        return n
 
-@patch
-def passed(self:PagedRows,
-    tokens:list, # Tokens of a row
-    cache:PagedCache, # Its cache, without rejected drafts
-    space:str, # Its part of the prefix cache
-)->None: "Keep what later steps would overwrite: nothing"
+    def passed(self,
+        tokens:list, # Tokens of a row
+        cache:PagedCache, # Its cache, without rejected drafts
+        space:str, # Its part of the prefix cache
+    )->None: "Keep what later steps would overwrite: nothing"
 
-@patch
-def keep(self:PagedRows,
-    tokens:list, # Tokens of a row
-    cache:PagedCache, # Its cache
-    space:str, # Its part of the prefix cache
-    ends:bool = False, # Whether the row ends, so that its last page can be shared too
-)->None:
-    "Store the pages of a row for later requests"
-    self.prefix.insert(tokens, cache, space, ends)
+    def keep(self,
+        tokens:list, # Tokens of a row
+        cache:PagedCache, # Its cache
+        space:str, # Its part of the prefix cache
+        ends:bool = False, # Whether the row ends, so that its last page can be shared too
+    )->None:
+        "Store the pages of a row for later requests"
+        self.prefix.insert(tokens, cache, space, ends)
 
-@patch
-def fill(self:PagedRows)->float: # From 0 to 1
-    "Share of the pages that rows use; those that only the prefix cache has don't count"
-    shared = sum(r > 1 for r in self.pool.refs) # with the prefix cache
-    used = self.pool.pages - len(self.pool.free) - self.prefix.tree.size + shared
-    return min(max(0, used), self.pool.pages)/self.pool.pages
+    def fill(self)->float: # From 0 to 1
+        "Share of the pages that rows use; those that only the prefix cache has don't count"
+        shared = sum(r > 1 for r in self.pool.refs) # with the prefix cache
+        used = self.pool.pages - len(self.pool.free) - self.prefix.tree.size + shared
+        return min(max(0, used), self.pool.pages)/self.pool.pages
 
 # %% ../../nbs/453_infer.stores.ipynb #b99d69f3
 class OwnedRows:
@@ -171,97 +152,82 @@ class OwnedRows:
         "A cache for one token, apart from the pool"
         return self.model.new_cache(1)
 
-# %% ../../nbs/453_infer.stores.ipynb #95a73632
-@patch(as_prop=True)
-def longest(self:OwnedRows)->int:
-    "Most tokens of one row"
-    pool,c = self.pool,self.model.config
-    if pool.row_bytes(c.max_positions) <= pool.nbytes: return c.max_positions
-    return max(0, (pool.nbytes - pool.row_bytes(0))//block_bytes(c, pool.page, pool.dtype.itemsize)*pool.page)
+    @property
+    def longest(self)->int:
+        "Most tokens of one row"
+        pool,c = self.pool,self.model.config
+        if pool.row_bytes(c.max_positions) <= pool.nbytes: return c.max_positions
+        return max(0, (pool.nbytes - pool.row_bytes(0))//block_bytes(c, pool.page, pool.dtype.itemsize)*pool.page)
 
-# %% ../../nbs/453_infer.stores.ipynb #ee859c0c
-@patch(as_prop=True)
-def positions(self:OwnedRows)->int:
-    "Most tokens of all rows"
-    return self.longest*min(self.max_rows, max(1, self.pool.nbytes//self.pool.row_bytes(self.longest)))
+    @property
+    def positions(self)->int:
+        "Most tokens of all rows"
+        return self.longest*min(self.max_rows, max(1, self.pool.nbytes//self.pool.row_bytes(self.longest)))
 
-# %% ../../nbs/453_infer.stores.ipynb #657e9d54
-@patch
-def check(self:OwnedRows, # noqa: F811
-    n:int, # Tokens of a request, its answer included
-)->None:
-    "Raise an error if a request can never run"
-    if n > self.longest:
-        raise ValueError(f'{n} tokens need more than the {self.pool.nbytes:,} bytes that the engine has; give it more bytes')
+    def check(self, # noqa: F811
+        n:int, # Tokens of a request, its answer included
+    )->None:
+        "Raise an error if a request can never run"
+        if n > self.longest:
+            raise ValueError(f'{n} tokens need more than the {self.pool.nbytes:,} bytes that the engine has; give it more bytes')
 
-# %% ../../nbs/453_infer.stores.ipynb #2af65034
-@patch
-def has_room(self:OwnedRows, # noqa: F811
-    tokens:list, # Tokens of a request
-    space:str, # Part of the prefix cache that it may use
-    caches:list, # Caches of the rows that run
-)->bool: # Whether it can start
-    "Whether there is memory for a request"
-    spare = len(caches)*block_bytes(self.model.config, self.pool.page, self.pool.dtype.itemsize)
-    return self.pool.row_bytes(len(tokens)) + spare <= self.pool.nbytes - self.pool.rows
+    def has_room(self, # noqa: F811
+        tokens:list, # Tokens of a request
+        space:str, # Part of the prefix cache that it may use
+        caches:list, # Caches of the rows that run
+    )->bool: # Whether it can start
+        "Whether there is memory for a request"
+        spare = len(caches)*block_bytes(self.model.config, self.pool.page, self.pool.dtype.itemsize)
+        return self.pool.row_bytes(len(tokens)) + spare <= self.pool.nbytes - self.pool.rows
 
-# %% ../../nbs/453_infer.stores.ipynb #00aaad99
-@patch
-def known(self:OwnedRows, # noqa: F811
-    tokens:list, # Tokens of a request
-    space:str, # Part of the prefix cache that it may use
-)->int: # Tokens
-    "Length of the known prefix"
-    return len(self.prefix.match(tokens[:-1], space))*self.pool.page
+    def known(self, # noqa: F811
+        tokens:list, # Tokens of a request
+        space:str, # Part of the prefix cache that it may use
+    )->int: # Tokens
+        "Length of the known prefix"
+        return len(self.prefix.match(tokens[:-1], space))*self.pool.page
 
-# %% ../../nbs/453_infer.stores.ipynb #d89e5855
-@patch
-def open(self:OwnedRows, # noqa: F811
-    tokens:list, # Tokens of a request
-    space:str, # Part of the prefix cache that it may use
-    caches:list, # Caches of the rows that run
-    share:bool = True, # Whether to begin with a known prefix
-)->OwnedCache:
-    "Make a cache that begins with the known prefix"
-    if share: self.prefix.load(tokens[:-1], space)
-    found,cache = self.prefix.match(tokens[:-1], space) if share else [],OwnedCache(self.pool)
-    cache.reserve(len(tokens))
-    if found and found[-1].state: restore(cache, [b.entries for b in found], found[-1].state, self.pool.page)
-    return cache
+    def open(self, # noqa: F811
+        tokens:list, # Tokens of a request
+        space:str, # Part of the prefix cache that it may use
+        caches:list, # Caches of the rows that run
+        share:bool = True, # Whether to begin with a known prefix
+    )->OwnedCache:
+        "Make a cache that begins with the known prefix"
+        if share: self.prefix.load(tokens[:-1], space)
+        found,cache = self.prefix.match(tokens[:-1], space) if share else [],OwnedCache(self.pool)
+        cache.reserve(len(tokens))
+        if found and found[-1].state: restore(cache, [b.entries for b in found], found[-1].state, self.pool.page)
+        return cache
 
-# %% ../../nbs/453_infer.stores.ipynb #d8d7a951
-@patch
-def part(self:OwnedRows, # noqa: F811
-    cache:OwnedCache, # Cache of a row
-    n:int, # Tokens that it lacks
-)->int: # Tokens
-    "Most tokens that one step may compute"
-    return min(n, self.pool.page - len(cache)%self.pool.page)
+    def part(self, # noqa: F811
+        cache:OwnedCache, # Cache of a row
+        n:int, # Tokens that it lacks
+    )->int: # Tokens
+        "Most tokens that one step may compute"
+        return min(n, self.pool.page - len(cache)%self.pool.page)
 
-@patch
-def passed(self:OwnedRows, # noqa: F811
-    tokens:list, # Tokens of a row
-    cache:OwnedCache, # Its cache, without rejected drafts
-    space:str, # Its part of the prefix cache
-)->None:
-    "Keep the state at the last border"
-    self.prefix.insert(tokens, cache, space)
+    def passed(self, # noqa: F811
+        tokens:list, # Tokens of a row
+        cache:OwnedCache, # Its cache, without rejected drafts
+        space:str, # Its part of the prefix cache
+    )->None:
+        "Keep the state at the last border"
+        self.prefix.insert(tokens, cache, space)
 
-@patch
-def keep(self:OwnedRows, # noqa: F811
-    tokens:list, # Tokens of a row
-    cache:OwnedCache, # Its cache
-    space:str, # Its part of the prefix cache
-    ends:bool = False, # Whether the row ends
-)->None:
-    "Keep the state at the last border, as after a step, also on disk"
-    self.passed(tokens, cache, space)
-    self.prefix.save(tokens, space)
+    def keep(self, # noqa: F811
+        tokens:list, # Tokens of a row
+        cache:OwnedCache, # Its cache
+        space:str, # Its part of the prefix cache
+        ends:bool = False, # Whether the row ends
+    )->None:
+        "Keep the state at the last border, as after a step, also on disk"
+        self.passed(tokens, cache, space)
+        self.prefix.save(tokens, space)
 
-@patch
-def fill(self:OwnedRows)->float: # noqa: F811
-    "Share of the memory that rows use"
-    return self.pool.rows/self.pool.nbytes
+    def fill(self)->float: # noqa: F811
+        "Share of the memory that rows use"
+        return self.pool.rows/self.pool.nbytes
 
 # %% ../../nbs/453_infer.stores.ipynb #4f3a9166
 def store_for(

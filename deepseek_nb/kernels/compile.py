@@ -163,38 +163,34 @@ class Stepper:
         if not (plain and fits and self.freqs.device == tokens.device): return False
         return chosen() == 'compile' or (chosen() == 'auto' and not kernels_take(self.model, cache))
 
-# %% ../../nbs/555_kernels.compile.ipynb #5289df8e
-@patch
-def advance(self:Stepper,
-    token:Tensor, # Token ids `b 1`
-    cache:Cache, # Cache, which is read and extended
-)->Tensor: # Logits `b 1 w`
-    "Run one step"
-    check_tokens(token, self.model.config, token.device.type == 'cpu')
-    cache.reserve(1)
-    tensors = [s.tensors for s in cache.slots]
-    if self.how == 'graph': tensors = first_positions(tensors, span_of(len(cache) + 1))
-    elif not hasattr(tensors[0][0], '_dynamo_dynamic_indices'):
-        for x in (x for layer in tensors for x in layer): torch._dynamo.mark_dynamic(x, x.ndim-2)
-    pad = cache.pad if cache.pad is not None else torch.zeros(cache.batch, dtype=torch.long, device=token.device)
-    with use('auto' if self.how == 'graph' else 'compile'), warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        logits = self.step(self.model, token, torch.full((1,), len(cache), device=token.device), pad, self.freqs, tensors)
-    cache.advance(1)
-    return logits
+    def advance(self,
+        token:Tensor, # Token ids `b 1`
+        cache:Cache, # Cache, which is read and extended
+    )->Tensor: # Logits `b 1 w`
+        "Run one step"
+        check_tokens(token, self.model.config, token.device.type == 'cpu')
+        cache.reserve(1)
+        tensors = [s.tensors for s in cache.slots]
+        if self.how == 'graph': tensors = first_positions(tensors, span_of(len(cache) + 1))
+        elif not hasattr(tensors[0][0], '_dynamo_dynamic_indices'):
+            for x in (x for layer in tensors for x in layer): torch._dynamo.mark_dynamic(x, x.ndim-2)
+        pad = cache.pad if cache.pad is not None else torch.zeros(cache.batch, dtype=torch.long, device=token.device)
+        with use('auto' if self.how == 'graph' else 'compile'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            logits = self.step(self.model, token, torch.full((1,), len(cache), device=token.device), pad, self.freqs, tensors)
+        cache.advance(1)
+        return logits
 
-# %% ../../nbs/555_kernels.compile.ipynb #33aecb03
-@patch
-def __call__(self:Stepper,
-    tokens:Tensor, # Token ids `b s`
-    cache:Cache|None = None, # Cache, which is read and extended
-    logits_to_keep:int = 0, # Number of last positions to return logits for; 0: all
-    attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
-    mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
-)->Tensor: # Logits `b s w`, float32
-    "Call the model, or the compiled step if it can run"
-    if attention_mask is None and mla != 'naive' and self.takes(tokens, cache): return self.advance(tokens, cache)
-    return self.model._call_impl(tokens, cache, logits_to_keep, attention_mask, mla)
+    def __call__(self,
+        tokens:Tensor, # Token ids `b s`
+        cache:Cache|None = None, # Cache, which is read and extended
+        logits_to_keep:int = 0, # Number of last positions to return logits for; 0: all
+        attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
+        mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
+    )->Tensor: # Logits `b s w`, float32
+        "Call the model, or the compiled step if it can run"
+        if attention_mask is None and mla != 'naive' and self.takes(tokens, cache): return self.advance(tokens, cache)
+        return self.model._call_impl(tokens, cache, logits_to_keep, attention_mask, mla)
 
 # %% ../../nbs/555_kernels.compile.ipynb #0b110775
 class GraphStep:
@@ -221,21 +217,19 @@ class GraphStep:
         graph.replay()
         return logits.clone()
 
-# %% ../../nbs/555_kernels.compile.ipynb #64de4c25
-@patch
-def record(self:GraphStep,
-    model:Model, # Model with its weights
-    inputs:tuple, # Token, position and padding: the memory that the graph will read
-    freqs:Tensor, # Rotary frequencies `r/2`
-    tensors:list, # Tensors of the cache: a list per layer
-)->tuple: # The inputs, the graph, and the memory of its logits
-    "Record a step"
-    graph,side = torch.cuda.CUDAGraph(),torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side): decode_step(model, *inputs, freqs, tensors)
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph): logits = decode_step(model, *inputs, freqs, tensors)
-    return inputs,graph,logits
+    def record(self,
+        model:Model, # Model with its weights
+        inputs:tuple, # Token, position and padding: the memory that the graph will read
+        freqs:Tensor, # Rotary frequencies `r/2`
+        tensors:list, # Tensors of the cache: a list per layer
+    )->tuple: # The inputs, the graph, and the memory of its logits
+        "Record a step"
+        graph,side = torch.cuda.CUDAGraph(),torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side): decode_step(model, *inputs, freqs, tensors)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph): logits = decode_step(model, *inputs, freqs, tensors)
+        return inputs,graph,logits
 
 # %% ../../nbs/555_kernels.compile.ipynb #a5719476
 @patch

@@ -72,7 +72,6 @@ def attend_rows(
     y = attend_pages(rearrange(q, '1 h n x -> n h x').float(), k.pages, v.pages, p.starts, p.past, p.table, scale)
     return rearrange(y, 'n h v -> 1 h n v').to(q.dtype)
 
-
 # %% ../../nbs/543_kernels.layers.ipynb #74012c5c
 def few_tokens()->int: # 24 with AVX-512, otherwise 12
     "Largest number of tokens that products take row by row"
@@ -89,7 +88,6 @@ def exact_block(
     formats = {m.format.name for m in block.modules() if isinstance(m, QuantizedWeight)}
     return formats <= EXACT and all(p.ndim < 2 for p in block.parameters())
 
-
 # %% ../../nbs/543_kernels.layers.ipynb #543aaaa3
 def needs_layers(
     x:Tensor, # Embedded tokens of all rows `n d`
@@ -104,7 +102,6 @@ def needs_layers(
     return found.layers and found.holds() # no weight was replaced since
 
 def _has_ggml(block): return any(isinstance(m, QuantizedWeight) and m.format.name == 'ggml' for m in block.modules())
-
 
 # %% ../../nbs/543_kernels.layers.ipynb #543aaaa4
 @run_rows.twin('cpp', label='layers', available=paged_kernels.ready, supports=needs_layers)
@@ -123,7 +120,6 @@ def run_rows_layers(
         out.append(y[0])
     return torch.cat(out)
 
-
 # %% ../../nbs/543_kernels.layers.ipynb #6026e97c
 def same_in_company(
     model:Model, # Model that a server runs
@@ -134,4 +130,3 @@ def same_in_company(
     pool = PagePool(model.config, 1, dtype=model.dtype, device=model.device) if pool is None else pool
     with torch.inference_mode(), PagedCache(pool) as cache:
         return run_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ())).kind == 'cpp'
-

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -79,46 +78,38 @@ class Panels(Layout):
         x = torch.cat([rearrange(side_by_side(t, w), '... (g y) -> ... g y', g=self.groups) for t,w in padded], -1)
         return rearrange(x, '... g y -> ... (g y)')[..., :self.size()]
 
-# %% ../../nbs/535_kernels.panels.ipynb #ef7d0e83
-@patch
-def split(self:Panels,
-    stored:dict, # Dictionary with `panels`, bytes `… x`
-)->Iterator[tuple]: # Name and numbers `… g a r w` of each part
-    "Divide panels into their parts"
-    x,at = stored['panels'],0
-    if lack := self.groups*self.stride - self.size(): x = F.pad(x, (0, lack))
-    x = x.unflatten(-1, (self.groups, self.stride))
-    for p in self.pieces:
-        part = x[..., at:(at := at + 16*self.widths[p.name]*p.dtype.itemsize)].contiguous().view(p.dtype)
-        yield p.name, part.unflatten(-1, (-1, 16, p.width))
+    def split(self,
+        stored:dict, # Dictionary with `panels`, bytes `… x`
+    )->Iterator[tuple]: # Name and numbers `… g a r w` of each part
+        "Divide panels into their parts"
+        x,at = stored['panels'],0
+        if lack := self.groups*self.stride - self.size(): x = F.pad(x, (0, lack))
+        x = x.unflatten(-1, (self.groups, self.stride))
+        for p in self.pieces:
+            part = x[..., at:(at := at + 16*self.widths[p.name]*p.dtype.itemsize)].contiguous().view(p.dtype)
+            yield p.name, part.unflatten(-1, (-1, 16, p.width))
 
-# %% ../../nbs/535_kernels.panels.ipynb #dd2d9297
-@patch
-def _finish(self:Panels, name, t):
-    if name == 'codes': return t[..., :self.i if self.bits == 8 else 16*self.blocks]
-    return t if self.grouped else t[..., 0]
+    def _finish(self, name, t):
+        if name == 'codes': return t[..., :self.i if self.bits == 8 else 16*self.blocks]
+        return t if self.grouped else t[..., 0]
 
-# %% ../../nbs/535_kernels.panels.ipynb #faec9b54
-@patch
-def parts(self:Panels,
-    stored:dict, # Dictionary with `panels`, bytes `… p x`
-    shape:tuple, # Shape of the weight `… o i`
-)->dict: # Parts by name
-    "Restore the parts of a weight"
-    rows = ((n, rearrange(t, '... p g a r w -> ... (p r) (g a w)')[..., :shape[-2], :]) for n,t in self.split(stored))
-    return {n: self._finish(n, t) for n,t in rows}
+    def parts(self,
+        stored:dict, # Dictionary with `panels`, bytes `… p x`
+        shape:tuple, # Shape of the weight `… o i`
+    )->dict: # Parts by name
+        "Restore the parts of a weight"
+        rows = ((n, rearrange(t, '... p g a r w -> ... (p r) (g a w)')[..., :shape[-2], :]) for n,t in self.split(stored))
+        return {n: self._finish(n, t) for n,t in rows}
 
-# %% ../../nbs/535_kernels.panels.ipynb #e0bcfd4e
-@patch
-def rows(self:Panels,
-    stored:dict, # Dictionary with `panels`, bytes `p x`
-    ids:Tensor, # Row numbers, any shape
-)->dict: # Parts of these rows by name
-    "Restore the parts of some rows"
-    flat = ids.flatten()
-    each,r = torch.arange(len(flat), device=flat.device),flat % 16
-    some = {n: t[each, :, :, r] for n,t in self.split({'panels': stored['panels'][flat//16]})}
-    return {n: self._finish(n, t.reshape(*ids.shape, -1)) for n,t in some.items()}
+    def rows(self,
+        stored:dict, # Dictionary with `panels`, bytes `p x`
+        ids:Tensor, # Row numbers, any shape
+    )->dict: # Parts of these rows by name
+        "Restore the parts of some rows"
+        flat = ids.flatten()
+        each,r = torch.arange(len(flat), device=flat.device),flat % 16
+        some = {n: t[each, :, :, r] for n,t in self.split({'panels': stored['panels'][flat//16]})}
+        return {n: self._finish(n, t.reshape(*ids.shape, -1)) for n,t in some.items()}
 
 # %% ../../nbs/535_kernels.panels.ipynb #0a88815c
 _arena = Arena()  # memory for the panels of a model

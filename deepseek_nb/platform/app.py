@@ -18,7 +18,6 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import fasthtml.components as fh
-from fastcore.basics import patch
 from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -99,33 +98,80 @@ class PlatformServer(Server):
         self.secret,self.loading,self.tables,self.numbers = secrets.token_bytes(32),threading.Lock(),{},{}
         self.ended = request_hook(self.recorder, self.tables, lambda r: (r.place, r.model_id), texts=True)
 
-# %% ../../nbs/840_platform.app.ipynb #076b190f
-@patch
-def pick(self:PlatformServer,
-    place:str|None, # Name that the client asked for
-    owner:str, # Who asks
-)->tuple: # `ServedModel` and `Choice`
-    "The model that answers an owner at a place; it waits only for its own loading"
-    if not place: raise ApiError(400, 'model is missing; name a place', 'model')
-    choice = choose(self.platform, place, owner)
-    if choice.model_id is None: raise ApiError(404, f'nothing is released as {place!r:.60}', 'model', code='model_not_found')
-    if served := self.numbers.get(choice.model_id): return served, choice
-    with self.loading: return self.numbers.get(choice.model_id) or self._load(choice.model_id), choice
+    def pick(self,
+        place:str|None, # Name that the client asked for
+        owner:str, # Who asks
+    )->tuple: # `ServedModel` and `Choice`
+        "The model that answers an owner at a place; it waits only for its own loading"
+        if not place: raise ApiError(400, 'model is missing; name a place', 'model')
+        choice = choose(self.platform, place, owner)
+        if choice.model_id is None: raise ApiError(404, f'nothing is released as {place!r:.60}', 'model', code='model_not_found')
+        if served := self.numbers.get(choice.model_id): return served, choice
+        with self.loading: return self.numbers.get(choice.model_id) or self._load(choice.model_id), choice
 
-@patch
-def _load(self:PlatformServer, model):
-    "Load a model, and let the oldest one that is idle go"
-    served = load_model(self.platform, model)
-    idle = [n for n,m in self.numbers.items() if not m.engine.count]
-    for number in idle[:max(0, len(self.numbers) + 1 - self.most)]:
-        old = self.numbers.pop(number)
-        del self.models[old.name]
-        self.tables.pop(old.name, None)
-        old.engine.close()
-    with suppress(Exception): self.tables[served.name] = EmbeddingTable.of(served.engine.model) # quantised weights have none
-    served.engine.start()
-    self.models[served.name] = self.numbers[model] = served
-    return served
+    def _load(self, model):
+        "Load a model, and let the oldest one that is idle go"
+        served = load_model(self.platform, model)
+        idle = [n for n,m in self.numbers.items() if not m.engine.count]
+        for number in idle[:max(0, len(self.numbers) + 1 - self.most)]:
+            old = self.numbers.pop(number)
+            del self.models[old.name]
+            self.tables.pop(old.name, None)
+            old.engine.close()
+        with suppress(Exception): self.tables[served.name] = EmbeddingTable.of(served.engine.model) # quantised weights have none
+        served.engine.start()
+        self.models[served.name] = self.numbers[model] = served
+        return served
+
+    def model(self,
+        name:str|None, # A place
+    )->ServedModel:
+        "The model that a request names, whoever asks"
+        return self.pick(name, '')[0]
+
+    async def _start(self, request, start, owner, body):
+        "Read a body and start what it asks for, with the model that is released for this owner"
+        (body,long),record = await self._parsed(body, owner),request.scope['record']
+        record.place,record.model_id = str(Fields(dict(body)).take('model', str) or '')[:100],None
+        served,choice = await self.readers.run(owner, False, self.pick, record.place, owner)
+        record.model,record.key,record.tok,record.model_id = served.name,owner,served.tok,choice.model_id
+        text = asked_text(body) # before a run changes it
+        out = await self._read(request, owner, long, start, served, {k: v for k,v in body.items() if k != 'model'}, owner)
+        record.answer,record.streams = out.id,[a.stream for a in getattr(out, 'answers', None) or [out.answer]]
+        record.asked = await self.readers.run(owner, long, passed_text, served, text)
+        return out
+
+    async def _list_models(self, request): # `GET /v1/models`
+        "All places, for whoever has a token"
+        try: owner_of(request.headers.get('authorization'), self.config.keys)
+        except ApiError as error: return self._response(error, request=request)
+        data = [dict(id=place, object='model', created=int(self.started), owned_by='deepseek_nb') for place,_ in live_places(self.platform)]
+        return JSONResponse(dict(object='list', data=data, has_more=False))
+
+    def _key(self, token):
+        "The inner key for a token; None: the token isn't known"
+        user = user_of_token(self.platform, token) if token.startswith('dnb_') else None
+        if user is None: return None
+        key = hmac.digest(self.secret, str(user.id).encode(), 'sha256').hex()
+        self.config.keys.setdefault(f'user{user.id}', key_digest(key))
+        return key
+
+    async def _gate(self, scope):
+        "The same request with an inner key"
+        given = Request(scope).headers
+        token = given_key(given.get('authorization') or given.get('x-api-key'))
+        key = await run_in_threadpool(self._key, token) if token else None
+        heads = [(k, v) for k,v in scope['headers'] if k not in (b'authorization', b'x-api-key')]
+        return scope | dict(headers=heads + ([(b'authorization', f'Bearer {key}'.encode())] if key else []))
+
+    def app(self): # ASGI application
+        "API and pages as one application"
+        api = Server.app(self)
+        async def serve(scope, receive, send):
+            if scope['type'] == 'http' and scope['path'].startswith(_API): return await api(await self._gate(scope), receive, send)
+            if scope['type'] == 'http': return await self.site(scope | dict(platform=self), receive, send)
+            await api(scope, receive, send)
+        return serve
 
 # %% ../../nbs/840_platform.app.ipynb #74f1a326
 def asked_text(
@@ -159,66 +205,8 @@ def live_places(
     ask = select(r.place, r.model_id).where(r.mode == 'live', r.ended.is_(None)).order_by(r.place)
     with store.read() as c: return [tuple(r) for r in c.execute(ask)]
 
-@patch
-def model(self:PlatformServer,
-    name:str|None, # A place
-)->ServedModel:
-    "The model that a request names, whoever asks"
-    return self.pick(name, '')[0]
-
-@patch
-async def _start(self:PlatformServer, request, start, owner, body):
-    "Read a body and start what it asks for, with the model that is released for this owner"
-    (body,long),record = await self._parsed(body, owner),request.scope['record']
-    record.place,record.model_id = str(Fields(dict(body)).take('model', str) or '')[:100],None
-    served,choice = await self.readers.run(owner, False, self.pick, record.place, owner)
-    record.model,record.key,record.tok,record.model_id = served.name,owner,served.tok,choice.model_id
-    text = asked_text(body) # before a run changes it
-    out = await self._read(request, owner, long, start, served, {k: v for k,v in body.items() if k != 'model'}, owner)
-    record.answer,record.streams = out.id,[a.stream for a in getattr(out, 'answers', None) or [out.answer]]
-    record.asked = await self.readers.run(owner, long, passed_text, served, text)
-    return out
-
-# %% ../../nbs/840_platform.app.ipynb #1fe3db8f
-@patch
-async def _list_models(self:PlatformServer, request): # `GET /v1/models`
-    "All places, for whoever has a token"
-    try: owner_of(request.headers.get('authorization'), self.config.keys)
-    except ApiError as error: return self._response(error, request=request)
-    data = [dict(id=place, object='model', created=int(self.started), owned_by='deepseek_nb') for place,_ in live_places(self.platform)]
-    return JSONResponse(dict(object='list', data=data, has_more=False))
-
-# %% ../../nbs/840_platform.app.ipynb #bac00a6f
-@patch
-def _key(self:PlatformServer, token):
-    "The inner key for a token; None: the token isn't known"
-    user = user_of_token(self.platform, token) if token.startswith('dnb_') else None
-    if user is None: return None
-    key = hmac.digest(self.secret, str(user.id).encode(), 'sha256').hex()
-    self.config.keys.setdefault(f'user{user.id}', key_digest(key))
-    return key
-
-@patch
-async def _gate(self:PlatformServer, scope):
-    "The same request with an inner key"
-    given = Request(scope).headers
-    token = given_key(given.get('authorization') or given.get('x-api-key'))
-    key = await run_in_threadpool(self._key, token) if token else None
-    heads = [(k, v) for k,v in scope['headers'] if k not in (b'authorization', b'x-api-key')]
-    return scope | dict(headers=heads + ([(b'authorization', f'Bearer {key}'.encode())] if key else []))
-
 # %% ../../nbs/840_platform.app.ipynb #0a2bf44e
 _API = ('/v1/', '/anthropic/v1/', '/health', '/ready')
-
-@patch
-def app(self:PlatformServer): # ASGI application
-    "API and pages as one application"
-    api = Server.app(self)
-    async def serve(scope, receive, send):
-        if scope['type'] == 'http' and scope['path'].startswith(_API): return await api(await self._gate(scope), receive, send)
-        if scope['type'] == 'http': return await self.site(scope | dict(platform=self), receive, send)
-        await api(scope, receive, send)
-    return serve
 
 # %% ../../nbs/840_platform.app.ipynb #460b829b
 chat_pages = Pages('Chat', '/chat')

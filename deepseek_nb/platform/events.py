@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from sqlalchemy import delete, exists, func, insert, select, update
 
 from ..eval.features import COORDINATES, HASH_BUCKETS, EmbeddingTable, RequestFeatures
@@ -119,35 +118,31 @@ class Sketch:
         counts = {k: Counter({int(i) if k in ('seconds', 'first') else i: n for i,n in o[k].items()}) for k in _SUMS}
         return cls(**counts, tokens=np.array(o['tokens']), embedding=np.array(o['embedding']), featured=o['featured'], sample=o['sample'])
 
-# %% ../../nbs/830_platform.events.ipynb #38ba587c
-@patch
-def add(self:Sketch,
-    event:RequestEvent, # To count
-    features:RequestFeatures|None, # Of its prompt
-    flags:Iterable, # Names of what was found in it
-    priority:float, # 0 to 1, random
-)->None:
-    "Count a request"
-    self.seconds[log_bucket(event.seconds)] += 1
-    if event.first_seconds is not None: self.first[log_bucket(event.first_seconds)] += 1
-    if event.error: self.errors[event.error if event.error in self.errors or len(self.errors) < 20 else 'other'] += 1
-    if event.outcome: self.outcomes[event.outcome if event.outcome in self.outcomes or len(self.outcomes) < 100 else 'other'] += 1
-    self.flags.update(flags)
-    if features is None: return
-    self.tokens,self.embedding,self.featured = self.tokens + features.buckets,self.embedding + features.embedding,self.featured + 1
-    if len(self.sample) < SAMPLED or priority < self.sample[-1][0]:
-        self.sample = _lowest([*self.sample, [round(priority, 12), event.owner, features.pack()]], SAMPLED)
+    def add(self,
+        event:RequestEvent, # To count
+        features:RequestFeatures|None, # Of its prompt
+        flags:Iterable, # Names of what was found in it
+        priority:float, # 0 to 1, random
+    )->None:
+        "Count a request"
+        self.seconds[log_bucket(event.seconds)] += 1
+        if event.first_seconds is not None: self.first[log_bucket(event.first_seconds)] += 1
+        if event.error: self.errors[event.error if event.error in self.errors or len(self.errors) < 20 else 'other'] += 1
+        if event.outcome: self.outcomes[event.outcome if event.outcome in self.outcomes or len(self.outcomes) < 100 else 'other'] += 1
+        self.flags.update(flags)
+        if features is None: return
+        self.tokens,self.embedding,self.featured = self.tokens + features.buckets,self.embedding + features.embedding,self.featured + 1
+        if len(self.sample) < SAMPLED or priority < self.sample[-1][0]:
+            self.sample = _lowest([*self.sample, [round(priority, 12), event.owner, features.pack()]], SAMPLED)
 
-# %% ../../nbs/830_platform.events.ipynb #8be125ba
-@patch
-def merge(self:Sketch,
-    other:Sketch, # Of other requests
-    k:int = SAMPLED, # Requests to keep in the sample
-)->Sketch:
-    "The sketch of both"
-    sums = {n: getattr(self, n) + getattr(other, n) for n in _SUMS}
-    return Sketch(**sums, tokens=self.tokens + other.tokens, embedding=self.embedding + other.embedding,
-                  featured=self.featured + other.featured, sample=_lowest([*self.sample, *other.sample], k))
+    def merge(self,
+        other:'Sketch', # Of other requests
+        k:int = SAMPLED, # Requests to keep in the sample
+    )->'Sketch':
+        "The sketch of both"
+        sums = {n: getattr(self, n) + getattr(other, n) for n in _SUMS}
+        return Sketch(**sums, tokens=self.tokens + other.tokens, embedding=self.embedding + other.embedding,
+                      featured=self.featured + other.featured, sample=_lowest([*self.sample, *other.sample], k))
 
 # %% ../../nbs/830_platform.events.ipynb #d80261e3
 def _at_place(places, event): return event.place in places
@@ -175,37 +170,99 @@ class Recorder:
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/830_platform.events.ipynb #efc33c48
-@patch
-def _persist(self:Recorder, batch):
-    "Write a batch, however often it fails"
-    pause,about = .05,[self._about(e) for e in batch]
-    while True:
-        try: self._write(batch, about)
-        except Exception as e:
-            self.failures,self.error = self.failures + 1,f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'
-            if self.closing: return
-            time.sleep(pause)
-            pause = min(2*pause, 5.)
-            continue
+    def _persist(self, batch):
+        "Write a batch, however often it fails"
+        pause,about = .05,[self._about(e) for e in batch]
+        while True:
+            try: self._write(batch, about)
+            except Exception as e:
+                self.failures,self.error = self.failures + 1,f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'
+                if self.closing: return
+                time.sleep(pause)
+                pause = min(2*pause, 5.)
+                continue
+            with self.ready:
+                self.written,self.error = self.written + len(batch),''
+                self.ready.notify_all()
+            return
+
+    def _about(self, event):
+        "Features, flags and priority of an event"
+        flags,features = [],None
+        with suppress(Exception): features = event.features and event.features()
+        if event.texts is not None and self.scans:
+            flags.append('scanned')
+            for name,scan in self.scans.items():
+                try: flags += [name]*any(map(scan, event.texts))
+                except Exception: flags.append('failed')
+        return features, flags, float(self.rng.random())
+
+    def _write(self, batch, about):
+        "One transaction"
+        groups,rows,kept = {},[],[]
+        for e,a in zip(batch, about, strict=True):
+            cost = self.prices.cost(e)
+            items,costs = groups.setdefault((e.place, e.model_id, e.at//MINUTE*MINUTE), ([], []))
+            items.append((e, a))
+            costs.append(cost)
+            (kept if e.texts is not None and self.keeps(e) else rows).append((e, _event_row(e, cost)))
+        with self.store.write(alone=False) as c:
+            lock_rows(c, 'windows')
+            if rows: c.execute(insert(events), [r for _,r in rows])
+            for e,r in kept:
+                (id,) = c.execute(insert(events).values(r)).inserted_primary_key
+                c.execute(insert(texts).values(event_id=id, prompt=e.asked or e.texts[0], answer=e.texts[1]))
+            for key,(items,costs) in groups.items(): _add_window(c, key, items, costs)
+
+    def record(self,
+        event:RequestEvent, # What happened
+        wait:float|None = None, # Longest wait for room, seconds; None: as long as it takes
+    )->bool: # Whether it was taken
+        "Hand an event over"
+        if event.at is None: event = event._replace(at=self.store.now())
         with self.ready:
-            self.written,self.error = self.written + len(batch),''
+            if len(self.items) >= self.most:
+                self.waited += 1
+                self.ready.wait_for(lambda: len(self.items) < self.most or self.closing, wait)
+            if self.closing or len(self.items) >= self.most:
+                self.lost += 1
+                return False
+            self.items.append(event)
+            self.recorded += 1
+            if len(self.items)*2 >= self.most: self.ready.notify_all()
+            return True
+
+    def flush(self,
+        timeout:float = 30., # Seconds
+    )->bool: # Whether all of it is committed
+        "Wait until everything that was recorded is committed"
+        with self.ready:
+            self.wanted = self.recorded
             self.ready.notify_all()
-        return
+            return self.ready.wait_for(lambda w=self.wanted: self.written >= w, timeout)
+
+    def close(self,
+        timeout:float = 30., # Seconds for the rest
+    )->None:
+        "Write the rest, and stop"
+        whole = self.flush(timeout)
+        with self.ready:
+            self.closing = True
+            self.ready.notify_all()
+        self.thread.join(timeout)
+        if not whole: raise TimeoutError(f'{self.recorded - self.written} events could not be written: {self.error}')
+
+    def _run(self):
+        "The thread"
+        while True:
+            with self.ready:
+                self.ready.wait_for(lambda: self.closing or self.wanted > self.written or len(self.items)*2 >= self.most, self.every)
+                batch,self.items = self.items,[]
+                self.ready.notify_all()
+            if batch: self._persist(batch)
+            elif self.closing: return
 
 # %% ../../nbs/830_platform.events.ipynb #a19d5d82
-@patch
-def _about(self:Recorder, event):
-    "Features, flags and priority of an event"
-    flags,features = [],None
-    with suppress(Exception): features = event.features and event.features()
-    if event.texts is not None and self.scans:
-        flags.append('scanned')
-        for name,scan in self.scans.items():
-            try: flags += [name]*any(map(scan, event.texts))
-            except Exception: flags.append('failed')
-    return features, flags, float(self.rng.random())
-
 def _event_row(e, cost):
     out = {k: getattr(e, k) for k in ('at', 'place', 'model_id', 'kind', 'owner', 'prompt_tokens', 'completion_tokens', 'first_seconds')}
     return out | dict(seconds=e.seconds, error=e.error, cost=cost, features=None)
@@ -227,80 +284,6 @@ def _add_window(c, key, items, costs):
         sums = {k: row._mapping[k] + v for k,v in sums.items()}
         c.execute(update(windows).where(w.id == row.id).values(sketch=sketch.to_json(), **sums))
     else: c.execute(insert(windows).values(place=place, model_id=model, start=start, seconds=60., sketch=sketch.to_json(), **sums))
-
-# %% ../../nbs/830_platform.events.ipynb #66e8ffd2
-@patch
-def _write(self:Recorder, batch, about):
-    "One transaction"
-    groups,rows,kept = {},[],[]
-    for e,a in zip(batch, about, strict=True):
-        cost = self.prices.cost(e)
-        items,costs = groups.setdefault((e.place, e.model_id, e.at//MINUTE*MINUTE), ([], []))
-        items.append((e, a))
-        costs.append(cost)
-        (kept if e.texts is not None and self.keeps(e) else rows).append((e, _event_row(e, cost)))
-    with self.store.write(alone=False) as c:
-        lock_rows(c, 'windows')
-        if rows: c.execute(insert(events), [r for _,r in rows])
-        for e,r in kept:
-            (id,) = c.execute(insert(events).values(r)).inserted_primary_key
-            c.execute(insert(texts).values(event_id=id, prompt=e.asked or e.texts[0], answer=e.texts[1]))
-        for key,(items,costs) in groups.items(): _add_window(c, key, items, costs)
-
-# %% ../../nbs/830_platform.events.ipynb #c7ab05ad
-@patch
-def record(self:Recorder,
-    event:RequestEvent, # What happened
-    wait:float|None = None, # Longest wait for room, seconds; None: as long as it takes
-)->bool: # Whether it was taken
-    "Hand an event over"
-    if event.at is None: event = event._replace(at=self.store.now())
-    with self.ready:
-        if len(self.items) >= self.most:
-            self.waited += 1
-            self.ready.wait_for(lambda: len(self.items) < self.most or self.closing, wait)
-        if self.closing or len(self.items) >= self.most:
-            self.lost += 1
-            return False
-        self.items.append(event)
-        self.recorded += 1
-        if len(self.items)*2 >= self.most: self.ready.notify_all()
-        return True
-
-# %% ../../nbs/830_platform.events.ipynb #2bd4ffbc
-@patch
-def flush(self:Recorder,
-    timeout:float = 30., # Seconds
-)->bool: # Whether all of it is committed
-    "Wait until everything that was recorded is committed"
-    with self.ready:
-        self.wanted = self.recorded
-        self.ready.notify_all()
-        return self.ready.wait_for(lambda w=self.wanted: self.written >= w, timeout)
-
-# %% ../../nbs/830_platform.events.ipynb #470cfdcb
-@patch
-def close(self:Recorder,
-    timeout:float = 30., # Seconds for the rest
-)->None:
-    "Write the rest, and stop"
-    whole = self.flush(timeout)
-    with self.ready:
-        self.closing = True
-        self.ready.notify_all()
-    self.thread.join(timeout)
-    if not whole: raise TimeoutError(f'{self.recorded - self.written} events could not be written: {self.error}')
-
-@patch
-def _run(self:Recorder):
-    "The thread"
-    while True:
-        with self.ready:
-            self.ready.wait_for(lambda: self.closing or self.wanted > self.written or len(self.items)*2 >= self.most, self.every)
-            batch,self.items = self.items,[]
-            self.ready.notify_all()
-        if batch: self._persist(batch)
-        elif self.closing: return
 
 # %% ../../nbs/830_platform.events.ipynb #27080e88
 class WindowRow(NamedTuple):

@@ -14,7 +14,6 @@ import re
 from typing import BinaryIO, NamedTuple
 from urllib.parse import parse_qsl
 
-from fastcore.basics import patch
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -39,50 +38,44 @@ class FormData(dict):
         self.files = {k: v for k,v in pairs if isinstance(v, Upload) and _as_text(k, v.name)}
         super().__init__((k, _as_text(k, v)) for k,v in pairs if v is not None and not isinstance(v, Upload))
 
-# %% ../../nbs/832_platform.forms.ipynb #7fb8ce1f
-@patch
-def text(self:FormData,
-    name:str, # Of a field
-    most:int = 10_000, # Most characters
-)->str: # Without spaces around it
-    "A text that must be there"
-    value = self.get(name, '')
-    if not value.strip(): raise ValueError(f'{name} is missing')
-    if len(value) > most: raise ValueError(f'{name} has {len(value):,} characters; at most {most:,} are allowed')
-    return value.strip()
+    def text(self,
+        name:str, # Of a field
+        most:int = 10_000, # Most characters
+    )->str: # Without spaces around it
+        "A text that must be there"
+        value = self.get(name, '')
+        if not value.strip(): raise ValueError(f'{name} is missing')
+        if len(value) > most: raise ValueError(f'{name} has {len(value):,} characters; at most {most:,} are allowed')
+        return value.strip()
 
-@patch
-def number(self:FormData,
-    name:str, # Of a field
-    least:float = -1e18, # Least value
-    most:float = 1e18, # Greatest value
-)->float:
-    "A number"
-    value = self.get(name, '')
-    try: found = float(value)
-    except ValueError: raise ValueError(f'{name} is {value!r:.40}, which is no number') from None
-    if not least <= found <= most: raise ValueError(f'{name} is {found:g}; it must lie between {least:g} and {most:g}')
-    return found
+    def number(self,
+        name:str, # Of a field
+        least:float = -1e18, # Least value
+        most:float = 1e18, # Greatest value
+    )->float:
+        "A number"
+        value = self.get(name, '')
+        try: found = float(value)
+        except ValueError: raise ValueError(f'{name} is {value!r:.40}, which is no number') from None
+        if not least <= found <= most: raise ValueError(f'{name} is {found:g}; it must lie between {least:g} and {most:g}')
+        return found
 
-# %% ../../nbs/832_platform.forms.ipynb #0ee1c19a
-@patch
-def whole(self:FormData,
-    name:str, # Of a field
-    least:int = 0, # Least value
-    most:int = 2**53, # Greatest value
-)->int:
-    "A whole number"
-    found = self.number(name, least, most)
-    if found != int(found): raise ValueError(f'{name} is {found:g}, which is no whole number')
-    return int(found)
+    def whole(self,
+        name:str, # Of a field
+        least:int = 0, # Least value
+        most:int = 2**53, # Greatest value
+    )->int:
+        "A whole number"
+        found = self.number(name, least, most)
+        if found != int(found): raise ValueError(f'{name} is {found:g}, which is no whole number')
+        return int(found)
 
-@patch
-def file(self:FormData,
-    name:str, # Of a field
-)->Upload:
-    "A file that must be there"
-    if name not in self.files: raise ValueError(f'{name}: choose a file')
-    return self.files[name]
+    def file(self,
+        name:str, # Of a field
+    )->Upload:
+        "A file that must be there"
+        if name not in self.files: raise ValueError(f'{name}: choose a file')
+        return self.files[name]
 
 # %% ../../nbs/832_platform.forms.ipynb #8d133cb4
 def _counted(request, limit):

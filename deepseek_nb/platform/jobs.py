@@ -36,7 +36,6 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
-from fastcore.basics import patch
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -240,42 +239,38 @@ class JobLog:
             data = data[self.size - size:]
             for _,old,_ in found[1:len(found) + 1 - self.most]: old.unlink(missing_ok=True)
 
+    def _bytes(self, begin, limit): # Offset of the first byte that exists, and bytes from there
+        data = b''
+        for start,path,size in self.pieces():
+            if start + size <= begin + len(data): continue
+            if start > begin + len(data):
+                if data: break
+                begin = start
+            with suppress(FileNotFoundError), path.open('rb') as f: # the writer may delete it now
+                f.seek(begin + len(data) - start)
+                data += f.read(limit - len(data))
+            if len(data) >= limit: break
+        return begin, data
+
+    def read(self,
+        offset:int = 0, # First wanted byte; negative: counted from the end
+        limit:int = 2**16, # Most bytes
+    )->'LogText':
+        "Read a part of the log"
+        if offset < 0: offset = max(0, sum((self.pieces() or [(0, None, 0)])[-1][::2]) + offset)
+        begin,data = self._bytes(offset, limit)
+        decoder = getincrementaldecoder('utf-8')('replace')
+        text = decoder.decode(data)
+        left = len(decoder.getstate()[0]) # bytes of a character whose end isn't there yet
+        if left == len(data): text,left = text + decoder.decode(b'', True),0
+        return LogText(text, begin + len(data) - left, begin - offset)
+
 # %% ../../nbs/826_platform.jobs.ipynb #07bc92aa
 class LogText(NamedTuple):
     "A part of a log"
     text:str # Whole characters
     next:int # Offset of the byte after it
     lost:int # Bytes before it that were deleted
-
-# %% ../../nbs/826_platform.jobs.ipynb #c8446cf5
-@patch
-def _bytes(self:JobLog, begin, limit): # Offset of the first byte that exists, and bytes from there
-    data = b''
-    for start,path,size in self.pieces():
-        if start + size <= begin + len(data): continue
-        if start > begin + len(data):
-            if data: break
-            begin = start
-        with suppress(FileNotFoundError), path.open('rb') as f: # the writer may delete it now
-            f.seek(begin + len(data) - start)
-            data += f.read(limit - len(data))
-        if len(data) >= limit: break
-    return begin, data
-
-# %% ../../nbs/826_platform.jobs.ipynb #896b0d7d
-@patch
-def read(self:JobLog,
-    offset:int = 0, # First wanted byte; negative: counted from the end
-    limit:int = 2**16, # Most bytes
-)->LogText:
-    "Read a part of the log"
-    if offset < 0: offset = max(0, sum((self.pieces() or [(0, None, 0)])[-1][::2]) + offset)
-    begin,data = self._bytes(offset, limit)
-    decoder = getincrementaldecoder('utf-8')('replace')
-    text = decoder.decode(data)
-    left = len(decoder.getstate()[0]) # bytes of a character whose end isn't there yet
-    if left == len(data): text,left = text + decoder.decode(b'', True),0
-    return LogText(text, begin + len(data) - left, begin - offset)
 
 # %% ../../nbs/826_platform.jobs.ipynb #cb647e12
 def job_folder(
@@ -312,27 +307,69 @@ class Job:
         "Write a line to the log"
         print(text, flush=True)
 
+    def report(self,
+        step:int, # Step of the run
+        **values, # Numbers by name
+    )->None:
+        "Add a point to the curves, and stop a job that was cancelled"
+        if self.cancelled(): raise JobCancelled(f'job {self.id} was cancelled at step {step}')
+        good = {k: float(v) for k,v in values.items() if math.isfinite(v)}
+        if lost := values.keys() - good.keys(): self.log(f"step {step}: {', '.join(sorted(lost))} is not finite")
+        self.points += len(good)
+        if self.points > self.most_points:
+            if self.points - len(good) <= self.most_points: self.log(f'step {step}: {self.most_points:,} points; the curves end here')
+            return
+        with self.lock: self.buffer |= {(k[:100], int(step)): v for k,v in good.items()}
+
+    def _mine(self): # The condition under which this process may change the row
+        return _held(self.id, self.attempt)
+
+    def flush(self, **end): # Columns of the row to change
+        "Write the curves, the beat and the memory in one transaction"
+        with self.lock: points = dict(self.buffer)
+        now = self.store.now()
+        with self.store.write() as c:
+            if not c.execute(update(jobs).where(self._mine()).values(beat=now, memory=peak_memory(), **end)).rowcount: raise Superseded
+            for name in {k for k,_ in points}:
+                steps = [s for k,s in points if k == name]
+                again = curves.c.step.between(min(steps), max(steps)) & (curves.c.name == name)
+                c.execute(delete(curves).where((curves.c.job_id == self.id) & again))
+            if points: c.execute(insert(curves), [dict(job_id=self.id, name=k, step=s, value=v, at=now) for (k,s),v in points.items()])
+            if 'state' in end: audit(c, None, f"job.{end['state']}", f'job:{self.id}', attempt=self.attempt)
+        with self.lock: self.buffer = {k: v for k,v in self.buffer.items() if points.get(k) != v}
+
+    def pulse(self)->None:
+        "Look at the row once"
+        with self.store.read() as c: row = c.execute(select(jobs.c.cancel).where(self._mine())).first()
+        if row is None: raise Superseded
+        if row.cancel and not self.stop.is_set(): self.stop.set(); self.deadline = monotonic() + self.grace
+        if self.stop.is_set() and monotonic() > self.deadline:
+            self.flush(state='cancelled', ended=self.store.now())
+            os._exit(0)
+
+    def beat_on(self)->None:
+        "Run the pulse until the job ends"
+        due = monotonic() + self.every
+        while not self.ended.wait(.2):
+            try:
+                self.pulse()
+                if monotonic() > due: self.flush(); due = monotonic() + self.every
+            except Superseded: os._exit(3)
+            except (SQLAlchemyError, OSError) as e: self.log(f'no beat was written: {why_failed(e)}')
+
+    def perform(self)->str: # The state at the end
+        "Run the function of the job, and store how it ended"
+        try: end = dict(state='done', result=bounded(find_kind(self.row.kind).run(self)))
+        except JobCancelled: end = dict(state='cancelled')
+        except Exception as e:
+            traceback.print_exc()
+            end = dict(state='failed', error=why_failed(e))
+        self.ended.set()
+        self.flush(ended=self.store.now(), **end)
+        return end['state']
+
 # %% ../../nbs/826_platform.jobs.ipynb #8d6590df
-@patch
-def report(self:Job,
-    step:int, # Step of the run
-    **values, # Numbers by name
-)->None:
-    "Add a point to the curves, and stop a job that was cancelled"
-    if self.cancelled(): raise JobCancelled(f'job {self.id} was cancelled at step {step}')
-    good = {k: float(v) for k,v in values.items() if math.isfinite(v)}
-    if lost := values.keys() - good.keys(): self.log(f"step {step}: {', '.join(sorted(lost))} is not finite")
-    self.points += len(good)
-    if self.points > self.most_points:
-        if self.points - len(good) <= self.most_points: self.log(f'step {step}: {self.most_points:,} points; the curves end here')
-        return
-    with self.lock: self.buffer |= {(k[:100], int(step)): v for k,v in good.items()}
-
 def _held(job, attempt): return (jobs.c.id == job) & (jobs.c.attempts == attempt) & (jobs.c.state == 'running')
-
-@patch
-def _mine(self:Job): # The condition under which this process may change the row
-    return _held(self.id, self.attempt)
 
 # %% ../../nbs/826_platform.jobs.ipynb #5d6c8e11
 def peak_memory()->int: # Bytes
@@ -341,21 +378,6 @@ def peak_memory()->int: # Bytes
         text = Path('/proc/self/status').read_text()
         return 1024*int(text.partition('VmHWM:')[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
-
-@patch
-def flush(self:Job, **end): # Columns of the row to change
-    "Write the curves, the beat and the memory in one transaction"
-    with self.lock: points = dict(self.buffer)
-    now = self.store.now()
-    with self.store.write() as c:
-        if not c.execute(update(jobs).where(self._mine()).values(beat=now, memory=peak_memory(), **end)).rowcount: raise Superseded
-        for name in {k for k,_ in points}:
-            steps = [s for k,s in points if k == name]
-            again = curves.c.step.between(min(steps), max(steps)) & (curves.c.name == name)
-            c.execute(delete(curves).where((curves.c.job_id == self.id) & again))
-        if points: c.execute(insert(curves), [dict(job_id=self.id, name=k, step=s, value=v, at=now) for (k,s),v in points.items()])
-        if 'state' in end: audit(c, None, f"job.{end['state']}", f'job:{self.id}', attempt=self.attempt)
-    with self.lock: self.buffer = {k: v for k,v in self.buffer.items() if points.get(k) != v}
 
 # %% ../../nbs/826_platform.jobs.ipynb #5e4727af
 def curve_of(
@@ -400,28 +422,6 @@ def continue_job(
         if not c.execute(update(jobs).where(ended).values(again)).rowcount: raise ValueError(f'job {job} neither failed nor was cancelled')
         audit(c, user, 'job.continue', f'job:{job}')
 
-# %% ../../nbs/826_platform.jobs.ipynb #9ba2a014
-@patch
-def pulse(self:Job)->None:
-    "Look at the row once"
-    with self.store.read() as c: row = c.execute(select(jobs.c.cancel).where(self._mine())).first()
-    if row is None: raise Superseded
-    if row.cancel and not self.stop.is_set(): self.stop.set(); self.deadline = monotonic() + self.grace
-    if self.stop.is_set() and monotonic() > self.deadline:
-        self.flush(state='cancelled', ended=self.store.now())
-        os._exit(0)
-
-@patch
-def beat_on(self:Job)->None:
-    "Run the pulse until the job ends"
-    due = monotonic() + self.every
-    while not self.ended.wait(.2):
-        try:
-            self.pulse()
-            if monotonic() > due: self.flush(); due = monotonic() + self.every
-        except Superseded: os._exit(3)
-        except (SQLAlchemyError, OSError) as e: self.log(f'no beat was written: {why_failed(e)}')
-
 # %% ../../nbs/826_platform.jobs.ipynb #a625fe88
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def why_failed(
@@ -445,18 +445,6 @@ def bounded(
     except (TypeError, ValueError) as e: raise ValueError(f"JSON can't store the result: {e}") from None
     if len(text) > MOST_RESULT: raise ValueError(f'the result has {len(text):,} characters; {MOST_RESULT:,} are allowed; write a file')
     return json.loads(text)
-
-@patch
-def perform(self:Job)->str: # The state at the end
-    "Run the function of the job, and store how it ended"
-    try: end = dict(state='done', result=bounded(find_kind(self.row.kind).run(self)))
-    except JobCancelled: end = dict(state='cancelled')
-    except Exception as e:
-        traceback.print_exc()
-        end = dict(state='failed', error=why_failed(e))
-    self.ended.set()
-    self.flush(ended=self.store.now(), **end)
-    return end['state']
 
 # %% ../../nbs/826_platform.jobs.ipynb #ecfb6b11
 ENVIRONMENT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'USER', 'VIRTUAL_ENV', 'LD_LIBRARY_PATH', 'CC', 'CXX', 'CUDA_HOME',
@@ -546,21 +534,87 @@ class Worker:
         if old != value: self.seen[key] = value,(since := monotonic())
         return monotonic() - since
 
-# %% ../../nbs/826_platform.jobs.ipynb #1a9ed332
-@patch
-def start(self:Worker,
-    row, # Row of the table `jobs`, just claimed
-)->None:
-    "Start the process of a job"
-    folder = job_folder(self.store, row.id)
-    folder.mkdir(0o700, parents=True, exist_ok=True)
-    url = None if self.store.kind == 'sqlite' else self.store.engine.url.render_as_string(hide_password=False)
-    task = dict(store=str(Path(self.store.folder).absolute()), url=url, job=row.id, attempt=row.attempts, modules=list(self.modules))
-    with open(folder/'crash.txt', 'wb', opener=partial(os.open, mode=0o600)) as crash:
-        child = subprocess.Popen([sys.executable, '-m', 'deepseek_nb.platform.jobs'], stdin=subprocess.PIPE, stdout=crash, stderr=crash,
-                                 cwd=folder, env=job_environment(JOB_KINDS.get(row.kind), row.cores), start_new_session=True, umask=0o077)
-    self.children[row.id, row.attempts] = child
-    with suppress(BrokenPipeError), child.stdin: child.stdin.write(json.dumps(task).encode())
+    def start(self,
+        row, # Row of the table `jobs`, just claimed
+    )->None:
+        "Start the process of a job"
+        folder = job_folder(self.store, row.id)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        url = None if self.store.kind == 'sqlite' else self.store.engine.url.render_as_string(hide_password=False)
+        task = dict(store=str(Path(self.store.folder).absolute()), url=url, job=row.id, attempt=row.attempts, modules=list(self.modules))
+        with open(folder/'crash.txt', 'wb', opener=partial(os.open, mode=0o600)) as crash:
+            child = subprocess.Popen([sys.executable, '-m', 'deepseek_nb.platform.jobs'], stdin=subprocess.PIPE, stdout=crash, stderr=crash,
+                                     cwd=folder, env=job_environment(JOB_KINDS.get(row.kind), row.cores), start_new_session=True, umask=0o077)
+        self.children[row.id, row.attempts] = child
+        with suppress(BrokenPipeError), child.stdin: child.stdin.write(json.dumps(task).encode())
+
+    def put_back(self,
+        row, # Row of the table `jobs`, in the state `running`
+        why:str, # How its process died
+    )->None:
+        "Put a job whose process died back into the queue, or give it up"
+        now,mine = self.store.now(),_held(row.id, row.attempts)
+        new = dict(state='queued', process=None, pid=None)
+        told = f'its process died {row.attempts} times; the last time {why}'
+        if row.attempts >= self.attempts: new = dict(state='failed', ended=now, error=told)
+        if row.cancel: new = dict(state='cancelled', ended=now)
+        with self.store.write() as c:
+            if c.execute(update(jobs).where(mine).values(new)).rowcount:
+                audit(c, None, f"job.{new['state']}", f'job:{row.id}', attempt=row.attempts, why=why)
+
+    def examine(self,
+        row, # Row of the table `jobs`, in the state `running`
+    )->str: # Why its process is dead; '': it isn't, as far as anyone knows
+        "Whether the process of a job died"
+        child,seconds = self.children.get((row.id, row.attempts)),self.still((row.id, row.attempts), row.beat)
+        if child and child.poll() is not None: return why_dead(self.store, row, child.returncode)
+        process = Process(**{'machine': '', 'pid': 0, 'born': ''} | (row.process or {}))
+        here = process.machine == self.machine
+        if here and process.pid and not is_alive(process): return why_dead(self.store, row, None)
+        late = row.cancel and here and self.still((row.id, 'cancel'), row.attempts) > 2*Job.grace
+        if not late and seconds < self.patience: return ''
+        if here and process.pid: _end_group(process.pid)
+        elif child: child.kill()
+        return 'was ended after the cancellation' if late else f'without a beat for {seconds:.0f} s'
+
+    def look_after(self)->None:
+        "Put the jobs back whose processes died"
+        rows = self.running()
+        for row in rows:
+            if why := self.examine(row): self.put_back(row, why)
+        known = {(r.id, r.attempts) for r in rows}
+        for key in [k for k,child in self.children.items() if k not in known and child.poll() is not None]: del self.children[key]
+        self.seen = {k: v for k,v in self.seen.items() if any(k[0] == r.id for r in rows)}
+
+    def running(self)->list: # Rows of the table `jobs`
+        "The jobs that processes have now, here and on other machines"
+        with self.store.read() as c: return c.execute(select(jobs).where(jobs.c.state == 'running')).all()
+
+    def step(self)->None:
+        "Look after the running jobs, and start new ones"
+        self.look_after()
+        while not self.ending.is_set() and (row := claim(self.store, self.cores, self.machine)): self.start(row)
+
+    def run(self)->None:
+        "Work until `stop` is called"
+        while not self.ending.wait(self.poll):
+            try: self.step()
+            except (SQLAlchemyError, OSError) as e: print(f'worker: {type(e).__name__}: {e}'.partition('\n')[0], file=sys.stderr, flush=True)
+        self.leave()
+
+    def stop(self)->None:
+        "Let `run` end"
+        self.ending.set()
+
+    def leave(self)->None:
+        "End the processes of this worker, and put their jobs back"
+        for (job,attempt),child in self.children.items():
+            if child.poll() is None:
+                _end_group(child.pid)
+                child.wait()
+            again = dict(state='queued', attempts=attempt - 1, process=None, pid=None)
+            with self.store.write() as c: c.execute(update(jobs).where(_held(job, attempt)).values(again))
+        self.children.clear()
 
 # %% ../../nbs/826_platform.jobs.ipynb #ce3a540a
 def _end_group(pid, how=signal.SIGKILL):
@@ -581,85 +635,6 @@ def why_dead(
         lines = (said + (folder/'crash.txt').read_text(errors='replace')[-4000:]).strip().splitlines()
         if lines: how += f': {lines[-1] if code and code > 0 else lines[0]}'
     return how[:1000]
-
-# %% ../../nbs/826_platform.jobs.ipynb #753d596b
-@patch
-def put_back(self:Worker,
-    row, # Row of the table `jobs`, in the state `running`
-    why:str, # How its process died
-)->None:
-    "Put a job whose process died back into the queue, or give it up"
-    now,mine = self.store.now(),_held(row.id, row.attempts)
-    new = dict(state='queued', process=None, pid=None)
-    told = f'its process died {row.attempts} times; the last time {why}'
-    if row.attempts >= self.attempts: new = dict(state='failed', ended=now, error=told)
-    if row.cancel: new = dict(state='cancelled', ended=now)
-    with self.store.write() as c:
-        if c.execute(update(jobs).where(mine).values(new)).rowcount:
-            audit(c, None, f"job.{new['state']}", f'job:{row.id}', attempt=row.attempts, why=why)
-
-# %% ../../nbs/826_platform.jobs.ipynb #be00d9d9
-@patch
-def examine(self:Worker,
-    row, # Row of the table `jobs`, in the state `running`
-)->str: # Why its process is dead; '': it isn't, as far as anyone knows
-    "Whether the process of a job died"
-    child,seconds = self.children.get((row.id, row.attempts)),self.still((row.id, row.attempts), row.beat)
-    if child and child.poll() is not None: return why_dead(self.store, row, child.returncode)
-    process = Process(**{'machine': '', 'pid': 0, 'born': ''} | (row.process or {}))
-    here = process.machine == self.machine
-    if here and process.pid and not is_alive(process): return why_dead(self.store, row, None)
-    late = row.cancel and here and self.still((row.id, 'cancel'), row.attempts) > 2*Job.grace
-    if not late and seconds < self.patience: return ''
-    if here and process.pid: _end_group(process.pid)
-    elif child: child.kill()
-    return 'was ended after the cancellation' if late else f'without a beat for {seconds:.0f} s'
-
-@patch
-def look_after(self:Worker)->None:
-    "Put the jobs back whose processes died"
-    rows = self.running()
-    for row in rows:
-        if why := self.examine(row): self.put_back(row, why)
-    known = {(r.id, r.attempts) for r in rows}
-    for key in [k for k,child in self.children.items() if k not in known and child.poll() is not None]: del self.children[key]
-    self.seen = {k: v for k,v in self.seen.items() if any(k[0] == r.id for r in rows)}
-
-@patch
-def running(self:Worker)->list: # Rows of the table `jobs`
-    "The jobs that processes have now, here and on other machines"
-    with self.store.read() as c: return c.execute(select(jobs).where(jobs.c.state == 'running')).all()
-
-# %% ../../nbs/826_platform.jobs.ipynb #28176afa
-@patch
-def step(self:Worker)->None:
-    "Look after the running jobs, and start new ones"
-    self.look_after()
-    while not self.ending.is_set() and (row := claim(self.store, self.cores, self.machine)): self.start(row)
-
-@patch
-def run(self:Worker)->None:
-    "Work until `stop` is called"
-    while not self.ending.wait(self.poll):
-        try: self.step()
-        except (SQLAlchemyError, OSError) as e: print(f'worker: {type(e).__name__}: {e}'.partition('\n')[0], file=sys.stderr, flush=True)
-    self.leave()
-
-@patch
-def stop(self:Worker)->None:
-    "Let `run` end"
-    self.ending.set()
-
-@patch
-def leave(self:Worker)->None:
-    "End the processes of this worker, and put their jobs back"
-    for (job,attempt),child in self.children.items():
-        if child.poll() is None:
-            _end_group(child.pid)
-            child.wait()
-        again = dict(state='queued', attempts=attempt - 1, process=None, pid=None)
-        with self.store.write() as c: c.execute(update(jobs).where(_held(job, attempt)).values(again))
-    self.children.clear()
 
 # %% ../../nbs/826_platform.jobs.ipynb #80d807a8
 if __name__ == '__main__' and '__file__' in globals():

@@ -25,7 +25,6 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 import fasthtml.components as fh
-from fastcore.basics import patch
 from fasthtml.components import to_xml
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -325,6 +324,30 @@ class Pages:
         out.routes,out.links = self.routes + other.routes,self.links + other.links
         return out
 
+    def get(self,
+        path:str, # Such as '/datasets/{id:int}'
+        role:str|None, # Least role; None: everybody
+    ): # Decorator
+        "Register `f(request, **path parameters)` for GET"
+        return _register(self, 'GET', path, role, 0)
+
+    def post(self,
+        path:str, # Such as '/datasets'
+        role:str|None, # Least role; None: everybody
+        limit:int = 2**20, # Most bytes of a body
+    ): # Decorator
+        "Register `f(request, form, **path parameters)` for POST"
+        return _register(self, 'POST', path, role, limit)
+
+    def menu(self,
+        title:str, # Text
+        url:str, # Address
+        role:str = 'viewer', # Who sees it
+        also:tuple = (), # Further addresses that stand under this link
+    )->None:
+        "Add a link to the navigation"
+        self.links.append(Menu(title, url, role, also))
+
 # %% ../../nbs/835_platform.layout.ipynb #67b26d1f
 def _register(pages, method, path, role, limit):
     if any((r.method, r.path) == (method, path) for r in pages.routes): raise ValueError(f'{method} {path} is there already')
@@ -332,33 +355,6 @@ def _register(pages, method, path, role, limit):
         pages.routes.append(PageRoute(method, path, role, f, limit))
         return f
     return keep
-
-@patch
-def get(self:Pages,
-    path:str, # Such as '/datasets/{id:int}'
-    role:str|None, # Least role; None: everybody
-): # Decorator
-    "Register `f(request, **path parameters)` for GET"
-    return _register(self, 'GET', path, role, 0)
-
-@patch
-def post(self:Pages,
-    path:str, # Such as '/datasets'
-    role:str|None, # Least role; None: everybody
-    limit:int = 2**20, # Most bytes of a body
-): # Decorator
-    "Register `f(request, form, **path parameters)` for POST"
-    return _register(self, 'POST', path, role, limit)
-
-@patch
-def menu(self:Pages,
-    title:str, # Text
-    url:str, # Address
-    role:str = 'viewer', # Who sees it
-    also:tuple = (), # Further addresses that stand under this link
-)->None:
-    "Add a link to the navigation"
-    self.links.append(Menu(title, url, role, also))
 
 # %% ../../nbs/835_platform.layout.ipynb #8e74c83d
 def cookie_name(
@@ -483,44 +479,38 @@ class Site:
                 return await PlainTextResponse('This server is not known by that name.', 400)(scope, receive, send)
         await self.app(scope, receive, send)
 
-# %% ../../nbs/835_platform.layout.ipynb #fba357f1
-@patch
-async def _lost(self:Site, request, error): # Starlette's error: 404 or 405
-    "The page for a path that isn't there"
-    await run_in_threadpool(_enter, self, request)
-    if error.status_code == 404: error = KeyError(f'there is no page {request.url.path:.100}')
-    return _finish(request, failed_page(request, error))
+    async def _lost(self, request, error): # Starlette's error: 404 or 405
+        "The page for a path that isn't there"
+        await run_in_threadpool(_enter, self, request)
+        if error.status_code == 404: error = KeyError(f'there is no page {request.url.path:.100}')
+        return _finish(request, failed_page(request, error))
 
-@patch
-async def _static(self:Site, request): # `GET /static/DIGEST/NAME`
-    "A file of the pages, which may be kept for a year"
-    name = request.path_params['name']
-    if name not in STATIC or request.url.path != static_path(name): raise HTTPException(404)
-    text,kind = STATIC[name]
-    return _finish(request, Response(text, media_type=kind, headers={'cache-control': 'public, max-age=31536000, immutable'}))
+    async def _static(self, request): # `GET /static/DIGEST/NAME`
+        "A file of the pages, which may be kept for a year"
+        name = request.path_params['name']
+        if name not in STATIC or request.url.path != static_path(name): raise HTTPException(404)
+        text,kind = STATIC[name]
+        return _finish(request, Response(text, media_type=kind, headers={'cache-control': 'public, max-age=31536000, immutable'}))
 
-# %% ../../nbs/835_platform.layout.ipynb #6166e806
-@patch
-async def _answer(self:Site, route, request):
-    "Check a request, and call its function"
-    await run_in_threadpool(_enter, self, request)
-    _check_role(request, route.role)
-    values = request.path_params
-    if any(isinstance(v, int) and v >= 2**63 for v in values.values()): raise KeyError('there is nothing with this number')
-    args,sent = (request,),None
-    if route.method == 'POST':
-        _same_site(request)
-        sent = await read_form(request, route.limit)
-        _check_csrf(request, sent)
-        args = request,sent
-    if inspect.iscoroutinefunction(route.function): return as_response(await route.function(*args, **values))
-    return as_response(await run_in_threadpool(lambda: as_response(route.function(*args, **values))))
+    async def _answer(self, route, request):
+        "Check a request, and call its function"
+        await run_in_threadpool(_enter, self, request)
+        _check_role(request, route.role)
+        values = request.path_params
+        if any(isinstance(v, int) and v >= 2**63 for v in values.values()): raise KeyError('there is nothing with this number')
+        args,sent = (request,),None
+        if route.method == 'POST':
+            _same_site(request)
+            sent = await read_form(request, route.limit)
+            _check_csrf(request, sent)
+            args = request,sent
+        if inspect.iscoroutinefunction(route.function): return as_response(await route.function(*args, **values))
+        return as_response(await run_in_threadpool(lambda: as_response(route.function(*args, **values))))
 
-@patch
-def _endpoint(self:Site, route):
-    "The function that Starlette calls for a route"
-    async def endpoint(request):
-        try: response = await self._answer(route, request)
-        except Exception as error: response = failed_page(request, error)
-        return _finish(request, response)
-    return endpoint
+    def _endpoint(self, route):
+        "The function that Starlette calls for a route"
+        async def endpoint(request):
+            try: response = await self._answer(route, request)
+            except Exception as error: response = failed_page(request, error)
+            return _finish(request, response)
+        return endpoint

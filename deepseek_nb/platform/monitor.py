@@ -23,7 +23,6 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
-from fastcore.basics import patch
 from sqlalchemy import func, insert, select, update
 
 # %% ../../nbs/831_platform.monitor.ipynb #42281fd1
@@ -398,6 +397,50 @@ class Monitor:
         self.store,self.rules,self.probes,self.plan = store,[*rules],[*probes],plan or DriftPlan()
         self.window,self.allow_private,self.over,self.error = window,allow_private,threading.Event(),''
 
+    def _judge(self, place):
+        "Apply the rules to the windows of a place that have ended"
+        with self.store.read() as c: _,old = _state(c, place, 'judged')
+        end = (self.store.now() - 5_000_000)//self.window*self.window # the recorder may still be writing the last seconds
+        begin = max(old.get('until', 0), end - 12*self.window)
+        if begin >= end: return []
+        recent = []
+        for i in range((end - begin)//self.window + 3):
+            at = begin + (i - 3)*self.window
+            recent.append((at, total(windows_of(self.store, place, at, at + self.window))))
+        said = []
+        for i,(at,w) in enumerate(recent):
+            known = [o for _,o in recent[:i + 1] if o]
+            if at >= begin and w: said += [(r.name, place, v) for r in self.rules if (v := judge(self.store, r, known))]
+        with self.store.write() as c: _save(c, self.store.now(), place, 'judged', _state(c, place, 'judged')[0], dict(until=end))
+        return said
+
+    def tick(self)->list: # What changed: tuples of rule, place and what
+        "Do all that is due"
+        said = []
+        for place,first in places_of(self.store).items():
+            said += self._judge(place)
+            while week := drift_step(self.store, place, self.plan, self.plan.first(first)):
+                if week.alarm: said.append(('drift', place, week.alarm))
+        said += [(p.name, p.place, v) for p in self.probes if (v := run_probe(self.store, p)) is not None]
+        condense(self.store, kept=_kept(self.store))
+        if n := deliver(self.store, self.allow_private): said.append(('hooks', '', f'{n} delivered'))
+        return said
+
+    def run(self,
+        every:float = 60., # Seconds
+    )->threading.Thread: # Ends after `stop`
+        "Tick in a thread"
+        def loop():
+            while True:
+                try: self.tick(); self.error = ''
+                except Exception as e: self.error = f'{type(e).__name__}: {e}'[:300] # the next tick tries again
+                if self.over.wait(every): return
+        thread = threading.Thread(target=loop, name='monitor', daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self)->None: "End the thread"; self.over.set()
+
 def places_of(
     store:Store, # Open store
 )->dict: # Place -> start of its first window, microseconds since 1970
@@ -406,61 +449,11 @@ def places_of(
         found = select(windows.c.place, func.min(windows.c.start)).group_by(windows.c.place).order_by(windows.c.place)
         return {place: start for place,start in c.execute(found)}
 
-# %% ../../nbs/831_platform.monitor.ipynb #29ffdc4c
-@patch
-def _judge(self:Monitor, place):
-    "Apply the rules to the windows of a place that have ended"
-    with self.store.read() as c: _,old = _state(c, place, 'judged')
-    end = (self.store.now() - 5_000_000)//self.window*self.window # the recorder may still be writing the last seconds
-    begin = max(old.get('until', 0), end - 12*self.window)
-    if begin >= end: return []
-    recent = []
-    for i in range((end - begin)//self.window + 3):
-        at = begin + (i - 3)*self.window
-        recent.append((at, total(windows_of(self.store, place, at, at + self.window))))
-    said = []
-    for i,(at,w) in enumerate(recent):
-        known = [o for _,o in recent[:i + 1] if o]
-        if at >= begin and w: said += [(r.name, place, v) for r in self.rules if (v := judge(self.store, r, known))]
-    with self.store.write() as c: _save(c, self.store.now(), place, 'judged', _state(c, place, 'judged')[0], dict(until=end))
-    return said
-
 # %% ../../nbs/831_platform.monitor.ipynb #5a31194f
 def _kept(store):
     "Microseconds for which texts stay, as the page of settings says"
     with store.read() as c: days = c.scalar(select(settings.c.value).where(settings.c.name == 'keep_days'))
     return (30 if days is None else days)*DAY
-
-@patch
-def tick(self:Monitor)->list: # What changed: tuples of rule, place and what
-    "Do all that is due"
-    said = []
-    for place,first in places_of(self.store).items():
-        said += self._judge(place)
-        while week := drift_step(self.store, place, self.plan, self.plan.first(first)):
-            if week.alarm: said.append(('drift', place, week.alarm))
-    said += [(p.name, p.place, v) for p in self.probes if (v := run_probe(self.store, p)) is not None]
-    condense(self.store, kept=_kept(self.store))
-    if n := deliver(self.store, self.allow_private): said.append(('hooks', '', f'{n} delivered'))
-    return said
-
-# %% ../../nbs/831_platform.monitor.ipynb #c123b6e6
-@patch
-def run(self:Monitor,
-    every:float = 60., # Seconds
-)->threading.Thread: # Ends after `stop`
-    "Tick in a thread"
-    def loop():
-        while True:
-            try: self.tick(); self.error = ''
-            except Exception as e: self.error = f'{type(e).__name__}: {e}'[:300] # the next tick tries again
-            if self.over.wait(every): return
-    thread = threading.Thread(target=loop, name='monitor', daemon=True)
-    thread.start()
-    return thread
-
-@patch
-def stop(self:Monitor)->None: "End the thread"; self.over.set()
 
 # %% ../../nbs/831_platform.monitor.ipynb #560335bc
 def personal_scan(

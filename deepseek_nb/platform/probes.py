@@ -12,7 +12,6 @@ __all__ = ['PROBES', 'probe_limits', 'LiveProbes', 'ProbingMonitor']
 import sys
 from pathlib import Path
 
-from fastcore.basics import patch
 from sqlalchemy import select
 
 from ..eval.report import eval_task
@@ -75,29 +74,26 @@ class LiveProbes:
         tasks = {o.group: [p for p in self.limits if p.group == o.group] for o in self.limits}
         return [p for place,model in _live(self.store) for task,limits in tasks.items() for p in self._task(place, model, task, limits)]
 
-# %% ../../nbs/842_platform.probes.ipynb #d5fd7145
-@patch
-def _task(self:LiveProbes, place, model, task, limits):
-    "The probes of a task at a place"
-    name = f'Probe of {place}: {task}'
-    job,now = _newest(self.store, name),self.store.now()
-    over = job is not None and job.state in ('done', 'failed', 'cancelled')
-    if job is None or over and (job.model_id != model or job.ended + self.every <= now):
-        run = EvaluateRun(tasks=[task], items=self.items, timed=0)
-        submit(self.store, None, 'evaluate', vars(run), name, model=model, priority=-1)
-    return [self._probe(place, job, o) for o in limits if over and job.ended > _judged(self.store, place, f'{task}.{o.name}')]
+    def _task(self, place, model, task, limits):
+        "The probes of a task at a place"
+        name = f'Probe of {place}: {task}'
+        job,now = _newest(self.store, name),self.store.now()
+        over = job is not None and job.state in ('done', 'failed', 'cancelled')
+        if job is None or over and (job.model_id != model or job.ended + self.every <= now):
+            run = EvaluateRun(tasks=[task], items=self.items, timed=0)
+            submit(self.store, None, 'evaluate', vars(run), name, model=model, priority=-1)
+        return [self._probe(place, job, o) for o in limits if over and job.ended > _judged(self.store, place, f'{task}.{o.name}')]
 
-@patch
-def _probe(self:LiveProbes, place, job, limit):
-    "A probe that reads a score of a job that has ended"
-    name,most = f'{limit.group}.{limit.name}',sys.float_info.max # JSON has no infinity
-    def read():
-        if job.state != 'done': raise RuntimeError(f'job {job.id} {job.state}: {(job.error or "").strip().splitlines()[-1:]}')
-        found = job.result['measures']
-        if name not in found: raise KeyError(f'the task {limit.group} has no score {limit.name}')
-        return found[name]
-    low,high = (bound if given is None else given for bound,given in ((-most, limit.min), (most, limit.max)))
-    return Probe(name, place, read, 1, low, high)
+    def _probe(self, place, job, limit):
+        "A probe that reads a score of a job that has ended"
+        name,most = f'{limit.group}.{limit.name}',sys.float_info.max # JSON has no infinity
+        def read():
+            if job.state != 'done': raise RuntimeError(f'job {job.id} {job.state}: {(job.error or "").strip().splitlines()[-1:]}')
+            found = job.result['measures']
+            if name not in found: raise KeyError(f'the task {limit.group} has no score {limit.name}')
+            return found[name]
+        low,high = (bound if given is None else given for bound,given in ((-most, limit.min), (most, limit.max)))
+        return Probe(name, place, read, 1, low, high)
 
 # %% ../../nbs/842_platform.probes.ipynb #1cbfe0c4
 class ProbingMonitor(Monitor):

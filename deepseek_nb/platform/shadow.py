@@ -16,8 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from types import SimpleNamespace
 
-from fastcore.basics import patch
-
 from .app import PlatformServer, asked_text, passed_text
 from .layout import Pages
 from .registry import model_of
@@ -45,54 +43,48 @@ class ShadowServer(PlatformServer):
         self.waiting,self.shadows,self.left_out = waiting,set(),0
         self.apart = ThreadPoolExecutor(1, 'shadow') # loading must not take the threads that read requests
 
-# %% ../../nbs/841_platform.shadow.ipynb #1b8a41a0
-@patch
-async def _start(self:ShadowServer,
-    request, # Starlette's request
-    start:Callable, # Starts a run, `start(served, fields, owner)`
-    owner:str, # Who asks
-): # The run
-    "Start the live answer, and then that of a shadow"
-    asked,place = [],lambda: request.scope['record'].place
-    def copied(served, body, owner):
-        shadows = choose(self.platform, place(), owner).shadows
-        if shadows and not body.get('previous_response_id'): asked.extend((model, deepcopy(body)) for _,model in shadows)
-        return start(served, body, owner)
-    run = await PlatformServer._start(self, request, copied, owner)
-    for model,body in asked: self._repeat(place(), model, start, body)
-    return run
+    async def _start(self,
+        request, # Starlette's request
+        start:Callable, # Starts a run, `start(served, fields, owner)`
+        owner:str, # Who asks
+    ): # The run
+        "Start the live answer, and then that of a shadow"
+        asked,place = [],lambda: request.scope['record'].place
+        def copied(served, body, owner):
+            shadows = choose(self.platform, place(), owner).shadows
+            if shadows and not body.get('previous_response_id'): asked.extend((model, deepcopy(body)) for _,model in shadows)
+            return start(served, body, owner)
+        run = await PlatformServer._start(self, request, copied, owner)
+        for model,body in asked: self._repeat(place(), model, start, body)
+        return run
 
-@patch
-def _repeat(self:ShadowServer, place, model, start, body):
-    "Ask a shadow, unless too many wait"
-    if len(self.shadows) >= self.waiting:
-        self.left_out += 1
-        return
-    task = asyncio.create_task(self._shadow(place, model, start, body))
-    self.shadows.add(task)
-    task.add_done_callback(self.shadows.discard)
+    def _repeat(self, place, model, start, body):
+        "Ask a shadow, unless too many wait"
+        if len(self.shadows) >= self.waiting:
+            self.left_out += 1
+            return
+        task = asyncio.create_task(self._shadow(place, model, start, body))
+        self.shadows.add(task)
+        task.add_done_callback(self.shadows.discard)
 
-# %% ../../nbs/841_platform.shadow.ipynb #2d24b888
-@patch
-def _loaded(self:ShadowServer, model):
-    "A model of the registry, loaded if it isn't"
-    with self.loading: return self.numbers.get(model) or self._load(model)
+    def _loaded(self, model):
+        "A model of the registry, loaded if it isn't"
+        with self.loading: return self.numbers.get(model) or self._load(model)
 
-@patch
-async def _shadow(self:ShadowServer, place, model, start, body):
-    "The answer of a shadow, and its event"
-    go,run = asyncio.get_running_loop().run_in_executor,None
-    record = SimpleNamespace(place=shadow_place(place), model_id=model, model=model_of(self.platform, model).name, tok=None, streams=[],
-                             error='', status=200, started=time.monotonic(), asked='')
-    text = asked_text(body)
-    try:
-        served = await go(self.apart, self._loaded, model)
-        record.model,record.tok,record.started = served.name,served.tok,time.monotonic() # loading isn't part of the answer
-        run = await go(self.apart, start, served, body, 'shadow')
-        record.asked = await go(self.apart, passed_text, served, text)
-        record.streams = [a.stream for a in getattr(run, 'answers', None) or [run.answer]]
-        await run.whole()
-    except Exception as e: record.error,record.status = str((error := as_api_error(e)).code or error.kind),error.status
-    finally:
-        if run is not None: run.cancel()
-        self.ended(record)
+    async def _shadow(self, place, model, start, body):
+        "The answer of a shadow, and its event"
+        go,run = asyncio.get_running_loop().run_in_executor,None
+        record = SimpleNamespace(place=shadow_place(place), model_id=model, model=model_of(self.platform, model).name, tok=None, streams=[],
+                                 error='', status=200, started=time.monotonic(), asked='')
+        text = asked_text(body)
+        try:
+            served = await go(self.apart, self._loaded, model)
+            record.model,record.tok,record.started = served.name,served.tok,time.monotonic() # loading isn't part of the answer
+            run = await go(self.apart, start, served, body, 'shadow')
+            record.asked = await go(self.apart, passed_text, served, text)
+            record.streams = [a.stream for a in getattr(run, 'answers', None) or [run.answer]]
+            await run.whole()
+        except Exception as e: record.error,record.status = str((error := as_api_error(e)).code or error.kind),error.status
+        finally:
+            if run is not None: run.cancel()
+            self.ended(record)

@@ -27,14 +27,14 @@ from pathlib import Path
 from weakref import WeakSet
 
 import sqlalchemy as sa
-from fastcore.basics import patch
 from sqlalchemy import JSON, Column, ForeignKey, Index, String, Table, Text, UniqueConstraint, func, insert, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 
 # %% ../../nbs/820_platform.store.ipynb #cd2669b7
 metadata = sa.MetaData()
@@ -164,7 +164,6 @@ def _after_fork(): # a connection belongs to one process: the child opens its ow
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_after_fork)
 
 # %% ../../nbs/820_platform.store.ipynb #90e3b74e
-@extended
 class Store:
     "Tables and blobs of one platform"
     def __init__(self,
@@ -184,6 +183,90 @@ class Store:
     def close(self): # After this, nothing uses the store
         "Close all connections"
         for engine in {self.engine, self.reader}: engine.dispose()
+
+    if TYPE_CHECKING:
+        from deepseek_nb.platform.audit import check
+    else:
+        check = later('platform.audit')
+
+    def now(self)->int: # Microseconds since 1970, UTC
+        "The time, which never goes back within this process, whatever the clock does"
+        with self.lock:
+            self.last = max(self.last, self.clock())
+            return self.last
+
+    @contextmanager
+    def read(self): # Yields a connection
+        "A transaction that sees one snapshot and can't change anything"
+        with _explained(self), self.reader.connect() as c:
+            if self.kind == 'postgresql': c.execution_options(isolation_level='REPEATABLE READ', postgresql_readonly=True)
+            with c.begin(): yield c
+
+    @contextmanager
+    def write(self,
+        alone:bool = True, # Whether other writers wait; False, in Postgres: only for those that touch the same rows
+    ): # Yields a connection
+        "A transaction whose changes all happen, at the end of the block, or, after any exception, not at all"
+        if getattr(self.local, 'writing', False): raise RuntimeError('write() within write() would wait for itself: pass the connection on')
+        self.local.writing = True
+        try:
+            with _explained(self), self.engine.connect() as c:
+                c.execution_options(store=self)
+                c.info['after'] = {}
+                with c.begin():
+                    if alone: lock_rows(c, 'write')
+                    yield c
+                for act in c.info.pop('after').values(): act()
+        finally: self.local.writing = False
+
+    def put(self,
+        source, # Bytes, a file open for reading bytes, or a path
+    )->str: # Digest, 64 hexadecimal digits
+        "Keep a blob, and return once it is on the disk"
+        made,digest,part = self.folder/'blobs',sha256(),None
+        try:
+            with tempfile.NamedTemporaryFile(dir=made, prefix='part-', delete=False) as f:
+                part = Path(f.name)
+                for chunk in _chunks(source):
+                    digest.update(chunk)
+                    f.write(chunk)
+                f.flush()
+                if self.durable: os.fsync(f.fileno())
+            with _blobs_held(self.folder): return _place(part, made, digest.hexdigest())
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+            raise OSError(errno.ENOSPC, f'{made}: the disk is full (or a quota is used up), so the file was not kept; '
+                      'free space and try again') from e
+        finally: part and part.unlink(missing_ok=True)
+
+    def path_of(self,
+        digest:str, # 64 hexadecimal digits
+    )->Path: # File, which nobody may change
+        "Where a blob lies"
+        if len(digest) != 64 or set(digest) - set('0123456789abcdef'): raise ValueError(f'{digest!r:.80} is no digest: 64 digits of 0-9a-f')
+        path = self.folder/'blobs'/digest[:2]/digest[2:]
+        if not path.exists(): raise KeyError(f'blob {digest} is not in {path.parents[1]}; restore the folder from a backup')
+        return path
+
+    def backup(self,
+        folder:str|Path, # Folder to make, which `open_store` opens
+    )->Path: # The folder
+        "Copy tables, blobs and the head of the audit log while the store is in use"
+        folder,part = Path(folder),Path(folder).with_name(f'.{Path(folder).name}.{os.getpid()}')
+        if folder.exists(): raise ValueError(f'{folder} exists; choose another name')
+        part.mkdir(mode=0o700, parents=True)
+        try:
+            head = self.folder/'audit.head' # before the tables: they may be ahead of it, not behind
+            if head.exists(): shutil.copyfile(head, part/'audit.head')
+            with _blobs_held(self.folder):
+                if self.kind == 'sqlite': _vacuum(self, part/'platform.db')
+                else: _restored(part, self)
+                _copy_blobs(self.folder, part)
+            for path in (*part.glob('blobs/*'), part): _flush(path)
+            os.replace(part, folder)
+            _flush(folder.parent)
+        finally: shutil.rmtree(part, ignore_errors=True)
+        return folder
 
 # %% ../../nbs/820_platform.store.ipynb #08b34236
 def _dumps(value): # other databases refuse NaN and half a surrogate pair
@@ -232,14 +315,6 @@ def _sweep(folder, age=86400): # what killed processes left; a file that is bein
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > age: path.unlink()
 
-# %% ../../nbs/820_platform.store.ipynb #0fec1cb9
-@patch
-def now(self:Store)->int: # Microseconds since 1970, UTC
-    "The time, which never goes back within this process, whatever the clock does"
-    with self.lock:
-        self.last = max(self.last, self.clock())
-        return self.last
-
 # %% ../../nbs/820_platform.store.ipynb #48143176
 def lock_rows(
     c, # Connection of a writing transaction
@@ -269,34 +344,6 @@ def _explained(store):
         if any(o in said for o in ('connection failed', 'connection is bad', 'terminating connection', 'server closed')):
             raise ConnectionError(f'{where}: Postgres does not answer; see whether it runs and whether the URL is right') from e
         raise
-
-# %% ../../nbs/820_platform.store.ipynb #6f9c8965
-@patch
-@contextmanager
-def read(self:Store): # Yields a connection
-    "A transaction that sees one snapshot and can't change anything"
-    with _explained(self), self.reader.connect() as c:
-        if self.kind == 'postgresql': c.execution_options(isolation_level='REPEATABLE READ', postgresql_readonly=True)
-        with c.begin(): yield c
-
-# %% ../../nbs/820_platform.store.ipynb #5d6fed59
-@patch
-@contextmanager
-def write(self:Store,
-    alone:bool = True, # Whether other writers wait; False, in Postgres: only for those that touch the same rows
-): # Yields a connection
-    "A transaction whose changes all happen, at the end of the block, or, after any exception, not at all"
-    if getattr(self.local, 'writing', False): raise RuntimeError('write() within write() would wait for itself: pass the connection on')
-    self.local.writing = True
-    try:
-        with _explained(self), self.engine.connect() as c:
-            c.execution_options(store=self)
-            c.info['after'] = {}
-            with c.begin():
-                if alone: lock_rows(c, 'write')
-                yield c
-            for act in c.info.pop('after').values(): act()
-    finally: self.local.writing = False
 
 # %% ../../nbs/820_platform.store.ipynb #1661d9fe
 def _schema(c): # None: no tables yet
@@ -378,28 +425,6 @@ def _blobs_held(folder, alone=False): # by all processes that share the folder
         fcntl.flock(f, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
-# %% ../../nbs/820_platform.store.ipynb #3fff527e
-@patch
-def put(self:Store,
-    source, # Bytes, a file open for reading bytes, or a path
-)->str: # Digest, 64 hexadecimal digits
-    "Keep a blob, and return once it is on the disk"
-    made,digest,part = self.folder/'blobs',sha256(),None
-    try:
-        with tempfile.NamedTemporaryFile(dir=made, prefix='part-', delete=False) as f:
-            part = Path(f.name)
-            for chunk in _chunks(source):
-                digest.update(chunk)
-                f.write(chunk)
-            f.flush()
-            if self.durable: os.fsync(f.fileno())
-        with _blobs_held(self.folder): return _place(part, made, digest.hexdigest())
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
-        raise OSError(errno.ENOSPC, f'{made}: the disk is full (or a quota is used up), so the file was not kept; '
-                      'free space and try again') from e
-    finally: part and part.unlink(missing_ok=True)
-
 # %% ../../nbs/820_platform.store.ipynb #2a69e2bf
 def _place(part, made, digest):
     target = made/digest[:2]/digest[2:]
@@ -409,17 +434,6 @@ def _place(part, made, digest):
         os.replace(part, target)
         for folder in (target.parent, made): _flush(folder)
     return digest
-
-# %% ../../nbs/820_platform.store.ipynb #0e2992f4
-@patch
-def path_of(self:Store,
-    digest:str, # 64 hexadecimal digits
-)->Path: # File, which nobody may change
-    "Where a blob lies"
-    if len(digest) != 64 or set(digest) - set('0123456789abcdef'): raise ValueError(f'{digest!r:.80} is no digest: 64 digits of 0-9a-f')
-    path = self.folder/'blobs'/digest[:2]/digest[2:]
-    if not path.exists(): raise KeyError(f'blob {digest} is not in {path.parents[1]}; restore the folder from a backup')
-    return path
 
 # %% ../../nbs/820_platform.store.ipynb #e74cfad8
 def _named(value): # digests after the key `blob`, at any depth
@@ -484,28 +498,6 @@ def _copy_blobs(source, target):
             shutil.copy(path, part := new.with_name('.part'))
             with open(part, 'rb') as f: os.fsync(f.fileno())
             os.replace(part, new)
-
-# %% ../../nbs/820_platform.store.ipynb #13750030
-@patch
-def backup(self:Store,
-    folder:str|Path, # Folder to make, which `open_store` opens
-)->Path: # The folder
-    "Copy tables, blobs and the head of the audit log while the store is in use"
-    folder,part = Path(folder),Path(folder).with_name(f'.{Path(folder).name}.{os.getpid()}')
-    if folder.exists(): raise ValueError(f'{folder} exists; choose another name')
-    part.mkdir(mode=0o700, parents=True)
-    try:
-        head = self.folder/'audit.head' # before the tables: they may be ahead of it, not behind
-        if head.exists(): shutil.copyfile(head, part/'audit.head')
-        with _blobs_held(self.folder):
-            if self.kind == 'sqlite': _vacuum(self, part/'platform.db')
-            else: _restored(part, self)
-            _copy_blobs(self.folder, part)
-        for path in (*part.glob('blobs/*'), part): _flush(path)
-        os.replace(part, folder)
-        _flush(folder.parent)
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 # %% ../../nbs/820_platform.store.ipynb #54100fb4
 def _restored(folder, source): # rows of Postgres, in a new SQLite

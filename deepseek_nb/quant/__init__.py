@@ -17,7 +17,6 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -38,8 +37,6 @@ class Layout:
     )->dict: # Name -> tensor, leading axes those of `ids`
         "The parts of selected rows of a matrix"
         return {n: t[ids] for n,t in stored.items()}
-
-
 
 # %% ../../nbs/300_quant.ipynb #d773639e
 formats = {}  # name -> class; a chapter that defines a format adds it when it is imported
@@ -110,42 +107,38 @@ class QuantizedWeight(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return self
 
-# %% ../../nbs/300_quant.ipynb #624bee45
-@patch
-def parts(self:QuantizedWeight)->dict: # Name -> tensor, leading axes `… o`
-    "Codes and scales in the order of the format"
-    return self.layout.parts(dict(self.named_buffers()), self.shape)
+    def parts(self)->dict: # Name -> tensor, leading axes `… o`
+        "Codes and scales in the order of the format"
+        return self.layout.parts(dict(self.named_buffers()), self.shape)
 
-@patch
-def dequantize(self:QuantizedWeight)->Tensor: # `… o i`, in the weight's dtype
-    "Convert codes and scales to floats"
-    return self.format.decode(self.parts(), self.shape).to(self.dtype)
+    def dequantize(self)->Tensor: # `… o i`, in the weight's dtype
+        "Convert codes and scales to floats"
+        return self.format.decode(self.parts(), self.shape).to(self.dtype)
 
+    def rows(self,
+        ids:Tensor, # Row numbers, any shape
+    )->Tensor: # `… i`, in the weight's dtype
+        "Dequantise selected rows of a matrix"
+        return self.format.decode(self.layout.rows(dict(self.named_buffers()), ids), (*ids.shape, self.shape[-1])).to(self.dtype)
 
+    def __getitem__(self,
+        e:int, # Index of the matrix in the stack
+    )->'QuantizedWeight': # Views of the stack's parts
+        "One matrix of a stack"
+        one = QuantizedWeight(self.format, self.shape[1:], {n: t[e] for n,t in self.named_buffers()}, self.dtype)
+        one.layout = self.layout
+        return one
 
-# %% ../../nbs/300_quant.ipynb #2575a4e3
-@patch
-def rows(self:QuantizedWeight,
-    ids:Tensor, # Row numbers, any shape
-)->Tensor: # `… i`, in the weight's dtype
-    "Dequantise selected rows of a matrix"
-    return self.format.decode(self.layout.rows(dict(self.named_buffers()), ids), (*ids.shape, self.shape[-1])).to(self.dtype)
+    def unbind(self)->'list[QuantizedWeight]': # Views of the stack's parts
+        "All matrices of a stack"
+        return [self[e] for e in range(len(self))]
 
-# %% ../../nbs/300_quant.ipynb #35cc10d4
-@patch
-def __getitem__(self:QuantizedWeight,
-    e:int, # Index of the matrix in the stack
-)->QuantizedWeight: # Views of the stack's parts
-    "One matrix of a stack"
-    one = QuantizedWeight(self.format, self.shape[1:], {n: t[e] for n,t in self.named_buffers()}, self.dtype)
-    one.layout = self.layout
-    return one
-
-# %% ../../nbs/300_quant.ipynb #0b30d916
-@patch
-def unbind(self:QuantizedWeight)->list[QuantizedWeight]: # Views of the stack's parts
-    "All matrices of a stack"
-    return [self[e] for e in range(len(self))]
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear: return linear_quantized(*args, **kwargs or {})
+        if func is F.embedding: return embed_quantized(*args[:2])
+        args,kwargs = tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs or {}))
+        return func(*args, **kwargs)
 
 # %% ../../nbs/300_quant.ipynb #3c8dd5d0
 def quantize(
@@ -175,16 +168,6 @@ def embed_quantized(
 )->Tensor: # `… i`
     "Look up rows of a quantised embedding"
     return w.rows(ids)
-
-
-
-# %% ../../nbs/300_quant.ipynb #f25bebf0
-@patch(cls_method=True)
-def __torch_function__(cls:QuantizedWeight, func, types, args=(), kwargs=None):
-    if func is F.linear: return linear_quantized(*args, **kwargs or {})
-    if func is F.embedding: return embed_quantized(*args[:2])
-    args,kwargs = tree_map_only(cls, lambda w: w.dequantize(), (args, kwargs or {}))
-    return func(*args, **kwargs)
 
 # %% ../../nbs/300_quant.ipynb #8572dcec
 def replace_parameter(

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 
 from . import Format
@@ -53,40 +52,34 @@ class Int4(Format, name='int4'):
     def __post_init__(self):
         if self.group < 32 or self.group % 32: raise ValueError(f'int4 group {self.group}: 32 does not divide it; use 32, 64 or 128')
 
-# %% ../../nbs/320_quant.int4.ipynb #464a5f60
-@patch
-def grid(self:Int4,
-    w:Tensor, # Groups `… g a`
-)->tuple[Tensor,Tensor]: # Step and level of code 0 `… g`, float32 values that float16 represents exactly
-    "Step and level of code 0 of each group"
-    if self.symmetric:
-        far = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
-        step = (far/-8).half().float()
-        return step, -8*step
-    low,high = w.amin(-1),w.amax(-1)
-    return ((high - low)/15).half().float(), low.half().float()
+    def grid(self,
+        w:Tensor, # Groups `… g a`
+    )->tuple[Tensor,Tensor]: # Step and level of code 0 `… g`, float32 values that float16 represents exactly
+        "Step and level of code 0 of each group"
+        if self.symmetric:
+            far = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
+            step = (far/-8).half().float()
+            return step, -8*step
+        low,high = w.amin(-1),w.amax(-1)
+        return ((high - low)/15).half().float(), low.half().float()
 
-# %% ../../nbs/320_quant.int4.ipynb #642ce85b
-@patch
-def encode(self:Int4,
-    w:Tensor, # Weight `… o i`, float
-)->dict: # `codes` uint8 `… o (b 16)`, `scales` float16 `… o g`; `mins` float16 `… o g` if asymmetric
-    "Round each weight to the nearest of sixteen levels"
-    w,width = groups_of(w, self.group),-(-w.shape[-1]//32)*32
-    step,low = self.grid(w)
-    if not (step.isfinite() & low.isfinite()).all(): raise ValueError('int4: numbers beyond 65504 have no float16 scale; use int8')
-    codes = ((w - low[..., None])/torch.where(step == 0, 1, step)[..., None]).round().clamp(0, 15)
-    codes = torch.where(step[..., None] == 0, 8*self.symmetric, codes)
-    parts = dict(codes=pack_nibbles(rearrange(codes, '... g a -> ... (g a)')[..., :width]), scales=step.half())
-    return parts if self.symmetric else {**parts, 'mins': low.half()}
+    def encode(self,
+        w:Tensor, # Weight `… o i`, float
+    )->dict: # `codes` uint8 `… o (b 16)`, `scales` float16 `… o g`; `mins` float16 `… o g` if asymmetric
+        "Round each weight to the nearest of sixteen levels"
+        w,width = groups_of(w, self.group),-(-w.shape[-1]//32)*32
+        step,low = self.grid(w)
+        if not (step.isfinite() & low.isfinite()).all(): raise ValueError('int4: numbers beyond 65504 have no float16 scale; use int8')
+        codes = ((w - low[..., None])/torch.where(step == 0, 1, step)[..., None]).round().clamp(0, 15)
+        codes = torch.where(step[..., None] == 0, 8*self.symmetric, codes)
+        parts = dict(codes=pack_nibbles(rearrange(codes, '... g a -> ... (g a)')[..., :width]), scales=step.half())
+        return parts if self.symmetric else {**parts, 'mins': low.half()}
 
-# %% ../../nbs/320_quant.int4.ipynb #f1baba6e
-@patch
-def decode(self:Int4,
-    parts:dict, # Parts as returned by `encode`
-    shape:tuple, # Shape of the weight `… o i`
-)->Tensor: # `… o i`, float32
-    "Compute the level of each code"
-    def wide(t): return t.float().repeat_interleave(self.group, -1)[..., :shape[-1]]
-    codes = unpack_nibbles(parts['codes'])[..., :shape[-1]].float()
-    return (codes - 8)*wide(parts['scales']) if self.symmetric else codes*wide(parts['scales']) + wide(parts['mins'])
+    def decode(self,
+        parts:dict, # Parts as returned by `encode`
+        shape:tuple, # Shape of the weight `… o i`
+    )->Tensor: # `… o i`, float32
+        "Compute the level of each code"
+        def wide(t): return t.float().repeat_interleave(self.group, -1)[..., :shape[-1]]
+        codes = unpack_nibbles(parts['codes'])[..., :shape[-1]].float()
+        return (codes - 8)*wide(parts['scales']) if self.symmetric else codes*wide(parts['scales']) + wide(parts['mins'])

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,39 +40,33 @@ class Int8(Format, name='int8'):
         if self.activations not in ('int8', 'float'): raise ValueError(f"int8: activations {self.activations!r} must be 'int8' or 'float'")
         if self.group < 0 or self.group % 32: raise ValueError(f'int8 group {self.group}: 32 does not divide it; use 32, 64, or 0 for rows')
 
-# %% ../../nbs/310_quant.int8.ipynb #fae27658
-@patch
-def blocks(self:Int8,
-    x:Tensor, # Weights `… i`
-)->Tensor: # Groups `… g a`, the last one padded with zeros
-    "Split rows into groups that share a scale"
-    a = self.group or x.shape[-1]
-    return rearrange(F.pad(x, (0, -x.shape[-1] % a)), '... (g a) -> ... g a', a=a)
+    def blocks(self,
+        x:Tensor, # Weights `… i`
+    )->Tensor: # Groups `… g a`, the last one padded with zeros
+        "Split rows into groups that share a scale"
+        a = self.group or x.shape[-1]
+        return rearrange(F.pad(x, (0, -x.shape[-1] % a)), '... (g a) -> ... g a', a=a)
 
-# %% ../../nbs/310_quant.int8.ipynb #8dd14bdc
-@patch
-def encode(self:Int8,
-    w:Tensor, # Weight `… o i`, float
-)->dict: # `codes` int8 `… o i`, `scales` float32 `… o`, or float16 `… o g`
-    "Divide each group by its scale and round to integers"
-    x = self.blocks(w)
-    scales = x.abs().amax(-1)/127
-    if self.group: scales = best_scales(x, scales)
-    if not scales.isfinite().all(): raise ValueError('int8: numbers beyond 8 million have no float16 scale; use group=0')
-    tiny = torch.finfo(torch.float32).tiny
-    codes = (x/scales.float().clamp(min=tiny)[..., None]).round().clamp(-127, 127)
-    codes = rearrange(codes.to(torch.int8), '... g a -> ... (g a)')[..., :w.shape[-1]].contiguous()
-    return dict(codes=codes, scales=scales if self.group else scales[..., 0])
+    def encode(self,
+        w:Tensor, # Weight `… o i`, float
+    )->dict: # `codes` int8 `… o i`, `scales` float32 `… o`, or float16 `… o g`
+        "Divide each group by its scale and round to integers"
+        x = self.blocks(w)
+        scales = x.abs().amax(-1)/127
+        if self.group: scales = best_scales(x, scales)
+        if not scales.isfinite().all(): raise ValueError('int8: numbers beyond 8 million have no float16 scale; use group=0')
+        tiny = torch.finfo(torch.float32).tiny
+        codes = (x/scales.float().clamp(min=tiny)[..., None]).round().clamp(-127, 127)
+        codes = rearrange(codes.to(torch.int8), '... g a -> ... (g a)')[..., :w.shape[-1]].contiguous()
+        return dict(codes=codes, scales=scales if self.group else scales[..., 0])
 
-# %% ../../nbs/310_quant.int8.ipynb #e426a874
-@patch
-def decode(self:Int8,
-    parts:dict, # Parts as returned by `encode`
-    shape:tuple, # Shape of the weight `… o i`
-)->Tensor: # `… o i`, float32
-    "Multiply codes by their scales"
-    scales = parts['scales'].float()
-    return parts['codes'].float()*(scales.repeat_interleave(self.group, -1)[..., :shape[-1]] if self.group else scales[..., None])
+    def decode(self,
+        parts:dict, # Parts as returned by `encode`
+        shape:tuple, # Shape of the weight `… o i`
+    )->Tensor: # `… o i`, float32
+        "Multiply codes by their scales"
+        scales = parts['scales'].float()
+        return parts['codes'].float()*(scales.repeat_interleave(self.group, -1)[..., :shape[-1]] if self.group else scales[..., None])
 
 # %% ../../nbs/310_quant.int8.ipynb #f080dce7
 def round_activations(

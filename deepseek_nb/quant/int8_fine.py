@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,6 +26,35 @@ class Int8Fine(Format, name='int8-fine'):
     def __post_init__(self):
         if self.group < 32 or self.group % 32: raise ValueError(f'int8-fine group {self.group}: must be a multiple of 32; use 32 or 64')
 
+    def grid(self,
+        w:Tensor, # Weight `… o i`, float
+    )->tuple[Tensor,Tensor,Tensor]: # Groups `… g a`, scales and minima `… g`, float16
+        "Split rows into groups, and find the scale and the minimum of each"
+        lack = -w.shape[-1] % self.group
+        x = rearrange(torch.cat([w, w[..., -1:].expand(*w.shape[:-1], lack)], -1), '... (g a) -> ... g a', a=self.group)
+        low,high = x.amin(-1),x.amax(-1)
+        scales = ((high - low)/255).half()
+        mins = best_mins(x, scales)
+        if not (scales.isfinite() & mins.isfinite()).all(): raise ValueError('int8-fine: numbers beyond 65,504 have no float16 minimum')
+        return x, scales, mins
+
+    def encode(self,
+        w:Tensor, # Weight `… o i`, float
+    )->dict: # `codes` uint8 `… o i`, `scales` and `mins` float16 `… o g`
+        "Subtract the minimum of each group, divide by its scale, and round to integers"
+        x,scales,mins = self.grid(w)
+        steps = scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        codes = ((x - mins.float()[..., None])/steps).round_().clamp_(0, 255)
+        return dict(codes=rearrange(codes.to(torch.uint8), '... g a -> ... (g a)')[..., :w.shape[-1]].contiguous(), scales=scales, mins=mins)
+
+    def decode(self,
+        parts:dict, # Parts as returned by `encode`
+        shape:tuple, # Shape of the weight `… o i`
+    )->Tensor: # `… o i`, float32
+        "Multiply codes by their scales and add the minima"
+        scales,mins = (parts[n].float().repeat_interleave(self.group, -1)[..., :shape[-1]] for n in ('scales', 'mins'))
+        return parts['codes'].float()*scales + mins
+
 # %% ../../nbs/312_quant.int8_fine.ipynb #9341f250
 def best_mins(
     x:Tensor, # Groups `… g a`
@@ -38,41 +66,6 @@ def best_mins(
     mins = tried.float()[..., None]
     errors = torch.stack([((x - m)/s).round_().clamp_(0, 255).mul_(s).add_(m).sub_(x).square_().sum(-1) for m in mins])
     return tried.gather(0, errors.argmin(0, keepdim=True))[0]
-
-# %% ../../nbs/312_quant.int8_fine.ipynb #78c4ccc3
-@patch
-def grid(self:Int8Fine,
-    w:Tensor, # Weight `… o i`, float
-)->tuple[Tensor,Tensor,Tensor]: # Groups `… g a`, scales and minima `… g`, float16
-    "Split rows into groups, and find the scale and the minimum of each"
-    lack = -w.shape[-1] % self.group
-    x = rearrange(torch.cat([w, w[..., -1:].expand(*w.shape[:-1], lack)], -1), '... (g a) -> ... g a', a=self.group)
-    low,high = x.amin(-1),x.amax(-1)
-    scales = ((high - low)/255).half()
-    mins = best_mins(x, scales)
-    if not (scales.isfinite() & mins.isfinite()).all(): raise ValueError('int8-fine: numbers beyond 65,504 have no float16 minimum')
-    return x, scales, mins
-
-# %% ../../nbs/312_quant.int8_fine.ipynb #ffe07e1c
-@patch
-def encode(self:Int8Fine,
-    w:Tensor, # Weight `… o i`, float
-)->dict: # `codes` uint8 `… o i`, `scales` and `mins` float16 `… o g`
-    "Subtract the minimum of each group, divide by its scale, and round to integers"
-    x,scales,mins = self.grid(w)
-    steps = scales.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    codes = ((x - mins.float()[..., None])/steps).round_().clamp_(0, 255)
-    return dict(codes=rearrange(codes.to(torch.uint8), '... g a -> ... (g a)')[..., :w.shape[-1]].contiguous(), scales=scales, mins=mins)
-
-# %% ../../nbs/312_quant.int8_fine.ipynb #e711efbd
-@patch
-def decode(self:Int8Fine,
-    parts:dict, # Parts as returned by `encode`
-    shape:tuple, # Shape of the weight `… o i`
-)->Tensor: # `… o i`, float32
-    "Multiply codes by their scales and add the minima"
-    scales,mins = (parts[n].float().repeat_interleave(self.group, -1)[..., :shape[-1]] for n in ('scales', 'mins'))
-    return parts['codes'].float()*scales + mins
 
 # %% ../../nbs/312_quant.int8_fine.ipynb #07254e1b
 def fine_activations(

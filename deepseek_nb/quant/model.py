@@ -18,7 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.model import Model
@@ -26,7 +25,8 @@ from ..arch.moe import Experts
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..core.device import pick_device, pick_dtype
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 from ..files.gguf import PLAIN, gguf_config, open_gguf
 from ..files.locate import load_config, locate
 from ..files.safetensors import some
@@ -90,7 +90,6 @@ def plan(
     return {k: f for k,r in roles.items() if (f := chosen.get(r)) and not any(fnmatch(k, p) for p in skip)}
 
 # %% ../../nbs/380_quant.model.ipynb #fc0b52b3
-@extended
 class QuantizedModel(Model):
     "A model whose matrices are quantised"
     @classmethod
@@ -103,6 +102,22 @@ class QuantizedModel(Model):
     )->'QuantizedModel': # Loaded model in evaluation mode
         "Load a checkpoint and quantise it, or keep its quantised codes"
         return _load_quantized(cls, path_or_name, dtype, device, compute, **kwargs)
+
+    if TYPE_CHECKING:
+        from deepseek_nb.quant.report import _repr_markdown_
+        from deepseek_nb.train.qlora import merge_to_float
+    else:
+        _repr_markdown_ = later('quant.report')
+        merge_to_float = later('train.qlora')
+
+    def save_pretrained(self,
+        folder:str|Path, # Folder, which is created if absent; an existing checkpoint in it is replaced
+        max_shard_bytes:int = 5*10**9, # Largest size of a file
+    )->Path: # The folder
+        "Write a quantised checkpoint"
+        if names := getattr(self, 'peft_config', None):
+            raise ValueError(f'the model has adapters ({", ".join(names)}): call save_adapter(folder), or merge_to_float() and save that model')
+        return save_packed(self, folder, max_shard_bytes)
 
 # %% ../../nbs/380_quant.model.ipynb #1052586d
 def _kernel_weight(source, key, t, format, device):
@@ -220,17 +235,6 @@ def _load_quantized(cls, path_or_name, dtype, device, compute, **kwargs):
     if path.suffix == '.json': raise ValueError(f'{path}: holds a config and no weights; give the folder of a checkpoint')
     model,reader = _empty_model(cls, path, device, compute)
     return _filled(model, path, device, *source_for(model, path, dtype, reader, **kwargs))
-
-# %% ../../nbs/380_quant.model.ipynb #5c52116e
-@patch
-def save_pretrained(self:QuantizedModel,
-    folder:str|Path, # Folder, which is created if absent; an existing checkpoint in it is replaced
-    max_shard_bytes:int = 5*10**9, # Largest size of a file
-)->Path: # The folder
-    "Write a quantised checkpoint"
-    if names := getattr(self, 'peft_config', None):
-        raise ValueError(f'the model has adapters ({", ".join(names)}): call save_adapter(folder), or merge_to_float() and save that model')
-    return save_packed(self, folder, max_shard_bytes)
 
 # %% ../../nbs/380_quant.model.ipynb #455362d6
 def stored_model(

@@ -54,17 +54,15 @@ class QuantizationReport:
     def _repr_markdown_(self):
         return f'{self.table()}\n\n**{human(self.nbytes, "B")}** instead of {human(self.before, "B")}, {100*self.saved:.1f}% fewer'
 
-# %% ../../nbs/385_quant.report.ipynb #5f5f5cc3
-@patch
-def table(self:QuantizationReport)->str: # Markdown
-    "A table with one line for the same parameter of all layers"
-    groups = {}
-    for r in self.rows: groups.setdefault((re.sub(r'^layers\.\d+\.', 'layers.*.', r.name), r.format, r.reason), []).append(r)
-    lines = []
-    for (name,format,reason),rs in groups.items():
-        nbytes,before,errors = sum(r.nbytes for r in rs),sum(r.before for r in rs),[r.error for r in rs if r.error is not None]
-        lines.append([name, format, reason, len(rs), f'{nbytes:,}', f'{before:,}', _error_range(errors)])
-    return markdown_table(['parameter', 'format', 'remark', 'count', 'bytes', 'before', 'error'], lines, text=3)
+    def table(self)->str: # Markdown
+        "A table with one line for the same parameter of all layers"
+        groups = {}
+        for r in self.rows: groups.setdefault((re.sub(r'^layers\.\d+\.', 'layers.*.', r.name), r.format, r.reason), []).append(r)
+        lines = []
+        for (name,format,reason),rs in groups.items():
+            nbytes,before,errors = sum(r.nbytes for r in rs),sum(r.before for r in rs),[r.error for r in rs if r.error is not None]
+            lines.append([name, format, reason, len(rs), f'{nbytes:,}', f'{before:,}', _error_range(errors)])
+        return markdown_table(['parameter', 'format', 'remark', 'count', 'bytes', 'before', 'error'], lines, text=3)
 
 # %% ../../nbs/385_quant.report.ipynb #3b5fbda9
 def _error_range(errors):

@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from .. import __version__
@@ -166,23 +165,19 @@ class PackedSource(WeightSource):
         files = {e.path for e in found.values()}
         self.tensors = {k: t for f in files for k,t in read_tensors({k: e for k,e in found.items() if e.path == f}, size=2**62)}
 
-# %% ../../nbs/378_quant.save.ipynb #54a6bcb9
-@patch
-def parts(self:PackedSource,
-    key:str, # A key of the model's `state_dict`
-    format:Format, # Ignored: the checkpoint determines the format of each weight
-)->dict: # Name -> tensor, as returned by `Format.encode`
-    "Codes and scales of a weight"
-    return {k[len(key)+1:]: t for k,t in self.tensors.items() if k.startswith(f'{key}.')}
+    def parts(self,
+        key:str, # A key of the model's `state_dict`
+        format:Format, # Ignored: the checkpoint determines the format of each weight
+    )->dict: # Name -> tensor, as returned by `Format.encode`
+        "Codes and scales of a weight"
+        return {k[len(key)+1:]: t for k,t in self.tensors.items() if k.startswith(f'{key}.')}
 
-# %% ../../nbs/378_quant.save.ipynb #53af6802
-@patch
-def read(self:PackedSource,
-    key:str, # A key of the model's `state_dict`
-    out:Tensor, # Filled with consecutive entries of the first axis
-    first:int = 0, # Index of the first entry
-):
-    "Fill a tensor with a piece of a weight, dequantised"
-    format = self.formats.get(key)
-    t = format.decode(self.parts(key, format), self.weights[key].shape) if format else self.tensors[key]
-    out.copy_(t[first:first+len(out)])
+    def read(self,
+        key:str, # A key of the model's `state_dict`
+        out:Tensor, # Filled with consecutive entries of the first axis
+        first:int = 0, # Index of the first entry
+    ):
+        "Fill a tensor with a piece of a weight, dequantised"
+        format = self.formats.get(key)
+        t = format.decode(self.parts(key, format), self.weights[key].shape) if format else self.tensors[key]
+        out.copy_(t[first:first+len(out)])

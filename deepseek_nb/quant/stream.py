@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..files.checkpoint import dequant_fp8, disk_views, entries, fp8_block, match_keys, match_shapes
@@ -168,49 +167,43 @@ class FolderSource(WeightSource):
         names = [*self._views(key, self.weights[key])]
         return len(names) == 1 and f'{names[0]}_scale_inv' in self.found
 
-# %% ../../nbs/375_quant.stream.ipynb #8dd32ce8
-@patch
-def numbers(self:FolderSource,
-    key:str, # Its key on disk, without `model.`
-)->Tensor: # A view of the file; for an FP8 or FP4 weight dequantised float32
-    "A tensor of the files in floats"
-    t,scale = self._tensor(key),f'{key}_scale_inv'
-    if scale in self.found and t.dtype == torch.int8: return dequant_fp4(t, self._tensor(scale))
-    if scale in self.found: return dequant_fp8(t, self._tensor(scale), self.block)
-    if t.dtype.itemsize > 1: return t
-    raise ValueError(f'{self.found[key].path}: {key} is an FP8 weight without weight_scale_inv; download it again')
+    def numbers(self,
+        key:str, # Its key on disk, without `model.`
+    )->Tensor: # A view of the file; for an FP8 or FP4 weight dequantised float32
+        "A tensor of the files in floats"
+        t,scale = self._tensor(key),f'{key}_scale_inv'
+        if scale in self.found and t.dtype == torch.int8: return dequant_fp4(t, self._tensor(scale))
+        if scale in self.found: return dequant_fp8(t, self._tensor(scale), self.block)
+        if t.dtype.itemsize > 1: return t
+        raise ValueError(f'{self.found[key].path}: {key} is an FP8 weight without weight_scale_inv; download it again')
 
-# %% ../../nbs/375_quant.stream.ipynb #41042262
-@patch
-def read(self:FolderSource,
-    key:str, # A key of the model's `state_dict`
-    out:Tensor, # Filled with consecutive entries of the first axis
-    first:int = 0, # Index of the first entry
-):
-    "Fill a tensor with a piece of a weight"
-    names = [*self._views(key, self.weights[key])]
-    if self.weights[key].ndim < 3 or names == [key]: return out.copy_(self.numbers(names[0])[first:first+len(out)])
-    each = len(names)//len(self.weights[key])
-    for name,view in zip(names[each*first:], self._views(key, out).values(), strict=False): view.copy_(self.numbers(name))
+    def read(self,
+        key:str, # A key of the model's `state_dict`
+        out:Tensor, # Filled with consecutive entries of the first axis
+        first:int = 0, # Index of the first entry
+    ):
+        "Fill a tensor with a piece of a weight"
+        names = [*self._views(key, self.weights[key])]
+        if self.weights[key].ndim < 3 or names == [key]: return out.copy_(self.numbers(names[0])[first:first+len(out)])
+        each = len(names)//len(self.weights[key])
+        for name,view in zip(names[each*first:], self._views(key, out).values(), strict=False): view.copy_(self.numbers(name))
 
-# %% ../../nbs/375_quant.stream.ipynb #ab079f41
-@patch
-def parts(self:FolderSource,
-    key:str, # A key of the model's `state_dict`
-    format:Format, # The wanted format
-)->dict|None: # Codes and scales of an FP8 weight; None if floats must be encoded
-    "Codes and scales that the files already have"
-    t,(*stack,o,i) = self.weights[key],self.weights[key].shape
-    split = len(self._views(key, t)) > math.prod(stack)  # gate and up are two tensors on disk
-    if format != FP8() or self.block != (SIDE, SIDE) or split and o % (2*SIDE): return None
-    codes = torch.empty(t.shape, dtype=torch.float8_e4m3fn)
-    scales = torch.empty(*stack, -(-o//SIDE), -(-i//SIDE))
-    places = [(name, view, self._views(key, scales)[name]) for name,view in self._views(key, codes).items()]
-    if not all(f'{n}_scale_inv' in self.found for n,*_ in places): return None
-    for name,view,scale in places:
-        view.copy_(self._tensor(name))
-        scale.copy_(self._tensor(f'{name}_scale_inv'))
-    return dict(codes=codes, scales=scales)
+    def parts(self,
+        key:str, # A key of the model's `state_dict`
+        format:Format, # The wanted format
+    )->dict|None: # Codes and scales of an FP8 weight; None if floats must be encoded
+        "Codes and scales that the files already have"
+        t,(*stack,o,i) = self.weights[key],self.weights[key].shape
+        split = len(self._views(key, t)) > math.prod(stack)  # gate and up are two tensors on disk
+        if format != FP8() or self.block != (SIDE, SIDE) or split and o % (2*SIDE): return None
+        codes = torch.empty(t.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(*stack, -(-o//SIDE), -(-i//SIDE))
+        places = [(name, view, self._views(key, scales)[name]) for name,view in self._views(key, codes).items()]
+        if not all(f'{n}_scale_inv' in self.found for n,*_ in places): return None
+        for name,view,scale in places:
+            view.copy_(self._tensor(name))
+            scale.copy_(self._tensor(f'{name}_scale_inv'))
+        return dict(codes=codes, scales=scales)
 
 # %% ../../nbs/375_quant.stream.ipynb #a77b5225
 class GgufSource(WeightSource):
@@ -233,39 +226,60 @@ class GgufSource(WeightSource):
         "Whether a weight cannot be read in pieces"
         return any(len(v) != len(self.weights[key]) for v in self.views[key].values())
 
-# %% ../../nbs/375_quant.stream.ipynb #42876b35
-@patch
-def read(self:GgufSource, # noqa: F811
-    key:str, # A key of the model's `state_dict`
-    out:Tensor, # Filled with consecutive entries of the first axis
-    first:int = 0, # Index of the first entry
-):
-    "Fill a tensor with a piece of a weight"
-    n = len(self.weights[key])
-    for name,view in self._views(key, out).items():
-        t = self.m.tensors[name]
-        each,begin,rows = (int(t.n_bytes), 0, 1) if self.whole(key) else (int(t.n_bytes)//n, first, len(out))
-        data = np.fromfile(self.path, np.uint8, each*rows, offset=int(t.data_offset) + each*begin)
-        copy_blocks(view, torch.from_numpy(data).view(rows, each), t.tensor_type.name)
+    def read(self, # noqa: F811
+        key:str, # A key of the model's `state_dict`
+        out:Tensor, # Filled with consecutive entries of the first axis
+        first:int = 0, # Index of the first entry
+    ):
+        "Fill a tensor with a piece of a weight"
+        n = len(self.weights[key])
+        for name,view in self._views(key, out).items():
+            t = self.m.tensors[name]
+            each,begin,rows = (int(t.n_bytes), 0, 1) if self.whole(key) else (int(t.n_bytes)//n, first, len(out))
+            data = np.fromfile(self.path, np.uint8, each*rows, offset=int(t.data_offset) + each*begin)
+            copy_blocks(view, torch.from_numpy(data).view(rows, each), t.tensor_type.name)
 
-# %% ../../nbs/375_quant.stream.ipynb #c72be25a
-@patch
-def kinds(self:GgufSource,
-    key:str, # A key of the model's `state_dict`
-)->set[str]: # Names of types, such as 'Q4_1' or 'F32'
-    "GGML types of the tensors that make up a weight"
-    return {self.m.tensors[n].tensor_type.name for n in self.views[key]}
+    def kinds(self,
+        key:str, # A key of the model's `state_dict`
+    )->set[str]: # Names of types, such as 'Q4_1' or 'F32'
+        "GGML types of the tensors that make up a weight"
+        return {self.m.tensors[n].tensor_type.name for n in self.views[key]}
 
-# %% ../../nbs/375_quant.stream.ipynb #5370fb37
-@patch
-def format(self:GgufSource,
-    key:str, # A key of the model's `state_dict`
-)->Format|None: # None if it must be dequantised
-    "The format that keeps a weight's blocks unchanged"
-    kinds = self.kinds(key)
-    found = block_format(kinds.pop()) if len(kinds) == 1 else None
-    if isinstance(found, Ggml) and key.endswith('kv_b_proj.weight'): return None
-    return found if all(v.stride(-1) == 1 for v in self.views[key].values()) else None
+    def format(self,
+        key:str, # A key of the model's `state_dict`
+    )->Format|None: # None if it must be dequantised
+        "The format that keeps a weight's blocks unchanged"
+        kinds = self.kinds(key)
+        found = block_format(kinds.pop()) if len(kinds) == 1 else None
+        if isinstance(found, Ggml) and key.endswith('kv_b_proj.weight'): return None
+        return found if all(v.stride(-1) == 1 for v in self.views[key].values()) else None
+
+    def blocks(self, # noqa: F811
+        key:str, # A key of the model's `state_dict`
+        format:Format, # The wanted format
+    )->QuantizedWeight|None: # In `Ggml` blocks; None if the file has none that can be split to the wanted format
+        "Read the blocks of a weight"
+        if isinstance(format, Ggml) or self.format(key) != format: return None
+        kind, = self.kinds(key)
+        return from_blocks(self._in_order(key, kind), kind, self.weights[key].dtype)
+
+    def _in_order(self, key, kind):
+        "Bytes of a weight's blocks, with the rows in our order"
+        *rows,i = self.weights[key].shape
+        b = torch.empty(*rows, i//BLOCK_KINDS[kind].width*BLOCK_KINDS[kind].nbytes, dtype=torch.uint8)
+        for name,view in self._views(key, b).items(): _read_into(self.path, int(self.m.tensors[name].data_offset), view)
+        return b
+
+    def parts(self, # noqa: F811
+        key:str, # A key of the model's `state_dict`
+        format:Format, # The wanted format
+    )->dict|None: # Parts from the file's blocks; None if floats must be encoded
+        "Codes and scales that the file already has"
+        if (w := self.blocks(key, format)) is not None: return dict(split_blocks(w).named_buffers())
+        if self.format(key) != format: return None
+        shape,(name,view) = self.weights[key].shape,next(iter(self.views[key].items()))
+        if view.shape == shape: return dict(blocks=tensor_bytes(self.m.tensors[name]).view(*shape[:-1], -1))
+        return dict(blocks=self._in_order(key, format.kind))
 
 # %% ../../nbs/375_quant.stream.ipynb #83a79e93
 def _read_into(path, offset, view):
@@ -275,35 +289,3 @@ def _read_into(path, offset, view):
         f.seek(offset)
         if f.readinto(out.numpy()) < out.numel(): raise ValueError(f'{path}: is shorter than it was; download it again')
     if out is not view: view.copy_(out)
-
-# %% ../../nbs/375_quant.stream.ipynb #d9fad7b5
-@patch
-def blocks(self:GgufSource, # noqa: F811
-    key:str, # A key of the model's `state_dict`
-    format:Format, # The wanted format
-)->QuantizedWeight|None: # In `Ggml` blocks; None if the file has none that can be split to the wanted format
-    "Read the blocks of a weight"
-    if isinstance(format, Ggml) or self.format(key) != format: return None
-    kind, = self.kinds(key)
-    return from_blocks(self._in_order(key, kind), kind, self.weights[key].dtype)
-
-@patch
-def _in_order(self:GgufSource, key, kind):
-    "Bytes of a weight's blocks, with the rows in our order"
-    *rows,i = self.weights[key].shape
-    b = torch.empty(*rows, i//BLOCK_KINDS[kind].width*BLOCK_KINDS[kind].nbytes, dtype=torch.uint8)
-    for name,view in self._views(key, b).items(): _read_into(self.path, int(self.m.tensors[name].data_offset), view)
-    return b
-
-# %% ../../nbs/375_quant.stream.ipynb #859bc412
-@patch
-def parts(self:GgufSource, # noqa: F811
-    key:str, # A key of the model's `state_dict`
-    format:Format, # The wanted format
-)->dict|None: # Parts from the file's blocks; None if floats must be encoded
-    "Codes and scales that the file already has"
-    if (w := self.blocks(key, format)) is not None: return dict(split_blocks(w).named_buffers())
-    if self.format(key) != format: return None
-    shape,(name,view) = self.weights[key].shape,next(iter(self.views[key].items()))
-    if view.shape == shape: return dict(blocks=tensor_bytes(self.m.tensors[name]).view(*shape[:-1], -1))
-    return dict(blocks=self._in_order(key, format.kind))

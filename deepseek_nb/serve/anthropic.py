@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..infer.sampling import SamplingParams
 from .chat import ApiError, Fields, ServedModel, sampling_from
@@ -269,35 +268,29 @@ class BlockWriter:
         begun = [] if self.open == kind else self.begin(kind)
         return [*begun, self.delta(f'{kind}_delta', **delta)]
 
-# %% ../../nbs/478_serve.anthropic.ipynb #49934b8d
-@patch
-def delta(self:BlockWriter,
-    kind:str, # Of the delta
-    **new, # What is new
-)->dict:
-    "A piece of the block"
-    return dict(type='content_block_delta', index=self.index, delta=dict(type=kind, **new))
+    def delta(self,
+        kind:str, # Of the delta
+        **new, # What is new
+    )->dict:
+        "A piece of the block"
+        return dict(type='content_block_delta', index=self.index, delta=dict(type=kind, **new))
 
-# %% ../../nbs/478_serve.anthropic.ipynb #1fb96a51
-@patch
-def begin(self:BlockWriter,
-    kind:str, # 'text', 'thinking' or 'tool_use'
-    **more, # Fields of a tool's use
-)->list:
-    "Begin a block"
-    out = self.end()
-    self.open,self.index = kind,self.index + 1
-    out.append(dict(type='content_block_start', index=self.index, content_block=dict(type=kind, **more, **NEW_BLOCKS[kind])))
-    return out + ([dict(type='ping')] if self.index == 0 else [])
+    def begin(self,
+        kind:str, # 'text', 'thinking' or 'tool_use'
+        **more, # Fields of a tool's use
+    )->list:
+        "Begin a block"
+        out = self.end()
+        self.open,self.index = kind,self.index + 1
+        out.append(dict(type='content_block_start', index=self.index, content_block=dict(type=kind, **more, **NEW_BLOCKS[kind])))
+        return out + ([dict(type='ping')] if self.index == 0 else [])
 
-# %% ../../nbs/478_serve.anthropic.ipynb #c6ed5cda
-@patch
-def end(self:BlockWriter)->list:
-    "End the block, if there is one"
-    if self.open is None: return []
-    out = [self.delta('signature_delta', signature=self.signature)] if self.open == 'thinking' else []
-    self.open = None
-    return [*out, dict(type='content_block_stop', index=self.index)]
+    def end(self)->list:
+        "End the block, if there is one"
+        if self.open is None: return []
+        out = [self.delta('signature_delta', signature=self.signature)] if self.open == 'thinking' else []
+        self.open = None
+        return [*out, dict(type='content_block_stop', index=self.index)]
 
 # %% ../../nbs/478_serve.anthropic.ipynb #6280d147
 class MessagesRun:
@@ -329,53 +322,51 @@ class MessagesRun:
         if len(close) != 1: raise ApiError(400, f'{self.served.name} has no token for </think>; leave budget_tokens out', 'thinking')
         return ThinkingBudget(close[0], self.request.budget, self.served.engine.model.config.vocab_size, grammar)
 
-# %% ../../nbs/478_serve.anthropic.ipynb #e0798d7c
-@patch
-def usage(self:MessagesRun)->dict: # Anthropic's form
-    "The usage so far"
-    used = self.answer.stream.usage
-    hit = used.prompt_cache_hit_tokens
-    none = dict(cache_creation=None, inference_geo=None, server_tool_use=None)
-    return dict(input_tokens=used.prompt_tokens - hit, cache_creation_input_tokens=0, cache_read_input_tokens=hit,
-                output_tokens=used.completion_tokens, output_tokens_details=dict(thinking_tokens=self.answer.reasoning),
-                service_tier='standard') | none
+    def usage(self)->dict: # Anthropic's form
+        "The usage so far"
+        used = self.answer.stream.usage
+        hit = used.prompt_cache_hit_tokens
+        none = dict(cache_creation=None, inference_geo=None, server_tool_use=None)
+        return dict(input_tokens=used.prompt_tokens - hit, cache_creation_input_tokens=0, cache_read_input_tokens=hit,
+                    output_tokens=used.completion_tokens, output_tokens_details=dict(thinking_tokens=self.answer.reasoning),
+                    service_tier='standard') | none
 
-# %% ../../nbs/478_serve.anthropic.ipynb #dd1443ed
-@patch
-def _stopped(self:MessagesRun):
-    "Why the answer ended"
-    matched,finish = self.answer.stream.matched,self.answer.finish
-    reason = dict(stop='end_turn', length='max_tokens', tool_calls='tool_use', content_filter='refusal')[finish]
-    found = dict(stop_reason=reason, stop_sequence=None)
-    if finish == 'stop' and isinstance(matched, str): found = dict(stop_reason='stop_sequence', stop_sequence=matched)
-    return found | dict(stop_details=None, container=None)
+    def _stopped(self):
+        "Why the answer ended"
+        matched,finish = self.answer.stream.matched,self.answer.finish
+        reason = dict(stop='end_turn', length='max_tokens', tool_calls='tool_use', content_filter='refusal')[finish]
+        found = dict(stop_reason=reason, stop_sequence=None)
+        if finish == 'stop' and isinstance(matched, str): found = dict(stop_reason='stop_sequence', stop_sequence=matched)
+        return found | dict(stop_details=None, container=None)
 
-# %% ../../nbs/478_serve.anthropic.ipynb #ba1a937d
-@patch
-def _started(self:MessagesRun):
-    "The first event"
-    message = dict(id=self.id, type='message', role='assistant', model=self.served.name, content=[])
-    none = dict.fromkeys(('stop_reason', 'stop_sequence', 'stop_details', 'container'))
-    new = dict(output_tokens=0, output_tokens_details=None)
-    return dict(type='message_start', message=message | none | dict(usage=self.usage() | new))
+    def _started(self):
+        "The first event"
+        message = dict(id=self.id, type='message', role='assistant', model=self.served.name, content=[])
+        none = dict.fromkeys(('stop_reason', 'stop_sequence', 'stop_details', 'container'))
+        new = dict(output_tokens=0, output_tokens_details=None)
+        return dict(type='message_start', message=message | none | dict(usage=self.usage() | new))
 
-# %% ../../nbs/478_serve.anthropic.ipynb #600dc274
-@patch
-async def chunks(self:MessagesRun)->AsyncIterator[dict]:
-    "All events of the stream"
-    writer,first = BlockWriter(self.id),True
-    async for events,_ in self.answer.steps():
-        if first:
-            first = False
-            yield self._started()
-            if self.answer.splitter.thinking:
-                for e in writer.begin('thinking'): yield e
-        for event in events:
-            for e in writer.feed(event): yield e
-    for e in writer.end(): yield e
-    usage = {k: v for k,v in self.usage().items() if k not in ('cache_creation', 'inference_geo')}
-    yield dict(type='message_delta', delta=self._stopped(), usage=usage)
-    yield dict(type='message_stop')
+    async def chunks(self)->AsyncIterator[dict]:
+        "All events of the stream"
+        writer,first = BlockWriter(self.id),True
+        async for events,_ in self.answer.steps():
+            if first:
+                first = False
+                yield self._started()
+                if self.answer.splitter.thinking:
+                    for e in writer.begin('thinking'): yield e
+            for event in events:
+                for e in writer.feed(event): yield e
+        for e in writer.end(): yield e
+        usage = {k: v for k,v in self.usage().items() if k not in ('cache_creation', 'inference_geo')}
+        yield dict(type='message_delta', delta=self._stopped(), usage=usage)
+        yield dict(type='message_stop')
+
+    async def whole(self)->dict: # Anthropic's `message`
+        "The message, when it is complete"
+        message = {}
+        async for event in self.chunks(): add_event(message, event)
+        return message
 
 # %% ../../nbs/478_serve.anthropic.ipynb #10fa1780
 def add_event(
@@ -401,13 +392,6 @@ def _parse_input(block):
     if 'input' not in block: return
     try: block['input'] = json.loads(block['input'] or '{}')
     except ValueError: block['input'] = {}
-
-@patch
-async def whole(self:MessagesRun)->dict: # Anthropic's `message`
-    "The message, when it is complete"
-    message = {}
-    async for event in self.chunks(): add_event(message, event)
-    return message
 
 # %% ../../nbs/478_serve.anthropic.ipynb #e551f982
 def count_tokens(

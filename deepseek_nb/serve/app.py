@@ -33,8 +33,6 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
-from fastcore.basics import patch
-
 from ..infer.adapters import NoAdapter
 from ..infer.engine import EngineClosed, QueueFull
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
@@ -253,55 +251,377 @@ class Server:
         if name is None: raise ApiError(400, 'model is missing; it is one of ' + ', '.join(self.models), 'model')
         return find_served(self.models, name)
 
-# %% ../../nbs/480_serve.app.ipynb #d72297e5
-@patch
-def _admit(self:Server,
-    request, # Starlette's request
-)->str: # Name of the key
-    "Check the key, and whether its owner may send another request"
-    header = request.headers.get('authorization') or request.headers.get('x-api-key')
-    owner = owner_of(header, self.config.keys)
-    if self.draining: raise ApiError(503, 'the server is stopping; send the request again', kind='server_error', code='draining')
-    if self.running[owner] >= self.config.per_key:
-        raise ApiError(429, f'{self.running[owner]} requests of this key are running; wait for one of them', kind='rate_limit_error')
-    return owner
+    def _admit(self,
+        request, # Starlette's request
+    )->str: # Name of the key
+        "Check the key, and whether its owner may send another request"
+        header = request.headers.get('authorization') or request.headers.get('x-api-key')
+        owner = owner_of(header, self.config.keys)
+        if self.draining: raise ApiError(503, 'the server is stopping; send the request again', kind='server_error', code='draining')
+        if self.running[owner] >= self.config.per_key:
+            raise ApiError(429, f'{self.running[owner]} requests of this key are running; wait for one of them', kind='rate_limit_error')
+        return owner
 
-# %% ../../nbs/480_serve.app.ipynb #69e31108
-@patch
-async def _arrived(self:Server,
-    request, # Starlette's request
-)->tuple[str,bytes]: # Name of the key, and the body
-    "Read the body of a request; it counts as running from here on, until `_leave`"
-    self._admit(request)
-    body = await body_bytes(request, self.config.max_body, self.config.patience, self.room)
-    self.running[owner := self._admit(request)] += 1
-    return owner,body
+    async def _arrived(self,
+        request, # Starlette's request
+    )->tuple[str,bytes]: # Name of the key, and the body
+        "Read the body of a request; it counts as running from here on, until `_leave`"
+        self._admit(request)
+        body = await body_bytes(request, self.config.max_body, self.config.patience, self.room)
+        self.running[owner := self._admit(request)] += 1
+        return owner,body
 
-@patch
-async def _parsed(self:Server,
-    body:bytes, # Of a request
-    owner:str, # Name of the key
-)->tuple[dict,bool]: # JSON, and whether it may take long to read on
-    "Parse a body"
-    data = await self.readers.run(owner, True, parse_body, body) if len(body) >= SHORT else parse_body(body)
-    return data,len(body) >= SHORT or not GRAMMARS.isdisjoint(data)
+    async def _parsed(self,
+        body:bytes, # Of a request
+        owner:str, # Name of the key
+    )->tuple[dict,bool]: # JSON, and whether it may take long to read on
+        "Parse a body"
+        data = await self.readers.run(owner, True, parse_body, body) if len(body) >= SHORT else parse_body(body)
+        return data,len(body) >= SHORT or not GRAMMARS.isdisjoint(data)
 
-# %% ../../nbs/480_serve.app.ipynb #3744673a
-@patch
-def _response(self:Server,
-    error:Exception, # What went wrong
-    wire:Wire = OPENAI, # Form of the error
-    request = None, # Starlette's request, whose line in the log names the error
-):
-    "The response to an error"
-    from starlette.responses import JSONResponse
-    api = as_api_error(error)
-    body = wire.error(api)
-    if request is not None:
-        record = request.scope['record']
-        record.error = api.code or api.kind
-        if 'request_id' in body: body['request_id'] = record.id
-    return JSONResponse(body, api.status, {'retry-after': '1'} if api.status in (429, 503) else {})
+    def _response(self,
+        error:Exception, # What went wrong
+        wire:Wire = OPENAI, # Form of the error
+        request = None, # Starlette's request, whose line in the log names the error
+    ):
+        "The response to an error"
+        from starlette.responses import JSONResponse
+        api = as_api_error(error)
+        body = wire.error(api)
+        if request is not None:
+            record = request.scope['record']
+            record.error = api.code or api.kind
+            if 'request_id' in body: body['request_id'] = record.id
+        return JSONResponse(body, api.status, {'retry-after': '1'} if api.status in (429, 503) else {})
+
+    def _leave(self,
+        owner:str, # Name of the key
+        run, # Its run; None: none was started
+    )->None:
+        "Count a request that has ended, and stop what still runs of it"
+        self.running[owner] -= 1
+        if run is not None: run.cancel()
+
+    async def _read(self,
+        request, # Starlette's request
+        owner:str, # Name of the key
+        long:bool, # Whether it may take long
+        *call, # Function and arguments
+    ): # Its result
+        "Call a function beside the event loop, as long as the client is there"
+        task = asyncio.ensure_future(self.readers.run(owner, long, *call))
+        if not await while_connected(request, task): await task
+        return task.result()
+
+    async def _start(self,
+        request, # Starlette's request
+        start:Callable, # Starts a run, `start(served, fields, owner)`
+        owner:str, # Name of the key
+        body:bytes, # Of the request
+    ): # The run
+        "Read a body and start what it asks for, beside the event loop: to tokenise a long prompt takes a while"
+        data,long = await self._parsed(body, owner)
+        served,record = self.model(Fields(data).take('model', str)),request.scope['record']
+        record.model,record.key,record.tok = served.name,owner,served.tok
+        fields = {k: v for k,v in data.items() if k != 'model'}
+        run = await self._read(request, owner, long, start, served, fields, owner)
+        record.answer,record.streams = run.id,[a.stream for a in getattr(run, 'answers', None) or [run.answer]]
+        return run
+
+    def _events(self,
+        request, # Starlette's request
+        run, # Of a protocol
+        leave:Callable, # Called at the end
+        wire:Wire, # Form of events and errors
+    ):
+        "A response with events"
+        closed = request.scope.get('state', {}).get('half_closed')
+        events = event_stream(run.chunks(), self.config.keep_alive, wire, getattr(run, 'failed', None), closed)
+        return _streamed(events, leave, 'text/event-stream')
+
+    async def _json(self, data):
+        "A response that may be large"
+        from starlette.responses import Response
+        return Response(await asyncio.to_thread(json_text, data), media_type='application/json')
+
+    async def _whole(self,
+        request, # Starlette's request
+        run, # Of a protocol
+        leave:Callable, # Called at the end
+        wire:Wire, # Form of errors
+    ):
+        "A response with the whole answer; it begins early if the client has closed its sending side"
+        from starlette.responses import JSONResponse
+        task = asyncio.ensure_future(run.whole())
+        def write(result): return JSONResponse(wire.error(as_api_error(result)) if isinstance(result, Exception) else result).body
+        if not await while_connected(request, task): return _streamed(blank_lines(task, write), leave, 'application/json')
+        return await self._json(task.result())
+
+    async def _handle(self,
+        request, # Starlette's request
+        start:Callable, # Starts a run, `start(served, fields, owner)`; it has `chunks` and `whole`
+        wire:Wire = OPENAI, # Form of events and errors
+    ):
+        "Answer a request that generates"
+        owner,run,response = None,None,None
+        try:
+            owner,body = await self._arrived(request)
+            run = await self._start(request, start, owner, body)
+            leave = partial(self._leave, owner, run)
+            if run.request.stream: response = self._events(request, run, leave, wire)
+            else: response = await self._whole(request, run, leave, wire)
+            return response
+        except Exception as error: return self._response(error, wire, request)
+        finally:
+            if owner is not None and not hasattr(response, 'body_iterator'): self._leave(owner, run) # a stream leaves at its end
+
+    def _card(self,
+        m:ServedModel, # Model
+    )->dict: # The fields of OpenAI's form and of Anthropic's
+        "A model in the list of models"
+        since = datetime.fromtimestamp(m.created, UTC).isoformat().replace('+00:00', 'Z')
+        adapter = m.engine.adapters.loaded.get(m.adapter)
+        return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
+                    root=adapter.folder.name if adapter else m.name, parent=m.base,
+                    type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
+
+    async def _list_models(self, request): # `GET /v1/models`
+        "All models"
+        from starlette.responses import JSONResponse
+        try: owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+        except ApiError as error: return self._response(error, request=request)
+        data = [*map(self._card, all_served(self.models))]
+        return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
+
+    async def _get_model(self, request): # `GET /v1/models/NAME`
+        "One model"
+        from starlette.responses import JSONResponse
+        try:
+            owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+            return JSONResponse(self._card(self.model(request.path_params['name'])))
+        except ApiError as error: return self._response(error, request=request)
+
+    async def _health(self, request): # `GET /health` and `/ready`
+        "Whether the server lives, and whether it takes requests"
+        from starlette.responses import JSONResponse
+        dead = [m.name for m in self.models.values() if m.engine.thread is not None and not m.engine.thread.is_alive()]
+        status = 'draining' if self.draining else 'dead' if dead else 'ok'
+        good = status == 'ok' or status == 'draining' and request.url.path == '/health'
+        return JSONResponse(dict(status=status) | (dict(engines=dead) if status == 'dead' else {}), 200 if good else 503)
+
+    async def _page(self, request): # `GET /`
+        "The chat page; it loads nothing from other hosts"
+        from starlette.responses import HTMLResponse
+        rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
+        mixtures = [name for name,m in self.models.items() if has_router(m.engine.model)]
+        page = chat_page([m.name for m in all_served(self.models)], bool(self.config.keys), mixtures)
+        return HTMLResponse(page, headers={'content-security-policy': rules})
+
+    async def _tokenize(self, request): # `POST /tokenize` and `/detokenize`
+        "Text to token ids, and back"
+        call = text_of_tokens if request.url.path.endswith('/detokenize') else tokens_of_text
+        return await self._count(request, lambda served, body, owner: call(served, Fields(body)), default=next(iter(self.models)))
+
+    async def _tokenizer_info(self, request): # `GET /tokenizer_info`
+        "What a client must know of a tokenizer to use it"
+        from starlette.responses import JSONResponse
+        try:
+            owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+            served = self.model(request.query_params.get('model', next(iter(self.models))))
+            named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
+            template = served.tok.chat_template
+            if isinstance(template, dict): template = template.get('default')
+            return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
+        except Exception as error: return self._response(error, request=request)
+
+    async def _experts(self, request): # `POST /v1/experts`
+        "The experts of some tokens; they are computed outside of the event loop"
+        if self.reports >= _MOST_REPORTS:
+            return self._response(ApiError(429, 'too many requests for experts run; send it again', kind='rate_limit_error'), request=request)
+        owner,self.reports = None,self.reports + 1
+        try:
+            owner,body = await self._arrived(request)
+            data,_ = await self._parsed(body, owner)
+            served,fields = self.model(Fields(data).take('model', str)),{k: v for k,v in data.items() if k != 'model'}
+            return await self._json(await asyncio.get_running_loop().run_in_executor(self.routers, experts_report, served, fields))
+        except Exception as error: return self._response(error, request=request)
+        finally:
+            self.reports -= 1
+            if owner is not None: self._leave(owner, None)
+
+    async def _metrics(self, request): # `GET /metrics`
+        "The metrics"
+        from starlette.responses import PlainTextResponse
+        try: owner_of(request.headers.get('authorization'), dict(metrics=key) if (key := self.config.metrics_key) else {})
+        except ApiError as error: return self._response(error, request=request)
+        return PlainTextResponse(self.metrics.text(), media_type='text/plain; version=0.0.4')
+
+    async def _chat(self,
+        request, # Starlette's request
+        dialect:str, # Where a stream reports the usage
+    ): # `POST …/chat/completions`
+        "A chat completion"
+        began = request.scope['record'].started
+        return await self._handle(request, lambda served, body, owner: ChatRun(served, read_chat(body), owner, dialect, began))
+
+    async def _complete(self, request): # `POST …/completions`
+        "A text completion"
+        def start(served, body, owner): return TextRun(served, read_completion(body, served.tok, served.check_length), owner)
+        return await self._handle(request, start)
+
+    def _earlier(self, owner):
+        "Finds a stored answer of a key by its id; None: nothing is stored"
+        return partial(self.store.get, owner) if self.config.stored else None
+
+    async def _respond(self, request): # `POST …/responses`
+        "A response of OpenAI's Responses"
+        def start(served, body, owner):
+            earlier = self._earlier(owner)
+            return ResponsesRun(served, read_responses(body, earlier), owner, earlier and partial(self.store.put, owner))
+        return await self._handle(request, start, RESPONSES)
+
+    async def _compact(self, request): # `POST …/responses/compact`
+        "A summary in place of a conversation"
+        return await self._handle(request, lambda served, body, owner: CompactRun(served, read_compact(body, self._earlier(owner)), owner))
+
+    async def _message(self, request): # `POST …/v1/messages`
+        "A message of Anthropic's Messages"
+        return await self._handle(request, lambda served, body, owner: MessagesRun(served, read_anthropic(body), owner), ANTHROPIC)
+
+    async def _count(self,
+        request, # Starlette's request
+        count:Callable, # `count(served, fields, owner)`
+        wire:Wire = OPENAI, # Form of errors
+        default:str|None = None, # Model of a request that names none; None: an error
+    ):
+        "Answer a request without generating anything, such as one that counts the tokens of a prompt"
+        owner = None
+        try:
+            owner,body = await self._arrived(request)
+            data,long = await self._parsed(body, owner)
+            served = self.model(Fields(data).take('model', str, default=default))
+            fields = {k: v for k,v in data.items() if k != 'model'}
+            return await self._json(await self._read(request, owner, long, count, served, fields, owner))
+        except Exception as error: return self._response(error, wire, request)
+        finally:
+            if owner is not None: self._leave(owner, None)
+
+    async def _message_tokens(self, request): # `POST …/v1/messages/count_tokens`
+        "The number of tokens of a prompt of Messages"
+        return await self._count(request, lambda served, body, owner: count_tokens(served, body), ANTHROPIC)
+
+    async def _input_tokens(self, request): # `POST …/responses/input_tokens`
+        "The number of tokens of a prompt of Responses"
+        return await self._count(request, lambda served, body, owner: count_input(served, body, self._earlier(owner)))
+
+    async def _stored(self, request): # `GET` and `DELETE …/responses/ID`, and what is behind it
+        "A stored answer, the items of its request, or its end"
+        id,items,query = request.path_params['id'],request.url.path.endswith('/input_items'),dict(request.query_params)
+        try:
+            owner = owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
+            found = self.store.get(owner, id)
+            if request.method == 'POST': raise ApiError(400, 'only a response in the background can be cancelled; close the connection')
+            if items: return await self._json(item_page(found.items, query))
+            fields = Fields(query)
+            fields.only('stream', 'false')
+            fields.done()
+            return await self._json(self.store.delete(owner, id) if request.method == 'DELETE' else found.response)
+        except Exception as error: return self._response(error, request=request)
+
+    def _check_admin(self,
+        request, # Starlette's request
+    )->None:
+        "Raise an error for anybody but the administrator"
+        if not self.config.admin_key: raise ApiError(404, f'{request.url.path} is off: this server has no admin key', code='not_found')
+        header = request.headers.get('authorization') or request.headers.get('x-api-key')
+        owner_of(header, {'admin': self.config.admin_key})
+
+    async def _change_adapters(self, request): # `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`
+        "Load or unload an adapter"
+        from starlette.responses import PlainTextResponse
+        try:
+            self._check_admin(request)
+            body = await json_body(request, self.config.max_body, self.config.patience)
+            change = unload_lora if request.url.path.endswith('/unload_lora_adapter') else load_lora
+            return PlainTextResponse(await asyncio.to_thread(change, self.models, body, self.config.adapter_dir))
+        except Exception as error: return self._response(error, request=request)
+
+    async def _openapi(self, request): # `GET /openapi.json`
+        "What all routes take, in the form of OpenAPI"
+        from deepseek_nb.serve.openapi import openapi_document
+        return await self._json(openapi_document(self.routes()))
+
+    def routes(self)->list: # Starlette's routes
+        "All routes"
+        from starlette.routing import Route
+        out = []
+        for base in ('/v1', '', '/beta'):
+            chat = partial(self._chat, dialect='openai' if base == '/v1' else 'deepseek')
+            out += [Route(f'{base}/chat/completions', chat, methods=['POST']), Route(f'{base}/completions', self._complete, methods=['POST'])]
+            out += [Route(f'{base}/models', self._list_models), Route(f'{base}/models/{{name:path}}', self._get_model)]
+        for base in ('/v1/responses', '/responses'):
+            out += [Route(base, self._respond, methods=['POST']), Route(f'{base}/compact', self._compact, methods=['POST']),
+                    Route(f'{base}/input_tokens', self._input_tokens, methods=['POST']),
+                    Route(f'{base}/{{id}}', self._stored, methods=['GET', 'DELETE']), Route(f'{base}/{{id}}/input_items', self._stored),
+                    Route(f'{base}/{{id}}/cancel', self._stored, methods=['POST'])]
+        for base in ('/v1', '/anthropic/v1'):
+            out += [Route(f'{base}/messages', self._message, methods=['POST']),
+                    Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
+        out += [Route(f'/v1/{verb}_lora_adapter', self._change_adapters, methods=['POST']) for verb in ('load', 'unload')]
+        out += [Route('/', self._page), Route('/openapi.json', self._openapi), Route('/metrics', self._metrics)]
+        out += [Route(path, self._health) for path in ('/health', '/ready')]
+        return out + [Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
+                      *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
+
+    async def _no_route(self, request, error): # Starlette's error: 404 or 405
+        "A path that isn't served, in the form of its protocol"
+        message = f'{request.method} {request.url.path:.100} is no route of this server'
+        response = self._response(ApiError(error.status_code, message), _wire(request.url.path), request)
+        response.headers.update(error.headers or {})
+        return response
+
+    def app(self): # ASGI application
+        "The application"
+        from starlette.applications import Starlette
+        from starlette.datastructures import Headers
+        from starlette.exceptions import HTTPException
+        from starlette.requests import Request
+        @asynccontextmanager
+        async def lifespan(app):
+            for m in self.models.values(): m.engine.start()
+            yield
+            await self.drain()
+        inner = Starlette(routes=self.routes(), lifespan=lifespan, exception_handlers={HTTPException: self._no_route})
+        async def app(scope, receive, send):
+            try: scope['type'] == 'http' and check_source(Headers(scope=scope), self.config)
+            except ApiError as error: await self._response(error, _wire(scope['path']), Request(scope))(scope, receive, send)
+            else: await inner(scope, receive, send)
+        return RequestLog(app, self.config.log_prompts, lambda record: self.ended and self.ended(record))
+
+    @property
+    def address(self)->tuple:
+        "Host and port that the server listens on"
+        return self.uvicorn.servers[0].sockets[0].getsockname()[:2]
+
+    async def drain(self)->None:
+        "Let the running answers finish, or cut them"
+        self.draining,end = True,time.monotonic() + self.config.drain
+        while sum(self.running.values()) and time.monotonic() < end and not self.hurry: await asyncio.sleep(.02)
+        await asyncio.gather(*[asyncio.to_thread(m.engine.close, drain=False) for m in self.models.values()])
+
+    def run(self,
+        ready:Callable|None = None, # Called when the server listens
+    )->None:
+        "Serve until SIGTERM or SIGINT"
+        import uvicorn
+        c = self.config
+        check_address(c.host, c.port)
+        settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), ws='none', timeout_graceful_shutdown=_FLUSH,
+                                  log_config=log_settings(c.log_format), log_level='warning', access_log=False)
+        server = _uvicorn(uvicorn)(self, settings)
+        if ready is not None: server.ready = ready
+        self.uvicorn = server
+        with _shared_python(): server.run()
 
 # %% ../../nbs/480_serve.app.ipynb #a8b6ed09
 def _streamed(
@@ -316,151 +636,6 @@ def _streamed(
             try: await super().__call__(scope, receive, send)
             finally: leave()
     return Streamed(body, media_type=kind, headers={'cache-control': 'no-cache', 'x-accel-buffering': 'no'})
-
-# %% ../../nbs/480_serve.app.ipynb #7def86b9
-@patch
-def _leave(self:Server,
-    owner:str, # Name of the key
-    run, # Its run; None: none was started
-)->None:
-    "Count a request that has ended, and stop what still runs of it"
-    self.running[owner] -= 1
-    if run is not None: run.cancel()
-
-# %% ../../nbs/480_serve.app.ipynb #x2483233
-@patch
-async def _read(self:Server,
-    request, # Starlette's request
-    owner:str, # Name of the key
-    long:bool, # Whether it may take long
-    *call, # Function and arguments
-): # Its result
-    "Call a function beside the event loop, as long as the client is there"
-    task = asyncio.ensure_future(self.readers.run(owner, long, *call))
-    if not await while_connected(request, task): await task
-    return task.result()
-
-@patch
-async def _start(self:Server,
-    request, # Starlette's request
-    start:Callable, # Starts a run, `start(served, fields, owner)`
-    owner:str, # Name of the key
-    body:bytes, # Of the request
-): # The run
-    "Read a body and start what it asks for, beside the event loop: to tokenise a long prompt takes a while"
-    data,long = await self._parsed(body, owner)
-    served,record = self.model(Fields(data).take('model', str)),request.scope['record']
-    record.model,record.key,record.tok = served.name,owner,served.tok
-    fields = {k: v for k,v in data.items() if k != 'model'}
-    run = await self._read(request, owner, long, start, served, fields, owner)
-    record.answer,record.streams = run.id,[a.stream for a in getattr(run, 'answers', None) or [run.answer]]
-    return run
-
-# %% ../../nbs/480_serve.app.ipynb #a1b2c3d4
-@patch
-def _events(self:Server,
-    request, # Starlette's request
-    run, # Of a protocol
-    leave:Callable, # Called at the end
-    wire:Wire, # Form of events and errors
-):
-    "A response with events"
-    closed = request.scope.get('state', {}).get('half_closed')
-    events = event_stream(run.chunks(), self.config.keep_alive, wire, getattr(run, 'failed', None), closed)
-    return _streamed(events, leave, 'text/event-stream')
-
-# %% ../../nbs/480_serve.app.ipynb #s6823439
-@patch
-async def _json(self:Server, data):
-    "A response that may be large"
-    from starlette.responses import Response
-    return Response(await asyncio.to_thread(json_text, data), media_type='application/json')
-
-@patch
-async def _whole(self:Server,
-    request, # Starlette's request
-    run, # Of a protocol
-    leave:Callable, # Called at the end
-    wire:Wire, # Form of errors
-):
-    "A response with the whole answer; it begins early if the client has closed its sending side"
-    from starlette.responses import JSONResponse
-    task = asyncio.ensure_future(run.whole())
-    def write(result): return JSONResponse(wire.error(as_api_error(result)) if isinstance(result, Exception) else result).body
-    if not await while_connected(request, task): return _streamed(blank_lines(task, write), leave, 'application/json')
-    return await self._json(task.result())
-
-# %% ../../nbs/480_serve.app.ipynb #c895fe02
-@patch
-async def _handle(self:Server,
-    request, # Starlette's request
-    start:Callable, # Starts a run, `start(served, fields, owner)`; it has `chunks` and `whole`
-    wire:Wire = OPENAI, # Form of events and errors
-):
-    "Answer a request that generates"
-    owner,run,response = None,None,None
-    try:
-        owner,body = await self._arrived(request)
-        run = await self._start(request, start, owner, body)
-        leave = partial(self._leave, owner, run)
-        if run.request.stream: response = self._events(request, run, leave, wire)
-        else: response = await self._whole(request, run, leave, wire)
-        return response
-    except Exception as error: return self._response(error, wire, request)
-    finally:
-        if owner is not None and not hasattr(response, 'body_iterator'): self._leave(owner, run) # a stream leaves at its end
-
-# %% ../../nbs/480_serve.app.ipynb #a65eacc7
-@patch
-def _card(self:Server,
-    m:ServedModel, # Model
-)->dict: # The fields of OpenAI's form and of Anthropic's
-    "A model in the list of models"
-    since = datetime.fromtimestamp(m.created, UTC).isoformat().replace('+00:00', 'Z')
-    adapter = m.engine.adapters.loaded.get(m.adapter)
-    return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
-                root=adapter.folder.name if adapter else m.name, parent=m.base,
-                type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
-
-# %% ../../nbs/480_serve.app.ipynb #1e7ee749
-@patch
-async def _list_models(self:Server, request): # `GET /v1/models`
-    "All models"
-    from starlette.responses import JSONResponse
-    try: owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-    except ApiError as error: return self._response(error, request=request)
-    data = [*map(self._card, all_served(self.models))]
-    return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
-
-# %% ../../nbs/480_serve.app.ipynb #544d0374
-@patch
-async def _get_model(self:Server, request): # `GET /v1/models/NAME`
-    "One model"
-    from starlette.responses import JSONResponse
-    try:
-        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-        return JSONResponse(self._card(self.model(request.path_params['name'])))
-    except ApiError as error: return self._response(error, request=request)
-
-# %% ../../nbs/480_serve.app.ipynb #486e7624
-@patch
-async def _health(self:Server, request): # `GET /health` and `/ready`
-    "Whether the server lives, and whether it takes requests"
-    from starlette.responses import JSONResponse
-    dead = [m.name for m in self.models.values() if m.engine.thread is not None and not m.engine.thread.is_alive()]
-    status = 'draining' if self.draining else 'dead' if dead else 'ok'
-    good = status == 'ok' or status == 'draining' and request.url.path == '/health'
-    return JSONResponse(dict(status=status) | (dict(engines=dead) if status == 'dead' else {}), 200 if good else 503)
-
-# %% ../../nbs/480_serve.app.ipynb #5cdfa72a
-@patch
-async def _page(self:Server, request): # `GET /`
-    "The chat page; it loads nothing from other hosts"
-    from starlette.responses import HTMLResponse
-    rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
-    mixtures = [name for name,m in self.models.items() if has_router(m.engine.model)]
-    page = chat_page([m.name for m in all_served(self.models)], bool(self.config.keys), mixtures)
-    return HTMLResponse(page, headers={'content-security-policy': rules})
 
 # %% ../../nbs/480_serve.app.ipynb #dc70a439
 def tokens_of_text(
@@ -483,241 +658,14 @@ def text_of_tokens(
     if any(type(i) is not int for i in ids): raise fields.wrong('tokens', 'must be token ids')
     return dict(prompt=served.tok.decode(ids))
 
-# %% ../../nbs/480_serve.app.ipynb #4293c545
-@patch
-async def _tokenize(self:Server, request): # `POST /tokenize` and `/detokenize`
-    "Text to token ids, and back"
-    call = text_of_tokens if request.url.path.endswith('/detokenize') else tokens_of_text
-    return await self._count(request, lambda served, body, owner: call(served, Fields(body)), default=next(iter(self.models)))
-
-# %% ../../nbs/480_serve.app.ipynb #70ce1f00
-@patch
-async def _tokenizer_info(self:Server, request): # `GET /tokenizer_info`
-    "What a client must know of a tokenizer to use it"
-    from starlette.responses import JSONResponse
-    try:
-        owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-        served = self.model(request.query_params.get('model', next(iter(self.models))))
-        named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
-        template = served.tok.chat_template
-        if isinstance(template, dict): template = template.get('default')
-        return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
-    except Exception as error: return self._response(error, request=request)
-
 # %% ../../nbs/480_serve.app.ipynb #70ce1f01
 _MOST_REPORTS = 4 # requests for experts at a time: each computes its whole sequence again, beside the engine
-
-@patch
-async def _experts(self:Server, request): # `POST /v1/experts`
-    "The experts of some tokens; they are computed outside of the event loop"
-    if self.reports >= _MOST_REPORTS:
-        return self._response(ApiError(429, 'too many requests for experts run; send it again', kind='rate_limit_error'), request=request)
-    owner,self.reports = None,self.reports + 1
-    try:
-        owner,body = await self._arrived(request)
-        data,_ = await self._parsed(body, owner)
-        served,fields = self.model(Fields(data).take('model', str)),{k: v for k,v in data.items() if k != 'model'}
-        return await self._json(await asyncio.get_running_loop().run_in_executor(self.routers, experts_report, served, fields))
-    except Exception as error: return self._response(error, request=request)
-    finally:
-        self.reports -= 1
-        if owner is not None: self._leave(owner, None)
-
-# %% ../../nbs/480_serve.app.ipynb #43ff0a7d
-@patch
-async def _metrics(self:Server, request): # `GET /metrics`
-    "The metrics"
-    from starlette.responses import PlainTextResponse
-    try: owner_of(request.headers.get('authorization'), dict(metrics=key) if (key := self.config.metrics_key) else {})
-    except ApiError as error: return self._response(error, request=request)
-    return PlainTextResponse(self.metrics.text(), media_type='text/plain; version=0.0.4')
-
-# %% ../../nbs/480_serve.app.ipynb #4a186994
-@patch
-async def _chat(self:Server,
-    request, # Starlette's request
-    dialect:str, # Where a stream reports the usage
-): # `POST …/chat/completions`
-    "A chat completion"
-    began = request.scope['record'].started
-    return await self._handle(request, lambda served, body, owner: ChatRun(served, read_chat(body), owner, dialect, began))
-
-@patch
-async def _complete(self:Server, request): # `POST …/completions`
-    "A text completion"
-    def start(served, body, owner): return TextRun(served, read_completion(body, served.tok, served.check_length), owner)
-    return await self._handle(request, start)
-
-# %% ../../nbs/480_serve.app.ipynb #9451ae8d
-@patch
-def _earlier(self:Server, owner):
-    "Finds a stored answer of a key by its id; None: nothing is stored"
-    return partial(self.store.get, owner) if self.config.stored else None
-
-@patch
-async def _respond(self:Server, request): # `POST …/responses`
-    "A response of OpenAI's Responses"
-    def start(served, body, owner):
-        earlier = self._earlier(owner)
-        return ResponsesRun(served, read_responses(body, earlier), owner, earlier and partial(self.store.put, owner))
-    return await self._handle(request, start, RESPONSES)
-
-# %% ../../nbs/480_serve.app.ipynb #a1307a23
-@patch
-async def _compact(self:Server, request): # `POST …/responses/compact`
-    "A summary in place of a conversation"
-    return await self._handle(request, lambda served, body, owner: CompactRun(served, read_compact(body, self._earlier(owner)), owner))
-
-@patch
-async def _message(self:Server, request): # `POST …/v1/messages`
-    "A message of Anthropic's Messages"
-    return await self._handle(request, lambda served, body, owner: MessagesRun(served, read_anthropic(body), owner), ANTHROPIC)
-
-# %% ../../nbs/480_serve.app.ipynb #9056f0b5
-@patch
-async def _count(self:Server,
-    request, # Starlette's request
-    count:Callable, # `count(served, fields, owner)`
-    wire:Wire = OPENAI, # Form of errors
-    default:str|None = None, # Model of a request that names none; None: an error
-):
-    "Answer a request without generating anything, such as one that counts the tokens of a prompt"
-    owner = None
-    try:
-        owner,body = await self._arrived(request)
-        data,long = await self._parsed(body, owner)
-        served = self.model(Fields(data).take('model', str, default=default))
-        fields = {k: v for k,v in data.items() if k != 'model'}
-        return await self._json(await self._read(request, owner, long, count, served, fields, owner))
-    except Exception as error: return self._response(error, wire, request)
-    finally:
-        if owner is not None: self._leave(owner, None)
-
-# %% ../../nbs/480_serve.app.ipynb #8b6264b9
-@patch
-async def _message_tokens(self:Server, request): # `POST …/v1/messages/count_tokens`
-    "The number of tokens of a prompt of Messages"
-    return await self._count(request, lambda served, body, owner: count_tokens(served, body), ANTHROPIC)
-
-@patch
-async def _input_tokens(self:Server, request): # `POST …/responses/input_tokens`
-    "The number of tokens of a prompt of Responses"
-    return await self._count(request, lambda served, body, owner: count_input(served, body, self._earlier(owner)))
-
-# %% ../../nbs/480_serve.app.ipynb #492be459
-@patch
-async def _stored(self:Server, request): # `GET` and `DELETE …/responses/ID`, and what is behind it
-    "A stored answer, the items of its request, or its end"
-    id,items,query = request.path_params['id'],request.url.path.endswith('/input_items'),dict(request.query_params)
-    try:
-        owner = owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-        found = self.store.get(owner, id)
-        if request.method == 'POST': raise ApiError(400, 'only a response in the background can be cancelled; close the connection')
-        if items: return await self._json(item_page(found.items, query))
-        fields = Fields(query)
-        fields.only('stream', 'false')
-        fields.done()
-        return await self._json(self.store.delete(owner, id) if request.method == 'DELETE' else found.response)
-    except Exception as error: return self._response(error, request=request)
-
-# %% ../../nbs/480_serve.app.ipynb #a7c0de02
-@patch
-def _check_admin(self:Server,
-    request, # Starlette's request
-)->None:
-    "Raise an error for anybody but the administrator"
-    if not self.config.admin_key: raise ApiError(404, f'{request.url.path} is off: this server has no admin key', code='not_found')
-    header = request.headers.get('authorization') or request.headers.get('x-api-key')
-    owner_of(header, {'admin': self.config.admin_key})
-
-# %% ../../nbs/480_serve.app.ipynb #de54f708
-@patch
-async def _change_adapters(self:Server, request): # `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`
-    "Load or unload an adapter"
-    from starlette.responses import PlainTextResponse
-    try:
-        self._check_admin(request)
-        body = await json_body(request, self.config.max_body, self.config.patience)
-        change = unload_lora if request.url.path.endswith('/unload_lora_adapter') else load_lora
-        return PlainTextResponse(await asyncio.to_thread(change, self.models, body, self.config.adapter_dir))
-    except Exception as error: return self._response(error, request=request)
-
-# %% ../../nbs/480_serve.app.ipynb #28a7313f
-@patch
-async def _openapi(self:Server, request): # `GET /openapi.json`
-    "What all routes take, in the form of OpenAPI"
-    from deepseek_nb.serve.openapi import openapi_document
-    return await self._json(openapi_document(self.routes()))
-
-@patch
-def routes(self:Server)->list: # Starlette's routes
-    "All routes"
-    from starlette.routing import Route
-    out = []
-    for base in ('/v1', '', '/beta'):
-        chat = partial(self._chat, dialect='openai' if base == '/v1' else 'deepseek')
-        out += [Route(f'{base}/chat/completions', chat, methods=['POST']), Route(f'{base}/completions', self._complete, methods=['POST'])]
-        out += [Route(f'{base}/models', self._list_models), Route(f'{base}/models/{{name:path}}', self._get_model)]
-    for base in ('/v1/responses', '/responses'):
-        out += [Route(base, self._respond, methods=['POST']), Route(f'{base}/compact', self._compact, methods=['POST']),
-                Route(f'{base}/input_tokens', self._input_tokens, methods=['POST']),
-                Route(f'{base}/{{id}}', self._stored, methods=['GET', 'DELETE']), Route(f'{base}/{{id}}/input_items', self._stored),
-                Route(f'{base}/{{id}}/cancel', self._stored, methods=['POST'])]
-    for base in ('/v1', '/anthropic/v1'):
-        out += [Route(f'{base}/messages', self._message, methods=['POST']),
-                Route(f'{base}/messages/count_tokens', self._message_tokens, methods=['POST'])]
-    out += [Route(f'/v1/{verb}_lora_adapter', self._change_adapters, methods=['POST']) for verb in ('load', 'unload')]
-    out += [Route('/', self._page), Route('/openapi.json', self._openapi), Route('/metrics', self._metrics)]
-    out += [Route(path, self._health) for path in ('/health', '/ready')]
-    return out + [Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
-                  *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
 # %% ../../nbs/480_serve.app.ipynb #0915169e
 def _wire(path): return ANTHROPIC if '/messages' in path else OPENAI
 
-@patch
-async def _no_route(self:Server, request, error): # Starlette's error: 404 or 405
-    "A path that isn't served, in the form of its protocol"
-    message = f'{request.method} {request.url.path:.100} is no route of this server'
-    response = self._response(ApiError(error.status_code, message), _wire(request.url.path), request)
-    response.headers.update(error.headers or {})
-    return response
-
-# %% ../../nbs/480_serve.app.ipynb #3695a938
-@patch
-def app(self:Server): # ASGI application
-    "The application"
-    from starlette.applications import Starlette
-    from starlette.datastructures import Headers
-    from starlette.exceptions import HTTPException
-    from starlette.requests import Request
-    @asynccontextmanager
-    async def lifespan(app):
-        for m in self.models.values(): m.engine.start()
-        yield
-        await self.drain()
-    inner = Starlette(routes=self.routes(), lifespan=lifespan, exception_handlers={HTTPException: self._no_route})
-    async def app(scope, receive, send):
-        try: scope['type'] == 'http' and check_source(Headers(scope=scope), self.config)
-        except ApiError as error: await self._response(error, _wire(scope['path']), Request(scope))(scope, receive, send)
-        else: await inner(scope, receive, send)
-    return RequestLog(app, self.config.log_prompts, lambda record: self.ended and self.ended(record))
-
-# %% ../../nbs/480_serve.app.ipynb #49a7ae34
-@patch(as_prop=True)
-def address(self:Server)->tuple:
-    "Host and port that the server listens on"
-    return self.uvicorn.servers[0].sockets[0].getsockname()[:2]
-
 # %% ../../nbs/480_serve.app.ipynb #1fa8fba5
 _FLUSH = 5 # seconds that readers have for the ends of streams that were cut
-
-@patch
-async def drain(self:Server)->None:
-    "Let the running answers finish, or cut them"
-    self.draining,end = True,time.monotonic() + self.config.drain
-    while sum(self.running.values()) and time.monotonic() < end and not self.hurry: await asyncio.sleep(.02)
-    await asyncio.gather(*[asyncio.to_thread(m.engine.close, drain=False) for m in self.models.values()])
 
 # %% ../../nbs/480_serve.app.ipynb #0fc3ba55
 @contextmanager
@@ -732,22 +680,6 @@ def _shared_python():
         gc.unfreeze()
         gc.set_threshold(*before[0])
         sys.setswitchinterval(before[1])
-
-# %% ../../nbs/480_serve.app.ipynb #e1a676c4
-@patch
-def run(self:Server,
-    ready:Callable|None = None, # Called when the server listens
-)->None:
-    "Serve until SIGTERM or SIGINT"
-    import uvicorn
-    c = self.config
-    check_address(c.host, c.port)
-    settings = uvicorn.Config(self.app(), c.host, c.port, http=patient_protocol(c.patience), ws='none', timeout_graceful_shutdown=_FLUSH,
-                              log_config=log_settings(c.log_format), log_level='warning', access_log=False)
-    server = _uvicorn(uvicorn)(self, settings)
-    if ready is not None: server.ready = ready
-    self.uvicorn = server
-    with _shared_python(): server.run()
 
 # %% ../../nbs/480_serve.app.ipynb #16759422
 def _is_news(record):

@@ -21,8 +21,6 @@ from secrets import token_hex
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from fastcore.basics import patch
-
 from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.request import Piece, Request, Stream
@@ -73,6 +71,34 @@ class Fields:
         "The error of a field"
         return ApiError(400, f'{self.name(field)} {rule}', self.name(field))
 
+    def take(self,
+        field:str, # Its name
+        *kinds:type, # Types that are allowed
+        default = None, # If the field is absent or null
+        needed:bool = False, # Whether it must be there
+    ):
+        "Take a field out, and check its type"
+        value = self.left.pop(field, None)
+        if value is None:
+            if needed: raise self.wrong(field, 'is missing')
+            return default
+        if any(_is(value, k) for k in kinds): return value
+        raise self.wrong(field, f'must be {" or ".join(KINDS[k] for k in kinds)}, not {excerpt(value):.60}')
+
+    def only(self,
+        field:str, # Its name
+        *values, # Values that ask for nothing
+    )->None:
+        "Accept a field only with values that change nothing"
+        value = self.left.pop(field, None)
+        if value is not None and value not in values:
+            hint = f', or give {values[0]!r}' if values else ''
+            raise self.wrong(field, f"is {excerpt(value):.60}, which this server can't do; leave it out{hint}")
+
+    def done(self)->None:
+        "Refuse the fields that nobody took"
+        if self.left: raise self.wrong(next(iter(self.left)), 'is not known here; leave it out')
+
 # %% ../../nbs/470_serve.chat.ipynb #0814e086
 def excerpt(
     value, # JSON
@@ -90,39 +116,6 @@ def _is(value, kind):
     "Whether a JSON value has a type"
     if isinstance(value, bool): return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
-
-# %% ../../nbs/470_serve.chat.ipynb #f9f4c4c0
-@patch
-def take(self:Fields,
-    field:str, # Its name
-    *kinds:type, # Types that are allowed
-    default = None, # If the field is absent or null
-    needed:bool = False, # Whether it must be there
-):
-    "Take a field out, and check its type"
-    value = self.left.pop(field, None)
-    if value is None:
-        if needed: raise self.wrong(field, 'is missing')
-        return default
-    if any(_is(value, k) for k in kinds): return value
-    raise self.wrong(field, f'must be {" or ".join(KINDS[k] for k in kinds)}, not {excerpt(value):.60}')
-
-# %% ../../nbs/470_serve.chat.ipynb #c93f8cdd
-@patch
-def only(self:Fields,
-    field:str, # Its name
-    *values, # Values that ask for nothing
-)->None:
-    "Accept a field only with values that change nothing"
-    value = self.left.pop(field, None)
-    if value is not None and value not in values:
-        hint = f', or give {values[0]!r}' if values else ''
-        raise self.wrong(field, f"is {excerpt(value):.60}, which this server can't do; leave it out{hint}")
-
-@patch
-def done(self:Fields)->None:
-    "Refuse the fields that nobody took"
-    if self.left: raise self.wrong(next(iter(self.left)), 'is not known here; leave it out')
 
 # %% ../../nbs/470_serve.chat.ipynb #f3d237c4
 MOST_BIASES = 1024 # Entries of `logit_bias`
@@ -233,28 +226,136 @@ class ServedModel:
         "The model as it answers with an adapter"
         return replace(self, name=name, adapter=name, base=self.name)
 
+    def prompt(self,
+        messages:list, # As `read_messages` gives them
+        tools:list|None = None, # JSON schemas of the functions that the model may call
+        thinking:bool = False, # Whether the model reasons before its answer
+        effort:str|None = None, # How much it reasons, where the template knows that; None: as the template says
+    )->str: # The prompt's text
+        "The text of a prompt, as the model's chat template writes it"
+        if thinking and self.format not in THINKING:
+            raise ApiError(400, f'{self.name} was not trained to think; leave thinking out', 'thinking')
+        write = lambda rows, tools: self.tok.prompt(rows, tools, **_options(thinking, effort))
+        try:
+            self.check_length(text := write(messages, tools))
+            if tools and write(messages, None) == text:
+                raise ApiError(400, f"{self.name} can't call tools: its chat template has no place for them", 'tools')
+        except ValueError as error: raise ApiError(400, str(error), 'messages') from None
+        self._check_read(messages, text, lambda rows: write(rows, tools))
+        return text
+
+    def check_length(self,
+        text:str, # A prompt
+    )->None:
+        "Refuse a prompt that is too long for the context even in the longest tokens, before it is cut into tokens"
+        if len(text) <= self.context or (n := len(text.encode())) <= (most := self.context*longest_token(self.tok)): return
+        raise ApiError(400, f"this model's maximum context length is {self.context} tokens, which are never more than {most:,} bytes, "
+                        f'and the prompt has {n:,}; shorten it', 'messages', code='context_length_exceeded')
+
+    def _check_read(self, messages, text, write):
+        "Raise an error for a name or calls of tools that a chat template leaves out"
+        word = token_hex(8)
+        rows,places = _marked(messages, lambda i, key: f'{word}{key[0]}{i}x')
+        if not places: return
+        try: found = {*re.findall(f'{word}([nt]\\d+)x', write(rows))}
+        except ValueError: found = set() # the template knows the names
+        for i,key in [(i, k) for i,k in places if f'{k[0]}{i}' not in found][:_TRIED]:
+            try: same = write([*messages[:i], {k: v for k,v in messages[i].items() if k != key}, *messages[i+1:]]) == text
+            except ValueError: continue # the template misses it
+            where = f'messages[{i}].{key}'
+            if same: raise ApiError(400, f'{where} has no place in the chat template of {self.name}; leave it out', where)
+
+    def effort(self,
+        effort:str|None, # What the request says
+        where:str, # Name of its field, in messages
+    )->dict: # Options of `prompt`
+        "How much a model reasons, refused where its template has one way only"
+        if effort in (None, 'none'): return {}
+        if self.format not in THINKING: raise ApiError(400, f'{self.name} was not trained to think; leave {where} out', where)
+        hi = [dict(role='user', content='')]
+        if effort in ('medium', 'high', 'xhigh') or self.prompt(hi, thinking=True, effort=effort) != self.prompt(hi, thinking=True):
+            return dict(effort=effort)
+        raise ApiError(400, f"{where} is {effort!r}, and {self.name} has one effort only; leave it out, or give 'high'", where)
+
+    def ids(self,
+        messages:list, # As `read_messages` gives them
+        tools:list|None = None, # JSON schemas of the functions that the model may call
+        thinking:bool = False, # Whether the model reasons before its answer
+        effort:str|None = None, # How much
+    )->list: # Token ids; control tokens in messages are text
+        "The token ids of a prompt"
+        return self.tok.chat(messages, tools, **_options(thinking, effort))
+
+    def screened(self,
+        messages:list, # As `read_messages` gives them
+    )->list: # The messages that the model may read
+        "Apply the filter to a prompt"
+        if self.filter is None: return messages
+        out = []
+        for i,m in enumerate(messages):
+            text,found = (m['content'], {}) if m['role'] == 'system' or not m['content'] else self.filter.prompt(m['content'])
+            if text is None: raise _refused(f'messages[{i}]', found)
+            out.append(m | dict(content=text))
+        return out
+
+    def screened_ids(self,
+        ids:list, # Token ids of a prompt
+        index:int, # Its number in the request
+    )->list: # Those that the model may read
+        "Apply the filter to a prompt of tokens"
+        if self.filter is None: return ids
+        text = self.tok.decode(ids)
+        shown,found = self.filter.prompt(text)
+        if shown is None: raise _refused(f'prompt {index}', found)
+        return ids if shown == text else self.tok.encode(shown, special=True)
+
+    def guard(self,
+        before:str = '', # Beginning of the answer, if the prompt contains it
+    ): # `AnswerGuard`; None without a filter
+        "What filters an answer"
+        return None if self.filter is None or not self.filter.policy.answers else self.filter.guard(before)
+
+    def check_private(self,
+        params:SamplingParams|None, # How tokens are chosen
+        token_ids:bool = False, # Whether the ids of tokens are wanted
+    )->None:
+        "Refuse what would show the text behind a filter"
+        if self.filter is None or not self.filter.policy.answers: return
+        wanted = 'return_token_ids' if token_ids else 'logprobs' if params is not None and params.logprobs is not None else ''
+        if wanted: raise ApiError(400, f'{wanted} would show what the content policy of this server masks; leave it out', wanted)
+
+    def submit(self,
+        request:Request, # What to generate
+    )->tuple: # `Stream`, and its `Redraw`; None: the first draw is taken
+        "Pass a request to the engine"
+        rule,how = self.filter is not None and self.filter.policy.redraw,request.params
+        if not rule or how.greedy or request.max_tokens == 0: return self.engine.submit(request),None
+        kept = request.grammar and request.grammar.fork()
+        def start(i):
+            return self.engine.submit(replace(request, params=how.number(10**9*i), grammar=kept and kept.fork()))
+        return self.engine.submit(request),Redraw(start, self.filter.excess, self.filter.policy.tries)
+
+    def ask(self,
+        text:str, # The prompt, as `prompt` gives it
+        ids:list, # Its token ids
+        thinking:bool = False, # Whether reasoning comes first
+        tools:list|None = None, # Tools that may be called
+        max_tokens:int|None = None, # Most tokens of the answer; None: what the context leaves
+        begun:str = '', # Beginning of the answer, if the prompt contains it
+        **settings, # Other fields of `Request`
+    )->'Answer':
+        "Start a request"
+        left = self.context - len(ids)
+        if left < 1: raise ApiError(400, f"this model's maximum context length is {self.context} tokens, and the messages have {len(ids)}; "
+                                     'shorten them', 'messages', code='context_length_exceeded')
+        most = left if max_tokens is None else max_tokens
+        self.check_private(settings.get('params'))
+        stream,again = self.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
+        opened = thinking and '<think>' in text and '</think>' not in text.rpartition('<think>')[2]
+        return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun), self.guard(begun), again)
+
 # %% ../../nbs/470_serve.chat.ipynb #7a02d182
 def _options(thinking, effort): return dict(thinking=thinking) | ({} if effort is None else dict(reasoning_effort=effort))
-
-# %% ../../nbs/470_serve.chat.ipynb #dad6a1f0
-@patch
-def prompt(self:ServedModel,
-    messages:list, # As `read_messages` gives them
-    tools:list|None = None, # JSON schemas of the functions that the model may call
-    thinking:bool = False, # Whether the model reasons before its answer
-    effort:str|None = None, # How much it reasons, where the template knows that; None: as the template says
-)->str: # The prompt's text
-    "The text of a prompt, as the model's chat template writes it"
-    if thinking and self.format not in THINKING:
-        raise ApiError(400, f'{self.name} was not trained to think; leave thinking out', 'thinking')
-    write = lambda rows, tools: self.tok.prompt(rows, tools, **_options(thinking, effort))
-    try:
-        self.check_length(text := write(messages, tools))
-        if tools and write(messages, None) == text:
-            raise ApiError(400, f"{self.name} can't call tools: its chat template has no place for them", 'tools')
-    except ValueError as error: raise ApiError(400, str(error), 'messages') from None
-    self._check_read(messages, text, lambda rows: write(rows, tools))
-    return text
 
 # %% ../../nbs/470_serve.chat.ipynb #f31ce7aa
 _longest = WeakKeyDictionary()
@@ -265,15 +366,6 @@ def longest_token(
     "The length of a tokenizer's longest token, counted once"
     if tok not in _longest: _longest[tok] = max(len(tok.id_to_bytes(i)) for i in tok._tokens)
     return _longest[tok]
-
-@patch
-def check_length(self:ServedModel,
-    text:str, # A prompt
-)->None:
-    "Refuse a prompt that is too long for the context even in the longest tokens, before it is cut into tokens"
-    if len(text) <= self.context or (n := len(text.encode())) <= (most := self.context*longest_token(self.tok)): return
-    raise ApiError(400, f"this model's maximum context length is {self.context} tokens, which are never more than {most:,} bytes, "
-                        f'and the prompt has {n:,}; shorten it', 'messages', code='context_length_exceeded')
 
 # %% ../../nbs/470_serve.chat.ipynb #b76f6866
 def _marked(messages, mark):
@@ -291,45 +383,6 @@ def _marked(messages, mark):
 
 # %% ../../nbs/470_serve.chat.ipynb #401d356d
 _TRIED = 4 # places that are tried one by one
-
-@patch
-def _check_read(self:ServedModel, messages, text, write):
-    "Raise an error for a name or calls of tools that a chat template leaves out"
-    word = token_hex(8)
-    rows,places = _marked(messages, lambda i, key: f'{word}{key[0]}{i}x')
-    if not places: return
-    try: found = {*re.findall(f'{word}([nt]\\d+)x', write(rows))}
-    except ValueError: found = set() # the template knows the names
-    for i,key in [(i, k) for i,k in places if f'{k[0]}{i}' not in found][:_TRIED]:
-        try: same = write([*messages[:i], {k: v for k,v in messages[i].items() if k != key}, *messages[i+1:]]) == text
-        except ValueError: continue # the template misses it
-        where = f'messages[{i}].{key}'
-        if same: raise ApiError(400, f'{where} has no place in the chat template of {self.name}; leave it out', where)
-
-# %% ../../nbs/470_serve.chat.ipynb #bbf92d11
-@patch
-def effort(self:ServedModel,
-    effort:str|None, # What the request says
-    where:str, # Name of its field, in messages
-)->dict: # Options of `prompt`
-    "How much a model reasons, refused where its template has one way only"
-    if effort in (None, 'none'): return {}
-    if self.format not in THINKING: raise ApiError(400, f'{self.name} was not trained to think; leave {where} out', where)
-    hi = [dict(role='user', content='')]
-    if effort in ('medium', 'high', 'xhigh') or self.prompt(hi, thinking=True, effort=effort) != self.prompt(hi, thinking=True):
-        return dict(effort=effort)
-    raise ApiError(400, f"{where} is {effort!r}, and {self.name} has one effort only; leave it out, or give 'high'", where)
-
-# %% ../../nbs/470_serve.chat.ipynb #2e36463f
-@patch
-def ids(self:ServedModel,
-    messages:list, # As `read_messages` gives them
-    tools:list|None = None, # JSON schemas of the functions that the model may call
-    thinking:bool = False, # Whether the model reasons before its answer
-    effort:str|None = None, # How much
-)->list: # Token ids; control tokens in messages are text
-    "The token ids of a prompt"
-    return self.tok.chat(messages, tools, **_options(thinking, effort))
 
 # %% ../../nbs/470_serve.chat.ipynb #1a546c52
 class AnswerStep(NamedTuple):
@@ -366,102 +419,63 @@ class Answer:
             raise ApiError(503, 'the server stopped before the answer was complete; send the request again', kind='server_error',
                            code='draining')
 
+    def _filtered(self, events, end=False):
+        "Events as the policy lets them pass"
+        if self.guard is None: return events
+        self.late += events
+        if not end and time.monotonic() < self.due: return []
+        late,self.late = joined(self.late),[]
+        out = self.guard.close(late) if end else self.guard.feed(late)
+        if out: self.due = time.monotonic() + GATHERED
+        self.stream.filtered = self.guard.found
+        self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
+        return out
+
+    async def steps(self)->AsyncIterator[AnswerStep]:
+        "The tokens and their events, as they come"
+        inside = self.splitter.thinking
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                events = self.splitter.feed(piece.text)
+                kinds = [type(e) for e in events if isinstance(e, ReasoningDelta|ContentDelta|ToolCallStart)]
+                inside = kinds[-1] is ReasoningDelta if kinds else inside
+                self.reasoning += inside
+                self.calls += kinds.count(ToolCallStart)
+                yield AnswerStep(self._filtered(events), piece)
+                if self.guard is not None and self.guard.blocked: break
+        self.check_whole()
+        last = self.splitter.close()
+        self.calls += sum(isinstance(e, ToolCallStart) for e in last)
+        yield AnswerStep(self._filtered(last, end=True), None)
+
+    async def texts(self)->AsyncIterator[tuple]: # Text and `Piece`; None: the end of the answer
+        "The text of an answer without reasoning and calls"
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                yield (piece.text if self.guard is None else ''.join(e.text for e in self._filtered([ContentDelta(piece.text)]))), piece
+                if self.guard is not None and self.guard.blocked: break
+        self.check_whole()
+        if self.guard is not None: yield ''.join(e.text for e in self._filtered([], end=True)), None
+
+    async def _drawn(self):
+        "Draw until an answer is accepted; otherwise the best one"
+        best = None
+        while True:
+            found = [p async for p in self.stream.aiter()]
+            excess = self.again.excess(''.join(p.text for p in found))
+            if best is None or excess < best[0]: best = excess,self.stream,found
+            if best[0] < 1 or self.draws == self.again.tries or self.stream.finish not in ('stop', 'length'): break
+            self.stream,self.draws = self.again.start(self.draws),self.draws + 1
+        _,self.stream,found = best
+        for p in found: yield p
+
 # %% ../../nbs/470_serve.chat.ipynb #5a28677e
 GATHERED = .025 # Seconds of an answer that a guard reads together
-
-@patch
-def _filtered(self:Answer, events, end=False):
-    "Events as the policy lets them pass"
-    if self.guard is None: return events
-    self.late += events
-    if not end and time.monotonic() < self.due: return []
-    late,self.late = joined(self.late),[]
-    out = self.guard.close(late) if end else self.guard.feed(late)
-    if out: self.due = time.monotonic() + GATHERED
-    self.stream.filtered = self.guard.found
-    self.stream.released = (self.stream.released or '') + ''.join(e[-1] for e in out if isinstance(e[-1], str))
-    return out
-
-# %% ../../nbs/470_serve.chat.ipynb #c1bc861a
-@patch
-async def steps(self:Answer)->AsyncIterator[AnswerStep]:
-    "The tokens and their events, as they come"
-    inside = self.splitter.thinking
-    async with aclosing(self.pieces()) as pieces:
-        async for piece in pieces:
-            events = self.splitter.feed(piece.text)
-            kinds = [type(e) for e in events if isinstance(e, ReasoningDelta|ContentDelta|ToolCallStart)]
-            inside = kinds[-1] is ReasoningDelta if kinds else inside
-            self.reasoning += inside
-            self.calls += kinds.count(ToolCallStart)
-            yield AnswerStep(self._filtered(events), piece)
-            if self.guard is not None and self.guard.blocked: break
-    self.check_whole()
-    last = self.splitter.close()
-    self.calls += sum(isinstance(e, ToolCallStart) for e in last)
-    yield AnswerStep(self._filtered(last, end=True), None)
-
-# %% ../../nbs/470_serve.chat.ipynb #a977d70c
-@patch
-def screened(self:ServedModel,
-    messages:list, # As `read_messages` gives them
-)->list: # The messages that the model may read
-    "Apply the filter to a prompt"
-    if self.filter is None: return messages
-    out = []
-    for i,m in enumerate(messages):
-        text,found = (m['content'], {}) if m['role'] == 'system' or not m['content'] else self.filter.prompt(m['content'])
-        if text is None: raise _refused(f'messages[{i}]', found)
-        out.append(m | dict(content=text))
-    return out
 
 # %% ../../nbs/470_serve.chat.ipynb #50bcae5d
 def _refused(where, found):
     return ApiError(400, f'{where} was refused by the content policy of this server ({", ".join(found)}); change it', 'messages',
                     code='content_filter')
-
-# %% ../../nbs/470_serve.chat.ipynb #98419a33
-@patch
-def screened_ids(self:ServedModel,
-    ids:list, # Token ids of a prompt
-    index:int, # Its number in the request
-)->list: # Those that the model may read
-    "Apply the filter to a prompt of tokens"
-    if self.filter is None: return ids
-    text = self.tok.decode(ids)
-    shown,found = self.filter.prompt(text)
-    if shown is None: raise _refused(f'prompt {index}', found)
-    return ids if shown == text else self.tok.encode(shown, special=True)
-
-@patch
-async def texts(self:Answer)->AsyncIterator[tuple]: # Text and `Piece`; None: the end of the answer
-    "The text of an answer without reasoning and calls"
-    async with aclosing(self.pieces()) as pieces:
-        async for piece in pieces:
-            yield (piece.text if self.guard is None else ''.join(e.text for e in self._filtered([ContentDelta(piece.text)]))), piece
-            if self.guard is not None and self.guard.blocked: break
-    self.check_whole()
-    if self.guard is not None: yield ''.join(e.text for e in self._filtered([], end=True)), None
-
-# %% ../../nbs/470_serve.chat.ipynb #c7736741
-@patch
-def guard(self:ServedModel,
-    before:str = '', # Beginning of the answer, if the prompt contains it
-): # `AnswerGuard`; None without a filter
-    "What filters an answer"
-    return None if self.filter is None or not self.filter.policy.answers else self.filter.guard(before)
-
-@patch
-def check_private(self:ServedModel,
-    params:SamplingParams|None, # How tokens are chosen
-    token_ids:bool = False, # Whether the ids of tokens are wanted
-)->None:
-    "Refuse what would show the text behind a filter"
-    if self.filter is None or not self.filter.policy.answers: return
-    wanted = 'return_token_ids' if token_ids else 'logprobs' if params is not None and params.logprobs is not None else ''
-    if wanted: raise ApiError(400, f'{wanted} would show what the content policy of this server masks; leave it out', wanted)
-
-
 
 # %% ../../nbs/470_serve.chat.ipynb #232463d4
 class Redraw(NamedTuple):
@@ -469,51 +483,3 @@ class Redraw(NamedTuple):
     start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
     excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
     tries:int # Most draws
-
-# %% ../../nbs/470_serve.chat.ipynb #70a30de5
-@patch
-def submit(self:ServedModel,
-    request:Request, # What to generate
-)->tuple: # `Stream`, and its `Redraw`; None: the first draw is taken
-    "Pass a request to the engine"
-    rule,how = self.filter is not None and self.filter.policy.redraw,request.params
-    if not rule or how.greedy or request.max_tokens == 0: return self.engine.submit(request),None
-    kept = request.grammar and request.grammar.fork()
-    def start(i):
-        return self.engine.submit(replace(request, params=how.number(10**9*i), grammar=kept and kept.fork()))
-    return self.engine.submit(request),Redraw(start, self.filter.excess, self.filter.policy.tries)
-
-# %% ../../nbs/470_serve.chat.ipynb #b9e402aa
-@patch
-async def _drawn(self:Answer):
-    "Draw until an answer is accepted; otherwise the best one"
-    best = None
-    while True:
-        found = [p async for p in self.stream.aiter()]
-        excess = self.again.excess(''.join(p.text for p in found))
-        if best is None or excess < best[0]: best = excess,self.stream,found
-        if best[0] < 1 or self.draws == self.again.tries or self.stream.finish not in ('stop', 'length'): break
-        self.stream,self.draws = self.again.start(self.draws),self.draws + 1
-    _,self.stream,found = best
-    for p in found: yield p
-
-# %% ../../nbs/470_serve.chat.ipynb #4128a17c
-@patch
-def ask(self:ServedModel,
-    text:str, # The prompt, as `prompt` gives it
-    ids:list, # Its token ids
-    thinking:bool = False, # Whether reasoning comes first
-    tools:list|None = None, # Tools that may be called
-    max_tokens:int|None = None, # Most tokens of the answer; None: what the context leaves
-    begun:str = '', # Beginning of the answer, if the prompt contains it
-    **settings, # Other fields of `Request`
-)->Answer:
-    "Start a request"
-    left = self.context - len(ids)
-    if left < 1: raise ApiError(400, f"this model's maximum context length is {self.context} tokens, and the messages have {len(ids)}; "
-                                     'shorten them', 'messages', code='context_length_exceeded')
-    most = left if max_tokens is None else max_tokens
-    self.check_private(settings.get('params'))
-    stream,again = self.submit(Request(ids, max_tokens=most, adapter=self.adapter, **settings))
-    opened = thinking and '<think>' in text and '</think>' not in text.rpartition('<think>')[2]
-    return Answer(stream, Splitter(self.format, thinking=opened, tools=tools or False, begun=begun), self.guard(begun), again)

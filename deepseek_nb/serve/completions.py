@@ -17,8 +17,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from uuid import uuid4
 
-from fastcore.basics import patch
-
 from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Piece
 from ..infer.sampling import SamplingParams
@@ -350,62 +348,68 @@ class ChatRun:
         "Stop what still runs"
         for a in self.answers: a.stream.cancel()
 
-# %% ../../nbs/472_serve.completions.ipynb #d535577f
-@patch
-def _chunk(self:ChatRun,
-    choices:list, # What is new
-    **more, # Other fields
-)->dict:
-    "A chunk of the stream"
-    head = dict(id=self.id, object='chat.completion.chunk', created=self.created, model=self.served.name, system_fingerprint='deepseek_nb')
-    usage = dict(usage=None) if self.request.include_usage else {}
-    return head | dict(choices=choices) | usage | more
+    def _chunk(self,
+        choices:list, # What is new
+        **more, # Other fields
+    )->dict:
+        "A chunk of the stream"
+        head = dict(id=self.id, object='chat.completion.chunk', created=self.created, model=self.served.name, system_fingerprint='deepseek_nb')
+        usage = dict(usage=None) if self.request.include_usage else {}
+        return head | dict(choices=choices) | usage | more
 
-@patch
-def _choice(self:ChatRun,
-    i:int, # Number of the answer
-    delta:dict, # What is new
-    logprobs:dict|None = None, # Of its tokens
-    finish:str|None = None, # Why the answer ended
-    ids:list = (), # Its tokens
-)->dict:
-    "What is new in one answer"
-    more = dict(token_ids=[*ids]) if self.request.token_ids else {}
-    return dict(index=i, delta=delta, logprobs=logprobs, finish_reason=finish) | more
+    def _choice(self,
+        i:int, # Number of the answer
+        delta:dict, # What is new
+        logprobs:dict|None = None, # Of its tokens
+        finish:str|None = None, # Why the answer ended
+        ids:list = (), # Its tokens
+    )->dict:
+        "What is new in one answer"
+        more = dict(token_ids=[*ids]) if self.request.token_ids else {}
+        return dict(index=i, delta=delta, logprobs=logprobs, finish_reason=finish) | more
 
-# %% ../../nbs/472_serve.completions.ipynb #2d60f0be
-@patch
-async def _answer_choices(self:ChatRun,
-    i:int, # Number of the answer
-)->AsyncIterator[dict]:
-    "The choices of one answer's chunks"
-    first = dict(role='assistant', content='') | (dict(reasoning_content='') if self.request.thinking else {})
-    yield self._choice(i, first)
-    held,ids = [],[] # log-probabilities and ids of tokens whose text has not been shown
-    async for events,piece in self.answers[i].steps():
-        if piece is not None: ids.append(piece.id)
-        if piece is not None and piece.logprob is not None: held.append(piece_logprobs(self.served.tok, piece))
-        for delta in filter(None, map(delta_of, events)):
-            yield self._choice(i, delta, self._logprobs(held, delta), ids=ids)
-            held,ids = [],[]
-    yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish, ids)
+    async def _answer_choices(self,
+        i:int, # Number of the answer
+    )->AsyncIterator[dict]:
+        "The choices of one answer's chunks"
+        first = dict(role='assistant', content='') | (dict(reasoning_content='') if self.request.thinking else {})
+        yield self._choice(i, first)
+        held,ids = [],[] # log-probabilities and ids of tokens whose text has not been shown
+        async for events,piece in self.answers[i].steps():
+            if piece is not None: ids.append(piece.id)
+            if piece is not None and piece.logprob is not None: held.append(piece_logprobs(self.served.tok, piece))
+            for delta in filter(None, map(delta_of, events)):
+                yield self._choice(i, delta, self._logprobs(held, delta), ids=ids)
+                held,ids = [],[]
+        yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish, ids)
 
-@patch
-def _logprobs(self:ChatRun, held, delta):
-    if self.request.params.logprobs is None: return None
-    return dict(content=None, refusal=None) | {'reasoning_content' if 'reasoning_content' in delta else 'content': held}
+    def _logprobs(self, held, delta):
+        if self.request.params.logprobs is None: return None
+        return dict(content=None, refusal=None) | {'reasoning_content' if 'reasoning_content' in delta else 'content': held}
 
-# %% ../../nbs/472_serve.completions.ipynb #d880195b
-@patch
-async def chunks(self:ChatRun)->AsyncIterator[dict]:
-    "All chunks of the stream"
-    left,prompt = len(self.answers),dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
-    async for _,choice in merged(*[self._answer_choices(i) for i in range(left)]):
-        left -= choice['finish_reason'] is not None
-        last = not left and choice['finish_reason'] is not None and self.dialect == 'deepseek'
-        yield self._chunk([choice], **prompt, **dict(usage=usage_of(self.answers)) if last else {})
-        prompt = {}
-    if self.request.include_usage and self.dialect == 'openai': yield self._chunk([], usage=usage_of(self.answers))
+    async def chunks(self)->AsyncIterator[dict]:
+        "All chunks of the stream"
+        left,prompt = len(self.answers),dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
+        async for _,choice in merged(*[self._answer_choices(i) for i in range(left)]):
+            left -= choice['finish_reason'] is not None
+            last = not left and choice['finish_reason'] is not None and self.dialect == 'deepseek'
+            yield self._chunk([choice], **prompt, **dict(usage=usage_of(self.answers)) if last else {})
+            prompt = {}
+        if self.request.include_usage and self.dialect == 'openai': yield self._chunk([], usage=usage_of(self.answers))
+
+    async def whole(self)->dict: # OpenAI's `chat.completion`
+        "All answers, when they are complete"
+        choices = [dict(index=i, message=dict(role='assistant', content=None, refusal=None), logprobs=None, finish_reason=None)
+                   for i in range(len(self.answers))]
+        async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
+            add_delta(choices[i]['message'], new['delta'])
+            choices[i]['finish_reason'] = new['finish_reason']
+            choices[i]['logprobs'] = _joined(choices[i]['logprobs'], new['logprobs'])
+            if 'token_ids' in new: choices[i].setdefault('token_ids', []).extend(new['token_ids'])
+        for c in choices:
+            if 'tool_calls' in c['message']: c['message']['content'] = c['message']['content'] or None
+        more = dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
+        return self._chunk(choices, **more) | dict(object='chat.completion', usage=usage_of(self.answers))
 
 # %% ../../nbs/472_serve.completions.ipynb #18532f4c
 def add_delta(
@@ -419,22 +423,6 @@ def add_delta(
         calls = message.setdefault('tool_calls', [])
         if call['index'] == len(calls): calls.append({k: v for k,v in call.items() if k != 'index'})
         else: calls[call['index']]['function']['arguments'] += call['function']['arguments']
-
-# %% ../../nbs/472_serve.completions.ipynb #d167c9fb
-@patch
-async def whole(self:ChatRun)->dict: # OpenAI's `chat.completion`
-    "All answers, when they are complete"
-    choices = [dict(index=i, message=dict(role='assistant', content=None, refusal=None), logprobs=None, finish_reason=None)
-               for i in range(len(self.answers))]
-    async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
-        add_delta(choices[i]['message'], new['delta'])
-        choices[i]['finish_reason'] = new['finish_reason']
-        choices[i]['logprobs'] = _joined(choices[i]['logprobs'], new['logprobs'])
-        if 'token_ids' in new: choices[i].setdefault('token_ids', []).extend(new['token_ids'])
-    for c in choices:
-        if 'tool_calls' in c['message']: c['message']['content'] = c['message']['content'] or None
-    more = dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
-    return self._chunk(choices, **more) | dict(object='chat.completion', usage=usage_of(self.answers))
 
 # %% ../../nbs/472_serve.completions.ipynb #4a1b524f
 def _joined(a, b):

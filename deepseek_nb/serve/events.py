@@ -15,9 +15,8 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 
 # %% ../../nbs/460_serve.events.ipynb #27393ca6
 class ReasoningDelta(NamedTuple):
@@ -81,32 +80,26 @@ class Markers:
         self._reach = max(map(len, tags), default=1) - 1
         self._only = re.compile(f'(?:{only}){{0,{limit}}}') if only else None
 
-# %% ../../nbs/460_serve.events.ipynb #25eb8689
-@patch
-def _held(self:Markers, text):
-    "Characters at the end of a text that may belong to a tag"
-    n = next((n for n in range(min(self._reach, len(text)), 0, -1) if text[-n:] in self._begun), 0)
-    return len(text) - self._before(text, len(text) - n)
+    def _held(self, text):
+        "Characters at the end of a text that may belong to a tag"
+        n = next((n for n in range(min(self._reach, len(text)), 0, -1) if text[-n:] in self._begun), 0)
+        return len(text) - self._before(text, len(text) - n)
 
-# %% ../../nbs/460_serve.events.ipynb #d6164762
-@patch
-def _before(self:Markers, text, stop):
-    "Where the text before a tag ends"
-    return len(text[:stop].rstrip(self._gap)) if self._gap else stop
+    def _before(self, text, stop):
+        "Where the text before a tag ends"
+        return len(text[:stop].rstrip(self._gap)) if self._gap else stop
 
-# %% ../../nbs/460_serve.events.ipynb #ff6d7f20
-@patch
-def find(self:Markers,
-    text:str, # What hasn't been read
-    end:bool = False, # Whether no more will come
-)->Found: # Certain text, tag, and the rest
-    "Look for the first tag"
-    n = self._only.match(text).end() if self._only else len(text)
-    hit = self._pattern.search(text, 0, len(text) if self._gap else n + self._reach + 1) # no further: many tags would take quadratic time
-    stop = self._before(text, hit.start()) if hit else len(text) - self._held(text)
-    if n < stop: return Found(text[:n], '', text[n:])
-    if hit: return Found(text[:stop], hit[0], text[hit.end():], text[stop:hit.end()])
-    return Found(text, None, '') if end else Found(text[:stop], None, text[stop:])
+    def find(self,
+        text:str, # What hasn't been read
+        end:bool = False, # Whether no more will come
+    )->Found: # Certain text, tag, and the rest
+        "Look for the first tag"
+        n = self._only.match(text).end() if self._only else len(text)
+        hit = self._pattern.search(text, 0, len(text) if self._gap else n + self._reach + 1) # no further: many tags would take quadratic time
+        stop = self._before(text, hit.start()) if hit else len(text) - self._held(text)
+        if n < stop: return Found(text[:n], '', text[n:])
+        if hit: return Found(text[:stop], hit[0], text[hit.end():], text[stop:hit.end()])
+        return Found(text, None, '') if end else Found(text[:stop], None, text[stop:])
 
 # %% ../../nbs/460_serve.events.ipynb #d88bb99a
 class Until(NamedTuple):
@@ -135,39 +128,33 @@ class Driver:
         "Say that the text has ended"
         return self._read(end=True)
 
-# %% ../../nbs/460_serve.events.ipynb #7bb0e19c
-@patch
-def _advance(self:Driver, value):
-    "Resume the parser until it asks for text"
-    self._want = None
-    try:
-        while not isinstance(said := self._program.send(value), Until):
-            self._out.append(said)
-            value = None
-    except StopIteration: return
-    self._want,self._leading = said,said.trim
+    def _advance(self, value):
+        "Resume the parser until it asks for text"
+        self._want = None
+        try:
+            while not isinstance(said := self._program.send(value), Until):
+                self._out.append(said)
+                value = None
+        except StopIteration: return
+        self._want,self._leading = said,said.trim
 
-# %% ../../nbs/460_serve.events.ipynb #323566fb
-@patch
-def _read(self:Driver, end):
-    "Answer the parser's requests as far as the text goes"
-    while self._want and self._answer(end): pass
-    out,self._out = joined(self._out),[]
-    return out
+    def _read(self, end):
+        "Answer the parser's requests as far as the text goes"
+        while self._want and self._answer(end): pass
+        out,self._out = joined(self._out),[]
+        return out
 
-# %% ../../nbs/460_serve.events.ipynb #d5b349c2
-@patch
-def _answer(self:Driver, end):
-    "Answer one request; returns whether the parser went on"
-    matcher,event,_ = self._want
-    if self._leading: self._text = self._text.lstrip('\n')
-    self._leading = self._leading and not self._text
-    found = matcher.find(self._text, end)
-    waits = found.tag is None and not end
-    if event and found.before and (e := event(found.before)) is not None: self._out.append(e)
-    if event or not waits: self._text = found.rest
-    if not waits: self._advance(found)
-    return not waits
+    def _answer(self, end):
+        "Answer one request; returns whether the parser went on"
+        matcher,event,_ = self._want
+        if self._leading: self._text = self._text.lstrip('\n')
+        self._leading = self._leading and not self._text
+        found = matcher.find(self._text, end)
+        waits = found.tag is None and not end
+        if event and found.before and (e := event(found.before)) is not None: self._out.append(e)
+        if event or not waits: self._text = found.rest
+        if not waits: self._advance(found)
+        return not waits
 
 # %% ../../nbs/460_serve.events.ipynb #124ea88b
 def events_of(
@@ -196,7 +183,6 @@ def plain()->Generator:
     yield Until(Markers(), ContentDelta)
 
 # %% ../../nbs/460_serve.events.ipynb #0b6166fd
-@extended
 class Splitter(Driver):
     "The events of an answer in one of the formats"
     def __init__(self,
@@ -211,42 +197,44 @@ class Splitter(Driver):
         self.finish = None
         self._resume(begun)
 
-# %% ../../nbs/460_serve.events.ipynb #677b4c39
-@patch
-def _resume(self:Splitter, begun):
-    "Read what the prompt has written"
-    self._kept,self._owed = [],''
-    if not begun: return
-    text = ReasoningDelta|ContentDelta
-    self._kept = [e for e in Driver.feed(self, begun) if not isinstance(e, text)]
-    twin = Splitter(self.format, self.thinking, self.tools)
-    Driver.feed(twin, begun)
-    self._owed = ''.join(e.text for e in Driver.close(twin) if isinstance(e, text))
+    if TYPE_CHECKING:
+        from deepseek_nb.serve.tools import _read_block, _read_call, _read_object, _read_hermes, program
+    else:
+        _read_block = later('serve.tools')
+        _read_call = later('serve.tools')
+        _read_object = later('serve.tools')
+        _read_hermes = later('serve.tools')
+        program = later('serve.tools')
 
-# %% ../../nbs/460_serve.events.ipynb #78fdd03d
-@patch
-def _new(self:Splitter, events):
-    "Events without the text that the prompt has written"
-    out,self._kept = self._kept + events,[]
-    for i,e in enumerate(out):
-        if not self._owed or not isinstance(e, ReasoningDelta|ContentDelta): continue
-        n = len(self._owed) if e.text.startswith(self._owed) else len(e.text) if self._owed.startswith(e.text) else 0
-        out[i],self._owed = type(e)(e.text[n:]),self._owed[n:] if n else ''
-    return joined(out)
+    def _resume(self, begun):
+        "Read what the prompt has written"
+        self._kept,self._owed = [],''
+        if not begun: return
+        text = ReasoningDelta|ContentDelta
+        self._kept = [e for e in Driver.feed(self, begun) if not isinstance(e, text)]
+        twin = Splitter(self.format, self.thinking, self.tools)
+        Driver.feed(twin, begun)
+        self._owed = ''.join(e.text for e in Driver.close(twin) if isinstance(e, text))
 
-# %% ../../nbs/460_serve.events.ipynb #72ec12ad
-@patch
-def feed(self:Splitter,
-    text:str, # Next piece
-)->list: # Events that have become certain
-    "Read a piece of text"
-    return self._new(Driver.feed(self, text))
+    def _new(self, events):
+        "Events without the text that the prompt has written"
+        out,self._kept = self._kept + events,[]
+        for i,e in enumerate(out):
+            if not self._owed or not isinstance(e, ReasoningDelta|ContentDelta): continue
+            n = len(self._owed) if e.text.startswith(self._owed) else len(e.text) if self._owed.startswith(e.text) else 0
+            out[i],self._owed = type(e)(e.text[n:]),self._owed[n:] if n else ''
+        return joined(out)
 
-@patch
-def close(self:Splitter,
-    finish:str = 'stop', # Why the text ended: `stop`, `length`, ...
-)->list: # Events of the text that was held back
-    "Say that the text has ended; sets `finish`, which is `tool_calls` if the model stopped behind a call"
-    events = self._new(Driver.close(self))
-    self.finish = 'tool_calls' if self.calls and finish == 'stop' else finish
-    return events
+    def feed(self,
+        text:str, # Next piece
+    )->list: # Events that have become certain
+        "Read a piece of text"
+        return self._new(Driver.feed(self, text))
+
+    def close(self,
+        finish:str = 'stop', # Why the text ended: `stop`, `length`, ...
+    )->list: # Events of the text that was held back
+        "Say that the text has ended; sets `finish`, which is `tool_calls` if the model stopped behind a call"
+        events = self._new(Driver.close(self))
+        self.finish = 'tool_calls' if self.calls and finish == 'stop' else finish
+        return events

@@ -20,7 +20,6 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
 from .tools import DSML, SYNTAX
@@ -71,31 +70,26 @@ class Grammar:
     def _check(self):
         if self.matcher.is_error(): raise ValueError(f'the grammar can\'t go on: {_first_line(self.matcher.get_error())}')
 
-# %% ../../nbs/468_serve.grammar.ipynb #5d65ee86
-@patch
-def mask(self:Grammar)->np.ndarray: # int32 of `w`/32, lowest bit first; a set bit allows the token
-    "The tokens that may come next"
-    words = -(-self.trie.vocab_size//32)
-    bits = np.zeros(words, np.int32) if self.finished else np.frombuffer(self.matcher.compute_bitmask(), np.int32)[:words].copy()
-    self._check()
-    if self.finished: # The end alone
-        for i in self.trie.eos_tokens: bits.view(np.uint32)[i//32] |= np.uint32(1 << i%32)
-    return bits
+    def mask(self)->np.ndarray: # int32 of `w`/32, lowest bit first; a set bit allows the token
+        "The tokens that may come next"
+        words = -(-self.trie.vocab_size//32)
+        bits = np.zeros(words, np.int32) if self.finished else np.frombuffer(self.matcher.compute_bitmask(), np.int32)[:words].copy()
+        self._check()
+        if self.finished: # The end alone
+            for i in self.trie.eos_tokens: bits.view(np.uint32)[i//32] |= np.uint32(1 << i%32)
+        return bits
 
-@patch
-def accept(self:Grammar,
-    id:int, # Token that was drawn
-)->None:
-    "Go on behind a token"
-    if self.finished and id in self.trie.eos_tokens: return
-    if not self.matcher.consume_token(int(id)):
-        raise ValueError(f'the grammar can\'t go on with token {id}: {_first_line(self.matcher.get_error())}')
+    def accept(self,
+        id:int, # Token that was drawn
+    )->None:
+        "Go on behind a token"
+        if self.finished and id in self.trie.eos_tokens: return
+        if not self.matcher.consume_token(int(id)):
+            raise ValueError(f'the grammar can\'t go on with token {id}: {_first_line(self.matcher.get_error())}')
 
-# %% ../../nbs/468_serve.grammar.ipynb #765a7866
-@patch
-def forced(self:Grammar)->list: # Token ids, often none
-    "The tokens that must come next, as long as there is only one way on"
-    return [] if self.finished else self.matcher.compute_ff_tokens()
+    def forced(self)->list: # Token ids, often none
+        "The tokens that must come next, as long as there is only one way on"
+        return [] if self.finished else self.matcher.compute_ff_tokens()
 
 # %% ../../nbs/468_serve.grammar.ipynb #6f79dc29
 MAX_SOURCE = 400_000 # Most characters of a grammar

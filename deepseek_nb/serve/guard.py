@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fastcore.basics import patch
-
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart, joined
 from .patterns import pattern_scan, shapes_for
 from .policy import FilterStream, Policy
@@ -59,26 +57,22 @@ class JsonStream(FilterStream):
         self.raw += [raw for _,raw in units]
         return super().feed(''.join(c for c,_ in units), end)
 
-# %% ../../nbs/467_serve.guard.ipynb #a1954476
-@patch
-def _show(self:JsonStream, stop):
-    "The text up to a position as it was written"
-    n = max(0, stop - self.base)
-    out,self.raw,self.text,self.base = self.raw[:n],self.raw[n:],self.text[n:],self.base + n
-    self.inside ^= out.count('"')%2 == 1
-    return ''.join(out)
+    def _show(self, stop):
+        "The text up to a position as it was written"
+        n = max(0, stop - self.base)
+        out,self.raw,self.text,self.base = self.raw[:n],self.raw[n:],self.text[n:],self.base + n
+        self.inside ^= out.count('"')%2 == 1
+        return ''.join(out)
 
-# %% ../../nbs/467_serve.guard.ipynb #e61cac9f
-@patch
-def _instead(self:JsonStream, kind, start, stop):
-    "What stands in place of a match, if the JSON stays whole"
-    before,text = self.inside,self._show(stop)
-    shown = json.dumps(self.rewrite[kind] if self.rules[kind] == 'rewrite' else f'[{kind.upper()}]', ensure_ascii=False)
-    outside = ''.join(json_units(text, True)[0][i][0] for i in _outside(text, before))
-    if before and self.inside and not outside.strip(', \n\t"'): return shown[1:-1]
-    if not before and not self.inside and not outside.strip('0123456789.+-eE'): return shown
-    self.blocked = kind
-    return ''
+    def _instead(self, kind, start, stop):
+        "What stands in place of a match, if the JSON stays whole"
+        before,text = self.inside,self._show(stop)
+        shown = json.dumps(self.rewrite[kind] if self.rules[kind] == 'rewrite' else f'[{kind.upper()}]', ensure_ascii=False)
+        outside = ''.join(json_units(text, True)[0][i][0] for i in _outside(text, before))
+        if before and self.inside and not outside.strip(', \n\t"'): return shown[1:-1]
+        if not before and not self.inside and not outside.strip('0123456789.+-eE'): return shown
+        self.blocked = kind
+        return ''
 
 # %% ../../nbs/467_serve.guard.ipynb #ed7f59f1
 def _outside(text, inside):
@@ -118,33 +112,33 @@ class ContentFilter:
         scans += [make() for kinds,make in self.makers if {*kinds} & rules.keys()]
         return stream(scans, rules, self.policy.rewrite, before=before[-1000:])
 
-# %% ../../nbs/467_serve.guard.ipynb #44b6aba3
-@patch
-def prompt(self:ContentFilter,
-    text:str, # From a user or a tool
-)->tuple[str|None, Counter]: # The text for the model, None if it is refused; and what was found
-    "Apply the policy to a prompt"
-    if not self.policy.prompts: return text,Counter()
-    s = self.open('prompts')
-    out = [s.feed(text[i:i + 4096]) for i in range(0, len(text), 4096)] # what is shown is cut off what is held, so that is kept short
-    return None if s.blocked else ''.join([*out, s.close()]), s.found
+    def prompt(self,
+        text:str, # From a user or a tool
+    )->tuple[str|None, Counter]: # The text for the model, None if it is refused; and what was found
+        "Apply the policy to a prompt"
+        if not self.policy.prompts: return text,Counter()
+        s = self.open('prompts')
+        out = [s.feed(text[i:i + 4096]) for i in range(0, len(text), 4096)] # what is shown is cut off what is held, so that is kept short
+        return None if s.blocked else ''.join([*out, s.close()]), s.found
 
-# %% ../../nbs/467_serve.guard.ipynb #378cb8b3
-@patch
-def answer(self:ContentFilter,
-    text:str, # A whole answer
-)->tuple[str, str]: # What is shown of it, and the kind that ended it; '': none did
-    "Apply the policy to a whole answer"
-    s = self.open('answers')
-    return s.feed(text) + s.close(), s.blocked or ''
+    def answer(self,
+        text:str, # A whole answer
+    )->tuple[str, str]: # What is shown of it, and the kind that ended it; '': none did
+        "Apply the policy to a whole answer"
+        s = self.open('answers')
+        return s.feed(text) + s.close(), s.blocked or ''
 
-# %% ../../nbs/467_serve.guard.ipynb #b1bd1e46
-@patch
-def excess(self:ContentFilter,
-    text:str, # A whole answer
-)->float: # Highest score as a multiple of its limit; the answer is accepted below 1
-    "How far an answer is above the limits of `redraw`"
-    return max((self.scores[kind](text)/limit for kind,limit in self.policy.redraw.items()), default=0.)
+    def excess(self,
+        text:str, # A whole answer
+    )->float: # Highest score as a multiple of its limit; the answer is accepted below 1
+        "How far an answer is above the limits of `redraw`"
+        return max((self.scores[kind](text)/limit for kind,limit in self.policy.redraw.items()), default=0.)
+
+    def guard(self,
+        before:str = '', # Beginning of the answer, if the prompt contains it
+    )->'AnswerGuard':
+        "What filters an answer"
+        return AnswerGuard(self, before)
 
 # %% ../../nbs/467_serve.guard.ipynb #eb9c5fff
 class AnswerGuard:
@@ -174,63 +168,48 @@ class AnswerGuard:
         out = self.feed(events)
         return out if self.blocked else joined([*out, *self._end()])
 
+    def _pass(self, event):
+        "Filter one event"
+        if isinstance(event, _TEXTS):
+            out = [] if self.kind is type(event) else self._begin(type(event))
+            if self.blocked: return out
+            self.said[self.kind] = (self.said.get(self.kind, '') + event[-1])[-1000:]
+            return out + self._shown(event, self.stream.feed(event[-1]))
+        out = self._end()
+        if self.blocked: return out
+        if isinstance(event, ToolCallStart):
+            if self.filter.answer(event.name)[0] != event.name: # a name can't be masked
+                self.blocked = 'secret'
+                return out
+            self.call,self.said[ToolCallDelta] = event.index,''
+        if isinstance(event, ToolCallEnd): self.call = None
+        return [*out, event]
+
+    def _begin(self, kind):
+        "Close the text before, and begin another kind"
+        out = self._end() if self.kind is not None else []
+        if self.blocked: return out
+        stream = JsonStream if kind is ToolCallDelta else FilterStream
+        self.kind,self.stream = kind,self.filter.open('answers', self.said.get(kind, ''), stream)
+        return out
+
+    def _end(self):
+        "Close the text that is open"
+        if self.kind is None: return []
+        event = ToolCallDelta(self.call, '') if self.kind is ToolCallDelta else self.kind('')
+        out = self._shown(event, self.stream.close())
+        if not self.blocked:
+            self.found.update(self.stream.found)
+            self.kind,self.stream = None,None
+        return out
+
+    def _shown(self, event, text):
+        "What can be shown of a text; the end of a call that was blocked"
+        out = [type(event)(*event[:-1], text)] if text else []
+        if not self.stream.blocked: return out
+        self.found.update(self.stream.found)
+        self.blocked = self.stream.blocked
+        return out + ([ToolCallEnd(self.call)] if self.call is not None else [])
+
 # %% ../../nbs/467_serve.guard.ipynb #dd28bd07
 _TEXTS = ReasoningDelta, ContentDelta, ToolCallDelta
-
-@patch
-def _pass(self:AnswerGuard, event):
-    "Filter one event"
-    if isinstance(event, _TEXTS):
-        out = [] if self.kind is type(event) else self._begin(type(event))
-        if self.blocked: return out
-        self.said[self.kind] = (self.said.get(self.kind, '') + event[-1])[-1000:]
-        return out + self._shown(event, self.stream.feed(event[-1]))
-    out = self._end()
-    if self.blocked: return out
-    if isinstance(event, ToolCallStart):
-        if self.filter.answer(event.name)[0] != event.name: # a name can't be masked
-            self.blocked = 'secret'
-            return out
-        self.call,self.said[ToolCallDelta] = event.index,''
-    if isinstance(event, ToolCallEnd): self.call = None
-    return [*out, event]
-
-# %% ../../nbs/467_serve.guard.ipynb #3095c50d
-@patch
-def _begin(self:AnswerGuard, kind):
-    "Close the text before, and begin another kind"
-    out = self._end() if self.kind is not None else []
-    if self.blocked: return out
-    stream = JsonStream if kind is ToolCallDelta else FilterStream
-    self.kind,self.stream = kind,self.filter.open('answers', self.said.get(kind, ''), stream)
-    return out
-
-# %% ../../nbs/467_serve.guard.ipynb #9e48d922
-@patch
-def _end(self:AnswerGuard):
-    "Close the text that is open"
-    if self.kind is None: return []
-    event = ToolCallDelta(self.call, '') if self.kind is ToolCallDelta else self.kind('')
-    out = self._shown(event, self.stream.close())
-    if not self.blocked:
-        self.found.update(self.stream.found)
-        self.kind,self.stream = None,None
-    return out
-
-# %% ../../nbs/467_serve.guard.ipynb #4b51aba4
-@patch
-def _shown(self:AnswerGuard, event, text):
-    "What can be shown of a text; the end of a call that was blocked"
-    out = [type(event)(*event[:-1], text)] if text else []
-    if not self.stream.blocked: return out
-    self.found.update(self.stream.found)
-    self.blocked = self.stream.blocked
-    return out + ([ToolCallEnd(self.call)] if self.call is not None else [])
-
-# %% ../../nbs/467_serve.guard.ipynb #f47340f8
-@patch
-def guard(self:ContentFilter,
-    before:str = '', # Beginning of the answer, if the prompt contains it
-)->AnswerGuard:
-    "What filters an answer"
-    return AnswerGuard(self, before)

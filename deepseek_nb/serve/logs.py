@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from uuid import uuid4
 
-from fastcore.basics import patch
-
 # %% ../../nbs/469_serve.logs.ipynb #456c4e92
 _ID = re.compile(r'[A-Za-z0-9._:/+=-]{1,128}')
 
@@ -52,25 +50,23 @@ class RequestRecord:
     streams:list = field(default_factory=list) # `Stream` of each answer
     tok:object = None # Tokenizer, to decode prompts
 
-# %% ../../nbs/469_serve.logs.ipynb #898eca1d
-@patch
-def fields(self:RequestRecord,
-    content:bool = False, # Whether prompts and answers are in it
-)->dict:
-    "The line of a request"
-    about = {k: v for k in ('id', 'method', 'route', 'status', 'answer', 'model', 'key', 'error') if (v := getattr(self, k)) != ''}
-    out = about | dict(seconds=round(time.monotonic() - self.started, 6))
-    if not self.streams: return out
-    usage,first = [s.usage for s in self.streams],self.streams[0]
-    if user := user_hash(first.request.user): out['user'] = user
-    out |= dict(prompt_tokens=sum(u.prompt_tokens for u in usage), completion_tokens=sum(u.completion_tokens for u in usage),
-                cached_tokens=sum(u.prompt_cache_hit_tokens for u in usage))
-    out |= {k: round(max(asdict(s.timing)[k] for s in self.streams), 6) for k in ('queue', 'prefill', 'decode')}
-    out['finish'] = ','.join(dict.fromkeys(s.finish or 'cancelled' for s in self.streams))
-    if found := sum((s.filtered or Counter() for s in self.streams), Counter()): out['filtered'] = dict(found)
-    texts = [''.join(s.shown) if s.released is None else s.released for s in self.streams]
-    if content: out |= dict(prompt=self.tok.decode(first.request.prompt), texts=texts)
-    return out
+    def fields(self,
+        content:bool = False, # Whether prompts and answers are in it
+    )->dict:
+        "The line of a request"
+        about = {k: v for k in ('id', 'method', 'route', 'status', 'answer', 'model', 'key', 'error') if (v := getattr(self, k)) != ''}
+        out = about | dict(seconds=round(time.monotonic() - self.started, 6))
+        if not self.streams: return out
+        usage,first = [s.usage for s in self.streams],self.streams[0]
+        if user := user_hash(first.request.user): out['user'] = user
+        out |= dict(prompt_tokens=sum(u.prompt_tokens for u in usage), completion_tokens=sum(u.completion_tokens for u in usage),
+                    cached_tokens=sum(u.prompt_cache_hit_tokens for u in usage))
+        out |= {k: round(max(asdict(s.timing)[k] for s in self.streams), 6) for k in ('queue', 'prefill', 'decode')}
+        out['finish'] = ','.join(dict.fromkeys(s.finish or 'cancelled' for s in self.streams))
+        if found := sum((s.filtered or Counter() for s in self.streams), Counter()): out['filtered'] = dict(found)
+        texts = [''.join(s.shown) if s.released is None else s.released for s in self.streams]
+        if content: out |= dict(prompt=self.tok.decode(first.request.prompt), texts=texts)
+        return out
 
 # %% ../../nbs/469_serve.logs.ipynb #95e9f0fe
 def _time(record): return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created)) + f'.{int(record.msecs):03d}Z'

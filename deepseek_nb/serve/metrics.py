@@ -13,8 +13,6 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from ..infer.engine import EngineWatch
 
 # %% ../../nbs/459_serve.metrics.ipynb #063cf1a5
@@ -71,6 +69,22 @@ class EngineMetrics:
         self.registry.register(self)
         for name,e in self.engines.items(): e.watch = _Observer({n: h.labels(name) for n,h in self.histograms.items()})
 
+    def collect(self): # Families of metrics
+        "The gauges and counters, as Prometheus' client wants them"
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        for kind,numbers in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for n in numbers:
+                family = kind(f'vllm:{n.name}', n.help, labels=['model_name', *filter(None, [n.label])])
+                for name,e in self.engines.items():
+                    for labels,value in ([((k,), v) for k,v in sorted(n.read(e).items())] if n.label else [((), n.read(e))]):
+                        family.add_metric([name, *labels], value)
+                yield family
+
+    def text(self)->str: # Prometheus' text format, version 0.0.4
+        "All metrics"
+        from prometheus_client import generate_latest
+        return generate_latest(self.registry).decode()
+
 # %% ../../nbs/459_serve.metrics.ipynb #04394dca
 class _Observer(EngineWatch):
     "Notes what one engine does in histograms"
@@ -82,23 +96,3 @@ class _Observer(EngineWatch):
         seen = dict(e2e_request_latency_seconds=monotonic() - stream.started, request_queue_time_seconds=stream.timing.queue,
                     request_prompt_tokens=stream.usage.prompt_tokens, request_generation_tokens=stream.usage.completion_tokens)
         for name,value in seen.items(): self.histograms[name].observe(value)
-
-# %% ../../nbs/459_serve.metrics.ipynb #336ba728
-@patch
-def collect(self:EngineMetrics): # Families of metrics
-    "The gauges and counters, as Prometheus' client wants them"
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-    for kind,numbers in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
-        for n in numbers:
-            family = kind(f'vllm:{n.name}', n.help, labels=['model_name', *filter(None, [n.label])])
-            for name,e in self.engines.items():
-                for labels,value in ([((k,), v) for k,v in sorted(n.read(e).items())] if n.label else [((), n.read(e))]):
-                    family.add_metric([name, *labels], value)
-            yield family
-
-# %% ../../nbs/459_serve.metrics.ipynb #8e3d631a
-@patch
-def text(self:EngineMetrics)->str: # Prometheus' text format, version 0.0.4
-    "All metrics"
-    from prometheus_client import generate_latest
-    return generate_latest(self.registry).decode()

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from fastcore.basics import patch
-
 # %% ../../nbs/463_serve.policy.ipynb #db29f8b0
 ACTIONS = 'block', 'mask', 'rewrite', 'log' # The strictest first
 # The most specific first
@@ -178,26 +176,48 @@ class FilterStream:
         "End the text"
         return self.feed('', end=True)
 
-# %% ../../nbs/463_serve.policy.ipynb #a9ec1106
-@patch
-def _skip(self:FilterStream, before):
-    "Read what isn't shown"
-    self.floor = len(before)
-    self.feed(before)
-    self.found.clear()
+    def _skip(self, before):
+        "Read what isn't shown"
+        self.floor = len(before)
+        self.feed(before)
+        self.found.clear()
 
-@patch
-def _release(self:FilterStream, hold):
-    "Show the text up to a position, or up to the match that reaches over it"
-    self.matches.sort()
-    for m in reversed(self.matches):
-        if m.start < hold < m.stop: hold = m.start
-    ready = [m for m in self.matches if m.stop <= hold]
-    self.matches,out = [m for m in self.matches if m.stop > hold],''
-    for group in _groups(ready):
-        out += self._settle(group)
-        if self.blocked: return out
-    return out + self._show(hold)
+    def _release(self, hold):
+        "Show the text up to a position, or up to the match that reaches over it"
+        self.matches.sort()
+        for m in reversed(self.matches):
+            if m.start < hold < m.stop: hold = m.start
+        ready = [m for m in self.matches if m.stop <= hold]
+        self.matches,out = [m for m in self.matches if m.stop > hold],''
+        for group in _groups(ready):
+            out += self._settle(group)
+            if self.blocked: return out
+        return out + self._show(hold)
+
+    def _show(self, stop):
+        "The text up to a position, which is forgotten"
+        n = max(0, stop - self.base)
+        out = self.text[min(n, max(0, self.floor - self.base)):n]
+        self.text,self.base = self.text[n:],self.base + n
+        return out
+
+    def _settle(self, group):
+        "Apply the policy to matches that overlap"
+        start,stop,kinds = group
+        if stop <= self.floor: return self._show(stop)
+        kind = min(kinds, key=lambda k: (ACTIONS.index(self.rules[k]), CONTENT_KINDS.index(k)))
+        self.found.update({*kinds})
+        action,out = self.rules[kind],self._show(start)
+        if action == 'log': return out + self._show(stop)
+        if action == 'block': self.blocked = kind
+        else: out += self._instead(kind, start, stop)
+        if self.blocked: self.text,self.matches = '',[]
+        return out
+
+    def _instead(self, kind, start, stop):
+        "What stands in place of a match"
+        self._show(stop)
+        return self.rewrite[kind] if self.rules[kind] == 'rewrite' else f'[{kind.upper()}]'
 
 # %% ../../nbs/463_serve.policy.ipynb #adae6cc4
 def _groups(matches):
@@ -207,35 +227,6 @@ def _groups(matches):
         if out and m.start < out[-1][1]: out[-1] = out[-1][0],max(out[-1][1], m.stop),[*out[-1][2], m.kind]
         else: out.append((m.start, m.stop, [m.kind]))
     return out
-
-# %% ../../nbs/463_serve.policy.ipynb #ffd63a75
-@patch
-def _show(self:FilterStream, stop):
-    "The text up to a position, which is forgotten"
-    n = max(0, stop - self.base)
-    out = self.text[min(n, max(0, self.floor - self.base)):n]
-    self.text,self.base = self.text[n:],self.base + n
-    return out
-
-@patch
-def _settle(self:FilterStream, group):
-    "Apply the policy to matches that overlap"
-    start,stop,kinds = group
-    if stop <= self.floor: return self._show(stop)
-    kind = min(kinds, key=lambda k: (ACTIONS.index(self.rules[k]), CONTENT_KINDS.index(k)))
-    self.found.update({*kinds})
-    action,out = self.rules[kind],self._show(start)
-    if action == 'log': return out + self._show(stop)
-    if action == 'block': self.blocked = kind
-    else: out += self._instead(kind, start, stop)
-    if self.blocked: self.text,self.matches = '',[]
-    return out
-
-@patch
-def _instead(self:FilterStream, kind, start, stop):
-    "What stands in place of a match"
-    self._show(stop)
-    return self.rewrite[kind] if self.rules[kind] == 'rewrite' else f'[{kind.upper()}]'
 
 # %% ../../nbs/463_serve.policy.ipynb #c78bc1ff
 def same_for_cuts(

@@ -20,8 +20,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from fastcore.basics import patch
-
 from ..infer.sampling import SamplingParams
 from .chat import ApiError, Fields, ServedModel, excerpt, sampling_from
 from .completions import EFFORTS, check_names, grammar_for
@@ -317,57 +315,50 @@ class ItemWriter:
         begun = [] if self.open and self.open['type'] == kind else self.begin(kind, short)
         return begun + self.grow(event.text)
 
-# %% ../../nbs/476_serve.responses.ipynb #37457998
-@patch
-def _at(self:ItemWriter, event, **more):
-    "An event about the item that grows"
-    part = dict(content_index=0) if self.open['type'] in TEXTS and 'item' not in more else {}
-    item = {} if 'item' in more else dict(item_id=self.open['id'])
-    return dict(type=f'response.{event}', **item, output_index=len(self.items), **part, **more)
+    def _at(self, event, **more):
+        "An event about the item that grows"
+        part = dict(content_index=0) if self.open['type'] in TEXTS and 'item' not in more else {}
+        item = {} if 'item' in more else dict(item_id=self.open['id'])
+        return dict(type=f'response.{event}', **item, output_index=len(self.items), **part, **more)
 
-@patch
-def begin(self:ItemWriter,
-    kind:str, # Of the item
-    short:str, # Beginning of its id
-    **more, # Fields of a function call
-)->list:
-    "Begin an item"
-    out = self.end()
-    self.open,self.text = new_item(kind, f'{short}_{self.id}_{len(self.items)}', **more),''
-    out.append(self._at('output_item.added', item=dict(self.open)))
-    return out + ([self._at('content_part.added', part=new_part(kind))] if kind in TEXTS else [])
+    def begin(self,
+        kind:str, # Of the item
+        short:str, # Beginning of its id
+        **more, # Fields of a function call
+    )->list:
+        "Begin an item"
+        out = self.end()
+        self.open,self.text = new_item(kind, f'{short}_{self.id}_{len(self.items)}', **more),''
+        out.append(self._at('output_item.added', item=dict(self.open)))
+        return out + ([self._at('content_part.added', part=new_part(kind))] if kind in TEXTS else [])
 
-# %% ../../nbs/476_serve.responses.ipynb #422b24b0
-@patch
-def grow(self:ItemWriter,
-    text:str, # What is new
-)->list:
-    "Add to the item"
-    self.text += text
-    kind = self.open['type']
-    logprobs = dict(logprobs=[]) if kind == 'message' else {}
-    return [self._at(f'{TEXTS.get(kind, "function_call_arguments")}.delta', delta=text, **logprobs)]
-
-# %% ../../nbs/476_serve.responses.ipynb #f6b9e6fc
-@patch
-def end(self:ItemWriter,
-    status:str = 'completed', # 'incomplete': it was cut
-)->list:
-    "End the item, if there is one"
-    if self.open is None: return []
-    item,out = self.open | dict(status=status),[]
-    if (kind := item['type']) in TEXTS:
-        item['content'] = [new_part(kind, self.text)]
+    def grow(self,
+        text:str, # What is new
+    )->list:
+        "Add to the item"
+        self.text += text
+        kind = self.open['type']
         logprobs = dict(logprobs=[]) if kind == 'message' else {}
-        out += [self._at(f'{TEXTS[kind]}.done', text=self.text, **logprobs), self._at('content_part.done', part=item['content'][0])]
-    else:
-        item['arguments'] = self.text
-        out.append(self._at('function_call_arguments.done', name=item['name'], arguments=self.text))
-    if kind == 'reasoning' and self.encrypted: item['encrypted_content'] = b64encode(self.text.encode()).decode()
-    out.append(self._at('output_item.done', item=item))
-    self.items.append(item)
-    self.open = None
-    return out
+        return [self._at(f'{TEXTS.get(kind, "function_call_arguments")}.delta', delta=text, **logprobs)]
+
+    def end(self,
+        status:str = 'completed', # 'incomplete': it was cut
+    )->list:
+        "End the item, if there is one"
+        if self.open is None: return []
+        item,out = self.open | dict(status=status),[]
+        if (kind := item['type']) in TEXTS:
+            item['content'] = [new_part(kind, self.text)]
+            logprobs = dict(logprobs=[]) if kind == 'message' else {}
+            out += [self._at(f'{TEXTS[kind]}.done', text=self.text, **logprobs), self._at('content_part.done', part=item['content'][0])]
+        else:
+            item['arguments'] = self.text
+            out.append(self._at('function_call_arguments.done', name=item['name'], arguments=self.text))
+        if kind == 'reasoning' and self.encrypted: item['encrypted_content'] = b64encode(self.text.encode()).decode()
+        out.append(self._at('output_item.done', item=item))
+        self.items.append(item)
+        self.open = None
+        return out
 
 # %% ../../nbs/476_serve.responses.ipynb #24418166
 class ResponsesRun:
@@ -392,82 +383,67 @@ class ResponsesRun:
         "Stop what still runs"
         self.answer.stream.cancel()
 
-# %% ../../nbs/476_serve.responses.ipynb #f4584f2c
-@patch
-def usage(self:ResponsesRun)->dict: # OpenAI's form
-    "The usage of a request"
-    used = self.answer.stream.usage
-    prompt,new = used.prompt_tokens,used.completion_tokens
-    cached = dict(cached_tokens=used.prompt_cache_hit_tokens, cache_write_tokens=0)
-    return dict(input_tokens=prompt, input_tokens_details=cached, output_tokens=new,
-                output_tokens_details=dict(reasoning_tokens=self.answer.reasoning), total_tokens=prompt + new)
+    def usage(self)->dict: # OpenAI's form
+        "The usage of a request"
+        used = self.answer.stream.usage
+        prompt,new = used.prompt_tokens,used.completion_tokens
+        cached = dict(cached_tokens=used.prompt_cache_hit_tokens, cache_write_tokens=0)
+        return dict(input_tokens=prompt, input_tokens_details=cached, output_tokens=new,
+                    output_tokens_details=dict(reasoning_tokens=self.answer.reasoning), total_tokens=prompt + new)
 
-# %% ../../nbs/476_serve.responses.ipynb #3ecbc9df
-@patch
-def response(self:ResponsesRun,
-    status:str, # 'in_progress', 'completed', 'incomplete' or 'failed'
-    **more, # Fields that the status brings
-)->dict: # OpenAI's `response`
-    "The response as far as it is known"
-    p = self.request.params
-    ended = status != 'in_progress'
-    head = dict(id=self.id, object='response', created_at=self.created, status=status, completed_at=int(time.time()) if ended else None,
-                model=self.served.name, output=[*self.writer.items], usage=self.usage() if ended else None)
-    how = {n: getattr(p, n) for n in ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty')} | dict(top_logprobs=0)
-    fixed = dict(background=False, truncation='disabled', service_tier='default', max_tool_calls=None)
-    return head | dict(error=None, incomplete_details=None) | how | fixed | self.request.echo | more
+    def response(self,
+        status:str, # 'in_progress', 'completed', 'incomplete' or 'failed'
+        **more, # Fields that the status brings
+    )->dict: # OpenAI's `response`
+        "The response as far as it is known"
+        p = self.request.params
+        ended = status != 'in_progress'
+        head = dict(id=self.id, object='response', created_at=self.created, status=status, completed_at=int(time.time()) if ended else None,
+                    model=self.served.name, output=[*self.writer.items], usage=self.usage() if ended else None)
+        how = {n: getattr(p, n) for n in ('temperature', 'top_p', 'presence_penalty', 'frequency_penalty')} | dict(top_logprobs=0)
+        fixed = dict(background=False, truncation='disabled', service_tier='default', max_tool_calls=None)
+        return head | dict(error=None, incomplete_details=None) | how | fixed | self.request.echo | more
 
-# %% ../../nbs/476_serve.responses.ipynb #eb0a16a5
-@patch
-def _numbered(self:ResponsesRun, event):
-    "An event with its number"
-    self.sent += 1
-    return dict(event, sequence_number=self.sent - 1)
+    def _numbered(self, event):
+        "An event with its number"
+        self.sent += 1
+        return dict(event, sequence_number=self.sent - 1)
 
-# %% ../../nbs/476_serve.responses.ipynb #a83c664b
-@patch
-def _last(self:ResponsesRun):
-    "The complete response"
-    why = dict(length='max_output_tokens', content_filter='content_filter').get(self.answer.finish)
-    return self.response('incomplete', incomplete_details=dict(reason=why)) if why else self.response('completed')
+    def _last(self):
+        "The complete response"
+        why = dict(length='max_output_tokens', content_filter='content_filter').get(self.answer.finish)
+        return self.response('incomplete', incomplete_details=dict(reason=why)) if why else self.response('completed')
 
-# %% ../../nbs/476_serve.responses.ipynb #7134f6b4
-@patch
-def failed(self:ResponsesRun,
-    error:ApiError, # What went wrong
-)->dict:
-    "The last event of a stream that failed"
-    response = self.response('failed', error=dict(code=error.code or 'server_error', message=error.message))
-    return self._numbered(dict(type='response.failed', response=response))
+    def failed(self,
+        error:ApiError, # What went wrong
+    )->dict:
+        "The last event of a stream that failed"
+        response = self.response('failed', error=dict(code=error.code or 'server_error', message=error.message))
+        return self._numbered(dict(type='response.failed', response=response))
 
-# %% ../../nbs/476_serve.responses.ipynb #71748970
-@patch
-def stored(self:ResponsesRun,
-    response:dict, # As the client gets it
-)->StoredResponse: # The conversation with its answer
-    "What a later request can follow"
-    r,items = self.request,self.writer.items
-    return StoredResponse(response, r.items, read_items(items, r.said) if items else r.said)
+    def stored(self,
+        response:dict, # As the client gets it
+    )->StoredResponse: # The conversation with its answer
+        "What a later request can follow"
+        r,items = self.request,self.writer.items
+        return StoredResponse(response, r.items, read_items(items, r.said) if items else r.said)
 
-# %% ../../nbs/476_serve.responses.ipynb #5819a5b2
-@patch
-async def chunks(self:ResponsesRun)->AsyncIterator[dict]:
-    "All events of the stream"
-    for name in ('created', 'in_progress'): yield self._numbered(dict(type=f'response.{name}', response=self.response('in_progress')))
-    status = 'completed'
-    async for events,piece in self.answer.steps():
-        if piece is None and self.answer.finish in ('length', 'content_filter'): status = 'incomplete'
-        for event in events:
-            for e in self.writer.feed(event, status): yield self._numbered(e)
-    for e in self.writer.end(status): yield self._numbered(e)
-    response = self._last()
-    if self.keep and self.request.echo['store']: await asyncio.to_thread(lambda: self.keep(self.stored(response)))
-    yield self._numbered(dict(type=f'response.{response["status"]}', response=response))
+    async def chunks(self)->AsyncIterator[dict]:
+        "All events of the stream"
+        for name in ('created', 'in_progress'): yield self._numbered(dict(type=f'response.{name}', response=self.response('in_progress')))
+        status = 'completed'
+        async for events,piece in self.answer.steps():
+            if piece is None and self.answer.finish in ('length', 'content_filter'): status = 'incomplete'
+            for event in events:
+                for e in self.writer.feed(event, status): yield self._numbered(e)
+        for e in self.writer.end(status): yield self._numbered(e)
+        response = self._last()
+        if self.keep and self.request.echo['store']: await asyncio.to_thread(lambda: self.keep(self.stored(response)))
+        yield self._numbered(dict(type=f'response.{response["status"]}', response=response))
 
-@patch
-async def whole(self:ResponsesRun)->dict: # OpenAI's `response`
-    "The response, when it is complete"
-    return [e async for e in self.chunks()][-1]['response']
+    async def whole(self)->dict: # OpenAI's `response`
+        "The response, when it is complete"
+        return [e async for e in self.chunks()][-1]['response']
 
 # %% ../../nbs/476_serve.responses.ipynb #86ce1d20
 SUMMARISE = 'Summarise our conversation: what was asked, found, decided and done, and what is still open. Write only the summary.'

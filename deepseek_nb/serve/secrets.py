@@ -15,8 +15,6 @@ from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import quote
 
-from fastcore.basics import patch
-
 from .policy import TextMatch
 
 # %% ../../nbs/466_serve.secrets.ipynb #38bc5aab
@@ -89,61 +87,52 @@ class PartFinder:
         state,most = self.moves[state, char]
         return state,min(length, most) + 1
 
-@patch
-def _move(self:PartFinder, state, char):
-    "The next state, and the most characters that a part had before it"
-    most = 10**9
-    while char not in self.next[state]: state,most = self.link[state],self.length[self.link[state]]
-    return self.next[state][char],most
+    def _move(self, state, char):
+        "The next state, and the most characters that a part had before it"
+        most = 10**9
+        while char not in self.next[state]: state,most = self.link[state],self.length[self.link[state]]
+        return self.next[state][char],most
 
-# %% ../../nbs/466_serve.secrets.ipynb #c8725244
-@patch
-def _new(self:PartFinder, next, link, length, least):
-    for own,value in zip((self.next, self.link, self.length, self.least), (next, link, length, least), strict=True): own.append(value)
-    return len(self.next) - 1
+    def _new(self, next, link, length, least):
+        for own,value in zip((self.next, self.link, self.length, self.least), (next, link, length, least), strict=True): own.append(value)
+        return len(self.next) - 1
 
-@patch
-def _divide(self:PartFinder, before, char):
-    "The state of exactly one character more than a state"
-    q = self.next[before][char]
-    if self.length[q] == self.length[before] + 1: return q
-    twin = self._new({**self.next[q]}, self.link[q], self.length[before] + 1, self.least[q])
-    self.link[q] = twin
-    while before >= 0 and self.next[before].get(char) == q: self.next[before][char],before = twin,self.link[before]
-    return twin
+    def _divide(self, before, char):
+        "The state of exactly one character more than a state"
+        q = self.next[before][char]
+        if self.length[q] == self.length[before] + 1: return q
+        twin = self._new({**self.next[q]}, self.link[q], self.length[before] + 1, self.least[q])
+        self.link[q] = twin
+        while before >= 0 and self.next[before].get(char) == q: self.next[before][char],before = twin,self.link[before]
+        return twin
 
-# %% ../../nbs/466_serve.secrets.ipynb #af08433f
-@patch
-def _insert(self:PartFinder, text, least):
-    "Add a text"
-    last = 0
-    for char in text:
-        if char in self.next[last]: last = self._divide(last, char)
-        else:
-            new,p = self._new({}, 0, self.length[last] + 1, least),last
-            while p >= 0 and char not in self.next[p]: self.next[p][char],p = new,self.link[p]
-            if p >= 0: self.link[new] = self._divide(p, char)
-            last = new
-        self.least[last] = min(self.least[last], least)
+    def _insert(self, text, least):
+        "Add a text"
+        last = 0
+        for char in text:
+            if char in self.next[last]: last = self._divide(last, char)
+            else:
+                new,p = self._new({}, 0, self.length[last] + 1, least),last
+                while p >= 0 and char not in self.next[p]: self.next[p][char],p = new,self.link[p]
+                if p >= 0: self.link[new] = self._divide(p, char)
+                last = new
+            self.least[last] = min(self.least[last], least)
 
-# %% ../../nbs/466_serve.secrets.ipynb #8cb74869
-@patch
-def _settle(self:PartFinder):
-    "Pass the least lengths on to the shorter parts, and note which states have a shorter part that counts"
-    for s in sorted(range(1, len(self.next)), key=lambda s: -self.length[s]):
-        self.least[self.link[s]] = min(self.least[self.link[s]], self.least[s])
-    self.inner = [0]*len(self.next)
-    for s in sorted(range(1, len(self.next)), key=lambda s: self.length[s]):
-        u = self.link[s]
-        self.inner[s] = self.length[u] if u > 0 and self.length[u] >= self.least[u] else self.inner[u]
+    def _settle(self):
+        "Pass the least lengths on to the shorter parts, and note which states have a shorter part that counts"
+        for s in sorted(range(1, len(self.next)), key=lambda s: -self.length[s]):
+            self.least[self.link[s]] = min(self.least[self.link[s]], self.least[s])
+        self.inner = [0]*len(self.next)
+        for s in sorted(range(1, len(self.next)), key=lambda s: self.length[s]):
+            u = self.link[s]
+            self.inner[s] = self.length[u] if u > 0 and self.length[u] >= self.least[u] else self.inner[u]
 
-@patch
-def counted(self:PartFinder,
-    state:int, # After a character
-    length:int, # Of the part that ends with it
-)->int: # 0: none
-    "Length of the longest part at this place that counts"
-    return length if length >= self.least[state] else self.inner[state]
+    def counted(self,
+        state:int, # After a character
+        length:int, # Of the part that ends with it
+    )->int: # 0: none
+        "Length of the longest part at this place that counts"
+        return length if length >= self.least[state] else self.inner[state]
 
 # %% ../../nbs/466_serve.secrets.ipynb #0043e264
 GAP = 12 # Most visible characters between two letters of a secret
@@ -193,23 +182,21 @@ class SecretScan:
         out,self.pending = [m for m in self.pending if m.start < hold],[m for m in self.pending if m.start >= hold]
         return out,hold
 
+    def _between(self, char):
+        "Read a character that is no letter"
+        self.gap += unicodedata.category(char) not in _INVISIBLE or char in '\n\t'
+        if self.gap > GAP: self.at = 0,0
+
+    def _letters(self, small):
+        "Read the skeleton of a character"
+        self.gap = 0
+        for c in small:
+            self.at = self.finder.step(*self.at, c)
+            self.places.append(self.position)
+        if n := self.finder.counted(*self.at):
+            start = self.places[-n]
+            while self.pending and self.pending[-1].start >= start: self.pending.pop() # it is longer now
+            self.pending.append(TextMatch(start, self.position + 1, 'secret'))
+
 # %% ../../nbs/466_serve.secrets.ipynb #914ecbdd
 _INVISIBLE = 'Cf', 'Mn', 'Me', 'Cc'
-
-@patch
-def _between(self:SecretScan, char):
-    "Read a character that is no letter"
-    self.gap += unicodedata.category(char) not in _INVISIBLE or char in '\n\t'
-    if self.gap > GAP: self.at = 0,0
-
-@patch
-def _letters(self:SecretScan, small):
-    "Read the skeleton of a character"
-    self.gap = 0
-    for c in small:
-        self.at = self.finder.step(*self.at, c)
-        self.places.append(self.position)
-    if n := self.finder.counted(*self.at):
-        start = self.places[-n]
-        while self.pending and self.pending[-1].start >= start: self.pending.pop() # it is longer now
-        self.pending.append(TextMatch(start, self.position + 1, 'secret'))

@@ -14,8 +14,6 @@ from collections import Counter, OrderedDict
 from threading import Lock
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from .chat import ApiError, Fields
 
 # %% ../../nbs/473_serve.stored.ipynb #e6a72519
@@ -36,52 +34,46 @@ class ResponseStore:
         self.most,self.most_chars,self.kept,self.sizes,self.lock = most,most_chars,{},Counter(),Lock() # `kept`: of each owner, by id
     def __len__(self): return sum(map(len, self.kept.values()))
 
-# %% ../../nbs/473_serve.stored.ipynb #e4f2a7e7
-@patch
-def put(self:ResponseStore,
-    owner:str, # Name of the key that asked
-    stored:StoredResponse, # Its `size` is filled in here
-)->None:
-    "Keep an answer, and drop the oldest while there are too many; when the memory is full, those of the key that uses most of it"
-    size = len(json.dumps(stored[:3]))
-    with self.lock:
-        own = self.kept.setdefault(owner, OrderedDict())
-        own[stored.response['id']] = stored._replace(size=size)
-        self.sizes[owner] += size
-        if len(own) > self.most: self._drop(owner)
-        while self.sizes.total() > self.most_chars: self._drop(max(self.sizes, key=self.sizes.get))
+    def put(self,
+        owner:str, # Name of the key that asked
+        stored:StoredResponse, # Its `size` is filled in here
+    )->None:
+        "Keep an answer, and drop the oldest while there are too many; when the memory is full, those of the key that uses most of it"
+        size = len(json.dumps(stored[:3]))
+        with self.lock:
+            own = self.kept.setdefault(owner, OrderedDict())
+            own[stored.response['id']] = stored._replace(size=size)
+            self.sizes[owner] += size
+            if len(own) > self.most: self._drop(owner)
+            while self.sizes.total() > self.most_chars: self._drop(max(self.sizes, key=self.sizes.get))
 
-@patch
-def _drop(self:ResponseStore, owner, id=None):
-    "Forget an answer, the oldest if none is named"
-    own = self.kept[owner]
-    self.sizes[owner] -= own.pop(next(iter(own)) if id is None else id).size
-    if not own: del self.kept[owner],self.sizes[owner]
+    def _drop(self, owner, id=None):
+        "Forget an answer, the oldest if none is named"
+        own = self.kept[owner]
+        self.sizes[owner] -= own.pop(next(iter(own)) if id is None else id).size
+        if not own: del self.kept[owner],self.sizes[owner]
 
-# %% ../../nbs/473_serve.stored.ipynb #59a3c265
-@patch
-def get(self:ResponseStore,
-    owner:str, # Name of the key that asks
-    id:str, # Of the response
-    param:str|None = None, # Field that names it; None: the path does
-)->StoredResponse:
-    "An answer that is kept"
-    with self.lock:
-        if id in (own := self.kept.get(owner, {})):
-            own.move_to_end(id)
-            return own[id]
-    raise ApiError(404, f'response {id!r:.60} is not stored here, or not any more; send the whole conversation', param, code='not_found')
+    def get(self,
+        owner:str, # Name of the key that asks
+        id:str, # Of the response
+        param:str|None = None, # Field that names it; None: the path does
+    )->StoredResponse:
+        "An answer that is kept"
+        with self.lock:
+            if id in (own := self.kept.get(owner, {})):
+                own.move_to_end(id)
+                return own[id]
+        raise ApiError(404, f'response {id!r:.60} is not stored here, or not any more; send the whole conversation', param, code='not_found')
 
-@patch
-def delete(self:ResponseStore,
-    owner:str, # Name of the key that asks
-    id:str, # Of the response
-)->dict: # OpenAI's form
-    "Forget an answer"
-    self.get(owner, id)
-    with self.lock:
-        if id in self.kept.get(owner, ()): self._drop(owner, id)
-    return dict(id=id, object='response', deleted=True)
+    def delete(self,
+        owner:str, # Name of the key that asks
+        id:str, # Of the response
+    )->dict: # OpenAI's form
+        "Forget an answer"
+        self.get(owner, id)
+        with self.lock:
+            if id in self.kept.get(owner, ()): self._drop(owner, id)
+        return dict(id=id, object='response', deleted=True)
 
 # %% ../../nbs/473_serve.stored.ipynb #6d1f4132
 _SHORT = dict(message='msg', function_call='fc', function_call_output='fco', reasoning='rs', compaction='cmp')

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from uuid import uuid4
 
-from fastcore.basics import patch
-
 from ..files.tokenizer import Tokenizer
 from ..infer.request import Request
 from ..infer.sampling import Drawn, SamplingParams
@@ -148,93 +146,84 @@ class TextRun:
         "Stop what still runs"
         for a in self.answers: a.stream.cancel()
 
-# %% ../../nbs/474_serve.text.ipynb #30bae463
-@patch
-def _choice(self:TextRun,
-    i:int, # Number of the answer
-    text:str, # What is new
-    drawn:list, # Tokens of the text
-    start:int, # Offset of the text
-    finish:str|None = None, # Why the answer ended
-)->dict: # OpenAI's form
-    "What is new in one answer"
-    lists = None if self.request.params.logprobs is None else logprob_lists(self.served.tok, drawn, start)
-    return dict(index=i, text=text, logprobs=lists, finish_reason=finish)
+    def _choice(self,
+        i:int, # Number of the answer
+        text:str, # What is new
+        drawn:list, # Tokens of the text
+        start:int, # Offset of the text
+        finish:str|None = None, # Why the answer ended
+    )->dict: # OpenAI's form
+        "What is new in one answer"
+        lists = None if self.request.params.logprobs is None else logprob_lists(self.served.tok, drawn, start)
+        return dict(index=i, text=text, logprobs=lists, finish_reason=finish)
+
+    async def _echoed(self,
+        i:int, # Number of the answer
+    )->AsyncIterator[dict]: # Choices
+        "What stands in front of an answer with `echo`"
+        stream,decoder,start = self.answers[i].stream,self.served.tok.stream_decoder(),0
+        drawn = stream.prompt_logprobs or [Drawn(id) for id in stream.request.prompt]
+        for at in range(0, len(drawn), _ECHOED):
+            part = drawn[at:at + _ECHOED]
+            text = ''.join(decoder.push(d.id) for d in part) + (decoder.flush() if at + _ECHOED >= len(drawn) else '')
+            yield self._choice(i, text, part, start)
+            start += len(text)
+            await asyncio.sleep(0)
+
+    async def _answer_choices(self,
+        i:int, # Number of the answer
+    )->AsyncIterator[dict]:
+        "The choices of one answer's chunks"
+        answer,start,drawn,waits = self.answers[i],0,[],self.request.echo
+        async for text,piece in _with_end(answer.texts()):
+            if waits:
+                async for choice in self._echoed(i):
+                    start += len(choice['text'])
+                    yield choice
+            waits = False
+            drawn += [piece] if piece is not None else []
+            if not text: continue
+            yield self._choice(i, text, drawn, start)
+            start,drawn = start + len(text),[]
+        yield self._choice(i, '', drawn, start, answer.finish)
+
+    def _chunk(self,
+        choices:list, # What is new
+        **more, # Other fields
+    )->dict:
+        "A chunk of the stream, or a whole response"
+        usage = dict(usage=None) if self.request.include_usage else {}
+        return dict(id=self.id, object='text_completion', created=self.created, model=self.served.name, choices=choices) | usage | more
+
+    def _usage(self)->dict:
+        "The usage of all prompts together"
+        each = [usage_of(self.answers[i:i + self.request.n]) for i in range(0, len(self.answers), self.request.n)]
+        total = {k: sum(u[k] for u in each) for k,v in each[0].items() if isinstance(v, int)}
+        cached = dict(cached_tokens=total['prompt_cache_hit_tokens'])
+        details = dict(reasoning_tokens=0) | drafted_tokens(self.answers)
+        return total | dict(prompt_tokens_details=cached, completion_tokens_details=details, timing=each[0]['timing'])
+
+    async def chunks(self)->AsyncIterator[dict]:
+        "All chunks of the stream"
+        async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
+        if self.request.include_usage: yield self._chunk([], usage=self._usage())
+
+    async def whole(self)->dict: # OpenAI's `text_completion`
+        "All answers, when they are complete"
+        choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
+        async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
+            c = choices[i]
+            c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
+            if c['logprobs'] is None: c['logprobs'] = new['logprobs']
+            elif new['logprobs']:
+                for k,v in new['logprobs'].items(): c['logprobs'][k] += v
+        return self._chunk(choices, usage=self._usage())
 
 # %% ../../nbs/474_serve.text.ipynb #795d08df
 _ECHOED = 256 # tokens of a piece
-
-@patch
-async def _echoed(self:TextRun,
-    i:int, # Number of the answer
-)->AsyncIterator[dict]: # Choices
-    "What stands in front of an answer with `echo`"
-    stream,decoder,start = self.answers[i].stream,self.served.tok.stream_decoder(),0
-    drawn = stream.prompt_logprobs or [Drawn(id) for id in stream.request.prompt]
-    for at in range(0, len(drawn), _ECHOED):
-        part = drawn[at:at + _ECHOED]
-        text = ''.join(decoder.push(d.id) for d in part) + (decoder.flush() if at + _ECHOED >= len(drawn) else '')
-        yield self._choice(i, text, part, start)
-        start += len(text)
-        await asyncio.sleep(0)
 
 # %% ../../nbs/474_serve.text.ipynb #2b654e5a
 async def _with_end(texts):
     "The texts of an answer, and an empty one at its end"
     async for item in texts: yield item
     yield '',None
-
-@patch
-async def _answer_choices(self:TextRun,
-    i:int, # Number of the answer
-)->AsyncIterator[dict]:
-    "The choices of one answer's chunks"
-    answer,start,drawn,waits = self.answers[i],0,[],self.request.echo
-    async for text,piece in _with_end(answer.texts()):
-        if waits:
-            async for choice in self._echoed(i):
-                start += len(choice['text'])
-                yield choice
-        waits = False
-        drawn += [piece] if piece is not None else []
-        if not text: continue
-        yield self._choice(i, text, drawn, start)
-        start,drawn = start + len(text),[]
-    yield self._choice(i, '', drawn, start, answer.finish)
-
-@patch
-def _chunk(self:TextRun,
-    choices:list, # What is new
-    **more, # Other fields
-)->dict:
-    "A chunk of the stream, or a whole response"
-    usage = dict(usage=None) if self.request.include_usage else {}
-    return dict(id=self.id, object='text_completion', created=self.created, model=self.served.name, choices=choices) | usage | more
-
-# %% ../../nbs/474_serve.text.ipynb #57eb03df
-@patch
-def _usage(self:TextRun)->dict:
-    "The usage of all prompts together"
-    each = [usage_of(self.answers[i:i + self.request.n]) for i in range(0, len(self.answers), self.request.n)]
-    total = {k: sum(u[k] for u in each) for k,v in each[0].items() if isinstance(v, int)}
-    cached = dict(cached_tokens=total['prompt_cache_hit_tokens'])
-    details = dict(reasoning_tokens=0) | drafted_tokens(self.answers)
-    return total | dict(prompt_tokens_details=cached, completion_tokens_details=details, timing=each[0]['timing'])
-
-@patch
-async def chunks(self:TextRun)->AsyncIterator[dict]:
-    "All chunks of the stream"
-    async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
-    if self.request.include_usage: yield self._chunk([], usage=self._usage())
-
-@patch
-async def whole(self:TextRun)->dict: # OpenAI's `text_completion`
-    "All answers, when they are complete"
-    choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
-    async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
-        c = choices[i]
-        c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
-        if c['logprobs'] is None: c['logprobs'] = new['logprobs']
-        elif new['logprobs']:
-            for k,v in new['logprobs'].items(): c['logprobs'][k] += v
-    return self._chunk(choices, usage=self._usage())

@@ -16,8 +16,6 @@ from itertools import accumulate
 from time import thread_time
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from ..core.plot import COLOURS, GREY, style
 from ..infer.engine import Engine, StepRecord
 from ..infer.request import Request
@@ -53,55 +51,86 @@ class Timeline:
         cached = {s: len(c) - record.drafted.get(s, 0) for s,c in rows.items()}
         self.moments.append(Moment(record.counts, cached, pages, kept, record.preempted, record.drafted))
 
-# %% ../../nbs/461_serve.timeline.ipynb #7d151003
-@patch
-def run(self:Timeline,
-    requests:dict, # Name -> step of its arrival and `Request`
-)->Timeline: # The same
-    "Run requests that arrive at given steps"
-    late = sorted(requests.items(), key=lambda item: item[1][0])
-    while late or self.engine.count:
-        while late and (late[0][1][0] <= len(self.moments) or not self.engine.count):
-            name,(_,request) = late.pop(0)
-            stream = self.engine.submit(request)
-            self.names[stream],self.arrived[stream] = name,len(self.moments)
-        self.engine.step()
-    return self
+    def run(self,
+        requests:dict, # Name -> step of its arrival and `Request`
+    )->'Timeline': # The same
+        "Run requests that arrive at given steps"
+        late = sorted(requests.items(), key=lambda item: item[1][0])
+        while late or self.engine.count:
+            while late and (late[0][1][0] <= len(self.moments) or not self.engine.count):
+                name,(_,request) = late.pop(0)
+                stream = self.engine.submit(request)
+                self.names[stream],self.arrived[stream] = name,len(self.moments)
+            self.engine.step()
+        return self
+
+    def kinds(self)->list: # For each step: stream -> kind of its tokens
+        "What each request does in each step"
+        most,found = {},[]
+        for m in self.moments:
+            step = {}
+            for s,n in m.counts.items():
+                first = m.cached[s] - n
+                step[s] = 'again' if first < most.get(s, 0) else 'prefill' if first < len(s.request.prompt) else 'decode'
+                most[s] = max(most.get(s, 0), m.cached[s])
+            found.append(step)
+        return found
+
+    def _draw_rows(self, ax):
+        "A line for each request"
+        rows,kinds = {s: i for i,s in enumerate(self.names)},self.kinds()
+        for s,y in rows.items():
+            last = max(i for i,m in enumerate(self.moments) if s in m.counts)
+            ax.plot([self.arrived[s] - .5, last + .4], [y, y], color=GREY, lw=1, zorder=1)
+        for i,(m,step) in enumerate(zip(self.moments, kinds, strict=True)):
+            for s,kind in step.items():
+                if kind == 'decode': ax.plot(i, rows[s], 'o', color=COLOURS['blue'], ms=4, zorder=2)
+                else:
+                    ax.barh(rows[s], .86, left=i - .43, height=.72, color=COLOURS[TOKEN_KINDS[kind]], zorder=2)
+                    ax.text(i, rows[s], m.counts[s], ha='center', va='center', fontsize=6, rotation=90, color='black')
+            for s in m.preempted: ax.plot(i - .5, rows[s], 'X', color=COLOURS['red'], ms=8, zorder=3)
+        ax.set(yticks=range(len(rows)), yticklabels=self.names.values(), ylabel='request')
+        ax.invert_yaxis()
+        _explain(ax, {k for step in kinds for k in step.values()}, any(m.preempted for m in self.moments))
+
+    def _draw_tokens(self, ax):
+        "Tokens of each step, by kind"
+        base,x = [0]*len(self.moments),range(len(self.moments))
+        for kind,colour in TOKEN_KINDS.items():
+            ns = [sum(m.counts[s] for s,k in step.items() if k == kind) for m,step in zip(self.moments, self.kinds(), strict=True)]
+            ax.bar(x, ns, .86, bottom=base, color=COLOURS[colour])
+            base = [a + b for a,b in zip(base, ns, strict=True)]
+        drafted = [sum(m.drafted.values()) for m in self.moments]
+        if any(drafted): ax.bar(x, drafted, .86, bottom=base, color=COLOURS['sky'], label='drafted')
+        ax.axhline(self.engine.budget, color=GREY, ls='--', lw=1, label='budget')
+        ax.set(ylabel='tokens', xlabel='step')
+
+    def _draw_pages(self, ax):
+        "Pages of each request, and of the prefix cache"
+        base,x = [0]*len(self.moments),range(len(self.moments))
+        colours = [COLOURS[c] for c in ('sky', 'green', 'blue')]
+        for j,(s,name) in enumerate(self.names.items()):
+            ns = [m.pages.get(s, 0) for m in self.moments]
+            ax.bar(x, ns, 1, bottom=base, color=colours[j%3], label=f'pages of {name}')
+            base = [a + b for a,b in zip(base, ns, strict=True)]
+        ax.bar(x, [m.kept for m in self.moments], 1, bottom=base, color=GREY, alpha=.45, label='prefix cache')
+        ax.axhline(self.engine.pool.pages, color=GREY, ls='--', lw=1, label='pool')
+        ax.set(ylabel='pages', xlabel='step')
+
+    def plot(self,
+        below:str = 'tokens', # What the lower part shows: 'tokens' or 'pages'
+    ):
+        "Draw the schedule"
+        import matplotlib.pyplot as plt
+        fig,(top,low) = plt.subplots(2, 1, figsize=(8, .3*len(self.names) + 2.8), sharex=True,
+                                     gridspec_kw=dict(height_ratios=(.3*len(self.names) + .4, 1.5)))
+        self._draw_rows(top)
+        self._draw_tokens(low) if below == 'tokens' else self._draw_pages(low)
+        low.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
+        style(fig)
 
 # %% ../../nbs/461_serve.timeline.ipynb #571f2564
 TOKEN_KINDS = dict(prefill='orange', decode='blue', again='pink')  # colours
-
-@patch
-def kinds(self:Timeline)->list: # For each step: stream -> kind of its tokens
-    "What each request does in each step"
-    most,found = {},[]
-    for m in self.moments:
-        step = {}
-        for s,n in m.counts.items():
-            first = m.cached[s] - n
-            step[s] = 'again' if first < most.get(s, 0) else 'prefill' if first < len(s.request.prompt) else 'decode'
-            most[s] = max(most.get(s, 0), m.cached[s])
-        found.append(step)
-    return found
-
-# %% ../../nbs/461_serve.timeline.ipynb #827e75d3
-@patch
-def _draw_rows(self:Timeline, ax):
-    "A line for each request"
-    rows,kinds = {s: i for i,s in enumerate(self.names)},self.kinds()
-    for s,y in rows.items():
-        last = max(i for i,m in enumerate(self.moments) if s in m.counts)
-        ax.plot([self.arrived[s] - .5, last + .4], [y, y], color=GREY, lw=1, zorder=1)
-    for i,(m,step) in enumerate(zip(self.moments, kinds, strict=True)):
-        for s,kind in step.items():
-            if kind == 'decode': ax.plot(i, rows[s], 'o', color=COLOURS['blue'], ms=4, zorder=2)
-            else:
-                ax.barh(rows[s], .86, left=i - .43, height=.72, color=COLOURS[TOKEN_KINDS[kind]], zorder=2)
-                ax.text(i, rows[s], m.counts[s], ha='center', va='center', fontsize=6, rotation=90, color='black')
-        for s in m.preempted: ax.plot(i - .5, rows[s], 'X', color=COLOURS['red'], ms=8, zorder=3)
-    ax.set(yticks=range(len(rows)), yticklabels=self.names.values(), ylabel='request')
-    ax.invert_yaxis()
-    _explain(ax, {k for step in kinds for k in step.values()}, any(m.preempted for m in self.moments))
 
 # %% ../../nbs/461_serve.timeline.ipynb #e8e13a16
 def _explain(ax, kinds, preempted):
@@ -113,48 +142,6 @@ def _explain(ax, kinds, preempted):
     ax.plot([], [], color=GREY, lw=1, label='waits')
     if preempted: ax.plot([], [], 'X', color=COLOURS['red'], ms=8, label='preempted')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
-
-# %% ../../nbs/461_serve.timeline.ipynb #0c8a1576
-@patch
-def _draw_tokens(self:Timeline, ax):
-    "Tokens of each step, by kind"
-    base,x = [0]*len(self.moments),range(len(self.moments))
-    for kind,colour in TOKEN_KINDS.items():
-        ns = [sum(m.counts[s] for s,k in step.items() if k == kind) for m,step in zip(self.moments, self.kinds(), strict=True)]
-        ax.bar(x, ns, .86, bottom=base, color=COLOURS[colour])
-        base = [a + b for a,b in zip(base, ns, strict=True)]
-    drafted = [sum(m.drafted.values()) for m in self.moments]
-    if any(drafted): ax.bar(x, drafted, .86, bottom=base, color=COLOURS['sky'], label='drafted')
-    ax.axhline(self.engine.budget, color=GREY, ls='--', lw=1, label='budget')
-    ax.set(ylabel='tokens', xlabel='step')
-
-# %% ../../nbs/461_serve.timeline.ipynb #ce07f13a
-@patch
-def _draw_pages(self:Timeline, ax):
-    "Pages of each request, and of the prefix cache"
-    base,x = [0]*len(self.moments),range(len(self.moments))
-    colours = [COLOURS[c] for c in ('sky', 'green', 'blue')]
-    for j,(s,name) in enumerate(self.names.items()):
-        ns = [m.pages.get(s, 0) for m in self.moments]
-        ax.bar(x, ns, 1, bottom=base, color=colours[j%3], label=f'pages of {name}')
-        base = [a + b for a,b in zip(base, ns, strict=True)]
-    ax.bar(x, [m.kept for m in self.moments], 1, bottom=base, color=GREY, alpha=.45, label='prefix cache')
-    ax.axhline(self.engine.pool.pages, color=GREY, ls='--', lw=1, label='pool')
-    ax.set(ylabel='pages', xlabel='step')
-
-# %% ../../nbs/461_serve.timeline.ipynb #dbbc0877
-@patch
-def plot(self:Timeline,
-    below:str = 'tokens', # What the lower part shows: 'tokens' or 'pages'
-):
-    "Draw the schedule"
-    import matplotlib.pyplot as plt
-    fig,(top,low) = plt.subplots(2, 1, figsize=(8, .3*len(self.names) + 2.8), sharex=True,
-                                 gridspec_kw=dict(height_ratios=(.3*len(self.names) + .4, 1.5)))
-    self._draw_rows(top)
-    self._draw_tokens(low) if below == 'tokens' else self._draw_pages(low)
-    low.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=8)
-    style(fig)
 
 # %% ../../nbs/461_serve.timeline.ipynb #4e17378e
 @dataclass

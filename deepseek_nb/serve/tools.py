@@ -240,20 +240,17 @@ class JsonValue:
             if self._closes(c): return Found(text[:i+1], 'value', text[i+1:])
         return Found(text, None, '')
 
-# %% ../../nbs/464_serve.tools.ipynb #e54268ba
-@patch
-def _scalar_ends(self:JsonValue, c):
-    "Whether a character stands behind a value that is no object, list or string"
-    return not self.depth and not self.string and c in ',]}'
+    def _scalar_ends(self, c):
+        "Whether a character stands behind a value that is no object, list or string"
+        return not self.depth and not self.string and c in ',]}'
 
-@patch
-def _closes(self:JsonValue, c):
-    "Take one character; returns whether it closes the value"
-    if self.escape: self.escape = False
-    elif c == '"': self.string = not self.string
-    elif self.string: self.escape = c == '\\'
-    else: self.depth += (c in '{[') - (c in '}]')
-    return not self.depth and not self.string and c in '"}]'
+    def _closes(self, c):
+        "Take one character; returns whether it closes the value"
+        if self.escape: self.escape = False
+        elif c == '"': self.string = not self.string
+        elif self.string: self.escape = c == '\\'
+        else: self.depth += (c in '{[') - (c in '}]')
+        return not self.depth and not self.string and c in '"}]'
 
 # %% ../../nbs/464_serve.tools.ipynb #efea9d12
 class _Object:
@@ -274,58 +271,50 @@ class _Object:
         self.raw += ''.join(text)
         return head + ''.join(text), found.tag
 
-# %% ../../nbs/464_serve.tools.ipynb #e682cf66
-@patch
-def _name(self:_Object):
-    "Parser of the value of `name`"
-    quote = yield from self._ask('"')
-    found = (yield from self._ask('"', only=_NAME)) if quote.tag else quote
-    if not found.tag or not found.before or self.index is not None: return False
-    self.index,self.splitter.calls = self.splitter.calls,self.splitter.calls + 1
-    yield ToolCallStart(self.index, found.before)
-    if self.waits: yield self._say(self.waits)
-    return True
+    def _name(self):
+        "Parser of the value of `name`"
+        quote = yield from self._ask('"')
+        found = (yield from self._ask('"', only=_NAME)) if quote.tag else quote
+        if not found.tag or not found.before or self.index is not None: return False
+        self.index,self.splitter.calls = self.splitter.calls,self.splitter.calls + 1
+        yield ToolCallStart(self.index, found.before)
+        if self.waits: yield self._say(self.waits)
+        return True
 
-# %% ../../nbs/464_serve.tools.ipynb #72e95258
-@patch
-def _say(self:_Object, text):
-    "A piece of the arguments"
-    self.said = True
-    return ToolCallDelta(self.index, text)
+    def _say(self, text):
+        "A piece of the arguments"
+        self.said = True
+        return ToolCallDelta(self.index, text)
 
-# %% ../../nbs/464_serve.tools.ipynb #ab848aa8
-@patch
-def _arguments(self:_Object):
-    "Parser of the value of `arguments`"
-    first = yield from self._ask('{', '"', 'null')
-    if not first.tag or first.tag == 'null': return bool(first.tag)
-    if first.tag == '{' and self.index is not None:
-        matcher = JsonValue()
-        matcher.find('{')
-        yield self._say('{')
-        return bool((yield Until(matcher, self._say)).tag)
-    text,tag = yield from self._value(first.tag)
-    if not tag: return False
-    try: self.waits = json.loads(text, strict=False) if first.tag == '"' else text
-    except ValueError: return False
-    self.waits = self.waits.encode(errors='replace').decode() if isinstance(self.waits, str) else json.dumps(self.waits)
-    if self.index is not None: yield self._say(self.waits)
-    return True
+    def _arguments(self):
+        "Parser of the value of `arguments`"
+        first = yield from self._ask('{', '"', 'null')
+        if not first.tag or first.tag == 'null': return bool(first.tag)
+        if first.tag == '{' and self.index is not None:
+            matcher = JsonValue()
+            matcher.find('{')
+            yield self._say('{')
+            return bool((yield Until(matcher, self._say)).tag)
+        text,tag = yield from self._value(first.tag)
+        if not tag: return False
+        try: self.waits = json.loads(text, strict=False) if first.tag == '"' else text
+        except ValueError: return False
+        self.waits = self.waits.encode(errors='replace').decode() if isinstance(self.waits, str) else json.dumps(self.waits)
+        if self.index is not None: yield self._say(self.waits)
+        return True
 
-# %% ../../nbs/464_serve.tools.ipynb #548b5dc3
-@patch
-def _read(self:_Object):
-    "Parser of an object behind its brace; returns whether it was whole"
-    while True:
-        if not (found := (yield from self._ask('"', '}'))).tag: return False
-        if found.tag == '}': return self.index is not None
-        key = yield from self._ask('"', only=r'[^"\\<]')
-        if not key.tag or not (yield from self._ask(':')).tag: return False
-        if key.before == 'name': ok = yield from self._name()
-        elif key.before in ('arguments', 'parameters'): ok = yield from self._arguments()
-        else: _,ok = yield from self._value()
-        if not ok or not (found := (yield from self._ask(',', '}'))).tag: return False
-        if found.tag == '}': return self.index is not None
+    def _read(self):
+        "Parser of an object behind its brace; returns whether it was whole"
+        while True:
+            if not (found := (yield from self._ask('"', '}'))).tag: return False
+            if found.tag == '}': return self.index is not None
+            key = yield from self._ask('"', only=r'[^"\\<]')
+            if not key.tag or not (yield from self._ask(':')).tag: return False
+            if key.before == 'name': ok = yield from self._name()
+            elif key.before in ('arguments', 'parameters'): ok = yield from self._arguments()
+            else: _,ok = yield from self._value()
+            if not ok or not (found := (yield from self._ask(',', '}'))).tag: return False
+            if found.tag == '}': return self.index is not None
 
 # %% ../../nbs/464_serve.tools.ipynb #55bf7fcb
 @patch

@@ -21,8 +21,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from fastcore.basics import patch
-
 from ..bench import Comparison, load_result
 from ..core.provenance import before, doubts
 from ..eval.intervals import wilson
@@ -75,33 +73,30 @@ class StudyNumbers:
         "Subtract an arm from another"
         return spread([scale*(a - b) for a,b in zip(self.each(arm, key), self.each(other, key), strict=True)])
 
+    def given(self,
+        key:str, # Name of a setting
+        arm:str = '', # Name of an arm; '': that of the first record
+    ): # Its value
+        "A setting of a study"
+        return _inside(next(r for r in self.records if not arm or r['arm'] == arm)['settings'], key)
+
+    def of(self,
+        study:str, # Name of another study
+    )->'StudyNumbers': # Its numbers
+        "Another study from the same folder"
+        return StudyNumbers(runs(study, self.folder/'evidence'), self.folder)
+
+    def bench(self,
+        name:str, # Name of a benchmark
+        key:str, # Keys of a part of its result
+    ): # The part
+        "A part of a benchmark's record"
+        return _inside(load_result(name, self.folder)['result'], key)
+
 # %% ../../nbs/978_tools.verdicts.ipynb #254e538d
 def _inside(o, key):
     "A part of nested dicts and lists"
     return reduce(lambda o, k: o[int(k) if isinstance(o, list) else k], key.split('/') if key else [], o)
-
-@patch
-def given(self:StudyNumbers,
-    key:str, # Name of a setting
-    arm:str = '', # Name of an arm; '': that of the first record
-): # Its value
-    "A setting of a study"
-    return _inside(next(r for r in self.records if not arm or r['arm'] == arm)['settings'], key)
-
-@patch
-def of(self:StudyNumbers,
-    study:str, # Name of another study
-)->StudyNumbers: # Its numbers
-    "Another study from the same folder"
-    return StudyNumbers(runs(study, self.folder/'evidence'), self.folder)
-
-@patch
-def bench(self:StudyNumbers,
-    name:str, # Name of a benchmark
-    key:str, # Keys of a part of its result
-): # The part
-    "A part of a benchmark's record"
-    return _inside(load_result(name, self.folder)['result'], key)
 
 # %% ../../nbs/978_tools.verdicts.ipynb #ed1110b9
 class StudyNote(NamedTuple):

@@ -85,40 +85,33 @@ class Balance(Callback):
         self.on = False
         if hasattr(self, 'hooks'): self.hooks.close()
 
-# %% ../../nbs/618_train.balance.ipynb #c71d3998
-@patch
-def _count(self:Balance, i, r):
-    "Count the tokens that router i routes to each expert, without padding"
-    if not (self.on and torch.is_grad_enabled()): return
-    mask = None if self.real is None else last(self.real, len(r.experts)).flatten()
-    self.counts[i] += expert_load(r.experts if mask is None else r.experts[mask], r.scores.shape[1])
+    def _count(self, i, r):
+        "Count the tokens that router i routes to each expert, without padding"
+        if not (self.on and torch.is_grad_enabled()): return
+        mask = None if self.real is None else last(self.real, len(r.experts)).flatten()
+        self.counts[i] += expert_load(r.experts if mask is None else r.experts[mask], r.scores.shape[1])
 
-@patch
-def after_backward(self:Balance,
-    t:Trainer, # Trainer, after all batches of the step
-)->None:
-    "Sum the counts over the ranks"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    for c in self.counts: torch.distributed.all_reduce(c)
+    def after_backward(self,
+        t:Trainer, # Trainer, after all batches of the step
+    )->None:
+        "Sum the counts over the ranks"
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+        for c in self.counts: torch.distributed.all_reduce(c)
 
-# %% ../../nbs/618_train.balance.ipynb #2afc26be
-@patch
-def after_update(self:Balance,
-    t:Trainer, # Trainer, after the weights have changed
-)->None:
-    "Update the biases"
-    if not (gamma := self.gamma(t.step/max(1, t.max_steps))): return
-    for g,c in zip(self.routers, self.counts, strict=True):
-        if g.e_score_correction_bias is not None: g.update_bias(c, gamma)
+    def after_update(self,
+        t:Trainer, # Trainer, after the weights have changed
+    )->None:
+        "Update the biases"
+        if not (gamma := self.gamma(t.step/max(1, t.max_steps))): return
+        for g,c in zip(self.routers, self.counts, strict=True):
+            if g.e_score_correction_bias is not None: g.update_bias(c, gamma)
 
-# %% ../../nbs/618_train.balance.ipynb #1af11c81
-@patch
-def after_step(self:Balance,
-    t:Trainer, # Trainer, to whose history two columns are added
-)->None:
-    "Record the load balance of the step for each router"
-    worst,entropy = zip(*map(evenness, self.counts), strict=True)
-    t.history[-1] |= dict(max_load=torch.stack(worst).tolist(), load_entropy=torch.stack(entropy).tolist())
+    def after_step(self,
+        t:Trainer, # Trainer, to whose history two columns are added
+    )->None:
+        "Record the load balance of the step for each router"
+        worst,entropy = zip(*map(evenness, self.counts), strict=True)
+        t.history[-1] |= dict(max_load=torch.stack(worst).tolist(), load_entropy=torch.stack(entropy).tolist())
 
 # %% ../../nbs/618_train.balance.ipynb #92530f93
 @patch

@@ -17,9 +17,9 @@ from collections import deque
 from statistics import median
 
 import torch
-from fastcore.basics import patch
 
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 from ..core.plot import COLOURS, style
 
 # %% ../../nbs/614_train.callbacks.ipynb #3afff31a
@@ -47,7 +47,6 @@ class Callback:
         "Restore a state"
 
 # %% ../../nbs/614_train.callbacks.ipynb #6dc559cc
-@extended
 class History(list):
     "List of rows, one for each step"
     def series(self,
@@ -62,29 +61,30 @@ class History(list):
         last = {k: self.series(k)[1][-1] for k in ('loss', 'eval_loss') if self.series(k)[1]}
         return f"{len(self)} steps, " + ', '.join(f'{k} {self.series(k)[1][0]:.3f} → {v:.3f}' for k,v in last.items())
 
-# %% ../../nbs/614_train.callbacks.ipynb #fbb6761e
-@patch
-def plot(self:History,
-    ax = None, # Matplotlib axes; None: new ones
-): # Matplotlib figure
-    "Plot the training and evaluation losses"
-    if ax is None:
-        import matplotlib.pyplot as plt
-        ax = plt.subplots(figsize=(6.5, 2.6))[1]
-    ax.plot(*self.series('loss'), color=COLOURS['blue'], lw=1, label='training')
-    if self.series('eval_loss')[0]: ax.plot(*self.series('eval_loss'), 'o-', color=COLOURS['orange'], ms=4, label='evaluation')
-    ax.set(xlabel='step', ylabel='loss'); ax.legend()
-    style(ax.figure)
-    return ax.figure
+    if TYPE_CHECKING:
+        from deepseek_nb.train.balance import plot_balance
+    else:
+        plot_balance = later('train.balance')
 
-# %% ../../nbs/614_train.callbacks.ipynb #13315a91
-@patch
-def throughput(self:History,
-    last:int = 20, # Steps to average over
-)->float: # Scored tokens per second
-    "Throughput of the last steps"
-    rows = self[-last:]
-    return sum(r['tokens'] for r in rows)/max(1e-9, sum(r['seconds'] for r in rows))
+    def plot(self,
+        ax = None, # Matplotlib axes; None: new ones
+    ): # Matplotlib figure
+        "Plot the training and evaluation losses"
+        if ax is None:
+            import matplotlib.pyplot as plt
+            ax = plt.subplots(figsize=(6.5, 2.6))[1]
+        ax.plot(*self.series('loss'), color=COLOURS['blue'], lw=1, label='training')
+        if self.series('eval_loss')[0]: ax.plot(*self.series('eval_loss'), 'o-', color=COLOURS['orange'], ms=4, label='evaluation')
+        ax.set(xlabel='step', ylabel='loss'); ax.legend()
+        style(ax.figure)
+        return ax.figure
+
+    def throughput(self,
+        last:int = 20, # Steps to average over
+    )->float: # Scored tokens per second
+        "Throughput of the last steps"
+        rows = self[-last:]
+        return sum(r['tokens'] for r in rows)/max(1e-9, sum(r['seconds'] for r in rows))
 
 # %% ../../nbs/614_train.callbacks.ipynb #3e6f1021
 class Diverged(ValueError): "The loss is far above its recent values, infinite or NaN"
@@ -102,61 +102,52 @@ class Guard(Callback):
         self.factor,self.margin,self.patience,self.every,self.bad = factor,margin,patience,every,0
         self.recent,self.good,self.kept = deque(maxlen=window),[],None
 
-# %% ../../nbs/614_train.callbacks.ipynb #f2c7c14b
-@patch
-def state_dict(self:Guard)->dict: # Recent losses, and the number of consecutive high losses
-    "State that is saved for an exact resume"
-    return dict(recent=list(self.recent), bad=self.bad)
+    def state_dict(self)->dict: # Recent losses, and the number of consecutive high losses
+        "State that is saved for an exact resume"
+        return dict(recent=list(self.recent), bad=self.bad)
 
-@patch
-def load_state_dict(self:Guard,
-    state:dict, # From `state_dict`
-)->None:
-    "Restore a state"
-    self.recent.extend(state['recent'])
-    self.bad = state['bad']
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    )->None:
+        "Restore a state"
+        self.recent.extend(state['recent'])
+        self.bad = state['bad']
 
-@patch
-def cleanup(self:Guard,
-    t, # The trainer
-)->None:
-    "Reset the state for another run"
-    self.good,self.kept,self.bad = [],None,0
-    self.recent.clear()
+    def cleanup(self,
+        t, # The trainer
+    )->None:
+        "Reset the state for another run"
+        self.good,self.kept,self.bad = [],None,0
+        self.recent.clear()
 
-# %% ../../nbs/614_train.callbacks.ipynb #d7fb837a
-@patch
-def before_update(self:Guard,
-    t, # The trainer; `loss` and `norm` are read, and `healthy` is set
-)->None:
-    "Check the loss and the norm of the gradient"
-    finite = math.isfinite(t.loss) and (math.isfinite(t.norm) or t.scaler.is_enabled())
-    middle = median(self.recent or [t.loss])
-    high = t.loss > self.factor*abs(middle) + self.margin and len(self.recent) >= 5
-    self.bad,t.healthy = self.bad + 1 if high else 0,not high
-    if not finite or self.bad >= self.patience: self._stop(t, middle)
-    if high: return
-    self.recent.append(t.loss)
-    if self.every and (self.kept is None or t.step >= self.kept + self.every): self._keep(t)
+    def before_update(self,
+        t, # The trainer; `loss` and `norm` are read, and `healthy` is set
+    )->None:
+        "Check the loss and the norm of the gradient"
+        finite = math.isfinite(t.loss) and (math.isfinite(t.norm) or t.scaler.is_enabled())
+        middle = median(self.recent or [t.loss])
+        high = t.loss > self.factor*abs(middle) + self.margin and len(self.recent) >= 5
+        self.bad,t.healthy = self.bad + 1 if high else 0,not high
+        if not finite or self.bad >= self.patience: self._stop(t, middle)
+        if high: return
+        self.recent.append(t.loss)
+        if self.every and (self.kept is None or t.step >= self.kept + self.every): self._keep(t)
 
-# %% ../../nbs/614_train.callbacks.ipynb #f564ad2f
-@patch
-@torch.no_grad()
-def _keep(self:Guard, t):
-    "Copy the trained parameters and the buffers"
-    now = [*t.params, *t.model.buffers()]
-    if self.good: torch._foreach_copy_(self.good, now)
-    else: self.good = [p.detach().clone() for p in now]
-    self.kept = t.step
+    @torch.no_grad()
+    def _keep(self, t):
+        "Copy the trained parameters and the buffers"
+        now = [*t.params, *t.model.buffers()]
+        if self.good: torch._foreach_copy_(self.good, now)
+        else: self.good = [p.detach().clone() for p in now]
+        self.kept = t.step
 
-@patch
-@torch.no_grad()
-def _stop(self:Guard, t, middle):
-    "Restore the copied weights and raise `Diverged`"
-    if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
-    left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
-    said = f'step {t.step+1}: loss {t.loss:.4g}, gradient norm {t.norm:.4g}; the median of the recent losses is {middle:.4g}'
-    raise Diverged(f'{said}; {left}; lower learning_rate {t.args.learning_rate:g}, raise warmup_steps, or check the data')
+    @torch.no_grad()
+    def _stop(self, t, middle):
+        "Restore the copied weights and raise `Diverged`"
+        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
+        left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
+        said = f'step {t.step+1}: loss {t.loss:.4g}, gradient norm {t.norm:.4g}; the median of the recent losses is {middle:.4g}'
+        raise Diverged(f'{said}; {left}; lower learning_rate {t.args.learning_rate:g}, raise warmup_steps, or check the data')
 
 # %% ../../nbs/614_train.callbacks.ipynb #432b7018
 def in_notebook()->bool: # True in a notebook with a Jupyter front end

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 
 from ..files.tokenizer import Tokenizer
 
@@ -224,16 +223,80 @@ class Batches:
         self.epoch,self.step,self.place = 0,0,None
         self._check()
 
-# %% ../../nbs/600_train.data.ipynb #e5419fff
-@patch
-def __len__(self:Batches):
-    if self.stream: raise TypeError('a stream has no length; count its batches as they come')
-    return len(self.dataset)//self.batch_size if self.drop_last else -(-len(self.dataset)//self.batch_size)
+    def __len__(self):
+        if self.stream: raise TypeError('a stream has no length; count its batches as they come')
+        return len(self.dataset)//self.batch_size if self.drop_last else -(-len(self.dataset)//self.batch_size)
 
-@patch
-def __repr__(self:Batches):
-    size = 'a stream' if self.stream else f'{len(self.dataset):,} examples'
-    return f'Batches({size}, {self.batch_size} at a time, epoch {self.epoch}, step {self.step})'
+    def __repr__(self):
+        size = 'a stream' if self.stream else f'{len(self.dataset):,} examples'
+        return f'Batches({size}, {self.batch_size} at a time, epoch {self.epoch}, step {self.step})'
+
+    def _check(self):
+        if self.batch_size < 1: raise ValueError(f'batch_size {self.batch_size} must be at least 1')
+        if self.batch_size % self.world: raise ValueError(f'batch_size {self.batch_size} does not divide among {self.world} processes')
+        if not 0 <= self.rank < self.world: raise ValueError(f'rank {self.rank} must be from 0 to {self.world - 1}')
+        if self.stream and _buffered(self.dataset):
+            raise ValueError('the contents of the stream\'s shuffle buffer can\'t be saved; remove the buffer and use Batches(shuffle=True)')
+        if self.stream and self.workers: raise ValueError('worker processes can\'t read a stream; give workers=0')
+        if not self.stream and not len(self):
+            raise ValueError(f'{len(self.dataset)} examples are too few for a batch of {self.batch_size}; give more, or a smaller batch')
+
+    def order(self)->np.ndarray: # Indices of the examples
+        "Shuffled order of this epoch"
+        n = len(self.dataset)
+        return np.random.default_rng([self.seed, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
+
+    def rest(self)->Iterator[dict]:
+        "Yield the remaining batches of this epoch"
+        if self.stream: yield from self._stream(); return
+        todo = np.split(self.order(), range(self.batch_size, len(self.dataset), self.batch_size))[self.step:len(self)]
+        todo = [rows[self.rank::self.world].tolist() for rows in todo]
+        for batch in torch.utils.data.DataLoader(self.dataset, batch_sampler=todo, collate_fn=self.collate, num_workers=self.workers,
+                                                 generator=torch.Generator()):
+            self.step += 1
+            yield batch
+
+    def __iter__(self):
+        while True:
+            yield from self.rest()
+            self.epoch,self.step,self.place = self.epoch+1,0,None
+
+    def _stream(self):
+        "Yield the remaining batches of a stream, block by block"
+        source,size = self.dataset,self.batch_size
+        number,state = self.place or (0, None)
+        source.set_epoch(self.epoch)
+        source.load_state_dict(state)
+        rows,seen = iter(source),bool(number or self.step)
+        while block := list(islice(rows, self.block)):
+            order = np.arange(len(block))
+            if self.shuffle: np.random.default_rng([self.seed, self.epoch, number]).shuffle(order)
+            for i in range(self.step*size, len(block), size):
+                mine = [block[j] for j in order[i:i+size]]
+                if self.drop_last and len(mine) < size: break
+                self.step,seen = self.step+1,True
+                yield self.collate(mine[self.rank::self.world])
+            number,self.step = number+1,0
+            self.place = number,source.state_dict()
+        if not seen: raise ValueError(f'the stream holds no {"full batch" if number else "examples"}; give more')
+
+    def state_dict(self)->dict: # Values that JSON can store
+        "Position in the data"
+        return dict(epoch=self.epoch, step=self.step, place=copy.deepcopy(self.place)) | self._identity()
+
+    def _identity(self):
+        "Settings that define the order of the batches"
+        size = dict(block=self.block) if self.stream else dict(examples=len(self.dataset))
+        return dict(seed=self.seed, batch_size=self.batch_size, shuffle=self.shuffle, drop_last=self.drop_last) | size
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    )->None:
+        "Continue from a saved position"
+        for k,v in self._identity().items():
+            if k not in state: raise KeyError(f'the saved state has no {k!r}: it belongs to another kind of dataset')
+            if state[k] != v: raise ValueError(f'the saved state has {k} {state[k]}, these batches {v}; use the same {k}, or start a new run')
+        self.epoch,self.step,self.place = (copy.deepcopy(state[k]) for k in ('epoch', 'step', 'place'))
 
 # %% ../../nbs/600_train.data.ipynb #4c032178
 def _buffered(stream):
@@ -241,88 +304,6 @@ def _buffered(stream):
     part = getattr(stream, '_ex_iterable', None)
     while part is not None and 'BufferShuffled' not in type(part).__name__: part = getattr(part, 'ex_iterable', None)
     return part is not None
-
-# %% ../../nbs/600_train.data.ipynb #a96062c4
-@patch
-def _check(self:Batches):
-    if self.batch_size < 1: raise ValueError(f'batch_size {self.batch_size} must be at least 1')
-    if self.batch_size % self.world: raise ValueError(f'batch_size {self.batch_size} does not divide among {self.world} processes')
-    if not 0 <= self.rank < self.world: raise ValueError(f'rank {self.rank} must be from 0 to {self.world - 1}')
-    if self.stream and _buffered(self.dataset):
-        raise ValueError('the contents of the stream\'s shuffle buffer can\'t be saved; remove the buffer and use Batches(shuffle=True)')
-    if self.stream and self.workers: raise ValueError('worker processes can\'t read a stream; give workers=0')
-    if not self.stream and not len(self):
-        raise ValueError(f'{len(self.dataset)} examples are too few for a batch of {self.batch_size}; give more, or a smaller batch')
-
-# %% ../../nbs/600_train.data.ipynb #584bd82e
-@patch
-def order(self:Batches)->np.ndarray: # Indices of the examples
-    "Shuffled order of this epoch"
-    n = len(self.dataset)
-    return np.random.default_rng([self.seed, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
-
-# %% ../../nbs/600_train.data.ipynb #a0fa0bb8
-@patch
-def rest(self:Batches)->Iterator[dict]:
-    "Yield the remaining batches of this epoch"
-    if self.stream: yield from self._stream(); return
-    todo = np.split(self.order(), range(self.batch_size, len(self.dataset), self.batch_size))[self.step:len(self)]
-    todo = [rows[self.rank::self.world].tolist() for rows in todo]
-    for batch in torch.utils.data.DataLoader(self.dataset, batch_sampler=todo, collate_fn=self.collate, num_workers=self.workers,
-                                             generator=torch.Generator()):
-        self.step += 1
-        yield batch
-
-# %% ../../nbs/600_train.data.ipynb #7aaf16b3
-@patch
-def __iter__(self:Batches):
-    while True:
-        yield from self.rest()
-        self.epoch,self.step,self.place = self.epoch+1,0,None
-
-# %% ../../nbs/600_train.data.ipynb #701e5e62
-@patch
-def _stream(self:Batches):
-    "Yield the remaining batches of a stream, block by block"
-    source,size = self.dataset,self.batch_size
-    number,state = self.place or (0, None)
-    source.set_epoch(self.epoch)
-    source.load_state_dict(state)
-    rows,seen = iter(source),bool(number or self.step)
-    while block := list(islice(rows, self.block)):
-        order = np.arange(len(block))
-        if self.shuffle: np.random.default_rng([self.seed, self.epoch, number]).shuffle(order)
-        for i in range(self.step*size, len(block), size):
-            mine = [block[j] for j in order[i:i+size]]
-            if self.drop_last and len(mine) < size: break
-            self.step,seen = self.step+1,True
-            yield self.collate(mine[self.rank::self.world])
-        number,self.step = number+1,0
-        self.place = number,source.state_dict()
-    if not seen: raise ValueError(f'the stream holds no {"full batch" if number else "examples"}; give more')
-
-# %% ../../nbs/600_train.data.ipynb #41fb7872
-@patch
-def state_dict(self:Batches)->dict: # Values that JSON can store
-    "Position in the data"
-    return dict(epoch=self.epoch, step=self.step, place=copy.deepcopy(self.place)) | self._identity()
-
-@patch
-def _identity(self:Batches):
-    "Settings that define the order of the batches"
-    size = dict(block=self.block) if self.stream else dict(examples=len(self.dataset))
-    return dict(seed=self.seed, batch_size=self.batch_size, shuffle=self.shuffle, drop_last=self.drop_last) | size
-
-# %% ../../nbs/600_train.data.ipynb #8d44e0af
-@patch
-def load_state_dict(self:Batches,
-    state:dict, # From `state_dict`
-)->None:
-    "Continue from a saved position"
-    for k,v in self._identity().items():
-        if k not in state: raise KeyError(f'the saved state has no {k!r}: it belongs to another kind of dataset')
-        if state[k] != v: raise ValueError(f'the saved state has {k} {state[k]}, these batches {v}; use the same {k}, or start a new run')
-    self.epoch,self.step,self.place = (copy.deepcopy(state[k]) for k in ('epoch', 'step', 'place'))
 
 # %% ../../nbs/600_train.data.ipynb #37037ffd
 def measure_workers(

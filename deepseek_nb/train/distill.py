@@ -20,7 +20,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -220,30 +219,26 @@ class Match(nn.Module):
         make = (lambda: nn.Linear(s.dim, t.dim, bias=False)) if s.dim != t.dim else nn.Identity
         self.projectors = nn.ModuleList([make() for _ in self.pairs]).to(student.device, student.dtype)
 
-# %% ../../nbs/640_train.distill.ipynb #a47a95f6
-@patch
-def blocks(self:Match,
-    which:int, # 0: the student; 1: the teacher
-)->set: # Blocks after which the residual stream is stored
-    "Blocks whose residual stream is needed"
-    return {b - before for p in self.pairs for b in (p[which],) for before in ((0, 1) if self.attention else (0,))}
+    def blocks(self,
+        which:int, # 0: the student; 1: the teacher
+    )->set: # Blocks after which the residual stream is stored
+        "Blocks whose residual stream is needed"
+        return {b - before for p in self.pairs for b in (p[which],) for before in ((0, 1) if self.attention else (0,))}
 
-# %% ../../nbs/640_train.distill.ipynb #b87f9d7a
-@patch
-def forward(self:Match,
-    models:tuple, # Student and teacher
-    seen:tuple, # Residual streams of both, by block
-    batch:dict, # Batch, optionally with `documents`
-)->Tensor: # Difference `b s`
-    "Compute the weighted differences, averaged over the pairs"
-    total = 0
-    for (i,j),project in zip(self.pairs, self.projectors, strict=True):
-        (hs,ht),docs = (seen[0][i], seen[1][j].to(seen[0][i])),batch.get('documents')
-        if self.hidden: total += self.hidden*hidden_distance(project(hs), ht)
-        if not self.attention: continue
-        logs = [attention_logs(m, b, x[b-1], docs) for m,b,x in zip(models, (i, j), seen, strict=True)]
-        total += self.attention*attention_distance(logs[0], logs[1].to(logs[0]))
-    return total/len(self.pairs)
+    def forward(self,
+        models:tuple, # Student and teacher
+        seen:tuple, # Residual streams of both, by block
+        batch:dict, # Batch, optionally with `documents`
+    )->Tensor: # Difference `b s`
+        "Compute the weighted differences, averaged over the pairs"
+        total = 0
+        for (i,j),project in zip(self.pairs, self.projectors, strict=True):
+            (hs,ht),docs = (seen[0][i], seen[1][j].to(seen[0][i])),batch.get('documents')
+            if self.hidden: total += self.hidden*hidden_distance(project(hs), ht)
+            if not self.attention: continue
+            logs = [attention_logs(m, b, x[b-1], docs) for m,b,x in zip(models, (i, j), seen, strict=True)]
+            total += self.attention*attention_distance(logs[0], logs[1].to(logs[0]))
+        return total/len(self.pairs)
 
 # %% ../../nbs/640_train.distill.ipynb #4222b4d5
 def scored(

@@ -148,6 +148,19 @@ class Spent:
     def __repr__(self):
         return f'{self.experts.numel()} tokens, {self.experts.float().mean():.2f} experts each, {self.share:.1%} of the active FLOPs'
 
+    def show(self,
+        decode:Callable, # Function from a list of ids to text, such as `tok.decode`
+        row:int = 0, # Row of the batch
+    ): # Object that a notebook displays
+        "Colour the tokens of a text by their number of activated experts"
+        from IPython.display import HTML
+        counts = self.experts[row].tolist()
+        low,high = min(counts),max(counts)
+        def span(i, n):
+            shade,text = .75*(n - low)/max(1, high - low),html.escape(decode([i])).replace('\n', '↵<br>')
+            return f'<span title="{n} experts" style="background:rgba(230,159,0,{shade:.2f});white-space:pre-wrap">{text}</span>'
+        return HTML('<div style="line-height:1.7">' + ''.join(map(span, self.tokens[row].tolist(), counts)) + '</div>')
+
 # %% ../../nbs/660_train.dynamic.ipynb #2c6f0182
 @torch.no_grad()
 def spent(
@@ -280,18 +293,3 @@ class RandomK:
         try: return self.loss(model, batch)
         finally:
             for s in skips: s.remove()
-
-# %% ../../nbs/660_train.dynamic.ipynb #404236fb
-@patch
-def show(self:Spent,
-    decode:Callable, # Function from a list of ids to text, such as `tok.decode`
-    row:int = 0, # Row of the batch
-): # Object that a notebook displays
-    "Colour the tokens of a text by their number of activated experts"
-    from IPython.display import HTML
-    counts = self.experts[row].tolist()
-    low,high = min(counts),max(counts)
-    def span(i, n):
-        shade,text = .75*(n - low)/max(1, high - low),html.escape(decode([i])).replace('\n', '↵<br>')
-        return f'<span title="{n} experts" style="background:rgba(230,159,0,{shade:.2f});white-space:pre-wrap">{text}</span>'
-    return HTML('<div style="line-height:1.7">' + ''.join(map(span, self.tokens[row].tolist(), counts)) + '</div>')

@@ -23,11 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model
-from ..core.lazy import extended
 from ..core.plot import COLOURS, style
 from ..files.tokenizer import Tokenizer
 from .advantage import group_advantage, informative
@@ -176,48 +174,120 @@ class GroupBatches:
 
     def rest(self): return iter(self)
 
-# %% ../../nbs/696_train.grpo.ipynb #8f60e4b7
-@patch
-def chosen(self:GroupBatches,
-    n:int, # Number of prompts
-)->list: # Rows, each as a dict
-    "The next rows, in a shuffled order"
-    size,order,out = len(self.rows),{},[]
-    for i in range(self.asked, self.asked + n):
-        if i//size not in order: order[i//size] = np.random.default_rng([self.args.seed, i//size]).permutation(size)
-        out.append(dict(self.rows[int(order[i//size][i % size])]))
-    return out
+    def chosen(self,
+        n:int, # Number of prompts
+    )->list: # Rows, each as a dict
+        "The next rows, in a shuffled order"
+        size,order,out = len(self.rows),{},[]
+        for i in range(self.asked, self.asked + n):
+            if i//size not in order: order[i//size] = np.random.default_rng([self.args.seed, i//size]).permutation(size)
+            out.append(dict(self.rows[int(order[i//size][i % size])]))
+        return out
 
-# %% ../../nbs/696_train.grpo.ipynb #5b1d0a61
-@patch
-def score(self:GroupBatches,
-    rollouts:Rollouts, # Answers
-    rows:list, # Row of each answer
-)->tuple[Tensor,dict]: # Reward of each answer `b`, and the mean of each function
-    "Reward answers"
-    asked,names = [r['prompt'] for r in rows],[k for k in rows[0] if k != 'prompt']
-    columns = dict(prompts=asked, completions=completions_of(rollouts, asked, self.tok), completion_ids=rollouts.answers)
-    columns |= {k: [r[k] for r in rows] for k in names}
-    total,means,weights = torch.zeros(len(rows)),{},self.args.reward_weights or [1.]*len(self.rewards)
-    for reward,weight in zip(self.rewards, weights, strict=True):
-        name = getattr(reward, '__name__', type(reward).__name__)
-        values = checked_rewards(reward(**columns), len(rows), name)
-        known = [v for v in values if v is not None]
-        total += weight*torch.tensor([v or 0. for v in values])
-        means[f'reward/{name}'] = sum(known)/max(1, len(known))
-    return total, means
+    def score(self,
+        rollouts:Rollouts, # Answers
+        rows:list, # Row of each answer
+    )->tuple[Tensor,dict]: # Reward of each answer `b`, and the mean of each function
+        "Reward answers"
+        asked,names = [r['prompt'] for r in rows],[k for k in rows[0] if k != 'prompt']
+        columns = dict(prompts=asked, completions=completions_of(rollouts, asked, self.tok), completion_ids=rollouts.answers)
+        columns |= {k: [r[k] for r in rows] for k in names}
+        total,means,weights = torch.zeros(len(rows)),{},self.args.reward_weights or [1.]*len(self.rewards)
+        for reward,weight in zip(self.rewards, weights, strict=True):
+            name = getattr(reward, '__name__', type(reward).__name__)
+            values = checked_rewards(reward(**columns), len(rows), name)
+            known = [v for v in values if v is not None]
+            total += weight*torch.tensor([v or 0. for v in values])
+            means[f'reward/{name}'] = sum(known)/max(1, len(known))
+        return total, means
 
-# %% ../../nbs/696_train.grpo.ipynb #5b1d0a62
-@patch
-def ask(self:GroupBatches,
-    n:int, # Number of prompts
-)->tuple[Rollouts,list,Tensor,dict]: # Answers, the row and the reward of each, and the mean of each function
-    "Draw a group of answers to each of the next prompts, and reward them"
-    rows,g = self.chosen(n),self.args.num_generations
-    rollouts = self.sampler([prompt_ids(r['prompt'], self.tok) for r in rows], g, self.draws)
-    self.asked,self.draws = self.asked + n,self.draws + 1
-    each = [r for r in rows for _ in range(g)]
-    return rollouts, each, *self.score(rollouts, each)
+    def ask(self,
+        n:int, # Number of prompts
+    )->tuple[Rollouts,list,Tensor,dict]: # Answers, the row and the reward of each, and the mean of each function
+        "Draw a group of answers to each of the next prompts, and reward them"
+        rows,g = self.chosen(n),self.args.num_generations
+        rollouts = self.sampler([prompt_ids(r['prompt'], self.tok) for r in rows], g, self.draws)
+        self.asked,self.draws = self.asked + n,self.draws + 1
+        each = [r for r in rows for _ in range(g)]
+        return rollouts, each, *self.score(rollouts, each)
+
+    def redraw(self,
+        rollouts:Rollouts, # Answers of a phase; changed
+        rows:list, # Row of each answer; changed
+        rewards:Tensor, # Reward of each answer `b`; changed
+    )->dict: # Number of groups drawn, share of groups that are informative now, answers that broke a reward
+        "Replace groups of equal rewards by groups of further prompts"
+        g,drawn = self.args.num_generations,0
+        for _ in range(self.args.dynamic_sampling):
+            silent = (~informative(rewards, g)).nonzero()[:, 0].tolist()
+            if not silent: break
+            new,other,values,means = self.ask(len(silent))
+            good = informative(values, g).nonzero()[:, 0].tolist()
+            _move_groups(_per_answer(rollouts, rows, rewards), _per_answer(new, other, values), silent, good, g)
+            drawn += len(silent)
+        return dict(redrawn=drawn, filled=informative(rewards, g).float().mean().item())
+
+    def draw(self)->None:
+        "Sample, reward, and cut a phase into batches"
+        a,g = self.args,self.args.num_generations
+        rollouts,rows,rewards,means = self.ask(self.prompts)
+        taught = informative(rewards, g).float().mean().item()
+        self.measured = means | dict(reward=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), informative=taught)
+        self.measured |= measures(rollouts.answers, rollouts.ended, rollouts.entropy())
+        if a.dynamic_sampling: self.measured |= self.redraw(rollouts, rows, rewards)
+        advantages,texts = group_advantage(rewards, g, a.scale_rewards),completions_of(rollouts, [r['prompt'] for r in rows], self.tok)
+        self.samples = [dict(prompt=r['prompt'], completion=t, reward=v, advantage=w)
+                        for r,t,v,w in zip(rows, texts, rewards.tolist(), advantages.tolist(), strict=True)]
+        self.buffer = [self.cut(rollouts, advantages, part) for part in self.parts(len(rows))]
+        self.phase,self.place = self.phase + 1,0
+        if a.log_completions and a.output_dir: self.write_samples(Path(a.output_dir)/'samples')
+
+    def parts(self,
+        n:int, # Answers of a phase
+    )->list: # Indices of the answers of each batch
+        "Divide the answers of a phase into batches"
+        order = np.random.default_rng([self.args.seed, self.phase, 1]).permutation(n) if self.size > 1 else np.arange(n)
+        return [sorted(part.tolist()) for part in np.split(order, self.size)]
+
+    def write_samples(self,
+        folder:Path, # Folder of the run's samples
+    )->None:
+        "Write the answers of a phase, to be read"
+        folder.mkdir(parents=True, exist_ok=True)
+        new = folder/f'.phase-{self.phase:06}.{os.getpid()}.tmp'
+        new.write_text(json.dumps(self.samples, ensure_ascii=False, indent=1))
+        os.replace(new, folder/f'phase-{self.phase:06}.json')
+
+    @torch.no_grad()
+    def cut(self,
+        rollouts:Rollouts, # Answers of a phase
+        advantages:Tensor, # Advantage of each answer `b`
+        part:list, # Indices of the answers of this batch
+    )->dict: # Tensors by name
+        "Make a batch, with what the loss needs"
+        a,batch = self.args,rollouts.batch(part)
+        scored = [i for i in part if rollouts.ended[i] or not a.mask_truncated_completions]
+        batch['labels'][torch.tensor([i not in scored for i in part])] = IGNORE
+        batch |= dict(advantages=advantages[part], sampled=torch.cat([torch.zeros(0), *(rollouts.sampled[i] for i in scored)]))
+        if rollouts.kept: batch |= kept_table([rollouts.kept[i] for i in scored])
+        if a.replay_routes: batch['routes'] = replay_table([rollouts.routes[i] for i in part], batch['tokens'].shape[1])
+        if a.row_invariant: batch['old'] = batch['sampled'].clone()
+        elif self.size*a.num_iterations > a.gradient_accumulation_steps: batch['old'] = policy_log_probs(self.model, batch, a)[0]
+        if self.reference is not None: batch['reference'] = policy_log_probs(self.reference, batch, a, a.row_invariant)[0]
+        return batch
+
+    def state_dict(self)->dict: # Counts, buffer, and identity of the reference
+        "State that is saved for an exact resume"
+        known = None if self.reference is None else identity(self.reference)
+        return {k: getattr(self, k) for k in _COUNTS} | dict(buffer=self.buffer, samples=self.samples, reference=known)
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    )->None:
+        "Restore a state"
+        if state['reference'] != self.state_dict()['reference']:
+            raise ValueError('the reference of the run is not this one; resume with the model that the run began with')
+        for name in (*_COUNTS, 'buffer', 'samples'): setattr(self, name, state[name])
 
 # %% ../../nbs/696_train.grpo.ipynb #5b1d0a64
 def _move_groups(old, new, to, at, g):
@@ -227,97 +297,8 @@ def _move_groups(old, new, to, at, g):
 
 def _per_answer(rollouts, *more): return [v for v in vars(rollouts).values() if isinstance(v, list)] + [*more]
 
-# %% ../../nbs/696_train.grpo.ipynb #5b1d0a69
-@patch
-def redraw(self:GroupBatches,
-    rollouts:Rollouts, # Answers of a phase; changed
-    rows:list, # Row of each answer; changed
-    rewards:Tensor, # Reward of each answer `b`; changed
-)->dict: # Number of groups drawn, share of groups that are informative now, answers that broke a reward
-    "Replace groups of equal rewards by groups of further prompts"
-    g,drawn = self.args.num_generations,0
-    for _ in range(self.args.dynamic_sampling):
-        silent = (~informative(rewards, g)).nonzero()[:, 0].tolist()
-        if not silent: break
-        new,other,values,means = self.ask(len(silent))
-        good = informative(values, g).nonzero()[:, 0].tolist()
-        _move_groups(_per_answer(rollouts, rows, rewards), _per_answer(new, other, values), silent, good, g)
-        drawn += len(silent)
-    return dict(redrawn=drawn, filled=informative(rewards, g).float().mean().item())
-
-# %% ../../nbs/696_train.grpo.ipynb #a7d45b24
-@patch
-def draw(self:GroupBatches)->None:
-    "Sample, reward, and cut a phase into batches"
-    a,g = self.args,self.args.num_generations
-    rollouts,rows,rewards,means = self.ask(self.prompts)
-    taught = informative(rewards, g).float().mean().item()
-    self.measured = means | dict(reward=rewards.mean().item(), reward_std=rewards.std(correction=0).item(), informative=taught)
-    self.measured |= measures(rollouts.answers, rollouts.ended, rollouts.entropy())
-    if a.dynamic_sampling: self.measured |= self.redraw(rollouts, rows, rewards)
-    advantages,texts = group_advantage(rewards, g, a.scale_rewards),completions_of(rollouts, [r['prompt'] for r in rows], self.tok)
-    self.samples = [dict(prompt=r['prompt'], completion=t, reward=v, advantage=w)
-                    for r,t,v,w in zip(rows, texts, rewards.tolist(), advantages.tolist(), strict=True)]
-    self.buffer = [self.cut(rollouts, advantages, part) for part in self.parts(len(rows))]
-    self.phase,self.place = self.phase + 1,0
-    if a.log_completions and a.output_dir: self.write_samples(Path(a.output_dir)/'samples')
-
-# %% ../../nbs/696_train.grpo.ipynb #bb257450
-@patch
-def parts(self:GroupBatches,
-    n:int, # Answers of a phase
-)->list: # Indices of the answers of each batch
-    "Divide the answers of a phase into batches"
-    order = np.random.default_rng([self.args.seed, self.phase, 1]).permutation(n) if self.size > 1 else np.arange(n)
-    return [sorted(part.tolist()) for part in np.split(order, self.size)]
-
-@patch
-def write_samples(self:GroupBatches,
-    folder:Path, # Folder of the run's samples
-)->None:
-    "Write the answers of a phase, to be read"
-    folder.mkdir(parents=True, exist_ok=True)
-    new = folder/f'.phase-{self.phase:06}.{os.getpid()}.tmp'
-    new.write_text(json.dumps(self.samples, ensure_ascii=False, indent=1))
-    os.replace(new, folder/f'phase-{self.phase:06}.json')
-
-# %% ../../nbs/696_train.grpo.ipynb #cda03c68
-@patch
-@torch.no_grad()
-def cut(self:GroupBatches,
-    rollouts:Rollouts, # Answers of a phase
-    advantages:Tensor, # Advantage of each answer `b`
-    part:list, # Indices of the answers of this batch
-)->dict: # Tensors by name
-    "Make a batch, with what the loss needs"
-    a,batch = self.args,rollouts.batch(part)
-    scored = [i for i in part if rollouts.ended[i] or not a.mask_truncated_completions]
-    batch['labels'][torch.tensor([i not in scored for i in part])] = IGNORE
-    batch |= dict(advantages=advantages[part], sampled=torch.cat([torch.zeros(0), *(rollouts.sampled[i] for i in scored)]))
-    if rollouts.kept: batch |= kept_table([rollouts.kept[i] for i in scored])
-    if a.replay_routes: batch['routes'] = replay_table([rollouts.routes[i] for i in part], batch['tokens'].shape[1])
-    if a.row_invariant: batch['old'] = batch['sampled'].clone()
-    elif self.size*a.num_iterations > a.gradient_accumulation_steps: batch['old'] = policy_log_probs(self.model, batch, a)[0]
-    if self.reference is not None: batch['reference'] = policy_log_probs(self.reference, batch, a, a.row_invariant)[0]
-    return batch
-
 # %% ../../nbs/696_train.grpo.ipynb #3f88cde8
 _COUNTS = ('phase', 'place', 'asked', 'draws')  # Numbers of phases, of batches of this phase, of prompts and of draws
-
-@patch
-def state_dict(self:GroupBatches)->dict: # Counts, buffer, and identity of the reference
-    "State that is saved for an exact resume"
-    known = None if self.reference is None else identity(self.reference)
-    return {k: getattr(self, k) for k in _COUNTS} | dict(buffer=self.buffer, samples=self.samples, reference=known)
-
-@patch
-def load_state_dict(self:GroupBatches,
-    state:dict, # From `state_dict`
-)->None:
-    "Restore a state"
-    if state['reference'] != self.state_dict()['reference']:
-        raise ValueError('the reference of the run is not this one; resume with the model that the run began with')
-    for name in (*_COUNTS, 'buffer', 'samples'): setattr(self, name, state[name])
 
 # %% ../../nbs/696_train.grpo.ipynb #20be2332
 def batch_answers(
@@ -422,37 +403,31 @@ class RewardGuard(CollapseGuard):
         self.late.clear()
         self.best,self.first,self.strikes = None,[],0
 
-# %% ../../nbs/696_train.grpo.ipynb #c004a4be
-@patch
-def faults(self:RewardGuard,
-    now:dict, # Measures of a phase
-)->list: # Descriptions of bad measures, for an error message
-    "Compare a measurement with the start of the run and with the best reward"
-    start,found = self.usual['reward'],CollapseGuard.faults(self, now)
-    late = sum(self.late)/5 if len(self.late) == 5 else start
-    self.best = max(start if self.best is None else self.best, late)
-    if now['reward'] > start: found = [f for f in found if f.startswith('repetition')]
-    fallen = self.best > start and now['reward'] < self.best - self.drop*(self.best - start) - now['reward_std']
-    return found + [f"reward {now['reward']:.3g}, best {self.best:.3g}"]*bool(fallen)
+    def faults(self,
+        now:dict, # Measures of a phase
+    )->list: # Descriptions of bad measures, for an error message
+        "Compare a measurement with the start of the run and with the best reward"
+        start,found = self.usual['reward'],CollapseGuard.faults(self, now)
+        late = sum(self.late)/5 if len(self.late) == 5 else start
+        self.best = max(start if self.best is None else self.best, late)
+        if now['reward'] > start: found = [f for f in found if f.startswith('repetition')]
+        fallen = self.best > start and now['reward'] < self.best - self.drop*(self.best - start) - now['reward_std']
+        return found + [f"reward {now['reward']:.3g}, best {self.best:.3g}"]*bool(fallen)
 
-# %% ../../nbs/696_train.grpo.ipynb #8fdc23c6
-@patch
-def _check_text(self:RewardGuard, t, now):
-    "Note the reward before it is judged"
-    self.late.append(now['reward'])
-    CollapseGuard._check_text(self, t, now)
+    def _check_text(self, t, now):
+        "Note the reward before it is judged"
+        self.late.append(now['reward'])
+        CollapseGuard._check_text(self, t, now)
 
-@patch
-@torch.no_grad()
-def _give_up(self:RewardGuard, t, bad):
-    "Restore the copied weights and raise `Collapsed`"
-    if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
-    left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
-    raise Collapsed(f'step {t.step+1}: the policy collapses ({"; ".join(bad)}); {left}; lower the learning rate, raise beta, '
+    @torch.no_grad()
+    def _give_up(self, t, bad):
+        "Restore the copied weights and raise `Collapsed`"
+        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
+        left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
+        raise Collapsed(f'step {t.step+1}: the policy collapses ({"; ".join(bad)}); {left}; lower the learning rate, raise beta, '
                     'or read the samples: the reward may be wrong')
 
 # %% ../../nbs/696_train.grpo.ipynb #f5d8f6af
-@extended
 class GRPOTrainer(Trainer):
     "Trains a policy by rewards of its own answers"
     def __init__(self,
@@ -478,50 +453,48 @@ class GRPOTrainer(Trainer):
         super().__init__(model, args, train_dataset, eval_dataset, objective, [*callbacks, *own], peft_config, optimizers, processing_class)
         self.reference = self._reference() if args.beta else None
 
-# %% ../../nbs/696_train.grpo.ipynb #c899365a
-@patch
-def _reference(self:GRPOTrainer):
-    "The base model of an adapter, or a copy of the weights"
-    base,own = policy_views(self.model)
-    return base if own is not None else deepcopy(self.model).requires_grad_(False).eval()
+    def _reference(self):
+        "The base model of an adapter, or a copy of the weights"
+        base,own = policy_views(self.model)
+        return base if own is not None else deepcopy(self.model).requires_grad_(False).eval()
 
-@patch
-def tokenised(self:GRPOTrainer,
-    data, # Rows with a column `prompt`, or None
-): # The same
-    "Check the rows of a dataset"
-    if data is None: return None
-    if not len(data): raise ValueError('the data set is empty; give at least one row')
-    if 'prompt' not in data[0]: raise ValueError(f"the rows have the columns {', '.join(data[0])}; a prompt is needed")
-    return data
+    def tokenised(self,
+        data, # Rows with a column `prompt`, or None
+    ): # The same
+        "Check the rows of a dataset"
+        if data is None: return None
+        if not len(data): raise ValueError('the data set is empty; give at least one row')
+        if 'prompt' not in data[0]: raise ValueError(f"the rows have the columns {', '.join(data[0])}; a prompt is needed")
+        return data
 
-@patch
-def make_batches(self:GRPOTrainer,
-    size:int, # Answers per batch
-)->None:
-    "Make the batches of a run, and compute its number of steps"
-    if self.train_dataset is None: raise ValueError('GRPOTrainer has no data: give train_dataset')
-    self.batches = GroupBatches(self.train_dataset, self.model, self.processing_class, self.rewards, self.args, self.reference)
-    if self.args.row_invariant and not is_invariant(self.model):
-        raise ValueError('row_invariant: this model or machine has no row-invariant kernels; leave it out')
-    self.compute_loss.data,train = self.batches,self.train_dataset
-    self.train_dataset = self.batches
-    try: Trainer.make_batches(self, size)
-    finally: self.train_dataset = train
+    def make_batches(self,
+        size:int, # Answers per batch
+    )->None:
+        "Make the batches of a run, and compute its number of steps"
+        if self.train_dataset is None: raise ValueError('GRPOTrainer has no data: give train_dataset')
+        self.batches = GroupBatches(self.train_dataset, self.model, self.processing_class, self.rewards, self.args, self.reference)
+        if self.args.row_invariant and not is_invariant(self.model):
+            raise ValueError('row_invariant: this model or machine has no row-invariant kernels; leave it out')
+        self.compute_loss.data,train = self.batches,self.train_dataset
+        self.train_dataset = self.batches
+        try: Trainer.make_batches(self, size)
+        finally: self.train_dataset = train
 
-# %% ../../nbs/696_train.grpo.ipynb #5e7bba0d
-@patch
-@torch.no_grad()
-def evaluate(self:GRPOTrainer,
-    dataset = None, # Rows; None: `eval_dataset`
-)->float: # Mean reward
-    "Sample an answer to each row, and reward it"
-    rows = [dict(r) for r in (self.eval_dataset if dataset is None else self.tokenised(dataset))]
-    batches = GroupBatches(rows, self.model, self.processing_class, self.rewards, self.args)
-    rollouts = batches.sampler([prompt_ids(r['prompt'], self.processing_class) for r in rows], phase=-1)
-    value = batches.score(rollouts, rows)[0].mean().item()
-    if dataset is None and self.history: self.history[-1]['eval_reward'] = value; self('after_eval')
-    return value
+    @torch.no_grad()
+    def evaluate(self,
+        dataset = None, # Rows; None: `eval_dataset`
+    )->float: # Mean reward
+        "Sample an answer to each row, and reward it"
+        rows = [dict(r) for r in (self.eval_dataset if dataset is None else self.tokenised(dataset))]
+        batches = GroupBatches(rows, self.model, self.processing_class, self.rewards, self.args)
+        rollouts = batches.sampler([prompt_ids(r['prompt'], self.processing_class) for r in rows], phase=-1)
+        value = batches.score(rollouts, rows)[0].mean().item()
+        if dataset is None and self.history: self.history[-1]['eval_reward'] = value; self('after_eval')
+        return value
+
+    def plot(self): # Matplotlib figure
+        "Plot the curves of the run"
+        return plot_curves(self.history)
 
 # %% ../../nbs/696_train.grpo.ipynb #9989c5bc
 CURVES = dict(reward='reward', length='tokens of an answer', entropy='entropy (nats)', kl='KL (nats)', clipped='clipped tokens',
@@ -542,9 +515,3 @@ def plot_curves(
         ax.set(title=CURVES[name], xlabel='step')
     style(fig)
     return fig
-
-# %% ../../nbs/696_train.grpo.ipynb #5b1d0a70
-@patch
-def plot(self:GRPOTrainer): # Matplotlib figure
-    "Plot the curves of the run"
-    return plot_curves(self.history)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -89,25 +88,21 @@ class Neurons(SwiGLU):
         "Add up the contributions of the selected neurons"
         return ask_neurons(x, self)
 
-# %% ../../nbs/651_train.neurons.ipynb #2fc3850e
-@patch
-def affinities(self:Neurons,
-    gate:Tensor, # Gate after silu `… f`
-    up:Tensor, # Up `… f`
-)->Tensor: # Affinities `… f`
-    "Predict each neuron's contribution from its router half"
-    return torch.where(self.up_first, up, gate).abs()*self.scale
+    def affinities(self,
+        gate:Tensor, # Gate after silu `… f`
+        up:Tensor, # Up `… f`
+    )->Tensor: # Affinities `… f`
+        "Predict each neuron's contribution from its router half"
+        return torch.where(self.up_first, up, gate).abs()*self.scale
 
-# %% ../../nbs/651_train.neurons.ipynb #498813ee
-@patch
-def hidden(self:Neurons,
-    x:Tensor, # Inputs `… d`
-)->Tensor: # Hidden activations `… f`, zero for neurons that aren't selected
-    "Compute the input of the down projection"
-    gate,up = F.silu(self.gate_proj(x)),self.up_proj(x)
-    a = self.affinities(gate, up).detach()
-    least = a.kthvalue(a.shape[-1] - self.k + 1, -1, keepdim=True).values
-    return gate*up*(a >= least)
+    def hidden(self,
+        x:Tensor, # Inputs `… d`
+    )->Tensor: # Hidden activations `… f`, zero for neurons that aren't selected
+        "Compute the input of the down projection"
+        gate,up = F.silu(self.gate_proj(x)),self.up_proj(x)
+        a = self.affinities(gate, up).detach()
+        least = a.kthvalue(a.shape[-1] - self.k + 1, -1, keepdim=True).values
+        return gate*up*(a >= least)
 
 # %% ../../nbs/651_train.neurons.ipynb #286758c5
 @torch.no_grad()

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from ..arch.model import Model
@@ -95,30 +94,26 @@ class OnPolicy:
         self.judge,self.own,self.max_new_tokens,self.prompt_length,self.kwargs = judge,own,max_new_tokens,prompt_length,kwargs
         self.parameters,self.measured = getattr(judge, 'parameters', list),None
 
-# %% ../../nbs/644_train.on_policy.ipynb #8f05431d
-@patch
-def write(self:OnPolicy,
-    model:Model, # Model that generates: usually the student
-    batch:dict, # Batch with prompts
-)->dict: # Batch with generated answers
-    "Generate answers and measure them"
-    prompts = prompts_of(batch, self.prompt_length)
-    answers,ended = sample_answers(model, prompts, self.max_new_tokens, **self.kwargs)
-    own = own_batch(prompts, answers, model.device)
-    with torch.no_grad(): total,n = language_loss(model, own)
-    self.measured = measures(answers, ended, total.item()/n)
-    return own
+    def write(self,
+        model:Model, # Model that generates: usually the student
+        batch:dict, # Batch with prompts
+    )->dict: # Batch with generated answers
+        "Generate answers and measure them"
+        prompts = prompts_of(batch, self.prompt_length)
+        answers,ended = sample_answers(model, prompts, self.max_new_tokens, **self.kwargs)
+        own = own_batch(prompts, answers, model.device)
+        with torch.no_grad(): total,n = language_loss(model, own)
+        self.measured = measures(answers, ended, total.item()/n)
+        return own
 
-# %% ../../nbs/644_train.on_policy.ipynb #e7d88b7b
-@patch
-def __call__(self:OnPolicy,
-    model:Model, # Student model
-    batch:dict, # Batch with prompts
-)->tuple[Tensor,int]: # Loss summed over scored tokens, and their number
-    "Compute the loss of a batch, or of the student's answers to its prompts"
-    self.measured = None
-    if not torch.is_grad_enabled() or torch.rand(()) >= self.own: return self.judge(model, batch)
-    return self.judge(model, self.write(model, batch))
+    def __call__(self,
+        model:Model, # Student model
+        batch:dict, # Batch with prompts
+    )->tuple[Tensor,int]: # Loss summed over scored tokens, and their number
+        "Compute the loss of a batch, or of the student's answers to its prompts"
+        self.measured = None
+        if not torch.is_grad_enabled() or torch.rand(()) >= self.own: return self.judge(model, batch)
+        return self.judge(model, self.write(model, batch))
 
 # %% ../../nbs/644_train.on_policy.ipynb #29dc7425
 class Collapsed(Diverged): "Entropy, length or variety of the student's text is too low, or repetition too high"
@@ -137,77 +132,62 @@ class CollapseGuard(Guard):
         self.source,self.usual,self.least,self.more,self.first,self.strikes = source,usual,least,more,[],0
         self.streams = self.recent,deque(maxlen=self.recent.maxlen) # losses on data, losses on generated text
 
-# %% ../../nbs/644_train.on_policy.ipynb #98d8f161
-@patch
-def faults(self:CollapseGuard,
-    now:dict, # Measures of generated text
-)->list: # Descriptions of bad measures, for an error message
-    "Compare a measurement with the reference"
-    low = [k for k in ('entropy', 'length', 'variety') if now[k] < self.least*self.usual[k]]
-    high = [k for k in ('repetition',) if now[k] > self.usual[k] + self.more]
-    return [f'{k} {now[k]:.3g}, reference {self.usual[k]:.3g}' for k in low + high]
+    def faults(self,
+        now:dict, # Measures of generated text
+    )->list: # Descriptions of bad measures, for an error message
+        "Compare a measurement with the reference"
+        low = [k for k in ('entropy', 'length', 'variety') if now[k] < self.least*self.usual[k]]
+        high = [k for k in ('repetition',) if now[k] > self.usual[k] + self.more]
+        return [f'{k} {now[k]:.3g}, reference {self.usual[k]:.3g}' for k in low + high]
 
-# %% ../../nbs/644_train.on_policy.ipynb #3df1981f
-@patch
-def state_dict(self:CollapseGuard)->dict: # Recent losses, reference and counts
-    "State that is saved for an exact resume"
-    return dict(recent=[list(r) for r in self.streams], bad=self.bad, usual=self.usual, first=self.first, strikes=self.strikes)
+    def state_dict(self)->dict: # Recent losses, reference and counts
+        "State that is saved for an exact resume"
+        return dict(recent=[list(r) for r in self.streams], bad=self.bad, usual=self.usual, first=self.first, strikes=self.strikes)
 
-@patch
-def load_state_dict(self:CollapseGuard,
-    state:dict, # From `state_dict`
-)->None:
-    "Restore a state"
-    for r,losses in zip(self.streams, state['recent'], strict=True): r.extend(losses)
-    self.bad,self.usual,self.first,self.strikes = state['bad'],state['usual'],list(state['first']),state['strikes']
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    )->None:
+        "Restore a state"
+        for r,losses in zip(self.streams, state['recent'], strict=True): r.extend(losses)
+        self.bad,self.usual,self.first,self.strikes = state['bad'],state['usual'],list(state['first']),state['strikes']
 
-# %% ../../nbs/644_train.on_policy.ipynb #6f0d06d9
-@patch
-def cleanup(self:CollapseGuard,
-    t, # The trainer
-)->None:
-    "Reset the state for another run"
-    Guard.cleanup(self, t)
-    for r in self.streams: r.clear()
+    def cleanup(self,
+        t, # The trainer
+    )->None:
+        "Reset the state for another run"
+        Guard.cleanup(self, t)
+        for r in self.streams: r.clear()
 
-# %% ../../nbs/644_train.on_policy.ipynb #f9781cb2
-@patch
-def _check_text(self:CollapseGuard, t, now):
-    "Count consecutive bad measurements, and stop the run after too many"
-    if not self.usual:
-        self.first.append(now)
-        if len(self.first) == 5: self.usual = {k: median(m[k] for m in self.first) for k in now}
-    bad = self.faults(now) if self.usual else []
-    self.strikes = self.strikes + 1 if bad else 0
-    if self.strikes >= self.patience: self._give_up(t, bad)
+    def _check_text(self, t, now):
+        "Count consecutive bad measurements, and stop the run after too many"
+        if not self.usual:
+            self.first.append(now)
+            if len(self.first) == 5: self.usual = {k: median(m[k] for m in self.first) for k in now}
+        bad = self.faults(now) if self.usual else []
+        self.strikes = self.strikes + 1 if bad else 0
+        if self.strikes >= self.patience: self._give_up(t, bad)
 
-# %% ../../nbs/644_train.on_policy.ipynb #fdf482b6
-@patch
-def before_update(self:CollapseGuard,
-    t, # The trainer
-)->None:
-    "Check the generated text, then the loss and the gradient"
-    now = self.source.measured
-    self.recent = self.streams[now is not None]
-    if now: self._check_text(t, now)
-    every,self.every = self.every,0 if self.strikes else self.every
-    Guard.before_update(self, t)
-    self.every,t.healthy = every,t.healthy and not self.strikes
+    def before_update(self,
+        t, # The trainer
+    )->None:
+        "Check the generated text, then the loss and the gradient"
+        now = self.source.measured
+        self.recent = self.streams[now is not None]
+        if now: self._check_text(t, now)
+        every,self.every = self.every,0 if self.strikes else self.every
+        Guard.before_update(self, t)
+        self.every,t.healthy = every,t.healthy and not self.strikes
 
-# %% ../../nbs/644_train.on_policy.ipynb #83e22919
-@patch
-@torch.no_grad()
-def _give_up(self:CollapseGuard, t, bad):
-    "Restore the copied weights and raise `Collapsed`"
-    if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
-    left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
-    raise Collapsed(f'step {t.step+1}: the student collapses ({"; ".join(bad)}); {left}; lower the learning rate, '
+    @torch.no_grad()
+    def _give_up(self, t, bad):
+        "Restore the copied weights and raise `Collapsed`"
+        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
+        left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
+        raise Collapsed(f'step {t.step+1}: the student collapses ({"; ".join(bad)}); {left}; lower the learning rate, '
                     'use js or forward, or a smaller share of generated text')
 
-# %% ../../nbs/644_train.on_policy.ipynb #1a4533b4
-@patch
-def after_step(self:CollapseGuard,
-    t, # The trainer
-)->None:
-    "Add the measures to the history"
-    if self.source.measured: t.history[-1] |= self.source.measured
+    def after_step(self,
+        t, # The trainer
+    )->None:
+        "Add the measures to the history"
+        if self.source.measured: t.history[-1] |= self.source.measured

@@ -12,7 +12,6 @@ __all__ = ['V4_STEPS', 'param_groups', 'newton_schulz', 'muon_groups', 'directio
 # %% ../../nbs/610_train.optim.ipynb #4634c92d
 import torch
 from einops import rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -101,30 +100,26 @@ class Muon(Optimizer):
         if flat: raise ValueError(f'Muon was given a parameter of shape {tuple(flat[0].shape)}; vectors belong in a group with halves=0')
         self.adamw = AdamW([g for g in self.param_groups if not g['halves']] or [torch.zeros(0)], betas=betas, eps=eps)
 
-# %% ../../nbs/610_train.optim.ipynb #0c5b2db0
-@patch
-def update(self:Muon,
-    p:Tensor, # A matrix `o i`, or a stack `e o i`
-    group:dict, # Parameter group that contains p
-)->None:
-    "Update one parameter by Muon's rule"
-    if p.grad is None: return
-    state,mu = self.state[p],group['momentum']
-    m = state['momentum_buffer'].mul_(mu).add_(p.grad) if state else state.setdefault('momentum_buffer', p.grad.clone())
-    o = _on_matrices(lambda x: direction(x, group['halves'], group['rms'], group['steps']), p.grad + mu*m)
-    local(p).mul_(1 - group['lr']*group['weight_decay']).add_(o.to(p.dtype), alpha=-group['lr'])
+    def update(self,
+        p:Tensor, # A matrix `o i`, or a stack `e o i`
+        group:dict, # Parameter group that contains p
+    )->None:
+        "Update one parameter by Muon's rule"
+        if p.grad is None: return
+        state,mu = self.state[p],group['momentum']
+        m = state['momentum_buffer'].mul_(mu).add_(p.grad) if state else state.setdefault('momentum_buffer', p.grad.clone())
+        o = _on_matrices(lambda x: direction(x, group['halves'], group['rms'], group['steps']), p.grad + mu*m)
+        local(p).mul_(1 - group['lr']*group['weight_decay']).add_(o.to(p.dtype), alpha=-group['lr'])
 
-# %% ../../nbs/610_train.optim.ipynb #0e11741a
-@patch
-@torch.no_grad()
-def step(self:Muon,
-    closure=None, # Function that recomputes the loss, as in PyTorch
-)->Tensor|None: # Loss of the closure
-    "Update every parameter that has a gradient"
-    loss = None if closure is None else torch.enable_grad()(closure)()
-    for group in self.param_groups:
-        if group['halves']:
-            for p in group['params']: self.update(p, group)
-    self.adamw.param_groups,self.adamw.state = [g for g in self.param_groups if not g['halves']],self.state
-    self.adamw.step()
-    return loss
+    @torch.no_grad()
+    def step(self,
+        closure=None, # Function that recomputes the loss, as in PyTorch
+    )->Tensor|None: # Loss of the closure
+        "Update every parameter that has a gradient"
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            if group['halves']:
+                for p in group['params']: self.update(p, group)
+        self.adamw.param_groups,self.adamw.state = [g for g in self.param_groups if not g['halves']],self.state
+        self.adamw.step()
+        return loss

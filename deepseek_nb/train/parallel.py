@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from einops import einsum, rearrange
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.fsdp import fully_shard
@@ -253,70 +252,56 @@ class Parallel(Callback):
         self._distribute(t)
         self._quiet(t, here.rank)
 
-# %% ../../nbs/625_train.parallel.ipynb #2a41bae1
-@patch
-def before_loss(self:Parallel,
-    t:Trainer, # Trainer with the batch of all ranks
-)->None:
-    "Take this rank's rows of the batch"
-    if not self.alone: t.batch = own_rows(t.batch)
+    def before_loss(self,
+        t:Trainer, # Trainer with the batch of all ranks
+    )->None:
+        "Take this rank's rows of the batch"
+        if not self.alone: t.batch = own_rows(t.batch)
 
-# %% ../../nbs/625_train.parallel.ipynb #4adcb38f
-@patch
-def after_backward(self:Parallel,
-    t:Trainer, # Trainer with the sums of this rank
-)->None:
-    "Sum the loss and the number of tokens over the ranks"
-    if self.alone: return
-    total,n = reduce_total(t.total, t.scored)
-    t.total,t.scored = total/world().size,n/world().size
+    def after_backward(self,
+        t:Trainer, # Trainer with the sums of this rank
+    )->None:
+        "Sum the loss and the number of tokens over the ranks"
+        if self.alone: return
+        total,n = reduce_total(t.total, t.scored)
+        t.total,t.scored = total/world().size,n/world().size
 
-# %% ../../nbs/625_train.parallel.ipynb #ebadfd48
-@patch
-def after_step(self:Parallel,
-    t:Trainer, # Trainer after a step
-)->None:
-    "Count the tokens of all ranks in the history"
-    if not self.alone: t.history[-1]['tokens'] = round(t.history[-1]['tokens']*world().size)
+    def after_step(self,
+        t:Trainer, # Trainer after a step
+    )->None:
+        "Count the tokens of all ranks in the history"
+        if not self.alone: t.history[-1]['tokens'] = round(t.history[-1]['tokens']*world().size)
 
-# %% ../../nbs/625_train.parallel.ipynb #a5ff18d2
-@patch
-def _distribute(self:Parallel, t):
-    "Distribute the model, and create a new optimiser and schedule"
-    self.blank = skeleton(t.model) if self.how != 'data' else None
-    t.compute_loss = shard(t.model, self.how, t.compute_loss)
-    t.params = [p for p in t.model.parameters() if p.requires_grad]
-    t.optimizer = make_optimizer(t.model, t.args)
-    t.lr_scheduler = make_schedule(t.optimizer, t.args, t.max_steps)
+    def _distribute(self, t):
+        "Distribute the model, and create a new optimiser and schedule"
+        self.blank = skeleton(t.model) if self.how != 'data' else None
+        t.compute_loss = shard(t.model, self.how, t.compute_loss)
+        t.params = [p for p in t.model.parameters() if p.requires_grad]
+        t.optimizer = make_optimizer(t.model, t.args)
+        t.lr_scheduler = make_schedule(t.optimizer, t.args, t.max_steps)
 
-# %% ../../nbs/625_train.parallel.ipynb #8b224aa1
-@patch
-def _quiet(self:Parallel, t, rank):
-    "Turn off progress bar and checkpoints on all ranks but 0"
-    checkpoints,out = Checkpoints(),t.args.output_dir
-    if t.resume_from_checkpoint is True and rank:
-        checkpoints.out = Path(out) if out else None
-        t.resume_from_checkpoint = checkpoints.source(True)
-    if rank or self.how != 'data': t.args = replace(t.args, output_dir=None)
-    if rank: t.args = replace(t.args, disable_tqdm=True)
+    def _quiet(self, t, rank):
+        "Turn off progress bar and checkpoints on all ranks but 0"
+        checkpoints,out = Checkpoints(),t.args.output_dir
+        if t.resume_from_checkpoint is True and rank:
+            checkpoints.out = Path(out) if out else None
+            t.resume_from_checkpoint = checkpoints.source(True)
+        if rank or self.how != 'data': t.args = replace(t.args, output_dir=None)
+        if rank: t.args = replace(t.args, disable_tqdm=True)
 
-# %% ../../nbs/625_train.parallel.ipynb #37a2b563
-@patch
-def after_fit(self:Parallel,
-    t:Trainer, # Trainer after its last step
-)->None:
-    "Gather the model on rank 0"
-    if self.alone or self.how == 'data': return
-    state,out = whole_state(t.model),self.before['args'].output_dir
-    if world().rank: return
-    self.blank.load_state_dict(state, assign=True)
-    t.model = self.blank
-    if out: write_whole(Path(out)/f'checkpoint-{t.step}', lambda folder: write_model(t.model, folder))
+    def after_fit(self,
+        t:Trainer, # Trainer after its last step
+    )->None:
+        "Gather the model on rank 0"
+        if self.alone or self.how == 'data': return
+        state,out = whole_state(t.model),self.before['args'].output_dir
+        if world().rank: return
+        self.blank.load_state_dict(state, assign=True)
+        t.model = self.blank
+        if out: write_whole(Path(out)/f'checkpoint-{t.step}', lambda folder: write_model(t.model, folder))
 
-# %% ../../nbs/625_train.parallel.ipynb #0027f9be
-@patch
-def cleanup(self:Parallel,
-    t:Trainer, # Trainer after its run, also after an error
-)->None:
-    "Restore the trainer's settings"
-    for name,value in self.before.items(): setattr(t, name, value)
+    def cleanup(self,
+        t:Trainer, # Trainer after its run, also after an error
+    )->None:
+        "Restore the trainer's settings"
+        for name,value in self.before.items(): setattr(t, name, value)

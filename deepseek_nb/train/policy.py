@@ -14,7 +14,6 @@ __all__ = ['LOSS_TYPES', 'MISMATCH', 'answer_means', 'probability_ratio', 'clipp
 from dataclasses import dataclass
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
 from .kl_estimate import KL_KINDS, kl_estimate
@@ -125,80 +124,70 @@ class PolicyLoss:
     top_entropy_quantile:float = 1. # Share of tokens with the largest entropy that learn
     def __post_init__(self): self._check()
 
-# %% ../../nbs/693_train.policy.ipynb #f53ed840
-@patch
-def _check(self:PolicyLoss):
-    "Check the settings"
-    kinds = dict(kl=KL_KINDS, loss_type=LOSS_TYPES, importance_sampling_level=('token', 'sequence'), mismatch=MISMATCH)
-    for name,known in kinds.items():
-        if (got := getattr(self, name)) not in known: raise ValueError(f"{name} {got!r} is not known; choose one of {', '.join(known)}")
-    if self.loss_type == 'dr_grpo' and not self.max_completion_length:
-        raise ValueError('dr_grpo divides by a constant; give max_completion_length, in tokens')
-    for name in ('epsilon', 'epsilon_high', 'delta', 'truncate', 'off_policy', 'top_entropy_quantile'):
-        if (got := getattr(self, name)) is not None and not got > 0: raise ValueError(f'{name} is {got}; it must be positive')
-    if not 0 <= self.epsilon <= 1: raise ValueError(f'epsilon is {self.epsilon}; it must be at most 1, as a ratio is never below 0')
-    if not self.beta >= 0: raise ValueError(f'beta is {self.beta}; it must not be negative')
-    if self.top_entropy_quantile > 1: raise ValueError(f'top_entropy_quantile is {self.top_entropy_quantile}; it is a share, at most 1')
+    def _check(self):
+        "Check the settings"
+        kinds = dict(kl=KL_KINDS, loss_type=LOSS_TYPES, importance_sampling_level=('token', 'sequence'), mismatch=MISMATCH)
+        for name,known in kinds.items():
+            if (got := getattr(self, name)) not in known: raise ValueError(f"{name} {got!r} is not known; choose one of {', '.join(known)}")
+        if self.loss_type == 'dr_grpo' and not self.max_completion_length:
+            raise ValueError('dr_grpo divides by a constant; give max_completion_length, in tokens')
+        for name in ('epsilon', 'epsilon_high', 'delta', 'truncate', 'off_policy', 'top_entropy_quantile'):
+            if (got := getattr(self, name)) is not None and not got > 0: raise ValueError(f'{name} is {got}; it must be positive')
+        if not 0 <= self.epsilon <= 1: raise ValueError(f'epsilon is {self.epsilon}; it must be at most 1, as a ratio is never below 0')
+        if not self.beta >= 0: raise ValueError(f'beta is {self.beta}; it must not be negative')
+        if self.top_entropy_quantile > 1: raise ValueError(f'top_entropy_quantile is {self.top_entropy_quantile}; it is a share, at most 1')
 
-# %% ../../nbs/693_train.policy.ipynb #d91209a7
-@patch
-def _check_tensors(self:PolicyLoss, named, rows, advantages):
-    "Check that what the settings need is there, of equal size and finite"
-    needs = dict(reference=self.beta, sampled=self.truncate, entropies=self.top_entropy_quantile < 1)
-    for name,needed in needs.items():
-        if needed and named[name] is None: raise ValueError(f'{name} is missing, which the settings need: {self}')
-    for name,t in named.items():
-        if t is None: continue
-        if t.shape != rows.shape:
-            raise ValueError(f'{name} has shape {tuple(t.shape)}, rows {tuple(rows.shape)}; each scored token needs one number')
-        if bad := int((~t.isfinite()).sum()): raise ValueError(f'{bad} of {len(t)} numbers in {name} are not finite')
-    if not advantages.isfinite().all(): raise ValueError('an advantage is not finite; look at the rewards')
-    if len(rows) and not 0 <= rows.min() <= rows.max() < len(advantages):
-        raise ValueError(f'rows name answers {rows.min().item()} to {rows.max().item()}, but there are {len(advantages)} advantages')
+    def _check_tensors(self, named, rows, advantages):
+        "Check that what the settings need is there, of equal size and finite"
+        needs = dict(reference=self.beta, sampled=self.truncate, entropies=self.top_entropy_quantile < 1)
+        for name,needed in needs.items():
+            if needed and named[name] is None: raise ValueError(f'{name} is missing, which the settings need: {self}')
+        for name,t in named.items():
+            if t is None: continue
+            if t.shape != rows.shape:
+                raise ValueError(f'{name} has shape {tuple(t.shape)}, rows {tuple(rows.shape)}; each scored token needs one number')
+            if bad := int((~t.isfinite()).sum()): raise ValueError(f'{bad} of {len(t)} numbers in {name} are not finite')
+        if not advantages.isfinite().all(): raise ValueError('an advantage is not finite; look at the rewards')
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(advantages):
+            raise ValueError(f'rows name answers {rows.min().item()} to {rows.max().item()}, but there are {len(advantages)} advantages')
 
-# %% ../../nbs/693_train.policy.ipynb #de319eb9
-@patch
-def _terms(self:PolicyLoss, new, old, advantages, rows, reference, sampled, entropies):
-    "Loss of each token, its ratio, divergence and factor"
-    b,high = len(advantages),self.epsilon if self.epsilon_high is None else self.epsilon_high
-    ratio = probability_ratio(new, old, rows, b, self.importance_sampling_level)
-    factor = torch.ones_like(new.detach())
-    if self.truncate: factor = factor*mismatch_weights(old, sampled, rows, b, self.truncate, self.mismatch)
-    if self.off_policy:
-        factor = factor*off_policy_mask(new.detach(), old if sampled is None else sampled, advantages, rows, self.off_policy)[rows]
-    if self.top_entropy_quantile < 1: factor = factor*high_entropy(entropies, self.top_entropy_quantile)
-    loss,kl = -clipped_objective(ratio, advantages[rows], self.epsilon, high, self.delta)*factor,None
-    if reference is not None: kl = kl_estimate(new, reference, self.kl, old if self.unbiased_kl else None)
-    return loss + self.beta*kl if self.beta else loss, ratio.detach(), kl, factor
+    def _terms(self, new, old, advantages, rows, reference, sampled, entropies):
+        "Loss of each token, its ratio, divergence and factor"
+        b,high = len(advantages),self.epsilon if self.epsilon_high is None else self.epsilon_high
+        ratio = probability_ratio(new, old, rows, b, self.importance_sampling_level)
+        factor = torch.ones_like(new.detach())
+        if self.truncate: factor = factor*mismatch_weights(old, sampled, rows, b, self.truncate, self.mismatch)
+        if self.off_policy:
+            factor = factor*off_policy_mask(new.detach(), old if sampled is None else sampled, advantages, rows, self.off_policy)[rows]
+        if self.top_entropy_quantile < 1: factor = factor*high_entropy(entropies, self.top_entropy_quantile)
+        loss,kl = -clipped_objective(ratio, advantages[rows], self.epsilon, high, self.delta)*factor,None
+        if reference is not None: kl = kl_estimate(new, reference, self.kl, old if self.unbiased_kl else None)
+        return loss + self.beta*kl if self.beta else loss, ratio.detach(), kl, factor
 
-# %% ../../nbs/693_train.policy.ipynb #c93fd8fe
-@patch
-@torch.no_grad()
-def _stats(self:PolicyLoss, ratio, advantages, new, reference, entropies, factor):
-    "Means over tokens, for the curves of a run"
-    high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-    out = dict(ratio=ratio, clip_low=(ratio < 1 - self.epsilon) & (advantages < 0), clip_high=(ratio > 1 + high) & (advantages > 0),
-               masked=factor == 0)
-    if reference is not None: out |= dict(kl=kl_estimate(new, reference))
-    if entropies is not None: out |= dict(entropy=entropies)
-    n = max(1, len(ratio))
-    return dict(zip(out, (torch.stack([v.double().sum() for v in out.values()])/n).tolist(), strict=True))
+    @torch.no_grad()
+    def _stats(self, ratio, advantages, new, reference, entropies, factor):
+        "Means over tokens, for the curves of a run"
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        out = dict(ratio=ratio, clip_low=(ratio < 1 - self.epsilon) & (advantages < 0), clip_high=(ratio > 1 + high) & (advantages > 0),
+                   masked=factor == 0)
+        if reference is not None: out |= dict(kl=kl_estimate(new, reference))
+        if entropies is not None: out |= dict(entropy=entropies)
+        n = max(1, len(ratio))
+        return dict(zip(out, (torch.stack([v.double().sum() for v in out.values()])/n).tolist(), strict=True))
 
-# %% ../../nbs/693_train.policy.ipynb #a556498f
-@patch
-def __call__(self:PolicyLoss,
-    new:Tensor, # Log-probabilities of the scored tokens under the policy `n`, with a gradient
-    old:Tensor|None, # Under the policy before the update `n`; None: this is the first update after sampling
-    advantages:Tensor, # Advantage of each answer `b`
-    rows:Tensor, # Index of its answer for each token `n`
-    reference:Tensor|None = None, # Log-probabilities under the reference `n`; needed if beta is not 0
-    sampled:Tensor|None = None, # Under the sampler `n`; needed for `truncate`
-    entropies:Tensor|None = None, # Entropy at each token `n`; needed for `top_entropy_quantile`
-    total:int|None = None, # Of the whole step, if this batch is a part of it: tokens (dapo) or answers (others)
-)->tuple[Tensor,dict]: # Loss, and means over tokens: ratio, clip_low, clip_high, masked, and kl and entropy if known
-    "Compute the loss of a batch"
-    old = new.detach() if old is None else old.detach()
-    self._check_tensors(dict(new=new, old=old, reference=reference, sampled=sampled, entropies=entropies), rows, advantages)
-    loss,ratio,_,factor = self._terms(new, old, advantages.to(new.dtype), rows, reference, sampled, entropies)
-    weights = aggregation_weights(rows, len(advantages), self.loss_type, self.max_completion_length, total)
-    return (loss*weights.to(loss.dtype)).sum(), self._stats(ratio, advantages[rows], new, reference, entropies, factor)
+    def __call__(self,
+        new:Tensor, # Log-probabilities of the scored tokens under the policy `n`, with a gradient
+        old:Tensor|None, # Under the policy before the update `n`; None: this is the first update after sampling
+        advantages:Tensor, # Advantage of each answer `b`
+        rows:Tensor, # Index of its answer for each token `n`
+        reference:Tensor|None = None, # Log-probabilities under the reference `n`; needed if beta is not 0
+        sampled:Tensor|None = None, # Under the sampler `n`; needed for `truncate`
+        entropies:Tensor|None = None, # Entropy at each token `n`; needed for `top_entropy_quantile`
+        total:int|None = None, # Of the whole step, if this batch is a part of it: tokens (dapo) or answers (others)
+    )->tuple[Tensor,dict]: # Loss, and means over tokens: ratio, clip_low, clip_high, masked, and kl and entropy if known
+        "Compute the loss of a batch"
+        old = new.detach() if old is None else old.detach()
+        self._check_tensors(dict(new=new, old=old, reference=reference, sampled=sampled, entropies=entropies), rows, advantages)
+        loss,ratio,_,factor = self._terms(new, old, advantages.to(new.dtype), rows, reference, sampled, entropies)
+        weights = aggregation_weights(rows, len(advantages), self.loss_type, self.max_completion_length, total)
+        return (loss*weights.to(loss.dtype)).sum(), self._stats(ratio, advantages[rows], new, reference, entropies, factor)

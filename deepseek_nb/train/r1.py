@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from ..core.config import Config, family
@@ -85,23 +84,21 @@ class PolicyModel:
     inter_dim:int = 384 # Hidden width of the feed-forward networks
     max_positions:int = 256 # Longest context in tokens
 
-# %% ../../nbs/698_train.r1.ipynb #da1243d2
-@patch
-def load(self:PolicyModel,
-    task:Task, # Task whose characters a new model knows
-    seed:int = 0, # Seed of a new model's weights
-)->tuple[Model,Tokenizer]: # Model in float32, and its tokenizer
-    "Load a model, or make a new one"
-    if self.name: return Model.from_pretrained(self.name, 'float32').requires_grad_(), Tokenizer.from_pretrained(self.name)
-    if not isinstance(task.train[0]['prompt'], str):
-        raise ValueError('a new model has no chat template; name a model, or leave chat out of the task')
-    texts = [r['prompt'] + s['completion'] for r,s in zip(task.train, start_rows(task, len(task.train), wrong=.5), strict=True)]
-    tok,sizes = character_tokenizer(texts),asdict(self)
-    kind = family(sizes.pop('model_type'))
-    del sizes['name']
-    torch.manual_seed(seed)
-    return Model(Config(self.model_type, vocab_size=len(tok), n_kv_heads=self.n_heads, head_dim=self.dim//self.n_heads, tie_embeddings=True,
-                        bos_id=tok.bos_id, eos_ids=tok.eos_ids, **kind.defaults | sizes), dtype='float32'), tok
+    def load(self,
+        task:Task, # Task whose characters a new model knows
+        seed:int = 0, # Seed of a new model's weights
+    )->tuple[Model,Tokenizer]: # Model in float32, and its tokenizer
+        "Load a model, or make a new one"
+        if self.name: return Model.from_pretrained(self.name, 'float32').requires_grad_(), Tokenizer.from_pretrained(self.name)
+        if not isinstance(task.train[0]['prompt'], str):
+            raise ValueError('a new model has no chat template; name a model, or leave chat out of the task')
+        texts = [r['prompt'] + s['completion'] for r,s in zip(task.train, start_rows(task, len(task.train), wrong=.5), strict=True)]
+        tok,sizes = character_tokenizer(texts),asdict(self)
+        kind = family(sizes.pop('model_type'))
+        del sizes['name']
+        torch.manual_seed(seed)
+        return Model(Config(self.model_type, vocab_size=len(tok), n_kv_heads=self.n_heads, head_dim=self.dim//self.n_heads, tie_embeddings=True,
+                            bos_id=tok.bos_id, eos_ids=tok.eos_ids, **kind.defaults | sizes), dtype='float32'), tok
 
 # %% ../../nbs/698_train.r1.ipynb #04a5b48c
 class PipelineRun:
@@ -117,6 +114,25 @@ class PipelineRun:
         self.stages = [read_pipeline_stage(t, f'{where}, [[stage]] {i}') for i,t in enumerate(d.stage, 1)]
         self.places = {s.name: self.folder/f'{i}-{s.name.replace(" ", "-")}' for i,s in enumerate(self.stages, 1)}
         check_stages(self.stages, self.models, where)
+
+    def stage(self,
+        s, # Stage to run
+    )->dict: # Row of the report
+        "Run a stage or continue it; if it is finished, read its result"
+        place,(model,tok) = self.places[s.name],self.models[s.model]
+        done,trains = place/'done.json',not isinstance(s, CollectStage)
+        if done.is_file():
+            if trains: read_model(model, place/'model')
+            return read_json(done)
+        place.mkdir(exist_ok=True)
+        kind = next(k for k,c in STAGE_KINDS.items() if type(s) is c)
+        row = dict(stage=s.name, kind=kind, model=s.model) | STAGE_RUNS[type(s)](s, self, place)
+        if trains:
+            write_whole(place/'model', lambda tmp: write_model(model, tmp))
+            parts = dict(trained=self.task.train[:len(self.task.test)], held=self.task.test)
+            row |= {part: solved_share(model, tok, self.task, rows, self.d.max_tokens) for part,rows in parts.items()}
+        with written(done) as tmp: tmp.write_text(json.dumps(row))
+        return row
 
 # %% ../../nbs/698_train.r1.ipynb #6c2e1b72
 def stage_adapter(
@@ -338,27 +354,6 @@ def check_pipeline_plan(
     folder.mkdir(parents=True, exist_ok=True)
     with written(path) as tmp: tmp.write_text(json.dumps(now))
 
-# %% ../../nbs/698_train.r1.ipynb #ad8b8c58
-@patch
-def stage(self:PipelineRun,
-    s, # Stage to run
-)->dict: # Row of the report
-    "Run a stage or continue it; if it is finished, read its result"
-    place,(model,tok) = self.places[s.name],self.models[s.model]
-    done,trains = place/'done.json',not isinstance(s, CollectStage)
-    if done.is_file():
-        if trains: read_model(model, place/'model')
-        return read_json(done)
-    place.mkdir(exist_ok=True)
-    kind = next(k for k,c in STAGE_KINDS.items() if type(s) is c)
-    row = dict(stage=s.name, kind=kind, model=s.model) | STAGE_RUNS[type(s)](s, self, place)
-    if trains:
-        write_whole(place/'model', lambda tmp: write_model(model, tmp))
-        parts = dict(trained=self.task.train[:len(self.task.test)], held=self.task.test)
-        row |= {part: solved_share(model, tok, self.task, rows, self.d.max_tokens) for part,rows in parts.items()}
-    with written(done) as tmp: tmp.write_text(json.dumps(row))
-    return row
-
 # %% ../../nbs/698_train.r1.ipynb #d626888f
 def r1_run(
     path:str|Path, # TOML file with the fields of `Pipeline`
@@ -378,36 +373,32 @@ class PipelineReport:
     "Result of a pipeline"
     rows:list # One dict per stage
 
+    def __repr__(self):
+        width = max(len(r['stage']) for r in self.rows)
+        parts = [f"held out {_share(r['held'])}, trained {_share(r['trained'])}" if 'held' in r else f"{r['rows']} answers" for r in self.rows]
+        return '\n'.join(f"{r['stage']:{width}}  {r['kind']:7}  {r['model']:10}  {part}" for r,part in zip(self.rows, parts, strict=True))
+
+    def _repr_markdown_(self)->str:
+        "A table of the stages"
+        head = '| stage | kind | model | rows | solved, learnt from | solved, held out |\n|---|---|---|---|---|---|'
+        def line(r):
+            shares = ' | '.join(_share(r.get(part)) for part in ('trained', 'held'))
+            return f"| {r['stage']} | `{r['kind']}` | {r['model']} | {r.get('rows', '')} | {shares} |"
+        return '\n'.join([head, *map(line, self.rows)])
+
+    def plot(self,
+        part:str = 'held', # 'held' or 'trained'
+    ): # Figure
+        "Share of solved problems after each stage, for each model"
+        import matplotlib.pyplot as plt
+        _,ax = plt.subplots(figsize=(7, 3))
+        for name,colour in zip(dict.fromkeys(r['model'] for r in self.rows), COLOURS.values(), strict=False):
+            x,found = zip(*[(i, r[part]) for i,r in enumerate(self.rows) if r['model'] == name and part in r], strict=True)
+            ax.plot(x, [f['right']/f['n'] for f in found], 'o-', color=colour, label=name)
+        ax.set_xticks(range(len(self.rows)), [r['stage'] for r in self.rows], rotation=15, ha='right')
+        ax.set(ylabel='solved', ylim=(-.02, 1.02)); ax.legend()
+        style(ax.figure)
+        return ax.figure
+
 # %% ../../nbs/698_train.r1.ipynb #c2a72210
 def _share(found): return f"{found['right']} of {found['n']}" if found else ''
-
-@patch
-def __repr__(self:PipelineReport):
-    width = max(len(r['stage']) for r in self.rows)
-    parts = [f"held out {_share(r['held'])}, trained {_share(r['trained'])}" if 'held' in r else f"{r['rows']} answers" for r in self.rows]
-    return '\n'.join(f"{r['stage']:{width}}  {r['kind']:7}  {r['model']:10}  {part}" for r,part in zip(self.rows, parts, strict=True))
-
-@patch
-def _repr_markdown_(self:PipelineReport)->str:
-    "A table of the stages"
-    head = '| stage | kind | model | rows | solved, learnt from | solved, held out |\n|---|---|---|---|---|---|'
-    def line(r):
-        shares = ' | '.join(_share(r.get(part)) for part in ('trained', 'held'))
-        return f"| {r['stage']} | `{r['kind']}` | {r['model']} | {r.get('rows', '')} | {shares} |"
-    return '\n'.join([head, *map(line, self.rows)])
-
-# %% ../../nbs/698_train.r1.ipynb #d6bcf8b3
-@patch
-def plot(self:PipelineReport,
-    part:str = 'held', # 'held' or 'trained'
-): # Figure
-    "Share of solved problems after each stage, for each model"
-    import matplotlib.pyplot as plt
-    _,ax = plt.subplots(figsize=(7, 3))
-    for name,colour in zip(dict.fromkeys(r['model'] for r in self.rows), COLOURS.values(), strict=False):
-        x,found = zip(*[(i, r[part]) for i,r in enumerate(self.rows) if r['model'] == name and part in r], strict=True)
-        ax.plot(x, [f['right']/f['n'] for f in found], 'o-', color=colour, label=name)
-    ax.set_xticks(range(len(self.rows)), [r['stage'] for r in self.rows], rotation=15, ha='right')
-    ax.set(ylabel='solved', ylim=(-.02, 1.02)); ax.legend()
-    style(ax.figure)
-    return ax.figure

@@ -313,31 +313,27 @@ class Checkpoints(Callback):
         if not (found := checkpoints(self.out)): raise FileNotFoundError(f'{self.out}: contains no checkpoint to resume from')
         return found[-1]
 
-# %% ../../nbs/617_train.resume.ipynb #ed8b06ac
-@patch
-def after_step(self:Checkpoints,
-    t:Trainer, # Trainer after a step
-)->None:
-    "Save a checkpoint if one is due and the step is healthy"
-    self.due = self.due or bool(t.save_every and t.step%t.save_every == 0)
-    if self.out and self.due and t.healthy: self.save(t)
+    def after_step(self,
+        t:Trainer, # Trainer after a step
+    )->None:
+        "Save a checkpoint if one is due and the step is healthy"
+        self.due = self.due or bool(t.save_every and t.step%t.save_every == 0)
+        if self.out and self.due and t.healthy: self.save(t)
 
-@patch
-def after_fit(self:Checkpoints,
-    t:Trainer, # Trainer after its last step
-)->None:
-    "Save the last step"
-    if self.out and t.save_every is not None and self.saved != t.step: self.save(t)
+    def after_fit(self,
+        t:Trainer, # Trainer after its last step
+    )->None:
+        "Save the last step"
+        if self.out and t.save_every is not None and self.saved != t.step: self.save(t)
 
-@patch
-def save(self:Checkpoints,
-    t:Trainer, # Trainer in the middle of a run
-)->None:
-    "Save a checkpoint, and delete those beyond save_total_limit"
-    self.out.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(t, self.out/f'checkpoint-{t.step}', self.model)
-    self.due,self.saved = False,t.step
-    for old in checkpoints(self.out)[:-t.args.save_total_limit] if t.args.save_total_limit else (): discard(old)
+    def save(self,
+        t:Trainer, # Trainer in the middle of a run
+    )->None:
+        "Save a checkpoint, and delete those beyond save_total_limit"
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(t, self.out/f'checkpoint-{t.step}', self.model)
+        self.due,self.saved = False,t.step
+        for old in checkpoints(self.out)[:-t.args.save_total_limit] if t.args.save_total_limit else (): discard(old)
 
 # %% ../../nbs/617_train.resume.ipynb #20c5258e
 @patch

@@ -20,12 +20,10 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.model import Model, head
 from ..arch.routing import Gate, Route
-from ..core.lazy import extended
 from ..files.tokenizer import Tokenizer
 from ..infer.adapters import SharedAdapter, shared_view
 from ..infer.engine import Engine, Row
@@ -48,7 +46,6 @@ def policy_views(
     return base, shared_view(model).layers
 
 # %% ../../nbs/694_train.rollout.ipynb #234576d4
-@extended
 @dataclass(eq=False)
 class Rollouts:
     "Answers that a policy has sampled, in groups"
@@ -62,19 +59,16 @@ class Rollouts:
 
     def __len__(self): return len(self.answers)
 
-# %% ../../nbs/694_train.rollout.ipynb #e40263c3
-@patch
-def batch(self:Rollouts,
-    chosen:list|None = None, # Indices of the answers; None: all
-)->dict: # `tokens`, `labels` `b s`; the answers are scored
-    "Make a batch for the trainer"
-    chosen = range(len(self)) if chosen is None else chosen
-    return own_batch([self.prompts[i] for i in chosen], [self.answers[i] for i in chosen])
+    def batch(self,
+        chosen:list|None = None, # Indices of the answers; None: all
+    )->dict: # `tokens`, `labels` `b s`; the answers are scored
+        "Make a batch for the trainer"
+        chosen = range(len(self)) if chosen is None else chosen
+        return own_batch([self.prompts[i] for i in chosen], [self.answers[i] for i in chosen])
 
-@patch
-def entropy(self:Rollouts)->float: # Nats per token
-    "Mean negative log-probability of the sampled tokens"
-    return -torch.cat(self.sampled).mean().item()
+    def entropy(self)->float: # Nats per token
+        "Mean negative log-probability of the sampled tokens"
+        return -torch.cat(self.sampled).mean().item()
 
 # %% ../../nbs/694_train.rollout.ipynb #2c261d89
 def row_seed(
@@ -170,7 +164,6 @@ class PolicyEngine(Engine):
 ROLLOUT_PAGE = 16 # positions of a page; pages of a prompt are shared in its group
 ROLLOUT_STEP = 1024 # most tokens of a step; nobody waits for a single token
 
-@extended
 @dataclass
 class Sampler:
     "Draws groups of answers from a policy"
@@ -192,6 +185,50 @@ class Sampler:
         if not self.temperature > 0: raise ValueError(f'temperature is {self.temperature}; a policy is sampled at a temperature above 0')
         if self.max_tokens < 1: raise ValueError(f'max_tokens is {self.max_tokens}; an answer has at least 1 token')
 
+    def engine(self,
+        lengths:list|None = None, # Tokens of the prompt of each answer; None: unknown
+    )->tuple[PolicyEngine,str|None]: # Engine, and the name of the policy's adapter in it
+        "An engine with the policy's present weights"
+        model,own = policy_views(self.model)
+        if self.dtype is not None: model = quantize_model(model, self.dtype)
+        known = lengths is not None and not model.config.window # V4's caches are made as they are needed
+        nbytes = min(self.nbytes, rollout_bytes(model, lengths, self.max_tokens, self.max_rows)) if known else self.nbytes
+        found = PolicyEngine(model, self.tok, nbytes, ROLLOUT_PAGE, self.max_rows, ROLLOUT_STEP,
+                             ROLLOUT_STEP, max_waiting=2**31)
+        if self.keep: found.kept = {}
+        if own is not None: found.adapters.loaded['policy'] = SharedAdapter('policy', Path(), own, 'policy', 0)
+        return found, None if own is None else 'policy'
+
+    def requests(self,
+        prompts:list, # Token ids of each prompt
+        group:int, # Answers per prompt
+        phase:int, # Number of the sampling phase
+        adapter:str|None = None, # Name of the policy's adapter in the engine
+    )->list: # A `Request` per answer
+        "What is asked of the engine"
+        def one(i, prompt):
+            how = SamplingParams(self.temperature, self.top_p, self.top_k, seed=row_seed(self.seed, phase, i), logprobs=0)
+            return Request([*prompt], how, self.max_tokens, stop_ids=self.stop_ids, adapter=adapter)
+        return [one(group*i + j, prompt) for i,prompt in enumerate(prompts) for j in range(group)]
+
+    @torch.no_grad()
+    def __call__(self,
+        prompts:list, # Token ids of each prompt
+        group:int = 1, # Answers per prompt
+        phase:int = 0, # Number of the sampling phase; another number gives other answers
+    )->Rollouts:
+        "Draw answers"
+        engine,adapter = self.engine([len(p) for p in prompts for _ in range(group)])
+        asked = self.requests(prompts, group, phase, adapter)
+        streams = [engine.submit(r) for r in asked]
+        with recorded_routes(engine) if self.replay else nullcontext() as kept:
+            while engine.step(): pass
+        self.stats,pieces = engine.stats,[[*s] for s in streams]
+        answers,rows = [[p.id for p in row] for row in pieces],[r.prompt for r in asked]
+        return Rollouts(rows, answers, [s.finish == 'stop' for s in streams], [torch.tensor([p.logprob for p in row]) for row in pieces], group,
+                        kept and [kept.routes([*p, *a[:-1]]) for p,a in zip(rows, answers, strict=True)],
+                        engine.kept and [engine.kept[s] for s in streams])
+
 # %% ../../nbs/694_train.rollout.ipynb #140afe89
 def rollout_bytes(
     model:Model, # Policy
@@ -202,55 +239,6 @@ def rollout_bytes(
     "KV cache that a phase can use"
     pages = sorted((-(-(n + new)//ROLLOUT_PAGE) + 2 for n in lengths), reverse=True) # 2: the tail of a prompt is copied
     return sum(pages[:rows])*PagePool(model.config, 1, ROLLOUT_PAGE, model.dtype, model.device).page_bytes
-
-@patch
-def engine(self:Sampler,
-    lengths:list|None = None, # Tokens of the prompt of each answer; None: unknown
-)->tuple[PolicyEngine,str|None]: # Engine, and the name of the policy's adapter in it
-    "An engine with the policy's present weights"
-    model,own = policy_views(self.model)
-    if self.dtype is not None: model = quantize_model(model, self.dtype)
-    known = lengths is not None and not model.config.window # V4's caches are made as they are needed
-    nbytes = min(self.nbytes, rollout_bytes(model, lengths, self.max_tokens, self.max_rows)) if known else self.nbytes
-    found = PolicyEngine(model, self.tok, nbytes, ROLLOUT_PAGE, self.max_rows, ROLLOUT_STEP,
-                         ROLLOUT_STEP, max_waiting=2**31)
-    if self.keep: found.kept = {}
-    if own is not None: found.adapters.loaded['policy'] = SharedAdapter('policy', Path(), own, 'policy', 0)
-    return found, None if own is None else 'policy'
-
-# %% ../../nbs/694_train.rollout.ipynb #2e5c60cb
-@patch
-def requests(self:Sampler,
-    prompts:list, # Token ids of each prompt
-    group:int, # Answers per prompt
-    phase:int, # Number of the sampling phase
-    adapter:str|None = None, # Name of the policy's adapter in the engine
-)->list: # A `Request` per answer
-    "What is asked of the engine"
-    def one(i, prompt):
-        how = SamplingParams(self.temperature, self.top_p, self.top_k, seed=row_seed(self.seed, phase, i), logprobs=0)
-        return Request([*prompt], how, self.max_tokens, stop_ids=self.stop_ids, adapter=adapter)
-    return [one(group*i + j, prompt) for i,prompt in enumerate(prompts) for j in range(group)]
-
-# %% ../../nbs/694_train.rollout.ipynb #93108629
-@patch
-@torch.no_grad()
-def __call__(self:Sampler,
-    prompts:list, # Token ids of each prompt
-    group:int = 1, # Answers per prompt
-    phase:int = 0, # Number of the sampling phase; another number gives other answers
-)->Rollouts:
-    "Draw answers"
-    engine,adapter = self.engine([len(p) for p in prompts for _ in range(group)])
-    asked = self.requests(prompts, group, phase, adapter)
-    streams = [engine.submit(r) for r in asked]
-    with recorded_routes(engine) if self.replay else nullcontext() as kept:
-        while engine.step(): pass
-    self.stats,pieces = engine.stats,[[*s] for s in streams]
-    answers,rows = [[p.id for p in row] for row in pieces],[r.prompt for r in asked]
-    return Rollouts(rows, answers, [s.finish == 'stop' for s in streams], [torch.tensor([p.logprob for p in row]) for row in pieces], group,
-                    kept and [kept.routes([*p, *a[:-1]]) for p,a in zip(rows, answers, strict=True)],
-                    engine.kept and [engine.kept[s] for s in streams])
 
 # %% ../../nbs/694_train.rollout.ipynb #8e4a6f02
 def kept_table(

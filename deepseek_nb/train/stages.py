@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 
 from ..arch.model import Model
 from ..core.plot import COLOURS, GREY, style
@@ -288,27 +287,26 @@ class StageReport:
                    f"{r['first']:.3f} → {r['last']:.3f}", *ppl(r['texts'])] for r in self.rows]
         return '\n'.join('| ' + ' | '.join(line) + ' |' for line in [head, ['---']*len(head), *lines])
 
-# %% ../../nbs/646_train.stages.ipynb #d25c0485
-@patch
-def plot(self:StageReport,
-    ax = None, # Matplotlib axes; None: new ones
-): # Matplotlib figure
-    "Plot the language loss on each text over all stages"
-    if ax is None:
-        import matplotlib.pyplot as plt
-        ax = plt.subplots(figsize=(7, 3))[1]
-    for name,colour in zip(self.before, itertools.cycle(COLOURS.values()), strict=False):
-        at,last = 0,(0, self.before[name])
-        for row,history in zip(self.rows, self.histories, strict=True):
-            points = [(at + r['step'], r[f'on {name}']) for r in history if f'on {name}' in r]
-            xs,ys = zip(*([last] if row['student'] else []), *points, strict=True)
-            ax.plot(xs, ys, '.-' if row['student'] else '.:', color=colour, label=name if row is self.rows[0] else None)
-            at,last = at + row['steps'],points[-1] if row['student'] else (at + row['steps'], last[1])
-    _mark_stages(ax, self.rows)
-    ax.set(xlabel='step', ylabel='language loss (nats per token)'); ax.legend()
-    style(ax.figure)
-    return ax.figure
+    def plot(self,
+        ax = None, # Matplotlib axes; None: new ones
+    ): # Matplotlib figure
+        "Plot the language loss on each text over all stages"
+        if ax is None:
+            import matplotlib.pyplot as plt
+            ax = plt.subplots(figsize=(7, 3))[1]
+        for name,colour in zip(self.before, itertools.cycle(COLOURS.values()), strict=False):
+            at,last = 0,(0, self.before[name])
+            for row,history in zip(self.rows, self.histories, strict=True):
+                points = [(at + r['step'], r[f'on {name}']) for r in history if f'on {name}' in r]
+                xs,ys = zip(*([last] if row['student'] else []), *points, strict=True)
+                ax.plot(xs, ys, '.-' if row['student'] else '.:', color=colour, label=name if row is self.rows[0] else None)
+                at,last = at + row['steps'],points[-1] if row['student'] else (at + row['steps'], last[1])
+        _mark_stages(ax, self.rows)
+        ax.set(xlabel='step', ylabel='language loss (nats per token)'); ax.legend()
+        style(ax.figure)
+        return ax.figure
 
+# %% ../../nbs/646_train.stages.ipynb #d25c0485
 def _mark_stages(ax, rows):
     "Mark the beginning of each stage with a dotted line and its name"
     ends = list(itertools.accumulate(r['steps'] for r in rows))

@@ -25,8 +25,6 @@ from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from ..files.tokenizer import Tokenizer, byte_alphabet
 from ..files.untrusted import json_row
 from ..serve.events import Splitter, events_of
@@ -190,33 +188,28 @@ class Expression:
             self.at += 1
             return self.parts[self.at - 1]
 
-# %% ../../nbs/688_train.tasks.ipynb #78d3fd86
-@patch
-def _sum(self:Expression):
-    value = self._product()
-    while value is not None and (sign := self._next('+-')):
-        other = self._product()
-        value = None if other is None else value + other if sign == '+' else value - other
-    return value
+    def _sum(self):
+        value = self._product()
+        while value is not None and (sign := self._next('+-')):
+            other = self._product()
+            value = None if other is None else value + other if sign == '+' else value - other
+        return value
 
-@patch
-def _product(self:Expression):
-    value = self._atom()
-    while value is not None and (sign := self._next('*/')):
-        other = self._atom()
-        value = None if other is None or sign == '/' and not other else value*other if sign == '*' else value/other
-    return value
+    def _product(self):
+        value = self._atom()
+        while value is not None and (sign := self._next('*/')):
+            other = self._atom()
+            value = None if other is None or sign == '/' and not other else value*other if sign == '*' else value/other
+        return value
 
-# %% ../../nbs/688_train.tasks.ipynb #fe0c5304
-@patch
-def _atom(self:Expression):
-    if self._next('('):
-        value = self._sum()
-        return value if self._next(')') else None
-    if self.at == len(self.parts) or not re.fullmatch('[0-9]+', self.parts[self.at]): return None
-    self.numbers.append(int(self.parts[self.at]))
-    self.at += 1
-    return Fraction(self.numbers[-1])
+    def _atom(self):
+        if self._next('('):
+            value = self._sum()
+            return value if self._next(')') else None
+        if self.at == len(self.parts) or not re.fullmatch('[0-9]+', self.parts[self.at]): return None
+        self.numbers.append(int(self.parts[self.at]))
+        self.at += 1
+        return Fraction(self.numbers[-1])
 
 # %% ../../nbs/688_train.tasks.ipynb #94834e79
 def countdown_right(

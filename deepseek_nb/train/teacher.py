@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -199,29 +198,25 @@ class TeacherLogits:
     def __len__(self): return len(self.places)
     def __repr__(self): return f'TeacherLogits({len(self):,} rows, {self.k or "all"} of {self.vocabulary:,} tokens)'
 
-# %% ../../nbs/642_train.teacher.ipynb #d033b888
-@patch
-def find(self:TeacherLogits,
-    batch:dict, # Batch with `tokens` and `labels` `b s`, optionally `documents`
-)->list: # Shard, and first and last position of each row in it
-    "Find the outputs for a batch"
-    keys = row_keys(batch)
-    if gone := [i for i,key in enumerate(keys) if key not in self.places]:
-        raise ValueError(f'{self.folder}: row {gone[0]} of the batch is not among the {len(self):,} rows with stored '
+    def find(self,
+        batch:dict, # Batch with `tokens` and `labels` `b s`, optionally `documents`
+    )->list: # Shard, and first and last position of each row in it
+        "Find the outputs for a batch"
+        keys = row_keys(batch)
+        if gone := [i for i,key in enumerate(keys) if key not in self.places]:
+            raise ValueError(f'{self.folder}: row {gone[0]} of the batch is not among the {len(self):,} rows with stored '
                          'outputs; pack and mask the data in the same way as for write_logits')
-    return [self.places[key] for key in keys]
+        return [self.places[key] for key in keys]
 
-# %% ../../nbs/642_train.teacher.ipynb #bbd60dcf
-@patch
-def __call__(self:TeacherLogits,
-    batch:dict, # Batch with `tokens` and `labels` `b s`, optionally `documents`
-)->tuple[Tensor,Tensor|None]: # For the scored positions, log-probabilities `n k+1` or `n w`, and tokens `n k`
-    "Read the outputs for a batch"
-    parts = []
-    for path,a,b in self.find(batch):
-        with opened(path) as f: parts.append({k: f.get_slice(k)[a:b] for k in ('values', 'indices')[:1 + (self.k is not None)]})
-    out = _joined(parts)
-    return out['values'].float(), out['indices'].long() if self.k else None
+    def __call__(self,
+        batch:dict, # Batch with `tokens` and `labels` `b s`, optionally `documents`
+    )->tuple[Tensor,Tensor|None]: # For the scored positions, log-probabilities `n k+1` or `n w`, and tokens `n k`
+        "Read the outputs for a batch"
+        parts = []
+        for path,a,b in self.find(batch):
+            with opened(path) as f: parts.append({k: f.get_slice(k)[a:b] for k in ('values', 'indices')[:1 + (self.k is not None)]})
+        out = _joined(parts)
+        return out['values'].float(), out['indices'].long() if self.k else None
 
 # %% ../../nbs/642_train.teacher.ipynb #d18cdd94
 def stored_divergence(

@@ -20,14 +20,14 @@ from time import perf_counter
 from warnings import warn
 
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from ..core.device import pick_dtype
-from ..core.lazy import extended
+from typing import TYPE_CHECKING
+from ..core.lazy import later
 from ..files.tokenizer import Tokenizer
 from ..kernels.train import experts_forward
 from .callbacks import EVENTS, CancelFit, CancelStep, Guard, History, Progress
@@ -225,7 +225,6 @@ def steps_between(
     return count_steps(batches, replace(args, max_steps=-1, num_train_epochs=1)) if strategy == 'epoch' else steps
 
 # %% ../../nbs/615_train.trainer.ipynb #2a39605b
-@extended
 class Trainer:
     "Trains a model with a short loop, which calls callbacks at named events"
     def __init__(self,
@@ -250,157 +249,141 @@ class Trainer:
         self.callbacks = list(callbacks)
         for own in Guard, Progress: self.add_callback(own)
 
-# %% ../../nbs/615_train.trainer.ipynb #d723ce8a
-@patch
-def __call__(self:Trainer,
-    event:str, # One of `EVENTS`
-)->None:
-    "Run the callbacks of an event"
-    for act in self.acts[event]: act(self)
+    if TYPE_CHECKING:
+        from deepseek_nb.train.resume import checkpoints_callback, save_model
+    else:
+        checkpoints_callback = later('train.resume')
+        save_model = later('train.resume')
 
-# %% ../../nbs/615_train.trainer.ipynb #ed4dcb39
-@patch
-def add_callback(self:Trainer,
-    make, # A callback's class, or a function without arguments that makes one
-)->None:
-    "Add a callback, unless the trainer has one of this class"
-    new = make()
-    if not any(type(new).__name__ in (k.__name__ for k in type(c).__mro__) for c in self.callbacks): self.callbacks.append(new)
-    self.callbacks.sort(key=lambda c: c.order)
+    def __call__(self,
+        event:str, # One of `EVENTS`
+    )->None:
+        "Run the callbacks of an event"
+        for act in self.acts[event]: act(self)
 
-# %% ../../nbs/615_train.trainer.ipynb #03e6dabd
-@patch
-def tokenised(self:Trainer,
-    data, # Rows with text columns, examples, batches, or None
-): # Examples, batches, or None
-    "Tokenise text columns to examples, and return other data unchanged"
-    names = None if data is None or hasattr(data, 'rest') else column_names(data)
-    if names is None or 'tokens' in names: return data
-    if self.processing_class is None:
-        told = f"the dataset has the columns {', '.join(names)}"
-        raise ValueError(f"{told}; give processing_class, the model's Tokenizer, or rows with `tokens`")
-    context = getattr(getattr(self.model, 'config', None), 'max_positions', self.args.max_length)
-    return sft_data(data, self.processing_class, min(self.args.max_length, context), self.args.packing)
+    def add_callback(self,
+        make, # A callback's class, or a function without arguments that makes one
+    )->None:
+        "Add a callback, unless the trainer has one of this class"
+        new = make()
+        if not any(type(new).__name__ in (k.__name__ for k in type(c).__mro__) for c in self.callbacks): self.callbacks.append(new)
+        self.callbacks.sort(key=lambda c: c.order)
 
-# %% ../../nbs/615_train.trainer.ipynb #1f78ff11
-@patch
-def make_batches(self:Trainer,
-    size:int, # Rows per batch, summed over all ranks
-)->None:
-    "Make the batches of a run, and compute its number of steps"
-    a = self.args
-    self.batches = as_batches(self.train_dataset, size, self.model, seed=a.seed, workers=a.dataloader_num_workers)
-    self.max_steps = count_steps(self.batches, a)
-    self.eval_every = steps_between(a.eval_strategy, a.eval_steps, a, self.batches)
-    self.save_every = steps_between(a.save_strategy, a.save_steps, a, self.batches)
+    def tokenised(self,
+        data, # Rows with text columns, examples, batches, or None
+    ): # Examples, batches, or None
+        "Tokenise text columns to examples, and return other data unchanged"
+        names = None if data is None or hasattr(data, 'rest') else column_names(data)
+        if names is None or 'tokens' in names: return data
+        if self.processing_class is None:
+            told = f"the dataset has the columns {', '.join(names)}"
+            raise ValueError(f"{told}; give processing_class, the model's Tokenizer, or rows with `tokens`")
+        context = getattr(getattr(self.model, 'config', None), 'max_positions', self.args.max_length)
+        return sft_data(data, self.processing_class, min(self.args.max_length, context), self.args.packing)
 
-# %% ../../nbs/615_train.trainer.ipynb #f294f010
-@patch
-def begin(self:Trainer)->None:
-    "Make batches, optimiser, schedule and callbacks of a run"
-    a,(optimizer,schedule) = self.args,self.optimizers
-    torch.manual_seed(a.seed)
-    self.make_batches(a.per_device_train_batch_size)
-    self.optimizer = optimizer or make_optimizer(self.model, a)
-    self.lr_scheduler = schedule or make_schedule(self.optimizer, a, self.max_steps)
-    self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.**10, enabled=self.dtype == torch.float16)
-    self.step,self.history = 0,History()
-    if a.output_dir or self.resume_from_checkpoint: self.add_callback(self.checkpoints_callback)
-    self.acts = {e: [getattr(c, e) for c in self.callbacks if hasattr(c, e)] for e in EVENTS}
+    def make_batches(self,
+        size:int, # Rows per batch, summed over all ranks
+    )->None:
+        "Make the batches of a run, and compute its number of steps"
+        a = self.args
+        self.batches = as_batches(self.train_dataset, size, self.model, seed=a.seed, workers=a.dataloader_num_workers)
+        self.max_steps = count_steps(self.batches, a)
+        self.eval_every = steps_between(a.eval_strategy, a.eval_steps, a, self.batches)
+        self.save_every = steps_between(a.save_strategy, a.save_steps, a, self.batches)
 
-# %% ../../nbs/615_train.trainer.ipynb #21847227
-@patch
-@torch.enable_grad()
-def train(self:Trainer,
-    resume_from_checkpoint:bool|str|Path = False, # True: resume the last checkpoint in output_dir; or the folder of a checkpoint
-)->History: # One row per step
-    "Train from the beginning, or from a checkpoint, to the end"
-    self.resume_from_checkpoint,was = resume_from_checkpoint,self.model.training
-    self.begin()
-    self.model.train()
-    try:
-        with checkpointed(self.model) if self.args.gradient_checkpointing else nullcontext(): self.fit()
-        self('after_fit')
-    finally:
-        self('cleanup')
+    def begin(self)->None:
+        "Make batches, optimiser, schedule and callbacks of a run"
+        a,(optimizer,schedule) = self.args,self.optimizers
+        torch.manual_seed(a.seed)
+        self.make_batches(a.per_device_train_batch_size)
+        self.optimizer = optimizer or make_optimizer(self.model, a)
+        self.lr_scheduler = schedule or make_schedule(self.optimizer, a, self.max_steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.**10, enabled=self.dtype == torch.float16)
+        self.step,self.history = 0,History()
+        if a.output_dir or self.resume_from_checkpoint: self.add_callback(self.checkpoints_callback)
+        self.acts = {e: [getattr(c, e) for c in self.callbacks if hasattr(c, e)] for e in EVENTS}
+
+    @torch.enable_grad()
+    def train(self,
+        resume_from_checkpoint:bool|str|Path = False, # True: resume the last checkpoint in output_dir; or the folder of a checkpoint
+    )->History: # One row per step
+        "Train from the beginning, or from a checkpoint, to the end"
+        self.resume_from_checkpoint,was = resume_from_checkpoint,self.model.training
+        self.begin()
+        self.model.train()
+        try:
+            with checkpointed(self.model) if self.args.gradient_checkpointing else nullcontext(): self.fit()
+            self('after_fit')
+        finally:
+            self('cleanup')
+            self.model.train(was)
+        return self.history
+
+    def fit(self)->None:
+        "Take steps until the run ends"
+        try:
+            self('before_fit')
+            self.data = iter(self.batches)
+            while self.step < self.max_steps: self.one_step()
+        except CancelFit: pass
+
+    def one_step(self)->None:
+        "Take one optimiser step and add its row to the history"
+        start,self.total,self.scored = perf_counter(),0.,0
+        self.loss,self.norm,self.healthy = math.nan,math.nan,True
+        rate = self.lr_scheduler.get_last_lr()[0]
+        try:
+            self('before_step')
+            for _ in range(self.args.gradient_accumulation_steps): self.backward(next(self.data))
+            self('after_backward')
+            self.update()
+        except CancelStep: pass
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.history.append(dict(step=self.step, loss=self.loss, grad_norm=self.norm, learning_rate=rate, tokens=self.scored,
+                                 seconds=perf_counter() - start))
+        every = self.eval_every
+        due = every is not None and (self.step == self.max_steps or (every and self.step%every == 0))
+        if due and self.eval_dataset is not None: self.evaluate()
+        self('after_step')
+
+    def backward(self,
+        batch:dict, # Name -> tensor
+    )->None:
+        "Add the gradient of a batch to the gradients of the step"
+        self.batch = {k: v.to(self.device, non_blocking=True) for k,v in batch.items()}
+        self('before_loss')
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): self.part = self.compute_loss(self.model, self.batch)
+        self('after_loss')
+        self.scaler.scale(self.part[0]).backward()
+        self.total,self.scored = self.total + self.part[0].detach(),self.scored + int(self.part[1])
+
+    def update(self)->None:
+        "Divide and clip the gradients, and step optimiser and schedule"
+        n,scale = max(1, self.scored),self.scaler.get_scale()
+        self.scaler.unscale_(self.optimizer)
+        norm = scale_gradients(self.params, n, self.args.max_grad_norm)
+        self.loss,self.norm = torch.stack([self.total/n, norm]).tolist()
+        if not self.scored: raise CancelStep
+        self('before_update')
+        self.scaler.step(self.optimizer); self.scaler.update()
+        if self.scaler.get_scale() >= scale: self.lr_scheduler.step()
+        self('after_update')
+
+    @torch.no_grad()
+    def evaluate(self,
+        dataset = None, # Rows, examples or batches; None: `eval_dataset`
+    )->float: # Mean loss of a scored token, in nats
+        "Compute the mean loss over a dataset"
+        data = self.eval_dataset if dataset is None else self.tokenised(dataset)
+        data = as_batches(data, self.args.per_device_eval_batch_size, self.model, shuffle=False)
+        total,n,was = 0.,0,self.model.training
+        self.model.eval()
+        for batch in data.rest():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                part,scored = self.compute_loss(self.model, {k: v.to(self.device) for k,v in batch.items()})
+            total,n = total + part.item(),n + int(scored)
         self.model.train(was)
-    return self.history
-
-# %% ../../nbs/615_train.trainer.ipynb #0c13b562
-@patch
-def fit(self:Trainer)->None:
-    "Take steps until the run ends"
-    try:
-        self('before_fit')
-        self.data = iter(self.batches)
-        while self.step < self.max_steps: self.one_step()
-    except CancelFit: pass
-
-# %% ../../nbs/615_train.trainer.ipynb #18f6139f
-@patch
-def one_step(self:Trainer)->None:
-    "Take one optimiser step and add its row to the history"
-    start,self.total,self.scored = perf_counter(),0.,0
-    self.loss,self.norm,self.healthy = math.nan,math.nan,True
-    rate = self.lr_scheduler.get_last_lr()[0]
-    try:
-        self('before_step')
-        for _ in range(self.args.gradient_accumulation_steps): self.backward(next(self.data))
-        self('after_backward')
-        self.update()
-    except CancelStep: pass
-    self.optimizer.zero_grad()
-    self.step += 1
-    self.history.append(dict(step=self.step, loss=self.loss, grad_norm=self.norm, learning_rate=rate, tokens=self.scored,
-                             seconds=perf_counter() - start))
-    every = self.eval_every
-    due = every is not None and (self.step == self.max_steps or (every and self.step%every == 0))
-    if due and self.eval_dataset is not None: self.evaluate()
-    self('after_step')
-
-# %% ../../nbs/615_train.trainer.ipynb #39889ce6
-@patch
-def backward(self:Trainer,
-    batch:dict, # Name -> tensor
-)->None:
-    "Add the gradient of a batch to the gradients of the step"
-    self.batch = {k: v.to(self.device, non_blocking=True) for k,v in batch.items()}
-    self('before_loss')
-    with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None): self.part = self.compute_loss(self.model, self.batch)
-    self('after_loss')
-    self.scaler.scale(self.part[0]).backward()
-    self.total,self.scored = self.total + self.part[0].detach(),self.scored + int(self.part[1])
-
-# %% ../../nbs/615_train.trainer.ipynb #a61bb880
-@patch
-def update(self:Trainer)->None:
-    "Divide and clip the gradients, and step optimiser and schedule"
-    n,scale = max(1, self.scored),self.scaler.get_scale()
-    self.scaler.unscale_(self.optimizer)
-    norm = scale_gradients(self.params, n, self.args.max_grad_norm)
-    self.loss,self.norm = torch.stack([self.total/n, norm]).tolist()
-    if not self.scored: raise CancelStep
-    self('before_update')
-    self.scaler.step(self.optimizer); self.scaler.update()
-    if self.scaler.get_scale() >= scale: self.lr_scheduler.step()
-    self('after_update')
-
-# %% ../../nbs/615_train.trainer.ipynb #3c86e6b3
-@patch
-@torch.no_grad()
-def evaluate(self:Trainer,
-    dataset = None, # Rows, examples or batches; None: `eval_dataset`
-)->float: # Mean loss of a scored token, in nats
-    "Compute the mean loss over a dataset"
-    data = self.eval_dataset if dataset is None else self.tokenised(dataset)
-    data = as_batches(data, self.args.per_device_eval_batch_size, self.model, shuffle=False)
-    total,n,was = 0.,0,self.model.training
-    self.model.eval()
-    for batch in data.rest():
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            part,scored = self.compute_loss(self.model, {k: v.to(self.device) for k,v in batch.items()})
-        total,n = total + part.item(),n + int(scored)
-    self.model.train(was)
-    value = total/max(1, n)
-    if dataset is None and self.history: self.history[-1]['eval_loss'] = value; self('after_eval')
-    return value
+        value = total/max(1, n)
+        if dataset is None and self.history: self.history[-1]['eval_loss'] = value; self('after_eval')
+        return value
