@@ -300,16 +300,16 @@ def test_padded_rows(source):
         assert distance(torch.stack([g[row] for g in got]), torch.cat([want[0, -16:], want[0, -1:]])) < 1e-4
 
 
-def test_many_rows(source):
-    "As many rows as a call takes, and one more"
-    model = make(draw(source('rows')))
-    ids = torch.randint(model.config.vocab_size, (65, 12))
-    want, _ = follow(model, ids, [11, 1], 'reference')
-    for rows, one in ((64, True), (65, False)):
-        got, cache = follow(model, ids[:rows], [11, 1])
-        assert fused(model, cache) == one
-        errors = ((got - want[:rows]).abs().amax((1, 2))/want.abs().max()).sort().values
-        assert errors[:-2].max() < 1e-4  # a row's experts may nearly tie
+def test_many_rows_and_long_prompts(source):
+    "More rows than a call has tokens, and more tokens than a call takes, in any number of rows"
+    model = make(draw(source('rows'), max_positions=700))
+    for rows, lengths in ((300, [5, 1]), (1, [600, 1, 40]), (3, [200, 100])):
+        ids = torch.randint(model.config.vocab_size, (rows, sum(lengths)))
+        want, _ = follow(model, ids, lengths, 'reference')
+        got, cache = follow(model, ids, lengths)
+        assert fused(model, cache)
+        errors = ((got - want).abs().amax(-1)/want.abs().max()).flatten()
+        assert errors.quantile(.95) < 1e-4  # experts or entries of a token may nearly tie, which later tokens of its row see
 
 
 def test_bfloat16(source):

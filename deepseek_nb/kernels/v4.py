@@ -8,9 +8,10 @@ collects the weights of all blocks, and detects if a module has been replaced or
 
 # %% auto #0
 __all__ = ['v4_kernels', 'v4_collected', 'v4_head_kernels', 'v4_half', 'V4Blocks', 'v4_blocks_of', 'v4_caches_fit', 'v4_fits',
-           'V4Rows', 'v4_args', 'v4_calls', 'run_v4', 'run_blocks_v4', 'run_rows_v4', 'read_streams_cpp']
+           'V4Rows', 'v4_rows_of', 'v4_args', 'v4_calls', 'run_v4', 'run_blocks_v4', 'run_rows_v4', 'read_streams_cpp']
 
 # %% ../../nbs/541_kernels.v4.ipynb #14c5e18f
+from collections.abc import Iterator
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,7 +31,7 @@ from ..arch.window import WindowAttention
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .gemm import FLOATS
-from .ragged import parts_of
+from .ragged import CALL_TOKENS, parts_of
 from .step import LIMIT, Half, has_floats
 from .v4_parts import MOST_STREAMS
 from .v4_stages import V4_PLACES, v4_numbers, v4_sizes
@@ -127,8 +128,9 @@ def v4_fits(
 )->bool: # Whether the kernels can run these tokens with this cache
     "Whether the shapes, the cache and the padding allow one call"
     cache = ctx.cache
-    if x.ndim != 4 or ctx.tokens is None or not v4_caches_fit(x, [cache]): return False
-    return 0 < x.shape[0]*x.shape[1] <= LIMIT and (cache.pad is None or len(cache) >= cache.pad.max().item())
+    if x.ndim != 4 or ctx.tokens is None or not v4_caches_fit(x, [cache]) or not ctx.tokens.numel(): return False
+    most = CALL_TOKENS if ctx.taps is not None else float('inf') if x.dtype == torch.float32 else LIMIT
+    return ctx.tokens.numel() <= most and (cache.pad is None or len(cache) >= cache.pad.max().item())
 
 # %% ../../nbs/541_kernels.v4.ipynb #c775cc12
 class V4Rows(NamedTuple):
@@ -142,10 +144,24 @@ class V4Rows(NamedTuple):
     @classmethod
     def equal(cls,
         ctx:Context, # Cache of a batch, and token ids `b s`
+        here:slice = slice(None), # New tokens of each row
     )->'V4Rows':
         "Describe a batch of rows of one length"
-        b,s = ctx.tokens.shape
-        return cls([ctx.cache], ctx.tokens.flatten(), torch.arange(b + 1)*s, torch.full((b,), ctx.cache.length), ctx.taps)
+        ids,b,past = ctx.tokens[:, here],len(ctx.tokens),ctx.cache.length + (here.start or 0)
+        return cls([ctx.cache], ids.flatten(), torch.arange(b + 1)*ids.shape[1], torch.full((b,), past), ctx.taps)
+
+# %% ../../nbs/541_kernels.v4.ipynb #5f52151f
+def v4_rows_of(
+    where:Context|RaggedBatch, # Caches and token ids of a batch of equal rows, or of a ragged batch
+)->Iterator[tuple]: # Where the tokens of a part are in the streams, and its `V4Rows`
+    "Divide the new tokens into calls of bounded size"
+    if isinstance(where, Context):
+        s,each = where.tokens.shape[1],max(1, CALL_TOKENS//len(where.tokens))
+        for i in range(0, s, each): yield (slice(None), slice(i, i + each)),V4Rows.equal(where, slice(i, i + each))
+        return
+    for p in parts_of(where):
+        caches = [where.caches[i] for i in p.table[:, 0].tolist()]
+        yield slice(p.first, p.last),V4Rows(caches, where.tokens[p.first:p.last], p.starts, p.past, where.taps)
 
 # %% ../../nbs/541_kernels.v4.ipynb #905f48c7
 def _angles(found, end, device):
@@ -189,14 +205,12 @@ def run_v4(
     weights, # As in `v4_calls`
     call, # As in `v4_calls`
 )->Tensor: # In the shape of `x`
-    "Run all blocks on a batch of equal rows, or on a ragged batch in calls of bounded size"
+    "Run all blocks on the rows, in calls of bounded size"
     y = x.to(torch.float32, copy=True).contiguous()
-    if isinstance(where, Context): v4_calls(found, V4Rows.equal(where), weights, call, y.flatten(0, 1), x.dtype)
-    else:
-        for p in parts_of(where):
-            caches = [where.caches[i] for i in p.table[:, 0].tolist()]
-            rows = V4Rows(caches, where.tokens[p.first:p.last], p.starts, p.past, where.taps)
-            v4_calls(found, rows, weights, call, y[p.first:p.last], x.dtype)
+    for here,rows in v4_rows_of(where):
+        part = y[here].contiguous()
+        v4_calls(found, rows, weights, call, part.view(-1, *y.shape[-2:]), x.dtype)
+        if part.data_ptr() != y[here].data_ptr(): y[here] = part
     return y.to(x.dtype)
 
 # %% ../../nbs/541_kernels.v4.ipynb #ea228163
