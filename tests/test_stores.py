@@ -19,6 +19,7 @@ from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.infer.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, border_distance, restore, state_bytes
 from deepseek_nb.infer.stores import OwnedRows, PagedRows
+from deepseek_nb.kernels.v4 import v4_kernels
 from deepseek_nb.tools.serving import draft_source
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
@@ -179,18 +180,36 @@ def test_a_block_drafter_of_a_served_model(tmp_path):
     with pytest.raises(ValueError, match='the drafter was made for'): Engine(Model(v32(r), torch.float32, 'meta'), Bytes(), draft=source)
 
 
-def test_chunks_of_v4(monkeypatch):
-    "In chunks and batches, without the promise of bits, the answers are those of `generate`"
+def test_v4_without_kernels():
+    "In chunks and batches, without the promise of bits, the answers are those of `generate`; with it, each token is computed alone"
     model, r = made(v4)
-    engine = Engine(model, Bytes(), exact=False, budget=50)
-    assert not engine.exact and not engine.single
     prompts = [[r.randrange(256) for _ in range(n)] for n in (140, 7, 60)]
-    streams = [engine.submit(Request(p, SamplingParams(temperature=0.), max_tokens=9, stop_ids=())) for p in prompts]
-    run(engine)
-    for p,stream in zip(prompts, streams, strict=True):
-        want = model.generate(torch.tensor([p]), max_new_tokens=9, eos_token_id=-1)[0, len(p):].tolist()
-        assert [t[0] for t in tokens(stream)] == want
-    with pytest.warns(UserWarning, match='a draft may change a token'): Engine(model, Bytes(), exact=False, draft='lookup')
+    for exact in (False, True):
+        with use('reference'):
+            engine = Engine(model, Bytes(), budget=50, exact=exact)
+            assert engine.exact == engine.single == exact
+            streams = [engine.submit(Request(p, SamplingParams(temperature=0.), max_tokens=9, stop_ids=())) for p in prompts]
+            run(engine)
+        for p,stream in zip(prompts, streams, strict=True):
+            with use('reference'): want = model.generate(torch.tensor([p]), max_new_tokens=9, eos_token_id=-1)[0, len(p):].tolist()
+            assert [t[0] for t in tokens(stream)] == want
+    with use('reference'), pytest.warns(UserWarning, match='a draft may change a token'): Engine(model, Bytes(), draft='lookup')
+
+
+def test_a_step_of_v4_is_one_call(monkeypatch):
+    "Eight rows that read their prompts and answer: as many calls of the kernel as steps, and as many steps as of another model"
+    assert v4_kernels.ready(), v4_kernels.failed
+    model, r = made(v4)
+    prompts, steps = [[r.randrange(256) for _ in range(150)] for _ in range(8)], []
+    for m in (model, made(v32)[0]):
+        engine, calls, real = Engine(m, Bytes(), page=64), [], v4_kernels.v4_step
+        with monkeypatch.context() as patched:
+            patched.setattr(v4_kernels, 'v4_step', lambda x, *args, real=real, calls=calls: (calls.append(len(x)), real(x, *args))[1])
+            for p in prompts: engine.submit(Request(p, SamplingParams(temperature=0.), max_tokens=20, stop_ids=()))
+            run(engine)
+        steps.append(engine.stats.steps)
+        if m is model: assert len(calls) == engine.stats.steps and sum(calls) == 8*(150 + 19)
+    assert steps[0] <= steps[1] + 8 # a chunk ends where a prompt could be continued
 
 
 def test_memory_of_v4():
@@ -231,7 +250,7 @@ def test_a_failed_step_forgets_the_row(monkeypatch):
         real, calls = ragged.run_rows, []
         def fails(x, blocks, batch):
             calls.append(real(x, blocks, batch)) # the rings are written
-            if len(calls) > 30: raise MemoryError('too little')
+            if len(calls) > 1: raise MemoryError('too little')
             return calls[-1]
         patched.setattr(ragged, 'run_rows', fails)
         bad = engine.submit(asked)

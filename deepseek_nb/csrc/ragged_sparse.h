@@ -31,8 +31,7 @@ template <class T> struct PagedKeys {
 };
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #6531900f
-template <class T> struct RaggedDsa : MlaStage<T, Dots<T>, RaggedStep> {
-    using M = Dots<T>;
+template <class T, class M> struct RaggedDsa : MlaStage<T, M, RaggedStep> {
     using Base = MlaStage<T, M, RaggedStep>;
     using Base::step, Base::xs, Base::qas, Base::qa, Base::panel, Base::q, Base::ql, Base::o;
     int64_t a;                          // most tokens that a query selects
@@ -52,7 +51,8 @@ template <class T> struct RaggedDsa : MlaStage<T, Dots<T>, RaggedStep> {
 };
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #7b4e64c4
-template <class T> SelectRun<PagedKeys<T>> RaggedDsa<T>::run(const Index<T, M>& m, const Tensor* cache,
+template <class T, class M>
+SelectRun<PagedKeys<T>> RaggedDsa<T, M>::run(const Index<T, M>& m, const Tensor* cache,
     int64_t row) const {
     const int64_t at = step.starts[row], s = step.starts[row + 1] - at;
     const auto keys = FloatCache::view<T>(cache + 1).read_only();
@@ -61,8 +61,8 @@ template <class T> SelectRun<PagedKeys<T>> RaggedDsa<T>::run(const Index<T, M>& 
     run.causal = true, run.a = a, run.out = {data<int64_t>(table) + at * a};
     return run;
 }
-template <class T>
-RaggedDsa<T>::RaggedDsa(const RaggedStep& step, const Mla<T, M>& w, const Index<T, M>& m, int64_t most,
+template <class T, class M>
+RaggedDsa<T, M>::RaggedDsa(const RaggedStep& step, const Mla<T, M>& w, const Index<T, M>& m, int64_t most,
                         const Tensor& past, const Tensor* cache)
     : Base(step, w), a(0), starts(integers(past, {step.n + 1})), held(integers(past, {step.n})), table(starts) {
     for (int64_t j = 0; j < step.n; ++j) a = std::max(a, std::min(most, seen(j)));
@@ -79,17 +79,19 @@ RaggedDsa<T>::RaggedDsa(const RaggedStep& step, const Mla<T, M>& w, const Index<
 }
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #f1a69324
-template <class T>
-void RaggedDsa<T>::project_index(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x) const {
+template <class T, class M>
+void RaggedDsa<T, M>::project_index(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x) const {
     const int64_t n = step.n;
     const float* const* rows = again(t, n, w.d, x, w.norm, w.eps, xs);
     product(t, m.u, n, w.d, m.k, rows, ik, m.u, panel);
     product(t, m.j, n, w.d, m.weights, rows, iw, m.j, panel);
+    if (n > FEW) t.wait();  // products of codes round their inputs into the panel
     rows = again(t, n, w.q_rank, qa, w.q_norm, 1e-6f, qas);
     product(t, m.j * m.u, n, w.q_rank, m.q, rows, iq, m.j * m.u, panel);
     t.wait();
 }
-template <class T> void RaggedDsa<T>::write_index(const Team& t, const Index<T, M>& m, const Tensor* cache) const {
+template <class T, class M>
+void RaggedDsa<T, M>::write_index(const Team& t, const Index<T, M>& m, const Tensor* cache) const {
     const auto keys = FloatCache::view<T>(cache + 1);
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
@@ -104,8 +106,8 @@ template <class T> void RaggedDsa<T>::write_index(const Team& t, const Index<T, 
 }
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #2495b124
-template <class T>
-void RaggedDsa<T>::select(const Team& t, const Index<T, M>& m, const Tensor* cache, int64_t rows) const {
+template <class T, class M>
+void RaggedDsa<T, M>::select(const Team& t, const Index<T, M>& m, const Tensor* cache, int64_t rows) const {
     int64_t* to = data<int64_t>(table);
     for (int64_t i = 0; i < rows; ++i, t.wait())
         if (const auto search = run(m, cache, i); search.keys.t > a) search(t, room);
@@ -125,8 +127,8 @@ void RaggedDsa<T>::select(const Team& t, const Index<T, M>& m, const Tensor* cac
 }
 
 // %% ../../nbs/539_kernels.ragged_sparse.ipynb #dba0acd0
-template <class T>
-void RaggedDsa<T>::operator()(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x,
+template <class T, class M>
+void RaggedDsa<T, M>::operator()(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x,
                               const Tensor* cache, int64_t rows, float* y) const {
     this->project(t, w, x);
     project_index(t, w, m, x);
@@ -139,4 +141,22 @@ void RaggedDsa<T>::operator()(const Team& t, const Mla<T, M>& w, const Index<T, 
     chosen->attend(t, Heads<Selection<T>>{1, w.h, w.cached(), w.c, ql, latents, latents, o, w.scale}, desk);
     t.wait();
     this->finish(t, w, x, y);
+}
+
+// %% ../../nbs/539_kernels.ragged_sparse.ipynb #d8fe173a
+template <class T, class M>
+void run_ragged_sparse(const Weights<T, M>& all, const Weights<T, M>& indexers, int64_t layers, const RaggedStep& step,
+                       int64_t most, const Tensor& past, const StepSizes& n, const StepNumbers& f, float* x,
+                       const Tensors& pages, float* y) {
+    const auto mla = [&](int64_t i) { return mla_weights(all.from(2 * i * HALF), n.attention, f.attention); };
+    FfnStage<T, M> feed = largest_ffn(all, layers, step.n, step.d, n.feed.k);
+    const RaggedDsa<T, M> attend(step, mla(0), index_weights(indexers), most, past, pages.data());
+    team([&](const Team& t) {
+        for (int64_t i = 0; i < layers; ++i) {
+            attend(t, mla(i), index_weights(indexers.from(i * INDEX)), x, &pages[2 * i], past.size(0), y);
+            t.wait();
+            feed(t, ffn_weights(all.from((2 * i + 1) * HALF), n.feed, f.feed), y, x);
+            t.wait();
+        }
+    });
 }

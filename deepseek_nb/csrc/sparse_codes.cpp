@@ -2,7 +2,7 @@
 
 // %% ../../nbs/549_kernels.sparse_codes.ipynb #afa3bb51
 #include "quant_step.h"
-#include "sparse_step.h"
+#include "ragged_sparse.h"
 #include <torch/csrc/stable/library.h>
 
 using Integers = std::vector<int64_t>;
@@ -27,13 +27,26 @@ void sparse_blocks_codes(Tensor x, Tensor table, bool single, int64_t a, Integer
 }
 
 // %% ../../nbs/549_kernels.sparse_codes.ipynb #ee343916
+void ragged_sparse_codes(Tensor x, Tensor table, bool single, int64_t a, Integers sizes, Reals numbers, Tensor cos,
+                         Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y) {
+    const auto n = record<StepSizes>(sizes);
+    const RaggedStep step(x, cos, sin, starts, past, rows, pages[0], n.attention);
+    const int64_t layers = table.size(0) / (2 * HALF + INDEX);
+    with_codes(table, single, [&](auto w) {
+        run_ragged_sparse(w, w.from(2 * HALF * layers), layers, step, a, past, n, record<StepNumbers>(numbers),
+                          data<float>(x), pages, data<float>(y));
+    });
+}
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
+    m.def("ragged_sparse_codes(Tensor(a!) x, Tensor table, bool single, int a, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor rows, Tensor(c!) y) -> ()");
     m.def("sparse_attention_codes(Tensor x, Tensor table, bool single, int a, int[] sizes, float[] numbers, "
           "Tensor cos, Tensor sin, Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
     m.def("sparse_blocks_codes(Tensor(a!) x, Tensor table, bool single, int a, int[] sizes, float[] numbers, "
           "Tensor cos, Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
+    m.impl("ragged_sparse_codes", TORCH_BOX(&ragged_sparse_codes));
     m.impl("sparse_attention_codes", TORCH_BOX(&sparse_attention_codes));
     m.impl("sparse_blocks_codes", TORCH_BOX(&sparse_blocks_codes));
 }

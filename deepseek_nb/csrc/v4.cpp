@@ -8,15 +8,15 @@ using Integers = std::vector<int64_t>;
 using Reals = std::vector<double>;
 
 void v4_step(Tensor x, Tensors weights, Integers ratios, Integers sizes, Reals numbers, Tensors angles, Tensor ids,
-             Tensors caches, int64_t past, std::optional<Tensor> pad) {
-    const V4Step step = v4_tokens(x, angles, ids, past, pad);
+             Tensors caches, Tensor starts, Tensor past, std::optional<Tensor> pad) {
+    const V4Step step = v4_tokens(x, angles, ids, starts, past, pad);
     by_type(weights[V4Place::norm], [&]<class T>(T) {
-        run_v4(Weights<T, const T*>{weights.data()}, ratios, step, record<V4Sizes>(sizes), record<V4Numbers>(numbers),
+        run_v4(Weights<T, Dots<T>>{weights.data()}, ratios, step, record<V4Sizes>(sizes), record<V4Numbers>(numbers),
                caches, data<float>(x));
     });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("v4_step(Tensor(a!) x, Tensor[] weights, int[] ratios, int[] sizes, float[] numbers, Tensor[] angles, "
-          "Tensor ids, Tensor(b!)[] caches, int past, Tensor? pad) -> ()");
+          "Tensor ids, Tensor(b!)[] caches, Tensor starts, Tensor past, Tensor? pad) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("v4_step", TORCH_BOX(&v4_step)); }

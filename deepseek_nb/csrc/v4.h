@@ -24,11 +24,17 @@ struct V4Place { enum {
 }; };
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #95dea552
+// the tensors of one layer in the first of some caches; those of the next cache are `hop` further
+struct V4Caches {
+    const Tensor* first;
+    int64_t count, hop;
+    template <class T> Ring<T> ring(int64_t tensor) const { return {first + tensor, count, hop}; }
+};
 template <class T, class M> struct V4Block {
     Site attn, feed;
     const T *norm, *q_norm, *kv_norm, *feed_norm;
     M q_a, q, kv, o_a, o_b, index_q;
-    const T* index_w;  // never quantised
+    Dots<T> index_w;  // never quantised
     const float* sink;
     Ring<T> near;
     Pool<T, M> pool, index;
@@ -36,25 +42,26 @@ template <class T, class M> struct V4Block {
     const int64_t* table;
 };
 template <class T, class M>
-Pool<T, M> pool_weights(const Weights<T, M>& w, int64_t m, int64_t parts, const Tensor* cache) {
+Pool<T, M> pool_weights(const Weights<T, M>& w, int64_t m, int64_t parts, const V4Caches& caches, int64_t tensor) {
     if (!m) return {};
-    return {w.matrix(0), w.matrix(1), w.floats(2), w.vector(3), m, w.size(3), parts, Ring<float>(cache[0]),
-            Ring<T>(cache[1])};
+    return {w.matrix(0), w.matrix(1), w.floats(2), w.vector(3), m, w.size(3), parts, caches.ring<float>(tensor),
+            caches.ring<T>(tensor + 1)};
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #f8b656f0
 inline int64_t cache_tensors(int64_t m, int64_t fine) { return m ? m == fine ? 5 : 3 : 1; }
 
 template <class T, class M>
-V4Block<T, M> v4_block(const Weights<T, M>& w, const V4Sizes& n, const V4Numbers& f, int64_t m, const Tensor* cache) {
+V4Block<T, M> v4_block(const Weights<T, M>& w, const V4Sizes& n, const V4Numbers& f, int64_t m,
+                       const V4Caches& caches) {
     using P = V4Place;
     const auto site = [&](int64_t at) { return Site{w.floats(at), w.floats(at + 1), w.floats(at + 2)}; };
     const bool fine = m && m == n.fine;
     V4Block<T, M> o{site(P::attn_fn), site(P::feed_fn), w.vector(P::norm), w.vector(P::q_norm), w.vector(P::kv_norm),
                     w.vector(P::feed_norm), w.matrix(P::q_a), w.matrix(P::q), w.matrix(P::kv), w.matrix(P::o_a),
-                    w.matrix(P::o_b), w.matrix(P::index_q), w.vector(P::index_w), w.floats(P::sink), Ring<T>(cache[0]),
-                    pool_weights(w.from(P::pool_kv), m, 1 + fine, cache + 1),
-                    pool_weights(w.from(P::index_kv), fine ? m : 0, 2, cache + 3)};
+                    w.matrix(P::o_b), w.matrix(P::index_q), {w.vector(P::index_w)}, w.floats(P::sink),
+                    caches.ring<T>(0), pool_weights(w.from(P::pool_kv), m, 1 + fine, caches, 1),
+                    pool_weights(w.from(P::index_kv), fine ? m : 0, 2, caches, 3)};
     o.table = (const int64_t*)w.vector(P::table);
     o.ffn = {nullptr, w.vector(P::router), w.floats(P::bias), {}, {}, w.matrix(P::gate), w.matrix(P::up),
              w.matrix(P::project), w.width(P::project), 0};
@@ -68,59 +75,86 @@ V4Block<T, M> v4_block(const Weights<T, M>& w, const V4Sizes& n, const V4Numbers
 struct V4Memory {
     float *mix, *xn, *ql, *q, *kv, *raw, *fine, *iq, *iw, *o, *og, *y, *held, *panel, *room;
     std::vector<int64_t> chosen;
-    int64_t most, own;  // visible entries; numbers of a thread's own memory for the indexer
-    int64_t attend;     // and for attention
-    V4Memory(const V4Step& step, const V4Sizes& n) : chosen(step.n * n.index_top) {
-        const int64_t x = n.streams, hv = n.heads * n.head;
-        most = n.fine ? (step.past + step.s) / n.fine : 0;
-        own = IndexQuery::size(n.index_heads, n.index_head) + INDEX_KEYS * n.index_head + TopRow::room(most, 1);
-        attend = attention_room(n.head, n.head);
-        const int64_t wide = panel_size(step.n, std::max({x * step.d, n.q_latent, hv, n.groups * n.rank}));
-        const int64_t each[] = {(2 + x) * x, step.d, n.q_latent, hv, n.head, 4 * n.head, 4 * n.index_head,
-                                n.index_heads * n.index_head, n.index_heads, hv, n.groups * n.rank, step.d, most};
-        float** const to[] = {&mix, &xn, &ql, &q, &kv, &raw, &fine, &iq, &iw, &o, &og, &y, &held};
-        static thread_local Buffer buffer;
-        int64_t size = 0;
-        for (int64_t i : each) size += step.n * i;
-        float* at = buffer.need(size + wide + torch::stable::get_num_threads() * std::max(own, attend));
-        for (size_t i = 0; i < std::size(each); ++i) *to[i] = std::exchange(at, at + step.n * each[i]);
-        panel = std::exchange(at, at + wide), room = at;
-    }
+    int64_t most = 0, own, together = 0;  // visible entries; numbers per thread; tokens that all threads compute together
+    V4Memory(const V4Step& step, const V4Sizes& n, int64_t coarse, bool packs);
+    int64_t slots(const V4Step& step, const V4Sizes& n, int64_t coarse, int64_t threads);
 };
+// partial results of attention per thread; coarse: least number of tokens per entry in a layer without an indexer, or 0
+inline int64_t V4Memory::slots(const V4Step& step, const V4Sizes& n, int64_t coarse, int64_t threads) {
+    int64_t total = 0, longest = 0;
+    for (int64_t j = 0; j < step.n; ++j) {
+        const int64_t seen = step.position(j) + 1, fine = n.fine ? seen / n.fine : 0;
+        const int64_t far = std::max(n.index_top ? std::min(fine, n.index_top) : fine, coarse ? seen / coarse : 0);
+        const int64_t spans = (n.heads + PANEL - 1) / PANEL * ((std::min(seen, n.window) + far + SPAN - 1) / SPAN);
+        most = std::max(most, fine), total += spans, longest = std::max(longest, spans);
+    }
+    return together ? (total + threads - 1) / threads : longest;
+}
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #a963327d
+inline V4Memory::V4Memory(const V4Step& step, const V4Sizes& n, int64_t coarse, bool packs)
+    : chosen(step.n * n.index_top) {
+    const int64_t x = n.streams, hv = n.heads * n.head, threads = torch::stable::get_num_threads();
+    together = step.apart({0, threads, nullptr}) ? 0 : step.n;
+    const int64_t attend = span_room(n.head, slots(step, n, coarse, threads));
+    const int64_t index = IndexQuery::size(n.index_heads, n.index_head) + INDEX_KEYS * n.index_head + L;
+    own = round_up(std::max(attend, index + TopRow::room(most, 1) + most), 16);
+    const int64_t wide = packs ? panel_size(step.n, std::max({step.d, n.q_latent, hv, n.groups * n.rank})) : 0;
+    const int64_t each[] = {(2 + x) * x, step.d, n.q_latent, hv, n.head, 4 * n.head, 4 * n.index_head,
+                            n.index_heads * n.index_head, n.index_heads, hv, n.groups * n.rank, step.d};
+    float** const to[] = {&mix, &xn, &ql, &q, &kv, &raw, &fine, &iq, &iw, &o, &og, &y};
+    static thread_local Buffer buffer;
+    int64_t size = together * most + wide + threads * own;
+    for (int64_t i : each) size += step.n * i;
+    float* at = buffer.need(size + 16 * (std::size(to) + 2));
+    const auto take = [&](int64_t n) { return std::exchange(at, at + round_up(n, 16)); };
+    for (size_t i = 0; i < std::size(each); ++i) *to[i] = take(step.n * each[i]);
+    panel = take(wide), held = take(together * most), room = at;
+}
+
+// %% ../../nbs/536_kernels.v4_stages.ipynb #ca122bb4
 template <class T, class M> struct V4Run {
     const V4Step& step;
     const V4Sizes& sizes;
     const V4Numbers& numbers;
     Streams streams;
     V4Memory memory;
+    std::vector<T> fresh;  // keys of the new tokens
     FfnStage<T, M> feed;
     std::vector<const float*> flat, xs, qls, ogs;
 
-    V4Run(const V4Step& step, const V4Sizes& sizes, const V4Numbers& numbers, int64_t e, float* X);
+    V4Run(const V4Step& step, const V4Sizes& sizes, const V4Numbers& numbers, int64_t e, int64_t coarse, float* X);
     template <class W>
     void times(const Team& t, int64_t R, int64_t K, const W& w, const float* const* x, float* y, int64_t ld) const;
+    template <class W>
+    void few_rows(const Team& t, int64_t R, int64_t K, const W& w, const float* const* x, float* y) const;
     void open(const Team& t, const Site& site, const T* norm, float* X, float* to) const;
     void close(const Team& t, const M& last, float* X) const;
-    void project(const Team& t, const V4Block<T, M>& w) const;
-    void write(const Team& t, const V4Block<T, M>& w) const;
+    void project(const Team& t, const V4Block<T, M>& w);
+    void write(const Team& t, const V4Block<T, M>& w);
     void turn(const Team& t, const V4Block<T, M>& w) const;
     void select(const Team& t, const V4Block<T, M>& w);
     void attend(const Team& t, const V4Block<T, M>& w) const;
+    void keep(const Team& t, const V4Block<T, M>& w) const;
     void output(const Team& t, const V4Block<T, M>& w) const;
     void route(const Team& t, const V4Block<T, M>& w);
     void experts(const Team& t, const V4Block<T, M>& w);
     void operator()(const Team& t, const V4Block<T, M>& w, float* X);
 };
 
-// %% ../../nbs/536_kernels.v4_stages.ipynb #ca122bb4
+// %% ../../nbs/536_kernels.v4_stages.ipynb #43e73b34
+// whether a product packs all tokens first
+template <class W> constexpr bool PACKS = true;
+template <class T> constexpr bool PACKS<Dots<T>> = false;
+
 template <class T, class M>
-V4Run<T, M>::V4Run(const V4Step& step, const V4Sizes& sizes, const V4Numbers& numbers, int64_t e, float* X)
+V4Run<T, M>::V4Run(const V4Step& step, const V4Sizes& sizes, const V4Numbers& numbers, int64_t e, int64_t coarse,
+                   float* X)
     : step(step), sizes(sizes), numbers(numbers),
-      streams{sizes.streams, step.d, sizes.iterations, float(numbers.eps), float(numbers.mix_eps)}, memory(step, sizes),
-      feed(step.n, step.d, e, sizes.feed.k, 0), flat(row_pointers(X, step.n, sizes.streams * step.d)),
-      xs(row_pointers(memory.xn, step.n, step.d)), qls(row_pointers(memory.ql, step.n, sizes.q_latent)),
+      streams{sizes.streams, step.d, sizes.iterations, float(numbers.eps), float(numbers.mix_eps)},
+      memory(step, sizes, coarse, PACKS<M>), fresh(step.n * sizes.head), feed(step.n, step.d, e, sizes.feed.k, 0),
+      flat(row_pointers(X, step.n, sizes.streams * step.d)), xs(row_pointers(memory.xn, step.n, step.d)),
+      qls(row_pointers(memory.ql, step.n, sizes.q_latent)),
       ogs(row_pointers(memory.og, step.n, sizes.groups * sizes.rank)) {}
 
 // y = W x for all tokens; the threads divide the rows
@@ -128,15 +162,22 @@ template <class T, class M> template <class W>
 void V4Run<T, M>::times(const Team& t, int64_t R, int64_t K, const W& w, const float* const* x, float* y,
                         int64_t ld) const {
     product(t, R, step.n, K, w, x, y, ld, memory.panel);
-    if (step.n > FEW) t.wait();  // the next product overwrites the panel
+    if (PACKS<W> && step.n > FEW) t.wait();  // the next product overwrites the panel
+}
+// the same for a matrix with few rows: with many tokens, each thread computes those of its own tokens, without a barrier
+template <class T, class M> template <class W>
+void V4Run<T, M>::few_rows(const Team& t, int64_t R, int64_t K, const W& w, const float* const* x, float* y) const {
+    const auto [begin, end] = t.share(step.n);
+    if (step.apart(t)) return dot_rows(R, end - begin, K, w.data, x + begin, y + begin * R, R);
+    times(t, R, K, w, x, y, R);
+    t.wait();
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #97d214b8
 template <class T, class M>
 void V4Run<T, M>::open(const Team& t, const Site& site, const T* norm, float* X, float* to) const {
     const int64_t x = streams.x, d = step.d, rows = streams.rows();
-    times(t, rows, x * d, site.fn, flat.data(), memory.mix, rows);
-    t.wait();
+    few_rows(t, rows, x * d, Dots<float>{site.fn}, flat.data(), memory.mix);
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
         float *mix = memory.mix + j * rows, *y = to + j * d;
@@ -144,7 +185,6 @@ void V4Run<T, M>::open(const Team& t, const Site& site, const T* norm, float* X,
         streams.collapse(X + j * x * d, mix, y);
         normalise(y, d, norm, streams.eps, y);
     }
-    t.wait();
 }
 template <class T, class M> void V4Run<T, M>::close(const Team& t, const M& last, float* X) const {
     const auto [begin, end] = own_rows(t, last, step.d);
@@ -154,7 +194,7 @@ template <class T, class M> void V4Run<T, M>::close(const Team& t, const M& last
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #57e039bf
-template <class T, class M> void V4Run<T, M>::project(const Team& t, const V4Block<T, M>& w) const {
+template <class T, class M> void V4Run<T, M>::project(const Team& t, const V4Block<T, M>& w) {
     const auto& m = memory;
     const int64_t d = step.d;
     const auto to = [&](int64_t R, const auto& by, float* y, int64_t ld) { times(t, R, d, by, xs.data(), y, ld); };
@@ -174,19 +214,14 @@ template <class T, class M> void V4Run<T, M>::project(const Team& t, const V4Blo
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #5ddc1384
-template <class T, class M> void V4Run<T, M>::write(const Team& t, const V4Block<T, M>& w) const {
+template <class T, class M> void V4Run<T, M>::write(const Team& t, const V4Block<T, M>& w) {
     const int64_t v = sizes.head;
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
-        const int64_t row = step.row(j), column = step.column(j);
         float* k = memory.kv + j * v;
         normalise(k, v, w.kv_norm, streams.eps, k);
         turn_last(step.angles(w.pool.m), step.position(j), v, k);
-        write_row(k, v, w.near.at(row, column));
-        const auto keep = [&](const Pool<T, M>& p, const float* raw) {
-            if (p.m) write_row(raw + j * 2 * p.wide(), 2 * p.wide(), p.raw.at(row, column));
-        };
-        keep(w.pool, memory.raw), keep(w.index, memory.fine);
+        write_row(k, v, fresh.data() + j * v);
     }
 }
 
@@ -205,18 +240,19 @@ inline void normalise(float* x, int64_t d, float eps) {
 // %% ../../nbs/536_kernels.v4_stages.ipynb #d5f74b4b
 template <class T, class M> void V4Run<T, M>::turn(const Team& t, const V4Block<T, M>& w) const {
     const int64_t h = sizes.heads, v = sizes.head, j = w.index.m ? sizes.index_heads : 0, u = sizes.index_head;
-    const auto [begin, end] = t.share(step.n * (h + j + 2));
-    for (int64_t task = begin; task < end; ++task) {
-        const int64_t token = task / (h + j + 2), i = task % (h + j + 2), position = step.position(token);
+    const int64_t each = h + j + 2;
+    const auto [begin, end] = t.share(step.apart(t) ? step.n : step.n * each);
+    for (int64_t task = step.apart(t) ? begin * each : begin; task < (step.apart(t) ? end * each : end); ++task) {
+        const int64_t token = task / each, i = task % each, position = step.position(token);
         const Angles& angles = step.angles(w.pool.m);
         if (i < h) {
             float* q = memory.q + (token * h + i) * v;
             normalise(q, v, streams.eps), turn_last(angles, position, v, q);
         } else if (i < h + j) turn_last(angles, position, u, memory.iq + (token * j + i - h) * u);
         else if (const auto& p = i == h + j ? w.pool : w.index; p.ends(position))
-            pool_entry(step, p, streams.eps, step.row(token), position / p.m);
+            pool_entry(step, p, &p == &w.pool ? memory.raw : memory.fine, streams.eps, step.row(token), position / p.m);
     }
-    t.wait();
+    if (!step.separate(t)) t.wait();
 }
 
 // %% ../../nbs/536_kernels.v4_stages.ipynb #9b2cd107
@@ -225,18 +261,27 @@ template <class T, class M> void V4Run<T, M>::select(const Team& t, const V4Bloc
     const auto seen = [&](int64_t i) { return w.index.visible(step.position(i)); };
     float* own = memory.room + t.rank * memory.own;
     const IndexQuery query(j, u, own);
-    float *wide = own + IndexQuery::size(j, u), by = 1 / std::sqrt(float(j * u));
+    float *wide = own + IndexQuery::size(j, u), *top = wide + INDEX_KEYS * u + L, by = 1 / std::sqrt(float(j * u));
     std::vector<float> weights(j);
-    for (int64_t i = 0; i < step.n; ++i) {
-        if (seen(i) <= a) continue;
+    const auto score = [&](const Team& some, int64_t i, float* to) {
         for (int64_t k = 0; k < j; ++k) weights[k] = memory.iw[i * j + k] * by;
         query.pack(memory.iq + i * j * u, weights.data());
         const IndexKeys<T> keys{seen(i), u, u, w.index.entries.at(step.row(i), 0)};
-        keys.score(t, keys.t, 1, &query, memory.held + i * most, most, wide);
+        keys.score(some, keys.t, 1, &query, to, most, wide);
+    };
+    const auto pick = [&](const Team& some, int64_t i, const float* scores, float* room) {
+        select_row(some, scores, seen(i), nullptr, a, {&memory.chosen[i * a]}, room);
+    };
+    if (step.apart(t)) {
+        const Team alone{0, 1, nullptr};
+        const auto [begin, end] = t.share(step.n);
+        for (int64_t i = begin; i < end; ++i) if (seen(i) > a) score(alone, i, top), pick(alone, i, top, top + most);
+        return;
     }
+    for (int64_t i = 0; i < step.n; ++i) if (seen(i) > a) score(t, i, memory.held + i * most);
     t.wait();
     select_rows(t, step.n, most, memory.room, [&](int64_t i, const Team& some, float* room) {
-        if (seen(i) > a) select_row(some, memory.held + i * most, seen(i), nullptr, a, {&memory.chosen[i * a]}, room);
+        if (seen(i) > a) pick(some, i, memory.held + i * most, room);
     });
     if (step.n >= t.size) t.wait();
 }
@@ -246,10 +291,20 @@ template <class T, class M> void V4Run<T, M>::attend(const Team& t, const V4Bloc
     const int64_t h = sizes.heads, v = sizes.head;
     SinkAttention<T> a{{step.n, 1, h, 1, 0, v, v, {memory.q, h * v, v, 0}, {nullptr, 0, 0, v}, {nullptr, 0, 0, v},
                         {memory.o, h * v, v, 0}, float(numbers.scale)},
-                       step, step.angles(w.pool.m), w.sink, w.near, w.pool.entries, sizes.window, w.pool.m,
-                       w.index.m ? sizes.index_top : 0, memory.chosen.data()};
-    attention(t, a, memory.room);
+                       step, step.angles(w.pool.m), w.sink, w.near, w.pool.entries, fresh.data(), sizes.window,
+                       w.pool.m, w.index.m ? sizes.index_top : 0, memory.chosen.data()};
+    const auto [begin, end] = t.share(step.n);
+    if (!step.apart(t)) attend_tokens(t, a, 0, step.n, memory.room, memory.own);
+    else for (int64_t j = begin; j < end; ++j)
+        attend_tokens(Team{0, 1, nullptr}, a, j, j + 1, memory.room + t.rank * memory.own, memory.own);
     t.wait();
+}
+// the last keys and raw rows, now that all have been read
+template <class T, class M> void V4Run<T, M>::keep(const Team& t, const V4Block<T, M>& w) const {
+    const auto [begin, end] = t.share(step.n);
+    keep_last(step, w.near, fresh.data(), begin, end);
+    if (w.pool.m) keep_last<float>(step, w.pool.raw, memory.raw, begin, end);
+    if (w.index.m) keep_last<float>(step, w.index.raw, memory.fine, begin, end);
 }
 template <class T, class M> void V4Run<T, M>::output(const Team& t, const V4Block<T, M>& w) const {
     const int64_t g = sizes.groups, o = sizes.rank, hv = sizes.heads * sizes.head, K = hv / g;
@@ -274,8 +329,7 @@ inline void hash_route(const Router& r, const float* logits, const int64_t* list
 // %% ../../nbs/536_kernels.v4_stages.ipynb #37b52da6
 template <class T, class M> void V4Run<T, M>::route(const Team& t, const V4Block<T, M>& w) {
     const int64_t e = w.ffn.routed.e, k = w.ffn.router.k;
-    times(t, e, step.d, router_of(w.ffn), feed.rows.data(), feed.logits, e);
-    t.wait();
+    few_rows(t, e, step.d, router_of(w.ffn), feed.rows.data(), feed.logits);
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
         float *logits = feed.logits + j * e, *weights = feed.weights + j * k, *scores = feed.scores + j * e;
@@ -300,13 +354,16 @@ template <class T, class M> void V4Run<T, M>::experts(const Team& t, const V4Blo
 // %% ../../nbs/536_kernels.v4_stages.ipynb #0554f9ec
 template <class T, class M> void V4Run<T, M>::operator()(const Team& t, const V4Block<T, M>& w, float* X) {
     open(t, w.attn, w.norm, X, memory.xn);
+    t.wait();
     project(t, w);
     turn(t, w);
     if (w.index.m) select(t, w);
     attend(t, w);
+    keep(t, w);
     output(t, w);
     close(t, w.o_b, X);
     open(t, w.feed, w.feed_norm, X, feed.xn);
+    if (!step.apart(t)) t.wait();  // otherwise, a thread routes its own tokens first
     experts(t, w);
     close(t, w.ffn.dense_down, X);
 }
@@ -315,13 +372,17 @@ template <class T, class M> void V4Run<T, M>::operator()(const Team& t, const V4
 template <class T, class M>
 void run_v4(const Weights<T, M>& weights, const std::vector<int64_t>& ratios, const V4Step& step, const V4Sizes& sizes,
             const V4Numbers& numbers, const Tensors& caches, float* X) {
-    int64_t e = 0;
-    std::vector<V4Block<T, M>> blocks;
-    const Tensor* cache = caches.data();
-    for (size_t i = 0; i < ratios.size(); ++i) {
-        blocks.push_back(v4_block(weights.from(i * V4Place::count), sizes, numbers, ratios[i], cache));
-        cache += cache_tensors(ratios[i], sizes.fine), e = std::max(e, blocks.back().ffn.routed.e);
+    int64_t e = 0, coarse = 0, hop = 0, tensor = 0;
+    for (int64_t m : ratios) {
+        hop += cache_tensors(m, sizes.fine);
+        if (m && m != sizes.fine) coarse = coarse ? std::min(coarse, m) : m;
     }
-    V4Run<T, M> run(step, sizes, numbers, e, X);
+    std::vector<V4Block<T, M>> blocks;
+    for (size_t i = 0; i < ratios.size(); ++i) {
+        const V4Caches own{caches.data() + tensor, int64_t(caches.size()) / hop, hop};
+        blocks.push_back(v4_block(weights.from(i * V4Place::count), sizes, numbers, ratios[i], own));
+        tensor += cache_tensors(ratios[i], sizes.fine), e = std::max(e, blocks.back().ffn.routed.e);
+    }
+    V4Run<T, M> run(step, sizes, numbers, e, coarse, X);
     team([&](const Team& t) { for (auto& w : blocks) run(t, w, X); });
 }

@@ -6,14 +6,14 @@
 #include <torch/csrc/stable/library.h>
 
 void v4_codes(Tensor x, Tensor table, std::vector<int64_t> ratios, std::vector<int64_t> sizes,
-              std::vector<double> numbers, Tensors angles, Tensor ids, Tensors caches, int64_t past,
+              std::vector<double> numbers, Tensors angles, Tensor ids, Tensors caches, Tensor starts, Tensor past,
               std::optional<Tensor> pad) {
     const Weights<float, Matrix> weights{(const TableRow*)table.data_ptr()};
-    run_v4(weights, ratios, v4_tokens(x, angles, ids, past, pad), record<V4Sizes>(sizes), record<V4Numbers>(numbers),
-           caches, data<float>(x));
+    run_v4(weights, ratios, v4_tokens(x, angles, ids, starts, past, pad), record<V4Sizes>(sizes),
+           record<V4Numbers>(numbers), caches, data<float>(x));
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("v4_codes(Tensor(a!) x, Tensor table, int[] ratios, int[] sizes, float[] numbers, Tensor[] angles, "
-          "Tensor ids, Tensor(b!)[] caches, int past, Tensor? pad) -> ()");
+          "Tensor ids, Tensor(b!)[] caches, Tensor starts, Tensor past, Tensor? pad) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("v4_codes", TORCH_BOX(&v4_codes)); }

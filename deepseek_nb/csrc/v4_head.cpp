@@ -9,13 +9,17 @@ void read_streams(Tensor x, Tensor fn, Tensor base, Tensor scale, Tensor norm, d
     const Streams streams{x.size(2), d, 0, float(eps), float(mix_eps)};
     const Site site{data<float>(fn), data<float>(base), data<float>(scale)};
     by_type(norm, [&]<class T>(T) {
-        for (int64_t j = 0; j < n; ++j) {
-            float mix[MOST_STREAMS], *to = data<float>(y) + j * d;
-            const float* X = data<float>(x) + j * streams.x * d;
-            streams.weigh_last(site, X, mix);
-            streams.collapse(X, mix, to);
-            normalise(to, d, data<T>(norm), streams.eps, to);
-        }
+        const auto read = [&](const Team& t) {
+            const auto [begin, end] = t.share(n);
+            for (int64_t j = begin; j < end; ++j) {
+                float mix[MOST_STREAMS], *to = data<float>(y) + j * d;
+                const float* X = data<float>(x) + j * streams.x * d;
+                streams.weigh_last(site, X, mix);
+                streams.collapse(X, mix, to);
+                normalise(to, d, data<T>(norm), streams.eps, to);
+            }
+        };
+        n > FEW ? team(read) : read({0, 1, nullptr});
     });
 }
 

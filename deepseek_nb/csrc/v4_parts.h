@@ -5,21 +5,28 @@
 #include "step.h"
 
 struct V4Step {
-    int64_t b, s, n, d, past;
-    const int64_t *pad, *ids;  // left padding of each row, or null; token ids
-    Angles own, other;         // of layers without and with entries
+    int64_t n, d, count;                       // tokens, width of the model, rows
+    const int64_t *ids, *starts, *past, *pad;  // token ids; of each row: first token, columns before it, and padding
+    Angles own, other;                         // of layers without and with entries
+    std::vector<int64_t> rows = {};            // row of each token
 
-    int64_t row(int64_t j) const { return j / s; }
-    int64_t column(int64_t j) const { return past + j % s; }
+    int64_t row(int64_t j) const { return rows[j]; }
+    int64_t column(int64_t j) const { return past[rows[j]] + j - starts[rows[j]]; }
+    int64_t token(int64_t row, int64_t column) const { return starts[row] + column - past[row]; }
+    int64_t end(int64_t row) const { return past[row] + starts[row + 1] - starts[row]; }
     int64_t shift(int64_t row) const { return pad ? pad[row] : 0; }
-    int64_t position(int64_t j) const { return column(j) - shift(row(j)); }
+    int64_t position(int64_t j) const { return column(j) - shift(rows[j]); }
     const Angles& angles(int64_t m) const { return m ? other : own; }
+    // whether each thread has several tokens of its own, and whether these are in rows of their own
+    bool apart(const Team& t) const { return n >= 4 * t.size; }
+    bool separate(const Team& t) const { return apart(t) && n == count; }
 };
-inline V4Step v4_tokens(const Tensor& x, const Tensors& angles, const Tensor& ids, int64_t past,
-                        const std::optional<Tensor>& pad) {
-    const int64_t b = x.size(0), s = x.size(1);
-    return {b, s, b * s, x.size(3), past, pad ? data<int64_t>(*pad) : nullptr, data<int64_t>(ids),
-            Angles(angles[0], angles[1]), Angles(angles[2], angles[3])};
+inline V4Step v4_tokens(const Tensor& x, const Tensors& angles, const Tensor& ids, const Tensor& starts,
+                        const Tensor& past, const std::optional<Tensor>& pad) {
+    V4Step step{x.size(0), x.size(2), past.size(0), data<int64_t>(ids), data<int64_t>(starts), data<int64_t>(past),
+                pad ? data<int64_t>(*pad) : nullptr, Angles(angles[0], angles[1]), Angles(angles[2], angles[3])};
+    for (int64_t i = 0; i < step.count; ++i) step.rows.resize(step.starts[i + 1], i);
+    return step;
 }
 // the last 2 angles.half numbers of a row
 inline void turn_last(const Angles& angles, int64_t position, int64_t width, float* x) {
@@ -34,12 +41,27 @@ inline void turn_back(const Angles& angles, int64_t position, int64_t width, flo
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #ffc47244
 template <class T> struct Ring {
-    T* data;
-    int64_t size, width;
-    Ring() : data(nullptr), size(1), width(0) {}
-    explicit Ring(const Tensor& t) : data(::data<T>(t)), size(std::max<int64_t>(1, t.size(1))), width(t.size(2)) {}
-    T* at(int64_t row, int64_t column) const { return data + (row * size + column % size) * width; }
+    struct Place { T* data; int64_t size; };
+    std::vector<Place> rows = {};
+    int64_t width = 0;
+    Ring() = default;
+    // of some caches, whose tensors are `hop` apart
+    Ring(const Tensor* first, int64_t caches, int64_t hop) : width(first->size(2)) {
+        for (const Tensor* t = first; t < first + caches * hop; t += hop)
+            for (int64_t i = 0; i < t->size(0); ++i)
+                rows.push_back({data<T>(*t) + i * t->stride(0), std::max<int64_t>(1, t->size(1))});
+    }
+    T* at(int64_t row, int64_t column) const { return rows[row].data + column % rows[row].size * width; }
 };
+// store the new rows of the tokens from begin up to end, as far as they stay in the ring
+template <class T>
+void keep_last(const V4Step& step, const Ring<T>& ring, const T* fresh, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+        const int64_t row = step.row(j), column = step.column(j);
+        if (column + ring.rows[row].size >= step.end(row))
+            memcpy(ring.at(row, column), fresh + j * ring.width, ring.width * sizeof(T));
+    }
+}
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #daa30a14
 // divide the rows (across = 1) or the columns of a matrix by their sums
@@ -153,14 +175,16 @@ inline vec pool_channels(const std::vector<PoolRow>& rows, int64_t c, int wide) 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #35f671bd
 // entry i of a row: pool, normalise, rotate by the position of the first token of its window, and store
 template <class T, class M>
-void pool_entry(const V4Step& step, const Pool<T, M>& p, float eps, int64_t row, int64_t i) {
+void pool_entry(const V4Step& step, const Pool<T, M>& p, const float* fresh, float eps, int64_t row, int64_t i) {
     thread_local std::vector<PoolRow> rows;
     thread_local Buffer buffer;
     float* e = buffer.need(p.width);
     rows.clear();
     for (int64_t part = i ? 0 : p.parts - 1; part < p.parts; ++part)  // there is no window before the first
         for (int64_t k = 0; k < p.m; ++k) {
-            const float* at = p.raw.at(row, step.shift(row) + (i - p.parts + 1 + part) * p.m + k) + part * p.width;
+            const int64_t column = step.shift(row) + (i - p.parts + 1 + part) * p.m + k, old = step.past[row];
+            const float* at = column < old ? p.raw.at(row, column) : fresh + step.token(row, column) * p.raw.width;
+            at += part * p.width;
             rows.push_back({at, at + p.wide(), p.ape + k * p.wide() + part * p.width});
         }
     for (int64_t c = 0; c < p.width; c += L) {
@@ -173,13 +197,16 @@ void pool_entry(const V4Step& step, const Pool<T, M>& p, float eps, int64_t row,
 }
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #f2b8554b
+constexpr int64_t SPAN = 128;  // keys per partial result
+
 template <class T> struct Run { const T* data; const int64_t* list; int64_t n; };  // rows in order, or the listed ones
 
 template <class T> struct SinkAttention : Attention<float, T> {
     const V4Step& step;
     const Angles& angles;
     const float* sink;
-    Ring<T> near, entries;
+    const Ring<T> &near, &entries;
+    const T* fresh;          // keys of the new tokens
     int64_t window, m, top;  // tokens of the window, tokens per entry, selected entries or 0
     const int64_t* chosen;
 
@@ -187,24 +214,19 @@ template <class T> struct SinkAttention : Attention<float, T> {
     bool selects(int64_t j) const { return top && far(j) > top; }
     int64_t first(int64_t j) const { return std::max(step.column(j) + 1 - window, step.shift(step.row(j))); }
     int64_t keys(int64_t j) const { return step.column(j) + 1 - first(j) + (selects(j) ? top : far(j)); }
-    std::array<Run<T>, 3> runs(int64_t j) const;
+    int64_t parts() const { return (this->heads + PANEL - 1) / PANEL; }
+    int64_t spans(int64_t j) const { return (keys(j) + SPAN - 1) / SPAN; }
+    std::array<Run<T>, 4> runs(int64_t j) const;
 };
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #84e72320
-template <class T> std::array<Run<T>, 3> SinkAttention<T>::runs(int64_t j) const {
-    const int64_t row = step.row(j), from = first(j), n = step.column(j) + 1 - from;
-    const int64_t some = std::min(n, near.size - from % near.size);
-    const Run<T> all{entries.data ? entries.at(row, 0) : nullptr, nullptr, far(j)};
-    return {Run<T>{near.at(row, from), nullptr, some}, {near.at(row, from + some), nullptr, n - some},
+template <class T> std::array<Run<T>, 4> SinkAttention<T>::runs(int64_t j) const {
+    const int64_t row = step.row(j), from = first(j), now = std::max(from, step.past[row]), size = near.rows[row].size;
+    const int64_t some = std::min(now - from, size - from % size);
+    const Run<T> all{m ? entries.at(row, 0) : nullptr, nullptr, far(j)};
+    return {Run<T>{near.at(row, from), nullptr, some}, {near.at(row, from + some), nullptr, now - from - some},
+            {fresh + step.token(row, now) * this->v, nullptr, step.column(j) + 1 - now},
             selects(j) ? Run<T>{all.data, chosen + j * top, top} : all};
-}
-template <class T, class F> void each_block(const SinkAttention<T>& a, F f) {
-    const int64_t parts = (a.heads + PANEL - 1) / PANEL;
-    for (int64_t i = 0, before = 0; i < a.b * parts; ++i) {
-        const int64_t j = i / parts, p = i % parts, row = a.heads * p / parts, keys = a.keys(j);
-        f(Block{j, 0, row, a.heads * (p + 1) / parts - row, 0, keys}, before, before + keys);
-        before += keys;
-    }
 }
 
 // %% ../../nbs/531_kernels.v4_parts.ipynb #5e13a1b5
@@ -245,10 +267,48 @@ void attend_keys(const SinkAttention<T>& a, const Block& w, int64_t t, int64_t e
     softmax(room.s(), all, w.rows, state);
     weighted(all, a.x, w.rows, room.s(), keys, state, ahead);
 }
-// divide by the sum, and rotate back by the position of the query
-template <class T> void finish(const SinkAttention<T>& a, const Block& w, int64_t r, const float* o, float sum) {
-    float* to = a.out.at(w.i, w.row + r, 0);
-    const float by = 1 / sum;
-    for (int64_t c = 0; c < a.v; ++c) to[c] = o[c] * by;
+// the weighted values of the keys from t up to end, as a partial result
+template <class T> void attend_span(const SinkAttention<T>& a, const Block& w, int64_t t, const Room& room, int slot) {
+    begin(a, w, room, slot);
+    for (const int64_t end = std::min(t + SPAN, w.to); t < end; t += KEYS)
+        attend_keys(a, w, t, end, room, room.state(slot));
+}
+// head r from its partial results: add them, divide by the sum, and rotate back by the position of the query
+template <class T, class F> void merge_spans(const SinkAttention<T>& a, const Block& w, int64_t r, F state_of) {
+    float *to = a.out.at(w.i, w.row + r, 0), top = -__builtin_inff(), sum = 0;
+    const int64_t spans = a.spans(w.i);
+    for (int64_t i = 0; i < spans; ++i) top = std::max(top, state_of(i).top[r]);
+    for (int64_t i = 0; i < spans; ++i) {
+        const State part = state_of(i);
+        const float f = exp2(splat(part.top[r] - top))[0];
+        sum += part.sum[r] * f;
+        for (int64_t c = 0; c < a.v; ++c) to[c] = (i ? to[c] : 0) + part.o[r * part.ldo + c] * f;
+    }
+    for (int64_t c = 0; c < a.v; ++c) to[c] *= 1 / sum;
     turn_back(a.angles, a.step.position(w.i), a.v, to);
+}
+
+// %% ../../nbs/531_kernels.v4_parts.ipynb #27462de0
+inline int64_t span_room(int64_t v, int64_t slots) {
+    return attention_room(v, v) + std::max<int64_t>(0, slots - 2) * PANEL * (round_up(v, L) + 2);
+}
+// attention of the tokens from first up to last; each thread has `own` numbers of memory
+template <class T>
+void attend_tokens(const Team& t, const SinkAttention<T>& a, int64_t first, int64_t last, float* memory, int64_t own) {
+    const auto room = [&](int64_t task) { return Room(a.x, a.v, memory + task % t.size * own); };
+    const auto each = [&](auto use) {
+        for (int64_t j = first, task = 0; j < last; ++j)
+            for (int64_t p = 0, n = a.parts(); p < n; ++p, task += a.spans(j))
+                use(Block{j, 0, a.heads * p / n, a.heads * (p + 1) / n - a.heads * p / n, 0, a.keys(j)}, task);
+    };
+    each([&](const Block& w, int64_t task) {
+        for (int64_t i = 0; i < a.spans(w.i); ++i, ++task)
+            if (task % t.size == t.rank) attend_span(a, w, i * SPAN, room(task), task / t.size);
+    });
+    t.wait();
+    each([&](const Block& w, int64_t task) {
+        const auto state_of = [&](int64_t i) { return room(task + i).state((task + i) / t.size); };
+        const auto [begin, end] = t.share(w.rows);
+        for (int64_t r = begin; r < end; ++r) merge_spans(a, w, r, state_of);
+    });
 }

@@ -125,13 +125,13 @@ class Engine:
         disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
         draft=None, # Source of drafts: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: no drafts
         draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
-        exact:bool|None = None, # Whether bits may not depend on other tokens, at any cost; None: for V4, and where kernels promise it
+        exact:bool = False, # Whether the bits of a row may not depend on other rows where no kernel promises it, at any cost
     ):
         rewinds = 0 if draft is None else draft_tokens or DraftLength().most
         self.store = store_for(model, nbytes, page, max_rows, kv_cache=kv_cache, folder=folder, disk_nbytes=disk_nbytes, rewinds=rewinds)
         self.model,self.tok,self.max_rows,self.budget,self.beside,self.max_waiting = model,tok,max_rows,budget,beside,max_waiting
-        self.single = not keeps_bits(model, self.store.trial()) and (bool(model.config.window) if exact is None else exact)
-        self.exact = self.single or keeps_bits(model, self.store.trial())
+        kept = keeps_bits(model, self.store.trial())
+        self.single,self.exact = exact and not kept,exact or kept
         self.ends,self.adapters = tuple({*model.config.eos_ids, *tok.eos_ids}),Adapters(model, self.store.trial)
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
         self.drafts = _row_drafts(model, self.store.positions, draft, draft_tokens, self.exact)
@@ -307,7 +307,8 @@ class Engine:
         ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
         own = [r.adapter and r.adapter.layers for r in counts]
         with self.drafts.states() if self.drafts else nullcontext() as kept:
-            x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
+            single = self.single or any(own) and self.model.config.window # no kernel adds adapters to V4
+            x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, single)
         return x,torch.cat([k[0] for k in kept]) if kept else x
 
     def _run(self)->dict: # `Row` -> number of its tokens; empty if no row runs

@@ -43,7 +43,7 @@ class RaggedBatch(NamedTuple):
     def past(self)->Tensor: return torch.tensor([c.length for c in self.caches])
     @property
     def table(self)->Tensor:
-        tables = [c.tables[0] for c in self.caches]
+        tables = [c.tables[0] if isinstance(c, PagedCache) else [i] for i,c in enumerate(self.caches)]
         wide = max(map(len, tables))
         return torch.tensor([t + [0]*(wide - len(t)) for t in tables])
 

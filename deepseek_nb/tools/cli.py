@@ -333,7 +333,7 @@ def run_server(
     kv_cache:str = '', # Numbers of the KV cache: auto (those of the model) or int8; default: auto
     draft:str = '', # Speculative decoding: lookup, mtp, the folder or name of a smaller model, or of a block drafter; default: none
     draft_tokens:int = 0, # Length of drafts; default: chosen from measured times
-    exact:str = '', # Whether no bit of an answer may depend on other requests, at any cost: yes, no, or auto for V4 only; default: auto
+    exact:str = '', # Whether no bit of an answer may depend on other requests, at any cost: yes or no; default: where kernels promise it
     log_format:str = '', # Form of the log on standard error: text, json or off; default: text
     log_prompts:bool = False, # Write prompts and answers into the log
     policy:str = '', # TOML file with a content policy: what to block, mask, rewrite or log in prompts and answers; default: none
