@@ -5504,6 +5504,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'deepseek_nb/kernels/step_codes.py'),
                                                 'deepseek_nb.kernels.step_codes.mixture_codes': ( 'kernels.step_codes.html#mixture_codes',
                                                                                                   'deepseek_nb/kernels/step_codes.py'),
+                                                'deepseek_nb.kernels.step_codes.prompt_blocks': ( 'kernels.step_codes.html#prompt_blocks',
+                                                                                                  'deepseek_nb/kernels/step_codes.py'),
                                                 'deepseek_nb.kernels.step_codes.run_blocks_codes': ( 'kernels.step_codes.html#run_blocks_codes',
                                                                                                      'deepseek_nb/kernels/step_codes.py'),
                                                 'deepseek_nb.kernels.step_codes.table_row': ( 'kernels.step_codes.html#table_row',

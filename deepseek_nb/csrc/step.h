@@ -368,7 +368,7 @@ template <class T, class M> struct FfnStage {
     std::vector<Group<M>> groups;
     Buffer memory;
     // e experts, k per token; f: width of the widest dense feed-forward
-    FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f) : n(n), d(d), experts(n * k), ones(PANEL, 1.f) {
+    FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f) : n(n), d(d), experts(n * k), ones(std::min(n, GROUP_TOKENS<M>), 1.f) {
         static thread_local Buffer buffer;
         xn = buffer.need(n * (d + 2 * e + k) + panel_size(n, d));
         logits = xn + n * d, scores = logits + n * e, weights = scores + n * e, panel = weights + n * k;
@@ -405,9 +405,9 @@ template <class T, class M> void FfnStage<T, M>::gather(const Ffn<T, M>& w, floa
     if (w.gate)
         groups = make_groups(w.routed, sort_by_expert(experts.data(), weights, n * k, w.routed.e), weights, weight,
                              [&](int64_t i) { return xn + i / k * d; }, [&](int64_t i) { return y + i / k * d; });
-    for (int64_t j = 0; w.dense_f && j < n; j += PANEL) {
-        Group<M> v{w.dense_gate, w.dense_up, w.dense_down, w.dense_f, std::min<int64_t>(PANEL, n - j), {}, {},
-                   ones.data(), nullptr, nullptr};
+    for (int64_t j = 0, some; w.dense_f && j < n; j += some) {
+        some = std::min<int64_t>(GROUP_TOKENS<M>, n - j);
+        Group<M> v{w.dense_gate, w.dense_up, w.dense_down, w.dense_f, some, {}, {}, ones.data(), nullptr, nullptr};
         for (int64_t i = j; i < j + v.n; ++i) v.in.push_back(xn + i * d), v.out.push_back(y + i * d);
         groups.push_back(std::move(v));
     }

@@ -26,7 +26,7 @@ from .step_codes import codes_of
 
 # %% ../../nbs/547_kernels.adapted.ipynb #296a9fe3
 def _floats(weights, sizes, numbers, x, cos, sin, pages, starts, past, rows, y, table, of): return None
-def _codes(codes, single, sizes, numbers, x, cos, sin, pages, starts, past, rows, y, table, of): return None
+def _codes(codes, single, prompt, sizes, numbers, x, cos, sin, pages, starts, past, rows, y, table, of): return None
 
 adapted_kernels = Kernels('adapted.cpp', adapted_floats=_floats, adapted_codes=_codes)
 adapted_cache_kernels = Kernels('adapted_cache.cpp', cache_floats=_floats, cache_codes=_codes)

@@ -27,7 +27,7 @@ from .step_codes import codes_of
 ragged_cache_kernels = Kernels(
     'ragged_cache.cpp', attend_code_pages=lambda q, layer, starts, past, table, scale, y: None,
     ragged_cache=lambda x, weights, sizes, numbers, cos, sin, pages, starts, past, table, y: None,
-    ragged_cache_codes=lambda x, table, single, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
+    ragged_cache_codes=lambda x, table, single, prompt, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
 
 def attend_code_pages(
     q:Tensor, # Queries of all rows, float32 `n h x`; in MLA `n h c+r`

@@ -22,7 +22,7 @@ from .step_codes import codes_of
 # %% ../../nbs/542_kernels.ragged_codes.ipynb #8f6cade2
 ragged_codes_kernels = Kernels(
     'ragged_codes.cpp',
-    ragged_codes=lambda x, table, single, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
+    ragged_codes=lambda x, table, single, prompt, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
 
 def _codes(blocks, x):
     "A call of the kernel with the weights of these blocks"
