@@ -73,6 +73,7 @@ def attend_rows(
     return rearrange(y, 'n h v -> 1 h n v').to(q.dtype)
 
 
+
 # %% ../../nbs/543_kernels.layers.ipynb #74012c5c
 def few_tokens()->int: # 24 with AVX-512, otherwise 12
     "Largest number of tokens that products take row by row"
@@ -88,6 +89,7 @@ def exact_block(
     if type(block) is not Block or type(block.self_attn) is not GQA or type(block.mlp) is not SwiGLU: return False
     formats = {m.format.name for m in block.modules() if isinstance(m, QuantizedWeight)}
     return formats <= EXACT and all(p.ndim < 2 for p in block.parameters())
+
 
 
 # %% ../../nbs/543_kernels.layers.ipynb #543aaaa3
@@ -106,6 +108,7 @@ def needs_layers(
 def _has_ggml(block): return any(isinstance(m, QuantizedWeight) and m.format.name == 'ggml' for m in block.modules())
 
 
+
 # %% ../../nbs/543_kernels.layers.ipynb #543aaaa4
 @run_rows.twin('cpp', label='layers', available=paged_kernels.ready, supports=needs_layers)
 def run_rows_layers(
@@ -116,12 +119,12 @@ def run_rows_layers(
     "Run each layer once for the tokens of all rows"
     pool,out = batch.caches[0].pool,[]
     for p in parts_of(batch, few_tokens()):
-        here = slice(p.first, p.last)
-        y,angles = x[None, here],tuple(a[:, :, here] for a in batch.angles)
+        y,angles = x[None, p.here],tuple(a[:, :, p.here] for a in batch.angles)
         for block,layer in zip(blocks, pool.layers, strict=True):
             y = block(y, Context(angles, cache=PartSlot(layer, p, pool.page)))
         out.append(y[0])
     return torch.cat(out)
+
 
 
 # %% ../../nbs/543_kernels.layers.ipynb #6026e97c
@@ -134,4 +137,5 @@ def same_in_company(
     pool = PagePool(model.config, 1, dtype=model.dtype, device=model.device) if pool is None else pool
     with torch.inference_mode(), PagedCache(pool) as cache:
         return run_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ())).kind == 'cpp'
+
 

@@ -348,7 +348,8 @@ def _forward(self:Engine,
     ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
     own = [r.adapter and r.adapter.layers for r in counts]
     with self.drafts.states() if self.drafts else nullcontext() as kept:
-        x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single)
+        prompts = [min(n, max(0, len(r.stream.request.prompt) - len(r.cache))) for r,n in counts.items()]
+        x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, self.single, prompts)
     return x,torch.cat([k[0] for k in kept]) if kept else x
 
 # %% ../../nbs/458_serve.engine.ipynb #484801a3
