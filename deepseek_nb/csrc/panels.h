@@ -288,6 +288,29 @@ inline int64_t panels_of(int64_t R) { return (R + PANEL_ROWS - 1) / PANEL_ROWS; 
 void rows_of(const Matrix& m, const Range& r);
 void decode_row(const Matrix& m, int64_t row, float* y);  // one row, as floats
 
+// %% ../../nbs/537_kernels.codes.ipynb #cc92f4c6
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+constexpr int64_t TILE = 16;
+inline bool tiles_allowed() {
+    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for tile data
+    return yes;
+}
+struct TileShape { uint8_t rows, bytes; };
+struct Tiles {
+    alignas(64) uint8_t before[64];
+    explicit Tiles(std::initializer_list<TileShape> shapes) {
+        _tile_storeconfig(before);
+        alignas(64) uint8_t config[64] = {1};
+        int i = 0;
+        for (auto s : shapes) config[48 + i] = s.rows, config[16 + 2 * i++] = s.bytes;
+        _tile_loadconfig(config);
+    }
+    ~Tiles() { _tile_loadconfig(before); }
+};
+#endif
+
 // %% ../../nbs/537_kernels.codes.ipynb #8254507b
 struct Rounded {
     std::vector<int32_t> memory;

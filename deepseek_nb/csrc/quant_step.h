@@ -174,13 +174,16 @@ inline void together(const Team& t, const std::vector<GroupOfCodes>& groups, int
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #a0574d70
-#if defined(__AVX512BF16__) && !defined(__AMX_INT8__)
+#if defined(__AVX512BF16__)
 struct Decoded : Matrix {};  // its products decode it to bfloat16
 template <class T> struct Weights<T, Decoded> : Weights<T, Matrix> {
     using Base = Weights<T, Matrix>;
     Decoded matrix(int64_t i) const { return {Base::matrix(i)}; }
     Weights from(int64_t i) const { return {Base::from(i)}; }
 };
+#if !defined(__AMX_BF16__)
+template <class T> const Weights<T, Matrix>& feeding(const Weights<T, Decoded>& w) { return w; }
+#endif
 inline Decoded from_row(const Decoded& m, int64_t row, int64_t K) { return {from_row((const Matrix&)m, row, K)}; }
 template <> constexpr int64_t GROUP_TOKENS<Decoded> = INT64_MAX;
 
@@ -230,9 +233,45 @@ void decoded_tile(int64_t K, const bf16* w, const bf16* x, const vec* scale, flo
     }
     for (int j = 0; j < N; ++j) for (int p = 0; p < P; ++p) store(c[j] + p * L, s[j][p] * scale[p]);
 }
+#if defined(__AMX_BF16__) && defined(__linux__)
+// the same for `rows` tokens, with the shapes of `amx_tiles`
+template <int P> void amx_tile(int64_t K, int rows, const bf16* w, const bf16* x, const vec* scale, float (*c)[P * L]) {
+    _tile_zero(3);
+    _tile_zero(4);
+    for (int64_t k = 0; k < K; k += 32) {
+        _tile_loadd(0, x + k, K * sizeof *x);
+        _tile_loadd(1, w + k * L, 64);
+        _tile_dpbf16ps(3, 0, 1);
+        if constexpr (P == 2) {
+            _tile_loadd(2, w + (K + k) * L, 64);
+            _tile_dpbf16ps(4, 0, 2);
+        }
+    }
+    _tile_stored(3, c[0], sizeof *c);
+    if constexpr (P == 2) _tile_stored(4, c[0] + L, sizeof *c);
+    for (int j = 0; j < rows; ++j) for (int p = 0; p < P; ++p) store(c[j] + p * L, load(c[j] + p * L) * scale[p]);
+}
+template <int P, class Use>
+void amx_tiles(int64_t K, int64_t first, int64_t last, uint8_t rows, const bf16* w, const bf16* x, const vec* scale,
+               Use use) {
+    if (first == last) return;
+    const Tiles tiles({{rows, 64}, {TILE, 64}, {TILE, 64}, {rows, 64}, {rows, 64}});
+    alignas(64) float c[TILE][P * L];
+    for (int64_t j = first; j < last; j += rows) {
+        amx_tile<P>(K, rows, w, x + j * K, scale, c);
+        for (int i = 0; i < rows; ++i) use(j + i, c[i]);
+    }
+}
+#endif
 // call use(j, c) for n tokens
 template <int P, class Use>
 void decoded_tiles(int64_t K, int64_t n, const bf16* w, const bf16* x, const vec* scale, Use use) {
+#if defined(__AMX_BF16__) && defined(__linux__)
+    if (const int64_t whole = n / TILE * TILE; tiles_allowed()) {
+        amx_tiles<P>(K, 0, whole, TILE, w, x, scale, use);
+        return amx_tiles<P>(K, whole, n, n - whole, w, x, scale, use);
+    }
+#endif
     alignas(64) float c[TILE_TOKENS][P * L];
     const int64_t tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
     for (int64_t b = 0; b < tiles; ++b) {

@@ -489,16 +489,20 @@ FfnStage<T, M> largest_ffn(const Weights<T, M>& weights, int64_t layers, int64_t
     }
     return {n, d, e, k, wide};
 }
+// the weights as the feed-forward multiplies them
+template <class T, class M> const Weights<T, M>& feeding(const Weights<T, M>& w) { return w; }
+
 template <class T, class M, class S>
 void run_blocks(const Weights<T, M>& weights, int64_t layers, const S& step, const StepSizes& sizes,
                 const StepNumbers& numbers, float* x, const Tensors& caches, float* y) {
-    FfnStage<T, M> feed = largest_ffn(weights, layers, step.n, step.d, sizes.feed.k);
+    const auto& fed = feeding(weights);
+    auto feed = largest_ffn(fed, layers, step.n, step.d, sizes.feed.k);
     with_attention(weights, step, sizes.attention, numbers.attention, [&](const auto& attend, auto with) {
         team([&](const Team& t) {
             for (int64_t i = 0; i < layers; ++i) {
                 attend(t, with(weights.from(2 * i * HALF)), x, &caches[i * attend.TENSORS], y);
                 t.wait();
-                feed(t, ffn_weights(weights.from((2 * i + 1) * HALF), sizes.feed, numbers.feed), y, x);
+                feed(t, ffn_weights(fed.from((2 * i + 1) * HALF), sizes.feed, numbers.feed), y, x);
                 t.wait();
             }
         });

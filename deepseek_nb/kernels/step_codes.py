@@ -117,7 +117,7 @@ CALL = 1024 # most tokens of a call
 def has_roles()->bool: # Whether this machine computes prompts in bfloat16, and what is generated on codes
     "Whether products depend on the role of a token"
     flags = processor().split()
-    return os.environ.get('DEEPSEEK_NB_ISA', 'native') == 'native' and 'avx512_bf16' in flags and 'amx_int8' not in flags
+    return os.environ.get('DEEPSEEK_NB_ISA', 'native') == 'native' and 'avx512_bf16' in flags
 
 def role_parts(
     blocks:nn.ModuleList, # All blocks of one model
