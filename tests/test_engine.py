@@ -16,6 +16,7 @@ from deepseek_nb.infer.paged import PagePool
 from deepseek_nb.infer.quant_cache import QuantizedPool
 from deepseek_nb.infer.request import Request, Stream
 from deepseek_nb.infer.sampling import RowSampler, SamplingParams
+from deepseek_nb.quant import quantize, replace_parameter
 from deepseek_nb.tools.serving import path_notes
 
 LATENT = Config('deepseek_v3', vocab_size=256, dim=64, n_layers=2, n_heads=4, inter_dim=128, q_lora_rank=48, kv_lora_rank=32,
@@ -191,6 +192,31 @@ def test_preemption_happens_and_changes_nothing(model):
         results.append([tokens(s) for s in streams])
         assert (engine.stats.preempted > 0) == (pages == 9)
     assert results[0] == results[1] and all(len(t) == 100 for t in results[0])
+
+
+@pytest.mark.parametrize('config', [LATENT, GROUPED], ids=lambda c: c.model_type)
+def test_codes_have_the_bits_of_their_role(config):
+    """Where prompts are computed in bfloat16: chunks of any size, one token after a prefix, drafts, and an answer that is computed again
+    after a preemption have the bits of a request alone."""
+    torch.manual_seed(0)
+    model = Model(config, dtype=torch.float32, device='cpu').requires_grad_(False).init_weights(std=.2)
+    for name,m in [*model.layers.named_modules()]:
+        for k,w in [*m.named_parameters(recurse=False)]:
+            if w.ndim > 1 and not name.endswith('mlp.gate'): replace_parameter(m, k, quantize(w, 'int4'))
+    asked = [Request([i % 3, 7]*60 + [i], SamplingParams(temperature=.5, seed=i, logprobs=2), max_tokens=70, stop_ids=()) for i in range(4)]
+    page,results = PagePool(config, 1, 64).page_bytes,[]
+    for given in (dict(nbytes=9*page), dict(nbytes=40*page, budget=16), dict(draft='lookup', draft_tokens=3)):
+        engine = Engine(model, Bytes(), **given)
+        streams = [engine.submit(r) for r in [*asked, asked[0]]]
+        run(engine)
+        results.append([tokens(s) for s in streams])
+        assert engine.exact and (given.get('nbytes') != 9*page or engine.stats.preempted)
+    for r,*same in zip(asked, *results, strict=False):
+        one = (alone := Engine(model, Bytes())).submit(r)
+        run(alone)
+        want = tokens(one)
+        assert all(t == want for t in same)
+    assert [t[-1] for t in results] == [t[0] for t in results]
 
 
 def test_a_quantised_cache_alone_in_company_and_behind_a_prefix(model, tmp_path):

@@ -1,4 +1,5 @@
 "The decode step on codes: against products one at a time, at ragged sizes, the same twice, and out of the way when a module was exchanged."
+import random
 from dataclasses import replace
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
+from deepseek_nb.core.dispatch import use
+from deepseek_nb.kernels import step_codes
 from deepseek_nb.kernels.step import blocks_of
-from deepseek_nb.kernels.step_codes import codes_of, run_blocks_codes, step_codes_kernels
-from deepseek_nb.quant import quantize, relative_error, replace_parameter
+from deepseek_nb.kernels.step_codes import codes_of, has_roles, run_blocks_codes, step_codes_kernels
+from deepseek_nb.quant import QuantizedWeight, quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 from deepseek_nb.quant.int8_fine import Int8Fine
@@ -36,9 +39,10 @@ def shrunk(c, f, dtype=torch.float32):
 
 
 @torch.no_grad()
-def steps(model, prompt, mask=None, n=3):
+def steps(model, prompt, mask=None, n=3, role=False):
     cache = model.new_cache(len(prompt))
-    return torch.stack([model(prompt[:, :1] + i if i else prompt, cache, attention_mask=None if i else mask)[:, -1] for i in range(n)])
+    return torch.stack([model(prompt[:, :1] + i if i else prompt, cache, attention_mask=None if i else mask, prompt=role and not i)[:, -1]
+                        for i in range(n)])
 
 
 def one_at_a_time(model):
@@ -64,12 +68,51 @@ def test_step_is_products(c, f, rows, tokens):
     if c == 'gqa' and rows*tokens <= 25: assert each.median() < 1e-5 and (each > 1e-5).sum() <= 1, each
 
 
+@pytest.mark.skipif(not has_roles(), reason='no products in bfloat16')
+@pytest.mark.parametrize('rows,tokens', [(1, 1), (1, 7), (2, 12), (3, 20), (1, 100)])
+@pytest.mark.parametrize('f', FORMATS)
+def test_a_prompt_is_nearer_to_the_weights(f, rows, tokens):
+    """Against float64 on the decoded weights: a product in bfloat16 rounds two factors by 2⁻⁹ at most each, codes of activations by
+    1/254 of the largest of 32. The logits' errors keep that order, and int8-fine, which has no such product, its bits."""
+    seed = random.randrange(10**6)
+    torch.manual_seed(seed)
+    model,prompt = shrunk(replace(GQA, n_layers=1), FORMATS[f]),torch.randint(60, (rows, tokens))
+    exact = Model(model.config, torch.float64, 'cpu')
+    named = dict(model.named_parameters()) | {n: w.dequantize() for n,w in model.named_modules() if isinstance(w, QuantizedWeight)}
+    exact.load_state_dict({n: named[n].double() for n in exact.state_dict()})
+    with use('reference'): want = steps(exact, prompt, n=1)
+    told,said = (relative_error(want, steps(model, prompt, n=1, role=role).double()) for role in (True, False))
+    assert told == said if f == 'fine' else told < min(said, .02), (told, said, seed)
+
+
 @pytest.mark.parametrize('c', CONFIGS)
 def test_many_times_the_same(c):
     "Threads that write what others still add to would differ now and then."
     model,prompt = shrunk(CONFIGS[c], 'int4'),torch.randint(60, (3, 11))
-    first = steps(model, prompt)
-    for _ in range(20): assert torch.equal(first, steps(model, prompt))
+    for role in (False, True):
+        first = steps(model, prompt, role=role)
+        for _ in range(20): assert torch.equal(first, steps(model, prompt, role=role))
+
+
+def test_a_long_prompt_is_computed_in_calls(monkeypatch):
+    "More tokens than a call takes, with padding: close to the same prompt in one call"
+    model,prompt = shrunk(GQA, Int8()),torch.randint(60, (3, 100))
+    mask = (torch.arange(100) >= torch.tensor([0, 30, 77])[:, None]).long()
+    for role in (False, True):
+        whole = steps(model, prompt, mask, role=role)
+        monkeypatch.setattr(step_codes, 'CALL', 50)
+        assert relative_error(whole, steps(model, prompt, mask, role=role)) < 1e-2
+        monkeypatch.undo()
+
+
+@torch.no_grad()
+def test_the_role_of_a_call():
+    "More than one token per row is a prompt unless the call says otherwise"
+    model,ids = shrunk(GQA, Int4()),torch.randint(60, (1, 9))
+    both = {role: model(ids, model.new_cache(1), prompt=role) for role in (True, False)}
+    assert torch.equal(model(ids, model.new_cache(1)), both[True]) and torch.equal(both[True], both[False]) != has_roles()
+    one = {role: model(ids[:, :1], model.new_cache(1), prompt=role) for role in (True, False, None)}
+    assert torch.equal(one[None], one[False]) and torch.equal(one[True], one[False]) != has_roles()
 
 
 @torch.no_grad()

@@ -57,21 +57,28 @@ def twin(model, kind=PagePool):
 
 
 @torch.inference_mode()
-def alone(model, text, page=64, chunk=10**9, kind=PagePool):
-    "Hidden states of one text, in calls of `chunk` tokens"
+def alone(model, text, page=64, chunk=10**9, kind=PagePool, told=0):
+    "Hidden states of one text, whose first `told` tokens are its prompt, in calls of `chunk` tokens"
     with PagedCache(kind(model.config, -(-len(text)//page) + 1, page, dtype=model.dtype)) as cache:
-        return torch.cat([model.ragged(part, [cache], [len(part)]) for part in text.split(min(chunk, len(text)))])
+        return torch.cat([model.ragged(part, [cache], [len(part)], prompts=[known(told, cache, part)])
+                          for part in text.split(min(chunk, len(text)))])
+
+
+def known(told, cache, part):
+    "How many of the next tokens of a row are part of its prompt"
+    return min(len(part), max(0, told - len(cache)))
 
 
 @torch.inference_mode()
-def in_company(model, texts, r, page, kind=PagePool):
+def in_company(model, texts, r, page, kind=PagePool, told=None):
     "Rows join, bring chunks, are thrown out and start again, in any order; their hidden states"
     pool = kind(model.config, sum(-(-len(t)//page) for t in texts) + 2, page, dtype=model.dtype)
     caches,found = [PagedCache(pool) for _ in texts],[torch.full((len(t), model.config.dim), torch.nan, dtype=model.dtype) for t in texts]
     while left := [i for i,t in enumerate(texts) if len(caches[i]) < len(t)]:
         rows = r.sample(left, r.randint(1, len(left)))
         new = [texts[i][len(caches[i]):][:r.choice([1, 1, 1, 3, 16, 40, 300])] for i in rows]
-        hidden = model.ragged(torch.cat(new), [caches[i] for i in rows], [*map(len, new)])
+        prompts = told and [known(told[i], caches[i], n) for i,n in zip(rows, new, strict=True)]
+        hidden = model.ragged(torch.cat(new), [caches[i] for i in rows], [*map(len, new)], prompts=prompts)
         for i,n,h in zip(rows, new, hidden.split([*map(len, new)]), strict=True): found[i][len(caches[i]) - len(n):len(caches[i])] = h
         if r.random() < .1: caches[i := r.randrange(len(texts))].rewind(r.randint(0, len(caches[i])))
     for cache in caches: cache.free()
@@ -84,10 +91,11 @@ def same(model, r, most=330, kind=PagePool):
     texts = [torch.randint(64, (r.choice([1, 2, 5, 17, 63, 64, 65, r.randint(1, most)]),)) for _ in range(r.randint(1, 5))]
     threads = torch.get_num_threads()
     torch.set_num_threads(r.randint(1, 3))
-    found = in_company(model, texts, r, r.choice([1, 7, 16, 64, 128]), kind)
-    for t,h in zip(texts, found, strict=True):
+    told = [r.choice([0, len(t), r.randint(0, len(t))]) for t in texts]
+    found = in_company(model, texts, r, r.choice([1, 7, 16, 64, 128]), kind, told)
+    for t,h,k in zip(texts, found, told, strict=True):
         torch.set_num_threads(r.randint(1, 3))
-        one = alone(model, t, r.choice([16, 64]), r.choice([1, 29, 10**9]) if len(t) < 70 else r.choice([100, 10**9]), kind)
+        one = alone(model, t, r.choice([16, 64]), r.choice([1, 29, 10**9]) if len(t) < 70 else r.choice([100, 10**9]), kind, k)
         assert one.isfinite().all() and torch.equal(one, h), f'{[*map(len, texts)]}, row of {len(t)}, seed {SEED}'
     torch.set_num_threads(threads)
 

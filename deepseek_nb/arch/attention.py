@@ -64,6 +64,7 @@ class Context(NamedTuple):
     pad:Tensor|None = None # Padding tokens at the left of each row `b`; None: there are none
     tokens:Tensor|None = None # Token ids `b s`, for blocks that route by token
     by_layer:tuple = () # Angles of each layer, if they differ between layers; empty: all layers use `angles`
+    prompt:bool = False # Whether the new tokens are part of a prompt; otherwise they were generated or drafted
     taps:object = None # Has a method `note` that gets the index and the output of each block; None: outputs are not reported
 
     def layer(self,

@@ -268,6 +268,7 @@ class Model(nn.Module):
         documents:Tensor|None = None, # Document number of each position in packed rows `b s`
         mla:str = 'auto', # Form of MLA
         tokens:Tensor|None = None, # Token ids `b s`, for blocks that route by token
+        prompt:bool|None = None, # Whether the new tokens are part of a prompt; None: more than one per row are
     )->Context: # Shared by all layers
         "Rotary angles and mask of the new tokens, with the cache"
         past,mask = len(cache) if cache is not None else 0,None
@@ -277,7 +278,8 @@ class Model(nn.Module):
         if any(c.compress_ratios):
             other = self.angles(past, past+s, pad, c.compress_rope)
             by_layer = tuple(other if ratio else own for ratio in c.compress_ratios)
-        return Context(own, mask, cache, mla, pad, tokens, by_layer, getattr(self, 'taps', None))
+        prompt = s > 1 if prompt is None else prompt
+        return Context(own, mask, cache, mla, pad, tokens, by_layer, prompt, getattr(self, 'taps', None))
 
     def new_cache(self,
         batch:int = 1, # Number of rows b
@@ -301,6 +303,7 @@ class Model(nn.Module):
         attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
         documents:Tensor|None = None, # Document number of each position in packed rows `b s`
         mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
+        prompt:bool|None = None, # As in `context`
     )->Tensor: # Activations after the last norm `b s d`
         "The forward pass without the head"
         check_tokens(tokens, self.config, not decodes(tokens, cache))
@@ -311,7 +314,7 @@ class Model(nn.Module):
         pad = left_pad(attention_mask) if attention_mask is not None else None
         if cache is not None: pad = make_room(cache, self, b, s, pad)
         x,n = self.embed_tokens(tokens),self.config.hc_mult
-        x = run_blocks(expand_streams(x, n) if n else x, self.layers, self.context(s, cache, pad, documents, mla, tokens))
+        x = run_blocks(expand_streams(x, n) if n else x, self.layers, self.context(s, cache, pad, documents, mla, tokens, prompt))
         if cache is not None: cache.advance(s)
         return self._read(x)
 
@@ -321,10 +324,11 @@ class Model(nn.Module):
         logits_to_keep:int = 0, # Compute logits of this many last positions; 0: all
         attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
         mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
+        prompt:bool|None = None, # Whether the tokens are part of a prompt; None: more than one per row are
     )->Tensor: # Logits `b s w`, float32
         "Logits of the next token at each position"
         if logits_to_keep < 0: raise ValueError(f'logits_to_keep is {logits_to_keep}; give a number of last positions, or 0 for all')
-        x = self.hidden(tokens, cache, attention_mask, mla=mla)[:, -logits_to_keep:]
+        x = self.hidden(tokens, cache, attention_mask, mla=mla, prompt=prompt)[:, -logits_to_keep:]
         return head(x, self.head_weight)
 
     def residual_stream(self,

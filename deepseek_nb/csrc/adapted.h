@@ -52,6 +52,7 @@ template <class T, class M> struct Weights<T, Adapted<M>> {
     int64_t width(int64_t i) const { return base.width(i); }
     Weights from(int64_t i) const { return {base.from(i), adapters, place + i}; }
 };
+template <class M> constexpr int64_t GROUP_TOKENS<Adapted<M>> = GROUP_TOKENS<M>;
 template <class M> Adapted<M> from_row(const Adapted<M>& m, int64_t row, int64_t K) {
     return {from_row(m.base, row, K), m.adapters, m.place, m.row + row};
 }
@@ -321,9 +322,9 @@ void run_floats(const Tensors& weights, const std::vector<int64_t>& sizes, const
     });
 }
 template <class Pages>
-void run_codes(const Tensor& codes, bool single, const std::vector<int64_t>& sizes, const std::vector<double>& numbers,
-               const AdaptedBatch& batch) {
-    with_codes(codes, single, [&](auto w) { run_adapted<Pages>(w, codes.size(0), sizes, numbers, batch); });
+void run_codes(const Tensor& codes, bool single, bool prompt, const std::vector<int64_t>& sizes,
+               const std::vector<double>& numbers, const AdaptedBatch& batch) {
+    with_codes(codes, single, prompt, [&](auto w) { run_adapted<Pages>(w, codes.size(0), sizes, numbers, batch); });
 }
 
 #define BATCH_SCHEMA "int[] sizes, float[] numbers, Tensor(a!) x, Tensor cos, Tensor sin, Tensor(b!)[] pages, " \

@@ -10,14 +10,14 @@ void cache_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<doubl
                   Tensor of) {
     run_floats<CodeStep>(weights, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
-void cache_codes(Tensor codes, bool single, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x,
+void cache_codes(Tensor codes, bool single, bool prompt, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x,
                  Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table,
                  Tensor of) {
-    run_codes<CodeStep>(codes, single, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
+    run_codes<CodeStep>(codes, single, prompt, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("cache_floats(Tensor[] weights, " BATCH_SCHEMA);
-    m.def("cache_codes(Tensor codes, bool single, " BATCH_SCHEMA);
+    m.def("cache_codes(Tensor codes, bool single, bool prompt, " BATCH_SCHEMA);
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("cache_floats", TORCH_BOX(&cache_floats));

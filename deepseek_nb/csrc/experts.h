@@ -4,6 +4,8 @@
 #pragma once
 #include "gemm.h"
 
+template <class M> constexpr int64_t GROUP_TOKENS = PANEL;  // most tokens of a group
+
 template <class M> struct Group {
     M gate, up, down;              // weights of the expert
     int64_t f, n;                  // hidden width, tokens
@@ -154,8 +156,8 @@ std::vector<Group<M>> make_groups(const Stack<M>& w, const Sorted& s, const floa
     std::vector<Group<M>> groups;
     weight.resize(s.slot.size());
     for (int64_t i = 0; i < w.e; ++i)
-        for (int64_t a = s.start[i]; a < s.start[i + 1]; a += PANEL) {
-            const int64_t n = std::min<int64_t>(PANEL, s.start[i + 1] - a);
+        for (int64_t a = s.start[i], n; a < s.start[i + 1]; a += n) {
+            n = std::min<int64_t>(GROUP_TOKENS<M>, s.start[i + 1] - a);
             Group<M> v{w.gate(i), w.up(i), w.projection(i), w.f, n, {}, {}, &weight[a], nullptr, nullptr};
             for (int64_t j = a; j < a + n; ++j) {
                 weight[j] = weights[s.slot[j]];

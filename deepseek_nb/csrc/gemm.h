@@ -83,7 +83,7 @@ inline std::vector<const float*> row_pointers(const float* x, int64_t n, int64_t
 }
 
 // %% ../../nbs/510_kernels.gemm.ipynb #bac9aed5
-inline int64_t panel_size(int64_t n, int64_t K) { return n <= FEW ? 0 : round_up(n, PANEL) * K; }
+inline int64_t panel_size(int64_t n, int64_t K) { return n <= FEW ? 0 : round_up(n, PANEL) * std::max<int64_t>(K, 32); }
 
 inline void pack_together(const Team& t, int64_t n, int64_t K, const float* const* x, float* panel) {
     const auto [begin, end] = t.share((K + L - 1) / L);

@@ -53,28 +53,6 @@ void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL
     }
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #cc92f4c6
-#if defined(__AMX_INT8__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-constexpr int64_t TILE = 16;
-inline bool tiles_allowed() {
-    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for tile data
-    return yes;
-}
-struct Tiles {
-    alignas(64) uint8_t before[64];
-    Tiles() {
-        _tile_storeconfig(before);
-        alignas(64) uint8_t config[64] = {1};
-        auto tile = [&](int i, uint8_t rows, uint8_t bytes) { config[48 + i] = rows, config[16 + 2 * i] = bytes; };
-        tile(0, TILE, 32), tile(1, 8, 64), tile(2, TILE, 64), tile(3, TILE, 32), tile(4, TILE, 64);
-        _tile_loadconfig(config);
-    }
-    ~Tiles() { _tile_loadconfig(before); }
-};
-#endif
-
 // %% ../../nbs/537_kernels.codes.ipynb #89a1d27a
 #if defined(__AMX_INT8__) && defined(__linux__)
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
@@ -144,7 +122,7 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
 // compute as many tokens as fill whole tiles, and return their number
 template <class F> int64_t tile_rows(const Matrix& m, const Range& r) {
     if (r.n < TILE || !tiles_allowed()) return 0;
-    const Tiles tiles;
+    const Tiles tiles({{TILE, 32}, {8, 64}, {TILE, 64}, {TILE, 32}, {TILE, 64}});
     thread_local Buffer buffer;
     const int64_t G = blocks_of(m.K);
     uint8_t* room = (uint8_t*)buffer.need(128 * G);

@@ -6,9 +6,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
-void linear_panels(Tensor x, Tensor panels, int64_t format, int64_t group, Tensor y) {
+void linear_panels(Tensor x, Tensor panels, int64_t format, int64_t group, bool two_codes, Tensor y) {
     const int64_t n = x.size(0), K = x.size(1), R = y.size(1);
-    const Matrix m{data<uint8_t>(panels), Format(format), group, K, panels.size(1)};
+    const Matrix m{data<uint8_t>(panels), Format(format), group, K, panels.size(1), two_codes};
     Rounded codes;
     codes.take(n, K, m.fine());
     team([&](const Team& t) {
@@ -62,7 +62,7 @@ void pack_blocks(Tensor blocks, int64_t head, int64_t bytes, Tensor panels) {
 // %% ../../nbs/537_kernels.codes.ipynb #b2f8e132
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("pack_blocks(Tensor blocks, int head, int bytes, Tensor(a!) panels) -> ()");
-    m.def("linear_panels(Tensor x, Tensor panels, int format, int group, Tensor(a!) y) -> ()");
+    m.def("linear_panels(Tensor x, Tensor panels, int format, int group, bool two_codes, Tensor(a!) y) -> ()");
     m.def("embed_panels(Tensor ids, Tensor panels, int format, int group, int rows, Tensor(a!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {

@@ -247,6 +247,13 @@ struct Int8Fine {
     static vec step(const uint8_t* scales) { return halves(scales); }
     static vec low(const uint8_t* scales, vec) { return halves(scales + 32); }
 };
+template <class F> struct TwoCodes : F {  // int8 weights, whose activations have two codes
+    static constexpr bool SIGNED = false, FINE = true;
+    template <class Use> static void each(const uint8_t* p, Use use) {
+        for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i) ^ int32_t(0x80808080));
+    }
+    static vec low(const uint8_t*, vec d) { return d * -128.f; }
+};
 
 // %% ../../nbs/537_kernels.codes.ipynb #c33db43f
 constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
@@ -258,13 +265,15 @@ struct Matrix {
     int64_t group = 0;  // numbers per group; 0: the whole row
     int64_t K = 0;      // numbers per row
     int64_t bytes = 0;  // bytes per panel
+    bool two_codes = false;  // of each activation, for int8 weights; those of int8_fine always have two
     const uint8_t* panel(int64_t i) const { return data + i * bytes; }
-    bool fine() const { return format == Format::int8_fine; }  // whether activations have two codes
+    bool fine() const { return two_codes || format == Format::int8_fine; }
     int64_t blocks() const { return group ? group / 32 : blocks_of(K); }  // blocks per group
     explicit operator bool() const { return data; }
 };
 template <class F> void as_format(const Matrix& m, F use) {
-    if (m.format == Format::int8) use(Int8());
+    if (m.two_codes) m.format == Format::int8 ? use(TwoCodes<Int8>()) : use(TwoCodes<Int8Groups>());
+    else if (m.format == Format::int8) use(Int8());
     else if (m.format == Format::int8_groups) use(Int8Groups());
     else if (m.format == Format::int4) use(Int4<false>());
     else if (m.format == Format::int8_fine) use(Int8Fine());
@@ -287,6 +296,29 @@ struct Range {
 inline int64_t panels_of(int64_t R) { return (R + PANEL_ROWS - 1) / PANEL_ROWS; }
 void rows_of(const Matrix& m, const Range& r);
 void decode_row(const Matrix& m, int64_t row, float* y);  // one row, as floats
+
+// %% ../../nbs/537_kernels.codes.ipynb #cc92f4c6
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+constexpr int64_t TILE = 16;
+inline bool tiles_allowed() {
+    static const bool yes = !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, for tile data
+    return yes;
+}
+struct TileShape { uint8_t rows, bytes; };
+struct Tiles {
+    alignas(64) uint8_t before[64];
+    explicit Tiles(std::initializer_list<TileShape> shapes) {
+        _tile_storeconfig(before);
+        alignas(64) uint8_t config[64] = {1};
+        int i = 0;
+        for (auto s : shapes) config[48 + i] = s.rows, config[16 + 2 * i++] = s.bytes;
+        _tile_loadconfig(config);
+    }
+    ~Tiles() { _tile_loadconfig(before); }
+};
+#endif
 
 // %% ../../nbs/537_kernels.codes.ipynb #8254507b
 struct Rounded {

@@ -10,7 +10,7 @@ using Reals = std::vector<double>;
 void attention_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals numbers, Tensor cos, Tensor sin,
                      Tensors cache, int64_t past, std::optional<Tensor> pad, Tensor y) {
     const Step step(x, cos, sin, past, pad);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, false, [&](auto w) {
         run_attention(w, step, record<AttentionSizes>(sizes), record<AttentionNumbers>(numbers), data<float>(x), cache,
                       data<float>(y));
     });
@@ -18,15 +18,15 @@ void attention_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals 
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #867ec827
 void ffn_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals numbers, Tensor y) {
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, false, [&](auto w) {
         run_ffn(w, x.size(0) * x.size(1), x.size(2), record<FeedSizes>(sizes), record<FeedNumbers>(numbers),
                 data<float>(x), data<float>(y));
     });
 }
-void blocks_codes(Tensor x, Tensor table, bool single, Integers sizes, Reals numbers, Tensor cos, Tensor sin,
-                  Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
+void blocks_codes(Tensor x, Tensor table, bool single, bool prompt, Integers sizes, Reals numbers, Tensor cos,
+                  Tensor sin, Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
     const Step step(x, cos, sin, past, pad);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, prompt, [&](auto w) {
         run_blocks(w, table.size(0) / (2 * HALF), step, record<StepSizes>(sizes), record<StepNumbers>(numbers),
                    data<float>(x), caches, data<float>(y));
     });
@@ -37,8 +37,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("attention_codes(Tensor x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
           "Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
     m.def("ffn_codes(Tensor x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor(a!) y) -> ()");
-    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
-          "Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
+    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, Tensor cos, "
+          "Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {
     m.impl("attention_codes", TORCH_BOX(&attention_codes));

@@ -4,6 +4,7 @@
 #pragma once
 #include "step.h"
 #include "panels.h"
+#include <concepts>
 
 // a row of Python's table; all zeros if the model lacks the weight
 struct TableRow {
@@ -37,28 +38,36 @@ inline std::pair<int64_t, int64_t> own_rows(const Team& t, const Matrix&, int64_
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #d7a4f2dc
-// write columns 32 g to 32 g + 31 of 16 rows: each column is 16 numbers, and columns are ld numbers apart
-template <class F> void decode_block(const Matrix& m, int64_t g, float* to, int64_t ld) {
+// call use(h, i, numbers of rows h L to h L + L - 1 in column 32 g + i) for 16 rows; an int8 scale per row is left out
+template <class F, class Use> inline void each_column(const Matrix& m, int64_t g, Use use) {
     const int64_t each = m.blocks();
     const uint8_t* group = m.data + g / each * (F::SCALES + each * F::BYTES);
     for (int h = 0; h < PASSES; ++h) {
         ivec w[8];
         F::each(group + F::SCALES + g % each * F::BYTES + h * 4 * L, [&](int i, ivec v) { w[i] = v; });
         const vec d = F::step(group + h * 2 * L), low = F::low(group + h * 2 * L, d);
-        const vec end = F::END ? load((const float*)m.data + h * L) : splat(1);
+#pragma GCC unroll 32
         for (int i = 0; i < 32; ++i) {
             const int at = i % 4 * 8;
             const ivec code = F::SIGNED ? w[i / 4] << 24 - at >> 24 : w[i / 4] >> at & 255;
-            store(to + i * ld + h * L, (__builtin_convertvector(code, vec) * d + low) * end);
+            use(h, i, __builtin_convertvector(code, vec) * d + low);
         }
     }
 }
+template <class F> inline vec row_scale(const Matrix& m, int h) {
+    return F::END ? load((const float*)m.data + h * L) : splat(1);
+}
+// write columns 32 g to 32 g + 31 of 16 rows: each column is 16 numbers, and columns are ld numbers apart
 inline void decode(const Matrix& m, int64_t g, float* to, int64_t ld) {
-    as_format(m, [&](auto f) { decode_block<decltype(f)>(m, g, to, ld); });
+    as_format(m, [&](auto f) {
+        using F = decltype(f);
+        each_column<F>(m, g, [&](int h, int i, vec v) { store(to + i * ld + h * L, v * row_scale<F>(m, h)); });
+    });
 }
 
 // %% ../../nbs/540_kernels.step_codes.ipynb #6c1dc194
-template <class T> void absorb(const Team& t, const Mla<T, Matrix>& w, int64_t n, const float* q, float* out) {
+template <class T, std::derived_from<Matrix> M>
+void absorb(const Team& t, const Mla<T, M>& w, int64_t n, const float* q, float* out) {
     const int64_t x = w.query(), blocks = blocks_of(w.c), ld = w.h * w.cached();
     const auto [begin, end] = t.share(w.h * blocks);
     thread_local Buffer buffer;
@@ -164,10 +173,229 @@ inline void together(const Team& t, const std::vector<GroupOfCodes>& groups, int
     for (auto& v : groups) project_codes(t, v, d);
 }
 
+// %% ../../nbs/540_kernels.step_codes.ipynb #a0574d70
+#if defined(__AVX512BF16__)
+struct Decoded : Matrix {};  // its products decode it to bfloat16
+template <class T> struct Weights<T, Decoded> : Weights<T, Matrix> {
+    using Base = Weights<T, Matrix>;
+    Decoded matrix(int64_t i) const { return {Base::matrix(i)}; }
+    Weights from(int64_t i) const { return {Base::from(i)}; }
+};
+#if !defined(__AMX_BF16__)
+template <class T> const Weights<T, Matrix>& feeding(const Weights<T, Decoded>& w) { return w; }
+#endif
+inline Decoded from_row(const Decoded& m, int64_t row, int64_t K) { return {from_row((const Matrix&)m, row, K)}; }
+template <> constexpr int64_t GROUP_TOKENS<Decoded> = INT64_MAX;
+
+inline int64_t decoded_width(int64_t K) { return round_up(K, 32); }  // numbers of a row in bfloat16
+inline void narrow_row(const float* x, int64_t K, bf16* to) {
+    each_block(x, K, 0, blocks_of(K), [&](const float* x, int64_t g) {
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(x + L), (__m512)load(x));
+        memcpy(to + 32 * g, &both, sizeof both);
+    });
+}
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #b7d07051
+// a panel in bfloat16, columns 2 i and 2 i + 1 of its rows side by side, and what the results of its rows are scaled by
+inline void unpack(const Matrix& m, int64_t p, bf16* to, vec& scale) {
+    ivec order;  // takes one of the even and one of the odd columns in turn
+    for (int r = 0; r < L; ++r) order[r] = r | (L + r) << 16;
+    const Matrix panel = from_row(m, p * PANEL_ROWS, m.K);
+    as_format(m, [&](auto f) {
+        using F = decltype(f);
+        scale = row_scale<F>(panel, 0);
+        for (int64_t g = 0; g < blocks_of(m.K); ++g) {
+            vec even;
+            each_column<F>(panel, g, [&](int, int i, vec v) {
+                if (i % 2 == 0) return (void)(even = v);
+                const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)v, (__m512)even);
+                _mm512_store_si512(to + 512 * g + 16 * (i - 1), _mm512_permutexvar_epi16((__m512i)order, both));
+            });
+        }
+    });
+}
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #7df3c6c9
+constexpr int TILE_TOKENS = 12;
+// c[j] (P panels of 16 rows) = panels · x_j; panels and rows of x have K numbers per row
+template <int P, int N>
+void decoded_tile(int64_t K, const bf16* w, const bf16* x, const vec* scale, float (*c)[P * L]) {
+    vec s[N][P] = {};
+    for (int64_t k = 0; k < K; k += 2) {
+        __m512bh rows[P];
+        for (int p = 0; p < P; ++p) rows[p] = (__m512bh)_mm512_load_si512(w + p * L * K + k * L);
+        for (int j = 0; j < N; ++j) {
+            int32_t pair;
+            memcpy(&pair, x + j * K + k, sizeof pair);
+            for (int p = 0; p < P; ++p)
+                s[j][p] = (vec)_mm512_dpbf16_ps((__m512)s[j][p], rows[p], (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+    for (int j = 0; j < N; ++j) for (int p = 0; p < P; ++p) store(c[j] + p * L, s[j][p] * scale[p]);
+}
+#if defined(__AMX_BF16__) && defined(__linux__)
+// the same for `rows` tokens, with the shapes of `amx_tiles`
+template <int P> void amx_tile(int64_t K, int rows, const bf16* w, const bf16* x, const vec* scale, float (*c)[P * L]) {
+    _tile_zero(3);
+    _tile_zero(4);
+    for (int64_t k = 0; k < K; k += 32) {
+        _tile_loadd(0, x + k, K * sizeof *x);
+        _tile_loadd(1, w + k * L, 64);
+        _tile_dpbf16ps(3, 0, 1);
+        if constexpr (P == 2) {
+            _tile_loadd(2, w + (K + k) * L, 64);
+            _tile_dpbf16ps(4, 0, 2);
+        }
+    }
+    _tile_stored(3, c[0], sizeof *c);
+    if constexpr (P == 2) _tile_stored(4, c[0] + L, sizeof *c);
+    for (int j = 0; j < rows; ++j) for (int p = 0; p < P; ++p) store(c[j] + p * L, load(c[j] + p * L) * scale[p]);
+}
+template <int P, class Use>
+void amx_tiles(int64_t K, int64_t first, int64_t last, uint8_t rows, const bf16* w, const bf16* x, const vec* scale,
+               Use use) {
+    if (first == last) return;
+    const Tiles tiles({{rows, 64}, {TILE, 64}, {TILE, 64}, {rows, 64}, {rows, 64}});
+    alignas(64) float c[TILE][P * L];
+    for (int64_t j = first; j < last; j += rows) {
+        amx_tile<P>(K, rows, w, x + j * K, scale, c);
+        for (int i = 0; i < rows; ++i) use(j + i, c[i]);
+    }
+}
+#endif
+// call use(j, c) for n tokens
+template <int P, class Use>
+void decoded_tiles(int64_t K, int64_t n, const bf16* w, const bf16* x, const vec* scale, Use use) {
+#if defined(__AMX_BF16__) && defined(__linux__)
+    if (const int64_t whole = n / TILE * TILE; tiles_allowed()) {
+        amx_tiles<P>(K, 0, whole, TILE, w, x, scale, use);
+        return amx_tiles<P>(K, whole, n, n - whole, w, x, scale, use);
+    }
+#endif
+    alignas(64) float c[TILE_TOKENS][P * L];
+    const int64_t tiles = (n + TILE_TOKENS - 1) / TILE_TOKENS;
+    for (int64_t b = 0; b < tiles; ++b) {
+        const int64_t j = n * b / tiles, some = n * (b + 1) / tiles - j;
+        [&]<int... N>(std::integer_sequence<int, N...>) {
+            ((some == N + 1 && (decoded_tile<P, N + 1>(K, w, x + j * K, scale, c), true)) || ...);
+        }(std::make_integer_sequence<int, TILE_TOKENS>());
+        for (int64_t i = 0; i < some; ++i) use(j + i, c[i]);
+    }
+}
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #32a91e81
+struct UnpackedPair {
+    int64_t K;
+    bf16* data;
+    vec scale[2];
+    explicit UnpackedPair(int64_t K) : K(decoded_width(K)) {
+        thread_local Buffer buffer;
+        data = (bf16*)buffer.need(PANEL_ROWS * this->K);
+    }
+    void take(int i, const Matrix& m, int64_t p) { unpack(m, p, data + i * PANEL_ROWS * K, scale[i]); }
+};
+// call use(token, row, results, number of results) for the panels with first <= index < last
+template <class Use>
+void decoded_rows(const Matrix& m, int64_t first, int64_t last, int64_t R, int64_t n, const bf16* x, Use use) {
+    UnpackedPair w(m.K);
+    for (int64_t p = first; p < last; p += 2) {
+        const int64_t row = p * PANEL_ROWS, wide = std::min((std::min(last, p + 2) - p) * PANEL_ROWS, R - row);
+        auto write = [&](int64_t j, const float* c) { use(j, row, c, wide); };
+        w.take(0, m, p);
+        if (p + 1 == last) decoded_tiles<1>(w.K, n, w.data, x, w.scale, write);
+        else w.take(1, m, p + 1), decoded_tiles<2>(w.K, n, w.data, x, w.scale, write);
+    }
+}
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #5f40b500
+inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Decoded& m, const float* const* x, float* y,
+                    int64_t ldy, float* panel) {
+    thread_local Buffer own;
+    const int64_t ld = decoded_width(K);
+    const auto [begin, end] = n > FEW ? t.share(n) : std::pair<int64_t, int64_t>{0, n};
+    bf16* rows = (bf16*)(n > FEW ? panel : own.need(n * ld / 2));
+    for (int64_t j = begin; j < end; ++j) narrow_row(x[j], K, rows + j * ld);
+    if (n > FEW) t.wait();
+    const auto [first, last] = t.share(panels_of(R));
+    decoded_rows(m, first, last, R, n, rows, [&](int64_t j, int64_t row, const float* c, int64_t wide) {
+        memcpy(y + j * ldy + row, c, wide * sizeof(float));
+    });
+}
+template <class T>
+void expand(const Team& t, const Mla<T, Decoded>& w, int64_t n, const float* const* latents, float* out) {
+    const int64_t each = w.v / PANEL_ROWS, ld = decoded_width(w.c);
+    auto [at, end] = t.share(w.h * each);
+    thread_local Buffer buffer;
+    bf16* rows = (bf16*)buffer.need(n * ld / 2);
+    for (int64_t stop; at < end; at = stop) {
+        const int64_t head = at / each, first = at % each;
+        stop = std::min(end, (head + 1) * each);
+        for (int64_t j = 0; j < n; ++j) narrow_row(latents[head * n + j], w.c, rows + j * ld);
+        const Matrix values = from_row((const Matrix&)w.kv_b, head * (w.nope + w.v) + w.nope, w.c);
+        decoded_rows(values, first, first + stop - at, w.v, n, rows,
+                     [&, head = head](int64_t j, int64_t row, const float* c, int64_t wide) {
+            memcpy(out + (j * w.h + head) * w.v + row, c, wide * sizeof(float));
+        });
+    }
+}
+
+// %% ../../nbs/540_kernels.step_codes.ipynb #0a12ea7e
+using GroupOfDecoded = Group<Decoded>;
+inline int64_t group_memory(const GroupOfDecoded& v, int64_t d) {
+    return v.n * (decoded_width(d) + decoded_width(v.f)) / 2;
+}
+inline void place(std::vector<GroupOfDecoded>& groups, int64_t d, float* memory) {
+    for (auto& v : groups) {
+        v.panel = memory, v.hidden = memory + v.n * decoded_width(d) / 2;
+        memory += group_memory(v, d);
+    }
+}
+inline void hidden_decoded(const Team& t, const GroupOfDecoded& v, int64_t d) {
+    const auto [first, last] = t.share(panels_of(v.f));
+    const int64_t ld = decoded_width(v.f);
+    UnpackedPair w(d);
+    for (int64_t p = first; p < last; ++p) {
+        w.take(0, v.gate, p), w.take(1, v.up, p);
+        decoded_tiles<2>(w.K, v.n, w.data, (const bf16*)v.panel, w.scale, [&](int64_t j, float* c) {
+            v.clamp(c, c + L, L);
+            const __m256bh h = _mm512_cvtneps_pbh((__m512)(silu(load(c)) * load(c + L)));
+            memcpy((bf16*)v.hidden + j * ld + p * L, &h, sizeof h);
+        });
+    }
+}
+inline void together(const Team& t, const std::vector<GroupOfDecoded>& groups, int64_t d) {
+    for (auto& v : groups) {
+        const int64_t ld = decoded_width(v.f);
+        const auto [begin, end] = t.share(v.n);
+        for (int64_t j = begin; j < end; ++j) {
+            narrow_row(v.in[j], d, (bf16*)v.panel + j * decoded_width(d));
+            memset((bf16*)v.hidden + (j + 1) * ld - L, 0, L * sizeof(bf16));  // if the number of panels is odd
+        }
+    }
+    t.wait();
+    for (auto& v : groups) hidden_decoded(t, v, d);
+    t.wait();
+    for (auto& v : groups) {
+        const auto [first, last] = t.share(panels_of(d));
+        decoded_rows(v.down, first, last, d, v.n, (const bf16*)v.hidden,
+                     [&](int64_t j, int64_t row, const float* c, int64_t wide) {
+            for (int64_t i = 0; i < wide; ++i) v.out[j][row + i] += v.weight[j] * c[i];
+        });
+    }
+}
+#else
+using Decoded = Matrix;
+#endif
+
 // %% ../../nbs/540_kernels.step_codes.ipynb #7c1e5a90
-template <class F> void with_codes(const Tensor& table, bool single, F use) {
+template <class T, class F> void with_role(const TableRow* rows, bool prompt, F use) {
+    const bool fine = Format(rows[1].format) == Format::int8_fine;
+    if (prompt && !fine) use(Weights<T, Decoded>{{rows}});
+    else use(Weights<T, Matrix>{rows});
+}
+template <class F> void with_codes(const Tensor& table, bool single, bool prompt, F use) {
     STD_TORCH_CHECK(table.size(1) * sizeof(int64_t) == sizeof(TableRow), "a row of the table has ", table.size(1));
     const TableRow* rows = (const TableRow*)table.data_ptr();
-    if (single) use(Weights<float, Matrix>{rows});
-    else use(Weights<bf16, Matrix>{rows});
+    if (single) with_role<float>(rows, prompt, use);
+    else with_role<bf16>(rows, prompt, use);
 }

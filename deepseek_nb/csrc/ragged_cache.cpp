@@ -29,11 +29,12 @@ void ragged_cache(Tensor x, Tensors weights, std::vector<int64_t> sizes, std::ve
                    record<StepNumbers>(numbers), data<float>(x), pages, data<float>(y));
     });
 }
-void ragged_cache_codes(Tensor x, Tensor table, bool single, std::vector<int64_t> sizes, std::vector<double> numbers,
+void ragged_cache_codes(Tensor x, Tensor table, bool single, bool prompt, std::vector<int64_t> sizes,
+                        std::vector<double> numbers,
                         Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y) {
     const auto all = record<StepSizes>(sizes);
     const CodeStep step(x, cos, sin, starts, past, rows, pages[0], all.attention);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, prompt, [&](auto w) {
         run_blocks(w, table.size(0) / (2 * HALF), step, all, record<StepNumbers>(numbers), data<float>(x), pages,
                    data<float>(y));
     });
@@ -45,7 +46,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
           "Tensor(a!) y) -> ()");
     m.def("ragged_cache(Tensor(a!) x, Tensor[] weights, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
           "Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor table, Tensor(c!) y) -> ()");
-    m.def("ragged_cache_codes(Tensor(a!) x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, "
+    m.def("ragged_cache_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, Tensor cos, "
           "Tensor sin, Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor rows, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {

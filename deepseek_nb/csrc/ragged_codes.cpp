@@ -5,17 +5,18 @@
 #include "ragged.h"
 #include <torch/csrc/stable/library.h>
 
-void ragged_codes(Tensor x, Tensor table, bool single, std::vector<int64_t> sizes, std::vector<double> numbers,
+void ragged_codes(Tensor x, Tensor table, bool single, bool prompt, std::vector<int64_t> sizes,
+                  std::vector<double> numbers,
                   Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y) {
     const auto all = record<StepSizes>(sizes);
     const RaggedStep step(x, cos, sin, starts, past, rows, pages[0], all.attention);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, prompt, [&](auto w) {
         run_blocks(w, table.size(0) / (2 * HALF), step, all, record<StepNumbers>(numbers), data<float>(x), pages,
                    data<float>(y));
     });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("ragged_codes(Tensor(a!) x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
+    m.def("ragged_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
           "Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor rows, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("ragged_codes", TORCH_BOX(&ragged_codes)); }

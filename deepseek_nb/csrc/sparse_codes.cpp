@@ -11,7 +11,7 @@ using Reals = std::vector<double>;
 void sparse_attention_codes(Tensor x, Tensor table, bool single, int64_t a, Integers sizes, Reals numbers, Tensor cos,
                             Tensor sin, Tensors cache, int64_t past, std::optional<Tensor> pad, Tensor y) {
     const Step step(x, cos, sin, past, pad);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, false, [&](auto w) {
         run_sparse_attention(w, w.from(HALF), step, a, record<AttentionSizes>(sizes), record<AttentionNumbers>(numbers),
                              x, cache, y);
     });
@@ -20,7 +20,7 @@ void sparse_blocks_codes(Tensor x, Tensor table, bool single, int64_t a, Integer
                          Tensor sin, Tensors caches, int64_t past, std::optional<Tensor> pad, Tensor y) {
     const Step step(x, cos, sin, past, pad);
     const int64_t layers = table.size(0) / (2 * HALF + INDEX);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, false, [&](auto w) {
         run_sparse_blocks(w, w.from(2 * HALF * layers), layers, step, a, record<StepSizes>(sizes),
                           record<StepNumbers>(numbers), x, caches, y);
     });

@@ -368,7 +368,7 @@ template <class T, class M> struct FfnStage {
     std::vector<Group<M>> groups;
     Buffer memory;
     // e experts, k per token; f: width of the widest dense feed-forward
-    FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f) : n(n), d(d), experts(n * k), ones(PANEL, 1.f) {
+    FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f) : n(n), d(d), experts(n * k), ones(std::min(n, GROUP_TOKENS<M>), 1.f) {
         static thread_local Buffer buffer;
         xn = buffer.need(n * (d + 2 * e + k) + panel_size(n, d));
         logits = xn + n * d, scores = logits + n * e, weights = scores + n * e, panel = weights + n * k;
@@ -405,9 +405,9 @@ template <class T, class M> void FfnStage<T, M>::gather(const Ffn<T, M>& w, floa
     if (w.gate)
         groups = make_groups(w.routed, sort_by_expert(experts.data(), weights, n * k, w.routed.e), weights, weight,
                              [&](int64_t i) { return xn + i / k * d; }, [&](int64_t i) { return y + i / k * d; });
-    for (int64_t j = 0; w.dense_f && j < n; j += PANEL) {
-        Group<M> v{w.dense_gate, w.dense_up, w.dense_down, w.dense_f, std::min<int64_t>(PANEL, n - j), {}, {},
-                   ones.data(), nullptr, nullptr};
+    for (int64_t j = 0, some; w.dense_f && j < n; j += some) {
+        some = std::min<int64_t>(GROUP_TOKENS<M>, n - j);
+        Group<M> v{w.dense_gate, w.dense_up, w.dense_down, w.dense_f, some, {}, {}, ones.data(), nullptr, nullptr};
         for (int64_t i = j; i < j + v.n; ++i) v.in.push_back(xn + i * d), v.out.push_back(y + i * d);
         groups.push_back(std::move(v));
     }
@@ -489,16 +489,20 @@ FfnStage<T, M> largest_ffn(const Weights<T, M>& weights, int64_t layers, int64_t
     }
     return {n, d, e, k, wide};
 }
+// the weights as the feed-forward multiplies them
+template <class T, class M> const Weights<T, M>& feeding(const Weights<T, M>& w) { return w; }
+
 template <class T, class M, class S>
 void run_blocks(const Weights<T, M>& weights, int64_t layers, const S& step, const StepSizes& sizes,
                 const StepNumbers& numbers, float* x, const Tensors& caches, float* y) {
-    FfnStage<T, M> feed = largest_ffn(weights, layers, step.n, step.d, sizes.feed.k);
+    const auto& fed = feeding(weights);
+    auto feed = largest_ffn(fed, layers, step.n, step.d, sizes.feed.k);
     with_attention(weights, step, sizes.attention, numbers.attention, [&](const auto& attend, auto with) {
         team([&](const Team& t) {
             for (int64_t i = 0; i < layers; ++i) {
                 attend(t, with(weights.from(2 * i * HALF)), x, &caches[i * attend.TENSORS], y);
                 t.wait();
-                feed(t, ffn_weights(weights.from((2 * i + 1) * HALF), sizes.feed, numbers.feed), y, x);
+                feed(t, ffn_weights(fed.from((2 * i + 1) * HALF), sizes.feed, numbers.feed), y, x);
                 t.wait();
             }
         });

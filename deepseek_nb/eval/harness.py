@@ -95,7 +95,8 @@ class SharedPrefix:
         "One ragged forward pass"
         flat = torch.tensor([t for row in rows for t in row], device=self.model.device)
         self.computed += len(flat)
-        return self.model.ragged(flat, caches, [*map(len, rows)]).split([*map(len, rows)])
+        counts = [*map(len, rows)]
+        return self.model.ragged(flat, caches, counts, prompts=counts).split(counts)
 
 # %% ../../nbs/740_eval.harness.ipynb #b097d85d
 class Score(NamedTuple):

@@ -307,8 +307,9 @@ class Engine:
         ids = torch.tensor([t for r,n in counts.items() for t in new[r][:n]], device=self.model.device)
         own = [r.adapter and r.adapter.layers for r in counts]
         with self.drafts.states() if self.drafts else nullcontext() as kept:
+            prompts = [min(n, max(0, len(r.stream.request.prompt) - len(r.cache))) for r,n in counts.items()]
             single = self.single or any(own) and self.model.config.window # no kernel adds adapters to V4
-            x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, single)
+            x = self.model.ragged(ids, [r.cache for r in counts], [*counts.values()], own, single, prompts)
         return x,torch.cat([k[0] for k in kept]) if kept else x
 
     def _run(self)->dict: # `Row` -> number of its tokens; empty if no row runs

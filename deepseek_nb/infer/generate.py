@@ -93,7 +93,7 @@ def prefill(self:Model,
 )->Tensor: # Logits of the next token `b w`
     "Process the tokens of the prompt that are not in the cache"
     if len(cache) >= ids.shape[1]: cache.rewind(len(cache) - ids.shape[1] + 1)
-    return self(ids[:, len(cache):], cache, logits_to_keep=1, **kw)[:,-1]
+    return self(ids[:, len(cache):], cache, logits_to_keep=1, prompt=True, **kw)[:,-1]
 
 # %% ../../nbs/410_infer.generate.ipynb #2360eeab
 @torch.no_grad()

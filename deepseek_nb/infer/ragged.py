@@ -35,6 +35,7 @@ class RaggedBatch(NamedTuple):
     angles:tuple # cos and sin `1 1 n r/2` of all new tokens
     tokens:Tensor|None = None # Token ids `n`, for blocks that route by token
     by_layer:tuple = () # Angles of each layer, if they differ between layers
+    prompts:list|None = None # How many of the new tokens of each row are part of its prompt; None: none
     taps:object = None # As in `Context`
 
     @property
@@ -54,7 +55,8 @@ class RaggedBatch(NamedTuple):
         here = slice(start := sum(self.counts[:i]), start + self.counts[i])
         own,*layers = (tuple(a[:, :, here] for a in angles) for angles in (self.angles, *self.by_layer))
         tokens = None if self.tokens is None else self.tokens[None, here]
-        return Context(own, cache=self.caches[i], tokens=tokens, by_layer=tuple(layers), taps=self.taps)
+        prompt = bool(self.prompts) and self.prompts[i] == self.counts[i]
+        return Context(own, cache=self.caches[i], tokens=tokens, by_layer=tuple(layers), prompt=prompt, taps=self.taps)
 
 # %% ../../nbs/448_infer.ragged.ipynb #383bf3b3
 @op
@@ -158,13 +160,14 @@ def ragged_batch(self:Model,
     tokens:Tensor, # New tokens of all rows `n`
     caches:list, # Cache of each row
     counts:list, # Number of new tokens of each row
+    prompts:list|None = None, # As in `RaggedBatch`
 )->RaggedBatch:
     "Describe a step"
     own,ratios,by_layer = self.ragged_angles(caches, counts),self.config.compress_ratios,()
     if any(ratios):
         other = self.ragged_angles(caches, counts, self.config.compress_rope)
         by_layer = tuple(other if ratio else own for ratio in ratios)
-    return RaggedBatch([*caches], [*counts], own, tokens, by_layer, getattr(self, 'taps', None))
+    return RaggedBatch([*caches], [*counts], own, tokens, by_layer, prompts, getattr(self, 'taps', None))
 
 # %% ../../nbs/448_infer.ragged.ipynb #a9f08487
 @patch
@@ -174,20 +177,21 @@ def ragged(self:Model,
     counts:list, # Number of new tokens of each row
     own:list|None = None, # Blocks of each row, for rows with an adapter; None: those of the model
     single:bool = False, # Whether to compute one token at a time, so that its bits depend on its own row only
+    prompts:list|None = None, # How many of the new tokens of each row are part of its prompt, the first ones; None: none
 )->Tensor: # Activations after the last norm `n d`
     "One forward pass for rows of different lengths, without the head"
     check_rows(tokens, caches, counts, self)
     if own is not None and len(own) != len(counts): raise ValueError(f'{len(own)} blocks for {len(counts)} rows; give one for every row')
     reserve_rows(caches, counts)
-    if not single or len(tokens) == 1: return self._ragged_step(tokens, caches, counts, own)
+    if not single or len(tokens) == 1: return self._ragged_step(tokens, caches, counts, own, prompts)
     rows = zip(caches, own or [None]*len(caches), tokens.split([*counts]), strict=True)
     return torch.cat([self._ragged_step(t[None], [cache], [1], [blocks]) for cache,blocks,row in rows for t in row])
 
 # %% ../../nbs/448_infer.ragged.ipynb #991d8531
 @patch
-def _ragged_step(self:Model, tokens, caches, counts, own):
+def _ragged_step(self:Model, tokens, caches, counts, own, prompts=None):
     "All blocks and the last norm; the caches have room"
-    x,n,batch = self.embed_tokens(tokens),self.config.hc_mult,self.ragged_batch(tokens, caches, counts)
+    x,n,batch = self.embed_tokens(tokens),self.config.hc_mult,self.ragged_batch(tokens, caches, counts, prompts)
     if n: x = expand_streams(x[None], n)[0]
     try: x = run_adapted_rows(x, self.layers, batch, [*own]) if any(own or ()) else run_rows(x, self.layers, batch)
     except BaseException: # a ring has lost what the failed step has overwritten

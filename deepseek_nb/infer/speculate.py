@@ -206,14 +206,14 @@ def _caches(model, lengths, page, longest):
     return [PagedCache(pool) for _ in lengths]
 
 # %% ../../nbs/449_infer.speculate.ipynb #302e4e89
-def _run(model, tokens, caches, taps=()):
+def _run(model, tokens, caches, prompts, taps=()):
     "Activations of all new tokens `n d`, and what a drafter continues from; V4's rows run one after another"
     device = model.device
     if not model.config.window:
-        x = model.ragged(torch.tensor(sum(tokens, []), device=device), caches, [*map(len, tokens)])
+        x = model.ragged(torch.tensor(sum(tokens, []), device=device), caches, [*map(len, tokens)], prompts=prompts)
         return x, x
     with keep_taps(model, taps) if taps else model.keep_hidden() as kept: # residual streams
-        x = [model.hidden(torch.tensor([t], device=device), cache)[0] for t,cache in zip(tokens, caches, strict=True)]
+        x = [model.hidden(torch.tensor([t], device=device), cache, prompt=k > 0)[0] for t,cache,k in zip(tokens, caches, prompts, strict=True)]
     return torch.cat(x), torch.cat([k[0] for k in kept])
 
 # %% ../../nbs/449_infer.speculate.ipynb #71fe3f64
@@ -222,7 +222,8 @@ def _step(model, rows, lengths, fixed, ends):
     decoding,start = all(r.fed for r in rows),time.perf_counter()
     tokens = [r.propose(lengths, fixed, len(rows)) for r in rows]
     counts,ahead = [*map(len, tokens)],[len(r.plan[1].tokens) + 1 for r in rows]
-    x,states = _run(model, tokens, [r.cache for r in rows], getattr(getattr(rows[0].drafter, 'drafter', None), 'taps', ()))
+    prompts = [0 if r.fed else len(r.ids) for r in rows]
+    x,states = _run(model, tokens, [r.cache for r in rows], prompts, getattr(getattr(rows[0].drafter, 'drafter', None), 'taps', ()))
     last = x if ahead == counts else torch.cat([o[-k:] for o,k in zip(x.split(counts), ahead, strict=True)])
     logits = head(last, model.head_weight).split(ahead) # of two axes: the bits don't depend on the number of tokens
     notes = [r.keep(o, l, ends) for r,o,l in zip(rows, states.split(counts), logits, strict=True)]

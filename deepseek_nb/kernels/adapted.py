@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ..infer.ragged import RaggedBatch, run_adapted_rows
 from .build import Kernels
-from .ragged import CALL_TOKENS, pages_fit, parts_of, run_parts
+from .ragged import pages_fit, run_parts
 from .ragged_cache import code_pages_fit
 from .step import Blocks, blocks_of, collected, has_floats
-from .step_codes import codes_of
+from .step_codes import codes_of, role_parts
 
 # %% ../../nbs/547_kernels.adapted.ipynb #296a9fe3
 def _floats(weights, sizes, numbers, x, cos, sin, pages, starts, past, rows, y, table, of): return None
-def _codes(codes, single, sizes, numbers, x, cos, sin, pages, starts, past, rows, y, table, of): return None
+def _codes(codes, single, prompt, sizes, numbers, x, cos, sin, pages, starts, past, rows, y, table, of): return None
 
 adapted_kernels = Kernels('adapted.cpp', adapted_floats=_floats, adapted_codes=_codes)
 adapted_cache_kernels = Kernels('adapted_cache.cpp', cache_floats=_floats, cache_codes=_codes)
@@ -83,11 +83,11 @@ def _weights_fit(x, blocks):
 def _run(x, blocks, batch, own, floats, codes):
     "Run a batch with adapters in parts"
     found = collected.get(blocks) or blocks_of(blocks, x[None, :1]) # collected by `supports`
-    call,weights = (floats, (found.weights,)) if found.floats else (codes, codes_of(found))
     table,of = tables_of(own, batch.counts)
-    parts = iter(of.split(CALL_TOKENS))
-    def step(*args): call(*weights, found.sizes, found.numbers, *args, table, next(parts))
-    return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, step)
+    def step(part, *args):
+        call,weights = (floats, (found.weights,)) if found.floats else (codes, (*codes_of(found), part.prompt))
+        call(*weights, found.sizes, found.numbers, *args, table, of[part.here])
+    return run_parts(x, role_parts(blocks, batch), batch.angles, batch.caches[0].pool, step)
 
 # %% ../../nbs/547_kernels.adapted.ipynb #42d84012
 @run_adapted_rows.twin('cpp', available=adapted_kernels.ready, supports=lambda x, blocks, batch, own:

@@ -113,8 +113,7 @@ def run_rows_layers(
     "Run each layer once for the tokens of all rows"
     pool,out = batch.caches[0].pool,[]
     for p in parts_of(batch, few_tokens()):
-        here = slice(p.first, p.last)
-        y,angles = x[None, here],tuple(a[:, :, here] for a in batch.angles)
+        y,angles = x[None, p.here],tuple(a[:, :, p.here] for a in batch.angles)
         for block,layer in zip(blocks, pool.layers, strict=True):
             y = block(y, Context(angles, cache=PartSlot(layer, p, pool.page)))
         out.append(y[0])

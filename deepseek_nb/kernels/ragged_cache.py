@@ -19,15 +19,15 @@ from ..infer.quant_cache import QuantizedPool
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .gemm import FLOATS, check_tensor
-from .ragged import parts_of, run_paged, run_parts
+from .ragged import run_paged, run_parts
 from .step import blocks_of, collected, has_floats
-from .step_codes import codes_of
+from .step_codes import codes_of, role_parts
 
 # %% ../../nbs/544_kernels.ragged_cache.ipynb #6ac6a1c1
 ragged_cache_kernels = Kernels(
     'ragged_cache.cpp', attend_code_pages=lambda q, layer, starts, past, table, scale, y: None,
     ragged_cache=lambda x, weights, sizes, numbers, cos, sin, pages, starts, past, table, y: None,
-    ragged_cache_codes=lambda x, table, single, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
+    ragged_cache_codes=lambda x, table, single, prompt, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
 
 def attend_code_pages(
     q:Tensor, # Queries of all rows, float32 `n h x`; in MLA `n h c+r`
@@ -64,9 +64,10 @@ def _weights_fit(x, blocks):
 def _with_weights(blocks, x):
     "A call of the kernel with the weights of these blocks"
     found = collected.get(blocks) or blocks_of(blocks, x) # collected by `supports`
-    call,weights = ragged_cache_kernels.ragged_cache,(found.weights,)
-    if not found.floats: call,weights = ragged_cache_kernels.ragged_cache_codes,codes_of(found)
-    return lambda x, *rest: call(x, *weights, found.sizes, found.numbers, *rest)
+    own = found.sizes,found.numbers
+    if found.floats: return lambda part, x, *rest: ragged_cache_kernels.ragged_cache(x, found.weights, *own, *rest)
+    weights = codes_of(found)
+    return lambda part, x, *rest: ragged_cache_kernels.ragged_cache_codes(x, *weights, part.prompt, *own, *rest)
 
 # %% ../../nbs/544_kernels.ragged_cache.ipynb #b3be2e4a
 @run_rows.twin('cpp', label='cache', available=ragged_cache_kernels.ready, supports=lambda x, blocks, batch:
@@ -77,7 +78,7 @@ def run_rows_code_pages(
     batch:RaggedBatch, # Rows, with pages for the new tokens
 )->Tensor: # Activations after the last block `n d`
     "Run all blocks on all rows, in one call per part, with pages of codes"
-    return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, _with_weights(blocks, x[None, :1]))
+    return run_parts(x, role_parts(blocks, batch), batch.angles, batch.caches[0].pool, _with_weights(blocks, x[None, :1]))
 
 # %% ../../nbs/544_kernels.ragged_cache.ipynb #547ac6e8
 @run_blocks.twin('cpp', label='paged_cache', available=ragged_cache_kernels.ready, supports=lambda x, blocks, ctx:

@@ -9,27 +9,29 @@ codes are batch-invariant without a change: sums within a block are integers, wh
 __all__ = ['ragged_codes_kernels', 'run_rows_codes', 'run_blocks_paged_codes']
 
 # %% ../../nbs/542_kernels.ragged_codes.ipynb #dd83a67f
+from math import inf
+
 from torch import Tensor, nn
 
 from ..arch.attention import Context
 from ..arch.model import run_blocks
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
-from .ragged import paged_fits, pages_fit, parts_of, run_paged, run_parts
+from .ragged import paged_fits, pages_fit, run_paged, run_parts
 from .step import blocks_of, collected
-from .step_codes import codes_of
+from .step_codes import codes_of, role_parts
 
 # %% ../../nbs/542_kernels.ragged_codes.ipynb #8f6cade2
 ragged_codes_kernels = Kernels(
     'ragged_codes.cpp',
-    ragged_codes=lambda x, table, single, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
+    ragged_codes=lambda x, table, single, prompt, sizes, numbers, cos, sin, pages, starts, past, rows, y: None)
 
 def _codes(blocks, x):
     "A call of the kernel with the weights of these blocks"
-    found = collected.get(blocks) or blocks_of(blocks, x) # collected and checked by `supports`
+    found = collected.get(blocks) or blocks_of(blocks, x, inf) # collected and checked by `supports`
     table,single = found.codes.args if getattr(found, 'codes', None) else codes_of(found)
-    def call(x, cos, sin, pages, *rest):
-        ragged_codes_kernels.ragged_codes(x, table, single, found.sizes, found.numbers, cos, sin, pages, *rest)
+    def call(part, x, cos, sin, pages, *rest):
+        ragged_codes_kernels.ragged_codes(x, table, single, part.prompt, found.sizes, found.numbers, cos, sin, pages, *rest)
     return call
 
 # %% ../../nbs/542_kernels.ragged_codes.ipynb #a91f528b
@@ -41,11 +43,11 @@ def run_rows_codes(
     batch:RaggedBatch, # Rows, with pages for the new tokens
 )->Tensor: # Activations after the last block `n d`
     "Run all blocks on all rows, in one call per part, on codes"
-    return run_parts(x, parts_of(batch), batch.angles, batch.caches[0].pool, _codes(blocks, x[None, :1]))
+    return run_parts(x, role_parts(blocks, batch), batch.angles, batch.caches[0].pool, _codes(blocks, x[None, :1]))
 
 # %% ../../nbs/542_kernels.ragged_codes.ipynb #d9f7b93b
 @run_blocks.twin('cpp', label='paged_codes', available=ragged_codes_kernels.ready, supports=lambda x, blocks, ctx:
-                 paged_fits(x, ctx) and codes_of(blocks_of(blocks, x)) is not None)
+                 paged_fits(x, ctx) and codes_of(blocks_of(blocks, x, inf)) is not None)
 def run_blocks_paged_codes(
     x:Tensor, # Embedded tokens `b s d`
     blocks:nn.ModuleList, # All blocks of one model

@@ -29,7 +29,7 @@ def _sparse(blocks, x):
     "A call of the kernel with the weights of these blocks"
     found = sparse_blocks_of(blocks, x)
     weights = found.weights,found.index,found.topk,found.sizes,found.numbers
-    return lambda x, *rest: ragged_sparse_kernels.ragged_sparse(x, *weights, *rest)
+    return lambda part, x, *rest: ragged_sparse_kernels.ragged_sparse(x, *weights, *rest)
 
 # %% ../../nbs/539_kernels.ragged_sparse.ipynb #2660a76c
 @run_rows.twin('cpp', label='sparse', available=ragged_sparse_kernels.ready, supports=lambda x, blocks, batch:

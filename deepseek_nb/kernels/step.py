@@ -165,14 +165,15 @@ collected = WeakKeyDictionary()  # `ModuleList` of a model's blocks -> `Blocks`
 def blocks_of(
     blocks:nn.ModuleList, # All blocks of one model
     x:Tensor, # Input `b s d`
+    limit:float = LIMIT, # Largest number of tokens
 )->Blocks|None: # Weights of all blocks; None if the readable code must run
     "The weights of all blocks, if the kernels can use them"
-    return _blocks_of(blocks, x, collected, Blocks, (MLA, GQA))
+    return _blocks_of(blocks, x, collected, Blocks, (MLA, GQA), limit)
 
 # %% ../../nbs/532_kernels.step.ipynb #9f1e5f82
-def _blocks_of(blocks, x, kept, make, kinds):
+def _blocks_of(blocks, x, kept, make, kinds, limit=LIMIT):
     "The blocks that `kept` holds, or that `make` collects"
-    if not _fits(x, LIMIT) or not isinstance(blocks, nn.ModuleList) or type(getattr(blocks[0], 'self_attn', None)) not in kinds: return None
+    if not _fits(x, limit) or not isinstance(blocks, nn.ModuleList) or type(getattr(blocks[0], 'self_attn', None)) not in kinds: return None
     found = kept.get(blocks)
     if found is None or not found.holds(): found = kept[blocks] = make(blocks)
     return _ready(found, x)

@@ -272,10 +272,10 @@ def _score(base, own, prompt, answers, temperature):
     "Log-probabilities of the answers to one prompt"
     pages = -(-len(prompt)//ROLLOUT_PAGE) + sum(-(-len(a)//ROLLOUT_PAGE) + 1 for a in answers)
     first = PagedCache(PagePool(base.config, pages, ROLLOUT_PAGE, base.dtype, base.device))
-    def run(tokens, caches, counts):
+    def run(tokens, caches, counts, prompts=None):
         ids = torch.tensor(tokens, device=base.device)
-        return base.ragged(ids, caches, counts, None if own is None else [own]*len(caches))
-    x,long = run(prompt, [first], [len(prompt)])[-1:],[a for a in answers if len(a) > 1]
+        return base.ragged(ids, caches, counts, None if own is None else [own]*len(caches), prompts=prompts)
+    x,long = run(prompt, [first], [len(prompt)], [len(prompt)])[-1:],[a for a in answers if len(a) > 1]
     rest = run([t for a in long for t in a[:-1]], [first.fork([0]) for _ in long], [len(a) - 1 for a in long]) if long else x[:0]
     parts = iter(rest.split([len(a) - 1 for a in long]))
     rows = torch.cat([torch.cat([x, next(parts)]) if len(a) > 1 else x for a in answers])
