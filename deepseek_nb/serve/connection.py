@@ -29,7 +29,7 @@ def _once(pairs):
 
 def _whole(text):
     "An integer; the time to read one grows with the square of its digits"
-    if len(text) > 40: raise ValueError(f'{text:.20}… has {len(text):,} digits')
+    if len(text) > 1000: raise ValueError(f'{text:.20}… has {len(text):,} digits')
     return int(text)
 
 def _finite(text):
