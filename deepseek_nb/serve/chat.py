@@ -311,7 +311,8 @@ class Answer:
     def check_whole(self)->None:
         "Raise an error if the server has cut the answer"
         if self.stream.finish == 'cancelled' and not self.stream.cancelled:
-            raise ApiError(503, 'the server stopped before the answer was complete; send the request again', kind='server_error', code='draining')
+            why = 'the server stopped before the answer was complete; send the request again'
+            raise ApiError(503, why, kind='server_error', code='draining')
 
 # %% ../../nbs/470_serve.chat.ipynb #5a28677e
 GATHERED = .025 # Seconds of an answer that a guard reads together
