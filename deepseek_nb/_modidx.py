@@ -3617,6 +3617,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'deepseek_nb.eval.sets._at_github': ('eval.sets.html#_at_github', 'deepseek_nb/eval/sets.py'),
                                        'deepseek_nb.eval.sets._download': ('eval.sets.html#_download', 'deepseek_nb/eval/sets.py'),
                                        'deepseek_nb.eval.sets._holds': ('eval.sets.html#_holds', 'deepseek_nb/eval/sets.py'),
+                                       'deepseek_nb.eval.sets.archive_digest': ( 'eval.sets.html#archive_digest',
+                                                                                 'deepseek_nb/eval/sets.py'),
                                        'deepseek_nb.eval.sets.find_set': ('eval.sets.html#find_set', 'deepseek_nb/eval/sets.py'),
                                        'deepseek_nb.eval.sets.github_archive': ( 'eval.sets.html#github_archive',
                                                                                  'deepseek_nb/eval/sets.py'),

@@ -2,9 +2,11 @@
 import atexit
 import csv
 import gzip
+import importlib
 import io
 import math
 import random
+import re
 import urllib.request
 import zipfile
 
@@ -28,6 +30,7 @@ from deepseek_nb.apps.series import (
 )
 from deepseek_nb.apps.tcn import SignalConfig, SignalNet, find_periods, receptive_field, unit_rms
 from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, packaged, watcher_from
+from deepseek_nb.eval.sets import DIGESTS, SETS, archive_digest
 from deepseek_nb.serve.chat import ApiError, Fields
 from deepseek_nb.studies import open_study, read_plan, to_do
 from deepseek_nb.studies.report import runs
@@ -307,10 +310,24 @@ def test_a_set_is_found_downloaded_or_explained(tmp_path, monkeypatch):
             z.writestr('NAB/labels/combined_windows.json', '{"real/a.csv": []}')
         return io.BytesIO(out.getvalue())
     monkeypatch.setattr(urllib.request, 'urlopen', online)
+    with pytest.raises(ValueError, match="isn't the one that is known; it was not unpacked") as e: read_nab()
+    assert '\n' not in str(e.value) and not (tmp_path/'cache/data/nab').exists()
+    commit = re.search('[0-9a-f]{40}', SETS['nab'].url)[0]
+    monkeypatch.setitem(DIGESTS, commit, archive_digest(online('', 30).read()))
     assert len(read_nab()[0].values) == 2
     monkeypatch.setattr(urllib.request, 'urlopen', offline)
     assert read_nab()[0].name == 'real/a'  # from the cache
     with pytest.raises(FileNotFoundError, match='contains no'): read_transfers(tmp_path)
+
+
+def test_every_archive_of_a_commit_has_a_digest():
+    "Also those of the chapters that add sets; the others come from elsewhere, and are listed"
+    for module in ('eval.bias', 'eval.ambiguity', 'apps.instances', 'apps.series', 'apps.languages', 'studies.cases'):
+        importlib.import_module(f'deepseek_nb.{module}')
+    commits = {name: re.search('[0-9a-f]{40}', s.url) for name, s in SETS.items() if s.url}
+    assert {name for name, found in commits.items() if not found} == {'ucr_anomaly'}
+    assert {found[0] for found in commits.values() if found} == DIGESTS.keys()
+    assert len({*DIGESTS.values()}) == len(DIGESTS) and all(re.fullmatch('[0-9a-f]{64}', d) for d in DIGESTS.values())
 
 
 def test_repeats():

@@ -189,7 +189,8 @@ class PageStore:
         head,data = self.head(key).pack(),page.contiguous().numpy()
         h = sha256(head); h.update(data)
         try:
-            with written(self.path(key)) as tmp, open(tmp, 'wb', opener=partial(os.open, mode=0o600)) as f: f.writelines((head, h.digest(), data))
+            with written(self.path(key)) as tmp, open(tmp, 'wb', opener=partial(os.open, mode=0o600)) as f:
+                f.writelines((head, h.digest(), data))
         except OSError as e:
             self.warn('write', f'{self.folder}: a page cannot be written ({e.strerror}); prompts are not kept on disk')
             return False
