@@ -171,13 +171,13 @@ def test_a_guarded_reward_may_use_threads():
 
 
 def crash(prompts, completions, **columns):
-    if 'boom' in completions: os.kill(os.getpid(), 9)
+    if 'boom' in completions: os.abort()
     return [1.]*len(completions)
 
 
 def test_a_guarded_sum_survives():
     three = dict(prompts=['']*3, completions=['3', 'boom', '5'], answer=['3', '3', '3'])
-    told = r'crash\+number_reward fails for 1 of 3 completions, which get 0.0: its process ended with code -9'
+    told = r'crash\+number_reward fails for 1 of 3 completions, which get 0.0: its process ended with code -6'
     with pytest.warns(UserWarning, match=told):
         assert guarded(weighted([crash, number_reward]), 5., broken=0.)(**three) == [2., 0., 1.]
 
@@ -194,6 +194,7 @@ FAILING = dict(
     too_few=(lambda prompts, completions, **c: [], r'it returned \[\], not 1 finite numbers'),
     too_large=(lambda prompts, completions, **c: [float('inf')], r'it returned \[inf\], not 1 finite numbers'),
     no_number=(lambda prompts, completions, **c: [float('nan')], r'it returned \[nan\], not 1 finite numbers'),
+    is_killed=(lambda prompts, completions, **c: os.kill(os.getpid(), 9), 'its process was killed, by the system if memory was short'),
     kills_the_worker=(lambda prompts, completions, **c: os.kill(os.getppid(), 9), 'the worker died, or did not answer'),
     can_not_be_sent=(lambda prompts, completions, locks=LOCKS, **c: [1.], "can't be sent to another process"))
 
@@ -206,6 +207,16 @@ def test_a_reward_that_fails_is_an_error_that_names_it(name, broken):
     reward.__name__ = name
     with pytest.raises(RuntimeError, match=f'reward {name}: .*{why}'): guarded(reward, .5, broken=broken)(['?'], ['42'])
     assert guarded(crash, 20.)(['?'], ['42']) == [1.] # the next call is not the last one's
+
+
+@pytest.mark.parametrize('who', ['getpid', 'getppid'])
+def test_the_machine_is_never_a_score(who):
+    "Neither a process that the system kills nor the worker's death is the fault of a completion, though the others are scored"
+    def killed(prompts, completions, **columns):
+        if 'boom' in completions: os.kill(getattr(os, who)(), 9), time.sleep(9)
+        return [1.]*len(completions)
+    with pytest.raises(RuntimeError, match='reward killed: (its process was killed|the worker died)'):
+        guarded(killed, 20., broken=0.)(['']*3, ['3', 'boom', '5'])
 
 
 def test_a_worker_that_can_not_start_is_an_error(monkeypatch):

@@ -508,7 +508,7 @@ def call_in_fork(
     kwargs:dict, # Its arguments
     seconds:float = 10., # Limit of wall time
     memory:int = 2**30, # Bytes more than this process has
-)->dict: # `values`; or `failed`, why there are none
+)->dict: # `values`; or why there are none: `failed` if the function is the reason, `error` if the machine may be
     "Call a function in a fork of this process, which must have no other threads"
     r,w = os.pipe()
     if not (pid := os.fork()):
@@ -521,6 +521,7 @@ def call_in_fork(
         with suppress(OSError): kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if line is None: return dict(failed=f'no answer in {seconds:g} s')
+    if code == -signal.SIGKILL and not line: return dict(error='its process was killed, by the system if memory was short')
     return json.loads(line) if line.endswith(b'\n') else dict(failed=f'its process ended with code {code}')
 
 # %% ../../nbs/686_train.sandbox.ipynb #c4b0b9eb
@@ -535,7 +536,7 @@ def serve_calls()->None:
             try:
                 if function not in known: known = dict([*known.items()][-7:]) | {function: pickle.loads(function)}
                 said = call_in_fork(known[function], pickle.loads(kwargs), *limits)
-            except Exception as e: said = dict(failed=f"the worker can't call it: {type(e).__name__}: {e}")
+            except Exception as e: said = dict(error=f"the worker can't call it: {type(e).__name__}: {e}")
             print(json.dumps(said), file=told, flush=True)
 
 # %% ../../nbs/686_train.sandbox.ipynb #e4963aa1
@@ -578,14 +579,17 @@ def call_apart(
     seconds:float = 10., # Limit of wall time
     memory:int = 2**30, # Bytes more than the worker has
 )->dict: # `values`; or `failed`, why there are none
-    "Call a function in a fork of the worker"
+    "Call a function in a fork of the worker; an error if it isn't the function that fails"
     import cloudpickle
+    name = getattr(function, '__name__', type(function).__name__)
+    said = dict(error=f'the worker died, or did not answer in {seconds + LATE:g} s')
     try: sent = pickle.dumps((cloudpickle.dumps(function), cloudpickle.dumps(kwargs), seconds, memory))
-    except Exception as e: return dict(failed=f"it can't be sent to another process: {e}")
+    except Exception as e: raise RuntimeError(f"reward {name}: it can't be sent to another process ({e}); call it directly") from None
     with WORKER.lock:
         WORKER.start()
-        line = WORKER.ask(sent, seconds + LATE)
-    return json.loads(line) if line.endswith(b'\n') else dict(failed=f'the worker died, or did not answer in {seconds + LATE:g} s')
+        if (line := WORKER.ask(sent, seconds + LATE)).endswith(b'\n'): said = json.loads(line)
+    if 'error' in said: raise RuntimeError(f"reward {name}: {said['error']}")
+    return said
 
 # %% ../../nbs/686_train.sandbox.ipynb #8b6f69e2
 def _numbers(reward, columns, n, limits):
