@@ -93,16 +93,17 @@ class Adapter(nn.Module):
 # %% ../../nbs/630_train.lora.ipynb #9b9f62dd
 class LoraWeight(nn.Module):
     "A frozen weight, or a stack of them, with adapters by name"
-    def __new__(cls, *args): # also if it is unpickled
-        expect_adapters()
-        return super().__new__(cls)
-
     def __init__(self,
         w:Tensor|QuantizedWeight, # Weight `… o i`; it is frozen
     ):
         super().__init__()
+        expect_adapters()
         self.base = w.requires_grad_(False) if isinstance(w, Tensor) else w
         self.adapters,self.active,self.merged = nn.ModuleDict(),(),()
+
+    def __setstate__(self, state): # of a pickled model
+        expect_adapters()
+        super().__setstate__(state)
 
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
