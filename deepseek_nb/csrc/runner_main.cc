@@ -28,6 +28,42 @@ struct Options {
 }
 
 // %% ../../nbs/812_export.runner_binary.ipynb #18f4d89f
+inline std::string contents(const std::string& path) {
+    char text[8192];
+    FILE* f = fopen(path.c_str(), "r");
+    const size_t n = f ? fread(text, 1, sizeof text, f) : 0;
+    if (f) fclose(f);
+    return std::string(text, n);
+}
+// processors that a cgroup may use on average: of its second version, or of the first
+inline double quota(const std::string& folder) {
+    double time = 0, period = 0;
+    if (sscanf(contents(folder + "/cpu.max").c_str(), "%lf %lf", &time, &period) != 2)
+        time = atof(contents(folder + "/cpu.cfs_quota_us").c_str()),
+        period = atof(contents(folder + "/cpu.cfs_period_us").c_str());
+    return time > 0 && period > 0 ? time / period : 1e9;
+}
+// how many processors the affinity and the cgroups of this process allow
+inline int usable_cpus(const std::string& root) {
+    cpu_set_t set;
+    double n = sched_getaffinity(0, sizeof set, &set) ? double(sysconf(_SC_NPROCESSORS_ONLN)) : CPU_COUNT(&set);
+    const std::string groups = contents(root + "/proc/self/cgroup"), base = root + "/sys/fs/cgroup/";
+    for (size_t at = 0, end; (end = groups.find('\n', at)) != std::string::npos; at = end + 1) {
+        const size_t first = groups.find(':', at), second = groups.find(':', first + 1);
+        if (second > end) continue;
+        const std::string kinds = groups.substr(first + 1, second - first - 1);
+        const std::string path = groups.substr(second + 1, end - second - 1);
+        if (!kinds.empty() && ("," + kinds + ",").find(",cpu,") == std::string::npos) continue;
+        for (const std::string& top : {kinds, std::string(kinds.empty() ? "unified" : "cpu")})
+            for (std::string group = path;; group.resize(group.rfind('/'))) {  // it, and all that contain it
+                n = std::min(n, quota(base + top + group));
+                if (group.find('/') == std::string::npos) break;
+            }
+    }
+    return std::max(1, int(n));
+}
+
+// %% ../../nbs/812_export.runner_binary.ipynb #5a28626d
 constexpr char USAGE[] =
     "usage: runner [MODEL.gguf] [-p TEXT] [-n TOKENS] [options]\n"
     "  MODEL.gguf         by default the model in the program, or model.gguf beside it\n"
@@ -42,37 +78,6 @@ constexpr char USAGE[] =
     "  --exact            multiply in float32, without rounding activations or packing weights: slower\n"
     "  --ids              print token ids instead of text\n"
     "  --times            print times to the error output\n";
-
-inline std::string contents(const std::string& path) {
-    char text[8192];
-    FILE* f = fopen(path.c_str(), "r");
-    const size_t n = f ? fread(text, 1, sizeof text, f) : 0;
-    if (f) fclose(f);
-    return std::string(text, n);
-}
-// processors that a cgroup may use on average: of its second version, or of the first
-inline double quota(const std::string& folder) {
-    double time = 0, period = 0;
-    if (sscanf(contents(folder + "/cpu.max").c_str(), "%lf %lf", &time, &period) != 2)
-        time = atof(contents(folder + "/cpu.cfs_quota_us").c_str()), period = atof(contents(folder + "/cpu.cfs_period_us").c_str());
-    return time > 0 && period > 0 ? time / period : 1e9;
-}
-// how many processors the affinity and the cgroups of this process allow
-inline int usable_cpus(const std::string& root) {
-    cpu_set_t set;
-    double n = sched_getaffinity(0, sizeof set, &set) ? double(sysconf(_SC_NPROCESSORS_ONLN)) : CPU_COUNT(&set);
-    const std::string groups = contents(root + "/proc/self/cgroup"), base = root + "/sys/fs/cgroup/";
-    for (size_t at = 0, end; (end = groups.find('\n', at)) != std::string::npos; at = end + 1) {
-        const size_t first = groups.find(':', at), second = groups.find(':', first + 1);
-        if (second > end) continue;
-        const std::string kinds = groups.substr(first + 1, second - first - 1), path = groups.substr(second + 1, end - second - 1);
-        if (!kinds.empty() && ("," + kinds + ",").find(",cpu,") == std::string::npos) continue;
-        for (const std::string& top : {kinds, std::string(kinds.empty() ? "unified" : "cpu")})
-            for (size_t n_path = path.size(); n_path != std::string::npos; n_path = n_path ? path.rfind('/', n_path - 1) : std::string::npos)
-                n = std::min(n, quota(base + top + path.substr(0, n_path)));
-    }
-    return std::max(1, int(n));
-}
 
 inline Options read_options(int count, char** words, bool inside, const std::string& beside) {
     Options o;
