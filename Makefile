@@ -15,7 +15,7 @@ test sanitize: export DEEPSEEK_NB_PRECOMPILE := 1
 # Processes share the processors: a thread that waits for another of its own gives way
 test sanitize: export OMP_WAIT_POLICY := passive
 
-.PHONY: demo serve platform test sanitize docs bench gpu evidence-smoke canaries export new-chapter hooks clean
+.PHONY: demo serve platform test sanitize fuzz docs bench gpu evidence-smoke canaries export new-chapter hooks clean
 
 demo: .venv/.installed  ## a question answered by a real model, then a chat where there is a terminal
 	$(BIN)/deepseek-nb chat --demo
@@ -33,6 +33,9 @@ test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are li
 
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	EVERY=1 $(BIN)/python -m pytest tests -k sanitizers
+
+fuzz: .venv/.dev  ## drawn models, whole and broken, in the runner under AddressSanitizer and UBSan: ten minutes of a processor (make test: one)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} $(BIN)/python -m pytest tests/test_fuzz.py -s
 
 docs: .venv/.dev  ## the site, into _docs
 	$(BIN)/python -m deepseek_nb.tools.site

@@ -84,7 +84,7 @@ Modules:
 - `deepseek_nb.bench.v4`: The time of a decode step of DeepSeek-V4 with thousands of cached tokens, against transformers and against the readable blocks.
 - `deepseek_nb.bench.vectors`: The libraries of the chapter before on a processor that has AVX-512 and no matrix unit: are the ratios there those of the unit?
 - `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
-- `deepseek_nb.core.device`: How the device of tensors and the dtype of weights are chosen, and how weights get memory with large pages, which a processor reads faster
+- `deepseek_nb.core.device`: How the device of tensors, the dtype of weights and the number of threads are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
 - `deepseek_nb.core.fold`: A chapter shows a class method by method, with `@patch`. The export writes the methods into the class, as readers, editors and type checkers of the package expect
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use

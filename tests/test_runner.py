@@ -1,10 +1,10 @@
-"The runner: every format, architecture and stage against Python, hostile files under sanitizers, and the program itself"
+"The runner: every format, architecture and stage against Python, files that are no models, and the program itself"
 import json
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 gguf = pytest.importorskip('gguf')
+from deepseek_nb.core.device import usable_cpus  # noqa: E402
 from deepseek_nb.core.nbproc import find_compiler  # noqa: E402
 from deepseek_nb.export.gguf import export_gguf  # noqa: E402
 from deepseek_nb.export.runner import Runner, compile_runner, runner_sources  # noqa: E402
@@ -233,77 +234,6 @@ def test_a_quantised_folder(seed, tmp_path):
     assert export_packed(folder, tmp_path/'b.gguf').read_bytes() == path.read_bytes()
 
 
-FUZZ = r'''
-#include "runner_file.h"
-#include "runner_text.h"
-#include "runner_step.h"
-#include <algorithm>
-#include <sanitizer/asan_interface.h>
-#include <time.h>
-int main(int, char** v) {
-    FILE* f = fopen(v[1], "rb");
-    fseek(f, 0, SEEK_END);
-    const size_t n = ftell(f);
-    rewind(f);
-    std::vector<uint8_t> good(n), bytes;
-    if (fread(good.data(), 1, n, f) != n) return 3;
-    uint64_t state = strtoull(v[2], nullptr, 10), read = 0, stepped = 0, all = 0;
-    auto draw = [&](uint64_t m) { return (state = state * 6364136223846793005u + 1442695040888963407u, (state >> 33) % m); };
-    const uint64_t odd[] = {0, 1, 1ull << 63, ~0ull, 0x7fc000007fc00000, 1ull << 32, 1ull << 40, 9, 8, 0xffffffff, 0x7f8000007f800000};
-    for (const double end = clock() + atof(v[3]) * CLOCKS_PER_SEC; clock() < end; ++all) {
-        bytes = good;
-        const size_t header = strtoull(v[4], nullptr, 10), cut = draw(8) ? n : draw(n);
-        for (uint64_t k = draw(3) + (cut == n); k--;) {
-            const size_t at = draw(header - 8), width = 1 << draw(4);
-            const uint64_t x = draw(3) ? odd[draw(std::size(odd))] : draw(1u << 31);
-            memcpy(&bytes[at], &x, width);
-        }
-        const size_t rest = std::max<size_t>(cut, 1) ;
-        uint8_t* exact = (uint8_t*)aligned_alloc(64, (rest + 63) / 64 * 64);
-        memcpy(exact, bytes.data(), rest);
-        ASAN_POISON_MEMORY_REGION(exact + (rest + 7) / 8 * 8, (rest + 63) / 64 * 64 - (rest + 7) / 8 * 8);
-        {
-            Engine e;
-            Tokenizer t;
-            const int32_t tokens[] = {1, 2, 3};
-            std::vector<int32_t> ids;
-            message[0] = 0;
-            if (e.load(exact, rest)) {
-                ++read;
-                std::vector<float> logits(e.model.config.vocab);
-                if (e.step(tokens, 3, logits.data())) ++stepped;
-                if (t.open(e.model.file)) {
-                    t.encode("It's 12 \xc3\xa9 <s> \xff ABCDE\n\n x", 27, true, ids);
-                    std::string s = prompt(e.model.file, t, "", "a");
-                    for (int32_t i : ids) t.decode(i, s);
-                }
-            } else if (!message[0]) return 4;
-            else for (const char* c = message; *c; ++c) if (*c > 0 && *c < ' ' || *c == 127) return 5;
-        }
-        ASAN_UNPOISON_MEMORY_REGION(exact, (rest + 63) / 64 * 64);
-        free(exact);
-    }
-    printf("%llu files, %llu read, %llu computed\n", (unsigned long long)all, (unsigned long long)read, (unsigned long long)stepped);
-}
-'''
-
-
-@pytest.mark.parametrize('arch,kind', [('llama', 'F32'), ('deepseek2', 'F32'), ('llama', 'F16'), ('llama', 'Q4_K'), ('llama', 'Q6_K')])
-def test_hostile_files_under_sanitizers(arch, kind, seed, tmp_path):
-    "Headers with changed bytes, huge counts and NaN, and truncated files: an error or a model, but no fault"
-    path,program = tiny(tmp_path/'a.gguf', seed, kind, arch),Path(tempfile.gettempdir())/f'runner-fuzz-{seed}'
-    header = gguf.GGUFReader(path).data_offset
-    if not program.exists():
-        compile_runner(runner_sources() | {'fuzz.cc': FUZZ}, ['fuzz.cc'],
-                       ['-O0', '-g0', '-fsanitize=address,undefined', '-fno-sanitize=alignment',
-                        '-fno-sanitize-recover=undefined'], program)
-    done = subprocess.run([program, path, str(seed), '1', str(header)], capture_output=True, text=True,
-                          env={'ASAN_OPTIONS': 'allocator_may_return_null=1:detect_leaks=0'})
-    assert done.returncode == 0, done.stdout + done.stderr[:3000]
-    all,read,computed = (int(w) for w in done.stdout.split() if w.isdigit())
-    assert all > 50 and 0 < computed <= read < all, done.stdout
-
-
 @pytest.fixture(scope='module')
 def program(): return build_program(level=1, variants=('portable',))
 
@@ -330,6 +260,55 @@ def test_the_program_equals_the_library(program, seed, tmp_path):
         if ids[0] == 269: break
         found += ids
     assert done.returncode == 0 and [int(o) for o in done.stdout.split()] == found
+
+
+LIMIT = r"""
+#define main program
+#include "runner_main.cc"
+#undef main
+int main(int, char** words) { return usable_cpus(words[1]); }
+"""
+
+def test_threads_that_a_container_may_use(seed, tmp_path):
+    "Affinity and the quotas of both versions of cgroups, in the group or one that contains it, by the program and by Python"
+    sources = runner_sources('runner_main.cc') | {'limit.cc': LIMIT}
+    program = compile_runner(sources, ['limit.cc'], ['-O0'], tmp_path/'limit')
+    rng,processors = np.random.default_rng(seed),len(os.sched_getaffinity(0))
+    def found(groups, files):
+        shutil.rmtree(root := tmp_path/'root', ignore_errors=True)
+        for name,text in ({'proc/self/cgroup': groups} | {f'sys/fs/cgroup/{n}': t for n,t in files.items()}).items():
+            (root/name).parent.mkdir(parents=True, exist_ok=True)
+            (root/name).write_text(text)
+        assert subprocess.run([program, root]).returncode == (n := usable_cpus(root)[0])
+        return n
+    first = lambda quota: {'cpu.cfs_quota_us': f'{quota}\n', 'cpu.cfs_period_us': '100000\n'}
+    second = lambda quota: {'cpu.max': f'{quota} 100000\n'}
+    under = lambda folder,files: {f'{folder}/{n}': t for n,t in files.items()}
+    assert found('', {}) == found('0::/\n', second('max')) == found('2:cpu,cpuacct:/\n', under('cpu,cpuacct', first(-1))) == processors
+    for quota,n in ((10_000, 1), (100_000, 1), (199_999, 1), (10**9, processors)):
+        assert found('0::/a/b\n', under('a/b', second(quota))) == found('0::/a/b\n', second(quota)) == n
+        assert found('0::/a/b\n', under('a', second(quota)) | under('a/b', second('max'))) == n
+        assert found('5:memory:/x\n4:cpu,cpuacct:/docker/1\n', under('cpu,cpuacct', first(quota))) == n
+        assert found('4:cpu:/docker/1\n0::/\n', under('cpu/docker/1', first(quota))) == n
+        assert found('4:cpuset:/a\n', under('cpuset/a', first(quota))) == processors
+    quota = int(rng.integers(1000, 10**6))
+    assert found('0::/a\n', under('a', second(quota)) | second(quota*2)) == max(1, min(processors, quota//100_000))
+
+
+def test_two_runners_keep_their_threads_and_messages(seed, tmp_path):
+    "Runners in eight threads: each has its own number of threads, logits and message"
+    path = tiny(tmp_path/'a.gguf', seed, arch='deepseek2')
+    ids = np.random.default_rng(seed).integers(0, 270, 30)
+    expected = Runner(path).step(ids)
+    def use(i):
+        r = Runner(path, threads=1 + i%3)
+        for _ in range(10):
+            r.rewind()
+            assert (r.step(ids) - expected).abs().max() <= 1e-5*expected.abs().max()
+            with pytest.raises(ValueError, match=f'^{1000 + i} is not'): r.rewind(1000 + i)
+        return True
+    for n in (2, 8):
+        with ThreadPoolExecutor(n) as pool: assert all(pool.map(use, range(n)))
 
 
 def test_aarch64(seed, tmp_path):

@@ -275,6 +275,22 @@ def test_a_call_has_bounded_size(source):
     model.embed_tokens.weight[texts[1][200]] = nan
 
 
+@pytest.mark.parametrize('threads', [1, 2])
+def test_a_table_that_names_no_expert(threads, source):
+    "An error, in whichever thread it is found, and the next step runs"
+    model, before = make(draw(source('table'), n_hash_layers=4, n_dense_layers=0)), torch.get_num_threads()
+    ids, table = torch.arange(9)[None], next(m for m in model.modules() if hasattr(m, 'tid2eid')).tid2eid
+    right = table.clone()
+    torch.set_num_threads(threads)
+    try:
+        for wrong in (-1, model.config.n_routed_experts, 2**40):
+            table[source('token').randrange(9)] = wrong
+            with pytest.raises(RuntimeError, match=f'tid2eid names expert {wrong}'): model(ids, model.new_cache(1))
+            table.copy_(right)
+            assert model(ids, model.new_cache(1)).isfinite().all()
+    finally: torch.set_num_threads(before)
+
+
 def test_one_token_at_a_time_is_greedy_decoding(source):
     model, ids, _, _ = well_posed(source('greedy'), 30)
     a, b = [], []

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -27,6 +28,42 @@ struct Options {
 }
 
 // %% ../../nbs/812_export.runner_binary.ipynb #18f4d89f
+inline std::string contents(const std::string& path) {
+    char text[8192];
+    FILE* f = fopen(path.c_str(), "r");
+    const size_t n = f ? fread(text, 1, sizeof text, f) : 0;
+    if (f) fclose(f);
+    return std::string(text, n);
+}
+// processors that a cgroup may use on average: of its second version, or of the first
+inline double quota(const std::string& folder) {
+    double time = 0, period = 0;
+    if (sscanf(contents(folder + "/cpu.max").c_str(), "%lf %lf", &time, &period) != 2)
+        time = atof(contents(folder + "/cpu.cfs_quota_us").c_str()),
+        period = atof(contents(folder + "/cpu.cfs_period_us").c_str());
+    return time > 0 && period > 0 ? time / period : 1e9;
+}
+// how many processors the affinity and the cgroups of this process allow
+inline int usable_cpus(const std::string& root) {
+    cpu_set_t set;
+    double n = sched_getaffinity(0, sizeof set, &set) ? double(sysconf(_SC_NPROCESSORS_ONLN)) : CPU_COUNT(&set);
+    const std::string groups = contents(root + "/proc/self/cgroup"), base = root + "/sys/fs/cgroup/";
+    for (size_t at = 0, end; (end = groups.find('\n', at)) != std::string::npos; at = end + 1) {
+        const size_t first = groups.find(':', at), second = groups.find(':', first + 1);
+        if (second > end) continue;
+        const std::string kinds = groups.substr(first + 1, second - first - 1);
+        const std::string path = groups.substr(second + 1, end - second - 1);
+        if (!kinds.empty() && ("," + kinds + ",").find(",cpu,") == std::string::npos) continue;
+        for (const std::string& top : {kinds, std::string(kinds.empty() ? "unified" : "cpu")})
+            for (std::string group = path;; group.resize(group.rfind('/'))) {  // it, and all that contain it
+                n = std::min(n, quota(base + top + group));
+                if (group.find('/') == std::string::npos) break;
+            }
+    }
+    return std::max(1, int(n));
+}
+
+// %% ../../nbs/812_export.runner_binary.ipynb #5a28626d
 constexpr char USAGE[] =
     "usage: runner [MODEL.gguf] [-p TEXT] [-n TOKENS] [options]\n"
     "  MODEL.gguf         by default the model in the program, or model.gguf beside it\n"
@@ -37,7 +74,7 @@ constexpr char USAGE[] =
     "  --temperature T    0: always the likeliest token (0)\n"
     "  --top-p P          choose among the likeliest tokens with a total probability of P (1)\n"
     "  --seed N           of the random choice (1)\n"
-    "  --threads N        threads (the processor's)\n"
+    "  --threads N        threads (as many as processors, or as a container may use)\n"
     "  --exact            multiply in float32, without rounding activations or packing weights: slower\n"
     "  --ids              print token ids instead of text\n"
     "  --times            print times to the error output\n";
@@ -71,7 +108,7 @@ inline Options read_options(int count, char** words, bool inside, const std::str
     }
     if (!o.model && !beside.empty()) o.model = beside.c_str();
     if (!o.model && !inside) fputs(USAGE, stderr), exit(2);
-    if (!o.threads) o.threads = int(sysconf(_SC_NPROCESSORS_ONLN));
+    if (!o.threads) o.threads = usable_cpus("");
     return o;
 }
 

@@ -285,8 +285,8 @@ inline bool Engine::arrange(int64_t layer) {
     const Config& c = model.config;
     for (int64_t j = 0; j < n; ++j)
         if (choices[j].experts.empty())
-            return fail("block %lld: the router's scores for token %lld are NaN, or -inf for too many experts; the weights "
-                        "of the file are damaged", (long long)layer, (long long)(cache.length + j));
+            return fail("block %lld: the router's scores for token %lld are NaN, or -inf for too many experts; "
+                        "the weights of the file are damaged", (long long)layer, (long long)(cache.length + j));
     seen.choices[layer] = choices[n - 1];
     first.assign(c.experts + 1, 0);
     for (int64_t j = 0; j < n; ++j)

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <new>
+#include <thread>
 #include <utility>
 #if !defined(__wasm__)
 #include <pthread.h>
@@ -16,10 +18,13 @@
 using Number = std::atomic<uint32_t>;
 // wait until a number is another one, and return it
 inline uint32_t changed(const Number& number, uint32_t from) {
-    for (int i = 0; i < 10000; ++i) {
+    for (int i = 0; i < 11000; ++i) {
         if (const uint32_t now = number.load(std::memory_order_acquire); now != from) return now;
+#if !defined(__wasm__)
+        if (i >= 10000) std::this_thread::yield();
+#endif
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+        else __builtin_ia32_pause();
 #endif
     }
     number.wait(from, std::memory_order_acquire);
@@ -54,7 +59,7 @@ struct Team {
         Meeting& m = *meeting;
         const uint32_t round = m.round.load(std::memory_order_acquire);
         m.check();
-        if (m.arrived.fetch_add(1) == size - 1) m.arrived.store(0), increase(m.round);
+        if (m.arrived.fetch_add(1) == size - 1) m.arrived.store(0, std::memory_order_relaxed), increase(m.round);
         else changed(m.round, round), m.check();
     }
     std::pair<int64_t, int64_t> share(int64_t n) const { return {n * rank / size, n * (rank + 1) / size}; }
@@ -62,22 +67,25 @@ struct Team {
 
 // %% ../../nbs/507_kernels.team.ipynb #6e07cf69
 struct Queue {
-    Number drawn{0}, called{0};
-    void wait() {
-        const uint32_t mine = drawn.fetch_add(1);
-        for (uint32_t now; (now = called.load(std::memory_order_acquire)) != mine;) called.wait(now);
-    }
+    Number drawn{0}, called[16] = {};  // the last number that was called, of those with the same last four bits
 };
 struct Ticket {
     Queue& queue;
-    explicit Ticket(Queue& q) : queue(q) { queue.wait(); }
-    ~Ticket() { increase(queue.called); }
+    const uint32_t mine;
+    explicit Ticket(Queue& q) : queue(q), mine(q.drawn.fetch_add(1)) {
+        Number& called = queue.called[mine % 16];
+        for (uint32_t now; (now = called.load(std::memory_order_acquire)) != mine;) called.wait(now);
+    }
+    ~Ticket() {
+        Number& next = queue.called[(mine + 1) % 16];
+        next.store(mine + 1), next.notify_all();
+    }
 };
 #if defined(__wasm__)
 inline Queue deepseek_nb_teams;
 #else
 __attribute__((visibility("default"))) inline Queue deepseek_nb_teams;
-inline const int after_fork = pthread_atfork(nullptr, nullptr, [] { deepseek_nb_teams.drawn = 0, deepseek_nb_teams.called = 0; });
+inline const int after_fork = pthread_atfork(nullptr, nullptr, [] { new (&deepseek_nb_teams) Queue; });
 #endif
 
 // %% ../../nbs/507_kernels.team.ipynb #6a432d43

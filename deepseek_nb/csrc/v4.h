@@ -322,6 +322,8 @@ inline void hash_route(const Router& r, const float* logits, const int64_t* list
                        float* scores) {
     affinity(r, logits, scores);
     float total = 1e-20f;
+    for (int64_t j = 0; j < r.k; ++j)
+        STD_TORCH_CHECK(listed[j] >= 0 && listed[j] < r.e, "tid2eid names expert ", listed[j], " of ", r.e);
     for (int64_t j = 0; j < r.k; ++j) experts[j] = listed[j], total += weights[j] = scores[listed[j]];
     for (int64_t j = 0; j < r.k; ++j) weights[j] *= r.scale / (r.normalise ? total : 1.f);
 }

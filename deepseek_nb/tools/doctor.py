@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..core.device import pick_device, pick_dtype
+from ..core.device import pick_device, pick_dtype, usable_cpus
 from ..core.nbproc import OLDEST_GCC, compiler_version, find_compiler
 from ..files.hub import cache_dir
 from ..kernels.build import kernel_names, library_path, target
@@ -82,6 +82,13 @@ def _package(name):
     except PackageNotFoundError: return ''
 
 # %% ../../nbs/950_tools.doctor.ipynb #e49da5e5
+def _threads():
+    "Threads of PyTorch and the kernels, and why they are so many"
+    n,(most,why) = torch.get_num_threads(),usable_cpus()
+    more = f', but {why} allows {most}: set fewer' if n > most else f', as {why} allows' if n == most else f'; {why} allows {most}'
+    return f'{n} of {os.cpu_count()} cores{more}'
+
+# %% ../../nbs/950_tools.doctor.ipynb #668b7e66
 def _machine(device):
     "Findings about Python and the hardware"
     gpu = str(device) if device.type != 'cpu' else ''
@@ -90,7 +97,7 @@ def _machine(device):
         Finding('torch', torch.__version__),
         Finding('device', f'{device}, weights in {str(pick_dtype(device=device)).removeprefix("torch.")}'),
         Finding('accelerator', gpu, 'models run on the CPU'),
-        Finding('threads', f'{torch.get_num_threads()} of {os.cpu_count()} cores'),
+        Finding('threads', _threads()),
         Finding('instructions', ' '.join(instruction_sets()), 'kernels use portable code'),
         Finding('memory', main_memory() if hasattr(os, 'sysconf') else '', 'cannot be read on this system')]
 
