@@ -20,7 +20,9 @@ from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.infer.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, border_distance, restore, state_bytes
 from deepseek_nb.infer.stores import OwnedRows, PagedRows
 from deepseek_nb.kernels.v4 import v4_kernels
+from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.tools.serving import draft_source
+from deepseek_nb.train.lora import LoraConfig, lora_weights
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 
@@ -51,13 +53,18 @@ def v32(r):
                    n_activated_experts=2, moe_inter_dim=16, max_positions=512)
 
 
+def v4_codes(r): return replace(v4(r), dim=32, o_lora_rank=16, moe_inter_dim=16)
+def v32_codes(r): return replace(v32(r), qk_nope_head_dim=16, v_head_dim=16, index_head_dim=16)
+
+
 def made(kind, seed=SEED):
     r = random.Random(f'{seed} {kind.__name__}')
     torch.manual_seed(r.randrange(10**9))
-    return Model(kind(r), torch.float32, 'cpu').requires_grad_(False).init_weights(std=.3), r
+    model = Model(kind(r), torch.float32, 'cpu').requires_grad_(False).init_weights(std=.3)
+    return quantize_model(model, r.choice(['int8', 'int4']), embedding=None) if kind in (v4_codes, v32_codes) else model, r
 
 
-@pytest.fixture(scope='module', params=[v32, v4], ids=lambda k: k.__name__)
+@pytest.fixture(scope='module', params=[v32, v4, v32_codes, v4_codes], ids=lambda k: k.__name__)
 def model(request): return made(request.param)[0]
 
 
@@ -210,6 +217,33 @@ def test_a_step_of_v4_is_one_call(monkeypatch):
         steps.append(engine.stats.steps)
         if m is model: assert len(calls) == engine.stats.steps and sum(calls) == 8*(150 + 19)
     assert steps[0] <= steps[1] + 8 # a chunk ends where a prompt could be continued
+
+
+def test_adapters_of_v4(tmp_path):
+    "A row with an adapter beside rows without one: the bits of each alone"
+    model, r = made(v4)
+    other = Model(model.config, torch.float32, 'cpu').init_weights(.3)
+    LoraConfig(r=2, target_modules='all-linear').apply(other)
+    for w in lora_weights(other).values():
+        for a in w.adapters.values(): torch.nn.init.normal_(a.b, std=.3)
+    folder = other.save_adapter(tmp_path)
+    asked = [Request([r.randrange(256) for _ in range(n)], SamplingParams(seed=n, logprobs=1), max_tokens=9, stop_ids=(), adapter=name)
+             for n,name in ((70, None), (50, 'own'), (9, None))]
+    found = []
+    for together in (True, False):
+        engine = Engine(model, Bytes(), budget=64 if together else 7)
+        engine.adapters.load('own', folder)
+        streams = []
+        for request in asked:
+            streams.append(engine.submit(request))
+            if not together: run(engine)
+        run(engine)
+        found.append([tokens(s) for s in streams])
+    assert found[0] == found[1] and len({*map(len, found[0])}) == 1
+    plain = Engine(model, Bytes())
+    stream = plain.submit(replace(asked[1], adapter=None))
+    run(plain)
+    assert tokens(stream) != found[0][1], 'the adapter changes the answer'
 
 
 def test_memory_of_v4():

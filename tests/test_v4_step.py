@@ -234,7 +234,8 @@ def test_rows_are_near_the_definition_in_float64(n, source):
     assert max(map(distance, got, want)) < 1e-4
     for mine, theirs in zip(caches, kept, strict=True):
         assert len(mine) == len(theirs) and mine.floor == theirs.floor
-        for a, b in zip(held(mine), held(theirs), strict=True): assert a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-3, 1e-3)
+        for a, b in zip(held(mine), held(theirs), strict=True):
+            assert a.shape == b.shape and torch.allclose(a.double(), b.double(), 1e-3, 1e-3)
 
 
 @pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8', 'int4'])

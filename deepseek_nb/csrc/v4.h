@@ -75,7 +75,7 @@ V4Block<T, M> v4_block(const Weights<T, M>& w, const V4Sizes& n, const V4Numbers
 struct V4Memory {
     float *mix, *xn, *ql, *q, *kv, *raw, *fine, *iq, *iw, *o, *og, *y, *held, *panel, *room;
     std::vector<int64_t> chosen;
-    int64_t most = 0, own, together = 0;  // visible entries; numbers per thread; tokens that all threads compute together
+    int64_t most = 0, own, together = 0;  // visible entries; numbers per thread; tokens that all threads share
     V4Memory(const V4Step& step, const V4Sizes& n, int64_t coarse, bool packs);
     int64_t slots(const V4Step& step, const V4Sizes& n, int64_t coarse, int64_t threads);
 };
@@ -164,7 +164,7 @@ void V4Run<T, M>::times(const Team& t, int64_t R, int64_t K, const W& w, const f
     product(t, R, step.n, K, w, x, y, ld, memory.panel);
     if (PACKS<W> && step.n > FEW) t.wait();  // the next product overwrites the panel
 }
-// the same for a matrix with few rows: with many tokens, each thread computes those of its own tokens, without a barrier
+// for a matrix with few rows: if there are many tokens, each thread computes those of its own, without a barrier
 template <class T, class M> template <class W>
 void V4Run<T, M>::few_rows(const Team& t, int64_t R, int64_t K, const W& w, const float* const* x, float* y) const {
     const auto [begin, end] = t.share(step.n);

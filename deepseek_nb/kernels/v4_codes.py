@@ -41,8 +41,8 @@ def pack_v4(
 # %% ../../nbs/548_kernels.v4_codes.ipynb #2ce4be66
 def _fits(blocks, x):
     "Whether all matrices are codes; at once if all weights were floats when they were last collected"
-    if x.dtype != torch.float32 or isinstance(blocks, nn.ModuleList) and blocks in v4_collected and v4_collected[blocks].floats: return False
-    return codes_of(v4_blocks_of(blocks, x), pack_v4) is not None
+    floats = isinstance(blocks, nn.ModuleList) and blocks in v4_collected and v4_collected[blocks].floats
+    return x.dtype == torch.float32 and not floats and codes_of(v4_blocks_of(blocks, x), pack_v4) is not None
 
 def _run(x, blocks, where):
     found = v4_collected.get(blocks) or v4_blocks_of(blocks, x)

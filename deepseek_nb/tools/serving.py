@@ -138,7 +138,7 @@ def load_served(
     disk:int = 4096, # MB of cached prompts in the folder
     draft:str = '', # Source of drafts: 'lookup', 'mtp', a smaller model as for `name`, or the folder of a block drafter; '': none
     draft_tokens:int = 0, # Length of drafts; 0: chosen from measured times
-    exact:str = 'auto', # Whether bits of an answer may not depend on other requests, at any cost: 'yes'; 'auto' or 'no': where kernels promise it
+    exact:str = 'auto', # 'yes': no bit of an answer may depend on other requests, at any cost; 'auto' or 'no': where kernels promise it
     **settings, # Of the engine
 )->ServedModel:
     "Load a model for a server, with its kernels"
@@ -169,7 +169,7 @@ def path_notes(
     "What a user should know about the way a model is computed"
     path = decode_path(engine.model)
     notes = {str(path): True, 'the last bits of an answer may depend on other requests': not engine.exact,
-             'each token is computed alone, so no bit of an answer depends on other requests; without --exact yes it is faster': engine.single,
+             'each token is computed alone, so no bit depends on other requests; without --exact yes it is faster': engine.single,
              'rows run one by one, as no kernel takes several rows of these GGUF blocks; a copy in int4 is several times faster: '
              f'deepseek-nb quantize {name} --dtype int4 --out FOLDER': 'ggml' in path.formats and not engine.exact}
     return [note for note,holds in notes.items() if holds]
