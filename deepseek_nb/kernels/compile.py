@@ -187,10 +187,11 @@ class Stepper:
         logits_to_keep:int = 0, # Number of last positions to return logits for; 0: all
         attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
         mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
+        prompt:bool|None = None, # As for `Model`
     )->Tensor: # Logits `b s w`, float32
         "Call the model, or the compiled step if it can run"
         if attention_mask is None and mla != 'naive' and self.takes(tokens, cache): return self.advance(tokens, cache)
-        return self.model._call_impl(tokens, cache, logits_to_keep, attention_mask, mla)
+        return self.model._call_impl(tokens, cache, logits_to_keep, attention_mask, mla, prompt)
 
 # %% ../../nbs/555_kernels.compile.ipynb #0b110775
 class GraphStep:
