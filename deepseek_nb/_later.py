@@ -72,6 +72,6 @@ TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm',
  'infer.ragged.run_adapted_rows': {'cpp/cpu': 'kernels.adapted', 'cpp/cpu/cache': 'kernels.adapted'},
  'cuda.fp8.linear_fp8': {'cuda/cuda': 'cuda.fp8'},
  'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'},
- 'apps.moves.nearest_places': {'cpp/cpu': 'apps.localsearch'},
- 'apps.moves.improve': {'cpp/cpu': 'apps.localsearch'},
- 'apps.moves.join_by_savings': {'cpp/cpu': 'apps.localsearch'}}
+ 'apps.route_moves.nearest_places': {'cpp/cpu': 'apps.localsearch'},
+ 'apps.route_moves.improve': {'cpp/cpu': 'apps.localsearch'},
+ 'apps.route_moves.join_by_savings': {'cpp/cpu': 'apps.localsearch'}}

@@ -77,7 +77,7 @@ SIZES = [(1, 1), (1, 2), (1, 13), (2, 2), (7, 7), (13, 13), (5, 11), (2, 17), (1
 @pytest.mark.parametrize('padded', [False, True])
 def test_visible(s, t, padded):
     pad = torch.arange(t) if padded else None
-    got = att.visible(s, t, pad)
+    got = att.causal_mask(s, t, pad)
     sees = causal(s, t, pad)
     assert got.shape == ((t, 1, s, t) if padded else (s, t))
     for n in range(t if padded else 1):
@@ -97,7 +97,7 @@ def test_attend(fn, s, t, dtype, r):
         if how == 'all': got, sees = fn(q, k, w, scale), lambda *_: True
         if how == 'padded': # every length of padding, up to all but the last token
             pad = torch.arange(t)
-            got, sees = fn(q, k, w, scale, att.visible(s, t, pad)), causal(s, t, pad)
+            got, sees = fn(q, k, w, scale, att.causal_mask(s, t, pad)), causal(s, t, pad)
         if how == 'random':
             m = torch.rand(s, t) < .5
             m[torch.arange(s), torch.randint(t, (s,))] = True
@@ -113,7 +113,7 @@ def test_attend_latent(s, t, dtype, r):
     for padded in (False, True):
         b, pad = (t, torch.arange(t)) if padded else (2, None)
         q, z = draw(dtype, b, h, s, c+w), draw(dtype, b, t, c+w)
-        got = att.attend_latent(q, z, c, scale, att.visible(s, t, pad) if padded else None)
+        got = att.attend_latent(q, z, c, scale, att.causal_mask(s, t, pad) if padded else None)
         assert got.dtype == dtype
         close(got, plain(q, z[:, None], z[:, None, :, :c], scale, causal(s, t, pad)))
 
@@ -124,7 +124,7 @@ def test_large_scores_stay_finite(fn):
     q, k, v = 40*torch.randn(2, 2, 3, 8), 40*torch.randn(2, 1, 7, 8), torch.randn(2, 1, 7, 5)
     if fn == 'latent': got = att.attend_latent(q, z := torch.cat([v, k], -1)[:, 0, :, :8], 5, 1.); k, v = z[:, None], z[:, None, :, :5]
     else: got = fn(q, k, v, 1., causal=True)
-    scores = (q.double()@k.double().transpose(2, 3)).masked_fill(~att.visible(3, 7), -torch.inf)
+    scores = (q.double()@k.double().transpose(2, 3)).masked_fill(~att.causal_mask(3, 7), -torch.inf)
     close(got, scores.softmax(-1)@v.double(), 1e-3)
 
 
@@ -147,7 +147,7 @@ def turn(x, angle, interleaved):
 def test_rotate(width, interleaved, dtype, r):
     b, h, s = r.choice([1, 2]), r.choice([1, 3]), r.choice([1, 2, 7])
     x, pos, factor = draw(dtype, b, h, s, width), torch.randint(0, 300, (b, s)), r.choice([1., 1.3])
-    freqs = rope.geometric(r.choice([100., 10000.]), width)
+    freqs = rope.rope_frequencies(r.choice([100., 10000.]), width)
     got = rope.rotate(x, *rope.cos_sin(freqs, pos, factor), interleaved)
     assert got.dtype == dtype
     close(got, turn(x, (pos[:, None, :, None]*freqs.double()), interleaved)*factor, None if dtype == torch.bfloat16 else 1e-4)
@@ -155,7 +155,7 @@ def test_rotate(width, interleaved, dtype, r):
 
 @pytest.mark.parametrize('interleaved', [False, True])
 def test_products_know_distances_alone(interleaved, r):
-    freqs, q, k = rope.geometric(10000., 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    freqs, q, k = rope.rope_frequencies(10000., 8), torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
     at = lambda x, p: rope.rotate(x, *rope.cos_sin(freqs, torch.tensor([[p]])), interleaved)
     for _ in range(10):
         m, n, shift = (r.randrange(100) for _ in range(3))
@@ -271,7 +271,7 @@ def run_layer(m, c, x, pad, pieces, cached, **kw):
     for a, b in pieces:
         cs = rope.cos_sin(rope.frequencies(c.rope, c.qk_rope_head_dim if c.mla else c.head_dim), pos[:, a:b], rope.rotary_factor(c.rope))
         if cached: cache.reserve(b-a)
-        ctx = att.Context(cs, None if pad is None else att.visible(b-a, b, pad), cache[0] if cached else None, **kw)
+        ctx = att.Context(cs, None if pad is None else att.causal_mask(b-a, b, pad), cache[0] if cached else None, **kw)
         out.append(m(x[:, a:b], ctx))
         if cached: cache.advance(b-a)
     return torch.cat(out, 1)
@@ -339,14 +339,14 @@ def test_gradients_of_attention(fn, s, t):
 
 def test_gradcheck_of_attention():
     q, k, v = (torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 3, 6), (2, 5, 6), (2, 5, 3)))
-    for kw in (dict(causal=True), dict(mask=att.visible(3, 5, torch.tensor([0, 4]))), {}):
+    for kw in (dict(causal=True), dict(mask=att.causal_mask(3, 5, torch.tensor([0, 4]))), {}):
         assert torch.autograd.gradcheck(lambda q, k, v, kw=kw: att.attend_sdpa(q, k, v, .4, **kw), (q, k, v))
 
 
 @pytest.mark.parametrize('interleaved', [False, True])
 def test_gradient_of_rotation(interleaved):
     "A rotation's gradient is the rotation back"
-    x, cs = torch.randn(2, 3, 5, 8, requires_grad=True), rope.cos_sin(rope.geometric(100., 8), torch.arange(5)[None])
+    x, cs = torch.randn(2, 3, 5, 8, requires_grad=True), rope.cos_sin(rope.rope_frequencies(100., 8), torch.arange(5)[None])
     w = torch.randn(x.shape)
     got, = torch.autograd.grad((rope.rotate(x, *cs, interleaved)*w).sum(), x)
     close(got, rope.rotate(w, cs[0], -cs[1], interleaved), 1e-6)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from deepseek_nb.arch.model import Model, check_tokens, decodes
+from deepseek_nb.arch.model import Model, check_tokens, is_gpu_decode_step
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
@@ -125,10 +125,11 @@ def test_a_graph_reads_few_positions(monkeypatch):
 def test_a_decode_step_on_a_gpu_reads_no_token():
     "On the device `meta`, reading a value raises an error"
     token, cache, c = torch.zeros(2, 1, dtype=torch.long, device='meta'), model().new_cache(2), MOE
-    assert not decodes(token, None) and not decodes(token, cache)
+    assert not is_gpu_decode_step(token, None) and not is_gpu_decode_step(token, cache)
     cache.length = 3
-    assert decodes(token, cache) and not decodes(token.expand(2, 2), cache) and not decodes(torch.zeros(2, 1), cache)
-    check_tokens(token, c, not decodes(token, cache))
+    assert is_gpu_decode_step(token, cache) and not is_gpu_decode_step(token.expand(2, 2), cache)
+    assert not is_gpu_decode_step(torch.zeros(2, 1), cache)
+    check_tokens(token, c, not is_gpu_decode_step(token, cache))
     with pytest.raises(RuntimeError): check_tokens(token, c)
 
 

@@ -14,7 +14,7 @@ import warm
 
 from deepseek_nb.arch.attention import attend_latent
 from deepseek_nb.arch.releases import preset
-from deepseek_nb.arch.rope import cos_sin, geometric, rotate
+from deepseek_nb.arch.rope import cos_sin, rope_frequencies, rotate
 from deepseek_nb.arch.routing import limit_groups, route
 from deepseek_nb.core import nbproc
 from deepseek_nb.core.dispatch import use
@@ -23,7 +23,7 @@ from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged_latents,
 from deepseek_nb.cuda.build import cubin, emulate, find_nvrtc, has_compiler, launch, resources, signatures
 from deepseek_nb.cuda.device import Parameter, kernels_in, pack_arguments, structs_in
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
-from deepseek_nb.cuda.norm import norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda, takes
+from deepseek_nb.cuda.norm import kernel_supports, norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda
 from deepseek_nb.cuda.route import combine, route_cuda, sort_by_expert, sort_few
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler to emulate with')
@@ -236,7 +236,7 @@ def latents(kv, weight, cos, sin, interleaved):
 def test_norm_rotate(b, s, c, r, interleaved, dtype, order):
     kv,weight = torch.randn(b, s, c + r).to(dtype),torch.rand(c).to(dtype)
     positions = torch.randint(0, 1000, (b if order == 'random' else 1, s))
-    cos,sin = cos_sin(geometric(1e4, r), positions)
+    cos,sin = cos_sin(rope_frequencies(1e4, r), positions)
     cache = torch.full((b, s + 5, c + r), 7.).to(dtype)
     norm_rotate_into(guarded(kv), weight, guarded(cos), guarded(sin), 1e-6, interleaved, cache[:, 2:2 + s])
     close(cache[:, 2:2 + s], latents(kv.double(), weight.double(), cos.double(), sin.double(), interleaved), TOLERANCE[dtype])
@@ -249,7 +249,7 @@ def test_norm_rotate(b, s, c, r, interleaved, dtype, order):
 @pytest.mark.parametrize('b,h,s,r', [(1, 1, 1, 2), (2, 3, 5, 6), (3, 2, 1, 64)])
 def test_rotate(b, h, s, r, dtype, order):
     x = torch.randn(b, s, h, r + 5).to(dtype).transpose(1, 2)[..., 5:]
-    cos,sin = cos_sin(geometric(1e4, r), torch.randint(0, 1000, (b if order == 'random' else 1, s)))
+    cos,sin = cos_sin(rope_frequencies(1e4, r), torch.randint(0, 1000, (b if order == 'random' else 1, s)))
     for interleaved in (True, False):
         got = rotate_cuda(x, guarded(cos), guarded(sin), interleaved)
         close(got, rotate.op.reference(x.float(), cos, sin, interleaved).double(), TOLERANCE[dtype])
@@ -282,8 +282,8 @@ def test_norm_rotate_refuses(change, message):
 
 def test_norm_twin_leaves_gradients_to_others():
     x,weight = torch.randn(2, 8),torch.ones(8)
-    assert takes(x, weight) and not takes(x, weight.bfloat16()) and not takes(x.requires_grad_(), weight)
-    with torch.inference_mode(): assert takes(x, weight)
+    assert kernel_supports(x, weight) and not kernel_supports(x, weight.bfloat16()) and not kernel_supports(x.requires_grad_(), weight)
+    with torch.inference_mode(): assert kernel_supports(x, weight)
 
 
 def test_norm_compiles_without_a_break():

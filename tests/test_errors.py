@@ -13,7 +13,7 @@ import torch
 import warm
 
 from deepseek_nb import Cache, Model, Tokenizer
-from deepseek_nb.arch.rope import geometric
+from deepseek_nb.arch.rope import rope_frequencies
 from deepseek_nb.core.config import Config
 from deepseek_nb.files import hub
 from deepseek_nb.files.locate import load_config
@@ -157,7 +157,7 @@ def test_contradictions_in_python():
     for kw, words in ((dict(qk_rope_head_dim=7), ['rotary width 7']), (dict(n_expert_groups=5), ['5 does not divide', '8']),
                       (dict(n_activated_experts=5), ['5 is larger than the 4 experts']), (dict(score_func='x'), ["'x'"])):
         refuses(ValueError, lambda kw=kw: replace(V3, **kw), 'deepseek_v3 config', *words)
-    refuses(ValueError, lambda: geometric(10000., 7), 'rotary width 7 is odd')
+    refuses(ValueError, lambda: rope_frequencies(10000., 7), 'rotary width 7 is odd')
 
 
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors.index.json'])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek_nb import Config, Model, Tokenizer
-from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.attention import causal_mask
 from deepseek_nb.core.config import Rope
 from deepseek_nb.studies import open_study
 from deepseek_nb.train.indexer import (
@@ -81,7 +81,7 @@ def test_target_by_a_loop_over_heads(pair):
     dense, _, rows = pair
     for block, x, ctx in dense_streams(dense, rows[:2]):
         attn, c = block.self_attn, dense.config
-        target = attention_target(attn, x, ctx, visible(LENGTH, LENGTH))
+        target = attention_target(attn, x, ctx, causal_mask(LENGTH, LENGTH))
         q_nope, q_rope = attn.queries(x, ctx.angles)
         latent, rope = attn.latents(x, ctx.angles).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         keys = (latent@attn.kv_b_proj.weight.T).unflatten(-1, (c.n_heads, -1))[..., :c.qk_nope_head_dim]
@@ -128,7 +128,7 @@ def scores_by_the_paper(w, x, latent, r, angles):
 def test_gradients_against_finite_differences(pair):
     model, rows = fresh(pair), pair[2]
     block, x, ctx = [*dense_streams(model, rows[:2, :10])][1]
-    attn, causal, r = block.self_attn, visible(10, 10), model.config.qk_rope_head_dim
+    attn, causal, r = block.self_attn, causal_mask(10, 10), model.config.qk_rope_head_dim
     p = attention_target(attn, x, ctx, causal)
     attn.indexer.requires_grad_(True)
     loss = index_loss(trained_scores(attn, x, ctx), p, causal)

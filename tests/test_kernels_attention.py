@@ -56,11 +56,11 @@ def one_attend(r):
     q, k, w = spaced(r, dtype, b, g*each, s, x), spaced(r, dtype, b, g, t, x), spaced(r, dtype, b, g, t, v)
     if r.random() < .2 and v <= x: w = k[..., :v]
     how, mask = r.choice(['causal', 'all', 'padded', 'random', 'row']), None
-    if how == 'padded': mask = att.visible(s, t, torch.randint(t, (b,)))
+    if how == 'padded': mask = att.causal_mask(s, t, torch.randint(t, (b,)))
     if how == 'random': mask = torch.rand(s, t) < r.choice([.05, .5, .99])
     if how == 'row': mask = torch.rand(b, 1, 1, t) < .5
     if how == 'padded' and r.random() < .3: mask = mask.mT.contiguous().mT
-    seen = att.visible(s, t) if how == 'causal' else mask
+    seen = att.causal_mask(s, t) if how == 'causal' else mask
     got = attention.attend_cpp(q, k, w, .3, mask, how == 'causal')
     close(got, exact(q, k, w, .3, seen), f'attend {how} {dtype} {b=} {g=} {each=} {s=} {t=} {x=} {v=}')
 
@@ -76,7 +76,7 @@ def one_ragged(r):
     got = attention.attention_kernels.attend(q, k, v, .3, None, True, start, length)
     for i in range(b):
         n = length[i]
-        want = exact(q[i:i+1], k[i:i+1, :, :n], v[i:i+1, :, :n], .3, att.visible(s, n, start[i:i+1]))
+        want = exact(q[i:i+1], k[i:i+1, :, :n], v[i:i+1, :, :n], .3, att.causal_mask(s, n, start[i:i+1]))
         close(got[i:i+1], want, f'ragged {dtype} {b=} {g=} {each=} {s=} {t=} {x=} {length=} {start=}')
 
 
@@ -85,9 +85,9 @@ def one_latent(r):
     s, c, rot = r.choice([1, 1, 1, 2, 5]), r.choice([1, 8, 16, 33, 128]), r.choice([2, 6, 32])
     t = s + r.choice([0, 1, 62, 63, 64, 300])
     q, z = spaced(r, dtype, b, h, s, c + rot), spaced(r, dtype, b, 1, t, c + rot)[:, 0]
-    mask = att.visible(s, t, torch.randint(t, (b,))) if r.random() < .5 else None
+    mask = att.causal_mask(s, t, torch.randint(t, (b,))) if r.random() < .5 else None
     got = attention.attend_latent_cpp(q, z, c, .2, mask)
-    want = exact(q, z[:, None], z[:, None, :, :c], .2, att.visible(s, t) if mask is None else mask)
+    want = exact(q, z[:, None], z[:, None, :, :c], .2, att.causal_mask(s, t) if mask is None else mask)
     close(got, want, f'latent {dtype} {b=} {h=} {s=} {t=} {c=} {rot=}')
 
 
@@ -143,7 +143,7 @@ def test_python_threads(r):
     cases = [(torch.randn(1, 4, 30, 16), torch.randn(1, 2, 90, 16)) for _ in range(8)]
     with ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda a: attention.attend_cpp(*a, a[1], .3, causal=True), cases*4))
-    for y, (q, k) in zip(got, cases*4, strict=True): close(y, exact(q, k, k, .3, att.visible(30, 90)), 'threads')
+    for y, (q, k) in zip(got, cases*4, strict=True): close(y, exact(q, k, k, .3, att.causal_mask(30, 90)), 'threads')
 
 
 def test_nan_and_infinity(r):
@@ -152,13 +152,13 @@ def test_nan_and_infinity(r):
         for where in ('q', 'k'):
             q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 90, 8), torch.randn(2, 2, 90, 16)
             dict(q=q, k=k)[where][1, 1, -1, 3] = value
-            want = exact(q, k, v, .3, att.visible(5, 90))
+            want = exact(q, k, v, .3, att.causal_mask(5, 90))
             close(attention.attend_cpp(q, k, v, .3, causal=True), want, (value, where))
 
 
 def test_large_scores(r):
     q, k, v = 40*torch.randn(2, 2, 3, 8), 40*torch.randn(2, 1, 7, 8), torch.randn(2, 1, 7, 5)
-    got, want = attention.attend_cpp(q, k, v, 1., causal=True), exact(q, k, v, 1., att.visible(3, 7))
+    got, want = attention.attend_cpp(q, k, v, 1., causal=True), exact(q, k, v, 1., att.causal_mask(3, 7))
     assert (got - want).abs().max() < 1e-3
 
 

@@ -32,7 +32,7 @@ from deepseek_nb.studies import (
     study_cells,
     study_names,
 )
-from deepseek_nb.studies.canaries import SMALL, check_canaries, judge, numbers_of, ratios_of, recorded, reference, run_canary
+from deepseek_nb.studies.canaries import SMALL_OPTIONS, check_canaries, judge_canary, numbers_of, ratios_of, recorded, reference, run_canary
 from deepseek_nb.studies.protocol import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, standing
 from deepseek_nb.studies.report import runs
 from deepseek_nb.studies.texts import WordBayes, majority
@@ -258,13 +258,13 @@ def test_a_seal_is_written_once(made):
 def test_every_record_has_a_canary_or_is_listed(root):
     "Rates of a machine, and measurements without small options, have none"
     without = 'format-rates latent-codes machine quality roofline scaling bfcl mini speculate-equality'.split()
-    assert {*recorded(root/'nbs/results')} - {*SMALL} - {*study_names()} == {*without}
-    for name, options in SMALL.items(): signature(find_benchmark(name), follow_wrapped=False).bind(**options)
+    assert {*recorded(root/'nbs/results')} - {*SMALL_OPTIONS} - {*study_names()} == {*without}
+    for name, options in SMALL_OPTIONS.items(): signature(find_benchmark(name), follow_wrapped=False).bind(**options)
     stored = json.loads((root/'nbs/results/evidence/canaries.json').read_text())
     assert {*stored} <= {*recorded(root/'nbs/results')}
     for name, kept in stored.items():
         assert re.fullmatch('[0-9a-f]{8,}', kept['commit']) and (kept['numbers'] or kept['ratios']), name
-        assert judge(kept, kept).startswith('same'), name
+        assert judge_canary(kept, kept).startswith('same'), name
 
 
 def test_a_canary_hears_numbers_and_not_times():
@@ -278,7 +278,7 @@ def test_a_canary_hears_numbers_and_not_times():
     assert len(kept['numbers']) == 8 and all(p.startswith('/losses') for p in kept['numbers'])
     for change, slow, said in ((1, 1, 'same'), (1 + 1e-6, 1.5, 'same'), (1.01, 1, 'numbers differ'), (math.nan, 1, 'numbers differ'),
                                (1, 2.5, 'slower'), (1, .3, 'times differ')):
-        assert judge(run(change, slow), kept).startswith(said), (change, slow)
+        assert judge_canary(run(change, slow), kept).startswith(said), (change, slow)
 
 
 def test_a_canary_that_cannot_run_stops_no_other(tmp_path):

@@ -220,7 +220,7 @@ def test_the_machine_is_never_a_score(who):
 
 
 def test_a_worker_that_can_not_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(sandbox, 'WORKER', sandbox.Worker())
+    monkeypatch.setattr(sandbox, 'REWARD_WORKER', sandbox.RewardWorker())
     monkeypatch.setattr(sandbox.sys, 'executable', '/bin/false')
     with pytest.raises(RuntimeError, match='reward crash: the worker died, or did not answer'): guarded(crash)(['?'], ['42'])
 

@@ -21,8 +21,8 @@ from deepseek_nb.apps.instances import (
     read_solution,
     route_times,
 )
-from deepseek_nb.apps.moves import improve, join_by_savings, nearest_neighbour, nearest_places, prepare_roads
 from deepseek_nb.apps.route import Order, RouteApp, Router, alone_feasible, as_instance
+from deepseek_nb.apps.route_moves import improve, join_by_savings, nearest_neighbour, nearest_places, prepare_roads
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.serve.app import ServerConfig
 from deepseek_nb.studies import open_study, read_plan, to_do

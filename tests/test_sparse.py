@@ -14,7 +14,7 @@ import torch
 
 from deepseek_nb import Model
 from deepseek_nb.arch import sparse
-from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.attention import causal_mask
 from deepseek_nb.arch.routing import affinity, route
 from deepseek_nb.arch.sparse import DSA, attend_selected, index_scores, top_by_threshold, top_positions
 from deepseek_nb.core.config import Config, Rope
@@ -75,7 +75,7 @@ class Spy:
         self.calls, self.real = [], sparse.select_positions
         def spied(q, k, w, a, mask=None):
             out = self.real(q, k, w, a, mask)
-            seen = visible(q.shape[1], k.shape[1]) if mask is None else mask
+            seen = causal_mask(q.shape[1], k.shape[1]) if mask is None else mask
             self.calls.append((index_scores(q, k, w), a, seen, out))
             return out
         spied.op, spied.twin = self.real.op, self.real.twin # for chapters that are imported meanwhile
@@ -210,10 +210,10 @@ def test_rule_in_prefill_decode_and_batch(kind):
     for heads, t, k in ((1, 33, 5), (2, 70, 16), (4, 40, 1), (3, 20, 30)):
         q, keys, w = ((torch.randn(3, *shape)*32).round()/32 for shape in ((t, heads, 8), (t, 8), (t, heads)))
         with use(kind):
-            whole = top_positions(index_scores(q, keys, w), k, visible(t, t))
+            whole = top_positions(index_scores(q, keys, w), k, causal_mask(t, t))
             for b in range(3):
                 with use('reference'): scores = index_scores(q[b:b+1], keys[b:b+1], w[b:b+1])[0]
-                want = stable(scores, k, visible(t, t))
+                want = stable(scores, k, causal_mask(t, t))
                 assert torch.equal(whole[b], want)
                 for i in range(t):
                     step = top_positions(index_scores(q[b:b+1, i:i+1], keys[b:b+1, :i+1], w[b:b+1, i:i+1]), k)[0, 0]

@@ -13,7 +13,7 @@ from fastcore.test import expect_fail
 
 from deepseek_nb import Model
 from deepseek_nb.arch import sparse as definition
-from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.attention import causal_mask
 from deepseek_nb.arch.index_codes import IndexCodes, coded_scores, encode_keys
 from deepseek_nb.arch.model import add_attention, run_blocks
 from deepseek_nb.core.config import Config, Rope
@@ -176,7 +176,7 @@ def test_prompt_decode_and_batch_agree(r):
     b, s, t, j, u, h, c = 2, 33, 150, 8, 16, 6, 24
     q, k, w, x, z = torch.randn(b, s, j, u), torch.randn(b, t, u), torch.randn(b, s, j), torch.randn(b, h, s, 32), torch.randn(b, t, 32)
     k[:, ::3] = k[:, :1]                                                  # ties
-    p = top_positions_cpp(index_scores_cpp(q, k, w), 40, visible(s, t))
+    p = top_positions_cpp(index_scores_cpp(q, k, w), 40, causal_mask(s, t))
     y = attend_selected_cpp(x, z, p, c, .2)
     for i in range(b):
         for n in (0, 7, s - 1):

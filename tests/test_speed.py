@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepseek_nb import Config, Model, bench
-from deepseek_nb.arch.attention import visible
+from deepseek_nb.arch.attention import causal_mask
 from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, find_benchmark, limits, run_command, scaling
 from deepseek_nb.bench import layers as speed
 from deepseek_nb.bench import models as speed_models
@@ -79,7 +79,7 @@ def dense_scores(c, s, past=0):
 # ---- counts
 
 @pytest.mark.parametrize('s, past', [(1, 0), (1, 9), (5, 0), (7, 4), (16, 16)])
-def test_pairs(s, past): assert pairs(s, past) == visible(s, past + s).sum().item()
+def test_pairs(s, past): assert pairs(s, past) == causal_mask(s, past + s).sum().item()
 
 
 def test_bytes_are_those_of_the_weights_and_the_cache(config):

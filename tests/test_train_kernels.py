@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from deepseek_nb.arch.attention import attend, attend_sdpa, visible
+from deepseek_nb.arch.attention import attend, attend_sdpa, causal_mask
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import run_experts
 from deepseek_nb.arch.norm import rms_norm
@@ -182,7 +182,7 @@ def test_large_scores_stay_finite():
 def test_other_attention_is_pytorchs(r):
     "Padding, a past, and no gradient go to the fused function"
     q, k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 4)
-    for kw in (dict(causal=True), dict(mask=visible(5, 9, torch.tensor([0, 2]))), {}):
+    for kw in (dict(causal=True), dict(mask=causal_mask(5, 9, torch.tensor([0, 2]))), {}):
         with use('torch'):
             assert attend.op.choose(q.clone().requires_grad_(), k, v, .3, **kw).fn is attend_sdpa
             against_float64(lambda q, k, v, kw=kw: attend(q, k, v, .3, **kw),

@@ -303,7 +303,7 @@ def clear(model, ids, new):
     seen, select, choose = [], compressed.select_positions, routing.route
 
     def selected(q, k, w, a, mask=None):
-        seen.append(gap(sparse.index_scores(q, k, w), a, sparse.visible(q.shape[1], k.shape[1]) if mask is None else mask))
+        seen.append(gap(sparse.index_scores(q, k, w), a, sparse.causal_mask(q.shape[1], k.shape[1]) if mask is None else mask))
         return select(q, k, w, a, mask)
 
     def routed(logits, c, bias=None):

@@ -22,7 +22,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from .instances import Instance, random_instance
-from .moves import improve, join_by_savings, prepare_roads
+from .route_moves import improve, join_by_savings, prepare_roads
 from ..core import config as core
 from ..files.safetensors import write_tensors
 from ..kernels.build import Kernels

@@ -12,7 +12,7 @@ __all__ = ['route_kernels', 'nearest_places_cpp', 'improve_cpp', 'join_by_saving
 import torch
 from torch import Tensor
 
-from .moves import HEAT, Improved, Roads, improve, join_by_savings, nearest_places
+from .route_moves import HEAT, Improved, Roads, improve, join_by_savings, nearest_places
 from ..kernels.build import Kernels
 
 # %% ../../nbs/872_apps.localsearch.ipynb #dbdb0a0d

@@ -22,7 +22,7 @@ import torch
 
 from .constructor import RouteNet, construct_routes, teach, train_route_net
 from .instances import Instance, checked_cost, read_instance
-from .moves import improve, join_by_savings, prepare_roads
+from .route_moves import improve, join_by_savings, prepare_roads
 from ..core import config as core
 from ..files.safetensors import written
 

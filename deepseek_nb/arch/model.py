@@ -8,7 +8,7 @@ extends a KV cache, which `new_cache` makes. Weights have the names that DeepSee
 
 # %% auto #0
 __all__ = ['add_attention', 'add_feed_forward', 'attention_layer', 'feed_forward', 'Block', 'HyperBlock', 'block_class',
-           'check_plain', 'Model', 'check_tokens', 'decodes', 'left_pad', 'check_documents', 'first_angles',
+           'check_plain', 'Model', 'check_tokens', 'is_gpu_decode_step', 'left_pad', 'check_documents', 'first_angles',
            'check_cache', 'make_room', 'run_blocks', 'read_streams', 'head']
 
 # %% ../../nbs/160_arch.model.ipynb #fde49828
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from .attention import GQA, MLA, Context, document_mask, one_document, visible
+from .attention import GQA, MLA, Context, causal_mask, document_mask, one_document
 from .cache import Cache, cache_shapes
 from .compressed import CompressedAttention
 from .hash import ClampedMoE, ClampedSwiGLU, HashGate
@@ -272,7 +272,7 @@ class Model(nn.Module):
     )->Context: # Shared by all layers
         "Rotary angles and mask of the new tokens, with the cache"
         past,mask = len(cache) if cache is not None else 0,None
-        if pad is not None and not self.config.window: mask = visible(s, past+s, pad, self.device)
+        if pad is not None and not self.config.window: mask = causal_mask(s, past+s, pad, self.device)
         elif not one_document(documents): mask = document_mask(documents)
         own,c,by_layer = self.angles(past, past+s, pad),self.config,()
         if any(c.compress_ratios):
@@ -306,7 +306,7 @@ class Model(nn.Module):
         prompt:bool|None = None, # As in `context`
     )->Tensor: # Activations after the last norm `b s d`
         "The forward pass without the head"
-        check_tokens(tokens, self.config, not decodes(tokens, cache))
+        check_tokens(tokens, self.config, not is_gpu_decode_step(tokens, cache))
         check_documents(documents, tokens, cache, attention_mask, self.config)
         b,s = tokens.shape
         if attention_mask is not None and attention_mask.shape not in ((b, s), (b, s + len(cache or ()))):
@@ -370,7 +370,7 @@ def check_tokens(
         raise ValueError(f'token id {(low if low<0 else high).item()} is outside the vocabulary of {c.vocab_size}')
 
 # %% ../../nbs/160_arch.model.ipynb #50230c9d
-def decodes(
+def is_gpu_decode_step(
     tokens:Tensor, # New tokens `b s`
     cache:Cache|None, # Cache of the tokens before them
 )->bool: # Whether a GPU continues a cached context by one token per row

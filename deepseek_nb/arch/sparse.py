@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .attention import MLA, Context, mla_flops, visible
+from .attention import MLA, Context, causal_mask, mla_flops
 from .rope import rotate
 from ..core.config import Config
 from ..core.dispatch import op
@@ -139,7 +139,7 @@ def select_positions(
 )->Tensor: # Selected positions `b s a` in ascending order, then −1
     "Select the keys with the highest index scores"
     s,t = q.shape[1],k.shape[1]
-    mask = visible(s, t, device=q.device) if mask is None else mask.expand(*mask.shape[:-2], s, t)
+    mask = causal_mask(s, t, device=q.device) if mask is None else mask.expand(*mask.shape[:-2], s, t)
     rows = torch.arange(s).split(max(1, CHUNK//(t*q.shape[2])))
     return torch.cat([top_positions(index_scores(q[:, i], k, w[:, i]), a, mask[..., i, :]) for i in rows], 1)
 

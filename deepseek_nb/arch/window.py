@@ -16,7 +16,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .attention import Context, visible
+from .attention import Context, causal_mask
 from .norm import RMSNorm
 from .rope import rotate
 from ..core.config import Config, Rope
@@ -66,7 +66,7 @@ def window_mask(
     "The causal mask, limited to a window"
     if s == 1 and t <= n and pad is None: return None
     far = torch.arange(t, device=device) <= rearrange(torch.arange(t-s, t, device=device), 's -> s 1') - n
-    return visible(s, t, pad, device) & ~far
+    return causal_mask(s, t, pad, device) & ~far
 
 # %% ../../nbs/124_arch.window.ipynb #6e545331
 QUERY_BLOCK = 128 # Least number of queries of a block

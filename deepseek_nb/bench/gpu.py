@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..arch.attention import attend_latent
 from ..arch.moe import run_experts
-from ..arch.rope import cos_sin, geometric, rotate
+from ..arch.rope import cos_sin, rope_frequencies, rotate
 from ..arch.sparse import attend_selected, index_scores, top_positions
 from . import make_record, save_result, si
 from ..core.nbproc import find_compiler
@@ -77,7 +77,7 @@ def _weight(o, i, f): return quantize(_rows(o, i), f)
 
 def _exact_linear(x, w): return x@w.format.decode(w.parts(), w.shape).double().T
 
-def _angles(r, s): return cos_sin(geometric(1e4, r), torch.arange(s)[None])
+def _angles(r, s): return cos_sin(rope_frequencies(1e4, r), torch.arange(s)[None])
 
 def _experts(n, k, e, d, f): return _rows(n, d), torch.rand(n, k), _choices(n, k, e), _rows(e, 2*f, d)/d**.5, _rows(e, d, f)/f**.5
 

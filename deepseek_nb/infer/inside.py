@@ -19,7 +19,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
-from ..arch.attention import GQA, Context, visible
+from ..arch.attention import GQA, Context, causal_mask
 from ..arch.model import Model, check_tokens, head
 from ..arch.rope import rotate
 from ..arch.routing import Route, expert_load, max_violation
@@ -107,7 +107,7 @@ def attention_pattern(
     angles = model.angles(0, s)
     q,k = queries_keys(block.self_attn, block.input_layernorm(r.stream[layer]), angles)
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale
-    seen = visible(s, s, device=scores.device)
+    seen = causal_mask(s, s, device=scores.device)
     if isinstance(block.self_attn, DSA): seen = seen & _selection(block, r.stream[layer], angles)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1)
 

@@ -51,7 +51,7 @@ from deepseek_nb.serve.connection import (
     while_connected,
     with_comments,
 )
-from .experts import experts_report, has_router
+from .expert_report import experts_report, has_router
 from .logs import RequestLog, log_settings
 from .lora import all_served, find_served, load_lora, unload_lora
 from .metrics import EngineMetrics

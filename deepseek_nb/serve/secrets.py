@@ -148,7 +148,7 @@ def part_limit(
 # %% ../../nbs/466_serve.secrets.ipynb #451f9ba0
 def finder_for(
     secrets:Iterable, # Texts
-    share:float = .5, # CharClass of the letters of a secret that already gives it away
+    share:float = .5, # Share of the letters of a secret that already gives it away
 )->PartFinder:
     "An automaton for all forms of some secrets"
     texts = []

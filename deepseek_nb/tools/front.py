@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 
 from .book import chapters, contents_page, parts_table, paths_list, starts_line
-from .moves import fill_block, moves_table, read_moves
 from .pictures import rates_note, save_pictures
+from .redirects import fill_block, moves_table, read_moves
 
 # %% ../../nbs/985_tools.front.ipynb #a92f7a82
 def fill_notebook(

@@ -30,7 +30,7 @@ from unittest.mock import patch
 from ..export.figures import write_figures
 from .book import FRONT, book, chapters, page_name, path_places, sidebar
 from .glossary import glossary_page, link_terms, read_glossary
-from .moves import read_moves, write_redirects
+from .redirects import read_moves, write_redirects
 
 # %% ../../nbs/970_tools.site.ipynb #0a98387a
 def defined_names(

@@ -23,7 +23,7 @@ from einops import einsum
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..arch.attention import document_mask, visible
+from ..arch.attention import causal_mask, document_mask
 from ..arch.model import Model, check_plain, head
 from ..infer.inside import queries_keys, watch
 from ..kernels.train import needs_grad
@@ -188,7 +188,7 @@ def attention_logs(
     block,s = model.layers[block-1],x.shape[1]
     q,k = queries_keys(block.self_attn, block.input_layernorm(x), model.angles(0, s))
     scores = einsum(q, k, 'b h s x, b h t x -> b h s t').float()*block.self_attn.scale
-    seen = visible(s, s, device=x.device) if documents is None else document_mask(documents)
+    seen = causal_mask(s, s, device=x.device) if documents is None else document_mask(documents)
     return scores.masked_fill(~seen, -1e9).log_softmax(-1)
 
 # %% ../../nbs/640_train.distill.ipynb #23bf7254

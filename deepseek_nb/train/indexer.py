@@ -20,7 +20,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ..arch.attention import MLA, Context, visible
+from ..arch.attention import MLA, Context, causal_mask
 from ..arch.model import Model, add_feed_forward
 from ..arch.sparse import DSA, index_scores, selected_mask, top_positions
 from ..core.config import Config
@@ -141,7 +141,7 @@ def fit_indexer(
     seed:int, # Seed of the batches
 )->list[float]: # Loss of each step
     "Train the indexer of one layer to predict dense attention"
-    causal,draw = visible(x.shape[1], x.shape[1], device=x.device),torch.Generator().manual_seed(seed)
+    causal,draw = causal_mask(x.shape[1], x.shape[1], device=x.device),torch.Generator().manual_seed(seed)
     target = torch.cat([attention_target(attn, rows, ctx, causal) for rows in x.split(4)])
     weights,losses = [*attn.indexer.requires_grad_(True).parameters()],[]
     optimiser = torch.optim.AdamW(weights, lr=lr, betas=(.9, .95), weight_decay=0.)
@@ -190,7 +190,7 @@ def preferences(
     "Scores of a way to select keys"
     b,s = x.shape[:2]
     if kind == 'indexer': return trained_scores(attn, x, ctx)
-    if kind == 'best': return attention_target(attn, x, ctx, visible(s, s, device=x.device))
+    if kind == 'best': return attention_target(attn, x, ctx, causal_mask(s, s, device=x.device))
     if kind == 'random': return torch.rand(b, s, s, generator=torch.Generator().manual_seed(seed)).to(x.device)
     if kind != 'window': raise ValueError(f"kind {kind!r} must be 'indexer', 'best', 'window' or 'random'")
     age = torch.arange(s, device=x.device)
@@ -203,7 +203,7 @@ def top_mask(
 )->Tensor: # True for the selected keys `b 1 s t`
     "Mask of the visible keys with the highest scores"
     s = scores.shape[1]
-    return selected_mask(top_positions(scores, a, visible(s, s, device=scores.device)), s)
+    return selected_mask(top_positions(scores, a, causal_mask(s, s, device=scores.device)), s)
 
 # %% ../../nbs/662_train.indexer.ipynb #7ebbfd2a
 @torch.no_grad()
@@ -215,7 +215,7 @@ def attention_recall(
     seed:int = 0, # Seed of 'random'
 )->list: # For each layer the recall at each size
     "Share of the dense model's attention mass that falls on the selected keys"
-    found,causal = [],visible(tokens.shape[1], tokens.shape[1], device=tokens.device)
+    found,causal = [],causal_mask(tokens.shape[1], tokens.shape[1], device=tokens.device)
     for i,(block,x,ctx) in enumerate(dense_streams(model, tokens)):
         p = attention_target(block.self_attn, x, ctx, causal)
         scores = preferences(kind, block.self_attn, x, ctx, seed + i)

@@ -33,13 +33,13 @@ from .convert import convert as convert_model
 from .convert import write_tokenizer
 from .corpora import CORPORA, corpus
 from .data import packed, to_dataset, tokenised
+from .distill_stages import Stage, distil_in_stages
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
 from .resume import checkpoints
 from .sft import chat_data, classification_data
 from .split import split_by_key
-from .stages import Stage, distil_in_stages
 from .trainer import Trainer, TrainingArguments
 from .world import setup, world
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..arch.attention import Context, one_document, visible
+from ..arch.attention import Context, causal_mask, one_document
 from ..arch.model import Model, check_tokens, run_blocks
 from .data import IGNORE
 
@@ -82,7 +82,7 @@ def answer_context(
     long,at = rows.lengths[rows.groups][:, None],torch.arange(max(m, s), device=device)
     angles = tuple(a[0, 0][long + at[:m]][:, None] for a in model.angles(0, s + m))
     before = (at[:s] < long)[:, None].expand(-1, m, -1)
-    mask = torch.cat([before, visible(m, m, device=device).expand(b, -1, -1)], -1)[:, None]
+    mask = torch.cat([before, causal_mask(m, m, device=device).expand(b, -1, -1)], -1)[:, None]
     return Context(angles, mask, [GroupSlot(k, rows.groups) for k in kept], tokens=rows.answers)
 
 # %% ../../nbs/689_train.shared.ipynb #2efc67bd
