@@ -213,7 +213,8 @@ def _run(model, tokens, caches, prompts, taps=()):
         x = model.ragged(torch.tensor(sum(tokens, []), device=device), caches, [*map(len, tokens)], prompts=prompts)
         return x, x
     with keep_taps(model, taps) if taps else model.keep_hidden() as kept: # residual streams
-        x = [model.hidden(torch.tensor([t], device=device), cache, prompt=k > 0)[0] for t,cache,k in zip(tokens, caches, prompts, strict=True)]
+        parts = zip(tokens, caches, prompts, strict=True)
+        x = [model.hidden(torch.tensor([t], device=device), cache, prompt=k > 0)[0] for t,cache,k in parts]
     return torch.cat(x), torch.cat([k[0] for k in kept])
 
 # %% ../../nbs/449_infer.speculate.ipynb #71fe3f64

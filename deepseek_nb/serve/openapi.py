@@ -72,7 +72,8 @@ RESPONSE = record('model input', **SAMPLING, **INPUT, max_output_tokens=_WHOLE |
 _BLOCK = {'anyOf': [record('type text', type=one_of('text'), text=TEXT),
                    record('type tool_use_id', type=one_of('tool_result'), tool_use_id=TEXT, content=TEXT, is_error=YES_NO)]}
 ASKED = dict(model=TEXT, system=_PARTS, messages=list_of(record('role content', role=one_of('user', 'assistant'),
-             content={'anyOf': [TEXT, list_of(_BLOCK)]}), minItems=1), tools=list_of(record('name input_schema', name=TEXT, description=TEXT,
+             content={'anyOf': [TEXT, list_of(_BLOCK)]}), minItems=1),
+             tools=list_of(record('name input_schema', name=TEXT, description=TEXT,
              input_schema=ANY)), tool_choice=record('type', type=one_of('auto', 'any', 'none')), metadata=record(user_id=TEXT),
              thinking=record('type', type=one_of('enabled', 'adaptive', 'disabled'), budget_tokens=_WHOLE))
 _MESSAGES = record('model messages max_tokens', **SAMPLING, **ASKED, max_tokens=_WHOLE | dict(minimum=1), stream=YES_NO,

@@ -130,7 +130,7 @@ def run_canary(
     limit:float = 120., # Seconds
 )->dict: # `numbers` and `ratios`
     "Measure the small version in a process of its own"
-    if name in BENCHMARKS and name not in SMALL_OPTIONS or name not in {*BENCHMARKS, *study_names()}: raise ValueError('it has no small version')
+    if name not in ({*SMALL_OPTIONS} if name in BENCHMARKS else {*study_names()}): raise ValueError('it has no small version')
     try: done = subprocess.run([sys.executable, '-c', _RUN, name], capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired: raise ValueError(f'it takes more than {limit:g} seconds here') from None
     if done.returncode: raise ValueError((done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1])
