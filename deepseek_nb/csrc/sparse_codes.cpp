@@ -32,7 +32,7 @@ void ragged_sparse_codes(Tensor x, Tensor table, bool single, int64_t a, Integer
     const auto n = record<StepSizes>(sizes);
     const RaggedStep step(x, cos, sin, starts, past, rows, pages[0], n.attention);
     const int64_t layers = table.size(0) / (2 * HALF + INDEX);
-    with_codes(table, single, [&](auto w) {
+    with_codes(table, single, false, [&](auto w) {
         run_ragged_sparse(w, w.from(2 * HALF * layers), layers, step, a, past, n, record<StepNumbers>(numbers),
                           data<float>(x), pages, data<float>(y));
     });

@@ -153,7 +153,7 @@ template <class T, class M> struct Pool {
     Ring<float> raw;                      // candidates and gates
     Ring<T> entries;
     int64_t wide() const { return parts * width; }
-    int64_t causal_mask(int64_t position) const { return m ? (position + 1) / m : 0; }
+    int64_t visible(int64_t position) const { return m ? (position + 1) / m : 0; }
     bool ends(int64_t position) const { return m && (position + 1) % m == 0; }
 };
 

@@ -47,15 +47,16 @@ class ShadowServer(PlatformServer):
         request, # Starlette's request
         start:Callable, # Starts a run, `start(served, fields, owner)`
         owner:str, # Who asks
+        body:bytes, # Of the request
     ): # The run
         "Start the live answer, and then that of a shadow"
         asked,place = [],lambda: request.scope['record'].place
-        def copied(served, body, owner):
+        def copied(served, fields, owner):
             shadows = choose(self.platform, place(), owner).shadows
-            if shadows and not body.get('previous_response_id'): asked.extend((model, deepcopy(body)) for _,model in shadows)
-            return start(served, body, owner)
-        run = await PlatformServer._start(self, request, copied, owner)
-        for model,body in asked: self._repeat(place(), model, start, body)
+            if shadows and not fields.get('previous_response_id'): asked.extend((model, deepcopy(fields)) for _,model in shadows)
+            return start(served, fields, owner)
+        run = await PlatformServer._start(self, request, copied, owner, body)
+        for model,fields in asked: self._repeat(place(), model, start, fields)
         return run
 
     def _repeat(self, place, model, start, body):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..arch.model import Model
 from ..arch.moe import Experts
 from ..arch.routing import Gate
+from ..core.dispatch import expect_adapters
 
 # %% ../../nbs/636_train.esft.ipynb #0553961a
 @torch.no_grad()
@@ -65,6 +66,7 @@ class TunedExperts(nn.Module):
         chosen:list, # Indices of the trainable experts
     ):
         super().__init__()
+        expect_adapters()
         self.base,self.chosen = nn.Parameter(w.detach(), requires_grad=False),list(chosen)
         self.tuned = nn.Parameter(w.detach()[self.chosen].clone())
     shape = property(lambda self: self.base.shape)
