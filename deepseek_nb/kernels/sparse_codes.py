@@ -87,7 +87,7 @@ def _pages(blocks, x):
     "A call of the kernel with the weights of these blocks"
     found = kept_sparse.get(blocks) or sparse_blocks_of(blocks, x) # collected by `supports`
     weights = *sparse_codes_of(found),found.topk,found.sizes,found.numbers
-    return lambda x, *rest: sparse_codes_kernels.ragged_sparse_codes(x, *weights, *rest)
+    return lambda part, x, *rest: sparse_codes_kernels.ragged_sparse_codes(x, *weights, *rest)
 
 @run_rows.twin('cpp', label='sparse_codes', available=sparse_codes_kernels.ready, supports=lambda x, blocks, batch:
                pages_fit(x, batch.caches[0]) and sparse_codes_of(sparse_blocks_of(blocks, x[None, :1])) is not None)

@@ -161,7 +161,7 @@ def v4_rows_of(
         return
     for p in parts_of(where):
         caches = [where.caches[i] for i in p.table[:, 0].tolist()]
-        yield slice(p.first, p.last),V4Rows(caches, where.tokens[p.first:p.last], p.starts, p.past, where.taps)
+        yield p.here,V4Rows(caches, where.tokens[p.here], p.starts, p.past, where.taps)
 
 # %% ../../nbs/541_kernels.v4.ipynb #905f48c7
 def _angles(found, end, device):
