@@ -334,7 +334,8 @@ def live(tmp_path_factory):
 
 def change(live, verb, key='root', **body):
     "Status and text of an answer to the administrator"
-    address,headers = f'http://127.0.0.1:{live.port}/v1/{verb}_lora_adapter',{'authorization': f'Bearer {key}'}
+    address = f'http://127.0.0.1:{live.port}/v1/{verb}_lora_adapter'
+    headers = {'authorization': f'Bearer {key}', 'content-type': 'application/json'}
     try:
         with urlopen(HttpRequest(address, json.dumps(body).encode(), headers), timeout=60) as r: return r.status, r.read().decode()
     except HTTPError as e: return e.code, json.loads(e.read())['error']['message']

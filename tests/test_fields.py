@@ -155,7 +155,8 @@ NEUTRAL = dict(
     messages=r'''(.*\.)?cache_control={'type':'ephemeral'} (.*\.)?cache_control\.ttl='5m' .*\.is_error=False .*\.signature='.*'
                .*\.caller={'type':'direct'} metadata={} output_config={} output_config\.effort='high' service_tier='(auto|standard_only)'
                thinking={'type':'disabled'} tool_choice={'type':'auto'} tool_choice\.disable_parallel_tool_use=False tools\.0\.strict=False
-               tools\.0\.type='custom' messages\.1\.content\.0={'signature':'one','thinking':'one','type':'thinking'} ''')
+               tools\.0\.type='custom' tools\.0\.eager_input_streaming=(True|False)
+               messages\.1\.content\.0={'signature':'one','thinking':'one','type':'thinking'} ''')
 
 
 def effect(served, protocol, body):

@@ -71,7 +71,8 @@ def test_windows_by_their_definition(document, limit):
     assert windows == [tuple(w) for w in theirs]
 
 
-@pytest.mark.parametrize('kwargs,error', [(dict(num_beams=2), "'num_beams' is not supported"), (dict(temperature=9), 'temperature is 9')])
+@pytest.mark.parametrize('kwargs,error', [(dict(num_beams=2), "'num_beams' is not supported"),
+                                          (dict(temperature=900), 'temperature is 900')])
 def test_generation_settings(kwargs, error):
     with pytest.raises(ValueError, match=error): H.generation_of(kwargs)
 

@@ -85,7 +85,7 @@ def test_what_may_depend_on_company():
 
 
 def test_nan_stays_in_its_row():
-    part = BatchPart(0, 2, torch.tensor([0, 1, 2]), torch.tensor([3, 5]), torch.tensor([[0, 1], [2, 3]]))
+    part = BatchPart(slice(0, 2), torch.tensor([0, 1, 2]), torch.tensor([3, 5]), torch.tensor([[0, 1], [2, 3]]))
     k = torch.full((5, 2, 4, 32), torch.nan)
     k[:1], k[2:3], k[3, :, :2] = torch.randn(1, 2, 4, 32), torch.nan, torch.randn(2, 2, 32)
     with torch.inference_mode(): y = attend_rows(torch.randn(1, 8, 2, 32), RowPages(k, part), RowPages(k, part), .2)

@@ -218,7 +218,7 @@ def test_a_server_reports_its_requests(tmp_path):
     server = Server([ServedModel('mini', Engine(model, tok, nbytes=2**22), tok)])
     recorder = Recorder(store)
     server.ended = request_hook(recorder, dict(mini=EmbeddingTable.of(model)))
-    with TestClient(server.app()) as client:
+    with TestClient(server.app(), base_url='http://localhost') as client:
         body = dict(model='mini', prompt='We the people', max_tokens=4)
         used = client.post('/v1/completions', json=body).json()['usage']
         assert client.post('/v1/completions', json=body | dict(stream=True)).text.endswith('[DONE]\n\n')

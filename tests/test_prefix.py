@@ -437,9 +437,9 @@ def test_an_unreadable_file_is_ignored(tmp_path):
 
 def test_a_full_disk_is_a_warning(model, tmp_path, monkeypatch):
     prefix = new(model, folder=tmp_path)
-    def full(path, mode):
+    def full(path, mode, **how):
         if mode == 'wb': raise OSError(errno.ENOSPC, 'No space left on device')
-        return open(path, mode)
+        return open(path, mode, **how)
     monkeypatch.setattr(persist, 'open', full, raising=False)
     (a,b),said = caught(lambda: (ask(prefix, PROMPT), ask(prefix, [*reversed(PROMPT)])))
     assert a == b == 0 and len(said) == 1 and 'No space left on device' in said[0]

@@ -28,8 +28,8 @@ CONFIGS = dict(gqa=GQA, mla=MLA, direct=replace(MLA, q_lora_rank=0, n_shared_exp
 FORMATS = dict(int8=Int8(), int8g=Int8(group=64), fine=Int8Fine(), int4=Int4(), sym64=Int4(64, symmetric=True))
 
 
-def shrunk(c, f, dtype=torch.float32):
-    torch.manual_seed(1)
+def shrunk(c, f, dtype=torch.float32, seed=1):
+    torch.manual_seed(seed)
     model = Model(c, torch.float32, 'cpu').init_weights(.1).requires_grad_(False)
     for name,m in [*model.layers.named_modules()]:
         for p,w in [*m.named_parameters(recurse=False)]:
@@ -76,13 +76,16 @@ def test_a_prompt_is_nearer_to_the_weights(f, rows, tokens):
     1/254 of the largest of 32. The logits' errors keep that order, and int8-fine, which has no such product, its bits."""
     seed = random.randrange(10**6)
     torch.manual_seed(seed)
-    model,prompt = shrunk(replace(GQA, n_layers=1), FORMATS[f]),torch.randint(60, (rows, tokens))
-    exact = Model(model.config, torch.float64, 'cpu')
-    named = dict(model.named_parameters()) | {n: w.dequantize() for n,w in model.named_modules() if isinstance(w, QuantizedWeight)}
-    exact.load_state_dict({n: named[n].double() for n in exact.state_dict()})
-    with use('reference'): want = steps(exact, prompt, n=1)
-    told,said = (relative_error(want, steps(model, prompt, n=1, role=role).double()) for role in (True, False))
-    assert told == said if f == 'fine' else told < min(said, .02), (told, said, seed)
+    found = []
+    for i in range(6): # without a matrix unit the feed-forward keeps its codes, and one draw may have the other order
+        model,prompt = shrunk(replace(GQA, n_layers=1), FORMATS[f], seed=seed + i),torch.randint(60, (rows, tokens))
+        exact = Model(model.config, torch.float64, 'cpu')
+        named = dict(model.named_parameters()) | {n: w.dequantize() for n,w in model.named_modules() if isinstance(w, QuantizedWeight)}
+        exact.load_state_dict({n: named[n].double() for n in exact.state_dict()})
+        with use('reference'): want = steps(exact, prompt, n=1)
+        found.append([relative_error(want, steps(model, prompt, n=1, role=role).double()) for role in (True, False)])
+    told,said = (sum(x) for x in zip(*found, strict=True))
+    assert told == said if f == 'fine' else told < min(said, 6*.02), (found, seed)
 
 
 @pytest.mark.parametrize('c', CONFIGS)

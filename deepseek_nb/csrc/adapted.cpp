@@ -9,10 +9,12 @@ void adapted_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<dou
                     Tensor of) {
     run_floats<RaggedStep>(weights, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
-void adapted_codes(Tensor codes, bool single, bool prompt, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x,
+void adapted_codes(Tensor codes, bool single, bool prompt, std::vector<int64_t> sizes, std::vector<double> numbers,
+                   Tensor x,
                    Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y,
                    Tensor table, Tensor of) {
-    run_codes<RaggedStep>(codes, single, prompt, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
+    run_codes<RaggedStep>(codes, single, prompt, sizes, numbers,
+                          {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("adapted_floats(Tensor[] weights, " BATCH_SCHEMA);

@@ -10,7 +10,8 @@ void cache_floats(Tensors weights, std::vector<int64_t> sizes, std::vector<doubl
                   Tensor of) {
     run_floats<CodeStep>(weights, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});
 }
-void cache_codes(Tensor codes, bool single, bool prompt, std::vector<int64_t> sizes, std::vector<double> numbers, Tensor x,
+void cache_codes(Tensor codes, bool single, bool prompt, std::vector<int64_t> sizes, std::vector<double> numbers,
+                 Tensor x,
                  Tensor cos, Tensor sin, Tensors pages, Tensor starts, Tensor past, Tensor rows, Tensor y, Tensor table,
                  Tensor of) {
     run_codes<CodeStep>(codes, single, prompt, sizes, numbers, {x, cos, sin, pages, starts, past, rows, y, table, of});

@@ -37,7 +37,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
     m.def("attention_codes(Tensor x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
           "Tensor(a!)[] cache, int past, Tensor? pad, Tensor(b!) y) -> ()");
     m.def("ffn_codes(Tensor x, Tensor table, bool single, int[] sizes, float[] numbers, Tensor(a!) y) -> ()");
-    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, Tensor cos, "
+    m.def("blocks_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, "
+          "Tensor cos, "
           "Tensor sin, Tensor(b!)[] caches, int past, Tensor? pad, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {

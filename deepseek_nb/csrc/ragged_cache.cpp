@@ -46,7 +46,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
           "Tensor(a!) y) -> ()");
     m.def("ragged_cache(Tensor(a!) x, Tensor[] weights, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
           "Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor table, Tensor(c!) y) -> ()");
-    m.def("ragged_cache_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, Tensor cos, "
+    m.def("ragged_cache_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, "
+          "Tensor cos, "
           "Tensor sin, Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor rows, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) {

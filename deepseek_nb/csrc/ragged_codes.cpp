@@ -16,7 +16,8 @@ void ragged_codes(Tensor x, Tensor table, bool single, bool prompt, std::vector<
     });
 }
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("ragged_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, Tensor cos, Tensor sin, "
+    m.def("ragged_codes(Tensor(a!) x, Tensor table, bool single, bool prompt, int[] sizes, float[] numbers, "
+          "Tensor cos, Tensor sin, "
           "Tensor(b!)[] pages, Tensor starts, Tensor past, Tensor rows, Tensor(c!) y) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(NAMESPACE, CPU, m) { m.impl("ragged_codes", TORCH_BOX(&ragged_codes)); }

@@ -165,7 +165,8 @@ struct Loader {
         if (t && t->size[0] == cols && t->size[1] == rows && t->size[2] == many && t->size[3] == 1) return t;
         if (good && !t) fail("tensor %s%s is missing", prefix.c_str(), name);
         else if (good)
-            fail("tensor %s%s has size %lld × %lld × %lld, the metadata imply %lld × %lld × %lld", prefix.c_str(), name,
+            fail("tensor %s%s has size %lld × %lld × %lld, the metadata imply %lld × %lld × %lld",
+                 prefix.c_str(), name,
                  (long long)t->size[0], (long long)t->size[1], (long long)t->size[2], (long long)cols, (long long)rows,
                  (long long)many);
         good = false;

@@ -368,7 +368,8 @@ template <class T, class M> struct FfnStage {
     std::vector<Group<M>> groups;
     Buffer memory;
     // e experts, k per token; f: width of the widest dense feed-forward
-    FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f) : n(n), d(d), experts(n * k), ones(std::min(n, GROUP_TOKENS<M>), 1.f) {
+    FfnStage(int64_t n, int64_t d, int64_t e, int64_t k, int64_t f)
+        : n(n), d(d), experts(n * k), ones(std::min(n, GROUP_TOKENS<M>), 1.f) {
         static thread_local Buffer buffer;
         xn = buffer.need(n * (d + 2 * e + k) + panel_size(n, d));
         logits = xn + n * d, scores = logits + n * e, weights = scores + n * e, panel = weights + n * k;

@@ -137,7 +137,7 @@ def _sharded(folder):
     "Entries of a sharded checkpoint, after comparing index and shards"
     wm = read_json(folder/INDEX).get('weight_map')
     if not isinstance(wm, dict): raise ValueError(f'{folder/INDEX}: has no weight_map; download it again')
-    if bad := [s for s in wm.values() if not isinstance(s, str) or Path(s).name != s or '\0' in s or '\\' in s]:
+    if bad := [s for s in wm.values() if not isinstance(s, str) or s in ('', '..') or Path(s).name != s or '\0' in s or '\\' in s]:
         raise ValueError(f'{folder/INDEX}: names {bad[0]!r:.80}, which is no file of this folder; download it again')
     shards = sorted(set(wm.values()))
     if gone := [s for s in shards if not (folder/s).is_file()]:
