@@ -362,6 +362,7 @@ def test_draws_end_with_the_tries_or_the_client(tok):
         m.engine.asked.append(request)
         stream = Stream(request)
         stream.put(Piece(0, BAD))
+        stream.cancel()
         stream.end('cancelled')
         return stream
     m.engine.submit = gone

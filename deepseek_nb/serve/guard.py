@@ -119,7 +119,8 @@ class ContentFilter:
         if not self.policy.prompts: return text,Counter()
         s = self.open('prompts')
         out = [s.feed(text[i:i + 4096]) for i in range(0, len(text), 4096)] # what is shown is cut off what is held, so that is kept short
-        return None if s.blocked else ''.join([*out, s.close()]), s.found
+        out.append(s.close())
+        return None if s.blocked else ''.join(out), s.found
 
     def answer(self,
         text:str, # A whole answer
