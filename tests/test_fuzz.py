@@ -450,4 +450,4 @@ def test_teams_in_threads():
     program = compiled(TEAMS, [*TSAN, '-fexceptions'], sources)
     for callers in (1, 2, 8): racing(program, callers)
     plain = compiled(TEAMS, ['-O1', '-pthread', '-fexceptions'], sources)
-    for _ in range(20): assert subprocess.run([plain, '8', 'fork'], timeout=60).returncode == 0
+    for _ in range(20 if SECONDS > 60 else 5): assert subprocess.run([plain, '8', 'fork'], timeout=60).returncode == 0
