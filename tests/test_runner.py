@@ -71,8 +71,8 @@ def tiny(path, seed, kind='F32', arch='llama', **facts):
 
 
 def blocks(rng, kind, n):
-    """Random bytes, and scales in half precision that make weights of less than .1: with larger ones attention picks one key, and where two are
-    nearly tied rounding decides which"""
+    """Random bytes, and scales in half precision that make weights of less than .1. With larger ones attention picks one key, and where two
+    are nearly tied rounding decides which"""
     b = rng.integers(0, 256, (n, gguf.GGML_QUANT_SIZES[Q[kind]][1]), dtype=np.uint8)
     half = rng.uniform(*((3e-4, 8e-4) if kind == 'Q4_K' else (2e-5, 6e-5)), (n, 2)).astype(np.float16).view(np.uint8).reshape(n, 4)
     if kind == 'Q4_K': b[:, :4] = half
