@@ -9,7 +9,7 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.infer import row_drafts as drafts
+from deepseek_nb.infer import speculate as drafts
 from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.engine import Engine, QueueFull
 from deepseek_nb.infer.paged import PagePool
