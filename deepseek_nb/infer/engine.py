@@ -145,8 +145,6 @@ class Engine:
 
     @property
     def pool(self): return self.store.pool
-    @property
-    def prefix(self): return self.store.prefix
 
     def check(self,
         r:Request, # A new request
@@ -513,8 +511,8 @@ def speculate(self:Model,
     if n < 1: return
     nbytes = cache_bytes(self, [len(p) + n for p in prompts], page, draft_tokens or DraftLength().most)
     engine = Engine(self, None, nbytes, page, len(prompts), 2**31, 2**31, draft=draft, draft_tokens=draft_tokens, drawn=True)
-    asked = [Request(p, r.how, n, stop_ids=tuple(ends), user=str(i)) for i,(p,r) in enumerate(zip(prompts, row_samplers(how, prompts), strict=True))]
-    streams = [engine.submit(r) for r in asked]
+    rows = enumerate(zip(prompts, row_samplers(how, prompts), strict=True))
+    streams = [engine.submit(Request(p, r.how, n, stop_ids=tuple(ends), user=str(i))) for i,(p,r) in rows]
     while engine.count:
         engine.step()
         for s in streams:

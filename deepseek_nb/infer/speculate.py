@@ -52,7 +52,8 @@ def verify_drafts(
     guesses = [d.tokens if d else () for d in drafts]
     if all(d is None or d.probs is None for d in drafts): return sample_ahead(logits, rows, guesses)
     parts = zip(logits.split([len(g) + 1 for g in guesses]), rows, drafts, strict=True)
-    return [_verify(x, d, row) if d and d.probs is not None else sample_ahead(x, [row], [d.tokens if d else ()])[0] for x,row,d in parts]
+    return [_verify(x, d, row) if d and d.probs is not None else sample_ahead(x, [row], [d.tokens if d else ()])[0]
+            for x,row,d in parts]
 
 def _verify(logits, draft, row):
     "The new tokens of one row, by the rejection rule"
@@ -195,7 +196,7 @@ class RowDrafts:
         "Give back the room of a drafter"
         if row is not None: self.room += row.positions
 
-    def length(self,
+    def length(self, # noqa: F811
         row:'RowDrafter | None', # Of a row that decodes
         ids:list, # All tokens of the row
         most:int, # Most tokens of the draft
