@@ -24,7 +24,8 @@ from . import alternate
 from .caches import bench_model
 from ..core.plot import COLOURS, GREY, style
 from ..files.tokenizer import Tokenizer
-from ..infer.drafts import Drafter, ModelDrafter, MTPDrafter, common
+from ..infer.conversation import common_prefix
+from ..infer.drafts import Drafter, ModelDrafter, MTPDrafter
 from ..infer.engine import Engine
 from ..infer.paged import PagedCache, PagePool
 from ..infer.request import Request
@@ -182,7 +183,7 @@ def loop_parts(
         x = model.ragged(torch.tensor([text[k-1], *guess], device=model.device), [cache], [len(guess) + 1])
         best_tokens(head(x, model.head_weight)).tolist()
         steps.append(time.perf_counter() - times[1]); drafts.append(times[1] - times[0])
-        kept = common(guess, text[k:])
+        kept = common_prefix(guess, text[k:])
         cache.rewind(len(guess) - kept)
         k += kept + 1
         drafter.note(text[:k], x[:kept+1])

@@ -286,6 +286,27 @@ class Snapshots:
         self.store.entries.touch(self.store.entries.keys(ids, user))
         self.store.states.touch(self.store.states.keys(ids, user)[-1:])
 
+    def find(self,
+        ids:list, # Token ids of a prompt
+        user:str = '', # User id
+    )->OwnedCache: # With the known prefix; its length is the number of hits
+        "Create a cache that begins with the known prefix of a prompt"
+        self.load(ids[:-1], user)
+        found,cache = self.match(ids[:-1], user),OwnedCache(self.pool)
+        cache.reserve(len(ids))
+        if found and found[-1].state: restore(cache, [b.entries for b in found], found[-1].state, self.pool.page)
+        return cache
+
+    def keep(self,
+        ids:list, # Tokens of the cache, and maybe more
+        cache:OwnedCache, # Cache of a row
+        user:str = '', # User id
+        ends:bool = False, # Whether the row ends; what is kept is the same
+    )->None:
+        "Keep the state at the last border, also on disk"
+        self.insert(ids, cache, user)
+        self.save(ids, user)
+
 # %% ../../nbs/451_infer.snapshots.ipynb #9f4b2aab
 def block_shapes(
     c:Config, # Config of a V4 model

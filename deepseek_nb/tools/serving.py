@@ -76,7 +76,7 @@ def warm_engine(
     engine:Engine, # Without a thread yet; its counters and caches are empty afterwards
 )->None:
     "Run a long prompt and two rows together, so that all kernels are loaded"
-    prefix = engine.prefix
+    prefix = engine.store
     store,prefix.store = getattr(prefix, 'store', None),None
     longest = min(engine.budget, engine.model.config.max_positions - 3, engine.store.longest//2 - 3)
     for n in (max(longest, 1), 2)[:engine.max_rows]: engine.submit(Request([0]*n, max_tokens=3, stop_ids=()))

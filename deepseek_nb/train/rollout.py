@@ -29,8 +29,8 @@ from ..infer.adapters import SharedAdapter, shared_view
 from ..infer.engine import Engine, Row
 from ..infer.paged import PagedCache, PagePool
 from ..infer.request import Piece, Request
-from ..infer.row_drafts import keeps_bits
 from ..infer.sampling import Drawn, RowSampler, SamplingParams, truncate
+from ..infer.speculate import keeps_bits
 from ..quant.model import quantize_model
 from .loss import LOGITS
 from .on_policy import own_batch
