@@ -8,8 +8,9 @@ measures the time of a decode step, and the error of the logits. `latent-codes` 
 
 # %% auto #0
 __all__ = ['bench_model', 'with_cache', 'without_cache', 'cache_or_recompute', 'prompts', 'plain_first', 'known_first',
-           'against_plain', 'first_tokens', 'prefix_cache', 'steps_with', 'decode_kinds', 'text_tokens', 'with_experts',
-           'BFloatSlot', 'BFloatCache', 'format_errors', 'cache_kinds', 'learnt_latents', 'latent_codes']
+           'against_plain', 'first_tokens', 'prefix_cache', 'decode_kinds', 'text_tokens', 'with_experts', 'BFloatSlot',
+           'BFloatCache', 'format_errors', 'cache_kinds', 'learnt_latents', 'latent_codes', 'ragged_step', 'step_pair',
+           'ragged_steps']
 
 # %% ../../nbs/770_bench.caches.ipynb #0e3ded90
 from collections.abc import Callable, Iterator
@@ -21,14 +22,17 @@ from torch import Tensor
 
 from .. import Model, Tokenizer
 from ..arch.cache import Cache, Slot
+from ..arch.model import head
 from ..arch.routing import Gate
 from . import Comparison, compare
-from .limits import BENCH_MOE
-from ..core.config import Config
+from .limits import BENCH_MOE, bench_config
+from .models import our_steps
 from ..infer.paged import PagedCache, PagePool
 from ..infer.prefix import PrefixCache
 from ..infer.quant_cache import CacheFormat, QuantizedCache, quantized_bytes
-from ..quant import relative_error
+from ..infer.sampling import best_tokens
+from ..quant import QuantizedWeight, relative_error
+from ..quant.model import quantize_model
 from ..train.latent import to_mla
 from ..train.upcycle import random_rows, split_speeches
 
@@ -40,7 +44,7 @@ def bench_model(
     "Load or make a model by its name"
     if name != 'bench-moe': return Model.from_pretrained(name, dtype='float32', device='cpu').eval().requires_grad_(False)
     torch.manual_seed(0)
-    return Model(Config.from_hf(dict(model_type='deepseek_v3', **shape)), dtype='float32', device='cpu').eval().requires_grad_(False)
+    return Model(bench_config(**shape), dtype='float32', device='cpu').eval().requires_grad_(False)
 
 # %% ../../nbs/770_bench.caches.ipynb #a69bcd30
 @torch.inference_mode()
@@ -156,20 +160,6 @@ def prefix_cache(
     "Time to the first token with a cached prefix of 2,000 tokens, in memory and on disk, against computing it"
     return {f'{n}, {case}': v for n in names for case,v in first_tokens(bench_model(n, shape), **options).items()}
 
-# %% ../../nbs/770_bench.caches.ipynb #c12a9846
-def steps_with(
-    model:Model, # Model
-    cache, # Empty cache
-    prompt:torch.Tensor, # Token ids `1 s`
-)->Callable: # Function without arguments that returns the next token and leaves the cache unchanged
-    "Fill a cache and return a function that decodes one token"
-    with torch.inference_mode(): model(prompt[:, :-1], cache, logits_to_keep=1)
-    def step():
-        with torch.inference_mode(): token = model(prompt[:, -1:], cache, logits_to_keep=1).argmax(-1)
-        cache.rewind(1)
-        return token
-    return step
-
 # %% ../../nbs/770_bench.caches.ipynb #5aaead65
 def decode_kinds(
     model:Model, # Model
@@ -179,8 +169,9 @@ def decode_kinds(
     "Decode with paged and quantised caches, against a plain one"
     prompt = torch.tensor([next(prompts(model.config.vocab_size, cached, 1))])
     kinds = {'paged': PagedCache(PagePool(model.config, -(-(cached + 1)//16))), 'int8': QuantizedCache.of(model, 1, cached + 1)}
-    plain = steps_with(model, model.new_cache(1, cached + 1), prompt)
-    return {kind: compare({kind: steps_with(model, cache, prompt), 'plain': plain}, repeats) for kind,cache in kinds.items()}
+    step = lambda cache: partial(our_steps(model, prompt[:, :-1], cache), prompt[:, -1:])
+    plain = step(None)
+    return {kind: compare({kind: step(cache), 'plain': plain}, repeats) for kind,cache in kinds.items()}
 
 # %% ../../nbs/770_bench.caches.ipynb #d57af99b
 def text_tokens(
@@ -288,3 +279,58 @@ def latent_codes(
 )->dict: # Model -> number of tokens, and errors of the formats
     "Errors of quantised latent caches on trained weights"
     return {n: dict(tokens=ids.shape[1], errors=format_errors(m, ids, keep)) for n,(m,ids) in models().items()}
+
+# %% ../../nbs/770_bench.caches.ipynb #6b4bc429
+def ragged_step(
+    model:Model, # Model
+    ids:torch.Tensor, # Token ids `b t`
+    new:int = 1, # Last tokens of each row, which aren't cached
+    page:int = 64, # Positions of a page
+)->Callable: # Function without arguments that returns the next token after each of the new ones
+    "A ragged step of rows that have a paged cache each"
+    b,t = ids.shape
+    pool = PagePool(model.config, b*-(-t//page), page, model.dtype, model.device)
+    caches = [PagedCache(pool) for _ in range(b)]
+    @torch.no_grad()
+    def step():
+        found = best_tokens(head(model.ragged(ids[:, -new:].flatten(), caches, [new]*b), model.head_weight))
+        for c in caches: c.rewind(new)
+        return found
+    with torch.no_grad():
+        for row,c in zip(ids, caches, strict=True): model.ragged(row[:-new], [c], [t - new])
+    return step
+
+# %% ../../nbs/770_bench.caches.ipynb #d7341ae6
+def step_pair(
+    model:Model, # Model
+    rows:int, # Number of rows
+    cached:int, # Cached tokens of each row
+    repeats:int, # Rounds
+    number:int, # Steps per timing
+)->Comparison: # Seconds of a step
+    "Time both steps, if they choose the same tokens: all of them with float weights, most of them with codes"
+    draw = torch.Generator().manual_seed(rows)
+    ids = torch.randint(model.config.vocab_size, (rows, cached + 1), generator=draw)
+    steps = dict(paged=ragged_step(model, ids), contiguous=partial(our_steps(model, ids[:, :-1]), ids[:, -1:]))
+    a,b = (s().flatten().tolist() for s in steps.values())
+    other,coded = sum(x != y for x,y in zip(a, b, strict=True)),isinstance(model.layers[0].self_attn.o_proj.weight, QuantizedWeight)
+    if other > coded*rows//2: raise ValueError(f'the steps choose {a} and {b}: nothing was timed')
+    return compare(steps, repeats, number=number)
+
+# %% ../../nbs/770_bench.caches.ipynb #442c8437
+def ragged_steps(
+    rows:tuple = (1, 8), # Numbers of rows
+    cached:tuple = (128, 1024), # Cached tokens of each row
+    repeats:int = 15, # Rounds
+    number:int = 4, # Steps per timing
+    models:tuple = ('smollm2-135m', 'bench-moe'), # Names of models, as in `bench_model`
+    formats:tuple = ('float32', 'int4'), # Formats of the weights
+)->dict: # Case -> `Comparison` of seconds per step
+    "A ragged step that reads pages in place, against a step with one contiguous cache"
+    found = {}
+    for name in models:
+        exact = bench_model(name)
+        for f in formats:
+            model = exact if f == 'float32' else quantize_model(exact, f)
+            found |= {f'{name}, {f}, {b} × {t}': step_pair(model, b, t, repeats, number) for b in rows for t in cached}
+    return found

@@ -9,8 +9,8 @@ before and after them. `moe-layer`, `attention` and `neurons` measure single lay
 
 # %% auto #0
 __all__ = ['HF', 'HF_PADDED', 'pair', 'Place', 'pad_values', 'attend_with', 'check_same', 'contest', 'speed', 'count_experts',
-           'walk', 'moe_layer', 'same_caches', 'our_attention', 'peer_attention', 'latent_sdpa', 'fastest',
-           'latent_cases', 'attention', 'prompt_attention', 'neuron_streams', 'neurons_speed']
+           'walk', 'moe_layer', 'same_caches', 'our_attention', 'peer_attention', 'latent_sdpa', 'latent_cases',
+           'attention', 'prompt_attention', 'neuron_streams', 'neurons_speed']
 
 # %% ../../nbs/760_bench.layers.ipynb #848ebe34
 from collections.abc import Callable, Iterator
@@ -35,20 +35,28 @@ from ..train.upcycle import block_streams
 
 # %% ../../nbs/760_bench.layers.ipynb #c7827e3c
 def pair(
-    shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`
+    source:dict|str|Model=BENCH_MOE, # Fields of `DeepseekV3Config`; or a Llama: a GGUF file, a name that `fetch` finds, or a `Model`
     seed:int=0, # Seed of the random weights
     dtype:torch.dtype=torch.float32, # Dtype of the weights
     device:str='cpu', # Device of the weights
 )->tuple: # Our model and the one of transformers
-    "A `Model` and a `DeepseekV3ForCausalLM` with the same random weights"
+    "One model in both libraries, with the same weights"
+    if not isinstance(source, dict): return _llama_pair(source, dtype, device)
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     torch.manual_seed(seed)
-    config = DeepseekV3Config(**shape)
+    config = DeepseekV3Config(**source)
     config._experts_implementation = 'grouped_mm'  # its fastest implementation
     peer = DeepseekV3ForCausalLM(config).to(device, dtype).eval()
     ours = Model(Config.from_hf(config.to_dict()), dtype=dtype, device=device).eval()
     ours.load_state_dict({k.removeprefix('model.'): v for k, v in peer.state_dict().items()})
     return ours, peer
+
+def _llama_pair(source, dtype, device):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    ours = source if isinstance(source, Model) else Model.from_pretrained(source, dtype=dtype, device=device)
+    peer = LlamaForCausalLM(LlamaConfig(**ours.config.to_hf())).to(device, dtype).eval()
+    peer.model.load_state_dict(ours.state_dict())
+    return ours.eval(), peer
 
 # %% ../../nbs/760_bench.layers.ipynb #e601b0bc
 @dataclass(frozen=True)
@@ -61,10 +69,10 @@ class Place:
     @property
     def exact(self): return self.dtype == 'float32'
     def pair(self,
-        shape:dict, # Fields of `DeepseekV3Config`
+        source:dict|str|Model, # As in `pair`
     )->tuple: # Our model and the one of transformers, with the same weights
         "Make two models on this device"
-        return pair(shape, dtype=self.kind, device=self.device)
+        return pair(source, dtype=self.kind, device=self.device)
     def randn(self,
         *size:int, # Shape of the tensor
     )->torch.Tensor: # Samples of a normal distribution
@@ -252,14 +260,6 @@ def latent_sdpa(
     q = rearrange(q, 'b h 1 x -> b 1 h x')
     return rearrange(F.scaled_dot_product_attention(q, z[:, None], z[:, None], scale=scale)[..., :c], 'b 1 h x -> b h 1 x')
 
-# %% ../../nbs/760_bench.layers.ipynb #2160a800
-def fastest(
-    fs:dict, # Name -> function without arguments
-    repeats:int=5, # Timings of each function
-)->str: # Name of the fastest function
-    "Find the fastest of several functions"
-    return max(fs, key=lambda name: best_rate(1., fs[name], repeats))
-
 # %% ../../nbs/760_bench.layers.ipynb #51b3de72
 def latent_cases(
     place:Place, # Device and precision
@@ -274,7 +274,7 @@ def latent_cases(
         q, zs = place.randn(1, c.n_heads, 1, width), [place.randn(1, t, width) for _ in range(copies)]
         run = lambda f, q=q, zs=zs: walk([partial(f, q, z, c.kv_lora_rank, width**-.5) for z in zs])
         peers = {'PyTorch, two products': attend_latent.op.reference, 'PyTorch, fused': latent_sdpa}
-        name = fastest({n: run(f) for n, f in peers.items()})
+        name = max(peers, key=lambda n: best_rate(1., run(peers[n]), 5))
         work = attend_work(c, t, itemsize=place.kind.itemsize)
         contenders = run(attend_latent), run(peers[name])
         yield from contest(f'the latent alone, {t} cached', (work,), contenders, None, {name: None}, repeats, 8, place.agree)

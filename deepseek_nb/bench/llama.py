@@ -8,13 +8,12 @@ runs the original file (Q4_1) and a Q4_0 file, each with and without flash atten
 
 # %% auto #0
 __all__ = ['GREEDY_PROMPTS', 'llama_cpp', 'LlamaFile', 'requantise', 'llama_files', 'near', 'ours_at', 'peer_at', 'decode_race',
-           'our_prompt', 'prompt_race', 'first_of', 'load_race', 'decoded', 'logits_along', 'parting', 'partings',
-           'llama_cases', 'llama']
+           'our_prompt', 'prompt_race', 'load_race', 'decoded', 'logits_along', 'parting', 'partings', 'llama_cases',
+           'llama']
 
 # %% ../../nbs/772_bench.llama.ipynb #a837d4ad
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +21,7 @@ import torch
 from numpy.ctypeslib import as_array
 
 from .. import Model, QuantizedModel
-from . import alternate
+from . import alternate, optional
 from .layers import Place, walk
 from .models import our_steps
 from ..files.hub import fetch
@@ -30,11 +29,10 @@ from ..files.tokenizer import Tokenizer
 from ..quant import QuantizedWeight, relative_error
 from ..quant.model import owners
 
-# %% ../../nbs/772_bench.llama.ipynb #da08038e
+# %% ../../nbs/772_bench.llama.ipynb #5e3a0340
 def llama_cpp(): # The module
     "Import llama.cpp's binding and suppress its messages"
-    try: module = import_module('llama_cpp')
-    except ImportError: raise ValueError('llama-cpp-python is not installed: pip install llama-cpp-python') from None
+    module = optional('llama_cpp', 'llama-cpp-python')
     module.quiet = module.llama_log_callback(lambda *args: None)  # kept in the module, because C holds no reference to it
     module.llama_log_set(module.quiet, None)
     return module
@@ -51,12 +49,12 @@ class LlamaFile:
         self.llama = self.module.Llama(str(path), n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=n, n_threads_batch=n,
                                        flash_attn=flash, verbose=False)
     def __call__(self,
-        tokens:torch.Tensor, # Token ids `s`
+        tokens:torch.Tensor, # Token ids `1 s`
         past:int=0, # Number of cached tokens to keep
     )->torch.Tensor: # Logits of the last position `w`, valid until the next call
         "Compute the logits after some tokens"
         self.llama.n_tokens = past
-        self.llama.eval(tokens.tolist())
+        self.llama.eval(tokens.flatten().tolist())
         logits = self.module.llama_get_logits_ith(self.llama.ctx, -1)
         return torch.from_numpy(as_array(logits, (self.llama.n_vocab(),)))
 
@@ -110,8 +108,8 @@ def peer_at(
     tokens:list, # Next tokens `1 1`, used in turn
 )->Callable: # Function that does a decode step and returns the logits of the last position
     "Decode steps of a peer after a prompt"
-    peer(prompt[0])
-    return walk([partial(peer, t[0], prompt.shape[1]) for t in tokens])
+    peer(prompt)
+    return walk([partial(peer, t, prompt.shape[1]) for t in tokens])
 
 # %% ../../nbs/772_bench.llama.ipynb #e96e4327
 def decode_race(
@@ -120,6 +118,7 @@ def decode_race(
     cached:int, # Cached tokens
     batch:int=1, # Rows
     repeats:int=9, # Rounds
+    number:int=24, # Steps per timing
     **bound, # Option `bound` of `near`
 )->dict: # Seconds per step of each contender in every round, and errors of the logits
     "Time decode steps of all contenders"
@@ -127,7 +126,7 @@ def decode_race(
     with torch.inference_mode():
         steps = {n: make(prompt, tokens) for n,make in makers.items()}
         errors = near({n: f() for n,f in steps.items()}, **bound)
-        return dict(seconds=alternate(steps, repeats, 8, 24), errors=errors)
+        return dict(seconds=alternate(steps, repeats, 8, number), errors=errors)
 
 # %% ../../nbs/772_bench.llama.ipynb #c06ef9c9
 def our_prompt(
@@ -156,22 +155,14 @@ def prompt_race(
         errors = near({n: f() for n,f in runs.items()}, **bound)
         return dict(seconds=alternate(runs, repeats), errors=errors)
 
-# %% ../../nbs/772_bench.llama.ipynb #e9080045
-def first_of(
-    load:Callable, # Function that loads a model
-)->Callable: # Function from a token id `1` to logits
-    "Load one of our models"
-    run = our_prompt(load(), 1)
-    return lambda token: run(token[None])
-
 # %% ../../nbs/772_bench.llama.ipynb #627fb79f
 def load_race(
-    makers:dict, # Name -> function that loads a model and returns a function from a token id `1` to logits
+    makers:dict, # Name -> function that loads a model and returns a function from a token id `1 1` to logits
     repeats:int=5, # Rounds
 )->dict: # Seconds of each contender in every round
     "Time loading, including the logits of a first token"
     with torch.inference_mode():
-        runs = {n: lambda make=make: make()(torch.tensor([1])) for n,make in makers.items()}
+        runs = {n: lambda make=make: make()(torch.tensor([[1]])) for n,make in makers.items()}
         return dict(seconds=alternate(runs, repeats, warmup=1))
 
 # %% ../../nbs/772_bench.llama.ipynb #694d23c9
@@ -234,11 +225,11 @@ def llama_cases(
     repeats:int, # Rounds
 )->dict: # Case -> seconds and errors
     "Time our model and all peers in every case"
-    loads = load_race({'deepseek_nb': partial(first_of, load)} | {n: p for n,p in peers.items() if 'flash' not in n}, repeats)
+    loads = load_race({'deepseek_nb': lambda: our_prompt(load(), 1)} | {n: p for n,p in peers.items() if 'flash' not in n}, repeats)
     model,peers = load(),{n: p() for n,p in peers.items()}
     w = model.config.vocab_size
     steps = {'deepseek_nb': partial(ours_at, model)} | {n: partial(peer_at, p) for n,p in peers.items()}
-    prompts = {'deepseek_nb': our_prompt(model, s)} | {n: lambda x, p=p: p(x[0]) for n,p in peers.items()}
+    prompts = {'deepseek_nb': our_prompt(model, s)} | peers
     found = {f'decode at {t}': decode_race(w, steps, t, repeats=repeats) for t in cached}
     return found | {f'prompt of {s}': prompt_race(w, prompts, s, repeats), 'load': loads}
 

@@ -35,11 +35,10 @@ from typing import NamedTuple
 
 from ..arch.model import Model
 from ..arch.show import markdown_table
-from . import make_record, save_result
+from . import builds, git_state, make_record, save_result
 from .caches import bench_model
 from .load import USER, Endpoint, Limits, ask, closed_loop, load_summary, one_token_words, open_loop, random_prompts
 from ..core.plot import COLOURS, GREY, style
-from ..core.provenance import builds, git_state
 from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..quant.model import quantize_model

@@ -8,11 +8,14 @@ FLOPs and bytes and from the rates of a machine, and `least_step_seconds` that o
 
 # %% auto #0
 __all__ = ['indexed_config', 'unindexed_config', 'kernel_steps', 'filled_cache', 'model_step', 'layer_step', 'sparse_decode',
-           'least_sparse_seconds', 'least_step_seconds', 'stage_works']
+           'least_sparse_seconds', 'least_step_seconds', 'stage_works', 'v4_shape', 'v4_pair', 'stretch', 'v4_steps',
+           'lone_step', 'v4_decode']
 
 # %% ../../nbs/774_bench.sparse.ipynb #fc134704
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -20,9 +23,11 @@ from ..arch.attention import attend_latent
 from ..arch.cache import cache_shapes
 from ..arch.index_codes import encode_keys
 from ..arch.model import Model, add_attention
+from ..arch.rewindable import RewindableCache
 from ..arch.sparse import attend_selected, select_positions, sparse_cost
-from . import Machine, Work, bound, compare
+from . import Comparison, Machine, Work, alternate, bound, compare
 from ..core.config import Config, Rope
+from ..core.dispatch import use
 from ..quant.model import quantize_model
 
 # %% ../../nbs/774_bench.sparse.ipynb #2530066e
@@ -182,3 +187,118 @@ def stage_works(
     works = [Work('index scores', *index), Work('selection', 0, 3*4*t), *(Work(n, 2*w, 4*w) for n,w in weights.items()),
              *(Work(name, cost['flops'][k], cost['bytes'][k]) for name,k in (('attention', 'sparse'), ('dense attention', 'dense')))]
     return {w.name: w for w in works}
+
+# %% ../../nbs/774_bench.sparse.ipynb #549ec78d
+def v4_shape(
+    d:int, # Width of the model
+    **fields, # Fields of `DeepseekV4Config` to change
+)->dict: # Fields of `DeepseekV4Config`
+    "A small model of V4-Flash's shape"
+    kinds = ['sliding_attention', 'compressed_sparse_attention', 'heavily_compressed_attention']
+    layers,v = [kinds[0]]*2 + kinds[1:]*3,min(128, d//4)
+    share = dict(partial_rotary_factor=.5)
+    ropes = {n: dict(rope_type='default', rope_theta=theta, **share) for n,theta in (('main', 1e4), ('compress', 16e4))}
+    return dict(vocab_size=4096, hidden_size=d, num_hidden_layers=8, layer_types=layers, num_attention_heads=d//64, head_dim=v,
+                q_lora_rank=d*3//8, o_groups=2, o_lora_rank=d//4, sliding_window=128, index_n_heads=16, index_head_dim=max(v//2, 16),
+                index_topk=512, compress_rates={kinds[1]: 4, kinds[2]: 128}, hc_mult=4, mlp_layer_types=['hash_moe']*2 + ['moe']*6,
+                n_routed_experts=32, num_experts_per_tok=4, moe_intermediate_size=d//2, max_position_embeddings=2**17,
+                tie_word_embeddings=False, rope_parameters=ropes, **share) | fields
+
+# %% ../../nbs/774_bench.sparse.ipynb #7d76c4b2
+def v4_pair(
+    shape:dict, # Fields of `DeepseekV4Config`
+)->tuple: # Our model and the one of transformers
+    "A `Model` and a `DeepseekV4ForCausalLM` with the same random weights"
+    from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+    torch.manual_seed(0)
+    config = DeepseekV4Config(**shape)
+    config._attn_implementation = 'eager'  # the only one that it has
+    peer = DeepseekV4ForCausalLM(config).float().eval().requires_grad_(False)
+    with TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        return Model.from_pretrained(folder, torch.float32, 'cpu').eval().requires_grad_(False), peer
+
+# %% ../../nbs/774_bench.sparse.ipynb #55e8a199
+@torch.inference_mode()
+def stretch(
+    cache:RewindableCache, # Our cache of a prompt
+    other, # Cache of transformers, of the same prompt
+    t:int, # Number of tokens of the long text; no window may be started there or at the end of the prompt
+)->None:
+    "Make the caches of a prompt those of a longer text, with the same random entries"
+    cache.grow(max(t + 512, cache.capacity))
+    for slot,layer in zip(cache.slots, other.layers, strict=True):
+        layer.cumulative_length = t
+        slot.keys.write(layer.keys[:, 0], t - layer.keys.shape[2])
+        for name in getattr(layer, 'compressed_kv', ()):
+            mine,held = getattr(slot, name),layer.compressed_kv[name]
+            layer.entry_count[name] = n = t//mine.m
+            layer.compressed_kv[name] = torch.cat([held, torch.randn(1, n - held.shape[1], mine.width)], 1)
+            mine.entries[:, :n] = layer.compressed_kv[name]
+    cache.advance(t - len(cache))
+
+# %% ../../nbs/774_bench.sparse.ipynb #dd59fd84
+def v4_steps(
+    models:tuple, # Our model and the one of transformers
+    t:int, # Number of cached tokens, a multiple of 128
+    prompt:int = 256, # Number of tokens of the prompt, a multiple of 128
+)->tuple[Callable,Callable]: # Functions without arguments that decode one token, and return logits `1 1 w`
+    "Fill the caches of both models, and return their decode steps"
+    from transformers import DynamicCache
+    ours,peer = models
+    cache,other = ours.new_cache(),DynamicCache(config=peer.config)
+    ids,token = torch.randint(ours.config.vocab_size, (1, prompt)),torch.zeros(1, 1, dtype=torch.long)
+    @torch.inference_mode()
+    def step(ids=token): return ours(ids, cache, logits_to_keep=1)
+    @torch.inference_mode()
+    def peer_step(ids=token): return peer(ids, None, None, other, logits_to_keep=1).logits
+    step(ids), peer_step(ids)
+    stretch(cache, other, t)
+    mine,theirs = step(),peer_step()
+    if (mine - theirs).abs().max() > 1e-4*theirs.abs().max(): raise ValueError('our logits are not those of transformers')
+    return step,peer_step
+
+# %% ../../nbs/774_bench.sparse.ipynb #fe20fc3d
+def lone_step(
+    model:Model, # Our model
+    t:int, # Number of cached tokens
+    kind:str='auto', # Kind of twins; 'torch': without the fused kernel
+)->Callable: # Function without arguments
+    "A decode step with a cache of random numbers"
+    cache,token = model.new_cache(1, t + 512),torch.zeros(1, 1, dtype=torch.long)
+    for slot in cache.slots:
+        for x in slot.tensors: x.normal_()
+    cache.advance(t)
+    @torch.inference_mode()
+    def step():
+        with use(kind), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # some operations have no twin of this kind
+            return model(token, cache, logits_to_keep=1)
+    return step
+
+# %% ../../nbs/774_bench.sparse.ipynb #9921993b
+def _contenders(models, t):
+    "Steps by name"
+    step,peer_step = v4_steps(models, t)
+    codes = {f: lone_step(quantize_model(models[0], f), t) for f in ('int8', 'int4')}
+    return dict(fused=step, transformers=peer_step, readable=lone_step(models[0], t, 'torch'), **codes)
+
+# %% ../../nbs/774_bench.sparse.ipynb #33b2e2a4
+_PAIRS = {'': ('fused', 'transformers'), ', readable': ('fused', 'readable'), ', int8': ('int8', 'transformers'),
+          ', int4': ('int4', 'transformers')}
+
+def v4_decode(
+    t:int=8192, # Number of cached tokens
+    repeats:int=9, # Rounds
+    widths:tuple=(256, 512), # Widths of the models
+    number:int=4, # Steps per timing
+    **fields, # Fields of `DeepseekV4Config` to change
+)->dict: # Case -> `Comparison` of seconds per step
+    "A decode step of V4's shape, in float32 and on codes, against transformers and without the fused step"
+    found = {}
+    for d in widths:
+        steps = _contenders(v4_pair(v4_shape(d, **fields)), t)
+        for step in steps.values(): step()
+        times = alternate(steps, repeats, number=number)
+        found |= {f'{d} wide{n}': Comparison(both, tuple(times[k] for k in both)) for n,both in _PAIRS.items()}
+    return found

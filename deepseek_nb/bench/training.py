@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from .. import Model, QuantizedModel
-from . import compare, peak_of, seconds
+from . import compare, peaks_of, seconds
 from .layers import Place
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
@@ -109,7 +109,7 @@ def peak_of_steps(
 )->int: # Bytes above the memory after the imports
     "Measure the peak memory of loading a model and training, in a new process"
     peers = '; import peft, transformers'*(args[0] == 'peft')
-    return peak_of(f'training.take_steps(*{args!r})', f'from deepseek_nb.bench import training{peers}')
+    return peaks_of(f'training.take_steps(*{args!r})', setup=f'from deepseek_nb.bench import training{peers}')[0]
 
 # %% ../../nbs/780_bench.training.ipynb #a3b9cccf
 def race(

@@ -206,12 +206,12 @@ class RunnerPeer:
         **kwargs, # Arguments of `Runner`
     ): self.runner = Runner(path, **kwargs)
     def __call__(self,
-        tokens:Tensor, # Token ids `s`
+        tokens:Tensor, # Token ids `1 s`
         past:int = 0, # Number of cached tokens to keep
     )->Tensor: # Logits of the last position `w`
         "Compute the logits after some tokens"
         self.runner.rewind(past)
-        return self.runner.step(tokens)
+        return self.runner.step(tokens.flatten())
 
 # %% ../../nbs/812_export.runner_binary.ipynb #125f9d1b
 def process_seconds(
@@ -242,7 +242,7 @@ def measure_runner(
         mini = export_gguf('mini', Path(folder)/'mini.gguf', 'F16')
         once = lambda p: process_seconds([program, p, '-p', 'Once', '-n', 1])
         starts = {n: [once(p) for _ in range(repeats)] for n,p in (('mini', mini), ('smollm2', smollm))}
-        first = torch.tensor([5])
-        loaders = {'runner': lambda: Runner(smollm, level=3).step(first), 'llama.cpp': lambda: files['llama.cpp Q4_1']()(first)}
+        first = torch.tensor([[5]])
+        loaders = {'runner': lambda: Runner(smollm, level=3).step(first[0]), 'llama.cpp': lambda: files['llama.cpp Q4_1']()(first)}
         loads = alternate(loaders, repeats)
     return dict(decode=decode, starts=starts, loads=loads, program=program.stat().st_size)

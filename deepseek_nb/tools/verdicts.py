@@ -21,8 +21,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from ..bench import Comparison, load_result
-from ..core.provenance import before, doubts
+from ..bench import Comparison, before, doubts, load_result
 from ..eval.intervals import wilson
 from ..studies import open_study, to_do
 from ..studies.protocol import not_run, read_study, standing
