@@ -8,8 +8,7 @@ runs the original file (Q4_1) and a Q4_0 file, each with and without flash atten
 
 # %% auto #0
 __all__ = ['GREEDY_PROMPTS', 'llama_cpp', 'LlamaFile', 'requantise', 'llama_files', 'near', 'ours_at', 'peer_at', 'decode_race',
-           'our_prompt', 'prompt_race', 'load_race', 'decoded', 'logits_along', 'parting', 'partings', 'llama_cases',
-           'llama']
+           'our_prompt', 'prompt_race', 'load_race', 'decoded', 'parting', 'partings', 'llama']
 
 # %% ../../nbs/772_bench.llama.ipynb #a837d4ad
 from collections.abc import Callable
@@ -176,11 +175,7 @@ def decoded(
     return out
 
 # %% ../../nbs/772_bench.llama.ipynb #0c7a5c1a
-def logits_along(
-    model:Model, # Float or quantised model
-    ids:torch.Tensor, # Token ids `1 s`
-    start:int, # Tokens of the prompt
-)->torch.Tensor: # Logits after the prompt and after each further token except the last `t w`
+def _logits_along(model, ids, start):
     "Compute the logits along a text, step by step"
     cache = model.new_cache(*ids.shape)
     with torch.inference_mode():
@@ -209,7 +204,7 @@ def partings(
     exact,found = decoded(model),[]
     for p in map(torch.tensor, prompts):
         text = exact.generate(p[None], n, eos_token_id=[])
-        found.append(parting(*(logits_along(m, text, len(p)) for m in (exact, model))))
+        found.append(parting(*(_logits_along(m, text, len(p)) for m in (exact, model))))
     return found
 
 # %% ../../nbs/772_bench.llama.ipynb #18703de0
@@ -217,13 +212,7 @@ GREEDY_PROMPTS = ('The capital of France is', 'Water boils at', 'Once upon a tim
            'To make bread, you need', 'def fibonacci(n):', 'In 1969, the first', 'The opposite of cold is',
            'Photosynthesis is the process by which', 'A poem about the sea:')
 
-def llama_cases(
-    load:Callable, # Function that loads our model
-    peers:dict, # Name -> function that loads a peer
-    cached:tuple, # Number of cached tokens of each decode case
-    s:int, # Tokens of the prompt
-    repeats:int, # Rounds
-)->dict: # Case -> seconds and errors
+def _llama_cases(load, peers, cached, s, repeats):
     "Time our model and all peers in every case"
     loads = load_race({'deepseek_nb': lambda: our_prompt(load(), 1)} | {n: p for n,p in peers.items() if 'flash' not in n}, repeats)
     model,peers = load(),{n: p() for n,p in peers.items()}
@@ -243,5 +232,5 @@ def llama(
     "SmolLM2 in 4 bits: decoding, prefill and loading against llama.cpp, and greedy texts against float32"
     path,tok = fetch(name),Tokenizer.from_pretrained(name)
     load = partial(Model.from_pretrained, path, device='cpu')
-    with TemporaryDirectory() as folder: cases = llama_cases(load, llama_files(path, folder), cached, s, repeats)
+    with TemporaryDirectory() as folder: cases = _llama_cases(load, llama_files(path, folder), cached, s, repeats)
     return dict(cases=cases, greedy=partings(load(), [tok.encode(p) for p in GREEDY_PROMPTS]))

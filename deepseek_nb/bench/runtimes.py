@@ -10,7 +10,7 @@ missing are listed with the reason."""
 # %% auto #0
 __all__ = ['HERE', 'Peer', 'OurPeer', 'LlamaRows', 'OpenvinoPeer', 'genai_folder', 'OnnxPeer', 'TransformersPeer', 'narrow_llama',
            'peer_loaders', 'Apart', 'agreeing', 'generation_race', 'timed_loads', 'weight_bytes', 'peer_builds',
-           'peer_cases', 'vectors_only', 'peers']
+           'peers']
 
 # %% ../../nbs/778_bench.runtimes.ipynb #2c3cd9a6
 import json
@@ -343,15 +343,7 @@ def _openvino_build(ov):
     return f"{ov.get_version()}: {core.get_property('CPU', 'FULL_DEVICE_NAME')}, {core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES')}"
 
 # %% ../../nbs/778_bench.runtimes.ipynb #d656a601
-def peer_cases(
-    loaders:dict, # Name -> function that loads a contender
-    w:int, # Size of the vocabulary
-    lengths:tuple, # Tokens of the prompts of one row
-    rows:int, # Rows of the last case, with the shortest prompt
-    steps:int, # Decode steps
-    repeats:int, # Rounds
-    prompt:torch.Tensor, # Token ids `1 s` of a real text
-)->dict: # `tokens` of all contenders, and a case -> seconds of each
+def _peer_cases(loaders, w, lengths, rows, steps, repeats, prompt):
     "Time all contenders in every case"
     peers = {n: Apart(load) for n,load in loaders.items()}
     tokens = agreeing(peers, prompt, rounded=('Q4_0', 'int4'))
@@ -363,9 +355,7 @@ def peer_cases(
     return dict(tokens=tokens, cases=cases)
 
 # %% ../../nbs/778_bench.runtimes.ipynb #a01f62e6
-def vectors_only(
-    features:str, # Features of a processor, separated by spaces
-)->bool: # True
+def _vectors_only(features):
     "Raise an error unless a processor has AVX-512 and no matrix unit"
     has = {*features.split()}
     if 'avx512f' not in has: raise ValueError('this processor has no AVX-512; without it: deepseek-nb bench peers-avx2')
@@ -385,14 +375,14 @@ def peers(
 )->dict: # Tokens, seconds of all cases, bytes of our weights, rates of the machine, contenders left out, builds and limits
     "SmolLM2 beside llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding and loading"
     if isa not in LIMITS: raise ValueError(f"isa is {isa!r}; it may be {', '.join(filter(None, LIMITS))} or ''")
-    if isa == 'avx512': vectors_only(processor())
+    if isa == 'avx512': _vectors_only(processor())
     path,tok = fetch(name),Tokenizer.from_pretrained(name)
     prompt = torch.tensor([tok.encode('The capital of France is')])
     with TemporaryDirectory() as folder,mock.patch.dict(os.environ, LIMITS[isa] | dict(TOKENIZERS_PARALLELISM='false')):
         loaders,missing = peer_loaders(path, folder, chosen, isa if LIMITS[isa] else '')
         for n,why in missing.items(): print(f'{n} is left out: {why}')
         host = ceilings()
-        found = peer_cases(loaders, tok.vocab_size, lengths, rows, steps, repeats, prompt)
+        found = _peer_cases(loaders, tok.vocab_size, lengths, rows, steps, repeats, prompt)
         host,built = better(host, ceilings()),peer_builds()
     weights = weight_bytes(Model.from_pretrained(path, device='cpu'))
     return found | dict(weights=weights, read=host.read, missing=missing, builds=built, limits=LIMITS[isa])
