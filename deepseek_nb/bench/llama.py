@@ -8,13 +8,11 @@ runs the original file (Q4_1) and a Q4_0 file, each with and without flash atten
 
 # %% auto #0
 __all__ = ['GREEDY_PROMPTS', 'llama_cpp', 'LlamaFile', 'requantise', 'llama_files', 'near', 'ours_at', 'peer_at', 'decode_race',
-           'our_prompt', 'prompt_race', 'first_of', 'load_race', 'decoded', 'logits_along', 'parting', 'partings',
-           'llama_cases', 'llama']
+           'our_prompt', 'prompt_race', 'load_race', 'decoded', 'parting', 'partings', 'llama']
 
 # %% ../../nbs/772_bench.llama.ipynb #a837d4ad
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,7 +20,7 @@ import torch
 from numpy.ctypeslib import as_array
 
 from .. import Model, QuantizedModel
-from . import alternate
+from . import alternate, optional
 from .layers import Place, walk
 from .models import our_steps
 from ..files.hub import fetch
@@ -30,11 +28,10 @@ from ..files.tokenizer import Tokenizer
 from ..quant import QuantizedWeight, relative_error
 from ..quant.model import owners
 
-# %% ../../nbs/772_bench.llama.ipynb #da08038e
+# %% ../../nbs/772_bench.llama.ipynb #5e3a0340
 def llama_cpp(): # The module
     "Import llama.cpp's binding and suppress its messages"
-    try: module = import_module('llama_cpp')
-    except ImportError: raise ValueError('llama-cpp-python is not installed: pip install llama-cpp-python') from None
+    module = optional('llama_cpp', 'llama-cpp-python')
     module.quiet = module.llama_log_callback(lambda *args: None)  # kept in the module, because C holds no reference to it
     module.llama_log_set(module.quiet, None)
     return module
@@ -51,12 +48,12 @@ class LlamaFile:
         self.llama = self.module.Llama(str(path), n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=n, n_threads_batch=n,
                                        flash_attn=flash, verbose=False)
     def __call__(self,
-        tokens:torch.Tensor, # Token ids `s`
+        tokens:torch.Tensor, # Token ids `1 s`
         past:int=0, # Number of cached tokens to keep
     )->torch.Tensor: # Logits of the last position `w`, valid until the next call
         "Compute the logits after some tokens"
         self.llama.n_tokens = past
-        self.llama.eval(tokens.tolist())
+        self.llama.eval(tokens.flatten().tolist())
         logits = self.module.llama_get_logits_ith(self.llama.ctx, -1)
         return torch.from_numpy(as_array(logits, (self.llama.n_vocab(),)))
 
@@ -110,8 +107,8 @@ def peer_at(
     tokens:list, # Next tokens `1 1`, used in turn
 )->Callable: # Function that does a decode step and returns the logits of the last position
     "Decode steps of a peer after a prompt"
-    peer(prompt[0])
-    return walk([partial(peer, t[0], prompt.shape[1]) for t in tokens])
+    peer(prompt)
+    return walk([partial(peer, t, prompt.shape[1]) for t in tokens])
 
 # %% ../../nbs/772_bench.llama.ipynb #e96e4327
 def decode_race(
@@ -120,6 +117,7 @@ def decode_race(
     cached:int, # Cached tokens
     batch:int=1, # Rows
     repeats:int=9, # Rounds
+    number:int=24, # Steps per timing
     **bound, # Option `bound` of `near`
 )->dict: # Seconds per step of each contender in every round, and errors of the logits
     "Time decode steps of all contenders"
@@ -127,7 +125,7 @@ def decode_race(
     with torch.inference_mode():
         steps = {n: make(prompt, tokens) for n,make in makers.items()}
         errors = near({n: f() for n,f in steps.items()}, **bound)
-        return dict(seconds=alternate(steps, repeats, 8, 24), errors=errors)
+        return dict(seconds=alternate(steps, repeats, 8, number), errors=errors)
 
 # %% ../../nbs/772_bench.llama.ipynb #c06ef9c9
 def our_prompt(
@@ -156,22 +154,14 @@ def prompt_race(
         errors = near({n: f() for n,f in runs.items()}, **bound)
         return dict(seconds=alternate(runs, repeats), errors=errors)
 
-# %% ../../nbs/772_bench.llama.ipynb #e9080045
-def first_of(
-    load:Callable, # Function that loads a model
-)->Callable: # Function from a token id `1` to logits
-    "Load one of our models"
-    run = our_prompt(load(), 1)
-    return lambda token: run(token[None])
-
 # %% ../../nbs/772_bench.llama.ipynb #627fb79f
 def load_race(
-    makers:dict, # Name -> function that loads a model and returns a function from a token id `1` to logits
+    makers:dict, # Name -> function that loads a model and returns a function from a token id `1 1` to logits
     repeats:int=5, # Rounds
 )->dict: # Seconds of each contender in every round
     "Time loading, including the logits of a first token"
     with torch.inference_mode():
-        runs = {n: lambda make=make: make()(torch.tensor([1])) for n,make in makers.items()}
+        runs = {n: lambda make=make: make()(torch.tensor([[1]])) for n,make in makers.items()}
         return dict(seconds=alternate(runs, repeats, warmup=1))
 
 # %% ../../nbs/772_bench.llama.ipynb #694d23c9
@@ -185,11 +175,7 @@ def decoded(
     return out
 
 # %% ../../nbs/772_bench.llama.ipynb #0c7a5c1a
-def logits_along(
-    model:Model, # Float or quantised model
-    ids:torch.Tensor, # Token ids `1 s`
-    start:int, # Tokens of the prompt
-)->torch.Tensor: # Logits after the prompt and after each further token except the last `t w`
+def _logits_along(model, ids, start):
     "Compute the logits along a text, step by step"
     cache = model.new_cache(*ids.shape)
     with torch.inference_mode():
@@ -218,7 +204,7 @@ def partings(
     exact,found = decoded(model),[]
     for p in map(torch.tensor, prompts):
         text = exact.generate(p[None], n, eos_token_id=[])
-        found.append(parting(*(logits_along(m, text, len(p)) for m in (exact, model))))
+        found.append(parting(*(_logits_along(m, text, len(p)) for m in (exact, model))))
     return found
 
 # %% ../../nbs/772_bench.llama.ipynb #18703de0
@@ -226,19 +212,13 @@ GREEDY_PROMPTS = ('The capital of France is', 'Water boils at', 'Once upon a tim
            'To make bread, you need', 'def fibonacci(n):', 'In 1969, the first', 'The opposite of cold is',
            'Photosynthesis is the process by which', 'A poem about the sea:')
 
-def llama_cases(
-    load:Callable, # Function that loads our model
-    peers:dict, # Name -> function that loads a peer
-    cached:tuple, # Number of cached tokens of each decode case
-    s:int, # Tokens of the prompt
-    repeats:int, # Rounds
-)->dict: # Case -> seconds and errors
+def _llama_cases(load, peers, cached, s, repeats):
     "Time our model and all peers in every case"
-    loads = load_race({'deepseek_nb': partial(first_of, load)} | {n: p for n,p in peers.items() if 'flash' not in n}, repeats)
+    loads = load_race({'deepseek_nb': lambda: our_prompt(load(), 1)} | {n: p for n,p in peers.items() if 'flash' not in n}, repeats)
     model,peers = load(),{n: p() for n,p in peers.items()}
     w = model.config.vocab_size
     steps = {'deepseek_nb': partial(ours_at, model)} | {n: partial(peer_at, p) for n,p in peers.items()}
-    prompts = {'deepseek_nb': our_prompt(model, s)} | {n: lambda x, p=p: p(x[0]) for n,p in peers.items()}
+    prompts = {'deepseek_nb': our_prompt(model, s)} | peers
     found = {f'decode at {t}': decode_race(w, steps, t, repeats=repeats) for t in cached}
     return found | {f'prompt of {s}': prompt_race(w, prompts, s, repeats), 'load': loads}
 
@@ -252,5 +232,5 @@ def llama(
     "SmolLM2 in 4 bits: decoding, prefill and loading against llama.cpp, and greedy texts against float32"
     path,tok = fetch(name),Tokenizer.from_pretrained(name)
     load = partial(Model.from_pretrained, path, device='cpu')
-    with TemporaryDirectory() as folder: cases = llama_cases(load, llama_files(path, folder), cached, s, repeats)
+    with TemporaryDirectory() as folder: cases = _llama_cases(load, llama_files(path, folder), cached, s, repeats)
     return dict(cases=cases, greedy=partings(load(), [tok.encode(p) for p in GREEDY_PROMPTS]))

@@ -410,10 +410,9 @@ def run_bench(
     smoke:bool = False, # A tiny run, for benchmarks with this option
 ):
     "Run a benchmark against another library"
-    from deepseek_nb.bench import run_command
-    given = dict(out=out, plot=plot, device=device, dtype=dtype, options=options)
-    flags = [f'--{f}' for f,on in dict(json=as_json, smoke=smoke).items() if on]
-    run_command([*([name] if name else []), *flags, *(o for k,v in given.items() if v for o in (f'--{k}', v))])
+    from deepseek_nb.bench import read_options, run_command
+    given = {k: v for k,v in dict(device=device, dtype=dtype, smoke=smoke).items() if v}
+    run_command(name, as_json, out, plot, **given, **read_options(options))
 
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
