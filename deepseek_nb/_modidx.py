@@ -8891,6 +8891,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'deepseek_nb.tools.book._read_chapter': ( 'tools.book.html#_read_chapter',
                                                                                   'deepseek_nb/tools/book.py'),
                                         'deepseek_nb.tools.book.book': ('tools.book.html#book', 'deepseek_nb/tools/book.py'),
+                                        'deepseek_nb.tools.book.book_chapters': ( 'tools.book.html#book_chapters',
+                                                                                  'deepseek_nb/tools/book.py'),
                                         'deepseek_nb.tools.book.by_part': ('tools.book.html#by_part', 'deepseek_nb/tools/book.py'),
                                         'deepseek_nb.tools.book.chapters': ('tools.book.html#chapters', 'deepseek_nb/tools/book.py'),
                                         'deepseek_nb.tools.book.contents_page': ( 'tools.book.html#contents_page',
