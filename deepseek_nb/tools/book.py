@@ -235,7 +235,7 @@ def contents_page(
     tutorials = section('Tutorials', 'Common tasks from one end to the other', (item(o) for o in found if o.number < 0))
     rooms = [section(part.title, f'{part.line}. The package `deepseek_nb.{part.name}`', [' · '.join(map(_chapter_link, of))])
              for part,of in by_part(found).items()]
-    return '\n'.join([head, picture, *sum(parts, []), *tutorials, '# The library\n', *sum(rooms, [])])
+    return '\n'.join([head, *sum(parts, []), *tutorials, '# The library\n', picture, *sum(rooms, [])])
 
 # %% ../../nbs/964_tools.book.ipynb #055dac3d
 def sidebar(
