@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_nb.serve.events import (
     FORMATS,
+    THINKING,
     ContentDelta,
     Markers,
     ReasoningDelta,
@@ -20,7 +21,6 @@ from deepseek_nb.serve.events import (
     events_of,
     joined,
 )
-from deepseek_nb.serve.reasoning import THINKING
 from deepseek_nb.serve.tools import DSML, SYNTAX, Call, answer_format, gathered, write_calls
 
 CALLS = [f for f in FORMATS if f != 'plain']

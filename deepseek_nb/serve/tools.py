@@ -27,8 +27,8 @@ from deepseek_nb.serve.events import (
     ToolCallEnd,
     ToolCallStart,
     Until,
+    answer_parser,
 )
-from .reasoning import answer
 
 # %% ../../nbs/464_serve.tools.ipynb #4c06b43c
 class Call(NamedTuple):
@@ -354,9 +354,9 @@ def _read_hermes(self:Splitter, found, kind):
 def program(self:Splitter)->Generator:
     "Parser of a whole answer in the splitter's format"
     syntax = SYNTAX.get(self.format)
-    if not self.tools: return answer(self.format, self.thinking)
-    if not syntax: return answer(self.format, self.thinking, ('<tool_call>',), self._read_hermes)
-    return answer(self.format, self.thinking, (syntax.begin, syntax.call), partial(self._read_block, syntax))
+    if not self.tools: return answer_parser(self.format, self.thinking)
+    if not syntax: return answer_parser(self.format, self.thinking, ('<tool_call>',), self._read_hermes)
+    return answer_parser(self.format, self.thinking, (syntax.begin, syntax.call), partial(self._read_block, syntax))
 
 # %% ../../nbs/464_serve.tools.ipynb #1b5c362d
 def gathered(
