@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,6 +38,7 @@ from deepseek_nb.apps.styles import (
     word_rarity,
 )
 from ..arch.model import Model
+from ..eval.choice import log_likelihoods
 from ..files.safetensors import write_tensors, written
 from ..files.tokenizer import Tokenizer
 from ..infer.adapters import shared_view
@@ -69,7 +69,6 @@ def content_kept(
     return float(((texts*sources).sum(1).mean() - other)/((plain*sources).sum(1).mean() - other))
 
 # %% ../../nbs/880_apps.control.ipynb #5d373187
-@torch.no_grad()
 def answer_losses(
     model:Model, # Plain model
     prompts:list, # Token ids
@@ -77,16 +76,10 @@ def answer_losses(
     batch:int = 8, # Answers at a time
 )->Tensor: # Mean loss of each answer's tokens, in nats `n`
     "How surprised the plain model is by answers"
-    found = []
-    for i in range(0, len(prompts), batch):
-        pairs = [*zip(prompts[i:i+batch], answers[i:i+batch], strict=True)]
-        most = max(len(p) + len(a) for p,a in pairs)
-        tokens = torch.tensor([p + a + [0]*(most - len(p) - len(a)) for p,a in pairs])
-        hidden = model.hidden(tokens)
-        for row,(p,a) in enumerate(pairs):
-            logits = F.linear(hidden[row, len(p)-1:len(p)+len(a)-1], model.head_weight).float()
-            found.append(F.cross_entropy(logits, torch.tensor(a)) if a else torch.tensor(math.log(model.config.vocab_size)))
-    return torch.stack(found)
+    found,some = torch.full((len(answers),), math.log(model.config.vocab_size)),[i for i,a in enumerate(answers) if a]
+    sums = log_likelihoods(model, [[(prompts[i], answers[i])] for i in some], batch)
+    for i,(s,) in zip(some, sums, strict=True): found[i] = -s/len(answers[i])
+    return found
 
 # %% ../../nbs/880_apps.control.ipynb #2dd5d1dc
 STYLE_WAYS = ('adapter', 'steer', 'guide')
