@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from .names import NameTagger, drop_near_copies, guards_folder, read_pii, refilled, split_part, train_names
+from .names import NameTagger, drop_near_copies, read_pii, refilled, split_part, train_names
+from .rows import App
 from .toxic import ToxicityNet, read_toxicity, threshold_at, train_toxicity
 from ..serve.chat import ApiError
 from ..serve.guard import ContentFilter
@@ -106,8 +107,9 @@ def _result(f, text):
 def _at(locale): return Policy(**vars(STANDARD) | dict(locale=locale))
 
 # %% ../../nbs/883_apps.filter.ipynb #93eb14f2
-class FilterApp:
+class FilterApp(App):
     "The safety filter, for `deepseek-nb app filter`"
+    home = 'guards'
 
     @classmethod
     def train(cls,
@@ -149,10 +151,3 @@ class FilterApp:
                 except ValueError as e: raise ApiError(400, str(e), 'locale') from None
             return _result(filters[locale], text)
         return answer
-
-    @classmethod
-    def card(cls,
-        weights:str, # Folder of trained weights; '': those of the package
-    )->str: # Markdown
-        "The model card"
-        return (Path(weights or guards_folder())/'README.md').read_text(encoding='utf-8')

@@ -7,8 +7,7 @@
 
 # %% auto #0
 __all__ = ['NAME_KINDS', 'NAME_ROWS', 'RIGHT', 'Tagged', 'split_part', 'read_pii', 'drop_near_copies', 'word_shape',
-           'word_features', 'neighbours', 'name_words', 'NameTagger', 'refilled', 'name_examples', 'train_names',
-           'guards_folder']
+           'word_features', 'neighbours', 'name_words', 'NameTagger', 'refilled', 'name_examples', 'train_names']
 
 # %% ../../nbs/881_apps.names.ipynb #8a93deec
 import gzip
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from .rows import package_folder
 from .series import find_set
 from ..files.safetensors import written
 from ..serve.policy import TextMatch, TextScan, search_from
@@ -188,7 +188,7 @@ class NameTagger:
         folder:str|Path = '', # Folder; '': that of the package
     )->'NameTagger':
         "Load a tagger; nothing is downloaded"
-        path = Path(folder or guards_folder())/'names.safetensors'
+        path = Path(folder or package_folder('guards'))/'names.safetensors'
         if not path.exists(): raise FileNotFoundError(f'{path}: no such file; deepseek-nb app filter train writes it')
         found = load_file(path)
         return NameTagger(found['weights'], float(found['least'][0]))
@@ -244,9 +244,3 @@ def train_names(
             loss = torch.nn.functional.cross_entropy((weights(x[i])*kept[..., None]).sum(1), y[i])
             opt.zero_grad(); loss.backward(); opt.step()
     return NameTagger(weights.weight.detach().numpy())
-
-# %% ../../nbs/881_apps.names.ipynb #71f8f8b8
-def guards_folder()->Path:
-    "Folder of the weights in the package"
-    import deepseek_nb
-    return Path(deepseek_nb.__file__).parent/'guards'

@@ -30,7 +30,7 @@ from .layers import Place
 from .limits import BENCH_MOE
 from .llama import decode_race, llama_cpp, our_prompt, ours_at, prompt_race
 from ..eval.perplexity import perplexity, speeches
-from ..eval.quality import SMALL_MOE, as_bytes, evaluate_formats, excerpts, messages, quantizers, token_rates, train_bytes
+from ..eval.quality import MESSAGES, SMALL_MOE, as_bytes, evaluate_formats, excerpts, quantizers, token_rates, train_bytes
 from ..files.hub import cache_dir, fetch
 from ..files.tokenizer import Tokenizer
 from ..quant import relative_error
@@ -162,10 +162,10 @@ def quality(
     "Bytes and perplexity of every format, for SmolLM2 and for a small trained model"
     state,tok = Path(state or cache_dir()/'quality'),Tokenizer.from_pretrained('smollm2-135m')
     def chosen(made): return {n: f for n,f in made.items() if not only or n in only}
-    made = chosen(quantizers(excerpts(tok.encode(messages()), 8, 512)) | {'the file as it is': _own_blocks})
+    made = chosen(quantizers(excerpts(tok.encode(speeches(MESSAGES)), 8, 512)) | {'the file as it is': _own_blocks})
     smol,ids = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'),torch.tensor(tok.encode(speeches()))[:tokens]
     verdicts = [*evaluate_formats(state/'smollm2.json', smol, ids, made, window=1024)]
-    own,losses = train_bytes(SMALL_MOE, data := as_bytes(messages()), steps)
+    own,losses = train_bytes(SMALL_MOE, data := as_bytes(speeches(MESSAGES)), steps)
     made = chosen(quantizers(excerpts(data, 32, 256)))
     mine = [*evaluate_formats(state/'trained.json', own, as_bytes(speeches())[:tokens or 40_000], made, window=256)]
     for f in ('smollm2.json', 'trained.json'): os.remove(state/f)

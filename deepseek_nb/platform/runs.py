@@ -43,7 +43,7 @@ from ..train.distill import distillation_loss
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
 from ..train.resume import checkpoints, write_whole
-from ..train.runs import Mla, Moe, Named, read_table, write_result
+from ..train.runs import Named, read_sizes, write_result
 from ..train.sft import classification_data, sft_data
 from ..train.trainer import Trainer, TrainingArguments
 
@@ -298,15 +298,14 @@ class ConvertRun:
     model:str = 'smollm2-135m' # Public name of the model, unless the job names one of the registry
     name:str = '' # Name of the new model; '': that of the job
     to:str = 'mla' # 'mla' or 'moe'
-    sizes:dict|None = None # Fields of `Mla` or `Moe`
+    sizes:dict|None = None # Arguments of `to_mla`, or of `moe_config` and `to_moe`
     rows:int = 32 # Rows of text for calibration and repair
     length:int = 128 # Tokens of a row
     steps:int = 100 # Steps of repair a block
     evaluate:bool = True # Queue an evaluation of the new model
     def __post_init__(self):
         _checked(self, rows=1, length=8, steps=0)
-        if self.to not in (kinds := dict(mla=Mla, moe=Moe)): raise ValueError(f"to is {self.to!r}; it must be 'mla' or 'moe'")
-        read_table(kinds[self.to], self.sizes or {}, 'sizes')
+        read_sizes(self.to, self.sizes or {})
 
 def texts_of(
     rows:list, # Dicts of any layout
@@ -327,9 +326,8 @@ def _convert_job(
         texts = [dict(text=t) for t in texts_of(_version_data(job.store, job.row.version_id))]
         data = [r['tokens'] for r in packed(tokenised(to_dataset(texts), tok, 'text'), s.length) if -1 not in r['documents']][:s.rows]
         if len(data) < s.rows: raise ValueError(f'there are {len(data)} rows of {s.length} tokens, not {s.rows}; reduce rows or length')
-        sizes = {k: v for k,v in vars(read_table(dict(mla=Mla, moe=Moe)[s.to], s.sizes or {}, 'sizes')).items() if v is not None}
         state = job.folder/'blocks' if s.steps else None
-        new,errors = convert(model.requires_grad_(False), s.to, torch.tensor(data), s.steps, state, min(8, s.rows), {}, **sizes)
+        new,errors = convert(model.requires_grad_(False), s.to, torch.tensor(data), s.steps, state, min(8, s.rows), {}, **s.sizes or {})
         for i,(before,after) in enumerate(errors): job.report(i, error_before=before, error_after=after)
         _save_trained(job, new, tok)
     return _register_result(job)

@@ -32,7 +32,7 @@ from .advantage import group_advantage, informative
 from .callbacks import Callback, Guard
 from .data import IGNORE
 from .log_probs import answer_log_probs, answer_rows
-from .on_policy import Collapsed, CollapseGuard, measures
+from .on_policy import CollapseGuard, measures
 from .policy import PolicyLoss
 from .resume import identity
 from .rewards import checked_rewards
@@ -374,6 +374,8 @@ class RolloutLog(Callback):
 # %% ../../nbs/696_train.grpo.ipynb #d10e1976
 class RewardGuard(CollapseGuard):
     "Stops a run whose policy collapses and restores the weights of an earlier step"
+    advice = 'policy','raise beta, or read the samples: the reward may be wrong'
+
     def __init__(self,
         source:PolicyObjective, # Loss of the run, which measures the text
         drop:float = .5, # Largest loss of the best gain of reward, as a share
@@ -418,14 +420,6 @@ class RewardGuard(CollapseGuard):
         "Note the reward before it is judged"
         self.late.append(now['reward'])
         CollapseGuard._check_text(self, t, now)
-
-    @torch.no_grad()
-    def _give_up(self, t, bad):
-        "Restore the copied weights and raise `Collapsed`"
-        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
-        left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
-        raise Collapsed(f'step {t.step+1}: the policy collapses ({"; ".join(bad)}); {left}; lower the learning rate, raise beta, '
-                    'or read the samples: the reward may be wrong')
 
 # %% ../../nbs/696_train.grpo.ipynb #f5d8f6af
 class GRPOTrainer(Trainer):
