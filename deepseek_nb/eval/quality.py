@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..arch.model import Model
 from ..core.config import Config, Rope
-from .perplexity import Perplexity, perplexity, speeches
+from .perplexity import Perplexity, perplexity
 from ..files.safetensors import written
 from ..quant.int4 import Int4
 from ..quant.int8 import Int8

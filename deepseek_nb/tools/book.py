@@ -137,7 +137,7 @@ BOOK = [ReadingPath(*o) for o in (
         'core.reading',)),
     ('DeepSeek-V3', 'Every part of the model in the order in which a token meets it, then the whole', (
         'files.tokenizer', 'arch.norm', 'arch.rope', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
-        'core.config', 'infer.load', 'infer.generate', 'arch.mtp')),
+        'arch.v3', 'core.config', 'infer.load', 'infer.generate', 'arch.mtp')),
     ('Train it', 'From text and a loss to a trained model, and to adapters and students of a large one', (
         'train.data', 'train.loss', 'train.optim', 'train.schedule', 'train.trainer', 'train.callbacks', 'train.balance', 'train.bpe',
         'train.mini', 'train.lora', 'train.qlora', 'train.distill')),
