@@ -14,7 +14,7 @@ import warm
 from test_server import HI, JSON, SERVE, Live, openai, post
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.infer.drafts import Draft, pick
+from deepseek_nb.infer.drafts import Draft, pick_token
 from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.sampling import RowSampler, SamplingParams, sample_rows
 from deepseek_nb.infer.speculate import verify_drafts
@@ -50,7 +50,7 @@ def test_a_cold_temperature_is_greedy(seed, cold):
     "In every sampler: the limit of a temperature that goes to 0 is the most likely token"
     x = torch.randn(20, 300)*torch.tensor([.01, 1., 30., 1e4]).repeat(5)[:, None]
     best, how = x.argmax(-1), SamplingParams(temperature=cold, top_p=.9, min_p=.1, top_k=50)
-    assert [pick(row, [], RowSampler(how, []))[0] for row in x] == best.tolist()
+    assert [pick_token(row, [], RowSampler(how, []))[0] for row in x] == best.tolist()
     for i, t in enumerate(best.tolist()):
         for draft in (Draft([t]), Draft([t], [torch.full((300,), 1/300)])):
             [new] = verify_drafts(torch.stack([x[i], x[i-1]]), [RowSampler(how, [])], [draft])

@@ -78,7 +78,6 @@ class EngineWatch:
         stream:Stream, # Its usage and its timing are complete
     )->None: "A request has ended"
 
-# %% ../../nbs/458_infer.engine.ipynb #92e3943d
 @dataclass
 class EngineStats:
     "Counters of an engine since its start"
@@ -503,7 +502,7 @@ def speculate(self:Model,
     n:int, # Number of new tokens of each row
     draft='lookup', # Source of drafts: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: no drafts
     draft_tokens:int|None = None, # Length of drafts; None: chosen by `DraftLength`
-    how:SamplingParams = GREEDY, # Settings for choosing a token
+    sampling:SamplingParams = GREEDY, # Settings for choosing a token
     ends:tuple|set = (), # Tokens that end a row
     page:int = 64, # Positions per page of the caches
 )->Iterator[list]: # New tokens of each row, after each step
@@ -511,8 +510,8 @@ def speculate(self:Model,
     if n < 1: return
     nbytes = cache_bytes(self, [len(p) + n for p in prompts], page, draft_tokens or DraftLength().most)
     engine = Engine(self, None, nbytes, page, len(prompts), 2**31, 2**31, draft=draft, draft_tokens=draft_tokens, drawn=True)
-    rows = enumerate(zip(prompts, row_samplers(how, prompts), strict=True))
-    streams = [engine.submit(Request(p, r.how, n, stop_ids=tuple(ends), user=str(i))) for i,(p,r) in rows]
+    rows = enumerate(zip(prompts, row_samplers(sampling, prompts), strict=True))
+    streams = [engine.submit(Request(p, r.sampling, n, stop_ids=tuple(ends), user=str(i))) for i,(p,r) in rows]
     while engine.count:
         engine.step()
         for s in streams:

@@ -220,7 +220,6 @@ def copy_in(
         for x,to in zip(pool.encode(*[x[..., start:end, :] for x in slot.tensors]), layer, strict=True):
             to[index] = rearrange(x[0], '... (n p) x -> n ... p x', p=pool.page)
 
-# %% ../../nbs/444_infer.prefix.ipynb #1d9aba54
 def copy_out(
     pool:PagePool, # Pool to read from
     pages:list, # Page numbers
@@ -240,7 +239,6 @@ def to_bytes(
     "The bytes of a page"
     return torch.cat([x[page].reshape(-1).view(torch.uint8) for layer in pool.layers for x in layer]).cpu()
 
-# %% ../../nbs/444_infer.prefix.ipynb #8629e875
 def from_bytes(
     pool:PagePool, # Pool to write to
     page:int, # Page number
@@ -261,7 +259,6 @@ def one_prompt(
         return ids.tolist()
     return list(ids)
 
-# %% ../../nbs/444_infer.prefix.ipynb #a808867e
 def check_user(
     user:str, # User id
 )->str: # The same id

@@ -49,7 +49,6 @@ def state_at(
         state += [o.rows.between(at - o.m, at).clone() for o in slot.lists if o.overlap]
     return state
 
-# %% ../../nbs/451_infer.snapshots.ipynb #e5ef2f83
 def entries_between(
     cache:RewindableCache, # Cache with one row
     start:int, # A border
@@ -86,7 +85,6 @@ def state_bytes(
     rows = sum(m*4*4*(c.head_dim + c.index_head_dim) for m in c.compress_ratios if m == c.csa_ratio) # candidates and gates, float32
     return len(c.compress_ratios)*min(at, c.window - 1)*c.head_dim*itemsize + rows
 
-# %% ../../nbs/451_infer.snapshots.ipynb #5ea3e21f
 def block_bytes(
     c:Config, # Config of a V4 model
     page:int, # Tokens of a block
@@ -173,7 +171,6 @@ class PrefixBlock:
     @property
     def nbytes(self)->int: return sum(t.nbytes for t in [*self.entries, *(self.state or ())])
 
-# %% ../../nbs/451_infer.snapshots.ipynb #ce84c0d8
 class Snapshots:
     "The known prefixes of prompts of a V4 model"
     def __init__(self,
@@ -317,7 +314,6 @@ def block_shapes(
     widths = [(m, w) for m in c.compress_ratios if m for w in (c.head_dim, c.index_head_dim)[:1 + (m == c.csa_ratio)]]
     return [((1, page//m, w), dtype) for m,w in widths]
 
-# %% ../../nbs/451_infer.snapshots.ipynb #515730a0
 def state_shapes(
     c:Config, # Config of a V4 model
     at:int, # A border
@@ -338,7 +334,6 @@ def tensors_to_bytes(
     data = torch.cat([t.cpu().contiguous().view(-1).view(torch.uint8) for t in tensors])
     return F.pad(data, (0, size - len(data)))
 
-# %% ../../nbs/451_infer.snapshots.ipynb #73046af7
 def tensors_from_bytes(
     data:Tensor, # Result of `tensors_to_bytes`
     shapes:list, # Shape and dtype of each tensor

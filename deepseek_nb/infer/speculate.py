@@ -75,7 +75,6 @@ def expected_tokens(
     "Mean number of tokens that a step yields"
     return sum(alpha**i for i in range(n + 1))
 
-# %% ../../nbs/449_infer.speculate.ipynb #02b695c2
 def experts_read(
     e:int, # Number of routed experts
     k:int, # Number of activated experts per token
@@ -177,18 +176,18 @@ class RowDrafts:
     def enter(self,
         cached:int, # Tokens of the row that are cached, so that the model won't compute them
         longest:int, # Most tokens of the row
-        how:SamplingParams = GREEDY, # How the row draws its tokens
+        sampling:SamplingParams = GREEDY, # How the row draws its tokens
     )->'RowDrafter | None': # None: no room
         "Make the drafter of a row"
         if self.source == 'lookup': return RowDrafter(LookupDrafter(), 0)
         if isinstance(self.source, DSpark): longest = min(longest, self.model.config.window)
         if longest > self.room: return None
         self.room -= longest
-        return RowDrafter(self._drafter(cached, how.number(_OWN) if self.drawn else GREEDY), longest)
+        return RowDrafter(self._drafter(cached, sampling.number(_OWN) if self.drawn else GREEDY), longest)
 
-    def _drafter(self, cached, how):
-        if self.source == 'mtp': return MTPDrafter(self.model, how, cached)
-        return DSparkDrafter(self.model, self.source, how) if isinstance(self.source, DSpark) else ModelDrafter(self.source, how)
+    def _drafter(self, cached, sampling):
+        if self.source == 'mtp': return MTPDrafter(self.model, sampling, cached)
+        return DSparkDrafter(self.model, self.source, sampling) if isinstance(self.source, DSpark) else ModelDrafter(self.source, sampling)
 
     def leave(self,
         row:'RowDrafter | None', # Of a row that leaves

@@ -67,7 +67,6 @@ def key_digest(
     "What the server keeps of a key"
     return hashlib.sha256(key.encode()).hexdigest()
 
-# %% ../../nbs/482_serve.app.ipynb #7caf3974
 def given_key(
     header:str|None, # Value of `authorization`, or of `x-api-key`
 )->str: # '': there is none
@@ -669,7 +668,6 @@ def _wire(path): return ANTHROPIC if '/messages' in path else OPENAI
 # %% ../../nbs/482_serve.app.ipynb #1fa8fba5
 _FLUSH = 5 # seconds that readers have for the ends of streams that were cut
 
-# %% ../../nbs/482_serve.app.ipynb #0fc3ba55
 @contextmanager
 def _shared_python():
     "Settings of Python with which many threads wait for each other as little as possible"

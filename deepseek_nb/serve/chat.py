@@ -25,7 +25,7 @@ from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.request import Piece, Request, Stream
 from ..infer.sampling import SamplingParams
-from .events import THINKING, ContentDelta, ReasoningDelta, Splitter, ToolCallStart, joined
+from .events import THINKING, ContentDelta, ReasoningDelta, Splitter, ToolCallStart, join_deltas
 from .tools import NAMED_FORMATS, answer_format
 
 # %% ../../nbs/470_serve.chat.ipynb #ef344316
@@ -118,7 +118,6 @@ def excerpt(
     if isinstance(value, list): return f'[{", ".join(rows)}]'
     return '{' + ', '.join(f'{k[:60]!r}: {v}' for k,v in zip(value, rows, strict=False)) + '}'
 
-# %% ../../nbs/470_serve.chat.ipynb #080491e0
 def _is(value, kind):
     "Whether a JSON value has a type"
     if isinstance(value, bool): return kind is bool
@@ -178,7 +177,6 @@ def _calls(fields):
         for rest in (function, f): rest.done()
     return calls or None
 
-# %% ../../nbs/470_serve.chat.ipynb #63cb2e59
 def _own_fields(f, role):
     "The fields of one role"
     if role == 'tool': return dict(tool_call_id=f.take('tool_call_id', str))
@@ -445,7 +443,7 @@ class Answer:
         if self.guard is None: return events
         self.late += events
         if not end and time.monotonic() < self.due: return []
-        late,self.late = joined(self.late),[]
+        late,self.late = join_deltas(self.late),[]
         out = self.guard.close(late) if end else self.guard.feed(late)
         if out: self.due = time.monotonic() + GATHERED
         self.stream.filtered = self.guard.found

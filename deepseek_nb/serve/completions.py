@@ -8,12 +8,13 @@ Fields that DeepSeek added to OpenAI's API are understood: `thinking`, `reasonin
 # %% auto #0
 __all__ = ['MOST_STOP', 'EFFORTS', 'ChatRequest', 'read_stop', 'check_stops', 'read_logprobs', 'read_thinking', 'check_tools',
            'check_names', 'read_format', 'read_longest', 'read_streaming', 'read_chat', 'read_user', 'piece_logprobs',
-           'delta_of', 'drafted_tokens', 'usage_of', 'merged', 'grammar_for', 'ChatRun', 'add_delta']
+           'delta_of', 'drafted_tokens', 'usage_of', 'merge_streams', 'grammar_for', 'ChatRun', 'add_delta']
 
 # %% ../../nbs/472_serve.completions.ipynb #6661fcd7
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from uuid import uuid4
 
@@ -77,7 +78,6 @@ def read_logprobs(
     if top is not None and not wanted: raise fields.wrong('top_logprobs', 'needs logprobs: true')
     return (top or 0) if wanted else None
 
-# %% ../../nbs/472_serve.completions.ipynb #fddb2d78
 def read_thinking(
     fields:Fields, # Body
     default:bool = False, # Whether the model thinks if nothing is said
@@ -101,7 +101,6 @@ def _function(tool, where):
     for rest in (inner, f): rest.done()
     return name
 
-# %% ../../nbs/472_serve.completions.ipynb #3650a836
 def check_tools(
     fields:Fields, # Body
 )->tuple: # JSON schemas of functions or None, and whether one must be called
@@ -156,7 +155,6 @@ def read_longest(
     if len({*found.values()}) > 1: raise fields.wrong('max_tokens', 'differs from max_completion_tokens; give one of them')
     return next(iter(found.values()), None)
 
-# %% ../../nbs/472_serve.completions.ipynb #1a5edcdd
 def read_streaming(
     fields:Fields, # Body, in which `stream` has not been read
 )->tuple[bool,bool]: # Whether to stream, and whether the usage is sent in a chunk of its own
@@ -185,7 +183,6 @@ def read_chat(
     f.done()
     return out
 
-# %% ../../nbs/472_serve.completions.ipynb #3eb60922
 def read_user(
     fields:Fields, # Body
 )->str: # '': nothing was said
@@ -212,7 +209,6 @@ def _token_logprob(
     raw = tok.id_to_bytes(id)
     return dict(token=raw.decode('utf-8', 'replace'), logprob=logprob, bytes=list(raw))
 
-# %% ../../nbs/472_serve.completions.ipynb #3e984997
 def piece_logprobs(
     tok:Tokenizer, # Decodes
     piece:Piece, # A token of an answer
@@ -241,7 +237,6 @@ def drafted_tokens(
     drafted,kept = (sum(getattr(a.stream, name) for a in answers) for name in ('drafted', 'accepted'))
     return dict(accepted_prediction_tokens=kept, rejected_prediction_tokens=drafted - kept) if drafted else {}
 
-# %% ../../nbs/472_serve.completions.ipynb #a33bf3d3
 def usage_of(
     answers:list, # Answers to one prompt
 )->dict: # OpenAI's and DeepSeek's fields, and the seconds of each phase
@@ -256,10 +251,14 @@ def usage_of(
         timing={k: round(v, 6) for k,v in vars(first.timing).items()})
 
 # %% ../../nbs/472_serve.completions.ipynb #e9725a04
-async def merged(
+async def merge_streams(
     *streams:AsyncIterator, # Any number
 )->AsyncIterator[tuple]: # Index of the stream, and its item
     "The items of several streams, as they come"
+    if len(streams) == 1: # without a queue and a task between
+        async with aclosing(streams[0]) as items:
+            async for item in items: yield 0,item
+        return
     queue,left = asyncio.Queue(),len(streams)
     async def read(i, stream):
         try:
@@ -364,7 +363,7 @@ class ChatRun(Run):
     async def chunks(self)->AsyncIterator[dict]:
         "All chunks of the stream"
         left,prompt = len(self.answers),dict(prompt_token_ids=self.prompt) if self.request.token_ids else {}
-        async for _,choice in merged(*[self._answer_choices(i) for i in range(left)]):
+        async for _,choice in merge_streams(*[self._answer_choices(i) for i in range(left)]):
             left -= choice['finish_reason'] is not None
             last = not left and choice['finish_reason'] is not None and self.dialect == 'deepseek'
             yield self._chunk([choice], **prompt, **dict(usage=usage_of(self.answers)) if last else {})
@@ -375,7 +374,7 @@ class ChatRun(Run):
         "All answers, when they are complete"
         choices = [dict(index=i, message=dict(role='assistant', content=None, refusal=None), logprobs=None, finish_reason=None)
                    for i in range(len(self.answers))]
-        async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
+        async for i,new in merge_streams(*[self._answer_choices(i) for i in range(len(choices))]):
             add_delta(choices[i]['message'], new['delta'])
             choices[i]['finish_reason'] = new['finish_reason']
             choices[i]['logprobs'] = _joined(choices[i]['logprobs'], new['logprobs'])

@@ -25,7 +25,6 @@ def has_router(
     "Whether tokens are routed to experts"
     return any(map(model.config.is_moe, range(len(model.layers))))
 
-# %% ../../nbs/475_serve.expert_report.ipynb #5f85fb62
 @torch.no_grad()
 def chosen_experts(
     model:Model, # Model with MoE layers
@@ -64,5 +63,4 @@ def experts_report(
     shown = [dict(text=_shown(served.tok, t), experts=[*each]) for t,*each in zip(tokens[-last:], *chosen, strict=True)]
     return dict(object='experts', model=served.name, n_experts=c.n_routed_experts, layers=[*found], tokens=shown)
 
-# %% ../../nbs/475_serve.expert_report.ipynb #57dc2080
 def _shown(tok:Tokenizer, id): return tok.id_to_bytes(id).decode('utf-8', 'replace')

@@ -23,7 +23,7 @@ from ..infer.sampling import SamplingParams
 from .chat import ROLES, TEXT_PARTS, ApiError, Fields, Run, ServedModel, excerpt, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
-from .stored import StoredResponse, listed
+from .stored import StoredResponse, list_items
 
 # %% ../../nbs/476_serve.responses.ipynb #db89865a
 _BETWEEN = '\n\n' # stands between parts of a text
@@ -69,7 +69,6 @@ def _read_message(f, messages):
     if role == 'assistant': add_turn(messages, content=text)
     else: messages.append(dict(role=ROLES[role], content=text))
 
-# %% ../../nbs/476_serve.responses.ipynb #32e39aa1
 def _read_call(f, messages):
     "An item of type `function_call`"
     texts = [f.take(n, str, needed=True) for n in ('call_id', 'name', 'arguments')]
@@ -124,7 +123,7 @@ class ResponsesRequest(ChatRequest):
     "A response that was asked for"
     encrypted:bool = False # Whether reasoning is sent in `encrypted_content` too
     echo:dict = field(default_factory=dict) # Settings that the response repeats
-    items:list = field(default_factory=list) # What the request brought, as `listed` gives it
+    items:list = field(default_factory=list) # What the request brought, as `list_items` gives it
     said:list = field(default_factory=list) # The messages without instructions, which an answer doesn't hand on
 
 # %% ../../nbs/476_serve.responses.ipynb #d7af6e4b
@@ -167,7 +166,6 @@ def read_reasoning(
     inner.done()
     return dict(effort=effort, summary=None)
 
-# %% ../../nbs/476_serve.responses.ipynb #f93fa5e8
 def read_text_format(
     fields:Fields, # Body
 )->tuple: # Kind and value for `compile_grammar`; (): any text
@@ -213,7 +211,6 @@ def read_previous(
 # %% ../../nbs/476_serve.responses.ipynb #abf05a3b
 def _told(text): return [] if text is None else [dict(role='system', content=text)] # instructions as messages
 
-# %% ../../nbs/476_serve.responses.ipynb #f25606f3
 def read_responses(
     body:dict, # Parsed JSON, without `model`
     earlier:Callable|None = None, # Finds a `StoredResponse` by its id; None: nothing is stored
@@ -234,7 +231,7 @@ def read_responses(
         _told(instructions) + said, sampling_from(f), longest, choice=choice, tools=None if choice == 'none' else tools or None,
         format=form, thinking=reasoning['effort'] not in (None, 'none'), effort=reasoning['effort'], parallel=parallel, said=said,
         stream=f.take('stream', bool, default=False), user=echo.get('user') or echo['safety_identifier'] or '', encrypted=encrypted,
-        echo=echo, items=listed(given, uuid4().hex))
+        echo=echo, items=list_items(given, uuid4().hex))
     f.done()
     return out
 
@@ -249,7 +246,6 @@ def new_item(
     if kind == 'reasoning': return dict(type=kind, id=id, status='in_progress', summary=[], content=[])
     return dict(type=kind, id=id, status='in_progress', call_id=f'call_{uuid4().hex[:24]}', arguments='', **more)
 
-# %% ../../nbs/476_serve.responses.ipynb #9281b77e
 def new_part(
     kind:str, # Of the item
     text:str = '', # Its text
@@ -440,7 +436,7 @@ class CompactRun(ResponsesRun):
         users = [m['content'] for m in self.request.said if m['role'] == 'user']
         said = [dict(role='user', content=u) for u in users if not u.startswith(_SUMMARY)]
         summary = dict(type='compaction', encrypted_content=b64encode(text.encode()).decode())
-        return dict(id=self.id, object='response.compaction', created_at=self.created, output=listed([*said, summary], self.id[5:]),
+        return dict(id=self.id, object='response.compaction', created_at=self.created, output=list_items([*said, summary], self.id[5:]),
                     usage=answer['usage'])
 
 # %% ../../nbs/476_serve.responses.ipynb #9d7343a8

@@ -21,7 +21,7 @@ from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Request
 from ..infer.sampling import Drawn, SamplingParams
 from .chat import Answer, ApiError, Fields, Run, ServedModel, sampling_from
-from .completions import drafted_tokens, merged, read_stop, read_streaming, read_user, usage_of
+from .completions import drafted_tokens, merge_streams, read_stop, read_streaming, read_user, usage_of
 from .events import Splitter
 
 # %% ../../nbs/474_serve.text.ipynb #7e172879
@@ -200,13 +200,13 @@ class TextRun(Run):
 
     async def chunks(self)->AsyncIterator[dict]:
         "All chunks of the stream"
-        async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
+        async for _,choice in merge_streams(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
         if self.request.include_usage: yield self._chunk([], usage=self._usage())
 
     async def whole(self)->dict: # OpenAI's `text_completion`
         "All answers, when they are complete"
         choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
-        async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
+        async for i,new in merge_streams(*[self._answer_choices(i) for i in range(len(choices))]):
             c = choices[i]
             c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
             if c['logprobs'] is None: c['logprobs'] = new['logprobs']
