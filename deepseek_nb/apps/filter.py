@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from .names import NameTagger, drop_near_copies, read_pii, refilled, split_part, train_names
+from .names import NameTagger, read_pii, refilled, split_part, train_names
 from .rows import App
+from .styles import drop_near_repeats
 from .toxic import ToxicityNet, read_toxicity, threshold_at, train_toxicity
 from ..serve.chat import ApiError
 from ..serve.guard import ContentFilter
@@ -57,7 +58,7 @@ def divide_set(
 )->dict: # 'train', 'val' and 'test' -> rows; nothing in 'train' nearly repeats the others
     "Divide a set"
     parts = {p: [r for r in rows if split_part(key(r)) == p] for p in ('train', 'val', 'test')}
-    return parts | dict(train=drop_near_copies(parts['train'], parts['val'] + parts['test']))
+    return parts | dict(train=drop_near_repeats(parts['train'], held=parts['val'] + parts['test']))
 
 # %% ../../nbs/883_apps.filter.ipynb #8b005f57
 def learn_filter(

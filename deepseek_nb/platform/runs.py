@@ -28,7 +28,7 @@ from ..eval.calibration import bin_places
 from ..eval.classify import class_probabilities, classified, interval, macro_f1
 from ..eval.intervals import bootstrap, wilson
 from ..eval.report import eval_task
-from ..eval.tasks import score_interval, sum_of_gaps
+from ..eval.tasks import FORMS, score_interval
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
 from .jobs import Job, curve_of, job_kind, job_of, submit
@@ -375,7 +375,7 @@ def _class_measures(job, model, tok, rows, classes):
     facts = dict(n=n, split=job.config.split, version=job.row.version_id)
     return dict([_measured('accuracy', found.accuracy, share.low, share.high, **facts, classes=len(classes)),
                  _measured('macro_f1', found.macro_f1, *interval(found.table, macro_f1), **facts),
-                 _measured('calibration_error', found.calibration_error, *bootstrap(gaps, sum_of_gaps)[1:], **facts)])
+                 _measured('calibration_error', found.calibration_error, *bootstrap(gaps, FORMS['gaps'])[1:], **facts)])
 
 # %% ../../nbs/829_platform.runs.ipynb #83871123
 def _loss_measures(job, model, tok, rows):
