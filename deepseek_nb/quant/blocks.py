@@ -61,7 +61,7 @@ def _solve_affine(x, importance, q, signed):
     a,s,ss,t,st = (v.sum(-1, True) for v in (importance, aq, aq*q, ax, ax*q))
     det = a*ss - s*s
     d,m = _safe_ratio(a*st - s*t, det),_safe_ratio(s*st - ss*t, det)
-    d,m = torch.where(det > 0, d, 0.),torch.where(det > 0, m, -safe_ratio(t, a))
+    d,m = torch.where(det > 0, d, 0.),torch.where(det > 0, m, -_safe_ratio(t, a))
     if signed: return d, m
     alone = _safe_ratio(st, ss).clamp(min=0)
     return torch.where(m < 0, alone, d), m.clamp(min=0)
