@@ -15,9 +15,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import SEED
 
-from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters
+from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters, read_moves
 from deepseek_nb.tools.glossary import link_terms, read_glossary
-from deepseek_nb.tools.redirects import read_moves
 from deepseek_nb.tools.site import defined_names, link_pages, new_chapter, stage
 
 ROOT = Path(__file__).parents[1]

@@ -152,7 +152,6 @@ def peak_bytes(
         return torch.accelerator.max_memory_allocated() - before
     return _rises([lambda _: f()])[0]
 
-# %% ../../nbs/750_bench.ipynb #787ab058
 def _rises(steps):
     "Pass the value of each step to the next one, and measure the rise of memory to its peak up to the end of each"
     before,x,found = _resident(reset=True),None,[]
@@ -554,7 +553,6 @@ def read_options(
     if bad := [n for n,eq,_ in pairs if not eq]: raise ValueError(f'{bad[0]!r} is not an option; write NAME=VALUE')
     return {n: _value(v) for n,_,v in pairs}
 
-# %% ../../nbs/750_bench.ipynb #90d34583
 def _value(text):
     for read in (int, float):
         try: return read(text)

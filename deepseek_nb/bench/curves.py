@@ -66,7 +66,6 @@ def _fixed_bytes(c, m, token):
     width = c.head_dim + (c.index_head_dim if m == 4 else 0)
     return c.window*token + 4*2*(overlap*m)*(overlap*width)
 
-# %% ../../nbs/757_bench.curves.ipynb #10eaaa90
 def entry_reads(
     c:Config, # Config of V4
 )->list[Reads]: # One for each layer

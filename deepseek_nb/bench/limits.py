@@ -288,7 +288,6 @@ def _points(ax, name, speed, colour, marker):
         t = c.times.medians[face == 'none']
         ax.plot(flops/size, flops/t/1e9, marker, ms=5, mfc=face, mec=colour, color=colour, label=name if i == 0 else None)
 
-# %% ../../nbs/755_bench.limits.ipynb #8e55d2ad
 def plot_speeds(
     speeds:dict, # Name of the benchmark -> `Speed`
 )->None:

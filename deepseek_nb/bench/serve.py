@@ -150,7 +150,6 @@ def _llama_server(path, port, n): return f'-m {path} --port {port} -t {n} -tb {n
 def _vllm(path, port, n): return [*f'serve {path} --port {port} --dtype float32 --max-model-len 2048 --max-num-seqs 32'.split(),
                                   '--served-model-name', 'model']
 
-# %% ../../nbs/792_bench.serve.ipynb #b058b953
 COMMANDS = {
     'deepseek_nb': Command(sys.executable, _ours, USAGE, ('-c', 'import deepseek_nb; print(deepseek_nb.__version__)')),
     'transformers': Command('transformers', _batching, {}, ('version',)),
@@ -390,7 +389,6 @@ def _in_a_loop(work):
     "Run a coroutine in a thread, because a notebook has a running event loop"
     with ThreadPoolExecutor(1) as pool: return pool.submit(asyncio.run, work).result()
 
-# %% ../../nbs/792_bench.serve.ipynb #ce8a1820
 def _measure_arm(report, arm, todo, save, words, start, sizes, until):
     "Start a server and measure what is left to do"
     busy = host_busy()
@@ -482,18 +480,11 @@ def serve_load(
         return measure_all(report, arms, rounds, words, start, save, sizes, minutes)
 
 # %% ../../nbs/792_bench.serve.ipynb #0de7bead
-def _middle(
-    values:list, # One for each round
-)->float|None: # None: not measured
+def _middle(values):
     "The median"
     return statistics.median(values) if values else None
 
-# %% ../../nbs/792_bench.serve.ipynb #9604c496
-def _cell(
-    values:list, # One for each round
-    scale:float = 1., # Factor
-    digits:int = 0, # Behind the point
-)->str: # '' if nothing was measured
+def _cell(values, scale=1., digits=0):
     "The median, and least to most if the rounds differ"
     if not values: return ''
     a,m,b = (f'{scale*x:,.{digits}f}' for x in (min(values), _middle(values), max(values)))

@@ -375,7 +375,6 @@ def _explicit(r):
     if r.kind != 'yarn' or r.attention_factor is not None or r.mscale_all_dim: return r
     return replace(r, attention_factor=.1*log(r.factor) + 1 if r.factor > 1 else 1.)
 
-# %% ../../nbs/010_core.config.ipynb #c191a2cd
 def _v4_rope(d):
     "Rotary settings and rotary width of a V4 config.json, in either form"
     p = d.get('rope_parameters') or {}
@@ -418,7 +417,6 @@ def _v4_kinds(c):
     kinds = [sliding if r == 0 else sparse if r == c.csa_ratio else heavy for r in c.compress_ratios]
     return dict(layer_types=kinds, compress_rates={sparse: c.csa_ratio, heavy: min(rates, default=128)})
 
-# %% ../../nbs/010_core.config.ipynb #683ee2f8
 def _v4_to_hf(c, form):
     "Keys that only V4's config.json has"
     d = dict(num_key_value_heads=1, rope_theta=c.rope.theta, compress_rope_theta=c.compress_rope.theta if c.compress_rope else 160000.)

@@ -58,7 +58,6 @@ def _versioned(path):
     found = [m for n in names if (m := re.fullmatch(r'(?:g|clang)\+\+-(\d+)', n))]
     yield from (m[0] for m in sorted(found, key=lambda m: (-int(m[1]), m[0])))
 
-# %% ../../nbs/040_core.nbproc.ipynb #45c39a6f
 def find_compiler(
     kind:str, # Language, `cpp` or `cu`
 )->str: # Path of the compiler

@@ -19,7 +19,7 @@ from typing import NamedTuple
 # %% ../../nbs/818_export.command.ipynb #181ede92
 # Format -> module:function
 EXPORTS = dict(
-    gguf='export.gguf:export_gguf', packed='export.packed:export_packed', binary='export.runner_binary:export_binary',
+    gguf='export.gguf:export_gguf', packed='export.gguf:export_packed', binary='export.runner_binary:export_binary',
     onnx='export.onnx:export_onnx',
     tensorrt='export.tensorrt:export_tensorrt',
     genai='export.genai:export_genai',
@@ -52,7 +52,6 @@ def _typed(name, text, default):
     if needs and type(value) is not type(default): raise ValueError(f'option {name!r} is {text!r}; it must be {needs}')
     return value
 
-# %% ../../nbs/818_export.command.ipynb #840bab88
 def _export_options(text, f):
     "Read the options of an exporter"
     pairs = [o.partition('=') for o in text.split(',') if o]

@@ -236,7 +236,6 @@ def _quiet():
             yield
     finally: log.setLevel(level)
 
-# %% ../../nbs/802_export.onnx.ipynb #f354ef23
 OPSET = 20
 
 def translated(

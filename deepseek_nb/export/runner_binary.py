@@ -29,8 +29,7 @@ from torch import Tensor
 
 from ..bench import alternate
 from ..core.nbproc import find_compiler, note_compiled
-from .gguf import export_gguf
-from .packed import export_packed
+from .gguf import export_gguf, export_packed
 from .runner import Runner, compile_runner, runner_path, runner_sources
 from ..files.checkpoint import install
 from ..quant.save import read_packed

@@ -34,7 +34,6 @@ def environment(): # `jinja2.sandbox.ImmutableSandboxedEnvironment`
     env.globals |= dict(raise_exception=_raise, strftime_now=lambda format: datetime.now().strftime(format), namespace=_namespace())
     return env
 
-# %% ../../nbs/220_files.chat.ipynb #e7525d3a
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -135,7 +134,6 @@ def _run(template, data):
     try: return template(**data) if isinstance(template, PromptStyle) else _compiled(template).render(data)
     except Exception as e: raise ValueError(f'the chat template rejects this conversation: {" ".join(str(e).split())}') from e
 
-# %% ../../nbs/220_files.chat.ipynb #f40c0bf2
 def render(
     template:str|PromptStyle, # Jinja source, or a format written as functions
     messages,        # Dicts with `role` and `content`, in order

@@ -9,7 +9,7 @@ weights with block scales are dequantised while they are loaded (`dequant_fp8`).
 # %% auto #0
 __all__ = ['CARRIED', 'expert_views', 'disk_key', 'disk_views', 'is_mtp', 'match_keys', 'match_shapes', 'dequant_fp8',
            'round_up_scale', 'quant_fp8', 'fp8_block', 'materialise', 'progress', 'entries', 'fill', 'write_weights',
-           'install', 'save_config', 'umask', 'kept_tensors']
+           'install', 'save_config', 'umask', 'kept_tensors', 'release_key', 'official_key', 'dequant_fp4']
 
 # %% ../../nbs/230_files.checkpoint.ipynb #55066cbe
 import json
@@ -29,7 +29,6 @@ from torch import Tensor
 from ..arch.engram import engram_settings
 from ..arch.model import Model
 from ..core.config import Config, family
-from .layouts import dequant_fp4, official_key, release_key
 from .safetensors import INDEX, SINGLE, Entry, read_tensors, some, weight_map, write_tensors
 
 # %% ../../nbs/230_files.checkpoint.ipynb #1dae3c12
@@ -91,7 +90,6 @@ def _ignored(k, found, wanted, config):
     return (k.endswith('rotary_emb.inv_freq') or (config.tie_embeddings and k == 'lm_head.weight')
             or (k.endswith('_scale_inv') and k.removesuffix('_scale_inv') in wanted))
 
-# %% ../../nbs/230_files.checkpoint.ipynb #e6eaf885
 def match_keys(
     found:dict[str, Entry], # Key without `model.` -> tensor of the checkpoint
     wanted:dict[str, Tensor], # Key without `model.` -> view of a parameter of the model
@@ -111,7 +109,6 @@ def _shape(e):
     "Shape of a tensor; a byte of an FP4 weight holds two numbers"
     return (*e.shape[:-1], 2*e.shape[-1]) if e.dtype == torch.int8 and len(e.shape) == 2 else e.shape
 
-# %% ../../nbs/230_files.checkpoint.ipynb #f12d3fad
 def match_shapes(
     found:dict[str, Entry], # Key without `model.` -> tensor of the checkpoint
     wanted:dict[str, Tensor], # Key without `model.` -> view of a parameter of the model
@@ -358,3 +355,38 @@ def save_pretrained(self:Model,
         install(tmp, folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
+
+# %% ../../nbs/230_files.checkpoint.ipynb #737e559c
+_WORDS = (('.self_attn.', '.attn.'), ('.mlp.', '.ffn.'), ('.input_layernorm.', '.attn_norm.'), ('.post_attention_layernorm.', '.ffn_norm.'),
+          ('.attn_hc.', '.hc_attn_'), ('.ffn_hc.', '.hc_ffn_'), ('hc_head.', 'hc_head_'), ('.e_score_correction_bias', '.bias'),
+          ('.gate_proj.', '.w1.'), ('.down_proj.', '.w2.'), ('.up_proj.', '.w3.'))
+_ENDS = {'embed_tokens.weight': 'embed.weight', 'lm_head.weight': 'head.weight'}
+
+def release_key(
+    key:str, # Name of a weight in a `Model`, one expert at a time
+)->str: # Key in a V4 checkpoint
+    "The release's name of a weight"
+    for ours,theirs in _WORDS: key = key.replace(ours, theirs)
+    return _ENDS.get(key, key)
+
+# %% ../../nbs/230_files.checkpoint.ipynb #60fda1b8
+def official_key(
+    key:str, # Key in a file, in the release's form or in that of transformers
+)->str: # The release's key; scales end in `weight_scale_inv`
+    "One name for a weight of a V4 checkpoint"
+    key = key.removeprefix('model.').replace('hc_head.hc_', 'hc_head_').replace('.attn.norm.', '.attn.kv_norm.')
+    return re.sub(r'\.scale$', '.weight_scale_inv', _ENDS.get(key, key))
+
+# %% ../../nbs/230_files.checkpoint.ipynb #9b80750b
+_E2M1 = torch.tensor([0., .5, 1., 1.5, 2., 3., 4., 6., -0., -.5, -1., -1.5, -2., -3., -4., -6.])  # value of each code
+
+def dequant_fp4(
+    weight:Tensor, # Pairs of codes, the first in the lower half of a byte, int8 `o i/2`
+    scale:Tensor, # Powers of two `o i/32`
+)->Tensor: # float32 `o i`
+    "Dequantise FP4 weights with a scale for 32 neighbours"
+    if tuple(scale.shape) != (len(weight), -(-2*weight.shape[1]//32)):
+        raise ValueError(f'scales {list(scale.shape)} do not cover an FP4 weight of {list(weight.shape)} bytes in groups of 32')
+    byte = weight.view(torch.uint8).int()
+    codes = rearrange(torch.stack([byte & 15, byte >> 4], -1), 'o i two -> o (i two)')
+    return _E2M1.to(weight.device)[codes]*scale.float().repeat_interleave(32, -1)[:, :codes.shape[1]]

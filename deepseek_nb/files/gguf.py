@@ -40,7 +40,6 @@ def _short_strings(a, at, n):
     k = min(n, int(wrong[0]) + 1 if len(wrong) else len(starts))
     return k, at + int(ends[k-1])
 
-# %% ../../nbs/240_files.gguf.ipynb #b5ae20b5
 def _strings_end(a, at, n):
     "Position after `n` strings with length prefixes, of an array of bytes"
     k = n
@@ -93,7 +92,6 @@ def _misplaced(r):
         if (at - int(r.data_offset)) % int(r.alignment): return f"{t.name} doesn't begin at a multiple of {r.alignment} bytes"
         end = at + int(t.n_bytes)
 
-# %% ../../nbs/240_files.gguf.ipynb #fbaa2a06
 def open_gguf(
     path:str|Path, # A .gguf file
 ): # A `GGUFReader`, without arrays of strings
@@ -170,7 +168,6 @@ def _low_high(f, inv_wavelen, L):
     gap = L*(x[0]-x[-1])/(s[0]-s[-1])
     return float(L*x[0] - s[0]*gap), float(L*x[0] + (1-s[0])*gap)
 
-# %% ../../nbs/240_files.gguf.ipynb #81dce399
 def llama3_rope(
     factors:Tensor, # `rope_freqs.weight`, `width/2`
     theta:float, # Base of the frequencies
@@ -190,7 +187,6 @@ def _yarn(m, **shared):
     return Rope(kind='yarn', mscale=mscale or 1., mscale_all_dim=mscale, original_positions=m.need('rope.scaling.original_context_length'),
                 beta_fast=m.get('rope.scaling.yarn_beta_fast', 32.), beta_slow=m.get('rope.scaling.yarn_beta_slow', 1.), **shared)
 
-# %% ../../nbs/240_files.gguf.ipynb #1d36e74c
 def _gguf_rope(m, interleaved):
     "Read rotary settings from the metadata"
     theta,kind,factor = m.get('rope.freq_base', 10000.),m.get('rope.scaling.type', 'none'),m.get('rope.scaling.factor')
@@ -215,7 +211,6 @@ def _shared(m):
 
 def _short(x): return float(f'{x:.6g}') # 1e-5 from the float32 nearest to it
 
-# %% ../../nbs/240_files.gguf.ipynb #c4d85c46
 def _gqa(m):
     "Fields of `Config` for `llama` and `qwen2`"
     if e := m.get('expert_count'): raise ValueError(f'{m.path}: {m.arch} with {e} experts is not supported')
@@ -252,7 +247,6 @@ def _router(m):
         group_score='sum2' if v3 else 'max', score_func=_SCORES[gating], score_bias=bias, norm_topk=norm,
         route_scale=1. if norm and not v3 else _short(m.get('expert_weights_scale') or 1.)) # V2 normalises or scales, V3 does both
 
-# %% ../../nbs/240_files.gguf.ipynb #22916da2
 def _moe(m):
     "Fields of `Config` for the experts of `deepseek2` and their router"
     return _router(m) | dict(
@@ -297,7 +291,6 @@ _NORMS = dict(input_layernorm='attn_norm', post_attention_layernorm='ffn_norm')
 _BLOCK = _NORMS | {f'self_attn.{k}': f'attn_{v}' for k,v in _ATTN.items()} | {f'mlp.{k}': f'ffn_{v}' for k,v in _FFN.items()} \
     | {f'mlp.shared_experts.{k}': f'ffn_{v}_shexp' for k,v in _FFN.items()}
 
-# %% ../../nbs/240_files.gguf.ipynb #30dfb19e
 def _block_views(c, arch, i, rest, t, names):
     "Name of a tensor -> view, for one parameter of block `i`"
     blk,(stem,suffix) = f'blk.{i}.',rest.rsplit('.', 1)
@@ -310,7 +303,6 @@ def _block_views(c, arch, i, rest, t, names):
     heads = {'self_attn.q_proj': c.n_heads, 'self_attn.k_proj': c.n_kv_heads}.get(stem) if arch == 'llama' else None
     return {f'{blk}{_BLOCK[stem]}.{suffix}': rearrange(t, '(h s j) ... -> h j s ...', h=heads, s=2) if heads else t}
 
-# %% ../../nbs/240_files.gguf.ipynb #825c29ac
 def _kv_b_views(c, blk, t):
     "Views of `kv_b_proj` for the two tensors of newer files"
     k,v = rearrange(t, '(h m) c -> h m c', h=c.n_heads).split([c.qk_nope_head_dim, c.v_head_dim], dim=1)
@@ -334,7 +326,6 @@ def gguf_views(
 def _half(b, i): return b[:, i:i+2].contiguous().view(torch.float16).float()
 def _nibbles(b): return torch.cat([b & 15, b >> 4], dim=1)
 
-# %% ../../nbs/240_files.gguf.ipynb #e8f33dc3
 def q8_0(
     b:Tensor, # Blocks, uint8 `n 34`
 )->Tensor: # float32 `n 32`

@@ -75,11 +75,7 @@ class PromptStyle(NamedTuple):
         if self.efforts: return 0
         return max((i for i,m in enumerate(messages) if m['role'] == 'user'), default=-1)
 
-    def _opening(self,
-        system:list, # Texts of the system messages
-        tools:list|None, # JSON schemas of functions
-        effort:str, # 'low', 'high', 'max', or '' without reasoning
-    )->str:
+    def _opening(self, system, tools, effort):
         "What stands before the first turn"
         begin = self.efforts.get(effort, '')
         token = self.system if begin or system or tools else ''
@@ -124,9 +120,7 @@ def _call_arguments(call):
     except ValueError: found = None
     return found if isinstance(found, dict) else {'arguments': given}
 
-def _as_json(
-    x, # JSON data
-)->str:
+def _as_json(x):
     "JSON as DeepSeek writes it"
     return json.dumps(x, ensure_ascii=False)
 
@@ -224,16 +218,12 @@ STYLES = {
                                  {k: _NUMBER.format(n) for k,n in dict(low=50, high=75, max=100).items()})}
 
 # %% ../../nbs/215_files.prompts.ipynb #1f890092
-def _in_call_order(
-    turn:list, # Messages of the user and of tools
-    calls:list, # Tool calls before them
-)->list: # The same messages
+def _in_call_order(turn, calls):
     "Put the results of tools in the order of their calls"
     place = {c.get('id'): i for i,c in enumerate(calls)}
     results = iter(sorted((m for m in turn if m['role'] == 'tool'), key=lambda m: place.get(m.get('tool_call_id'), len(place))))
     return [next(results) if m['role'] == 'tool' else m for m in turn]
 
-# %% ../../nbs/215_files.prompts.ipynb #d827fafe
 def _turns_of(messages):
     "Join what the user and the tools say one after another"
     out,asked = [],('user', 'tool')

@@ -305,7 +305,6 @@ def _backend(vocab, merges, added, **flags):
     backend.add_tokens([AddedToken(t, normalized=False) for t in added if t not in control])
     return backend
 
-# %% ../../nbs/210_files.tokenizer.ipynb #15afdf1c
 def _gguf_backend(get, added):
     "Backend for plain text from a GGUF header"
     tokens, pre = get('tokens'), get('pre', 'default')
@@ -379,7 +378,6 @@ def _template(folder, config):
     template = config.get('chat_template')
     return {t['name']: t['template'] for t in template} if isinstance(template, list) else template
 
-# %% ../../nbs/210_files.tokenizer.ipynb #09c7e749
 def from_folder(
     folder:Path, # Folder with `tokenizer.json`, and usually `tokenizer_config.json`
 )->Tokenizer: # Tokenizer with the chat template of the folder

@@ -80,7 +80,6 @@ def _check_text(text, limits):
     if '\0' in text: raise ValueError('a text holds a NUL character')
     if not text.isascii() and any('\ud800' <= c <= '\udfff' for c in text): raise ValueError('a text holds half a character')
 
-# %% ../../nbs/248_files.untrusted.ipynb #82e01579
 def check_value(
     value, # As `json` gives it
     limits:RowLimits = ROW_LIMITS, # What it may cost
@@ -116,7 +115,6 @@ def _header(head, name, limits):
         if h in head[:i]: raise ValueError(f'{name}, line 1: column {h!r:.60} is there twice; rename one of them')
     return head
 
-# %% ../../nbs/248_files.untrusted.ipynb #53c91f08
 def _csv_rows(lines, name, limits):
     first = next(lines, '')
     table = csv.reader(chain([first], lines), delimiter=max(',;\t', key=first.count), strict=True)

@@ -141,20 +141,12 @@ class JobCurves(Callback):
         self.job.report(row['step'], **{k: row[k] for k in ('loss', 'grad_norm', 'learning_rate', 'eval_loss') if k in row})
         if t.step == t.max_steps or (t.save_every and t.step%t.save_every == 0): self.job.flush()
 
-def _start_model(
-    job:Job, # Job of the run
-)->str: # Folder or name
+def _start_model(job):
     "From where a run loads its model"
     return job.config.model if job.row.model_id is None else model_path(job.store, job.row.model_id)
 
 # %% ../../nbs/829_platform.runs.ipynb #c2d2ed4c
-def _train_on_version(
-    job:Job, # Job with `TrainingRun` settings
-    model:Model, # Model whose trainable weights are chosen
-    tok:Tokenizer, # The model's tokenizer
-    lora:LoraConfig|None = None, # Adapter
-    loss = language_loss, # Function loss(model, batch) -> sum, count
-)->Trainer: # Finished trainer
+def _train_on_version(job, model, tok, lora=None, loss=language_loss):
     "Train on the train split of the job's version, from its last checkpoint"
     import datasets
     datasets.disable_progress_bars()
@@ -173,20 +165,14 @@ def _train_on_version(
     return trainer
 
 # %% ../../nbs/829_platform.runs.ipynb #d79e8794
-def _save_trained(
-    job:Job, # Job of the run
-    model:Model, # Trained model, possibly with adapters
-    tok:Tokenizer, # The model's tokenizer
-)->Path: # Folder of the model, in bfloat16
+def _save_trained(job, model, tok):
     "Write the model of a run, with adapters merged"
     if hasattr(model, 'peft_config'):
         write_whole(job.folder/'adapter', model.save_adapter)
         model = model.merge_to_float() if isinstance(model, QuantizedModel) else model.merge_and_unload()
     return write_whole(job.folder/'model', lambda tmp: write_result(model.to(torch.bfloat16), tok, tmp))
 
-def _register_result(
-    job:Job, # Job whose folder has `model`
-)->dict: # Result of the job
+def _register_result(job):
     "Register the model of a run, and queue its evaluation"
     store,row = job.store,job.row
     name = getattr(job.config, 'name', '') or row.name
@@ -202,11 +188,7 @@ def _register_result(
     return dict(model=model, evaluation=queued, last=last)
 
 # %% ../../nbs/829_platform.runs.ipynb #5053b926
-def _train_job(
-    job:Job, # Job with `TrainingRun` settings
-    prepare, # Function from model and tokenizer to arguments of `_train_on_version`
-    quantise:str|None = None, # Format of frozen weights
-)->dict: # Result of the job
+def _train_job(job, prepare, quantise=None):
     "Train a model, unless that was done before a kill, and register it"
     if not (job.folder/'model').exists():
         model,tok = Named(_start_model(job), None if quantise else 'float32', 'cpu', quantise).load()
@@ -214,10 +196,7 @@ def _train_job(
         _save_trained(job, trainer.model, tok)
     return _register_result(job)
 
-def _last_blocks(
-    model:Model, # Model, changed in place
-    n:int, # Number of last blocks to train; 0: all weights
-)->None:
+def _last_blocks(model, n):
     "Freeze all but the last blocks"
     if not n: return
     model.requires_grad_(False)
@@ -225,9 +204,7 @@ def _last_blocks(
 
 # %% ../../nbs/829_platform.runs.ipynb #0f0f03ab
 @job_kind('finetune', FinetuneRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
-def _finetune_job(
-    job:Job, # Job with `FinetuneRun`
-)->dict: # Result of the job
+def _finetune_job(job):
     "Train the last blocks, or all weights"
     def prepare(model, tok): _last_blocks(model, job.config.blocks); return {}
     return _train_job(job, prepare)
@@ -237,24 +214,18 @@ def _adapter(job): # Arguments of `_train_on_version`
     return dict(lora=LoraConfig(s.r, s.alpha, 'all-linear', base_model_name_or_path=_start_model(job)))
 
 @job_kind('lora', LoraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
-def _lora_job(
-    job:Job, # Job with `LoraRun`
-)->dict: # Result of the job
+def _lora_job(job):
     "Train an adapter and merge it"
     return _train_job(job, lambda model, tok: _adapter(job))
 
 @job_kind('qlora', QloraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
-def _qlora_job(
-    job:Job, # Job with `QloraRun`
-)->dict: # Result of the job
+def _qlora_job(job):
     "Train an adapter of a quantised model and merge it"
     return _train_job(job, lambda model, tok: _adapter(job), job.config.format)
 
 # %% ../../nbs/829_platform.runs.ipynb #822ff2a3
 @job_kind('distil', DistilRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
-def _distil_job(
-    job:Job, # Job with `DistilRun`
-)->dict: # Result of the job
+def _distil_job(job):
     "Train a student to match a teacher"
     s = job.config
     if not s.teacher: raise ValueError('distil: give a teacher, a public name or the number of a model')
@@ -276,9 +247,7 @@ class QuantiseRun:
     def __post_init__(self): _checked(self)
 
 @job_kind('quantise', QuantiseRun, cores=2, secrets=('HF_TOKEN',))
-def _quantise_job(
-    job:Job, # Job with `QuantiseRun`
-)->dict: # Result of the job
+def _quantise_job(job):
     "Quantise a model"
     s = job.config
     if not (job.folder/'model').exists():
@@ -316,9 +285,7 @@ def texts_of(
 
 # %% ../../nbs/829_platform.runs.ipynb #66e067d8
 @job_kind('convert', ConvertRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
-def _convert_job(
-    job:Job, # Job with `ConvertRun`
-)->dict: # Result of the job
+def _convert_job(job):
     "Convert a model to latent attention or to experts"
     s = job.config
     if not (job.folder/'model').exists():
@@ -430,9 +397,7 @@ def task_measures(
 
 # %% ../../nbs/829_platform.runs.ipynb #ba980fe8
 @job_kind('evaluate', EvaluateRun, cores=1, needs=('model',), secrets=('HF_TOKEN',))
-def _evaluate_job(
-    job:Job, # Job with `EvaluateRun`
-)->dict: # Result of the job
+def _evaluate_job(job):
     "Measure a model, and store the measures in the registry"
     s,path = job.config,model_path(job.store, job.row.model_id)
     model,tok = Named(path, None, 'cpu').load()

@@ -225,7 +225,6 @@ def _filled(model, path, device, source, planned):
     model.source,model.kept = path,getattr(source, 'kept', ())
     return model
 
-# %% ../../nbs/380_quant.model.ipynb #cdd65132
 def _load_quantized(cls, path_or_name, dtype, device, compute, **kwargs):
     "Implementation of `QuantizedModel.from_pretrained`"
     path,device = locate(path_or_name),pick_device(device)

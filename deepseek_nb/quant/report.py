@@ -62,7 +62,7 @@ class QuantizationReport:
             lines.append([name, format, reason, len(rs), f'{nbytes:,}', f'{before:,}', _error_range(errors)])
         return markdown_table(['parameter', 'format', 'remark', 'count', 'bytes', 'before', 'error'], lines, text=3)
 
-# %% ../../nbs/385_quant.report.ipynb #3b5fbda9
+# %% ../../nbs/385_quant.report.ipynb #5f5f5cc3
 def _error_range(errors):
     "The smallest and the largest error, in per cent"
     low,high = (f'{100*e:.2f}' for e in (min(errors, default=0), max(errors, default=0)))

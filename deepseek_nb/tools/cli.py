@@ -242,7 +242,6 @@ def _shown(found):
         for key,s in task['scores'].items(): print(f"{name} {key}: {Interval(s['value'], s['low'], s['high'])} on {s['n']:,}")
     for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
 
-# %% ../../nbs/960_tools.cli.ipynb #7bc07a0d
 def _report(name, path, against, tasks, n, dtype, device, as_json):
     from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.bench import hardware, versions

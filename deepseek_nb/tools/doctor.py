@@ -55,7 +55,6 @@ def _compiler(kind):
     except FileNotFoundError: return ''
     return f"{path}, {(compiler_version(path).splitlines() or ['unknown version'])[-1 if kind == 'cu' else 0]}"
 
-# %% ../../nbs/950_tools.doctor.ipynb #3a7b9bdf
 def _no_compiler():
     "Why there is no C++ compiler, and which one to install"
     try: return find_compiler('cpp')

@@ -14,9 +14,8 @@ import json
 import re
 from pathlib import Path
 
-from .book import chapters, contents_page, parts_table, paths_list, starts_line
+from .book import chapters, contents_page, fill_block, moves_table, parts_table, paths_list, read_moves, starts_line
 from .pictures import rates_note, save_pictures
-from .redirects import fill_block, moves_table, read_moves
 
 # %% ../../nbs/985_tools.front.ipynb #a92f7a82
 def _fill_notebook(path, blocks):

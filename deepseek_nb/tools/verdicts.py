@@ -9,7 +9,7 @@ finding, what got worse, and for which data the verdict holds. `study_answer` an
 # %% auto #0
 __all__ = ['ROW_HEAD', 'STUDY_NOTES', 'ANSWERS', 'SPEED_ANSWERS', 'CLAIM_PARTS', 'PART_DOMAINS', 'ClaimRow', 'StudyNumbers',
            'StudyNote', 'bold', 'word', 'made_by', 'scatter', 'study_row', 'study_answer', 'speed_answer',
-           'ratio_verdict', 'kept_since', 'part_gaps', 'part_row']
+           'ratio_verdict', 'kept_since', 'part_row']
 
 # %% ../../nbs/978_tools.verdicts.ipynb #f07ce08c
 import re
@@ -702,11 +702,7 @@ def kept_since(
 CLAIM_PARTS = dict(small=('rank8', 'full', (50, 200)), large=('full', 'rank8', (10_000,))) # Better, worse, numbers of samples
 PART_DOMAINS = dict(small=STUDY_NOTES['ranks'].domain, large=f"{STUDY_NOTES['ranks'].domain}; 10,000 samples, more weren't measured")
 
-def part_gaps(
-    part:str, # Key of `CLAIM_PARTS`
-    records:list, # Records of `ranks`
-    rank:str = 'rank8', # Arm of LoRA
-)->dict: # Number of samples -> difference in points of macro-F1; empty unless all were measured
+def _part_gaps(part, records, rank='rank8'):
     "Differences that a claim of the article is about"
     *both,sizes = CLAIM_PARTS[part]
     found = {n: open_study('ranks').against(records, *(rank if o == 'rank8' else o for o in both), n) for n in sizes}
@@ -724,10 +720,10 @@ def part_row(
 )->ClaimRow: # What is known
     "Make the row of one of the claims that the study of LoRA's rank measures"
     study,done,command = open_study('ranks'),runs('ranks', Path(folder)/'evidence'),'`deepseek-nb evidence ranks`'
-    if not (gaps := part_gaps(part, done)): return ClaimRow('not measured', claim, command=command)
+    if not (gaps := _part_gaps(part, done)): return ClaimRow('not measured', claim, command=command)
     a,b = (dict(rank8='LoRA of rank 8', full='full fine-tuning')[o] for o in CLAIM_PARTS[part][:2])
     said,interval = _part_words(gaps)
-    other = [f"with rank 64: {' ('.join(_part_words(g))})"] if (g := part_gaps(part, done, 'rank64')) else []
+    other = [f"with rank 64: {' ('.join(_part_words(g))})"] if (g := _part_gaps(part, done, 'rank64')) else []
     about,seeds = STUDY_NOTES['ranks'],', '.join({f'{g.n} seeds' for g in gaps.values()})
     floor,cost = _phrase(about.floor, study.finding(done)),'; '.join([_runs_cost(done), *other, about.note])
     return ClaimRow(study.word([*gaps.values()]), claim, f'{a} minus {b}, points: {said}', f'{interval} ({seeds})', floor, cost,
