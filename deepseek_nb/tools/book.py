@@ -106,6 +106,7 @@ BOOK_PARTS = [BookPart(*o) for o in (
     (800, 'export', 'Export', 'Models for other runtimes'),
     (820, 'platform', 'Platform', 'Data, labels, training runs, releases and monitoring, with pages for people, in one process and file'),
     (850, 'apps', 'Applications', 'Anomalies, defects, routes, text filters, style, topics across languages, and a command for them'),
+    (895, 'exercises', 'Exercises', 'Functions to write yourself, and a check that says what is wrong with them'),
     (900, 'studies', 'Studies', 'Experiments with a plan written in advance, stored runs, and a finding'),
     (950, 'tools', 'Tools', 'The command line, the site, and the comparison of claims with measurements'))]
 
@@ -138,8 +139,8 @@ class ReadingPath(NamedTuple):
 
 PATHS = [
     ReadingPath('Understand', 'DeepSeek-V3 completely: all its parts in the order in which a token passes through them, and its training', (
-        'core.reading', 'core.config', 'arch.rope', 'arch.norm', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe', 'arch.model',
-        'files.tokenizer', 'infer.load', 'infer.generate', 'quant', 'train.loss', 'train.trainer')),
+        'core.reading', 'core.tiny', 'core.config', 'arch.rope', 'arch.norm', 'arch.attention', 'arch.cache', 'arch.routing', 'arch.moe',
+        'arch.model', 'arch.v3', 'files.tokenizer', 'infer.load', 'infer.generate', 'quant', 'train.loss', 'train.trainer')),
     ReadingPath('Run', 'Load a model, chat with it, quantise it and fine-tune it, in Python and in a terminal', (
         'tutorials.first_hour', 'infer.load', 'infer.conversation', 'infer.generate', 'quant.model', 'train.lora', 'train.runs',
         'tools.doctor', 'tools.cli')),
