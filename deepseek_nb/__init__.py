@@ -5,6 +5,7 @@ Packages:
 - `deepseek_nb.quant`: Weights stored as small integer codes and scales. A layer uses a quantised weight in place of a parameter.
 - `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
+- `deepseek_nb.exercises`: Write a function yourself, and `check` compares it with the library on fresh random inputs and says what is wrong
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a stored record of each run. This chapter reads plans, runs and resumes experiments, and imports studies from their notebooks.
 
 Modules:
@@ -86,6 +87,7 @@ Modules:
 - `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
+- `deepseek_nb.core.tiny`: Write a small transformer, train it before your eyes in less than a minute, and read what it writes before, between and after
 - `deepseek_nb.cuda.attention`: Attention over MLA's latent KV cache on tensor cores. The cache is split over multiprocessors and may be ragged or paged.
 - `deepseek_nb.cuda.build`: Compiles a `.cu` file at its first launch, for the GPU with NVRTC or nvcc, or for the CPU with a C++ compiler and the emulation.
 - `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
@@ -121,6 +123,8 @@ Modules:
 - `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
 - `deepseek_nb.eval.swaps`: Swap names, pronouns and groups in your own texts by a readable table, and measure how far a classifier's or a model's answer moves, with paired intervals.
 - `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
+- `deepseek_nb.exercises.model`: Norm, positions, attention, cache, routing, experts, sampling and quantisation: for each exercise a reference, random inputs and three mistakes
+- `deepseek_nb.exercises.training`: Labels, loss, optimiser, schedule, LoRA, distillation, merges, advantages and policy loss: for each exercise a reference, random inputs and three mistakes
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
 - `deepseek_nb.export.executorch`: A .pte file for phones and embedded devices: the traced step, lowered to XNNPACK's kernels, with memory planned for a longest context.
 - `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server

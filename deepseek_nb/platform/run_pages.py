@@ -131,8 +131,8 @@ def _new_run_page(request):
              field('version', 'Data', 'select', asked.get('version', ''), options=data),
              field('model', 'Model', 'select', asked.get('model', own), options=known)]
     skip = {'name'} | ({'model'} if 'model' in kind.needs else set())
-    wanted = [f for f in fields(kind.config) if f.name not in skip] if kind.config else []
-    settings = [_kind_field(f, given, _settings_help(kind.config)) for f in wanted]
+    told = _settings_help(kind.config) if kind.config else {}
+    settings = [_kind_field(f, given, told) for f in fields(kind.config) if f.name not in skip] if kind.config else []
     shown = form(request, '/runs', *first, fh.Details(fh.Summary('Settings'), *settings), button='Start')
     begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
     main = card(ready.title if ready else name, fh.P((kind.run.__doc__ or name) + '.'), shown)

@@ -44,6 +44,7 @@ TEXT_EXTRAS = dict(cache_control=CACHE, citations=([],))
 
 def _text(content, where): return text_of(content, where, ('text',), TEXT_EXTRAS, '\n\n')
 
+# %% ../../nbs/478_serve.anthropic.ipynb #e3499ecb
 def user_turn(
     content, # A string, or a list of blocks
     where:str, # Name of the field, in messages
@@ -143,6 +144,7 @@ class MessagesRequest(ChatRequest):
     "A message that was asked for"
     budget:int|None = None # Most tokens of reasoning; None: no limit
 
+# %% ../../nbs/478_serve.anthropic.ipynb #47787d12
 def read_tool_uses(
     fields:Fields, # Body
 )->dict: # `tools` in the form of chat completions or None, and the `choice`: whether one must be called; `parallel`: whether several may be

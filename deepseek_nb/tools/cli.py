@@ -8,7 +8,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized', 'run_export',
            'run_finetune', 'run_distillation', 'run_conversion', 'run_pipeline', 'evaluate', 'run_evidence', 'doctor',
-           'build_kernels', 'run_server', 'run_app', 'run_platform', 'run_bench', 'usage', 'main']
+           'build_kernels', 'run_server', 'run_app', 'run_platform', 'list_exercises', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -397,6 +397,12 @@ def run_platform(
     decided = dict(internal=[h for h in internal.split(',') if h], mlflow=mlflow, opentelemetry=opentelemetry)
     start_platform(folder, url, host, port, not no_demo, hosts, https, cores or None, scans, **decided)
 
+# %% ../../nbs/960_tools.cli.ipynb #4212eff7
+def list_exercises():
+    "List the exercises of the book, and those that you have solved"
+    from deepseek_nb.exercises import course
+    print(course())
+
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(
     name:str = '', # Name of the benchmark; without it, list all benchmarks
@@ -416,7 +422,7 @@ def run_bench(
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform)
+             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform, course=list_exercises)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"
