@@ -3776,6 +3776,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'deepseek_nb/exercises/model.py')},
             'deepseek_nb.exercises.training': { 'deepseek_nb.exercises.training._adamw': ( 'exercises.training.html#_adamw',
                                                                                            'deepseek_nb/exercises/training.py'),
+                                                'deepseek_nb.exercises.training._cosine': ( 'exercises.training.html#_cosine',
+                                                                                            'deepseek_nb/exercises/training.py'),
                                                 'deepseek_nb.exercises.training._letters': ( 'exercises.training.html#_letters',
                                                                                              'deepseek_nb/exercises/training.py'),
                                                 'deepseek_nb.exercises.training._low': ( 'exercises.training.html#_low',

@@ -19,7 +19,7 @@ from ..train.advantage import generalised_advantage, group_advantage, leave_one_
 from ..train.bpe import join
 from ..train.kl_estimate import kl_estimate
 from ..train.policy import clipped_objective
-from ..train.schedule import cosine_factor
+from ..train.schedule import get_cosine_schedule_with_warmup
 
 # %% ../../nbs/897_exercises.training.ipynb #edc23ab2
 def _mean_loss(x, y, of=None): return F.cross_entropy(x, y, ignore_index=-100, reduction='sum')/(of or (y >= 0).sum())
@@ -76,10 +76,14 @@ exercise('clip-gradient', 'train.trainer', 'f(g, limit): g scaled down so that i
      'it divides by the square of the norm': lambda g, n: g*(n/g.square().sum()).clamp(max=1.)})
 
 # %% ../../nbs/897_exercises.training.ipynb #11ea1e0b
+def _cosine(step, warmup, total):
+    one = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.)
+    return get_cosine_schedule_with_warmup(one, warmup, total).lr_lambdas[0](step)
+
 exercise('cosine-schedule', 'train.schedule', 'f(step, warmup, total): factor of the learning rate: linear from 0 to 1, then half a '
     'cosine to 0',
-    cosine_factor, lambda r: (r.randint(1, 30), r.choice([5, 10]), 40),
-    {'the warmup is missing': lambda s, w, n: cosine_factor(s, 0, n),
+    _cosine, lambda r: (r.randint(1, 30), r.choice([5, 10]), 40),
+    {'the warmup is missing': lambda s, w, n: _cosine(s, 0, n),
      'the decay is linear': lambda s, w, n: s/w if s < w else (n - s)/(n - w),
      'it does not reach 0 at the last step': lambda s, w, n: s/w if s < w else .5*(1 + math.cos(math.pi*(s - w)/n))})
 exercise('accumulate', 'train.trainer', 'f(sums, counts): mean loss per token of a step, from the sums of losses and counts of tokens '
