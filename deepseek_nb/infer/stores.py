@@ -34,14 +34,12 @@ class RowMemory:
         caches:list, # Caches of the rows that run
     )->bool: # Whether it can start
         "Whether there is memory for a request"
-        return self._fits(tokens, space, caches)
 
     def known(self,
         tokens:list, # Tokens of a request
         space:str, # Part of the prefix cache that it may use
     )->int: # Tokens
         "Length of the known prefix in memory, in whole pages"
-        return len(self._known(tokens[:-1], space))*self.pool.page
 
     def open(self,
         tokens:list, # Tokens of a request
@@ -67,7 +65,6 @@ class RowMemory:
 
     def fill(self)->float: # From 0 to 1
         "Share of the memory that rows use; what only the prefixes have doesn't count"
-        return self._used()
 
 # %% ../../nbs/453_infer.stores.ipynb #72e7b160
 def _pool_kind(kv_cache):
@@ -102,12 +99,12 @@ class PagedRows(RowMemory, PrefixCache):
 
     def _size(self): return f'{self.pool.pages} pages of {self.pool.page} positions'
 
-    def _fits(self, tokens, space, caches):
+    def has_room(self, tokens, space, caches): # noqa: F811
         busy = _busy(caches)
-        shared = len(busy.intersection(self._known(tokens, space)))
+        shared = len(busy.intersection(self.tree.match(tokens, space)))
         return -(-(len(tokens) + 1)//self.pool.page) - shared + len(caches) <= self.pool.pages - len(busy)
 
-    def _known(self, tokens, space): return self.tree.match(tokens, space)
+    def known(self, tokens, space): return len(self.tree.match(tokens[:-1], space))*self.pool.page # noqa: F811
 
     def _shared(self, tokens, space, caches):
         "Pages, and the number of positions of the known prefix in them"
@@ -123,7 +120,7 @@ class PagedRows(RowMemory, PrefixCache):
         pages,n = self._shared(tokens, space, caches)
         return PagedCache.from_pages(self.pool, [pages], n)
 
-    def _used(self):
+    def fill(self): # noqa: F811
         shared = sum(r > 1 for r in self.pool.refs) # with the prefix cache
         used = self.pool.pages - len(self.pool.free) - self.tree.size + shared
         return min(max(0, used), self.pool.pages)/self.pool.pages
@@ -169,11 +166,11 @@ class OwnedRows(RowMemory, Snapshots):
 
     def _size(self): return f'{self.pool.nbytes:,} bytes' # noqa: F811
 
-    def _fits(self, tokens, space, caches): # noqa: F811
+    def has_room(self, tokens, space, caches): # noqa: F811
         spare = len(caches)*block_bytes(self.model.config, self.pool.page, self.pool.dtype.itemsize)
         return self.pool.row_bytes(len(tokens)) + spare <= self.pool.nbytes - self.pool.rows
 
-    def _known(self, tokens, space): return self.match(tokens, space) # noqa: F811
+    def known(self, tokens, space): return len(self.match(tokens[:-1], space))*self.pool.page # noqa: F811
 
     def _empty(self, tokens): # noqa: F811
         (cache := OwnedCache(self.pool)).reserve(len(tokens))
@@ -181,22 +178,11 @@ class OwnedRows(RowMemory, Snapshots):
 
     def _open(self, tokens, space, caches): return self.find(tokens, space) # noqa: F811
 
-    def part(self, # noqa: F811
-        cache:OwnedCache, # Cache of a row
-        n:int, # Tokens that it lacks
-    )->int: # Tokens
-        "Most tokens that one step may compute"
-        return min(n, self.pool.page - len(cache)%self.pool.page)
+    def part(self, cache, n): return min(n, self.pool.page - len(cache)%self.pool.page) # noqa: F811
 
-    def passed(self, # noqa: F811
-        tokens:list, # Tokens of a row
-        cache:OwnedCache, # Its cache, without rejected drafts
-        space:str, # Its part of the prefix cache
-    )->None:
-        "Keep the state at the last border"
-        self.insert(tokens, cache, space)
+    def passed(self, tokens, cache, space): self.insert(tokens, cache, space) # noqa: F811
 
-    def _used(self): return self.pool.rows/self.pool.nbytes # noqa: F811
+    def fill(self): return self.pool.rows/self.pool.nbytes # noqa: F811
 
 # %% ../../nbs/453_infer.stores.ipynb #4f3a9166
 def store_for(
