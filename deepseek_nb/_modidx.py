@@ -2216,6 +2216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'deepseek_nb/bench/models.py'),
                                           'deepseek_nb.bench.models._train_steps': ( 'bench.models.html#_train_steps',
                                                                                      'deepseek_nb/bench/models.py'),
+                                          'deepseek_nb.bench.models._under': ('bench.models.html#_under', 'deepseek_nb/bench/models.py'),
                                           'deepseek_nb.bench.models.compile_gain': ( 'bench.models.html#compile_gain',
                                                                                      'deepseek_nb/bench/models.py'),
                                           'deepseek_nb.bench.models.decode': ('bench.models.html#decode', 'deepseek_nb/bench/models.py'),

@@ -171,12 +171,17 @@ def train_step(
     yield from contest(f'{batch} × {s} tokens', works, steps, peer, repeats=repeats, check=partial(place.agree, slack=100), train=True)
 
 # %% ../../nbs/762_bench.models.ipynb #297a582d
+def _under(choice, step):
+    def run(*args, **kwargs):
+        with use(choice): return step(*args, **kwargs)
+    return run
+
 def _steps_of(shape, prompt, backend=None):
     "Decode steps of one model: compiled, eager with PyTorch's twins, eager with C++ twins"
     torch.manual_seed(0)
     model = Model(bench_config(**shape), dtype=torch.float32, device='cpu').eval().requires_grad_(False)
-    eager = {kind: use(choice)(our_steps(model, prompt)) for kind,choice in (('torch', 'torch'), ('cpp', 'auto'))}
-    return {'compiled': use('compile')(our_steps(copy.deepcopy(model).compile(backend), prompt))} | eager
+    eager = {kind: _under(choice, our_steps(model, prompt)) for kind,choice in (('torch', 'torch'), ('cpp', 'auto'))}
+    return {'compiled': _under('compile', our_steps(copy.deepcopy(model).compile(backend), prompt))} | eager
 
 # %% ../../nbs/762_bench.models.ipynb #2fa7b30d
 def compile_gain(
