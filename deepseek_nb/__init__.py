@@ -5,6 +5,7 @@ Packages:
 - `deepseek_nb.quant`: Weights stored as small integer codes and scales. A layer uses a quantised weight in place of a parameter.
 - `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
+- `deepseek_nb.exercises`: Write a function yourself, and `check` compares it with the library on fresh random inputs and says what is wrong
 - `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a stored record of each run. This chapter reads plans, runs and resumes experiments, and imports studies from their notebooks.
 
 Modules:
@@ -57,14 +58,13 @@ Modules:
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
 - `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
 - `deepseek_nb.arch.sparse`: V3.2's lightning indexer scores all earlier tokens at a small cost, and each query attends only to the 2,048 tokens with the highest scores
+- `deepseek_nb.arch.v3`: The whole model on a few screens: config, norm, rotary positions, latent attention, router, experts, blocks, cache and generation, equal to the library's model
 - `deepseek_nb.arch.v41`: V4.1 stores 890 bytes of cache for each token: only four layers compress tokens to entries, the others borrow entries and selections, and a prompt runs through half of the layers
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
-- `deepseek_nb.bench.blocks`: Perplexity with weights rounded by this package's quantisers, compared with llama.cpp's own, with and without an importance matrix.
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
 - `deepseek_nb.bench.curves`: FLOPs and KV cache bytes of decoding with V3.1, V3.2, V4 and V4.1 at every context length, counted from their configs and compared with the papers' figures.
 - `deepseek_nb.bench.drift`: The rate of false alarms of the drift monitor on 200 weeks of real text, and the share of shifts of each size that it detects, with the delay
-- `deepseek_nb.bench.fine`: Perplexity and speed of the finer 8-bit format, with the kernels' own products, on weights that lie on a grid and on weights that don't.
 - `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
 - `deepseek_nb.bench.grpo`: A whole step of GRPO in this package and in TRL, at equal settings: tokens per second and peak memory, in processes that take turns.
 - `deepseek_nb.bench.layers`: Times of an MoE layer, an attention layer and a sparse feed-forward, compared with transformers, PyTorch and the limits of the machine.
@@ -72,17 +72,13 @@ Modules:
 - `deepseek_nb.bench.llama`: Decoding, prefill and loading of a 4-bit model, compared with the fastest setting of llama.cpp, and greedy texts compared with float32.
 - `deepseek_nb.bench.load`: Sends streams of requests to any OpenAI-compatible server, in a closed or an open loop, and measures what a user sees: time to first token, inter-token latency, throughput and goodput.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
-- `deepseek_nb.bench.pages`: A decode step that reads pages in place, for rows of any length, against a step with one contiguous cache for all rows.
 - `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
 - `deepseek_nb.bench.runtimes`: The same model, prompts and number of threads in llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding of one and of eight rows, and loading.
 - `deepseek_nb.bench.scaling`: How time grows with the number of tokens, experts, rows and cached tokens, and memory with the context length, compared with the theoretical growth.
 - `deepseek_nb.bench.serve`: Our server, transformers serve, llama.cpp and vLLM with the same model and the same load: throughput, inter-token latency and time to first token at 1 to 32 streams, and goodput.
 - `deepseek_nb.bench.sparse`: The time of a decode step with DeepSeek sparse attention against dense MLA, from the kernels to a whole model, and the limit of the machine.
 - `deepseek_nb.bench.speculate`: The cost and the gain of drafts: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and measured against predicted speedups of draft models.
-- `deepseek_nb.bench.startup`: How long importing the package, loading a checkpoint and dispatching a call take, compared with PyTorch and transformers.
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
-- `deepseek_nb.bench.v4`: The time of a decode step of DeepSeek-V4 with thousands of cached tokens, against transformers and against the readable blocks.
-- `deepseek_nb.bench.vectors`: The libraries of the chapter before on a processor that has AVX-512 and no matrix unit: are the ratios there those of the unit?
 - `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
 - `deepseek_nb.core.device`: How the device of tensors, the dtype of weights and the number of threads are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
@@ -90,8 +86,8 @@ Modules:
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
 - `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
-- `deepseek_nb.core.provenance`: The commit, the state of the tree, the command and the build of a measurement, so that anyone can look up what was measured, and measure it again.
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
+- `deepseek_nb.core.tiny`: Write a small transformer, train it before your eyes in less than a minute, and read what it writes before, between and after
 - `deepseek_nb.cuda.attention`: Attention over MLA's latent KV cache on tensor cores. The cache is split over multiprocessors and may be ragged or paged.
 - `deepseek_nb.cuda.build`: Compiles a `.cu` file at its first launch, for the GPU with NVRTC or nvcc, or for the CPU with a C++ compiler and the emulation.
 - `deepseek_nb.cuda.device`: Number formats, tensor-core instructions and asynchronous copies, as PTX for the GPU and as plain C++ for the CPU, and how Python passes arguments to a kernel.
@@ -127,6 +123,8 @@ Modules:
 - `deepseek_nb.eval.shares`: When too many requests fail, are slow or are flagged: an exact test whose false alarms are known, and an alert that opens once
 - `deepseek_nb.eval.swaps`: Swap names, pronouns and groups in your own texts by a readable table, and measure how far a classifier's or a model's answer moves, with paired intervals.
 - `deepseek_nb.eval.tasks`: What every evaluation task returns: one value for each item with the item's identity, so that two models are compared item by item later
+- `deepseek_nb.exercises.model`: Norm, positions, attention, cache, routing, experts, sampling and quantisation: for each exercise a reference, random inputs and three mistakes
+- `deepseek_nb.exercises.training`: Labels, loss, optimiser, schedule, LoRA, distillation, merges, advantages and policy loss: for each exercise a reference, random inputs and three mistakes
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
 - `deepseek_nb.export.executorch`: A .pte file for phones and embedded devices: the traced step, lowered to XNNPACK's kernels, with memory planned for a longest context.
 - `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server
@@ -135,7 +133,6 @@ Modules:
 - `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
-- `deepseek_nb.export.packed`: Writes a folder of this package's quantised weights as one GGUF file with equal numbers: 4-bit codes stay codes, so nothing is rounded twice.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
 - `deepseek_nb.export.runner_blocks`: Products with blocks of 256 weights in integers, and with float16 weights that are widened in registers: no weight is expanded to float32 in memory.
@@ -148,7 +145,6 @@ Modules:
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.
 - `deepseek_nb.files.gguf`: llama.cpp's file format, which contains metadata, tokenizer and quantised weights in one file, and how it is read into a config and a model.
 - `deepseek_nb.files.hub`: Finding a model's files by a path, a Hugging Face id or a registered name. Downloads are verified and cached.
-- `deepseek_nb.files.layouts`: V4's checkpoints have other weight names than V3's, transformers writes a third form, and the experts are in FP4. This chapter maps the names and reads FP4
 - `deepseek_nb.files.locate`: Finding the folder or file of a checkpoint by a path or a name, and reading the model's config without its weights.
 - `deepseek_nb.files.prompts`: The checkpoints of DeepSeek-V3.2, V4 and V4.1 contain no chat template. Here their prompt formats are written as functions, tools, reasoning and tool results included.
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
@@ -169,7 +165,6 @@ Modules:
 - `deepseek_nb.infer.radix`: A tree over token ids finds the pages of the KV cache that belong to the longest known prefix of a prompt. Prompts with a common prefix share its pages, and the least recently used pages are evicted first.
 - `deepseek_nb.infer.ragged`: One forward pass for sequences of different lengths: some process a chunk of a prompt, others one new token, and each gets the same result as alone.
 - `deepseek_nb.infer.request`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them, in a thread or in an event loop.
-- `deepseek_nb.infer.row_drafts`: Each row of a batch may bring a draft of its next tokens, which are verified in the same step. Answers have the same bits with and without drafts.
 - `deepseek_nb.infer.sampling`: Logits become a token: greedy or drawn, with temperature, top-k, top-p, min-p, penalties and grammars. Each row of a batch draws for itself, so its tokens never depend on the other rows.
 - `deepseek_nb.infer.schedule`: Which requests run in the next step, and how many tokens of each: decode steps first, prompts in chunks beside them, users in fair turns.
 - `deepseek_nb.infer.snapshots`: A V4 cache can't be cut into pages by position. Each request owns its cache, and its state is copied at every 128th token, so that later prompts can continue from there.
@@ -206,7 +201,6 @@ Modules:
 - `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
-- `deepseek_nb.platform.answers`: A page of answers whose texts are kept, on which a person says what an answer should have been: corrections become labels
 - `deepseek_nb.platform.app`: Pages, the chat API and the release that each owner gets, in one process: tokens are its keys, and every answer becomes an event
 - `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
 - `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
@@ -222,12 +216,10 @@ Modules:
 - `deepseek_nb.platform.layout`: How a page of the platform is written: elements, forms that other sites can't send, a table of routes with roles, and the frame that checks each request
 - `deepseek_nb.platform.monitor`: Rules, drift, probes and feedback: what a monitor does once a minute, and how it tells people
 - `deepseek_nb.platform.operator`: Which internal hosts may be reached, where runs and numbers are copied, and what tokens cost: files in the folder of the platform, read when it starts
-- `deepseek_nb.platform.probes`: Once a day, a job measures bias and other tasks of the report on the model that answers at each place, and a limit in a file opens an alert
 - `deepseek_nb.platform.registry`: Each model is stored with where it came from and what was measured, its card is written from that alone, and limits in a file decide about release
 - `deepseek_nb.platform.rollout`: A model that passes its gates is released to a place, at first for a share of the owners or in the shadow of the old one, and one call goes back
 - `deepseek_nb.platform.run_pages`: See a run learn, cancel it, read a model's card, and release a model or go back, each with one button and without writing a command
 - `deepseek_nb.platform.runs`: Fine-tuning, LoRA, QLoRA, distillation, quantising, conversion and evaluation as jobs that read a dataset version and register a model
-- `deepseek_nb.platform.shadow`: A model in the shadow answers the same requests as the model that is live: nobody gets its answers, and its latency, errors and findings are recorded
 - `deepseek_nb.platform.start`: One command, one folder, one port: the database, a first task, the worker of jobs, the monitor and the server, until SIGTERM ends all of them in order
 - `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
 - `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
@@ -264,7 +256,6 @@ Modules:
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
 - `deepseek_nb.serve.patterns`: Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers and keys in a stream. The same pattern tells which text may still become a match
 - `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
-- `deepseek_nb.serve.reasoning`: DeepSeek's models reason before they answer. Where the reasoning ends, who opens it, and which newlines are layout differs by release.
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
 - `deepseek_nb.serve.secrets`: A secret is recognised in parts, spelled with look-alikes or separators, reversed, or in base64, hex and other codes, by one automaton for all of its forms
 - `deepseek_nb.serve.stored`: A conversation continues from the id of its last answer, because the server keeps the latest answers of each key in memory, within a budget of bytes.
@@ -285,7 +276,6 @@ Modules:
 - `deepseek_nb.tools.front`: One command makes the front page, the table of contents, the README and the changelog's table of moves from the titles and first lines of the chapters.
 - `deepseek_nb.tools.glossary`: A glossary with one sentence for each term and a link to the chapter that explains it. The first use of a term on a page links to its entry.
 - `deepseek_nb.tools.pictures`: Three SVG pictures made from data: the way of a token through DeepSeek-V3, measured rates compared with other libraries, and a map of the book.
-- `deepseek_nb.tools.redirects`: Redirects from the old addresses of pages to the new ones, and a table of the moves in the changelog, both made from one file.
 - `deepseek_nb.tools.serving`: Reads settings from the command line or a TOML file, loads the models, and serves them
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
 - `deepseek_nb.tools.verdicts`: The row of a claim: reached, missed, refuted or not measured, then the figure, its interval, its floor, its cost and its domain, all read from stored records.

@@ -228,7 +228,7 @@ def test_alone_and_in_company(base):
         got,want = tokens(stream),tokens(want)
         assert len(want) == request.max_tokens, SEED
         assert got == (want[:len(got)] if stream.finish == 'cancelled' else want), SEED
-    engine.prefix.clear()
+    engine.store.clear()
     assert len(engine.pool.free) == engine.pool.pages and not any(engine.pool.refs)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from deepseek_nb.apps.anomaly import Detector, FitSettings, choose_threshold, fit_scaling, rate_interval
 from deepseek_nb.apps.detection import average_precision, event_scores, nab_parts, nab_score, ranking_auc, recall_at, stretches
+from deepseek_nb.apps.rows import package_folder
 from deepseek_nb.apps.series import (
     CATEGORIES,
     Labelled,
@@ -29,7 +30,7 @@ from deepseek_nb.apps.series import (
     split_cards,
 )
 from deepseek_nb.apps.tcn import SignalConfig, SignalNet, find_periods, receptive_field, unit_rms
-from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, packaged, watcher_from
+from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, watcher_from
 from deepseek_nb.eval.sets import DIGESTS, SETS, archive_digest
 from deepseek_nb.serve.chat import ApiError, Fields
 from deepseek_nb.studies import open_study, read_plan, to_do
@@ -377,7 +378,7 @@ def payments(n, card=7, start=1.55e9):
 def test_the_weights_in_the_package_score_payments_without_a_network(tmp_path, monkeypatch, capsys):
     def offline(*a, **k): raise OSError('no network')
     monkeypatch.setattr(urllib.request, 'urlopen', offline)
-    assert sum(p.stat().st_size for p in packaged().iterdir()) < 2e6
+    assert sum(p.stat().st_size for p in package_folder('fraud').iterdir()) < 2e6
     with open(tmp_path/'rows.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, ['unix_time', *PAYMENT])
         w.writeheader()

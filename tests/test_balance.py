@@ -6,7 +6,7 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_load, expert_loss, sequence_loss
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import routes
-from deepseek_nb.train.balance import Balance, balance_terms, evenness, real, routers, row_routes, with_balance
+from deepseek_nb.train.balance import Balance, balance_terms, evenness, routers, row_routes, unpadded, with_balance
 from deepseek_nb.train.callbacks import Callback, CancelStep
 from deepseek_nb.train.data import Batches
 from deepseek_nb.train.loss import language_loss
@@ -149,6 +149,6 @@ def test_evenness():
     assert evenness(torch.tensor([4, 4, 4, 4])) == (torch.tensor(1.), torch.tensor(1.))
     assert evenness(torch.tensor([8, 0, 0, 0])) == (torch.tensor(4.), torch.tensor(0.))
     assert all(torch.isfinite(o) for o in evenness(torch.zeros(4)))
-    assert real(dict(tokens=torch.zeros(1, 2))) is None
+    assert unpadded(dict(tokens=torch.zeros(1, 2))) is None
     r = Route(torch.ones(6, 1), torch.zeros(6, 1, dtype=torch.int64), torch.rand(6, 4))
     assert [len(p.scores) for p in row_routes(r, torch.tensor([[True, False, True], [False]*3]), 2)] == [2]

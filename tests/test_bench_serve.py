@@ -366,13 +366,15 @@ def test_one_arm_alone(monkeypatch, tmp_path, quick):
 def test_smoke(tmp_path, capsys, monkeypatch):
     "Our own server as a process, through the command; a second call starts nothing."
     path = tmp_path/'serve.json'
-    argv = ['serve', '--smoke', '--options', 'threads=1', '--out', str(path)]
-    assert run_command(argv) == 0 and 'deepseek_nb, mini float32' in capsys.readouterr().out
+    given = dict(smoke=True, threads=1, out=str(path))
+    run_command('serve', **given)
+    assert 'deepseek_nb, mini float32' in capsys.readouterr().out
     first = load_result('serve', tmp_path)
     assert first['name'] == 'serve' and len(first['result']['runs']) == 5 and first['result']['left'] == {}
     assert all(not r.get('error') for r in first['result']['runs'])
     def none(*args): raise AssertionError('a server was started')
     monkeypatch.setattr(serve, 'running', none)
-    assert run_command(argv) == 0 and load_result('serve', tmp_path)['result'] == first['result']
+    run_command('serve', **given)
+    assert load_result('serve', tmp_path)['result'] == first['result']
     report_of(first['result']).plot('mini')
-    with pytest.raises(ValueError, match='was measured with other sizes or threads'): run_command(['serve', '--smoke', '--out', str(path)])
+    with pytest.raises(ValueError, match='was measured with other sizes or threads'): run_command('serve', smoke=True, out=str(path))

@@ -21,7 +21,7 @@ from deepseek_nb.bench import make_record, save_result
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.serve.events import Splitter
 from deepseek_nb.serve.grammar import ToolGrammar, compile_grammar
-from deepseek_nb.serve.tools import DSML, Call, gathered, write_calls
+from deepseek_nb.serve.tools import DSML, Call, gather_answer, write_calls
 
 BFCL = Path(os.environ.get('BFCL_DATA') or Path(__file__).parents[2]/'shared'/'data'/'bfcl')
 pytestmark = pytest.mark.skipif(not BFCL.exists(), reason='the data of the Berkeley Function Calling Leaderboard is not here')
@@ -82,7 +82,7 @@ def rows(name):
 
 def parsed(format, pieces):
     splitter = Splitter(format)
-    return gathered([*(e for p in pieces for e in splitter.feed(p)), *splitter.close()])
+    return gather_answer([*(e for p in pieces for e in splitter.feed(p)), *splitter.close()])
 
 
 def cut(text, rng):

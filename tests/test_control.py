@@ -230,7 +230,7 @@ def test_encoder_of_own_texts(mini, rows):
 
 def test_app(rows):
     app = find_app('control')
-    with pytest.raises(ValueError, match='the package holds no weights of styles'): app.card('')
+    with pytest.raises(ValueError, match='the package holds no weights'): app.card('')
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):

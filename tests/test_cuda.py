@@ -1,6 +1,7 @@
 """CUDA kernels: emulated against float64 in a thread order drawn for each test, broken on purpose, and compiled for cards"""
 import ctypes
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from deepseek_nb.core.dispatch import use
 from deepseek_nb.cuda import build as cuda
 from deepseek_nb.cuda.attention import attend_latent_cuda, attend_paged_latents, attend_ragged, fits
 from deepseek_nb.cuda.build import cubin, emulate, find_nvrtc, has_compiler, launch, resources, signatures
-from deepseek_nb.cuda.device import Parameter, kernels_in, pack_arguments, structs_in
+from deepseek_nb.cuda.device import Arguments, Parameter, kernels_in, structs_in
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.norm import kernel_supports, norm_rotate_cuda, norm_rotate_into, rms_norm_cuda, rotate_cuda
 from deepseek_nb.cuda.route import combine, route_cuda, sort_by_expert, sort_few
@@ -198,6 +199,7 @@ def test_driver_gets_the_same_arguments(monkeypatch):
     monkeypatch.setattr(cuda, 'cubin', lambda *args, **defines: image)
     monkeypatch.setattr(cuda, 'arch_of', lambda device: 'sm_90a')
     monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: mock.Mock(cuda_stream=0))
     rows.library.launch_row_sum.restype = ctypes.c_char_p
     loaded = cuda.Loaded('row_sum.cu', torch.device('cpu'))
@@ -412,7 +414,7 @@ def test_attend_wide(order):
 
 def test_attend_in_ampere_tiles(order, monkeypatch):
     from deepseek_nb.cuda import attention as cuda_attention
-    monkeypatch.setattr(cuda_attention, '_card', lambda device: (4, 63*1024 if order == 'random' else 50*1024))
+    monkeypatch.setattr(cuda_attention, 'gpu_limits', lambda device: (4, 63*1024 if order == 'random' else 50*1024))
     for h in (3, 20, 40):
         q,z = bf16(1, h, 1, 160),bf16(1, 150, 160)
         close(attend_latent_cuda(q, z, 128, .1), exact_latent(q, z, 128, .1), .01)
@@ -588,6 +590,60 @@ def test_compiles(name, defines):
         assert 0 < registers <= 255 and stack == spilled == 0
 
 
+def compiled_struct(fields):
+    "Offsets and size of a struct, by ctypes, which knows the rules of C"
+    kinds = dict(P=ctypes.c_void_p, f=ctypes.c_float, i=ctypes.c_int32, q=ctypes.c_int64, I=ctypes.c_uint32)
+    return type('S', (ctypes.Structure,), dict(_fields_=[(f'f{i}', kinds[c]) for i,c in enumerate(fields)]))
+
+
+def test_arguments_lie_as_in_c():
+    "Drawn structs and scalars have the places that C gives them"
+    r = random.Random(seed := torch.randint(2**31, ()).item())
+    codes = dict(i='int', q='int64_t', f='float', I='uint32_t')
+    for _ in range(100):
+        structs,parameters,values,meant = {},[],[],[]
+        for i in range(r.randint(1, 6)):
+            fields = [r.choice('iqfIP') for _ in range(r.choice([1, r.randint(2, 7)]))]
+            here = [r.randint(0, 100) if c != 'P' else None for c in fields]
+            params = [Parameter('float', True, f'f{j}') if c == 'P' else Parameter(codes[c], False, f'f{j}') for j,c in enumerate(fields)]
+            if len(fields) > 1: structs[f'S{i}'] = params
+            parameters.append(Parameter(f'S{i}', False, f'a{i}') if len(fields) > 1 else params[0]._replace(name=f'a{i}'))
+            values.append(dict(zip((p.name for p in params), here, strict=True)) if len(fields) > 1 else here[0])
+            meant.append((compiled_struct(fields), here))
+        packing = Arguments('k', parameters, structs)
+        packed = packing.pack(values, torch.device('cpu'))
+        for at,(kind,here) in zip(packing.places, meant, strict=True):
+            got = kind.from_buffer_copy(packed[at:].ljust(ctypes.sizeof(kind), b'\0'))
+            assert at % ctypes.alignment(kind) == 0, f'{seed=} {parameters} {structs}'
+            assert [getattr(got, name) for name,_ in kind._fields_] == here, f'{seed=} {parameters} {structs}'
+
+
+@pytest.mark.parametrize('driver,taken', [(13000, 'cu13'), (12090, 'cu12'), (None, 'cu13'), (11080, None)])
+def test_nvrtc_fits_the_driver(driver, taken, tmp_path, monkeypatch):
+    "Wheels of CUDA 12 and 13 side by side: the newest that the driver loads; a warning names what to install if none does"
+    for name in ('cu12', 'cu13'):
+        lib = tmp_path/'nvidia'/name/'lib'
+        lib.mkdir(parents=True)
+        for f in (f'libnvrtc.so.{name[2:]}', f'libnvrtc-builtins.so.{name[2:]}.0'): (lib/f).write_bytes(b'')
+
+    class Driver:
+        def cuDriverGetVersion(self, version): version._obj.value = driver
+
+    def load(name):
+        if driver is None: raise OSError(name)
+        return Driver()
+
+    monkeypatch.setattr(cuda.ctypes, 'CDLL', load)
+    monkeypatch.setattr(cuda.sys, 'path', [str(tmp_path)])
+    glob = cuda.Path.glob
+    monkeypatch.setattr(cuda.Path, 'glob', lambda self, p: glob(self, p) if tmp_path in (self, *self.parents) else iter(()))
+    cuda._too_new.cache_clear()
+    if taken: assert cuda.find_nvrtc().parent.parent.name == taken
+    else:
+        said = "the GPU's driver supports CUDA 11: install nvidia-cuda-nvrtc-cu11"
+        with pytest.warns(UserWarning, match=said): assert cuda.find_nvrtc() is None
+
+
 @pytest.mark.skipif(not find_nvrtc(), reason='NVRTC is not installed')
 def test_nvrtc_compiles(monkeypatch):
     monkeypatch.setattr(cuda, 'find_compiler', lambda kind: 1/0)
@@ -628,7 +684,7 @@ def test_no_compiler_is_an_empty_table(monkeypatch):
 
 
 def test_pack_takes_null():
-    assert pack_arguments('k', [Parameter('float', True, 'x')], (None,), torch.device('cpu'))[0].value is None
+    assert Arguments('k', [Parameter('float', True, 'x')]).pack((None,), torch.device('cpu')) == bytes(8)
 
 
 STRUCT = '''
@@ -651,10 +707,11 @@ def test_structs_are_read_from_the_source():
     assert structs == {'Rows': [('float', True, 'x'), ('int', False, 'n'), ('int', False, 'd'), ('int64_t', False, 'step')]}
     assert kernels == {'add': [('float', True, 'y'), ('Rows', False, 'rows'), ('float', False, 'scale')]}
     x, rows = torch.ones(4), dict(x=None, n=2, d=3, step=2**40)
-    packed = pack_arguments('add', kernels['add'], (x, rows, .5), torch.device('cpu'), structs)
-    assert (packed[1].x, packed[1].n, packed[1].d, packed[1].step, packed[2].value) == (None, 2, 3, 2**40, .5)
+    packing = Arguments('add', kernels['add'], structs)
+    packed = packing.pack((x, rows, .5), torch.device('cpu'))
+    assert packing.packed.unpack(packed) == (x.data_ptr(), 0, 2, 3, 2**40, .5) and packing.places == [0, 8, 32]
     for wrong, said in ((dict(n=1), 'rows has the fields x, n, d, step, not n'), (rows | dict(x=x.double()), 'x must be torch.float32')):
-        with pytest.raises(ValueError, match=said): pack_arguments('add', kernels['add'], (x, wrong, .5), torch.device('cpu'), structs)
+        with pytest.raises(ValueError, match=said): packing.pack((x, wrong, .5), torch.device('cpu'))
 
 
 LATER = 'experts.cu', 'int8_vector.cu', 'quant_vector.cu', 'quant_int8.cu', 'quant_decoded.cu', 'quant_experts.cu'

@@ -180,9 +180,19 @@ def test_height_of_tiles(monkeypatch):
     assert [tile_rows(m) for m in (.5, 16, 16.1, 64, 65, 1e6)] == [16, 16, 64, 64, 128, 128]
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (9, 0))
     card = torch.device('cuda')
+    made = []
+    def product(x, w, WARPGROUP=0, **defines): return made.append(WARPGROUP) or x.float()@w.float().T + wrong*WARPGROUP
+    monkeypatch.setattr(cuda_tiles, 'product', product)
+    monkeypatch.setattr(torch, 'arange', lambda n, device, arange=torch.arange: arange(n))
+    for wrong,group in ((0, dict(WARPGROUP=1)), (1, {})):  # checked once, before it is used
+        cuda_tiles.wgmma_works.cache_clear()
+        with warnings.catch_warnings(record=True) as said:
+            for rows in (64, 128): assert tile_defines(rows, card) == dict(ROWS=rows, **group)
+        assert made == [0, 1] and len(said) == wrong
+        made.clear()
+    monkeypatch.setenv('DEEPSEEK_NB_WGMMA', '0')
     assert tile_defines(128, card) == dict(ROWS=128)
-    monkeypatch.setenv('DEEPSEEK_NB_WGMMA', '1')
-    assert tile_defines(128, card) == dict(ROWS=128, WARPGROUP=1)
+    monkeypatch.delenv('DEEPSEEK_NB_WGMMA')
     assert tile_defines(16, card) == dict(ROWS=16) and tile_defines(128, torch.device('cpu')) == dict(ROWS=128)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (8, 0))
     assert tile_defines(128, card) == dict(ROWS=128)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepseek_nb.bench import gpu
+from deepseek_nb.cuda.build import signatures
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler to emulate with')
 
@@ -49,6 +50,39 @@ def test_wrong_results_fail():
     race = gpu.RACES['RMSNorm and PyTorch']
     with mock.patch.dict(gpu.RACES, {'RMSNorm and PyTorch': race._replace(ours=lambda x, w: x)}):
         assert not gpu.run_race('RMSNorm and PyTorch', 'tiny')['ok']
+
+
+@pytest.mark.parametrize('name', [n for n in gpu.RACES if 'wgmma' not in n])  # there, both are ours
+def test_a_graph_can_record_the_peer(name):
+    "A peer whose shapes depend on data waits for the host, and no CUDA graph records it; a fake tensor has no data to wait for"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    race = gpu.RACES[name]
+    inputs = race.inputs('tiny', 'cpu')
+    if not all(isinstance(x, torch.Tensor) for x in inputs): pytest.skip('a quantised weight, which the peer does not read')
+    with FakeTensorMode() as fake, torch.no_grad(): race.peer(*map(fake.from_tensor, inputs))
+
+
+def test_every_kernel_is_compiled_checked_and_on_hopper_raced():
+    "What `make gpu` leaves out, nobody finds; `wgmma` is compiled for Hopper only, and left out on other cards"
+    kernels = {k for f in gpu.FILES for k in signatures(f)[0]}
+    files = {p.name for p in gpu.CSRC.glob('*.cu')}
+    assert {*gpu.FILES} == files - {'row_sum.cu', 'rms_row.cu'}, 'files without a task'
+    assert {'attend_pages', 'merge_pages', 'write_pages', 'tile_product_bf16', 'fp8_product_f32'} <= kernels
+    launched = set()
+    for name in ('keys and values in pages', 'ragged latents in pages', 'new positions in pages'):
+        found = gpu.run_check(name)
+        assert found['ok'], (name, found)
+        launched |= {*found['launches']}
+    assert launched == {'attend_pages', 'merge_pages', 'write_pages'}
+    for race in ('paged latents and SDPA', 'wgmma and mma.sync', 'FP8 by wgmma and mma.sync'): assert gpu.run_race(race, 'tiny')['ok'], race
+    for name in ('product by wgmma', 'experts by wgmma', 'FP8 by wgmma'): assert gpu.run_check(name)['ok'], name
+    with mock.patch('torch.cuda.get_device_capability', lambda: (8, 0)):
+        assert not any('wgmma' in n for n in (*gpu.for_device(gpu.CHECKS, 'cuda'), *gpu.for_device(gpu.RACES, 'cuda')))
+    with mock.patch('torch.cuda.get_device_capability', lambda: (9, 0)): assert 'product by wgmma' in gpu.for_device(gpu.CHECKS, 'cuda')
+    asked = []
+    with mock.patch.object(gpu, 'resources', lambda name, archs, **d: asked.append((archs, d)) or {('k', 'a'): (1, 0, 0, 0)}):
+        gpu.compile_file('tile_product.cu')
+    assert (['sm_90a'], dict(ROWS=128, WARPGROUP=1)) in asked and all('WARPGROUP' not in d or a == ['sm_90a'] for a,d in asked)
 
 
 def test_graphs_time_each_copy(monkeypatch):

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from deepseek_nb.arch.attention import attend
+from deepseek_nb.arch.model import Model
+from deepseek_nb.arch.releases import preset
 from deepseek_nb.core import nbproc
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.cuda import build as cuda
 from deepseek_nb.cuda import paged
-from deepseek_nb.cuda.build import resources
+from deepseek_nb.cuda.build import SHARED_LIMITS, resources
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.paged import attend_pages_cuda, page_tile, plan_pages, write_pages_cuda
 from deepseek_nb.infer.paged import PagedCache, PagePool
@@ -48,8 +50,8 @@ def batch_of(c, past, counts, page):
     return caches,torch.randn(sum(counts), c.n_heads, tile.latent + tile.rotary).bfloat16(),rows
 
 
-def attended(c, caches, counts, q):
-    tile = page_tile(c)
+def attended(c, caches, counts, q, tile=None):
+    tile = tile or page_tile(c)
     plan = plan_pages(RaggedBatch(caches, counts, ()), tile.heads, tile.rows, 'cpu', split=128)
     return attend_pages_cuda(q, caches[0].pool.layers[0], plan, tile, .2, split=128)
 
@@ -80,6 +82,72 @@ def test_ragged_batch(c, order):
             caches[i].length -= 2
 
 
+@pytest.mark.parametrize('arch', SHARED_LIMITS)
+def test_every_card_runs_latents(arch):
+    "V3's latents have a tile on each card of the table, and it fits; refusals give their reason"
+    for name in ('deepseek-v3', 'deepseek-v2-lite', 'r1-distill-llama-8b'):
+        tile = page_tile(preset(name), SHARED_LIMITS[arch])
+        assert tile.shared <= SHARED_LIMITS[arch] and tile.keys in (32, 64), f'{name} {arch}'
+    with pytest.raises(ValueError, match='bytes of shared memory exceed 50000'): page_tile(preset('deepseek-v3'), 50000)
+
+
+def test_tiles_of_32_keys_and_the_reason_of_a_refusal(monkeypatch):
+    "What a card with less shared memory runs is as right; a card without a tile says why PyTorch runs, once"
+    torch.manual_seed(SEED)
+    for c in CONFIGS.values():
+        caches,q,rows = batch_of(c, [70, 300], [2, 1], 16)
+        tile = page_tile(c)._replace(keys=32)
+        y = attended(c, caches, [2, 1], q, tile)
+        for i,(a,b) in enumerate(zip(y.split([2, 1]), q.split([2, 1]), strict=True)):
+            assert relative_error(by_definition(c, b, rows[0][i], rows[-1][i]), a.double()) < .006, f'seed {SEED}'
+    monkeypatch.setattr(paged, 'gpu_limits', lambda device: (4, 10000))
+    batch = RaggedBatch(caches, [2, 1], ())
+    model = Model(MLA).bfloat16().eval()
+    paged._refused.cache_clear()
+    with torch.no_grad(), pytest.warns(UserWarning, match='shared memory exceed 10000; PyTorch runs instead'):
+        assert not paged.pages_supported(torch.zeros(3, 128).bfloat16(), model.layers, batch)
+
+
+def decoded(model, caches, tokens):
+    "One decode step of some rows, by the twin; the caches advance"
+    counts = [1]*len(caches)
+    for cache in caches: cache.reserve(1)
+    x = model.embed_tokens(torch.tensor(tokens))
+    y = paged.run_rows_cuda(x, model.layers, RaggedBatch(caches, counts, model.ragged_angles(caches, counts)))
+    for cache in caches: cache.advance(1)
+    return y
+
+
+@pytest.mark.parametrize('c', CONFIGS)
+def test_a_recorded_step(c, monkeypatch):
+    "A stand-in for CUDA graphs runs the recorded function on its own memory: the same bits as without, and one graph while the cache grows"
+    torch.manual_seed(SEED)
+    model,graphs = Model(CONFIGS[c]).bfloat16().eval().requires_grad_(False),[]
+
+    def record(step):
+        out = step()
+        graphs.append(step)
+        return lambda: out.copy_(step()),out
+
+    def steps(pool):
+        caches = [PagedCache(pool) for _ in range(3)]
+        return [decoded(model, caches[:n], [5, 6 + i, 7][:n]) for i,n in enumerate((3, 3, 3, 3, 2, 2, 3))]
+
+    want = steps(PagePool(CONFIGS[c], 20, 16, torch.bfloat16))
+    monkeypatch.setattr(paged, 'record_graph', record)
+    monkeypatch.setattr(paged, '_records', lambda x: True)
+    got = steps(pool := PagePool(CONFIGS[c], 20, 16, torch.bfloat16))
+    assert len(graphs) == 2 and all(map(torch.equal, got, want)), f'seed {SEED}'
+    model.layers[0].self_attn.o_proj.weight = torch.nn.Parameter(model.layers[0].self_attn.o_proj.weight*2, requires_grad=False)
+    assert not torch.equal(steps(pool)[0], want[0]) and len(graphs) == 4, 'a graph read weights that were replaced'
+    paged._refused.cache_clear()
+    monkeypatch.setattr(paged, 'record_graph', lambda step: (lambda: None, step()*2))
+    with pytest.warns(UserWarning, match='no CUDA graph of the decode step: its results differ'):
+        wrong = steps(PagePool(CONFIGS[c], 20, 16, torch.bfloat16))
+    monkeypatch.setattr(paged, '_records', lambda x: False)
+    assert all(map(torch.equal, wrong, steps(PagePool(CONFIGS[c], 20, 16, torch.bfloat16))))
+
+
 def test_launches_of_bounded_memory(monkeypatch):
     torch.manual_seed(SEED)
     caches,q,_ = batch_of(GQA, [300, 10], [3, 20], 64)
@@ -101,9 +169,9 @@ def test_nan_stays_in_its_row():
 def test_missing_barrier():
     torch.manual_seed(SEED)
     caches,q,_ = batch_of(GQA, [250], [1], 64)
-    y,text,line = attended(GQA, caches, [1], q),nbproc.source_text('attend_pages.cu'),'        wait_copies();\n        __syncthreads();\n'
+    y,text,line = attended(GQA, caches, [1], q),nbproc.source_text('attend.cuh'),'        wait_copies();\n        __syncthreads();\n'
     assert text.count(line) == 1
-    with mock.patch.dict(nbproc._session, {'attend_pages.cu': {0: text.replace(line, line.splitlines()[0] + '\n')}}):
+    with mock.patch.dict(nbproc._session, {'attend.cuh': {0: text.replace(line, line.splitlines()[0] + '\n')}}):
         wrong = []
         for order in ORDERS:
             with thread_order(order, 1): wrong.append(not torch.equal(attended(GQA, caches, [1], q), y))

@@ -79,7 +79,7 @@ def test_top_positions(order, r):
 def test_missing_barrier(r):
     "A tile that is read before it has arrived"
     q,z,p = torch.randn(1, 4, 1, 160).bfloat16(),torch.randn(1, 300, 160).bfloat16(),selections(r, 1, 1, 300, 250)
-    file,run = 'attend_selected.cu',lambda: attend_selected_cuda(q, z, p, 128, .2)
+    file,run = 'attend.cuh',lambda: attend_selected_cuda(q, z, p, 128, .2)
     y,text,line = run(),nbproc.source_text(file),'        wait_copies();\n        __syncthreads();\n'
     assert text.count(line) == 1
     with mock.patch.dict(nbproc._session, {file: {0: text.replace(line, line.splitlines()[0] + '\n')}}):

@@ -14,10 +14,10 @@ import warm
 from test_server import HI, JSON, SERVE, Live, openai, post
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.infer.drafts import Draft, pick
+from deepseek_nb.infer.drafts import Draft, pick_token
 from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.sampling import RowSampler, SamplingParams, sample_rows
-from deepseek_nb.infer.speculate import _verify
+from deepseek_nb.infer.speculate import verify_drafts
 from deepseek_nb.serve.app import key_digest
 
 COLD = 1e-38, 1e-30, 5e-324, 1e-45, 1e-20, -0.
@@ -50,10 +50,11 @@ def test_a_cold_temperature_is_greedy(seed, cold):
     "In every sampler: the limit of a temperature that goes to 0 is the most likely token"
     x = torch.randn(20, 300)*torch.tensor([.01, 1., 30., 1e4]).repeat(5)[:, None]
     best, how = x.argmax(-1), SamplingParams(temperature=cold, top_p=.9, min_p=.1, top_k=50)
-    assert [pick(row, [], RowSampler(how, []))[0] for row in x] == best.tolist()
+    assert [pick_token(row, [], RowSampler(how, []))[0] for row in x] == best.tolist()
     for i, t in enumerate(best.tolist()):
         for draft in (Draft([t]), Draft([t], [torch.full((300,), 1/300)])):
-            assert _verify(torch.stack([x[i], x[i-1]]), draft, RowSampler(how, [])) == [t, int(best[i-1])]
+            [new] = verify_drafts(torch.stack([x[i], x[i-1]]), [RowSampler(how, [])], [draft])
+            assert [d.id for d in new] == [t, int(best[i-1])]
     rows = [RowSampler(SamplingParams(temperature=cold, top_p=.9, logprobs=1, frequency_penalty=2), []) for _ in x]
     assert [d.id for d in sample_rows(x, rows)] == best.tolist()
 

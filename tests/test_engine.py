@@ -9,7 +9,7 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.infer import row_drafts as drafts
+from deepseek_nb.infer import speculate as drafts
 from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.engine import Engine, QueueFull
 from deepseek_nb.infer.paged import PagePool
@@ -87,9 +87,9 @@ def test_alone_and_in_company(model, seed):
         assert len(want) == request.max_tokens and one.finish == 'length'
         assert got == (want[:len(got)] if stream.finish == 'cancelled' else want)
         assert stream.finish == 'length' or i in cancelled
-    assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+    assert len(engine.pool.free) + engine.store.tree.size == engine.pool.pages
     assert not given or engine.drafts.room == 64*engine.pool.pages and (given['draft'] == 'lookup' or engine.stats.accepted.total())
-    engine.prefix.clear()
+    engine.store.clear()
     assert len(engine.pool.free) == engine.pool.pages and not any(engine.pool.refs)
     assert not engine.queue.waiting and not engine.queue.running
 
@@ -134,7 +134,7 @@ def test_drafts_that_are_right_change_nothing(model, told, kv_cache):
         later = [engine.submit(r) for r in again]
         run(engine)
         results = found, [(s.finish, s.matched, s.usage.completion_tokens) for s in streams], [tokens(s) for s in later]
-        assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+        assert len(engine.pool.free) + engine.store.tree.size == engine.pool.pages
         if given is None: want, steps = results, engine.stats.steps
     assert results == want and want[1][0][0] == want[1][1][0] == 'stop'
     assert engine.stats.steps < .7*steps and engine.stats.draft_tokens == sum(s.drafted for s in streams)
@@ -268,7 +268,7 @@ def test_a_page_that_is_not_full_is_shared(model):
             run(engine)
             hits.append(stream.usage.prompt_cache_hit_tokens)
             got.append(tokens(stream))
-            assert len(engine.pool.free) + engine.prefix.tree.size == engine.pool.pages
+            assert len(engine.pool.free) + engine.store.tree.size == engine.pool.pages
         assert hits == ([0, 149, 140, 128, 0] if pages > 3 else [0, 128, 128, 128, 0])
         for r,answer in zip(asked, got, strict=True):
             alone = (one := Engine(model, Bytes())).submit(r)
@@ -307,7 +307,7 @@ def test_cancelled_within_one_step(model):
     for s in (running, waiting): s.cancel()
     engine.step()
     assert (running.finish, waiting.finish, engine.count) == ('cancelled', 'cancelled', 0)
-    engine.prefix.clear()
+    engine.store.clear()
     assert len(engine.pool.free) == engine.pool.pages
 
 
@@ -350,14 +350,14 @@ def test_a_prefix_cache_that_fails(model, monkeypatch):
     engine.step()
     with monkeypatch.context() as patched:
         def fails(*args, **kwargs): raise OSError('no such disk')
-        patched.setattr(engine.prefix, 'pages', fails)
+        patched.setattr(engine.store, 'pages', fails)
         bad = engine.submit(Request([1], max_tokens=5))
         engine.step()
         assert bad.finish == 'error' and good.finish is None and engine.count == 1
-        patched.setattr(engine.prefix, 'insert', fails)
+        patched.setattr(engine.store, 'keep', fails)
         with pytest.warns(UserWarning, match='could not store a prompt .OSError: no such disk'): run(engine)
     assert len(tokens(good)) == 5 and (engine.count, engine.rows, engine.queue.running) == (0, [], {})
-    engine.prefix.clear()
+    engine.store.clear()
     assert len(engine.pool.free) == engine.pool.pages
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deepseek_nb.serve.events import (
     FORMATS,
+    THINKING,
     ContentDelta,
     Markers,
     ReasoningDelta,
@@ -18,10 +19,9 @@ from deepseek_nb.serve.events import (
     ToolCallStart,
     cuts_agree,
     events_of,
-    joined,
+    join_deltas,
 )
-from deepseek_nb.serve.reasoning import THINKING
-from deepseek_nb.serve.tools import DSML, SYNTAX, Call, answer_format, gathered, write_calls
+from deepseek_nb.serve.tools import DSML, SYNTAX, Call, answer_format, gather_answer, write_calls
 
 CALLS = [f for f in FORMATS if f != 'plain']
 quick = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -98,7 +98,7 @@ def test_text_without_tags_is_never_held_back(format):
 def test_a_long_answer_costs_time_in_proportion(format):
     text = 'word <b> ' * 1000
     s = Splitter(format, format in THINKING)
-    assert len(joined(e for c in text for e in s.feed(c))) == 1 and len(s._text) < 20
+    assert len(join_deltas(e for c in text for e in s.feed(c))) == 1 and len(s._text) < 20
 
 
 def test_a_thousand_newlines_cost_little():
@@ -126,7 +126,7 @@ def test_tags_of_which_one_would_be_found_first_by_the_cut_alone_are_refused():
 
 @pytest.mark.parametrize('format', THINKING)
 def test_reasoning_may_be_empty_or_without_end(format):
-    split = lambda text: gathered(cuts_agree(lambda: Splitter(format, True), text))
+    split = lambda text: gather_answer(cuts_agree(lambda: Splitter(format, True), text))
     assert split('</think>\n\nok') == ('', 'ok', []) and split('\n\n</think>') == ('', '', [])
     assert split('hm\n') == ('hm\n', '', []) and split('') == ('', '', [])
     assert split('a\n\n</think>b</think>\nc') == ('a', 'b\nc', [])
@@ -145,13 +145,13 @@ def test_a_prompt_may_have_written_the_beginning(format):
     for begun in ('', 'Well', 'Well\n\n', 'Well <｜', 'Well\n<', 'a\n\n<｜DSML｜tool'):
         for rest in ('', 'more', '\nmore', '\n', '<', '\n\n' + write_calls(format, [Call('f', '{"a": 1}')])):
             s = Splitter(format, begun=begun)
-            got = gathered(joined([*(e for c in rest for e in s.feed(c)), *s.close()]))
-            whole = gathered(events_of(Splitter(format), [begun + rest]))
+            got = gather_answer(join_deltas([*(e for c in rest for e in s.feed(c)), *s.close()]))
+            whole = gather_answer(events_of(Splitter(format), [begun + rest]))
             assert got.calls == whole.calls and whole.content in (begun + got.content, begun.rstrip('\n') + got.content)
     opened = write_calls(format, [Call('f', '{"a": "x"}')])
     for n in range(1, len(opened)):
         s = Splitter(format, begun=opened[:n])
-        assert joined([*s.feed(opened[n:]), *s.close()]) == events_of(Splitter(format), [opened]) and s.finish == 'tool_calls'
+        assert join_deltas([*s.feed(opened[n:]), *s.close()]) == events_of(Splitter(format), [opened]) and s.finish == 'tool_calls'
 
 
 def test_why_an_answer_ended():
@@ -180,7 +180,7 @@ def test_random_cuts_of_long_answers():
         calls = [Call(f'f{i}', json.dumps({'text': 'line\n"q" \\ {' * 20, 'n': [1, {'k': None}]})) for i in range(4)]
         text = 'Hm.\n\n' + write_calls(format, calls)
         whole = events_of(Splitter(format), [text])
-        assert gathered(whole).calls == calls
+        assert gather_answer(whole).calls == calls
         for _ in range(20):
             cuts = sorted(rng.sample(range(len(text)), 30))
             assert events_of(Splitter(format), [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]) == whole

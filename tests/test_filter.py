@@ -13,7 +13,8 @@ import pytest
 
 from deepseek_nb.apps import command
 from deepseek_nb.apps.filter import FilterApp, content_filter, divide_set, learn_filter, load_filter
-from deepseek_nb.apps.names import NameTagger, guards_folder, read_pii
+from deepseek_nb.apps.names import NameTagger, read_pii
+from deepseek_nb.apps.rows import package_folder
 from deepseek_nb.apps.toxic import ToxicityNet, read_toxicity
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.request import Piece, Stream
@@ -449,7 +450,7 @@ def test_the_command_and_the_settings(tmp_path, capsys, monkeypatch):
 
 
 def test_weights_are_small_and_saved_exactly(tmp_path):
-    assert sum(p.stat().st_size for p in guards_folder().iterdir()) < 2*2**20
+    assert sum(p.stat().st_size for p in package_folder('guards').iterdir()) < 2*2**20
     for kind in (NameTagger, ToxicityNet):
         one = kind.load()
         one.save(tmp_path)

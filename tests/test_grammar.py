@@ -13,7 +13,7 @@ pytest.importorskip('llguidance')
 from deepseek_nb.files.tokenizer import Tokenizer, from_folder
 from deepseek_nb.serve.events import Splitter, events_of
 from deepseek_nb.serve.grammar import FRAMES, ToolGrammar, compile_grammar, json_rule, token_trie
-from deepseek_nb.serve.tools import Call, gathered, write_calls
+from deepseek_nb.serve.tools import Call, gather_answer, write_calls
 
 ROOT = Path(__file__).parents[1]
 SETS = ROOT.parent/'shared'/'data'
@@ -121,7 +121,7 @@ def test_calls_that_the_grammar_allows_are_calls_that_the_splitter_reads(request
     for seed, choice in enumerate(['get_weather', 'place.at', 'now', 'required', 'required']):
         g = compile_grammar(t, 'tools', ToolGrammar(format, TOOLS, choice, parallel=seed != 3))
         text, finished = walk(t, g, seed)
-        calls = gathered(events_of(Splitter(format), [text]))
+        calls = gather_answer(events_of(Splitter(format), [text]))
         assert finished and not calls.content.strip() and (len(calls.calls) == 1 or choice == 'required' and seed == 4)
         for c in calls.calls:
             validate(json.loads(c.arguments), schemas[c.name])

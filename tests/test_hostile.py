@@ -217,7 +217,7 @@ def test_no_growth_of_memory(direct, monkeypatch):
     objects, blocks, resident = (b - a for a, b in zip(before, size(), strict=True))
     assert objects < count/10 and blocks < count/2 and resident < 2**24
     assert not direct.engine.queue.served and not +direct.server.running
-    assert len(direct.engine.prefix.tree.roots) <= direct.engine.pool.pages
+    assert len(direct.engine.store.tree.roots) <= direct.engine.pool.pages
 
 
 def test_nobody_sees_whose_prefix_is_cached(model, tok):
@@ -421,8 +421,8 @@ def test_sigkill_leaves_the_disk_cache_intact(model, tok, tmp_path):
     pages = [*tmp_path.glob('*.page')]
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert len(pages) >= 4 and all(engine.prefix.store.load(bytes.fromhex(p.stem)) is not None for p in pages)
-        assert engine.prefix.lookup([1]*300, '/') == 256
+        assert len(pages) >= 4 and all(engine.store.store.load(bytes.fromhex(p.stem)) is not None for p in pages)
+        assert engine.store.lookup([1]*300, '/') == 256
     direct = Direct(model, tok, folder=tmp_path)
     try: assert json.loads(direct.asked(dict(model='tiny', prompt=[1]*300, max_tokens=2))[2])['usage']['prompt_cache_hit_tokens'] == 256
     finally: direct.stop()

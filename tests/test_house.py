@@ -121,6 +121,18 @@ def test_a_walk_is_true(walk):
     assert not [n for n in names if not {*n.split('.')} <= known]
 
 
+def test_the_way_of_a_request_is_true():
+    "At most twelve rooms, none entered twice, and each function stands in its room"
+    text = (ROOT/'CONTRIBUTING.md').read_text().split('### HTTP request to first token')[1].split('\n## ')[0]
+    rows = [[*map(str.strip, o.strip('|').split('|'))] for o in text.splitlines() if re.match(r'\| \d', o)]
+    rooms = [row[1].strip('`') for row in rows]
+    assert [row[0] for row in rows] == [str(i + 1) for i in range(len(rows))] and len(rows) <= 12 and len({*rooms}) == len(rooms)
+    for room, row in zip(rooms, rows, strict=True):
+        code = (ROOT/'deepseek_nb'/(room.replace('.', '/') + '.py')).read_text()
+        known = {*re.findall(r'\w+', code)}
+        assert not [n for n in re.findall(r'`([\w.]+)`', row[2]) if not {*n.split('.')} <= known], room
+
+
 # ---- the shape of a notebook
 
 def test_lines_of_kernels_are_short():

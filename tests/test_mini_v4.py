@@ -8,7 +8,7 @@ import torch
 import deepseek_nb
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.files.hub import shipped
-from deepseek_nb.infer.streams import attended_entries, attention_inputs, attention_parts, entry_shares, mixes
+from deepseek_nb.infer.streams import attended_entries, attention_inputs, attention_parts, entry_shares, mixing_weights
 from deepseek_nb.train.corpora import corpus
 from deepseek_nb.train.entries import EntryLoss, entry_scores
 from deepseek_nb.train.loss import language_loss
@@ -101,7 +101,7 @@ def test_inside(mini, held):
         may = torch.arange(201//m) < ((torch.arange(201) + 1)//m)[:, None]
         assert not (far & ~may).any() and (far.sum(-1) == may.sum(-1).clamp(max=16 if m == 4 else 201)).all()
     assert torch.allclose(attention_parts(model, ids).sum(-1), torch.ones(6, 4), atol=1e-5)
-    found = mixes(model, ids)
+    found = mixing_weights(model, ids)
     assert len(found) == 12 and all((m.comb.sum(-2) - 1).abs().max() < 1e-4 and (m.comb.sum(-1) - 1).abs().max() < .1 for m in found)
 
 

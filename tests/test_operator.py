@@ -12,13 +12,15 @@ from sqlalchemy import select, update  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from deepseek_nb.platform import access, operator  # noqa: E402
-from deepseek_nb.platform.answers import every_page  # noqa: E402
+from deepseek_nb.platform.app import (
+    PlatformServer,  # noqa: E402
+    all_pages,  # noqa: E402
+)
 from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
 from deepseek_nb.platform.jobs import job_kind, submit  # noqa: E402
 from deepseek_nb.platform.layout import csrf_field  # noqa: E402
 from deepseek_nb.platform.monitor import open_alerts, raise_alert  # noqa: E402
 from deepseek_nb.platform.operator import OperatedMonitor, OperatorSettings, mirror_ended, mirror_minutes, operator_settings  # noqa: E402
-from deepseek_nb.platform.shadow import ShadowServer  # noqa: E402
 from deepseek_nb.platform.store import hooks, jobs  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
@@ -44,7 +46,7 @@ def receiver():
 
 def admin_of(store, internal):
     "A client of an administrator, of a server that an operator has started"
-    server = ShadowServer(store, every_page(), internal=internal)
+    server = PlatformServer(store, all_pages(), internal=internal)
     client = TestClient(server.app(), base_url='http://localhost', follow_redirects=False)
     client.cookies.set('session', access.log_in(store, 'ann', PASSWORD))
     return server, client
@@ -106,12 +108,12 @@ def test_the_command_says_them(monkeypatch, tmp_path, capsys):
     assert all(o in said for o in ('--internal', '--mlflow', '--opentelemetry', 'internal addresses'))
     made = []
     class Stopped(Exception): pass
-    class Server(ShadowServer):
+    class Server(PlatformServer):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
             made.append(self)
         def run(self, listening): raise Stopped
-    monkeypatch.setattr(start, 'ShadowServer', Server)
+    monkeypatch.setattr(start, 'PlatformServer', Server)
     (tmp_path/'p').mkdir()
     (tmp_path/'p/prices.toml').write_text('currency = "EUR"\n[places."*"]\nprompt = 1\ncompletion = 2\n')
     with pytest.raises(Stopped): start.start_platform(tmp_path/'p', port=0, demo=False, internal=['hooks.lan'])

@@ -10,15 +10,17 @@ from sqlalchemy import delete, func, select, update  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from deepseek_nb.platform import access  # noqa: E402
-from deepseek_nb.platform.answers import every_page  # noqa: E402
+from deepseek_nb.platform.app import (
+    PlatformServer,  # noqa: E402
+    all_pages,  # noqa: E402
+)
 from deepseek_nb.platform.audit import audit  # noqa: E402
 from deepseek_nb.platform.layout import SAFE_HEADERS, Pages, Site, csrf_field, page, redirect  # noqa: E402
-from deepseek_nb.platform.shadow import ShadowServer  # noqa: E402
 from deepseek_nb.platform.start import seed_platform  # noqa: E402
 from deepseek_nb.platform.store import audits, users  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
-ROUTES = every_page().routes
+ROUTES = all_pages().routes
 
 
 class Forms(HTMLParser):
@@ -46,7 +48,7 @@ def address(route): return re.sub(r'\{\w+(:int)?\}', lambda m: '1' if m[1] else 
 class Site_:
     "A platform with one user of each role, and a client for each"
     def __init__(self, store):
-        self.store, self.server = store, ShadowServer(store, every_page())
+        self.store, self.server = store, PlatformServer(store, all_pages())
         app = self.server.app()
         self.new = lambda **kw: TestClient(app, base_url='http://localhost', follow_redirects=False, raise_server_exceptions=False, **kw)
         self.tokens, boss = {}, None
@@ -110,7 +112,7 @@ def test_sessions(site):
     assert client.get('/').status_code == 200
     client.post('/logout', data=dict(csrf=csrf_field(client.get('/').text)))
     assert site.new(cookies=dict(session=first)).get('/').status_code == 303
-    secure = TestClient(Site(site.store, every_page(), https=True), base_url='http://localhost', follow_redirects=False)
+    secure = TestClient(Site(site.store, all_pages(), https=True), base_url='http://localhost', follow_redirects=False)
     start = secure.get('/login')
     assert 'Secure' in start.headers['set-cookie'] and start.headers['strict-transport-security']
     visit = re.match('visit=([^;]*)', start.headers['set-cookie'])[1]
@@ -210,6 +212,13 @@ def test_every_page_and_form(site):
             assert '<script>alert' not in answer.text, action
     for answer, _ in crawl(admin).values(): assert '<script>alert' not in answer.text and answer.status_code < 500, answer.url
     with site.store.read() as c: assert c.scalar(select(func.count()).select_from(users)) >= 4
+
+
+@pytest.mark.parametrize('name', ['https://hooks.example/x', '../x', '/etc', 'a/b/c', 'no name'])
+def test_only_names_are_public_models(site, name):
+    admin = site.clients['admin']
+    answer = admin.post('/models', data=dict(name=name, csrf=csrf_field(admin.get('/models').text)))
+    assert answer.status_code == 400 and 'name' in answer.text
 
 
 def test_the_audit_page_tells_of_what_it_shows(site):

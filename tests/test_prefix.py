@@ -360,20 +360,20 @@ def test_memory_is_what_was_asked_for(model):
 def test_bad_input(model, tmp_path):
     prefix,other = new(model),MODELS['gqa' if model is MODELS['mla'] else 'mla']
     for cache in (other.new_cache(1), model.new_cache(2), made(model.config, dtype=torch.bfloat16).new_cache(1)):
-        with pytest.raises(ValueError, match='must be a cache of this model with one row and no padding'): prefix.insert(PROMPT, cache)
+        with pytest.raises(ValueError, match='must be a cache of this model with one row and no padding'): prefix.keep(PROMPT, cache)
     for cache in (PagedCache(PagePool(model.config, 9, 16)), PagedCache(PagePool(model.config, 9, PAGE))):
         model(torch.tensor([PROMPT]), cache)
-        with pytest.raises(ValueError, match='must be a cache of this model with one row'): prefix.insert(PROMPT, cache)
+        with pytest.raises(ValueError, match='must be a cache of this model with one row'): prefix.keep(PROMPT, cache)
     for pool in (PagePool(other.config, 9, PAGE), PagePool(model.config, 9, PAGE, torch.bfloat16)):
         with pytest.raises(ValueError, match='is a pool of another model'): PrefixCache(model, pool=pool)
     padded = model.new_cache(1)
     model(torch.tensor([PROMPT]), padded, attention_mask=torch.tensor([[0] + [1]*29]))
-    with pytest.raises(ValueError, match='must be a cache of this model with one row and no padding'): prefix.insert(PROMPT, padded)
+    with pytest.raises(ValueError, match='must be a cache of this model with one row and no padding'): prefix.keep(PROMPT, padded)
     for pool in (prefix.pool, PagePool(model.config, 9, PAGE)):
         pool.on_full = pool.on_full or (lambda: None)
         with pytest.raises(ValueError, match='give each prefix cache its own') as e: PrefixCache(model, pool=pool)
         assert '\n' not in str(e.value)
-    with pytest.raises(ValueError, match='is not a string'): prefix.insert(PROMPT, model.new_cache(1), user=3)
+    with pytest.raises(ValueError, match='is not a string'): prefix.keep(PROMPT, model.new_cache(1), user=3)
     with pytest.raises(ValueError, match='disk_nbytes is 9, and there is no folder'): PrefixCache(model, disk_nbytes=9)
     with pytest.raises(ValueError, match='not 1 pages of 0'): PrefixCache(model, page=0)
     with pytest.raises(ValueError, match='is smaller than one page'): PrefixCache(model, nbytes=10)

@@ -16,9 +16,8 @@ from inspect import signature
 import pytest
 import torch
 
-from deepseek_nb.bench import find_benchmark
-from deepseek_nb.core import provenance
-from deepseek_nb.core.provenance import before
+from deepseek_nb import bench
+from deepseek_nb.bench import before, find_benchmark
 from deepseek_nb.eval.intervals import equivalent, t_tail
 from deepseek_nb.studies import (
     STUDIES,
@@ -138,16 +137,16 @@ def test_a_tree_with_changes_is_not_clean(tmp_path, monkeypatch):
     who = 'git', '-c', 'user.name=a', '-c', 'user.email=a@b'
     def git(*args): subprocess.run([*who, *args], cwd=tmp_path, check=True, capture_output=True)
     (tmp_path/'package').mkdir()
-    monkeypatch.setattr(provenance, '_PACKAGE', tmp_path/'package')
+    monkeypatch.setattr(bench, '_PACKAGE', tmp_path/'package')
     (tmp_path/'nbs'/'results').mkdir(parents=True)
     git('init', '-q')
     for name in ('package/a.py', 'nbs/b.ipynb', 'nbs/results/c.json'): (tmp_path/name).write_text('1')
     git('add', '-A'), git('commit', '-qm', 'x')
-    assert provenance.git_state()['clean'] is True
+    assert bench.git_state()['clean'] is True
     (tmp_path/'nbs/results/c.json').write_text('2')
-    assert provenance.git_state()['clean'] is True
+    assert bench.git_state()['clean'] is True
     (tmp_path/'nbs/b.ipynb').write_text('2')  # outside the package's folder
-    assert provenance.git_state()['clean'] is False
+    assert bench.git_state()['clean'] is False
 
 
 def at_commit(root, commit, pattern):

@@ -357,7 +357,7 @@ def test_another_model_or_batch(model, form):
     cache = quantised(model, form)
     with pytest.raises(ValueError, match='cannot rewind 1 tokens of a cache that holds 0'): cache.rewind(1)
     with pytest.raises(ValueError, match='must be a cache of this model with one row'):
-        PrefixCache(model, page=4, nbytes=10**6).insert([1, 2, 3, 4, 5], cache)
+        PrefixCache(model, page=4, nbytes=10**6).keep([1, 2, 3, 4, 5], cache)
 
 
 def test_a_full_pool_of_codes(model, form):

@@ -222,7 +222,7 @@ def test_a_quantised_folder(seed, tmp_path):
     """Our int4 folder as GGUF: float32 logits are those of the decoded weights, a re-import gives the same bytes, packed steps are near.
     Where scores of two experts nearly tie, rounded activations may select another one; such prompts are rare: the middle of five is held"""
     from deepseek_nb.arch.model import Model
-    from deepseek_nb.export.packed import export_packed
+    from deepseek_nb.export.gguf import export_packed
     from deepseek_nb.quant.model import QuantizedModel
     QuantizedModel.from_pretrained('mini', 'int4').save_pretrained(folder := tmp_path/'int4')
     path = export_packed(folder, tmp_path/'a.gguf')

@@ -13,7 +13,7 @@ import warm
 from deepseek_nb.arch.model import Model
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.engine import Engine
-from deepseek_nb.infer.row_drafts import RowDrafts
+from deepseek_nb.infer.speculate import RowDrafts
 from deepseek_nb.serve.app import Server, ServerConfig, check_address, key_digest
 from deepseek_nb.serve.chat import ServedModel
 from deepseek_nb.tools import serving

@@ -12,7 +12,7 @@ from sqlalchemy import select  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from deepseek_nb.platform import access  # noqa: E402
-from deepseek_nb.platform.answers import every_page, kept_answers  # noqa: E402
+from deepseek_nb.platform.app import PlatformServer, all_pages, kept_answers, shadow_place  # noqa: E402  # noqa: E402
 from deepseek_nb.platform.datasets import import_rows  # noqa: E402
 from deepseek_nb.platform.entry import write_setting  # noqa: E402
 from deepseek_nb.platform.events import DAY, Recorder, RequestEvent  # noqa: E402
@@ -20,10 +20,9 @@ from deepseek_nb.platform.jobs import Job, claim, jobs_of  # noqa: E402
 from deepseek_nb.platform.labels import create_task  # noqa: E402
 from deepseek_nb.platform.layout import Pages, csrf_field  # noqa: E402
 from deepseek_nb.platform.monitor import feedback_rows, open_alerts  # noqa: E402
-from deepseek_nb.platform.probes import LiveProbes, ProbingMonitor  # noqa: E402
+from deepseek_nb.platform.operator import LiveProbes, OperatedMonitor  # noqa: E402
 from deepseek_nb.platform.registry import Limit, add_model, measure, measures_of  # noqa: E402
 from deepseek_nb.platform.rollout import end_release, release  # noqa: E402
-from deepseek_nb.platform.shadow import ShadowServer, shadow_place  # noqa: E402
 from deepseek_nb.platform.store import annotations, events, records, texts  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
@@ -43,7 +42,7 @@ def test_shadows_answer_nobody(store):  # noqa: F811
     heads = {'authorization': f"Bearer {access.create_token(store, ann, 'test')}"}
     first, second = live(store, 'mini', 'candidate')
     write_setting(store, ann, 'keep_texts', store.now())
-    server = ShadowServer(store, every_page())
+    server = PlatformServer(store, all_pages())
     chat = dict(model='assistant', messages=[dict(role='user', content='The Congress of the United States')], max_tokens=5, temperature=0)
     text = dict(model='assistant', prompt='The House shall', max_tokens=7, temperature=0)
     with TestClient(server.app(), base_url='http://localhost') as client:
@@ -88,7 +87,7 @@ def test_what_waits_is_bounded(store):  # noqa: F811
     heads = {'authorization': f"Bearer {access.create_token(store, ann, 'test')}"}
     _, second = live(store, 'mini', 'candidate')
     release(store, ann, 'assistant', second, 'shadow')
-    server = ShadowServer(store, Pages(), waiting=2)
+    server = PlatformServer(store, Pages(), waiting=2)
     with TestClient(server.app(), base_url='http://localhost') as client:
         server.pick('assistant', '') # the live one is loaded already
         begun, free, load = [], threading.Event(), server._load
@@ -120,7 +119,7 @@ def test_probes_of_what_is_live(store):  # noqa: F811
     def tick():
         other = again(store)
         other.clock = store.clock
-        said = ProbingMonitor(other, LiveProbes(other, limits, items=2)).tick()
+        said = OperatedMonitor(other, live=LiveProbes(other, limits, items=2)).tick()
         other.close()
         return [rule for rule, *_ in said]
     def queued(): return [(r.name, r.model_id) for r in jobs_of(store, state='queued')]
@@ -153,7 +152,7 @@ def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
     probes = LiveProbes(store, [Limit('accuracy', 'advglue', min=.1)], items=2)
     def absent(*args): raise FileNotFoundError('the set is not here')
     monkeypatch.setattr('deepseek_nb.platform.runs.task_measures', absent)
-    monitor = ProbingMonitor(store, probes)
+    monitor = OperatedMonitor(store, live=probes)
     monitor.tick()
     row = claim(store, 4)
     assert Job(store, row).perform() == 'failed'
@@ -166,7 +165,7 @@ def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
 def test_a_wrong_file_of_probes_is_told_at_the_start(store):  # noqa: F811
     for text, said in (('[humour]\nfun = {max = 1}\n', 'no evaluation task'), ('[swaps]\nmove = {mxa = 1}\n', 'mxa is unknown')):
         (Path(store.folder)/'probes.toml').write_text(text)
-        with pytest.raises(ValueError, match=said): ProbingMonitor(store)
+        with pytest.raises(ValueError, match=said): OperatedMonitor(store)
 
 
 def test_corrections_by_page(store):  # noqa: F811
@@ -174,7 +173,7 @@ def test_corrections_by_page(store):  # noqa: F811
     hostile = '<script>alert(1)</script> =1+1'
     with Recorder(store, keep_texts=['a']) as r:
         for i in range(60): r.record(RequestEvent('a' if i%2 else 'b', texts=(f'{hostile} {i}', 'said <b>'), at=store.now()))
-    server = ShadowServer(store, every_page())
+    server = PlatformServer(store, all_pages())
     with TestClient(server.app(), base_url='http://localhost') as client:
         client.cookies.set('session', access.log_in(store, 'ann', PASSWORD))
         found = kept_answers(store)
@@ -198,12 +197,12 @@ def test_the_command_scans_for_personal_data_and_toxic_words(monkeypatch, tmp_pa
     from deepseek_nb.tools.cli import run_platform
     made = []
     class Stopped(Exception): pass
-    class Server(ShadowServer):
+    class Server(PlatformServer):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
             made.append(self)
         def run(self, listening): raise Stopped
-    monkeypatch.setattr(start, 'ShadowServer', Server)
+    monkeypatch.setattr(start, 'PlatformServer', Server)
     with pytest.raises(Stopped): run_platform(str(tmp_path/'p'), no_demo=True)
     scans = made[0].recorder.scans
     said = 'Write to ann@example.com', 'You fucking idiot', 'A letter about trees'
@@ -231,7 +230,7 @@ def test_corrections_of_api_answers_become_labels(store):  # noqa: F811
     rows = {n: f'  {n}: the <b>house</b> of the people, “{i}”\n' for i, n in enumerate([*PROTOCOLS, 'nobody'])}
     version = import_rows(store, ann, 'said', [dict(text=t) for t in rows.values()]).version
     task = create_task(store, ann, version, 'said', 'classification', 'What is it?', [*rows])
-    server = ShadowServer(store, every_page())
+    server = PlatformServer(store, all_pages())
     with TestClient(server.app(), base_url='http://localhost') as client:
         for name, (path, body) in PROTOCOLS.items():
             longest = 'max_output_tokens' if path.endswith('responses') else 'max_tokens'

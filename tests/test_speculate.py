@@ -371,7 +371,7 @@ def test_a_row_with_a_drawn_draft_follows_its_distribution():
     for seed in range(n):
         row, first = RowSampler(replace(how, seed=seed), start), int(drawn_from(q, g))
         draft = Draft([first, int(drawn_from(second[first][None], g))], [q[0], second[first]])
-        new = S._verify(target.logits[[start[-1], *draft.tokens]], draft, row)
+        new = [d.id for d in S.verify_drafts(target.logits[[start[-1], *draft.tokens]], [row], [draft])[0]]
         assert row.tokens == new and 1 <= len(new) <= 3
         while len(new) < 2: new = [*new, row.sample(target.logits[new[-1]]).id]
         found.append(new[0]*V + new[1])

@@ -81,9 +81,9 @@ def short(draw, n):
 
 def emptied(engine):
     "Whether all memory is free once the prefix cache is empty"
-    engine.prefix.clear()
+    engine.store.clear()
     if isinstance(engine.store, PagedRows): return len(engine.pool.free) == engine.pool.pages
-    return engine.pool.rows == engine.pool.kept == 0 and not engine.prefix.blocks
+    return engine.pool.rows == engine.pool.kept == 0 and not engine.store.blocks
 
 
 def test_alone_and_in_company(model):
@@ -101,7 +101,7 @@ def test_alone_and_in_company(model):
         engine.step()
         if isinstance(engine.pool, RowPool):
             assert engine.pool.rows == sum(r.cache.nbytes for r in engine.rows) and engine.pool.free >= 0
-            assert engine.pool.kept == sum(b.nbytes for b in engine.prefix.blocks.values())
+            assert engine.pool.kept == sum(b.nbytes for b in engine.store.blocks.values())
     alone = Engine(model, Bytes(), budget=512)
     for i,(stream,request) in enumerate(zip(streams, asked, strict=True)):
         one = alone.submit(replace(request, draft_tokens=None, user=f'{i}'))
@@ -279,7 +279,7 @@ def test_a_failed_step_forgets_the_row(monkeypatch):
     engine, asked = Engine(model, Bytes(), page=16), Request([3]*40, SamplingParams(seed=1), max_tokens=4, stop_ids=())
     want = engine.submit(asked)
     run(engine)
-    engine.prefix.clear()
+    engine.store.clear()
     with monkeypatch.context() as patched:
         real, calls = ragged.run_rows, []
         def fails(x, blocks, batch):
@@ -309,19 +309,19 @@ def test_prefixes_of_v4_on_disk(tmp_path):
     c, page = model.config, engine.pool.page
     assert not hits
     of = lambda n, states: n*(128 + block_bytes(c, page, 4)) + states*(128 + state_bytes(c, c.window, 4))
-    assert engine.prefix.store.nbytes == of(3, 1), (SEED, c)
+    assert engine.store.store.nbytes == of(3, 1), (SEED, c)
     found, got, hits = served(asked)
-    assert (got, hits) == (want, 3*page) and found.pool.kept == sum(b.nbytes for b in found.prefix.blocks.values())
+    assert (got, hits) == (want, 3*page) and found.pool.kept == sum(b.nbytes for b in found.store.blocks.values())
     assert served(replace(asked, user='bob'))[1:] == (want, 0)
-    path = (store := engine.prefix.store.states).path(store.keys(ids)[2])
+    path = (store := engine.store.store.states).path(store.keys(ids)[2])
     path.write_bytes((data := path.read_bytes())[:-1] + bytes([data[-1] ^ 1]))
     with pytest.warns(UserWarning, match='is damaged; it is ignored'): assert served(asked)[1:] == (want, 0)
     assert served(asked)[1:] == (want, 3*page), 'a damaged file is written again'
-    (store := engine.prefix.store.entries).path(store.keys(ids)[1]).unlink()
+    (store := engine.store.store.entries).path(store.keys(ids)[1]).unlink()
     assert served(asked)[1:] == (want, 0)
     with pytest.raises(ValueError, match='there is no folder'): Engine(model, Bytes(), disk_nbytes=2**20)
     bounded = served(replace(asked, user='eve'), disk_nbytes=of(3, 1) + 10)[0]
-    assert bounded.prefix.store.nbytes <= of(3, 1) + 10
+    assert bounded.store.store.nbytes <= of(3, 1) + 10
 
 
 def test_what_v4_has_not():

@@ -17,7 +17,7 @@ from deepseek_nb.serve.events import (
     cuts_agree,
     events_of,
 )
-from deepseek_nb.serve.tools import DSML, Call, gathered, write_calls
+from deepseek_nb.serve.tools import DSML, Call, gather_answer, write_calls
 
 BFCL = Path(__file__).parents[2]/'shared'/'data'/'bfcl'
 FORMATS = ['r1', 'v3', 'v31', 'v32', 'v4', 'v41', 'smollm2']
@@ -192,7 +192,7 @@ def test_the_calls_of_bfcl_are_read_back_in_every_format():
         for format in rng.sample(FORMATS, 2):
             text = 'Let me see.\n\n' + write_calls(format, calls)
             cut = rng.randrange(len(text))
-            assert gathered(events_of(Splitter(format), [text[:cut], text[cut:]])) == ('', 'Let me see.', calls), (format, text)
+            assert gather_answer(events_of(Splitter(format), [text[:cut], text[cut:]])) == ('', 'Let me see.', calls), (format, text)
     assert n > 2000
 
 
@@ -206,7 +206,7 @@ ENDS = ['{"a": [1, 2]}', '{"a": 5}', '{"a": null}', '{"a": {"b": {}}}', '{"a": "
 @pytest.mark.parametrize('arguments', ENDS)
 def test_arguments_may_end_in_anything(format, arguments):
     calls = [Call('f', arguments), Call('g', arguments)]
-    assert gathered(cuts_agree(lambda: Splitter(format), write_calls(format, calls))).calls == calls
+    assert gather_answer(cuts_agree(lambda: Splitter(format), write_calls(format, calls))).calls == calls
 
 
 @pytest.mark.parametrize('format', FORMATS)
@@ -224,7 +224,7 @@ def test_a_tag_inside_an_argument_is_text(format):
     inside = {'v3': '<｜tool▁sep｜>', 'r1': '<｜tool▁calls▁begin｜>', 'v31': '<｜tool▁sep｜>', 'smollm2': '</tool_call>'}
     value = inside.get(format, f'<｜DSML｜{DSML[format].block}></p>' if format in DSML else '')
     calls = [Call('f', json.dumps(dict(a=f'see {value} there'), ensure_ascii=False))]
-    assert gathered(cuts_agree(lambda: Splitter(format), write_calls(format, calls))).calls == calls
+    assert gather_answer(cuts_agree(lambda: Splitter(format), write_calls(format, calls))).calls == calls
 
 
 @pytest.mark.parametrize('format', FORMATS)
@@ -232,7 +232,7 @@ def test_calls_that_lack_a_tag(format):
     "The block's first tag, or the last ones"
     call = Call('f', '{"a": "x"}')
     whole = write_calls(format, [call, call])
-    split = lambda text: gathered(cuts_agree(lambda: Splitter(format), text))
+    split = lambda text: gather_answer(cuts_agree(lambda: Splitter(format), text))
     if format != 'smollm2':
         first = whole.index('>') + 1
         assert split('ok\n' + whole[first:]) == ('', 'ok', [call, call])
@@ -241,7 +241,7 @@ def test_calls_that_lack_a_tag(format):
 
 
 def test_loose_hermes():
-    split = lambda text: gathered(cuts_agree(lambda: Splitter('smollm2'), text))
+    split = lambda text: gather_answer(cuts_agree(lambda: Splitter('smollm2'), text))
     one = Call('f', '{"a": 1}')
     assert split('<tool_call>[{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": {"a": 1}}]</tool_call>').calls == [one]*2
     assert split('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>').calls == [one]

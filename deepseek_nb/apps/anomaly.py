@@ -13,7 +13,6 @@ __all__ = ['as_series', 'is_many', 'VariableUnits', 'fit_scaling', 'scaled', 'ga
            'Explanation']
 
 # %% ../../nbs/856_apps.anomaly.ipynb #13ad9b56
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rows import named_with, read_weights, write_weights
 from .tcn import SignalConfig, SignalNet, SignalState, find_periods, receptive_field
-from ..files.safetensors import write_tensors
 
 # %% ../../nbs/856_apps.anomaly.ipynb #0501e514
 def as_series(
@@ -227,6 +226,7 @@ class Detector:
         self.net,self.scaling,self.labelled,self.rate,self.max_gap = net.eval().requires_grad_(False),scaling,labelled,rate,max_gap
         self.warm_up = (0 if labelled else receptive_field(net.c.kernel, net.c.dilations)) if warm_up is None else warm_up
         self.calibration,self.streams,self.losses = None,{},[]
+        self.variables,self.unready = net.c.variables,self.warm_up
 
     @classmethod
     def fit(cls,
@@ -283,7 +283,7 @@ class Detector:
         if time is not None and not math.isfinite(time): raise ValueError(f'the time {time} is not a number of seconds')
         gap = 0 if stream.time is None else gap_steps(stream.time, time, self.rate) - 1
         if gap > self.max_gap: vars(stream).update(vars(self.new_stream()))
-        return torch.full((gap if gap <= self.max_gap else 0, self.net.c.variables), torch.nan)
+        return torch.full((gap if gap <= self.max_gap else 0, self.variables), torch.nan)
 
     def score(self,
         x, # One observation: a number, or one for each variable; NaN: missing
@@ -292,12 +292,12 @@ class Detector:
     )->'Reading': # Score and alarm
         "Score one observation, and keep the stream's state"
         x = as_series(torch.as_tensor(x, dtype=torch.float32).reshape(1, -1))
-        if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
+        if x.shape[1] != (m := self.variables): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
         stream = self.streams.get(key) or self.new_stream()
         if len(gap := self.missing_rows(stream, time)): self.advance(stream, gap)
         self.streams[key] = stream
         value,stream.time = self.advance(stream, x)[0].item(),time
-        ready = stream.steps > self.warm_up
+        ready = stream.steps > self.unready
         return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
 
     def score_series(self,
@@ -308,7 +308,7 @@ class Detector:
     )->Tensor: # Scores `t`
         "Score a signal from its beginning, without touching the detector's streams"
         x,stream,scores,begin = as_series(series),self.new_stream(),[],0
-        if x.shape[1] != (m := self.net.c.variables): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
+        if x.shape[1] != (m := self.variables): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
         times = [None]*len(x) if times is None else [float(t) for t in times]
         def flush(end): scores.extend(self.advance(stream, o, exact) for o in x[begin:end].split(piece) if len(o))
         for i,time in enumerate(times):
@@ -325,7 +325,7 @@ class Detector:
         confidence:float = .95, # Of the interval of the rate
     )->Calibration: # Threshold, rate and interval
         "Set the threshold from normal data"
-        scores = torch.cat([self.score_series(o)[self.warm_up:] for o in (series if is_many(series) else [series])])
+        scores = torch.cat([self.score_series(o)[self.unready:] for o in (series if is_many(series) else [series])])
         self.calibration = choose_threshold(scores, budget, confidence)
         return self.calibration
 
@@ -350,31 +350,24 @@ class Detector:
         folder:str|Path, # Folder, which is created
     )->None:
         "Save the detector and all its streams"
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f'net.{k}': v for k,v in self.net.state_dict().items()} | dict(centre=self.scaling.centre, spread=self.scaling.spread)
         for i,stream in enumerate(self.streams.values()): tensors |= {f'stream.{i}.{k}': v for k,v in _flat(stream).items()}
         about = dict(config=asdict(self.net.c), labelled=self.labelled, rate=self.rate, max_gap=self.max_gap, warm_up=self.warm_up,
             calibration=asdict(self.calibration) if self.calibration else None,
             streams=[dict(key=k, time=s.time, steps=s.steps) for k,s in self.streams.items()])
-        write_tensors(folder/'detector.safetensors', tensors | dict(about=torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)))
+        write_weights(Path(folder)/'detector.safetensors', tensors, about)
 
     @classmethod
     def load(cls,
         folder:str|Path, # Folder of a saved detector
     )->'Detector': # Detector with its streams
         "Restore a detector, which goes on with the next observation"
-        from safetensors.torch import load_file
-        path = Path(folder)/'detector.safetensors'
-        if not path.exists(): raise FileNotFoundError(f'{folder} holds no detector: the file detector.safetensors, which Detector.save writes')
-        tensors = load_file(path)
-        about = json.loads(bytes(tensors.pop('about').tolist()))
-        def under(name): return {k.removeprefix(name): v for k,v in tensors.items() if k.startswith(name)}
+        tensors,about = read_weights(Path(folder)/'detector.safetensors')
         net = SignalNet(SignalConfig(**{k: tuple(v) if isinstance(v, list) else v for k,v in about['config'].items()}))
-        net.load_state_dict(under('net.'))
+        net.load_state_dict(named_with('net.', tensors))
         d = cls(net, VariableUnits(tensors['centre'], tensors['spread']), **{k: about[k] for k in ('labelled', 'rate', 'max_gap', 'warm_up')})
         d.calibration = Calibration(**about['calibration']) if about['calibration'] else None
-        d.streams = {o['key']: _stream(under(f'stream.{i}.'), o) for i,o in enumerate(about['streams'])}
+        d.streams = {o['key']: _stream(named_with(f'stream.{i}.', tensors), o) for i,o in enumerate(about['streams'])}
         return d
 
 # %% ../../nbs/856_apps.anomaly.ipynb #6918c663
@@ -478,8 +471,7 @@ def _flat(stream):
 
 # %% ../../nbs/856_apps.anomaly.ipynb #710d1ddb
 def _stream(tensors, about):
-    def under(name): return {k.removeprefix(name): v for k,v in tensors.items() if k.startswith(name)}
-    convs = [v for _,v in sorted((int(k), v) for k,v in under('conv.').items())]
-    state = SignalState(convs, under('attn.'), tensors['seen'])
-    ahead = (tensors['location'], tensors['scale'], under('weights.')) if 'location' in tensors else None
+    convs = [v for _,v in sorted((int(k), v) for k,v in named_with('conv.', tensors).items())]
+    state = SignalState(convs, named_with('attn.', tensors), tensors['seen'])
+    ahead = (tensors['location'], tensors['scale'], named_with('weights.', tensors)) if 'location' in tensors else None
     return SignalStream(state, ahead, None, about['time'], about['steps'])

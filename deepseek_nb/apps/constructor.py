@@ -12,7 +12,6 @@ __all__ = ['FEATURES', 'pointer_kernels', 'place_features', 'distance_scale', 'R
            'imitation_loss', 'train_route_net']
 
 # %% ../../nbs/874_apps.constructor.ipynb #ae8198f9
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from torch import Tensor, nn
 
 from .instances import Instance, random_instance
 from .route_moves import improve, join_by_savings, prepare_roads
-from ..core import config as core
-from ..files.safetensors import write_tensors
+from .rows import package_folder, read_weights, write_weights
 from ..kernels.build import Kernels
 
 # %% ../../nbs/874_apps.constructor.ipynb #da5ab262
@@ -123,19 +121,15 @@ class RouteNet(nn.Module):
         path:str|Path, # File, such as `route.safetensors`
     )->None:
         "Write sizes and weights to a file"
-        sizes = torch.tensor(list(json.dumps(asdict(self.c)).encode()), dtype=torch.uint8)
-        write_tensors(Path(path), {k: v.contiguous() for k,v in self.state_dict().items()} | dict(sizes=sizes))
+        write_weights(path, self.state_dict(), asdict(self.c), 'sizes')
 
     @classmethod
     def load(cls,
         path:str|Path|None = None, # File; None: the weights of the package
     )->'RouteNet': # Network that doesn't need gradients
         "Read a network from a file"
-        from safetensors.torch import load_file
-        path = Path(path or Path(core.__file__).parents[1]/'routes'/'model.safetensors')
-        if not path.exists(): raise FileNotFoundError(f'{path} is missing: a file that RouteNet.save writes')
-        tensors = load_file(path)
-        net = cls(RouteConfig(**json.loads(bytes(tensors.pop('sizes').tolist()))))
+        tensors,sizes = read_weights(path or package_folder('routes')/'model.safetensors', 'sizes')
+        net = cls(RouteConfig(**sizes))
         net.load_state_dict(tensors)
         return net.eval().requires_grad_(False)
 

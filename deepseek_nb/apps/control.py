@@ -13,18 +13,16 @@ __all__ = ['STYLE_WAYS', 'embeddings', 'content_kept', 'answer_losses', 'Styler'
 # %% ../../nbs/880_apps.control.ipynb #1e496d95
 import json
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .guide import StyleJudge, StyleReader, fit_judge, guided, train_reader
-from .rows import input_rows
+from .rows import App, input_rows, named_with
 from .steer import StyleSettings, answer_tokens, steered, topic_prompt, train_style, with_adapter
 from deepseek_nb.apps.styles import (
     StyleEncoder,
@@ -40,6 +38,7 @@ from deepseek_nb.apps.styles import (
     word_rarity,
 )
 from ..arch.model import Model
+from ..eval.choice import log_likelihoods
 from ..files.safetensors import write_tensors, written
 from ..files.tokenizer import Tokenizer
 from ..infer.adapters import shared_view
@@ -70,7 +69,6 @@ def content_kept(
     return float(((texts*sources).sum(1).mean() - other)/((plain*sources).sum(1).mean() - other))
 
 # %% ../../nbs/880_apps.control.ipynb #5d373187
-@torch.no_grad()
 def answer_losses(
     model:Model, # Plain model
     prompts:list, # Token ids
@@ -78,16 +76,10 @@ def answer_losses(
     batch:int = 8, # Answers at a time
 )->Tensor: # Mean loss of each answer's tokens, in nats `n`
     "How surprised the plain model is by answers"
-    found = []
-    for i in range(0, len(prompts), batch):
-        pairs = [*zip(prompts[i:i+batch], answers[i:i+batch], strict=True)]
-        most = max(len(p) + len(a) for p,a in pairs)
-        tokens = torch.tensor([p + a + [0]*(most - len(p) - len(a)) for p,a in pairs])
-        hidden = model.hidden(tokens)
-        for row,(p,a) in enumerate(pairs):
-            logits = F.linear(hidden[row, len(p)-1:len(p)+len(a)-1], model.head_weight).float()
-            found.append(F.cross_entropy(logits, torch.tensor(a)) if a else torch.tensor(math.log(model.config.vocab_size)))
-    return torch.stack(found)
+    found,some = torch.full((len(answers),), math.log(model.config.vocab_size)),[i for i,a in enumerate(answers) if a]
+    sums = log_likelihoods(model, [[(prompts[i], answers[i])] for i in some], batch)
+    for i,(s,) in zip(some, sums, strict=True): found[i] = -s/len(answers[i])
+    return found
 
 # %% ../../nbs/880_apps.control.ipynb #2dd5d1dc
 STYLE_WAYS = ('adapter', 'steer', 'guide')
@@ -191,7 +183,7 @@ def _judge_of(about, t):
 
 def _reader_of(about, t):
     if not about['reader']: return None
-    own = {k.removeprefix('reader.'): v.float() for k,v in t.items() if k.startswith('reader.')}
+    own = {k: v.float() for k,v in named_with('reader.', t).items()}
     reader = StyleReader(tuple(about['reader']), *own['embed.weight'].shape, own['out.weight'].shape[1])
     reader.load_state_dict(own)
     return reader.eval().requires_grad_(False)
@@ -208,10 +200,9 @@ def load_styler(
     about,t = json.loads((folder/'styler.json').read_text()),load_file(folder/'styles.safetensors')
     model = model or Model.from_pretrained(about['model'], dtype='float32')
     tok = tok or Tokenizer.from_pretrained(about['model'])
-    named = {k.removeprefix('style.'): v for k,v in t.items() if k.startswith('style.')}
     adapted = shared_view(model) if (folder/'adapters').exists() else None
     for path in sorted((folder/'adapters').glob('*')): adapted.load_adapter(path, path.name)
-    encoder = StyleEncoder(model, tok, about['layer'], t['centre'], named)
+    encoder = StyleEncoder(model, tok, about['layer'], t['centre'], named_with('style.', t))
     return Styler(model, tok, encoder, adapted, _reader_of(about, t), _judge_of(about, t), about['units'])
 
 # %% ../../nbs/880_apps.control.ipynb #dd31edbc
@@ -265,12 +256,6 @@ Writes about topics with `{name}`, in a style and with a strength ({', '.join(wa
 - **Licence**: that of the texts counts too. Brown is for research and teaching only.
 '''
 
-# %% ../../nbs/880_apps.control.ipynb #a4fcbcb5
-def _folder(weights):
-    "The folder of the weights"
-    if not weights: raise ValueError('the package holds no weights of styles: deepseek-nb app control train makes some, see --weights')
-    return Path(weights)
-
 # %% ../../nbs/880_apps.control.ipynb #7e27443d
 def answer_style(
     styler:Styler, # With a judge
@@ -294,8 +279,16 @@ def answer_style(
     return dict(scores=found) | (dict(text=text) if topic is not None else {})
 
 # %% ../../nbs/880_apps.control.ipynb #e8d0e8f7
-class ControlApp:
+class ControlApp(App):
     "Text in a style, for `deepseek-nb app control`"
+    answer = staticmethod(answer_style)
+
+    @classmethod
+    def load(cls,
+        weights:str, # Folder of `train`
+    )->Styler:
+        "Load what was learned"
+        return load_styler(cls.folder(weights))
 
     @classmethod
     def train(cls,
@@ -317,29 +310,3 @@ class ControlApp:
         card = style_card(styler, model, parts)
         save_styler(styler, out, model, card)
         return card.split('- **Quality**: ')[1].split('.\n')[0].split('. ')[0]
-
-    @classmethod
-    def score(cls,
-        rows:Iterator, # Dicts with `text`, to rate it; or with `topic` and `style`, to write and rate
-        weights:str, # Folder of `train`; '': the weights in the package
-    )->Iterator: # Scores of each style; for a topic also the text
-        "Rate texts, or write them"
-        answer = cls.serve(weights)
-        for row in rows:
-            try: yield answer(Fields(row))
-            except ApiError as e: raise ValueError(e.message) from None
-
-    @classmethod
-    def serve(cls,
-        weights:str, # Folder of `train`; '': the weights in the package
-    )->Callable: # Function from the `Fields` of a request to the dict of its answer
-        "Load, and return what answers requests"
-        styler = load_styler(_folder(weights))
-        return lambda fields: answer_style(styler, fields)
-
-    @classmethod
-    def card(cls,
-        weights:str, # Folder of `train`; '': the weights in the package
-    )->str: # Markdown
-        "The model card"
-        return (_folder(weights)/'README.md').read_text(encoding='utf-8')

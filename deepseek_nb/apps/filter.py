@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from .names import NameTagger, drop_near_copies, guards_folder, read_pii, refilled, split_part, train_names
+from .names import NameTagger, read_pii, refilled, split_part, train_names
+from .rows import App
+from .styles import drop_near_repeats
 from .toxic import ToxicityNet, read_toxicity, threshold_at, train_toxicity
 from ..serve.chat import ApiError
 from ..serve.guard import ContentFilter
@@ -56,7 +58,7 @@ def divide_set(
 )->dict: # 'train', 'val' and 'test' -> rows; nothing in 'train' nearly repeats the others
     "Divide a set"
     parts = {p: [r for r in rows if split_part(key(r)) == p] for p in ('train', 'val', 'test')}
-    return parts | dict(train=drop_near_copies(parts['train'], parts['val'] + parts['test']))
+    return parts | dict(train=drop_near_repeats(parts['train'], held=parts['val'] + parts['test']))
 
 # %% ../../nbs/883_apps.filter.ipynb #8b005f57
 def learn_filter(
@@ -106,8 +108,9 @@ def _result(f, text):
 def _at(locale): return Policy(**vars(STANDARD) | dict(locale=locale))
 
 # %% ../../nbs/883_apps.filter.ipynb #93eb14f2
-class FilterApp:
+class FilterApp(App):
     "The safety filter, for `deepseek-nb app filter`"
+    home = 'guards'
 
     @classmethod
     def train(cls,
@@ -149,10 +152,3 @@ class FilterApp:
                 except ValueError as e: raise ApiError(400, str(e), 'locale') from None
             return _result(filters[locale], text)
         return answer
-
-    @classmethod
-    def card(cls,
-        weights:str, # Folder of trained weights; '': those of the package
-    )->str: # Markdown
-        "The model card"
-        return (Path(weights or guards_folder())/'README.md').read_text(encoding='utf-8')

@@ -11,62 +11,35 @@ __all__ = ['decode_png', 'check_picture', 'read_picture', 'read_wav', 'write_wav
            'PieceFinding', 'Inspector', 'own_pieces', 'train_inspector', 'InspectApp']
 
 # %% ../../nbs/866_apps.inspect.ipynb #eeb2996c
-import json
 import math
-import struct
 import wave
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .fusion import FusionConfig, FusionNet, FusionSettings, heat_map, train_fusion
+from .rows import App, named_with, package_folder, read_weights, write_weights
 from .spectrogram import SpectrogramConfig, check_recording, log_mel
 from .wafers import CAUSES, PairingRule, Pieces, draw_pieces, draw_pool, drop_repeated_maps, good_wafers, read_wm811k
-from ..files.safetensors import write_tensors
-
-# %% ../../nbs/866_apps.inspect.ipynb #8bf0745f
-def _paeth(a, b, c):
-    p = a + b - c
-    return min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
-
-# %% ../../nbs/866_apps.inspect.ipynb #64e25687
-def _unfilter(kind, row, above):
-    "Undo the filter of a row; one byte for each pixel"
-    if kind == 0: return row
-    if kind == 1: return row.cumsum() & 255
-    if kind == 2: return row + above & 255
-    if kind not in (3, 4): raise ValueError(f'the PNG file has the filter {kind}, which does not exist')
-    out,left,corner = row.copy(),0,0
-    for i,(x,up) in enumerate(zip(row.tolist(), above.tolist(), strict=True)):
-        left = out[i] = x + ((left + up)//2 if kind == 3 else _paeth(left, up, corner)) & 255
-        corner = up
-    return out
 
 # %% ../../nbs/866_apps.inspect.ipynb #23f87e80
 def decode_png(
-    data:bytes, # File of 8-bit grey levels, not interlaced
+    data:bytes, # File of 8-bit grey levels
 )->np.ndarray: # `h w` uint8
     "Decode a grey picture"
-    if data[:8] != b'\x89PNG\r\n\x1a\n': raise ValueError('this is no PNG file')
-    parts,i = [],8
-    while i + 8 <= len(data):
-        n,kind = struct.unpack_from('>I4s', data, i)
-        parts.append((kind, data[i+8:i+8+n])); i += n + 12
-    w,h,depth,colour,_,_,interlaced = struct.unpack('>IIBBBBB', dict(parts)[b'IHDR'])
-    if (depth, colour, interlaced) != (8, 0, 0): raise ValueError('the PNG file is not grey with 8 bits a pixel; convert it')
-    try: raw = zlib.decompress(b''.join(o for k,o in parts if k == b'IDAT'))
-    except zlib.error as e: raise ValueError(f'the PNG file is damaged: {e}') from None
-    if len(raw) != h*(w + 1): raise ValueError(f'the PNG file is damaged: it has {len(raw)} bytes for {h} rows of {w} pixels')
-    rows,above = np.frombuffer(raw, np.uint8).reshape(h, w + 1).astype(int),np.zeros(w, int)
-    return np.stack([above := _unfilter(r[0], r[1:], above) for r in rows]).astype(np.uint8)
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with Image.open(BytesIO(data), formats=['PNG']) as x:
+            if x.mode == 'L': return np.array(x)
+    except UnidentifiedImageError: raise ValueError('this is no PNG file') from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise ValueError(f'the PNG file is damaged: {e}') from None
+    raise ValueError('the PNG file is not grey with 8 bits a pixel; convert it')
 
 # %% ../../nbs/866_apps.inspect.ipynb #de354d22
 def check_picture(
@@ -240,32 +213,27 @@ class Inspector:
         folder:str|Path, # Folder, which is created
     )->None:
         "Save weights, sizes and limits in one file"
-        Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {f'net.{k}': v for k,v in self.net.state_dict().items()}
         for k,v in self.known.items(): tensors |= {f'known.{k}.means': v.means, f'known.{k}.inverse': v.inverse}
         about = dict(config=asdict(self.net.c), spectrogram=asdict(self.spectrogram), causes=self.causes,
                      limits={k: v.limit for k,v in self.known.items()})
-        tensors['about'] = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
-        write_tensors(Path(folder)/'inspector.safetensors', tensors)
+        write_weights(Path(folder)/'inspector.safetensors', tensors, about)
 
     @classmethod
     def load(cls,
         folder:str|Path, # Folder that `save` has written
     )->'Inspector': # Inspector
         "Load an inspector"
-        path = Path(folder)/'inspector.safetensors'
-        if not path.exists(): raise FileNotFoundError(f'{folder} contains no inspector.safetensors; it is no folder of a trained inspector')
-        tensors = load_file(path)
-        about = json.loads(bytes(tensors['about'].tolist()))
+        tensors,about = read_weights(Path(folder)/'inspector.safetensors')
         net = FusionNet(FusionConfig(**about['config']))
-        net.load_state_dict({k.removeprefix('net.'): v for k,v in tensors.items() if k.startswith('net.')})
+        net.load_state_dict(named_with('net.', tensors))
         known = {k: Known(tensors[f'known.{k}.means'], tensors[f'known.{k}.inverse'], v) for k,v in about['limits'].items()}
         return cls(net, SpectrogramConfig(**about['spectrogram']), about['causes'], known)
 
     @classmethod
     def shipped(cls)->'Inspector': # The inspector of the package
         "Load the small weights of the package"
-        return cls.load(Path(str(files('deepseek_nb')))/'inspector')
+        return cls.load(package_folder('inspector'))
 
 # %% ../../nbs/866_apps.inspect.ipynb #d9be1f1f
 def _pattern(pictures, spectrograms):
@@ -321,19 +289,23 @@ def _answer(f):
     "A finding as numbers and texts"
     return dict(cause=f.cause, probability=round(f.probability, 4), unknown=f.unknown, strangeness=round(f.strangeness, 4))
 
-# %% ../../nbs/866_apps.inspect.ipynb #cbacbcdb
-def _request(inspector, fields):
-    "Answer the fields of a request"
-    picture,x,rate = fields.take('picture', list),fields.take('vibration', list),fields.take('rate', float)
-    heat = fields.take('heat', bool, default=False)
-    fields.done()
-    try: f = inspector.inspect(picture, x, rate)
-    except TypeError: raise ValueError('picture is a list of rows of 0, 1 and 2, and vibration a list of numbers') from None
-    return _answer(f) | dict(probabilities=f.probabilities) | (dict(heat=f.heat.tolist()) if heat and f.heat is not None else {})
-
 # %% ../../nbs/866_apps.inspect.ipynb #4c81003f
-class InspectApp:
+class InspectApp(App):
     "What the command offers of the inspector"
+    home,model = 'inspector',Inspector
+
+    @classmethod
+    def answer(cls,
+        inspector:Inspector, # What answers
+        fields, # Of a request
+    )->dict: # The finding, and the heat map on demand
+        "Answer the fields of a request"
+        picture,x,rate = fields.take('picture', list),fields.take('vibration', list),fields.take('rate', float)
+        heat = fields.take('heat', bool, default=False)
+        fields.done()
+        try: f = inspector.inspect(picture, x, rate)
+        except TypeError: raise ValueError('picture is a list of rows of 0, 1 and 2, and vibration a list of numbers') from None
+        return _answer(f) | dict(probabilities=f.probabilities) | (dict(heat=f.heat.tolist()) if heat and f.heat is not None else {})
 
     @classmethod
     def train(cls, # noqa: F811
@@ -346,6 +318,7 @@ class InspectApp:
         "Train on a folder"
         inspector,late = train_inspector(data, FusionSettings(steps, batch, seed=seed))
         inspector.save(out)
+        (Path(out)/'README.md').write_text(f'# Inspector, trained by its owner\n\nCauses: {", ".join(inspector.causes)}.\n', encoding='utf-8')
         with torch.no_grad(): right = (inspector.net(late.pictures, late.spectrograms).argmax(1) == late.labels).float().mean().item()
         return f'{right:.1%} of {len(late.labels)} pieces right that were not learned from'
 
@@ -355,22 +328,6 @@ class InspectApp:
         weights, # Folder of trained weights; '': the package's
     )->Iterator[dict]: # A row for each result
         "Decide on the pieces of rows or files"
-        inspector = Inspector.load(weights) if weights else Inspector.shipped()
+        inspector = cls.load(weights)
         for row in rows:
             if pair := _pairs(row): yield dict(piece=str(pair[0] or pair[1] or '')) | _answer(inspector.inspect(*pair))
-
-    @classmethod
-    def serve(cls,
-        weights, # Folder of trained weights; '': the package's
-    )->Callable: # From the fields of a request to its answer
-        "Load, and return what answers requests"
-        inspector = Inspector.load(weights) if weights else Inspector.shipped()
-        return lambda fields: _request(inspector, fields)
-
-    @classmethod
-    def card(cls,
-        weights, # Folder of trained weights; '': the package's
-    )->str: # Markdown
-        "The model card"
-        if weights: return f'# Inspector trained by its owner\n\nCauses: {", ".join(Inspector.load(weights).causes)}.\n'
-        return (Path(str(files('deepseek_nb')))/'inspector'/'README.md').read_text(encoding='utf-8')

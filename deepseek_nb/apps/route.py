@@ -23,7 +23,7 @@ import torch
 from .constructor import RouteNet, construct_routes, teach, train_route_net
 from .instances import Instance, checked_cost, read_instance
 from .route_moves import improve, join_by_savings, prepare_roads
-from ..core import config as core
+from .rows import App
 from ..files.safetensors import written
 
 # %% ../../nbs/876_apps.route.ipynb #bbf9abe7
@@ -269,15 +269,16 @@ def _answer(router, fields, path):
     return about | (dict(length=plan.length, seconds=plan.seconds, late=plan.late) if do in ('plan', 'add', 'cancel') else {})
 
 # %% ../../nbs/876_apps.route.ipynb #167d7ae2
-class RouteApp:
+class RouteApp(App):
     "Routes for the command `deepseek-nb app`"
+    home = 'routes'
 
     @classmethod
-    def net(cls,
+    def load(cls,
         weights, # Folder of trained weights; '': the package's
     )->RouteNet:
         "Load a network"
-        return RouteNet.load(Path(weights)/'model.safetensors' if weights else None)
+        return RouteNet.load(cls.folder(weights)/'model.safetensors')
 
     @classmethod
     def train(cls,
@@ -292,7 +293,6 @@ class RouteApp:
         torch.manual_seed(0)
         net = RouteNet()
         losses = train_route_net(net, teach(range(problems), sizes=(min(sizes[0], 100), min(sizes[-1], 100))), steps)
-        Path(out).mkdir(parents=True, exist_ok=True)
         net.save(Path(out)/'model.safetensors')
         return f'{problems} problems of up to {min(sizes[-1], 100)} places; loss of a decision {sum(losses[-50:])/len(losses[-50:]):.3f}'
 
@@ -306,7 +306,7 @@ class RouteApp:
         capacity:float = 0., # Capacity for a table of orders; 0: one vehicle
     ):
         "Plan routes for files or for a table of orders"
-        rows,net = iter(rows),cls.net(weights)
+        rows,net = iter(rows),cls.load(weights)
         first = next(rows, None)
         rows = [] if first is None else chain([first], rows)
         if first is None or 'file' not in first: yield from _plan_rows(rows, Router((x, y), capacity or None, net=net), seconds)
@@ -322,15 +322,6 @@ class RouteApp:
         state:str = '', # File for the state; '': none
     ):
         "Load, and return what answers requests"
-        net,restored = cls.net(weights),state and Path(state).exists()
+        net,restored = cls.load(weights),state and Path(state).exists()
         router = Router.load(state, net) if restored else Router((x, y), capacity or None, close or None, net)
         return lambda fields: _answer(router, fields, state)
-
-    @classmethod
-    def card(cls,
-        weights, # Folder of trained weights; '': the package's
-    )->str: # Markdown
-        "The model card"
-        if weights: cls.net(weights)
-        path = Path(weights or Path(core.__file__).parents[1]/'routes')/'README.md'
-        return path.read_text() if path.exists() else f'# Routes\n\nA network trained on generated problems; its weights are in {weights}.'

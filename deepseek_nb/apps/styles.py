@@ -120,15 +120,16 @@ def four_words(
 
 # %% ../../nbs/877_apps.styles.ipynb #64350aa9
 def drop_near_repeats(
-    rows:Iterable, # `StyleText`s
+    rows:Iterable, # With `text`, such as `StyleText`s
     share:float = .5, # Share of known runs from which a passage is a near repeat
-)->list: # `StyleText`s
-    "Keep passages that don't nearly occur before"
-    seen,kept = set(),[]
+    held:Iterable|None = None, # With `text`, which must not be repeated; None: the rows before
+)->list: # Rows that are none
+    "Keep passages that don't nearly occur before, or in held-out texts"
+    seen,kept = set().union(*(four_words(r.text) for r in held or ())),[]
     for r in rows:
         runs = four_words(r.text)
         if len(runs & seen) < share*len(runs): kept.append(r)
-        seen |= runs
+        if held is None: seen |= runs
     return kept
 
 # %% ../../nbs/877_apps.styles.ipynb #0158f889

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from .names import guards_folder
+from .rows import package_folder
 from .series import find_set
 from ..files.safetensors import written
 from ..serve.policy import TextMatch, TextScan, search_from
@@ -149,7 +149,7 @@ class ToxicityNet:
         folder:str|Path = '', # Folder; '': that of the package
     )->'ToxicityNet':
         "Load a net; nothing is downloaded"
-        path = Path(folder or guards_folder())/'toxic.safetensors'
+        path = Path(folder or package_folder('guards'))/'toxic.safetensors'
         if not path.exists(): raise FileNotFoundError(f'{path}: no such file; deepseek-nb app filter train writes it')
         found = load_file(path)
         scale,bias,least = found['numbers'].tolist()

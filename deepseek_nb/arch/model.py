@@ -185,7 +185,7 @@ class Model(nn.Module):
         from_pretrained = classmethod(_from_pretrained)  # type: ignore
         from deepseek_nb.infer.generate import prefill, stream, generate
         from deepseek_nb.infer.ragged import ragged_angles, ragged_batch, ragged, _ragged_step
-        from deepseek_nb.infer.speculate import speculate
+        from deepseek_nb.infer.engine import speculate
         from deepseek_nb.kernels.compile import compile
         from deepseek_nb.train.lora import set_adapter, delete_adapter, merge_adapter, unmerge_adapter, merge_and_unload, unload, adapters
         from deepseek_nb.train.peft import save_adapter, load_adapter
@@ -204,7 +204,7 @@ class Model(nn.Module):
         ragged_batch = later('infer.ragged')
         ragged = later('infer.ragged')
         _ragged_step = later('infer.ragged')
-        speculate = later('infer.speculate')
+        speculate = later('infer.engine')
         compile = later('kernels.compile')
         set_adapter = later('train.lora')
         delete_adapter = later('train.lora')

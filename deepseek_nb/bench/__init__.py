@@ -10,23 +10,25 @@ and `roofline` plots the rates of operations below these limits. `BENCHMARKS` li
 
 # %% auto #0
 __all__ = ['BENCHMARKS', 'synchronise', 'seconds', 'si', 'Comparison', 'alternate', 'compare', 'fastest_of', 'peak_bytes',
-           'peaks_of', 'peak_of', 'hardware', 'versions', 'make_record', 'save_result', 'load_result', 'best_rate',
-           'gemm_rate', 'bandwidth', 'Machine', 'machine', 'Work', 'bound', 'roofline', 'Benchmark', 'find_benchmark',
-           'run_benchmark', 'operations', 'listing', 'result_text', 'read_options', 'run_command']
+           'peaks_of', 'git_state', 'builds', 'provenance', 'before', 'doubts', 'hardware', 'versions', 'optional',
+           'make_record', 'save_result', 'load_result', 'best_rate', 'gemm_rate', 'bandwidth', 'Machine', 'machine',
+           'Work', 'bound', 'roofline', 'Benchmark', 'find_benchmark', 'run_benchmark', 'operations', 'listing',
+           'result_text', 'read_options', 'run_command']
 
 # %% ../../nbs/750_bench.ipynb #3028c2e4
-import argparse
 import ctypes
 import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import date
+from functools import partial
 from importlib import import_module, metadata
 from inspect import signature
 from pathlib import Path
@@ -35,8 +37,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..core import nbproc
 from ..core.plot import COLOURS, draw, style
-from ..core.provenance import provenance
+from ..files.safetensors import written
 
 # %% ../../nbs/750_bench.ipynb #208efac5
 def synchronise():
@@ -149,7 +152,6 @@ def peak_bytes(
         return torch.accelerator.max_memory_allocated() - before
     return _rises([lambda _: f()])[0]
 
-# %% ../../nbs/750_bench.ipynb #787ab058
 def _rises(steps):
     "Pass the value of each step to the next one, and measure the rise of memory to its peak up to the end of each"
     before,x,found = _resident(reset=True),None,[]
@@ -192,13 +194,57 @@ def peaks_of(
     if found.returncode: raise ValueError(f'{"; ".join(codes)}: {found.stderr.strip().splitlines()[-1]}')
     return [int(n) for n in found.stdout.splitlines()[-1].split()]
 
-# %% ../../nbs/750_bench.ipynb #c8051feb
-def peak_of(
-    code:str, # Expression, as in `peaks_of`
-    setup:str='', # Statements to run before it
-)->int: # Peak memory minus memory after imports and setup, in bytes
-    "Evaluate an expression in a new process and measure its peak memory"
-    return peaks_of(code, setup=setup)[0]
+# %% ../../nbs/750_bench.ipynb #cde7a8f8
+_PACKAGE = Path(nbproc.__file__).parents[1]
+
+def git_state()->dict: # `commit`, eight hexadecimal digits, and `clean`; '' and None outside a repository
+    "The commit of the running code, and whether the tree is clean"
+    def git(*args): return subprocess.run(['git', *args], cwd=_PACKAGE, capture_output=True, text=True)
+    try: at,changed = git('rev-parse', '--short=8', 'HEAD'),git('status', '--porcelain', '-uno', '--', ':/', ':(top,exclude)nbs/results')
+    except OSError: return dict(commit='', clean=None)
+    return dict(commit=at.stdout.strip(), clean=not changed.stdout.strip()) if at.returncode == 0 else dict(commit='', clean=None)
+
+# %% ../../nbs/750_bench.ipynb #69dcbeac
+def _flags(words):
+    "Flags without warnings, definitions, and folders of a machine"
+    named = [w for w,prior in zip(words, ['', *words], strict=False) if prior != '-isystem']
+    return ' '.join(w for w in named if w != '-isystem' and not w.startswith(('-L', '-I', '-W', '-D', '/')))
+
+def builds(
+    kernels:bool = False, # Whether our kernels ran in another process
+)->dict: # Name -> how it was built
+    "How our kernels and the libraries in this process were built"
+    shown,out = torch.__config__.show(),{}
+    flags,by = re.search(r'CXX_FLAGS=([^,]*)', shown),re.search(r'- (GCC|Clang|MSVC)[^\n]*', shown, re.I)
+    out['torch'] = '; '.join(x for x in (by and by[0][2:], flags and _flags(flags[1].split())) if x)
+    if (made := sys.modules.get('deepseek_nb.kernels.build')) and (kernels or nbproc._compiled):
+        out['deepseek_nb'] = f"{nbproc.compiler_version(nbproc.find_compiler('cpp')).splitlines()[0]}; {_flags(made.compiler_flags())}"
+    if llama := sys.modules.get('llama_cpp'): out['llama.cpp'] = llama.llama_print_system_info().decode().strip()
+    return out
+
+# %% ../../nbs/750_bench.ipynb #d851bfed
+def _without_folders(text): return re.sub(r'(?<![\w.])/\S*/', '', text)
+
+def provenance()->dict: # commit, clean, command, build, load
+    "Describe the code of a running measurement"
+    load = round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None
+    return git_state() | dict(command=_without_folders(' '.join(sys.argv)), build=builds(), load=load)
+
+# %% ../../nbs/750_bench.ipynb #20f5b446
+def before(
+    record:dict, # Stored record of a run or a benchmark
+)->bool: # Whether it was stored before provenance was kept
+    "Whether a record has no provenance"
+    return 'provenance' not in record
+
+def doubts(
+    record:dict, # Stored record
+)->list: # Texts; empty if the record says which code it measured
+    "What is wrong with the provenance of a record"
+    if before(record): return ['stored before provenance was kept']
+    p = record['provenance']
+    wrong = {'no commit': not p.get('commit'), 'the tree was not clean': p.get('clean') is not True}
+    return [w for w,so in wrong.items() if so]
 
 # %% ../../nbs/750_bench.ipynb #979ea62c
 def hardware()->dict: # cpu, threads, memory, accelerator, system
@@ -223,6 +269,15 @@ def _distribution(name):
     try: return metadata.distribution(name)
     except metadata.PackageNotFoundError: return None
 
+# %% ../../nbs/750_bench.ipynb #a69de76b
+def optional(
+    module:str, # Module to import
+    package:str, # Name of the package that has it
+): # The module
+    "Import a library, or say how to install it"
+    try: return import_module(module)
+    except ImportError: raise ValueError(f'{package} is not installed: pip install {package}') from None
+
 # %% ../../nbs/750_bench.ipynb #2f8e4c90
 def make_record(
     name:str, # Name of the benchmark
@@ -245,11 +300,8 @@ def save_result(
     content:dict, # Record from `make_record`
 ):
     "Write a record as a JSON file, atomically"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    part.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-    os.replace(part, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written(path) as part: part.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
 
 # %% ../../nbs/750_bench.ipynb #2234017c
 def load_result(
@@ -372,40 +424,61 @@ class Benchmark(NamedTuple):
     "Location of a benchmark, and the distributions whose versions its record contains"
     function:str|Callable  # Module and name below `deepseek_nb`, or the function itself
     packages:tuple = ()    # Distributions besides torch
+    about:str = ''         # Its docstring; '': that of the function
+    options:dict = {}      # Arguments of the function
+
     def load(self)->Callable: # Without arguments, or with options
         "Import the function"
-        if callable(self.function): return self.function
-        module,_,name = self.function.rpartition('.')
-        return getattr(import_module(f'deepseek_nb.{module}'), name)
+        module,_,name = self.function.rpartition('.') if isinstance(self.function, str) else ('', '', '')
+        run = getattr(import_module(f'deepseek_nb.{module}'), name) if name else self.function
+        if not self.about: return run
+        run = partial(run, **self.options)
+        run.__doc__ = self.about
+        return run
 
 # %% ../../nbs/750_bench.ipynb #bcf51988
 _HF = ('transformers',)
 _PEERS = (*_HF, 'llama-cpp-python', 'openvino-genai', 'onnxruntime-genai', 'onnxruntime')
 _LAYERS = {'moe-layer': 'moe_layer', 'attention': 'attention', 'neurons': 'neurons_speed'}
-_MODELS = ('prefill', 'decode', 'batch-decode', 'train-step', 'smollm2-prefill', 'smollm2-decode', 'moe-decode')
+_MODELS = ('prefill', 'decode', 'train-step', 'moe-decode')
+_FINE = ('int8-fine', 'int8')
 _CACHES = ('prefix-cache', 'cache-kinds', 'latent-codes')
-_QUANT = ('quant-decode', 'quant-moe', 'quality', 'format-rates')
+_QUANT = ('quant-decode', 'quant-moe', 'quality', 'format-rates', 'fine-quality')
 
 def _of(module, names, packages=()): return {n: Benchmark(f"bench.{module}.{n.replace('-', '_')}", packages) for n in names}
 
 BENCHMARKS = {  # name at the command line -> location
     'machine': Benchmark('bench.machine'), 'roofline': Benchmark('bench.operations'),
     **{n: Benchmark(f'bench.layers.{f}', _HF) for n, f in _LAYERS.items()},
-    **_of('models', _MODELS, _HF), 'compile': Benchmark('bench.models.compile_gain'),
-    'load-smollm2': Benchmark('bench.startup.load_smollm2', (*_HF, 'gguf')),
-    'import-time': Benchmark('bench.startup.import_time'), 'dispatch': Benchmark('bench.startup.dispatch_overhead'),
+    **_of('models', _MODELS, _HF),
+    'batch-decode': Benchmark('bench.models.decode', _HF, 'A decode step of bench-moe for 8 and for 32 rows, against transformers',
+                              dict(cached=(128,), batches=(8, 32))),
+    'smollm2-prefill': Benchmark('bench.models.prefill', _HF, 'A prompt through SmolLM2, against transformers',
+                                 dict(tokens=(128, 512), repeats=9, shape='smollm2-135m')),
+    'smollm2-decode': Benchmark('bench.models.decode', _HF, 'A decode step of SmolLM2, against transformers',
+                                dict(cached=(128, 1024), repeats=9, shape='smollm2-135m')),
+    'compile': Benchmark('bench.models.compile_gain'),
+    'load-smollm2': Benchmark('bench.models.load_smollm2', (*_HF, 'gguf')),
+    'import-time': Benchmark('bench.models.import_time'), 'dispatch': Benchmark('bench.models.dispatch_overhead'),
     'scaling': Benchmark('bench.scaling.measure_scaling'),
-    'cache': Benchmark('bench.caches.cache_or_recompute'), 'int8': Benchmark('bench.quant.int8_or_float'),
-    'ragged-steps': Benchmark('bench.pages.ragged_steps'),
+    'cache': Benchmark('bench.caches.cache_or_recompute'),
+    'int8': Benchmark('bench.quant.format_decode', (), 'Decode in int8, against float32 with the same weights',
+                      dict(formats=('int8', 'float32'), repeats=9)),
+    'fine-decode': Benchmark('bench.quant.format_decode', (), 'Decode in int8-fine, against int8', dict(formats=_FINE)),
+    'fine-prompt': Benchmark('bench.quant.format_prompt', (), 'Prefill a prompt in int8-fine, against int8', dict(formats=_FINE)),
+    'ragged-steps': Benchmark('bench.caches.ragged_steps'),
     **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
-    **_of('runtimes', ('peers', 'peers-avx2'), _PEERS), **_of('vectors', ('peers-avx512',), _PEERS),
-    'blocks': Benchmark('bench.blocks.block_quality', ('llama-cpp-python', 'gguf')),
-    **{f'fine-{n}': Benchmark(f'bench.fine.fine_{n}') for n in ('quality', 'decode', 'prompt')},
+    **_of('runtimes', ('peers',), _PEERS),
+    'peers-avx2': Benchmark('bench.runtimes.peers', _PEERS, 'The same with AVX2 alone: no matrix unit, no AVX-512, no VNNI',
+                            dict(isa='avx2')),
+    'peers-avx512': Benchmark('bench.runtimes.peers', _PEERS, 'The comparison of `peers` on a processor with AVX-512 and no matrix unit',
+                              dict(isa='avx512')),
+    'blocks': Benchmark('bench.quant.block_quality', ('llama-cpp-python', 'gguf')),
     'grpo': Benchmark('bench.grpo.grpo_steps', (*_HF, 'trl', 'accelerate')),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
     'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
-    'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.v4.v4_decode', _HF),
+    'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.sparse.v4_decode', _HF),
     'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
     'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg')),
     'tensorrt': Benchmark('export.tensorrt.bench_tensorrt', ('tensorrt',)),
@@ -471,19 +544,6 @@ def result_text(
     if isinstance(result, dict): return '\n\n'.join(f'{k}\n\n{result_text(v)}' for k, v in result.items())
     return result._repr_markdown_() if hasattr(result, '_repr_markdown_') else json.dumps(_plain(result), indent=1)
 
-# %% ../../nbs/750_bench.ipynb #1d36db85
-def _parser():
-    parser = argparse.ArgumentParser(prog='deepseek-nb bench', description='Run a benchmark and store its result.')
-    parser.add_argument('name', nargs='?', help='name of the benchmark; without it, list all benchmarks')
-    parser.add_argument('--json', action='store_true', help='print the record as JSON')
-    parser.add_argument('--out', help='file for the record')
-    parser.add_argument('--plot', help='file for a plot, for benchmarks that have one')
-    parser.add_argument('--device', help='device, for benchmarks with this option')
-    parser.add_argument('--dtype', help='dtype, for benchmarks with this option')
-    parser.add_argument('--smoke', action='store_true', help='a tiny run, for benchmarks with this option')
-    parser.add_argument('--options', default='', help='further options of the benchmark: NAME=VALUE, separated by commas')
-    return parser
-
 # %% ../../nbs/750_bench.ipynb #b79401cb
 def read_options(
     text:str, # NAME=VALUE, separated by commas
@@ -493,7 +553,6 @@ def read_options(
     if bad := [n for n,eq,_ in pairs if not eq]: raise ValueError(f'{bad[0]!r} is not an option; write NAME=VALUE')
     return {n: _value(v) for n,_,v in pairs}
 
-# %% ../../nbs/750_bench.ipynb #90d34583
 def _value(text):
     for read in (int, float):
         try: return read(text)
@@ -502,15 +561,16 @@ def _value(text):
 
 # %% ../../nbs/750_bench.ipynb #f9aca589
 def run_command(
-    argv:list|None=None, # Arguments; None: the command line's
-)->int: # Exit status
-    "Run a benchmark from the command line"
-    args = _parser().parse_args(argv)
-    if not args.name: return print(listing()) or 0
-    options = {k: v for k, v in vars(args).items() if k in ('device', 'dtype', 'smoke') and v} | read_options(args.options)
-    if args.out and 'out' in signature(find_benchmark(args.name)).parameters: options['out'] = args.out
-    result, content = run_benchmark(args.name, **options)
-    if args.out: save_result(args.out, content)
-    if args.plot: draw(result, args.plot)
-    print(json.dumps(content, indent=1) if args.json else result_text(result))
-    return 0
+    name:str = '', # Name of the benchmark; without it, list all benchmarks
+    as_json:bool = False, # Whether to print the record as JSON
+    out:str = '', # File for the record
+    plot:str = '', # File for a plot, for benchmarks that have one
+    **options, # Arguments of the benchmark
+):
+    "Run a benchmark, print its result and store it"
+    if not name: return print(listing())
+    if out and 'out' in signature(find_benchmark(name)).parameters: options['out'] = out
+    result, content = run_benchmark(name, **options)
+    if out: save_result(out, content)
+    if plot: draw(result, plot)
+    print(json.dumps(content, indent=1) if as_json else result_text(result))

@@ -9,11 +9,10 @@ before and after them. `moe-layer`, `attention` and `neurons` measure single lay
 
 # %% auto #0
 __all__ = ['HF', 'HF_PADDED', 'pair', 'Place', 'pad_values', 'attend_with', 'check_same', 'contest', 'speed', 'count_experts',
-           'walk', 'moe_layer', 'same_caches', 'our_attention', 'peer_attention', 'latent_sdpa', 'fastest',
-           'latent_cases', 'attention', 'prompt_attention', 'neuron_streams', 'neurons_speed']
+           'walk', 'moe_layer', 'our_attention', 'latent_sdpa', 'attention', 'neurons_speed']
 
 # %% ../../nbs/760_bench.layers.ipynb #848ebe34
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import cycle
@@ -35,20 +34,28 @@ from ..train.upcycle import block_streams
 
 # %% ../../nbs/760_bench.layers.ipynb #c7827e3c
 def pair(
-    shape:dict=BENCH_MOE, # Fields of `DeepseekV3Config`
+    source:dict|str|Model=BENCH_MOE, # Fields of `DeepseekV3Config`; or a Llama: a GGUF file, a name that `fetch` finds, or a `Model`
     seed:int=0, # Seed of the random weights
     dtype:torch.dtype=torch.float32, # Dtype of the weights
     device:str='cpu', # Device of the weights
 )->tuple: # Our model and the one of transformers
-    "A `Model` and a `DeepseekV3ForCausalLM` with the same random weights"
+    "One model in both libraries, with the same weights"
+    if not isinstance(source, dict): return _llama_pair(source, dtype, device)
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     torch.manual_seed(seed)
-    config = DeepseekV3Config(**shape)
+    config = DeepseekV3Config(**source)
     config._experts_implementation = 'grouped_mm'  # its fastest implementation
     peer = DeepseekV3ForCausalLM(config).to(device, dtype).eval()
     ours = Model(Config.from_hf(config.to_dict()), dtype=dtype, device=device).eval()
     ours.load_state_dict({k.removeprefix('model.'): v for k, v in peer.state_dict().items()})
     return ours, peer
+
+def _llama_pair(source, dtype, device):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    ours = source if isinstance(source, Model) else Model.from_pretrained(source, dtype=dtype, device=device)
+    peer = LlamaForCausalLM(LlamaConfig(**ours.config.to_hf())).to(device, dtype).eval()
+    peer.model.load_state_dict(ours.state_dict())
+    return ours.eval(), peer
 
 # %% ../../nbs/760_bench.layers.ipynb #e601b0bc
 @dataclass(frozen=True)
@@ -61,10 +68,10 @@ class Place:
     @property
     def exact(self): return self.dtype == 'float32'
     def pair(self,
-        shape:dict, # Fields of `DeepseekV3Config`
+        source:dict|str|Model, # As in `pair`
     )->tuple: # Our model and the one of transformers, with the same weights
         "Make two models on this device"
-        return pair(shape, dtype=self.kind, device=self.device)
+        return pair(source, dtype=self.kind, device=self.device)
     def randn(self,
         *size:int, # Shape of the tensor
     )->torch.Tensor: # Samples of a normal distribution
@@ -202,11 +209,7 @@ def moe_layer(
         yield from contest(f'{n} token' + 's'*(n > 1), (work,), walks, None, HF, repeats, len(layers), place.agree)
 
 # %% ../../nbs/760_bench.layers.ipynb #b87d4e0b
-def same_caches(
-    ours:Model, # Model with MLA
-    peer, # Model of transformers with the same weights
-    t:int, # Number of tokens to cache
-)->tuple: # Our cache and the peer's, with the same random latents
+def _same_caches(ours, peer, t):
     "Fill two caches with the same latents"
     from transformers import DynamicCache
     c, theirs, cache = ours.config, DynamicCache(config=peer.config), ours.new_cache(1, t + 1)
@@ -228,11 +231,7 @@ def our_attention(
     return walk([partial(l.self_attn, x, ctx.layer(i)) for i, l in enumerate(model.layers)])
 
 # %% ../../nbs/760_bench.layers.ipynb #5616c995
-def peer_attention(
-    peer, # Model of transformers
-    cache, # Filled cache
-    x:torch.Tensor, # Activations of the new token `1 1 d`
-)->Callable: # Function that computes the next layer's attention and keeps the length of the cache
+def _peer_attention(peer, cache, x):
     "Step through the attention layers of the peer with one new token"
     angles = peer.model.rotary_emb(x, torch.tensor([[cache.get_seq_length()]], device=x.device))
     def step(i, attn):
@@ -252,29 +251,15 @@ def latent_sdpa(
     q = rearrange(q, 'b h 1 x -> b 1 h x')
     return rearrange(F.scaled_dot_product_attention(q, z[:, None], z[:, None], scale=scale)[..., :c], 'b 1 h x -> b h 1 x')
 
-# %% ../../nbs/760_bench.layers.ipynb #2160a800
-def fastest(
-    fs:dict, # Name -> function without arguments
-    repeats:int=5, # Timings of each function
-)->str: # Name of the fastest function
-    "Find the fastest of several functions"
-    return max(fs, key=lambda name: best_rate(1., fs[name], repeats))
-
 # %% ../../nbs/760_bench.layers.ipynb #51b3de72
-def latent_cases(
-    place:Place, # Device and precision
-    c:Config, # Config with MLA
-    cached:tuple, # Number of cached tokens of each case
-    repeats:int, # Rounds
-    copies:int, # Number of caches to step through
-)->Iterator: # Cases
+def _latent_cases(place, c, cached, repeats, copies):
     "Time attention to latents without projections, against PyTorch's operations"
     width = c.kv_lora_rank + c.qk_rope_head_dim
     for t in cached:
         q, zs = place.randn(1, c.n_heads, 1, width), [place.randn(1, t, width) for _ in range(copies)]
         run = lambda f, q=q, zs=zs: walk([partial(f, q, z, c.kv_lora_rank, width**-.5) for z in zs])
         peers = {'PyTorch, two products': attend_latent.op.reference, 'PyTorch, fused': latent_sdpa}
-        name = fastest({n: run(f) for n, f in peers.items()})
+        name = max(peers, key=lambda n: best_rate(1., run(peers[n]), 5))
         work = attend_work(c, t, itemsize=place.kind.itemsize)
         contenders = run(attend_latent), run(peers[name])
         yield from contest(f'the latent alone, {t} cached', (work,), contenders, None, {name: None}, repeats, 8, place.agree)
@@ -292,22 +277,16 @@ def attention(
     "One layer's attention for one new token or a prompt, against transformers"
     flat = dict(num_hidden_layers=layers, first_k_dense_replace=layers, intermediate_size=64, vocab_size=64)
     ours, peer = place.pair(shape | flat | dict(max_position_embeddings=max(*cached, *new) + 8))
-    for s in new: yield from prompt_attention(place, ours, peer, s, repeats)
+    for s in new: yield from _prompt_attention(place, ours, peer, s, repeats)
     for t in cached:
-        x, caches = place.randn(1, 1, ours.config.dim), same_caches(ours, peer, t)
-        walks = our_attention(ours, caches[0], x), peer_attention(peer, caches[1], x)
+        x, caches = place.randn(1, 1, ours.config.dim), _same_caches(ours, peer, t)
+        walks = our_attention(ours, caches[0], x), _peer_attention(peer, caches[1], x)
         work = attention_work(ours.config, 1, t, itemsize=place.kind.itemsize)
         yield from contest(f'1 token, {t} cached', (work,), walks, peer, HF_PADDED, repeats, 8, place.agree)
-    yield from latent_cases(place, ours.config, (4096, 8192) if max(cached) > 4096 else cached, repeats, layers)
+    yield from _latent_cases(place, ours.config, (4096, 8192) if max(cached) > 4096 else cached, repeats, layers)
 
 # %% ../../nbs/760_bench.layers.ipynb #83d949d4
-def prompt_attention(
-    place:Place, # Device and precision
-    ours:Model, # Model with MLA
-    peer, # Model of transformers with the same weights
-    s:int, # Tokens of the prompt
-    repeats:int, # Rounds
-)->list: # Cases
+def _prompt_attention(place, ours, peer, s, repeats):
     "Time one layer's attention for a prompt without cached tokens"
     x, (a, b) = place.randn(1, s, ours.config.dim), (m.layers[0].self_attn for m in (ours, peer.model))
     ctx, theirs = ours.context(s), peer.model.rotary_emb(x, torch.arange(s, device=x.device)[None])
@@ -316,10 +295,7 @@ def prompt_attention(
     return contest(f'a prompt of {s}', works, contenders, peer, HF_PADDED, repeats, check=place.agree)
 
 # %% ../../nbs/760_bench.layers.ipynb #df913ee5
-def neuron_streams(
-    active:int, # Active neurons, of 1,536
-    model:Model|None = None, # Dense model; None: SmolLM2
-)->tuple: # Dense model, sparse model, and for each block the residual stream before its feed-forward
+def _neuron_streams(active, model=None):
     "A dense model, a sparse one, and the activations of one token"
     tok,model = Tokenizer.from_pretrained('smollm2-135m'),model or Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
     model.requires_grad_(False)
@@ -334,7 +310,7 @@ def neurons_speed(
     model:Model|None = None, # Dense model; None: SmolLM2
 )->dict: # `Comparison`s: the kernel alone, and with norm and residual
     "SmolLM2's feed-forwards for one token: sparse with 70% of the FLOPs, against dense"
-    model,sparse,streams = neuron_streams(active, model)
+    model,sparse,streams = _neuron_streams(active, model)
     inner = [b.post_attention_layernorm(x) for b,x in zip(sparse.layers, streams, strict=True)]
     @torch.no_grad()
     def blocks(m): return [add_feed_forward(x, b) for b,x in zip(m.layers, streams, strict=True)]

@@ -9,8 +9,8 @@ the rates, and `Speed` is a table of cases: the times of two contenders, the lim
 
 # %% auto #0
 __all__ = ['BENCH_MOE', 'read_kernels', 'bench_config', 'pairs', 'attention_work', 'attend_work', 'selected_experts', 'ffn_work',
-           'forward_work', 'train_work', 'fold_words', 'ceilings', 'better', 'least', 'Case', 'Speed', 'case_row',
-           'speed_of', 'stored_speed', 'plot_speeds']
+           'forward_work', 'train_work', 'fold_words', 'ceilings', 'better', 'least', 'Case', 'Speed', 'speed_of',
+           'stored_speed', 'plot_speeds']
 
 # %% ../../nbs/755_bench.limits.ipynb #f66abe8b
 from collections.abc import Callable
@@ -241,7 +241,7 @@ class Speed:
         head = f'| case | {ours} | peer | ratio (quartiles) | limit | ratio at limit | share of the limit |'
         rates = f'{si(self.host.flops[self.dtype])}FLOP/s of {self.dtype} products, {si(self.host.read)}B/s read'
         where = ', '.join(str(self.host.hardware[k]) for k in ('cpu', 'instructions') if k in self.host.hardware)
-        rows = [head, '|---|--:|--:|--:|--:|--:|--:|', *(case_row(self, c) for c in self.cases)]
+        rows = [head, '|---|--:|--:|--:|--:|--:|--:|', *(_case_row(self, c) for c in self.cases)]
         return '\n'.join([*rows, '', f'Limits at the rates of the same run: {rates}. {where}'.rstrip()])
 
     def to_dict(self)->dict: # Values that JSON can store
@@ -256,10 +256,7 @@ class Speed:
         plot_speeds({'cases': self})
 
 # %% ../../nbs/755_bench.limits.ipynb #8b4efd7d
-def case_row(
-    speed:Speed, # Table with the rates of the machine
-    case:Case, # One of its cases
-)->str: # Row of a Markdown table
+def _case_row(speed, case):
     "Format a case as a row of a table"
     (low, mid, high), (ours, peer), (t, binds) = case.times.quartiles, case.times.medians, speed.limit(case)
     cells = [case.name, f'{si(ours)}s', f'{case.times.names[1]}: {si(peer)}s', f'**{mid:.2f}** ({low:.2f} to {high:.2f})',
@@ -291,7 +288,6 @@ def _points(ax, name, speed, colour, marker):
         t = c.times.medians[face == 'none']
         ax.plot(flops/size, flops/t/1e9, marker, ms=5, mfc=face, mec=colour, color=colour, label=name if i == 0 else None)
 
-# %% ../../nbs/755_bench.limits.ipynb #8e55d2ad
 def plot_speeds(
     speeds:dict, # Name of the benchmark -> `Speed`
 )->None:

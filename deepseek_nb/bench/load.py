@@ -73,7 +73,6 @@ async def post_events(
         async for event in read_events(chunks): yield event
     finally: writer.close()
 
-# %% ../../nbs/790_bench.load.ipynb #e931d66c
 async def _head(reader):
     while (line := await reader.readline()).strip(): yield line
 
@@ -117,7 +116,6 @@ async def ask(
     except (OSError, ValueError, EOFError) as e: error = f'{type(e).__name__}: {e}'
     return Trace(due, tuple(times), usage.get('completion_tokens', len(times)), usage.get('prompt_tokens'), error)
 
-# %% ../../nbs/790_bench.load.ipynb #f187c9ce
 def _text(choice): return choice.get('text') or (choice.get('delta') or {}).get('content')
 
 # %% ../../nbs/790_bench.load.ipynb #defe08a1

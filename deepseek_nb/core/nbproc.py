@@ -10,9 +10,9 @@ Importing this module only registers the magics, if IPython is running. A compil
 # %% auto #0
 __all__ = ['COMPILERS', 'OLDEST_GCC', 'FLAGS', 'SUFFIXES', 'PRELOADED', 'compiler_version', 'gcc_version', 'find_compiler',
            'join_cells', 'first_error', 'source_text', 'with_includes', 'note_compiled', 'torch_headers',
-           'compile_source', 'check_name', 'run_magic', 'register_magics', 'serve_shells', 'check_rest', 'note_example',
-           'example_text', 'replace_text', 'owner', 'comment_mark', 'exports', 'write_sources', 'ExportSources',
-           'run_alone', 'slowest', 'fresh_processes']
+           'compile_source', 'check_name', 'run_magic', 'register_magics', 'serve_shells', 'check_rest', 'example_text',
+           'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources', 'run_alone', 'slowest',
+           'fresh_processes']
 
 # %% ../../nbs/040_core.nbproc.ipynb #fc75e942
 import ctypes
@@ -58,7 +58,6 @@ def _versioned(path):
     found = [m for n in names if (m := re.fullmatch(r'(?:g|clang)\+\+-(\d+)', n))]
     yield from (m[0] for m in sorted(found, key=lambda m: (-int(m[1]), m[0])))
 
-# %% ../../nbs/040_core.nbproc.ipynb #45c39a6f
 def find_compiler(
     kind:str, # Language, `cpp` or `cu`
 )->str: # Path of the compiler
@@ -201,7 +200,7 @@ def register_magics(
     for kind in COMPILERS:
         magic = lambda line, cell, kind=kind: run_magic(kind, line, cell, shell)
         shell.register_magic_function(magic, magic_kind='cell', magic_name=kind)
-    shell.register_magic_function(lambda line, cell: note_example(line, cell, shell), magic_kind='cell', magic_name='example')
+    shell.register_magic_function(lambda line, cell: _note_example(line, cell, shell), magic_kind='cell', magic_name='example')
     return True
 
 # %% ../../nbs/040_core.nbproc.ipynb #53b8242f
@@ -231,17 +230,12 @@ def check_rest()->list[str]: # Names of the files
 # %% ../../nbs/040_core.nbproc.ipynb #exmp1e03
 _examples = {}  # file name -> {cell: text} of the cells that were run in this session
 
-def note_example(
-    name:str, # File name
-    cell:str, # Text below the magic
-    shell=None, # IPython's shell
-):
+def _note_example(name, cell, shell=None):
     "Note a cell of a program"
     parent = shell.get_parent() if hasattr(shell, 'get_parent') else {}
     cells = _examples.setdefault(check_name('example', name.strip()), {})
     cells[(parent.get('metadata') or {}).get('cellId', cell)] = cell
 
-# %% ../../nbs/040_core.nbproc.ipynb #8e773f8c
 def example_text(
     name:str, # File name
 )->str: # Text of the file
@@ -266,12 +260,10 @@ def owner(
 )->Path|None: # Notebook; None if the file was written by hand
     "The notebook that exports a file"
     first = path.read_text(encoding='utf-8').partition('\n')[0]
-    link = first.removeprefix(f'{comment_mark(path.name)}{_HEADER}')
+    link = first.removeprefix(f'{_comment_mark(path.name)}{_HEADER}')
     return None if link == first else (path.parent/link).resolve()
 
-def comment_mark(
-    name:str, # Name of a file
-)->str: # How a comment begins in its language
+def _comment_mark(name):
     "The beginning of a comment"
     return '//' if name.endswith(('.mjs', '.java', *SUFFIXES['cpp'], *SUFFIXES['cu'])) else '#'
 
@@ -293,7 +285,7 @@ def write_sources(
     "Write the source files of one notebook, and remove those that it no longer has"
     link = Path(os.path.relpath(nb, folder)).as_posix()
     for name, cells in files.items():
-        mark = comment_mark(name)
+        mark = _comment_mark(name)
         text = f'{mark}{_HEADER}{link}\n' + ''.join(f'\n{mark} %% {link} #{i}\n{body}\n' for i, body in cells)
         path, other = folder/name, owner(folder/name) if (folder/name).exists() else nb
         if other is None: raise ValueError(f'{nb.name}: {path} was written by hand, give the cell another file name')

@@ -26,21 +26,24 @@ struct Thread {                            // indices of a thread in its block
     __device__ int row(int m, int half) const { return m * 16 + lane / 4 + 8 * half; }  // a row of S and O
 };
 
-// %% ../../nbs/577_cuda.attention.ipynb #9d376e2e
-template <class C> __device__ void load_keys(bf16* tile, const C& cache, int b, int first, int end) {
-    for (int i = threadIdx.x; i < KEYS * WIDTH / 8; i += blockDim.x) {
-        const int k = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-        const bool valid = first + k < end;
-        copy_async(&tile[at(k, column)], valid ? cache.key(b, first + k) + column : cache.z, valid);
+// %% ../../nbs/577_cuda.attention.ipynb #148745ac
+struct Positions {                         // where a cache keeps its positions
+    bf16* z;
+    const int* table;                      // pages of each sequence, or null
+    int64_t batch, head, row;              // strides of pages or sequences, key heads, and positions, in elements
+    int page, pages;                       // positions per page, and pages per sequence
+    __device__ bf16* at(int b, int i, int h = 0) const {
+        const int64_t inside = table ? table[b * pages + i / page] * batch + i % page * row : b * batch + i * row;
+        return z + inside + h * head;
     }
-    commit_copies();
-}
+};
 
-__device__ inline void load_queries(bf16* tile, const bf16* q, int first, int rows) {
-    for (int i = threadIdx.x; i < ROWS * WIDTH / 8; i += blockDim.x) {
+// %% ../../nbs/577_cuda.attention.ipynb #9d376e2e
+template <int rows, class Address> __device__ void load_rows(bf16* tile, const bf16* any, Address address) {
+    for (int i = threadIdx.x; i < rows * WIDTH / 8; i += blockDim.x) {
         const int row = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-        const bool valid = first + row < rows;
-        copy_async(&tile[at(row, column)], valid ? q + int64_t(first + row) * WIDTH + column : q, valid);
+        const bf16* from = address(row);
+        copy_async(&tile[at(row, column)], from ? from + column : any, from != nullptr);
     }
 }
 
@@ -72,22 +75,16 @@ __device__ inline void add_values(float (&o)[M][NC][4], const bf16* p, const bf1
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #d5f3a435
-struct Block {
-    int b, row;                            // sequence, and first row of queries
-    int length, first, end;                // length of the sequence; first and last key of this part of the cache
-};
-
-// %% ../../nbs/577_cuda.attention.ipynb #c9422b6b
-template <class V> __device__ void mask_scores(float (&s)[MT][NT][4], float scale, const V& view, const Block& block,
-        int first, Thread me) {
+template <class K>
+__device__ void mask_scores(float (&s)[MT][NT][4], float scale, const K& keys, int first, Thread me) {
     for (int m = 0; m < MT; ++m)
         for (int half = 0; half < 2; ++half) {
-            const int row = block.row + me.row(me.m_warp * MT + m, half);
+            const int row = me.row(me.m_warp * MT + m, half);
             for (int n = 0; n < NT; ++n)
                 for (int j = 0; j < 2; ++j) {
                     const int key = first + (me.n_warp * NT + n) * 8 + me.lane % 4 * 2 + j;
                     float& score = s[m][n][2 * half + j];
-                    score = key < block.end && view.sees(block, row, key) ? score * scale : -infinity();
+                    score = key < keys.end && keys.sees(row, key) ? score * scale : -infinity();
                 }
         }
 }
@@ -131,13 +128,13 @@ struct Shared { bf16 *q, *z, *p; float* partial; };
 struct Running { float o[M][NC][4] = {}, top[M][2], sum[M][2] = {}; };
 
 // %% ../../nbs/577_cuda.attention.ipynb #98562325
-template <class V> __device__ void attend_tile(Running& run, const Shared& shared, const bf16* keys, const bf16* values,
-        const V& view, float scale, const Block& block, int first, Thread me) {
+template <class K> __device__ void attend_tile(Running& run, const Shared& shared, const bf16* z, const bf16* values,
+        const K& keys, float scale, int first, Thread me) {
     const bool scores = me.m_warp < M_WARPS;
     float s[MT][NT][4] = {};
     if (scores) {
-        multiply_keys(s, shared.q, keys, me);
-        mask_scores(s, scale, view, block, first, me);
+        multiply_keys(s, shared.q, z, me);
+        mask_scores(s, scale, keys, first, me);
         largest_scores(s, shared.partial, me);
     }
     __syncthreads();
@@ -169,12 +166,12 @@ __device__ inline void total_sums(float (&sum)[M][2], float* partial, Thread me)
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #ceed05fb
-template <class F> __device__ void write_rows(const Running& run, bf16* out, float* part, float* logs, F place,
-    Thread me) {
+template <class K> __device__ void write_rows(const Running& run, bf16* out, float* part, float* logs, const K& keys,
+        Thread me) {
     UNROLL for (int m = 0; m < M; ++m)
         UNROLL for (int half = 0; half < 2; ++half) {
-            const int64_t row = place(me.row(m, half));                                 // where a row is written, or -1
-            if (row < 0) continue;
+            const int64_t query = keys.query(me.row(m, half)), row = part ? keys.place(me.row(m, half), query) : query;
+            if (query < 0) continue;
             const float total = run.sum[m][half];
             UNROLL for (int n = 0; n < NC; ++n) {
                 const int64_t to = row * LATENT + (me.warp * NC + n) * 8 + me.lane % 4 * 2;
@@ -184,4 +181,48 @@ template <class F> __device__ void write_rows(const Running& run, bf16* out, flo
             }
             if (part && me.warp == 0 && me.lane % 4 == 0) logs[row] = run.top[m][half] + log2f(total);
         }
+}
+
+// %% ../../nbs/577_cuda.attention.ipynb #0c5a7a6d
+template <class K> __device__ void attend_keys(const K& keys, const bf16* q, bf16* out, float* part, float* logs, float scale) {
+    DYNAMIC_SHARED(bf16, memory);
+    constexpr int TILE = KEYS * STRIDE, APART = K::APART ? 2 * TILE : 0;
+    bf16 *z = memory + ROWS * STRIDE, *p = z + 2 * TILE + APART;
+    const Shared shared{memory, z, p, reinterpret_cast<float*>(p + ROWS * 64)};
+    const Thread me;
+    Running run;
+    const auto load = [&](bf16* to, int first) {
+        load_rows<KEYS>(to, q, [&](int i) { return first + i < keys.end ? keys.key(first + i) : nullptr; });
+        if constexpr (K::APART)
+            load_rows<KEYS>(to + APART, q, [&](int i) { return first + i < keys.end ? keys.value(first + i) : nullptr; });
+        commit_copies();
+    };
+    for (int m = 0; m < M; ++m) run.top[m][0] = run.top[m][1] = -infinity();
+    load_rows<ROWS>(shared.q, q, [&](int i) { return keys.query(i) < 0 ? nullptr : q + keys.query(i) * WIDTH; });
+    load(z, keys.first);
+    for (int i = keys.first; i < keys.end; i += KEYS) {
+        wait_copies();
+        __syncthreads();
+        const int now = (i - keys.first) / KEYS % 2 * TILE;
+        if (i + KEYS < keys.end) load(z + TILE - now, i + KEYS);
+        attend_tile(run, shared, z + now, z + now + APART, keys, scale, i, me);
+    }
+    total_sums(run.sum, shared.partial, me);
+    write_rows(run, out, part, logs, keys, me);
+}
+
+// %% ../../nbs/577_cuda.attention.ipynb #7d2af145
+template <class Place> __device__ void merge_row(const float* part, const float* logs, bf16* out, int parts, Place place) {
+    float top = -infinity(), sum = 0;
+    for (int i = 0; i < parts; ++i) top = fmaxf(top, logs[place(i)]);
+    for (int i = 0; i < parts; ++i)
+        if (logs[place(i)] != -infinity()) sum += exp2f(logs[place(i)] - top);
+    for (int j = threadIdx.x; j < LATENT; j += blockDim.x) {
+        float y = 0;
+        for (int i = 0; i < parts; ++i) {
+            const int64_t from = place(i);
+            if (logs[from] != -infinity()) y += exp2f(logs[from] - top) * part[from * LATENT + j];
+        }
+        out[j] = from_float<bf16>(y / sum);
+    }
 }

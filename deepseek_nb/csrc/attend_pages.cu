@@ -13,122 +13,52 @@ static_assert(SPLIT % KEYS == 0, "a tile of keys must not cross the border of a 
 struct Batch {
     const int* starts;                     // first token of each row, and the number of tokens
     const int* past;                       // cached positions of each row before its new tokens
-    const int* table;                      // pages of each row
-    int page, pages;                       // positions per page, and pages per row
-    __device__ int queries(int row) const { return (starts[row + 1] - starts[row]) * HEADS; }
+    const int* tiles;                      // row and first query of each tile
 };
 
-struct Pages {
-    bf16* x;
-    int64_t step, head, position;          // elements between pages, between heads, and between positions
-    __device__ bf16* at(const Batch& batch, int row, int h, int i) const {
-        const int64_t number = batch.table[row * batch.pages + i / batch.page];
-        return x + number * step + h * head + i % batch.page * position;
-    }
-};
-
-// %% ../../nbs/578_cuda.paged.ipynb #ab3c0f94
-struct RowKeys {
-    const Pages& pages;
-    const Batch& batch;
-    const bf16* z;                         // any address, for positions that are not read
-    int head;
-    __device__ const bf16* key(int row, int i) const { return pages.at(batch, row, head, i); }
-};
-struct RowView {
-    int past;
-    __device__ bool sees(const Block&, int query, int key) const { return key <= past + query / HEADS; }
-};
-
-// %% ../../nbs/578_cuda.paged.ipynb #fc290c52
 struct Tile {
-    int row, first, queries, token;        // row, first query, queries of the row, first token of the row
-    __device__ Tile(const Batch& batch, const int* tiles)
-        : row(tiles[2 * blockIdx.y]), first(tiles[2 * blockIdx.y + 1]), queries(batch.queries(row)),
-            token(batch.starts[row]) {}
-    // index of a query among all queries, or -1 behind the last one
+    static constexpr bool APART = ROTARY == 0;                                          // values of GQA are apart
+    const Positions &keys, &values;
+    int row, start, queries, token, past, first = blockIdx.x * SPLIT, end;              // row, its first query here, …
+    __device__ Tile(const Positions& keys, const Positions& values, const Batch& batch)
+        : keys(keys), values(values), row(batch.tiles[2 * blockIdx.y]), start(batch.tiles[2 * blockIdx.y + 1]),
+            token(batch.starts[row]), past(batch.past[row]) {
+        queries = (batch.starts[row + 1] - token) * HEADS;
+        end = min(first + SPLIT, past + (min(start + ROWS, queries) - 1) / HEADS + 1);
+    }
+    __device__ const bf16* key(int i) const { return keys.at(row, i, blockIdx.z); }
+    __device__ const bf16* value(int i) const { return values.at(row, i, blockIdx.z); }
+    __device__ int position(int i) const { return past + (start + i) / HEADS; }
+    __device__ bool sees(int i, int key) const { return key <= position(i); }
     __device__ int64_t query(int i) const {
-        i += first;
+        i += start;
         return i < queries ? (int64_t(token + i / HEADS) * gridDim.z + blockIdx.z) * HEADS + i % HEADS : -1;
     }
-    // index among the partial results
-    __device__ int64_t partial(int i, int part) const {
+    __device__ int64_t place(int i, int64_t = 0, int part = blockIdx.x) const {
         return ((int64_t(part) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z) * ROWS + i;
     }
 };
 
-__device__ inline void load_tile(bf16* to, const bf16* q, const Tile& tile) {
-    for (int i = threadIdx.x; i < ROWS * WIDTH / 8; i += blockDim.x) {
-        const int r = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-        const int64_t query = tile.query(r);
-        copy_async(&to[at(r, column)], query < 0 ? q : q + query * WIDTH + column, query >= 0);
-    }
-}
-
-// %% ../../nbs/578_cuda.paged.ipynb #ef154847
-__device__ inline void attend_part_of_row(Running& run, const Shared& shared, const RowKeys& keys,
-        const RowKeys& values, float scale, const Block& block, Thread me) {
-    constexpr int TILE = KEYS * STRIDE, APART = ROTARY ? 0 : 2 * TILE;  // values of GQA are behind both tiles of keys
-    const RowView view{block.length};
-    const auto load = [&](bf16* to, int i) {
-        load_keys(to, keys, block.b, i, block.end);
-        if (APART) load_keys(to + APART, values, block.b, i, block.end);
-    };
-    for (int m = 0; m < M; ++m) run.top[m][0] = run.top[m][1] = -infinity();
-    load(shared.z, block.first);
-    for (int i = block.first; i < block.end; i += KEYS) {
-        wait_copies();
-        __syncthreads();
-        const int now = (i - block.first) / KEYS % 2 * TILE;
-        if (i + KEYS < block.end) load(shared.z + TILE - now, i + KEYS);
-        attend_tile(run, shared, shared.z + now, shared.z + now + APART, view, scale, block, i, me);
-    }
-}
-
-// %% ../../nbs/578_cuda.paged.ipynb #5539611e
-extern "C" __global__ void __launch_bounds__(256, 1) attend_pages(const bf16* q, Pages keys, Pages values, Batch batch,
-        const int* tiles, bf16* out, float* part, float* logs, float scale) {
-    DYNAMIC_SHARED(bf16, memory);
-    bf16 *z = memory + ROWS * STRIDE, *p = z + (ROTARY ? 2 : 4) * KEYS * STRIDE;
-    const Shared shared{memory, z, p, reinterpret_cast<float*>(p + ROWS * 64)};
-    const Tile tile(batch, tiles);
-    const int past = batch.past[tile.row], last = past + (min(tile.first + ROWS, tile.queries) - 1) / HEADS;
-    const int first = blockIdx.x * SPLIT, end = min(first + SPLIT, last + 1);
-    if (first > last) return;
-    const Block block{tile.row, tile.first, past, first, end};
-    const Thread me;
-    Running run;
-    load_tile(shared.q, q, tile);
-    const RowKeys k{keys, batch, keys.x, int(blockIdx.z)}, v{values, batch, values.x, int(blockIdx.z)};
-    attend_part_of_row(run, shared, k, v, scale, block, me);
-    total_sums(run.sum, shared.partial, me);
-    const auto place = [&](int i) { return part && tile.query(i) >= 0 ? tile.partial(i, blockIdx.x) : tile.query(i); };
-    write_rows(run, out, part, logs, place, me);
+// %% ../../nbs/578_cuda.paged.ipynb #ab3c0f94
+extern "C" __global__ void __launch_bounds__(256, 1) attend_pages(const bf16* q, Positions keys, Positions values,
+        Batch batch, bf16* out, float* part, float* logs, float scale) {
+    const Tile tile(keys, values, batch);
+    if (tile.first < tile.end) attend_keys(tile, q, out, part, logs, scale);
 }
 
 // %% ../../nbs/578_cuda.paged.ipynb #18e1ba0a
-extern "C" __global__ void merge_pages(const float* part, const float* logs, Batch batch, const int* tiles, bf16* out) {
-    const Tile tile(batch, tiles);
-    const int64_t query = tile.query(blockIdx.x);
-    if (query < 0) return;
-    const int parts = (batch.past[tile.row] + (tile.first + int(blockIdx.x)) / HEADS) / SPLIT + 1;
-    float top = -infinity(), sum = 0;
-    for (int i = 0; i < parts; ++i) top = fmaxf(top, logs[tile.partial(blockIdx.x, i)]);
-    for (int i = 0; i < parts; ++i) sum += exp2f(logs[tile.partial(blockIdx.x, i)] - top);
-    for (int j = threadIdx.x; j < LATENT; j += blockDim.x) {
-        float y = 0;
-        for (int i = 0; i < parts; ++i) {
-            const int64_t from = tile.partial(blockIdx.x, i);
-            y += exp2f(logs[from] - top) * part[from * LATENT + j];
-        }
-        out[query * LATENT + j] = from_float<bf16>(y / sum);
-    }
+extern "C" __global__ void merge_pages(const float* part, const float* logs, Positions keys, Batch batch, bf16* out) {
+    const Tile tile(keys, keys, batch);
+    const int i = blockIdx.x;
+    if (tile.query(i) < 0) return;
+    merge_row(part, logs, out + tile.query(i) * LATENT, tile.position(i) / SPLIT + 1,
+              [&](int part) { return tile.place(i, 0, part); });
 }
 
 // %% ../../nbs/578_cuda.paged.ipynb #a9f1cee6
-extern "C" __global__ void write_pages(const bf16* x, Pages to, Batch batch, const int* row, int width) {
+extern "C" __global__ void write_pages(const bf16* x, Positions to, Batch batch, const int* row, int width) {
     const int token = blockIdx.x, r = row[token], i = batch.past[r] + token - batch.starts[r];
-    bf16* y = to.at(batch, r, blockIdx.y, i);
+    bf16* y = to.at(r, i, blockIdx.y);
     x += (int64_t(token) * gridDim.y + blockIdx.y) * width;
     for (int j = threadIdx.x; j < width; j += blockDim.x) y[j] = x[j];
 }

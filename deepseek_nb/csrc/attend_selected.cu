@@ -7,63 +7,31 @@
 #include "attend.cuh"
 static_assert(SPLIT % KEYS == 0, "a tile of keys must not cross the border of a part");
 
-struct Selected {
-    const bf16* z;
+struct Selection {
     const int64_t* positions;              // of each query; -1: none
-    const int* table;                      // pages of each sequence, or null
-    int64_t batch, row;                    // strides in elements
-    int s, a, page, pages;                 // queries per sequence; positions per query and per page; pages per sequence
-    __device__ const bf16* key(int query, int i) const {
-        const int64_t at = positions[int64_t(query) * a + i], b = query / s;
-        if (at < 0) return nullptr;
-        return table ? z + (table[b * pages + at / page] * int64_t(page) + at % page) * row : z + b * batch + at * row;
-    }
+    int heads, s, a;                       // rows of a query, queries per sequence, positions per query
 };
 
-struct SelectedView {
-    const Selected& cache;
-    __device__ bool sees(const Block& block, int, int i) const {
-        return cache.positions[int64_t(block.b) * cache.a + i] >= 0;
+struct Selected {
+    static constexpr bool APART = false;
+    const Positions& cache;
+    const Selection& selection;
+    int64_t index = blockIdx.x;            // of the query
+    int first = blockIdx.z * SPLIT, end = min(first + SPLIT, selection.a);
+    __device__ int position(int i) const { return selection.positions[index * selection.a + i]; }
+    __device__ const bf16* key(int i) const {
+        return position(i) < 0 ? nullptr : cache.at(index / selection.s, position(i));
     }
+    __device__ bool sees(int, int i) const { return position(i) >= 0; }
+    __device__ int64_t query(int row) const {
+        const int head = blockIdx.y * ROWS + row;
+        return head < selection.heads ? index * selection.heads + head : -1;
+    }
+    __device__ int64_t place(int, int64_t query) const { return int64_t(blockIdx.z) * gridDim.x * selection.heads + query; }
 };
-
-// %% ../../nbs/579_cuda.sparse.ipynb #07184342
-__device__ inline void load_selected(bf16* tile, const Selected& cache, int query, int first, int end) {
-    for (int i = threadIdx.x; i < KEYS * WIDTH / 8; i += blockDim.x) {
-        const int k = i / (WIDTH / 8), column = i % (WIDTH / 8) * 8;
-        const bf16* from = first + k < end ? cache.key(query, first + k) : nullptr;
-        copy_async(&tile[at(k, column)], from ? from + column : cache.z, from != nullptr);
-    }
-    commit_copies();
-}
-
-__device__ inline void attend_list(Running& run, const Shared& shared, const Selected& cache, float scale,
-        const Block& block, Thread me) {
-    for (int m = 0; m < M; ++m) run.top[m][0] = run.top[m][1] = -infinity();
-    load_selected(shared.z, cache, block.b, block.first, block.end);
-    for (int i = block.first; i < block.end; i += KEYS) {
-        wait_copies();
-        __syncthreads();
-        const int now = (i - block.first) / KEYS % 2 * KEYS * STRIDE;
-        if (i + KEYS < block.end)
-            load_selected(shared.z + KEYS * STRIDE - now, cache, block.b, i + KEYS, block.end);
-        attend_tile(run, shared, shared.z + now, shared.z + now, SelectedView{cache}, scale, block, i, me);
-    }
-}
 
 // %% ../../nbs/579_cuda.sparse.ipynb #2b1749f8
 extern "C" __global__ void __launch_bounds__(256, 1) attend_selected(const bf16* q, bf16* out, float* part, float* logs,
-        int heads, Selected cache, float scale) {
-    DYNAMIC_SHARED(bf16, memory);
-    bf16 *keys = memory + ROWS * STRIDE, *p = keys + 2 * KEYS * STRIDE;
-    const Shared shared{memory, keys, p, reinterpret_cast<float*>(p + ROWS * 64)};
-    const int query = blockIdx.x, first = blockIdx.z * SPLIT;
-    const Block block{query, int(blockIdx.y * ROWS), cache.a, first, min(first + SPLIT, cache.a)};
-    const Thread me;
-    Running run;
-    load_queries(shared.q, q + int64_t(query) * heads * WIDTH, block.row, heads);
-    attend_list(run, shared, cache, scale, block, me);
-    total_sums(run.sum, shared.partial, me);
-    const int64_t before = (part ? int64_t(blockIdx.z) * gridDim.x + query : query) * int64_t(heads);
-    write_rows(run, out, part, logs, [&](int i) { return block.row + i < heads ? before + block.row + i : -1; }, me);
+        Positions cache, Selection selection, float scale) {
+    attend_keys(Selected{cache, selection}, q, out, part, logs, scale);
 }

@@ -13,44 +13,11 @@ extern "C" __global__ void cut_tiles(const int* offsets, Tile* tile, int tiles, 
     }
 }
 
-// %% ../../nbs/580_cuda.experts.ipynb #f60b960c
-struct Sizes {
-    int k, d, f;                           // experts per token, model width, hidden width
-};
-
-extern "C" __global__ void __launch_bounds__(128) gate_up(const bf16* x, const int* order, const Tile* tiles,
-        const bf16* w, bf16* hidden, Sizes n) {
-    __shared__ int token[ROWS];
-    const int across = (2 * n.f + COLUMNS - 1) / COLUMNS, column = blockIdx.x % across * (COLUMNS / 2);
-    const Tile tile = tiles[blockIdx.x / across];
-    if (tile.expert < 0) return;
-    load_tokens(token, order, tile, n.k);
-    auto a = [&](int r) { return token[r] < 0 ? nullptr : x + int64_t(token[r]) * n.d; };
-    auto b = [&](int r) {
-        const int c = column + weight_column(r);
-        return c < n.f ? w + ((int64_t(tile.expert) * 2 + is_up(r)) * n.f + c) * n.d : nullptr;
-    };
-    float sum[M][N][4] = {};
-    pipeline(a, b, n.d / 8, [&](const char* ta, const char* tb, int) { multiply(sum, ta, tb); });
-    swiglu(sum, [](int, int) { return 1.f; });
-    each_pair<N / 2>(sum, [&](int r, int c, float u, float v) {
-        const int row = tile.first + r, col = column + warp_column() / 2 + c;
-        if (row < tile.end && col < n.f) store_pair(hidden + int64_t(row) * n.f + col, u, v);
-    });
+// %% ../../nbs/580_cuda.experts.ipynb #62f56f07
+extern "C" __global__ void __launch_bounds__(128) gate_up(Floats p, const int* order, const Tile* tiles,
+        bf16* hidden, int k, int f) {
+    gate_up_tile(p, order, tiles, hidden, k, f);
 }
-
-// %% ../../nbs/580_cuda.experts.ipynb #ff619cb5
-extern "C" __global__ void __launch_bounds__(128) down(const bf16* hidden, const Tile* tiles, const bf16* w, bf16* out,
-        Sizes n) {
-    const int across = (n.d + COLUMNS - 1) / COLUMNS, column = blockIdx.x % across * COLUMNS;
-    const Tile tile = tiles[blockIdx.x / across];
-    if (tile.expert < 0) return;
-    auto a = [&](int r) { return tile.first + r < tile.end ? hidden + int64_t(tile.first + r) * n.f : nullptr; };
-    auto b = [&](int r) { return column + r < n.d ? w + (int64_t(tile.expert) * n.d + column + r) * n.f : nullptr; };
-    float sum[M][N][4] = {};
-    pipeline(a, b, n.f / 8, [&](const char* ta, const char* tb, int) { multiply(sum, ta, tb); });
-    each_pair<N>(sum, [&](int r, int c, float u, float v) {
-        const int row = tile.first + r, col = column + warp_column() + c;
-        if (row < tile.end && col < n.d) store_pair(out + int64_t(row) * n.d + col, u, v);
-    });
+extern "C" __global__ void __launch_bounds__(128) down(Floats p, const Tile* tiles, bf16* out, int d) {
+    down_tile(p, tiles, out, d);
 }

@@ -32,3 +32,38 @@ __device__ inline void load_tokens(int* token, const int* order, const Tile& til
         token[r] = tile.first + r < tile.end ? order[tile.first + r] / k : -1;
     __syncthreads();
 }
+
+// %% ../../nbs/580_cuda.experts.ipynb #f60b960c
+template <class P>
+__device__ void gate_up_tile(const P& product, const int* order, const Tile* tiles, bf16* hidden, int k, int f) {
+    __shared__ int tokens[ROWS];
+    const int across = (2 * f + COLUMNS - 1) / COLUMNS, column = blockIdx.x % across * (COLUMNS / 2);
+    const Tile tile = tiles[blockIdx.x / across];
+    if (tile.expert < 0) return;
+    load_tokens(tokens, order, tile, k);
+    auto row_of = [&](int c, int up) { return c < f ? (int64_t(tile.expert) * 2 + up) * f + c : -1; };
+    float sum[M][N][4] = {};
+    product.tile(sum, [&](int r) { return tokens[r]; },
+                 [&](int r) { return row_of(column + weight_column(r), is_up(r)); });
+    swiglu(sum, [&](int c, int up) { return column + c < f ? product.last(row_of(column + c, up)) : 0; });
+    each_pair<N / 2>(sum, [&](int r, int c, float u, float v) {
+        const int at = tile.first + r, col = column + warp_column() / 2 + c;
+        if (at < tile.end && col < f) store_pair(hidden + int64_t(at) * f + col, u, v);
+    });
+}
+
+// %% ../../nbs/580_cuda.experts.ipynb #ff619cb5
+template <class P> __device__ void down_tile(const P& product, const Tile* tiles, bf16* out, int d) {
+    const int across = (d + COLUMNS - 1) / COLUMNS, column = blockIdx.x % across * COLUMNS;
+    const Tile tile = tiles[blockIdx.x / across];
+    if (tile.expert < 0) return;
+    float sum[M][N][4] = {};
+    product.tile(sum, [&](int r) { return tile.first + r < tile.end ? tile.first + r : -1; },
+                 [&](int r) { return column + r < d ? int64_t(tile.expert) * d + column + r : -1; });
+    each_pair<N>(sum, [&](int r, int c, float u, float v) {
+        const int at = tile.first + r, col = column + warp_column() + c;
+        const int64_t w = int64_t(tile.expert) * d + col;
+        if (at < tile.end && col < d)
+            store_pair(out + int64_t(at) * d + col, u * product.last(w), v * product.last(w + 1));
+    });
+}

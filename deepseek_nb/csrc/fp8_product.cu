@@ -19,8 +19,7 @@ __device__ inline uint32_t widen(uint32_t word) {
 // %% ../../nbs/582_cuda.fp8.ipynb #dc6e0f7f
 __device__ inline void mma_fp8(float* sum, const uint32_t* a, const uint32_t* b) {
 #if WIDEN
-    #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    UNROLL for (int h = 0; h < 2; ++h) {
         const uint32_t x[4] = {widen(a[2 * h]), widen(a[2 * h + 1]), widen(a[2 * h] >> 16), widen(a[2 * h + 1] >> 16)};
         const uint32_t y[2] = {widen(b[h]), widen(b[h] >> 16)};
         mma_bf16(sum, x, y);
@@ -36,21 +35,16 @@ __device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, con
         const float (&factor)[M][2]) {
     const int lane = threadIdx.x % 32;
     uint32_t x[M][4][4];
-    #pragma unroll
-    for (int i = 0; i < M * 4; ++i)
+    UNROLL for (int i = 0; i < M * 4; ++i)
         load_matrix(x[i / 4][i % 4], a + at(warp_row(i / 4) + lane % 16, i % 4 * 2 + lane / 16));
-    #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    UNROLL for (int n = 0; n < N; ++n) {
         uint32_t y[4][2];
         load_matrix(y[0], b + at(warp_column() + n * 8 + lane % 8, lane / 8));
         load_matrix(y[2], b + at(warp_column() + n * 8 + lane % 8, 4 + lane / 8));
-        #pragma unroll
-        for (int m = 0; m < M; ++m) {
+        UNROLL for (int m = 0; m < M; ++m) {
             float inner[4] = {};
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) mma_fp8(inner, x[m][i], y[i]);
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[m][n][i] += factor[m][i / 2] * inner[i];
+            UNROLL for (int i = 0; i < 4; ++i) mma_fp8(inner, x[m][i], y[i]);
+            UNROLL for (int i = 0; i < 4; ++i) sum[m][n][i] += factor[m][i / 2] * inner[i];
         }
     }
 }
@@ -60,49 +54,42 @@ __device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, con
 #if WARPGROUP
 __device__ inline void multiply_scaled(float (&sum)[M][N][4], const char* a, const char* b,
         const float (&factor)[M][2]) {
-    #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    UNROLL for (int m = 0; m < M; ++m) {
         float inner[N][4] = {};
         wgmma_step<e4m3>(inner, a + m * 64 * 128, b);
-        #pragma unroll
-        for (int i = 0; i < N * 4; ++i) sum[m][i / 4][i % 4] += factor[m][i / 2 % 2] * inner[i / 4][i % 4];
+        UNROLL for (int i = 0; i < N * 4; ++i) sum[m][i / 4][i % 4] += factor[m][i / 2 % 2] * inner[i / 4][i % 4];
     }
 }
 #endif
 
 // %% ../../nbs/582_cuda.fp8.ipynb #943a8f3a
-template <class T>
-__device__ void scaled_product(const e4m3* x, const float* s, const e4m3* w, const float* ws, T* y,
-        int n, int d, int o) {
-    const int across = (o + COLUMNS - 1) / COLUMNS;
-    const int first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
-    const int blocks = (d + 127) / 128, lane = threadIdx.x % 32;
-    auto a = [&](int r) { return first + r < n ? x + int64_t(first + r) * d : nullptr; };
-    auto b = [&](int r) { return column + r < o ? w + int64_t(column + r) * d : nullptr; };
-    float sum[M][N][4] = {};
-    pipeline(a, b, d / 16, [&](const char* ta, const char* tb, int k) {
-        const float scale = ws[column / 128 * blocks + k];
-        float factor[M][2];
-        #pragma unroll
-        for (int i = 0; i < M * 2; ++i) {
-            const int row = first + warp_row(i / 2) + i % 2 * 8 + lane / 4;
-            factor[i / 2][i % 2] = row < n ? scale * s[int64_t(row) * blocks + k] : 0;
-        }
-        multiply_scaled(sum, ta, tb, factor);
-    });
-    each_pair<N>(sum, [&](int r, int c, float u, float v) {
-        const int row = first + r, col = column + warp_column() + c;
-        const int64_t at = int64_t(blockIdx.y) * n + row;      // each part of a split product has its own result
-        if (row < n && col < o) store_pair(y + at * o + col, u, v);
-    });
-}
+struct Scaled {                            // operands in FP8
+    const e4m3* x;
+    const float* s;                        // scale of each block of 128 activations
+    const e4m3* w;
+    const float* ws;                       // scale of each block of 128 x 128 weights
+    int d;                                 // width of a row
+    template <class Token, class Row> __device__ void tile(float (&sum)[M][N][4], Token token, Row row) const {
+        const int blocks = (d + 127) / 128, lane = threadIdx.x % 32;
+        const float* scales = ws + row(0) / 128 * blocks;
+        auto a = [&](int r) { return token(r) < 0 ? nullptr : x + int64_t(token(r)) * d; };
+        auto b = [&](int r) { return row(r) < 0 ? nullptr : w + row(r) * d; };
+        pipeline(a, b, d / 16, [&](const char* ta, const char* tb, int k) {
+            float factor[M][2];
+            UNROLL for (int i = 0; i < M * 2; ++i) {
+                const int at = token(warp_row(i / 2) + i % 2 * 8 + lane / 4);
+                factor[i / 2][i % 2] = at < 0 ? 0 : scales[k] * s[int64_t(at) * blocks + k];
+            }
+            multiply_scaled(sum, ta, tb, factor);
+        });
+    }
+    __device__ float last(int64_t) const { return 1; }
+};
 
 // %% ../../nbs/582_cuda.fp8.ipynb #86131d23
-extern "C" __global__ void __launch_bounds__(128) fp8_product_f32(const e4m3* x, const float* s, const e4m3* w,
-        const float* ws, float* y, int n, int d, int o) {
-    scaled_product(x, s, w, ws, y, n, d, o);
+extern "C" __global__ void __launch_bounds__(128) fp8_product_f32(Scaled p, const float* bias, float* y, int n, int o) {
+    multiply_rows(p, bias, y, n, o);
 }
-extern "C" __global__ void __launch_bounds__(128) fp8_product_bf16(const e4m3* x, const float* s, const e4m3* w,
-        const float* ws, bf16* y, int n, int d, int o) {
-    scaled_product(x, s, w, ws, y, n, d, o);
+extern "C" __global__ void __launch_bounds__(128) fp8_product_bf16(Scaled p, const bf16* bias, bf16* y, int n, int o) {
+    multiply_rows(p, bias, y, n, o);
 }

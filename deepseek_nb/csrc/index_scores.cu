@@ -12,14 +12,6 @@
 #endif
 #include "attend.cuh"
 
-struct IndexCache {
-    const bf16* z;
-    int64_t batch, row;                    // strides in elements
-    int t;                                 // keys
-    __device__ const bf16* key(int b, int i) const { return z + b * batch + i * row; }
-};
-
-// %% ../../nbs/579_cuda.sparse.ipynb #825eba8a
 __device__ inline void add_heads(const float (&s)[MT][NT][4], const float* w, int heads, float* partial, Thread me) {
     for (int n = 0; n < NT; ++n)
         for (int j = 0; j < 2; ++j) {
@@ -37,25 +29,29 @@ __device__ inline void add_heads(const float (&s)[MT][NT][4], const float* w, in
 
 // %% ../../nbs/579_cuda.sparse.ipynb #22a8573f
 extern "C" __global__ void __launch_bounds__(256) index_scores(const bf16* q, const float* w, float* out, int heads,
-        int s, IndexCache cache) {
+        int s, int t, Positions cache) {
     DYNAMIC_SHARED(bf16, memory);
     bf16* keys = memory + ROWS * STRIDE;
     float* partial = reinterpret_cast<float*>(keys + 2 * KEYS * STRIDE);
     const int query = blockIdx.y, b = query / s, first = blockIdx.x * TILES * KEYS,
-              end = min(cache.t, first + TILES * KEYS);
+              end = min(t, first + TILES * KEYS);
     const Thread me;
-    load_queries(memory, q + int64_t(query) * heads * WIDTH, 0, heads);
-    load_keys(keys, cache, b, first, end);
+    const auto load = [&](bf16* to, int i) {
+        load_rows<KEYS>(to, q, [&](int k) { return i + k < end ? cache.at(b, i + k) : nullptr; });
+        commit_copies();
+    };
+    load_rows<ROWS>(memory, q, [&](int i) { return i < heads ? q + (int64_t(query) * heads + i) * WIDTH : nullptr; });
+    load(keys, first);
     for (int i = first; i < end; i += KEYS) {
         wait_copies();
         __syncthreads();
         const int now = (i - first) / KEYS % 2 * KEYS * STRIDE;
-        if (i + KEYS < end) load_keys(keys + KEYS * STRIDE - now, cache, b, i + KEYS, end);
+        if (i + KEYS < end) load(keys + KEYS * STRIDE - now, i + KEYS);
         float x[MT][NT][4] = {};
         if (me.m_warp < M_WARPS)
             multiply_keys(x, memory, keys + now, me), add_heads(x, w + query * heads, heads, partial, me);
         __syncthreads();
         for (int k = threadIdx.x; k < KEYS && i + k < end; k += blockDim.x)
-            out[int64_t(query) * cache.t + i + k] = partial[k] + (M_WARPS > 1 ? partial[KEYS + k] : 0);
+            out[int64_t(query) * t + i + k] = partial[k] + (M_WARPS > 1 ? partial[KEYS + k] : 0);
     }
 }

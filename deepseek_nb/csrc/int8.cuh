@@ -46,35 +46,23 @@ __device__ void multiply_int8(float (&sum)[M][N][4], const char* a, const char* 
 }
 
 // %% ../../nbs/584_cuda.int8.ipynb #2e3d25db
-template <class Token, class Row>
-__device__ void int8_tile(float (&sum)[M][N][4], const uint8_t* x, const float* s, const uint8_t* w,
-        Token token, Row row, int d) {
-    const int blocks = (d + 31) / 32;
-    auto a = [&](int r) { return token(r) < 0 ? nullptr : x + int64_t(token(r)) * d; };
-    auto b = [&](int r) { return row(r) < 0 ? nullptr : w + row(r) * d; };
-    pipeline(a, b, d / 16, [&](const char* ta, const char* tb, int k) {
-        multiply_int8(sum, ta, tb, [&](int r, int i) {
-            return token(r) < 0 || k * 4 + i >= blocks ? 0 : s[int64_t(token(r)) * blocks + k * 4 + i];
-        });
-    });
-}
-
-// %% ../../nbs/584_cuda.int8.ipynb #bec539b0
-template <class T> __device__ void put_pair(T* y, const T* bias, int64_t row, int col, int o, float u, float v) {
-    const bool two = col + 1 < o;
-    if (bias) u += to_float(bias[col]), v += two ? to_float(bias[col + 1]) : 0;
-    T* to = y + row * o + col;
-    if (o % 2 == 0) return store_pair(to, u, v);
-    to[0] = from_float<T>(u);
-    if (two) to[1] = from_float<T>(v);
-}
-
 struct Integers {                          // operands of W8A8
     const uint8_t* x;
     const float* s;                        // scale of each block of 32 activations
     const uint8_t* w;
     const float* ws;                       // scale of each row of weights
     int d;                                 // width of a row
+    template <class Token, class Row> __device__ void tile(float (&sum)[M][N][4], Token token, Row row) const {
+        const int blocks = (d + 31) / 32;
+        auto a = [&](int r) { return token(r) < 0 ? nullptr : x + int64_t(token(r)) * d; };
+        auto b = [&](int r) { return row(r) < 0 ? nullptr : w + row(r) * d; };
+        pipeline(a, b, d / 16, [&](const char* ta, const char* tb, int k) {
+            multiply_int8(sum, ta, tb, [&](int r, int i) {
+                return token(r) < 0 || k * 4 + i >= blocks ? 0 : s[int64_t(token(r)) * blocks + k * 4 + i];
+            });
+        });
+    }
+    __device__ float last(int64_t row) const { return ws[row]; }
 };
 
 // %% ../../nbs/584_cuda.int8.ipynb #50ca1268

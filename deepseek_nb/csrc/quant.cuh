@@ -28,6 +28,7 @@ __device__ inline uint32_t masked_or(uint32_t x, uint32_t mask, uint32_t set) {
 // %% ../../nbs/585_cuda.quant.ipynb #472d4ec7
 struct Nibbles {
     static constexpr int WORDS = 1;        // words of a lane per block of 32
+    const bf16* x;                         // activations
     const uint8_t* codes;
     const uint16_t* scales;
     const uint16_t* mins;                  // null for symmetric weights
@@ -47,11 +48,15 @@ struct Nibbles {
             v[i] = __uint_as_float(masked_or(shifted, 0x780000, 0x41800000)) * grid.x + grid.y;
         }
     }
+    template <class Token, class Row> __device__ void tile(float (&sum)[M][N][4], Token token, Row row) const {
+        decoded_tile(sum, *this, token, row);
+    }
 };
 
 // %% ../../nbs/585_cuda.quant.ipynb #2d472950
 struct Bytes {
     static constexpr int WORDS = 2;
+    const bf16* x;                         // activations
     const uint8_t* codes;
     const void* scales;                    // of groups in float16, or of rows in float32
     int blocks, width, groups, each;       // blocks a row; width, a multiple of 16; groups a row or 0; blocks a group
@@ -67,6 +72,9 @@ struct Bytes {
             const uint32_t byte = (word[i / 4] ^ 0x80808080) >> i % 4 * 8 & 255;
             v[i] = (__uint_as_float(byte | 0x4b000000) - (0x1p23f + 128)) * grid.x;
         }
+    }
+    template <class Token, class Row> __device__ void tile(float (&sum)[M][N][4], Token token, Row row) const {
+        decoded_tile(sum, *this, token, row);
     }
 };
 
@@ -124,12 +132,12 @@ __device__ void multiply_decoded(float (&sum)[M][N][4], const char* a, const cha
 
 // %% ../../nbs/585_cuda.quant.ipynb #736668f4
 template <class W, class Token, class Row>
-__device__ void decoded_tile(float (&sum)[M][N][4], const bf16* x, const W& w, Token token, Row row) {
+__device__ void decoded_tile(float (&sum)[M][N][4], const W& w, Token token, Row row) {
     DYNAMIC_SHARED(char, tiles);
     constexpr int CHUNKS = 2 * W::WORDS, SIZE = ROWS * 128 + COLUMNS * CHUNKS * 16;
     const int blocks = w.depth();
     const Range mine = share_of((blocks + 1) / 2);
-    auto a = [&](int r) { return token(r) < 0 ? nullptr : x + int64_t(token(r)) * blocks * 32; };
+    auto a = [&](int r) { return token(r) < 0 ? nullptr : w.x + int64_t(token(r)) * blocks * 32; };
     auto codes = [&](int r) { return row(r) < 0 ? nullptr : w.codes + row(r) * w.chunks() * 16; };
     auto load = [&](int s) {
         char* tile = tiles + s % STAGES * SIZE;
@@ -149,11 +157,3 @@ __device__ void decoded_tile(float (&sum)[M][N][4], const bf16* x, const W& w, T
         }
     }
 }
-
-// %% ../../nbs/585_cuda.quant.ipynb #aa332794
-struct Output {
-    const bf16* bias;                      // bias, or null
-    bf16* y;
-    float* part;                           // results of the parts of a product that is split, or null
-    int n, o;                              // number of tokens and of outputs
-};

@@ -27,25 +27,25 @@ __device__ float dot_block(const uint32_t (&a)[16], const uint32_t (&word)[W::WO
 }
 
 // %% ../../nbs/585_cuda.quant.ipynb #58773e13
-template <class W> __device__ void decoded_vector(const bf16* x, const W& w, const Output& out) {
+template <class W> __device__ void decoded_vector(const W& w, const bf16* bias, bf16* y, int o) {
     const int first = blockIdx.x * TOGETHER;
     float sum[TOGETHER] = {};
     for (int b = threadIdx.x; b < w.depth(); b += blockDim.x) {
         alignas(16) uint32_t a[16], word[W::WORDS][4] = {};
         UNROLL for (int i = 0; i < 4; ++i)
-            reinterpret_cast<uint4*>(a)[i] = reinterpret_cast<const uint4*>(x)[b * 4 + i];
+            reinterpret_cast<uint4*>(a)[i] = reinterpret_cast<const uint4*>(w.x)[b * 4 + i];
         UNROLL for (int r = 0; r < TOGETHER; ++r) {
-            const int64_t row = min(first + r, out.o - 1);
+            const int64_t row = min(first + r, o - 1);
             load_block(word, w, row, b);
             sum[r] += dot_block<W>(a, word, w.grid(row, b));
         }
     }
     finish_rows(sum, [&](int r, float total) {
         const int row = first + r;
-        if (row < out.o) out.y[row] = from_float<bf16>(total * w.last(row) + (out.bias ? to_float(out.bias[row]) : 0));
+        if (row < o) y[row] = from_float<bf16>(total * w.last(row) + (bias ? to_float(bias[row]) : 0));
     });
 }
 
 // %% ../../nbs/585_cuda.quant.ipynb #5312c772
-extern "C" __global__ void w4a16_vector(const bf16* x, Nibbles w, Output out) { decoded_vector(x, w, out); }
-extern "C" __global__ void w8a16_vector(const bf16* x, Bytes w, Output out) { decoded_vector(x, w, out); }
+extern "C" __global__ void w4a16_vector(Nibbles p, const bf16* bias, bf16* y, int o) { decoded_vector(p, bias, y, o); }
+extern "C" __global__ void w8a16_vector(Bytes p, const bf16* bias, bf16* y, int o) { decoded_vector(p, bias, y, o); }

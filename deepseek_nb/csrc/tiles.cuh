@@ -76,18 +76,13 @@ __device__ inline int warp_column() { return threadIdx.x / 32 % ACROSS * N * 8; 
 #if !WARPGROUP
 __device__ inline void multiply(float (&sum)[M][N][4], const char* a, const char* b) {
     const int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int c = 0; c < 8; c += 2) {
+    UNROLL for (int c = 0; c < 8; c += 2) {
         uint32_t x[M][4], y[N][2];
-        #pragma unroll
-        for (int m = 0; m < M; ++m) load_matrix(x[m], a + at(warp_row(m) + lane % 16, c + lane / 16));
-        #pragma unroll
-        for (int n = 0; n < N; n += 2)
+        UNROLL for (int m = 0; m < M; ++m) load_matrix(x[m], a + at(warp_row(m) + lane % 16, c + lane / 16));
+        UNROLL for (int n = 0; n < N; n += 2)
             load_matrix(y[n], b + at(warp_column() + n * 8 + lane / 16 * 8 + lane % 8, c + lane / 8 % 2));
-        #pragma unroll
-        for (int m = 0; m < M; ++m)
-            #pragma unroll
-            for (int n = 0; n < N; ++n) mma_bf16(sum[m][n], x[m], y[n]);
+        UNROLL for (int m = 0; m < M; ++m)
+            UNROLL for (int n = 0; n < N; ++n) mma_bf16(sum[m][n], x[m], y[n]);
     }
 }
 #endif
@@ -96,12 +91,9 @@ __device__ inline void multiply(float (&sum)[M][N][4], const char* a, const char
 template <int count, class Store>
 __device__ void each_pair(const float (&sum)[M][N][4], Store store) {
     const int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int m = 0; m < M; ++m)
-        #pragma unroll
-        for (int n = 0; n < count; ++n)
-            #pragma unroll
-            for (int i = 0; i < 4; i += 2)
+    UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int n = 0; n < count; ++n)
+            UNROLL for (int i = 0; i < 4; i += 2)
                 store(warp_row(m) + i * 4 + lane / 4, n * 8 + lane % 4 * 2, sum[m][n][i], sum[m][n][i + 1]);
 }
 
@@ -145,8 +137,7 @@ template <class E> __device__ void wgmma(float (&sum)[16][4], const char* a, con
 // %% ../../nbs/575_cuda.tiles.ipynb #87307200
 __device__ inline void pin(float (&sum)[16][4]) {
 #ifdef __CUDACC__
-    #pragma unroll
-    for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(sum[i / 4][i % 4]) :: "memory");
+    UNROLL for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(sum[i / 4][i % 4]) :: "memory");
 #endif
 }
 
@@ -156,8 +147,7 @@ template <class E> __device__ void wgmma_step(float (&sum)[16][4], const char* a
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
-    #pragma unroll
-    for (int chunk = 0; chunk < 8; chunk += 2) wgmma<E>(sum, a, b, chunk);
+    UNROLL for (int chunk = 0; chunk < 8; chunk += 2) wgmma<E>(sum, a, b, chunk);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 #endif
@@ -166,7 +156,43 @@ template <class E> __device__ void wgmma_step(float (&sum)[16][4], const char* a
 
 #if WARPGROUP
 __device__ inline void multiply(float (&sum)[M][N][4], const char* a, const char* b) {
-    #pragma unroll
-    for (int m = 0; m < M; ++m) wgmma_step<bf16>(sum[m], a + m * 64 * 128, b);
+    UNROLL for (int m = 0; m < M; ++m) wgmma_step<bf16>(sum[m], a + m * 64 * 128, b);
 }
 #endif
+
+// %% ../../nbs/575_cuda.tiles.ipynb #a488ff4e
+struct Floats {                            // operands in bfloat16
+    const bf16* x;
+    const bf16* w;
+    int d;                                 // width of a row
+    template <class Token, class Row> __device__ void tile(float (&sum)[M][N][4], Token token, Row row) const {
+        auto a = [&](int r) { return token(r) < 0 ? nullptr : x + int64_t(token(r)) * d; };
+        auto b = [&](int r) { return row(r) < 0 ? nullptr : w + row(r) * d; };
+        pipeline(a, b, d / 8, [&](const char* ta, const char* tb, int) { multiply(sum, ta, tb); });
+    }
+    __device__ float last(int64_t) const { return 1; }
+};
+
+// %% ../../nbs/575_cuda.tiles.ipynb #ea92eb70
+template <class T> __device__ void put_pair(T* y, const T* bias, int64_t row, int col, int o, float u, float v) {
+    const bool two = col + 1 < o;
+    if (bias) u += to_float(bias[col]), v += two ? to_float(bias[col + 1]) : 0;
+    T* to = y + row * o + col;
+    if (o % 2 == 0) return store_pair(to, u, v);
+    to[0] = from_float<T>(u);
+    if (two) to[1] = from_float<T>(v);
+}
+
+template <class P, class T> __device__ void multiply_rows(const P& product, const T* bias, T* y, int n, int o) {
+    const int across = (o + COLUMNS - 1) / COLUMNS;
+    const int first = blockIdx.x / across * ROWS, column = blockIdx.x % across * COLUMNS;
+    float sum[M][N][4] = {};
+    product.tile(sum, [&](int r) { return first + r < n ? first + r : -1; },
+                 [&](int r) { return int64_t(column + r < o ? column + r : -1); });
+    each_pair<N>(sum, [&](int r, int c, float u, float v) {
+        const int row = first + r, col = column + warp_column() + c;
+        if (row >= n || col >= o) return;
+        u *= product.last(col), v *= product.last(min(col + 1, o - 1));
+        put_pair(y, bias, int64_t(blockIdx.y) * n + row, col, o, u, v);
+    });
+}

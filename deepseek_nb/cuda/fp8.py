@@ -18,7 +18,7 @@ from torch.library import custom_op
 from ..core.dispatch import op
 from .build import cards_ready, launch
 from .device import SUFFIX, needs_no_grad
-from .tiles import COLUMNS, add_parts, aligned, count_splits, tile_defines, tile_rows, tile_shared
+from .tiles import aligned, multiply_rows, tile_defines, tile_rows, tile_shared
 from ..files.checkpoint import dequant_fp8
 from ..kernels.build import operator_name
 from ..quant.fp8 import TILE, dequant_tiles, quant_tiles
@@ -75,18 +75,14 @@ def product_fp8(
     for name,t in dict(s=s, w=w, ws=ws).items():
         if tuple(t.shape) != wanted[name]: raise ValueError(f'product_fp8: {name} has shape {tuple(t.shape)}, expected {wanted[name]}')
     if i % 16 or o % 2: raise ValueError(f'product_fp8: w has shape {(o, i)}; its width must be a multiple of 16, its rows of 2')
-    given = dict(x=aligned(q), s=s.contiguous(), w=aligned(w), ws=ws.contiguous(), d=i, o=o)
+    operands = dict(x=aligned(q), s=s.contiguous(), w=aligned(w), ws=ws.contiguous(), d=i)
     if n == 1 and not (defines or parts):
         y = q.new_empty(n, o, dtype=dtype)
-        launch('fp8_vector.cu', f'fp8_vector_{SUFFIX[dtype]}', -(-o//8), 128, y=y, **given)
+        launch('fp8_vector.cu', f'fp8_vector_{SUFFIX[dtype]}', -(-o//8), 128, y=y, o=o, **operands)
         return y
     defines = defines or tile_defines(min(tile_rows(n), 64), q.device)
-    tiles = -(-n//defines['ROWS'])*-(-o//COLUMNS)
-    parts = parts or count_splits(tiles, -(-i//TILE), q.device)
-    y = q.new_empty(parts, n, o, dtype=torch.float32 if parts > 1 else dtype)
-    launch('fp8_product.cu', f'fp8_product_{SUFFIX[y.dtype]}', (tiles, parts), 128, y=y, n=n, shared=tile_shared(defines['ROWS']),
-           **given, **defines)
-    return add_parts(y, None, dtype) if parts > 1 else y[0]
+    return multiply_rows('fp8_product.cu', 'fp8_product', operands, n, o, -(-i//TILE), dtype, q.device, parts=parts,
+                         shared=tile_shared(defines['ROWS']), **defines)
 
 # %% ../../nbs/582_cuda.fp8.ipynb #61a2d1d1
 @op

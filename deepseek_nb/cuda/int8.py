@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .build import launch
 from .device import check_argument, suffix_of
-from .tiles import COLUMNS, add_parts, aligned, count_splits, tile_rows, tile_shared
+from .tiles import aligned, multiply_rows, tile_rows, tile_shared
 
 # %% ../../nbs/584_cuda.int8.ipynb #a7f5c49e
 def round_rows(
@@ -56,20 +56,14 @@ def product_int8(
     **defines, # Macros of the tile kernel; if given, it also computes a single token
 )->Tensor: # `n o`
     "Multiply int8 activations by int8 weights, with their scales"
-    (n,i),o,y = q.shape, len(w), q.new_empty(len(q), len(w), dtype=dtype)
+    (n,i),o = q.shape, len(w)
     if i % 16: raise ValueError(f'product_int8: w has shape {tuple(w.shape)}; its width must be a multiple of 16')
     integers = _integers_of(q, s, w, ws)
-    bias,kind = None if bias is None else check_argument('bias', bias, (o,), dtype), suffix_of('y', y)
+    bias = None if bias is None else check_argument('bias', bias, (o,), dtype)
     if n == 1 and not defines:
-        grid,block,shared = vector_launch(i//16, o)
-        launch('int8_vector.cu', f'w8a8_vector_{kind}', grid, block, p=integers, bias=bias, y=y, o=o, shared=shared)
+        (grid,block,shared),y = vector_launch(i//16, o), q.new_empty(n, o, dtype=dtype)
+        launch('int8_vector.cu', f"w8a8_vector_{suffix_of('y', y)}", grid, block, p=integers, bias=bias, y=y, o=o, shared=shared)
         return y
     rows = defines.get('ROWS') or min(tile_rows(n), 64)
-    tiles = -(-n//rows)*-(-o//COLUMNS)
-    parts,call = parts or count_splits(tiles, -(-i//128), q.device), dict(p=integers, n=n, o=o, shared=tile_shared(rows), ROWS=rows)
-    if parts > 1:
-        part = y.new_empty(parts, n, o, dtype=torch.float32)
-        launch('quant_int8.cu', 'w8a8_product_f32', (tiles, parts), 128, bias=None, y=part, **call)
-        return add_parts(part, bias, dtype)
-    launch('quant_int8.cu', f'w8a8_product_{kind}', tiles, 128, bias=bias, y=y, **call)
-    return y
+    return multiply_rows('quant_int8.cu', 'w8a8_product', integers, n, o, -(-i//128), dtype, q.device, rows, bias, parts,
+                         shared=tile_shared(rows))

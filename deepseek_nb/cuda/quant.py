@@ -20,7 +20,7 @@ from .build import cards_ready, launch
 from .device import SUFFIX, check_argument, needs_no_grad
 from .fp8 import fits_fp8, linear_fp8_cuda
 from .int8 import product_int8, round_rows, vector_launch
-from .tiles import COLUMNS, add_parts, aligned, count_splits, stages, tile_rows
+from .tiles import COLUMNS, aligned, multiply_rows, stages, tile_rows
 from ..kernels.build import operator_name
 from ..quant import Format, QuantizedWeight, linear_quantized
 
@@ -77,22 +77,16 @@ def product_decoded(
 )->Tensor: # Products `n o`
     "Multiply bfloat16 activations by weights that are decoded in registers"
     (n,i),o = x.shape, len(parts['codes'])
-    w = weight_struct(parts_in_order(parts, (o, i), group), i, group)
+    p = weight_struct(parts_in_order(parts, (o, i), group), i, group)
     bias = None if bias is None else check_argument('bias', bias, (o,), torch.bfloat16)
-    x = aligned(F.pad(check_argument('x', x, (n, i), torch.bfloat16), (0, -i % 32)))
-    y,kind = x.new_empty(n, o), 'w4a16' if group > 0 else 'w8a16'
-    call = dict(x=x, w=w, out=dict(bias=bias, y=y, part=None, n=n, o=o))
+    p['x'],kind = aligned(F.pad(check_argument('x', x, (n, i), torch.bfloat16), (0, -i % 32))), 'w4a16' if group > 0 else 'w8a16'
     if n == 1 and not defines:
-        grid,block,shared = vector_launch(-(-i//32), o)
-        launch('quant_vector.cu', f'{kind}_vector', grid, block, shared=shared, **call)
+        (grid,block,shared),y = vector_launch(-(-i//32), o), x.new_empty(n, o)
+        launch('quant_vector.cu', f'{kind}_vector', grid, block, p=p, bias=bias, y=y, o=o, shared=shared)
         return y
     rows = defines.get('ROWS') or tile_rows(n)
-    tiles,shared = -(-n//rows)*-(-o//COLUMNS), decoded_shared(rows, 4 if group > 0 else 8)
-    splits = splits or count_splits(tiles, -(-i//64), x.device)
-    part = x.new_empty(splits, n, o, dtype=torch.float32) if splits > 1 else None
-    call['out']['part'] = part
-    launch('quant_decoded.cu', f'{kind}_product', (tiles, splits), 128, shared=shared, ROWS=rows, **call)
-    return y if part is None else add_parts(part, bias, torch.bfloat16)
+    return multiply_rows('quant_decoded.cu', f'{kind}_product', p, n, o, -(-i//64), x.dtype, x.device, rows, bias, splits,
+                         shared=decoded_shared(rows, 4 if group > 0 else 8))
 
 # %% ../../nbs/585_cuda.quant.ipynb #7a504f74
 def in_order(

@@ -16,11 +16,10 @@ from torch.library import custom_op
 from ..arch.moe import run_experts
 from .build import cards_ready, launch
 from .device import check_argument, needs_no_grad
-from .experts import sort_and_cut
+from .experts import run_tiles
 from .int8 import round_rows
 from .quant import both_round, decoded_shared, in_order, parts_in_order, signed_group, weight_struct
-from .route import combine
-from .tiles import COLUMNS, aligned, tile_rows, tile_shared
+from .tiles import tile_rows, tile_shared
 from ..kernels.build import operator_name
 from ..quant import QuantizedWeight
 
@@ -45,11 +44,11 @@ def codes_launch(
     i = x.shape[1]
     if group == -1:
         q,s = round_rows(x)
-        kind,shared,operands = 'w8a8', tile_shared(ROWS), dict(p=dict(x=q.view(torch.uint8), s=s, w=parts[0], ws=parts[1], d=i))
+        kind,shared,p = 'w8a8', tile_shared(ROWS), dict(x=q.view(torch.uint8), s=s, w=parts[0], ws=parts[1], d=i)
     else:
         kind,bits = ('w4a16', 4) if group > 0 else ('w8a16', 8)
-        shared,operands = decoded_shared(ROWS, bits), dict(x=x, w=weight_struct(parts, i, group))
-    launch('quant_experts.cu', f'{kind}_{name}', grid, 128, shared=shared, ROWS=ROWS, **operands, **named)
+        shared,p = decoded_shared(ROWS, bits), dict(x=x, **weight_struct(parts, i, group))
+    launch('quant_experts.cu', f'{kind}_{name}', grid, 128, p=p, shared=shared, ROWS=ROWS, **named)
 
 # %% ../../nbs/587_cuda.quant_experts.ipynb #6507d166
 def experts_in_codes(
@@ -63,16 +62,12 @@ def experts_in_codes(
     ROWS:int, # Rows per tile
 )->Tensor: # Outputs `n d`
     "Run all kernels, with tiles of a given height"
-    (n,k),d,e = experts.shape, x.shape[1], len(gate_up['codes'])
+    d,e = x.shape[1], len(gate_up['codes'])
     stacks = [parts_in_order({a: t.flatten(0, 1) for a,t in p.items()}, s, g*(g != -1))
               for p,s,g in zip((gate_up, down), ((2*e*f, d), (e*d, f)), groups, strict=True)]
-    (order,_,position),tile = sort_and_cut(experts, e, ROWS)
-    hidden,out = x.new_empty(n*k, f), x.new_empty(n*k, d)
-    blocks = dict(gate_up=len(tile)*-(-2*f//COLUMNS), down=len(tile)*-(-d//COLUMNS))
-    named = dict(order=order, tiles=tile, hidden=hidden, k=k, f=f)
-    codes_launch('gate_up', aligned(x), stacks[0], groups[0], blocks['gate_up'], ROWS, **named)
-    codes_launch('down', hidden, stacks[1], groups[1], blocks['down'], ROWS, tiles=tile, out=out, d=d)
-    return combine(out, position, weights)
+    weights_of = dict(gate_up=(stacks[0], groups[0]), down=(stacks[1], groups[1]))
+    multiply = lambda name, rows, grid, **named: codes_launch(name, rows, *weights_of[name], grid, **named)
+    return run_tiles(x, weights, experts, e, f, multiply, ROWS=ROWS)
 
 # %% ../../nbs/587_cuda.quant_experts.ipynb #ba7937a6
 def fits_coded_experts(

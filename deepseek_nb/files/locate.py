@@ -44,7 +44,6 @@ def _folder_config(folder):
     eos = read_json(gen).get('eos_token_id') if gen.is_file() else None
     return config if eos is None else replace(config, eos_ids=tuple(eos) if isinstance(eos, list) else (eos,))
 
-# %% ../../nbs/245_files.locate.ipynb #23f2db10
 def load_config(
     path_or_name:str|Path, # A folder, a .gguf file, a config.json, or a name for `fetch`
 )->Config: # The model's config

@@ -48,7 +48,6 @@ class SharedAdapter:
     digest:str # SHA-256 of the name and of all numbers, hexadecimal
     nbytes:int # Bytes of the adapter's own tensors
 
-# %% ../../nbs/457_infer.adapters.ipynb #b5a6f2d4
 def adapter_weights(
     layers:nn.ModuleList, # Blocks with an adapter
 )->dict[str,Tensor]: # Tensors of the adapter by name
@@ -90,7 +89,6 @@ def cache_space(
 class NoAdapter(ValueError):
     "An adapter that is not loaded"
 
-# %% ../../nbs/457_infer.adapters.ipynb #cd082bf7
 class Adapters:
     "The LoRA adapters of one model, by name"
     def __init__(self,
@@ -133,7 +131,6 @@ class Adapters:
             self[name]
             return self.loaded.pop(name)
 
-# %% ../../nbs/457_infer.adapters.ipynb #e48691b6
 def check_adapter_name(
     name:str, # Name of an adapter, as clients give it
 )->str: # The same

@@ -24,9 +24,11 @@ from .generate import Stopper, text_pieces
 def common_prefix(
     a:list, # Token ids
     b:list, # Token ids
+    start:int = 0, # Number of first tokens that are known to be equal
 )->int: # Number of equal tokens at the beginning
     "Length of the common prefix"
-    return next((i for i,(x,y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    most = min(len(a), len(b))
+    return next((i for i in range(min(start, most), most) if a[i] != b[i]), most)
 
 # %% ../../nbs/420_infer.conversation.ipynb #2d71bb77
 @dataclass

@@ -34,19 +34,19 @@ def sampling_of(
     if unknown := [k for k in settings if k not in known]:
         raise TypeError(f'generate has no argument {", ".join(unknown)}; sampling is set by {", ".join([*known, "do_sample"])}')
     if temperature is None: temperature = float(do_sample or 0)
-    how = SamplingParams(temperature, **settings)
+    sampling = SamplingParams(temperature, **settings)
     if do_sample is not None and do_sample != (temperature > 0):
         raise ValueError(f'do_sample is {do_sample} and temperature is {temperature}; leave do_sample out, or change one of them')
-    return how
+    return sampling
 
 # %% ../../nbs/410_infer.generate.ipynb #aa524d41
 def row_samplers(
-    how:SamplingParams, # Settings
+    sampling:SamplingParams, # Settings
     prompts:list, # Token ids of each row, for the repetition penalty
 )->list: # A `RowSampler` for each row
     "Samplers of a batch"
-    if how.seed is None: how = replace(how, seed=0 if how.greedy else int(torch.randint(2**62, ())))
-    return [RowSampler(how.number(i), p) for i,p in enumerate(prompts)]
+    if sampling.seed is None: sampling = replace(sampling, seed=0 if sampling.greedy else int(torch.randint(2**62, ())))
+    return [RowSampler(sampling.number(i), p) for i,p in enumerate(prompts)]
 
 # %% ../../nbs/410_infer.generate.ipynb #3719eb1f
 def left_padded(
@@ -68,7 +68,6 @@ def _wanted(s, max_new_tokens, max_length):
     if max_length is not None: return max_length - s
     return 64 if max_new_tokens is None else max_new_tokens
 
-# %% ../../nbs/410_infer.generate.ipynb #8e2b9799
 def tokens_to_generate(
     c, # Config of the model
     s:int, # Number of tokens of the prompt
@@ -125,7 +124,6 @@ def _batch(ids, attention_mask):
         raise ValueError(f'{shapes}; give 0 or 1 for each token')
     return ids
 
-# %% ../../nbs/410_infer.generate.ipynb #2cd9269e
 def _unpadded(ids, attention_mask):
     "The tokens of each row, without padding"
     if attention_mask is None: return ids.tolist()
@@ -144,11 +142,11 @@ def _one_cache(cache, past_key_values):
     return cache
 
 # %% ../../nbs/410_infer.generate.ipynb #11c3f247
-def _with_drafts(model, prompts, how, n, eos, pad, cache, draft, draft_tokens):
+def _with_drafts(model, prompts, sampling, n, eos, pad, cache, draft, draft_tokens):
     "Tokens of `speculate`, one for all rows at a time"
     if cache is not None: raise ValueError('a draft needs caches of its own; leave out cache, or the draft')
     rows,live = [[] for _ in prompts],[True]*len(prompts)
-    for new in model.speculate(prompts, n, draft, draft_tokens, how, eos):
+    for new in model.speculate(prompts, n, draft, draft_tokens, sampling, eos):
         for row,more in zip(rows, new, strict=True): row += more
         while any(live) and all(row or not on for row,on in zip(rows, live, strict=True)):
             tokens = [row.pop(0) if row else pad for row in rows]
@@ -175,15 +173,15 @@ def stream(self:Model,
     **kwargs, # Further fields of `SamplingParams`
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
-    how = sampling_of(do_sample, temperature, **kwargs)
+    sampling = sampling_of(do_sample, temperature, **kwargs)
     n = tokens_to_generate(self.config, _batch(ids, attention_mask).shape[1], max_new_tokens, max_length)
     eos,cache = _end_tokens(eos_token_id, self.config.eos_ids),_one_cache(cache, past_key_values)
     if pad_token_id is None: pad_token_id = eos[0] if eos else 0
     prompts = _unpadded(ids, attention_mask)
-    if draft is not None: return _with_drafts(self, prompts, how, n, eos, pad_token_id, cache, draft, draft_tokens)
+    if draft is not None: return _with_drafts(self, prompts, sampling, n, eos, pad_token_id, cache, draft, draft_tokens)
     if draft_tokens is not None: raise ValueError('draft_tokens is given without a draft; add draft="lookup", "mtp" or a smaller Model')
     if cache is None: cache = self.new_cache(len(ids), ids.shape[1] + n)
-    rows = row_samplers(how, prompts)
+    rows = row_samplers(sampling, prompts)
     return _steps(self, ids.to(self.device), cache, rows, n=n, eos=eos, pad=pad_token_id, attention_mask=attention_mask, mla=mla)
 
 # %% ../../nbs/410_infer.generate.ipynb #48bfc18e

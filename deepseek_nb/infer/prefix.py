@@ -1,7 +1,7 @@
 """Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
 
 A `PrefixCache` keeps the KV cache of the prompts of one model across requests. A `RadixTree` over token ids owns pages of a `PagePool`.
-`start` returns a cache that begins with the longest known prefix of a prompt, and `insert` stores the pages that a request has computed.
+`find` returns a cache that begins with the longest known prefix of a prompt, and `keep` stores the pages that a request has computed.
 The least recently used pages are evicted. `stream` and `generate` call both, and count tokens as DeepSeek's API does. With a folder, the
 pages are also kept on disk."""
 
@@ -138,13 +138,13 @@ class PrefixCache:
         "Check that a cache belongs to this model and has one row without padding"
         fits = type(cache) is Cache or isinstance(cache, PagedCache) and cache.pool is self.pool
         if not fits or cache.c != self.model.config or cache.batch != 1 or cache.pad is not None or cache.dtype != self.pool.dtype:
-            raise ValueError(f'{cache} must be a cache of this model with one row and no padding; make one with start or new_cache(1)')
+            raise ValueError(f'{cache} must be a cache of this model with one row and no padding; make one with find or new_cache(1)')
 
-    def insert(self,
+    def keep(self,
         ids:list|Tensor, # Tokens of the cache, and maybe more, `s` or `1 s`
         cache:Cache, # Cache with one row
         user:str = '', # User id
-        tail:bool = False, # Whether the last page is stored even if it is not full; the request must not write to it any more
+        ends:bool = False, # Whether the row ends: its last page is stored even if it is not full, and the row must not write to it any more
     )->int: # Number of tokens that are stored in whole pages
         "Store the pages that a request has computed"
         self._check_cache(cache)
@@ -157,14 +157,14 @@ class PrefixCache:
             self.tree.insert(ids, pages := found + new, user)
         if self.store is not None:
             self.store.save(self.store.keys(ids, user)[:len(pages)], lambda i: to_bytes(self.pool, pages[i]))
-        if tail and isinstance(cache, PagedCache) and len(ids) > len(pages)*self.tree.page: self._insert_tail(ids, cache, user)
+        if ends and isinstance(cache, PagedCache) and len(ids) > len(pages)*self.tree.page: self._insert_tail(ids, cache, user)
         return len(pages)*self.tree.page
 
     def _insert_tail(self, ids, cache, user):
         page = cache.tables[0][len(ids)//self.tree.page]
         if self.tree.keep_tail(ids, page, user): self.pool.share(page)
 
-    def start(self,
+    def find(self,
         ids:list|Tensor, # Prompt, `s` or `1 s`
         user:str = '', # User id
         paged:bool = False, # Share the pages instead of copying them into a contiguous cache
@@ -182,7 +182,7 @@ class PrefixCache:
     def stream(self,
         ids:list|Tensor, # Prompt, `s` or `1 s`
         user:str = '', # User id
-        paged:bool = False, # Whether to share the pages, as in `start`
+        paged:bool = False, # Whether to share the pages, as in `find`
         max_new_tokens:int|None = None, # Number of new tokens; None: 64
         max_length:int|None = None, # Number of tokens of prompt and answer together, instead of max_new_tokens
         **kwargs, # Further arguments of `Model.stream`
@@ -192,7 +192,7 @@ class PrefixCache:
             if kwargs.get(name) is not None: raise ValueError(f'{name} was given, but a prefix cache makes its own; use Model.stream')
         ids = one_prompt(ids)
         room = max_length if max_length and max_new_tokens is None else len(ids) + (64 if max_new_tokens is None else max_new_tokens)
-        cache = self.start(ids, user, paged, min(room, self.model.config.max_positions))
+        cache = self.find(ids, user, paged, min(room, self.model.config.max_positions))
         prompt = torch.tensor([ids], dtype=torch.long, device=self.model.device)
         return CachedAnswer(self, ids, user, cache, self.model.stream(prompt, max_new_tokens, max_length, cache=cache, **kwargs))
 
@@ -220,7 +220,6 @@ def copy_in(
         for x,to in zip(pool.encode(*[x[..., start:end, :] for x in slot.tensors]), layer, strict=True):
             to[index] = rearrange(x[0], '... (n p) x -> n ... p x', p=pool.page)
 
-# %% ../../nbs/444_infer.prefix.ipynb #1d9aba54
 def copy_out(
     pool:PagePool, # Pool to read from
     pages:list, # Page numbers
@@ -240,7 +239,6 @@ def to_bytes(
     "The bytes of a page"
     return torch.cat([x[page].reshape(-1).view(torch.uint8) for layer in pool.layers for x in layer]).cpu()
 
-# %% ../../nbs/444_infer.prefix.ipynb #8629e875
 def from_bytes(
     pool:PagePool, # Pool to write to
     page:int, # Page number
@@ -261,7 +259,6 @@ def one_prompt(
         return ids.tolist()
     return list(ids)
 
-# %% ../../nbs/444_infer.prefix.ipynb #a808867e
 def check_user(
     user:str, # User id
 )->str: # The same id
@@ -282,7 +279,7 @@ class CachedAnswer:
         self.prefix,self.ids,self.user,self.cache,self.tokens = prefix,ids,user,cache,tokens
         self.usage = Usage(len(ids), len(cache))
 
-    def _keep(self): self.prefix.insert(self.ids, self.cache, self.user)
+    def _keep(self): self.prefix.keep(self.ids, self.cache, self.user)
     def __iter__(self): return self
     def __enter__(self): return self
     def __exit__(self, *error): self.close()

@@ -53,11 +53,11 @@ class Request:
 class TextOut:
     "The text of one answer, as far as it can be shown"
     def __init__(self,
-        tok:Tokenizer, # Decodes
+        tok:Tokenizer|None, # Decodes; None: nobody reads the text
         stop:tuple, # Strings that end the answer
         stop_ids:tuple, # Tokens that end the answer
     ):
-        self.decoder,self.stopper,self.stop_ids = tok.stream_decoder(skip_special=False),Stopper(stop),frozenset(stop_ids)
+        self.decoder,self.stopper,self.stop_ids = tok and tok.stream_decoder(skip_special=False),Stopper(stop),frozenset(stop_ids)
         self.matched = None # The stop string or the end token that ended the answer
 
     def push(self,
@@ -67,12 +67,14 @@ class TextOut:
         if token in self.stop_ids:
             self.matched = token
             return self.flush()
+        if self.decoder is None: return ''
         text = self.stopper.push(self.decoder.push(token))
         if self.stopper.stopped: self.matched = next(s for s in self.stopper.stops if self.stopper.held.startswith(s))
         return text
 
     def flush(self)->str:
         "The rest of the text, at the end of the answer"
+        if self.decoder is None: return ''
         text = self.stopper.push(self.decoder.flush())
         if self.stopper.stopped: return text
         text,self.stopper.held = text + self.stopper.held,''

@@ -88,15 +88,15 @@ def nucleus_threshold(
 # %% ../../nbs/405_infer.sampling.ipynb #4b4204a7
 def truncate(
     probs:Tensor, # Probabilities of one row `w`
-    how:SamplingParams, # top_k, top_p and min_p
+    sampling:SamplingParams, # top_k, top_p and min_p
 )->Tensor: # The kept probabilities, 0 elsewhere; they add up to less than 1 `w`
     "Keep the tokens that top-k, top-p and min-p all allow"
     least = probs.new_zeros(())
-    if 0 < how.top_k < len(probs):
-        least = probs.topk(how.top_k).values[-1]
+    if 0 < sampling.top_k < len(probs):
+        least = probs.topk(sampling.top_k).values[-1]
         probs = probs.where(probs >= least, 0)
-    if how.top_p < 1: least = nucleus_threshold(probs, how.top_p*float(probs.sum()))
-    if how.min_p: least = torch.maximum(least, how.min_p*probs.max())
+    if sampling.top_p < 1: least = nucleus_threshold(probs, sampling.top_p*float(probs.sum()))
+    if sampling.min_p: least = torch.maximum(least, sampling.min_p*probs.max())
     return probs.where(probs >= least, 0)
 
 # %% ../../nbs/405_infer.sampling.ipynb #69702405
@@ -131,18 +131,18 @@ def unpack_mask(
 class RowSampler:
     "The sampling state of one row"
     def __init__(self,
-        how:SamplingParams, # Settings of the request
+        sampling:SamplingParams, # Settings of the request
         prompt:list, # Token ids of the prompt; the repetition penalty counts them
         grammar = None, # Object with `mask()` and `accept(id)`; None: every token is allowed
     ):
-        self.how,self.prompt,self.tokens,self.grammar = how,prompt,[],grammar
+        self.sampling,self.prompt,self.tokens,self.grammar = sampling,prompt,[],grammar
         self.generator = torch.Generator()
-        self.seed = self.generator.seed() if how.seed is None else how.seed
+        self.seed = self.generator.seed() if sampling.seed is None else sampling.seed
         self.generator.manual_seed(self.seed)
 
     @property
     def plain(self)->bool: # Whether the token is the argmax of the model's logits
-        h = self.how
+        h = self.sampling
         changed = h.repetition_penalty != 1 or h.presence_penalty or h.frequency_penalty or h.logit_bias
         return h.greedy and h.logprobs is None and self.grammar is None and not changed
 
@@ -150,7 +150,7 @@ class RowSampler:
         logits:Tensor, # Logits of the next token `w`, float32
     )->Tensor: # `w`; −∞ for tokens that the grammar forbids
         "Logits after penalties, biases and the grammar's mask"
-        h,x = self.how,logits
+        h,x = self.sampling,logits
         if h.repetition_penalty != 1: x = penalise(x, torch.tensor([*self.prompt, *self.tokens], device=x.device), h.repetition_penalty)
         if self.tokens and (h.presence_penalty or h.frequency_penalty):
             ids,count = torch.tensor(self.tokens, device=x.device).unique(return_counts=True)
@@ -166,8 +166,8 @@ class RowSampler:
         "Probabilities by which the next token is drawn"
         x = self.adjusted(logits)
         if not x.max() > -torch.inf: raise FloatingPointError('no token can be drawn: the logits are NaN, or the grammar forbids every token')
-        if self.how.greedy: return torch.zeros_like(x).index_fill(0, best_tokens(x), 1)
-        return truncate((x/self.how.temperature).softmax(0), self.how)
+        if self.sampling.greedy: return torch.zeros_like(x).index_fill(0, best_tokens(x), 1)
+        return truncate((x/self.sampling.temperature).softmax(0), self.sampling)
 
     def uniform(self)->float: # In [0, 1)
         "The row's next random number"
@@ -178,7 +178,7 @@ class RowSampler:
     )->'Drawn':
         "Draw the next token of the row, and note it"
         weights = self.weights(logits)
-        return self.note(int(best_tokens(weights)) if self.how.greedy else draw_token(weights, self.uniform()), logits)
+        return self.note(int(best_tokens(weights)) if self.sampling.greedy else draw_token(weights, self.uniform()), logits)
 
     def note(self,
         token:int, # The chosen token
@@ -187,9 +187,9 @@ class RowSampler:
         "Note a token of the answer, and pass it to the grammar"
         self.tokens.append(token)
         if self.grammar is not None: self.grammar.accept(token)
-        if self.how.logprobs is None: return Drawn(token)
+        if self.sampling.logprobs is None: return Drawn(token)
         logprobs = logits.log_softmax(0)
-        return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.how.logprobs))
+        return Drawn(token, float(logprobs[token]), most_likely(logprobs, self.sampling.logprobs))
 
 # %% ../../nbs/405_infer.sampling.ipynb #36161925
 class Drawn(NamedTuple):
@@ -198,7 +198,6 @@ class Drawn(NamedTuple):
     logprob:float|None = None # Natural logarithm of the model's own probability; None: not requested
     top:tuple = () # The most likely tokens, as pairs of id and logprob
 
-# %% ../../nbs/405_infer.sampling.ipynb #5c52b632
 def most_likely(
     logprobs:Tensor, # Log-probabilities of one row `w`
     n:int, # Number of tokens
@@ -220,7 +219,6 @@ def sample_ahead(
     left = zip(logits, best, strict=True)
     return [_draw_until(row, [*islice(left, len(d) + 1)], d) for row,d in zip(rows, drafts, strict=True)]
 
-# %% ../../nbs/405_infer.sampling.ipynb #4ac15fba
 def sample_rows(
     logits:Tensor, # Logits of the next token of each row `b w`, float32
     rows:list, # A `RowSampler` for each

@@ -49,7 +49,6 @@ def state_at(
         state += [o.rows.between(at - o.m, at).clone() for o in slot.lists if o.overlap]
     return state
 
-# %% ../../nbs/451_infer.snapshots.ipynb #e5ef2f83
 def entries_between(
     cache:RewindableCache, # Cache with one row
     start:int, # A border
@@ -86,7 +85,6 @@ def state_bytes(
     rows = sum(m*4*4*(c.head_dim + c.index_head_dim) for m in c.compress_ratios if m == c.csa_ratio) # candidates and gates, float32
     return len(c.compress_ratios)*min(at, c.window - 1)*c.head_dim*itemsize + rows
 
-# %% ../../nbs/451_infer.snapshots.ipynb #5ea3e21f
 def block_bytes(
     c:Config, # Config of a V4 model
     page:int, # Tokens of a block
@@ -173,7 +171,6 @@ class PrefixBlock:
     @property
     def nbytes(self)->int: return sum(t.nbytes for t in [*self.entries, *(self.state or ())])
 
-# %% ../../nbs/451_infer.snapshots.ipynb #ce84c0d8
 class Snapshots:
     "The known prefixes of prompts of a V4 model"
     def __init__(self,
@@ -286,6 +283,27 @@ class Snapshots:
         self.store.entries.touch(self.store.entries.keys(ids, user))
         self.store.states.touch(self.store.states.keys(ids, user)[-1:])
 
+    def find(self,
+        ids:list, # Token ids of a prompt
+        user:str = '', # User id
+    )->OwnedCache: # With the known prefix; its length is the number of hits
+        "Create a cache that begins with the known prefix of a prompt"
+        self.load(ids[:-1], user)
+        found,cache = self.match(ids[:-1], user),OwnedCache(self.pool)
+        cache.reserve(len(ids))
+        if found and found[-1].state: restore(cache, [b.entries for b in found], found[-1].state, self.pool.page)
+        return cache
+
+    def keep(self,
+        ids:list, # Tokens of the cache, and maybe more
+        cache:OwnedCache, # Cache of a row
+        user:str = '', # User id
+        ends:bool = False, # Whether the row ends; what is kept is the same
+    )->None:
+        "Keep the state at the last border, also on disk"
+        self.insert(ids, cache, user)
+        self.save(ids, user)
+
 # %% ../../nbs/451_infer.snapshots.ipynb #9f4b2aab
 def block_shapes(
     c:Config, # Config of a V4 model
@@ -296,7 +314,6 @@ def block_shapes(
     widths = [(m, w) for m in c.compress_ratios if m for w in (c.head_dim, c.index_head_dim)[:1 + (m == c.csa_ratio)]]
     return [((1, page//m, w), dtype) for m,w in widths]
 
-# %% ../../nbs/451_infer.snapshots.ipynb #515730a0
 def state_shapes(
     c:Config, # Config of a V4 model
     at:int, # A border
@@ -317,7 +334,6 @@ def tensors_to_bytes(
     data = torch.cat([t.cpu().contiguous().view(-1).view(torch.uint8) for t in tensors])
     return F.pad(data, (0, size - len(data)))
 
-# %% ../../nbs/451_infer.snapshots.ipynb #73046af7
 def tensors_from_bytes(
     data:Tensor, # Result of `tensors_to_bytes`
     shapes:list, # Shape and dtype of each tensor

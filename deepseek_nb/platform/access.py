@@ -87,7 +87,6 @@ def _uncommon(password): # what is left of it without common words, digits and s
         found.append({c for c in text if c.isalpha()})
     return min(map(len, found))
 
-# %% ../../nbs/822_platform.access.ipynb #532d7148
 def check_password(
     password:str, # As the user typed it
     name:str = '', # The user's name
@@ -344,7 +343,6 @@ def _end_all(store, c, id):
     c.execute(delete(sessions).where(sessions.c.user_id == id))
     c.execute(update(tokens).where(tokens.c.user_id == id, tokens.c.revoked.is_(None)).values(revoked=store.now()))
 
-# %% ../../nbs/822_platform.access.ipynb #0348a1e9
 def set_role(
     store:Store, # Open store
     by:User|None, # Who does it; None: the system

@@ -226,7 +226,6 @@ def _data(c, row, record):
     if data is None: raise KeyError(f'task {row.id} has no record {record}; ask for the next one')
     return data
 
-# %% ../../nbs/824_platform.labels.ipynb #9dd3ba05
 def data_of(
     store:Store, # Open store
     task:int, # Id

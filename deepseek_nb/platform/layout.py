@@ -8,7 +8,7 @@ checks host, session, role, body size and CSRF token before a function is called
 # %% auto #0
 __all__ = ['TONES', 'SAFE_HEADERS', 'badge', 'notice', 'when', 'facts', 'table', 'card', 'cards', 'big', 'live', 'tabs', 'field',
            'form', 'press', 'csrf_field', 'page_text', 'page', 'redirect', 'download', 'PageRoute', 'Menu', 'Pages',
-           'cookie_name', 'as_response', 'failed_page', 'Site']
+           'cookie_name', 'Site']
 
 # %% ../../nbs/835_platform.layout.ipynb #1f77e2e3
 import errno
@@ -396,9 +396,7 @@ def _check_role(request, role):
     if not allowed(request.state.user, role): raise PermissionError(f'this needs the role {role}; yours is {request.state.user.role}')
 
 # %% ../../nbs/835_platform.layout.ipynb #e345f55c
-def as_response(
-    result, # Response, element, dict or list
-): # Response
+def _as_response(result):
     "The response for what a handler returned"
     if isinstance(result, Response): return result
     if isinstance(result, dict | list): return JSONResponse(result)
@@ -423,10 +421,7 @@ def _words(error, status):
 _HEADS = {400: 'That did not work', 401: 'Log in first', 403: 'Not allowed', 404: 'Not found', 405: 'Not found', 413: 'Too large',
           429: 'Too many tries', 503: 'Busy', 507: 'The disk is full'}
 
-def failed_page(
-    request, # Request, whose visitor may be unknown
-    error:Exception, # What went wrong
-): # Response
+def _failed_page(request, error):
     "A page, or JSON, that says what went wrong"
     status,state = _status(error),request.state
     if status == 401 and request.method == 'GET':
@@ -483,7 +478,7 @@ class Site:
         "The page for a path that isn't there"
         await run_in_threadpool(_enter, self, request)
         if error.status_code == 404: error = KeyError(f'there is no page {request.url.path:.100}')
-        return _finish(request, failed_page(request, error))
+        return _finish(request, _failed_page(request, error))
 
     async def _static(self, request): # `GET /static/DIGEST/NAME`
         "A file of the pages, which may be kept for a year"
@@ -504,13 +499,13 @@ class Site:
             sent = await read_form(request, route.limit)
             _check_csrf(request, sent)
             args = request,sent
-        if inspect.iscoroutinefunction(route.function): return as_response(await route.function(*args, **values))
-        return as_response(await run_in_threadpool(lambda: as_response(route.function(*args, **values))))
+        if inspect.iscoroutinefunction(route.function): return _as_response(await route.function(*args, **values))
+        return _as_response(await run_in_threadpool(lambda: _as_response(route.function(*args, **values))))
 
     def _endpoint(self, route):
         "The function that Starlette calls for a route"
         async def endpoint(request):
             try: response = await self._answer(route, request)
-            except Exception as error: response = failed_page(request, error)
+            except Exception as error: response = _failed_page(request, error)
             return _finish(request, response)
         return endpoint

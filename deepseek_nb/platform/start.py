@@ -22,7 +22,7 @@ from sqlalchemy import select
 
 import deepseek_nb
 from .access import setup_code
-from .answers import every_page
+from .app import PlatformServer, all_pages
 from .datasets import import_rows
 from .entry import keeps_texts
 from .events import Recorder
@@ -31,7 +31,6 @@ from .labels import annotate, create_task
 from .monitor import personal_scan
 from .operator import OperatedMonitor, OperatorSettings, operator_settings
 from .registry import add_model
-from .shadow import ShadowServer
 from .store import Store, collect_blobs, open_store
 from ..serve.app import ServerConfig, check_address, key_digest
 
@@ -125,8 +124,8 @@ def start_platform(
         collect_blobs(store)
         if demo: seed_platform(store)
         recorder = Recorder(store, settings.prices, dict(personal=personal_scan()) | (scans or {}), keep_texts=keeps_texts(store))
-        server = ShadowServer(store, every_page(), recorder=recorder, config=config, hosts=(*hosts, host), https=https,
-                              internal=settings.internal)
+        server = PlatformServer(store, all_pages(), recorder=recorder, config=config, hosts=(*hosts, host), https=https,
+                                internal=settings.internal)
         def listening():
             _greet(store, server)
             if ready: ready(server)

@@ -275,7 +275,6 @@ def _dumps(value): # other databases refuse NaN and half a surrogate pair
     except UnicodeEncodeError: return json.dumps(value, allow_nan=False, separators=(',', ':'))
     return out
 
-# %% ../../nbs/820_platform.store.ipynb #c2366d38
 def _sqlite(path, wait, durable, begin, pragmas=(), **pool):
     engine = sa.create_engine(f'sqlite:///{path}', json_serializer=_dumps, connect_args=dict(timeout=wait, check_same_thread=False),
                            poolclass=QueuePool, pool_timeout=wait, **pool)

@@ -13,15 +13,14 @@ __all__ = ['inverse_factor', 'round_group', 'Hessian', 'token_weights', 'output_
 
 # %% ../../nbs/355_quant.gptq.ipynb #012e72f5
 import warnings
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..arch.model import Model, check_plain, check_tokens
-from ..arch.moe import Experts
 from . import Format, QuantizedWeight, make_format, replace_parameter
+from .importance import collect_inputs
 from .int4 import Int4, groups_of, pack_nibbles
 
 # %% ../../nbs/355_quant.gptq.ipynb #147b7d4c
@@ -132,41 +131,11 @@ def gptq(
     parts = {n: torch.stack([p[n] for p in found]).reshape(*w.shape[:-2], *t.shape) for n,t in found[0].items()}
     return QuantizedWeight(f, w.shape, parts, w.dtype)
 
-# %% ../../nbs/355_quant.gptq.ipynb #fb8d48ab
-def _linear_inputs(h, first):
-    "A hook that adds the inputs of a `Linear` to a Hessian"
-    return lambda m, args: h.add(args[0], token_weights(args[0], first))
-
-# %% ../../nbs/355_quant.gptq.ipynb #74ccf3e8
-def _expert_inputs(up, down, first):
-    "A hook that adds the inputs of both matrices of each expert to Hessians"
-    def hook(m, args):
-        x,_,chosen = args
-        weights = token_weights(x, first)
-        for e in chosen.unique().tolist():
-            at = (chosen == e).any(-1)
-            gate,y = F.linear(x[at], m.gate_up_proj[e]).chunk(2, -1)
-            up.add(x[at], weights[at], e)
-            down.add(F.silu(gate)*y, weights[at], e)
-    return hook
-
-# %% ../../nbs/355_quant.gptq.ipynb #70dd26d7
-@contextmanager
-def _collecting(block, first=.2):
-    "Yield name of each weight -> its `Hessian`, collected from the forward passes inside the `with`"
-    found,handles = {},[]
-    for path,m in block.named_modules():
-        stacked = isinstance(m, Experts)
-        if not stacked and not isinstance(m, nn.Linear): continue
-        own = {n: getattr(m, n) for n in (('gate_up_proj', 'down_proj') if stacked else ('weight',))}
-        hs = {f'{path}.{n}': Hessian(w.shape[-1], w.shape[:-2], w.device) for n,w in own.items()}
-        handles.append(m.register_forward_pre_hook((_expert_inputs if stacked else _linear_inputs)(*hs.values(), first)))
-        found |= hs
-    try: yield found
-    finally:
-        for h in handles: h.remove()
-
 # %% ../../nbs/355_quant.gptq.ipynb #ea3709c7
+def _hessians(block, first):
+    make = lambda w: Hessian(w.shape[-1], w.shape[:-2], w.device)
+    return collect_inputs(block, make, lambda x: token_weights(x, first))
+
 @torch.no_grad()
 def collect_hessians(
     model:Model, # Any model
@@ -174,7 +143,7 @@ def collect_hessians(
     first:float = .2, # Additional weight of the first token, as in `token_weights`
 )->dict: # Name of each weight in the layers -> its `Hessian`
     "Collect the Hessians of all weights on calibration data"
-    with _collecting(model.layers, first) as found:
+    with _hessians(model.layers, first) as found:
         for row in tokens: model(row[None].to(model.device), logits_to_keep=1)
     return {f'layers.{n}': h for n,h in found.items()}
 
@@ -193,7 +162,7 @@ def quantize_layers(
     rows = [model.embed_tokens(row[None].to(model.device)) for row in tokens]
     ctx = model.context(tokens.shape[1])
     for i,block in enumerate(model.layers):
-        with _collecting(block, first) as found:
+        with _hessians(block, first) as found:
             for x in rows: block(x, ctx)
         for name,h in found.items():
             path,_,last = name.rpartition('.')

@@ -108,7 +108,6 @@ def _file(tensors, entries, form):
         else: tensors[k] = t.clone()
     return tensors
 
-# %% ../../nbs/379_quant.publish.ipynb #72bd754b
 def _rewrite(source, found, form, folder):
     "Write all files of a checkpoint into an empty folder"
     files,where,total = dict.fromkeys(e.path for e in found.values()),{},0

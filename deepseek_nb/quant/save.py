@@ -138,7 +138,6 @@ def _expected(source, shapes):
     parts = {f'{k}.{n}': l for k,f in source.formats.items() for n,l in parts_like(f, tuple(shapes[k])).items()}
     return parts | {k: (None, tuple(t.shape)) for k,t in source.weights.items() if k not in source.formats}
 
-# %% ../../nbs/378_quant.save.ipynb #2432aac4
 def _check_packed(source, found, shapes):
     "Compare the tensors of the files with config.json"
     likes = _expected(source, shapes)

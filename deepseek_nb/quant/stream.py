@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files.checkpoint import dequant_fp8, disk_views, entries, fp8_block, match_keys, match_shapes
+from ..files.checkpoint import dequant_fp4, dequant_fp8, disk_views, entries, fp8_block, match_keys, match_shapes
 from ..files.gguf import Meta, copy_blocks, gguf_views, match_tensors, tensor_bytes
-from ..files.layouts import dequant_fp4
 from ..files.safetensors import read_tensors
 from . import Format, QuantizedWeight, quantize
 from .fp8 import FP8, SIDE

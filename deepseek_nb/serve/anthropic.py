@@ -19,11 +19,10 @@ from uuid import uuid4
 
 import numpy as np
 
-from ..infer.sampling import SamplingParams
-from .chat import ApiError, Fields, ServedModel, sampling_from
-from .completions import EFFORTS, check_names, check_stops, grammar_for
+from .chat import ApiError, Fields, Run, ServedModel, sampling_from, text_of
+from .completions import EFFORTS, ChatRequest, check_names, check_stops, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
-from .responses import add_turn, chat_call, joined_turns, text_parts
+from .responses import add_turn, chat_call, joined_turns
 
 # %% ../../nbs/478_serve.anthropic.ipynb #d7046fc3
 ERROR_TYPES = {401: 'authentication_error', 403: 'permission_error', 404: 'not_found_error', 413: 'request_too_large',
@@ -43,7 +42,7 @@ def anthropic_error(
 CACHE = dict(type='ephemeral'), dict(type='ephemeral', ttl='5m') # values of `cache_control` that ask for what happens anyway
 TEXT_EXTRAS = dict(cache_control=CACHE, citations=([],))
 
-def _text(content, where): return text_parts(content, where, ('text',), TEXT_EXTRAS)
+def _text(content, where): return text_of(content, where, ('text',), TEXT_EXTRAS, '\n\n')
 
 # %% ../../nbs/478_serve.anthropic.ipynb #e3499ecb
 def user_turn(
@@ -141,26 +140,14 @@ class ThinkingBudget:
 
 # %% ../../nbs/478_serve.anthropic.ipynb #7b3a46c8
 @dataclass
-class MessagesRequest:
+class MessagesRequest(ChatRequest):
     "A message that was asked for"
-    messages:list # For a chat template
-    params:SamplingParams # How tokens are chosen
-    max_tokens:int|None = None # Most tokens of the answer
-    stop:tuple = () # Strings that end the answer
-    tools:list|None = None # Functions that the model may call, in the form of chat completions
-    choice:str = 'auto' # Whether a tool must be called: 'auto', 'required', or the name of a tool
-    parallel:bool = True # Whether an answer may call several tools
-    format:tuple = () # Form of the answer: kind and value for `compile_grammar`; (): any text
-    thinking:bool = False # Whether the model reasons first
     budget:int|None = None # Most tokens of reasoning; None: no limit
-    effort:str|None = None # How much the model reasons; None: nothing was said
-    stream:bool = False # Whether the answer comes as events
-    user:str = '' # The user's id, if the body has one
 
 # %% ../../nbs/478_serve.anthropic.ipynb #47787d12
 def read_tool_uses(
     fields:Fields, # Body
-)->tuple: # Tools in the form of chat completions or None, whether one must be called, and whether several may be
+)->dict: # `tools` in the form of chat completions or None, and the `choice`: whether one must be called; `parallel`: whether several may be
     "The fields `tools` and `tool_choice`"
     out = []
     for i,tool in enumerate(fields.take('tools', list, default=[])):
@@ -172,7 +159,7 @@ def read_tool_uses(
         out.append(dict(type='function', function={k: v for k,v in given.items() if v is not None}))
     check_names(names := [tool['function']['name'] for tool in out])
     choice,parallel = _choice(fields, names)
-    return (None, 'auto', True) if choice == 'none' else (out or None, choice, parallel)
+    return {} if choice == 'none' else dict(tools=out or None, choice=choice, parallel=parallel)
 
 # %% ../../nbs/478_serve.anthropic.ipynb #b54f7feb
 def _choice(fields, names):
@@ -193,10 +180,8 @@ def read_budget(
 )->tuple: # Whether the model reasons first, and the most tokens of it or None
     "The field `thinking`"
     f = Fields(fields.take('thinking', dict, default=dict(type='disabled')), 'thinking')
-    kind = f.take('type', str, needed=True)
-    if kind not in ('enabled', 'adaptive', 'disabled'): raise f.wrong('type', f'is {kind!r:.40}; known are enabled, adaptive, disabled')
-    budget = f.take('budget_tokens', int) if kind == 'enabled' else None
-    if budget is not None and budget < 1: raise f.wrong('budget_tokens', f'is {budget}; it must be at least 1')
+    kind = f.take('type', str, needed=True, among=('enabled', 'adaptive', 'disabled'))
+    budget = f.take('budget_tokens', int, least=1) if kind == 'enabled' else None
     f.done()
     return kind != 'disabled',budget
 
@@ -206,8 +191,7 @@ def read_output(
 )->tuple: # Kind and value for `compile_grammar` or (), and how much the model reasons
     "The field `output_config`"
     inner = Fields(fields.take('output_config', dict, default={}), 'output_config')
-    effort,form = inner.take('effort', str),inner.take('format', dict)
-    if effort not in (None, *EFFORTS[1:]): raise inner.wrong('effort', f'is {effort!r:.40}; known are {", ".join(EFFORTS[1:])}')
+    effort,form = inner.take('effort', str, among=EFFORTS[1:]),inner.take('format', dict)
     inner.done()
     if form is None: return (),effort
     f = Fields(form, 'output_config.format')
@@ -232,8 +216,7 @@ def read_anthropic(
     f = Fields(body)
     if f.take('thread', dict) is not None:
         raise ApiError(400, 'thread asks the server to keep the conversation; it keeps none, send all messages', 'thread', code=NO_THREADS)
-    longest,(thinking,budget) = f.take('max_tokens', int, needed=not counting),read_budget(f)
-    if longest is not None and longest < 1: raise f.wrong('max_tokens', f'is {longest}; it must be at least 1')
+    longest,(thinking,budget) = f.take('max_tokens', int, needed=not counting, least=1),read_budget(f)
     messages,uses,(form,effort) = read_turns(f),read_tool_uses(f),read_output(f)
     if thinking and messages[-1].get('prefix'): raise f.wrong('messages', 'ends with the assistant, which thinking excludes')
     if not thinking and effort not in (None, 'high'): raise ApiError(400, 'output_config.effort needs thinking', 'output_config.effort')
@@ -241,7 +224,8 @@ def read_anthropic(
     user = metadata.take('user_id', str, default='')
     f.only('service_tier', 'auto', 'standard_only'), f.only('cache_control', *CACHE)
     stream = f.take('stream', bool, default=False)
-    out = MessagesRequest(messages, sampling_from(f), longest, _read_stops(f), *uses, form, thinking, budget, effort, stream, user)
+    out = MessagesRequest(messages, sampling_from(f), longest, _read_stops(f), format=form, thinking=thinking, stream=stream, user=user,
+                          effort=effort, budget=budget, **uses)
     for fields in (metadata, f): fields.done()
     return out
 
@@ -293,7 +277,7 @@ class BlockWriter:
         return [*out, dict(type='content_block_stop', index=self.index)]
 
 # %% ../../nbs/478_serve.anthropic.ipynb #6280d147
-class MessagesRun:
+class MessagesRun(Run):
     "The answer to a request, while it is generated"
     def __init__(self,
         served:ServedModel, # Model that answers
@@ -301,18 +285,11 @@ class MessagesRun:
         owner:str = '', # Whose key it is; cached prompts are shared within it and its user ids only
     ):
         self.served,self.request,self.id = served,request,f'msg_{uuid4().hex}'
-        effort = served.effort(request.effort, 'output_config.effort') if request.thinking else {}
-        request.messages = served.screened(request.messages)
-        text = served.prompt(request.messages, request.tools, request.thinking, **effort)
-        ids = served.ids(request.messages, request.tools, request.thinking, **effort)
+        text,ids = served.rendered(request, request.effort, 'output_config.effort')
         last = request.messages[-1]
         begun = last['content'] if last.get('prefix') else ''
         how = dict(params=request.params, stop=request.stop, user=f'{owner}/{request.user}', begun=begun, grammar=self._grammar())
-        self.answer = served.ask(text, ids, request.thinking, request.tools, request.max_tokens, **how)
-
-    def cancel(self)->None:
-        "Stop what still runs"
-        self.answer.stream.cancel()
+        self.answers = [served.ask(text, ids, request.thinking, request.tools, request.max_tokens, **how)]
 
     def _grammar(self):
         "What an answer must look like, and what closes the reasoning if there is a limit"
@@ -400,5 +377,4 @@ def count_tokens(
 )->dict: # With `input_tokens`
     "The number of tokens of a prompt"
     r = read_anthropic(body, counting=True)
-    served.prompt(r.messages, r.tools, r.thinking) # refuses what the model can't do
-    return dict(input_tokens=len(served.ids(r.messages, r.tools, r.thinking)))
+    return dict(input_tokens=len(served.rendered(r, r.effort, 'output_config.effort')[1]))

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -67,7 +67,6 @@ def key_digest(
     "What the server keeps of a key"
     return hashlib.sha256(key.encode()).hexdigest()
 
-# %% ../../nbs/482_serve.app.ipynb #7caf3974
 def given_key(
     header:str|None, # Value of `authorization`, or of `x-api-key`
 )->str: # '': there is none
@@ -229,6 +228,17 @@ class Readers:
                 if not job.cancelled() and not job.exception(): getattr(job.result(), 'cancel', int)()
                 raise
 
+# %% ../../nbs/482_serve.app.ipynb #023c7b28
+def _key(request): return request.headers.get('authorization') or request.headers.get('x-api-key')
+
+def _answered(handler):
+    "A handler whose errors become responses"
+    @wraps(handler)
+    async def run(self, request, *args, **kwargs):
+        try: return await handler(self, request, *args, **kwargs)
+        except Exception as error: return self._response(error, request=request)
+    return run
+
 # %% ../../nbs/482_serve.app.ipynb #56eb86a0
 class Server:
     "Models behind HTTP"
@@ -251,12 +261,13 @@ class Server:
         if name is None: raise ApiError(400, 'model is missing; it is one of ' + ', '.join(self.models), 'model')
         return find_served(self.models, name)
 
+    def _owner(self, request): return owner_of(_key(request), self.config.keys) # name of the key
+
     def _admit(self,
         request, # Starlette's request
     )->str: # Name of the key
         "Check the key, and whether its owner may send another request"
-        header = request.headers.get('authorization') or request.headers.get('x-api-key')
-        owner = owner_of(header, self.config.keys)
+        owner = self._owner(request)
         if self.draining: raise ApiError(503, 'the server is stopping; send the request again', kind='server_error', code='draining')
         if self.running[owner] >= self.config.per_key:
             raise ApiError(429, f'{self.running[owner]} requests of this key are running; wait for one of them', kind='rate_limit_error')
@@ -325,7 +336,7 @@ class Server:
         record.model,record.key,record.tok = served.name,owner,served.tok
         fields = {k: v for k,v in data.items() if k != 'model'}
         run = await self._read(request, owner, long, start, served, fields, owner)
-        record.answer,record.streams = run.id,[a.stream for a in getattr(run, 'answers', None) or [run.answer]]
+        record.answer,record.streams = run.id,[a.stream for a in run.answers]
         return run
 
     def _events(self,
@@ -385,21 +396,20 @@ class Server:
                     root=adapter.folder.name if adapter else m.name, parent=m.base,
                     type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
 
+    @_answered
     async def _list_models(self, request): # `GET /v1/models`
         "All models"
         from starlette.responses import JSONResponse
-        try: owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-        except ApiError as error: return self._response(error, request=request)
+        self._owner(request)
         data = [*map(self._card, all_served(self.models))]
         return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
+    @_answered
     async def _get_model(self, request): # `GET /v1/models/NAME`
         "One model"
         from starlette.responses import JSONResponse
-        try:
-            owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-            return JSONResponse(self._card(self.model(request.path_params['name'])))
-        except ApiError as error: return self._response(error, request=request)
+        self._owner(request)
+        return JSONResponse(self._card(self.model(request.path_params['name'])))
 
     async def _health(self, request): # `GET /health` and `/ready`
         "Whether the server lives, and whether it takes requests"
@@ -422,38 +432,30 @@ class Server:
         call = text_of_tokens if request.url.path.endswith('/detokenize') else tokens_of_text
         return await self._count(request, lambda served, body, owner: call(served, Fields(body)), default=next(iter(self.models)))
 
+    @_answered
     async def _tokenizer_info(self, request): # `GET /tokenizer_info`
         "What a client must know of a tokenizer to use it"
         from starlette.responses import JSONResponse
-        try:
-            owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-            served = self.model(request.query_params.get('model', next(iter(self.models))))
-            named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
-            template = served.tok.chat_template
-            if isinstance(template, dict): template = template.get('default')
-            return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
-        except Exception as error: return self._response(error, request=request)
+        self._owner(request)
+        served = self.model(request.query_params.get('model', next(iter(self.models))))
+        named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
+        template = served.tok.chat_template
+        if isinstance(template, dict): template = template.get('default')
+        return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
 
+    @_answered
     async def _experts(self, request): # `POST /v1/experts`
         "The experts of some tokens; they are computed outside of the event loop"
-        if self.reports >= _MOST_REPORTS:
-            return self._response(ApiError(429, 'too many requests for experts run; send it again', kind='rate_limit_error'), request=request)
-        owner,self.reports = None,self.reports + 1
-        try:
-            owner,body = await self._arrived(request)
-            data,_ = await self._parsed(body, owner)
-            served,fields = self.model(Fields(data).take('model', str)),{k: v for k,v in data.items() if k != 'model'}
-            return await self._json(await asyncio.get_running_loop().run_in_executor(self.routers, experts_report, served, fields))
-        except Exception as error: return self._response(error, request=request)
-        finally:
-            self.reports -= 1
-            if owner is not None: self._leave(owner, None)
+        if self.reports >= _MOST_REPORTS: raise ApiError(429, 'too many requests for experts run; send it again', kind='rate_limit_error')
+        self.reports += 1
+        try: return await self._count(request, lambda served, body, owner: experts_report(served, body), pool=self.routers)
+        finally: self.reports -= 1
 
+    @_answered
     async def _metrics(self, request): # `GET /metrics`
         "The metrics"
         from starlette.responses import PlainTextResponse
-        try: owner_of(request.headers.get('authorization'), dict(metrics=key) if (key := self.config.metrics_key) else {})
-        except ApiError as error: return self._response(error, request=request)
+        owner_of(request.headers.get('authorization'), dict(metrics=key) if (key := self.config.metrics_key) else {})
         return PlainTextResponse(self.metrics.text(), media_type='text/plain; version=0.0.4')
 
     async def _chat(self,
@@ -493,6 +495,7 @@ class Server:
         count:Callable, # `count(served, fields, owner)`
         wire:Wire = OPENAI, # Form of errors
         default:str|None = None, # Model of a request that names none; None: an error
+        pool:ThreadPoolExecutor|None = None, # Where it is computed, whether or not the client waits; None: by `readers`
     ):
         "Answer a request without generating anything, such as one that counts the tokens of a prompt"
         owner = None
@@ -501,7 +504,8 @@ class Server:
             data,long = await self._parsed(body, owner)
             served = self.model(Fields(data).take('model', str, default=default))
             fields = {k: v for k,v in data.items() if k != 'model'}
-            return await self._json(await self._read(request, owner, long, count, served, fields, owner))
+            if pool is None: return await self._json(await self._read(request, owner, long, count, served, fields, owner))
+            return await self._json(await asyncio.wrap_future(pool.submit(count, served, fields, owner)))
         except Exception as error: return self._response(error, wire, request)
         finally:
             if owner is not None: self._leave(owner, None)
@@ -514,37 +518,34 @@ class Server:
         "The number of tokens of a prompt of Responses"
         return await self._count(request, lambda served, body, owner: count_input(served, body, self._earlier(owner)))
 
+    @_answered
     async def _stored(self, request): # `GET` and `DELETE …/responses/ID`, and what is behind it
         "A stored answer, the items of its request, or its end"
         id,items,query = request.path_params['id'],request.url.path.endswith('/input_items'),dict(request.query_params)
-        try:
-            owner = owner_of(request.headers.get('authorization') or request.headers.get('x-api-key'), self.config.keys)
-            found = self.store.get(owner, id)
-            if request.method == 'POST': raise ApiError(400, 'only a response in the background can be cancelled; close the connection')
-            if items: return await self._json(item_page(found.items, query))
-            fields = Fields(query)
-            fields.only('stream', 'false')
-            fields.done()
-            return await self._json(self.store.delete(owner, id) if request.method == 'DELETE' else found.response)
-        except Exception as error: return self._response(error, request=request)
+        owner = self._owner(request)
+        found = self.store.get(owner, id)
+        if request.method == 'POST': raise ApiError(400, 'only a response in the background can be cancelled; close the connection')
+        if items: return await self._json(item_page(found.items, query))
+        fields = Fields(query)
+        fields.only('stream', 'false')
+        fields.done()
+        return await self._json(self.store.delete(owner, id) if request.method == 'DELETE' else found.response)
 
     def _check_admin(self,
         request, # Starlette's request
     )->None:
         "Raise an error for anybody but the administrator"
         if not self.config.admin_key: raise ApiError(404, f'{request.url.path} is off: this server has no admin key', code='not_found')
-        header = request.headers.get('authorization') or request.headers.get('x-api-key')
-        owner_of(header, {'admin': self.config.admin_key})
+        owner_of(_key(request), {'admin': self.config.admin_key})
 
+    @_answered
     async def _change_adapters(self, request): # `POST /v1/load_lora_adapter` and `/v1/unload_lora_adapter`
         "Load or unload an adapter"
         from starlette.responses import PlainTextResponse
-        try:
-            self._check_admin(request)
-            body = await json_body(request, self.config.max_body, self.config.patience)
-            change = unload_lora if request.url.path.endswith('/unload_lora_adapter') else load_lora
-            return PlainTextResponse(await asyncio.to_thread(change, self.models, body, self.config.adapter_dir))
-        except Exception as error: return self._response(error, request=request)
+        self._check_admin(request)
+        body = await json_body(request, self.config.max_body, self.config.patience)
+        change = unload_lora if request.url.path.endswith('/unload_lora_adapter') else load_lora
+        return PlainTextResponse(await asyncio.to_thread(change, self.models, body, self.config.adapter_dir))
 
     async def _openapi(self, request): # `GET /openapi.json`
         "What all routes take, in the form of OpenAPI"
@@ -667,7 +668,6 @@ def _wire(path): return ANTHROPIC if '/messages' in path else OPENAI
 # %% ../../nbs/482_serve.app.ipynb #1fa8fba5
 _FLUSH = 5 # seconds that readers have for the ends of streams that were cut
 
-# %% ../../nbs/482_serve.app.ipynb #0fc3ba55
 @contextmanager
 def _shared_python():
     "Settings of Python with which many threads wait for each other as little as possible"

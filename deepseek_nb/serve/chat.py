@@ -8,7 +8,7 @@ the tokens with the events that they complete."""
 
 # %% auto #0
 __all__ = ['KINDS', 'MOST_BIASES', 'ROLES', 'TEXT_PARTS', 'GATHERED', 'ApiError', 'Fields', 'excerpt', 'sampling_from', 'text_of',
-           'read_messages', 'ServedModel', 'longest_token', 'AnswerStep', 'Answer', 'Redraw']
+           'read_messages', 'ServedModel', 'longest_token', 'AnswerStep', 'Answer', 'Redraw', 'Run']
 
 # %% ../../nbs/470_serve.chat.ipynb #bee8a37e
 import re
@@ -25,8 +25,7 @@ from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.request import Piece, Request, Stream
 from ..infer.sampling import SamplingParams
-from .events import ContentDelta, ReasoningDelta, Splitter, ToolCallStart, joined
-from .reasoning import THINKING
+from .events import THINKING, ContentDelta, ReasoningDelta, Splitter, ToolCallStart, join_deltas
 from .tools import NAMED_FORMATS, answer_format
 
 # %% ../../nbs/470_serve.chat.ipynb #ef344316
@@ -76,14 +75,22 @@ class Fields:
         *kinds:type, # Types that are allowed
         default = None, # If the field is absent or null
         needed:bool = False, # Whether it must be there
+        among = (), # Values that are allowed; (): all
+        least:int|None = None, # Smallest value; None: any
+        most:int|None = None, # Largest value; None: any
     ):
-        "Take a field out, and check its type"
+        "Take a field out, and check its type and its value"
         value = self.left.pop(field, None)
         if value is None:
             if needed: raise self.wrong(field, 'is missing')
             return default
-        if any(_is(value, k) for k in kinds): return value
-        raise self.wrong(field, f'must be {" or ".join(KINDS[k] for k in kinds)}, not {excerpt(value):.60}')
+        if not any(_is(value, k) for k in kinds):
+            raise self.wrong(field, f'must be {" or ".join(KINDS[k] for k in kinds)}, not {excerpt(value):.60}')
+        if among and value not in among: raise self.wrong(field, f'is {value!r:.40}; known are {", ".join(among)}')
+        if least is not None and value < least or most is not None and value > most:
+            limits = ' and '.join(f'{word} {n:,}' for word,n in (('at least', least), ('at most', most)) if n is not None)
+            raise self.wrong(field, f'is {value!r:.40}; it must be {limits}')
+        return value
 
     def only(self,
         field:str, # Its name
@@ -111,7 +118,6 @@ def excerpt(
     if isinstance(value, list): return f'[{", ".join(rows)}]'
     return '{' + ', '.join(f'{k[:60]!r}: {v}' for k,v in zip(value, rows, strict=False)) + '}'
 
-# %% ../../nbs/470_serve.chat.ipynb #080491e0
 def _is(value, kind):
     "Whether a JSON value has a type"
     if isinstance(value, bool): return kind is bool
@@ -142,18 +148,22 @@ TEXT_PARTS = 'text','input_text','output_text'
 def text_of(
     content, # A string, or a list of parts with `type` and `text`
     where:str, # Name of the field, in messages
+    types:tuple = TEXT_PARTS, # Types of parts that are text
+    extras:dict|None = None, # Other fields of a part -> the values that ask for nothing
+    between:str = '', # Joins the parts
 )->str:
     "The text of a message"
     if content is None or isinstance(content, str): return content or ''
     if not isinstance(content, list): raise ApiError(400, f'{where} must be a string or a list of parts', where)
-    out = ''
+    out = []
     for i,part in enumerate(content):
         f = Fields(part, f'{where}[{i}]')
         kind = f.take('type', str, needed=True)
-        if kind not in TEXT_PARTS: raise f.wrong('type', f'is {kind!r:.40}; this server reads text only')
-        out += f.take('text', str, needed=True)
+        if kind not in types: raise f.wrong('type', f'is {kind!r:.40}; this server reads text only: {", ".join(types)}')
+        out.append(f.take('text', str, needed=True))
+        for name,values in (extras or {}).items(): f.only(name, *values)
         f.done()
-    return out
+    return between.join(out)
 
 # %% ../../nbs/470_serve.chat.ipynb #164b2437
 def _calls(fields):
@@ -167,7 +177,6 @@ def _calls(fields):
         for rest in (function, f): rest.done()
     return calls or None
 
-# %% ../../nbs/470_serve.chat.ipynb #63cb2e59
 def _own_fields(f, role):
     "The fields of one role"
     if role == 'tool': return dict(tool_call_id=f.take('tool_call_id', str))
@@ -184,8 +193,7 @@ def read_messages(
     out = []
     for i,m in enumerate(messages):
         f = Fields(m, f'messages[{i}]')
-        role = f.take('role', str, needed=True)
-        if role not in ROLES: raise f.wrong('role', f'is {role!r:.40}; known are {", ".join(ROLES)}')
+        role = f.take('role', str, needed=True, among=ROLES)
         row = dict(name=f.take('name', str)) | _own_fields(f, role)
         if row.get('prefix') and i < len(messages) - 1: raise f.wrong('prefix', 'is for the last message')
         content = text_of(f.left.pop('content', None), f.name('content'))
@@ -297,6 +305,17 @@ class ServedModel:
             if text is None: raise _refused(f'messages[{i}]', found)
             out.append(m | dict(content=text))
         return out
+
+    def rendered(self,
+        r, # What was asked for, with `messages`, `tools` and `thinking`
+        effort:str|None, # How much the model reasons; None: nothing was said
+        where:str, # Name of its field, in messages
+    )->tuple[str,list]: # Text and token ids
+        "The prompt of a request, or why there is none"
+        options = self.effort(effort, where) if r.thinking else {}
+        r.messages = self.screened(r.messages)
+        args = r.messages,r.tools,r.thinking
+        return self.prompt(*args, **options),self.ids(*args, **options)
 
     def screened_ids(self,
         ids:list, # Token ids of a prompt
@@ -424,7 +443,7 @@ class Answer:
         if self.guard is None: return events
         self.late += events
         if not end and time.monotonic() < self.due: return []
-        late,self.late = joined(self.late),[]
+        late,self.late = join_deltas(self.late),[]
         out = self.guard.close(late) if end else self.guard.feed(late)
         if out: self.due = time.monotonic() + GATHERED
         self.stream.filtered = self.guard.found
@@ -483,3 +502,14 @@ class Redraw(NamedTuple):
     start:Callable # `start(i)` starts draw `i`, from 1 on, and returns its `Stream`
     excess:Callable # From a text to how far it is above the limits, see `ContentFilter.excess`
     tries:int # Most draws
+
+# %% ../../nbs/470_serve.chat.ipynb #2b6114f2
+class Run:
+    "The answers to a request, while they are generated"
+    answers = ()
+    @property
+    def answer(self)->Answer: return self.answers[0]
+
+    def cancel(self)->None:
+        "Stop what still runs"
+        for a in self.answers: a.stream.cancel()

@@ -35,7 +35,6 @@ class Client:
     build:str = '' # Command that compiles it; '': it needs none
     options:tuple = ('--tool',) # What it can do besides reasoning
 
-# %% ../../nbs/484_serve.clients.ipynb #86235a24
 _NPM = 'apt-get install nodejs npm; npm install --prefix .venv/clients openai @anthropic-ai/sdk ai @ai-sdk/deepseek'
 _APT = 'apt-get install default-jdk-headless libgoogle-gson-java g++ libcurl4-openssl-dev nlohmann-json3-dev curl jq'
 
@@ -66,7 +65,6 @@ def missing(
     if client.package and not (_NODE/client.package).is_dir(): out.append(client.package)
     return out
 
-# %% ../../nbs/484_serve.clients.ipynb #74f68e9d
 def prepare(
     client:Client, # A program
     text:str, # Its text

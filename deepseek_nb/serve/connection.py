@@ -37,7 +37,6 @@ def _finite(text):
     if math.isfinite(x := float(text)): return x
     raise ValueError(f'{text:.40} is no number of JSON, or too large')
 
-# %% ../../nbs/477_serve.connection.ipynb #c3d8df13
 def strict_json(
     text:str, # Of a body
 ): # Value; its strings can be encoded
@@ -173,7 +172,6 @@ async def with_comments(
         await asyncio.gather(turn, fin, return_exceptions=True)
         await items.aclose()
 
-# %% ../../nbs/477_serve.connection.ipynb #1782b950
 async def _event(event): await (asyncio.Future() if event is None else event.wait())
 
 # %% ../../nbs/477_serve.connection.ipynb #653f494d
@@ -192,7 +190,6 @@ async def while_connected(
         for t in (gone, half): t.cancel()
         await asyncio.gather(gone, half, return_exceptions=True)
 
-# %% ../../nbs/477_serve.connection.ipynb #0d61962a
 async def _disconnected(request):
     while (await request.receive())['type'] != 'http.disconnect': continue
 

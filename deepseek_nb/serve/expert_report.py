@@ -25,7 +25,6 @@ def has_router(
     "Whether tokens are routed to experts"
     return any(map(model.config.is_moe, range(len(model.layers))))
 
-# %% ../../nbs/475_serve.expert_report.ipynb #5f85fb62
 @torch.no_grad()
 def chosen_experts(
     model:Model, # Model with MoE layers
@@ -54,16 +53,14 @@ def experts_report(
     if served.adapter: raise ApiError(400, f'the experts of adapter {served.name} are not shown; ask for those of {served.base}', 'model')
     if not has_router(served.engine.model): raise ApiError(400, f'model {served.name} has no router, so no token has experts', 'model')
     tokens = fields.take('tokens', list, needed=True)
-    last = fields.take('last', int, default=len(tokens))
+    last = fields.take('last', int, default=len(tokens), least=1, most=len(tokens))
     fields.done()
     whole = all(isinstance(t, int) and not isinstance(t, bool) and 0 <= t < c.vocab_size for t in tokens)
     if not tokens or not whole: raise fields.wrong('tokens', f'must be ids from 0 to {c.vocab_size - 1}, at least one')
     if len(tokens) > c.max_positions: raise fields.wrong('tokens', f'has {len(tokens)} ids, and the context is {c.max_positions}')
-    if not 1 <= last <= len(tokens): raise fields.wrong('last', f'is {last}; it must be at least 1 and at most {len(tokens)}')
     with _ONE: found = chosen_experts(served.engine.model, tokens)
     chosen = [r.experts.gather(1, r.weights.argsort(1, descending=True))[-last:].tolist() for r in found.values()]
     shown = [dict(text=_shown(served.tok, t), experts=[*each]) for t,*each in zip(tokens[-last:], *chosen, strict=True)]
     return dict(object='experts', model=served.name, n_experts=c.n_routed_experts, layers=[*found], tokens=shown)
 
-# %% ../../nbs/475_serve.expert_report.ipynb #57dc2080
 def _shown(tok:Tokenizer, id): return tok.id_to_bytes(id).decode('utf-8', 'replace')

@@ -34,7 +34,6 @@ class _Vocabulary:
 
     def __call__(self, text): return self.tok.encode(text.decode(errors='replace') if isinstance(text, bytes) else text)
 
-# %% ../../nbs/468_serve.grammar.ipynb #9308b4dd
 _tries,_lock = WeakKeyDictionary(),Lock()
 
 def token_trie(
@@ -149,7 +148,6 @@ def _body(kind, value):
     if kind == 'choice': return 'body: ' + ' | '.join(map(_text, _choices(value)))
     raise ValueError(f'kind is {kind!r}, known are json, schema, regex, choice, tools')
 
-# %% ../../nbs/468_serve.grammar.ipynb #c7a9a6e4
 def _choices(value):
     bad = [v for v in value if not isinstance(v, str) or not v]
     if not value or bad: raise ValueError(f'choices must be texts of at least one character, got {bad[0] if bad else value!r}')
@@ -161,7 +159,6 @@ def _regex(value):
     try: return regex_to_lark(value)
     except ValueError as e: raise ValueError(f'the regular expression can\'t be read: {_first_line(str(e))}') from None
 
-# %% ../../nbs/468_serve.grammar.ipynb #2c8e8492
 def _text(text): return json.dumps(text, ensure_ascii=False)
 
 # %% ../../nbs/468_serve.grammar.ipynb #ca1c34cd
@@ -174,7 +171,6 @@ def _parts(tok, text):
         at = m.end()
     if at < len(text): yield text[at:],None
 
-# %% ../../nbs/468_serve.grammar.ipynb #bdc29c27
 def _literal(tok, text):
     "A fixed text in Lark"
     return ' '.join(f'<[{i}]>' if t is None else _text(t) for t,i in _parts(tok, text))
@@ -276,7 +272,6 @@ def _parameters(schema):
         raise ValueError(f'{size:,} characters of definitions can\'t be repeated for each of {len(fields):,} parameters')
     return fields,{*needed},shared
 
-# %% ../../nbs/468_serve.grammar.ipynb #f893fa93
 def _without_impossible(tok, schema):
     "A schema without the optional parameters that no value fits, as JSON would have it"
     fields,needed,shared = _parameters(schema)
@@ -318,7 +313,6 @@ def _dsml_rules(tok, format, schema, name):
     none = f' | {_text(tags.blank)}' if tags.blank and not any(k in needed for k in fields) else ''
     return f'{name}: {" ".join(items) or _text("")}{none}\n' + '\n'.join(rules) + '\n'
 
-# %% ../../nbs/468_serve.grammar.ipynb #35e4225d
 _TRUE,_FALSE = '"\\"true\\">"','"\\"false\\">"'
 
 def _takes_any_text(field):
@@ -344,7 +338,6 @@ def _field_rules(tok, tags, field, shared, name):
     if set(field) - _NOTES - {'enum', 'const'} or not all(isinstance(t, str) and t and '</' not in t for t in texts): return as_json
     return [f'{name}: {_TRUE} ({" | ".join(map(_text, texts))}) {_literal(tok, close)}']
 
-# %% ../../nbs/468_serve.grammar.ipynb #354e2fb9
 def _free_rules(tok, tags, name):
     "Items and rules for parameters of any name"
     rules = [f'{name}_p: {_literal(tok, tags.opened("parameter"))} /[^"\\n]{{1,64}}/ "\\" string=" {name}_v']

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart, joined
+from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart, join_deltas
 from .patterns import pattern_scan, shapes_for
 from .policy import FilterStream, Policy
 from .secrets import SecretScan, finder_for
@@ -160,14 +160,14 @@ class AnswerGuard:
         for e in events:
             if self.blocked: break
             out += self._pass(e)
-        return joined(out)
+        return join_deltas(out)
 
     def close(self,
         events:Iterable = (), # The last events
     )->list: # Events for the client
         "End the answer"
         out = self.feed(events)
-        return out if self.blocked else joined([*out, *self._end()])
+        return out if self.blocked else join_deltas([*out, *self._end()])
 
     def _pass(self, event):
         "Filter one event"

@@ -74,7 +74,6 @@ def _time(record): return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.
 def _word(value): return value if re.fullmatch(r'[\w./:,+-]+', str(value)) else json.dumps(value, ensure_ascii=False)
 def _indented(text): return ''.join(f'\n  {line}' for line in text.splitlines())
 
-# %% ../../nbs/469_serve.logs.ipynb #8f73c03b
 class JsonLines(logging.Formatter):
     "A line of JSON for each record"
     def format(self,
@@ -86,7 +85,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info: out['traceback'] = self.formatException(record.exc_info)
         return json.dumps(out, ensure_ascii=False, default=str)
 
-# %% ../../nbs/469_serve.logs.ipynb #5ed4334c
 class TextLines(logging.Formatter):
     "A line of text for each record"
     def format(self,

@@ -22,7 +22,6 @@ def all_served(
     "Everything that a client can name"
     return [*models.values(), *(m.with_adapter(a.name) for m in models.values() for a in m.engine.adapters)]
 
-# %% ../../nbs/471_serve.lora.ipynb #1256dc02
 def find_served(
     models:dict, # Name -> `ServedModel`
     name:str, # As the client calls it

@@ -85,7 +85,6 @@ class EngineMetrics:
         from prometheus_client import generate_latest
         return generate_latest(self.registry).decode()
 
-# %% ../../nbs/459_serve.metrics.ipynb #04394dca
 class _Observer(EngineWatch):
     "Notes what one engine does in histograms"
     def __init__(self, histograms): self.histograms = histograms

@@ -109,7 +109,6 @@ function drawExperts(canvas, report, tokens) {
 }
 '''
 
-# %% ../../nbs/479_serve.page.ipynb #d39286fd
 SCRIPT += '''
 function describeExperts(report, tokens) {
   if (tokens.length === 1) return `"${tokens[0].text.trim()}": ` +

@@ -61,7 +61,6 @@ def shape_matches(
         if n and not shape.guard.match(text, m.start() + n): out.append(TextMatch(m.start(), m.start() + n, shape.kind))
     return out
 
-# %% ../../nbs/465_serve.patterns.ipynb #2215a65d
 def find_shapes(
     shapes:Iterable, # `Shape`s
     text:str, # Where
@@ -100,7 +99,6 @@ def longest_group(
         if good(re.sub('[^0-9A-Za-z]', '', text[:m.start()])): return m.start()
     return 0
 
-# %% ../../nbs/465_serve.patterns.ipynb #3fa809d5
 def _is_card(n): return 13 <= len(n) <= 19 and n[0] in '23456' and len({*n}) > 1 and luhn(n)
 
 _IBAN_LENGTH = dict(AT=20, BE=16, CH=21, DE=22, DK=18, ES=24, FI=18, FR=27, GB=22, IE=22, IT=27, LU=20, NL=18, NO=15, PL=28, PT=25, SE=24)
@@ -119,7 +117,6 @@ def _email(text):
     host = re.match(r'(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])', host)
     return len(name) + 1 + host.end() if host and name.strip('.') else 0
 
-# %% ../../nbs/465_serve.patterns.ipynb #70e7f934
 def _ip(text):
     m = re.match(r'(\d{1,3})\.(\d{1,3})\.(\d{1,3})\.(\d{1,3})(?![\d])', text)
     return m.end() if m and all(int(n) < 256 and str(int(n)) == n for n in m.groups()) else 0
@@ -143,7 +140,6 @@ def nhs_check(
     check = -sum(int(d)*(10 - i) for i,d in enumerate(n[:9]))%11
     return check == int(n[9]) and len({*n}) > 1
 
-# %% ../../nbs/465_serve.patterns.ipynb #9a7e3838
 def tax_check(
     n:str, # Digits
 )->bool:
@@ -174,7 +170,6 @@ def phone_length(
     m = _LOCAL[locale].match(text)
     return m.end() if m and 9 <= sum(c.isdigit() for c in m[0]) <= 14 else 0
 
-# %% ../../nbs/465_serve.patterns.ipynb #7efad579
 def _phone(locale):
     return Shape('phone', [CharClass('+(0-9'), CharClass(r'0-9 ().\-/', 7, 24)], lambda t: phone_length(t, locale), r'\w+', '[0-9]')
 
@@ -198,7 +193,6 @@ def shapes_for(
     own |= dict(national=[NATIONAL[locale]], phone=[_phone(locale)])
     return [s for k in kinds for s in own.get(k, ())]
 
-# %% ../../nbs/465_serve.patterns.ipynb #3c475b00
 def pattern_scan(
     shapes:list, # As `shapes_for` gives them
     reach:int = 2, # Characters that are kept to the left

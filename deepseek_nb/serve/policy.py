@@ -7,7 +7,7 @@ pieces. Scans find the matches. However the text is cut into pieces, the output 
 
 # %% auto #0
 __all__ = ['ACTIONS', 'CONTENT_KINDS', 'LOCALES', 'Policy', 'read_toml', 'check_settings', 'read_policy', 'TextMatch', 'Scan',
-           'TextScan', 'search_from', 'FilterStream', 'same_for_cuts', 'waiting']
+           'TextScan', 'search_from', 'FilterStream', 'same_for_cuts', 'withheld']
 
 # %% ../../nbs/463_serve.policy.ipynb #934a6438
 import tomllib
@@ -93,7 +93,6 @@ def read_policy(
     try: return Policy(**merged, locale=country, secrets=secrets, tries=given.get('tries', 8))
     except ValueError as e: raise ValueError(f'{path}: {e}') from None
 
-# %% ../../nbs/463_serve.policy.ipynb #928f8aa1
 def _secret_lines(path, name):
     "The secrets of a file that lies beside the policy"
     if not name: return ()
@@ -246,7 +245,7 @@ def same_for_cuts(
     return whole[0]
 
 # %% ../../nbs/463_serve.policy.ipynb #3c291495
-def waiting(
+def withheld(
     stream:FilterStream, # At its beginning
     text:str, # Any text
 )->list: # Characters that are withheld behind each character

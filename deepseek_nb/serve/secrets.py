@@ -36,7 +36,6 @@ def char_skeleton(
     folded = unicodedata.normalize('NFKD', unicodedata.normalize('NFKD', char).casefold())
     return ''.join(_SEEN_AS.get(c, c) for c in folded if c.isalnum() or c in _SEEN_AS)
 
-# %% ../../nbs/466_serve.secrets.ipynb #62f53cc7
 def skeletons(
     text:str, # Any text
 )->str: # Letters and digits
@@ -50,7 +49,6 @@ def _base64_forms(raw):
         code = base64.b64encode(b'\0'*before + raw).decode().rstrip('=')
         yield code[-(-before*8//6):len(code) - bool((before + len(raw))%3)]
 
-# %% ../../nbs/466_serve.secrets.ipynb #8d84e30b
 def forms_of(
     secret:str, # As it is written
 )->dict: # Name of the form -> text
@@ -145,7 +143,6 @@ def part_limit(
     "From how many characters on a part of a form counts"
     return max(6, -(-len(text)*least//whole))
 
-# %% ../../nbs/466_serve.secrets.ipynb #451f9ba0
 def finder_for(
     secrets:Iterable, # Texts
     share:float = .5, # Share of the letters of a secret that already gives it away

@@ -18,10 +18,10 @@ from itertools import accumulate
 from uuid import uuid4
 
 from ..files.tokenizer import Tokenizer
-from ..infer.request import Request
+from ..infer.request import MOST_DRAFTED, Request
 from ..infer.sampling import Drawn, SamplingParams
-from .chat import Answer, ApiError, Fields, ServedModel, sampling_from
-from .completions import drafted_tokens, merged, read_drafts, read_stop, read_streaming, read_user, usage_of
+from .chat import Answer, ApiError, Fields, Run, ServedModel, sampling_from
+from .completions import drafted_tokens, merge_streams, read_stop, read_streaming, read_user, usage_of
 from .events import Splitter
 
 # %% ../../nbs/474_serve.text.ipynb #7e172879
@@ -91,10 +91,9 @@ def read_completion(
         check(suffix)
         prompts = [fim_prompt(tok, p, suffix) for p in prompts]
     out = TextRequest(
-        prompts, sampling_from(f, logprobs=top), f.take('max_tokens', int, default=16), read_stop(f), f.take('n', int, default=1),
-        echo, *read_streaming(f), read_user(f), read_drafts(f))
-    if not 1 <= out.n <= 16: raise f.wrong('n', f'is {out.n}; it must be at least 1 and at most 16')
-    if out.max_tokens < 0: raise f.wrong('max_tokens', f'is {out.max_tokens}; it must be 0 or above')
+        prompts, sampling_from(f, logprobs=top), f.take('max_tokens', int, default=16, least=0), read_stop(f),
+        f.take('n', int, default=1, least=1, most=16), echo, *read_streaming(f), read_user(f),
+        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED))
     f.only('best_of', out.n)
     f.done()
     return out
@@ -114,7 +113,7 @@ def logprob_lists(
 # %% ../../nbs/474_serve.text.ipynb #03dbfb52
 MOST_SCORES = 2**21 # Log-probabilities of prompts in a response
 
-class TextRun:
+class TextRun(Run):
     "The answers to a completion, while they are generated"
     def __init__(self,
         served:ServedModel, # Model that answers
@@ -141,10 +140,6 @@ class TextRun:
         except Exception:
             self.cancel()
             raise
-
-    def cancel(self)->None:
-        "Stop what still runs"
-        for a in self.answers: a.stream.cancel()
 
     def _choice(self,
         i:int, # Number of the answer
@@ -205,13 +200,13 @@ class TextRun:
 
     async def chunks(self)->AsyncIterator[dict]:
         "All chunks of the stream"
-        async for _,choice in merged(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
+        async for _,choice in merge_streams(*[self._answer_choices(i) for i in range(len(self.answers))]): yield self._chunk([choice])
         if self.request.include_usage: yield self._chunk([], usage=self._usage())
 
     async def whole(self)->dict: # OpenAI's `text_completion`
         "All answers, when they are complete"
         choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
-        async for i,new in merged(*[self._answer_choices(i) for i in range(len(choices))]):
+        async for i,new in merge_streams(*[self._answer_choices(i) for i in range(len(choices))]):
             c = choices[i]
             c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
             if c['logprobs'] is None: c['logprobs'] = new['logprobs']

@@ -153,7 +153,6 @@ class LoadPoint:
     rows:list = field(default_factory=list) # Requests that ran in each step
     seconds:float = 0. # Until the last request ended
 
-# %% ../../nbs/461_serve.timeline.ipynb #84c15fa1
 def _note(point, seen):
     "Note the latencies of the tokens of one step; `seen`: stream -> time of its last token, and its number of tokens"
     got = [s for s,(_,n) in seen.items() if len(s.shown) > n]

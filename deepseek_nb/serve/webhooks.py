@@ -70,7 +70,6 @@ def signature(
     "Sign a message"
     return f't={at},v1={hmac.new(secret.encode(), f"{at}.".encode() + body, hashlib.sha256).hexdigest()}'
 
-# %% ../../nbs/481_serve.webhooks.ipynb #8f895d0d
 def verify(
     secret:str, # Known to both sides
     body:bytes, # Of the message

@@ -32,9 +32,8 @@ from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
 
-from ..bench import hardware, versions
+from ..bench import git_state, hardware, provenance, versions
 from ..core import config as core
-from ..core.provenance import git_state, provenance
 from ..files.safetensors import read_json, written
 
 # %% ../../nbs/900_studies.ipynb #52d2d4d1

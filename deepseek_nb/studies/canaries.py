@@ -23,9 +23,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from ..bench import BENCHMARKS, hardware, run_benchmark, save_result
+from ..bench import BENCHMARKS, git_state, hardware, run_benchmark, save_result
 from ..bench.limits import BENCH_MOE
-from ..core.provenance import git_state
 from ..files.safetensors import read_json
 from . import read_plan, run_one, study_folder, study_names
 

@@ -12,7 +12,7 @@ __all__ = ['STATED', 'BEFORE', 'read_protocol', 'edge', 'objections', 'read_stud
 # %% ../../nbs/901_studies.protocol.ipynb #7584ae0d
 from pathlib import Path
 
-from ..core.provenance import doubts
+from ..bench import doubts
 from ..files.safetensors import read_json
 from . import Plan, read_plan, read_records, study_folder, to_do
 

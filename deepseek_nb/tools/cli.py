@@ -8,7 +8,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized', 'run_export',
            'run_finetune', 'run_distillation', 'run_conversion', 'run_pipeline', 'evaluate', 'run_evidence', 'doctor',
-           'build_kernels', 'run_server', 'run_app', 'run_platform', 'run_bench', 'usage', 'main']
+           'build_kernels', 'run_server', 'run_app', 'run_platform', 'list_exercises', 'run_bench', 'usage', 'main']
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
@@ -242,7 +242,6 @@ def _shown(found):
         for key,s in task['scores'].items(): print(f"{name} {key}: {Interval(s['value'], s['low'], s['high'])} on {s['n']:,}")
     for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
 
-# %% ../../nbs/960_tools.cli.ipynb #7bc07a0d
 def _report(name, path, against, tasks, n, dtype, device, as_json):
     from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.bench import hardware, versions
@@ -398,6 +397,12 @@ def run_platform(
     decided = dict(internal=[h for h in internal.split(',') if h], mlflow=mlflow, opentelemetry=opentelemetry)
     start_platform(folder, url, host, port, not no_demo, hosts, https, cores or None, scans, **decided)
 
+# %% ../../nbs/960_tools.cli.ipynb #4212eff7
+def list_exercises():
+    "List the exercises of the book, and those that you have solved"
+    from deepseek_nb.exercises import course
+    print(course())
+
 # %% ../../nbs/960_tools.cli.ipynb #a95863d5
 def run_bench(
     name:str = '', # Name of the benchmark; without it, list all benchmarks
@@ -410,15 +415,14 @@ def run_bench(
     smoke:bool = False, # A tiny run, for benchmarks with this option
 ):
     "Run a benchmark against another library"
-    from deepseek_nb.bench import run_command
-    given = dict(out=out, plot=plot, device=device, dtype=dtype, options=options)
-    flags = [f'--{f}' for f,on in dict(json=as_json, smoke=smoke).items() if on]
-    run_command([*([name] if name else []), *flags, *(o for k,v in given.items() if v for o in (f'--{k}', v))])
+    from deepseek_nb.bench import read_options, run_command
+    given = {k: v for k,v in dict(device=device, dtype=dtype, smoke=smoke).items() if v}
+    run_command(name, as_json, out, plot, **given, **read_options(options))
 
 # %% ../../nbs/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform)
+             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform, course=list_exercises)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"

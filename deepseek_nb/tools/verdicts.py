@@ -8,8 +8,8 @@ finding, what got worse, and for which data the verdict holds. `study_answer` an
 
 # %% auto #0
 __all__ = ['ROW_HEAD', 'STUDY_NOTES', 'ANSWERS', 'SPEED_ANSWERS', 'CLAIM_PARTS', 'PART_DOMAINS', 'ClaimRow', 'StudyNumbers',
-           'StudyNote', 'bold', 'word', 'phrase', 'runs_cost', 'left_runs', 'made_by', 'scatter', 'study_row',
-           'study_answer', 'speed_answer', 'ratio_verdict', 'kept_since', 'part_gaps', 'part_words', 'part_row']
+           'StudyNote', 'bold', 'word', 'made_by', 'scatter', 'study_row', 'study_answer', 'speed_answer',
+           'ratio_verdict', 'kept_since', 'part_row']
 
 # %% ../../nbs/978_tools.verdicts.ipynb #f07ce08c
 import re
@@ -21,8 +21,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-from ..bench import Comparison, load_result
-from ..core.provenance import before, doubts
+from ..bench import Comparison, before, doubts, load_result
 from ..eval.intervals import wilson
 from ..studies import open_study, to_do
 from ..studies.protocol import not_run, read_study, standing
@@ -179,25 +178,17 @@ def word(
     parts = ' '.join(bold(said)).replace('below its floor', 'missed')
     return next((w for w in ('refuted', 'missed', 'reached') if w in parts), 'missed')
 
-def phrase(
-    pattern:str, # Regular expression; '': none
-    said:str, # Finding of a study
-)->str: # The words without bold type; '' if there are none
+def _phrase(pattern, said):
     "Words of a finding"
     found = re.search(pattern, said) if pattern else None
     return re.sub(r'\*\*|\[|\]\([^)]*\)', '', found[0]).rstrip(' .,') if found else ''
 
 # %% ../../nbs/978_tools.verdicts.ipynb #c4e41624
-def runs_cost(
-    records:list, # Records of a study
-)->str: # Such as '9 runs, 157 minutes'
+def _runs_cost(records):
     "Number and time of all runs"
     return f"{len(records)} runs, {sum(r['minutes'] for r in records):.0f} minutes"
 
-def left_runs(
-    name:str, # Name of a study
-    records:list, # Its records
-)->str: # Such as 'planned and not run: spared (2 of 3), dense'; '' if all were made
+def _left_runs(name, records):
     "Planned runs without a record, by arm"
     left,all_runs = (Counter(a for a,_ in to_do(read_study(name)[0], o)) for o in (records, []))
     def count(a, n): return f'{a} ({n} of {all_runs[a]})' if n < all_runs[a] else f'{a} ({n})' if n > 1 else a
@@ -236,11 +227,11 @@ def study_row(
     done,command = runs(name, Path(folder)/'evidence'),f'`deepseek-nb evidence {name}`'
     if not done: return ClaimRow('not measured', claim, command=command)
     about,said = STUDY_NOTES[name],open_study(name).finding(done)
-    if said.startswith('Not run yet'): return ClaimRow('not measured', claim, cost=left_runs(name, done), command=command)
+    if said.startswith('Not run yet'): return ClaimRow('not measured', claim, cost=_left_runs(name, done), command=command)
     verdict,shown = word(said),[o for o in bold(said) if o not in ('reached', 'missed', 'refuted')]
-    worse = [phrase(p, said) for p in about.worse.split(' && ')]
-    cost = '; '.join(o for o in (runs_cost(done), *worse, about.note, left_runs(name, done)) if o)
-    floor,over = phrase(about.floor, said),about.over(StudyNumbers(done, folder)) if about.over else scatter(done)
+    worse = [_phrase(p, said) for p in about.worse.split(' && ')]
+    cost = '; '.join(o for o in (_runs_cost(done), *worse, about.note, _left_runs(name, done)) if o)
+    floor,over = _phrase(about.floor, said),about.over(StudyNumbers(done, folder)) if about.over else scatter(done)
     return ClaimRow(verdict, claim, ' · '.join(shown), over, floor, cost, about.domain, made_by(name, done), command)
 
 # %% ../../nbs/978_tools.verdicts.ipynb #0b4d61b9
@@ -711,19 +702,13 @@ def kept_since(
 CLAIM_PARTS = dict(small=('rank8', 'full', (50, 200)), large=('full', 'rank8', (10_000,))) # Better, worse, numbers of samples
 PART_DOMAINS = dict(small=STUDY_NOTES['ranks'].domain, large=f"{STUDY_NOTES['ranks'].domain}; 10,000 samples, more weren't measured")
 
-def part_gaps(
-    part:str, # Key of `CLAIM_PARTS`
-    records:list, # Records of `ranks`
-    rank:str = 'rank8', # Arm of LoRA
-)->dict: # Number of samples -> difference in points of macro-F1; empty unless all were measured
+def _part_gaps(part, records, rank='rank8'):
     "Differences that a claim of the article is about"
     *both,sizes = CLAIM_PARTS[part]
     found = {n: open_study('ranks').against(records, *(rank if o == 'rank8' else o for o in both), n) for n in sizes}
     return found if all(found.values()) else {}
 
-def part_words(
-    gaps:dict, # Result of `part_gaps`
-)->tuple: # Differences, and their intervals
+def _part_words(gaps):
     "Write differences"
     return (', '.join(f'{n:,} samples {g.value:+.1f}' for n,g in gaps.items()),
             '; '.join(f"{n:,}: {g.low:+.1f} to {g.high:+.1f}{', equivalent'*g.equal}" for n,g in gaps.items()))
@@ -735,11 +720,11 @@ def part_row(
 )->ClaimRow: # What is known
     "Make the row of one of the claims that the study of LoRA's rank measures"
     study,done,command = open_study('ranks'),runs('ranks', Path(folder)/'evidence'),'`deepseek-nb evidence ranks`'
-    if not (gaps := part_gaps(part, done)): return ClaimRow('not measured', claim, command=command)
+    if not (gaps := _part_gaps(part, done)): return ClaimRow('not measured', claim, command=command)
     a,b = (dict(rank8='LoRA of rank 8', full='full fine-tuning')[o] for o in CLAIM_PARTS[part][:2])
-    said,interval = part_words(gaps)
-    other = [f"with rank 64: {' ('.join(part_words(g))})"] if (g := part_gaps(part, done, 'rank64')) else []
+    said,interval = _part_words(gaps)
+    other = [f"with rank 64: {' ('.join(_part_words(g))})"] if (g := _part_gaps(part, done, 'rank64')) else []
     about,seeds = STUDY_NOTES['ranks'],', '.join({f'{g.n} seeds' for g in gaps.values()})
-    floor,cost = phrase(about.floor, study.finding(done)),'; '.join([runs_cost(done), *other, about.note])
+    floor,cost = _phrase(about.floor, study.finding(done)),'; '.join([_runs_cost(done), *other, about.note])
     return ClaimRow(study.word([*gaps.values()]), claim, f'{a} minus {b}, points: {said}', f'{interval} ({seeds})', floor, cost,
                     PART_DOMAINS[part], made_by('ranks', done), command)

@@ -142,10 +142,14 @@ class Guard(Callback):
         self.kept = t.step
 
     @torch.no_grad()
+    def _restore(self, t):
+        "Restore the copied weights, and say which they are"
+        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
+        return f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
+
     def _stop(self, t, middle):
         "Restore the copied weights and raise `Diverged`"
-        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
-        left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
+        left = self._restore(t)
         said = f'step {t.step+1}: loss {t.loss:.4g}, gradient norm {t.norm:.4g}; the median of the recent losses is {middle:.4g}'
         raise Diverged(f'{said}; {left}; lower learning_rate {t.args.learning_rate:g}, raise warmup_steps, or check the data')
 

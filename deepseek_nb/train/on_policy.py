@@ -121,6 +121,8 @@ class Collapsed(Diverged): "Entropy, length or variety of the student's text is 
 # %% ../../nbs/644_train.on_policy.ipynb #263eaa7d
 class CollapseGuard(Guard):
     "Stops a run whose student collapses and restores the weights of an earlier step"
+    advice = 'student','use js or forward, or a smaller share of generated text'
+
     def __init__(self,
         source:OnPolicy, # Loss of the run, which measures the text
         usual:dict|None = None, # Reference measures, of the teacher's text; None: medians of the first five measurements
@@ -178,13 +180,10 @@ class CollapseGuard(Guard):
         Guard.before_update(self, t)
         self.every,t.healthy = every,t.healthy and not self.strikes
 
-    @torch.no_grad()
     def _give_up(self, t, bad):
         "Restore the copied weights and raise `Collapsed`"
-        if self.good: torch._foreach_copy_([*t.params, *t.model.buffers()], self.good)
-        left = f'the weights are those after step {self.kept}' if self.good else 'the weights are those before this step'
-        raise Collapsed(f'step {t.step+1}: the student collapses ({"; ".join(bad)}); {left}; lower the learning rate, '
-                    'use js or forward, or a smaller share of generated text')
+        whose,advice = self.advice
+        raise Collapsed(f'step {t.step+1}: the {whose} collapses ({"; ".join(bad)}); {self._restore(t)}; lower the learning rate, {advice}')
 
     def after_step(self,
         t, # The trainer

@@ -29,8 +29,8 @@ from ..infer.adapters import SharedAdapter, shared_view
 from ..infer.engine import Engine, Row
 from ..infer.paged import PagedCache, PagePool
 from ..infer.request import Piece, Request
-from ..infer.row_drafts import keeps_bits
 from ..infer.sampling import Drawn, RowSampler, SamplingParams, truncate
+from ..infer.speculate import keeps_bits
 from ..quant.model import quantize_model
 from .loss import LOGITS
 from .on_policy import own_batch
@@ -88,10 +88,10 @@ def token_log_probs(
 
 def kept_tokens(
     logits:Tensor, # Logits of one position `w`
-    how:SamplingParams, # temperature, top_p, top_k and min_p
+    sampling:SamplingParams, # temperature, top_p, top_k and min_p
 )->Tensor: # Their ids, in order
     "The tokens that could be drawn at a position"
-    return truncate((logits/how.temperature).softmax(0), how).nonzero()[:, 0]
+    return truncate((logits/sampling.temperature).softmax(0), sampling).nonzero()[:, 0]
 
 class PolicyRow(RowSampler):
     "A row's sampler that notes log-probabilities after temperature"
@@ -103,9 +103,9 @@ class PolicyRow(RowSampler):
         "Note a token of the answer"
         self.tokens.append(token)
         if self.kept is not None:
-            self.kept.append(ids := kept_tokens(logits, self.how))
+            self.kept.append(ids := kept_tokens(logits, self.sampling))
             logits = torch.full_like(logits, -torch.inf).index_copy(0, ids, logits[ids])
-        return Drawn(token, token_log_probs(logits[None], torch.tensor([token]), self.how.temperature).item())
+        return Drawn(token, token_log_probs(logits[None], torch.tensor([token]), self.sampling.temperature).item())
 
 # %% ../../nbs/694_train.rollout.ipynb #2a46b945
 def draw_rows(
@@ -113,10 +113,10 @@ def draw_rows(
     rows:list, # A `PolicyRow` for each, all with the same settings but for their seeds
 )->list: # A `Drawn` for each
     "Draw the next token of each row, with the bits that it has alone"
-    how = rows[0].how
+    sampling = rows[0].sampling
     if not (logits.amax(-1) > -torch.inf).all(): raise FloatingPointError('no token can be drawn: the logits are NaN')
-    probs = (logits/how.temperature).softmax(-1)
-    if how.top_k or how.top_p < 1: probs = torch.stack([truncate(p, how) for p in probs])
+    probs = (logits/sampling.temperature).softmax(-1)
+    if sampling.top_k or sampling.top_p < 1: probs = torch.stack([truncate(p, sampling) for p in probs])
     sums = probs.double().cumsum(-1)
     u = torch.stack([torch.rand((), dtype=torch.float64, generator=r.generator) for r in rows]).to(sums.device)
     ids = torch.searchsorted(sums, u[:, None]*sums[:, -1:], right=True)[:, 0]
@@ -125,7 +125,7 @@ def draw_rows(
     if rows[0].kept is not None:
         for row,p in zip(rows, probs, strict=True): row.kept.append(p.nonzero()[:, 0])
         logits = logits.masked_fill(probs == 0, -torch.inf)
-    found = token_log_probs(logits, torch.tensor(ids, device=logits.device), how.temperature)
+    found = token_log_probs(logits, torch.tensor(ids, device=logits.device), sampling.temperature)
     return [Drawn(*d) for d in zip(ids, found.tolist(), strict=True)]
 
 # %% ../../nbs/694_train.rollout.ipynb #55ceb7cc
@@ -207,8 +207,8 @@ class Sampler:
     )->list: # A `Request` per answer
         "What is asked of the engine"
         def one(i, prompt):
-            how = SamplingParams(self.temperature, self.top_p, self.top_k, seed=row_seed(self.seed, phase, i), logprobs=0)
-            return Request([*prompt], how, self.max_tokens, stop_ids=self.stop_ids, adapter=adapter)
+            sampling = SamplingParams(self.temperature, self.top_p, self.top_k, seed=row_seed(self.seed, phase, i), logprobs=0)
+            return Request([*prompt], sampling, self.max_tokens, stop_ids=self.stop_ids, adapter=adapter)
         return [one(group*i + j, prompt) for i,prompt in enumerate(prompts) for j in range(group)]
 
     @torch.no_grad()

@@ -8,15 +8,17 @@ relative to the current folder. `check_table` raises an error for unknown settin
 
 # %% auto #0
 __all__ = ['check_table', 'read_table', 'read_file', 'Named', 'write_result', 'DataSource', 'read_rows', 'encode_rows',
-           'examples', 'Outcome', 'Sharing', 'Balancing', 'Tuning', 'finetune_trainer', 'write_trained', 'finetune_run',
-           'Distillation', 'read_stage', 'distil_run', 'Mla', 'Moe', 'Repair', 'Conversion', 'Errors',
-           'calibration_rows', 'convert_run']
+           'examples', 'Outcome', 'Balancing', 'Tuning', 'finetune_trainer', 'write_trained', 'finetune_run',
+           'Distillation', 'read_stage', 'distil_run', 'Conversion', 'Errors', 'calibration_rows', 'read_sizes',
+           'convert_run']
 
 # %% ../../nbs/685_train.runs.ipynb #8fbf8954
 import json
 import os
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import get_args
 
@@ -34,32 +36,35 @@ from .convert import write_tokenizer
 from .corpora import CORPORA, corpus
 from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
+from .latent import to_mla
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
+from .repair import repair
 from .resume import checkpoints
 from .sft import chat_data, classification_data
 from .split import split_by_key
 from .trainer import Trainer, TrainingArguments
+from .upcycle import moe_config, split, to_moe, upcycle
 from .world import setup, world
 
 # %% ../../nbs/685_train.runs.ipynb #ca0b91c1
 def check_table(
-    kind:type, # A dataclass
-    table, # Table from TOML, with fields of the class
+    kind:Callable|tuple, # A dataclass, or functions that share the table
+    table, # Table from TOML, with fields of the class or arguments of the functions
     where:str, # File and table, for error messages
     without:tuple = (), # Fields that a file must not set
 )->dict: # The same table
     "Raise an error for unknown, mistyped or missing fields"
     if not isinstance(table, dict): raise ValueError(f'{where}: is {table!r}; it must be a table')
-    allowed = {f.name: f for f in fields(kind) if f.name not in without}
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    allowed = {n: p for k in kinds for n,p in signature(k).parameters.items() if n not in without and p.kind != p.VAR_KEYWORD}
     for name,value in known(table, allowed, where).items():
-        types = get_args(allowed[name].type) or (allowed[name].type,)
+        types = get_args(allowed[name].annotation) or (allowed[name].annotation,)
         if type(value) in types or object in types or (type(value) is int and float in types): continue
         wanted = ' or '.join(t.__name__ for t in types if t.__name__ not in ('NoneType', 'Path'))
         raise ValueError(f'{where}: {name} is {value!r}; it must be of type {wanted}')
-    if lost := [n for n,f in allowed.items() if n not in table and f.default is MISSING and f.default_factory is MISSING]:
-        raise ValueError(f'{where}: {lost[0]} is missing')
+    if lost := [n for n,p in allowed.items() if n not in table and p.default is p.empty]: raise ValueError(f'{where}: {lost[0]} is missing')
     return table
 
 # %% ../../nbs/685_train.runs.ipynb #c07956c5
@@ -170,11 +175,6 @@ class Outcome:
 
 # %% ../../nbs/685_train.runs.ipynb #93cf8a68
 @dataclass(frozen=True)
-class Sharing:
-    "Distribution of a run over processes"
-    how:str = 'data' # Kind of parallelism: 'data', 'shard' or 'expert'
-
-@dataclass(frozen=True)
 class Balancing:
     "Load balancing of experts"
     gamma:float = .001 # Step size of V3's router bias; 0: only record the loads
@@ -190,7 +190,7 @@ class Tuning:
     training:dict # Fields of `TrainingArguments`
     lora:dict|None = None # Fields of `LoraConfig`; None: all weights are trained
     balance:dict|None = None # Fields of `Balancing`; None: no load balancing
-    parallel:dict|None = None # Fields of `Sharing`
+    parallel:dict|None = None # Arguments of `Parallel`
     merge:bool = False # Merge adapters into the weights at the end
 
 # %% ../../nbs/685_train.runs.ipynb #1a88bb0d
@@ -205,7 +205,7 @@ def finetune_trainer(
     if named.quantise and d.lora is None: raise ValueError(f'{where}: quantised weights are frozen; add a table [lora]')
     lora = None if d.lora is None else read_table(LoraConfig, dict(base_model_name_or_path=named.name) | d.lora, f'{where}, [lora]')
     balance = None if d.balance is None else read_table(Balancing, d.balance, f'{where}, [balance]')
-    sharing = Parallel(read_table(Sharing, d.parallel or {}, f'{where}, [parallel]').how)
+    sharing = read_table(Parallel, d.parallel or {}, f'{where}, [parallel]')
     setup()
     model,tok = named.load()
     torch.manual_seed(args.seed)
@@ -292,35 +292,7 @@ def distil_run(
     before = f'{done} of {len(stages)} stages were finished' if done else ''
     return Outcome(report, write_result(models[d.student], tok, out/'model'), before)
 
-# %% ../../nbs/685_train.runs.ipynb #2635ef88
-@dataclass(frozen=True)
-class Mla:
-    "The table [sizes] of a conversion to MLA, with arguments of `to_mla`"
-    latent:int # Width c of the latent, including the constant dimension
-    rotary:int # Number r of rotary dimensions
-    constant:bool = True # Use a constant dimension of the latent; False: fit the up-projection
-
-@dataclass(frozen=True)
-class Moe:
-    "The table [sizes] of a conversion to experts, with arguments of `moe_config` and `to_moe`; None: their defaults"
-    experts:int # Number e of routed experts
-    active:int # Number k of experts selected for a token
-    shared:int = 0 # Number of shared experts, which every token uses
-    width:int = 0 # Width of an expert; 0: the widths add up to that of the dense feed-forward
-    scale:float = 0. # Factor on the routed experts; 0: k
-    way:str = 'split' # 'split' or 'upcycle'
-    by:str|None = None # For 'split': cluster neurons by 'firing' or 'weights'
-    router:str|None = None # For 'split': 'regression' or 'centroid'
-    noise:float|None = None # For 'upcycle': noise added to the copies
-
 # %% ../../nbs/685_train.runs.ipynb #fc42e416
-@dataclass(frozen=True)
-class Repair:
-    "The table [repair] of a conversion"
-    batch:int = 4 # Rows per step
-    lr:float = 2e-3 # Learning rate, relative to the root mean square of each weight
-    seed:int = 0 # Seed of the batches
-
 @dataclass(frozen=True)
 class Conversion:
     "The file of a conversion"
@@ -328,8 +300,8 @@ class Conversion:
     to:str # 'mla' or 'moe'
     model:dict # Fields of `Named`
     data:dict # Fields of `DataSource`, of kind 'text'
-    sizes:dict # Fields of `Mla` or `Moe`
-    repair:dict|None = None # Fields of `Repair`
+    sizes:dict # Arguments of `to_mla`, or of `moe_config` and `to_moe`
+    repair:dict|None = None # Arguments batch, lr and seed of `repair`
     rows:int = 32 # Rows of text for calibration and repair
     first:int = 8 # Number of these rows that are used for calibration
     steps:int = 100 # Steps of repair per block; 0: no repair
@@ -353,16 +325,27 @@ def calibration_rows(
     if len(rows) < n: raise ValueError(f'{s.source}: has {len(rows)} rows of {s.length} tokens, not {n}; reduce rows or length')
     return torch.tensor(rows)
 
+# %% ../../nbs/685_train.runs.ipynb #2a8dd217
+_SIZES = dict(mla=to_mla, moe=(moe_config, to_moe, split, upcycle))
+
+def read_sizes(
+    to:str, # 'mla' or 'moe'
+    table:dict, # Arguments of `to_mla`, or of `moe_config`, `to_moe` and the function that it calls
+    where:str|Path = 'run', # File, for error messages
+)->dict: # The same table
+    "Check the sizes of a conversion"
+    if to not in _SIZES: raise ValueError(f"{where}: to is {to!r}; it must be 'mla' or 'moe'")
+    return check_table(_SIZES[to], table, f'{where}, [sizes]', ('model', 'calibration', 'c', 'config', 'ffn', 'x', 'seed'))
+
 # %% ../../nbs/685_train.runs.ipynb #882c4178
 def convert_run(
     path:str|Path, # TOML file with the fields of `Conversion`
 )->Outcome: # Result with the errors of the blocks
     "Run or resume the conversion that a file describes"
     d = read_file(path, Conversion)
-    if d.to not in (kinds := dict(mla=Mla, moe=Moe)): raise ValueError(f"{path}: to is {d.to!r}; it must be 'mla' or 'moe'")
     named,data = read_table(Named, d.model, f'{path}, [model]'),read_table(DataSource, d.data, f'{path}, [data]')
-    sizes = {k: v for k,v in asdict(read_table(kinds[d.to], d.sizes, f'{path}, [sizes]')).items() if v is not None}
-    how = asdict(read_table(Repair, d.repair or {}, f'{path}, [repair]'))
+    sizes = read_sizes(d.to, d.sizes, path)
+    how = check_table(repair, d.repair or {}, f'{path}, [repair]', ('run', 'weights', 'x', 'want', 'steps', 'first'))
     out,about = Path(d.output_dir),json.loads(json.dumps(asdict(d)))
     if (note := out/'done.json').is_file():
         found = read_json(note)

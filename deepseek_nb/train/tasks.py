@@ -28,7 +28,7 @@ from pathlib import Path
 from ..files.tokenizer import Tokenizer, byte_alphabet
 from ..files.untrusted import json_row
 from ..serve.events import Splitter, events_of
-from ..serve.tools import Call, gathered, write_calls
+from ..serve.tools import Call, gather_answer, write_calls
 from .bpe import SPECIAL, save_bpe
 from .data import to_dataset
 from .rewards import answer_area, completion_text, number_reward
@@ -360,7 +360,7 @@ def tool_reward(
 )->Callable: # Reward: 1 for the right call, else 0; needs columns `name` and `arguments` (JSON text)
     "Make a reward for one tool call"
     def score(text, name, arguments):
-        calls = gathered(events_of(Splitter(format), [answer_area(text) or ''])).calls
+        calls = gather_answer(events_of(Splitter(format), [answer_area(text) or ''])).calls
         try: return float(len(calls) == 1 and calls[0].name == name and json_share(calls[0].arguments, arguments) == 1)
         except ValueError: return 0.
     def reward(prompts, completions, name, arguments, **columns):

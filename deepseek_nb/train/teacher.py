@@ -8,8 +8,8 @@ text with the teacher, and `text_examples` turns it into training examples for a
 
 # %% auto #0
 __all__ = ['ABOUT', 'top_and_tail', 'merge_tail', 'compact_logits', 'bytes_a_token', 'row_keys', 'data_fingerprint',
-           'open_answers', 'check_answers', 'answers', 'write_logits', 'shards', 'TeacherLogits', 'stored_divergence',
-           'offline_loss', 'continued', 'write_texts', 'text_examples']
+           'open_answers', 'check_answers', 'answers', 'write_logits', 'shards', 'TeacherLogits', 'offline_loss',
+           'continued', 'write_texts', 'text_examples']
 
 # %% ../../nbs/642_train.teacher.ipynb #1b8cf2d2
 import hashlib
@@ -218,19 +218,6 @@ class TeacherLogits:
         out = _joined(parts)
         return out['values'].float(), out['indices'].long() if self.k else None
 
-# %% ../../nbs/642_train.teacher.ipynb #d18cdd94
-def stored_divergence(
-    z:Tensor, # Logits of the student `n w`
-    logs:Tensor, # Stored log-probabilities `n w`, or `n k+1` with the tail last
-    indices:Tensor|None, # Tokens of the top k `n k`; None: all tokens are stored
-    kind:str, # One of `DIVERGENCES`
-    share:float|None, # α of the skewed kinds, β of js
-    temperature:float, # Temperature T; for the top k, that of the stored distribution
-)->Tensor: # Divergence `n`, in nats
-    "Compute the divergence between a student and stored outputs"
-    if indices is None: return divergence(z, logs, kind, share, temperature)
-    return divergence(merge_tail(z, indices, temperature), logs, kind, share)
-
 # %% ../../nbs/642_train.teacher.ipynb #b1c49eaf
 def offline_loss(
     answers:TeacherLogits|str|Path, # Stored outputs, or their folder
@@ -253,7 +240,8 @@ def offline_loss(
         at,labels = scored(batch)
         logs,indices = (None if t is None else t.to(model.device) for t in kept(batch))
         def score(z, i):
-            pull = stored_divergence(z, logs[i], None if indices is None else indices[i], kind, share, T)
+            if indices is None: pull = divergence(z, logs[i], kind, share, T)
+            else: pull = divergence(merge_tail(z, indices[i], T), logs[i], kind, share)
             return blended(z, pull, labels[i], T, mix)
         x = model.hidden(batch['tokens'], documents=batch.get('documents')).flatten(0, 1)[at]
         return chunked_loss(x, model.head_weight, score, chunk), len(at)

@@ -9,8 +9,8 @@ by the tokens on which they fire, and `fit_router` fits a router that predicts w
 
 # %% auto #0
 __all__ = ['WHOLE', 'TAU', 'moe_config', 'active_share', 'fill_ffn', 'upcycle', 'split_speeches', 'random_rows', 'contributions',
-           'fires', 'deal', 'balanced_kmeans', 'partition', 'fit_router', 'lengths', 'fit_centroids', 'split',
-           'by_rows', 'block_streams', 'carried', 'to_moe']
+           'fires', 'deal', 'balanced_kmeans', 'partition', 'fit_router', 'lengths', 'split', 'by_rows',
+           'block_streams', 'carried', 'to_moe']
 
 # %% ../../nbs/650_train.upcycle.ipynb #83b3f148
 from collections.abc import Callable, Iterator
@@ -207,13 +207,6 @@ def lengths(
     "Compute the norm of each expert's output for each token"
     return torch.stack([expert(x, gu, d).norm(dim=1) for gu,d in zip(moe.experts.gate_up_proj, moe.experts.down_proj, strict=True)], 1)
 
-def fit_centroids(
-    x:Tensor, # Tokens `n d`
-    rows:Tensor, # One row per expert `e d`
-)->tuple[Tensor,Tensor]: # Router weights `e d`, and a selection bias of zeros `e`
-    "Make a router from given rows"
-    return rows*TAU/(x@rows.T).std().clamp(min=1e-9), torch.zeros(len(rows))
-
 # %% ../../nbs/650_train.upcycle.ipynb #cb8ab40e
 @torch.no_grad()
 def split(
@@ -232,7 +225,8 @@ def split(
     moe.experts.down_proj.copy_(torch.stack([down[:, i] for i in routed]))
     if c.n_shared_experts: fill_ffn(moe.shared_experts, gate[shared], up[shared], down[:, shared])
     if router == 'regression': rows,bias = fit_router(x, lengths(moe, x).clamp(min=1e-9).log())
-    else: rows,bias = fit_centroids(x, torch.stack([gate[i].mean(0) for i in routed]))
+    else: rows,bias = torch.stack([gate[i].mean(0) for i in routed]),torch.zeros(len(routed))
+    if router == 'centroid': rows = rows*TAU/(x@rows.T).std().clamp(min=1e-9)
     moe.gate.weight.copy_(rows)
     moe.gate.e_score_correction_bias.copy_(bias)
     return moe
