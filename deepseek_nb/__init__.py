@@ -187,21 +187,17 @@ Modules:
 - `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
 - `deepseek_nb.kernels.paged`: Attention of a ragged batch that reads keys and values directly from their pages; the result of a query has the same bits in any batch.
 - `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
-- `deepseek_nb.kernels.ragged`: Runs all blocks of a model on rows of different lengths in one C++ call, with pages; each row gets the same bits as alone.
+- `deepseek_nb.kernels.plan`: Describes the weights of a model in one table, and runs all blocks in one C++ call, for each kind of matrix, attention and cache.
+- `deepseek_nb.kernels.ragged`: Rows of different lengths for the stages in C++: where their tokens are written and read in pages, and calls of bounded size.
 - `deepseek_nb.kernels.ragged_cache`: Runs all blocks of a model on a ragged batch and reads the KV cache directly from pages of int8 codes; each row gets the same bits as alone.
-- `deepseek_nb.kernels.ragged_codes`: Runs quantised models on rows of different lengths in one C++ call; each row gets the same bits as alone.
-- `deepseek_nb.kernels.ragged_sparse`: Sparse attention for rows of different lengths in one C++ call: index keys and latents in pages, and the same bits for each row as alone.
 - `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
 - `deepseek_nb.kernels.sparse`: DeepSeek sparse attention in C++: index scores, exact selection in linear time, and attention that reads only the selected latents.
-- `deepseek_nb.kernels.sparse_codes`: Runs all blocks of a quantised DeepSeek-V3.2 in one C++ call: the stages of the sparse step, with packed codes as matrices.
-- `deepseek_nb.kernels.sparse_step`: Runs all blocks of a DeepSeek-V3.2 decode step in one C++ call: MLA, the lightning indexer, the selection, and attention to the selected latents.
+- `deepseek_nb.kernels.sparse_step`: MLA, the lightning indexer, the selection, and attention to the selected latents, for rows of one length or of different ones, contiguous or in pages.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
-- `deepseek_nb.kernels.step`: Runs all transformer blocks of a decode step in one C++ call, instead of dozens of PyTorch calls per layer.
-- `deepseek_nb.kernels.step_codes`: Runs all transformer blocks of a quantised model in one C++ call: the stages of the float step, with packed codes as matrices.
+- `deepseek_nb.kernels.step_codes`: The stages of the float step with packed codes as matrices.
 - `deepseek_nb.kernels.team`: A kernel with several stages starts its threads once, and synchronises them with a barrier after each stage.
 - `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand so that they move fewer bytes than autograd's.
 - `deepseek_nb.kernels.v4`: Runs all blocks of DeepSeek-V4 in one C++ call per token, on the cache that can be rewound.
-- `deepseek_nb.kernels.v4_codes`: Decodes quantised models of DeepSeek-V4 in one C++ call per token: the stages of the float step, with packed codes as matrices.
 - `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.

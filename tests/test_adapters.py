@@ -25,7 +25,7 @@ from deepseek_nb.infer.paged import PagedCache, PagePool
 from deepseek_nb.infer.ragged import RaggedBatch, run_adapted_rows
 from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
-from deepseek_nb.kernels import adapted
+from deepseek_nb.kernels.plan import step_kernels
 from deepseek_nb.quant import relative_error
 from deepseek_nb.serve.app import Server, ServerConfig, key_digest
 from deepseek_nb.serve.chat import ServedModel
@@ -33,7 +33,7 @@ from deepseek_nb.serve.lora import add_adapter, all_served, find_served
 from deepseek_nb.tools import serving
 from deepseek_nb.train.lora import LoraConfig, lora_weights
 
-needs_compiler = pytest.mark.skipif(not adapted.adapted_kernels.ready(), reason='no C++ compiler')
+needs_compiler = pytest.mark.skipif(not step_kernels('PAGES', 'ADAPTED').ready(), reason='no C++ compiler')
 STACKS = ['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']
 KINDS = dict(
     qv=dict(r=3, target_modules=['q_proj', 'v_proj', 'q_b_proj', 'kv_a_proj_with_mqa']),

@@ -87,7 +87,7 @@ def test_build_beforehand(counted, capsys):
     assert cli.main(['build', 'axpy.cpp']) == 0
     assert 'axpy.cpp' in (out := capsys.readouterr().out) and '1 kernels ready after' in out
     assert cli.main(['build', 'axpy.cpp']) == 0 and len(counted.read_text().splitlines()) == 1
-    assert {'axpy.cpp', 'panels.cpp', 'quant_step.cpp'} <= {*build.kernel_names()}
+    assert {'axpy.cpp', 'panels.cpp', 'step.cpp', 'step.cpp PAGES QUANTISED'} <= {*build.kernel_names()}
 
 
 def test_the_doctor_names_versions_kernels_and_blocks(counted):

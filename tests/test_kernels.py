@@ -17,7 +17,7 @@ from deepseek_nb.arch.moe import run_experts
 from deepseek_nb.arch.routing import route
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.kernels import build, gemm, moe, step
+from deepseek_nb.kernels import build, gemm, moe, plan
 
 needs_compiler = pytest.mark.skipif(not any(shutil.which(n) for n in ('c++', 'g++', 'clang++')), reason='no C++ compiler')
 pytestmark = needs_compiler
@@ -277,9 +277,9 @@ def test_operators_declare_what_they_do():
     opcheck(moe.moe_kernels.load().experts, (x, torch.rand(3, 2), experts, gate_up, down, torch.empty(3, 8)))
     chosen = torch.empty(3, 2)
     opcheck(moe.moe_kernels.routing, (torch.randn(3, 8), None, [2, 1, 1, 1, 1], 2.5, chosen, chosen.long(), torch.empty(3, 8)))
-    half = step.feed_forward_half(Model(QWEN, dtype=torch.float32, device='cpu').layers[0])
-    ws = [w.detach() for w in half.weights]
-    opcheck(step.step_kernels.load().ffn_step, (torch.randn(1, 2, 36), ws, half.sizes, half.numbers, torch.empty(1, 2, 36)))
+    found = plan.feed_plan(Model(QWEN, dtype=torch.float32, device='cpu').layers[0])
+    rest = found.table, found.single, found.sizes, found.numbers, torch.empty(1, 2, 36)
+    opcheck(plan.step_kernels().load().feed, (torch.randn(1, 2, 36), *rest))
 
 
 def test_whole_graph():

@@ -8,15 +8,16 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.kernels import step_codes
-from deepseek_nb.kernels.step import blocks_of
-from deepseek_nb.kernels.step_codes import codes_of, has_roles, run_blocks_codes, step_codes_kernels
+from deepseek_nb.infer.quant_cache import QuantizedCache
+from deepseek_nb.kernels import plan as plans
+from deepseek_nb.kernels.plan import Refusal, cache_kind, plan_of, run_blocks_cpp, step_kernels, step_of
+from deepseek_nb.kernels.step_codes import has_roles
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 from deepseek_nb.quant.int8_fine import Int8Fine
 
-pytestmark = pytest.mark.skipif(not step_codes_kernels.ready(), reason='no C++ compiler')
+pytestmark = pytest.mark.skipif(not step_kernels('QUANTISED').ready(), reason='no C++ compiler')
 
 MLA = Config('deepseek_v3', vocab_size=64, dim=80, n_layers=2, n_heads=3, inter_dim=96, q_lora_rank=40, kv_lora_rank=56,
              qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=32, n_dense_layers=1, n_routed_experts=6, n_shared_experts=1,
@@ -59,7 +60,7 @@ def test_step_is_products(c, f, rows, tokens):
     mask = (torch.arange(tokens) >= torch.arange(rows)[:, None].clamp(max=tokens - 1)).long()
 
     got = steps(model, prompt, mask)
-    assert codes_of(blocks_of(model.layers, torch.zeros(1, 1, model.config.dim))) is None  # outside of no_grad
+    assert plan_of(model.layers, torch.zeros(1, 1, model.config.dim)) == Refusal('gradients are enabled')
     assert torch.equal(got, steps(model, prompt, mask))
     want = steps(one_at_a_time(model), prompt, mask)
     error,each = relative_error(want, got),(want - got).norm(dim=-1)/want.norm(dim=-1)
@@ -103,7 +104,7 @@ def test_a_long_prompt_is_computed_in_calls(monkeypatch):
     mask = (torch.arange(100) >= torch.tensor([0, 30, 77])[:, None]).long()
     for role in (False, True):
         whole = steps(model, prompt, mask, role=role)
-        monkeypatch.setattr(step_codes, 'CALL', 50)
+        monkeypatch.setattr(plans, 'MANY', 50)
         assert relative_error(whole, steps(model, prompt, mask, role=role)) < 1e-2
         monkeypatch.undo()
 
@@ -123,18 +124,18 @@ def test_sizes_that_cut_a_panel_are_left_to_products():
     x = torch.zeros(1, 1, 80)
     for change in (dict(moe_inter_dim=40), dict(qk_nope_head_dim=12), dict(v_head_dim=24)):
         model = shrunk(replace(MLA, **change), 'int8')
-        assert codes_of(blocks_of(model.layers, x)) is None
+        assert not plan_of(model.layers, x)
         assert steps(model, torch.randint(60, (1, 4))).isfinite().all()
-    assert codes_of(blocks_of(shrunk(MLA, Int8('float')).layers, x)) is None
+    assert plan_of(shrunk(MLA, Int8('float')).layers, x).why == 'no step reads the formats of the weights'
 
 
 @torch.no_grad()
 def test_a_float_layer_is_left_to_products():
     model,x = shrunk(GQA, 'int8'),torch.zeros(1, 1, 72)
-    assert codes_of(blocks_of(model.layers, x)) is not None
+    assert plan_of(model.layers, x)
     other = torch.nn.Linear(72, 104, bias=False).requires_grad_(False)
     model.layers[1].mlp.up_proj = other
-    assert codes_of(blocks_of(model.layers, x)) is None
+    assert not plan_of(model.layers, x)
     assert relative_error(steps(one_at_a_time(model), p := torch.randint(60, (2, 3))), steps(model, p)) < 1e-5
 
 
@@ -143,5 +144,43 @@ def test_bfloat16_and_nan():
     model = shrunk(GQA, 'int8', torch.bfloat16)
     found,x = model.new_cache(1),torch.randn(1, 2, 72)
     found.reserve(2)
-    got = run_blocks_codes(x.bfloat16(), model.layers, model.context(2, found))
+    got = run_blocks_cpp(x.bfloat16(), model.layers, model.context(2, found))
     assert got.dtype == torch.bfloat16 and got.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('f', ['float32', 'int8'])
+@pytest.mark.parametrize('c', ['gqa', 'mla'])
+@pytest.mark.parametrize('scales', [32, 'token'])
+def test_a_contiguous_cache_of_codes_runs_in_the_step(c, f, scales):
+    "Close to the same cache in the readable code, after a prompt, steps and a rewind; other formats are refused with a reason"
+    model = shrunk(CONFIGS[c], Int8()) if f == 'int8' else Model(CONFIGS[c], torch.float32, 'cpu').init_weights(.1).requires_grad_(False)
+    ids,found = torch.randint(60, (3, 30)),[]
+    for kind in ('auto', 'reference' if f == 'float32' else 'auto'):
+        other = one_at_a_time(model) if kind != 'reference' and found else model
+        cache,got = QuantizedCache.of(model, 3, scales=scales),[]
+        with use(kind):
+            for i,j in ((0, 20), (20, 21), (21, 24)): got.append(other(ids[:, i:j], cache))
+            cache.rewind(2)
+            got.append(other(ids[:, 22:], cache))
+        assert found or cache_kind(torch.zeros(1), cache, plan_of(model.layers, torch.zeros(1))) == 'CODED_PAGES'
+        found.append(torch.cat(got, 1))
+    assert relative_error(found[1], found[0]) < (.01 if f == 'float32' else .1)
+
+
+@torch.no_grad()
+def test_refusals_have_reasons():
+    "Each says why, is false, and the twin that is called nevertheless raises it"
+    model = shrunk(GQA, Int8())
+    x,reasons = torch.zeros(1, 1, 72),{}
+    cache = QuantizedCache.of(model, 1, format='fp8')
+    reasons['format'] = step_of(x, model.layers, model.context(1, cache))
+    reasons['dtype'] = step_of(x.double(), model.layers, model.context(1, model.new_cache(1)))
+    reasons['cache'] = step_of(x, model.layers, model.context(1))
+    hook = model.layers[1].mlp.register_forward_hook(lambda *ignored: None)
+    reasons['hook'] = step_of(x, model.layers, model.context(1, model.new_cache(1)))
+    hook.remove()
+    assert not any(reasons.values()) and len({r.why for r in reasons.values()}) == 4, reasons
+    assert step_of(x, model.layers, model.context(1, model.new_cache(1)))
+    with pytest.raises(ValueError, match='no step runs this model: no step reads a cache in fp8'):
+        run_blocks_cpp(x, model.layers, model.context(1, cache))

@@ -20,9 +20,8 @@ from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import sparse
 from deepseek_nb.kernels.index_codes import coded_kernels, coded_scores_cpp, select_codes_cpp
+from deepseek_nb.kernels.plan import add_attention_cpp, run_blocks_cpp, step_kernels
 from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
-from deepseek_nb.kernels.sparse_codes import add_sparse_codes, run_sparse_codes
-from deepseek_nb.kernels.sparse_step import run_sparse_blocks, sparse_step_kernels
 from deepseek_nb.quant import relative_error
 from deepseek_nb.quant.model import quantize_model
 
@@ -271,7 +270,7 @@ def steady_walk(r, **fields):
 
 
 def test_step_against_the_readable_model(r):
-    assert sparse_step_kernels.ready()
+    assert step_kernels('SELECTED').ready()
     before = torch.get_num_threads()
     for i in range(6):
         model, ids, mask, form, want = steady_walk(r)
@@ -314,17 +313,17 @@ def test_when_the_step_runs(r):
             cache.reserve(1)
             x = torch.zeros(cache.batch, 1, 24)
             return run_blocks.op.choose(x, model.layers, model.context(1, cache, mla=mla)).fn
-    for form in (None, 'int8'): assert twin(model.new_cache(2, index_dtype=form)) is run_sparse_blocks
-    assert twin(model.new_cache(2), mla='naive') is not run_sparse_blocks
+    for form in (None, 'int8'): assert twin(model.new_cache(2, index_dtype=form)) is run_blocks_cpp
+    assert twin(model.new_cache(2), mla='naive') is not run_blocks_cpp
     other = small_model(r, attn_bias=True)
-    assert twin(other.new_cache(1), other) is not run_sparse_blocks
+    assert twin(other.new_cache(1), other) is not run_blocks_cpp
     hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
-    assert twin(model.new_cache(1)) is not run_sparse_blocks
+    assert twin(model.new_cache(1)) is not run_blocks_cpp
     hook.remove()
-    assert twin(model.new_cache(1)) is run_sparse_blocks
+    assert twin(model.new_cache(1)) is run_blocks_cpp
     model.layers[0].self_attn.indexer.wk.weight = torch.nn.Parameter(torch.zeros(1), False)
     model.layers[0].self_attn.indexer = None
-    assert twin(model.new_cache(1)) is not run_sparse_blocks
+    assert twin(model.new_cache(1)) is not run_blocks_cpp
 
 
 def test_greedy_tokens_and_drafts(r):
@@ -394,7 +393,7 @@ def test_selection_on_codes(r):
                 near = [relative_error(want, attended(model, x*(1 + .03*torch.randn_like(x)), caches[0])) for _ in range(4)]
                 attended(model, x, caches[0])
             if max(near) < .1: break
-        assert add_attention.op.choose(x, model.layers[0], model.context(1, caches[1]).layer(0)).fn is add_sparse_codes
+        assert add_attention.op.choose(x, model.layers[0], model.context(1, caches[1]).layer(0)).fn is add_attention_cpp
         error = relative_error(want, attended(model, x, caches[1]))
         assert error < .06, f'{error:.3f}: {form} {keys} {model.config}'
 
@@ -407,11 +406,11 @@ def test_when_the_step_on_codes_runs(r):
             cache.reserve(1)
             return run_blocks.op.choose(torch.zeros(1, 1, 32), model.layers, model.context(1, cache)).fn
     model = coded_model(r, 'int8')
-    assert twin(model) is run_sparse_codes
+    assert twin(model) is run_blocks_cpp
     hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
-    assert twin(model) is not run_sparse_codes
+    assert twin(model) is not run_blocks_cpp
     hook.remove()
-    assert twin(model) is run_sparse_codes
+    assert twin(model) is run_blocks_cpp
     model.layers[0].self_attn.indexer.wk = torch.nn.Identity()
-    assert twin(model) is not run_sparse_codes
-    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not run_sparse_codes
+    assert twin(model) is not run_blocks_cpp
+    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not run_blocks_cpp

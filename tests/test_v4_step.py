@@ -21,8 +21,8 @@ from deepseek_nb.arch.window import WindowAttention, project_groups, rotate_back
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.core.nbproc import find_compiler
-from deepseek_nb.kernels.v4 import V4Blocks, v4_blocks_of, v4_head_kernels, v4_kernels
-from deepseek_nb.kernels.v4_codes import v4_codes_kernels
+from deepseek_nb.kernels.plan import plan_of
+from deepseek_nb.kernels.v4 import V4Blocks, v4_codes_kernels, v4_head_kernels, v4_kernels
 from deepseek_nb.quant import QuantizedWeight
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, rounded
@@ -212,7 +212,7 @@ def alone(model, text, r, rewinds):
     while len(cache) < len(text):
         new = text[len(cache):][:r.choice([1, 2, r.randrange(1, 65)])]
         found.append(model.hidden(new[None], cache)[0])
-        assert fused(model, cache) or fused(model, cache, 'v4_codes')
+        assert fused(model, cache)
     return torch.cat(found)
 
 
@@ -364,7 +364,7 @@ def test_falls_back(source):
     "A changed module, a hook, gradients, too many tokens or padding among the new tokens: the readable blocks run"
     model, ids, _, _ = well_posed(source('fallback'), 30, (2,))
     layer, x = model.layers[2], torch.zeros(2, 1, model.config.hc_mult, model.config.dim)
-    can = lambda: v4_blocks_of(model.layers, x) is not None
+    can = lambda: bool(plan_of(model.layers, x, V4Blocks))
     assert can()
     with torch.enable_grad(): assert not can()
     for module in (layer, layer.mlp, layer.self_attn.wq_b, layer.attn_hc):
@@ -383,7 +383,7 @@ def test_falls_back(source):
     assert fused(model, cache)
     cache.rewind(3)
     assert not fused(model, cache)
-    assert not v4_blocks_of(model.layers, x.double())
+    assert not plan_of(model.layers, x.double(), V4Blocks)
 
 
 def whole(r):
@@ -426,7 +426,7 @@ def test_codes(format, source, rounding):
     ids, pads = torch.randint(model.config.vocab_size, (3, 44)), torch.tensor([0, r.randrange(1, 9), r.randrange(1, 20)])
     cache = model.new_cache(3)
     with use('reference'): exact(ids[:, :20], cache, attention_mask=(torch.arange(20) >= pads[:, None]).long())
-    assert fused(model, cache, 'v4_codes')
+    assert fused(model, cache) and not plan_of(model.layers, torch.zeros(1), V4Blocks).floats
     while len(cache) < 42:
         n = min(r.choice([1, 1, 1, 2, 5, 12]), 44 - len(cache))
         new = ids[:, len(cache):len(cache) + n]
@@ -448,9 +448,11 @@ def test_codes_fall_back(source):
     def label(model):
         cache = model.new_cache()
         model(torch.zeros(1, 3, dtype=torch.long), cache)
-        return next((name for name in ('v4', 'v4_codes') if fused(model, cache, name)), '')
+        plan = plan_of(model.layers, x, V4Blocks)
+        assert fused(model, cache) == bool(plan)
+        return ('v4' if plan.floats else 'v4_codes') if plan else ''
     model = make(c)
     assert [label(quantize_model(model, f)) for f in ('int8', 'int4', 'fp8')] == ['v4_codes', 'v4_codes', '']
     assert label(quantize_model(make(replace(c, o_lora_rank=8)), 'int8')) == ''
     assert label(quantize_model(model, 'int8', skip=['layers.1.self_attn.wkv.weight'])) == ''
-    assert label(model) == 'v4' and v4_blocks_of(model.layers, x).floats
+    assert label(model) == 'v4' and plan_of(model.layers, x, V4Blocks).floats

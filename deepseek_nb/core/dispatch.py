@@ -82,7 +82,7 @@ class Twin:
     fn:Callable                     # Function with the same parameters as the definition
     device:str|None = None          # Type of device on which it runs; None: any
     available:Callable|None = None  # `() -> bool`, called once; None: always available
-    supports:Callable|None = None   # `(*args) -> bool`, called for each call; None: all arguments
+    supports:Callable|None = None   # `(*args) -> bool`, called for each call, or the function to call; None: all arguments
     label:str = ''                  # Distinguishes twins of the same kind and device
     @property
     def name(self): return '/'.join(filter(None, (self.kind, self.device, self.label)))
@@ -202,18 +202,27 @@ class Op:
         why = "doesn't support these arguments" if known else f'is missing or unavailable on {device}'
         warnings.warn(f'{self.name}: the {choice!r} twin {why}, {name!r} runs instead', stacklevel=4)
 
+    def find(
+        self,
+        *args, # Positional arguments of a call
+        **kwargs, # Keyword arguments of a call
+    )->tuple[Twin,Callable]: # The first twin of the plan that supports the arguments, and the function to call
+        "The twin that a call runs, and what its `supports` has prepared"
+        choice, device = chosen(), _device_of(args, kwargs)
+        for name in self.plan(choice, device):
+            twin = self.twins[name]
+            fits = twin.supports is None or twin.supports(*args, **kwargs)
+            if fits and (twin.available is None or self.ready(name)): break
+        if choice != 'auto' and twin.kind != choice: self.fall_back(choice, name, device)
+        return twin, fits if callable(fits) else twin.fn
+
     def choose(
         self,
         *args, # Positional arguments of a call
         **kwargs, # Keyword arguments of a call
     )->Twin: # The first twin of the plan that supports the arguments
         "The twin that a call runs"
-        choice, device = chosen(), _device_of(args, kwargs)
-        for name in self.plan(choice, device):
-            twin = self.twins[name]
-            if (twin.supports is None or twin.supports(*args, **kwargs)) and (twin.available is None or self.ready(name)): break
-        if choice != 'auto' and twin.kind != choice: self.fall_back(choice, name, device)
-        return twin
+        return self.find(*args, **kwargs)[0]
 
 # %% ../../nbs/030_core.dispatch.ipynb #58ae58bc
 _adapters = False  # whether a model of this process has, or had, an adapter
@@ -247,7 +256,7 @@ def op(
     state = _ops[f'{reference.__module__}.{reference.__qualname__}'] = Op(reference)
     @wraps(reference)
     def call(*args, **kwargs):
-        return state.choose(*args, **kwargs).fn(*args, **kwargs)
+        return state.find(*args, **kwargs)[1](*args, **kwargs)
     call.op, call.twin = state, state.twin
     return call
 

@@ -289,9 +289,6 @@ template <class M> void together(const Team& t, const std::vector<Group<Adapted<
 }
 
 // %% ../../nbs/547_kernels.adapted.ipynb #7a65b680
-#include "quant_step.h"
-#include "ragged.h"
-
 inline Adapters adapters_of(const Tensor& x, const Tensor& table, const Tensor& of) {
     STD_TORCH_CHECK(table.size(2) * sizeof(int64_t) == sizeof(LowRank), "a row of the table has ", table.size(2));
     Adapters all{(const LowRank*)table.data_ptr(), table.size(1), 0, x.size(0), x.size(1), data<int64_t>(of),
@@ -301,32 +298,3 @@ inline Adapters adapters_of(const Tensor& x, const Tensor& table, const Tensor& 
     all.low.resize(HALF * all.n * all.rank);
     return all;
 }
-struct AdaptedBatch { Tensor x, cos, sin; Tensors pages; Tensor starts, past, rows, y, table, of; };
-
-template <class Pages, class T, class M>
-void run_adapted(const Weights<T, M>& weights, int64_t count, const std::vector<int64_t>& sizes,
-                 const std::vector<double>& numbers, const AdaptedBatch& b) {
-    const auto all = record<StepSizes>(sizes);
-    const Adapters adapters = adapters_of(b.x, b.table, b.of);
-    const Pages step(b.x, b.cos, b.sin, b.starts, b.past, b.rows, b.pages[0], all.attention);
-    run_blocks(Weights<T, Adapted<M>>{weights, &adapters, 0}, count / (2 * HALF), step, all,
-               record<StepNumbers>(numbers), data<float>(b.x), b.pages, data<float>(b.y));
-}
-
-// %% ../../nbs/547_kernels.adapted.ipynb #243bff76
-template <class Pages>
-void run_floats(const Tensors& weights, const std::vector<int64_t>& sizes, const std::vector<double>& numbers,
-                const AdaptedBatch& batch) {
-    by_type(weights[0], [&]<class T>(T) {
-        run_adapted<Pages>(Weights<T, Dots<T>>{weights.data()}, weights.size(), sizes, numbers, batch);
-    });
-}
-template <class Pages>
-void run_codes(const Tensor& codes, bool single, bool prompt, const std::vector<int64_t>& sizes,
-               const std::vector<double>& numbers, const AdaptedBatch& batch) {
-    with_codes(codes, single, prompt, [&](auto w) { run_adapted<Pages>(w, codes.size(0), sizes, numbers, batch); });
-}
-
-#define BATCH_SCHEMA "int[] sizes, float[] numbers, Tensor(a!) x, Tensor cos, Tensor sin, Tensor(b!)[] pages, " \
-    "Tensor starts, " \
-                     "Tensor past, Tensor rows, Tensor(c!) y, Tensor table, Tensor of) -> ()"

@@ -11,7 +11,17 @@ struct RaggedStep : Ragged {
         : Ragged(x.size(0), x.size(1), starts, past, table, pages.size(pages.dim() - 2), key_heads(sizes),
                  sizes.heads / key_heads(sizes)), angles(cos, sin) {}
     static int64_t key_heads(const AttentionSizes& sizes) {
-        return sizes.kind == AttentionKind::mla ? 1 : sizes.kv_heads;
+        return sizes.kind == AttentionKind::gqa ? sizes.kv_heads : 1;
     }
     void rotate(float* x, int64_t token, bool interleaved) const { angles.apply(x, 0, token, interleaved, x); }
+    int64_t count() const { return row.back() + 1; }
+    int64_t row_of(int64_t token) const { return row[token]; }
+    int64_t begin(int64_t row) const { return starts[row]; }
+    int64_t tokens(int64_t row) const { return starts[row + 1] - starts[row]; }
+    int64_t first(int64_t) const { return 0; }
+    int64_t end(int64_t row) const { return past[row] + tokens(row); }
+    bool selects_all(int64_t) const { return false; }  // the bits of a row don't depend on other rows
+    int64_t distance(const Tensor& cache, int64_t row, int64_t position) const {
+        return table[row * width + position / page] * cache.stride(0) + position % page * cache.stride(1);
+    }
 };

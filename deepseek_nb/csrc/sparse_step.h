@@ -6,7 +6,6 @@
 #include "sparse.h"
 #include "step.h"
 
-constexpr int64_t INDEX = 5;  // weights of an indexer
 struct IndexPlace { enum { q, k, norm, bias, weights }; };
 template <class T, class M> struct Index {
     M q, k;
@@ -30,48 +29,80 @@ template <class T> void layer_norm(float* x, int64_t u, const T* weight, const T
 }
 
 // %% ../../nbs/533_kernels.sparse_step.ipynb #11a015ad
-template <class T, class M> struct DsaStage : MlaStage<T, M> {
-    using Base = MlaStage<T, M>;
+// the index keys of one row in pages
+template <class T> struct PagedKeys {
+    using Query = IndexQuery;
+    int64_t t, page, u;
+    const int64_t* table;
+    View<const T> keys;
+    int64_t room() const { return INDEX_KEYS * u; }
+
+    void score(const Team& team, int64_t seen, int64_t n, const Query* queries, float* to, int64_t ldo,
+               float* wide) const {
+        const bool plain = std::is_same_v<T, float>;
+        const auto [begin, end] = team.share((seen + page - 1) / page);
+        for (int64_t p = begin; p < end; ++p) {
+            const IndexKeys<T> here{page, keys.s, u, keys.at(table[p], 0, 0)};
+            const int64_t held = std::min(page, seen - p * page);
+            for (int64_t i = 0, some; i < held; i += some) {
+                const float* k = here.floats(i, some = std::min(INDEX_KEYS, held - i), wide);
+                for (int64_t r = 0; r < n; ++r)
+                    queries[r].score(some, k, plain ? keys.s : u, to + r * ldo + p * page + i,
+                                     plain && !r ? k + some * keys.s : k);
+            }
+        }
+    }
+};
+
+// the weights of an attention with an indexer
+template <class T, class M> struct Dsa { Mla<T, M> mla; Index<T, M> index; };
+
+template <class T, class M, class S> struct DsaStage : MlaStage<T, M, S> {
+    using Base = MlaStage<T, M, S>;
     using Base::step, Base::xs, Base::qas, Base::qa, Base::panel, Base::q, Base::ql, Base::o;
-    int64_t a;                              // most tokens that a query selects
+    int64_t TENSORS, a = 0;                 // tensors per layer in the cache; most tokens that a query selects
     Tensor starts, held, table;             // a row for each new token: the latents that it selects
     std::unique_ptr<Ragged> chosen;         // attention to them; null while all tokens are selected
     float *ik, *iq, *iw, *room, *desk;      // index keys, queries and weights; memory of selection and attention
 
-    DsaStage(const Step& step, const Mla<T, M>& w, const Index<T, M>& m, int64_t a, const Tensor& like,
-             const Tensor* cache);
-    int64_t first(int64_t row) const { return step.pad ? step.pad[row] : 0; }
+    DsaStage(const S& step, const Dsa<T, M>& w, int64_t top, const Tensor* cache);
+    // tokens of its row up to a new one, without padding
+    int64_t seen(int64_t j) const {
+        const int64_t row = step.row_of(j);
+        return step.end(row) - step.tokens(row) + j - step.begin(row) + 1 - step.first(row);
+    }
     void project_index(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x) const;
     void write_index(const Team& t, const Index<T, M>& m, const Tensor* cache) const;
     template <class F> void each_keys(const Index<T, M>& m, const Tensor* cache, int64_t row, F use) const;
+    void list(int64_t row) const;
     void select(const Team& t, const Index<T, M>& m, const Tensor* cache) const;
-    void operator()(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x, const Tensor* cache,
-                    float* y) const;
+    void operator()(const Team& t, const Dsa<T, M>& w, const float* x, const Tensor* cache, float* y) const;
 };
 
 // %% ../../nbs/533_kernels.sparse_step.ipynb #e24f7446
 inline Tensor integers(const Tensor& like, std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(like, shape, torch::headeronly::ScalarType::Long);
 }
-template <class T, class M>
-DsaStage<T, M>::DsaStage(const Step& step, const Mla<T, M>& w, const Index<T, M>& m, int64_t a, const Tensor& like,
-                         const Tensor* cache)
-    : Base(step, w), a(a), starts(integers(like, {step.n + 1})), held(integers(like, {step.n})),
-      table(integers(like, {step.n, a})) {
+inline bool is_coded(const Tensor* cache) { return cache[1].scalar_type() == torch::headeronly::ScalarType::Byte; }
+
+template <class T, class M, class S>
+DsaStage<T, M, S>::DsaStage(const S& step, const Dsa<T, M>& w, int64_t top, const Tensor* cache)
+    : Base(step, w.mla), TENSORS(is_coded(cache) ? 3 : 2), starts(integers(*cache, {step.n + 1})),
+      held(integers(*cache, {step.n})), table(starts) {
+    const Index<T, M>& m = w.index;
+    for (int64_t j = 0; j < step.n; ++j) a = std::max(a, std::min(top, seen(j)));
+    table = integers(*cache, {step.n, a});
     for (int64_t j = 0; j <= step.n; ++j) data<int64_t>(starts)[j] = j;
-    for (int64_t j = 0; j < step.n; ++j) {
-        const int64_t seen = step.past + j % step.s + 1 - first(j / step.s);
-        data<int64_t>(held)[j] = std::clamp<int64_t>(seen, 1, a) - 1;
-    }
-    const int64_t t = step.past + step.s, index = round_up(step.n * (m.u + m.j * m.u + m.j), 16);
-    if (t > a) chosen.reset(new Ragged(step.n, w.cached(), starts, held, table, 1, 1, w.h));
+    for (int64_t j = 0; j < step.n; ++j) data<int64_t>(held)[j] = std::clamp<int64_t>(seen(j), 1, a) - 1;
+    if (!step.selects_all(top)) chosen.reset(new Ragged(step.n, w.mla.cached(), starts, held, table, 1, 1, w.mla.h));
     int64_t most = 0;
-    each_keys(m, cache, 0, [&](auto run) {
-        run.keys.t = t;
-        most = chosen ? round_up(run.room(torch::stable::get_num_threads()), 16) : 0;
-    });
+    for (int64_t i = 0; chosen && i < step.count(); ++i)
+        each_keys(m, cache, i, [&](auto run) {
+            most = std::max(most, round_up(run.room(torch::stable::get_num_threads()), 16));
+        });
+    const int64_t index = round_up(step.n * (m.u + m.j * m.u + m.j), 16);
     static thread_local Buffer buffer;
-    ik = buffer.need(index + most + (chosen ? chosen->room(w.cached(), w.c) : 0));
+    ik = buffer.need(index + most + (chosen ? chosen->room(w.mla.cached(), w.mla.c) : 0));
     iq = ik + step.n * m.u, iw = iq + step.n * m.j * m.u, room = ik + index, desk = room + most;
 }
 
@@ -81,8 +112,8 @@ const float* const* again(const Team& t, int64_t n, int64_t d, const float* x, c
                           const std::vector<const float*>& shared) {
     return n > ALONE ? shared.data() : normalised(t, n, d, x, weight, eps, shared);
 }
-template <class T, class M>
-void DsaStage<T, M>::project_index(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x) const {
+template <class T, class M, class S>
+void DsaStage<T, M, S>::project_index(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x) const {
     const int64_t n = step.n;
     const float* const* rows = again(t, n, w.d, x, w.norm, w.eps, xs);
     product(t, m.u, n, w.d, m.k, rows, ik, m.u, panel);
@@ -95,10 +126,8 @@ void DsaStage<T, M>::project_index(const Team& t, const Mla<T, M>& w, const Inde
 }
 
 // %% ../../nbs/533_kernels.sparse_step.ipynb #08bcf404
-inline bool is_coded(const Tensor* cache) { return cache[1].scalar_type() == torch::headeronly::ScalarType::Byte; }
-
-template <class T, class M>
-void DsaStage<T, M>::write_index(const Team& t, const Index<T, M>& m, const Tensor* cache) const {
+template <class T, class M, class S>
+void DsaStage<T, M, S>::write_index(const Team& t, const Index<T, M>& m, const Tensor* cache) const {
     const auto [begin, end] = t.share(step.n);
     for (int64_t j = begin; j < end; ++j) {
         float* k = ik + j * m.u;
@@ -115,49 +144,60 @@ void DsaStage<T, M>::write_index(const Team& t, const Index<T, M>& m, const Tens
 }
 
 // %% ../../nbs/533_kernels.sparse_step.ipynb #ead70f5d
-template <class T, class M> template <class F>
-void DsaStage<T, M>::each_keys(const Index<T, M>& m, const Tensor* cache, int64_t row, F use) const {
-    const int64_t t = step.past + step.s - first(row), at = row * step.s;
-    const float *q = iq + at * m.j * m.u, *w = iw + at * m.j;
-    if (is_coded(cache)) {
+template <class T, class M, class S> template <class F>
+void DsaStage<T, M, S>::each_keys(const Index<T, M>& m, const Tensor* cache, int64_t row, F use) const {
+    const int64_t first = step.first(row), t = step.end(row) - first, at = step.begin(row);
+    const auto search = [&](auto keys) {
+        using Run = SelectRun<decltype(keys)>;
+        use(Run{step.tokens(row), m.j, m.u, iq + at * m.j * m.u, iw + at * m.j, keys, nullptr, 0, true, a,
+                {data<int64_t>(table) + at * a}});
+    };
+    const auto floats = FloatCache::view<T>(cache + 1);
+    if constexpr (requires { step.page; })
+        search(PagedKeys<T>{t, step.page, m.u, step.table + row * step.width, floats.read_only()});
+    else if (is_coded(cache)) {
         const auto codes = FloatCache::view<uint8_t>(cache + 1);
         const auto scales = FloatCache::view<float>(cache + 2);
-        const CodedKeys keys{t, codes.s, m.u, codes.at(row, 0, first(row)), scales.at(row, 0, first(row)), scales.s};
-        use(SelectRun<CodedKeys>{step.s, m.j, m.u, q, w, keys, nullptr, 0, true});
-    } else {
-        const auto floats = FloatCache::view<T>(cache + 1);
-        const IndexKeys<T> keys{t, floats.s, m.u, floats.at(row, 0, first(row))};
-        use(SelectRun<IndexKeys<T>>{step.s, m.j, m.u, q, w, keys, nullptr, 0, true});
+        search(CodedKeys{t, codes.s, m.u, codes.at(row, 0, first), scales.at(row, 0, first), scales.s});
+    } else search(IndexKeys<T>{t, floats.s, m.u, floats.at(row, 0, first)});
+}
+// all tokens up to each new one, where these are few; a token of the padding attends to itself
+template <class T, class M, class S> void DsaStage<T, M, S>::list(int64_t row) const {
+    for (int64_t j = step.begin(row); j < step.begin(row) + step.tokens(row); ++j) {
+        int64_t* to = data<int64_t>(table) + j * a;
+        for (int64_t p = 0; p < seen(j); ++p) to[p] = p;
     }
 }
-template <class T, class M>
-void DsaStage<T, M>::select(const Team& t, const Index<T, M>& m, const Tensor* cache) const {
-    const int64_t row = cache->stride(0), hop = cache->stride(1);
-    int64_t* to = data<int64_t>(table);
-    for (int64_t i = 0; i < step.b; ++i)
-        each_keys(m, cache, i, [&](auto run) {
-            run.a = a, run.out = {to + i * step.s * a, i * row + first(i) * hop, hop};
-            run(t, room);
-        });
+template <class T, class M, class S>
+void DsaStage<T, M, S>::select(const Team& t, const Index<T, M>& m, const Tensor* cache) const {
+    for (int64_t i = 0; i < step.count(); ++i, t.wait())
+        if (step.end(i) - step.first(i) > a) each_keys(m, cache, i, [&](const auto& run) { run(t, room); });
+        else if (t.rank == 0) list(i);
+    const auto [begin, end] = t.share(step.n);
+    for (int64_t j = begin; j < end; ++j) {
+        const int64_t row = step.row_of(j);
+        int64_t* to = data<int64_t>(table) + j * a;
+        if (seen(j) < 1) to[0] = seen(j) - 1;
+        for (int64_t k = 0; k <= data<int64_t>(held)[j]; ++k)
+            to[k] = step.distance(*cache, row, step.first(row) + to[k]);
+    }
     t.wait();
-    for (int64_t j = 0; step.pad && t.rank == 0 && j < step.n; ++j)
-        if (step.past + j % step.s < first(j / step.s)) to[j * a] = j / step.s * row + (step.past + j % step.s) * hop;
-    if (step.pad) t.wait();
 }
 
 // %% ../../nbs/533_kernels.sparse_step.ipynb #a3d93330
-template <class T, class M>
-void DsaStage<T, M>::operator()(const Team& t, const Mla<T, M>& w, const Index<T, M>& m, const float* x,
-                                const Tensor* cache, float* y) const {
+template <class T, class M, class S>
+void DsaStage<T, M, S>::operator()(const Team& t, const Dsa<T, M>& all, const float* x, const Tensor* cache,
+                                   float* y) const {
+    const auto& w = all.mla;
     const auto keys = FloatCache::view<T>(cache);
     this->project(t, w, x);
-    project_index(t, w, m, x);
+    project_index(t, w, all.index, x);
     this->write(t, w, keys);
-    write_index(t, m, cache);
+    write_index(t, all.index, cache);
     absorb(t, w, step.n, q, ql);
     t.wait();
     if (chosen) {
-        select(t, m, cache);
+        select(t, all.index, cache);
         const Selection<T> rows{{data<const T>(*cache), 1, 0, 0}};
         chosen->attend(t, Heads<Selection<T>>{1, w.h, w.cached(), w.c, ql, rows, rows, o, w.scale}, desk);
     } else {
@@ -168,33 +208,10 @@ void DsaStage<T, M>::operator()(const Team& t, const Mla<T, M>& w, const Index<T
     this->finish(t, w, x, y);
 }
 
-// %% ../../nbs/533_kernels.sparse_step.ipynb #540aca09
-template <class T, class M>
-void run_sparse_attention(const Weights<T, M>& weights, const Weights<T, M>& index, const Step& step, int64_t a,
-                          const AttentionSizes& sizes, const AttentionNumbers& numbers, const Tensor& x,
-                          const Tensors& cache, const Tensor& y) {
-    const auto w = mla_weights(weights, sizes, numbers);
-    const auto m = index_weights(index);
-    const DsaStage<T, M> attend(step, w, m, a, x, cache.data());
-    team([&](const Team& t) { attend(t, w, m, data<float>(x), cache.data(), data<float>(y)); });
-}
-
-// %% ../../nbs/533_kernels.sparse_step.ipynb #661ac996
-template <class T, class M>
-void run_sparse_blocks(const Weights<T, M>& all, const Weights<T, M>& indexers, int64_t layers, const Step& step,
-                       int64_t a, const StepSizes& n, const StepNumbers& f, const Tensor& x, const Tensors& caches,
-                       const Tensor& y) {
-    const int64_t each = caches.size() / layers;
-    const auto mla = [&](int64_t i) { return mla_weights(all.from(2 * i * HALF), n.attention, f.attention); };
-    FfnStage<T, M> feed = largest_ffn(all, layers, step.n, step.d, n.feed.k);
-    const DsaStage<T, M> attend(step, mla(0), index_weights(indexers), a, x, caches.data());
-    team([&](const Team& t) {
-        for (int64_t i = 0; i < layers; ++i) {
-            const auto m = index_weights(indexers.from(i * INDEX));
-            attend(t, mla(i), m, data<float>(x), &caches[i * each], data<float>(y));
-            t.wait();
-            feed(t, ffn_weights(all.from((2 * i + 1) * HALF), n.feed, f.feed), data<float>(y), data<float>(x));
-            t.wait();
-        }
-    });
+// %% ../../nbs/533_kernels.sparse_step.ipynb #882c4c31
+template <class T, class M, class S, class W, class F>
+void with_selected(const Weights<T, M>& first, const S& step, const AttentionSizes& sizes, const Tensor* cache, W mla,
+                   F use) {
+    auto weights = [=](const Weights<T, M>& w) { return Dsa<T, M>{mla(w), index_weights(w.from(HALF))}; };
+    use(DsaStage<T, M, S>(step, weights(first), sizes.top, cache), weights);
 }

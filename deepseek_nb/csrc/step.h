@@ -8,13 +8,14 @@
 #include "route.h"
 #include <optional>
 
-enum class AttentionKind : int64_t { gqa, mla };
+enum class AttentionKind : int64_t { gqa, mla, selected };  // MLA of all tokens, or of those that an indexer selects
 struct AttentionSizes {
     AttentionKind kind;
     int64_t heads, interleaved;         // query heads; 1 if rotary pairs are adjacent
     int64_t kv_heads, head;             // GQA: key heads, width of a head
     int64_t q_latent, latent;           // MLA: latent width of queries (0: none), and of keys and values
     int64_t rotary, nope, value;        // MLA: widths per head of rotary part, rest of the key, and value
+    int64_t top;                        // tokens that a query selects
 };
 struct AttentionNumbers { double eps, scale; };        // epsilon of the norm, factor of the scores
 struct FeedSizes { int64_t k; RouterSettings router; };  // experts per token; zeros for a dense feed-forward
@@ -24,20 +25,33 @@ struct StepSizes { AttentionSizes attention; FeedSizes feed; };
 struct StepNumbers { AttentionNumbers attention; FeedNumbers feed; };
 
 // %% ../../nbs/530_kernels.stages.ipynb #a9e328e9
-constexpr int64_t HALF = 8;  // weights of a sublayer
+constexpr int64_t HALF = 8, INDEX = 5;  // weights of a sublayer, and of an indexer
 struct MlaPlace { enum { norm, kv_a, kv_norm, kv_b, o, q, q_a, q_norm }; };
 struct GqaPlace { enum { norm, q, k, v, o, q_bias, k_bias, v_bias }; };
 struct FeedPlace { enum { norm, router, bias, gate_up, down, gate, up, project }; };
 
 // %% ../../nbs/530_kernels.stages.ipynb #6d335c5f
+// a row of Python's table
+struct TableRow {
+    int64_t address, format, group;
+    int64_t width;  // numbers per row of the weight
+    int64_t bytes;  // bytes per panel
+    int64_t size;   // length of the first axis
+};
+template <class T, class M> void take(const TableRow&, const T* at, M& m) { m = M{at}; }
+
 template <class T, class M> struct Weights {
-    const Tensor* first;
-    const T* vector(int64_t i) const { return data<T>(first[i]); }
-    const float* floats(int64_t i) const { return data<float>(first[i]); }
-    M matrix(int64_t i) const { return M{data<T>(first[i])}; }
-    int64_t size(int64_t i) const { return first[i].size(0); }
-    int64_t width(int64_t i) const { return first[i].size(first[i].dim() - 1); }
-    Weights from(int64_t i) const { return {first + i}; }
+    const TableRow* rows;
+    const T* vector(int64_t i) const { return (const T*)rows[i].address; }
+    const float* floats(int64_t i) const { return (const float*)rows[i].address; }
+    M matrix(int64_t i) const {
+        M m;
+        take(rows[i], vector(i), m);
+        return m;
+    }
+    int64_t size(int64_t i) const { return rows[i].size; }
+    int64_t width(int64_t i) const { return rows[i].width; }
+    Weights from(int64_t i) const { return {rows + i}; }
 };
 
 // %% ../../nbs/530_kernels.stages.ipynb #141c41dc
@@ -54,6 +68,18 @@ struct Step : FloatCache {
     // where the cache holds a new token
     template <class V> auto place(const V& cache, int64_t token, int64_t head) const {
         return cache.at(token / s, head, past + token % s);
+    }
+    // the rows that a selection is for: their number, first tokens, tokens and padding; positions with the new ones
+    int64_t count() const { return b; }
+    int64_t row_of(int64_t token) const { return token / s; }
+    int64_t begin(int64_t row) const { return row * s; }
+    int64_t tokens(int64_t) const { return s; }
+    int64_t first(int64_t row) const { return pad ? pad[row] : 0; }
+    int64_t end(int64_t) const { return past + s; }
+    bool selects_all(int64_t top) const { return past + s <= top; }
+    // numbers from the first one of a tensor to a position
+    int64_t distance(const Tensor& cache, int64_t row, int64_t position) const {
+        return row * cache.stride(0) + position * cache.stride(1);
     }
     int64_t room(int64_t x, int64_t v) const { return torch::stable::get_num_threads() * attention_room(x, v); }
     template <class T> void attend(const Team& t, const Heads<View<const T>>& m, float* scratch) const {
@@ -450,21 +476,24 @@ void FfnStage<T, M>::operator()(const Team& t, const Ffn<T, M>& w, const float* 
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #8b4ce8c8
+template <class S> concept Selects = requires { S::SELECTS; };
+template <class S> constexpr int64_t ATTEND = Selects<S> ? HALF + INDEX : HALF;  // weights of an attention
+
 template <class T, class M, class S, class F>
 void with_attention(const Weights<T, M>& first, const S& step, const AttentionSizes& sizes,
-                    const AttentionNumbers& numbers, F use) {
-    if (sizes.kind == AttentionKind::mla) {
-        auto weights = [&](const Weights<T, M>& w) { return mla_weights(w, sizes, numbers); };
-        use(MlaStage<T, M, S>(step, weights(first)), weights);
-    } else {
+                    const AttentionNumbers& numbers, const Tensor* cache, F use) {
+    auto mla = [&](const Weights<T, M>& w) { return mla_weights(w, sizes, numbers); };
+    if constexpr (Selects<S>) with_selected(first, step, sizes, cache, mla, use);
+    else if (sizes.kind == AttentionKind::mla) use(MlaStage<T, M, S>(step, mla(first)), mla);
+    else {
         auto weights = [&](const Weights<T, M>& w) { return gqa_weights(w, sizes, numbers); };
         use(GqaStage<T, M, S>(step, weights(first)), weights);
     }
 }
-template <class T, class M>
-void run_attention(const Weights<T, M>& weights, const Step& step, const AttentionSizes& sizes,
+template <class T, class M, class S>
+void run_attention(const Weights<T, M>& weights, const S& step, const AttentionSizes& sizes,
                    const AttentionNumbers& numbers, const float* x, const Tensors& cache, float* y) {
-    with_attention(weights, step, sizes, numbers, [&](const auto& attend, auto with) {
+    with_attention(weights, step, sizes, numbers, cache.data(), [&](const auto& attend, auto with) {
         const auto w = with(weights);
         team([&](const Team& t) { attend(t, w, x, cache.data(), y); });
     });
@@ -480,15 +509,15 @@ void run_ffn(const Weights<T, M>& weights, int64_t n, int64_t d, const FeedSizes
 }
 
 // %% ../../nbs/530_kernels.stages.ipynb #afac5ce2
-template <class T, class M>
-FfnStage<T, M> largest_ffn(const Weights<T, M>& weights, int64_t layers, int64_t n, int64_t d, int64_t k) {
+template <class T, class M, class S>
+FfnStage<T, M> largest_ffn(const Weights<T, M>& weights, int64_t layers, const S& step, int64_t k) {
     int64_t e = 0, wide = 0;
     for (int64_t i = 0; i < layers; ++i) {
-        const auto w = weights.from((2 * i + 1) * HALF);
+        const auto w = weights.from(i * (ATTEND<S> + HALF) + ATTEND<S>);
         if (w.vector(FeedPlace::router)) e = std::max(e, w.size(FeedPlace::router));
         else wide = std::max(wide, w.width(FeedPlace::project));
     }
-    return {n, d, e, k, wide};
+    return {step.n, step.d, e, k, wide};
 }
 // the weights as the feed-forward multiplies them
 template <class T, class M> const Weights<T, M>& feeding(const Weights<T, M>& w) { return w; }
@@ -497,13 +526,14 @@ template <class T, class M, class S>
 void run_blocks(const Weights<T, M>& weights, int64_t layers, const S& step, const StepSizes& sizes,
                 const StepNumbers& numbers, float* x, const Tensors& caches, float* y) {
     const auto& fed = feeding(weights);
-    auto feed = largest_ffn(fed, layers, step.n, step.d, sizes.feed.k);
-    with_attention(weights, step, sizes.attention, numbers.attention, [&](const auto& attend, auto with) {
+    auto feed = largest_ffn(fed, layers, step, sizes.feed.k);
+    with_attention(weights, step, sizes.attention, numbers.attention, caches.data(), [&](const auto& attend, auto with) {
         team([&](const Team& t) {
             for (int64_t i = 0; i < layers; ++i) {
-                attend(t, with(weights.from(2 * i * HALF)), x, &caches[i * attend.TENSORS], y);
+                const int64_t at = i * (ATTEND<S> + HALF);
+                attend(t, with(weights.from(at)), x, &caches[i * attend.TENSORS], y);
                 t.wait();
-                feed(t, ffn_weights(fed.from((2 * i + 1) * HALF), sizes.feed, numbers.feed), y, x);
+                feed(t, ffn_weights(fed.from(at + ATTEND<S>), sizes.feed, numbers.feed), y, x);
                 t.wait();
             }
         });

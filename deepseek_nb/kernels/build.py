@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -94,17 +95,19 @@ def with_definitions(
 
 # %% ../../nbs/505_kernels.build.ipynb #46e91e7c
 def library_path(
-    name:str, # Name of a file in `csrc/`
+    name:str, # Name of a file in `csrc/`, and the macros of a variant
 )->tuple[Path,dict]: # Path of the library, which may not exist yet, and its source files: name -> text
     "Path and source files of a kernel's library"
-    files = with_definitions(with_includes(f'#include "{name}"'))
-    return cache_dir()/'kernels'/f"{Path(name).stem}-{build_key(files, find_compiler('cpp'))}.so", files
+    file,*macros = name.split()
+    files = with_definitions(with_includes(f'#include "{file}"'))
+    key = build_key(files | {m: '' for m in macros}, find_compiler('cpp'))
+    return cache_dir()/'kernels'/f'{Path(file).stem}-{key}.so', files
 
 # %% ../../nbs/505_kernels.build.ipynb #ca60e0e2
 _started = []  # functions that are called with the name of each kernel before it is compiled
 
 def build_kernel(
-    name:str, # Name of a file in `csrc/`
+    name:str, # Name of a file in `csrc/`, and the macros of a variant, such as `step.cpp PAGES`
 )->Path: # Path of the library
     "Compile a kernel, unless its library exists"
     out,files = library_path(name)
@@ -174,9 +177,11 @@ def _precompiled(files):
 def _build_library(name, files, out):
     "Compile a kernel and the `.cc` files of its headers at the same time, and link them"
     for tell in _started: tell(name)
+    name,*macros = name.split()
     units, space = [n for n in files if n.endswith('.cc')], f"-DNAMESPACE=deepseek_nb_{out.stem.rpartition('-')[2]}"
     with tempfile.TemporaryDirectory(dir=out.parent) as here, ThreadPoolExecutor(1 + len(units)) as pool:
-        own = pool.submit(lambda: _compile(name, files, Path(here, 'kernel.o'), space, *_precompiled(files)))
+        flags = space, *(f'-D{m}' for m in macros), *_precompiled(files)
+        own = pool.submit(lambda: _compile(name, files, Path(here, 'kernel.o'), *flags))
         objects = [*pool.map(_build_object, units)]
         own.result()
         link = [*_link_names(here, find_compiler('cpp')), *compiler_flags()]
@@ -217,9 +222,11 @@ def compiling_notice(
         notice.finish()
 
 # %% ../../nbs/505_kernels.build.ipynb #b8be9ac9
-def kernel_names()->list[str]: # Names of files in `csrc/`
-    "Names of all C++ kernels of the package"
-    return sorted(p.name for p in Path(__file__).parents[1].joinpath('csrc').glob('*.cpp'))
+def kernel_names()->list[str]: # Names of files in `csrc/`, and of their variants
+    "Names of all C++ kernels of the package; a line `// also with` of a file adds a variant"
+    files = sorted(Path(__file__).parents[1].joinpath('csrc').glob('*.cpp'))
+    also = {p.name: re.findall('^// also with (.*)', p.read_text(encoding='utf-8'), re.M) for p in files}
+    return [name for n,macros in also.items() for name in (n, *(f'{n} {m}' for m in macros))]
 
 def build_all(
     names:list|None = None, # Names of files in `csrc/`; None: all
@@ -235,7 +242,7 @@ def build_all(
 _loaded, _lock = {}, Lock()
 
 def load_kernel(
-    name:str, # Name of a file in `csrc/`
+    name:str, # Name of a file in `csrc/`, and the macros of a variant
 ): # Namespace of its PyTorch operators
     "Load the operators of a kernel, and compile it first if its library doesn't exist"
     path = build_kernel(name)
@@ -251,7 +258,7 @@ _said = set()  # reasons that a warning has stated
 class Kernels:
     "The operators of a C++ file as attributes, loaded at the first use"
     def __init__(self,
-        name:str, # Name of a file in `csrc/`
+        name:str, # Name of a file in `csrc/`, and the macros of a variant
         **fakes, # Operator -> function with the same arguments that returns an empty result, for `torch.compile`
     ): self.name,self.fakes,self.failed,self.space = name,fakes,None,None
 

@@ -25,8 +25,8 @@ from ..infer.paged import PagedCache, PagePool
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import processor
 from .paged import attend_pages, paged_kernels
-from .ragged import BatchPart, pages_fit, parts_of
-from .step import blocks_of, collected
+from .plan import kept_plan
+from .ragged import BatchPart, parts_of
 from ..quant import QuantizedWeight
 
 # %% ../../nbs/543_kernels.layers.ipynb #e8748528
@@ -95,11 +95,12 @@ def needs_layers(
     batch:RaggedBatch, # Rows, with pages for the new tokens
 )->bool: # Whether no fused step can run them, and this twin can
     "Whether a batch runs layer by layer"
-    if not isinstance(blocks, nn.ModuleList) or not pages_fit(x, batch.caches[0]): return False
-    found = collected.get(blocks) or blocks_of(blocks, x[None, :1])
-    if found is None or found.floats: return False
+    if not isinstance(blocks, nn.ModuleList) or torch.is_grad_enabled() or batch.caches[0].dtype != x.dtype: return False
+    if type(batch.caches[0]) is not PagedCache or type(batch.caches[0].pool) is not PagePool: return False
+    found = kept_plan(blocks)
+    if found.floats or not found.plain: return False
     if not hasattr(found, 'layers'): found.layers = all(map(exact_block, blocks)) and any(map(_has_ggml, blocks)) # once for all steps
-    return found.layers and found.holds() # no weight was replaced since
+    return found.layers
 
 def _has_ggml(block): return any(isinstance(m, QuantizedWeight) and m.format.name == 'ggml' for m in block.modules())
 

@@ -28,7 +28,7 @@ def least_seconds(
 # %% ../../nbs/530_kernels.stages.ipynb #2e2da989
 class AttentionSizes(NamedTuple):
     "The fields of C++'s `AttentionSizes`, in their order"
-    kind:int         # 0 GQA, 1 MLA
+    kind:int         # 0 GQA, 1 MLA, 2 MLA of selected tokens
     heads:int        # Query heads
     interleaved:int  # 1 if rotary pairs are adjacent columns
     kv_heads:int = 0 # Key heads of GQA
@@ -38,16 +38,17 @@ class AttentionSizes(NamedTuple):
     rotary:int = 0   # Width of a head's rotary part
     nope:int = 0     # Width of a head's other part of query and key
     value:int = 0    # Width of a head's value
+    top:int = 0      # Tokens that a query selects
 
 # %% ../../nbs/530_kernels.stages.ipynb #01ba5cd2
 def attention_sizes(
     c:Config, # Config of a model
 )->AttentionSizes:
     "The sizes of a model's attention"
-    kind,interleaved = int(c.mla),int(c.rope.interleaved)
+    kind,interleaved = c.mla + bool(c.index_n_heads),int(c.rope.interleaved)
     if not c.mla: return AttentionSizes(kind, c.n_heads, interleaved, c.n_kv_heads, c.head_dim)
     return AttentionSizes(kind, c.n_heads, interleaved, 0, 0, c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim,
-                          c.qk_nope_head_dim, c.v_head_dim)
+                          c.qk_nope_head_dim, c.v_head_dim, c.index_topk if c.index_n_heads else 0)
 
 # %% ../../nbs/530_kernels.stages.ipynb #5e3895cf
 MLA_PLACES = {
