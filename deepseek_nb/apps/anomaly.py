@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import named_with, read_weights, write_weights
+from .rows import named_with, read_weights, save_weights
 from .tcn import SignalConfig, SignalNet, SignalState, find_periods, receptive_field
 
 # %% ../../nbs/856_apps.anomaly.ipynb #0501e514
@@ -355,7 +355,7 @@ class Detector:
         about = dict(config=asdict(self.net.c), labelled=self.labelled, rate=self.rate, max_gap=self.max_gap, warm_up=self.warm_up,
             calibration=asdict(self.calibration) if self.calibration else None,
             streams=[dict(key=k, time=s.time, steps=s.steps) for k,s in self.streams.items()])
-        write_weights(Path(folder)/'detector.safetensors', tensors, about)
+        save_weights(Path(folder)/'detector.safetensors', tensors, about)
 
     @classmethod
     def load(cls,

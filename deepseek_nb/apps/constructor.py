@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .instances import Instance, random_instance
 from .route_moves import improve, join_by_savings, prepare_roads
-from .rows import package_folder, read_weights, write_weights
+from .rows import package_folder, read_weights, save_weights
 from ..kernels.build import Kernels
 
 # %% ../../nbs/874_apps.constructor.ipynb #da5ab262
@@ -121,7 +121,7 @@ class RouteNet(nn.Module):
         path:str|Path, # File, such as `route.safetensors`
     )->None:
         "Write sizes and weights to a file"
-        write_weights(path, self.state_dict(), asdict(self.c), 'sizes')
+        save_weights(path, self.state_dict(), asdict(self.c), 'sizes')
 
     @classmethod
     def load(cls,

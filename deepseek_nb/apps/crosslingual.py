@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .encoder import TextEncoder, embed_texts, load_encoder
 from .languages import TOPICS, read_sib
-from .rows import App, input_rows, named_with, package_folder, read_weights, write_weights
+from .rows import App, input_rows, named_with, package_folder, read_weights, save_weights
 from ..eval.classify import confusion, macro_f1
 from ..files.hub import cache_dir
 from ..files.safetensors import written
@@ -194,7 +194,7 @@ class TopicClassifier:
         "Save the head, the maps and the names; the encoder is not saved"
         tensors = {f'head.{k}': v for k,v in self.head._asdict().items() if k != 'scale'}
         for code,m in self.maps.items(): tensors |= {f'maps.{code}.{k}': v for k,v in m._asdict().items()}
-        write_weights(Path(folder)/'topics.safetensors', tensors, dict(topics=self.topics, scale=self.head.scale))
+        save_weights(Path(folder)/'topics.safetensors', tensors, dict(topics=self.topics, scale=self.head.scale))
 
     @classmethod
     def load(cls,

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .anomaly import Calibration, Detector, FitSettings, SignalStream, as_series, scaled
-from .rows import read_weights, write_weights
+from .rows import read_weights, save_weights
 from .tcn import SignalConfig
 
 # %% ../../nbs/857_apps.discord.ipynb #abcd20d5
@@ -212,7 +212,7 @@ class DiscordDetector(Detector):
         tensors = dict(normal=self.normal, largest=self.largest)
         for i,s in enumerate(self.streams.values()): tensors |= {f'recent.{i}': s.recent, f'deviations.{i}': s.deviations}
         about = dict(config=asdict(self.c), calibration=asdict(self.calibration) if self.calibration else None)
-        write_weights(Path(folder)/'discord.safetensors', tensors, about)
+        save_weights(Path(folder)/'discord.safetensors', tensors, about)
 
     @classmethod
     def load(cls,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .fusion import FusionConfig, FusionNet, FusionSettings, heat_map, train_fusion
-from .rows import App, named_with, package_folder, read_weights, write_weights
+from .rows import App, named_with, package_folder, read_weights, save_weights
 from .spectrogram import SpectrogramConfig, check_recording, log_mel
 from .wafers import CAUSES, PairingRule, Pieces, draw_pieces, draw_pool, drop_repeated_maps, good_wafers, read_wm811k
 
@@ -217,7 +217,7 @@ class Inspector:
         for k,v in self.known.items(): tensors |= {f'known.{k}.means': v.means, f'known.{k}.inverse': v.inverse}
         about = dict(config=asdict(self.net.c), spectrogram=asdict(self.spectrogram), causes=self.causes,
                      limits={k: v.limit for k,v in self.known.items()})
-        write_weights(Path(folder)/'inspector.safetensors', tensors, about)
+        save_weights(Path(folder)/'inspector.safetensors', tensors, about)
 
     @classmethod
     def load(cls,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..infer.ragged import RaggedBatch, run_adapted_rows
-from .plan import Refusal, attention_half, check_step, feed_forward_half, rows_of
+from .plan import Refusal, attention_half, check_step, feed_forward_half, rows_step
 
 # %% ../../nbs/547_kernels.adapted.ipynb #243bff76
 B_COLUMNS = 64  # columns of a block of B
@@ -72,7 +72,7 @@ def adapted_of(
 ):
     "The step for rows with adapters, or why there is none"
     if batch.caches[0].c.index_n_heads: return Refusal('no step selects tokens of rows with adapters')
-    step = rows_of(x, blocks, batch, 'ADAPTED')
+    step = rows_step(x, blocks, batch, 'ADAPTED')
     if isinstance(step, Refusal): return step
     def run(x, blocks, batch, own):
         table,of = tables_of(own, batch.counts)

@@ -31,7 +31,7 @@ from ..arch.window import WindowAttention
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .gemm import FLOATS
-from .plan import LIMIT, Half, Plan, Refusal, check_step, plan_of
+from .plan import LIMIT, Half, StepPlan, Refusal, check_step, plan_of
 from .ragged import CALL_TOKENS, parts_of
 from .v4_parts import MOST_STREAMS
 from .v4_stages import V4_PLACES, v4_numbers, v4_sizes
@@ -85,7 +85,7 @@ def _dtype(half):
     return kinds[False].pop() if len(kinds[False]) == 1 and kinds[True] == {torch.float32} else None
 
 # %% ../../nbs/541_kernels.v4.ipynb #850747fc
-class V4Blocks(Plan):
+class V4Blocks(StepPlan):
     "The plan of a V4 model"
     def __init__(self,
         blocks:nn.ModuleList, # All blocks of one model

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from .chat import ApiError, Fields, Run, ServedModel, sampling_from, text_of
+from .chat import ApiError, Fields, ApiRun, ServedModel, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, check_stops, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .responses import add_turn, chat_call, joined_turns
@@ -277,7 +277,7 @@ class BlockWriter:
         return [*out, dict(type='content_block_stop', index=self.index)]
 
 # %% ../../nbs/478_serve.anthropic.ipynb #6280d147
-class MessagesRun(Run):
+class MessagesRun(ApiRun):
     "The answer to a request, while it is generated"
     def __init__(self,
         served:ServedModel, # Model that answers

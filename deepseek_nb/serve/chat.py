@@ -8,7 +8,7 @@ the tokens with the events that they complete."""
 
 # %% auto #0
 __all__ = ['KINDS', 'MOST_BIASES', 'ROLES', 'TEXT_PARTS', 'GATHERED', 'ApiError', 'Fields', 'excerpt', 'sampling_from', 'text_of',
-           'read_messages', 'ServedModel', 'longest_token', 'AnswerStep', 'Answer', 'Redraw', 'Run']
+           'read_messages', 'ServedModel', 'longest_token', 'AnswerStep', 'Answer', 'Redraw', 'ApiRun']
 
 # %% ../../nbs/470_serve.chat.ipynb #bee8a37e
 import re
@@ -504,7 +504,7 @@ class Redraw(NamedTuple):
     tries:int # Most draws
 
 # %% ../../nbs/470_serve.chat.ipynb #2b6114f2
-class Run:
+class ApiRun:
     "The answers to a request, while they are generated"
     answers = ()
     @property

@@ -21,7 +21,7 @@ from uuid import uuid4
 from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Piece
 from ..infer.sampling import SamplingParams
-from .chat import ApiError, Fields, Run, ServedModel, excerpt, read_messages, sampling_from
+from .chat import ApiError, Fields, ApiRun, ServedModel, excerpt, read_messages, sampling_from
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallStart
 from .grammar import Grammar, ToolGrammar, compile_grammar
 
@@ -294,7 +294,7 @@ def grammar_for(
     except ValueError as error: raise ApiError(400, str(error), name if r.format else 'tools') from None
 
 # %% ../../nbs/472_serve.completions.ipynb #31cdce7b
-class ChatRun(Run):
+class ChatRun(ApiRun):
     "The answers to a chat request, while they are generated"
     def __init__(self,
         served:ServedModel, # Model that answers

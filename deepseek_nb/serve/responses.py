@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from ..infer.sampling import SamplingParams
-from .chat import ROLES, TEXT_PARTS, ApiError, Fields, Run, ServedModel, excerpt, sampling_from, text_of
+from .chat import ROLES, TEXT_PARTS, ApiError, Fields, ApiRun, ServedModel, excerpt, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .stored import StoredResponse, list_items
@@ -323,7 +323,7 @@ class ItemWriter:
         return out
 
 # %% ../../nbs/476_serve.responses.ipynb #24418166
-class ResponsesRun(Run):
+class ResponsesRun(ApiRun):
     "The answer to a request, while it is generated"
     def __init__(self,
         served:ServedModel, # Model that answers

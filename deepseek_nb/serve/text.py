@@ -20,7 +20,7 @@ from uuid import uuid4
 from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Request
 from ..infer.sampling import Drawn, SamplingParams
-from .chat import Answer, ApiError, Fields, Run, ServedModel, sampling_from
+from .chat import Answer, ApiError, Fields, ApiRun, ServedModel, sampling_from
 from .completions import drafted_tokens, merge_streams, read_stop, read_streaming, read_user, usage_of
 from .events import Splitter
 
@@ -113,7 +113,7 @@ def logprob_lists(
 # %% ../../nbs/474_serve.text.ipynb #03dbfb52
 MOST_SCORES = 2**21 # Log-probabilities of prompts in a response
 
-class TextRun(Run):
+class TextRun(ApiRun):
     "The answers to a completion, while they are generated"
     def __init__(self,
         served:ServedModel, # Model that answers

@@ -8,7 +8,7 @@ with bit-identical results."""
 
 # %% auto #0
 __all__ = ['Stage', 'stage_arguments', 'stage_loss', 'Projectors', 'text_losses', 'Measure', 'stage_trainer', 'learners',
-           'teacher_of', 'plan_of', 'compare_plans', 'distil_in_stages', 'StageReport']
+           'teacher_of', 'stages_plan', 'compare_plans', 'distil_in_stages', 'StageReport']
 
 # %% ../../nbs/646_train.distill_stages.ipynb #3347f43d
 import itertools
@@ -177,7 +177,7 @@ def _opened(teacher):
     return teacher if isinstance(teacher, TeacherLogits) else TeacherLogits(teacher)
 
 # %% ../../nbs/646_train.distill_stages.ipynb #4d0a6bac
-def plan_of(
+def stages_plan(
     student:Model, # Student of the run
     stages:list, # List of `Stage`
 )->dict: # Values that JSON can store
@@ -246,7 +246,7 @@ def distil_in_stages(
     "Run a progressive distillation"
     folder,texts,models = Path(folder),texts or {},learners(student, stages)
     for m in models: master_weights(m)
-    _begin(folder, plan_of(student, stages), models, resume)
+    _begin(folder, stages_plan(student, stages), models, resume)
     first,histories = text_losses(student, texts),[]
     for i,s in enumerate(stages, 1):
         place = folder/f'{i}-{re.sub(r"[^A-Za-z0-9._-]+", "-", s.name)}'
