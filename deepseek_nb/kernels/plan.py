@@ -229,7 +229,7 @@ def plan_of(
     blocks:nn.Module, # Blocks of a model, or one of them
     x:Tensor, # Activations, with the tokens in all axes but the last
     make:Callable = whole_plan, # Function that makes a plan
-)->StepPlan|Refusal: # StepPlan that fits the activations
+)->StepPlan|Refusal: # Plan that fits the activations
     "The plan of some blocks, or why they have none now"
     if is_compiling(): return Refusal('torch.compile traces it')
     if torch.is_grad_enabled(): return Refusal('gradients are enabled')

@@ -31,7 +31,7 @@ from ..arch.window import WindowAttention
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .gemm import FLOATS
-from .plan import LIMIT, Half, StepPlan, Refusal, check_step, plan_of
+from .plan import LIMIT, Half, Refusal, StepPlan, check_step, plan_of
 from .ragged import CALL_TOKENS, parts_of
 from .v4_parts import MOST_STREAMS
 from .v4_stages import V4_PLACES, v4_numbers, v4_sizes

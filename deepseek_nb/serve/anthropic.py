@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from .chat import ApiError, Fields, ApiRun, ServedModel, sampling_from, text_of
+from .chat import ApiError, ApiRun, Fields, ServedModel, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, check_stops, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .responses import add_turn, chat_call, joined_turns

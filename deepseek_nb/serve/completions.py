@@ -21,7 +21,7 @@ from uuid import uuid4
 from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Piece
 from ..infer.sampling import SamplingParams
-from .chat import ApiError, Fields, ApiRun, ServedModel, excerpt, read_messages, sampling_from
+from .chat import ApiError, ApiRun, Fields, ServedModel, excerpt, read_messages, sampling_from
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallStart
 from .grammar import Grammar, ToolGrammar, compile_grammar
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
 from ..infer.sampling import SamplingParams
-from .chat import ROLES, TEXT_PARTS, ApiError, Fields, ApiRun, ServedModel, excerpt, sampling_from, text_of
+from .chat import ROLES, TEXT_PARTS, ApiError, ApiRun, Fields, ServedModel, excerpt, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .stored import StoredResponse, list_items

@@ -20,7 +20,7 @@ from uuid import uuid4
 from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Request
 from ..infer.sampling import Drawn, SamplingParams
-from .chat import Answer, ApiError, Fields, ApiRun, ServedModel, sampling_from
+from .chat import Answer, ApiError, ApiRun, Fields, ServedModel, sampling_from
 from .completions import drafted_tokens, merge_streams, read_stop, read_streaming, read_user, usage_of
 from .events import Splitter
 
