@@ -9136,6 +9136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'deepseek_nb.tools.site._only_imports': ( 'tools.site.html#_only_imports',
                                                                                   'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site._own_ids': ('tools.site.html#_own_ids', 'deepseek_nb/tools/site.py'),
+                                        'deepseek_nb.tools.site._pages_in': ('tools.site.html#_pages_in', 'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site._path_lines': ('tools.site.html#_path_lines', 'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site._quote_alt': ('tools.site.html#_quote_alt', 'deepseek_nb/tools/site.py'),
                                         'deepseek_nb.tools.site._show_source': ( 'tools.site.html#_show_source',

@@ -273,7 +273,7 @@ def sidebar(folder):
 
 def test_tutorials_come_first(tmp_path):
     root = project(tmp_path, '010_core.config.ipynb', 'index.ipynb', 'tutorials/10_hour.ipynb', 'tutorials/20_real.ipynb')
-    assert stage(root, root/'_proc') == ['index.ipynb', 'tutorials.hour.ipynb', 'tutorials.real.ipynb', 'core.config.ipynb']
+    assert stage(root, root/'_proc') == ['index.ipynb', 'core.config.ipynb', 'tutorials.hour.ipynb', 'tutorials.real.ipynb']
     assert [o if isinstance(o, str) else o['section'] for o in sidebar(root)] == ['index.ipynb', 'DeepSeek-V3', 'Tutorials']
     assert '](core.config.ipynb)' in (root/'_proc/tutorials.hour.ipynb').read_text()
 

@@ -187,6 +187,10 @@ def _stage_front(nbs, folder, terms, found):
     if terms: (folder/'glossary.md').write_text(head(glossary_page(terms, {o.notebook: o.title for o in found})))
 
 # %% ../../nbs/970_tools.site.ipynb #b58610ea
+def _pages_in(contents):
+    "The pages of a sidebar, in order."
+    return [page for o in contents for page in ([o] if isinstance(o, str) else _pages_in(o['contents']))]
+
 def stage(
     root:Path, # Folder of the project: `nbs` with `_quarto.yml`, styles and fonts, and the package
     folder:Path, # Folder for the prepared site, which is emptied first
@@ -205,8 +209,9 @@ def stage(
     config = yaml.safe_load((folder/'_quarto.yml').read_text())
     config['website'].setdefault('sidebar', {})['contents'] = sidebar(found, [o for o in pages if o in FRONT])
     (folder/'_quarto.yml').write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    modules = [o.removesuffix('.ipynb') for o in pages.values() if o.endswith('.ipynb')]
-    return [*pages.values(), *_stage_sources(root, folder, modules)]
+    order = _pages_in(config['website']['sidebar']['contents'])
+    modules = [o.removesuffix('.ipynb') for o in order if o.endswith('.ipynb')]
+    return [*order, *_stage_sources(root, folder, modules)]
 
 # %% ../../nbs/970_tools.site.ipynb #efe60adb
 def _inputs_key(root):
