@@ -184,7 +184,8 @@ template <class K> __device__ void write_rows(const Running& run, bf16* out, flo
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #0c5a7a6d
-template <class K> __device__ void attend_keys(const K& keys, const bf16* q, bf16* out, float* part, float* logs, float scale) {
+template <class K>
+__device__ void attend_keys(const K& keys, const bf16* q, bf16* out, float* part, float* logs, float scale) {
     DYNAMIC_SHARED(bf16, memory);
     constexpr int TILE = KEYS * STRIDE, APART = K::APART ? 2 * TILE : 0;
     bf16 *z = memory + ROWS * STRIDE, *p = z + 2 * TILE + APART;
@@ -194,7 +195,8 @@ template <class K> __device__ void attend_keys(const K& keys, const bf16* q, bf1
     const auto load = [&](bf16* to, int first) {
         load_rows<KEYS>(to, q, [&](int i) { return first + i < keys.end ? keys.key(first + i) : nullptr; });
         if constexpr (K::APART)
-            load_rows<KEYS>(to + APART, q, [&](int i) { return first + i < keys.end ? keys.value(first + i) : nullptr; });
+            load_rows<KEYS>(to + APART, q,
+                [&](int i) { return first + i < keys.end ? keys.value(first + i) : nullptr; });
         commit_copies();
     };
     for (int m = 0; m < M; ++m) run.top[m][0] = run.top[m][1] = -infinity();
@@ -212,7 +214,8 @@ template <class K> __device__ void attend_keys(const K& keys, const bf16* q, bf1
 }
 
 // %% ../../nbs/577_cuda.attention.ipynb #7d2af145
-template <class Place> __device__ void merge_row(const float* part, const float* logs, bf16* out, int parts, Place place) {
+template <class Place>
+__device__ void merge_row(const float* part, const float* logs, bf16* out, int parts, Place place) {
     float top = -infinity(), sum = 0;
     for (int i = 0; i < parts; ++i) top = fmaxf(top, logs[place(i)]);
     for (int i = 0; i < parts; ++i)

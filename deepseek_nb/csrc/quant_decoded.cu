@@ -3,13 +3,16 @@
 // %% ../../nbs/585_cuda.quant.ipynb #aa332794
 #include "quant.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) w4a16_product_f32(Nibbles p, const float* bias, float* y, int n, int o) {
+extern "C" __global__ void __launch_bounds__(128) w4a16_product_f32(Nibbles p, const float* bias, float* y,
+        int n, int o) {
     multiply_rows(p, bias, y, n, o);
 }
-extern "C" __global__ void __launch_bounds__(128) w4a16_product_bf16(Nibbles p, const bf16* bias, bf16* y, int n, int o) {
+extern "C" __global__ void __launch_bounds__(128) w4a16_product_bf16(Nibbles p, const bf16* bias, bf16* y,
+        int n, int o) {
     multiply_rows(p, bias, y, n, o);
 }
-extern "C" __global__ void __launch_bounds__(128) w8a16_product_f32(Bytes p, const float* bias, float* y, int n, int o) {
+extern "C" __global__ void __launch_bounds__(128) w8a16_product_f32(Bytes p, const float* bias, float* y,
+        int n, int o) {
     multiply_rows(p, bias, y, n, o);
 }
 extern "C" __global__ void __launch_bounds__(128) w8a16_product_bf16(Bytes p, const bf16* bias, bf16* y, int n, int o) {

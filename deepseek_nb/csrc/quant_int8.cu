@@ -3,9 +3,11 @@
 // %% ../../nbs/584_cuda.int8.ipynb #a16255fc
 #include "int8.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) w8a8_product_f32(Integers p, const float* bias, float* y, int n, int o) {
+extern "C" __global__ void __launch_bounds__(128) w8a8_product_f32(Integers p, const float* bias, float* y,
+        int n, int o) {
     multiply_rows(p, bias, y, n, o);
 }
-extern "C" __global__ void __launch_bounds__(128) w8a8_product_bf16(Integers p, const bf16* bias, bf16* y, int n, int o) {
+extern "C" __global__ void __launch_bounds__(128) w8a8_product_bf16(Integers p, const bf16* bias, bf16* y,
+        int n, int o) {
     multiply_rows(p, bias, y, n, o);
 }

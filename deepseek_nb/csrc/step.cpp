@@ -70,7 +70,8 @@ void step(Tensor x, Tensor table, bool single, bool prompt, Integers sizes, Real
     with_weights(table, single, prompt, [&]<class T, class M>(Weights<T, M> w) {
 #if defined(ADAPTED)
         const Adapters adapters = adapters_of(x, batch[3], batch[4]);
-        run_blocks(Weights<T, Adapted<M>>{w, &adapters, 0}, layers, tokens, n, f, data<float>(x), caches, data<float>(y));
+        run_blocks(Weights<T, Adapted<M>>{w, &adapters, 0},
+            layers, tokens, n, f, data<float>(x), caches, data<float>(y));
 #else
         if (layers) run_blocks(w, layers, tokens, n, f, data<float>(x), caches, data<float>(y));
         else run_attention(w, tokens, n.attention, f.attention, data<float>(x), caches, data<float>(y));

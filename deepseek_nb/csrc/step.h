@@ -527,7 +527,8 @@ void run_blocks(const Weights<T, M>& weights, int64_t layers, const S& step, con
                 const StepNumbers& numbers, float* x, const Tensors& caches, float* y) {
     const auto& fed = feeding(weights);
     auto feed = largest_ffn(fed, layers, step, sizes.feed.k);
-    with_attention(weights, step, sizes.attention, numbers.attention, caches.data(), [&](const auto& attend, auto with) {
+    with_attention(weights, step, sizes.attention, numbers.attention, caches.data(),
+        [&](const auto& attend, auto with) {
         team([&](const Team& t) {
             for (int64_t i = 0; i < layers; ++i) {
                 const int64_t at = i * (ATTEND<S> + HALF);

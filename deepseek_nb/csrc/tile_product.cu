@@ -3,7 +3,8 @@
 // %% ../../nbs/575_cuda.tiles.ipynb #577295aa
 #include "tiles.cuh"
 
-extern "C" __global__ void __launch_bounds__(128) tile_product_f32(Floats p, const float* bias, float* y, int n, int o) {
+extern "C" __global__ void __launch_bounds__(128) tile_product_f32(Floats p, const float* bias, float* y,
+        int n, int o) {
     multiply_rows(p, bias, y, n, o);
 }
 extern "C" __global__ void __launch_bounds__(128) tile_product_bf16(Floats p, const bf16* bias, bf16* y, int n, int o) {
