@@ -28,7 +28,8 @@ struct Selected {
         return head < selection.heads ? index * selection.heads + head : -1;
     }
     __device__ int64_t place(int, int64_t query) const {
-        return int64_t(blockIdx.z) * gridDim.x * selection.heads + query; }
+        return int64_t(blockIdx.z) * gridDim.x * selection.heads + query;
+    }
 };
 
 // %% ../../nbs/579_cuda.sparse.ipynb #2b1749f8
