@@ -25,6 +25,7 @@ from ..infer.engine import Engine, EngineStats
 from ..infer.load import decode_path, warm_kernels
 from ..infer.request import Request
 from ..infer.speculate import DraftLength
+from ..kernels.plan import why_readable
 from ..serve.app import Server, ServerConfig, check_address, key_digest
 from ..serve.chat import ServedModel
 from ..serve.lora import adapter_base, add_adapter
@@ -162,8 +163,9 @@ def path_notes(
     engine:Engine, # Its engine
 )->list[str]: # Lines
     "What a user should know about the way a model is computed"
-    path = decode_path(engine.model)
-    notes = {str(path): True, 'the last bits of an answer may depend on other requests': not engine.exact,
+    path,model = decode_path(engine.model),engine.model
+    why = why_readable(model, engine.pool) if model.device.type == 'cpu' else None
+    notes = {str(path): True, f'rows run the readable blocks, as {why}': why, 'the last bits of an answer may depend on other requests': not engine.exact,
              'each token is computed alone, so no bit depends on other requests; without --exact yes it is faster': engine.single,
              'rows run one by one, as no kernel takes several rows of these GGUF blocks; a copy in int4 is several times faster: '
              f'deepseek-nb quantize {name} --dtype int4 --out FOLDER': 'ggml' in path.formats and not engine.exact}
