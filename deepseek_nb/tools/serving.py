@@ -165,7 +165,8 @@ def path_notes(
     "What a user should know about the way a model is computed"
     path,model = decode_path(engine.model),engine.model
     why = why_readable(model, engine.pool) if model.device.type == 'cpu' else None
-    notes = {str(path): True, f'rows run the readable blocks, as {why}': why, 'the last bits of an answer may depend on other requests': not engine.exact,
+    notes = {str(path): True, f'rows run the readable blocks, as {why}': why,
+             'the last bits of an answer may depend on other requests': not engine.exact,
              'each token is computed alone, so no bit depends on other requests; without --exact yes it is faster': engine.single,
              'rows run one by one, as no kernel takes several rows of these GGUF blocks; a copy in int4 is several times faster: '
              f'deepseek-nb quantize {name} --dtype int4 --out FOLDER': 'ggml' in path.formats and not engine.exact}
