@@ -511,7 +511,7 @@ def speculate(self:Model,
     nbytes = cache_bytes(self, [len(p) + n for p in prompts], page, draft_tokens or DraftLength().most)
     engine = Engine(self, None, nbytes, page, len(prompts), 2**31, 2**31, draft=draft, draft_tokens=draft_tokens, drawn=True)
     rows = enumerate(zip(prompts, row_samplers(sampling, prompts), strict=True))
-    streams = [engine.submit(Request(p, r.sampling, n, stop_ids=tuple(ends), user=str(i))) for i,(p,r) in rows]
+    streams = [engine.submit(Request(p, r.sampling, n, stop_ids=tuple(e for e in ends if e >= 0), user=str(i))) for i,(p,r) in rows]
     while engine.count:
         engine.step()
         for s in streams:
