@@ -212,6 +212,13 @@ def test_every_page_and_form(site):
     with site.store.read() as c: assert c.scalar(select(func.count()).select_from(users)) >= 4
 
 
+@pytest.mark.parametrize('name', ['https://hooks.example/x', '../x', '/etc', 'a/b/c', 'no name'])
+def test_only_names_are_public_models(site, name):
+    admin = site.clients['admin']
+    answer = admin.post('/models', data=dict(name=name, csrf=csrf_field(admin.get('/models').text)))
+    assert answer.status_code == 400 and 'name' in answer.text
+
+
 def test_the_audit_page_tells_of_what_it_shows(site):
     "An edit deep in a long log: told by the page that shows it, by its neighbour that is linked to it, and by the full check"
     with site.store.write() as c:

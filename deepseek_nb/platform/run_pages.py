@@ -275,7 +275,8 @@ def _add_public(request, form):
     "Register a public model"
     name = form.text('name', 100)
     if name.startswith(('.', '/')) or '..' in name: raise ValueError(f'{name!r} is no public name')
-    number = add_model(request.state.store, request.state.user, name.rpartition('/')[2], name)
+    try: number = add_model(request.state.store, request.state.user, name.rpartition('/')[2], name)
+    except FileNotFoundError: raise ValueError(f'{name!r} is no public name') from None
     return redirect(f'/models/{number}', f'{name} is registered.')
 
 # %% ../../nbs/838_platform.run_pages.ipynb #861828bb
