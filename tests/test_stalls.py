@@ -45,10 +45,11 @@ def seconds(call, *args, tries=3):
     return min(out)
 
 
-def grows(make, call, n, most=25.):
-    "Whether ten times as much takes ten times as long; quadratic work takes a hundred times"
+def grows(make, call, n, most=32.):
+    """Whether ten times as much takes ten times as long; quadratic work takes a hundred times, and the limit lies between, on a scale of
+    factors. A busy host, which shares caches too, may delay some"""
     small, large = make(n//10), make(n)
-    return any(seconds(call, large)/max(seconds(call, small), 2e-4) < most for _ in range(5)) # a busy host may delay some
+    return any(seconds(call, large)/max(seconds(call, small), 2e-4) < most for _ in range(10))
 
 
 def agent(n):
