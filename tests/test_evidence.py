@@ -15,6 +15,7 @@ import torch
 import warm
 
 from deepseek_nb import studies
+from deepseek_nb.core.lazy import find_chapter
 from deepseek_nb.studies import carry_out, find_study, open_study, read_plan, read_records, run_folder, study, to_do
 from deepseek_nb.studies.report import runs, spread
 from deepseek_nb.studies.texts import share_seen
@@ -228,8 +229,8 @@ def test_the_command(python, root, plan, tmp_path):
 
 def test_a_study_is_a_module_of_its_marked_cells(python, root):
     assert sys.modules['deepseek_nb.studies.sparse'] is sparse is open_study('sparse')
-    assert sparse.__file__ == str(root/'nbs/910_studies.sparse.ipynb') and sparse.sparse is find_study('sparse')
-    assert '"#| study' in (root/'nbs/910_studies.sparse.ipynb').read_text()
+    path = find_chapter(root/'nbs', 'studies.sparse')
+    assert sparse.__file__ == str(path) and sparse.sparse is find_study('sparse') and '"#| study' in path.read_text()
     assert inspect.getsource(sparse.token_flops).startswith('def token_flops(')
     with pytest.raises(KeyError, match="no experiment 'tea'"): open_study('tea')
     with pytest.raises(ModuleNotFoundError): __import__('deepseek_nb.studies.tea')
@@ -238,7 +239,7 @@ def test_a_study_is_a_module_of_its_marked_cells(python, root):
 def test_a_traceback_names_the_cell():
     try: sparse.token_flops(None, 3)
     except AttributeError as e: text = ''.join(traceback.format_exception(e))
-    assert re.search(r'910_studies.sparse.ipynb, cell \d+", line \d+, in token_flops\n    matrices = c.active_params', text)
+    assert re.search(r'_studies.sparse.ipynb, cell \d+", line \d+, in token_flops\n    matrices = c.active_params', text)
 
 
 def test_what_a_study_defines_is_found_in_another_process(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepseek_nb.core.lazy import chapter_paths
 from deepseek_nb.exercises import WrongAnswer, check, course, difference, exercises, progress_file, solved
 from deepseek_nb.tools.cli import main
 
@@ -31,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 def solutions():
     "Name -> folded cell of the chapters with its solution"
     found = {}
-    for path in NBS.glob('*.ipynb'):
+    for path in chapter_paths(NBS):
         for cell in json.loads(path.read_text())['cells']:
             code = ''.join(cell['source'])
             m = re.search(r"^check\('([\w-]+)', (\w+), record=False\)", code, re.M)

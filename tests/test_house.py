@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from deepseek_nb.core.lazy import ROOMS, chapter_paths
+
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT/'nbs').glob('[!_]*.ipynb'))
+NOTEBOOKS = [*(ROOT/'nbs').glob('[!_]*.ipynb'), *chapter_paths(ROOT/'nbs')]
 STUDIES = [o for o in NOTEBOOKS if '"#| study' in o.read_text()]  # experiments: notebooks that export nothing
 CHAPTERS = [o for o in NOTEBOOKS if o.stem != 'index' and o not in STUDIES]
 BIN = Path(sys.executable).parent
@@ -187,8 +190,7 @@ def test_a_study_exports_nothing(path):
     assert path.stem.split('_')[1].startswith('studies.') and not exported(path).exists()
     assert not any(re.match(r'#\|\s*(default_exp|exports?)\b', c) for c in code)
     imports = [o for c in code for o in re.findall(r'^(?:from|import) (deepseek_nb\S*)', c, re.M)]
-    later = {f'deepseek_nb.{module(o)}' for o in CHAPTERS if o.stem > path.stem}
-    assert imports and not later & {*imports}
+    assert imports and not [o for o in imports if o.startswith('deepseek_nb.tools')]
 
 
 def imported_names(path, order):
@@ -205,12 +207,13 @@ def imported_names(path, order):
             yield from (name if (name := f'{base}.{o.name}').removeprefix('deepseek_nb.') in order else base for o in node.names)
 
 
-def test_imports_only_earlier_chapters():
-    order, earlier = [module(o) for o in CHAPTERS], set()
-    for path in CHAPTERS:
-        for name in imported_names(path, order):
-            if name.startswith('deepseek_nb.'): assert name.removeprefix('deepseek_nb.') in earlier, f'{path.stem} imports {name}'
-        earlier.add(module(path).removesuffix('.__init__'))
+def test_imports_lead_to_earlier_rooms_and_never_in_a_circle():
+    order, room = [module(o).removesuffix('.__init__') for o in CHAPTERS], lambda o: ROOMS.index(o.split('.')[0])
+    of = {module(o).removesuffix('.__init__'): {*imported_names(o, order)} for o in CHAPTERS}
+    of = {name: {o.removeprefix('deepseek_nb.') for o in found if o.startswith('deepseek_nb.')} for name, found in of.items()}
+    for name, found in of.items():
+        for o in found: assert o in of and room(o) <= room(name), f'{name} imports {o}'
+    TopologicalSorter(of).prepare()  # raises CycleError
 
 
 # ---- notebooks and package agree
@@ -259,7 +262,7 @@ def test_package_equals_notebooks(copy):
 
 
 def test_no_two_chapters_have_one_number():
-    numbers = [o.stem.split('_')[0] for o in CHAPTERS + STUDIES]
+    numbers = [(o.parent.name, o.stem.split('_')[0]) for o in CHAPTERS + STUDIES]
     assert len(numbers) == len(set(numbers)), sorted(o for o in numbers if numbers.count(o) > 1)
 
 

@@ -19,7 +19,7 @@ def test_picture_is_current(tmp_path, name):
 
 def test_map_has_every_chapter():
     of = lambda tag: [o for o in ElementTree.parse(NBS/'map.svg').iter('{http://www.w3.org/2000/svg}' + tag)]
-    book = [o for o in chapters(NBS) if o.number >= 0]
+    book = [o for o in chapters(NBS) if o.room != 'tutorials']
     assert [o.text for o in of('title')] == [o.title for o in book]
     assert {o.title for o in by_part(book)} <= {o.text for o in of('text')}
 

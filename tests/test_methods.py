@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from deepseek_nb.core.fold import fold, patched_class
-from deepseek_nb.core.lazy import exported_code, is_patch, later, origins
+from deepseek_nb.core.lazy import chapter_paths, exported_code, is_patch, later, origins
 
 ROOT = Path(__file__).parents[1]
-CHAPTERS = dict(map(exported_code, sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))))
+CHAPTERS = dict(map(exported_code, chapter_paths(ROOT/'nbs')))
 TREES = {module: ast.parse(code) for module, code in CHAPTERS.items() if module}
 CLASSES = {m: {n.name for n in tree.body if isinstance(n, ast.ClassDef)} for m, tree in TREES.items()}
 PATCHES = [(m, f) for m, tree in TREES.items() for f in tree.body if is_patch(f)]

@@ -172,8 +172,8 @@ assert dispatch._adapters
 
 def test_the_table_is_fresh():
     from deepseek_nb import _later
-    from deepseek_nb.core.lazy import twin_table
-    assert twin_table(sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))) == _later.TWINS, 'run nbdev-export'
+    from deepseek_nb.core.lazy import chapter_paths, twin_table
+    assert twin_table(chapter_paths(ROOT/'nbs')) == _later.TWINS, 'run nbdev-export'
 
 
 def test_no_import_for_its_side_effect():

@@ -172,7 +172,7 @@ def test_plan_and_deciding_function_are_older_than_the_first_run(root, tmp_path,
     if not records: pytest.skip('no run yet')
     for commit in {seal['commit'], *(r['commit'] for r in records)}:
         (tmp_path/f'{name}.toml').write_text(at_commit(root, commit, f'nbs/configs/evidence/{name}.toml'))
-        (tmp_path/'study.ipynb').write_text(at_commit(root, commit, fr'nbs/\d+_studies\.{name}\.ipynb'))
+        (tmp_path/'study.ipynb').write_text(at_commit(root, commit, fr'nbs/(?:\w+/)?\d+_studies\.{name}\.ipynb'))
         assert read_plan(tmp_path/f'{name}.toml').mark == seal['plan'], f'{name}: another plan was committed at {commit}'
         cells = [code for _, code in study_cells(tmp_path/'study.ipynb')]
         assert any(re.search(r'^def finding\(', code, re.M) for code in cells), f'{name}: no function that decides at {commit}'

@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from conftest import SEED
 
-from deepseek_nb.tools.book import BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters, read_moves
+from deepseek_nb.core.lazy import ROOMS, find_chapter
+from deepseek_nb.tools.book import BOOK, BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters, read_moves
 from deepseek_nb.tools.glossary import link_terms, read_glossary
 from deepseek_nb.tools.site import defined_names, link_pages, new_chapter, stage
 
@@ -184,7 +185,7 @@ def test_no_chapter_is_missing():
     assert not [o.notebook for o in found if f']({o.notebook})' not in listed]
     told = [o for o in found if o.module in PATHS[0].modules]
     assert len(told) > 50 and not [o.notebook for o in told if f']({o.notebook})** {o.line}' not in listed]
-    assert sum(map(len, by_part(found).values())) == len([o for o in found if o.number >= 0])
+    assert sum(map(len, by_part(found).values())) == len([o for o in found if o.room != 'tutorials'])
     front = re.findall(r'\]\(([\w./]+\.ipynb)\)', (ROOT/'nbs/index.ipynb').read_text())
     assert len(front) < 50, 'the front page is no wall of links'
 
@@ -196,9 +197,14 @@ def test_titles_stand_alone():
     assert not [o.title for o in found if len(o.title.split()) > 8 or not o.line]
 
 
-def test_parts_are_ranges():
-    firsts = [o.first for o in BOOK_PARTS]
-    assert firsts == sorted(firsts) and {'serve', 'export', 'apps', 'platform'} <= {o.name for o in BOOK_PARTS}
+def test_rooms_are_folders_of_the_package():
+    assert [o.name for o in BOOK_PARTS] == [*ROOMS] and not [o for o in ROOMS if not (ROOT/'deepseek_nb'/o).is_dir()]
+
+
+def test_the_folder_of_the_book_is_the_book_in_order():
+    "A notebook of the book is numbered by its part and its place in it."
+    numbered = [f'{part}{place:02}_{o}.ipynb' for part, p in enumerate(BOOK, 1) for place, o in enumerate(p.modules, 1)]
+    assert [p.name for p in sorted((ROOT/'nbs/book').iterdir()) if p.suffix == '.ipynb'] == numbered
 
 
 @pytest.mark.parametrize('path', PATHS, ids=lambda o: o.title)
@@ -273,7 +279,7 @@ def sidebar(folder):
 
 
 def test_tutorials_come_first(tmp_path):
-    root = project(tmp_path, '010_core.config.ipynb', 'index.ipynb', 'tutorials/10_hour.ipynb', 'tutorials/20_real.ipynb')
+    root = project(tmp_path, 'book/010_core.config.ipynb', 'index.ipynb', 'tutorials/10_hour.ipynb', 'tutorials/20_real.ipynb')
     assert stage(root, root/'_proc') == ['index.ipynb', 'core.config.ipynb', 'tutorials.hour.ipynb', 'tutorials.real.ipynb']
     assert [o if isinstance(o, str) else o['section'] for o in sidebar(root)] == ['index.ipynb', 'DeepSeek-V3', 'Tutorials']
     assert '](core.config.ipynb)' in (root/'_proc/tutorials.hour.ipynb').read_text()
@@ -286,14 +292,15 @@ def test_site_without_tutorials(tmp_path):
 
 
 def test_two_notebooks_are_not_one_page(tmp_path):
-    for names in (('010_core.config.ipynb', '020_core.config.ipynb'), ('tutorials/10_hour.ipynb', '500_tutorials.hour.ipynb')):
+    for names in (('book/010_core.config.ipynb', 'library/020_core.config.ipynb'),
+                  ('tutorials/10_hour.ipynb', 'lab/500_tutorials.hour.ipynb')):
         root = project(tmp_path/names[0], *names)
         with pytest.raises(ValueError, match='are both the page .+: rename one'): book(root/'nbs')
 
 
 @pytest.mark.parametrize('link,folder,page', [
-    ('120_arch.attention.ipynb', '', 'arch.attention.ipynb'), ('tutorials/10_hour.ipynb', '', 'tutorials.hour.ipynb'),
-    ('../120_arch.attention.ipynb#mla', 'tutorials', 'arch.attention.ipynb#mla'),
+    ('book/120_arch.attention.ipynb', '', 'arch.attention.ipynb'), ('tutorials/10_hour.ipynb', '', 'tutorials.hour.ipynb'),
+    ('../book/120_arch.attention.ipynb#mla', 'tutorials', 'arch.attention.ipynb#mla'),
     ('20_real.ipynb', 'tutorials', 'tutorials.real.ipynb'),
     ('https://example.org/a.ipynb', '', 'https://example.org/a.ipynb')])
 def test_links_between_notebooks(link, folder, page): assert link_pages(f'[o]({link})', folder) == f'[o]({page})'
@@ -327,13 +334,14 @@ def test_make_starts_a_chapter(tmp_path):
     shutil.copy(ROOT/'Makefile', root)
     make = ['make', '--no-print-directory', '-o', '.venv/.dev', f'BIN={Path(sys.executable).parent}', 'new-chapter']
     run = lambda *args: subprocess.run([*make, *args], cwd=root, capture_output=True, text=True)
-    assert run('NAME=145_arch.balance', "TITLE=The load's balance").stdout == 'nbs/145_arch.balance.ipynb\n'
-    assert "# The load's balance\\n" in (root/'nbs/145_arch.balance.ipynb').read_text()
+    assert run('NAME=145_arch.balance', "TITLE=The load's balance").stdout == 'nbs/library/145_arch.balance.ipynb\n'
+    assert "# The load's balance\\n" in (root/'nbs/library/145_arch.balance.ipynb').read_text()
     assert 'is no chapter name' in run().stderr and 'has no title' in run('NAME=146_arch.load').stderr
 
 
 def test_a_taken_number_is_one_line():
-    taken = book(ROOT/'nbs')[-1][:4]
-    command = [sys.executable, '-m', 'deepseek_nb.tools.site', '--new', f'{taken}balance', 'Balance']
+    taken = find_chapter(ROOT/'nbs', 'arch.cache')
+    name = ('book/' if taken.parent.name == 'book' else '') + taken.name[:4] + 'arch.balance'
+    command = [sys.executable, '-m', 'deepseek_nb.tools.site', '--new', name, 'Balance']
     p = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 1 and not p.stdout and len(p.stderr.splitlines()) == 1 and 'is taken by nbs/' in p.stderr

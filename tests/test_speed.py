@@ -36,6 +36,7 @@ from deepseek_nb.bench.limits import (
 )
 from deepseek_nb.bench.scaling import Scaling, Sweep, scaling_of, slope
 from deepseek_nb.core.dispatch import use
+from deepseek_nb.core.lazy import find_chapter
 from deepseek_nb.tools import cli
 
 RESULTS = Path(__file__).parents[1]/'nbs'/'results'
@@ -375,7 +376,7 @@ def test_every_benchmark_is_listed(capsys):
 
 
 def outputs(notebook):
-    cells = json.loads((RESULTS.parent/notebook).read_text(encoding='utf-8'))['cells']
+    cells = json.loads(find_chapter(RESULTS.parent, notebook).read_text(encoding='utf-8'))['cells']
     return [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
 
 
@@ -384,8 +385,8 @@ def test_the_page_shows_what_was_stored(name):
     if not (RESULTS/f'{name}.json').exists(): pytest.skip(f'{name} was not measured yet')
     record = json.loads((RESULTS/f'{name}.json').read_text())
     read = scaling_of if name == 'scaling' else speed_of
-    pages = {'scaling': '765_bench.scaling', 'moe-layer': '760_bench.layers', 'attention': '760_bench.layers'}
-    page = pages.get(name, '762_bench.models') + '.ipynb'
+    pages = {'scaling': 'bench.scaling', 'moe-layer': 'bench.layers', 'attention': 'bench.layers'}
+    page = pages.get(name, 'bench.models')
     found = read(record['result'])
     assert json.loads(json.dumps(found.to_dict())) == record['result'], f'{name}.json contradicts itself: measure again'
     assert found._repr_markdown_() in outputs(page), f'{page} is stale: run it and store its outputs'
@@ -393,6 +394,6 @@ def test_the_page_shows_what_was_stored(name):
 
 
 def test_no_speed_is_claimed_for_a_gpu():
-    for page in ('760_bench.layers.ipynb', '762_bench.models.ipynb', '765_bench.scaling.ipynb'):
-        text = json.loads((RESULTS.parent/page).read_text(encoding='utf-8'))
+    for page in ('bench.layers', 'bench.models', 'bench.scaling'):
+        text = json.loads(find_chapter(RESULTS.parent, page).read_text(encoding='utf-8'))
         assert re.search('[Nn]othing here has been measured on a GPU yet', ''.join(''.join(c['source']) for c in text['cells']))

@@ -17,7 +17,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from .lazy import exported_code, is_patch
+from .lazy import exported_code, find_chapter, is_patch
 
 # %% ../../nbs/007_core.fold.ipynb #36d6fa5e
 def _bound_names(node):
@@ -195,8 +195,8 @@ def added(
     nbs:Path, # Folder of notebooks
 )->dict: # Name -> whether it is a class method
     "Patches of a chapter"
-    found = [*Path(nbs).glob(f'[0-9]*_{module}.ipynb')]
-    tree = ast.parse(exported_code(found[0])[1] if found else '')
+    found = find_chapter(nbs, module)
+    tree = ast.parse(exported_code(found)[1] if found else '')
     return {f.name: _mark_of(f) == '@classmethod' for f in tree.body if is_patch(f)}
 
 # %% ../../nbs/007_core.fold.ipynb #3847d868
@@ -246,8 +246,9 @@ class FoldMethods:
     ): self.nb = nb
     def end(self):
         "Change the exported cells of this notebook"
+        from nbdev.config import get_config
+        patches = lambda module: added(module, get_config(Path(self.nb.path_).parent).nbs_path)
         cells = [c for c in self.nb.cells if c.cell_type == 'code' and {'export', 'exporti', 'exports'} & {*c.directives_}]
-        nbs = Path(self.nb.path_).parent
         try: sources = fold([c.source for c in cells])
         except ValueError as e: raise ValueError(f'{self.nb.path_}: {e}') from None
-        for cell,text in zip(cells, sources, strict=True): cell.source = typed(text, lambda m: added(m, nbs))
+        for cell,text in zip(cells, sources, strict=True): cell.source = typed(text, patches)

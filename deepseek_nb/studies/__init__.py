@@ -34,13 +34,14 @@ from time import perf_counter
 
 from ..bench import git_state, hardware, provenance, versions
 from ..core import config as core
+from ..core.lazy import chapter_paths, find_chapter
 from ..files.safetensors import read_json, written
 
 # %% ../../nbs/900_studies.ipynb #52d2d4d1
 def study_folder()->Path: # Folder `nbs` of a checkout
     "Find the notebooks next to the package, or below the current folder"
     for folder in (Path(core.__file__).parents[2]/'nbs', Path('nbs').absolute()):
-        if any(folder.glob('*_studies.*.ipynb')): return folder
+        if any(folder.rglob('*_studies.*.ipynb')): return folder
     raise FileNotFoundError('experiments are notebooks of the repository, which the installed package does not contain: '
                             'clone the repository and run this command in its folder')
 
@@ -56,7 +57,7 @@ def study_cells(
 # %% ../../nbs/900_studies.ipynb #997cb3e8
 def study_names()->list[str]: # In the order of the book
     "List the studies of this checkout"
-    found = sorted(study_folder().glob('[0-9]*_studies.*.ipynb'))
+    found = [p for p in chapter_paths(study_folder()) if '_studies.' in p.name]
     return [p.name.split('.')[1] for p in found if study_cells(p)]
 
 # %% ../../nbs/900_studies.ipynb #5876c3a8
@@ -98,9 +99,9 @@ class StudyFinder:
         "Find the notebook of a study"
         package,_,name = fullname.rpartition('.')
         if package != 'deepseek_nb.studies' or not name.isidentifier(): return None
-        try: found = sorted(study_folder().glob(f'[0-9]*_studies.{name}.ipynb'))
+        try: found = find_chapter(study_folder(), f'studies.{name}')
         except FileNotFoundError: return None
-        if found: return spec_from_file_location(fullname, found[0], loader=StudyLoader(found[0]))
+        if found: return spec_from_file_location(fullname, found, loader=StudyLoader(found))
 
 if not any(getattr(f, '__name__', '') == 'StudyFinder' for f in sys.meta_path): sys.meta_path.append(StudyFinder)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 from ..bench import Comparison, fastest_of, find_benchmark, load_result, si
+from ..core.lazy import find_chapter
 from ..studies import open_study, study_folder
 from ..studies.report import runs
 from .verdicts import ROW_HEAD, ClaimRow, kept_since, part_row, ratio_verdict, speed_answer, study_answer, study_row
@@ -164,7 +165,7 @@ def findings(
     folder:str|Path = 'results', # Folder of the records
 )->str: # Markdown with one paragraph per study
     "Collect the findings of all studies"
-    def page(name): return next(study_folder().glob(f'[0-9]*_studies.{name}.ipynb')).name
+    def page(name): return f"../{find_chapter(home := study_folder(), f'studies.{name}').relative_to(home).as_posix()}"
     done = {n: d for n in EXPERIMENTS if (d := runs(n, Path(folder)/'evidence'))}
     said = [f'[{n.capitalize()}]({page(n)}). {open_study(n).finding(d)}\n\nObjections. {study_answer(n, folder)}' for n,d in done.items()]
     return '\n\n'.join(said) or 'No experiment has been run yet.'

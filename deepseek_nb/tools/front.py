@@ -31,7 +31,7 @@ def _fill_notebook(path, blocks):
 # %% ../../nbs/985_tools.front.ipynb #356aee72
 def _packages_cell(found):
     "List the chapters that are packages."
-    own = [o for o in found if o.number >= 0 and '.' not in o.module]
+    own = [o for o in found if o.module == o.room]
     return '\n'.join(['#| hide', '#| export', 'Packages:', '', *(f'- `deepseek_nb.{o.module}`: {o.line}' for o in own)])
 
 # %% ../../nbs/985_tools.front.ipynb #9f15256b

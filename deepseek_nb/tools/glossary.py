@@ -35,7 +35,7 @@ def read_glossary(
     found = []
     for line in Path(path).read_text(encoding='utf-8').splitlines():
         if not line.startswith('- '): continue
-        entry = re.fullmatch(r'- \*\*(.+?)\*\*(?: \((.+?)\))?: (.+) \[[^\]]+\]\(([\w.]+\.ipynb)\)', line)
+        entry = re.fullmatch(r'- \*\*(.+?)\*\*(?: \((.+?)\))?: (.+) \[[^\]]+\]\(([\w./]+\.ipynb)\)', line)
         if not entry: raise ValueError(f'{path}: {line[:60]!r} is no entry: write - **term** (others): meaning. [chapter](NNN_x.ipynb)')
         found.append(Term(entry[1], tuple(entry[2].split(', ')) if entry[2] else (), entry[3], entry[4]))
     return sorted(found, key=lambda o: o.name.lower())
