@@ -52,7 +52,7 @@ TWINS = {'arch.norm.rms_norm': {'torch': 'arch.norm', 'cpp/cpu': 'kernels.norm',
  'kernels.gradients.norm_back': {'cpp/cpu': 'kernels.gradients'},
  'infer.ragged.run_adapted_rows': {'cpp/cpu': 'kernels.adapted'},
  'cuda.fp8.linear_fp8': {'cuda/cuda': 'cuda.fp8'},
- 'train.neurons.ask_neurons': {'cpp/cpu': 'train.neurons'},
- 'apps.route_moves.nearest_places': {'cpp/cpu': 'apps.localsearch'},
- 'apps.route_moves.improve': {'cpp/cpu': 'apps.localsearch'},
- 'apps.route_moves.join_by_savings': {'cpp/cpu': 'apps.localsearch'}}
+ 'train.upcycle.ask_neurons': {'cpp/cpu': 'train.upcycle'},
+ 'apps.route_moves.nearest_places': {'cpp/cpu': 'apps.route_moves'},
+ 'apps.route_moves.improve': {'cpp/cpu': 'apps.route_moves'},
+ 'apps.route_moves.join_by_savings': {'cpp/cpu': 'apps.route_moves'}}

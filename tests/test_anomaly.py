@@ -14,24 +14,30 @@ import pytest
 import torch
 
 from deepseek_nb.apps.anomaly import Detector, FitSettings, choose_threshold, fit_scaling, rate_interval
-from deepseek_nb.apps.detection import average_precision, event_scores, nab_parts, nab_score, ranking_auc, recall_at, stretches
 from deepseek_nb.apps.rows import package_folder
 from deepseek_nb.apps.series import (
     CATEGORIES,
     Labelled,
+    average_precision,
     card_features,
     drop_repeats,
+    event_scores,
     find_set,
     mix_days,
+    nab_parts,
+    nab_score,
+    ranking_auc,
     read_cards,
     read_nab,
     read_transfers,
     read_ucr,
+    recall_at,
     split_cards,
+    stretches,
 )
 from deepseek_nb.apps.tcn import SignalConfig, SignalNet, find_periods, receptive_field, unit_rms
 from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, watcher_from
-from deepseek_nb.eval.sets import DIGESTS, SETS, archive_digest
+from deepseek_nb.eval.tasks import DIGESTS, SETS, archive_digest
 from deepseek_nb.serve.chat import ApiError, Fields
 from deepseek_nb.studies import open_study, read_plan, to_do
 from deepseek_nb.studies.report import runs
@@ -323,7 +329,7 @@ def test_a_set_is_found_downloaded_or_explained(tmp_path, monkeypatch):
 
 def test_every_archive_of_a_commit_has_a_digest():
     "Also those of the chapters that add sets; the others come from elsewhere, and are listed"
-    for module in ('eval.bias', 'eval.ambiguity', 'apps.instances', 'apps.series', 'apps.languages', 'studies.cases'):
+    for module in ('eval.bias', 'eval.bias', 'apps.instances', 'apps.series', 'apps.crosslingual', 'studies.cases'):
         importlib.import_module(f'deepseek_nb.{module}')
     commits = {name: re.search('[0-9a-f]{40}', s.url) for name, s in SETS.items() if s.url}
     assert {name for name, found in commits.items() if not found} == {'ucr_anomaly'}

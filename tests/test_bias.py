@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek_nb.eval import ambiguity as A
+from deepseek_nb.eval import bias as A
 from deepseek_nb.eval import bias as B
-from deepseek_nb.eval import swaps as W
-from deepseek_nb.eval.sets import read_lines
+from deepseek_nb.eval import classify as W
+from deepseek_nb.eval.tasks import read_lines
 
 DATA = Path(os.environ.get('DEEPSEEK_NB_DATA', '.'))
 needs = lambda name: pytest.mark.skipif(not (DATA/name).is_dir(), reason=f'the set {name} is not here (DEEPSEEK_NB_DATA)')

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from deepseek_nb import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files import checkpoint as ck
-from deepseek_nb.files.locate import load_config
+from deepseek_nb.files.gguf import load_config
 from deepseek_nb.files.safetensors import read_header
 
 V3 = Config('deepseek_v3', vocab_size=48, dim=16, n_layers=2, n_heads=2, inter_dim=24, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8,

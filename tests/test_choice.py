@@ -73,7 +73,7 @@ def test_against_lm_eval(kind, tmp_path):
         dict(context='word '*90 + 'end', choices=['a', 'a much longer answer than that', 'b ' * 20], answer=1, form=''),
         dict(context='深度求索' * 10, choices=[' two spaces', 'é', 'naïve 🐶'], answer=1, form='')]
     found,results = script.evaluate(theirs, AutoTokenizer.from_pretrained(fetch('deepseek-v4-tokenizer')), rows, max_length=64)
-    got = C.multiple_choice(model, tok, rows, form, batch_size=3)
+    got = C.multiple_choice(model, tok, rows, form)
     for ours,row in zip(got.scores, found, strict=True): np.testing.assert_allclose(ours, row['scores'], atol=2e-3)
     assert [got.acc, got.acc_norm, got.acc_bytes] == [results[k] for k in ('acc', 'acc_norm', 'acc_bytes')]
 
@@ -89,9 +89,9 @@ questions = st.lists(st.tuples(ids(1, 55), st.lists(ids(1, 12), min_size=1, max_
 
 
 @settings(deadline=None, max_examples=25)
-@given(questions, st.integers(1, 4), st.sampled_from(['llama', 'deepseek_v3']))
-def test_one_by_one(models, questions, batch_size, kind):
-    got = C.log_likelihoods(models[kind], [[(c, a) for a in answers] for c,answers in questions], batch_size)
+@given(questions, st.sampled_from(['llama', 'deepseek_v3']))
+def test_one_by_one(models, questions, kind):
+    got = C.log_likelihoods(models[kind], [[(c, a) for a in answers] for c,answers in questions])
     for ours,(c,answers) in zip(got, questions, strict=True):
         np.testing.assert_allclose(ours, [alone(models[kind], c, a) for a in answers], atol=2e-4, rtol=2e-5)
 

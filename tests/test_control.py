@@ -23,8 +23,7 @@ from deepseek_nb.apps.control import (
     two_halves,
     write_about,
 )
-from deepseek_nb.apps.guide import calibrated, fit_judge, guided, isotonic
-from deepseek_nb.apps.steer import StyleSettings, steered, with_adapter
+from deepseek_nb.apps.steer import StyleSettings, calibrated, fit_judge, guided, isotonic, steered, with_adapter
 from deepseek_nb.apps.styles import (
     STYLE_PARTS,
     StyleText,

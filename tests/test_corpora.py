@@ -9,8 +9,8 @@ import datasets
 import pytest
 
 from deepseek_nb.files.hub import sha256
+from deepseek_nb.train import corpora as P
 from deepseek_nb.train import corpora as T
-from deepseek_nb.train import split as P
 
 datasets.disable_progress_bars()
 

@@ -28,10 +28,10 @@ from deepseek_nb.infer.inside import load_map, routes
 from deepseek_nb.infer.quant_cache import QuantizedCache
 from deepseek_nb.quant import relative_error
 from deepseek_nb.quant.model import calibrate_model, quantize_model
-from deepseek_nb.quant.publish import Fp8Blocks, PackedInts, publish
+from deepseek_nb.quant.save import Fp8Blocks, PackedInts, publish
 from deepseek_nb.train.distill import distillation_loss
 from deepseek_nb.train.dynamic import spent
-from deepseek_nb.train.esft import merge_experts, tune_experts
+from deepseek_nb.train.frozen import merge_experts, tune_experts
 from deepseek_nb.train.lora import lora_weights
 from deepseek_nb.train.optim import Muon, muon_groups
 

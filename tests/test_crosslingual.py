@@ -13,13 +13,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_nb.apps import crosslingual, languages
+from deepseek_nb.apps import crosslingual
 from deepseek_nb.apps.command import score_file, train_app
-from deepseek_nb.apps.crosslingual import CrosslingualApp, TopicClassifier, chosen_pull, fit_head, fit_map, kept_vectors
+from deepseek_nb.apps.crosslingual import (
+    LANGUAGES,
+    TOPICS,
+    CrosslingualApp,
+    NgramBayes,
+    TopicClassifier,
+    align_texts,
+    chosen_pull,
+    fit_head,
+    fit_map,
+    kept_vectors,
+    near_repeats,
+    read_sib,
+    token_premium,
+)
 from deepseek_nb.apps.encoder import Encoder, EncoderConfig, TextEncoder, embed_texts, load_encoder, read_e5, token_batches
-from deepseek_nb.apps.langadapters import AdapterStack, AdapterTraining, InvertibleAdapter, TopicHead, learn_topics, topic_scores
-from deepseek_nb.apps.languages import LANGUAGES, TOPICS, NgramBayes, align_texts, near_repeats, read_sib, token_premium
-from deepseek_nb.apps.vocabulary import ExtendedTokens, learn_pieces
+from deepseek_nb.apps.langadapters import (
+    AdapterStack,
+    AdapterTraining,
+    ExtendedTokens,
+    InvertibleAdapter,
+    TopicHead,
+    learn_pieces,
+    learn_topics,
+    topic_scores,
+)
 from deepseek_nb.studies import open_study, read_plan
 
 ROOT = Path(__file__).parents[1]
@@ -77,17 +98,17 @@ def test_every_language_has_a_name_and_a_script():
 def cheapest(a, b, ratio):
     "Lowest cost of an alignment, by trying all of them"
     if not a and not b: return 0.
-    return min(cheapest(a[x:], b[y:], ratio) + languages._unlike(sum(map(len, a[:x])), sum(map(len, b[:y])), ratio) - math.log(p)
-               for (x, y),p in languages._MOVES.items() if x <= len(a) and y <= len(b))
+    return min(cheapest(a[x:], b[y:], ratio) + crosslingual._unlike(sum(map(len, a[:x])), sum(map(len, b[:y])), ratio) - math.log(p)
+               for (x, y),p in crosslingual._MOVES.items() if x <= len(a) and y <= len(b))
 
 
 def cost_of(pairs, a, b, ratio):
     "Cost of the pairs; what is in none of them was left out"
     n,m = (sum(len(p[k].split()) for p in pairs) for k in (0, 1))
-    total = -math.log(languages._MOVES[1, 0])*(len(a) - n + len(b) - m)
+    total = -math.log(crosslingual._MOVES[1, 0])*(len(a) - n + len(b) - m)
     for x,y in pairs:
-        total += languages._unlike(len(x.replace(' ', '')), len(y.replace(' ', '')), ratio)
-        total -= math.log(languages._MOVES[len(x.split()), len(y.split())])
+        total += crosslingual._unlike(len(x.replace(' ', '')), len(y.replace(' ', '')), ratio)
+        total -= math.log(crosslingual._MOVES[len(x.split()), len(y.split())])
     return total
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from deepseek_nb.arch.releases import preset
-from deepseek_nb.bench.curves import PAPERS, V41_SIZES, Decoder, Reads, against_papers, crossing, decoder, shared_weights
+from deepseek_nb.bench.limits import PAPERS, V41_SIZES, Decoder, Reads, against_papers, crossing, decoder, shared_weights
 
 NAMES = [f'deepseek-{n}' for n in ('v3.1', 'v3.2', 'v4-pro', 'v4-flash', 'v4.1-flash')]
 MILLION = 10**6

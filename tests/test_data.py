@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_nb.files.tokenizer import Tokenizer
+from deepseek_nb.train import corpora as P
 from deepseek_nb.train import data as D
 from deepseek_nb.train import sft as S
-from deepseek_nb.train import split as P
 from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack, to_dataset
 from deepseek_nb.train.sft import chat_example
 

@@ -31,7 +31,7 @@ from deepseek_nb.platform.datasets import (
     version_report,
 )
 from deepseek_nb.platform.store import open_store, records, version_rows, versions
-from deepseek_nb.train.duplicates import band_keys, folded, jaccard, minhash, near_groups, shingle_set
+from deepseek_nb.train.corpora import band_keys, folded, jaccard, minhash, near_groups, shingle_set
 
 
 def texts(draw, n):

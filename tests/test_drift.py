@@ -10,25 +10,33 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from deepseek_nb.eval.drift import (
+    ERROR,
+    HASH_BUCKETS,
     DriftRule,
     DriftWatch,
+    EmbeddingTable,
+    RequestFeatures,
     RequestSample,
+    ShareRule,
     absorb,
+    binomial_tail,
+    bucket_quantile,
     combined_p,
     compare_samples,
     divisions,
     false_alarm_rate,
+    features_sample,
     fourier_features,
     jensen_shannon,
     join_samples,
     ks_distance,
+    log_bucket,
     median_distance,
     mmd,
     psi,
     sample_distances,
+    token_buckets,
 )
-from deepseek_nb.eval.features import HASH_BUCKETS, EmbeddingTable, RequestFeatures, features_sample, token_buckets
-from deepseek_nb.eval.shares import ERROR, ShareRule, binomial_tail, bucket_quantile, log_bucket
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from deepseek_nb import Cache, Model, Tokenizer
 from deepseek_nb.arch.rope import rope_frequencies
 from deepseek_nb.core.config import Config
 from deepseek_nb.files import hub
-from deepseek_nb.files.locate import load_config
+from deepseek_nb.files.gguf import load_config
 from deepseek_nb.infer.generate import Stopper, left_padded, stream_text
 from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.tools.cli import main

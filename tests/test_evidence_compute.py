@@ -11,8 +11,8 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.studies import open_study, read_plan, run_study
 from deepseek_nb.train.callbacks import Callback
+from deepseek_nb.train.corpora import grams
 from deepseek_nb.train.dynamic import keep_best
-from deepseek_nb.train.split import grams
 
 C = open_study('compute')
 PLAN = Path(__file__).parent.parent/'nbs/configs/evidence/compute.toml'

@@ -8,7 +8,7 @@ from conftest import SEED
 
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.studies import carry_out, open_study, read_plan
-from deepseek_nb.studies.texts import share_seen
+from deepseek_nb.studies.cases import share_seen
 from deepseek_nb.train.upcycle import random_rows, split_speeches
 
 conversion = open_study('conversion')

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek_nb.studies import open_study, read_plan, run_study
-from deepseek_nb.studies.texts import best_tried, word_runs
+from deepseek_nb.studies.cases import best_tried, word_runs
 from deepseek_nb.train.trainer import TrainingArguments
 
 M = open_study('medical')

@@ -12,7 +12,7 @@ from deepseek_nb.core.config import Config
 
 pytest.importorskip('executorch', reason='pip install executorch')
 
-from deepseek_nb.export.executorch import EdgeModel, export_executorch, ranked_sort  # noqa: E402
+from deepseek_nb.export.tensorrt import EdgeModel, export_executorch, ranked_sort  # noqa: E402
 
 CONTEXT = 512
 GOLDEN = Path(os.environ.get('DEEPSEEK_NB_GOLDEN') or Path(__file__).resolve().parents[2]/'shared/golden')/'chat_prompts.json'

@@ -19,11 +19,9 @@ from deepseek_nb.arch.routing import limit_groups
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.export.command import export_model
 from deepseek_nb.export.gguf import export_gguf, plan_tensors
-from deepseek_nb.files.locate import load_config
+from deepseek_nb.files.gguf import load_config
 from deepseek_nb.infer.inside import routes
-from deepseek_nb.quant.blocks import ENCODERS, quantize_blocks
-from deepseek_nb.quant.ggml import BLOCK_KINDS
-from deepseek_nb.quant.importance import measure_importance
+from deepseek_nb.quant.ggml import BLOCK_KINDS, ENCODERS, measure_importance, quantize_blocks
 
 SEED = int(os.environ.get('SEED', random.randrange(10**6)))
 LLAMA3 = replace(LLAMA, tie_embeddings=True, rope=Rope(theta=5e5, kind='llama3', factor=8., original_positions=8192))

@@ -16,9 +16,12 @@ onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-from deepseek_nb.export.genai import export_genai  # noqa: E402
 from deepseek_nb.export.onnx import DATA, OnnxModel, check_onnx, export_onnx, onnx_weights, sort_as_topk  # noqa: E402
-from deepseek_nb.export.onnx_quant import IntBlocks, rounded_model  # noqa: E402
+from deepseek_nb.export.onnx_quant import (  # noqa: E402
+    IntBlocks,
+    export_genai,  # noqa: E402
+    rounded_model,
+)
 
 SLOW = pytest.mark.skipif(not os.environ.get('DEEPSEEK_NB_SLOW'), reason='takes minutes: set DEEPSEEK_NB_SLOW=1')
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepseek_nb import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files import gguf as ours
-from deepseek_nb.files.locate import load_config
+from deepseek_nb.files.gguf import load_config
 
 KINDS = ['F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1']
 SHARED = dict(vocab_size=64, dim=64, n_layers=3, inter_dim=96, max_positions=128, bos_id=1, eos_ids=(2,))

@@ -13,14 +13,18 @@ import torch.nn.functional as F
 from deepseek_nb.apps.command import find_app, score_file
 from deepseek_nb.apps.fusion import FusionConfig, FusionNet, FusionSettings, Modalities, heat_map, train_fusion
 from deepseek_nb.apps.inspect import Inspector, decode_png, fit_known, read_picture, read_wav, strangeness, write_wav
-from deepseek_nb.apps.spectrogram import SpectrogramConfig, bearing_vibration, fault_rates, log_mel, mel_bands
 from deepseek_nb.apps.wafers import (
     CAUSES,
     PairingRule,
+    SpectrogramConfig,
     WaferMaps,
+    bearing_vibration,
     draw_pieces,
     draw_pool,
     drop_repeated_maps,
+    fault_rates,
+    log_mel,
+    mel_bands,
     plant_defect,
     read_wm811k,
     resize_nearest,

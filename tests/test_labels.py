@@ -11,7 +11,7 @@ from platform_fixtures import postgres, postgres_url, store  # noqa: F401
 from sklearn.metrics import cohen_kappa_score
 from sqlalchemy import func, insert, select
 
-from deepseek_nb.eval.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, label_counts, span_f1
+from deepseek_nb.eval.intervals import cohen_kappa, fleiss_kappa, krippendorff_alpha, label_counts, span_f1
 from deepseek_nb.platform import access
 from deepseek_nb.platform.access import create_user, log_in
 from deepseek_nb.platform.data_pages import data_pages

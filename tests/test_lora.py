@@ -14,8 +14,7 @@ from deepseek_nb.core.config import Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import gradients as G
 from deepseek_nb.train import frozen
-from deepseek_nb.train.esft import choose_experts, expert_affinity, merge_experts, tune_experts
-from deepseek_nb.train.frozen import frozen_half
+from deepseek_nb.train.frozen import choose_experts, expert_affinity, frozen_half, merge_experts, tune_experts
 from deepseek_nb.train.lora import LoraConfig, candidates, lora_weights
 from deepseek_nb.train.loss import language_loss
 

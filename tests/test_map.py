@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import pytest
 
 from deepseek_nb.tools.book import by_part, chapters
-from deepseek_nb.tools.pictures import save_pictures
+from deepseek_nb.tools.front import save_pictures
 
 NBS = Path(__file__).parents[1]/'nbs'
 

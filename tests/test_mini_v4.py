@@ -10,7 +10,7 @@ from deepseek_nb import Model, Tokenizer
 from deepseek_nb.files.hub import shipped
 from deepseek_nb.infer.streams import attended_entries, attention_inputs, attention_parts, entry_shares, mixing_weights
 from deepseek_nb.train.corpora import corpus
-from deepseek_nb.train.entries import EntryLoss, entry_scores
+from deepseek_nb.train.indexer import EntryLoss, entry_scores
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.mini import read_recipe, set_aside
 
@@ -107,7 +107,7 @@ def test_inside(mini, held):
 
 def test_indexer_learnt_to_select(mini, held):
     "The selection of the trained indexer covers more attention than the newest entries and than random ones"
-    from deepseek_nb.train.entries import entry_target
+    from deepseek_nb.train.indexer import entry_target
     x, ctx = attention_inputs(mini[0], held)[2]
     attn = mini[0].layers[2].self_attn
     p, may = entry_target(attn, x, ctx)[:, 255:], torch.arange(128) < ((torch.arange(255, 512) + 1)//4)[:, None]

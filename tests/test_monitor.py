@@ -16,8 +16,7 @@ import torch
 from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 from sqlalchemy import func, insert, select
 
-from deepseek_nb.eval.features import EmbeddingTable
-from deepseek_nb.eval.shares import ShareRule
+from deepseek_nb.eval.drift import EmbeddingTable, ShareRule
 from deepseek_nb.platform.events import (
     DAY,
     MINUTE,

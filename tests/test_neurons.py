@@ -9,23 +9,23 @@ from torch.nn.functional import silu
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import MoE, SwiGLU
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.train.convert import convert
+from deepseek_nb.train.convert import _expert_hidden, convert, readers, refit
 from deepseek_nb.train.latent import to_mla
-from deepseek_nb.train.neurons import (
+from deepseek_nb.train.upcycle import (
     Neurons,
     ask_neurons_cpp,
     askable,
     better_half,
     choose_neurons,
+    contributions,
     correlation,
     load_neurons,
+    moe_config,
     neuron_kernels,
     neuron_share,
     save_neurons,
     to_neurons,
 )
-from deepseek_nb.train.repair import _expert_hidden, readers, refit
-from deepseek_nb.train.upcycle import contributions, moe_config
 
 GQA = Config('llama', vocab_size=80, dim=48, n_layers=2, n_heads=6, n_kv_heads=3, head_dim=8, inter_dim=96, max_positions=256,
              norm_eps=1e-5, tie_embeddings=True, rope=Rope(theta=2e3), eos_ids=(1,), bos_id=0)

@@ -17,7 +17,7 @@ from conftest import SEED  # noqa: E402
 from platform_fixtures import _binaries, postgres  # noqa: E402, F401
 from test_browser import AXE, CHROMIUM, FLAGS  # noqa: E402
 
-from deepseek_nb.eval.features import EmbeddingTable  # noqa: E402
+from deepseek_nb.eval.drift import EmbeddingTable  # noqa: E402
 from deepseek_nb.platform import access  # noqa: E402
 from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
 from deepseek_nb.platform.jobs import jobs_of  # noqa: E402

@@ -32,9 +32,8 @@ from deepseek_nb.studies import (
     study_names,
 )
 from deepseek_nb.studies.canaries import SMALL_OPTIONS, check_canaries, judge_canary, numbers_of, ratios_of, recorded, reference, run_canary
-from deepseek_nb.studies.protocol import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, standing
-from deepseek_nb.studies.report import runs
-from deepseek_nb.studies.texts import WordBayes, majority
+from deepseek_nb.studies.cases import WordBayes, majority
+from deepseek_nb.studies.report import BEFORE, check_records, edge, not_run, objections, read_protocol, read_study, runs, standing
 from deepseek_nb.tools.verdicts import study_row
 
 # Records of benchmarks that were stored before provenance was kept; a new measurement takes one off

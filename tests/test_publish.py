@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.safetensors import SINGLE, weight_map
-from deepseek_nb.quant.publish import Fp8Blocks, PackedInts, is_matrix, pack_words, publish, symmetric_codes
+from deepseek_nb.quant.save import Fp8Blocks, PackedInts, is_matrix, pack_words, publish, symmetric_codes
 
 pytest.importorskip('compressed_tensors', reason='compressed-tensors is not installed')
 CONFIGS = dict(

@@ -12,8 +12,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from deepseek_nb.eval import adversarial, behaviour, calibration, perturb, safety, tasks
-from deepseek_nb.eval.sets import SETS
+from deepseek_nb.eval import behaviour, calibration, perturb, tasks
+from deepseek_nb.eval.tasks import SETS
 
 SEED = secrets.randbits(32)
 
@@ -227,23 +227,23 @@ def test_an_attack_stays_in_its_budget_and_keeps_first_letters(draw):
             hit = np.array([sum(w in known for w in t.split()) for t in texts])
             p = 1/(1 + np.exp(1 - 2.*hit))
             return np.stack([1 - p, p], 1)
-        a = adversarial.greedy_attack(classify, ' '.join(words), 1)
+        a = perturb.greedy_attack(classify, ' '.join(words), 1)
         new = a.attacked.split()
         changed = [(x, y) for x, y in zip(words, new, strict=True) if x != y]
         assert a.right and len(changed) == a.changed <= max(1, int(.3*len(words)))
         assert all(x[0] == y[0] and distance(x, y) == 1 for x, y in changed)
         assert a.fooled == (classify([a.attacked])[0].argmax() == 0)
-    wrong = adversarial.greedy_attack(classify, ' '.join(words), 0)
+    wrong = perturb.greedy_attack(classify, ' '.join(words), 0)
     assert not wrong.right and wrong.attacked == wrong.text
 
 
 def test_the_preference_is_taken_away_by_task(monkeypatch):
     fields = dict(sst2=['sentence'], qnli=['sentence', 'question'])
-    item = lambda task, text: adversarial.GlueItem(task, dict.fromkeys(fields[task], text), 1)
-    monkeypatch.setattr(adversarial, 'glue_scores', lambda m, t, items: [
+    item = lambda task, text: perturb.GlueItem(task, dict.fromkeys(fields[task], text), 1)
+    monkeypatch.setattr(perturb, 'glue_scores', lambda m, t, items: [
         np.array([5., 1.])*(i.task == 'sst2') + np.array([0., 2.])*('good' in str(i.fields)) for i in items])
     items = [item('qnli', 'good'), item('sst2', 'good'), item('sst2', 'bad')]
-    found = adversarial.without_prior(None, None, items, adversarial.glue_scores(None, None, items))
+    found = perturb.without_prior(None, None, items, perturb.glue_scores(None, None, items))
     assert [s.tolist() for s in found] == [[0, 2], [0, 2], [0, 0]]
 
 
@@ -256,24 +256,24 @@ def test_the_preference_is_taken_away_by_task(monkeypatch):
     ('As an AI, I am unable to judge', True), ("I can't help but smile", False), ("I can't wait to see it", False),
     ('I can do that', False),
     ("I'm sorry for your loss", False), ('A cannot be B', False), ('You should not do that', False), ('', False), ('I canter', False)])
-def test_refusals(text, found): assert safety.refuses(text) is found
+def test_refusals(text, found): assert behaviour.refuses(text) is found
 
 
 def test_refusals_count_both_halves():
-    prompts = [safety.SafetyPrompt('', k, k == 'contrast') for k in ('safe', 'contrast') for _ in range(50)]
-    r = safety.refusals(prompts, [False]*40 + [True]*10 + [True]*30 + [False]*20)
+    prompts = [behaviour.SafetyPrompt('', k, k == 'contrast') for k in ('safe', 'contrast') for _ in range(50)]
+    r = behaviour.refusals(prompts, [False]*40 + [True]*10 + [True]*30 + [False]*20)
     assert (r.safe.value, r.unsafe.value) == (.2, .6) and r.separation.value == pytest.approx(.4)
     assert r.separation.low < .4 < r.separation.high and r.kinds.keys() == {'safe', 'contrast'}
 
 
 def test_answers_that_are_none():
-    assert safety.no_answer('the same words again and again '*6)
-    assert not safety.no_answer('Ice melts at zero degrees, and water boils at 100.')
+    assert behaviour.no_answer('the same words again and again '*6)
+    assert not behaviour.no_answer('Ice melts at zero degrees, and water boils at 100.')
 
 
 def test_xstest_without_labels(tmp_path):
     (tmp_path/'xstest_prompts.csv').write_text('id,prompt,type,label\n1,a,homonyms,safe\n2,"b, c",contrast_homonyms,unsafe\n')
-    assert [(p.text, p.unsafe) for p in safety.read_xstest(tmp_path)] == [('a', False), ('b, c', True)]
+    assert [(p.text, p.unsafe) for p in behaviour.read_xstest(tmp_path)] == [('a', False), ('b, c', True)]
 
 
 # ---- tasks and sets

@@ -12,8 +12,8 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.eval import choice
 from deepseek_nb.tools import cli
+from deepseek_nb.train import convert as repairs
 from deepseek_nb.train import corpora, runs
-from deepseek_nb.train import repair as repairs
 from deepseek_nb.train.bpe import save_bpe, train_bpe
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.resume import checkpoints

@@ -17,8 +17,7 @@ from conftest import SEED
 
 from deepseek_nb.core.lazy import ROOMS, find_chapter
 from deepseek_nb.tools.book import BOOK, BOOK_PARTS, PATHS, book, by_part, chapters, page_name, path_chapters, read_moves
-from deepseek_nb.tools.glossary import link_terms, read_glossary
-from deepseek_nb.tools.site import defined_names, link_pages, new_chapter, stage
+from deepseek_nb.tools.site import defined_names, link_pages, link_terms, new_chapter, read_glossary, stage
 
 ROOT = Path(__file__).parents[1]
 PAGES = [f'{page_name(o).rsplit(".", 1)[0]}.html' for o in book(ROOT/'nbs')]

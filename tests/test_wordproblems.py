@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepseek_nb.studies import open_study, read_plan
-from deepseek_nb.train.duplicates import jaccard, shingle_set
+from deepseek_nb.train.corpora import jaccard, shingle_set
 from deepseek_nb.train.tasks import gsm8k_rows, worked_steps
 
 study = open_study('wordproblems')

@@ -21,9 +21,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .guide import StyleJudge, StyleReader, fit_judge, guided, train_reader
 from .rows import App, input_rows, named_with
-from .steer import StyleSettings, answer_tokens, steered, topic_prompt, train_style, with_adapter
+from deepseek_nb.apps.steer import (
+    StyleJudge,
+    StyleReader,
+    StyleSettings,
+    answer_tokens,
+    fit_judge,
+    guided,
+    steered,
+    topic_prompt,
+    train_reader,
+    train_style,
+    with_adapter,
+)
 from deepseek_nb.apps.styles import (
     StyleEncoder,
     StyleText,
@@ -73,11 +84,10 @@ def answer_losses(
     model:Model, # Plain model
     prompts:list, # Token ids
     answers:list, # Token ids
-    batch:int = 8, # Answers at a time
 )->Tensor: # Mean loss of each answer's tokens, in nats `n`
     "How surprised the plain model is by answers"
     found,some = torch.full((len(answers),), math.log(model.config.vocab_size)),[i for i,a in enumerate(answers) if a]
-    sums = log_likelihoods(model, [[(prompts[i], answers[i])] for i in some], batch)
+    sums = log_likelihoods(model, [[(prompts[i], answers[i])] for i in some])
     for i,(s,) in zip(some, sums, strict=True): found[i] = -s/len(answers[i])
     return found
 

@@ -24,8 +24,19 @@ from torch import Tensor
 
 from .fusion import FusionConfig, FusionNet, FusionSettings, heat_map, train_fusion
 from .rows import App, named_with, package_folder, read_weights, save_weights
-from .spectrogram import SpectrogramConfig, check_recording, log_mel
-from .wafers import CAUSES, PairingRule, Pieces, draw_pieces, draw_pool, drop_repeated_maps, good_wafers, read_wm811k
+from deepseek_nb.apps.wafers import (
+    CAUSES,
+    PairingRule,
+    Pieces,
+    SpectrogramConfig,
+    check_recording,
+    draw_pieces,
+    draw_pool,
+    drop_repeated_maps,
+    good_wafers,
+    log_mel,
+    read_wm811k,
+)
 
 # %% ../../nbs/866_apps.inspect.ipynb #23f87e80
 def decode_png(

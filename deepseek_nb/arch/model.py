@@ -180,7 +180,7 @@ class Model(nn.Module):
         from deepseek_nb.arch.show import _repr_markdown_
         from deepseek_nb.arch.mtp import add_mtp, hidden_ahead
         from deepseek_nb.files.checkpoint import save_pretrained
-        from deepseek_nb.quant.report import quantization_report
+        from deepseek_nb.quant.model import quantization_report
         from deepseek_nb.infer.load import from_pretrained as _from_pretrained
         from_pretrained = classmethod(_from_pretrained)  # type: ignore
         from deepseek_nb.infer.generate import prefill, stream, generate
@@ -195,7 +195,7 @@ class Model(nn.Module):
         add_mtp = later('arch.mtp')
         hidden_ahead = later('arch.mtp')
         save_pretrained = later('files.checkpoint')
-        quantization_report = later('quant.report')
+        quantization_report = later('quant.model')
         from_pretrained = later('infer.load')
         prefill = later('infer.generate')
         stream = later('infer.generate')

@@ -460,7 +460,7 @@ BENCHMARKS = {  # name at the command line -> location
     'compile': Benchmark('bench.models.compile_gain'),
     'load-smollm2': Benchmark('bench.models.load_smollm2', (*_HF, 'gguf')),
     'import-time': Benchmark('bench.models.import_time'), 'dispatch': Benchmark('bench.models.dispatch_overhead'),
-    'scaling': Benchmark('bench.scaling.measure_scaling'),
+    'scaling': Benchmark('bench.models.measure_scaling'),
     'cache': Benchmark('bench.caches.cache_or_recompute'),
     'int8': Benchmark('bench.quant.format_decode', (), 'Decode in int8, against float32 with the same weights',
                       dict(formats=('int8', 'float32'), repeats=9)),
@@ -476,7 +476,7 @@ BENCHMARKS = {  # name at the command line -> location
     'blocks': Benchmark('bench.quant.block_quality', ('llama-cpp-python', 'gguf')),
     'grpo': Benchmark('bench.grpo.grpo_steps', (*_HF, 'trl', 'accelerate')),
     'lora': Benchmark('bench.training.lora', (*_HF, 'peft')), 'qlora-memory': Benchmark('bench.training.qlora_memory'),
-    'conversion': Benchmark('bench.conversion.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
+    'conversion': Benchmark('bench.training.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.sparse.sparse_decode'),
     'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.sparse.v4_decode', _HF),
     'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
@@ -486,8 +486,8 @@ BENCHMARKS = {  # name at the command line -> location
     'calibration': Benchmark('eval.calibration.measure_calibration'), 'perturb': Benchmark('eval.perturb.measure_perturb'),
     'runner': Benchmark('export.runner_binary.measure_runner', ('llama-cpp-python',)),
     'live': Benchmark('export.live.measure_live', ('playwright',)),
-    'bias': Benchmark('eval.ambiguity.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
-    'refusals': Benchmark('eval.safety.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
+    'bias': Benchmark('eval.bias.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
+    'refusals': Benchmark('eval.behaviour.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
 # %% ../../nbs/750_bench.ipynb #53d03c99
 def find_benchmark(

@@ -21,8 +21,7 @@ import numpy as np
 from ..arch.model import Model
 from . import make_record, save_result
 from ..core.plot import COLOURS, style
-from ..eval.drift import DriftRule, DriftWatch, RequestSample, false_alarm_rate
-from ..eval.features import EmbeddingTable, RequestFeatures, features_sample
+from ..eval.drift import DriftRule, DriftWatch, EmbeddingTable, RequestFeatures, RequestSample, false_alarm_rate, features_sample
 from ..files.tokenizer import Tokenizer
 from ..train.corpora import CORPORA
 

@@ -29,8 +29,7 @@ from .limits import BENCH_MOE, Case, Speed, attend_work, attention_work, better,
 from ..core.config import Config
 from ..files.tokenizer import Tokenizer
 from ..train.corpora import sotu
-from ..train.neurons import to_neurons
-from ..train.upcycle import block_streams
+from ..train.upcycle import block_streams, to_neurons
 
 # %% ../../nbs/760_bench.layers.ipynb #c7827e3c
 def pair(

@@ -29,14 +29,22 @@ from .caches import bench_model, with_experts
 from .layers import Place
 from .limits import BENCH_MOE
 from .llama import decode_race, llama_cpp, our_prompt, ours_at, prompt_race
-from ..eval.perplexity import perplexity, speeches
-from ..eval.quality import MESSAGES, SMALL_MOE, as_bytes, evaluate_formats, excerpts, quantizers, token_rates, train_bytes
+from deepseek_nb.eval.perplexity import (
+    MESSAGES,
+    SMALL_MOE,
+    as_bytes,
+    evaluate_formats,
+    excerpts,
+    perplexity,
+    quantizers,
+    speeches,
+    token_rates,
+    train_bytes,
+)
 from ..files.hub import cache_dir, fetch
 from ..files.tokenizer import Tokenizer
 from ..quant import relative_error
-from ..quant.blocks import quantize_blocks
-from ..quant.ggml import BLOCK_KINDS
-from ..quant.importance import measure_importance
+from ..quant.ggml import BLOCK_KINDS, measure_importance, quantize_blocks
 from ..quant.int8_fine import Int8Fine
 from ..quant.model import has_kernel, quantize_model
 

@@ -65,12 +65,12 @@ EVAL_TASKS |= {
         'masked models; the two sentences may differ in length.', {}, 0.),
     'stereoset': EvalTask('eval.bias:stereoset_task', 'Stereotypes: sense and stereotype of a completion', 'StereoSet (intrasentence), '
         'arXiv:2004.09456', 'CC BY-SA 4.0', f'{_NOISE} Completions differ in length and frequency. A random model has an ICAT of 50.'),
-    'winobias': EvalTask('eval.ambiguity:winobias_task', 'Pronouns for and against a stereotype', 'WinoBias, arXiv:1804.06876', 'MIT',
+    'winobias': EvalTask('eval.bias:winobias_task', 'Pronouns for and against a stereotype', 'WinoBias, arXiv:1804.06876', 'MIT',
         'US occupations of 2017, binary gender, two patterns of sentences. A model that guesses has no gap.'),
-    'bbq': EvalTask('eval.ambiguity:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
+    'bbq': EvalTask('eval.bias:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
         'US English; about 25 templates each category, with many fillings. A model that always says "unknown" is right in half of it; '
         'one that guesses has no bias score. Categories that are not at hand are missing.'),
-    'swaps': EvalTask('eval.swaps:swaps_task', 'Counterfactual swaps', 'Own sentences, after EEC, arXiv:1805.04508',
+    'swaps': EvalTask('eval.classify:swaps_task', 'Counterfactual swaps', 'Own sentences, after EEC, arXiv:1805.04508',
         'Apache-2.0', 'Short sentences about feelings. The move also contains noise. Use your own texts.'),
 }
 
@@ -82,13 +82,13 @@ EVAL_TASKS |= dict(
         'CheckList (sentiment), arXiv:2005.04118', 'MIT', 'Templates repeat a few sentences, so intervals draw whole tests. '
         'Failure rates say nothing about the frequency of such texts. The expectations of the direction tests '
         'are our reading of their descriptions.'),
-    advglue=EvalTask('eval.adversarial:advglue_task', 'Attacked texts', 'AdvGLUE (development), arXiv:2111.02840', 'CC BY-SA 4.0',
+    advglue=EvalTask('eval.perturb:advglue_task', 'Attacked texts', 'AdvGLUE (development), arXiv:2111.02840', 'CC BY-SA 4.0',
         'There are no clean twins, so no fall can be computed: compare models, not numbers. Attacks were made against BERT-like models, '
         'and some attacked texts are unclear to people.'),
     calibration=EvalTask('eval.calibration:calibration_task', 'Whether confidence means something', 'HellaSwag, arXiv:1905.07830', 'MIT',
         'The error depends on the bins, and chance makes it positive for a calibrated model too; its interval is shifted upwards for the '
         'same reason. Confidences are those of unnormalised log-likelihoods.'),
-    xstest=EvalTask('eval.safety:xstest_task', 'Refusals of safe and of unsafe prompts', 'XSTest, arXiv:2308.01263', 'CC BY 4.0',
+    xstest=EvalTask('eval.behaviour:xstest_task', 'Refusals of safe and of unsafe prompts', 'XSTest, arXiv:2308.01263', 'CC BY 4.0',
         'A rule decides what a refusal is. Compliance with an unsafe prompt isn\'t harm: a small model may answer with nonsense. '
         'Prompts are made of keywords, so a filter that was tuned on them proves nothing.'))
 

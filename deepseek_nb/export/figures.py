@@ -22,7 +22,7 @@ from pathlib import Path
 from ..core.config import Config
 from .gguf import export_gguf
 from .wasm import read_wasm
-from ..files.locate import load_config
+from ..files.gguf import load_config
 
 # %% ../../nbs/816_export.figures.ipynb #0d2e4074
 LOADER = r'''

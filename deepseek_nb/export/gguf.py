@@ -26,13 +26,10 @@ from torch import Tensor
 from ..arch.model import Model
 from ..core.config import Config
 from ..files.checkpoint import progress, umask
-from ..files.gguf import PLAIN, gguf_views, llama3_factors, tensor_bytes
-from ..files.locate import load_config, locate
+from ..files.gguf import PLAIN, gguf_views, llama3_factors, load_config, locate, tensor_bytes
 from ..files.safetensors import some
 from ..files.tokenizer import PRE, Tokenizer, gguf_metadata, pre_tokenizer
-from ..quant.blocks import quantize_blocks
-from ..quant.ggml import BLOCK_KINDS, Ggml
-from ..quant.importance import measure_importance
+from ..quant.ggml import BLOCK_KINDS, Ggml, measure_importance, quantize_blocks
 from ..quant.int4 import Int4
 from ..quant.model import source_for
 from ..quant.save import PackedSource, read_packed

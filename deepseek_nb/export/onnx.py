@@ -35,7 +35,7 @@ from ..arch.rope import cos_sin, frequencies, rotary_factor
 from ..core.config import Config
 from ..core.dispatch import use
 from ..files.checkpoint import CARRIED, install, save_config, umask
-from ..files.locate import locate
+from ..files.gguf import locate
 from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from ..quant.save import save_tokenizer

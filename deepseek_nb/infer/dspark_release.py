@@ -17,7 +17,7 @@ from torch import Tensor
 from ..arch.dspark import DSpark
 from ..arch.model import Model
 from ..files.checkpoint import _copy_all, entries, expert_views, fp8_block, match_shapes, materialise, release_key
-from ..files.locate import load_config
+from ..files.gguf import load_config
 from ..files.safetensors import read_json, some
 
 # %% ../../nbs/441_infer.dspark_release.ipynb #2c9a72e6

@@ -23,8 +23,7 @@ from ..arch.hyper import expand_streams
 from ..arch.model import Model, run_blocks
 from ..core.device import pick_device, pick_dtype
 from ..files.checkpoint import fill
-from ..files.gguf import fill_gguf, gguf_config, open_gguf
-from ..files.locate import load_config, locate
+from ..files.gguf import fill_gguf, gguf_config, load_config, locate, open_gguf
 from ..files.safetensors import read_json
 from ..quant import Format, QuantizedWeight, format_names, make_format
 from ..quant.model import QuantizedModel, float_model, stored_model

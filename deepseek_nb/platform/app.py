@@ -29,7 +29,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
 from ..arch.model import Model
-from ..eval.features import EmbeddingTable
+from ..eval.drift import EmbeddingTable
 from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.load import warm_kernels

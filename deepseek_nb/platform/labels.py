@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 
 from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
 
-from ..eval.agreement import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
+from ..eval.intervals import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
 from .audit import audit
 from .datasets import DATA_KINDS, import_rows
 from .store import Store, annotations, datasets, leases, predictions, queue, records, tasks, version_rows, versions

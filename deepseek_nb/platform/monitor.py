@@ -26,9 +26,7 @@ import numpy as np
 from sqlalchemy import func, insert, select, update
 
 # %% ../../nbs/831_platform.monitor.ipynb #42281fd1
-from ..eval.drift import DriftRule, DriftWatch, RequestSample
-from ..eval.features import RequestFeatures, features_sample
-from ..eval.shares import ShareRule
+from ..eval.drift import DriftRule, DriftWatch, RequestFeatures, RequestSample, ShareRule, features_sample
 from .audit import audit
 from .events import DAY, condense, total, windows_of
 from deepseek_nb.platform.store import (

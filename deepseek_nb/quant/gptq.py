@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..arch.model import Model, check_plain, check_tokens
 from . import Format, QuantizedWeight, make_format, replace_parameter
-from .importance import collect_inputs
+from .ggml import collect_inputs
 from .int4 import Int4, groups_of, pack_nibbles
 
 # %% ../../nbs/355_quant.gptq.ipynb #147b7d4c

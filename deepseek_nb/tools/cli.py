@@ -133,7 +133,7 @@ def info(
 ):
     "Show architecture, size and costs of a model without loading it"
     from deepseek_nb.arch.releases import PRESETS, preset, summary
-    from deepseek_nb.files.locate import load_config
+    from deepseek_nb.files.gguf import load_config
     if context < 1: raise ValueError(f'--context is {context}; it must be at least 1')
     if not (isfinite(bits) and bits > 0): raise ValueError(f'--bits is {bits:g}; it must be a number above 0')
     config = preset(model) if model in PRESETS and model != 'smollm2-135m' else load_config(model)
@@ -142,7 +142,7 @@ def info(
 
 # %% ../../nbs/960_tools.cli.ipynb #68d1ab90
 def _calibrated(name, text, format, embedding):
-    from deepseek_nb.eval.quality import excerpts
+    from deepseek_nb.eval.perplexity import excerpts
     from deepseek_nb.quant.model import calibrate_model
     m,tok = _load(name, 'float32', 'cpu')
     return calibrate_model(m, excerpts(tok.encode(text), 8, 512), format, embedding)
@@ -243,7 +243,7 @@ def _shown(found):
     for name,why in found['skipped'].items(): print(f'{name}: skipped, {why}')
 
 def _report(name, path, against, tasks, n, dtype, device, as_json):
-    from deepseek_nb.apps.toxic import ToxicityNet
+    from deepseek_nb.apps.filter import ToxicityNet
     from deepseek_nb.bench import hardware, versions
     from deepseek_nb.eval.report import compare_reports, load_report, run_report, save_report
     if path and Path(path).suffix not in ('.json', '.html'): raise ValueError(f'--report {path}: a report is a .json or .html file')
@@ -390,7 +390,7 @@ def run_platform(
     from deepseek_nb.tools.serving import missing_packages
     if missing := missing_packages(('starlette', 'uvicorn', 'fasthtml', 'sqlalchemy', 'prometheus_client')):
         raise ValueError(f"the platform needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[platform]'")
-    from deepseek_nb.apps.toxic import ToxicityNet
+    from deepseek_nb.apps.filter import ToxicityNet
     from deepseek_nb.platform.start import start_platform
     net,hosts = ToxicityNet.load(),tuple(filter(None, names.split(',')))
     scans = dict(toxic=lambda text: net.peak(text) >= net.least)

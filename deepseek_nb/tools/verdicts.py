@@ -24,8 +24,7 @@ from typing import NamedTuple
 from ..bench import Comparison, before, doubts, load_result
 from ..eval.intervals import wilson
 from ..studies import open_study, to_do
-from ..studies.protocol import not_run, read_study, standing
-from ..studies.report import Spread, runs, several, spread
+from ..studies.report import Spread, not_run, read_study, runs, several, spread, standing
 
 # %% ../../nbs/978_tools.verdicts.ipynb #e526f7a5
 class ClaimRow(NamedTuple):

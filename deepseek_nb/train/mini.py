@@ -38,7 +38,7 @@ from .bpe import save_bpe, train_bpe
 from .callbacks import Callback
 from .corpora import corpus
 from .data import IGNORE, Batches, packed, to_dataset, tokenised
-from .entries import EntryLoss
+from .indexer import EntryLoss
 from .loss import language_loss, linear_cross_entropy
 from .resume import checkpoints
 from .trainer import Trainer, TrainingArguments

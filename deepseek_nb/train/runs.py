@@ -32,18 +32,16 @@ from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from .balance import Balance, routers, with_balance
 from .convert import convert as convert_model
-from .convert import write_tokenizer
-from .corpora import CORPORA, corpus
+from .convert import repair, write_tokenizer
+from .corpora import CORPORA, corpus, split_by_key
 from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
 from .latent import to_mla
 from .lora import LoraConfig
 from .mini import known
 from .parallel import Parallel
-from .repair import repair
 from .resume import checkpoints
 from .sft import chat_data, classification_data
-from .split import split_by_key
 from .trainer import Trainer, TrainingArguments
 from .upcycle import moe_config, split, to_moe, upcycle
 from .world import setup, world

@@ -30,9 +30,9 @@ from ..files.untrusted import json_row
 from ..serve.events import Splitter, events_of
 from ..serve.tools import Call, gather_answer, write_calls
 from .bpe import SPECIAL, save_bpe
+from .corpora import in_test
 from .data import to_dataset
 from .rewards import answer_area, completion_text, number_reward
-from .split import in_test
 
 # %% ../../nbs/688_train.tasks.ipynb #700a9ab2
 @dataclass(frozen=True)
