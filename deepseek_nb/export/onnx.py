@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ..arch.attention import Context
 from ..arch.cache import cache_shapes
-from ..arch.model import Model, check_plain
+from ..arch.model import Model
+from ..arch.v4 import check_plain
 from ..arch.moe import MoE
 from ..arch.rope import cos_sin, frequencies, rotary_factor
 from ..core.config import Config

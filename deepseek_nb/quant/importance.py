@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arch.model import Model, check_plain, check_tokens
+from ..arch.model import Model, check_tokens
+from ..arch.v4 import check_plain
 from ..arch.moe import Experts
 
 # %% ../../nbs/354_quant.importance.ipynb #d3684116

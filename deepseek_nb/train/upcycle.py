@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arch.model import Model, add_attention, add_feed_forward, check_plain
+from ..arch.model import Model, add_attention, add_feed_forward
+from ..arch.v4 import check_plain
 from ..arch.moe import MoE, SwiGLU, expert
 from ..core.config import Config
 from ..files.checkpoint import materialise
