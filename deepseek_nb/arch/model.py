@@ -8,7 +8,7 @@ extends a KV cache, which `new_cache` makes. Weights have the names that DeepSee
 
 # %% auto #0
 __all__ = ['in_halves', 'Block', 'Model', 'add_attention', 'add_feed_forward', 'run_blocks', 'head', 'first_angles',
-           'check_tokens', 'is_gpu_decode_step', 'left_pad', 'check_masks', 'check_cache', 'make_room']
+           'check_tokens', 'left_pad', 'check_masks', 'check_cache', 'make_room']
 
 # %% ../../nbs/160_arch.model.ipynb #fde49828
 from collections.abc import Iterator
@@ -81,13 +81,6 @@ def feed_forward(self:Config,
 )->nn.Module: # Its feed-forward network
     "The kind of feed-forward network of a block"
     return MoE(self) if self.is_moe(layer) else SwiGLU(self.dim, self.inter_dim, bias=self.mlp_bias)
-
-@patch
-def model_class(self:Config,
-    cls:type, # `Model`, or a class that inherits from it
-)->type: # The class to make
-    "Class of the models of this config"
-    return cls
 
 # %% ../../nbs/160_arch.model.ipynb #38e3bdf1
 class _Shapes(TorchFunctionMode):
@@ -258,7 +251,7 @@ class Model(nn.Module):
         prompt:bool|None = None, # As in `context`
     )->Tensor: # Activations after the last norm `b s d`
         "The forward pass without the head"
-        check_tokens(tokens, self.config, not is_gpu_decode_step(tokens, cache))
+        check_tokens(tokens, self.config, tokens.is_cpu or tokens.shape[-1] > 1 or not cache) # a decode step on a GPU doesn't wait for ids
         check_masks(tokens, cache, attention_mask, documents)
         b,s = tokens.shape
         pad = None if attention_mask is None else left_pad(attention_mask)
@@ -364,14 +357,6 @@ def check_tokens(
     low,high = tokens.aminmax()
     if low < 0 or high >= c.vocab_size:
         raise ValueError(f'token id {(low if low<0 else high).item()} is outside the vocabulary of {c.vocab_size}')
-
-# %% ../../nbs/160_arch.model.ipynb #50230c9d
-def is_gpu_decode_step(
-    tokens:Tensor, # New tokens `b s`
-    cache:Cache|None, # Cache of the tokens before them
-)->bool: # Whether a GPU continues a cached context by one token per row
-    "Whether a call is a decode step on a GPU"
-    return tokens.device.type != 'cpu' and tokens.shape[-1] == 1 and cache is not None and len(cache) > 0
 
 # %% ../../nbs/160_arch.model.ipynb #271d5291
 def left_pad(

@@ -8,7 +8,7 @@ Chooses the parts that V3.2 and V4 have in place of V3's, and joins them to a mo
 # %% auto #0
 __all__ = ['V4Block', 'HyperBlock', 'v4_block', 'check_plain', 'read_streams', 'V4Model']
 
-# %% ../../nbs/161_arch.v4.ipynb #8779db11
+# %% ../../nbs/161_arch.v4.ipynb #e14e1107
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +19,6 @@ from .attention import Context
 from .compressed import CompressedAttention
 from .hash import ClampedMoE, ClampedSwiGLU, HashGate
 from .hyper import HyperConnection, HyperHead, expand_streams
-from .index_codes import CodedCache
 from .model import Block, Model
 from .norm import RMSNorm
 from .rewindable import RewindableCache
@@ -29,23 +28,16 @@ from .window import WindowAttention
 from ..core.config import Config
 from ..core.dispatch import op
 
-# %% ../../nbs/161_arch.v4.ipynb #15a31eb8
+# %% ../../nbs/161_arch.v4.ipynb #b3c3df92
 @patch
 def attention(self:V32Config,
     layer:int, # Index of the block
 )->nn.Module: # Its attention
     "The kind of attention of a block"
+    if self.window: return CompressedAttention(self, ratio) if (ratio := self.ratio(layer)) else WindowAttention(self)
     return DSA(self) if self.mla and self.index_n_heads else Config.attention(self, layer)
 
-@patch
-def attention(self:V4Config,
-    layer:int, # Index of the block
-)->nn.Module: # Its attention
-    "The kind of attention of a block"
-    if not self.window: return V32Config.attention(self, layer)
-    return CompressedAttention(self, ratio) if (ratio := self.ratio(layer)) else WindowAttention(self)
-
-# %% ../../nbs/161_arch.v4.ipynb #72dde6ba
+# %% ../../nbs/161_arch.v4.ipynb #26a0d042
 @patch
 def feed_forward(self:V4Config,
     layer:int, # Index of the block
@@ -55,7 +47,7 @@ def feed_forward(self:V4Config,
     if self.swiglu_limit and not self.is_moe(layer): return ClampedSwiGLU(self.dim, self.inter_dim, self.swiglu_limit)
     return Config.feed_forward(self, layer)
 
-# %% ../../nbs/161_arch.v4.ipynb #7b8dacba
+# %% ../../nbs/161_arch.v4.ipynb #6fbf04a7
 class V4Block(Block):
     "A block whose feed-forward may route by token ids"
     def feed(self,
@@ -119,7 +111,7 @@ def read_streams(
     "Collapse the streams and apply the last norm"
     return norm(collapse(x))
 
-# %% ../../nbs/161_arch.v4.ipynb #9df0421d
+# %% ../../nbs/161_arch.v4.ipynb #3ba8dd1e
 class V4Model(Model):
     "A model with parts of V4"
     block = staticmethod(v4_block)
@@ -209,7 +201,7 @@ class V4Model(Model):
         try: yield kept
         finally: self.keepers = tuple(k for k in self.keepers if k is not kept)
 
-# %% ../../nbs/161_arch.v4.ipynb #8374c52c
+# %% ../../nbs/161_arch.v4.ipynb #ad358c2d
 @patch
 def model_class(self:V4Config,
     cls:type, # `Model`, or a class that inherits from it

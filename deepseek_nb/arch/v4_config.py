@@ -8,7 +8,7 @@
 # %% auto #0
 __all__ = ['V4_NAMES', 'V4_KEYS', 'V4_SIZES', 'V32Config', 'V4Config', 'read_v4', 'write_v4']
 
-# %% ../../nbs/121_arch.v4_config.ipynb #b96831c8
+# %% ../../nbs/121_arch.v4_config.ipynb #2bc4d334
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf, log, nextafter
@@ -20,7 +20,7 @@ from ..core.config_json import rope_from_hf, rope_to_hf
 from typing import TYPE_CHECKING
 from ..core.lazy import later
 
-# %% ../../nbs/121_arch.v4_config.ipynb #c3050703
+# %% ../../nbs/121_arch.v4_config.ipynb #8674b5d6
 @dataclass(frozen=True)
 class V32Config(Config):
     "Config of a model whose attention may be sparse"
@@ -42,7 +42,7 @@ class V32Config(Config):
     else:
         attention = later('arch.v4')
 
-# %% ../../nbs/121_arch.v4_config.ipynb #8f6ceb95
+# %% ../../nbs/121_arch.v4_config.ipynb #7416df0c
 @dataclass(frozen=True)
 class V4Config(V32Config):
     "Config of a V4 model, or of one with some of its parts"
@@ -75,9 +75,8 @@ class V4Config(V32Config):
         return self.n_layers, self.window, self.head_dim, self.compress_ratios, self.csa_ratio, self.index_head_dim
 
     if TYPE_CHECKING:
-        from deepseek_nb.arch.v4 import attention, feed_forward, model_class
+        from deepseek_nb.arch.v4 import feed_forward, model_class
     else:
-        attention = later('arch.v4')
         feed_forward = later('arch.v4')
         model_class = later('arch.v4')
 
@@ -86,7 +85,8 @@ class V4Config(V32Config):
         hashed,layers,h,g = self.n_hash_layers,self.n_layers,self.n_heads,self.o_groups
         yield from V32Config.checks(self)
         yield 0 <= hashed <= layers, f'n_hash_layers {hashed} must be between 0 and n_layers {layers}'
-        yield self.hc_mult >= 0 and self.hc_iters >= 1, f'hc_mult {self.hc_mult} must not be negative, and hc_iters {self.hc_iters} must be at least 1'
+        x,iters = self.hc_mult,self.hc_iters
+        yield x >= 0 and iters >= 1, f'hc_mult {x} must not be negative, and hc_iters {iters} must be at least 1'
         if not (self.window or self.compress_ratios): return
         ratios,r,kv = self.compress_ratios,self.rotary_dim,(self.n_kv_heads, self.kv_lora_rank)
         yield self.window > 0, 'compress_ratios need a window of at least 1'
@@ -102,7 +102,7 @@ class V4Config(V32Config):
         yield min(sizes) > 0, f'layers with compress ratio {self.csa_ratio} need index_n_heads, index_head_dim and index_topk; they are {sizes}'
         yield r <= self.index_head_dim, f'qk_rope_head_dim {r} is larger than index_head_dim {self.index_head_dim}'
 
-# %% ../../nbs/121_arch.v4_config.ipynb #2b00172a
+# %% ../../nbs/121_arch.v4_config.ipynb #29ce0937
 @patch(cls_method=True)
 def later_class(cls:Config,
     names, # Names of fields
@@ -110,13 +110,14 @@ def later_class(cls:Config,
     "The config class of a later generation"
     return V32Config if {*names} <= V32Config.__dataclass_fields__.keys() else V4Config
 
-# %% ../../nbs/121_arch.v4_config.ipynb #182c2a9c
-V4_NAMES = {o:o for o in ('q_lora_rank', 'qk_rope_head_dim', 'index_n_heads', 'index_head_dim', 'index_topk', 'o_groups', 'o_lora_rank', 'hc_mult',
-                          'hc_eps', 'swiglu_limit', 'n_routed_experts', 'n_shared_experts')} | dict(
+# %% ../../nbs/121_arch.v4_config.ipynb #8da7456c
+V4_NAMES = {o:o for o in ('q_lora_rank', 'qk_rope_head_dim', 'index_n_heads', 'index_head_dim', 'index_topk', 'o_groups', 'o_lora_rank',
+                          'hc_mult', 'hc_eps', 'swiglu_limit', 'n_routed_experts', 'n_shared_experts')} | dict(
     window='sliding_window', hc_iters='hc_sinkhorn_iters', n_hash_layers='num_hash_layers', n_activated_experts='num_experts_per_tok',
     moe_inter_dim='moe_intermediate_size', score_func='scoring_func', norm_topk='norm_topk_prob', route_scale='routed_scaling_factor',
     n_mtp_layers='num_nextn_predict_layers')
-V4_KEYS = {*V4_NAMES.values(), *'compress_ratios compress_rates compress_rope_theta layer_types mlp_layer_types partial_rotary_factor'.split()}
+V4_KEYS = {*V4_NAMES.values(), *'compress_ratios compress_rates compress_rope_theta'.split(),
+           *'layer_types mlp_layer_types partial_rotary_factor'.split()}
 V4_SIZES = ('n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size',
             'head_dim', 'q_lora_rank', 'sliding_window', 'o_groups', 'o_lora_rank') # Keys of sizes that must be in the file
 

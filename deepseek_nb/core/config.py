@@ -10,7 +10,7 @@ __all__ = ['Rope', 'Config']
 
 # %% ../../nbs/010_core.config.ipynb #eb0c3358
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from typing import TYPE_CHECKING
 from .lazy import later
@@ -77,6 +77,7 @@ class Config:
     window = hc_mult = n_hash_layers = index_n_heads = index_head_dim = index_topk = 0 # V3.2 and V4 have these parts, see `later_class`
     compress_ratios = mtp_ratios = ()
 
+    def model_class(self, cls): return cls # V4's is a subclass
     def __new__(cls, *args, **given): return object.__new__(cls.class_of(given))
     def __post_init__(self):
         for holds,problem in self.checks():
@@ -104,15 +105,14 @@ class Config:
     if TYPE_CHECKING:
         from deepseek_nb.arch.v4_config import later_class as _later_class
         later_class = classmethod(_later_class)  # type: ignore
-        from deepseek_nb.arch.model import model_class, attention, feed_forward, cache_layout
         from deepseek_nb.core.config_json import to_hf
         from deepseek_nb.core.config_json import from_hf as _from_hf
         from_hf = classmethod(_from_hf)  # type: ignore
+        from deepseek_nb.arch.model import attention, feed_forward, cache_layout
         from deepseek_nb.arch.releases import params, active_params, flops_per_token, cache_bytes_per_token
         from deepseek_nb.arch.show import _repr_markdown_
     else:
         later_class = later('arch.v4_config')
-        model_class = later('arch.model')
         from_hf = later('core.config_json')
         to_hf = later('core.config_json')
         attention = later('arch.model')
@@ -136,5 +136,6 @@ class Config:
         yield 1 <= m <= g, f'n_limited_groups {m} must be between 1 and n_expert_groups {g}'
         yield k >= 1, f'n_activated_experts {k} must be at least 1'
         yield k <= m*(e//g), f'n_activated_experts {k} is larger than the {m*(e//g)} experts in {m} groups'
-        yield self.group_score != 'sum2' or g == 1 or e//g >= 2, f"group_score 'sum2' needs two experts in each group; use fewer than {g} groups"
-        yield self.score_func in ('softmax', 'sigmoid', 'sqrtsoftplus'), f'score_func {self.score_func!r} is not softmax, sigmoid or sqrtsoftplus'
+        lonely,func = self.group_score == 'sum2' and g > 1 and e//g < 2,self.score_func
+        yield not lonely, f"group_score 'sum2' needs two experts in each group; use fewer than {g} groups"
+        yield func in ('softmax', 'sigmoid', 'sqrtsoftplus'), f'score_func {func!r} is not softmax, sigmoid or sqrtsoftplus'

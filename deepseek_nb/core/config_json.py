@@ -8,7 +8,7 @@
 # %% auto #0
 __all__ = ['MOE_NAMES', 'FAMILIES', 'rope_from_hf', 'Family', 'family', 'check_sizes', 'rope_to_hf']
 
-# %% ../../nbs/012_core.config_json.ipynb #770379f3
+# %% ../../nbs/012_core.config_json.ipynb #d845dd7e
 from dataclasses import fields
 from importlib import import_module
 from typing import NamedTuple

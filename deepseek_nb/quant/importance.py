@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arch.model import Model, check_tokens
-from ..arch.v4 import check_plain
 from ..arch.moe import Experts
+from ..arch.v4 import check_plain
 
 # %% ../../nbs/354_quant.importance.ipynb #d3684116
 class InputSquares:

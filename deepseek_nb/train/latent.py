@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..arch.attention import GQA, MLA
 from ..arch.model import Model
-from ..arch.v4 import check_plain
 from ..arch.rope import frequencies, rotary_factor
+from ..arch.v4 import check_plain
 from ..core.config import Config
 from ..core.config_json import FAMILIES
 from deepseek_nb.train.rotary_pairs import (

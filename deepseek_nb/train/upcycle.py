@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arch.model import Model, add_attention, add_feed_forward
-from ..arch.v4 import check_plain
 from ..arch.moe import MoE, SwiGLU, expert
+from ..arch.v4 import check_plain
 from ..core.config import Config
 from ..files.checkpoint import materialise
 from ..files.tokenizer import Tokenizer
