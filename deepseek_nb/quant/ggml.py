@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..arch.model import Model, check_plain, check_tokens
+from ..arch.model import Model, check_tokens
 from ..arch.moe import Experts
+from ..arch.v4 import check_plain
 from ..core.dispatch import op
 from ..files.gguf import BLOCKS
 from . import Format, QuantizedWeight, prepack

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..arch.model import Block, Model, add_attention, add_feed_forward
 from ..arch.moe import MoE
-from ..core.config import MOE_NAMES
+from ..core.config_json import MOE_NAMES
 from ..files.safetensors import read_header, read_json, read_tensors, write_tensors, written
 from ..files.tokenizer import Tokenizer
 from .latent import to_mla

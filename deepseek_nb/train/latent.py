@@ -22,9 +22,11 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ..arch.attention import GQA, MLA
-from ..arch.model import Block, Model, check_plain
+from ..arch.model import Block, Model
 from ..arch.rope import frequencies, rotary_factor
-from ..core.config import FAMILIES, Config, Rope
+from ..arch.v4 import check_plain
+from ..core.config import Config, Rope
+from ..core.config_json import FAMILIES
 from .upcycle import WHOLE, block_streams, carried
 
 # %% ../../nbs/655_train.latent.ipynb #ae4fde60

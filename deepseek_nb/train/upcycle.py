@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..arch.model import Model, add_attention, add_feed_forward, check_plain
+from ..arch.model import Model, add_attention, add_feed_forward
 from ..arch.moe import MoE, SwiGLU, expert
+from ..arch.v4 import check_plain
 from ..core.config import Config
 from ..core.dispatch import op
 from ..files.checkpoint import materialise
