@@ -117,7 +117,7 @@ Modules:
 - `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
-- `deepseek_nb.export.runner_blocks`: Products with blocks of 256 weights in integers, and with float16 weights that are widened in registers: no weight is expanded to float32 in memory.
+- `deepseek_nb.export.runner_blocks`: Multiplies by the weights as they are stored: float16 is widened in registers, and blocks of 256 are multiplied as integers.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
 - `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
 - `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
@@ -158,11 +158,9 @@ Modules:
 - `deepseek_nb.kernels.compile`: `model.compile()` compiles the decode step to a single graph, which is traced once for all cache lengths.
 - `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and a running sum, so the matrix of scores is never stored.
 - `deepseek_nb.kernels.gemm`: The matrix product that all CPU kernels use: dot products along the rows of the weights for few tokens, and register tiles for many tokens.
-- `deepseek_nb.kernels.ggml`: Decodes a few rows of a quantised GGUF weight into the first-level cache, multiplies them by all tokens, and continues with the next rows.
 - `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights.
 - `deepseek_nb.kernels.index_codes`: The lightning indexer's scores from codes of 8 bits: four products in one instruction, and a quarter of the bytes to read.
 - `deepseek_nb.kernels.invariant`: Matrix products in which the result of a token has the same bits, whichever other tokens are multiplied in the same call.
-- `deepseek_nb.kernels.layers`: Runs rows of different lengths together for weights in GGUF's Q4_K and Q6_K, which no fused step reads.
 - `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
 - `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
 - `deepseek_nb.kernels.paged`: Attention of a ragged batch that reads keys and values directly from their pages; the result of a query has the same bits in any batch.

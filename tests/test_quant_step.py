@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deepseek_nb.arch.model import Model
+from deepseek_nb.arch.model import Model, run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.quant_cache import QuantizedCache
 from deepseek_nb.kernels import plan as plans
-from deepseek_nb.kernels.plan import Refusal, cache_kind, plan_of, run_blocks_cpp, step_kernels, step_of
+from deepseek_nb.kernels.plan import Refusal, cache_kind, plan_of, step_kernels, step_of
 from deepseek_nb.kernels.step_codes import has_roles
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
@@ -144,7 +144,7 @@ def test_bfloat16_and_nan():
     model = shrunk(GQA, 'int8', torch.bfloat16)
     found,x = model.new_cache(1),torch.randn(1, 2, 72)
     found.reserve(2)
-    got = run_blocks_cpp(x.bfloat16(), model.layers, model.context(2, found))
+    got = run_blocks.op.twins['cpp/cpu'].fn(x.bfloat16(), model.layers, model.context(2, found))
     assert got.dtype == torch.bfloat16 and got.isfinite().all()
 
 
@@ -182,5 +182,5 @@ def test_refusals_have_reasons():
     hook.remove()
     assert not any(reasons.values()) and len({r.why for r in reasons.values()}) == 4, reasons
     assert step_of(x, model.layers, model.context(1, model.new_cache(1)))
-    with pytest.raises(ValueError, match='no step runs this model: no step reads a cache in fp8'):
-        run_blocks_cpp(x, model.layers, model.context(1, cache))
+    with pytest.raises(ValueError, match='this twin runs no such call: no step reads a cache in fp8'):
+        run_blocks.op.twins['cpp/cpu'].fn(x, model.layers, model.context(1, cache))

@@ -19,13 +19,12 @@ from deepseek_nb.arch.model import add_attention, run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import sparse
-from deepseek_nb.kernels.index_codes import coded_kernels, coded_scores_cpp, select_codes_cpp
-from deepseek_nb.kernels.plan import add_attention_cpp, run_blocks_cpp, step_kernels
+from deepseek_nb.kernels.plan import attention_of, step_kernels, step_of
 from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
 from deepseek_nb.quant import relative_error
 from deepseek_nb.quant.model import quantize_model
 
-KERNELS = sparse.indexer_kernels, sparse.selected_kernels, coded_kernels
+KERNELS = sparse.indexer_kernels, sparse.selected_kernels
 pytestmark = pytest.mark.skipif(not all(k.ready() for k in KERNELS), reason='no C++ compiler')
 KINDS = torch.float32, torch.bfloat16
 
@@ -60,7 +59,7 @@ def one_index(r):
     dots = torch.einsum('bsju,btu->bsjt', q.double(), k.double())
     exact = torch.einsum('bsjt,bsj->bst', dots.relu(), w.double())
     size = torch.einsum('bsju,btu,bsj->bst', q.double().abs(), k.double().abs(), w.double().abs())
-    y = poisoned(lambda y: sparse.indexer_kernels.index_scores(q.float(), k, w, y), b, s, t)
+    y = poisoned(lambda y: sparse.indexer_kernels.index_scores(q.float(), [k], w, y), b, s, t)
     what = f'{dtype} {b=} {s=} {t=} {j=} {u=}'
     assert ((y - exact).abs() <= (u + j + 2)*2**-24*size).all(), what
     i = r.randrange(s)
@@ -82,14 +81,14 @@ def one_code(r):
     q, w = torch.randn(b, s, j, u), torch.randn(b, s, j)
     if r.random() < .3: k.scales[:, ::2], k.codes[:, 1::2] = 0, 128               # ties
     exact, size = coded_scores(q.double(), k, w), coded_scores(q, k, w.abs())
-    y, what = coded_scores_cpp(q, k, w), f'{b=} {s=} {t=} {j=} {u=}'
+    y, what = index_scores_cpp(q, k, w), f'{b=} {s=} {t=} {j=} {u=}'
     assert ((y - exact).abs() <= (j + 4)*2**-23*size + 1e-30).all(), what
     i = r.randrange(s)
-    assert torch.equal(coded_scores_cpp(q[:, i:i+1], k, w[:, i:i+1]), y[:, i:i+1]), what
+    assert torch.equal(index_scores_cpp(q[:, i:i+1], k, w[:, i:i+1]), y[:, i:i+1]), what
     a = r.choice([1, 2, t//2 + 1, t, t + 5])
     mask = r.choice([None, torch.rand(b, s, t) < .5, torch.rand(b, 1, t) < .5])
     seen = torch.ones(s, t).tril(t - s).bool() if mask is None else mask
-    assert torch.equal(select_codes_cpp(q, k, w, a, mask), definition.top_positions.op.reference(y, a, seen.expand(b, s, t))), what
+    assert torch.equal(select_cpp(q, k, w, a, mask), definition.top_positions.op.reference(y, a, seen.expand(b, s, t))), what
 
 
 def one_selection(r):
@@ -224,10 +223,10 @@ def test_codes_of_odd_numbers():
     k = torch.randn(1, 6, 8)
     k[0, 1], k[0, 2, 3], k[0, 4, 0] = 0, torch.inf, torch.nan
     coded, q, w = encode_keys(k), torch.randn(1, 1, 3, 8), torch.rand(1, 1, 3)
-    want, got = coded_scores(q, coded, w), coded_scores_cpp(q, coded, w)
+    want, got = coded_scores(q, coded, w), index_scores_cpp(q, coded, w)
     assert want[0, 0].isnan().tolist() == got[0, 0].isnan().tolist() == [False, False, True, False, True, False] and got[0, 0, 1] == 0
     q[0, 0, 1, 2] = torch.inf
-    assert coded_scores_cpp(q, coded, w).isnan().all() and coded_scores(q, coded, w).isnan().all()
+    assert index_scores_cpp(q, coded, w).isnan().all() and coded_scores(q, coded, w).isnan().all()
 
 
 def small_model(r, **fields):
@@ -312,18 +311,18 @@ def test_when_the_step_runs(r):
         with torch.no_grad():
             cache.reserve(1)
             x = torch.zeros(cache.batch, 1, 24)
-            return run_blocks.op.choose(x, model.layers, model.context(1, cache, mla=mla)).fn
-    for form in (None, 'int8'): assert twin(model.new_cache(2, index_dtype=form)) is run_blocks_cpp
-    assert twin(model.new_cache(2), mla='naive') is not run_blocks_cpp
+            return run_blocks.op.choose(x, model.layers, model.context(1, cache, mla=mla)).supports
+    for form in (None, 'int8'): assert twin(model.new_cache(2, index_dtype=form)) is step_of
+    assert twin(model.new_cache(2), mla='naive') is not step_of
     other = small_model(r, attn_bias=True)
-    assert twin(other.new_cache(1), other) is not run_blocks_cpp
+    assert twin(other.new_cache(1), other) is not step_of
     hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
-    assert twin(model.new_cache(1)) is not run_blocks_cpp
+    assert twin(model.new_cache(1)) is not step_of
     hook.remove()
-    assert twin(model.new_cache(1)) is run_blocks_cpp
+    assert twin(model.new_cache(1)) is step_of
     model.layers[0].self_attn.indexer.wk.weight = torch.nn.Parameter(torch.zeros(1), False)
     model.layers[0].self_attn.indexer = None
-    assert twin(model.new_cache(1)) is not run_blocks_cpp
+    assert twin(model.new_cache(1)) is not step_of
 
 
 def test_greedy_tokens_and_drafts(r):
@@ -393,7 +392,7 @@ def test_selection_on_codes(r):
                 near = [relative_error(want, attended(model, x*(1 + .03*torch.randn_like(x)), caches[0])) for _ in range(4)]
                 attended(model, x, caches[0])
             if max(near) < .1: break
-        assert add_attention.op.choose(x, model.layers[0], model.context(1, caches[1]).layer(0)).fn is add_attention_cpp
+        assert add_attention.op.choose(x, model.layers[0], model.context(1, caches[1]).layer(0)).supports is attention_of
         error = relative_error(want, attended(model, x, caches[1]))
         assert error < .06, f'{error:.3f}: {form} {keys} {model.config}'
 
@@ -404,13 +403,13 @@ def test_when_the_step_on_codes_runs(r):
         with torch.no_grad():
             cache = model.new_cache(1)
             cache.reserve(1)
-            return run_blocks.op.choose(torch.zeros(1, 1, 32), model.layers, model.context(1, cache)).fn
+            return run_blocks.op.choose(torch.zeros(1, 1, 32), model.layers, model.context(1, cache)).supports
     model = coded_model(r, 'int8')
-    assert twin(model) is run_blocks_cpp
+    assert twin(model) is step_of
     hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
-    assert twin(model) is not run_blocks_cpp
+    assert twin(model) is not step_of
     hook.remove()
-    assert twin(model) is run_blocks_cpp
+    assert twin(model) is step_of
     model.layers[0].self_attn.indexer.wk = torch.nn.Identity()
-    assert twin(model) is not run_blocks_cpp
-    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not run_blocks_cpp
+    assert twin(model) is not step_of
+    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not step_of

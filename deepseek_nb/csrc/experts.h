@@ -3,6 +3,8 @@
 // %% ../../nbs/515_kernels.moe.ipynb #25c54bcf
 #pragma once
 #include "gemm.h"
+#include <type_traits>
+#include <torch/headeronly/util/Exception.h>
 
 template <class M> constexpr int64_t GROUP_TOKENS = PANEL;  // most tokens of a group
 
@@ -24,15 +26,21 @@ template <class M> struct Group {
 };
 
 // %% ../../nbs/515_kernels.moe.ipynb #82a58a19
-template <class T> void hidden_few(const Team& t, const Group<const T*>& v, int64_t d, const Group<const T*>* next) {
+template <class T> const T* from_row(const T* w, int64_t row, int64_t K) { return w + row * K; }
+// c[j][r] = w_r · x_j for few tokens
+template <class T>
+void few_rows(int64_t R, int64_t n, int64_t K, const T* w, const float* const* x, float* c, int64_t ldc) {
+    skinny(R, n, K, w, K, x, c, ldc);
+}
+template <class M> void hidden_few(const Team& t, const Group<M>& v, int64_t d, const Group<M>* next) {
     const auto [begin, end] = t.share(v.f);
     const int64_t r = end - begin;
     thread_local Buffer buffer;
-    float *up = buffer.need((r + L) * FEW), *hidden = v.hidden + begin;
+    float *up = buffer.need((r + L) * v.n), *hidden = v.hidden + begin;
     fetch(v.up + begin * d);
-    skinny(r, v.n, d, v.gate + begin * d, d, v.in.data(), hidden, v.f);
+    few_rows(r, v.n, d, from_row(v.gate, begin, d), v.in.data(), hidden, v.f);
     if (next) fetch(next->gate + t.share(next->f).first * d);
-    skinny(r, v.n, d, v.up + begin * d, d, v.in.data(), up, r);
+    few_rows(r, v.n, d, from_row(v.up, begin, d), v.in.data(), up, r);
     for (int64_t j = 0; j < v.n; ++j) {
         v.clamp(hidden + j * v.f, up + j * r, r);
         swiglu(hidden + j * v.f, up + j * r, 0, r);
@@ -40,15 +48,14 @@ template <class T> void hidden_few(const Team& t, const Group<const T*>& v, int6
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #8d1c1906
-template <class T> void project_few(const Team& t, const Group<const T*>& v, int64_t d, const Group<const T*>* next) {
+template <class M> void project_few(const Team& t, const Group<M>& v, int64_t d, const Group<M>* next) {
     const auto [begin, end] = t.share(d);
     const int64_t r = end - begin;
     thread_local Buffer buffer;
     if (next) fetch(next->down + begin * next->f);
-    float* o = buffer.need(r * FEW);
-    const float* rows[FEW];
-    for (int64_t j = 0; j < v.n; ++j) rows[j] = v.hidden + j * v.f;
-    skinny(r, v.n, v.f, v.down + begin * v.f, v.f, rows, o, r);
+    float* o = buffer.need(r * v.n);
+    const auto rows = row_pointers(v.hidden, v.n, v.f);
+    few_rows(r, v.n, v.f, from_row(v.down, begin, v.f), rows.data(), o, r);
     for (int64_t j = 0; j < v.n; ++j)
         for (int64_t i = 0; i < r; ++i) v.out[j][begin + i] += v.weight[j] * o[j * r + i];
 }
@@ -89,27 +96,32 @@ template <bool ADD, class T> void project_panel(const Team& t, const Group<const
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #9b5a1875
-template <class T> int64_t group_memory(const Group<const T*>& v, int64_t d) {
-    return v.n > FEW ? (d + v.f) * PANEL : v.n * v.f;
+// whether the tokens of a group are packed
+template <class M> bool packs(const Group<M>& v) { return std::is_pointer_v<M> && v.n > FEW; }
+template <class M> int64_t group_memory(const Group<M>& v, int64_t d) {
+    return packs(v) ? (d + v.f) * PANEL : v.n * v.f;
 }
-template <class T> void place(std::vector<Group<const T*>>& groups, int64_t d, float* memory) {
+template <class M> void place(std::vector<Group<M>>& groups, int64_t d, float* memory) {
     for (auto& v : groups) {
-        v.panel = memory, v.hidden = memory + (v.n > FEW ? d * PANEL : 0);
+        v.panel = memory, v.hidden = memory + (packs(v) ? d * PANEL : 0);
         memory += group_memory(v, d);
     }
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #15d651ee
-template <class T> void together(const Team& t, const std::vector<Group<const T*>>& groups, int64_t d) {
-    const auto [begin, end] = t.share((d + L - 1) / L);
-    for (auto& v : groups)
-        if (v.n > FEW) pack(v.n, d, begin * L, std::min(d, end * L), v.in.data(), v.panel);
-    t.wait();
+template <class M> void together(const Team& t, const std::vector<Group<M>>& groups, int64_t d) {
     const auto after = [&](auto& v) { return &v == &groups.back() ? nullptr : &v + 1; };
-    for (auto& v : groups) v.n > FEW ? hidden_panel(t, v, d) : hidden_few(t, v, d, after(v));
+    if constexpr (std::is_pointer_v<M>) {
+        const auto [begin, end] = t.share((d + L - 1) / L);
+        for (auto& v : groups) if (packs(v)) pack(v.n, d, begin * L, std::min(d, end * L), v.in.data(), v.panel);
+        t.wait();
+        for (auto& v : groups) packs(v) ? hidden_panel(t, v, d) : hidden_few(t, v, d, after(v));
+    } else for (auto& v : groups) hidden_few(t, v, d, after(v));
     if (groups.size()) fetch(groups[0].down + t.share(d).first * groups[0].f);
     t.wait();
-    for (auto& v : groups) v.n > FEW ? project_panel<true>(t, v, d) : project_few(t, v, d, after(v));
+    for (auto& v : groups)
+        if constexpr (std::is_pointer_v<M>) packs(v) ? project_panel<true>(t, v, d) : project_few(t, v, d, after(v));
+        else project_few(t, v, d, after(v));
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #8c7e6d95
@@ -140,7 +152,6 @@ inline Sorted sort_by_expert(const int64_t* experts, const float* weights, int64
 }
 
 // %% ../../nbs/515_kernels.moe.ipynb #86757257
-template <class T> const T* from_row(const T* w, int64_t row, int64_t K) { return w + row * K; }
 template <class M> struct Stack {
     M gate_up, down;
     int64_t e, f, d;
@@ -166,4 +177,15 @@ std::vector<Group<M>> make_groups(const Stack<M>& w, const Sorted& s, const floa
             groups.push_back(std::move(v));
         }
     return groups;
+}
+
+// %% ../../nbs/515_kernels.moe.ipynb #9c4e5781
+// convert a list of 64-bit numbers from Python to a struct
+template <class S, class T> S record(const std::vector<T>& numbers) {
+    static_assert(sizeof(S) % sizeof(T) == 0 && std::is_trivially_copyable_v<S>);
+    STD_TORCH_CHECK(numbers.size() * sizeof(T) == sizeof(S), "a record of ", sizeof(S) / sizeof(T), " numbers has ",
+                    numbers.size());
+    S s;
+    memcpy(&s, numbers.data(), sizeof(S));
+    return s;
 }

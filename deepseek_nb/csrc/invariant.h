@@ -37,41 +37,7 @@ template <class T> auto own_rows(const Team& t, const Dots<T>&, int64_t R) { ret
 template <class T> Dots<T> from_row(const Dots<T>& w, int64_t row, int64_t K) { return {w + row * K}; }
 
 // %% ../../nbs/517_kernels.invariant.ipynb #2eaad220
-template <class T> int64_t group_memory(const Group<Dots<T>>& v, int64_t) { return v.n * v.f; }
-template <class T> void place(std::vector<Group<Dots<T>>>& groups, int64_t d, float* memory) {
-    for (auto& v : groups) v.hidden = memory, memory += group_memory(v, d);
-}
-template <class T> void hidden_dots(const Team& t, const Group<Dots<T>>& v, int64_t d, const Group<Dots<T>>* next) {
-    const auto [begin, end] = t.share(v.f);
-    const int64_t r = end - begin;
-    thread_local Buffer buffer;
-    float *up = buffer.need(r * v.n), *hidden = v.hidden + begin;
-    fetch(v.up + begin * d);
-    dot_rows(r, v.n, d, v.gate + begin * d, v.in.data(), hidden, v.f);
-    if (next) fetch(next->gate + t.share(next->f).first * d);
-    dot_rows(r, v.n, d, v.up + begin * d, v.in.data(), up, r);
-    for (int64_t j = 0; j < v.n; ++j) {
-        v.clamp(hidden + j * v.f, up + j * r, r);
-        swiglu(hidden + j * v.f, up + j * r, 0, r);
-    }
-}
-
-// %% ../../nbs/517_kernels.invariant.ipynb #8f50e01f
-template <class T> void project_dots(const Team& t, const Group<Dots<T>>& v, int64_t d, const Group<Dots<T>>* next) {
-    const auto [begin, end] = t.share(d);
-    const int64_t r = end - begin;
-    thread_local Buffer buffer;
-    if (next) fetch(next->down + begin * next->f);
-    float* o = buffer.need(r * v.n);
-    const auto rows = row_pointers(v.hidden, v.n, v.f);
-    dot_rows(r, v.n, v.f, v.down + begin * v.f, rows.data(), o, r);
-    for (int64_t j = 0; j < v.n; ++j)
-        for (int64_t i = 0; i < r; ++i) v.out[j][begin + i] += v.weight[j] * o[j * r + i];
-}
-template <class T> void together(const Team& t, const std::vector<Group<Dots<T>>>& groups, int64_t d) {
-    const auto after = [&](auto& v) { return &v == &groups.back() ? nullptr : &v + 1; };
-    for (auto& v : groups) hidden_dots(t, v, d, after(v));
-    if (groups.size()) fetch(groups[0].down + t.share(d).first * groups[0].f);
-    t.wait();
-    for (auto& v : groups) project_dots(t, v, d, after(v));
+template <class T>
+void few_rows(int64_t R, int64_t n, int64_t K, const Dots<T>& w, const float* const* x, float* c, int64_t ldc) {
+    dot_rows<T>(R, n, K, w, x, c, ldc);
 }

@@ -3,6 +3,7 @@
 // %% ../../nbs/525_kernels.norm.ipynb #a36aa34d
 #include "norm.h"
 #include "team.h"
+#include "tensors.h"
 #include <torch/csrc/stable/library.h>
 
 template <class F> void each_row(int64_t n, int64_t d, F f) {

@@ -2,7 +2,7 @@
 
 // %% ../../nbs/525_kernels.norm.ipynb #cc7e6278
 #pragma once
-#include "tensors.h"
+#include "simd.h"
 #include <cmath>
 #include <type_traits>
 
@@ -45,8 +45,8 @@ inline void turn(const X* x, int64_t r, const float* cos, const float* sin, bool
 struct Angles {
     const float *cos, *sin;
     int64_t batch, step, half;
-    Angles(const Tensor& c, const Tensor& s)
-        : cos(data<float>(c)), sin(data<float>(s)), batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)),
+    template <class Tensor> Angles(const Tensor& c, const Tensor& s)
+        : cos((const float*)c.data_ptr()), sin((const float*)s.data_ptr()), batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)),
           half(c.size(3)) {}
     // rotate a row at position s of batch row b
     template <class X, class Y> void apply(const X* x, int64_t b, int64_t s, bool interleaved, Y* y) const {

@@ -7,15 +7,16 @@ template <class F> inline ivec dot_codes(ivec s, ivec w, const int32_t& a) {
     if constexpr (F::FINE && !WIDE) return dot_bytes(s, w, a);
     return F::SIGNED ? dot_signed(s, w, a) : dot(s, w, a);
 }
-// s[j] += the products of a block of weights with token j; with few tokens each has two sums
-template <class F, int N, int CHAINS> inline void add_dots(const uint8_t* w, Codes x, ivec (&s)[N * CHAINS]) {
+// s[j] += the products of a block of weights with token j; with few tokens or two halves each has two sums
+template <class F, int N, int CHAINS> inline void add_dots(const Place& w, Codes x, ivec (&s)[N * CHAINS]) {
     F::each(w, [&](int i, ivec v) {
-        for (int j = 0; j < N; ++j) s[j + i % CHAINS] = dot_codes<F>(s[j + i % CHAINS], v, x[j].codes[i]);
+        const int chain = F::HALVES ? i / 4 : i % CHAINS;
+        for (int j = 0; j < N; ++j) s[j + chain * N] = dot_codes<F>(s[j + chain * N], v, x[j].codes[i]);
     });
 }
 // sums[j] = the sums of the products of a block of weights with token j
-template <class F, int N> inline void block_dots(const uint8_t* w, Codes x, ivec (&sums)[N]) {
-    constexpr int CHAINS = N == 1 ? 2 : 1;
+template <class F, int N> inline void block_dots(const Place& w, Codes x, ivec (&sums)[N]) {
+    constexpr int CHAINS = N == 1 || F::HALVES ? 2 : 1;
     ivec s[N * CHAINS] = {};
     add_dots<F, N, CHAINS>(w, x, s);
     if constexpr (F::FINE) {
@@ -23,11 +24,19 @@ template <class F, int N> inline void block_dots(const uint8_t* w, Codes x, ivec
         add_dots<F, N, CHAINS>(w, x + N, s);
     }
     auto done = [](ivec v) { return F::SIGNED || F::FINE ? v : whole(v); };
-    for (int j = 0; j < N; ++j) sums[j] = CHAINS == 1 ? done(s[j]) : done(s[0]) + done(s[1]);
+    for (int j = 0; j < N; ++j)
+        if constexpr (F::HALVES) sums[j] = F::join(w, done(s[j]), done(s[j + N]), x[j]);
+        else sums[j] = CHAINS == 1 ? done(s[j]) : done(s[0]) + done(s[1]);
 }
+// what the sums of a block are multiplied by
+template <class F> inline vec sum_step(const Place& p) {
+    if constexpr (F::HALVES) return p.number(0);
+    else return F::step(p);
+}
+template <class F> inline vec sum_low(const Place& p, vec d) { return F::HALVES ? splat(0) : F::low(p, d); }
 // s + a block's part of the product
 inline vec add_block(vec s, ivec sums, vec d, vec low, const CodeBlock& x) {
-    return muladd(low, splat(x.sum), muladd(__builtin_convertvector(sums, vec) * x.scale, d, s));
+    return muladd(low, splat(x.sum), muladd(floats(sums) * x.scale, d, s));
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #ef63d646
@@ -36,16 +45,17 @@ template <class F, int N>
 void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL_ROWS]) {
     const int64_t G = blocks_of(m.K), each = m.blocks();
     for (int h = 0; h < PASSES; ++h) {
-        const uint8_t* at = panel + h * 4 * L;
         Codes block = x;
         vec s[N] = {};
-        for (int64_t first = 0; first < G; first += each) {
-            const vec d = F::step(at - h * 2 * L), low = F::low(at - h * 2 * L, d);
-            at += F::SCALES;
-            for (int64_t g = first; g < std::min(G, first + each); ++g, at += F::BYTES, block += N << F::FINE) {
-                for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(at + AHEAD + i, 0, 2);
+        Place p{panel, h, 0};
+        for (int64_t first = 0; first < G; first += each, p.group += F::SCALES + each * F::BYTES) {
+            vec d, low;
+            for (p.block = 0; p.block < std::min(G - first, each); ++p.block, block += N << F::FINE) {
+                const uint8_t* ahead = p.at(F::SCALES, F::BYTES) + AHEAD;
+                for (int i = 0; i < F::BYTES + F::SCALES; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+                if (F::LARGE || p.block == 0) d = sum_step<F>(p), low = sum_low<F>(p, d);
                 ivec sums[N];
-                block_dots<F>(at, block, sums);
+                block_dots<F>(p, block, sums);
                 for (int j = 0; j < N; ++j) s[j] = add_block(s[j], sums[j], d, low, block[j]);
             }
         }
@@ -57,8 +67,8 @@ void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL
 #if defined(__AMX_INT8__) && defined(__linux__)
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
     for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
-        const uint8_t* block = panel + (g / each + 1) * F::SCALES + g * F::BYTES;
-        F::each(block, [&](int i, ivec w) { memcpy(to + 512 * g + i * sizeof w, &w, sizeof w); });
+        const Place place{panel + g / each * (F::SCALES + each * F::BYTES), 0, int(g % each)};
+        F::each(place, [&](int i, ivec w) { memcpy(to + 512 * g + i * sizeof w, &w, sizeof w); });
     }
     return to;
 }
@@ -106,8 +116,8 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
     for (int64_t g = 0; g < G; ++g) {
         if (g + 1 < G) multiply(g + 1);
         fetch.step();
-        const uint8_t* group = panel + g / each * (F::SCALES + each * F::BYTES);
-        const vec d = F::step(group), low = F::low(group, d);
+        const Place place{panel + g / each * (F::SCALES + each * F::BYTES), 0, int(g % each)};
+        const vec d = F::step(place), low = F::low(place, d);
         const CodeBlock* at = x[0] + g;
 #pragma GCC unroll 16
         for (int j = 0; j < TILE; ++j, at += step)
@@ -121,7 +131,7 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
 #if defined(__AMX_INT8__) && defined(__linux__)
 // compute as many tokens as fill whole tiles, and return their number
 template <class F> int64_t tile_rows(const Matrix& m, const Range& r) {
-    if (r.n < TILE || !tiles_allowed()) return 0;
+    if (F::HALVES || r.n < TILE || !tiles_allowed()) return 0;
     const Tiles tiles({{TILE, 32}, {8, 64}, {TILE, 64}, {TILE, 32}, {TILE, 64}});
     thread_local Buffer buffer;
     const int64_t G = blocks_of(m.K);
@@ -184,21 +194,14 @@ void rows_of(const Matrix& m, const Range& r) {
     as_format(m, [&](auto f) { panel_rows<decltype(f)>(m, r); });
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #d02c4a33
-template <class F> void decode_row(const Matrix& m, int64_t row, float* y) {
-    const int64_t each = m.blocks(), r = row % PANEL_ROWS;
-    const uint8_t* panel = m.panel(row / PANEL_ROWS);
-    float end = 1;
-    if (F::END) memcpy(&end, panel + 4 * r, 4);
-    for (int64_t k = 0; k < m.K; k += 32) {
-        const int64_t g = k / 32;
-        const uint8_t *group = panel + g / each * (F::SCALES + each * F::BYTES), *scales = group + r / L * 2 * L;
-        const vec d = F::step(scales), low = F::low(scales, d);
-        const uint8_t* codes = group + F::SCALES + g % each * F::BYTES + 4 * r;
-        for (int i = 0; i < std::min<int64_t>(32, m.K - k); ++i)
-            y[k + i] = F::END ? F::code(codes, i) * end : F::code(codes, i) * d[r % L] + low[r % L];
-    }
-}
+// %% ../../nbs/537_kernels.codes.ipynb #80538d38
 void decode_row(const Matrix& m, int64_t row, float* y) {
-    as_format(m, [&](auto f) { decode_row<decltype(f)>(m, row, y); });
+    Matrix panel = m;
+    panel.data = m.panel(row / PANEL_ROWS);
+    float columns[32 * PANEL_ROWS];
+    for (int64_t k = 0; k < m.K; k += 32) {
+        decode(panel, k / 32, columns, PANEL_ROWS);
+        for (int64_t i = 0; i < std::min<int64_t>(32, m.K - k); ++i)
+            y[k + i] = columns[i * PANEL_ROWS + row % PANEL_ROWS];
+    }
 }

@@ -30,38 +30,23 @@ void embed_panels(Tensor ids, Tensor panels, int64_t format, int64_t group, int6
     }
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #6619bc48
-// one panel from n rows of blocks, which have HEAD bytes of scale and minimum and BYTES of codes
-template <int HEAD, int BYTES>
-void pack_panel(const uint8_t* rows, int64_t n, int64_t blocks, uint8_t* to) {
-    const int64_t step = blocks * (HEAD + BYTES);
-    if (n < PANEL_ROWS) memset(to, 0, PANEL_ROWS * step);
-    for (int64_t g = 0; g < blocks; ++g, to += PANEL_ROWS * (HEAD + BYTES))
-        for (int64_t r = 0; r < n; ++r) {
-            const uint8_t* p = rows + r * step + g * (HEAD + BYTES);
-            for (int i = 0; i < HEAD; i += 2) memcpy(to + PANEL_ROWS * i + 2 * r, p + i, 2);
-            for (int i = HEAD; i < HEAD + BYTES; i += 4) memcpy(to + PANEL_ROWS * i + 4 * r, p + i, 4);
-        }
-}
-
-// %% ../../nbs/537_kernels.codes.ipynb #632cd9ac
-void pack_blocks(Tensor blocks, int64_t head, int64_t bytes, Tensor panels) {
+// %% ../../nbs/537_kernels.codes.ipynb #b2f8e132
+void pack_blocks(Tensor blocks, int64_t format, Tensor panels) {
     const int64_t R = blocks.size(1), P = panels_of(R), step = blocks.size(2), each = panels.size(2);
-    const auto pack = bytes == 32 ? &pack_panel<2, 32> : head == 2 ? &pack_panel<2, 16> : &pack_panel<4, 16>;
+    const FileBlock f = file_block(Format(format));
     team([&](const Team& t) {
         const auto [begin, end] = t.share(blocks.size(0) * P);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = i % P * PANEL_ROWS;
+            const int64_t first = i % P * PANEL_ROWS, n = std::min<int64_t>(PANEL_ROWS, R - first);
             const uint8_t* rows = data<uint8_t>(blocks) + (i / P * R + first) * step;
-            const int64_t n = std::min<int64_t>(PANEL_ROWS, R - first);
-            pack(rows, n, step / (head + bytes), data<uint8_t>(panels) + i * each);
+            pack_panel(f, rows, n, step / f.bytes * f.width, data<uint8_t>(panels) + i * each);
         }
     });
 }
 
-// %% ../../nbs/537_kernels.codes.ipynb #b2f8e132
+// %% ../../nbs/537_kernels.codes.ipynb #f3a56d69
 STABLE_TORCH_LIBRARY_FRAGMENT(NAMESPACE, m) {
-    m.def("pack_blocks(Tensor blocks, int head, int bytes, Tensor(a!) panels) -> ()");
+    m.def("pack_blocks(Tensor blocks, int format, Tensor(a!) panels) -> ()");
     m.def("linear_panels(Tensor x, Tensor panels, int format, int group, bool two_codes, Tensor(a!) y) -> ()");
     m.def("embed_panels(Tensor ids, Tensor panels, int format, int group, int rows, Tensor(a!) y) -> ()");
 }

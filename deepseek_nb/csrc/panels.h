@@ -88,6 +88,7 @@ inline ivec dot_bytes(ivec s, ivec w, int32_t a) {
 struct CodeBlock {
     int32_t codes[8];  // four codes per word
     float scale, sum;
+    int32_t halves[2];  // sums of the first and the last 16 codes
 };
 using Codes = const CodeBlock*;  // the blocks of a token
 inline int64_t blocks_of(int64_t K) { return (K + 31) / 32; }
@@ -120,15 +121,16 @@ inline void round_block(const float* x, CodeBlock& block) {
     vec v[32 / L];
     for (int i = 0; i < 32 / L; ++i) v[i] = load(x + i * L);
     const float step = largest_magnitude(v) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
-    ivec total = {};
+    ivec total[2] = {};
     for (int i = 0; i < 32 / L; ++i) {
         vec y = v[i] * inverse;
         keep(y);
         const ivec c = __builtin_convertvector((y + 12582912.f) - 12582912.f, ivec);
         store_bytes(c, (int8_t*)block.codes + i * L);
-        total += c << 24 >> 24;
+        total[i * L / 16] += c << 24 >> 24;
     }
-    block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * sum(__builtin_convertvector(total, vec));
+    for (int h = 0; h < 2; ++h) block.halves[h] = int32_t(sum(__builtin_convertvector(total[h], vec)));
+    block.scale = step < INFINITY ? step : NAN, block.sum = block.scale * float(block.halves[0] + block.halves[1]);
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #500b95df
@@ -203,62 +205,111 @@ inline ivec ints(const uint8_t* p) {
 }
 
 // %% ../../nbs/537_kernels.codes.ipynb #fb7d061b
-struct Int8 {
-    static constexpr int BYTES = 512, SCALES = 64;  // bytes of a block's codes and of a group's scales, for 16 rows
-    static constexpr bool END = true, SIGNED = !WIDE, FINE = false;
-    template <class Use> static void each(const uint8_t* p, Use use) {
-        for (int i = 0; i < 8; ++i) use(i, WIDE ? ints(p + 64 * i) ^ int32_t(0x80808080) : ints(p + 64 * i));
+constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
+
+struct Place {
+    const uint8_t* group;
+    int pass, block, half = 0;  // half: the first or the last 16 codes of the block
+    vec number(int i) const { return halves(group + 32 * i + 2 * L * pass); }  // float16 number i of each row
+    const uint8_t* at(int64_t scales, int64_t bytes = 0) const { return group + scales + block * bytes + 4 * L * pass; }
+};
+template <bool ROW> struct Int8Codes {
+    static constexpr int BYTES = 512, SCALES = ROW ? 64 : 32;  // bytes of a block's codes and of a group's scales, for 16 rows
+    static constexpr bool END = ROW, SIGNED = !WIDE, FINE = false, LARGE = false, HALVES = false;
+    template <class Use> static void words(const uint8_t* p, int32_t flip, Use use) {
+        for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i) ^ flip);
     }
-    static int code(const uint8_t* p, int i) { return int8_t(p[i / 4 * 64 + i % 4]); }
-    static vec step(const uint8_t*) { return splat(1); }
-    static vec low(const uint8_t*, vec) { return splat(WIDE ? -128 : 0); }
+    template <class Use> static void each(const Place& p, Use use) {
+        words(p.at(SCALES, BYTES), WIDE ? 0x80808080 : 0, use);
+    }
+    static vec step(const Place& p) { return ROW ? splat(1) : p.number(0); }
+    static vec low(const Place&, vec d) { return WIDE ? d * -128.f : splat(0); }
 };
-struct Int8Groups : Int8 {
-    static constexpr int SCALES = 32;
-    static constexpr bool END = false;
-    static int code(const uint8_t* p, int i) { return Int8::code(p, i) + (WIDE ? 128 : 0); }
-    static vec step(const uint8_t* scales) { return halves(scales); }
-    static vec low(const uint8_t*, vec d) { return WIDE ? d * -128.f : splat(0); }
-};
+using Int8 = Int8Codes<true>;
+using Int8Groups = Int8Codes<false>;
 
 // %% ../../nbs/537_kernels.codes.ipynb #cc9e1a84
 template <bool MINS> struct Int4 {
     static constexpr int BYTES = 256, SCALES = MINS ? 64 : 32;
-    static constexpr bool END = false, SIGNED = false, FINE = false;
-    template <class Use> static void each(const uint8_t* p, Use use) {
+    static constexpr bool END = false, SIGNED = false, FINE = false, LARGE = false, HALVES = false;
+    template <class Use> static void each(const Place& p, Use use) {
         for (int i = 0; i < 4; ++i) {
-            const ivec both = ints(p + 64 * i);
+            const ivec both = ints(p.at(SCALES, BYTES) + 64 * i);
             use(i, both & 0x0f0f0f0f), use(4 + i, both >> 4 & 0x0f0f0f0f);
         }
     }
-    static int code(const uint8_t* p, int i) { return p[i % 16 / 4 * 64 + i % 4] >> (i < 16 ? 0 : 4) & 15; }
-    static vec step(const uint8_t* scales) { return halves(scales); }
-    static vec low(const uint8_t* scales, vec d) { return MINS ? halves(scales + 32) : d * -8.f; }
+    static vec step(const Place& p) { return p.number(0); }
+    static vec low(const Place& p, vec d) { return MINS ? p.number(1) : d * -8.f; }
 };
 
 // %% ../../nbs/537_kernels.codes.ipynb #38e9f6ec
-struct Int8Fine {
-    static constexpr int BYTES = 512, SCALES = 64;
-    static constexpr bool END = false, SIGNED = false, FINE = true;
-    template <class Use> static void each(const uint8_t* p, Use use) {
-        for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i));
-    }
-    static int code(const uint8_t* p, int i) { return p[i / 4 * 64 + i % 4]; }
-    static vec step(const uint8_t* scales) { return halves(scales); }
-    static vec low(const uint8_t* scales, vec) { return halves(scales + 32); }
+struct Int8Fine : Int8Groups {
+    static constexpr int SCALES = 64;
+    static constexpr bool SIGNED = false, FINE = true;
+    template <class Use> static void each(const Place& p, Use use) { words(p.at(SCALES, BYTES), 0, use); }
+    static vec low(const Place& p, vec) { return p.number(1); }
 };
 template <class F> struct TwoCodes : F {  // int8 weights, whose activations have two codes
     static constexpr bool SIGNED = false, FINE = true;
-    template <class Use> static void each(const uint8_t* p, Use use) {
-        for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i) ^ int32_t(0x80808080));
+    template <class Use> static void each(const Place& p, Use use) {
+        F::words(p.at(F::SCALES, F::BYTES), 0x80808080, use);
     }
-    static vec low(const uint8_t*, vec d) { return d * -128.f; }
+    static vec low(const Place&, vec d) { return d * -128.f; }
+};
+
+// %% ../../nbs/537_kernels.codes.ipynb #d4d808d0
+// byte i of each row, of fields that begin at p
+inline ivec small_numbers(const uint8_t* p, int i, int pass) {
+    typedef uint8_t some __attribute__((vector_size(L)));
+    some b;
+    memcpy(&b, p + PANEL_ROWS * i + L * pass, L);
+    return __builtin_convertvector(b, ivec);
+}
+inline vec floats(ivec v) { return __builtin_convertvector(v, vec); }
+
+struct Q4K {  // d and m, twelve bytes of scales and minima, codes
+    static constexpr int BYTES = 256, SCALES = 256;
+    static constexpr bool END = false, SIGNED = false, FINE = false, LARGE = true, HALVES = false;
+    template <class Use> static void each(const Place& p, Use use) {
+        const uint8_t* codes = p.at(SCALES) + p.block / 2 * 512;
+        for (int i = 0; i < 8; ++i) use(i, ints(codes + 64 * i) >> p.block % 2 * 4 & 0x0f0f0f0f);
+    }
+    static ivec field(const Place& p, int i) { return small_numbers(p.group + 64, i, p.pass); }
+    static vec step(const Place& p) {
+        const int k = p.block;
+        return p.number(0) * floats(k < 4 ? field(p, k) & 63 : (field(p, k + 4) & 15) | field(p, k - 4) >> 6 << 4);
+    }
+    static vec low(const Place& p, vec) {
+        const int k = p.block;
+        return -p.number(1) * floats(k < 4 ? field(p, k + 4) & 63 : field(p, k + 4) >> 4 | field(p, k) >> 6 << 4);
+    }
+};
+
+// %% ../../nbs/537_kernels.codes.ipynb #8bd17870
+struct Q6K {  // d, sixteen scales, 32 bytes of padding, low bits, high bits
+    static constexpr int BYTES = 384, SCALES = 320;
+    static constexpr bool END = false, SIGNED = !WIDE, FINE = false, LARGE = true, HALVES = true;
+    template <class Use> static void each(const Place& p, Use use) {
+        const int quarter = p.block % 4;
+        const uint8_t* lows = p.at(SCALES) + 64 * (p.block / 4 * 16 + quarter % 2 * 8);
+        const uint8_t* highs = p.at(SCALES) + 64 * (32 + p.block / 4 * 8);
+        for (int i = 0; i < 8; ++i)
+            use(i, (ints(lows + 64 * i) >> quarter / 2 * 4 & 0x0f0f0f0f) |
+                   (ints(highs + 64 * i) >> quarter * 2 & 0x03030303) << 4);
+    }
+    static ivec scale(const Place& p, int half) {
+        return small_numbers(p.group + 32, 2 * p.block + half, p.pass) << 24 >> 24;
+    }
+    static vec step(const Place& p) { return p.number(0) * floats(scale(p, p.half)); }
+    static vec low(const Place&, vec d) { return d * -32.f; }
+    // the sum of a block's products, from those of its halves
+    static ivec join(const Place& p, ivec first, ivec last, const CodeBlock& x) {
+        return scale(p, 0) * (first - 32 * x.halves[0]) + scale(p, 1) * (last - 32 * x.halves[1]);
+    }
 };
 
 // %% ../../nbs/537_kernels.codes.ipynb #c33db43f
-constexpr int PANEL_ROWS = 16, PASSES = PANEL_ROWS / L;  // rows of a panel; vectors that hold one number of each row
-
-enum class Format : int64_t { int8, int8_groups, int4, int4_mins, int8_fine };
+enum class Format : int64_t { int8, int8_groups, int4, int4_mins, int8_fine, q4_k, q6_k };
 struct Matrix {
     const uint8_t* data = nullptr;
     Format format = Format::int8;
@@ -277,6 +328,8 @@ template <class F> void as_format(const Matrix& m, F use) {
     else if (m.format == Format::int8_groups) use(Int8Groups());
     else if (m.format == Format::int4) use(Int4<false>());
     else if (m.format == Format::int8_fine) use(Int8Fine());
+    else if (m.format == Format::q4_k) use(Q4K());
+    else if (m.format == Format::q6_k) use(Q6K());
     else use(Int4<true>());
 }
 
@@ -349,4 +402,70 @@ inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix
     }
     const auto [first, last] = t.share(panels_of(R));
     rows_of(m, {first, last, R, n, codes.rows.data(), y, ldy});
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #d02c4a33
+// call use(h, i, numbers of rows h L to h L + L - 1 in column 32 g + i) for 16 rows; an int8 scale per row is left out
+template <class F, class Use> inline void each_column(const Matrix& m, int64_t g, Use use) {
+    const int64_t each = m.blocks();
+    for (int h = 0; h < PASSES; ++h) {
+        Place p{m.data + g / each * (F::SCALES + each * F::BYTES), h, int(g % each)};
+        ivec w[8];
+        F::each(p, [&](int i, ivec v) { w[i] = v; });
+        for (p.half = 0; p.half < 2; ++p.half) {
+            const vec d = F::step(p), low = F::low(p, d);
+#pragma GCC unroll 16
+            for (int i = 16 * p.half; i < 16 * p.half + 16; ++i) {
+                const int at = i % 4 * 8;
+                use(h, i, floats(F::SIGNED ? w[i / 4] << 24 - at >> 24 : w[i / 4] >> at & 255) * d + low);
+            }
+        }
+    }
+}
+template <class F> inline vec row_scale(const Matrix& m, int h) {
+    return F::END ? load((const float*)m.data + h * L) : splat(1);
+}
+// write columns 32 g to 32 g + 31 of 16 rows: each column is 16 numbers, and columns are ld numbers apart
+inline void decode(const Matrix& m, int64_t g, float* to, int64_t ld) {
+    as_format(m, [&](auto f) {
+        using F = decltype(f);
+        each_column<F>(m, g, [&](int h, int i, vec v) { store(to + i * ld + h * L, v * row_scale<F>(m, h)); });
+    });
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #6619bc48
+struct Field { int at, size, unit; };  // bytes of a block of a file, in pieces of `unit`
+struct FileBlock {
+    int width, bytes;  // numbers and bytes
+    Field fields[3];   // in the order of a panel
+    int64_t panel(int64_t K) const { return K / width * PANEL_ROWS * (bytes + (bytes == 210) * 2); }
+};
+inline FileBlock file_block(Format f) {
+    switch (f) {
+        case Format::int8_groups: return {32, 34, {{0, 2, 2}, {2, 32, 4}}};     // Q8_0
+        case Format::int4: return {32, 18, {{0, 2, 2}, {2, 16, 4}}};            // Q4_0
+        case Format::int4_mins: return {32, 20, {{0, 4, 2}, {4, 16, 4}}};       // Q4_1
+        case Format::q4_k: return {256, 144, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}};
+        default: return {256, 210, {{208, 2, 2}, {192, 16, 1}, {0, 192, 4}}};   // Q6_K
+    }
+}
+
+// %% ../../nbs/537_kernels.codes.ipynb #632cd9ac
+template <int UNIT> void spread(const uint8_t* from, int64_t size, int64_t row, uint8_t* to) {
+    for (int64_t i = 0; i < size; i += UNIT) memcpy(to + PANEL_ROWS * i + UNIT * row, from + i, UNIT);
+}
+// one panel from n rows of K numbers in blocks of a file
+inline void pack_panel(const FileBlock& f, const uint8_t* rows, int64_t n, int64_t K, uint8_t* to) {
+    const int64_t blocks = K / f.width, step = f.panel(f.width);
+    if (n < PANEL_ROWS || f.bytes == 210) memset(to, 0, f.panel(K));
+    for (int64_t r = 0; r < n; ++r)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* from = rows + (r * blocks + b) * f.bytes;
+            uint8_t* at = to + b * step;
+            for (const Field& part : f.fields) {
+                const auto move = part.unit == 4 ? spread<4> : part.unit == 2 ? spread<2> : spread<1>;
+                if (f.bytes == 210 && part.unit == 4) at += 2 * PANEL_ROWS;  // the codes begin at a cache line
+                move(from + part.at, part.size, r, at), at += PANEL_ROWS * part.size;
+            }
+        }
 }

@@ -21,34 +21,6 @@ inline std::pair<int64_t, int64_t> own_rows(const Team& t, const Matrix&, int64_
     return {std::min(R, first * PANEL_ROWS), std::min(R, last * PANEL_ROWS)};
 }
 
-// %% ../../nbs/539_kernels.step_codes.ipynb #d7a4f2dc
-// call use(h, i, numbers of rows h L to h L + L - 1 in column 32 g + i) for 16 rows; an int8 scale per row is left out
-template <class F, class Use> inline void each_column(const Matrix& m, int64_t g, Use use) {
-    const int64_t each = m.blocks();
-    const uint8_t* group = m.data + g / each * (F::SCALES + each * F::BYTES);
-    for (int h = 0; h < PASSES; ++h) {
-        ivec w[8];
-        F::each(group + F::SCALES + g % each * F::BYTES + h * 4 * L, [&](int i, ivec v) { w[i] = v; });
-        const vec d = F::step(group + h * 2 * L), low = F::low(group + h * 2 * L, d);
-#pragma GCC unroll 32
-        for (int i = 0; i < 32; ++i) {
-            const int at = i % 4 * 8;
-            const ivec code = F::SIGNED ? w[i / 4] << 24 - at >> 24 : w[i / 4] >> at & 255;
-            use(h, i, __builtin_convertvector(code, vec) * d + low);
-        }
-    }
-}
-template <class F> inline vec row_scale(const Matrix& m, int h) {
-    return F::END ? load((const float*)m.data + h * L) : splat(1);
-}
-// write columns 32 g to 32 g + 31 of 16 rows: each column is 16 numbers, and columns are ld numbers apart
-inline void decode(const Matrix& m, int64_t g, float* to, int64_t ld) {
-    as_format(m, [&](auto f) {
-        using F = decltype(f);
-        each_column<F>(m, g, [&](int h, int i, vec v) { store(to + i * ld + h * L, v * row_scale<F>(m, h)); });
-    });
-}
-
 // %% ../../nbs/539_kernels.step_codes.ipynb #6c1dc194
 template <class T, std::derived_from<Matrix> M>
 void absorb(const Team& t, const Mla<T, M>& w, int64_t n, const float* q, float* out) {

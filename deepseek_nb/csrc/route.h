@@ -5,8 +5,8 @@
 #include "simd.h"
 #include <cmath>
 #include <type_traits>
+#include <algorithm>
 #include <vector>
-#include <torch/headeronly/util/Exception.h>
 
 enum class Score : int64_t { softmax, sigmoid, sqrtsoftplus };
 struct RouterSettings {
@@ -16,17 +16,6 @@ struct RouterSettings {
     int64_t normalise;     // 1: weights of the selected experts add up to one
 };
 struct Router : RouterSettings { int64_t e, k; float scale; };
-
-// %% ../../nbs/515_kernels.moe.ipynb #69a0f944
-// convert a list of 64-bit numbers from Python to a struct
-template <class S, class T> S record(const std::vector<T>& numbers) {
-    static_assert(sizeof(S) % sizeof(T) == 0 && std::is_trivially_copyable_v<S>);
-    STD_TORCH_CHECK(numbers.size() * sizeof(T) == sizeof(S), "a record of ", sizeof(S) / sizeof(T), " numbers has ",
-                    numbers.size());
-    S s;
-    memcpy(&s, numbers.data(), sizeof(S));
-    return s;
-}
 
 // %% ../../nbs/515_kernels.moe.ipynb #2782f8f6
 inline void affinity(const Router& r, const float* logits, float* scores) {

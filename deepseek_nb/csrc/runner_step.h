@@ -2,6 +2,8 @@
 
 // %% ../../nbs/810_export.runner_step.ipynb #2823d9eb
 #pragma once
+#include "norm.h"
+#include "route.h"
 #include "runner_model.h"
 
 // the rows of an activation, with the memory that holds them
@@ -58,10 +60,6 @@ inline void weighted_sum(const float* factors, int64_t n, const float* rows, int
     if (i < width) std::fill(y + i, y + width, 0.f);
     for (int64_t p = 0; i < width && p < n; ++p) add(factors[p], rows + p * step + i, width - i, y + i);
 }
-inline void rms_norm(const float* x, int64_t d, const float* weight, float eps, float* y) {
-    const float scale = 1 / std::sqrt(dot(x, x, d) / d + eps);
-    for (int64_t i = 0; i < d; ++i) y[i] = x[i] * scale * weight[i];
-}
 inline void soften(float* x, int64_t n) {
     float top = -INFINITY, total = 0;
     for (int64_t i = 0; i < n; ++i) top = x[i] > top || x[i] != x[i] ? x[i] : top;
@@ -82,14 +80,7 @@ struct Turn {
             cos[i] = std::cos(angle) * r.factor, sin[i] = std::sin(angle) * r.factor;
         }
     }
-    void turn(float* x, bool interleaved) const {
-        const int64_t half = cos.size();
-        for (int64_t i = 0; i < half; ++i) {
-            float &a = interleaved ? x[2 * i] : x[i], &b = interleaved ? x[2 * i + 1] : x[i + half];
-            const float was = a;
-            a = was * cos[i] - b * sin[i], b = was * sin[i] + b * cos[i];
-        }
-    }
+    void turn(float* x, bool interleaved) const { ::turn(x, 2 * cos.size(), cos.data(), sin.data(), interleaved, x); }
 };
 
 // %% ../../nbs/810_export.runner_step.ipynb #b4f92d4b
@@ -98,39 +89,15 @@ struct Choice {
     std::vector<float> weights, scores;
 };
 
-// keep the groups with the largest sum of their two best experts (V3) or with the best expert (V2)
-inline void limit_groups(const Config& c, bool two, std::vector<float>& wanted) {
-    const int64_t each = c.experts / c.groups;
-    std::vector<float> rank(c.groups);
-    for (int64_t g = 0; g < c.groups; ++g) {
-        float first = -INFINITY, second = -INFINITY;
-        for (int64_t i = g * each; i < (g + 1) * each; ++i)
-            if (wanted[i] > first) second = first, first = wanted[i];
-            else if (wanted[i] > second) second = wanted[i];
-        rank[g] = two && each > 1 ? first + second : first;
-    }
-    for (int64_t k = 0; k < c.keep; ++k) *std::max_element(rank.begin(), rank.end()) = -INFINITY;
-    // a group that was taken has the rank -inf; the others are excluded
-    for (int64_t g = 0; g < c.groups; ++g)
-        if (rank[g] != -INFINITY) std::fill_n(wanted.begin() + g * each, each, -INFINITY);
-}
 // false if a score is not a number, or if too few experts have a score above -inf
 inline bool choose(const Config& c, const float* logits, const float* bias, Choice& out) {
-    out.scores.assign(logits, logits + c.experts), out.experts.resize(c.used), out.weights.resize(c.used);
-    if (c.sigmoid)
-        for (float& s : out.scores) s = 1 / (1 + std::exp(-s));
-    else soften(out.scores.data(), c.experts);
-    std::vector<float> wanted = out.scores;
-    for (int64_t i = 0; bias && i < c.experts; ++i) wanted[i] += bias[i];
-    if (std::any_of(wanted.begin(), wanted.end(), [](float w) { return w != w; })) return false;
-    if (c.keep < c.groups) limit_groups(c, bias || c.sigmoid, wanted);
-    float total = 1e-20f;
-    for (int64_t k = 0; k < c.used; ++k) {
-        const int64_t e = out.experts[k] = std::max_element(wanted.begin(), wanted.end()) - wanted.begin();
-        if (wanted[e] == -INFINITY) return false;
-        wanted[e] = -INFINITY, total += out.weights[k] = out.scores[e];
-    }
-    for (float& w : out.weights) w *= c.route_scale / (c.normalised ? total : 1);
+    const Router r{{c.groups, c.keep, c.sigmoid ? Score::sigmoid : Score::softmax, bias || c.sigmoid, c.normalised},
+                   c.experts, c.used, c.route_scale};
+    out.scores.resize(c.experts), out.experts.resize(c.used), out.weights.resize(c.used);
+    route(r, logits, bias, out.weights.data(), out.experts.data(), out.scores.data());
+    const auto wanted = [&](int64_t e) { return out.scores[e] + (bias ? bias[e] : 0); };
+    for (int64_t e = 0; e < c.experts; ++e) if (wanted(e) != wanted(e)) return false;
+    for (int64_t e : out.experts) if (wanted(e) == -INFINITY) return false;
     return true;
 }
 
@@ -213,7 +180,7 @@ inline void Engine::project_mla(const Team& t, const Block& b, int64_t layer) {
         project(t, b.q_a, n, normal, qa, room.need(0));
         t.wait();
         const auto [begin, end] = t.share(n);
-        for (int64_t j = begin; j < end; ++j) rms_norm(qa.row(j), c.q_latent, b.q_norm, c.eps, qa.row(j));
+        for (int64_t j = begin; j < end; ++j) normalise(qa.row(j), c.q_latent, b.q_norm, c.eps, qa.row(j));
         t.wait();
     }
     project(t, b.q, n, b.q_a ? qa : normal, q, room.need(0));
@@ -221,7 +188,7 @@ inline void Engine::project_mla(const Team& t, const Block& b, int64_t layer) {
     const auto [begin, end] = t.share(n);
     for (int64_t j = begin; j < end; ++j) {
         float* row = cache.at(layer, cache.length + j);
-        rms_norm(kv.row(j), c.latent, b.kv_norm, c.eps, row);
+        normalise(kv.row(j), c.latent, b.kv_norm, c.eps, row);
         memcpy(row + c.latent, kv.row(j) + c.latent, c.rotary * 4);
         turns[j].turn(row + c.latent, c.interleaved);
         for (int64_t h = 0; h < c.heads; ++h) turns[j].turn(q.row(j) + h * c.key + c.nope(), c.interleaved);
@@ -358,7 +325,7 @@ inline void add_norm(const Team& t, int64_t n, int64_t d, Activations* y, Activa
     const auto [begin, end] = t.share(n);
     for (int64_t j = begin; j < end; ++j) {
         if (y) add(1, y->row(j), d, x.row(j));
-        rms_norm(x.row(j), d, weight, eps, normal.row(j));
+        normalise(x.row(j), d, weight, eps, normal.row(j));
     }
     t.wait();
 }

@@ -83,46 +83,26 @@ struct Weight {
 };
 
 // %% ../../nbs/809_export.runner_file.ipynb #086a1e78
-// what a panel of 16 rows needs: per block of 32 columns the scales of all rows, their minima, then their codes
-inline int64_t packed_block(const Weight& w) {
+inline ::Format panel_format(const Weight& w) {
     switch (w.format->id) {
-        case ID_Q8_0: return Int8Groups::SCALES + Int8Groups::BYTES;
-        case ID_Q4_0: return Int4<false>::SCALES + Int4<false>::BYTES;
-        case ID_Q4_1: return Int4<true>::SCALES + Int4<true>::BYTES;
-        default: return 0;
+        case ID_Q8_0: return Format::int8_groups;
+        case ID_Q4_0: return Format::int4;
+        case ID_Q4_1: return Format::int4_mins;
+        case ID_Q4_K: return Format::q4_k;
+        default: return Format::q6_k;
     }
 }
-inline int64_t packed_panel(const Weight& w) {
-    switch (w.format->id) {
-        case ID_Q4_K: return k_panel_bytes<Q4K>(w.cols);
-        case ID_Q6_K: return k_panel_bytes<Q6K>(w.cols);
-        default: return w.cols / 32 * packed_block(w);
-    }
+inline int64_t packed_bytes(const Weight& w) {
+    return w.format->numbers > 1 ? panels_of(w.rows) * file_block(panel_format(w)).panel(w.cols) : 0;
 }
-inline int64_t packed_bytes(const Weight& w) { return panels_of(w.rows) * packed_panel(w); }
-
-// %% ../../nbs/809_export.runner_file.ipynb #4fdebba1
 inline void pack_panel(const Weight& w, int64_t panel, uint8_t* to) {
-    if (w.format->id == ID_Q4_K) return pack_k_panel<Q4K>(w.data, w.rows, w.cols, panel * PANEL_ROWS, to);
-    if (w.format->id == ID_Q6_K) return pack_k_panel<Q6K>(w.data, w.rows, w.cols, panel * PANEL_ROWS, to);
-    const int64_t block = packed_block(w), codes = w.format->id == ID_Q8_0 ? 32 : 16;  // bytes of codes in a row
-    const int64_t head = w.format->bytes - codes;                                      // bytes of scale and minimum
-    if ((panel + 1) * PANEL_ROWS > w.rows) memset(to, 0, w.cols / 32 * block);
-    for (int64_t g = 0; g < w.cols / 32; ++g, to += block)
-        for (int64_t r = 0; r < PANEL_ROWS; ++r) {
-            const int64_t row = panel * PANEL_ROWS + r;
-            if (row >= w.rows) break;
-            const uint8_t* p = w.data + row * w.row_bytes() + g * w.format->bytes;
-            for (int64_t i = 0; i < head; i += 2) memcpy(to + 16 * i + 2 * r, p + i, 2);
-            for (int64_t i = 0; i < codes; i += 4) memcpy(to + 16 * head + 16 * i + 4 * r, p + head + i, 4);
-        }
+    const int64_t first = panel * PANEL_ROWS, n = std::min<int64_t>(PANEL_ROWS, w.rows - first);
+    pack_panel(file_block(panel_format(w)), w.data + first * w.row_bytes(), n, w.cols, to);
 }
 // use memory for the packed form of a weight; it is filled by pack_panel
 inline void place_panels(Weight& w, uint8_t* memory) {
-    const ::Format f = w.format->id == ID_Q8_0   ? Format::int8_groups
-                       : w.format->id == ID_Q4_0 ? Format::int4
-                                                 : Format::int4_mins;
-    w.panels = {memory, f, 32, w.cols, packed_panel(w)};
+    const FileBlock f = file_block(panel_format(w));
+    w.panels = {memory, panel_format(w), f.width, w.cols, f.panel(w.cols)};
 }
 
 // %% ../../nbs/809_export.runner_file.ipynb #157181f0
@@ -146,9 +126,7 @@ inline int64_t room_of(int64_t n, int64_t cols) { return panel_size(n, round_up(
 inline void multiply(const Team& t, const Weight& w, int64_t n, const float* const* x, float* y, int64_t ldy,
                      float* room) {
     if (n > FEW) t.wait();  // the room may still be in use by the product before
-    if (w.panels && w.format->id == ID_Q4_K) k_product<Q4K>(t, w.rows, n, w.cols, w.panels.data, x, y, ldy, room);
-    else if (w.panels && w.format->id == ID_Q6_K) k_product<Q6K>(t, w.rows, n, w.cols, w.panels.data, x, y, ldy, room);
-    else if (w.panels) product(t, w.rows, n, w.cols, w.panels, x, y, ldy, room);
+    if (w.panels) product(t, w.rows, n, w.cols, w.panels, x, y, ldy, room);
     else if (w.format->id == ID_F16) product(t, w.rows, n, w.cols, (const f16*)w.data, x, y, ldy, room);
     else if (w.format->id == ID_F32) product(t, w.rows, n, w.cols, (const float*)w.data, x, y, ldy, room);
     else if (w.format->id == ID_BF16) product(t, w.rows, n, w.cols, (const bf16*)w.data, x, y, ldy, room);

@@ -16,14 +16,14 @@ from torch import Tensor
 from ..arch.model import head
 from .build import Kernels
 from .gemm import FLOATS, check_tensor
-from .panels import Panels, in_panels, pack_panels, packable, panel_format, take_panels
+from .panels import Panels, in_panels, pack_panels, packable, panel_format, panel_layout, take_panels
 from ..quant import QuantizedWeight, embed_quantized, linear_quantized, prepack
-from ..quant.ggml import BLOCK_KINDS, SPLIT, prepack_blocks
+from ..quant.ggml import block_format, prepack_blocks
 
 # %% ../../nbs/537_kernels.codes.ipynb #b740790b
 panel_kernels = Kernels('panels.cpp', linear_panels=lambda x, panels, format, group, two_codes, y: None,
                         embed_panels=lambda ids, panels, format, group, rows, y: None,
-                        pack_blocks=lambda blocks, head, bytes, panels: None)
+                        pack_blocks=lambda blocks, format, panels: None)
 
 def has_panels(
     x:Tensor, # Activations
@@ -41,16 +41,14 @@ def prepack_panels(
     return pack_panels(w)
 
 # %% ../../nbs/537_kernels.codes.ipynb #70de7792
-@prepack_blocks.twin('cpp', available=panel_kernels.ready, supports=lambda w: w.device.type == 'cpu' and w.format.kind in SPLIT)
+@prepack_blocks.twin('cpp', available=panel_kernels.ready, supports=lambda w: w.device.type == 'cpu')
 def pack_blocks(
-    w:QuantizedWeight, # Weight in blocks of a kind in `SPLIT`
-)->QuantizedWeight: # The same weight in panels, in the format of `SPLIT`
+    w:QuantizedWeight, # Weight in blocks of a file
+)->QuantizedWeight: # The same weight in panels, in the format that `block_format` returns
     "Pack the blocks of a GGUF file in panels"
-    format,bytes = SPLIT[w.format.kind],32 if w.format.kind == 'Q8_0' else 16
-    layout,size = Panels(format, w.shape),BLOCK_KINDS[w.format.kind].nbytes
-    panels,(o,i) = take_panels(layout, w.shape),w.shape[-2:]
-    panel_kernels.pack_blocks(w.blocks.reshape(-1, o, i//32*size), size - bytes, bytes, panels.view(-1, *panels.shape[-2:]))
-    w.format = format
+    blocks,w.format = w.blocks,block_format(w.format.kind)
+    panels = take_panels(layout := panel_layout(w), w.shape)
+    panel_kernels.pack_blocks(blocks.reshape(-1, *blocks.shape[-2:]), panel_format(w).format, panels.view(-1, *panels.shape[-2:]))
     return in_panels(w, layout, panels)
 
 # %% ../../nbs/537_kernels.codes.ipynb #275b1bd8

@@ -9,8 +9,7 @@ memory, pages or pages of 8-bit codes. Where no step fits, a `Refusal` says why,
 # %% auto #0
 __all__ = ['LIMIT', 'MANY', 'step_kernels', 'Half', 'attention_half', 'feed_forward_half', 'StepPlan', 'whole_plan',
            'attention_plan', 'feed_plan', 'Refusal', 'kept_plan', 'plan_of', 'cache_kind', 'step_call', 'step_of',
-           'most_tokens', 'run_blocks_cpp', 'check_step', 'rows_step', 'run_rows_cpp', 'attention_of',
-           'add_attention_cpp', 'feed_of', 'add_feed_forward_cpp', 'mixture_cpp', 'head_cpp', 'why_readable']
+           'most_tokens', 'rows_step', 'all_rows_step', 'attention_of', 'feed_forward_of', 'mixture_of', 'why_readable']
 
 # %% ../../nbs/540_kernels.plan.ipynb #157688c1
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch.compiler import is_compiling
 from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
 from ..arch.index_codes import CodedCache, CodedSlot
-from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
+from ..arch.model import Block, add_attention, add_feed_forward, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
@@ -37,7 +36,7 @@ from ..infer.paged import PagedCache, PagePool
 from ..infer.quant_cache import QuantizedCache, QuantizedPool
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
-from .gemm import FLOATS, gemm_kernels, linear_cpp, without_grad
+from .gemm import FLOATS
 from .moe import router_settings
 from .panels import pack_panels
 from .ragged import parts_of, run_parts, run_rectangle
@@ -276,6 +275,7 @@ def step_call(
     return call
 
 # %% ../../nbs/540_kernels.plan.ipynb #6c124414
+@run_blocks.twin('cpp', prepares=True)
 def step_of(
     x:Tensor, # Embedded tokens `b s d`
     blocks:nn.ModuleList, # All blocks of one model
@@ -315,23 +315,6 @@ def _paged(call, x, blocks, ctx):
     "Run rows of one length as a ragged batch"
     return run_rectangle(x, ctx, lambda part, *args: call(part.prompt, *args))
 
-# %% ../../nbs/540_kernels.plan.ipynb #999b97de
-@run_blocks.twin('cpp', supports=step_of)
-def run_blocks_cpp(
-    x:Tensor, # Embedded tokens `b s d`
-    blocks:nn.ModuleList, # All blocks of one model
-    ctx:Context, # Angles, and a cache, which is read and extended; its padding gives the mask
-)->Tensor: # `b s d`
-    "All blocks in one call"
-    return check_step(step_of(x, blocks, ctx))(x, blocks, ctx)
-
-def check_step(
-    step:Callable|Refusal, # Result of `step_of`
-)->Callable: # The same
-    "Raise an error with the reason of a refusal"
-    if isinstance(step, Refusal): raise ValueError(f'no step runs this model: {step.why}; call the operation, which runs the readable code')
-    return step
-
 # %% ../../nbs/540_kernels.plan.ipynb #bcee7cad
 def rows_step(
     x:Tensor, # Embedded tokens of all rows `n d`
@@ -350,16 +333,11 @@ def rows_step(
     return run
 
 # %% ../../nbs/540_kernels.plan.ipynb #aff4854e
-@run_rows.twin('cpp', supports=rows_step)
-def run_rows_cpp(
-    x:Tensor, # Embedded tokens of all rows `n d`
-    blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
-)->Tensor: # Activations after the last block `n d`
-    "Run all blocks on all rows, in one call per part"
-    return check_step(rows_step(x, blocks, batch))(x, blocks, batch)
+@run_rows.twin('cpp', prepares=True)
+def all_rows_step(x, blocks, batch): return rows_step(x, blocks, batch)
 
 # %% ../../nbs/540_kernels.plan.ipynb #ec90c45e
+@add_attention.twin('cpp', prepares=True)
 def attention_of(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Block that contains the weights
@@ -380,25 +358,13 @@ def _attend(call, x, block, ctx):
     call(False, rows, *ctx.angles, slot.tensors, cache.length, cache.pad, [], y)
     return y.to(x.dtype)
 
-@add_attention.twin('cpp', supports=attention_of)
-def add_attention_cpp(
-    x:Tensor, # Residual stream `b s d`
-    block:Block, # Block that contains the weights
-    ctx:Context, # Angles, and this layer's slot of a cache, whose padding gives the mask
-)->Tensor: # `b s d`
-    "Norm, attention and residual in one call"
-    return check_step(attention_of(x, block, ctx))(x, block, ctx)
-
 # %% ../../nbs/540_kernels.plan.ipynb #b506d831
-def feed_of(
-    x:Tensor, # Residual stream `b s d`
-    block:Block|MoE, # Module that contains the weights
-    limits:tuple = (MANY, LIMIT), # Most tokens of floats and of codes
-)->Callable|Refusal: # Function of `x`
-    "The kernel of a feed-forward, or why there is none"
-    if not 0 < x.shape[0]*x.shape[1] <= max(limits): return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
+def _feed(x, block, limits):
+    "The kernel of a feed-forward for at most as many tokens of floats and of codes, or why there is none"
+    n = x.shape[0]*x.shape[1]
+    if not 0 < n <= max(limits): return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
     if not (plan := plan_of(block, x, feed_plan)): return plan
-    if x.shape[0]*x.shape[1] > limits[not plan.floats]: return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
+    if n > limits[not plan.floats]: return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
     kernels = _ready(plan, '')
     return kernels and partial(_run_feed, plan, kernels)
 
@@ -409,31 +375,21 @@ def _run_feed(plan, kernels, x):
     return y.to(x.dtype)
 
 # %% ../../nbs/540_kernels.plan.ipynb #909f2335
-@add_feed_forward.twin('cpp', supports=lambda x, block: (run := feed_of(x, block)) and (lambda x, block: run(x)))
-def add_feed_forward_cpp(
+@add_feed_forward.twin('cpp', prepares=True)
+def feed_forward_of(
     x:Tensor, # Residual stream `b s d`
     block:Block, # Block that contains the weights
-)->Tensor: # `b s d`
-    "Norm, feed-forward and residual in one call"
-    return check_step(feed_of(x, block))(x)
+)->Callable|Refusal: # Function with the same arguments
+    "The kernel of norm, feed-forward and residual, or why there is none"
+    return (run := _feed(x, block, (MANY, LIMIT))) and (lambda x, block: run(x))
 
-@mixture.twin('cpp', supports=lambda moe, x: (run := feed_of(x, moe, (4*LIMIT,)*2)) and (lambda moe, x: run(x)))
-def mixture_cpp(
+@mixture.twin('cpp', prepares=True)
+def mixture_of(
     moe:MoE, # Module that contains the weights
     x:Tensor, # Activations `b s d`
-)->Tensor: # `b s d`
-    "Routed and shared experts in one call"
-    return check_step(feed_of(x, moe, (4*LIMIT,)*2))(x)
-
-# %% ../../nbs/540_kernels.plan.ipynb #ff356263
-@head.twin('cpp', available=gemm_kernels.ready, supports=lambda x, w:
-           x.dtype in FLOATS and x.dtype == w.dtype and 0 < x.shape[0]*x.shape[1] <= LIMIT and without_grad(x, w))
-def head_cpp(
-    x:Tensor, # Normalised activations `b s d`
-    w:Tensor, # Weights of the head `w d`
-)->Tensor: # Logits `b s w`, float32
-    "Logits from the activations"
-    return linear_cpp(x, w).float()
+)->Callable|Refusal: # Function with the same arguments
+    "The kernel of routed and shared experts, or why there is none"
+    return (run := _feed(x, moe, (4*LIMIT,)*2)) and (lambda moe, x: run(x))
 
 # %% ../../nbs/540_kernels.plan.ipynb #b63146d2
 @torch.inference_mode()

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..arch.index_codes import IndexCodes
 from ..arch.sparse import attend_selected, index_scores, select_positions, top_positions
 from .build import Kernels
 from .gemm import FLOATS, check_tensor, without_grad
@@ -24,20 +25,28 @@ indexer_kernels = Kernels('indexer.cpp', index_scores=lambda q, k, w, y: None, t
 
 def _rows(x): return x if x.stride(-1) == 1 else x.contiguous()
 
+def _fits(q, k, w):
+    "Whether the kernels can be used, with keys in floats or in codes"
+    first = k.codes if isinstance(k, IndexCodes) else k
+    return ({q.dtype, w.dtype} <= {*FLOATS} and first.dtype in (*FLOATS, torch.uint8) and min(q.numel(), first.numel()) > 0
+            and without_grad(q, first, w))
+
+def _checked(q, k, w):
+    (b,s,j,u),keys = q.shape,[*k] if (coded := isinstance(k, IndexCodes)) else [k]
+    check_tensor('k', keys[0], (b, None, u), (torch.uint8,) if coded else FLOATS)
+    check_tensor('w', w, (b, s, j))
+    return q.float().contiguous(), [_rows(x) for x in keys], w.float().contiguous()
+
 # %% ../../nbs/526_kernels.sparse.ipynb #f4f619d8
-@index_scores.twin('cpp', available=indexer_kernels.ready, supports=lambda q, k, w: {q.dtype, k.dtype, w.dtype} <= {*FLOATS}
-                   and q.numel() > 0 and k.numel() > 0 and without_grad(q, k, w))
+@index_scores.twin('cpp', available=indexer_kernels.ready, supports=_fits)
 def index_scores_cpp(
     q:Tensor, # Rotated queries of the indexer `b s j u`
-    k:Tensor, # Rotated keys of the indexer `b t u`, float32 or bfloat16
+    k:Tensor|IndexCodes, # Rotated keys of the indexer `b t u`, float32 or bfloat16, or in 8 bits
     w:Tensor, # Weights of its heads `b s j`
 )->Tensor: # `b s t`, float32
     "`index_scores` in C++"
-    b,s,j,u = q.shape
-    check_tensor('k', k, (b, None, u))
-    check_tensor('w', w, (b, s, j))
-    y = q.new_empty(b, s, k.shape[1], dtype=torch.float32)
-    indexer_kernels.load().index_scores(q.float().contiguous(), _rows(k), w.float().contiguous(), y)
+    args,y = _checked(q, k, w),q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32)
+    indexer_kernels.load().index_scores(*args, y)
     return y
 
 # %% ../../nbs/526_kernels.sparse.ipynb #d20ea3ae
@@ -59,22 +68,19 @@ def top_positions_cpp(
     return y.reshape(*scores.shape[:-1], -1)
 
 # %% ../../nbs/526_kernels.sparse.ipynb #9fddd077
-@select_positions.twin('cpp', available=indexer_kernels.ready, supports=lambda q, k, w, a, mask=None:
-                       {q.dtype, k.dtype, w.dtype} <= {*FLOATS} and a > 0 and q.numel() > 0 and without_grad(q, k, w))
+@select_positions.twin('cpp', available=indexer_kernels.ready, supports=lambda q, k, w, a, mask=None: a > 0 and _fits(q, k, w))
 def select_cpp(
     q:Tensor, # Rotated queries of the indexer `b s j u`
-    k:Tensor, # Rotated keys of the indexer `b t u`, float32 or bfloat16
+    k:Tensor|IndexCodes, # Rotated keys of the indexer `b t u`, float32 or bfloat16, or in 8 bits
     w:Tensor, # Weights of its heads `b s j`
     a:int, # Number of positions to select
     mask:Tensor|None = None, # True where a position may be selected `b s t`, axes may be 1; None: causal
 )->Tensor: # Selected positions `b s a` in ascending order, then −1
     "Select the keys with the highest index scores, without a matrix of scores"
-    (b,s,j,u),t = q.shape,k.shape[1]
-    check_tensor('k', k, (b, None, u))
-    check_tensor('w', w, (b, s, j))
-    if mask is not None: mask = _rows(mask.expand(b, s, t))
-    y = torch.empty(b, s, min(a, t), dtype=torch.int64)
-    indexer_kernels.load().select_keys(q.float().contiguous(), _rows(k), w.float().contiguous(), mask, y)
+    args,where = _checked(q, k, w),(*q.shape[:2], k.shape[1])
+    if mask is not None: mask = _rows(mask.expand(where))
+    y = torch.empty(*q.shape[:2], min(a, k.shape[1]), dtype=torch.int64)
+    indexer_kernels.load().select_keys(*args, mask, y)
     return y
 
 # %% ../../nbs/526_kernels.sparse.ipynb #ad66ad08

@@ -8,7 +8,7 @@ collects the weights of all blocks, and detects if a module has been replaced or
 
 # %% auto #0
 __all__ = ['v4_kernels', 'v4_codes_kernels', 'v4_head_kernels', 'v4_half', 'V4Blocks', 'v4_caches_fit', 'v4_fits', 'V4Rows',
-           'v4_rows_of', 'v4_args', 'v4_calls', 'run_v4', 'v4_step_of', 'run_blocks_v4', 'run_rows_v4',
+           'v4_rows_of', 'v4_args', 'v4_calls', 'run_v4', 'v4_step_of', 'v4_blocks_step', 'v4_rows_step',
            'read_streams_cpp']
 
 # %% ../../nbs/541_kernels.v4.ipynb #14c5e18f
@@ -32,7 +32,7 @@ from ..arch.window import WindowAttention
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .gemm import FLOATS
-from .plan import LIMIT, Half, Refusal, StepPlan, check_step, plan_of
+from .plan import LIMIT, Half, Refusal, StepPlan, plan_of
 from .ragged import CALL_TOKENS, parts_of
 from .v4_parts import MOST_STREAMS
 from .v4_stages import V4_PLACES, v4_numbers, v4_sizes
@@ -211,23 +211,11 @@ def v4_step_of(
     if not kernels.ready(): return Refusal(f'its step does not compile: {kernels.failed}')
     return lambda x, blocks, where: run_v4(x, plan, where, kernels.v4_step)
 
-@run_blocks.twin('cpp', label='v4', supports=v4_step_of)
-def run_blocks_v4(
-    x:Tensor, # Residual streams `b s x d`
-    blocks:nn.ModuleList, # All blocks of one model
-    ctx:Context, # Cache, which is read and extended, and the token ids
-)->Tensor: # `b s x d`
-    "All blocks in one call"
-    return check_step(v4_step_of(x, blocks, ctx))(x, blocks, ctx)
+@run_blocks.twin('cpp', label='v4', prepares=True)
+def v4_blocks_step(x, blocks, ctx): return v4_step_of(x, blocks, ctx)
 
-@run_rows.twin('cpp', label='v4', supports=v4_step_of)
-def run_rows_v4(
-    x:Tensor, # Residual streams of the new tokens of all rows `n x d`
-    blocks:nn.ModuleList, # All blocks of one model
-    batch:RaggedBatch, # Rows, whose caches have room for the new tokens, and the token ids
-)->Tensor: # `n x d`
-    "All blocks on all rows, in one call per part"
-    return check_step(v4_step_of(x, blocks, batch))(x, blocks, batch)
+@run_rows.twin('cpp', label='v4', prepares=True)
+def v4_rows_step(x, blocks, batch): return v4_step_of(x, blocks, batch)
 
 # %% ../../nbs/541_kernels.v4.ipynb #5a20f07f
 v4_head_kernels = Kernels('v4_head.cpp', read_streams=lambda x, fn, base, scale, norm, eps, mix_eps, y: None)
