@@ -10,7 +10,7 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.paged import PagedCache, PagePool
-from deepseek_nb.infer.quant_cache import QuantizedPool
+from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.kernels.layers import RowPages, attend_rows, same_in_company
 from deepseek_nb.kernels.paged import paged_kernels
 from deepseek_nb.kernels.ragged import BatchPart
@@ -78,7 +78,7 @@ def test_what_may_depend_on_company():
     assert not same_in_company(made('gqa', lambda w: quantize(w, FP8())))
     assert same_in_company(made('gqa', lambda w: quantize(w, Int4()))), 'the fused step'
     blocks = made('gqa')
-    assert not same_in_company(blocks, QuantizedPool(GQA, 1)), 'pages of codes'
+    assert not same_in_company(blocks, PagePool(GQA, 1, codec=CacheFormat())), 'pages of codes'
     with use('reference'): assert not same_in_company(blocks)
     blocks.layers[1].mlp.up_proj = torch.nn.Linear(256, 512, bias=False).requires_grad_(False)
     assert not same_in_company(blocks), 'a matrix that PyTorch multiplies'

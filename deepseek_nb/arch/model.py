@@ -23,11 +23,10 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from .attention import GQA, MLA, Context, causal_mask, document_mask, one_document
-from .cache import Cache, cache_shapes
+from .cache import Cache, Codec, cache_shapes
 from .compressed import CompressedAttention
 from .hash import ClampedMoE, ClampedSwiGLU, HashGate
 from .hyper import HyperConnection, HyperHead, expand_streams
-from .index_codes import CodedCache
 from .moe import MoE, SwiGLU
 from .norm import RMSNorm
 from .rewindable import RewindableCache
@@ -284,12 +283,10 @@ class Model(nn.Module):
     def new_cache(self,
         batch:int = 1, # Number of rows b
         max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
-        index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
+        codec:Codec|None = None, # How its tensors are stored, such as `CacheFormat`; None: as they are
     )->Cache: # An empty cache
         "Make an empty cache for this model"
-        if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
-        make = CodedCache if index_dtype else RewindableCache if self.config.window else Cache
-        return make(self.config, batch, max_len, self.dtype, self.device)
+        return (RewindableCache if self.config.window else Cache)(self.config, batch, max_len, self.dtype, self.device, codec=codec)
 
     def _read(self, x):
         "Input of the head from `b s x d` or `b s d`; streams are kept for `keep_hidden`"

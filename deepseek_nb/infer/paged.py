@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..arch.cache import Cache, cache_shapes
+from ..arch.cache import Cache, Codec, cache_shapes
 from ..core.config import Config
 from ..core.device import huge_pages
 from ..core.dispatch import op
@@ -46,10 +46,12 @@ class PagePool:
         page:int = 16, # Positions per page
         dtype:torch.dtype = torch.float32, # Dtype of the activations
         device:torch.device|str = 'cpu', # Device of the activations
+        codec:Codec|None = None, # How tensors are stored; None: as they are
     ):
         if pages < 1 or page < 1: raise ValueError(f'a pool needs at least 1 page of at least 1 position, not {pages} pages of {page}')
-        self.c,self.pages,self.page,self.dtype,self.device,self.on_full = c,pages,page,dtype,torch.device(device),None
-        kinds = self.encode(*[torch.empty(s, dtype=dtype, device=device) for s in cache_shapes(c, 1, 0)])
+        self.c,self.pages,self.page,self.dtype,self.device = c,pages,page,dtype,torch.device(device)
+        self.codec,self.on_full = codec or Codec(),None
+        kinds = self.codec.encode_layer(c, *[torch.empty(s, dtype=dtype, device=device) for s in cache_shapes(c, 1, 0)])
         self.layers = [[_huge_zeros(x, pages, *x.shape[1:-2], page, x.shape[-1]) for x in kinds] for _ in range(c.n_layers)]
         self.refs,self.free = [0]*pages,[*range(pages)][::-1]
 
@@ -61,18 +63,6 @@ class PagePool:
         used = f'{self.pages - len(self.free)} of {self.pages} pages of {self.page} positions in use'
         return f'{type(self).__name__}({used}, {self.nbytes:,} bytes)'
 
-    def encode(self,
-        *new:Tensor, # New keys and values, or latents, of a layer; positions are the second last axis
-    )->list[Tensor]: # Tensors to store, of the same number of positions
-        "Convert a layer's tensors to the form that the pool stores"
-        return list(new)
-
-    def decode(self,
-        *stored:Tensor, # Result of `encode`
-    )->list[Tensor]: # Keys and values, or latents, of a layer
-        "Convert stored tensors back to a layer's tensors"
-        return list(stored)
-
     @classmethod
     def sized(cls,
         c:Config, # The model's config
@@ -80,12 +70,12 @@ class PagePool:
         page:int = 16, # Positions per page
         dtype:torch.dtype = torch.float32, # Dtype of the activations
         device:torch.device|str = 'cpu', # Device of the activations
-        **kw, # Further arguments of a subclass
+        codec:Codec|None = None, # How tensors are stored; None: as they are
     )->'PagePool': # Pool with the largest number of pages that fits
         "Create a pool of at most `nbytes` bytes"
-        one = cls(c, 1, page, dtype, device, **kw).nbytes
+        one = cls(c, 1, page, dtype, device, codec).nbytes
         if nbytes < one: raise ValueError(f'a budget of {nbytes:,} bytes is smaller than one page of {one:,} bytes; raise the budget')
-        return cls(c, nbytes//one, page, dtype, device, **kw)
+        return cls(c, nbytes//one, page, dtype, device, codec)
 
     def take(self)->int: # Number of the page
         "Allocate a free page, with one owner"
@@ -117,14 +107,19 @@ class PagePool:
         self.refs[page] -= 1
         if not self.refs[page]: self.free.append(page)
 
+    def parts(self,
+        page:int, # A page
+    )->list[Tensor]: # Views of what it holds, layer after layer
+        "The tensors of a page"
+        return [x[page] for layer in self.layers for x in layer]
+
     def own(self,
         page:int, # Page that will be written
     )->int: # The same page, or a copy of it
         "Return a page with the same contents that has a single owner"
         if self.refs[page] == 1: return page
         new = self.take()
-        for layer in self.layers:
-            for x in layer: x[new] = x[page]
+        for to,x in zip(self.parts(new), self.parts(page), strict=True): to.copy_(x)
         self.drop(page)
         return new
 
@@ -163,7 +158,7 @@ class PagedCache(Cache):
         batch:int = 1, # Number of rows b
     ):
         if batch < 1: raise ValueError(f'a cache needs at least 1 row, not {batch}')
-        self.pool,self.c,self.batch,self.dtype,self.device = pool,pool.c,batch,pool.dtype,pool.device
+        self.pool,self.c,self.batch,self.dtype,self.device,self.codec = pool,pool.c,batch,pool.dtype,pool.device,pool.codec
         self.tables,self.table,self.pad = [[] for _ in range(batch)],None,None
 
     @property
@@ -290,7 +285,7 @@ class PagedSlot:
     )->list[Tensor]: # Tensors of all positions, old and new
         "Write new positions and return all positions"
         pool,(table,pos) = self.cache.pool,self.cache.writable(new)
-        for old,x in zip(self.pages, pool.encode(*new), strict=True):
+        for old,x in zip(self.pages, pool.codec.encode_layer(pool.c, *new), strict=True):
             old[table[:, pos//pool.page], ..., pos%pool.page, :] = rearrange(x.detach(), 'b ... s x -> b s ... x')
         end = self.cache.length + len(pos)
-        return pool.decode(*[gather(old, table)[..., :end, :] for old in self.pages])
+        return pool.codec.decode_layer(pool.c, *[gather(old, table)[..., :end, :] for old in self.pages], dtype=pool.dtype)

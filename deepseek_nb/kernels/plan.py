@@ -26,14 +26,12 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
-from ..arch.index_codes import CodedCache, CodedSlot
 from ..arch.model import Block, HyperBlock, add_attention, add_feed_forward, head, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..arch.sparse import DSA, Indexer
 from ..infer.paged import PagedCache, PagePool
-from ..infer.quant_cache import QuantizedCache, QuantizedPool
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels
 from .gemm import FLOATS, gemm_kernels, linear_cpp, without_grad
@@ -246,12 +244,11 @@ def cache_kind(
     plan:StepPlan, # Plan of the blocks
 )->str|Refusal: # Macro of the step; empty for a contiguous cache
     "How the kernels read a cache"
-    codes = getattr(getattr(cache, 'pool', cache), 'form', None)
-    kinds = {Cache: '', CodedCache: '', QuantizedCache: 'CODED_PAGES'}
-    kind = {PagePool: 'PAGES', QuantizedPool: 'CODED_PAGES'}.get(type(cache.pool)) if type(cache) is PagedCache else kinds.get(type(cache))
-    if kind is None: return Refusal(f'no step reads a {type(cache).__name__}')
-    if codes is not None and codes.name != 'int8': return Refusal(f'no step reads a cache in {codes.name}')
-    if codes is not None and _selects(plan): return Refusal('no step selects tokens of a cache in codes')
+    if type(cache) not in (Cache, PagedCache): return Refusal(f'no step reads a {type(cache).__name__}')
+    paged,name = type(cache) is PagedCache,cache.codec.name
+    if name not in ('', 'int8') and (paged or name != 'index'): return Refusal(f'no step reads a cache in {name}')
+    kind = 'CODED_PAGES' if name == 'int8' else 'PAGES'*paged
+    if name == 'int8' and _selects(plan): return Refusal('no step selects tokens of a cache in codes')
     if cache.dtype != x.dtype: return Refusal(f'the cache is {cache.dtype} and the activations {x.dtype}')
     if kind and cache.pad is not None: return Refusal('rows with padding need a contiguous cache of floats')
     return kind
@@ -365,11 +362,11 @@ def attention_of(
     ctx:Context, # This layer's slot of a cache
 )->Callable|Refusal: # Function with the same arguments
     "The step for an attention alone, or why there is none"
-    if type(ctx.cache) not in (Slot, CodedSlot): return Refusal('no kernel reads the cache of a layer')
+    if type(ctx.cache) is not Slot: return Refusal('no kernel reads the cache of a layer')
     if ctx.mla == 'naive' or ctx.mask is not None and ctx.cache.cache.pad is None: return Refusal('it has a mask')
     if not 0 < x.shape[0]*x.shape[1] <= LIMIT: return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
     if not (plan := plan_of(block, x, attention_plan)): return plan
-    if (kind := cache_kind(x, ctx.cache.cache, plan)) != '': return kind or Refusal('its cache is in pages')
+    if (kind := cache_kind(x, ctx.cache.cache, plan)) != '': return Refusal('its cache is in codes') if kind else kind
     kernels = _ready(plan, kind)
     return kernels and partial(_attend, step_call(plan, kernels))
 

@@ -104,7 +104,7 @@ def v4_caches_fit(
     caches:list, # Caches of all rows
 )->bool: # Whether the kernels can read and write them
     "Whether all caches are plain caches of a V4 model"
-    return all(isinstance(c, RewindableCache) and not hasattr(c, 'form') and c.dtype == x.dtype and
+    return all(isinstance(c, RewindableCache) and not c.codec.name and c.dtype == x.dtype and
                c.c.window and c.c.hc_mult <= MOST_STREAMS for c in caches)
 
 def v4_fits(
