@@ -59,7 +59,9 @@ Modules:
 - `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
 - `deepseek_nb.arch.sparse`: V3.2's lightning indexer scores all earlier tokens at a small cost, and each query attends only to the 2,048 tokens with the highest scores
 - `deepseek_nb.arch.v3`: The whole model on a few screens: config, norm, rotary positions, latent attention, router, experts, blocks, cache and generation, equal to the library's model
+- `deepseek_nb.arch.v4`: DeepSeek-V4 is the transformer with other parts: several residual streams, attention to a window and to compressed entries, and experts that a table of token ids chooses
 - `deepseek_nb.arch.v41`: V4.1 stores 890 bytes of cache for each token: only four layers compress tokens to entries, the others borrow entries and selections, and a prompt runs through half of the layers
+- `deepseek_nb.arch.v4_config`: What sparse attention, windows, compressed entries, hyper-connections and hash routing add to a config, and how V4's `config.json` is read and written
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.conversion`: Perplexity, size of the KV cache and parameters of SmolLM2 converted to multi-head latent attention, to a mixture of experts, and to both.
@@ -79,7 +81,8 @@ Modules:
 - `deepseek_nb.bench.sparse`: The time of a decode step with DeepSeek sparse attention against dense MLA, from the kernels to a whole model, and the limit of the machine.
 - `deepseek_nb.bench.speculate`: The cost and the gain of drafts: step times of a dense model and of a mixture, prompt lookup on quotations, edits and chat, and measured against predicted speedups of draft models.
 - `deepseek_nb.bench.training`: Time and memory of a LoRA training step compared with PEFT, and the memory of QLoRA compared with full fine-tuning.
-- `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model, which reads and writes Hugging Face's `config.json`
+- `deepseek_nb.core.config`: A frozen dataclass with all sizes and design choices of a model: forty numbers, from which everything else follows
+- `deepseek_nb.core.config_json`: Reads the `config.json` of a model into a `Config` and writes it back, in the form of DeepSeek's releases or in that of transformers
 - `deepseek_nb.core.device`: How the device of tensors, the dtype of weights and the number of threads are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
 - `deepseek_nb.core.fold`: A chapter shows a class method by method, with `@patch`. The export writes the methods into the class, as readers, editors and type checkers of the package expect

@@ -3,10 +3,22 @@ import pytest
 import torch
 
 from deepseek_nb.arch.model import Model
-from deepseek_nb.arch.routing import Route, communication_loss, device_loss, expert_load, expert_loss, sequence_loss
+from deepseek_nb.arch.routing import Route, expert_load
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import routes
-from deepseek_nb.train.balance import Balance, balance_terms, evenness, routers, row_routes, unpadded, with_balance
+from deepseek_nb.train.balance import (
+    Balance,
+    balance_terms,
+    communication_loss,
+    device_loss,
+    evenness,
+    expert_loss,
+    routers,
+    row_routes,
+    sequence_loss,
+    unpadded,
+    with_balance,
+)
 from deepseek_nb.train.callbacks import Callback, CancelStep
 from deepseek_nb.train.data import Batches
 from deepseek_nb.train.loss import language_loss

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from deepseek_nb.arch.model import Model, check_tokens, is_gpu_decode_step
+from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
@@ -124,13 +124,14 @@ def test_a_graph_reads_few_positions(monkeypatch):
 
 def test_a_decode_step_on_a_gpu_reads_no_token():
     "On the device `meta`, reading a value raises an error"
-    token, cache, c = torch.zeros(2, 1, dtype=torch.long, device='meta'), model().new_cache(2), MOE
-    assert not is_gpu_decode_step(token, None) and not is_gpu_decode_step(token, cache)
-    cache.length = 3
-    assert is_gpu_decode_step(token, cache) and not is_gpu_decode_step(token.expand(2, 2), cache)
-    assert not is_gpu_decode_step(torch.zeros(2, 1), cache)
-    check_tokens(token, c, not is_gpu_decode_step(token, cache))
-    with pytest.raises(RuntimeError): check_tokens(token, c)
+    m, token = Model(replace(MOE, n_routed_experts=0), torch.float32, 'meta'), torch.zeros(2, 1, dtype=torch.long, device='meta')
+    cache = m.new_cache(2)
+    with pytest.raises(RuntimeError): m.hidden(token)
+    with pytest.raises(RuntimeError): m.hidden(token, cache)
+    cache.reserve(3)
+    cache.advance(3)
+    assert m.hidden(token, cache).shape == (2, 1, MOE.dim)
+    with pytest.raises(RuntimeError): m.hidden(token.expand(2, 2), cache)
 
 
 def test_many_choices_go_to_the_operator():

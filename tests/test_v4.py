@@ -17,8 +17,9 @@ from deepseek_nb import Model, QuantizedModel
 from deepseek_nb.arch.attention import Context
 from deepseek_nb.arch.hash import ClampedMoE, HashGate
 from deepseek_nb.arch.hyper import HyperConnection, HyperHead
-from deepseek_nb.arch.model import Block, HyperBlock
+from deepseek_nb.arch.model import Block
 from deepseek_nb.arch.releases import preset, shapes
+from deepseek_nb.arch.v4 import HyperBlock
 from deepseek_nb.core.config import Config
 from deepseek_nb.files.checkpoint import quant_fp8
 from deepseek_nb.files.safetensors import read_header, read_tensors, write_tensors

@@ -14,9 +14,10 @@ from torch import nn
 
 from deepseek_nb.arch import hash as hashed
 from deepseek_nb.arch.compressed import Compressor
-from deepseek_nb.arch.hyper import HyperConnection, HyperHead
-from deepseek_nb.arch.model import Model, expand_streams, read_streams, run_blocks
+from deepseek_nb.arch.hyper import HyperConnection, HyperHead, expand_streams
+from deepseek_nb.arch.model import Model, run_blocks
 from deepseek_nb.arch.rewindable import RewindableCache
+from deepseek_nb.arch.v4 import read_streams
 from deepseek_nb.arch.window import WindowAttention, project_groups, rotate_back
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..arch.attention import Context
 from ..arch.cache import Cache
-from ..arch.model import Model, check_plain, run_blocks
+from ..arch.model import Model, run_blocks
+from ..arch.v4 import check_plain
 from ..files.tokenizer import Tokenizer
 from ..infer.adapters import shared_view
 from ..train.lora import LoraConfig, LoraWeight, adapters_of, lora_weights

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .attention import Context
 from .hyper import HyperHead, expand_streams
-from .model import HyperBlock, Model, first_angles, head
+from .model import Model, first_angles, head
 from .norm import RMSNorm
+from .v4 import HyperBlock
 from .window import WindowAttention, attend_sinks
 from ..core.config import Config
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .attention import Context
 from .hyper import HyperHead
-from .model import Block, HyperBlock, Model, head
+from .model import Block, Model, head
 from .norm import RMSNorm
+from .v4 import HyperBlock
 from ..core.config import Config
 
 # %% ../../nbs/180_arch.mtp.ipynb #d07fb766
@@ -82,7 +83,7 @@ def add_mtp(self:Model)->Model: # The same model, with randomly initialised bloc
     if hasattr(self, 'mtp'): raise ValueError('the model already has its multi-token-prediction blocks')
     with torch.device('meta'): blocks = nn.ModuleList((HyperMTP if c.hc_mult else MTP)(c, c.n_layers + k) for k in range(c.n_mtp_layers))
     self.mtp = blocks.to(self.dtype).train(self.training)
-    if device.type != 'meta': Model.init_weights(self.mtp.to_empty(device=device))
+    if device.type != 'meta': type(self).init_weights(self.mtp.to_empty(device=device))
     return self
 
 # %% ../../nbs/180_arch.mtp.ipynb #8b8a1579

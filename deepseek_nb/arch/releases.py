@@ -15,7 +15,8 @@ from math import prod
 
 from fastcore.basics import patch
 
-from ..core.config import Config, Rope, family
+from ..core.config import Config, Rope
+from ..core.config_json import family
 
 # %% ../../nbs/165_arch.releases.ipynb #8ac4df4c
 def _gqa_shapes(c):

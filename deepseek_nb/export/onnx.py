@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from ..arch.attention import Context
 from ..arch.cache import cache_shapes
-from ..arch.model import Model, check_plain
+from ..arch.model import Model
 from ..arch.moe import MoE
 from ..arch.rope import cos_sin, frequencies, rotary_factor
+from ..arch.v4 import check_plain
 from ..core.config import Config
 from ..core.dispatch import use
 from ..files.checkpoint import CARRIED, install, save_config, umask

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..arch.engram import engram_settings
 from ..arch.model import Model
-from ..core.config import Config, family
+from ..core.config import Config
+from ..core.config_json import family
 from .safetensors import INDEX, SINGLE, Entry, read_tensors, some, weight_map, write_tensors
 
 # %% ../../nbs/230_files.checkpoint.ipynb #1dae3c12

@@ -19,7 +19,6 @@ from fastcore.basics import patch
 
 from ..arch.attention import Context
 from ..arch.engram import restore_engram
-from ..arch.hyper import expand_streams
 from ..arch.model import Model, run_blocks
 from ..core.device import pick_device, pick_dtype
 from ..files.checkpoint import fill
@@ -100,8 +99,7 @@ def decode_path(
     for p in model.parameters(): nbytes[str(p.dtype).removeprefix('torch.')] += p.nbytes*(p.ndim > 1)
     formats = tuple(name for name,n in nbytes.most_common() if n)
     with torch.no_grad():
-        cache,x = model.new_cache(1, 1),model.embed_tokens(token := torch.zeros(1, 1, dtype=torch.long, device=model.device))
-        if model.config.hc_mult: x = expand_streams(x, model.config.hc_mult)
+        cache,x = model.new_cache(1, 1),model.enter(token := torch.zeros(1, 1, dtype=torch.long, device=model.device))
         twin = run_blocks.op.choose(x, model.layers, Context((), None, cache, tokens=token)).name
     return DecodePath(formats, twin, model.device.type, torch.get_num_threads())
 

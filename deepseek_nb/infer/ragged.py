@@ -20,7 +20,6 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.attention import Context
-from ..arch.hyper import expand_streams
 from ..arch.model import Model, check_cache, check_tokens, run_blocks
 from ..arch.rewindable import RewindableCache
 from ..core.config import Rope
@@ -191,11 +190,10 @@ def ragged(self:Model,
 @patch
 def _ragged_step(self:Model, tokens, caches, counts, own, prompts=None):
     "All blocks and the last norm; the caches have room"
-    x,n,batch = self.embed_tokens(tokens),self.config.hc_mult,self.ragged_batch(tokens, caches, counts, prompts)
-    if n: x = expand_streams(x[None], n)[0]
+    x,batch = self.enter(tokens[None])[0],self.ragged_batch(tokens, caches, counts, prompts)
     try: x = run_adapted_rows(x, self.layers, batch, [*own]) if any(own or ()) else run_rows(x, self.layers, batch)
     except BaseException: # a ring has lost what the failed step has overwritten
         for cache in caches: cache.rewind(0 if isinstance(cache, PagedCache) else len(cache))
         raise
     for cache,count in zip(caches, counts, strict=True): cache.advance(count)
-    return self._read(x[None])[0] if n else self.norm(x)
+    return self.leave(x[None])[0]

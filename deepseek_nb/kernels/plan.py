@@ -26,11 +26,12 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
-from ..arch.model import Block, HyperBlock, add_attention, add_feed_forward, head, run_blocks
+from ..arch.model import Block, add_attention, add_feed_forward, head, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..arch.sparse import DSA, Indexer
+from ..arch.v4 import HyperBlock
 from ..infer.paged import PagedCache, PagePool
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels

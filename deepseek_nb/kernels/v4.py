@@ -23,10 +23,11 @@ from ..arch.attention import Context
 from ..arch.compressed import CompressedAttention, Compressor, EntryIndexer
 from ..arch.hash import ClampedExperts, ClampedMoE, ClampedSwiGLU, HashGate
 from ..arch.hyper import HyperConnection, HyperHead
-from ..arch.model import HyperBlock, first_angles, read_streams, run_blocks
+from ..arch.model import first_angles, run_blocks
 from ..arch.moe import MoE, SwiGLU
 from ..arch.norm import RMSNorm
 from ..arch.rewindable import RewindableCache
+from ..arch.v4 import HyperBlock, read_streams
 from ..arch.window import WindowAttention
 from ..infer.ragged import RaggedBatch, run_rows
 from .build import Kernels

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..arch.model import Model, check_plain, check_tokens
+from ..arch.model import Model, check_tokens
+from ..arch.v4 import check_plain
 from . import Format, QuantizedWeight, make_format, replace_parameter
 from .importance import collect_inputs
 from .int4 import Int4, groups_of, pack_nibbles

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arch.model import Model, check_plain, check_tokens
+from ..arch.model import Model, check_tokens
 from ..arch.moe import Experts
+from ..arch.v4 import check_plain
 
 # %% ../../nbs/354_quant.importance.ipynb #d3684116
 class InputSquares:

@@ -13,8 +13,9 @@ from threading import Lock
 
 import torch
 
-from ..arch.model import Model, add_attention, add_feed_forward, check_plain, check_tokens
+from ..arch.model import Model, add_attention, add_feed_forward, check_tokens
 from ..arch.routing import Route
+from ..arch.v4 import check_plain
 from ..files.tokenizer import Tokenizer
 from .chat import ApiError, Fields, ServedModel
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..arch.model import Model
-from ..core.config import MOE_NAMES
+from ..core.config_json import MOE_NAMES
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
 from .latent import to_mla

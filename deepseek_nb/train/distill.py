@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..arch.attention import causal_mask, document_mask
-from ..arch.model import Model, check_plain, head
+from ..arch.model import Model, head
+from ..arch.v4 import check_plain
 from ..infer.inside import queries_keys, watch
 from ..kernels.train import needs_grad
 from .loss import IGNORE, LOGITS

@@ -19,9 +19,11 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from ..arch.attention import GQA, MLA
-from ..arch.model import Model, check_plain
+from ..arch.model import Model
 from ..arch.rope import frequencies, rotary_factor
-from ..core.config import FAMILIES, Config
+from ..arch.v4 import check_plain
+from ..core.config import Config
+from ..core.config_json import FAMILIES
 from deepseek_nb.train.rotary_pairs import (
     choose_pairs,
     complex_rows,

@@ -29,7 +29,9 @@ from ..arch.hash import HashGate, counted_table
 from ..arch.model import Model
 from ..arch.mtp import MTPLoss, acceptance
 from ..arch.routing import expert_load
-from ..core.config import Config, Rope, family
+from ..arch.v4_config import V4Config
+from ..core.config import Config, Rope
+from ..core.config_json import family
 from ..files.safetensors import some
 from ..files.tokenizer import Tokenizer
 from ..infer.inside import watch
@@ -82,7 +84,7 @@ def read_recipe(
     if not (path := Path(path)).is_file(): raise FileNotFoundError(f'{path}: no such file; give a TOML file')
     try: d = known(tomllib.loads(path.read_text()), ('model', 'data', *_TABLES, 'training'), path)
     except tomllib.TOMLDecodeError as e: raise ValueError(f'{path}: not valid TOML: {e}') from None
-    names = {f.name for f in fields(Config)}
+    names = {f.name for f in fields(V4Config)}
     model = known(d.get('model', {}), names, f'{path}, [model]')
     training = known(d.get('training', {}), {f.name for f in fields(TrainingArguments)}, f'{path}, [training]')
     data = known(d.get('data', {}), ('corpora', 'held_out', 'most', 'length', 'digits'), f'{path}, [data]')
@@ -102,7 +104,7 @@ def make_recipe(
     model,rest = ({k: tuple(v) if isinstance(v, list) else v for k,v in d.items()} for d in (model, rest))
     ropes = {k: replace(rope, **v) for k,v in model.items() if isinstance(v, dict)}
     try: config = Config(**kind.defaults | dict(rope=rope, bos_id=0, eos_ids=(1,)) | model | ropes)
-    except TypeError as e: raise ValueError(f'{path}, [model]: {str(e).removeprefix("Config.__init__() ")}') from None
+    except TypeError as e: raise ValueError(f'{path}, [model]: {str(e).partition("() ")[2]}') from None
     recipe = Recipe(config, TrainingArguments(**training), **rest)
     if recipe.length > config.max_positions:
         raise ValueError(f'{path}: rows of {recipe.length} tokens are longer than max_positions {config.max_positions}')

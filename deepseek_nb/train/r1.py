@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ..arch.model import Model
-from ..core.config import Config, family
+from ..core.config import Config
+from ..core.config_json import family
 from ..core.plot import COLOURS, style
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arch.model import Model, add_attention, add_feed_forward, check_plain
+from ..arch.model import Model, add_attention, add_feed_forward
 from ..arch.moe import MoE, SwiGLU, expert
+from ..arch.v4 import check_plain
 from ..core.config import Config
 from ..files.checkpoint import materialise
 from ..files.tokenizer import Tokenizer
