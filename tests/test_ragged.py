@@ -53,7 +53,7 @@ def twin(model, kind=PagePool):
     with torch.inference_mode():
         cache = PagedCache(kind(model.config, 2, dtype=model.dtype))
         x = model.embed_tokens(torch.tensor([1]))
-        return run_rows.op.choose(x, model.layers, ragged.RaggedBatch([cache], [1], ())).name
+        return run_rows.op.choose(x, model.layers, ragged.Rows((), cache=[cache], counts=[1])).name
 
 
 @torch.inference_mode()

@@ -66,6 +66,7 @@ class Context(NamedTuple):
     by_layer:tuple = () # Angles of each layer, if they differ between layers; empty: all layers use `angles`
     prompt:bool = False # Whether the new tokens are part of a prompt; otherwise they were generated or drafted
     taps:object = None # Has a method `note` that gets the index and the output of each block; None: outputs are not reported
+    counts:list|None = None # New tokens of each row, in a batch of [rows of different lengths](448_infer.ragged.ipynb); None: all have `s`
 
     def layer(self,
         i:int, # Index of a block

@@ -121,7 +121,7 @@ class Model(nn.Module):
         from deepseek_nb.infer.load import from_pretrained as _from_pretrained
         from_pretrained = classmethod(_from_pretrained)  # type: ignore
         from deepseek_nb.infer.generate import prefill, stream, generate
-        from deepseek_nb.infer.ragged import ragged_angles, ragged_batch, ragged, _ragged_step
+        from deepseek_nb.infer.ragged import ragged, _ragged_step
         from deepseek_nb.infer.engine import speculate
         from deepseek_nb.kernels.compile import compile
         from deepseek_nb.train.lora import set_adapter, delete_adapter, merge_adapter, unmerge_adapter, merge_and_unload, unload, adapters
@@ -137,8 +137,6 @@ class Model(nn.Module):
         prefill = later('infer.generate')
         stream = later('infer.generate')
         generate = later('infer.generate')
-        ragged_angles = later('infer.ragged')
-        ragged_batch = later('infer.ragged')
         ragged = later('infer.ragged')
         _ragged_step = later('infer.ragged')
         speculate = later('infer.engine')

@@ -23,7 +23,7 @@ from ..arch.mtp import check_mtp
 from ..arch.rewindable import RewindableCache
 from .drafts import Draft, Drafter, DSparkDrafter, LookupDrafter, ModelDrafter, MTPDrafter, check_drafter
 from .paged import PagedCache
-from .ragged import RaggedBatch, run_rows
+from .ragged import Rows, run_rows
 from .sampling import GREEDY, Drawn, SamplingParams, draw_token, sample_ahead
 
 # %% ../../nbs/449_infer.speculate.ipynb #f76e73d0
@@ -246,4 +246,4 @@ def keeps_bits(
 )->bool: # Whether drafts leave each bit of an answer as it is
     "Whether the result of a token doesn't depend on the number of tokens"
     x = torch.zeros(1, model.config.dim, dtype=model.dtype, device=model.device)
-    return run_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ())).kind == 'cpp'
+    return run_rows.op.choose(x, model.layers, Rows((), cache=[cache], counts=[1])).kind == 'cpp'

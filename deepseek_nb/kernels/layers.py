@@ -22,7 +22,7 @@ from ..arch.attention import GQA, Context, attend
 from ..arch.model import Block, Model
 from ..arch.moe import SwiGLU
 from ..infer.paged import PagedCache, PagePool
-from ..infer.ragged import RaggedBatch, run_rows
+from ..infer.ragged import Rows, run_rows
 from .build import processor
 from .paged import attend_pages, paged_kernels
 from .plan import kept_plan
@@ -92,11 +92,11 @@ def exact_block(
 def needs_layers(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
 )->bool: # Whether no fused step can run them, and this twin can
     "Whether a batch runs layer by layer"
     if not isinstance(blocks, nn.ModuleList) or torch.is_grad_enabled() or batch.caches[0].dtype != x.dtype: return False
-    if type(batch.caches[0]) is not PagedCache or type(batch.caches[0].pool) is not PagePool: return False
+    if type(batch.caches[0]) is not PagedCache or batch.caches[0].codec.name: return False
     found = kept_plan(blocks)
     if found.floats or not found.plain: return False
     if not hasattr(found, 'layers'): found.layers = all(map(exact_block, blocks)) and any(map(_has_ggml, blocks)) # once for all steps
@@ -109,7 +109,7 @@ def _has_ggml(block): return any(isinstance(m, QuantizedWeight) and m.format.nam
 def run_rows_layers(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
 )->Tensor: # Activations after the last block `n d`
     "Run each layer once for the tokens of all rows"
     pool,out = batch.caches[0].pool,[]
@@ -129,4 +129,4 @@ def same_in_company(
     x = torch.zeros(1, model.config.dim, dtype=model.dtype, device=model.device)
     pool = PagePool(model.config, 1, dtype=model.dtype, device=model.device) if pool is None else pool
     with torch.inference_mode(), PagedCache(pool) as cache:
-        return run_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ())).kind == 'cpp'
+        return run_rows.op.choose(x, model.layers, Rows((), cache=[cache], counts=[1])).kind == 'cpp'

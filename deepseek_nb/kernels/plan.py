@@ -33,7 +33,7 @@ from ..arch.routing import Gate
 from ..arch.sparse import DSA, Indexer
 from ..arch.v4 import HyperBlock
 from ..infer.paged import PagedCache, PagePool
-from ..infer.ragged import RaggedBatch, run_rows
+from ..infer.ragged import Rows, run_rows
 from .build import Kernels
 from .gemm import FLOATS, gemm_kernels, linear_cpp, without_grad
 from .moe import router_settings
@@ -333,7 +333,7 @@ def check_step(
 def rows_step(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
     *macros, # Further macros of the step
 )->Callable|Refusal: # Function with the same arguments, and further tensors of the batch, that runs all blocks
     "The step for rows of different lengths, or why there is none"
@@ -351,7 +351,7 @@ def rows_step(
 def run_rows_cpp(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
 )->Tensor: # Activations after the last block `n d`
     "Run all blocks on all rows, in one call per part"
     return check_step(rows_step(x, blocks, batch))(x, blocks, batch)
@@ -442,5 +442,5 @@ def why_readable(
     if model.config.window: return None
     x = torch.zeros(1, model.config.dim, dtype=model.dtype, device=model.device)
     pool = PagePool(model.config, 1, dtype=model.dtype, device=model.device) if pool is None else pool
-    with PagedCache(pool) as cache: found = rows_step(x, model.layers, RaggedBatch([cache], [1], ()))
+    with PagedCache(pool) as cache: found = rows_step(x, model.layers, Rows((), cache=[cache], counts=[1]))
     return found.why if isinstance(found, Refusal) else None
