@@ -133,7 +133,7 @@ Modules:
 - `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory: each row of a batch has its own. They are loaded and unloaded by name while the model answers.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
-- `deepseek_nb.infer.dspark_release`: The drafter of V4's final releases, read from the folder of the model: other names, and weights in FP8 and FP4.
+- `deepseek_nb.infer.dspark_release`: The drafter of V4's final releases, read from the folder of the model, and written in the same form: other names, and weights in FP8 and FP4.
 - `deepseek_nb.infer.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the same as if the request had run alone.
 - `deepseek_nb.infer.generate`: Turns the logits of a model into tokens and text: greedy or sampled, for one prompt or a padded batch, complete or streamed, with stop strings.
 - `deepseek_nb.infer.inside`: Shows the residual stream, attention patterns, the logit lens and the expert load of a model for a given text.

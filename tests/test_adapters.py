@@ -22,7 +22,7 @@ from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.adapters import Adapters, read_adapter
 from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.paged import PagedCache, PagePool
-from deepseek_nb.infer.ragged import RaggedBatch, run_adapted_rows
+from deepseek_nb.infer.ragged import Rows, run_adapted_rows
 from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.kernels.plan import step_kernels
@@ -130,7 +130,7 @@ def twin(model, own):
     "The twin that a step with adapters takes"
     with torch.inference_mode():
         x,cache = model.embed_tokens(torch.tensor([1])),PagedCache(PagePool(model.config, 2, dtype=model.dtype))
-        return run_adapted_rows.op.choose(x, model.layers, RaggedBatch([cache], [1], ()), [own]).name
+        return run_adapted_rows.op.choose(x, model.layers, Rows((), cache=[cache], counts=[1]), [own]).name
 
 
 @needs_compiler
@@ -146,7 +146,7 @@ def test_close_to_the_definition(c, f, tmp_path):
         assert torch.equal(got[1], plain)
         cache = PagedCache(PagePool(model.config, 4, dtype=model.dtype))
         cache.reserve(40)
-        batch = RaggedBatch([cache], [40], model.ragged_angles([cache], [40]))
+        batch = Rows.of(model, torch.zeros(40).long(), [cache], [40])
         want = model.norm(run_adapted_rows.op.reference(model.embed_tokens(text), model.layers, batch, [own]))
         error = apart if f == 'float32' else relative_error  # the definition doesn't round activations, and a router may choose others
         assert error(got[0], want) < (1e-5 if f == 'float32' else .06) and apart(got[0], plain) > 1e-2, kind

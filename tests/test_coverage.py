@@ -25,7 +25,7 @@ from deepseek_nb.eval.perplexity import perplexity
 from deepseek_nb.files.checkpoint import quant_fp8
 from deepseek_nb.files.safetensors import read_header, read_json, read_tensors, write_tensors
 from deepseek_nb.infer.inside import load_map, routes
-from deepseek_nb.infer.quant_cache import QuantizedCache
+from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.quant import relative_error
 from deepseek_nb.quant.model import calibrate_model, quantize_model
 from deepseek_nb.quant.save import Fp8Blocks, PackedInts, publish
@@ -182,7 +182,7 @@ def experts_of_each_token(o, tmp): assert load_map(routes(o.m, o.ids)).shape == 
 @feature()
 def cache_in_codes(o, tmp):
     "Codes may change a selection, so logits are only roughly equal"
-    assert relative_error(o.logits, o.m(o.ids, cache=QuantizedCache.of(o.m, 2, 30))) < .5
+    assert relative_error(o.logits, o.m(o.ids, cache=o.m.new_cache(2, 30, CacheFormat()))) < .5
 
 
 @feature()

@@ -18,7 +18,7 @@ from deepseek_nb.cuda.build import SHARED_LIMITS, resources
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
 from deepseek_nb.cuda.paged import attend_pages_cuda, page_tile, plan_pages, write_pages_cuda
 from deepseek_nb.infer.paged import PagedCache, PagePool
-from deepseek_nb.infer.ragged import RaggedBatch
+from deepseek_nb.infer.ragged import Rows
 from deepseek_nb.quant import relative_error
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='no C++ compiler to emulate with')
@@ -41,7 +41,7 @@ def batch_of(c, past, counts, page):
         rows = [i for i,n in enumerate(counted) if n]
         for i in rows: caches[i].reserve(counted[i])
         new = [torch.randn(sum(counted), *shape(x)).bfloat16() for x in pool.layers[0]]
-        plan = plan_pages(RaggedBatch([caches[i] for i in rows], [counted[i] for i in rows], ()), tile.heads, tile.rows, 'cpu')
+        plan = plan_pages(Rows((), cache=[caches[i] for i in rows], counts=[counted[i] for i in rows]), tile.heads, tile.rows, 'cpu')
         for x,pages in zip(new, pool.layers[0], strict=True): write_pages_cuda(x, pages, plan)
         exact.append([x.double().split(list(counted)) for x in new])
         if counted is past:
@@ -52,7 +52,7 @@ def batch_of(c, past, counts, page):
 
 def attended(c, caches, counts, q, tile=None):
     tile = tile or page_tile(c)
-    plan = plan_pages(RaggedBatch(caches, counts, ()), tile.heads, tile.rows, 'cpu', split=128)
+    plan = plan_pages(Rows((), cache=caches, counts=counts), tile.heads, tile.rows, 'cpu', split=128)
     return attend_pages_cuda(q, caches[0].pool.layers[0], plan, tile, .2, split=128)
 
 
@@ -101,7 +101,7 @@ def test_tiles_of_32_keys_and_the_reason_of_a_refusal(monkeypatch):
         for i,(a,b) in enumerate(zip(y.split([2, 1]), q.split([2, 1]), strict=True)):
             assert relative_error(by_definition(c, b, rows[0][i], rows[-1][i]), a.double()) < .006, f'seed {SEED}'
     monkeypatch.setattr(paged, 'gpu_limits', lambda device: (4, 10000))
-    batch = RaggedBatch(caches, [2, 1], ())
+    batch = Rows((), cache=caches, counts=[2, 1])
     model = Model(MLA).bfloat16().eval()
     paged._refused.cache_clear()
     with torch.no_grad(), pytest.warns(UserWarning, match='shared memory exceed 10000; PyTorch runs instead'):
@@ -113,7 +113,7 @@ def decoded(model, caches, tokens):
     counts = [1]*len(caches)
     for cache in caches: cache.reserve(1)
     x = model.embed_tokens(torch.tensor(tokens))
-    y = paged.run_rows_cuda(x, model.layers, RaggedBatch(caches, counts, model.ragged_angles(caches, counts)))
+    y = paged.run_rows_cuda(x, model.layers, Rows.of(model, torch.zeros(sum(counts)).long(), caches, counts))
     for cache in caches: cache.advance(1)
     return y
 

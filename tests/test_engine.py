@@ -2,6 +2,7 @@
 import random
 import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from deepseek_nb.infer import speculate as drafts
 from deepseek_nb.infer.drafts import Draft
 from deepseek_nb.infer.engine import Engine, QueueFull
 from deepseek_nb.infer.paged import PagePool
-from deepseek_nb.infer.quant_cache import QuantizedPool
+from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.infer.request import Request, Stream
 from deepseek_nb.infer.sampling import RowSampler, SamplingParams
 from deepseek_nb.quant import quantize, replace_parameter
@@ -117,7 +118,7 @@ def told(monkeypatch):
 def test_drafts_that_are_right_change_nothing(model, told, kv_cache):
     "Sampling, penalties, stop strings and end tokens, preemptions, a second turn behind an answer: bits, finish and cache hits."
     draw, page = random.Random(4), 64
-    kind = QuantizedPool if kv_cache == 'int8' else PagePool
+    kind = partial(PagePool, codec=CacheFormat() if kv_cache == 'int8' else None)
     for given in (None, 'lookup'):
         engine = Engine(model, Bytes(), nbytes=5*kind(model.config, 1, page).page_bytes, kv_cache=kv_cache, draft=given,
                         draft_tokens=given and 6)
@@ -223,8 +224,9 @@ def test_a_quantised_cache_alone_in_company_and_behind_a_prefix(model, tmp_path)
     "Small pool or large, prefix in memory, on disk or computed: the same bits; the pool holds codes"
     asked,results = [Request([i % 3]*130, SamplingParams(seed=i), max_tokens=70, stop_ids=()) for i in range(6)],[]
     for pages in (9, 60):
-        engine = Engine(model, Bytes(), nbytes=pages*QuantizedPool(model.config, 1, 64).page_bytes, kv_cache='int8', folder=tmp_path)
-        assert type(engine.pool) is QuantizedPool and engine.pool.pages == pages
+        one = PagePool(model.config, 1, 64, codec=CacheFormat()).nbytes
+        engine = Engine(model, Bytes(), nbytes=pages*one, kv_cache='int8', folder=tmp_path)
+        assert engine.pool.codec == CacheFormat() and engine.pool.pages == pages
         streams = [engine.submit(r) for r in asked]
         run(engine)
         results.append([tokens(s) for s in streams])

@@ -8,7 +8,7 @@ import torch
 from deepseek_nb.arch.model import Model, run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.infer.quant_cache import QuantizedCache
+from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.kernels import plan as plans
 from deepseek_nb.kernels.plan import Refusal, cache_kind, plan_of, step_kernels, step_of
 from deepseek_nb.kernels.step_codes import has_roles
@@ -158,7 +158,7 @@ def test_a_contiguous_cache_of_codes_runs_in_the_step(c, f, scales):
     ids,found = torch.randint(60, (3, 30)),[]
     for kind in ('auto', 'reference' if f == 'float32' else 'auto'):
         other = one_at_a_time(model) if kind != 'reference' and found else model
-        cache,got = QuantizedCache.of(model, 3, scales=scales),[]
+        cache,got = model.new_cache(3, codec=CacheFormat(scales=scales)),[]
         with use(kind):
             for i,j in ((0, 20), (20, 21), (21, 24)): got.append(other(ids[:, i:j], cache))
             cache.rewind(2)
@@ -173,7 +173,7 @@ def test_refusals_have_reasons():
     "Each says why, is false, and the twin that is called nevertheless raises it"
     model = shrunk(GQA, Int8())
     x,reasons = torch.zeros(1, 1, 72),{}
-    cache = QuantizedCache.of(model, 1, format='fp8')
+    cache = model.new_cache(1, codec=CacheFormat('fp8'))
     reasons['format'] = step_of(x, model.layers, model.context(1, cache))
     reasons['dtype'] = step_of(x.double(), model.layers, model.context(1, model.new_cache(1)))
     reasons['cache'] = step_of(x, model.layers, model.context(1))

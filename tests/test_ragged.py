@@ -15,7 +15,7 @@ from deepseek_nb.arch.model import Model, head
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull
-from deepseek_nb.infer.quant_cache import QuantizedPool
+from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.infer.ragged import run_rows
 from deepseek_nb.kernels import invariant, paged, ragged
 from deepseek_nb.kernels.plan import plan_of, step_kernels
@@ -53,7 +53,7 @@ def twin(model, kind=PagePool):
     with torch.inference_mode():
         cache = PagedCache(kind(model.config, 2, dtype=model.dtype))
         x = model.embed_tokens(torch.tensor([1]))
-        return run_rows.op.choose(x, model.layers, ragged.RaggedBatch([cache], [1], ())).name
+        return run_rows.op.choose(x, model.layers, ragged.Rows((), cache=[cache], counts=[1])).name
 
 
 @torch.inference_mode()
@@ -127,9 +127,9 @@ def test_bits_are_those_of_a_row_alone_with_a_quantised_cache(c):
     r = random.Random(f'{SEED} {c} cache')
     torch.manual_seed(SEED)
     for f in ('float32', 'bfloat16', 'int8') if c in ('mla', 'gqa') else r.sample(['float32', 'int4'], 1):
-        model,kind = made(c, f),partial(QuantizedPool, scales=r.choice([32, 'token']))
+        model,kind = made(c, f),partial(PagePool, codec=CacheFormat(scales=r.choice([32, 'token'])))
         assert twin(model, kind) == 'cpp/cpu', f
-        assert twin(model, partial(QuantizedPool, format='fp8')) == 'reference'
+        assert twin(model, partial(PagePool, codec=CacheFormat('fp8'))) == 'reference'
         same(model, r, kind=kind)
 
 
@@ -141,7 +141,7 @@ def test_a_quantised_cache_is_that_of_the_definition(c):
     torch.manual_seed(SEED)
     model,text = made(c, 'float32'),torch.randint(64, (150,))
     def written():
-        pool = QuantizedPool(CONFIGS[c], 3, 64)
+        pool = PagePool(CONFIGS[c], 3, 64, codec=CacheFormat())
         return model.ragged(text, [PagedCache(pool)], [150]), pool.layers[0]
     got,pages = written()
     with use('reference'): want,exact = written()
@@ -158,11 +158,11 @@ def test_nan_and_unused_slots_of_a_quantised_cache():
     for c in ('mla', 'gqa'):
         model = made(c, 'float32')
         model.embed_tokens.weight[63] = torch.nan
-        pool,texts = QuantizedPool(CONFIGS[c], 8, 64),(torch.arange(50), torch.tensor([1, 2, 63, 4, 5]))
+        pool,texts = PagePool(CONFIGS[c], 8, 64, codec=CacheFormat()),(torch.arange(50), torch.tensor([1, 2, 63, 4, 5]))
         for layer in pool.layers:
             for x in layer: x.fill_(torch.nan if x.is_floating_point() else 77)
         sick = model.ragged(torch.cat(texts), [PagedCache(pool), PagedCache(pool)], [50, 5])
-        assert torch.equal(sick[:50], alone(model, texts[0], kind=QuantizedPool))
+        assert torch.equal(sick[:50], alone(model, texts[0], kind=partial(PagePool, codec=CacheFormat())))
         assert sick[52:].isnan().all() and sick[:50].isfinite().all()
 
 

@@ -368,7 +368,7 @@ def close(a, b): assert ((a - b).abs().max() <= 1e-4*b.abs().max()).item(), (SEE
 def test_paged_ragged_and_quantised_caches(small):
     from deepseek_nb.arch.model import head
     from deepseek_nb.infer.paged import PagedCache, PagePool
-    from deepseek_nb.infer.quant_cache import CacheFormat, QuantizedCache, QuantizedPool, decode_layer, encode_layer, quantized_bytes
+    from deepseek_nb.infer.quant_cache import CacheFormat, quantized_bytes
     m, ids, want = small
     c = m.config
     pool = PagePool(c, 40, page=4)
@@ -385,12 +385,12 @@ def test_paged_ragged_and_quantised_caches(small):
     close(head(torch.cat([x[20:], y[1:]]), m.head_weight), want[1])
     form = CacheFormat('int8', 32)
     z, k = torch.randn(2, 30, 12), torch.randn(2, 30, 8)
-    back = decode_layer(form, c, *encode_layer(form, c, z, k))
+    back = form.decode_layer(c, *form.encode_layer(c, z, k))
     assert torch.equal(back[1], k) and torch.equal(back[0][..., 8:], z[..., 8:]) and torch.allclose(back[0], z, atol=.03)
-    cache = QuantizedCache.of(m, 2, 30)
+    cache = m.new_cache(2, 30, form)
     whole = m(ids, cache=cache)
     assert cache.nbytes == 60*quantized_bytes(form, c)
-    stepped, pages = QuantizedCache.of(m, 2), PagedCache(QuantizedPool(c, 40, page=4), 2)
+    stepped, pages = m.new_cache(2, codec=form), PagedCache(PagePool(c, 40, page=4, codec=form), 2)
     for other in (stepped, pages): close(in_steps(m, ids, other), whole)
 
 

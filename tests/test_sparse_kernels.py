@@ -14,7 +14,7 @@ from fastcore.test import expect_fail
 from deepseek_nb import Model
 from deepseek_nb.arch import sparse as definition
 from deepseek_nb.arch.attention import causal_mask
-from deepseek_nb.arch.index_codes import IndexCodes, coded_scores, encode_keys
+from deepseek_nb.arch.index_codes import IndexCodec, IndexCodes, coded_scores, encode_keys
 from deepseek_nb.arch.model import add_attention, run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
@@ -244,7 +244,7 @@ def small_model(r, **fields):
 @torch.no_grad()
 def walk(model, ids, mask, index_dtype):
     "Logits of a prompt, chunks and steps, with tokens taken back"
-    cache, found = model.new_cache(len(ids), index_dtype=index_dtype), []
+    cache, found = model.new_cache(len(ids), codec=index_dtype and IndexCodec()), []
     for start, end in ((0, 7), (7, 12), (12, 13), (13, 14), (14, 24), (24, 25), (17, 19), (19, 25), (25, 26)):
         cache.rewind(len(cache) - start)
         found.append(model(ids[:, start:end], cache, attention_mask=mask[:, :end] if start == 0 else None)[:, -1:])
@@ -312,7 +312,7 @@ def test_when_the_step_runs(r):
             cache.reserve(1)
             x = torch.zeros(cache.batch, 1, 24)
             return run_blocks.op.choose(x, model.layers, model.context(1, cache, mla=mla)).supports
-    for form in (None, 'int8'): assert twin(model.new_cache(2, index_dtype=form)) is step_of
+    for form in (None, 'int8'): assert twin(model.new_cache(2, codec=form and IndexCodec())) is step_of
     assert twin(model.new_cache(2), mla='naive') is not step_of
     other = small_model(r, attn_bias=True)
     assert twin(other.new_cache(1), other) is not step_of
@@ -383,7 +383,7 @@ def test_selection_on_codes(r):
     for form in ('int8', 'int4'):
         for _ in range(100):
             model, keys = coded_model(r, form, index_topk=3, n_layers=1), r.choice([None, 'int8'])
-            caches, x = [model.new_cache(1, index_dtype=keys) for _ in range(2)], torch.randn(1, 1, 32)
+            caches, x = [model.new_cache(1, codec=keys and IndexCodec()) for _ in range(2)], torch.randn(1, 1, 32)
             for cache in caches:
                 with use('reference'): model(torch.arange(40)[None], cache)
                 cache.reserve(1)

@@ -13,7 +13,7 @@ from deepseek_nb.arch.releases import preset
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer import engine as engine_module
 from deepseek_nb.infer import ragged
-from deepseek_nb.infer.drafts import save_drafter
+from deepseek_nb.infer.dspark_release import save_drafter
 from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
@@ -308,7 +308,7 @@ def test_prefixes_of_v4_on_disk(tmp_path):
     engine, want, hits = served(asked)
     c, page = model.config, engine.pool.page
     assert not hits
-    of = lambda n, states: n*(128 + block_bytes(c, page, 4)) + states*(128 + state_bytes(c, c.window, 4))
+    of = lambda n, states: n*(32 + block_bytes(c, page, 4)) + states*(32 + state_bytes(c, c.window, 4))
     assert engine.store.store.nbytes == of(3, 1), (SEED, c)
     found, got, hits = served(asked)
     assert (got, hits) == (want, 3*page) and found.pool.kept == sum(b.nbytes for b in found.store.blocks.values())

@@ -23,8 +23,7 @@ from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
 from .attention import GQA, MLA, Context, causal_mask, document_mask, one_document
-from .cache import Cache, cache_shapes
-from .index_codes import CodedCache
+from .cache import Cache, Codec, cache_shapes
 from .moe import MoE, SwiGLU
 from .norm import RMSNorm
 from .rope import cos_sin, frequencies, rotary_factor
@@ -122,7 +121,7 @@ class Model(nn.Module):
         from deepseek_nb.infer.load import from_pretrained as _from_pretrained
         from_pretrained = classmethod(_from_pretrained)  # type: ignore
         from deepseek_nb.infer.generate import prefill, stream, generate
-        from deepseek_nb.infer.ragged import ragged_angles, ragged_batch, ragged, _ragged_step
+        from deepseek_nb.infer.ragged import ragged, _ragged_step
         from deepseek_nb.infer.engine import speculate
         from deepseek_nb.kernels.compile import compile
         from deepseek_nb.train.lora import set_adapter, delete_adapter, merge_adapter, unmerge_adapter, merge_and_unload, unload, adapters
@@ -138,8 +137,6 @@ class Model(nn.Module):
         prefill = later('infer.generate')
         stream = later('infer.generate')
         generate = later('infer.generate')
-        ragged_angles = later('infer.ragged')
-        ragged_batch = later('infer.ragged')
         ragged = later('infer.ragged')
         _ragged_step = later('infer.ragged')
         speculate = later('infer.engine')
@@ -224,11 +221,10 @@ class Model(nn.Module):
     def new_cache(self,
         batch:int = 1, # Number of rows b
         max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
-        index_dtype:str|None = None, # 'int8': V3.2's index keys in 8 bits; None: in the model's dtype
+        codec:Codec|None = None, # How its tensors are stored, such as `CacheFormat`; None: as they are
     )->Cache: # An empty cache
         "Make an empty cache for this model"
-        if index_dtype not in (None, 'int8'): raise ValueError(f"index_dtype is {index_dtype!r}; it may be 'int8', or None")
-        return (CodedCache if index_dtype else Cache)(self.config, batch, max_len, self.dtype, self.device)
+        return Cache(self.config, batch, max_len, self.dtype, self.device, codec)
 
     def enter(self,
         tokens:Tensor, # Token ids `b s`

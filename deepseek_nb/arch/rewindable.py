@@ -15,7 +15,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from .cache import Cache
+from .cache import Cache, Codec
 from .compressed import Compressor, take_windows
 from ..core.config import Config
 
@@ -57,18 +57,23 @@ class EntryList:
         m:int, # Tokens per entry
         width:int, # Width of an entry
         overlap:bool, # Whether windows overlap
+        codec:Codec|None = None, # How entries are stored; None: as they are
     ):
-        self.cache,self.m,self.width,self.overlap = cache,m,width,overlap
+        self.cache,self.m,self.width,self.overlap,self.codec = cache,m,width,overlap,codec or Codec()
         self.rows = Ring(cache.batch, m*(1 + overlap) + cache.rewinds, 2*width*(1 + overlap), torch.float32, cache.device)
-        self.entries = torch.zeros(cache.batch, 0, width, dtype=cache.dtype, device=cache.device)
+        none = torch.zeros(cache.batch, 0, width, dtype=cache.dtype, device=cache.device)
+        self.stored = self.codec.encode_layer(cache.c, none)
+
+    @property
+    def entries(self)->Tensor: # `b i v`
+        return self.codec.decode_layer(self.cache.c, *self.stored, dtype=self.cache.dtype)[0]
 
     def grow(self,
         capacity:int, # New capacity in tokens
     )->None:
         "Allocate memory for more entries"
-        new = self.entries.new_zeros(self.cache.batch, ceil(capacity/self.m), self.width)
-        new[:, :self.entries.shape[1]] = self.entries
-        self.entries = new
+        more = ceil(capacity/self.m) - self.stored[0].shape[1]
+        self.stored = [torch.cat([t, t.new_zeros(len(t), more, t.shape[-1])], 1) for t in self.stored]
 
     def extend(self,
         new:Tensor, # Raw rows of the new tokens `b s (2 w)`
@@ -92,8 +97,9 @@ class EntryList:
     )->None:
         "Store entries"
         n,batch = entries.shape[1],torch.arange(len(entries), device=entries.device)
-        if isinstance(first, int): self.entries[:, first:first + n] = entries
-        else: self.entries[batch[:, None], first[:, None] + torch.arange(n, device=entries.device)] = entries.to(self.entries.dtype)
+        for old,new in zip(self.stored, self.codec.encode_layer(self.cache.c, entries), strict=True):
+            if isinstance(first, int): old[:, first:first + n] = new
+            else: old[batch[:, None], first[:, None] + torch.arange(n, device=entries.device)] = new.to(old.dtype)
 
 # %% ../../nbs/132_arch.rewindable.ipynb #6dd57dec
 class WindowSlot:
@@ -104,7 +110,7 @@ class WindowSlot:
     ):
         c,self.cache = cache.c,cache
         self.keys = Ring(cache.batch, c.window + cache.rewinds, c.head_dim, cache.dtype, cache.device)
-        self.compressor = EntryList(cache, m, c.head_dim, m == c.csa_ratio) if m else None
+        self.compressor = EntryList(cache, m, c.head_dim, m == c.csa_ratio, cache.codec) if m else None
         self.indexer = EntryList(cache, m, c.index_head_dim, True) if m and m == c.csa_ratio else None
 
     @property
@@ -112,7 +118,7 @@ class WindowSlot:
     @property
     def lists(self)->list: return [o for o in (self.compressor, self.indexer) if o is not None]
     @property
-    def tensors(self)->list: return [self.keys.data, *(t for o in self.lists for t in (o.rows.data, o.entries))]
+    def tensors(self)->list: return [self.keys.data, *(t for o in self.lists for t in (o.rows.data, *o.stored))]
 
     def append(self,
         new:Tensor, # Keys of new tokens `b s v`
@@ -134,9 +140,10 @@ class RewindableCache(Cache):
         dtype:torch.dtype = torch.float32, # Dtype of the activations
         device:torch.device|str = 'cpu', # Device of the activations
         rewinds:int = 32, # R, the largest number of tokens that can be taken back
+        codec:Codec|None = None, # How entries are stored; None: as they are
     ):
         self.rewinds,self.floor = rewinds,0
-        super().__init__(c, batch, max_len, dtype, device)
+        super().__init__(c, batch, max_len, dtype, device, codec)
 
     def _slots(self): return [WindowSlot(self, m) for m in self.c.compress_ratios]
     def _allocate(self, capacity):

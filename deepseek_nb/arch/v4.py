@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .attention import Context
+from .cache import Cache, Codec
 from .compressed import CompressedAttention
 from .hash import ClampedMoE, ClampedSwiGLU, HashGate
 from .hyper import HyperConnection, HyperHead, expand_streams
@@ -176,11 +177,10 @@ class V4Model(Model):
     def new_cache(self,
         batch:int = 1, # Number of rows b
         max_len:int = 0, # Positions to allocate now; the cache grows when more are needed
-        index_dtype:str|None = None, # As of `Model.new_cache`
-    )->RewindableCache: # An empty cache
+        codec:Codec|None = None, # As of `Model.new_cache`
+    )->Cache: # An empty cache; a `RewindableCache` if the model has a window
         "Make an empty cache for this model"
-        if index_dtype or not self.config.window: return Model.new_cache(self, batch, max_len, index_dtype)
-        return RewindableCache(self.config, batch, max_len, self.dtype, self.device)
+        return (RewindableCache if self.config.window else Cache)(self.config, batch, max_len, self.dtype, self.device, codec=codec)
 
     def residual_stream(self,
         x:Tensor, # Embedded tokens `b s d`

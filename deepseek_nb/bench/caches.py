@@ -27,7 +27,7 @@ from .limits import BENCH_MOE, bench_config
 from .models import our_steps
 from ..infer.paged import PagedCache, PagePool
 from ..infer.prefix import PrefixCache
-from ..infer.quant_cache import CacheFormat, QuantizedCache, quantized_bytes
+from ..infer.quant_cache import CacheFormat, quantized_bytes
 from ..infer.sampling import best_tokens
 from ..quant import QuantizedWeight, relative_error
 from ..quant.model import quantize_model
@@ -148,7 +148,7 @@ def prefix_cache(
 def _decode_kinds(model, cached=2000, repeats=15):
     "Decode with paged and quantised caches, against a plain one"
     prompt = torch.tensor([next(prompts(model.config.vocab_size, cached, 1))])
-    kinds = {'paged': PagedCache(PagePool(model.config, -(-(cached + 1)//16))), 'int8': QuantizedCache.of(model, 1, cached + 1)}
+    kinds = {'paged': PagedCache(PagePool(model.config, -(-(cached + 1)//16))), 'int8': model.new_cache(1, cached + 1, CacheFormat())}
     step = lambda cache: partial(our_steps(model, prompt[:, :-1], cache), prompt[:, -1:])
     plain = step(None)
     return {kind: compare({kind: step(cache), 'plain': plain}, repeats) for kind,cache in kinds.items()}
@@ -211,7 +211,7 @@ def _format_errors(model, tokens, keep=256):
     plain = c.cache_bytes_per_token(4)
     for f in (CacheFormat(n, s) for n in ('int8', 'fp8') for s in (32, 'token')):
         size = quantized_bytes(f, c)
-        rows.append([f.name, f.scales, size, 1 - size/plain, *errors(partial(QuantizedCache.of, model, format=f.name, scales=f.scales))])
+        rows.append([f.name, f.scales, size, 1 - size/plain, *errors(partial(model.new_cache, codec=f))])
     return [*rows, ['bfloat16', '', plain//2, .5, *errors(partial(BFloatCache, c))]]
 
 # %% ../../nbs/770_bench.caches.ipynb #eb172f08

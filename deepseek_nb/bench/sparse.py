@@ -18,7 +18,7 @@ import torch
 
 from ..arch.attention import attend_latent
 from ..arch.cache import cache_shapes
-from ..arch.index_codes import encode_keys
+from ..arch.index_codes import IndexCodec, encode_keys
 from ..arch.model import Model, add_attention
 from ..arch.rewindable import RewindableCache
 from ..arch.sparse import attend_selected, select_positions, sparse_cost
@@ -63,7 +63,7 @@ def _kernel_steps(c, t, index_dtype=None):
 # %% ../../nbs/774_bench.sparse.ipynb #c88f5e70
 def _filled_cache(model, t, batch=1, index_dtype=None):
     "A cache of random tokens"
-    cache = model.new_cache(batch, t + 1, index_dtype)
+    cache = model.new_cache(batch, t + 1, IndexCodec() if index_dtype else None)
     for i in range(model.config.n_layers): cache[i].append(*map(torch.randn, cache_shapes(model.config, batch, t)))
     cache.advance(t)
     return cache

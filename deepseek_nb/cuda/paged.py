@@ -34,7 +34,7 @@ from .build import LARGEST_SHARED, cards_ready, launch
 from .device import check_argument, needs_no_grad
 from .tiles import aligned
 from ..infer.paged import PagePool
-from ..infer.ragged import RaggedBatch, run_rows
+from ..infer.ragged import Rows, run_rows
 
 # %% ../../nbs/578_cuda.paged.ipynb #9b52c282
 PART = 512  # positions per part of the cache
@@ -50,7 +50,7 @@ class PagePlan(NamedTuple):
 
 # %% ../../nbs/578_cuda.paged.ipynb #0ee90b50
 def plan_pages(
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
     heads:int, # Query heads per key head
     rows:int, # Queries per tile
     device:torch.device|str, # Device of the model
@@ -196,11 +196,11 @@ def _expand(m, o): return einsum(o, _expansions(m)[1], 'b h n c, h v c -> b h n 
 def pages_supported(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows
+    batch:Rows, # Rows
 )->bool: # Whether dtypes, widths and modules are supported, and no gradient is needed
     "Whether the kernels can run a ragged step"
     pool = batch.caches[0].pool
-    if (x.dtype, pool.dtype, type(pool)) != (torch.bfloat16, torch.bfloat16, PagePool): return False
+    if (x.dtype, pool.dtype, pool.codec.name) != (torch.bfloat16, torch.bfloat16, ''): return False
     if not needs_no_grad(x, *blocks.parameters()): return False
     whole = all(type(b) is Block and type(b.self_attn) in (GQA, MLA) and not _hooked(b) for b in blocks)
     try: return whole and bool(page_tile(pool.c, gpu_limits(x.device)[1]))
@@ -265,7 +265,7 @@ def run_recorded(
 def run_rows_cuda(
     x:Tensor, # Embedded tokens of all rows `n d`, bfloat16
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
 )->Tensor: # Activations after the last block `n d`
     "Run all blocks on all rows together; attention reads and writes pages in place"
     pool = batch.caches[0].pool

@@ -8,24 +8,22 @@ what was used least recently. With a `SnapshotFolder`, prefixes survive a restar
 
 # %% auto #0
 __all__ = ['border_distance', 'state_at', 'entries_between', 'restore', 'state_bytes', 'block_bytes', 'RowPool', 'OwnedCache',
-           'PrefixBlock', 'Snapshots', 'block_shapes', 'state_shapes', 'tensors_to_bytes', 'tensors_from_bytes',
-           'SnapshotFolder']
+           'PrefixBlock', 'Snapshots', 'SnapshotFolder']
 
 # %% ../../nbs/451_infer.snapshots.ipynb #338e6b9b
 from dataclasses import dataclass
 from itertools import count
-from math import lcm, prod
+from math import lcm
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..arch.model import Model
 from ..arch.rewindable import RewindableCache, rewindable_bytes
 from ..core.config import Config
 from .paged import PoolFull
-from .persist import PageStore, fingerprint
+from .persist import PageStore, fingerprint, from_bytes, to_bytes
 from .radix import RadixTree
 
 # %% ../../nbs/451_infer.snapshots.ipynb #f41ef31e
@@ -251,8 +249,8 @@ class Snapshots:
         "Write the known prefix of a prompt to the folder"
         if self.store is None or not (found := self.match(ids, user)): return
         entries,states,ids = self.store.entries,self.store.states,ids[:len(found)*self.pool.page]
-        entries.save(entries.keys(ids, user), lambda i: tensors_to_bytes(found[i].entries, entries.size))
-        states.save(states.keys(ids, user)[-1:], lambda i: tensors_to_bytes(found[-1].state, states.size))
+        entries.save(entries.keys(ids, user), lambda i: to_bytes(found[i].entries, entries.size))
+        states.save(states.keys(ids, user)[-1:], lambda i: to_bytes(found[-1].state, states.size))
 
     def _read(self, ids, user):
         "Entries of the blocks of the longest prefix in memory and on disk that ends with a state on disk, and the state"
@@ -261,9 +259,9 @@ class Snapshots:
         n,least = len(keys),len(self.match(ids, user))
         while (n := next((i for i in range(n, least, -1) if states.path(borders[i-1]).exists()), 0)):
             while len(found) < n and (data := entries.load(keys[len(found)])) is not None:
-                found.append(tensors_from_bytes(data, block_shapes(pool.c, pool.page, pool.dtype), pool.device))
+                found.append(from_bytes(entries_between(_empty(pool), 0, pool.page), data))
             if len(found) >= n and (data := states.load(borders[n-1])) is not None:
-                return found[:n], tensors_from_bytes(data, state_shapes(pool.c, n*pool.page, pool.dtype), pool.device)
+                return found[:n], from_bytes(state_at(_empty(pool), n*pool.page), data)
             n = min(n - 1, len(found))
         return [], None
 
@@ -304,46 +302,6 @@ class Snapshots:
         self.insert(ids, cache, user)
         self.save(ids, user)
 
-# %% ../../nbs/451_infer.snapshots.ipynb #9f4b2aab
-def block_shapes(
-    c:Config, # Config of a V4 model
-    page:int, # Tokens of a block
-    dtype:torch.dtype, # Dtype of the activations
-)->list[tuple]: # Shape and dtype of each tensor of `entries_between`
-    "Tensors of a block"
-    widths = [(m, w) for m in c.compress_ratios if m for w in (c.head_dim, c.index_head_dim)[:1 + (m == c.csa_ratio)]]
-    return [((1, page//m, w), dtype) for m,w in widths]
-
-def state_shapes(
-    c:Config, # Config of a V4 model
-    at:int, # A border
-    dtype:torch.dtype, # Dtype of the activations
-)->list[tuple]: # Shape and dtype of each tensor of `state_at`
-    "Tensors of a state"
-    keys,found = ((1, min(at, c.window - 1), c.head_dim), dtype),[]
-    for m in c.compress_ratios:
-        found += [keys, *([((1, m, 4*w), torch.float32) for w in (c.head_dim, c.index_head_dim)] if m == c.csa_ratio else [])]
-    return found
-
-# %% ../../nbs/451_infer.snapshots.ipynb #c05672af
-def tensors_to_bytes(
-    tensors:list, # Tensors
-    size:int, # Number of bytes, not less than theirs
-)->Tensor: # Bytes, uint8
-    "Concatenate the bytes of tensors, and pad them with zeros"
-    data = torch.cat([t.cpu().contiguous().view(-1).view(torch.uint8) for t in tensors])
-    return F.pad(data, (0, size - len(data)))
-
-def tensors_from_bytes(
-    data:Tensor, # Result of `tensors_to_bytes`
-    shapes:list, # Shape and dtype of each tensor
-    device:torch.device, # Device of the tensors
-)->list[Tensor]: # Copies
-    "Read tensors from bytes"
-    sizes = [prod(shape)*dtype.itemsize for shape,dtype in shapes]
-    parts = data[:sum(sizes)].split(sizes)
-    return [part.clone().view(dtype).view(shape).to(device) for part,(shape,dtype) in zip(parts, shapes, strict=True)]
-
 # %% ../../nbs/451_infer.snapshots.ipynb #ba863392
 class SnapshotFolder:
     "The files of known prefixes of one V4 model"
@@ -358,3 +316,5 @@ class SnapshotFolder:
         self.entries,self.states = (PageStore(folder, of, f'{pool.dtype} {kind}', pool.page, n, nbytes) for kind,n in sizes.items())
     @property
     def nbytes(self)->int: return sum(f.size for f in self.entries.files())
+
+def _empty(pool): return RewindableCache(pool.c, 1, pool.page, pool.dtype, pool.device, 0) # with the shapes of what is read

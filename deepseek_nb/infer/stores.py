@@ -16,7 +16,7 @@ from ..arch.model import Model
 from ..arch.rewindable import RewindableCache
 from .paged import PagedCache, PagePool
 from .prefix import PrefixCache
-from .quant_cache import QuantizedPool
+from .quant_cache import CacheFormat
 from .snapshots import OwnedCache, RowPool, SnapshotFolder, Snapshots, block_bytes
 
 # %% ../../nbs/453_infer.stores.ipynb #2d4d8433
@@ -67,8 +67,8 @@ class RowMemory:
         "Share of the memory that rows use; what only the prefixes have doesn't count"
 
 # %% ../../nbs/453_infer.stores.ipynb #72e7b160
-def _pool_kind(kv_cache):
-    kinds = dict(auto=PagePool, int8=QuantizedPool)
+def _codec(kv_cache):
+    kinds = dict(auto=None, int8=CacheFormat())
     if kv_cache not in kinds: raise ValueError(f"kv_cache is {kv_cache!r}; it may be {' or '.join(kinds)}")
     return kinds[kv_cache]
 
@@ -84,10 +84,9 @@ class PagedRows(RowMemory, PrefixCache):
         rewinds:int = 0, # Most tokens that are taken back; pages take back any number
         **disk, # `folder` and `disk_nbytes`, see `PrefixCache`
     ):
-        self.kind = _pool_kind(kv_cache)
-        c,how = model.config,(page, model.dtype, model.device)
-        whole = -(-c.max_positions//page)*max_rows*self.kind(c, 1, *how).page_bytes
-        super().__init__(model, pool=self.kind.sized(c, min(nbytes, whole), *how), **disk)
+        c,how = model.config,(page, model.dtype, model.device, _codec(kv_cache))
+        whole = -(-c.max_positions//page)*max_rows*PagePool(c, 1, *how).page_bytes
+        super().__init__(model, pool=PagePool.sized(c, min(nbytes, whole), *how), **disk)
 
     @property
     def positions(self)->int: return self.pool.pages*self.pool.page
@@ -95,7 +94,7 @@ class PagedRows(RowMemory, PrefixCache):
     def longest(self)->int: return self.positions
     def trial(self)->PagedCache:
         "A cache for one token, apart from the pool"
-        return PagedCache(self.kind(self.model.config, 1, 16, self.model.dtype, self.model.device))
+        return PagedCache(PagePool(self.model.config, 1, 16, self.model.dtype, self.model.device, self.pool.codec))
 
     def _size(self): return f'{self.pool.pages} pages of {self.pool.page} positions'
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..infer.ragged import RaggedBatch, run_adapted_rows
+from ..infer.ragged import Rows, run_adapted_rows
 from .plan import Refusal, attention_half, feed_forward_half, rows_step
 
 # %% ../../nbs/547_kernels.adapted.ipynb #243bff76
@@ -68,7 +68,7 @@ def tables_of(
 def adapted_of(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
     own:list, # Blocks of each row; None: those of the model
 ):
     "The step for rows with adapters, or why there is none"

@@ -159,7 +159,8 @@ class Stepper:
     )->bool: # Whether the compiled step can run
         "Whether a call has a single token and a non-empty cache"
         plain = not (torch.is_grad_enabled() or self.model._forward_hooks or self.model._forward_pre_hooks)
-        fits = type(cache) is Cache and not self.model.config.hc_mult and len(cache) > 0 and tuple(tokens.shape) == (cache.batch, 1)
+        plain = plain and type(cache) is Cache and not cache.codec.name and not self.model.config.hc_mult
+        fits = plain and len(cache) > 0 and tuple(tokens.shape) == (cache.batch, 1)
         if not (plain and fits and self.freqs.device == tokens.device): return False
         return chosen() == 'compile' or (chosen() == 'auto' and not kernels_take(self.model, cache))
 

@@ -25,7 +25,6 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
-from ..arch.index_codes import CodedCache, CodedSlot
 from ..arch.model import Block, add_attention, add_feed_forward, run_blocks
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
@@ -33,8 +32,7 @@ from ..arch.routing import Gate
 from ..arch.sparse import DSA, Indexer
 from ..arch.v4 import HyperBlock
 from ..infer.paged import PagedCache, PagePool
-from ..infer.quant_cache import QuantizedCache, QuantizedPool
-from ..infer.ragged import RaggedBatch, run_rows
+from ..infer.ragged import Rows, run_rows
 from .build import Kernels
 from .gemm import FLOATS
 from .moe import router_settings
@@ -246,12 +244,11 @@ def cache_kind(
     plan:StepPlan, # Plan of the blocks
 )->str|Refusal: # Macro of the step; empty for a contiguous cache
     "How the kernels read a cache"
-    codes = getattr(getattr(cache, 'pool', cache), 'form', None)
-    kinds = {Cache: '', CodedCache: '', QuantizedCache: 'CODED_PAGES'}
-    kind = {PagePool: 'PAGES', QuantizedPool: 'CODED_PAGES'}.get(type(cache.pool)) if type(cache) is PagedCache else kinds.get(type(cache))
-    if kind is None: return Refusal(f'no step reads a {type(cache).__name__}')
-    if codes is not None and codes.name != 'int8': return Refusal(f'no step reads a cache in {codes.name}')
-    if codes is not None and _selects(plan): return Refusal('no step selects tokens of a cache in codes')
+    if type(cache) not in (Cache, PagedCache): return Refusal(f'no step reads a {type(cache).__name__}')
+    paged,name = type(cache) is PagedCache,cache.codec.name
+    if name not in ('', 'int8') and (paged or name != 'index'): return Refusal(f'no step reads a cache in {name}')
+    kind = 'CODED_PAGES' if name == 'int8' else 'PAGES'*paged
+    if name == 'int8' and _selects(plan): return Refusal('no step selects tokens of a cache in codes')
     if cache.dtype != x.dtype: return Refusal(f'the cache is {cache.dtype} and the activations {x.dtype}')
     if kind and cache.pad is not None: return Refusal('rows with padding need a contiguous cache of floats')
     return kind
@@ -319,7 +316,7 @@ def _paged(call, x, blocks, ctx):
 def rows_step(
     x:Tensor, # Embedded tokens of all rows `n d`
     blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:RaggedBatch, # Rows, with pages for the new tokens
+    batch:Rows, # Rows, with pages for the new tokens
     *macros, # Further macros of the step
 )->Callable|Refusal: # Function with the same arguments, and further tensors of the batch, that runs all blocks
     "The step for rows of different lengths, or why there is none"
@@ -344,11 +341,11 @@ def attention_of(
     ctx:Context, # This layer's slot of a cache
 )->Callable|Refusal: # Function with the same arguments
     "The step for an attention alone, or why there is none"
-    if type(ctx.cache) not in (Slot, CodedSlot): return Refusal('no kernel reads the cache of a layer')
+    if type(ctx.cache) is not Slot: return Refusal('no kernel reads the cache of a layer')
     if ctx.mla == 'naive' or ctx.mask is not None and ctx.cache.cache.pad is None: return Refusal('it has a mask')
     if not 0 < x.shape[0]*x.shape[1] <= LIMIT: return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
     if not (plan := plan_of(block, x, attention_plan)): return plan
-    if (kind := cache_kind(x, ctx.cache.cache, plan)) != '': return kind or Refusal('its cache is in pages')
+    if (kind := cache_kind(x, ctx.cache.cache, plan)) != '': return Refusal('its cache is in codes') if kind else kind
     kernels = _ready(plan, kind)
     return kernels and partial(_attend, step_call(plan, kernels))
 
@@ -401,5 +398,5 @@ def why_readable(
     if model.config.window: return None
     x = torch.zeros(1, model.config.dim, dtype=model.dtype, device=model.device)
     pool = PagePool(model.config, 1, dtype=model.dtype, device=model.device) if pool is None else pool
-    with PagedCache(pool) as cache: found = rows_step(x, model.layers, RaggedBatch([cache], [1], ()))
+    with PagedCache(pool) as cache: found = rows_step(x, model.layers, Rows((), cache=[cache], counts=[1]))
     return found.why if isinstance(found, Refusal) else None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..arch.attention import Context
-from ..infer.ragged import RaggedBatch
+from ..infer.ragged import Rows
 
 # %% ../../nbs/534_kernels.ragged.ipynb #c3b9e326
 CALL_TOKENS = 256  # largest number of tokens of a call
@@ -56,7 +56,7 @@ def _part(pieces, begins, lengths, table, prompt=False):
     return BatchPart(here, torch.tensor(starts), torch.tensor(past), table[rows], prompt)
 
 def parts_of(
-    batch:RaggedBatch, # Rows of a step
+    batch:Rows, # Rows of a step
     most:int = CALL_TOKENS, # Largest number of tokens of a part
     roles:bool = False, # Whether no part has tokens of prompts beside others
 )->Iterator[BatchPart]: # Parts, those of prompts first

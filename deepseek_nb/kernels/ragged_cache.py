@@ -12,7 +12,7 @@ __all__ = ['ragged_cache_kernels', 'attend_code_pages']
 import torch
 from torch import Tensor
 
-from ..infer.quant_cache import QuantizedPool
+from ..infer.paged import PagePool
 from .build import Kernels
 from .gemm import check_tensor
 
@@ -21,7 +21,7 @@ ragged_cache_kernels = Kernels('ragged_cache.cpp', attend_code_pages=lambda q, l
 
 def attend_code_pages(
     q:Tensor, # Queries of all rows, float32 `n h x`; in MLA `n h c+r`
-    pool:QuantizedPool, # Pool of int8 codes
+    pool:PagePool, # Pool of int8 codes
     layer:int, # Index of the layer
     starts:Tensor, # First token of each row, and the number of tokens
     past:Tensor, # Cached positions of each row before its new tokens
@@ -30,7 +30,7 @@ def attend_code_pages(
 )->Tensor: # Weighted values `n h v`; in MLA weighted latents `n h c`
     "Causal attention of a ragged batch over pages of codes"
     c,pages = pool.c,pool.layers[layer]
-    if pool.form.name != 'int8': raise ValueError(f'the pool has {pool.form.name} codes; the kernel reads int8')
+    if pool.codec.name != 'int8': raise ValueError(f'the pool has {pool.codec.name or "no"} codes; the kernel reads int8')
     check_tensor('q', q, (None, c.n_heads, c.kv_lora_rank + c.qk_rope_head_dim if c.mla else c.head_dim), (torch.float32,))
     y = q.new_empty(*q.shape[:2], pages[0].shape[-1])
     batch = (t.contiguous() for t in (starts, past, table))

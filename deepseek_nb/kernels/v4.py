@@ -29,7 +29,7 @@ from ..arch.norm import RMSNorm
 from ..arch.rewindable import RewindableCache
 from ..arch.v4 import HyperBlock, read_streams
 from ..arch.window import WindowAttention
-from ..infer.ragged import RaggedBatch, run_rows
+from ..infer.ragged import Rows, run_rows
 from .build import Kernels
 from .gemm import FLOATS
 from .plan import LIMIT, Half, Refusal, StepPlan, plan_of
@@ -105,7 +105,7 @@ def v4_caches_fit(
     caches:list, # Caches of all rows
 )->bool: # Whether the kernels can read and write them
     "Whether all caches are plain caches of a V4 model"
-    return all(isinstance(c, RewindableCache) and not hasattr(c, 'form') and c.dtype == x.dtype and
+    return all(isinstance(c, RewindableCache) and not c.codec.name and c.dtype == x.dtype and
                c.c.window and c.c.hc_mult <= MOST_STREAMS for c in caches)
 
 def v4_fits(
@@ -138,10 +138,10 @@ class V4Rows(NamedTuple):
 
 # %% ../../nbs/541_kernels.v4.ipynb #5f52151f
 def v4_rows_of(
-    where:Context|RaggedBatch, # Caches and token ids of a batch of equal rows, or of a ragged batch
+    where:Context, # Caches and token ids of a batch of equal rows, or of a ragged batch
 )->Iterator[tuple]: # Where the tokens of a part are in the streams, and its `V4Rows`
     "Divide the new tokens into calls of bounded size"
-    if isinstance(where, Context):
+    if not isinstance(where, Rows):
         s,each = where.tokens.shape[1],max(1, CALL_TOKENS//len(where.tokens))
         for i in range(0, s, each): yield (slice(None), slice(i, i + each)),V4Rows.equal(where, slice(i, i + each))
         return
@@ -186,7 +186,7 @@ def v4_calls(
 def run_v4(
     x:Tensor, # Residual streams `b s x d` or `n x d`
     found:V4Blocks, # Weights of all blocks
-    where:Context|RaggedBatch, # Caches and token ids
+    where:Context, # Caches and token ids
     call, # As in `v4_calls`
 )->Tensor: # In the shape of `x`
     "Run all blocks on the rows, in calls of bounded size"
@@ -201,10 +201,10 @@ def run_v4(
 def v4_step_of(
     x:Tensor, # Residual streams
     blocks:nn.ModuleList, # All blocks of one model
-    where:Context|RaggedBatch, # Caches and token ids
+    where:Context, # Caches and token ids
 ): # Function with the same arguments that runs all blocks, or a `Refusal`
     "The step of a V4 model, or why there is none"
-    fits = v4_fits(x, where) if isinstance(where, Context) else v4_caches_fit(x, where.caches)
+    fits = v4_fits(x, where) if not isinstance(where, Rows) else v4_caches_fit(x, where.caches)
     if not fits: return Refusal('no step of V4 runs this cache, or as many tokens')
     if not (plan := plan_of(blocks, x, V4Blocks)): return plan
     kernels = v4_kernels if plan.floats else v4_codes_kernels

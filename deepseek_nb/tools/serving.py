@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
-from ..infer.drafts import load_drafter
+from ..infer.dspark_release import has_drafter, released_drafter
 from ..infer.engine import Engine, EngineStats
 from ..infer.load import decode_path, warm_kernels
 from ..infer.request import Request
@@ -96,13 +96,13 @@ def adapter_folders(
 
 # %% ../../nbs/955_tools.serving.ipynb #0017aae7
 def draft_source(
-    name:str, # 'lookup', 'mtp', the folder or name of a smaller model, or of `save_drafter`; '': no drafts
+    name:str, # 'lookup', 'mtp', the folder or name of a smaller model, or a folder with a block drafter; '': no drafts
     tok:Tokenizer, # Of the model that verifies
     model:Model|None = None, # That model, for a folder with its block drafter
 ): # For an `Engine`
     "Load what drafts"
     if name in ('', 'lookup', 'mtp'): return name or None
-    if model is not None and (Path(name)/'dspark.json').is_file(): return load_drafter(name, model)
+    if model is not None and has_drafter(name): return released_drafter(name, model)
     other,draw = Tokenizer.from_pretrained(name),random.Random(0)
     texts = [''.join(draw.choices(string.printable + 'éß中文', k=20)) for _ in range(100)]
     if len(tok) != len(other) or any(tok.encode(t) != other.encode(t) for t in texts):
