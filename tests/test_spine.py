@@ -28,8 +28,8 @@ V3 = dict(vocab_size=40, dim=16, n_layers=3, n_heads=2, inter_dim=24, q_lora_ran
           score_func='sigmoid', score_bias=True, norm_topk=True, rope=Rope(interleaved=True))
 V4 = dict(vocab_size=40, dim=32, n_layers=3, n_heads=2, inter_dim=32, n_kv_heads=1, head_dim=16, q_lora_rank=32, qk_rope_head_dim=4,
           window=4, compress_ratios=(0, 4, 8), o_groups=1, o_lora_rank=32, index_n_heads=2, index_head_dim=8, index_topk=2, hc_mult=2,
-          n_hash_layers=1, n_routed_experts=4, n_shared_experts=1, n_activated_experts=2, moe_inter_dim=32, score_func='sqrtsoftplus', swiglu_limit=10.,
-          max_positions=64, rope=Rope(interleaved=True), compress_rope=Rope(16e4, interleaved=True))
+          n_hash_layers=1, n_routed_experts=4, n_shared_experts=1, n_activated_experts=2, moe_inter_dim=32, score_func='sqrtsoftplus',
+          swiglu_limit=10., max_positions=64, rope=Rope(interleaved=True), compress_rope=Rope(16e4, interleaved=True))
 
 
 @pytest.fixture(autouse=True)
