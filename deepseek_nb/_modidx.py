@@ -1098,6 +1098,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'deepseek_nb/arch/attention.py'),
                                             'deepseek_nb.arch.attention.attend_sdpa': ( 'arch.attention.html#attend_sdpa',
                                                                                         'deepseek_nb/arch/attention.py'),
+                                            'deepseek_nb.arch.attention.causal_mask': ( 'arch.attention.html#causal_mask',
+                                                                                        'deepseek_nb/arch/attention.py'),
                                             'deepseek_nb.arch.attention.cheaper_form': ( 'arch.attention.html#cheaper_form',
                                                                                          'deepseek_nb/arch/attention.py'),
                                             'deepseek_nb.arch.attention.document_mask': ( 'arch.attention.html#document_mask',
