@@ -393,7 +393,9 @@ def test_the_step_runs_blocks_of_256(name, tmp_path):
     assert why_readable(model) is None and {m.format.name for m in weights(model).values()} >= {'ggml'}
     r, texts = random.Random(SEED), [torch.randint(64, (n,)) for n in (1, 17, 60)]
     found = test_ragged.in_company(model, texts, r, 16)
-    for text,a in zip(texts, found, strict=True): assert torch.equal(a, test_ragged.alone(model, text, 64, r.choice([1, 7, 10**9]))), len(text)
+    for text,a in zip(texts, found, strict=True):
+        assert torch.equal(a, test_ragged.alone(model, text, 64, r.choice([1, 7, 10**9]))), len(text)
     for m in model.layers.modules(): m.register_forward_hook(lambda *ignored: None)
     assert why_readable(model) == 'a module has a hook'
-    for text,a in zip(texts, found, strict=True): assert relative_error(test_ragged.alone(model, text), a) < (1e-4 if name == 'llama' else .1)
+    for text,a in zip(texts, found, strict=True):
+        assert relative_error(test_ragged.alone(model, text), a) < (1e-4 if name == 'llama' else .1)
