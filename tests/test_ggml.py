@@ -383,14 +383,19 @@ def test_smollm2():
 @needs_compiler
 @pytest.mark.parametrize('name', ['llama', 'v2', 'v3'])
 def test_the_step_runs_blocks_of_256(name, tmp_path):
-    "Dense models and mixtures in Q4_K and Q6_K: one step, close to the definition, and a row has the bits that it has alone"
+    """Dense models and mixtures in Q4_K and Q6_K run in one step: a row has the bits that it has alone, and is close to products one at a
+    time. All experts are used, as a rounded activation may choose another one; MLA's latents are rounded in another order."""
     import test_ragged
-    write(tmp_path/'m.gguf', fresh(CONFIGS[name][0]), False, ['Q4_K', 'Q6_K'])
+    c = CONFIGS[name][0]
+    if c.n_routed_experts: c = replace(c, n_activated_experts=c.n_routed_experts, n_limited_groups=c.n_expert_groups)
+    write(tmp_path/'m.gguf', fresh(c), False, ['Q4_K', 'Q6_K'])
     model = Model.from_pretrained(tmp_path/'m.gguf', dtype=None, device='cpu').requires_grad_(False)
     assert why_readable(model) is None and {m.format.name for m in weights(model).values()} >= {'ggml'}
     r, texts = random.Random(SEED), [torch.randint(64, (n,)) for n in (1, 17, 60)]
     found = test_ragged.in_company(model, texts, r, 16)
-    with use('reference'): wanted = [test_ragged.alone(model, t) for t in texts]
-    for text,a,b in zip(texts, found, wanted, strict=True):
+    for text,a in zip(texts, found, strict=True):
         assert torch.equal(a, test_ragged.alone(model, text, 64, r.choice([1, 7, 10**9]))), len(text)
-        assert relative_error(b, a) < .1
+    for m in model.layers.modules(): m.register_forward_hook(lambda *ignored: None)
+    assert why_readable(model) == 'a module has a hook'
+    for text,a in zip(texts, found, strict=True):
+        assert relative_error(test_ragged.alone(model, text), a) < (1e-4 if name == 'llama' else .1)

@@ -46,7 +46,8 @@ struct Angles {
     const float *cos, *sin;
     int64_t batch, step, half;
     template <class Tensor> Angles(const Tensor& c, const Tensor& s)
-        : cos((const float*)c.data_ptr()), sin((const float*)s.data_ptr()), batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)),
+        : cos((const float*)c.data_ptr()), sin((const float*)s.data_ptr()),
+          batch(c.size(0) == 1 ? 0 : c.stride(0)), step(c.stride(2)),
           half(c.size(3)) {}
     // rotate a row at position s of batch row b
     template <class X, class Y> void apply(const X* x, int64_t b, int64_t s, bool interleaved, Y* y) const {

@@ -214,7 +214,7 @@ struct Place {
     const uint8_t* at(int64_t scales, int64_t bytes = 0) const { return group + scales + block * bytes + 4 * L * pass; }
 };
 template <bool ROW> struct Int8Codes {
-    static constexpr int BYTES = 512, SCALES = ROW ? 64 : 32;  // bytes of a block's codes and of a group's scales, for 16 rows
+    static constexpr int BYTES = 512, SCALES = ROW ? 64 : 32;  // of a block's codes and of a group's scales, in 16 rows
     static constexpr bool END = ROW, SIGNED = !WIDE, FINE = false, LARGE = false, HALVES = false;
     template <class Use> static void words(const uint8_t* p, int32_t flip, Use use) {
         for (int i = 0; i < 8; ++i) use(i, ints(p + 64 * i) ^ flip);
