@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from deepseek_nb.serve.app import Server
-from deepseek_nb.tools.deploy import check_command, commands_in, unit_value
 from deepseek_nb.tools.serving import read_settings
+from deepseek_nb.tools.site import check_command, commands_in, unit_value
 
 ROOT = Path(__file__).parents[1]
 UNIT, CONTAINER = (ROOT/'nbs'/'examples'/name for name in ('deepseek-nb.service', 'Containerfile'))

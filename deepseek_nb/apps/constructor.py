@@ -302,12 +302,10 @@ def train_route_net(
     lessons:list, # `Lesson`s in groups of one kind and size
     steps:int, # Steps of AdamW
     rate:float = 2e-3, # Largest learning rate
-    batch:int = 8, # Lessons of a step
-    seed:int = 0, # Seed of the order
 )->list: # Loss of each step
     "Train by imitation"
-    g,losses = torch.Generator().manual_seed(seed),[]
-    groups = [lessons[i:i+batch] for i in range(0, len(lessons), batch)]
+    g,losses = torch.Generator().manual_seed(0),[]
+    groups = [lessons[i:i+8] for i in range(0, len(lessons), 8)]
     opt = torch.optim.AdamW(net.parameters(), rate, weight_decay=.01)
     plan = torch.optim.lr_scheduler.OneCycleLR(opt, rate, steps + 1, pct_start=.1)
     for _ in range(steps):

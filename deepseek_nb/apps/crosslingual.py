@@ -237,13 +237,12 @@ def fit_head(
     y:Tensor, # Classes `n`
     classes:int, # Number of classes
     decay:float = 1e-3, # λ
-    steps:int = 60, # Steps of L-BFGS
 )->LinearHead: # Fitted head
     "Fit a linear classifier"
     mean = x.mean(0)
     scale = (x - mean).norm(dim=1).mean().item() + 1e-9
     z,w,b = (x - mean)/scale,torch.zeros(classes, x.shape[1], requires_grad=True),torch.zeros(classes, requires_grad=True)
-    opt = torch.optim.LBFGS([w, b], max_iter=steps, line_search_fn='strong_wolfe')
+    opt = torch.optim.LBFGS([w, b], max_iter=60, line_search_fn='strong_wolfe')
     def loss():
         opt.zero_grad()
         (now := F.cross_entropy(F.linear(z, w, b), y) + decay/2*w.square().sum()).backward()

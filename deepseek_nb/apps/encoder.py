@@ -246,11 +246,10 @@ def token_batches(
 def embed_texts(
     encoder:TextEncoder, # Encoder and tokenizer
     texts:Sequence, # Texts
-    longest:int = 128, # Tokens that are read of a text
     size:int = 2048, # Tokens of a batch
 )->Tensor: # Unit vectors `n d`
     "Vectors of texts"
-    ids = [o if len(o) <= longest else o[:longest - 1] + o[-1:] for o in encoder.encode([f'query: {t}' for t in texts])]
+    ids = [o if len(o) <= 128 else o[:128 - 1] + o[-1:] for o in encoder.encode([f'query: {t}' for t in texts])]
     found = torch.empty(len(ids), encoder.net.config.dim)
     with torch.no_grad():
         for b in token_batches(ids, size, encoder.pad):

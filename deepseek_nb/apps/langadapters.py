@@ -206,13 +206,12 @@ def topic_scores(
     net:nn.Module, # Encoder or language model, with what is active in it
     head:TopicHead, # Trained head
     ids:Sequence, # Lists of token ids
-    size:int = 2048, # Tokens of a batch
     pad:int = 0, # Token of padding
 )->Tensor: # `n class`
     "Scores of the topics of texts"
     found = torch.empty(len(ids), head.out_features)
     with torch.no_grad():
-        for b in token_batches(ids, size, pad): found[b.rows] = head.read(net, b)
+        for b in token_batches(ids, 2048, pad): found[b.rows] = head.read(net, b)
     return found
 
 # %% ../../nbs/886_apps.langadapters.ipynb #fc81c490

@@ -163,10 +163,9 @@ def circle(
 # %% ../../nbs/854_apps.series.ipynb #321c7b3d
 def since_last(
     at:Tensor, # Times in seconds, in order `t`
-    first:float = 30*86400., # Seconds that count for the first event
 )->Tensor: # Logarithm of one plus the seconds since the time before `t`
     "Logarithm of the time since the event before"
-    return torch.cat([at.new_tensor([first]), at.diff()]).clamp(min=0).log1p()
+    return torch.cat([at.new_tensor([30*86400.]), at.diff()]).clamp(min=0).log1p()
 
 # %% ../../nbs/854_apps.series.ipynb #314eae8b
 def card_features(

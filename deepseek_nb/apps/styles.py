@@ -204,13 +204,11 @@ def text_states(
     tok:Tokenizer, # Its tokenizer
     texts:list, # Texts
     layers:Iterable, # Indices of blocks
-    most:int = 48, # Tokens of a text
-    batch:int = 16, # Texts at a time
 )->Tensor: # Mean of the residual stream after each block `layer n d`
     "Average the residual stream over texts"
     found = []
-    for i in range(0, len(texts), batch):
-        ids,mask = left_padded([tok.encode(t)[:most] for t in texts[i:i+batch]])
+    for i in range(0, len(texts), 16):
+        ids,mask = left_padded([tok.encode(t)[:48] for t in texts[i:i+16]])
         first = mask.argmax(1)
         weight = mask.scatter(1, first[:, None], 0).float()
         ctx = model.context(ids.shape[1], pad=left_pad(mask))

@@ -140,10 +140,9 @@ class SignalConfig:
 # %% ../../nbs/850_apps.tcn.ipynb #c7fac9e7
 def unit_rms(
     x:Tensor, # Activations `b s d`
-    eps:float = 1e-6, # Added to the mean square
 )->Tensor: # `b s d`
     "Divide each row by its root mean square"
-    return x*(reduce(x*x, 'b s d -> b s 1', 'mean') + eps).rsqrt()
+    return x*(reduce(x*x, 'b s d -> b s 1', 'mean') + 1e-6).rsqrt()
 
 # %% ../../nbs/850_apps.tcn.ipynb #4d7e1b2c
 class ConvBlock(nn.Module):

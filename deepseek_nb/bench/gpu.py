@@ -418,15 +418,14 @@ SANITIZERS = ('memcheck', 'racecheck', 'synccheck', 'initcheck')
 
 def sanitize(
     tool:str, # One of `SANITIZERS`
-    seconds:float = 240, # Time limit
 )->dict: # ok and the end of the report, or why it was skipped
     "Run all checks under a tool of compute-sanitizer"
     program = tools_found()['sanitizer']
     if not program: return dict(skipped='compute-sanitizer is not installed')
     with_env = os.environ | dict(PYTORCH_NO_CUDA_MEMORY_CACHING='1')
     command = [program, '--tool', tool, '--error-exitcode', '9', sys.executable, '-m', 'deepseek_nb.bench.gpu', '--checks']
-    try: done = subprocess.run(command, capture_output=True, text=True, env=with_env, timeout=seconds)
-    except subprocess.TimeoutExpired: return dict(skipped=f'not done after {seconds:.0f} s')
+    try: done = subprocess.run(command, capture_output=True, text=True, env=with_env, timeout=240)
+    except subprocess.TimeoutExpired: return dict(skipped=f'not done after {240:.0f} s')
     return dict(ok=done.returncode == 0, report=(done.stdout + done.stderr)[-600:])
 
 # %% ../../nbs/798_bench.gpu.ipynb #1ee5c433

@@ -28,7 +28,7 @@ from . import BENCHMARKS, Comparison, git_state, make_record, peaks_of, save_res
 from .caches import bench_model, with_experts
 from .layers import Place
 from .limits import BENCH_MOE
-from .llama import decode_race, llama_cpp, our_prompt, ours_at, prompt_race
+from .runtimes import decode_race, llama_cpp, our_prompt, ours_at, prompt_race
 from deepseek_nb.eval.perplexity import (
     MESSAGES,
     SMALL_MOE,

@@ -110,11 +110,10 @@ def debiased_square(
 def debiased_error(
     confidence:np.ndarray, # Confidence of each prediction `n`
     right:np.ndarray, # Whether it is right `n`
-    bins:int = 15, # Number of bins
     adaptive:bool = True, # Bins of equal size instead of equal width
 )->float:
     "Calibration error (root mean square) without the part that chance adds"
-    return max(0., debiased_square(confidence, right, bins, adaptive))**.5
+    return max(0., debiased_square(confidence, right, 15, adaptive))**.5
 
 # %% ../../nbs/738_eval.calibration.ipynb #ca96c7a3
 class BrierParts(NamedTuple):
@@ -180,11 +179,10 @@ def fit_temperature(
 def tempered(
     scores:np.ndarray, # Log-likelihood or logit of each class `n k`
     truth:list, # True class number of each item
-    seed:int = 0, # Of the division
 )->tuple[np.ndarray, list]: # Probabilities `n k`, and the temperature of each half
     "Probabilities at a temperature that was fitted on the other half"
     z,y = np.asarray(scores, dtype=np.float64),np.asarray(truth)
-    half = np.random.default_rng(seed).permutation(len(y)) < len(y)//2
+    half = np.random.default_rng(0).permutation(len(y)) < len(y)//2
     out,found = np.empty_like(z),[fit_temperature(z[half == side], y[half == side]) for side in (False, True)]
     for side,t in zip((True, False), found, strict=True): out[half == side] = softened(z[half == side], t)
     return out,found

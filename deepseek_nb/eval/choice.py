@@ -128,12 +128,11 @@ def score_rows(
     model:Model, # Language model
     states:list, # For each continuation, the activations that predict its tokens `s d`
     targets:list, # Token ids of each continuation
-    chunk:int = 128, # Positions whose logits are in memory at the same time
 )->list[Score]:
     "Score continuations from the activations before their tokens"
     x,want = torch.cat(states),torch.tensor([t for row in targets for t in row], device=model.device)
     picked,best = [],[]
-    for a,t in zip(x.split(chunk), want.split(chunk), strict=True):
+    for a,t in zip(x.split(128), want.split(128), strict=True):
         logits = head(a, model.head_weight) # of two axes, so that its bits are independent of the number of rows
         best.append(logits.argmax(-1) == t)
         picked.append(logits.log_softmax(-1).gather(1, t[:, None])[:, 0].double())

@@ -15,7 +15,7 @@ __all__ = ['GRIDS', 'MESSAGES', 'SMALL_MOE', 'token_losses', 'Window', 'windows'
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -199,11 +199,10 @@ def token_rates(
     cached:int = 128, # Number of tokens of the prompt
     steps:int = 8, # Decode steps per round, after two that are not timed
     rounds:int = 7, # Number of rounds, after one that is not counted
-    clock:Callable = perf_counter, # Function that returns the time in seconds
 )->dict: # Name -> median tokens per second
     "Measure the decoding speed of several models in turn"
     ids = torch.arange(cached + steps + 2)[None] % 97
-    found = [{n: _decode_rate(m, ids, cached, steps, clock) for n,m in models.items()} for _ in range(rounds + 1)][1:]
+    found = [{n: _decode_rate(m, ids, cached, steps, perf_counter) for n,m in models.items()} for _ in range(rounds + 1)][1:]
     return {n: statistics.median(f[n] for f in found) for n in models}
 
 # %% ../../nbs/700_eval.perplexity.ipynb #3b497984
@@ -238,13 +237,11 @@ def train_bytes(
     steps:int = 600, # Optimiser steps
     batch:int = 16, # Sequences per batch
     s:int = 256, # Bytes per sequence
-    lr:float = 3e-3, # Peak learning rate
-    seed:int = 0, # Seed of the weights and the batches
 )->tuple[Model,list]: # Model, and the loss of each step in nats per byte
     "Train a model on bytes in float32"
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model,losses = Model(config, 'float32', 'cpu').init_weights(),[]
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=.1, fused=True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(.9, .95), weight_decay=.1, fused=True)
     def rate(i): return min(1, (i + 1)/30)*(.1 + .45*(1 + math.cos(math.pi*i/steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     for _ in range(steps):

@@ -220,7 +220,7 @@ def measure_runner(
     repeats:int = 9, # Rounds
 )->dict: # Seconds of decode steps and of starts in every round, errors of the logits, and sizes
     "Decode steps of the runner, of llama.cpp and of the model in Python, and the start of the program"
-    from deepseek_nb.bench.llama import decode_race, llama_files, ours_at, peer_at
+    from deepseek_nb.bench.runtimes import decode_race, llama_files, ours_at, peer_at
     from deepseek_nb.files.hub import fetch
     from deepseek_nb.quant.model import QuantizedModel
     smollm,program = fetch('smollm2-135m'),build_program()

@@ -84,8 +84,7 @@ def fine_activations(
 # %% ../../nbs/312_quant.int8_fine.ipynb #cea693b5
 def rounded_fine(
     x:Tensor, # Activations `… i`
-    block:int = 32, # Activations that share a scale
 )->Tensor: # `… i`, float32
     "Quantise activations to two int8 codes and dequantise them"
-    codes,rest,scales = fine_activations(x, block)
-    return (codes.float() + rest.float()/128)*scales.repeat_interleave(block, -1)[..., :x.shape[-1]]
+    codes,rest,scales = fine_activations(x, 32)
+    return (codes.float() + rest.float()/128)*scales.repeat_interleave(32, -1)[..., :x.shape[-1]]

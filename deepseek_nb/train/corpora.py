@@ -418,7 +418,6 @@ def near_groups(
     texts_of:Callable, # Gives the texts of a list of numbers
     least:float = .8, # Jaccard similarity of near-duplicates
     n:int = 5, # Characters of a shingle
-    batch:int = 2000, # Pairs that are compared together
 )->np.ndarray: # Of each text, the number of the first one in its group
     "Group near-duplicates"
     parent = list(range(len(keys)))
@@ -433,6 +432,6 @@ def near_groups(
     waiting = []
     for pair in near_candidates(keys):
         waiting.append(pair)
-        if len(waiting) >= batch: compare(waiting); waiting = []
+        if len(waiting) >= 2000: compare(waiting); waiting = []
     compare(waiting)
     return np.array([root_of(parent, i) for i in range(len(keys))], dtype=np.int64)

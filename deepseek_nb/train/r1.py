@@ -330,13 +330,12 @@ def solved_share(
     task:Task, # Task with a reward
     rows:list, # Its held-out rows, or others
     max_tokens:int = 64, # Most tokens of an answer
-    batch:int = 64, # Answers at a time
 )->dict: # `right` and `n`
     "Share of problems that are solved"
     was,values = model.training,[]
     model.eval()
-    for i in range(0, len(rows), batch):
-        some = rows[i:i+batch]
+    for i in range(0, len(rows), 64):
+        some = rows[i:i+64]
         answers,_ = sample_answers(model, [prompt_ids(r['prompt'], tok) for r in some], max_tokens, temperature=0.)
         values += rewards_of(task, some, answer_texts(tok, answers))
     model.train(was)

@@ -160,7 +160,6 @@ def deal(
 def balanced_kmeans(
     points:Tensor, # Points `n d`
     e:int, # Number of clusters, a divisor of n
-    steps:int = 10, # Number of iterations
     seed:int = 0, # Seed of the first centres
 )->Tensor: # Index of the cluster of each point `n`
     "Cluster points into clusters of equal size"
@@ -170,7 +169,7 @@ def balanced_kmeans(
     while len(centres) < e:
         far = torch.cdist(points, centres).amin(1).square().clamp(min=1e-9)
         centres = torch.cat([centres, points[torch.multinomial(far, 1, generator=draw)]])
-    for _ in range(steps):
+    for _ in range(10):
         choice = deal(torch.cdist(points, centres))
         centres = torch.stack([points[choice == j].mean(0) for j in range(e)])
     return choice
