@@ -192,7 +192,7 @@ def test_templates_spell_out_no_measured_number(claims):
 
 def test_every_chapter_is_there(claims):
     from deepseek_nb.tools.book import book, page_name
-    pages = {page_name(o) for o in book(ROOT/'nbs')}
+    pages = {page_name(o.removesuffix('.ipynb')) for o in book(ROOT/'nbs')}
     assert {c.page for c in claims.ARTICLE + claims.STUDIES + claims.OURS} <= pages
 
 
