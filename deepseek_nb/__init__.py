@@ -239,13 +239,12 @@ Modules:
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
 - `deepseek_nb.studies.report`: What a plan must state before its first run, a check that refuses records of anything else, and functions that summarise the records: means over seeds, tables and plots.
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
-- `deepseek_nb.tools.claims`: Each claim with its verdict first, then the figure, its interval, its floor, its cost and domain, the machine, and the command that measures it again.
+- `deepseek_nb.tools.claims`: Is it true? A verdict for each claim, in a sentence, computed from stored records by one set of rules.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
 - `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
 - `deepseek_nb.tools.front`: One command makes the front page, the table of contents, the README and the changelog's table of moves from the titles and first lines of the chapters.
 - `deepseek_nb.tools.serving`: Reads settings from the command line or a TOML file, loads the models, and serves them
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
-- `deepseek_nb.tools.verdicts`: The row of a claim: reached, missed, refuted or not measured, then the figure, its interval, its floor, its cost and its domain, all read from stored records.
 - `deepseek_nb.train.advantage`: The advantage says how much better an answer is than expected. It is computed from a group of answers or from a critic; bias and variance of both are computed exactly on small policies.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.
 - `deepseek_nb.train.bpe`: Learn byte-level BPE merges from text, with DeepSeek-V3's word splitting, and save the tokenizer in Hugging Face's format.
