@@ -258,16 +258,17 @@ def sidebar(
     return [*front, *(o for o in (*parts, tutorials) if o['contents']), *[dict(section='Library', contents=rooms)]*bool(rooms)]
 
 # %% ../../nbs/964_tools.book.ipynb #88db0220
-FINE_PRINT = 'Fine print' # Heading of the section whose code is folded on the page
+FINE_PRINT = 'Fine print' # How the heading of a section begins whose code is folded on the page
 
 def fine_print(
     cells:list, # Cells of a notebook
 )->list: # Code cells of the section
     "Find the code that is only for looking up."
-    found, inside = [], False
+    found, inside = [], 0
     for o in cells:
-        if o['cell_type'] == 'code': found += [o]*inside
-        elif head := re.search(r'^## (.+)', ''.join(o['source']), re.M): inside = head[1].strip() == FINE_PRINT
+        if o['cell_type'] == 'code': found += [o]*bool(inside)
+        elif (head := re.search(r'^(##+) (.+)', ''.join(o['source']), re.M)) and (head[2].startswith(FINE_PRINT) or len(head[1]) <= inside):
+            inside = len(head[1])*head[2].startswith(FINE_PRINT)
     return found
 
 def only_imports(
