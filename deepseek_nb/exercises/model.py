@@ -394,7 +394,7 @@ exercise('finished-entries', 'arch.compressed', 'f(position, n): entries of n to
 exercise('sinkhorn', 'arch.hyper', 'f(x, steps): exp(x) `n n`, then steps times: rows to sum one, columns to sum one',
     _sinkhorn, lambda r: (_normal(4, 4), r.randint(1, 4)))
 exercise('mix-streams', 'arch.hyper', 'f(x, m, y, b): new streams `n d`: m `n n` mixes the old ones, and each gets its share b '
-    '`n` of the layer output y `d`', lambda x, m, y, b: m@x + b[:, None]*y, lambda r: (*map(_normal, (4, 4), (5, 4)), _normal(5), _normal(4)))
+    '`n` of the layer output y `d`', lambda x, m, y, b: m@x + b[:, None]*y, lambda r: (_normal(4, 5), _normal(4, 4), *map(_normal, (5, 4))))
 
 # %% ../../nbs/896_exercises.model.ipynb #e4bac412
 exercise('hash-route', 'arch.hash', 'f(ids, table): experts `n k` of tokens `n`; table `w k` has those of each vocabulary entry',

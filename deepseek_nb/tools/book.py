@@ -266,7 +266,7 @@ def fine_print(
     "Find the code that is only for looking up."
     found, inside = [], 0
     for o in cells:
-        if o['cell_type'] == 'code': found += [o]*bool(inside)
+        if o['cell_type'] == 'code': found += [o]*(inside > 0 and not ''.join(o['source']).startswith('%%'))
         elif (head := re.search(r'^(##+) (.+)', ''.join(o['source']), re.M)) and (head[2].startswith(FINE_PRINT) or len(head[1]) <= inside):
             inside = len(head[1])*head[2].startswith(FINE_PRINT)
     return found

@@ -157,7 +157,7 @@ def _stage_cells(nb, root, notebook, terms, lines=('', '')):
     nb.cells = [o for o in nb.cells if o.cell_type == 'code' or not o.source.startswith('#| hide\n')]
     if notebook == FRONT[0] and nb.cells: nb.cells[0].set_source(f'{nb.cells[0].source}\n\n- toc: false') # use the full width
     for cell in fine_print(nb.cells):
-        if not cell.source.startswith('%%'): cell.set_source(f'#| code-fold: true\n#| code-summary: code\n{cell.source}')
+        cell.set_source(f'#| code-fold: true\n#| code-summary: code\n{cell.source}')
     for cell in nb.cells:
         prose = cell.cell_type != 'code'
         cell.set_source(_inline_pictures(link_pages(cell.source, dirname(notebook)), root/'nbs') if prose else _quote_alt(cell.source))
