@@ -156,7 +156,7 @@ def _stage_cells(nb, root, notebook, terms, lines=('', '')):
     links = _source_links(root/f'deepseek_nb/{name.replace(".", "/")}.py', name)
     nb.cells = [o for o in nb.cells if o.cell_type == 'code' or not o.source.startswith('#| hide\n')]
     if notebook == FRONT[0] and nb.cells: nb.cells[0].set_source(f'{nb.cells[0].source}\n\n- toc: false') # use the full width
-    for cell in fine_print(nb.cells):
+    for cell in (o for o in fine_print(nb.cells) if 'code-fold' not in o.source and not only_imports(o.source)):
         cell.set_source(f'#| code-fold: true\n#| code-summary: code\n{cell.source}')
     for cell in nb.cells:
         prose = cell.cell_type != 'code'
