@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from importlib import import_module
 from pathlib import Path
@@ -72,7 +72,7 @@ class Exercise:
     task:str # Arguments and result, in one line
     reference:Callable # The right function
     inputs:Callable # Function of a `random.Random` that draws arguments
-    mistakes:dict # What is wrong -> a function that is wrong in this way
+    mistakes:dict = field(default_factory=dict) # What is wrong -> a function that is wrong in this way
     causal:int|None = None # Axis of positions of all tensors, if no output may depend on a later input
 
     def judge(self,

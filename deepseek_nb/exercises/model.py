@@ -9,6 +9,11 @@ functions of the library, a function that draws inputs, and three mistakes with 
 __all__ = []
 
 # %% ../../nbs/896_exercises.model.ipynb #35d0a43c
+import math
+from functools import reduce
+from itertools import product
+from operator import xor
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,20 +24,22 @@ from ..arch.norm import rms_norm
 from ..arch.rope import cos_sin, rope_frequencies, rotate
 from ..arch.routing import expert_load, limit_groups
 from . import exercise
+from ..files.tokenizer import byte_alphabet, merge
+from ..infer.generate import Stopper, left_padded
 from ..infer.sampling import SamplingParams, draw_token, penalise, truncate
 
 # %% ../../nbs/896_exercises.model.ipynb #4d38f4ad
-def _some(*shape): return torch.randn(*shape)
+def _normal(*shape): return torch.randn(shape)
 def _size(x, eps): return (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 exercise('rms-norm', 'arch.norm', 'f(x, weight, eps): RMSNorm of the rows of x `n d`', rms_norm,
-    lambda r: (x := 3*_some(3, r.randint(5, 9)) + 1, torch.rand(x.shape[1]) + .5, 1e-2),
+    lambda r: (x := 3*_normal(3, r.randint(5, 9)) + 1, torch.rand(x.shape[1]) + .5, 1e-2),
     {'the mean is subtracted, as in LayerNorm': lambda x, w, eps: F.layer_norm(x, w.shape, w, eps=eps),
      'the root is missing': lambda x, w, eps: x/(x.square().mean(-1, keepdim=True) + eps)*w,
      'the squares are summed; take their mean': lambda x, w, eps: x/(x.square().sum(-1, keepdim=True) + eps).sqrt()*w})
 exercise('norm-residual', 'arch.norm', 'f(x, weight, eps, layer): x + layer(RMSNorm(x)), the pre-norm residual connection',
     lambda x, w, eps, layer: x + layer(rms_norm(x, w, eps)),
-        lambda r: (x := _some(3, r.randint(5, 9)), torch.rand(x.shape[1]) + .5, 1e-6, torch.tanh),
+        lambda r: (x := _normal(3, r.randint(5, 9)), torch.rand(x.shape[1]) + .5, 1e-6, torch.tanh),
     {'the stream itself is normalised; add x as it came': lambda x, w, eps, f: (y := rms_norm(x, w, eps)) + f(y),
      'the norm comes after the sum (post-norm)': lambda x, w, eps, f: rms_norm(x + f(x), w, eps),
      'the residual connection is missing': lambda x, w, eps, f: f(rms_norm(x, w, eps))})
@@ -47,7 +54,7 @@ exercise('rope-frequencies', 'arch.rope', 'f(theta, r): frequency of each of r/2
      'there is a frequency per channel; two channels share one': lambda theta, r: theta**(-torch.arange(r)/r)})
 exercise('rope', 'arch.rope', 'f(x, cos, sin): rotate neighbouring channels (0,1), (2,3) … of x `b h s r`; cos and sin `1 1 s r/2`',
     lambda x, cos, sin: rotate(x, cos, sin, True),
-    lambda r: (x := _some(2, 3, r.randint(3, 6), 2*r.randint(2, 4)), *_angles(x.shape[3], x.shape[2])),
+    lambda r: (x := _normal(2, 3, r.randint(3, 6), 2*r.randint(2, 4)), *_angles(x.shape[3], x.shape[2])),
     {'the halves are paired, as in Llama; pair neighbours': lambda x, cos, sin: rotate(x, cos, sin, False),
      'it turns backwards': lambda x, cos, sin: rotate(x, cos, -sin, True),
      'the halves are not interleaved again': lambda *o: torch.cat([(y := rotate(*o, True))[..., ::2], y[..., 1::2]], -1)})
@@ -57,14 +64,14 @@ def _turn(x, p): return rotate(x[None, None], *cos_sin(rope_frequencies(10000., 
 
 exercise('rope-score', 'arch.rope', 'f(q, k, distance, freqs): score of a query with a key `r` that lies `distance` tokens before it',
     lambda q, k, d, f: (_turn(q[None], torch.tensor([d]))*k).sum(),
-    lambda r: (*_some(2, n := 2*r.randint(2, 5)).unbind(), r.randint(1, 50), rope_frequencies(10000., n)),
+    lambda r: (*_normal(2, n := 2*r.randint(2, 5)).unbind(), r.randint(1, 50), rope_frequencies(10000., n)),
     {'the key is rotated by the distance; rotate it backwards, or the query forwards':
         lambda q, k, d, f: (_turn(k[None], torch.tensor([d]))*q).sum(),
      'the positions are ignored': lambda q, k, d, f: (q*k).sum(),
      'off by one: the distance is counted from one': lambda q, k, d, f: (_turn(q[None], torch.tensor([d + 1]))*k).sum()})
 
 # %% ../../nbs/896_exercises.model.ipynb #c404aa71
-def _three(r): return _some(3, 2, 2, r.randint(4, 7), r.randint(3, 6)).unbind()
+def _three(r): return _normal(3, 2, 2, r.randint(4, 7), r.randint(3, 6)).unbind()
 def _causal(q, k, v, scale=True, diagonal=0):
     "Attention written out"
     scores = q@k.mT*(q.shape[-1]**-.5 if scale else 1.)
@@ -84,7 +91,7 @@ exercise('attention', 'arch.attention', 'f(q, k, v): causal softmax attention of
     causal=2)
 exercise('grouped-query', 'arch.attention', 'f(q, k, v): attention without a mask, q `b h s x`, k and v `b g t x`; h/g neighbouring '
     'heads share a key',
-    lambda q, k, v: attend(q, k, v, q.shape[-1]**-.5), lambda r: (_some(1, 6, 3, 4), *_some(2, 1, r.choice([2, 3]), 5, 4).unbind()),
+    lambda q, k, v: attend(q, k, v, q.shape[-1]**-.5), lambda r: (_normal(1, 6, 3, 4), *_normal(2, 1, r.choice([2, 3]), 5, 4).unbind()),
     {'heads are dealt out in turn; neighbours share a key': lambda q, k, v: _full(q, *(o.repeat(1, 6//o.shape[1], 1, 1) for o in (k, v))),
      'all heads use the first key': lambda q, k, v: _full(q, k[:, :1], v[:, :1]),
      'wrong scale: the scores are not divided by √x': lambda q, k, v: attend(q, k, v, 1.)})
@@ -95,13 +102,13 @@ def _full(q, k, v): return (q@k.mT*q.shape[-1]**-.5).softmax(-1)@v
 exercise('latent-score', 'arch.attention', 'f(q, w, z): scores `h t` of q `h x` with keys w·z, w `h x c`, z `t c`, without expanding '
     'the keys',
     lambda q, w, z: torch.einsum('hx,hxc,tc->ht', q, w, z),
-    lambda r: (h := r.randint(2, 4), _some(h, 5), _some(h, 5, 7), _some(r.randint(3, 6), 7))[1:],
+    lambda r: (h := r.randint(2, 4), _normal(h, 5), _normal(h, 5, 7), _normal(r.randint(3, 6), 7))[1:],
     {'all heads use the first expansion': lambda q, w, z: torch.einsum('hx,xc,tc->ht', q, w[0], z),
      'the heads are summed': lambda q, w, z: torch.einsum('hx,hxc,tc->t', q, w, z),
      'wrong scale: nothing asks for a division by √x': lambda q, w, z: torch.einsum('hx,hxc,tc->ht', q, w, z)*q.shape[1]**-.5})
 exercise('latent-value', 'arch.attention', 'f(p, z, w): outputs `h v` from weights p `h t`, latents z `t c`, expansions w `h v c`',
     lambda p, z, w: torch.einsum('ht,tc,hvc->hv', p, z, w),
-    lambda r: (h := r.randint(2, 4), _some(h, t := r.randint(3, 6)).softmax(-1), _some(t, 7), _some(h, 5, 7))[1:],
+    lambda r: (h := r.randint(2, 4), _normal(h, t := r.randint(3, 6)).softmax(-1), _normal(t, 7), _normal(h, 5, 7))[1:],
     {'the latents are not expanded': lambda p, z, w: p@z,
      'the tokens are averaged; use the weights': lambda p, z, w: torch.einsum('tc,hvc->hv', z, w)/len(z),
      'all heads use the first expansion': lambda p, z, w: p@z@w[0].T})
@@ -119,7 +126,7 @@ def _step(q, k, v, nk, nv, n):
 
 exercise('cached-step', 'arch.cache', 'f(q, k, v, new_k, new_v, length): attention of one new token `h x`; '
     'k, v `h T x` are caches with `length` tokens, the rest is garbage', _step,
-    lambda r: (_some(2, 5), *_some(2, 2, 9, 5).unbind(), *_some(2, 2, 5).unbind(), r.randint(2, 6)),
+    lambda r: (_normal(2, 5), *_normal(2, 2, 9, 5).unbind(), *_normal(2, 2, 5).unbind(), r.randint(2, 6)),
     {'the garbage behind the tokens is attended to': lambda q, k, v, nk, nv, n: _full(q[:, None], k, v)[:, 0],
      'the new token is missing; it attends to itself too': lambda q, k, v, nk, nv, n: _full(q[:, None], k[:, :n], v[:, :n])[:, 0],
      'off by one: the last cached token is overwritten': lambda *o: _step(*o[:-1], o[-1] - 1)})
@@ -133,13 +140,13 @@ def _route(scores, bias, k, weigh=False, norm=True):
 
 exercise('route', 'arch.routing', 'f(scores, bias, k): weights and ascending indices `n k`; the bias moves the choice, weights sum to '
     'one', _route,
-    lambda r: (x := _some(9, r.randint(6, 9)).sigmoid(), torch.rand(x.shape[1]), r.randint(2, 4)),
+    lambda r: (x := _normal(9, r.randint(6, 9)).sigmoid(), torch.rand(x.shape[1]), r.randint(2, 4)),
     {'the bias is in the weights; it may only move the choice': lambda s, b, k: _route(s, b, k, True),
      'the bias does not move the choice': lambda s, b, k: _route(s, 0*b, k),
      'the weights do not sum to one': lambda s, b, k: _route(s, b, k, norm=False)})
 exercise('expert-groups', 'arch.routing', 'f(scores, groups, keep): −∞ for experts `n e` outside the best groups; a group scores the '
     'sum of its two best',
-    lambda x, g, m: limit_groups(x, g, m, 'sum2'), lambda r: (_some(9, 12).sigmoid(), r.choice([3, 4]), 2),
+    lambda x, g, m: limit_groups(x, g, m, 'sum2'), lambda r: (_normal(9, 12).sigmoid(), r.choice([3, 4]), 2),
     {'a group scores its best expert, as in V2': lambda x, g, m: limit_groups(x, g, m, 'max'),
      'one group too few is kept': lambda x, g, m: limit_groups(x, g, m - 1, 'sum2'),
      'experts are dealt out to groups in turn; neighbours form a group': lambda x, g, m: rearrange(
@@ -147,7 +154,7 @@ exercise('expert-groups', 'arch.routing', 'f(scores, groups, keep): −∞ for e
 
 # %% ../../nbs/896_exercises.model.ipynb #6c805856
 exercise('bias-update', 'arch.routing', "f(bias, loads, gamma): V3's new bias: γ up for experts below the mean load, γ down above it",
-    lambda b, n, g: b + g*(n.mean() - n).sign(), lambda r: (e := r.randint(4, 8), _some(e)/9, torch.randint(0, 99, (e,)).float(), .1)[1:],
+    lambda b, n, g: b + g*(n.mean() - n).sign(), lambda r: (e := r.randint(4, 8), _normal(e)/9, torch.randint(0, 99, (e,)).float(), .1)[1:],
     {'busy experts get busier: the sign is wrong': lambda b, n, g: b - g*(n.mean() - n).sign(),
      'the step has the size of the error; take its sign': lambda b, n, g: b + g*(n.mean() - n),
      'the loads are compared with zero; compare them with their mean': lambda b, n, g: b - g*n.sign()})
@@ -159,10 +166,10 @@ exercise('expert-load', 'arch.routing', 'f(experts, e): number of tokens of each
 
 # %% ../../nbs/896_exercises.model.ipynb #2455252b
 def _pairs(n): return torch.stack([torch.randperm(5)[:2] for _ in range(n)])
-def _experts(r): return _some(6, 4), torch.rand(6, 2), _pairs(6), _some(5, 6, 4), _some(5, 4, 3)
+def _experts(r): return _normal(6, 4), torch.rand(6, 2), _pairs(6), _normal(5, 6, 4), _normal(5, 4, 3)
 
 exercise('swiglu', 'arch.moe', 'f(x, gate_up, down): an expert; x `n d`, gate_up `2f d` (gate first), down `d f`', expert,
-    lambda r: (_some(r.randint(2, 5), 4), _some(6, 4), _some(4, 3)),
+    lambda r: (_normal(r.randint(2, 5), 4), _normal(6, 4), _normal(4, 3)),
     {'gate and up are exchanged': lambda x, gu, d: expert(x, gu.roll(3, 0), d),
      'the gate has a sigmoid; SiLU is x·sigmoid(x)': lambda x, gu, d: F.linear(F.linear(x, gu[:3]).sigmoid()*F.linear(x, gu[3:]), d),
      'SiLU is applied to the product; apply it to the gate': lambda x, gu,
@@ -178,13 +185,13 @@ exercise('mixture', 'arch.moe', "f(x, weights, experts, gate_up, down): sum of e
 def _nucleus(x, p): return (k := truncate(x, SamplingParams(top_p=p)))/k.sum()
 
 exercise('temperature', 'infer.sampling', 'f(logits, t): probabilities at temperature t', lambda x, t: (x/t).softmax(-1),
-    lambda r: (3*_some(r.randint(5, 9)), r.choice([.5, .7, 1.5])),
+    lambda r: (3*_normal(r.randint(5, 9)), r.choice([.5, .7, 1.5])),
     {'the logits are multiplied by the temperature': lambda x, t: (x*t).softmax(-1),
      'the probabilities are divided; divide the logits': lambda x, t: x.softmax(-1)/t,
      'the temperature is ignored': lambda x, t: x.softmax(-1)})
 exercise('top-p', 'infer.sampling', 'f(probs, p): keep the fewest most likely tokens whose probabilities reach p, and renormalise',
     _nucleus,
-    lambda r: (_some(12).mul(1.5).softmax(-1), r.uniform(.6, .9)),
+    lambda r: (_normal(12).mul(1.5).softmax(-1), r.uniform(.6, .9)),
     {'off by one: the token that reaches p belongs to the nucleus':
         lambda x, p: (k := (n := _nucleus(x, p))*(n > n[n > 0].min()))/k.sum().clamp(min=1e-9),
      'the kept probabilities do not sum to one': lambda x, p: truncate(x, SamplingParams(top_p=p)),
@@ -192,13 +199,13 @@ exercise('top-p', 'infer.sampling', 'f(probs, p): keep the fewest most likely to
 
 # %% ../../nbs/896_exercises.model.ipynb #118f04fb
 exercise('draw-token', 'infer.sampling', 'f(probs, u): the token at which the running sum exceeds u', draw_token,
-    lambda r: (_some(9).softmax(-1), r.random()),
+    lambda r: (_normal(9).softmax(-1), r.random()),
     {'off by one': lambda p, u: draw_token(p, u) + 1,
      'it takes the most likely token': lambda p, u: int(p.argmax()),
      'the sum runs from the last token': lambda p, u: 8 - draw_token(p.flip(0), u)})
 exercise('repetition-penalty', 'infer.sampling', 'f(logits, seen, penalty): positive logits of seen tokens are divided, negative ones '
     'multiplied', penalise,
-    lambda r: (3*_some(12), torch.tensor(r.sample(range(12), 6)), 1.5),
+    lambda r: (3*_normal(12), torch.tensor(r.sample(range(12), 6)), 1.5),
     {'a negative logit grows when it is divided; multiply it': lambda x, i, p: x.scatter(0, i, x[i]/p),
      'all tokens are penalised': lambda x, i, p: torch.where(x > 0, x/p, x*p),
      'the penalty is subtracted': lambda x, i, p: x.scatter(0, i, x[i] - p)})
@@ -213,13 +220,13 @@ def _four(w, g, levels=15):
     return (((x - low)/s).round()*s + low).flatten(-2)
 
 exercise('int8', 'quant.int8', 'f(w): codes and scales `o 1` of the rows of w `o i`, symmetric, the largest magnitude becomes 127', _int8,
-    lambda r: (_some(r.randint(3, 5), 8)*torch.rand(1)*5,),
+    lambda r: (_normal(r.randint(3, 5), 8)*torch.rand(1)*5,),
     {'the whole matrix has one scale; each row has its own': lambda w: _int8(w, sides=(0, 1)),
      'wrong scale: it is the largest magnitude over 127': lambda w: _int8(w, 128),
      'the codes are cut off; round them': lambda w: ((w/(s := w.abs().amax(-1, keepdim=True)/127)).trunc(), s)})
 exercise('int4', 'quant.int4', 'f(w, group): w `o i` encoded with 16 levels from minimum to maximum of each group, and decoded again',
     _four,
-    lambda r: (_some(3, 24) + 1, r.choice([4, 6, 8])),
+    lambda r: (_normal(3, 24) + 1, r.choice([4, 6, 8])),
     {'16 levels have 15 steps between them': lambda w, g: _four(w, g, 16),
      'a group is a whole row': lambda w, g: _four(w, w.shape[1]),
      'the minimum is not added back':
@@ -234,7 +241,7 @@ exercise('pack-int4', 'quant.int4', 'f(codes): two codes from 0 to 15 in each by
 exercise('acceptance', 'infer.speculate', 'f(p, q): for each token the probability that it is kept, and the distribution after a '
     'rejection; '
     'p of the model, q of the draft', lambda p, q: ((p/q).clamp(max=1.), (d := (p - q).clamp(min=0))/d.sum()),
-    lambda r: _some(2, r.randint(5, 9)).softmax(-1).unbind(),
+    lambda r: _normal(2, r.randint(5, 9)).softmax(-1).unbind(),
     {'the ratio is not capped; a probability is at most one': lambda p, q: (p/q, (d := (p - q).clamp(min=0))/d.sum()),
      'after a rejection it draws from p; leave out what the draft offered too often': lambda p, q: ((p/q).clamp(max=1.), p),
      'model and draft are exchanged': lambda p, q: ((q/p).clamp(max=1.), (d := (q - p).clamp(min=0))/d.sum())})
@@ -244,3 +251,179 @@ exercise('expected-tokens', 'infer.speculate', 'f(a, n): mean number of tokens o
     {'off by one: the model adds a token of its own': lambda a, n: sum(a**i for i in range(1, n + 1)),
      'a rejection ends the draft; later tokens are lost': lambda a, n: 1 + a*n,
      'the chance that all are kept is not the mean': lambda a, n: a**n})
+
+# %% ../../nbs/896_exercises.model.ipynb #9a388b96
+_PAIRS = [*product('abc', repeat=2), ('a', 'bc'), ('ab', 'c'), ('ab', 'ab')]
+
+def _sinkhorn(x, steps):
+    "Rows, then columns, to sum one"
+    x = x.exp()
+    for _ in range(steps): x = (x := x/x.sum(1, keepdim=True))/x.sum(0, keepdim=True)
+    return x
+
+# %% ../../nbs/896_exercises.model.ipynb #e2fed14d
+exercise('split-heads', 'core.reading', 'f(x, h): x `b s (h d)` as `b h s d`',
+    lambda x, h: rearrange(x, 'b s (h d) -> b h s d', h=h), lambda r: (h := r.randint(2, 4), _normal(2, 3, 5*h))[::-1])
+exercise('scaled-scores', 'core.reading', 'f(q, k, scale): scaled dot products `s t` of queries `s d` and keys `t d`',
+    lambda q, k, a: a*q@k.T, lambda r: (_normal(3, 5), _normal(r.randint(4, 6), 5), .3))
+exercise('byte-pieces', 'core.tiny', 'f(data, start, n): inputs and labels of a piece of n bytes that begins at start',
+    lambda x, i, n: (x[i:i+n], x[i+1:i+n+1]), lambda r: (torch.randint(0, 256, (40,)), r.randint(0, 9), r.randint(3, 9)))
+exercise('loss-to-choices', 'core.tiny', 'f(loss): number of equally likely bytes that would give this loss in nats',
+    math.exp, lambda r: (r.uniform(.5, 5),))
+exercise('apply-merges', 'files.tokenizer', 'f(word, ranks): list of tokens of a word; of all neighbouring pairs the one of the '
+    'lowest rank is merged first',
+    merge, lambda r: (''.join(r.choice('abc') for _ in range(9)), {p: i for i,p in enumerate(r.sample(_PAIRS, 8))}))
+exercise('byte-spelling', 'files.tokenizer', 'f(text, alphabet): text in the byte alphabet; alphabet maps each byte to a character',
+    lambda x, a: ''.join(a[b] for b in x.encode()), lambda r: (''.join(r.choice(' aé深') for _ in range(9)) + '深 ', byte_alphabet()))
+
+# %% ../../nbs/896_exercises.model.ipynb #d3836cb6
+exercise('last-logits', 'arch.model', 'f(x, weight, eps, head): logits `b w` of the last position, from x `b s d`: RMSNorm, then '
+    'the head `w d`',
+    lambda x, w, eps, head: rms_norm(x[:, -1], w, eps)@head.T,
+    lambda r: (_normal(2, r.randint(3, 5), 4), torch.rand(4) + .5, 1e-2, _normal(6, 4)))
+exercise('model-parameters', 'arch.model', 'f(w, d, f, tied): parameters of the embedding, of a head (none of its own if tied) '
+    'and of one SwiGLU of width f',
+    lambda w, d, f, tied: w*d*(2 - tied) + 3*d*f, lambda r: (r.randint(50, 99), r.randint(3, 9), r.randint(9, 20), r.choice([True, False])))
+exercise('two-residuals', 'arch.v3', 'f(x, attend, feed, norm): a block; attend and feed each see the norm of the stream, and add to it',
+    lambda x, a, f, n: (y := x + a(n(x))) + f(n(y)),
+    lambda r: (_normal(3, 6), torch.tanh, torch.sin, lambda x: rms_norm(x, torch.ones(6), 1e-6)))
+exercise('active-parameters', 'arch.v3', 'f(k, shared, d, f): parameters of SwiGLU experts of width f that one token uses, of k '
+    'routed and some shared ones',
+    lambda k, s, d, f: (k + s)*3*d*f, lambda r: (r.randint(2, 8), r.randint(1, 2), r.randint(5, 9), r.randint(5, 9)))
+exercise('query-rows', 'core.config', 'f(heads, nope, rope): rows of the matrix that makes all queries of MLA',
+    lambda h, n, r: h*(n + r), lambda r: (r.randint(2, 9), r.randint(9, 20), r.randint(2, 8)))
+exercise('moe-layers', 'core.config', 'f(layers, dense, every): list that tells of each layer whether it is a mixture: after the '
+    'dense ones, each whose number is a multiple of every',
+    lambda n, d, m: [i >= d and i%m == 0 for i in range(n)], lambda r: (r.randint(6, 9), r.randint(1, 3), r.choice([1, 2])))
+
+# %% ../../nbs/896_exercises.model.ipynb #0aa1c444
+exercise('checkpoint-bytes', 'infer.load', 'f(shapes, size): bytes of tensors of these shapes with size bytes a number',
+    lambda shapes, n: n*sum(map(math.prod, shapes)), lambda r: ([(r.randint(2, 9),)*r.randint(1, 3) for _ in range(4)], r.choice([2, 4])))
+exercise('fuse-gate-up', 'infer.load', 'f(gates, ups): lists of matrices `f d`, one an expert, as one stack `e 2f d`, gate first',
+    lambda g, u: torch.stack([torch.cat(o) for o in zip(g, u, strict=True)]),
+    lambda r: (e := r.choice([2, 3]), [*_normal(e, 4, 5)], [*_normal(e, 4, 5)])[1:])
+exercise('left-pad', 'infer.generate', 'f(prompts, pad): tokens and mask `b s` of lists of tokens; padding on the left has the mask 0',
+    left_padded, lambda r: ([[r.randint(1, 9)]*r.randint(1, 5) for _ in range(3)] + [[5]*6], r.randint(10, 20)))
+exercise('hold-back', 'infer.generate', 'f(text, stop): the part of a text that can be shown, if its end may still become the '
+    'stop string',
+    lambda x, s: Stopper([s]).push(x),
+    lambda r: (r.choice(['one', 'two', 'three']) + r.choice(['', '#', '##', 'E', 'EN', 'N#']), r.choice(['###', 'END'])))
+exercise('mtp-labels', 'arch.mtp', 'f(tokens, depth): label of each position at a depth: the token depth + 1 places later, −100 '
+    'at the end', lambda x, k: torch.cat([x[k+1:], x.new_full((k + 1,), -100)]), lambda r: (torch.randint(0, 99, (9,)), r.randint(1, 3)))
+exercise('mtp-input', 'arch.mtp', 'f(h, e, w): input of a prediction block, w·[RMSNorm(h); RMSNorm(e)], without weights in the '
+    'norms, ε 1e-6; h, e `n d`, w `d 2d`',
+    lambda h, e, w: torch.cat([F.rms_norm(o, o.shape[1:], eps=1e-6) for o in (h, e)], 1)@w.T,
+    lambda r: (2*_normal(3, 4), _normal(3, 4), _normal(4, 8)))
+
+# %% ../../nbs/896_exercises.model.ipynb #911bc736
+exercise('choose-twin', 'core.dispatch', "f(order, known): the first kind in order that is known, or 'reference'",
+    lambda order, known: next((o for o in order if o in known), 'reference'),
+    lambda r: (['cuda', 'cpp', 'torch'], r.sample(['torch', 'cpp', 'cuda'], r.randint(0, 2))))
+exercise('twin-error', 'core.dispatch', 'f(exact, got): largest difference, divided by the largest magnitude of exact',
+    lambda a, b: (a - b).abs().max()/a.abs().max(), lambda r: ((x := 3*_normal(9)), x + _normal(9)/9))
+exercise('relative-error', 'quant', 'f(exact, got): norm of the difference over the norm of exact',
+    lambda a, b: (a - b).norm()/a.norm(), lambda r: ((x := 3*_normal(3, 5)), x + _normal(3, 5)/9))
+exercise('half-step', 'quant', 'f(w, bits): largest rounding error of symmetric codes of w, whose largest magnitude gets the '
+    'largest code', lambda w, b: w.abs().max()/(2**(b - 1) - 1)/2, lambda r: (3*_normal(9), r.randint(3, 8)))
+exercise('int8-product', 'quant.int8', 'f(x, codes, scales): x `n i` times a weight with codes `o i` and scales `o 1`',
+    lambda x, c, s: x@(c*s).T, lambda r: (_normal(3, 6), torch.randint(-127, 128, (4, 6)).float(), torch.rand(4, 1)))
+exercise('power-scale', 'quant.fp8', 'f(amax): the least power of two with amax/scale at most 448, tensor `n`',
+    lambda a: 2.**(a/448).log2().ceil(), lambda r: (_normal(5).exp()*99,))
+
+# %% ../../nbs/896_exercises.model.ipynb #9ecabd85
+exercise('block-maxima', 'quant.fp8', 'f(w, n): largest magnitude of each n×n block of a matrix',
+    lambda w, n: w.abs().unflatten(1, (-1, n)).unflatten(0, (-1, n)).amax((1, 3)),
+    lambda r: (n := r.choice([2, 3]), _normal(2*n, 3*n))[::-1])
+exercise('hessian', 'quant.gptq', 'f(x, damp): XᵀX of inputs x `n i`, plus damp times the mean of its diagonal on the diagonal',
+    lambda x, a: (h := x.T@x) + a*h.diag().mean()*torch.eye(len(h)), lambda r: (_normal(r.randint(4, 8), 5), .1))
+exercise('spread-error', 'quant.gptq', 'f(w, q, h): columns 1… of w `o i` after column 0 was rounded to q `o`: less error/h[0] '
+    'times h[1:], h `i`',
+    lambda w, q, h: w[:, 1:] - ((w[:, 0] - q)/h[0])[:, None]*h[1:], lambda r: ((w := _normal(3, 5)), w[:, 0].round(), torch.rand(5) + .5))
+exercise('intensity', 'kernels.gemm', 'f(m, n, k, size): FLOPs per byte of a product `m k` × `k n`, each matrix moved once, size '
+    'bytes a number', lambda m, n, k, b: 2*m*n*k/b/(m*k + k*n + m*n), lambda r: (*(r.randint(5, 50) for _ in range(3)), r.choice([2, 4])))
+exercise('tile-count', 'kernels.gemm', 'f(m, n, tile): number of tiles that cover an output `m n`; those at the edges may be ragged',
+    lambda m, n, t: -(-m//t)*-(-n//t), lambda r: (r.randint(9, 50), r.randint(9, 50), r.choice([4, 8])))
+exercise('online-softmax', 'kernels.flash', 'f(m, l, x): new maximum and sum of exponentials, after scores x `n`; m and l are '
+    'those so far',
+    lambda m, l, x: ((n := torch.maximum(m, x.max())), l*(m - n).exp() + (x - n).exp().sum()),
+    lambda r: (2*_normal(), torch.rand(()) + 1, 2*_normal(5)))
+
+# %% ../../nbs/896_exercises.model.ipynb #78d11da7
+exercise('merge-parts', 'kernels.flash', 'f(a, s, b, t): attention over two halves of the keys, from their outputs a, b `d` and '
+    'the log-sum-exps s, t of their scores',
+    lambda a, s, b, t: (w := (s - t).sigmoid())*a + (1 - w)*b, lambda r: (_normal(4), _normal(), _normal(4), _normal()))
+exercise('find-page', 'infer.paged', 'f(position, size, table): number of the page, from the table of a sequence, and the row in it',
+    lambda p, n, table: (table[p//n], p%n), lambda r: (r.randint(0, 39), r.choice([8, 16]), r.sample(range(99), 5)))
+exercise('pages-needed', 'infer.paged', 'f(tokens, size): pages that hold a sequence',
+    lambda t, n: -(-t//n), lambda r: (r.choice([16, 32, r.randint(1, 99)]), r.choice([8, 16])))
+exercise('split-budget', 'infer.engine', 'f(lengths, budget): tokens of each waiting prompt that a step computes, in order, '
+    'until the budget is used up',
+    lambda n, b: [min(x, max(0, b - sum(n[:i]))) for i,x in enumerate(n)],
+    lambda r: ([r.randint(1, 20) for _ in range(5)], r.randint(10, 60)))
+exercise('mean-wait', 'infer.engine', 'f(arrived, first): mean time from arrival to the first token over all requests',
+    lambda a, b: (b - a).mean(), lambda r: ((a := torch.rand(5)*9), a + torch.rand(5)))
+exercise('accepted', 'infer.speculate', 'f(draft, right): number of drafted tokens that are kept: those before the first that differs',
+    lambda a, b: int((a == b).long().cumprod(0).sum()),
+    lambda r: ((a := torch.randint(0, 3, (6,))), torch.where(torch.rand(6) < .7, a, a + 1)))
+
+# %% ../../nbs/896_exercises.model.ipynb #c55d37f1
+exercise('thread-index', 'cuda.emulation', 'f(block, thread, width): number of a thread in the grid, with width threads a block',
+    lambda b, t, n: b*n + t, lambda r: (r.randint(1, 9), r.randint(0, 31), r.choice([32, 64])))
+exercise('butterfly', 'cuda.emulation', 'f(x, mask): what the 32 lanes of a warp hold after x += shfl_xor(x, mask)',
+    lambda x, m: x + x[torch.arange(32) ^ m], lambda r: (_normal(32), r.choice([1, 2, 4, 8, 16])))
+exercise('strided-sums', 'cuda.norm', 'f(x, threads): the sum that each thread has, if thread t adds elements t, t + threads, … of x',
+    lambda x, n: torch.stack([x[t::n].sum() for t in range(n)]), lambda r: (_normal(r.randint(20, 40)), r.choice([4, 8])))
+exercise('norm-bytes', 'cuda.norm', 'f(n, d, size): bytes that a norm of x `n d` must move: it reads x and the weight `d` once, '
+    'and writes the result', lambda n, d, b: b*(2*n*d + d), lambda r: (r.randint(5, 50), r.randint(5, 50), r.choice([2, 4])))
+exercise('indexer-score', 'arch.sparse', 'f(q, w, k): score `t` of each key for a query, Σ over heads of w·ReLU(q·k); q `h x`, w '
+    '`h`, k `t x`', lambda q, w, k: w@(q@k.T).relu(), lambda r: (_normal(3, 4), _normal(3), _normal(r.randint(4, 7), 4)))
+exercise('select-keys', 'arch.sparse', 'f(scores, k): mask `s t`, True for the k highest scores of each row',
+    lambda x, k: x >= x.topk(k).values[:, -1:], lambda r: (_normal(4, 9), r.randint(2, 4)))
+
+# %% ../../nbs/896_exercises.model.ipynb #b01f2169
+exercise('window-mask', 'arch.window', 'f(s, n): mask `s s`, True for a token itself and the n − 1 before it',
+    lambda s, n: torch.ones(s, s).tril().triu(1 - n).bool(), lambda r: (r.randint(6, 9), r.randint(2, 4)))
+exercise('sink-softmax', 'arch.window', 'f(scores, sink): weights of scores `t`, where exp(sink) is added to the denominator',
+    lambda x, s: torch.cat([x, s[None]]).softmax(0)[:-1], lambda r: (_normal(6), _normal()))
+exercise('compress', 'arch.compressed', 'f(x, logits, n): each n tokens of x `t d` as one entry, weighted by the softmax of '
+    'their logits `t d`',
+    lambda x, z, n: (z.unflatten(0, (-1, n)).softmax(1)*x.unflatten(0, (-1, n))).sum(1),
+    lambda r: (n := r.choice([2, 4]), _normal(3*n, 5), _normal(3*n, 5), n)[1:])
+exercise('finished-entries', 'arch.compressed', 'f(position, n): entries of n tokens that are complete when this position (from '
+    '0) has been read', lambda p, n: (p + 1)//n, lambda r: (r.choice([3, 7, 15, r.randint(0, 40)]), r.choice([4, 8])))
+exercise('sinkhorn', 'arch.hyper', 'f(x, steps): exp(x) `n n`, then steps times: rows to sum one, columns to sum one',
+    _sinkhorn, lambda r: (_normal(4, 4), r.randint(1, 4)))
+exercise('mix-streams', 'arch.hyper', 'f(x, m, y, b): new streams `n d`: m `n n` mixes the old ones, and each gets its share b '
+    '`n` of the layer output y `d`', lambda x, m, y, b: m@x + b[:, None]*y, lambda r: (_normal(4, 5), _normal(4, 4), *map(_normal, (5, 4))))
+
+# %% ../../nbs/896_exercises.model.ipynb #e4bac412
+exercise('hash-route', 'arch.hash', 'f(ids, table): experts `n k` of tokens `n`; table `w k` has those of each vocabulary entry',
+    lambda i, t: t[i], lambda r: (torch.randint(0, 20, (7,)), torch.randint(0, 9, (20, 3))))
+exercise('hash-weights', 'arch.hash', 'f(scores, experts): weights `n k` of given experts: their scores, normalised to sum one; '
+    'scores `n e`',
+    lambda x, i: (w := x.gather(1, i))/w.sum(1, keepdim=True),
+    lambda r: (torch.rand(5, 8), torch.stack([torch.randperm(8)[:3] for _ in range(5)])))
+exercise('ngrams', 'arch.engram', 'f(ids, n): the n tokens that end at each position, as rows `s n`; 0 where nothing was before',
+    lambda x, n: F.pad(x, (n - 1, 0)).unfold(0, n, 1), lambda r: (torch.randint(1, 99, (r.randint(5, 9),)), r.randint(2, 4)))
+exercise('hash-slot', 'arch.engram', 'f(gram, factors, size): slot of an n-gram: the products of its ids with factors, joined by '
+    'exclusive or, modulo size',
+    lambda g, f, n: reduce(xor, (a*b for a,b in zip(g, f, strict=True)))%n,
+    lambda r: ([r.randint(1, 99) for _ in range(3)], [2*r.randint(9, 99) + 1 for _ in range(3)], r.choice([97, 101])))
+exercise('draft-gain', 'arch.dspark', 'f(kept, cost): tokens per unit of time, if a step of the model takes 1 and a draft costs '
+    'more, and kept drafted tokens come with one of the model',
+    lambda n, c: (n + 1)/(1 + c), lambda r: (r.uniform(.5, 4), r.uniform(.1, .9)))
+exercise('all-kept', 'arch.dspark', 'f(p): chance `n` that drafted tokens 1…i are all kept, from the chances p `n` of each if '
+    'those before are', lambda p: p.cumprod(0), lambda r: (torch.rand(6),))
+
+# %% ../../nbs/896_exercises.model.ipynb #ecbc4b38
+exercise('whose-selection', 'arch.v41', "f(modes): for each layer the layer whose selected keys it uses: its own if 'full', else "
+    "that of the last 'full' one",
+    lambda m: [max(j for j in range(i + 1) if m[j] == 'full') for i in range(len(m))],
+    lambda r: (['full'] + [r.choice(['full', 'reuse']) for _ in range(6)],))
+exercise('entry-bytes', 'arch.v41', 'f(tokens, ratio, width, bits): bytes of the complete compressed entries of width numbers',
+    lambda t, n, w, b: t//n*w*b/8, lambda r: (r.randint(9, 99), r.choice([2, 4]), 8*r.randint(1, 9), r.choice([4, 8])))
+exercise('expert-choices', 'arch.releases', 'f(e, k): in how many ways a token can choose k of e experts',
+    math.comb, lambda r: (r.randint(6, 20), r.randint(2, 4)))
+exercise('decode-bound', 'arch.releases', 'f(active, bits, bandwidth): tokens per second at most, if each token reads all active '
+    'parameters once; bandwidth in bytes per second',
+    lambda n, b, w: w/(n*b/8), lambda r: (r.randint(1, 40)*1e9, r.choice([4, 8, 16]), r.randint(50, 3000)*1e9))

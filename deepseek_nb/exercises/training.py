@@ -10,10 +10,13 @@ __all__ = []
 
 # %% ../../nbs/897_exercises.training.ipynb #ee379c6a
 import math
+import re
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
+from ..arch.routing import expert_load
 from . import exercise
 from ..train.advantage import generalised_advantage, group_advantage, leave_one_out
 from ..train.bpe import join
@@ -179,3 +182,70 @@ exercise('answer-mean', 'train.policy', 'f(losses, lengths): mean over answers o
     {'all tokens weigh the same; a long answer counts more': lambda x, n: x.mean(),
      'the answers are summed': lambda x, n: torch.stack([o.mean() for o in x.split(n)]).sum(),
      'the tokens are summed': lambda x, n: torch.stack([o.sum() for o in x.split(n)]).mean()})
+
+# %% ../../nbs/897_exercises.training.ipynb #5dec213e
+exercise('document-mask', 'train.data', 'f(documents): mask `s s`, True where a position may see a key: not later, and of the '
+    'same document',
+    lambda d: (d[:, None] == d) & torch.ones(len(d), len(d)).tril().bool(),
+    lambda r: (torch.tensor([0]*r.randint(2, 4) + [1]*r.randint(2, 4)),))
+exercise('decayed', 'train.optim', 'f(shapes): list that tells of each parameter whether AdamW decays it: matrices and stacks, '
+    'not norms and biases',
+    lambda shapes: [len(o) > 1 for o in shapes], lambda r: ([(r.randint(2, 9),)*r.randint(1, 3) for _ in range(6)] + [(9,), (9, 9)],))
+exercise('wsd', 'train.schedule', 'f(step, warmup, decay, total): factor that rises linearly from 0, stays 1, and falls linearly '
+    'to 0 in the last steps',
+    lambda s, w, d, n: min(1, s/w, (n - s)/d), lambda r: (r.choice([r.randint(0, 4), r.randint(5, 30)]), 5, 8, 30))
+exercise('high-loss', 'train.callbacks', 'f(recent, loss): whether a loss is more than twice the median of the recent ones, plus one',
+    lambda recent, x: x > 2*median(recent) + 1, lambda r: ([r.random()*2 for _ in range(8)] + [50.], r.uniform(1.2, 5)))
+exercise('throughput', 'train.callbacks', 'f(tokens, seconds, last): tokens per second over the last steps',
+    lambda n, s, k: n[-k:].sum()/s[-k:].sum(), lambda r: (torch.rand(8)*99, torch.rand(8) + .1, r.randint(2, 5)))
+exercise('max-violation', 'train.balance', 'f(loads): by how much the busiest expert is above the mean load, relative to it',
+    lambda n: n.max()/n.mean() - 1, lambda r: (torch.rand(6)*99,))
+
+# %% ../../nbs/897_exercises.training.ipynb #4b616018
+exercise('sequence-balance', 'train.balance', 'f(scores, experts): Σ f·P over experts of a sequence; f: its load times e/(k·s), '
+    'P: its mean share of the scores `s e`; experts `s k`',
+    lambda x, i: expert_load(i, x.shape[1])*x.shape[1]/i.numel()@(x/x.sum(1, keepdim=True)).mean(0),
+    lambda r: (torch.rand(7, 5), torch.stack([torch.randperm(5)[:2] for _ in range(7)])))
+exercise('training-days', 'train.mini', 'f(n, tokens, flops): days to train n parameters on so many tokens, at flops FLOPs per '
+    'second and 6 FLOPs a parameter and token',
+    lambda n, t, f: 6*n*t/f/86400, lambda r: (r.randint(1, 9)*1e9, r.randint(1, 9)*1e11, r.randint(1, 9)*1e14))
+exercise('held-out-gap', 'train.mini', 'f(seen, unseen): how much likelier, as a factor, the model holds a seen token than an '
+    'unseen one, from the two mean losses', lambda a, b: math.exp(b - a), lambda r: (r.uniform(1, 2), r.uniform(2, 3)))
+exercise('adapter-parameters', 'train.qlora', 'f(o, i, r): trained parameters of an adapter of rank r on a weight `o i`',
+    lambda o, i, n: n*(o + i), lambda r: (r.randint(20, 99), r.randint(20, 99), r.randint(2, 8)))
+exercise('qlora-bytes', 'train.qlora', 'f(o, i, r): bytes of a 4-bit weight `o i`, without scales, and of its adapter of rank r '
+    'in float32', lambda o, i, n: o*i/2 + 4*n*(o + i), lambda r: (2*r.randint(20, 99), r.randint(20, 99), r.randint(2, 8)))
+exercise('reverse-kl', 'train.distill', 'f(student, teacher): mean KL(student ‖ teacher) of logits `n w`',
+    lambda s, q: F.kl_div(q.log_softmax(-1), s.log_softmax(-1), log_target=True, reduction="batchmean"),
+    lambda r: (torch.randn(4, 7), torch.randn(4, 7)))
+
+# %% ../../nbs/897_exercises.training.ipynb #537d0470
+exercise('boxed-answer', 'train.rewards', "f(text): what stands in the last \\boxed{…}, without nested braces; '' if there is none",
+    lambda x: ([''] + re.findall(r'\\boxed\{([^{}]*)\}', x))[-1],
+    lambda r: (' so '.join(r.choice(['x', f'\\boxed{{{r.randint(1, 99)}}}']) for _ in range(4)),))
+exercise('format-reward', 'train.rewards', 'f(text): 1.0 if a text begins with <think>, has </think> once, and more than white '
+    'space after it, else 0.0',
+    lambda x: float(x.startswith('<think>') and x.count('</think>') == 1 and bool(x.split('</think>')[1].strip())),
+    lambda r: (r.choice(['', '<think>', 'a<think>']) + 'hm' + r.choice(['', '</think>', '</think></think>']) + r.choice(['', ' ', ' 7']),))
+exercise('exact-kl', 'train.kl_estimate', 'f(new, ref): KL(new ‖ ref) at each position, from log-probabilities `n w` of the '
+    'whole vocabulary', lambda a, b: (a.exp()*(a - b)).sum(-1), lambda r: torch.randn(2, r.randint(3, 6), 7).log_softmax(-1).unbind())
+exercise('answer-mask', 'train.rollout', 'f(tokens, n, eos): which tokens are the answer: after the n of the prompt, up to the '
+    'first eos, which belongs to it',
+    lambda x, n, e: (i := torch.arange(len(x))).ge(n) & (i <= n + (x[n:] == e).nonzero()[0, 0]),
+    lambda r: (torch.cat([torch.randint(0, 9, (4,)), torch.tensor([r.randint(1, 9)]*r.randint(1, 3) + [0] + [r.choice([0, 3]), 0])]), 4, 0))
+exercise('repeat-prompts', 'train.rollout', 'f(prompts, g): list with each prompt g times, equal ones side by side',
+    lambda p, g: [o for o in p for _ in range(g)], lambda r: ([r.randint(1, 99) for _ in range(3)] + [100], r.randint(2, 4)))
+exercise('grpo-objective', 'train.grpo', 'f(ratio, advantage, kl, eps, beta): mean over tokens of the clipped objective less '
+    'beta times kl',
+    lambda p, a, k, e, b: (clipped_objective(p, a, e) - b*k).mean(),
+    lambda r: (torch.randn(9).mul(.5).exp(), torch.randn(9), torch.rand(9), .2, .3))
+
+# %% ../../nbs/897_exercises.training.ipynb #d18c8083
+exercise('useful-groups', 'train.grpo', 'f(rewards): which groups `n g` can teach anything: those whose rewards are not all equal',
+    lambda x: x.amax(1) > x.amin(1),
+    lambda r: (torch.stack([torch.full((3,), 1.), torch.full((3,), 0.), *torch.randint(0, 2, (5, 3)).float()]),))
+exercise('pass-at-k', 'train.r1', 'f(n, c, k): chance that at least one of k answers is right, drawn without replacement from n '
+    'answers of which c are',
+    lambda n, c, k: 1 - math.comb(n - c, k)/math.comb(n, k), lambda r: ((n := r.randint(6, 12)), r.randint(1, n - 1), r.randint(2, 5)))
+exercise('majority', 'train.r1', 'f(answers): the most frequent answer; of equally frequent ones the first to appear',
+    lambda x: max(x, key=x.count), lambda r: ([r.choice('pqrs') for _ in range(7)],))

@@ -32,7 +32,18 @@ from unittest.mock import patch
 
 from ..core.lazy import chapter_paths
 from ..export.figures import write_figures
-from .book import FRONT, book, chapters, page_name, path_places, read_moves, sidebar, write_redirects
+from deepseek_nb.tools.book import (
+    FRONT,
+    book,
+    chapters,
+    fine_print,
+    only_imports,
+    page_name,
+    path_places,
+    read_moves,
+    sidebar,
+    write_redirects,
+)
 from .cli import VERBS
 
 # %% ../../nbs/970_tools.site.ipynb #8d4e06f8
@@ -162,19 +173,13 @@ def _name_heading(names, links, others=()):
     return f'### {title} {{#{ids[0]}}}\n\n{anchors}\n\n{links.get(names[0], "")}' if names else anchors
 
 # %% ../../nbs/970_tools.site.ipynb #7f432cde
-def _only_imports(code):
-    "Recognise a cell that contains only imports."
-    try: body = ast.parse(code).body
-    except SyntaxError: return False
-    return bool(body) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in body)
-
 def _show_source(cell, links=None):
     "Show exported code below a heading with its names, and fold imports."
     from fastcore.nbio import mk_cell
     if re.match('%%c(pp|u) ', cell.source):
         return _exported_block(mk_cell('```cpp\n' + re.sub(r'(%%|#\|).*\n', '', cell.source) + '\n```', 'markdown'))
     exported = cell.directives.keys() & {'export', 'exports', 'exporti'}
-    if _only_imports(cell.source):
+    if only_imports(cell.source):
         if not exported: cell.set_source(f'#| code-fold: true\n#| code-summary: imports\n{cell.source}')
         return [cell]
     if not exported: return [cell]
@@ -217,6 +222,11 @@ def _path_lines(module, found):
     lines = [line(*o) for o in path_places(module, found)]
     return '::: {.path}\n' + '\\\n'.join(lines) + '\n:::' if lines else ''
 
+def _next_line(module, found):
+    "Link to the next chapter of the first path, with what it is about."
+    after = next((o for *_,o in path_places(module, found) if o), None)
+    return f'**Next:** [{after.title}]({page_name(after.notebook)}). {after.line}' if after else ''
+
 # %% ../../nbs/970_tools.site.ipynb #c8cf64f9
 def _inline_pictures(text, nbs):
     "Embed SVG pictures in the page."
@@ -231,13 +241,15 @@ def _has_live_figure(text):
     return bool(re.search('^<live-figure ', text, flags=re.M))
 
 # %% ../../nbs/970_tools.site.ipynb #dfb8fbe9
-def _stage_cells(nb, root, notebook, terms, lines=''):
+def _stage_cells(nb, root, notebook, terms, lines=('', '')):
     "Prepare the cells of a page."
     from fastcore.nbio import mk_cell
     name = page_name(notebook).removesuffix('.ipynb')
     links = _source_links(root/f'deepseek_nb/{name.replace(".", "/")}.py', name)
     nb.cells = [o for o in nb.cells if o.cell_type == 'code' or not o.source.startswith('#| hide\n')]
     if notebook == FRONT[0] and nb.cells: nb.cells[0].set_source(f'{nb.cells[0].source}\n\n- toc: false') # use the full width
+    for cell in (o for o in fine_print(nb.cells) if 'code-fold' not in o.source and not only_imports(o.source)):
+        cell.set_source(f'#| code-fold: true\n#| code-summary: code\n{cell.source}')
     for cell in nb.cells:
         prose = cell.cell_type != 'code'
         cell.set_source(_inline_pictures(link_pages(cell.source, dirname(notebook)), root/'nbs') if prose else _quote_alt(cell.source))
@@ -247,11 +259,12 @@ def _stage_cells(nb, root, notebook, terms, lines=''):
     prose = [o for o in nb.cells if o.cell_type == 'markdown']
     texts = link_terms(_own_ids([o.source for o in prose]), terms, notebook)
     for cell, text in zip(prose, texts, strict=True): cell.set_source(text)
-    if lines: nb.cells.insert(1, mk_cell(lines, 'markdown'))
+    for at,line in zip((1, len(nb.cells) + 1), lines, strict=True):
+        if line: nb.cells.insert(at, mk_cell(line, 'markdown'))
     if any(map(_has_live_figure, texts)): nb.cells.append(mk_cell('<script src="live/live.js" defer></script>', 'markdown'))
 
 # %% ../../nbs/970_tools.site.ipynb #78391b99
-def _stage_page(root, notebook, folder, terms=(), lines=''):
+def _stage_page(root, notebook, folder, terms=(), lines=('', '')):
     "Process one notebook for the site."
     from fastcore.nbio import read_nb, write_nb
     from nbdev.process import NBProcessor
@@ -296,7 +309,8 @@ def stage(
     pages = {o: page_name(o) for o in book(nbs)}
     on_path = (nbs/'contents.md').exists() # a book without a table of contents has no paths
     for o in (o for o in pages if o.endswith('.ipynb')):
-        _stage_page(root, o, folder, terms, _path_lines(pages[o].removesuffix('.ipynb'), found) if on_path else '')
+        module = pages[o].removesuffix('.ipynb')
+        _stage_page(root, o, folder, terms, (_path_lines(module, found), _next_line(module, found)) if on_path else ('', ''))
     _stage_front(nbs, folder, terms, found)
     config = yaml.safe_load((folder/'_quarto.yml').read_text())
     config['website'].setdefault('sidebar', {})['contents'] = sidebar(found, [o for o in pages if o in FRONT])

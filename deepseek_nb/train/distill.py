@@ -10,7 +10,7 @@ and attention weights."""
 # %% auto #0
 __all__ = ['DIVERGENCES', 'coefficients', 'log_mixture', 'kl', 'divergence', 'logits_of', 'chunked_loss', 'check_vocabulary',
            'check_tokenizers', 'layer_map', 'residuals', 'hidden_distance', 'attention_logs', 'attention_distance',
-           'Match', 'scored', 'blended', 'check_loss', 'both', 'distillation_loss']
+           'Match', 'scored', 'mixed_loss', 'check_loss', 'run_both', 'distillation_loss']
 
 # %% ../../nbs/640_train.distill.ipynb #c5ec005f
 import math
@@ -251,7 +251,7 @@ def scored(
     return at, labels[at]
 
 # %% ../../nbs/640_train.distill.ipynb #a5b8468d
-def blended(
+def mixed_loss(
     z:Tensor, # Logits of the student `m w`
     pull:Tensor, # Divergence from the teacher `m`
     labels:Tensor, # Next tokens `m`
@@ -275,7 +275,7 @@ def check_loss(
     if not 0 <= mix < 1: raise ValueError(f'mix is {mix}; the share of the language loss must be at least 0 and below 1')
 
 # %% ../../nbs/640_train.distill.ipynb #ea9d601e
-def both(
+def run_both(
     student:Model, # Model to train
     teacher:Model, # Teacher model
     batch:dict, # Batch with `tokens` `b s`, optionally `documents`
@@ -303,11 +303,11 @@ def distillation_loss(
     check_loss(kind, share, temperature, mix)
     def loss(model, batch):
         v,(at,labels) = check_vocabulary(model, teacher, vocabulary),scored(batch)
-        x,y,inside = both(model, teacher, batch, match)
+        x,y,inside = run_both(model, teacher, batch, match)
         x,y = (t.flatten(0, 1)[at.to(t.device)] for t in (x, y))
         def score(z, i):
             with torch.no_grad(): zt = logits_of(y[i], teacher.head_weight).to(z.device)
-            return blended(z, divergence(z[:, :v], zt[:, :v], kind, share, temperature), labels[i], temperature, mix)
+            return mixed_loss(z, divergence(z[:, :v], zt[:, :v], kind, share, temperature), labels[i], temperature, mix)
         total = chunked_loss(x, model.head_weight, score, chunk)
         return (total if inside is None else total + inside.flatten()[at].sum()), len(at)
     loss.parameters = lambda: [] if match is None else [*match.parameters()]

@@ -38,12 +38,12 @@ LOGITS = 2**24  # logits in memory at once, 64 MiB in float32
 def head_rows(
     w, # Head `w d`, or a quantised weight
     dtype:torch.dtype, # Dtype of dequantised rows
-    some:int = 4096, # Number of rows of a quantised head per piece
+    size:int = 4096, # Number of rows of a quantised head per piece
 )->Iterator[tuple]: # Number of the first row, and rows `… d`
     "Yield the rows of a head, in pieces if it is quantised"
     if isinstance(w, Tensor): yield 0, w; return
-    for i in range(0, len(w), some):
-        yield i, w.rows(torch.arange(i, min(i + some, len(w)), device=w.device)).to(dtype)
+    for i in range(0, len(w), size):
+        yield i, w.rows(torch.arange(i, min(i + size, len(w)), device=w.device)).to(dtype)
 
 # %% ../../nbs/605_train.loss.ipynb #29fa5b85
 def _chunks(x, w, labels, size):
@@ -52,9 +52,9 @@ def _chunks(x, w, labels, size):
     size = min(size or max(1, LOGITS//len(w)), max(1, len(rows)))
     memory = x.new_empty(size, len(w))
     for at in rows.split(size):
-        some,logits = x.index_select(0, at),memory[:len(at)]
-        for i,part in head_rows(w, x.dtype): torch.mm(some, part.T, out=logits[:, i:i+len(part)])
-        yield at, some, logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[at]
+        chosen,logits = x.index_select(0, at),memory[:len(at)]
+        for i,part in head_rows(w, x.dtype): torch.mm(chosen, part.T, out=logits[:, i:i+len(part)])
+        yield at, chosen, logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[at]
 
 # %% ../../nbs/605_train.loss.ipynb #fae571f6
 def _product_dtype(x):
@@ -74,11 +74,11 @@ class _ChunkedLoss(torch.autograd.Function):
         total,wh = x.new_zeros((), dtype=exact),w.to(half) if isinstance(w, Tensor) else w
         dx = torch.zeros_like(x) if learns_x else None
         dw = torch.zeros_like(w, dtype=exact) if learns_w else None
-        for at,some,logits,y in _chunks(x.to(half), wh, labels, size):
+        for at,chosen,logits,y in _chunks(x.to(half), wh, labels, size):
             total += cross_entropy_(logits, y)
             dlogits = logits.to(half)
             if learns_x: dx[at] = sum(dlogits[:, i:i+len(part)]@part for i,part in head_rows(wh, half)).to(x.dtype)
-            if learns_w: _add_product(dw, dlogits.T, some)
+            if learns_w: _add_product(dw, dlogits.T, chosen)
         ctx.save_for_backward(dx, dw if dw is None else dw.to(w.dtype))
         return total
 

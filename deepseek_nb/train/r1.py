@@ -30,7 +30,7 @@ from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from .grpo import GRPOConfig, GRPOTrainer, prompt_ids
 from .lora import LoraConfig, chosen_weights
-from .mini import known
+from .mini import check_known
 from .on_policy import sample_answers
 from .resume import checkpoints, read_model, write_model, write_whole
 from .rollout import Sampler
@@ -69,8 +69,8 @@ def pipeline_task(
     "Make the task of a pipeline"
     arguments = dict(table)
     name = arguments.pop('name', None)
-    known({name: 0}, PIPELINE_TASKS, f'{where}, [task], name')
-    known(arguments, inspect.signature(PIPELINE_TASKS[name]).parameters, f'{where}, [task]')
+    check_known({name: 0}, PIPELINE_TASKS, f'{where}, [task], name')
+    check_known(arguments, inspect.signature(PIPELINE_TASKS[name]).parameters, f'{where}, [task]')
     return PIPELINE_TASKS[name](**arguments)
 
 # %% ../../nbs/698_train.r1.ipynb #94460d1e
@@ -301,7 +301,7 @@ def read_pipeline_stage(
     "Make a stage from its table"
     check_kind = dict(table)
     kind = check_kind.pop('kind', None)
-    known({kind: 0}, STAGE_KINDS, f'{where}, kind')
+    check_known({kind: 0}, STAGE_KINDS, f'{where}, kind')
     stage = read_table(STAGE_KINDS[kind], check_kind, where)
     settings = dict(sft=TrainingArguments, rl=GRPOConfig).get(kind)
     if settings: settings(**check_table(settings, stage.training, f'{where}, training', ('output_dir',)))
@@ -317,8 +317,8 @@ def check_stages(
     if len({s.name for s in stages}) < len(stages): raise ValueError(f'{where}: two stages have the same name; each needs its own folder')
     before = ['start']
     for i,s in enumerate(stages, 1):
-        known({s.model: 0}, models, f'{where}, [[stage]] {i}, model')
-        if isinstance(s, FineTuneStage): known({s.rows: 0}, before, f'{where}, [[stage]] {i}, rows')
+        check_known({s.model: 0}, models, f'{where}, [[stage]] {i}, model')
+        if isinstance(s, FineTuneStage): check_known({s.rows: 0}, before, f'{where}, [[stage]] {i}, rows')
         if isinstance(s, CollectStage): before.append(s.name)
         elif s.lora is not None: chosen_weights(models[s.model][0], LoraConfig(**s.lora))
 

@@ -38,7 +38,7 @@ from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
 from .latent import to_mla
 from .lora import LoraConfig
-from .mini import known
+from .mini import check_known
 from .parallel import Parallel
 from .resume import checkpoints
 from .sft import chat_data, classification_data
@@ -57,7 +57,7 @@ def check_table(
     if not isinstance(table, dict): raise ValueError(f'{where}: is {table!r}; it must be a table')
     kinds = kind if isinstance(kind, tuple) else (kind,)
     allowed = {n: p for k in kinds for n,p in signature(k).parameters.items() if n not in without and p.kind != p.VAR_KEYWORD}
-    for name,value in known(table, allowed, where).items():
+    for name,value in check_known(table, allowed, where).items():
         types = get_args(allowed[name].annotation) or (allowed[name].annotation,)
         if type(value) in types or object in types or (type(value) is int and float in types): continue
         wanted = ' or '.join(t.__name__ for t in types if t.__name__ not in ('NoneType', 'Path'))
@@ -265,8 +265,8 @@ def read_stage(
     check_table(TrainingArguments, table.get('settings', {}), f'{where}, settings', ('output_dir', 'save_steps'))
     teacher,learns = table.get('teacher'),table.get('learns')
     if not all(isinstance(name, str|None) for name in (teacher, learns)): raise ValueError(f'{where}: teacher and learns must be names')
-    if learns is not None: known({learns: 0}, models, f'{where}, learns')
-    if teacher is not None and not Path(teacher).is_dir(): known({teacher: 0}, models, f'{where}, teacher')
+    if learns is not None: check_known({learns: 0}, models, f'{where}, learns')
+    if teacher is not None and not Path(teacher).is_dir(): check_known({teacher: 0}, models, f'{where}, teacher')
     return Stage(**table | dict(data=data, teacher=models.get(teacher, teacher), learns=models.get(learns)))
 
 # %% ../../nbs/685_train.runs.ipynb #7c8535a2
@@ -275,7 +275,7 @@ def distil_run(
 )->Outcome: # Result with the report of the stages
     "Run or resume the distillation that a file describes"
     d = read_file(path, Distillation)
-    known({d.student: 0}, d.models, f'{path}, student')
+    check_known({d.student: 0}, d.models, f'{path}, student')
     if not all(isinstance(t, dict) for t in d.stage): raise ValueError(f'{path}: each stage must be a table [[stage]]')
     out,named = Path(d.output_dir),{n: read_table(Named, t, f'{path}, [models.{n}]') for n,t in d.models.items()}
     sources = [read_table(DataSource, t.get('data', d.data), f'{path}, [[stage]] {i}, data') for i,t in enumerate(d.stage, 1)]

@@ -27,7 +27,7 @@ from ..files.tokenizer import Tokenizer
 from ..infer.generate import left_padded
 from ..infer.persist import fingerprint
 from .data import IGNORE, collate, example
-from .distill import blended, check_loss, chunked_loss, divergence, logits_of, scored
+from .distill import check_loss, chunked_loss, divergence, logits_of, mixed_loss, scored
 from .loss import LOGITS
 
 # %% ../../nbs/642_train.teacher.ipynb #ea1ae836
@@ -242,7 +242,7 @@ def offline_loss(
         def score(z, i):
             if indices is None: pull = divergence(z, logs[i], kind, share, T)
             else: pull = divergence(merge_tail(z, indices[i], T), logs[i], kind, share)
-            return blended(z, pull, labels[i], T, mix)
+            return mixed_loss(z, pull, labels[i], T, mix)
         x = model.hidden(batch['tokens'], documents=batch.get('documents')).flatten(0, 1)[at]
         return chunked_loss(x, model.head_weight, score, chunk), len(at)
     return loss
