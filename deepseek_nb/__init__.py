@@ -120,6 +120,7 @@ Modules:
 - `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
 - `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
 - `deepseek_nb.export.tensorrt`: A TensorRT engine from the ONNX file: strongly typed, without plugins, with profiles for prefill and decode, and a benchmark for a machine with a GPU.
+- `deepseek_nb.export.transformers`: A model of this package as a `PreTrainedModel` of transformers, with its own kernels, quantised weights and KV cache: beams, streamers, `pipeline`, and the trainers of PEFT and TRL
 - `deepseek_nb.export.wasm`: Compiles the C++ engine to a small WebAssembly module for browsers, and records the sources that it was made from
 - `deepseek_nb.files.chat`: Converting a conversation to a prompt by the checkpoint's chat template, with the same result as transformers. Control tokens in messages are treated as plain text.
 - `deepseek_nb.files.checkpoint`: Loading a folder of safetensors into a model, with DeepSeek's FP8 weights, and saving a model in a form that transformers loads. A key that doesn't match is an error.

@@ -127,6 +127,7 @@ class Model(nn.Module):
         from deepseek_nb.train.lora import set_adapter, delete_adapter, merge_adapter, unmerge_adapter, merge_and_unload, unload, adapters
         from deepseek_nb.train.peft import save_adapter, load_adapter
         from deepseek_nb.train.dynamic import set_compute
+        from deepseek_nb.export.transformers import to_transformers
     else:
         _repr_markdown_ = later('arch.show')
         add_mtp = later('arch.mtp')
@@ -151,6 +152,7 @@ class Model(nn.Module):
         save_adapter = later('train.peft')
         load_adapter = later('train.peft')
         set_compute = later('train.dynamic')
+        to_transformers = later('export.transformers')
 
     @property
     def device(self)->torch.device:

@@ -133,11 +133,13 @@ class Tokenizer:
 
     if TYPE_CHECKING:
         from deepseek_nb.files.chat import encode_marked, template_for, prompt, chat
+        from deepseek_nb.export.transformers import to_transformers
     else:
         encode_marked = later('files.chat')
         template_for = later('files.chat')
         prompt = later('files.chat')
         chat = later('files.chat')
+        to_transformers = later('export.transformers')
 
     def __getstate__(self):
         "What a pickle holds: `datasets` makes one before each `map`, and the table of tokens would take most of the time"

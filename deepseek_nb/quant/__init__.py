@@ -106,6 +106,9 @@ class QuantizedWeight(nn.Module):
         for name,b in self._buffers.items(): self._buffers[name] = fn(b.view(torch.uint8)).view(b.dtype)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
         return self
+    def __getstate__(self):
+        "What a pickle holds: of a mapped file or a stack, only the bytes of this weight"
+        return self.__dict__ | dict(_buffers={n: b.clone() if b.untyped_storage().nbytes() > b.nbytes else b for n,b in self._buffers.items()})
 
     def parts(self)->dict: # Name -> tensor, leading axes `… o`
         "Codes and scales in the order of the format"
