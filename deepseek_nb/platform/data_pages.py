@@ -258,8 +258,8 @@ def _task_page(request, id):
 @data_pages.post('/tasks/{id:int}/version', role='developer')
 def _task_version(request, form, id):
     "Make a version with the labels"
-    version = lab.labelled_version(request.state.store, request.state.user, id)
-    return redirect(f'/versions/{version}', 'The labels are in this version.')
+    made = lab.labelled_version(request.state.store, request.state.user, id)
+    return redirect(f'/versions/{made.version}', f'{made}.', 'warn' if made.disputed else 'good')
 
 # %% ../../nbs/837_platform.data_pages.ipynb #b394a387
 @data_pages.post('/tasks/{id:int}/close', role='developer')
@@ -303,7 +303,8 @@ def _choices(name, legend, options, chosen):
     "One of several, each with a key"
     keys = [str(i + 1) if i < 9 else '' for i in range(len(options))]
     def line(value, text, key):
-        box = fh.Input(type='radio', name=name, value=value, checked=value == chosen, data_key=key or None, data_name=f'Choose {text}')
+        box = fh.Input(type='radio', name=name, value=value, checked=value == chosen, required=True, autocomplete='off',
+                       data_key=key or None, data_name=f'Choose {text}')
         return fh.Label(box, f' {text} ', fh.Kbd(key) if key else '')
     return fh.Fieldset(fh.Legend(legend), *[line(v, t, k) for (v,t),k in zip(options, keys, strict=True)])
 
@@ -337,28 +338,34 @@ def _answer_from(t, form):
     return {k: form.get(k, '') for k in keys}
 
 # %% ../../nbs/837_platform.data_pages.ipynb #1a150bd4
-def _work_page(request, t, work, value=None, began=None):
+def _work_page(request, t, work, began=None, error=''):
     "The page on which people label"
     id,store = t.id,request.state.store
-    guess = work.prediction if value is None else None
-    value = guess or value
+    guess = work.prediction if work.answer is None else None
+    value = guess or work.answer
     hidden = [field('record', '', 'hidden', work.record), field('began', '', 'hidden', began or store.now())]
     ask = form(request, f'/tasks/{id}/label', *hidden, *_asked(t, value), button='Confirm', key='Enter')
     acts = fh.Div(press(request, f'/tasks/{id}/skip', 'Skip', key='s', record=work.record),
                   press(request, f'/tasks/{id}/undo', 'Undo', key='u'), fh.A('Stop', href=f'/tasks/{id}', cls='button quiet'), cls='row')
-    told = notice('A model has chosen. Change it where it is wrong.', '') if guess else ''
+    told = notice(error, 'bad') if error else notice('A model has chosen. Change it where it is wrong.', '') if guess else ''
     return page(request, t.name, _record(t.kind, work.data, (value or {}).get('spans', ())), told, ask, acts,
-                lead=t.question, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')])
+                lead=t.question, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')], status=400 if error else 200)
 
 @data_pages.get('/tasks/{id:int}/label', role='annotator')
 def _label_page(request, id):
     "The next record"
     with request.state.store.read() as c: t = lab.task_of(c, id)
     work = lab.next_record(request.state.store, id, request.state.user)
-    if work: return _work_page(request, t, work)
+    if work: return redirect(f'/tasks/{id}/label/{work.record}')
     said = notice('This task is closed.', 'warn') if t.closed else notice('There is nothing left for you here.', 'good')
     undone = press(request, f'/tasks/{id}/undo', 'Undo', key='u')
     return page(request, t.name, said, undone, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')])
+
+@data_pages.get('/tasks/{id:int}/label/{record:int}', role='annotator')
+def _label_record(request, id, record):
+    "A record, with the answer that this person gave: whoever goes back sees and changes that"
+    with request.state.store.read() as c: t = lab.task_of(c, id)
+    return _work_page(request, t, lab.answered_record(request.state.store, request.state.user, id, record))
 
 # %% ../../nbs/837_platform.data_pages.ipynb #d704a441
 @data_pages.post('/tasks/{id:int}/label', role='annotator')
@@ -367,19 +374,19 @@ def _label_post(request, form, id):
     store,user = request.state.store,request.state.user
     with store.read() as c: t = lab.task_of(c, id)
     record,began,do = form.whole('record'),form.whole('began'),form.get('do', '')
-    value = _answer_from(t, form)
-    if t.kind == 'spans' and do: return _changed(request, t, form, record, began, value, do)
+    work = lab.answered_record(store, user, id, record)
+    try: value = _answer_from(t, form)
+    except ValueError as e: return _work_page(request, t, work, began, f'{e}'.capitalize() + '.')
+    if t.kind == 'spans' and do: return _changed(request, t, form, work, began, value, do)
     lab.annotate(store, user, id, record, value, (store.now() - began)/1e6)
     return redirect(f'/tasks/{id}/label')
 
-def _changed(request, t, form, record, began, value, do):
+def _changed(request, t, form, work, began, value, do):
     "The same page with one span more or less"
     spans = value['spans'] if isinstance(value['spans'], list) else []
     if do == 'add': spans = [*spans, dict(start=form.whole('start'), end=form.whole('end'), label=form.text('label'))]
     else: spans = [s for i,s in enumerate(spans) if do != f'remove {i}']
-    data = lab.data_of(request.state.store, t.id, record)
-    value = lab.clean_answer(t.kind, t.labels, dict(spans=spans), data)
-    return _work_page(request, t, lab.WorkItem(record, data, None, 0), value, began)
+    return _work_page(request, t, work._replace(answer=lab.clean_answer(t.kind, t.labels, dict(spans=spans), work.data)), began)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #1ffd1ebf
 @data_pages.post('/tasks/{id:int}/skip', role='annotator')

@@ -8,9 +8,9 @@ and `labelled_version` makes a version of the dataset with the labels."""
 
 # %% auto #0
 __all__ = ['SKIPPED', 'clean_answer', 'create_task', 'task_of', 'list_tasks', 'close_task', 'WorkItem', 'next_record',
-           'keep_answer', 'data_of', 'annotate', 'skip', 'undo', 'task_progress', 'uncertainty', 'predict',
+           'keep_answer', 'answered_record', 'annotate', 'skip', 'undo', 'task_progress', 'uncertainty', 'predict',
            'TaskAgreement', 'agreement_of', 'Dispute', 'disagreements', 'adjudicate', 'final_answer', 'iter_answers',
-           'labelled_version']
+           'LabelledVersion', 'labelled_version']
 
 # %% ../../nbs/824_platform.labels.ipynb #25672db9
 import math
@@ -140,6 +140,7 @@ class WorkItem(NamedTuple):
     data:dict # Its columns
     prediction:dict|None # A model's answer
     until:int # When the lease ends, microseconds
+    answer:dict|None = None # What this person has said about it
 
 def _free(task, user, now):
     "The records of a task that a person may get, in order"
@@ -226,13 +227,19 @@ def _data(c, row, record):
     if data is None: raise KeyError(f'task {row.id} has no record {record}; ask for the next one')
     return data
 
-def data_of(
+def answered_record(
     store:Store, # Open store
+    user, # Who works
     task:int, # Id
     record:int, # Id
-)->dict: # Its columns
-    "Look up a record of a task"
-    with store.read() as c: return _data(c, task_of(c, task), record)
+)->WorkItem: # With the person's own answer; the lease is as it was
+    "Show a record of a task, answered or not"
+    mine = select(annotations.c.value).where(annotations.c.task_id == task, annotations.c.record_id == record,
+                                             annotations.c.source == user.name)
+    with store.read() as c:
+        _data(c, task_of(c, task), record)
+        said = c.scalar(mine)
+        return _work(c, task, record, 0)._replace(answer=None if said == SKIPPED else said)
 
 # %% ../../nbs/824_platform.labels.ipynb #f76fff18
 def annotate(
@@ -508,15 +515,32 @@ def iter_answers(
         last = part[-1].id
 
 # %% ../../nbs/824_platform.labels.ipynb #cb3bd087
+class LabelledVersion(NamedTuple):
+    "A version with the labels of a task, and what isn't in it"
+    version:int # Id
+    rows:int # Records with an answer that counts
+    disputed:int # Records left out, as nobody has settled what people said differently
+    silent:int # Records left out, as nobody has answered
+
+    def __str__(self):
+        left = [f'{n:,} {what}' for n,what in ((self.disputed, 'in dispute'), (self.silent, 'without an answer')) if n]
+        return f'{self.rows:,} rows have their labels' + f'; left out: {" and ".join(left)}'*bool(left)
+
 def labelled_version(
     store:Store, # Open store
     user, # Who makes it; None: the system
     task:int, # Id
-)->int: # Id of the version
+)->LabelledVersion:
     "Make a version of the dataset with the records that have an answer that counts"
     with store.read() as c:
         row = task_of(c, task)
         of = c.execute(select(datasets.c.name, datasets.c.kind).join(versions, versions.c.dataset_id == datasets.c.id)
                        .where(versions.c.id == row.version_id)).one()
-    rows = (r.data | a for r,said in iter_answers(store, task) if (a := final_answer(said, row.kind)))
-    return import_rows(store, user, of.name, rows, of.kind, f'labelled by task {row.name!r}', row.version_id).version
+    counts = Counter()
+    def rows():
+        for r,said in iter_answers(store, task):
+            answer = final_answer(said, row.kind)
+            counts['rows' if answer else 'disputed' if said else 'silent'] += 1
+            if answer: yield r.data | answer
+    found = import_rows(store, user, of.name, rows(), of.kind, f'labelled by task {row.name!r}', row.version_id)
+    return LabelledVersion(found.version, *(counts[k] for k in ('rows', 'disputed', 'silent')))
