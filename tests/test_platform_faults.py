@@ -1,24 +1,32 @@
 "What people stumbled over in the platform, each as a test."
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 pytest.importorskip('fasthtml', reason="the platform needs pip install 'deepseek-nb[platform]'")
 from platform_fixtures import postgres, postgres_url, store  # noqa: E402, F401
+from sqlalchemy import func, select  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
 from deepseek_nb.platform import access, jobs, runs  # noqa: E402
 from deepseek_nb.platform import labels as lab  # noqa: E402
-from deepseek_nb.platform.app import all_pages  # noqa: E402
+from deepseek_nb.platform.app import PlatformServer, all_pages  # noqa: E402
 from deepseek_nb.platform.charts import curve, ticks  # noqa: E402
-from deepseek_nb.platform.datasets import import_rows, iter_rows  # noqa: E402
+from deepseek_nb.platform.datasets import import_rows, iter_rows, list_datasets, version_report  # noqa: E402
+from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
 from deepseek_nb.platform.layout import Site, page_text  # noqa: E402
+from deepseek_nb.platform.monitor import give_feedback  # noqa: E402
 from deepseek_nb.platform.registry import Limit, add_model, all_measures, check_gates, measure  # noqa: E402
-from deepseek_nb.platform.rollout import GatesFailed, choose, gates_of, release  # noqa: E402
+from deepseek_nb.platform.rollout import GatesFailed, choose, end_release, gates_of, release  # noqa: E402
 from deepseek_nb.platform.runs import FinetuneRun  # noqa: E402
+from deepseek_nb.platform.store import audits, events  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
+SEED = int(os.environ.get('SEED', 0))
 
 
 class Visitor:
@@ -190,3 +198,157 @@ def test_one_part_that_fails_leaves_the_rest(store, measured):  # noqa: F811
     assert state == 'done' and job.result['measures'] == dict(latency_p95=.1)
     assert 'split dev' in job.result['failed']['data'] and job.result['failed']['swaps']
     assert [r.name for r in all_measures(store, model)] == ['latency_p95']
+
+
+MESSY = 'text,label\na bill,billing \n,billing\nan invoice,Billing\na payment,billing\n,other\n'
+
+
+def test_all_faults_of_a_file_at_once(ann):
+    "Each with its row; nothing is imported unless the visitor says what to do; no class is made by a capital letter or a space"
+    send = lambda **more: ann.post('/datasets', files=dict(file=('mail.csv', MESSY)), name='mail', kind='classification', **more)
+    refused = send()
+    said = page_text(refused.text)
+    assert refused.status_code == 400 and list_datasets(ann.store) == []
+    assert '2 | its text is empty' in said and '5 | its text is empty' in said and "3 | its label 'Billing' is mostly written 'billing'" in said
+    skipped = version_report(ann.store, list_datasets(ann.store)[0].version) if send(skip='yes').status_code == 200 else None
+    assert skipped['labels'] == dict(billing=2) and '3 rows with faults left out' in skipped['note']
+    send(skip='yes', merge='yes')
+    assert version_report(ann.store, list_datasets(ann.store)[0].version)['labels'] == dict(billing=3)
+
+
+def test_names_in_errors_stay_as_they_are(ann):
+    "Not in capitals, and settings as the form calls them"
+    import_rows(ann.store, None, 'letters', texts(3))
+    said = ann.post('/runs', kind='finetune', version=1, set_steps='many', set_eval_every='2.5').text
+    assert 'steps is &#x27;many&#x27;' in said or "steps is 'many'" in said and 'et_steps' not in said
+    assert 'no public name' in (said := page_text(ann.post('/models', name='no/such/name').text)) and "'no/such/name'" in said
+
+
+def test_tokens_and_exports(ann):
+    "A token is a viewer's unless asked, and ends with the password; exports are in the audit log"
+    store = ann.store
+    key = access.create_token(store, ann.user, 'x')
+    assert access.user_of_token(store, key).role == 'viewer'
+    assert re.search(r'<option[^>]*value="viewer"[^>]*selected|<option[^>]*selected[^>]*value="viewer"', ann.get('/account').text)
+    version = import_rows(store, None, 'letters', texts(3)).version
+    task = lab.create_task(store, None, version, 'topic', 'classification', labels=['post', 'sums'])
+    ann.get(f'/versions/{version}/export?format=csv')
+    ann.get(f'/tasks/{task}/export')
+    with store.read() as c: found = [(r.action, r.subject, r.user_id) for r in c.execute(select(audits).order_by(audits.c.id))]
+    assert [('export', f'version:{version}', ann.user.id), ('export', f'task:{task}', ann.user.id)] == [o for o in found if o[0] == 'export']
+    access.set_password(store, ann.user, ann.user.id, 'nine quiet volcanoes', PASSWORD)
+    assert access.user_of_token(store, key) is None
+
+
+def test_a_button_that_is_pressed_twice(ann):
+    "makes one run, also where both presses arrive together; the same run again later, or by somebody else, is another one"
+    version = import_rows(ann.store, None, 'letters', texts(3)).version
+    send = lambda who=ann, **more: who.post('/runs', kind='finetune', version=version, name='x', **more)
+    with ThreadPoolExecutor(4) as pool: all(pool.map(lambda _: send(), range(4)))
+    assert len(jobs.jobs_of(ann.store)) == 1
+    send(set_steps='7')
+    send(Visitor(ann.store, 'bob'))
+    assert len(jobs.jobs_of(ann.store)) == 3
+
+
+def test_many_log_ins_from_one_address(store):  # noqa: F811
+    "An office behind one address is not locked out by those who know their passwords"
+    access.create_user(store, None, 'ann', PASSWORD)
+    for _ in range(25): access.log_in(store, 'ann', PASSWORD, '10.0.0.1')
+
+
+def test_a_password_is_not_among_the_arguments(tmp_path, monkeypatch, capsys):
+    from deepseek_nb.platform.start import print_password
+    from deepseek_nb.tools.cli import main
+    assert main(['platform', str(tmp_path/'a'), '--url', 'postgresql://ann:secret@host/x']) == 2
+    assert 'DEEPSEEK_NB_DATABASE' in capsys.readouterr().err
+    monkeypatch.setenv('DEEPSEEK_NB_DATABASE', 'nonsense://')
+    with pytest.raises(ValueError, match='not a postgresql'): print_password(tmp_path/'a', '', 'ann')
+
+
+def test_who_has_lost_the_password(ann, monkeypatch, capsys):
+    "An administrator, or the console of the machine, gives a new one; it also ends the wait after too many tries"
+    from deepseek_nb.platform import start
+    store = ann.store
+    bob = access.create_user(store, None, 'bob', PASSWORD)
+    for _ in range(7):
+        with pytest.raises(PermissionError): access.log_in(store, 'bob', 'a wrong guess', '10.0.0.1')
+    said = ann.post(f'/users/{bob.id}/password').text
+    new = re.search(r'<pre id="token"[^>]*>([^<]*)', said)[1]
+    access.log_in(store, 'bob', new, '10.0.0.2')
+    with pytest.raises(PermissionError): access.log_in(store, 'bob', PASSWORD, '10.0.0.3')
+    monkeypatch.setattr(start, '_opened', lambda *a: nullcontext(store))
+    monkeypatch.setattr(start, 'closing', lambda o: o)
+    start.print_password('', '', 'bob')
+    access.log_in(store, 'bob', re.search('password (\\S+)', capsys.readouterr().out)[1], '10.0.0.2')
+
+
+def test_a_text_is_erased_everywhere(ann):
+    "Records, answers, prompts and feedback; the file of the database holds it no longer, and the audit log says so without it"
+    store, secret = ann.store, 'Erika Mustermann, 12 Main Street'
+    version = import_rows(store, None, 'letters', [*texts(3), (dict(text=f'from {secret}'), 'train')]).version
+    task = lab.create_task(store, None, version, 'topic', 'classification', labels=['post', 'sums'])
+    lab.annotate(store, ann.user, task, 4, dict(label='post'))
+    with Recorder(store, keep_texts=['here']) as r: r.record(RequestEvent('here', texts=(f'I am {secret.upper()}', 'hello')))
+    give_feedback(store, 'here', dict(note=secret))
+    add_model(store, None, 'one', 'mini', version=version)
+    found = page_text(ann.post('/settings/erase', erase=secret.lower()).text)
+    assert all(o in found for o in ('Records: 1', 'Prompts: 1', 'Feedback: 1', 'Models: one 1', 'Erase for ever'))
+    assert 'may still hold it' in ann.post('/settings/erase', erase=secret.lower(), sure='yes').text
+    with store.read() as c:
+        said = repr([c.execute(t.select()).all() for t in audits.metadata.sorted_tables])
+    assert 'Mustermann' not in said and 'MUSTERMANN' not in said and 'erase text' in said and version_report(store, version)['rows'] == 3
+    if store.kind == 'sqlite':
+        store.close()
+        assert not any(b'Mustermann' in p.read_bytes() for p in store.folder.glob('platform.db*'))
+    assert not [s for s in store.check() if 'audit' not in s]
+
+
+def test_datasets_models_and_users_are_deleted(ann):
+    store, bob = ann.store, access.create_user(ann.store, None, 'bob', PASSWORD, 'annotator')
+    version, model = trained(store, 3)
+    task = lab.create_task(store, None, version, 'topic', 'classification', labels=['post', 'sums'])
+    lab.annotate(store, bob, task, 1, dict(label='post'))
+    ann.post(f'/users/{bob.id}/delete')
+    assert lab.task_progress(store, task)['people'].keys() == {f'deleted-{bob.id}'}
+    with pytest.raises(PermissionError): access.log_in(store, 'bob', PASSWORD)
+    measure(store, model, 'accuracy', .9)
+    release(store, None, 'here', model, gates=[Limit('accuracy', min=.5)])
+    assert 'is released' in ann.post(f'/models/{model}/delete').text
+    end_release(store, None, 'here', 'live')
+    ann.post(f'/models/{model}/delete')
+    assert not (store.folder/'models'/'one').exists() and ann.get('/places/here').status_code == 200
+    assert 'stay: mail 1' in ann.post('/datasets/1/delete').text and list_datasets(store) == [] and store.check() == []
+
+
+def test_a_release_answers_as_it_was_measured(store):  # noqa: F811
+    "A thousand texts: /v1/classify and the evaluation agree, and chats, in any protocol, say that label and nothing else"
+    words = np.random.default_rng(SEED)
+    print(f'SEED={SEED}')
+    some = [' '.join(words.choice('the senate house bill tax was charged twice on my card please help now'.split(), 6)) for _ in range(1000)]
+    known = runs.Classifier(['billing', 'delivery', 'other'], '{text}\nAnswer:')
+    model = add_model(store, None, 'sorter', 'mini', card=known._asdict())
+    measure(store, model, 'accuracy', .9)
+    release(store, None, 'sort', model, gates=[Limit('accuracy', min=.5)])
+    user = access.create_user(store, None, 'ann', PASSWORD, 'admin')
+    net, tok = runs.Named('mini', None, 'cpu').load()
+    expected = known.probabilities(net, tok, some)
+    margin = np.diff(np.sort(expected, 1), axis=1)[:, -1]
+    server = PlatformServer(store, all_pages())
+    heads = {'authorization': f"Bearer {access.create_token(store, user, 'x')}"}
+    with TestClient(server.app(), base_url='http://localhost', headers=heads) as client:
+        ask = lambda texts: client.post('/v1/classify', json=dict(model='sort', input=texts)).json()['data']
+        found = [o for i in range(0, 1000, 100) for o in ask(some[i:i + 100])]
+        np.testing.assert_allclose([o['probs'] for o in found], expected, atol=1e-4)
+        sure = [i for i in range(1000) if margin[i] > 2e-4]
+        assert len(sure) > 900 and all(found[i]['label'] == known.classes[expected[i].argmax()] for i in sure)
+        for i in sure[:8]:
+            said = [dict(role='user', content=some[i])]
+            chat = client.post('/v1/chat/completions', json=dict(model='sort', messages=said, temperature=2, max_tokens=1)).json()
+            other = client.post('/anthropic/v1/messages', json=dict(model='sort', messages=said, max_tokens=1)).json()
+            assert chat['choices'][0]['message']['content'] == other['content'][0]['text'] == found[i]['label']
+        assert client.post('/v1/completions', json=dict(model='sort', prompt='x')).status_code == 400
+        assert ask('one text')[0]['num_classes'] == 3 and client.post('/v1/classify', json=dict(model='sort', input=[''])).status_code == 400
+        server.recorder.flush()
+    with store.read() as c: assert c.scalar(select(func.count()).select_from(events).where(events.c.kind == 'classify')) == 1001
+    server.recorder.close()

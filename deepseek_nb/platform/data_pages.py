@@ -20,9 +20,11 @@ from sqlalchemy import func, select
 from . import labels as lab
 from . import layout
 from .access import allowed
+from .audit import noted
 from deepseek_nb.platform.datasets import (
     DATA_KINDS,
     SPLITS,
+    FaultyRows,
     import_dataset,
     list_datasets,
     list_versions,
@@ -30,7 +32,7 @@ from deepseek_nb.platform.datasets import (
     search_rows,
     version_report,
 )
-from .exchange import export_answers, export_rows, import_task, label_studio_config
+from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
 from .layout import Pages, badge, big, card, cards, facts, field, form, live, notice, page, press, redirect, table
 from .store import versions
 
@@ -67,7 +69,9 @@ def _import_form(request):
               field('file', 'File', 'file', help='JSON lines, CSV or Parquet, up to 256 MB; .gz is unpacked.'),
               field('hub', 'Or a name on the Hugging Face hub', help='Such as stanfordnlp/imdb.', autocomplete='off'),
               field('text', 'Column of the text', value='text'), field('label', 'Column of the label', value='label'),
-              field('split', 'Column of the split', help='Leave it empty, and each row gets a split that it keeps.')]
+              field('split', 'Column of the split', help='Leave it empty, and each row gets a split that it keeps.'),
+              field('skip', 'Leave out rows with faults', 'checkbox'),
+              field('merge', 'Labels that differ only in capitals and spaces are one', 'checkbox')]
     return form(request, '/datasets', *fields, button='Import', upload=True)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #56cd9a1d
@@ -86,14 +90,22 @@ def _source(form):
 def _datasets_import(request, form):
     "Import a version"
     store,(source,called),before = request.state.store,_source(form),_newest(request.state.store)
-    version = import_dataset(store, request.state.user, form.text('name', 120), source, form.text('kind', 20),
-                             form.get('text', '').strip() or 'text', form.get('label', '').strip() or 'label',
-                             split=form.get('split', '').strip() or None, called=called)
+    try: version = import_dataset(store, request.state.user, form.text('name', 120), source, form.text('kind', 20),
+                                  form.get('text', '').strip() or 'text', form.get('label', '').strip() or 'label',
+                                  split=form.get('split', '').strip() or None, called=called, skip='skip' in form, merge='merge' in form)
+    except FaultyRows as e: return _faults_page(request, e.faults)
     shown = version_report(store, version)
     if version > before: return redirect(f'/versions/{version}', f'Imported {shown["rows"]:,} rows as version {shown["number"]}.')
     return redirect(f'/versions/{version}', f'These rows are version {shown["number"]} already; nothing was added.', 'warn')
 
 # %% ../../nbs/837_platform.data_pages.ipynb #a859f5f5
+def _faults_page(request, faults, most=500):
+    "All that is wrong with a file"
+    told = notice(f'{len(faults):,} rows have faults, so nothing was imported. Correct the file, or choose what to do below.', 'bad')
+    rows = table(['Row', 'Fault'], [(f'{n:,}', why) for n,why in faults[:most]], caption=f'The first {most} faults' if len(faults) > most else '')
+    return page(request, 'Import', told, card('Faults', rows), card('Import again', _import_form(request)), trail=[('Datasets', '/datasets')],
+                status=400)
+
 @data_pages.get('/datasets/{id:int}', role='viewer')
 def _dataset_page(request, id):
     "The versions of a dataset"
@@ -102,8 +114,16 @@ def _dataset_page(request, id):
     if not own: raise KeyError(f'there is no dataset {id}; see the list of datasets')
     rows = [(fh.A(f'Version {v.number}', href=f'/versions/{v.id}'), v.rows, v.note or '–', fh.Code(v.digest[:12]), layout.when(v.created))
             for v in found]
+    gone = fh.Details(fh.Summary('Delete it'), fh.P('With all versions, tasks and answers.'),
+                      press(request, f'/datasets/{id}/delete', 'Delete for ever', 'danger')) if _may(request, 'admin') else ''
     return page(request, own[0].name, table(['Version', 'Rows', 'Note', 'Digest', 'Created'], rows, empty='No import was finished yet.'),
-                lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
+                gone, lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
+
+@data_pages.post('/datasets/{id:int}/delete', role='admin')
+def _dataset_delete(request, form, id):
+    "Delete a dataset"
+    trained = delete_dataset(request.state.store, request.state.user, id)
+    return redirect('/datasets', 'It is deleted.' + f" Models that were trained on it stay: {', '.join(trained)}."*bool(trained))
 
 # %% ../../nbs/837_platform.data_pages.ipynb #6aba591d
 def _findings_table(report):
@@ -165,6 +185,7 @@ def _version_export(request, id):
     "A file with all rows"
     format = request.query_params.get('format', 'jsonl')
     r,rows = version_report(request.state.store, id),export_rows(request.state.store, id, format)
+    noted(request.state.store, request.state.user, 'export', f'version:{id}', format=format, rows=r['rows'])
     name = re.sub(r'[^\w.-]+', '-', r['name'])
     return layout.download(f'{name}-{r["number"]}.{format}', rows, _FILES[format == 'csv'][1])
 
@@ -276,6 +297,7 @@ def _task_export(request, id):
     with request.state.store.read() as c: t = lab.task_of(c, id)
     if format == 'xml': return layout.download(f'task-{id}.xml', label_studio_config(t.kind, t.labels, t.question), 'application/xml')
     lines,(end,kind) = export_answers(request.state.store, id, format),_FILES[format == 'csv']
+    noted(request.state.store, request.state.user, 'export', f'task:{id}', format=format)
     return layout.download(f'task-{id}-{format}.{end}', lines, kind)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #b63ac12d

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
 
 from ..eval.agreement import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
-from .audit import audit
+from .audit import audit, noted
 from .datasets import DATA_KINDS, import_rows
 from .store import Store, annotations, datasets, leases, predictions, queue, records, tasks, version_rows, versions
 
@@ -377,7 +377,7 @@ def predict(
             for r in rows:
                 c.execute(update(queue).where(queue.c.task_id == task, queue.c.record_id == r['record_id']).values(rank=-r['uncertainty']))
         n += len(rows)
-    with store.write() as c: audit(c, user, 'predict', f'task:{task}', model=name, rows=n)
+    noted(store, user, 'predict', f'task:{task}', model=name, rows=n)
     return n
 
 # %% ../../nbs/824_platform.labels.ipynb #c32157b9

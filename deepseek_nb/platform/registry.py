@@ -97,6 +97,7 @@ def model_path(
 )->str: # Folder or name, for `Model.from_pretrained`
     "From where a model is loaded"
     row = model_of(store, model)
+    if not row.path: raise ValueError(f'the files of {row.name} {row.number} were deleted')
     return str(Path(store.folder)/row.path) if row.digest else row.path
 
 # %% ../../nbs/827_platform.registry.ipynb #6337ce83

@@ -8,11 +8,12 @@ says which model answers an owner; a server asks it for each request, so it read
 
 # %% auto #0
 __all__ = ['DEFAULT_GATES', 'MODES', 'gates_of', 'needs_second', 'GatesFailed', 'release', 'approve', 'refresh', 'position',
-           'Choice', 'choose', 'set_share', 'end_release', 'roll_back', 'history_of']
+           'Choice', 'choose', 'set_share', 'end_release', 'roll_back', 'delete_model', 'history_of']
 
 # %% ../../nbs/828_platform.rollout.ipynb #4c4ae6be
 import json
 import secrets
+import shutil
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -24,7 +25,7 @@ from sqlalchemy import delete, insert, select, update
 
 from .audit import audit
 from .registry import check_gates, folder_digest, gates_from, model_of
-from .store import Store, releases, settings
+from .store import Store, models, releases, settings
 from ..serve.policy import read_toml
 
 # %% ../../nbs/828_platform.rollout.ipynb #344b4e65
@@ -276,6 +277,20 @@ def roll_back(
     return live.model_id
 
 # %% ../../nbs/828_platform.rollout.ipynb #df3d3906
+def delete_model(
+    store:Store, # Database
+    user, # `User`, or None for the system
+    model:int, # Number of a model
+)->None:
+    "Delete the files of a model; its row stays, so that the history of its releases can be read"
+    row = model_of(store, model)
+    with store.write() as c:
+        if c.scalar(select(releases.c.id).where(releases.c.model_id == model, releases.c.ended.is_(None)).limit(1)):
+            raise ValueError(f'{row.name} {row.number} is released; take it down first')
+        c.execute(update(models).where(models.c.id == model).values(path='', digest='', card={}))
+        audit(c, user, 'model.delete', f'model:{model}')
+    if row.digest: shutil.rmtree(Path(store.folder)/row.path, ignore_errors=True)
+
 def history_of(
     store:Store, # Database
     place:str|None = None, # Name that clients see; None: all places

@@ -24,7 +24,7 @@ from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
 from .layout import Pages, badge, card, cards, facts, field, form, notice, page, press, redirect, table, when
 from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
-from .rollout import MODES, approve, end_release, gates_of, history_of, needs_second, release, roll_back, set_share
+from .rollout import MODES, approve, delete_model, end_release, gates_of, history_of, needs_second, release, roll_back, set_share
 from .runs import SPLITS_OF
 from .store import datasets, jobs, models, releases, versions
 
@@ -146,7 +146,7 @@ def _start_run(request, form):
     kind = find_kind(form.text('kind', 60))
     version,model = (form.whole(k, 1) if form.get(k) else None for k in ('version', 'model'))
     config = _config_from(form, kind.config) if kind.config else {}
-    number = submit(request.state.store, request.state.user, kind.name, config, str(form.get('name', '')).strip(), version, model)
+    number = submit(request.state.store, request.state.user, kind.name, config, str(form.get('name', '')).strip(), version, model, once=10)
     return redirect(f'/runs/{number}', f'Run {number} waits in the queue.')
 
 # %% ../../nbs/838_platform.run_pages.ipynb #2fd8bf64
@@ -312,9 +312,16 @@ def _model_page(request, id):
              for r in all_measures(store, id)[:200]]
     past = fh.Details(fh.Summary('All evaluations'), table(['Measure', 'Value', 'Run', 'When'], every)) if every else ''
     measured = card('Measured', table(['Measure', 'Value', 'Details'], rows, empty='Nothing was measured.'), past, more)
-    last = cards(_release_form(request, id, gates), card('Lineage', facts(_links(store, row))))
+    gone = fh.Details(fh.Summary('Delete the files'), press(request, f'/models/{id}/delete', 'Delete for ever', 'danger'))
+    last = cards(_release_form(request, id, gates), card('Lineage', facts(_links(store, row)), gone))
     parts = *where,measured,card('Gates', _gate_table(gates)),last
     return page(request, f'{row.name} {row.number}', *parts, trail=[('Models', '/models')])
+
+@run_pages.post('/models/{id:int}/delete', role='admin')
+def _model_delete(request, form, id):
+    "Delete the files of a model"
+    delete_model(request.state.store, request.state.user, id)
+    return redirect('/models', 'The files are deleted; the history stays.')
 
 @run_pages.get('/models/{id:int}/card', role='viewer')
 def _model_card(request, id):
