@@ -186,7 +186,7 @@ def test_labels_become_a_version(store, people, draw, kind):  # noqa: F811
         assert found.value == right or np.isnan(right)
     for r in differ: adjudicate(store, people[3], task, r, given[r][0])
     assert disagreements(store, task) == []
-    made, old = [*iter_rows(store, labelled_version(store, None, task))], {r.id: r for r in iter_rows(store, version)}
+    made, old = [*iter_rows(store, labelled_version(store, None, task).version)], {r.id: r for r in iter_rows(store, version)}
     final = {i: v[0] if i in differ else final_answer(dict(enumerate(v)), kind) for i, v in given.items()}
     assert all(core(v) == core(given[i][0]) for i, v in final.items())
     assert {r.digest: r.split for r in made} == {row_digest(old[i].data | v): old[i].split for i, v in final.items()}

@@ -10,7 +10,8 @@ Users have a name, a password and one of four roles (`USER_ROLES`). `log_in` tur
 __all__ = ['USER_ROLES', 'SCRYPT', 'NOTED', 'IDLE', 'LIFETIME', 'User', 'allowed', 'hash_password', 'password_matches',
            'check_password', 'create_user', 'UserRow', 'users_of', 'setup_code', 'first_admin', 'TooManyTries',
            'device_note', 'log_in', 'csrf_of', 'csrf_matches', 'user_of_session', 'log_out', 'set_role', 'disable_user',
-           'set_password', 'create_token', 'user_of_token', 'TokenRow', 'tokens_of', 'revoke_token']
+           'set_password', 'reset_password', 'delete_user', 'create_token', 'user_of_token', 'TokenRow', 'tokens_of',
+           'revoke_token']
 
 # %% ../../nbs/822_platform.access.ipynb #2c4ade31
 import hmac
@@ -25,8 +26,8 @@ from typing import NamedTuple
 
 from sqlalchemy import delete, func, insert, select, update
 
-from .audit import audit
-from .store import Store, attempts, sessions, settings, tokens, users
+from .audit import audit, noted
+from .store import Store, annotations, attempts, sessions, settings, tokens, users
 
 # %% ../../nbs/822_platform.access.ipynb #2880a8d6
 USER_ROLES = ('viewer', 'annotator', 'developer', 'admin') # each may do what those before it may
@@ -262,7 +263,7 @@ def _tried(store, name, password, address, device):
     counted = _count_try(store, [_tries('device', who, device)] if _knows(row, device, store.now()) else everywhere)
     right = password_matches(password, row.password if row else _dummy())
     if right and row and not row.disabled: return row,counted
-    with store.write() as c: audit(c, None, 'refuse log-in', f'user:{row.id}' if row else 'user:?', address=address)
+    noted(store, None, 'refuse log-in', f'user:{row.id}' if row else 'user:?', address=address)
     raise PermissionError(_WRONG)
 
 # %% ../../nbs/822_platform.access.ipynb #8c70e7bf
@@ -383,7 +384,7 @@ def set_password(
     password:str, # New password
     old:str|None = None, # Present password, which a user needs for the own one
 )->None:
-    "Change a password and end all sessions of its user"
+    "Change a password, and end all sessions and tokens of its user"
     with store.read() as c: row = _user_row(c, id)
     if by is not None and by.id == id: # a session alone, perhaps of somebody at an open screen, is not enough
         _count_try(store, [_tries('password', row.name)])
@@ -393,20 +394,44 @@ def set_password(
     new = hash_password(password)
     with store.write() as c:
         c.execute(update(users).where(users.c.id == id).values(password=new))
-        c.execute(delete(sessions).where(sessions.c.user_id == id))
+        _end_all(store, c, id) # whoever knew the old one may have made tokens
         c.execute(delete(attempts).where(attempts.c.key.in_([_tries('password', row.name), _tries('name', row.name)])))
         audit(c, by, 'set password', f'user:{id}')
 
 # %% ../../nbs/822_platform.access.ipynb #90672570
+def reset_password(
+    store:Store, # Open store
+    by:User|None, # An admin; None: the system
+    name:str, # Of a user who can't log in
+)->str: # The new password, to tell and to change
+    "Give somebody a new password; it also ends the wait after too many tries"
+    with store.read() as c: row = c.execute(select(users).where(users.c.name == _name(name))).first()
+    if row is None: raise KeyError(f'there is no user {name:.64}')
+    set_password(store, by, row.id, new := secrets.token_urlsafe(18))
+    return new
+
+def delete_user(
+    store:Store, # Open store
+    by:User|None, # An admin; None: the system
+    id:int, # Of the user
+)->None:
+    "Delete the name, the password and the sessions of a user; what the user did stays, without the name"
+    disable_user(store, by, id)
+    with store.write() as c:
+        row,new = _user_row(c, id),f'deleted-{id}'
+        for t in sessions,tokens: c.execute(delete(t).where(t.c.user_id == id))
+        c.execute(update(annotations).where(annotations.c.user_id == id, annotations.c.source == row.name).values(source=new))
+        c.execute(update(users).where(users.c.id == id).values(name=new, password=hash_password(secrets.token_urlsafe())))
+        audit(c, by, 'delete user', f'user:{id}')
+
 def create_token(
     store:Store, # Open store
     user:User, # Whose token it is
     name:str, # What it is for
-    role:str|None = None, # At most the user's own; None: the user's own
+    role:str = 'viewer', # At most the user's own; the chat API needs no more than this
     days:float|None = None, # Until it expires; None: never
 )->str: # The token, which can't be shown again
     "Make a token for a program"
-    role = role or user.role
     if role not in USER_ROLES: raise ValueError(f'{role!r:.40} is no role: {", ".join(USER_ROLES)}')
     if not allowed(user, role): raise PermissionError(f'{user.name} is {user.role}; a token of the role {role} would be more')
     if days is not None and not 0 < days <= 36500: raise ValueError(f'days is {days}; a token lasts more than 0 and at most 36,500 days')

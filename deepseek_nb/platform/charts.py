@@ -33,12 +33,12 @@ def ticks(
     count:int = 5, # Most steps
 )->list: # Values, ascending; the first is at most `low`, the last at least `high`
     "Round numbers that span a range"
-    if high <= low: low,high = (low - abs(low)/2, low + abs(low)/2) if low else (0., 1.)
+    if high - low <= 1e-9*max(abs(low), abs(high)): low,high = (low - abs(low)/2, low + abs(low)/2) if low else (0., 1.)
     raw = (high - low)/count
     power = 10.**math.floor(math.log10(raw))
     step = next(m*power for m in (1, 2, 5, 10) if m*power >= raw*(1 - 1e-9))
     first,last = math.floor(low/step + 1e-9),math.ceil(high/step - 1e-9)
-    return [round(i*step, 12) for i in range(first, last + 1)]
+    return [float(f'{i*step:.12g}') for i in range(first, last + 1)]
 
 # %% ../../nbs/834_platform.charts.ipynb #c0ea0974
 def _moment(value, span):

@@ -20,9 +20,11 @@ from sqlalchemy import func, select
 from . import labels as lab
 from . import layout
 from .access import allowed
+from .audit import noted
 from deepseek_nb.platform.datasets import (
     DATA_KINDS,
     SPLITS,
+    FaultyRows,
     import_dataset,
     list_datasets,
     list_versions,
@@ -30,7 +32,7 @@ from deepseek_nb.platform.datasets import (
     search_rows,
     version_report,
 )
-from .exchange import export_answers, export_rows, import_task, label_studio_config
+from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
 from .layout import Pages, badge, big, card, cards, facts, field, form, live, notice, page, press, redirect, table
 from .store import versions
 
@@ -67,7 +69,9 @@ def _import_form(request):
               field('file', 'File', 'file', help='JSON lines, CSV or Parquet, up to 256 MB; .gz is unpacked.'),
               field('hub', 'Or a name on the Hugging Face hub', help='Such as stanfordnlp/imdb.', autocomplete='off'),
               field('text', 'Column of the text', value='text'), field('label', 'Column of the label', value='label'),
-              field('split', 'Column of the split', help='Leave it empty, and each row gets a split that it keeps.')]
+              field('split', 'Column of the split', help='Leave it empty, and each row gets a split that it keeps.'),
+              field('skip', 'Leave out rows with faults', 'checkbox'),
+              field('merge', 'Labels that differ only in capitals and spaces are one', 'checkbox')]
     return form(request, '/datasets', *fields, button='Import', upload=True)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #56cd9a1d
@@ -86,14 +90,22 @@ def _source(form):
 def _datasets_import(request, form):
     "Import a version"
     store,(source,called),before = request.state.store,_source(form),_newest(request.state.store)
-    version = import_dataset(store, request.state.user, form.text('name', 120), source, form.text('kind', 20),
-                             form.get('text', '').strip() or 'text', form.get('label', '').strip() or 'label',
-                             split=form.get('split', '').strip() or None, called=called)
+    try: version = import_dataset(store, request.state.user, form.text('name', 120), source, form.text('kind', 20),
+                                  form.get('text', '').strip() or 'text', form.get('label', '').strip() or 'label',
+                                  split=form.get('split', '').strip() or None, called=called, skip='skip' in form, merge='merge' in form)
+    except FaultyRows as e: return _faults_page(request, e.faults)
     shown = version_report(store, version)
     if version > before: return redirect(f'/versions/{version}', f'Imported {shown["rows"]:,} rows as version {shown["number"]}.')
     return redirect(f'/versions/{version}', f'These rows are version {shown["number"]} already; nothing was added.', 'warn')
 
 # %% ../../nbs/837_platform.data_pages.ipynb #a859f5f5
+def _faults_page(request, faults, most=500):
+    "All that is wrong with a file"
+    told = notice(f'{len(faults):,} rows have faults, so nothing was imported. Correct the file, or choose what to do below.', 'bad')
+    rows = table(['Row', 'Fault'], [(f'{n:,}', why) for n,why in faults[:most]], caption=f'The first {most} faults' if len(faults) > most else '')
+    return page(request, 'Import', told, card('Faults', rows), card('Import again', _import_form(request)), trail=[('Datasets', '/datasets')],
+                status=400)
+
 @data_pages.get('/datasets/{id:int}', role='viewer')
 def _dataset_page(request, id):
     "The versions of a dataset"
@@ -102,8 +114,16 @@ def _dataset_page(request, id):
     if not own: raise KeyError(f'there is no dataset {id}; see the list of datasets')
     rows = [(fh.A(f'Version {v.number}', href=f'/versions/{v.id}'), v.rows, v.note or '–', fh.Code(v.digest[:12]), layout.when(v.created))
             for v in found]
+    gone = fh.Details(fh.Summary('Delete it'), fh.P('With all versions, tasks and answers.'),
+                      press(request, f'/datasets/{id}/delete', 'Delete for ever', 'danger')) if _may(request, 'admin') else ''
     return page(request, own[0].name, table(['Version', 'Rows', 'Note', 'Digest', 'Created'], rows, empty='No import was finished yet.'),
-                lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
+                gone, lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
+
+@data_pages.post('/datasets/{id:int}/delete', role='admin')
+def _dataset_delete(request, form, id):
+    "Delete a dataset"
+    trained = delete_dataset(request.state.store, request.state.user, id)
+    return redirect('/datasets', 'It is deleted.' + f" Models that were trained on it stay: {', '.join(trained)}."*bool(trained))
 
 # %% ../../nbs/837_platform.data_pages.ipynb #6aba591d
 def _findings_table(report):
@@ -165,6 +185,7 @@ def _version_export(request, id):
     "A file with all rows"
     format = request.query_params.get('format', 'jsonl')
     r,rows = version_report(request.state.store, id),export_rows(request.state.store, id, format)
+    noted(request.state.store, request.state.user, 'export', f'version:{id}', format=format, rows=r['rows'])
     name = re.sub(r'[^\w.-]+', '-', r['name'])
     return layout.download(f'{name}-{r["number"]}.{format}', rows, _FILES[format == 'csv'][1])
 
@@ -258,8 +279,8 @@ def _task_page(request, id):
 @data_pages.post('/tasks/{id:int}/version', role='developer')
 def _task_version(request, form, id):
     "Make a version with the labels"
-    version = lab.labelled_version(request.state.store, request.state.user, id)
-    return redirect(f'/versions/{version}', 'The labels are in this version.')
+    made = lab.labelled_version(request.state.store, request.state.user, id)
+    return redirect(f'/versions/{made.version}', f'{made}.', 'warn' if made.disputed else 'good')
 
 # %% ../../nbs/837_platform.data_pages.ipynb #b394a387
 @data_pages.post('/tasks/{id:int}/close', role='developer')
@@ -276,6 +297,7 @@ def _task_export(request, id):
     with request.state.store.read() as c: t = lab.task_of(c, id)
     if format == 'xml': return layout.download(f'task-{id}.xml', label_studio_config(t.kind, t.labels, t.question), 'application/xml')
     lines,(end,kind) = export_answers(request.state.store, id, format),_FILES[format == 'csv']
+    noted(request.state.store, request.state.user, 'export', f'task:{id}', format=format)
     return layout.download(f'task-{id}-{format}.{end}', lines, kind)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #b63ac12d
@@ -303,7 +325,8 @@ def _choices(name, legend, options, chosen):
     "One of several, each with a key"
     keys = [str(i + 1) if i < 9 else '' for i in range(len(options))]
     def line(value, text, key):
-        box = fh.Input(type='radio', name=name, value=value, checked=value == chosen, data_key=key or None, data_name=f'Choose {text}')
+        box = fh.Input(type='radio', name=name, value=value, checked=value == chosen, required=True, autocomplete='off',
+                       data_key=key or None, data_name=f'Choose {text}')
         return fh.Label(box, f' {text} ', fh.Kbd(key) if key else '')
     return fh.Fieldset(fh.Legend(legend), *[line(v, t, k) for (v,t),k in zip(options, keys, strict=True)])
 
@@ -337,28 +360,34 @@ def _answer_from(t, form):
     return {k: form.get(k, '') for k in keys}
 
 # %% ../../nbs/837_platform.data_pages.ipynb #1a150bd4
-def _work_page(request, t, work, value=None, began=None):
+def _work_page(request, t, work, began=None, error=''):
     "The page on which people label"
     id,store = t.id,request.state.store
-    guess = work.prediction if value is None else None
-    value = guess or value
+    guess = work.prediction if work.answer is None else None
+    value = guess or work.answer
     hidden = [field('record', '', 'hidden', work.record), field('began', '', 'hidden', began or store.now())]
     ask = form(request, f'/tasks/{id}/label', *hidden, *_asked(t, value), button='Confirm', key='Enter')
     acts = fh.Div(press(request, f'/tasks/{id}/skip', 'Skip', key='s', record=work.record),
                   press(request, f'/tasks/{id}/undo', 'Undo', key='u'), fh.A('Stop', href=f'/tasks/{id}', cls='button quiet'), cls='row')
-    told = notice('A model has chosen. Change it where it is wrong.', '') if guess else ''
+    told = notice(error, 'bad') if error else notice('A model has chosen. Change it where it is wrong.', '') if guess else ''
     return page(request, t.name, _record(t.kind, work.data, (value or {}).get('spans', ())), told, ask, acts,
-                lead=t.question, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')])
+                lead=t.question, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')], status=400 if error else 200)
 
 @data_pages.get('/tasks/{id:int}/label', role='annotator')
 def _label_page(request, id):
     "The next record"
     with request.state.store.read() as c: t = lab.task_of(c, id)
     work = lab.next_record(request.state.store, id, request.state.user)
-    if work: return _work_page(request, t, work)
+    if work: return redirect(f'/tasks/{id}/label/{work.record}')
     said = notice('This task is closed.', 'warn') if t.closed else notice('There is nothing left for you here.', 'good')
     undone = press(request, f'/tasks/{id}/undo', 'Undo', key='u')
     return page(request, t.name, said, undone, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')])
+
+@data_pages.get('/tasks/{id:int}/label/{record:int}', role='annotator')
+def _label_record(request, id, record):
+    "A record, with the answer that this person gave: whoever goes back sees and changes that"
+    with request.state.store.read() as c: t = lab.task_of(c, id)
+    return _work_page(request, t, lab.answered_record(request.state.store, request.state.user, id, record))
 
 # %% ../../nbs/837_platform.data_pages.ipynb #d704a441
 @data_pages.post('/tasks/{id:int}/label', role='annotator')
@@ -367,19 +396,19 @@ def _label_post(request, form, id):
     store,user = request.state.store,request.state.user
     with store.read() as c: t = lab.task_of(c, id)
     record,began,do = form.whole('record'),form.whole('began'),form.get('do', '')
-    value = _answer_from(t, form)
-    if t.kind == 'spans' and do: return _changed(request, t, form, record, began, value, do)
+    work = lab.answered_record(store, user, id, record)
+    try: value = _answer_from(t, form)
+    except ValueError as e: return _work_page(request, t, work, began, f'{e}'.capitalize() + '.')
+    if t.kind == 'spans' and do: return _changed(request, t, form, work, began, value, do)
     lab.annotate(store, user, id, record, value, (store.now() - began)/1e6)
     return redirect(f'/tasks/{id}/label')
 
-def _changed(request, t, form, record, began, value, do):
+def _changed(request, t, form, work, began, value, do):
     "The same page with one span more or less"
     spans = value['spans'] if isinstance(value['spans'], list) else []
     if do == 'add': spans = [*spans, dict(start=form.whole('start'), end=form.whole('end'), label=form.text('label'))]
     else: spans = [s for i,s in enumerate(spans) if do != f'remove {i}']
-    data = lab.data_of(request.state.store, t.id, record)
-    value = lab.clean_answer(t.kind, t.labels, dict(spans=spans), data)
-    return _work_page(request, t, lab.WorkItem(record, data, None, 0), value, began)
+    return _work_page(request, t, work._replace(answer=lab.clean_answer(t.kind, t.labels, dict(spans=spans), work.data)), began)
 
 # %% ../../nbs/837_platform.data_pages.ipynb #1ffd1ebf
 @data_pages.post('/tasks/{id:int}/skip', role='annotator')

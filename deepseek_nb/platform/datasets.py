@@ -7,8 +7,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KINDS', 'SPLITS', 'PERSONAL_KINDS', 'SEARCHED', 'house_row', 'row_digest', 'Spool', 'leaks', 'Imported',
-           'import_rows', 'DataRow', 'FoundRows', 'page_of_rows', 'search_rows', 'iter_rows', 'version_report',
-           'list_datasets', 'list_versions', 'import_dataset']
+           'import_rows', 'DataRow', 'holds', 'FoundRows', 'page_of_rows', 'search_rows', 'iter_rows', 'version_report',
+           'list_datasets', 'list_versions', 'import_dataset', 'FaultyRows']
 
 # %% ../../nbs/823_platform.datasets.ipynb #3a44c6b6
 import json
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from sqlalchemy import Text, cast, collate, func, insert, literal, select
+from sqlalchemy import JSON, Text, cast, collate, func, insert, literal, select
 
 from ..files.untrusted import ROW_LIMITS, check_value, untrusted_rows
 from .audit import audit, canonical_json
@@ -52,7 +52,7 @@ def house_row(
         named = text if need == 'text' else need
         if need not in row: raise ValueError(f'it has no column {named!r}, only {", ".join(map(repr, row))[:200]}')
     if not _content_of(row, kind).strip(): raise ValueError('its text is empty')
-    if isinstance(row.get('label'), int): row = row | dict(label=str(row['label']))
+    if isinstance(row.get('label'), int | str): row = row | dict(label=str(row['label']).strip())
     return row
 
 # %% ../../nbs/823_platform.datasets.ipynb #0ffe6456
@@ -324,10 +324,14 @@ class DataRow(NamedTuple):
     data:dict # Its columns
     split:str # Of `SPLITS`
 
-def _holds(kind, text):
-    "The condition that a row holds a text; only the letters a to z are alike in either case, in both databases"
-    plain = re.sub('[A-Z]+', lambda m: m[0].lower(), json.dumps(text, ensure_ascii=False)[1:-1])
-    data = cast(records.c.data, Text)
+def holds(
+    kind:str, # Of the database
+    text:str, # Any text
+    column=records.c.data, # Column of JSON or text
+): # Condition
+    "The condition that a column holds a text; only the letters a to z are alike in either case, in both databases"
+    inside = json.dumps(text, ensure_ascii=False)[1:-1] if isinstance(column.type, JSON) else text
+    plain,data = re.sub('[A-Z]+', lambda m: m[0].lower(), inside),cast(column, Text)
     return (func.instr(func.lower(data), plain) if kind == 'sqlite' else func.strpos(func.lower(collate(data, 'C')), plain)) > 0
 
 # %% ../../nbs/823_platform.datasets.ipynb #0310cb83
@@ -391,7 +395,7 @@ def search_rows(
 )->FoundRows:
     "Search some rows of a version, in the order of their ids"
     with store.read() as c:
-        query = _rows_of(c, version, split).where(_holds(store.kind, contains))
+        query = _rows_of(c, version, split).where(holds(store.kind, contains))
         found,end = _searched(c, query, version, after, limit, most)
         return FoundRows([DataRow(*r) for r in found], end)
 
@@ -472,21 +476,62 @@ def import_dataset(
     split:str|None = None, # Column that has the splits; None: they are made here, unless the source has them
     note:str = '', # What is new in this version
     called:str|None = None, # Name of the file, where the source is a binary file
+    skip:bool = False, # Whether rows with faults are left out, and the others imported
+    merge:bool = False, # Whether labels that differ in capitals and spaces only become one, as most rows write it
 )->int: # Id of the version; the same rows again: that of the version they have
     "Import a version of a dataset"
     if kind not in DATA_KINDS: raise ValueError(f'kind is {kind!r:.60}; it must be one of {", ".join(DATA_KINDS)}')
-    rows = _house_rows(_sourced(source, called or name, format), kind, text, label, split)
-    return import_rows(store, user, name, rows, kind, note).version
+    with tempfile.TemporaryFile('w+', dir=store.folder) as draft:
+        faults,spelt = _drafted(draft, _sourced(source, called or name, format), kind, text, label, split)
+        usual = {o: counts.most_common(1)[0][0] for counts in spelt.values() for o in counts}
+        if not merge: faults += _misspelt(draft, usual)
+        if faults and not skip: raise FaultyRows(sorted(faults))
+        left = f'{len(faults):,} rows with faults left out' if faults else ''
+        rows = _good_rows(draft, usual if merge else {}, {n for n,_ in faults})
+        return import_rows(store, user, name, rows, kind, '; '.join(filter(None, (note, left)))).version
 
 # %% ../../nbs/823_platform.datasets.ipynb #8fed62d8
-def _house_rows(rows, kind, text, label, split):
+class FaultyRows(ValueError):
+    "Rows that can't be imported, all of them"
+    def __init__(self,
+        faults:list, # Pairs of the number of a row and what is wrong with it
+    ):
+        self.faults = faults
+        more = f'; and {len(faults) - 3:,} more' if len(faults) > 3 else ''
+        super().__init__('; '.join(f'row {n}: {why}' for n,why in faults[:3]) + more)
+
+def _checked_row(row, kind, text, label, split):
+    "A row with its split, or an error"
+    row,where = row if isinstance(row, tuple) else (row, None)
+    if not isinstance(row, dict): raise ValueError(f'it is a {type(row).__name__}, not a dict')
+    check_value(row, ROW_LIMITS)
+    if split: where = row[split] if split in row else ''
+    if where is not None and (where := _SPLIT_NAMES.get(str(where).lower())) is None:
+        raise ValueError(f'its split must be one of {", ".join(SPLITS)}')
+    return house_row({k: v for k,v in row.items() if k != split}, kind, text, label),where
+
+def _drafted(draft, rows, kind, text, label, split):
+    "Write the good rows into a file; the faults, and how often each label is spelt how"
+    faults,spelt = [],{}
     for n,row in enumerate(rows, 1):
-        row,where = row if isinstance(row, tuple) else (row, None)
-        try:
-            if not isinstance(row, dict): raise ValueError(f'it is a {type(row).__name__}, not a dict')
-            check_value(row, ROW_LIMITS)
-            if split: where = row[split] if split in row else ''
-            if where is not None and (where := _SPLIT_NAMES.get(str(where).lower())) is None:
-                raise ValueError(f'its split must be one of {", ".join(SPLITS)}')
-            yield house_row({k: v for k,v in row.items() if k != split}, kind, text, label),where
-        except ValueError as e: raise ValueError(f'row {n}: {e}') from None
+        try: good,where = _checked_row(row, kind, text, label, split)
+        except ValueError as e: faults.append((n, str(e)))
+        else:
+            draft.write(json.dumps([n, good, where]) + '\n')
+            if isinstance(said := good.get('label'), str) and said: spelt.setdefault(' '.join(said.casefold().split()), Counter())[said] += 1
+    return faults,spelt
+
+# %% ../../nbs/823_platform.datasets.ipynb #0f2d2bd5
+def _lines(draft):
+    draft.seek(0)
+    return map(json.loads, draft)
+
+def _misspelt(draft, usual):
+    "Rows whose label is written otherwise than in most"
+    return [(n, f'its label {said!r:.60} is mostly written {usual[said]!r:.60}; correct it, or merge the labels')
+            for n,row,_ in _lines(draft) if isinstance(said := row.get('label'), str) and usual.get(said, said) != said]
+
+def _good_rows(draft, usual, out):
+    for n,row,where in _lines(draft):
+        said = row.get('label')
+        if n not in out: yield (row | dict(label=usual.get(said, said)) if isinstance(said, str) else row),where

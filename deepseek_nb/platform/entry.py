@@ -17,6 +17,7 @@ from sqlalchemy import delete, insert, select
 
 from . import access
 from .audit import audit, first_broken
+from .exchange import erase_text
 from .layout import Pages, badge, card, cookie_name, facts, field, form, notice, page, press, redirect, table, when
 
 # %% ../../nbs/836_platform.entry.ipynb #723af5af
@@ -109,7 +110,7 @@ def _account_page(request):
              badge('revoked') if t.revoked else press(request, f'/account/tokens/{t.id}/revoke', 'Revoke', 'danger'))
             for t in access.tokens_of(store, user)]
     new = form(request, '/account/tokens', field('name', 'Name', help='Such as the program that will use it.', required=True),
-               field('role', 'Role', 'select', user.role, options=roles), field('days', 'Days until it expires', 'number', 90),
+               field('role', 'Role', 'select', 'viewer', options=roles), field('days', 'Days until it expires', 'number', 90),
                button='Create')
     own = fh.Input(name='user', value=user.name, autocomplete='username', hidden=True)
     change = form(request, '/account/password', own,
@@ -155,7 +156,9 @@ def _users_page(request):
         roles = form(request, f'/users/{u.id}/role', choice, button='Set', tone='quiet', cls='row')
         able = press(request, f'/users/{u.id}/disable', 'Enable' if u.disabled else 'Disable', 'quiet' if u.disabled else 'danger',
                      disabled='' if u.disabled else 'yes')
-        return u.name,roles,when(u.created),badge('disabled', 'warn') if u.disabled else badge('active', 'good'),able
+        more = fh.Details(fh.Summary('More'), press(request, f'/users/{u.id}/password', 'New password'),
+                          press(request, f'/users/{u.id}/delete', 'Delete', 'danger'), aria_label=f'More for {u.name}')
+        return u.name,roles,when(u.created),badge('disabled', 'warn') if u.disabled else badge('active', 'good'),fh.Div(able, more)
     new = form(request, '/users', field('name', 'Name', required=True, autocomplete='off'),
                field('password', 'First password', 'password', help='At least 12 characters; the user should change it.', required=True,
                      autocomplete='new-password'),
@@ -171,6 +174,21 @@ def _user_create(request, form):
     state,name,role = request.state,form.text('name', 100),form.text('role', 20)
     user = access.create_user(state.store, state.user, name, form.get('password', ''), role)
     return redirect('/users', f'{user.name} can log in now.')
+
+
+@entry_pages.post('/users/{id:int}/password', role='admin')
+def _user_password(request, form, id):
+    "A new password for somebody who has forgotten it"
+    name = next((u.name for u in access.users_of(request.state.store, id - 1, 1) if u.id == id), '')
+    new = access.reset_password(request.state.store, request.state.user, name)
+    told = notice('Copy it now. It is shown only once, and ends all sessions and tokens.', 'warn')
+    return page(request, f'New password of {name}', told, fh.Pre(new, id='token'), trail=[('Users', '/users')])
+
+@entry_pages.post('/users/{id:int}/delete', role='admin')
+def _user_delete(request, form, id):
+    "Delete a user"
+    access.delete_user(request.state.store, request.state.user, id)
+    return redirect('/users', 'The user is deleted. Answers and the audit log keep a number, and no name.')
 
 # %% ../../nbs/836_platform.entry.ipynb #5afb3328
 @entry_pages.post('/users/{id:int}/role', role='admin')
@@ -249,7 +267,9 @@ def _settings_page(request):
                          'are kept.'),
               field('keep_days', 'Days until they are deleted', 'number', read_setting(store, 'keep_days'))]
     about = facts({'Database': store.kind, 'Folder': str(store.folder)})
-    return page(request, 'Settings', card('Texts', form(request, '/settings', *fields)),
+    gone = form(request, '/settings/erase', field('erase', 'Text', required=True, help='A name, an address or a whole record, as it is '
+                'written; capitals don\'t matter.'), button='Search')
+    return page(request, 'Settings', card('Texts', form(request, '/settings', *fields)), card('Erase a text everywhere', gone),
                 card('Store', about, press(request, '/settings/check', 'Check the database')))
 
 @entry_pages.post('/settings', role='admin')
@@ -260,6 +280,16 @@ def _settings_write(request, form):
     write_setting(store, user, 'keep_texts', bool(form.get('keep_texts')) and (before or store.now()))
     write_setting(store, user, 'keep_days', form.whole('keep_days', 1, 3650))
     return redirect('/settings', 'Saved.')
+
+@entry_pages.post('/settings/erase', role='admin')
+def _settings_erase(request, form):
+    "Show where a text is, and then erase it"
+    store,text,sure = request.state.store,form.text('erase'),'sure' in form
+    found = erase_text(store, request.state.user, text, dry=not sure)
+    rows = facts({k.capitalize(): ', '.join(v) or None if isinstance(v, list) else f'{v:,}' for k,v in found.items()})
+    told = notice('It is erased. Models that were trained on it, and backups, may still hold it.', 'warn') if sure else \
+        press(request, '/settings/erase', 'Erase for ever', 'danger', erase=text, sure='yes')
+    return page(request, 'Erase a text', card('Found', rows), told, trail=[('Settings', '/settings')])
 
 @entry_pages.post('/settings/check', role='admin')
 def _settings_check(request, form):

@@ -54,10 +54,10 @@ class FormData(dict):
         most:float = 1e18, # Greatest value
     )->float:
         "A number"
-        value = self.get(name, '')
+        value,shown = self.get(name, ''),name.removeprefix('set_').replace('_', ' ') # settings of a run stand beside its own fields
         try: found = float(value)
-        except ValueError: raise ValueError(f'{name} is {value!r:.40}, which is no number') from None
-        if not least <= found <= most: raise ValueError(f'{name} is {found:g}; it must lie between {least:g} and {most:g}')
+        except ValueError: raise ValueError(f'{shown} is {value!r:.40}, which is no number') from None
+        if not least <= found <= most: raise ValueError(f'{shown} is {found:g}; it must lie between {least:g} and {most:g}')
         return found
 
     def whole(self,
@@ -67,7 +67,7 @@ class FormData(dict):
     )->int:
         "A whole number"
         found = self.number(name, least, most)
-        if found != int(found): raise ValueError(f'{name} is {found:g}, which is no whole number')
+        if found != int(found): raise ValueError(f'{name.removeprefix("set_")} is {found:g}, which is no whole number')
         return int(found)
 
     def file(self,

@@ -112,6 +112,7 @@ def submit(
     parent:int|None = None, # Job that this one continues or judges
     priority:int = 0, # Jobs of higher priority run first
     cores:int|None = None, # Cores that the job gets; None: those of its kind
+    once:float = 0., # Seconds in which the same job of the same user is one: a button that was pressed twice
 )->int: # Number of the job
     "Put a job into the queue"
     found,given = find_kind(kind),dict(version=version, model=model, parent=parent)
@@ -121,7 +122,12 @@ def submit(
                cores=max(1, cores or found.cores), version_id=version, model_id=model, parent_id=parent, commit=code_version(),
                attempts=0, created=store.now(), cancel=False, user_id=user and user.id)
     with store.write() as c:
+        lock_rows(c, 'submit')
         for table,wanted in ((versions, version), (models, model), (jobs, parent)): _known_row(c, table, wanted)
+        same = {k: row[k] for k in ('kind', 'name', 'config', 'version_id', 'model_id', 'parent_id')}
+        late = select(jobs).where(jobs.c.user_id == row['user_id'], jobs.c.created > row['created'] - once*1e6).order_by(jobs.c.id)
+        for old in c.execute(late) if once else ():
+            if all(getattr(old, k) == v for k,v in same.items()): return old.id
         number = c.execute(insert(jobs).values(row).returning(jobs.c.id)).scalar_one()
         audit(c, user, 'job.submit', f'job:{number}', kind=kind, name=row['name'])
     return number

@@ -8,24 +8,22 @@ and `labelled_version` makes a version of the dataset with the labels."""
 
 # %% auto #0
 __all__ = ['SKIPPED', 'clean_answer', 'create_task', 'task_of', 'list_tasks', 'close_task', 'WorkItem', 'next_record',
-           'keep_answer', 'data_of', 'annotate', 'skip', 'undo', 'task_progress', 'uncertainty', 'predict',
+           'keep_answer', 'answered_record', 'annotate', 'skip', 'undo', 'task_progress', 'uncertainty', 'predict',
            'TaskAgreement', 'agreement_of', 'Dispute', 'disagreements', 'adjudicate', 'final_answer', 'iter_answers',
-           'labelled_version']
+           'LabelledVersion', 'labelled_version']
 
 # %% ../../nbs/824_platform.labels.ipynb #25672db9
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from ..eval.intervals import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
+from .audit import audit, noted
+from .datasets import DATA_KINDS, import_rows
+from .store import Store, annotations, datasets, leases, predictions, queue, records, tasks, version_rows, versions
+from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
 from statistics import median_low
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
-
-from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
-
-from ..eval.intervals import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
-from .audit import audit
-from .datasets import DATA_KINDS, import_rows
-from .store import Store, annotations, datasets, leases, predictions, queue, records, tasks, version_rows, versions
 
 # %% ../../nbs/824_platform.labels.ipynb #9f477828
 _FIXED = dict(preference=['a', 'b', 'tie'], chat=['1', '2', '3', '4', '5'])
@@ -140,6 +138,7 @@ class WorkItem(NamedTuple):
     data:dict # Its columns
     prediction:dict|None # A model's answer
     until:int # When the lease ends, microseconds
+    answer:dict|None = None # What this person has said about it
 
 def _free(task, user, now):
     "The records of a task that a person may get, in order"
@@ -226,13 +225,19 @@ def _data(c, row, record):
     if data is None: raise KeyError(f'task {row.id} has no record {record}; ask for the next one')
     return data
 
-def data_of(
+def answered_record(
     store:Store, # Open store
+    user, # Who works
     task:int, # Id
     record:int, # Id
-)->dict: # Its columns
-    "Look up a record of a task"
-    with store.read() as c: return _data(c, task_of(c, task), record)
+)->WorkItem: # With the person's own answer; the lease is as it was
+    "Show a record of a task, answered or not"
+    mine = select(annotations.c.value).where(annotations.c.task_id == task, annotations.c.record_id == record,
+                                             annotations.c.source == user.name)
+    with store.read() as c:
+        _data(c, task_of(c, task), record)
+        said = c.scalar(mine)
+        return _work(c, task, record, 0)._replace(answer=None if said == SKIPPED else said)
 
 # %% ../../nbs/824_platform.labels.ipynb #f76fff18
 def annotate(
@@ -370,7 +375,7 @@ def predict(
             for r in rows:
                 c.execute(update(queue).where(queue.c.task_id == task, queue.c.record_id == r['record_id']).values(rank=-r['uncertainty']))
         n += len(rows)
-    with store.write() as c: audit(c, user, 'predict', f'task:{task}', model=name, rows=n)
+    noted(store, user, 'predict', f'task:{task}', model=name, rows=n)
     return n
 
 # %% ../../nbs/824_platform.labels.ipynb #c32157b9
@@ -508,15 +513,32 @@ def iter_answers(
         last = part[-1].id
 
 # %% ../../nbs/824_platform.labels.ipynb #cb3bd087
+class LabelledVersion(NamedTuple):
+    "A version with the labels of a task, and what isn't in it"
+    version:int # Id
+    rows:int # Records with an answer that counts
+    disputed:int # Records left out, as nobody has settled what people said differently
+    silent:int # Records left out, as nobody has answered
+
+    def __str__(self):
+        left = [f'{n:,} {what}' for n,what in ((self.disputed, 'in dispute'), (self.silent, 'without an answer')) if n]
+        return f'{self.rows:,} rows have their labels' + f'; left out: {" and ".join(left)}'*bool(left)
+
 def labelled_version(
     store:Store, # Open store
     user, # Who makes it; None: the system
     task:int, # Id
-)->int: # Id of the version
+)->LabelledVersion:
     "Make a version of the dataset with the records that have an answer that counts"
     with store.read() as c:
         row = task_of(c, task)
         of = c.execute(select(datasets.c.name, datasets.c.kind).join(versions, versions.c.dataset_id == datasets.c.id)
                        .where(versions.c.id == row.version_id)).one()
-    rows = (r.data | a for r,said in iter_answers(store, task) if (a := final_answer(said, row.kind)))
-    return import_rows(store, user, of.name, rows, of.kind, f'labelled by task {row.name!r}', row.version_id).version
+    counts = Counter()
+    def rows():
+        for r,said in iter_answers(store, task):
+            answer = final_answer(said, row.kind)
+            counts['rows' if answer else 'disputed' if said else 'silent'] += 1
+            if answer: yield r.data | answer
+    found = import_rows(store, user, of.name, rows(), of.kind, f'labelled by task {row.name!r}', row.version_id)
+    return LabelledVersion(found.version, *(counts[k] for k in ('rows', 'disputed', 'silent')))

@@ -407,6 +407,8 @@ def _status(error):
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return 507
     return error.status_code if isinstance(error, HTTPException) else next((n for kind,n in kinds if isinstance(error, kind)), 500)
 
+_SENTENCES = 'this ','these ','there ','the ','give ','choose ','log ','too '
+
 def _words(error, status):
     "The first line of an error, for a visitor"
     if status == 500:
@@ -415,7 +417,7 @@ def _words(error, status):
         return f'Something went wrong here, and it is our fault. The log has the details under {number}.'
     text = error.detail if isinstance(error, HTTPException) else error.args[0] if error.args else ''
     line = str(text).split('\n')[0][:500] or 'this is not possible'
-    return line[0].upper() + line[1:]
+    return line[0].upper() + line[1:] if line.startswith(_SENTENCES) else line # others begin with a name or a field
 
 # %% ../../nbs/835_platform.layout.ipynb #327b2ab7
 _HEADS = {400: 'That did not work', 401: 'Log in first', 403: 'Not allowed', 404: 'Not found', 405: 'Not found', 413: 'Too large',

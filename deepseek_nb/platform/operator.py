@@ -91,7 +91,8 @@ class LiveProbes:
         def read():
             if job.state != 'done': raise RuntimeError(f'job {job.id} {job.state}: {(job.error or "").strip().splitlines()[-1:]}')
             found = job.result['measures']
-            if name not in found: raise KeyError(f'the task {limit.group} has no score {limit.name}')
+            why = job.result.get('failed', {}).get(limit.group) or f'it has no score {limit.name}'
+            if name not in found: raise KeyError(f'the task {limit.group} was not measured: {why}')
             return found[name]
         low,high = (bound if given is None else given for bound,given in ((-most, limit.min), (most, limit.max)))
         return Probe(name, place, read, 1, low, high)
@@ -102,6 +103,7 @@ class OperatorSettings(NamedTuple):
     internal:tuple = () # Hosts of webhooks and of MLflow that may have internal addresses
     mlflow:str = '' # Address to which runs are copied; '': nowhere
     opentelemetry:bool = False # Whether the numbers of each minute go to OpenTelemetry
+    second_person:bool = False # Whether somebody else must approve a release
     prices:Prices = Prices() # What tokens cost
 
 def _checked(s):
@@ -120,7 +122,7 @@ def operator_settings(
 )->OperatorSettings:
     "Read the files of an operator"
     file,prices = Path(folder)/'platform.toml',Path(folder)/'prices.toml'
-    found = read_toml(file, dict(internal=list, mlflow=str, opentelemetry=bool)) if file.exists() else {}
+    found = read_toml(file, dict(internal=list, mlflow=str, opentelemetry=bool, second_person=bool)) if file.exists() else {}
     found |= {k: v for k,v in given.items() if v}
     found['internal'] = tuple(str(h).lower() for h in found.get('internal', ()))
     return _checked(OperatorSettings(**found, prices=Prices.read(prices) if prices.exists() else Prices()))

@@ -23,8 +23,8 @@ from . import layout as ui
 from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
 from .layout import Pages, badge, card, cards, facts, field, form, notice, page, press, redirect, table, when
-from .registry import add_model, card_of, check_gates, lineage_of, measures_of, model_of, models_of
-from .rollout import MODES, end_release, gates_of, history_of, release, roll_back, set_share
+from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
+from .rollout import MODES, approve, delete_model, end_release, gates_of, history_of, needs_second, release, roll_back, set_share
 from .runs import SPLITS_OF
 from .store import datasets, jobs, models, releases, versions
 
@@ -146,7 +146,7 @@ def _start_run(request, form):
     kind = find_kind(form.text('kind', 60))
     version,model = (form.whole(k, 1) if form.get(k) else None for k in ('version', 'model'))
     config = _config_from(form, kind.config) if kind.config else {}
-    number = submit(request.state.store, request.state.user, kind.name, config, str(form.get('name', '')).strip(), version, model)
+    number = submit(request.state.store, request.state.user, kind.name, config, str(form.get('name', '')).strip(), version, model, once=10)
     return redirect(f'/runs/{number}', f'Run {number} waits in the queue.')
 
 # %% ../../nbs/838_platform.run_pages.ipynb #2fd8bf64
@@ -164,8 +164,14 @@ def _charts(store, job):
     if rest: shown.append(fh.Details(fh.Summary('More curves'), *[curve({k: _thinned(*found[k])}, k.replace('_', ' ')) for k in rest]))
     return shown
 
-def _watched(store, row):
+def _watched(request, row):
     "What changes while a run goes on"
+    store,buttons = request.state.store,[]
+    if row.state in ('queued', 'running') and not row.cancel: buttons.append(press(request, f'/runs/{row.id}/cancel', 'Cancel', 'danger'))
+    if row.state in ('failed', 'cancelled'): buttons.append(press(request, f'/runs/{row.id}/continue', 'Continue'))
+    measured = (row.result or {}).get('measures') or {}
+    failed = [notice(f'{part} was not measured: {why}', 'warn') for part,why in ((row.result or {}).get('failed') or {}).items()]
+    results = [*failed, card('Measured', table(['Measure', 'Value'], measured.items()))] if measured else failed
     said = JobLog(job_folder(store, row.id)/'log').read(-6000).text
     tail = '\n'.join(said.splitlines()[-40:])
     memory = None if row.memory is None else f'{row.memory/2**20:,.0f} MB'
@@ -173,13 +179,13 @@ def _watched(store, row):
     error = notice(row.error, 'bad') if row.error else ''
     last = fh.Pre(tail or 'Nothing yet.', tabindex='0', role='region', aria_label='The last lines of the log')
     log = card('Log', last, fh.P(fh.A('Whole log', href=f'/runs/{row.id}/log')))
-    return [about, error, *_charts(store, row.id), log]
+    return [*buttons, about, error, *results, *_charts(store, row.id), log, card('Lineage', facts(_origin(store, row)))]
 
 @run_pages.get('/runs/{id:int}/live', role='viewer')
 def _run_live(request, id):
     "The part of a run's page that changes"
     row = job_of(request.state.store, id)
-    parts = _watched(request.state.store, row)
+    parts = _watched(request, row)
     return ui.live(f'/runs/{id}/live', *parts) if row.state in ('queued', 'running') else fh.Div(*parts, cls='stack')
 
 # %% ../../nbs/838_platform.run_pages.ipynb #eeff6c49
@@ -199,16 +205,9 @@ def _origin(store, row):
 @run_pages.get('/runs/{id:int}', role='viewer')
 def _run_page(request, id):
     "A run"
-    store,row = request.state.store,job_of(request.state.store, id)
-    buttons = []
-    if row.state in ('queued', 'running') and not row.cancel: buttons.append(press(request, f'/runs/{id}/cancel', 'Cancel', 'danger'))
-    if row.state in ('failed', 'cancelled'): buttons.append(press(request, f'/runs/{id}/continue', 'Continue'))
-    measured = [(k, v) for k,v in ((row.result or {}).get('measures') or {}).items()]
-    results = card('Measured', table(['Measure', 'Value'], measured)) if measured else ''
+    row = job_of(request.state.store, id)
     settings = card('Settings', facts({k.replace('_', ' '): str(v) for k,v in row.config.items() if v not in (None, '')}))
-    lineage = card('Lineage', facts(_origin(store, row)))
-    return page(request, f'Run {id}: {row.name}', *buttons, _run_live(request, id), results, cards(lineage, settings),
-                trail=[('Runs', '/runs')])
+    return page(request, f'Run {id}: {row.name}', _run_live(request, id), settings, trail=[('Runs', '/runs')])
 
 # %% ../../nbs/838_platform.run_pages.ipynb #29addf34
 @run_pages.get('/runs/{id:int}/log', role='viewer')
@@ -276,7 +275,7 @@ def _add_public(request, form):
 
 # %% ../../nbs/838_platform.run_pages.ipynb #861828bb
 def _gate_table(gates):
-    def shown(g): return badge('passed', 'good') if g.passed else badge(g.why if 'measured' in g.why else 'failed', 'bad')
+    def shown(g): return badge('passed', 'good') if g.passed else badge('failed', 'bad') if 'measured' not in g.why else notice(g.why, 'bad')
     rows = [(g.group, g.name, g.limit, '–' if g.value is None else f'{g.value:.4g}', shown(g)) for g in gates]
     return table(['Group', 'Measure', 'Limit', 'Value', 'Gate'], rows, empty='No gates: write gates.toml in the folder of the store.')
 
@@ -284,6 +283,7 @@ def _release_form(request, model, gates):
     "A form for a release, or why it would be refused"
     failed = [g.name for g in gates if not g.passed]
     told = notice(f"A live or staged release would be refused: {', '.join(failed)}.", 'warn') if failed else ''
+    if needs_second(request.state.store): told = [told, notice('Somebody else must approve a live or staged release.')]
     fields_ = [field('place', 'Place', value='assistant', help='The name that clients see.', required=True),
                field('mode', 'Mode', 'select', 'live', 'Shadow: its answers are recorded, not sent.', MODES),
                field('share', 'Share of a staged release, in per cent', 'number', 10), field('reason', 'Reason')]
@@ -304,14 +304,24 @@ def _model_page(request, id):
     gates,seen = check_gates(store, id, gates_of(store)),measures_of(store, id)
     rows = [(n, _value(r), ', '.join(f'{k} {v}' for k,v in r.detail.items() if v not in (None, ''))) for n,r in seen.items()]
     here = [r for r in _placed(store)[0] if r.model_id == id]
-    where = [notice(f'{r.mode} at {r.place}' + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else ''), 'good',
+    where = [notice(f"{r.mode.replace('?', ', which waits for a second person,')} at {r.place}" + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else ''), 'good',
                     fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here]
     more = fh.P(fh.A('Measure it', href=f'/runs/new?kind=evaluate&model={id}', cls='button quiet'), ' ',
                 fh.A('Train it further', href=f'/runs/new?kind=finetune&model={id}', cls='button quiet'))
-    measured = card('Measured', table(['Measure', 'Value', 'Details'], rows, empty='Nothing was measured.'), more)
-    last = cards(_release_form(request, id, gates), card('Lineage', facts(_links(store, row))))
+    every = [(r.name, _value(r), fh.A(f'run {r.job_id}', href=f'/runs/{r.job_id}') if r.job_id else None, when(r.at))
+             for r in all_measures(store, id)[:200]]
+    past = fh.Details(fh.Summary('All evaluations'), table(['Measure', 'Value', 'Run', 'When'], every)) if every else ''
+    measured = card('Measured', table(['Measure', 'Value', 'Details'], rows, empty='Nothing was measured.'), past, more)
+    gone = fh.Details(fh.Summary('Delete the files'), press(request, f'/models/{id}/delete', 'Delete for ever', 'danger'))
+    last = cards(_release_form(request, id, gates), card('Lineage', facts(_links(store, row)), gone))
     parts = *where,measured,card('Gates', _gate_table(gates)),last
     return page(request, f'{row.name} {row.number}', *parts, trail=[('Models', '/models')])
+
+@run_pages.post('/models/{id:int}/delete', role='admin')
+def _model_delete(request, form, id):
+    "Delete the files of a model"
+    delete_model(request.state.store, request.state.user, id)
+    return redirect('/models', 'The files are deleted; the history stays.')
 
 @run_pages.get('/models/{id:int}/card', role='viewer')
 def _model_card(request, id):
@@ -323,8 +333,9 @@ def _release_model(request, form, id):
     "Release a model"
     place,mode = form.text('place', 100),form.text('mode', 20)
     share = form.number('share', 0, 100)/100 if mode == 'staged' else 1.
-    release(request.state.store, request.state.user, place, id, mode, share, reason=str(form.get('reason', '')))
-    return redirect(f'/models/{id}', f'Released: {mode} at {place}.')
+    number = release(request.state.store, request.state.user, place, id, mode, share, reason=str(form.get('reason', '')))
+    waits = history_of(request.state.store, place, number + 1, 1)[0].mode.endswith('?')
+    return redirect(f'/models/{id}', f'{mode} at {place} waits for a second person.' if waits else f'Released: {mode} at {place}.')
 
 # %% ../../nbs/838_platform.run_pages.ipynb #d2e2dd8e
 @run_pages.get('/places/{place}', role='viewer')
@@ -338,8 +349,14 @@ def _place_page(request, place):
     rows = [(str(r.id), r.mode, f'{r.share:.0%}', links[r.model_id], badge('active', 'good') if r.ended is None else 'ended', r.reason,
              when(r.created)) for r in found[:50]]
     modes = {r.mode: r for r in found if r.ended is None}
+    waiting = [card('Waits for a second person', fh.P(f'{r.mode[:-1].capitalize()}: ', links[r.model_id]),
+                    press(request, f'{url}/approve', 'Approve', '', release=r.id), press(request, f'{url}/end', 'Withdraw', mode=r.mode[:-1]))
+               for r in modes.values() if r.mode.endswith('?')]
     told = fh.P('Ends a staged release, or makes the live release before this one live again.')
-    parts = [card('Back', told, press(request, f'{url}/back', 'Roll back', 'danger'))]
+    parts = [*waiting, card('Back', told, press(request, f'{url}/back', 'Roll back', 'danger'))]
+    if 'live' in modes:
+        down = fh.P('Nothing answers here any more; the history stays.')
+        parts.append(card('Take it down', down, press(request, f'{url}/end', 'Take down', 'danger', mode='live')))
     if staged := modes.get('staged'):
         share = field('share', 'Share of the owners, in per cent', 'number', f'{100*staged.share:g}')
         parts.append(card('Staged', form(request, f'{url}/share', share), press(request, f'{url}/end', 'End it', mode='staged')))
@@ -368,3 +385,9 @@ def _place_end(request, form, place):
     "End the staged or the shadow release"
     end_release(request.state.store, request.state.user, place, form.text('mode', 20))
     return _back_to(place, 'The release has ended.')
+
+@run_pages.post('/places/{place}/approve', role='developer')
+def _place_approve(request, form, place):
+    "Approve what somebody else has asked for"
+    approve(request.state.store, request.state.user, form.whole('release', 1))
+    return _back_to(place, 'The release is approved, and answers.')

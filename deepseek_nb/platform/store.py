@@ -107,9 +107,9 @@ models = _table('models', _id(), _str('name'), _int('number'), _to('job_id', 'jo
                 _str('path'), _json('card', default=dict), _int('created'), _user(), UniqueConstraint('name', 'number'))
 
 # %% ../../nbs/820_platform.store.ipynb #2818795f
-measures = _table('measures', _to('model_id', 'models', primary_key=True), _str('name', primary_key=True),
+measures = _table('measures', _id(), _to('model_id', 'models'), _str('name'),
                   _float('value', nullable=True), _float('low', nullable=True), _float('high', nullable=True),
-                  _json('detail', default=dict), _int('at'), rowid=False)
+                  _json('detail', default=dict), _int('at'), _int('job_id', nullable=True), Index('measures_by_model', 'model_id', 'id'))
 releases = _table('releases', _id(), _str('place'), _to('model_id', 'models', index=True), _str('mode'), _float('share', default=1.),
                   _json('gates', default=list), _str('reason', default=''), _int('created'), _int('ended', nullable=True), _user(),
                   Index('releases_by_place', 'place', 'ended', 'id'))
@@ -348,7 +348,14 @@ def _explained(store):
 def _schema(c): # None: no tables yet
     if c.dialect.has_table(c, 'settings'): return c.scalar(select(settings.c.value).where(settings.c.name == 'schema'))
 
-MIGRATIONS = {} # Version -> function of a connection that changes the tables of the version before
+def _keep_measures(c): # a second evaluation replaced the figures of the first
+    old = sa.table('measures', *(sa.column(o.name, o.type) for o in measures.c if o.name not in ('id', 'job_id')))
+    rows = [dict(row) for row in c.execute(select(old).order_by(old.c.at)).mappings()]
+    c.exec_driver_sql('DROP TABLE measures')
+    measures.create(c)
+    if rows: c.execute(insert(measures), rows)
+
+MIGRATIONS = {2: _keep_measures} # Version -> function of a connection that changes the tables of the version before
 def upgrade(
     store:Store, # Open store
     steps:dict|None = None, # Steps by version; None: `MIGRATIONS`

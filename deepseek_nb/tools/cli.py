@@ -12,6 +12,7 @@ __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'ge
 
 # %% ../../nbs/960_tools.cli.ipynb #a597de3f
 import json
+import re
 import sys
 from inspect import signature
 from math import isfinite
@@ -385,13 +386,17 @@ def run_platform(
     internal:str = '', # Hosts of webhooks and MLflow that may have internal addresses, separated by commas; default: none
     mlflow:str = '', # Address of an MLflow server to which runs are copied; default: nowhere
     opentelemetry:bool = False, # Give the numbers of each minute to OpenTelemetry
+    reset:str = '', # Name of a user who can't log in; prints a new password, and starts nothing
 ):
     "Run the platform: label, train, judge, release and watch, in one process"
     from deepseek_nb.tools.serving import missing_packages
     if missing := missing_packages(('starlette', 'uvicorn', 'fasthtml', 'sqlalchemy', 'prometheus_client')):
         raise ValueError(f"the platform needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[platform]'")
+    if re.search('://[^/@]*:[^/@]*@', url):
+        raise ValueError('the password in --url is seen by everybody who lists the processes: put the address into the variable DEEPSEEK_NB_DATABASE')
     from deepseek_nb.apps.filter import ToxicityNet
-    from deepseek_nb.platform.start import start_platform
+    from deepseek_nb.platform.start import print_password, start_platform
+    if reset: return print_password(folder, url, reset)
     net,hosts = ToxicityNet.load(),tuple(filter(None, names.split(',')))
     scans = dict(toxic=lambda text: net.peak(text) >= net.least)
     decided = dict(internal=[h for h in internal.split(',') if h], mlflow=mlflow, opentelemetry=opentelemetry)
