@@ -16,14 +16,16 @@ __all__ = ['SKIPPED', 'clean_answer', 'create_task', 'task_of', 'list_tasks', 'c
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from statistics import median_low
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
+
 from ..eval.intervals import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
 from .audit import audit, noted
 from .datasets import DATA_KINDS, import_rows
 from .store import Store, annotations, datasets, leases, predictions, queue, records, tasks, version_rows, versions
-from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
-from statistics import median_low
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 # %% ../../nbs/824_platform.labels.ipynb #9f477828
 _FIXED = dict(preference=['a', 'b', 'tie'], chat=['1', '2', '3', '4', '5'])

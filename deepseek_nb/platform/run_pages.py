@@ -24,7 +24,18 @@ from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
 from .layout import Pages, badge, card, cards, facts, field, form, notice, page, press, redirect, table, when
 from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
-from .rollout import MODES, approve, delete_model, end_release, gates_of, history_of, needs_second, release, roll_back, set_share
+from deepseek_nb.platform.rollout import (
+    MODES,
+    approve,
+    delete_model,
+    end_release,
+    gates_of,
+    history_of,
+    needs_second,
+    release,
+    roll_back,
+    set_share,
+)
 from .runs import SPLITS_OF
 from .store import datasets, jobs, models, releases, versions
 

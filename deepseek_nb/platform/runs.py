@@ -34,7 +34,7 @@ from ..eval.classify import class_probabilities, classified, interval, macro_f1
 from ..eval.intervals import bootstrap, wilson
 from ..eval.perturb import with_typos
 from ..eval.report import eval_task
-from ..eval.swaps import feeling_texts, load_swaps, swapped_versions
+from ..eval.classify import feeling_texts, load_swaps, swapped_versions
 from ..eval.tasks import FORMS, score_interval
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ from ..train.callbacks import Callback
 from ..train.convert import convert
 from ..train.data import Batches, packed, to_dataset, tokenised
 from ..train.distill import distillation_loss
-from ..train.duplicates import folded
+from ..train.corpora import folded
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
 from ..train.resume import checkpoints, write_whole
