@@ -11,7 +11,7 @@ from deepseek_nb.bench import BENCHMARKS, Comparison
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'
-PAGE = json.loads((ROOT/'nbs'/'980_tools.claims.ipynb').read_text(encoding='utf-8'))['cells']
+PAGE = json.loads((ROOT/'nbs/site/980_tools.claims.ipynb').read_text(encoding='utf-8'))['cells']
 
 
 @pytest.fixture(scope='module')
@@ -199,7 +199,7 @@ def test_every_chapter_is_there(claims):
 def test_the_page_is_what_the_results_say(claims):
     shown = [''.join(o['data']['text/markdown']) for c in PAGE for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
     for which in (claims.ARTICLE, claims.STUDIES, claims.OURS):
-        assert '\n'.join(map(str, claims.claims(which, RESULTS))) in shown, 'nbs/980_tools.claims.ipynb is stale: run it'
+        assert '\n'.join(map(str, claims.claims(which, RESULTS))) in shown, 'nbs/site/980_tools.claims.ipynb is stale: run it'
 
 
 def test_whole_results_are_read(claims):
