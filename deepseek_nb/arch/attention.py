@@ -9,7 +9,7 @@ counts the FLOPs of both forms, and `MLA` uses the cheaper form unless the `Cont
 
 # %% auto #0
 __all__ = ['causal_mask', 'document_mask', 'one_document', 'Context', 'attend', 'attend_sdpa', 'GQA', 'MLA', 'norm_rotate',
-           'attend_latent', 'mla_flops', 'cheaper_form']
+           'attend_latent', 'matrix_of', 'mla_flops', 'cheaper_form']
 
 # %% ../../nbs/120_arch.attention.ipynb #cd62d044
 from typing import NamedTuple
@@ -201,7 +201,7 @@ class MLA(nn.Module):
 
     def expansions(self)->tuple[Tensor,Tensor]: # Matrices of keys `h x c` and of values `h v c`
         "The two parts of the matrix that expands latents"
-        w = torch.unflatten(self.kv_b_proj.weight, 0, (self.c.n_heads, -1))  # torch.unflatten decodes a quantised weight
+        w = torch.unflatten(matrix_of(self.kv_b_proj), 0, (self.c.n_heads, -1))  # torch.unflatten decodes a quantised weight
         return w.split([self.c.qk_nope_head_dim, self.c.v_head_dim], 1)
 
     def absorbed(self,
@@ -267,6 +267,13 @@ def attend_latent(
     if mask is None and s>1: mask = causal_mask(s, t, device=q.device)
     if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
     return einsum(scores.softmax(-1).to(z.dtype), z[..., :c], 'b h s t, b t c -> b h s c')
+
+# %% ../../nbs/120_arch.attention.ipynb #954ffe91
+def matrix_of(
+    m:nn.Module, # Projection without bias: an `nn.Linear`, or a wrapper with `in_features`
+)->Tensor: # `o i`
+    "The matrix of a projection, adapters included"
+    return m.weight if isinstance(m, nn.Linear) else m(torch.eye(m.in_features, dtype=m.weight.dtype, device=m.weight.device)).T
 
 # %% ../../nbs/120_arch.attention.ipynb #ee2fb942
 def mla_flops(
