@@ -1104,6 +1104,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'deepseek_nb/arch/attention.py'),
                                             'deepseek_nb.arch.attention.document_mask': ( 'arch.attention.html#document_mask',
                                                                                           'deepseek_nb/arch/attention.py'),
+                                            'deepseek_nb.arch.attention.matrix_of': ( 'arch.attention.html#matrix_of',
+                                                                                      'deepseek_nb/arch/attention.py'),
                                             'deepseek_nb.arch.attention.mla_flops': ( 'arch.attention.html#mla_flops',
                                                                                       'deepseek_nb/arch/attention.py'),
                                             'deepseek_nb.arch.attention.norm_rotate': ( 'arch.attention.html#norm_rotate',

@@ -61,7 +61,8 @@ BEHAVIOURS = dict(
 @pytest.mark.parametrize('name', BEHAVIOURS)
 def test_ways_to_the_same_tokens(pair, name, quiet):
     "With and without a cache, and with drafts: the same tokens, if no two of them are as good as equal"
-    if isinstance(pair[1], QuantizedModel) and name in ('no_cache', 'lookup'): pytest.skip('codes of activations depend on how many tokens run at once')
+    if isinstance(pair[1], QuantizedModel) and name in ('no_cache', 'lookup'):
+        pytest.skip('codes of activations depend on how many tokens run at once')
     assert torch.equal(greedy(pair, **BEHAVIOURS[name]), greedy(pair))
 
 
@@ -197,11 +198,12 @@ def test_a_new_model_from_a_config():
     assert isinstance(new, DeepseekNbForCausalLM) and new.num_parameters() > 10**6
 
 
-@pytest.mark.parametrize('quantised', [False, True])
-def test_peft_adapters_act_in_every_path(quantised, tmp_path, quiet):
+@pytest.mark.parametrize('name,quantised', [('mini', False), ('mini', True), ('mini-v4', False)])
+def test_peft_adapters_act_in_every_path(name, quantised, tmp_path, quiet):
     "With a gradient, in a prompt, and in decode steps, whose kernels must see the adapter; then saved, loaded and merged"
     peft = pytest.importorskip('peft')
-    load = lambda: (QuantizedModel.from_pretrained('mini', 'int8', 'cpu') if quantised else Model.from_pretrained('mini', dtype='float32', device='cpu')).to_transformers()
+    kind, form = (QuantizedModel, 'int8') if quantised else (Model, 'float32')
+    load = lambda: kind.from_pretrained(name, form, 'cpu').to_transformers()
     hf, ids = load(), torch.randint(4000, (2, 7))
     before = hf(ids).logits.detach()
     adapted = peft.get_peft_model(hf, peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))
@@ -218,8 +220,8 @@ def test_peft_adapters_act_in_every_path(quantised, tmp_path, quiet):
     adapted.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(), tmp_path).eval()
     with torch.no_grad(): torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
-    if not quantised:
-        ours = Model.from_pretrained('mini', dtype='float32', device='cpu')
+    if not quantised and name == 'mini':
+        ours = Model.from_pretrained(name, dtype='float32', device='cpu')
         ours.load_adapter(tmp_path)
         with torch.no_grad():
             torch.testing.assert_close(ours(ids), again(ids).logits, atol=1e-3, rtol=1e-3)
@@ -231,7 +233,9 @@ def arguments(folder, **kw):
                 save_steps=2, learning_rate=1e-3, disable_tqdm=True) | kw
 
 
-def names(): return dict(model=Model.from_pretrained('mini', dtype='float32', device='cpu').to_transformers()), Tokenizer.from_pretrained('mini').to_transformers()
+def names():
+    model = Model.from_pretrained('mini', dtype='float32', device='cpu')
+    return dict(model=model.to_transformers()), Tokenizer.from_pretrained('mini').to_transformers()
 
 
 TEXT = [dict(text='Once upon a time there was a king.'), dict(text='The cat sat on the mat and slept.')]*4
@@ -256,8 +260,8 @@ def dpo(trl, data, folder):
 def grpo(trl, data, folder):
     (model, tok), train = names(), data.from_list([dict(prompt=o['prompt']) for o in PAIRS])
     args = trl.GRPOConfig(**arguments(folder, per_device_train_batch_size=4), num_generations=4, max_completion_length=8)
-    return trl.GRPOTrainer(**model, reward_funcs=lambda completions, **_: [float(len(c)) for c in completions], args=args, train_dataset=train,
-                           processing_class=tok)
+    lengths = lambda completions, **_: [float(len(c)) for c in completions]
+    return trl.GRPOTrainer(**model, reward_funcs=lengths, args=args, train_dataset=train, processing_class=tok)
 
 
 @pytest.mark.parametrize('make', [sft, sft_lora, dpo, grpo])
@@ -278,7 +282,8 @@ def test_the_trainer_of_transformers_and_a_pipeline(tmp_path, quiet):
     model, tok = names()
     rows = [dict(tok(o['text']), labels=tok(o['text']).input_ids) for o in TEXT]
     collate = transformers.DataCollatorForSeq2Seq(tok)
-    trainer = transformers.Trainer(**model, args=transformers.TrainingArguments(**arguments(tmp_path)), train_dataset=rows, data_collator=collate)
+    args = transformers.TrainingArguments(**arguments(tmp_path))
+    trainer = transformers.Trainer(**model, args=args, train_dataset=rows, data_collator=collate)
     assert trainer.train().training_loss < 7
     assert trainer.evaluate(rows)['eval_loss'] > 0
     pipe = transformers.pipeline('text-generation', model=model['model'], tokenizer=tok)

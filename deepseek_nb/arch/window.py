@@ -16,7 +16,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .attention import Context, causal_mask
+from .attention import Context, causal_mask, matrix_of
 from .norm import RMSNorm
 from .rope import rotate
 from ..core.config import Config, Rope
@@ -158,7 +158,7 @@ class WindowAttention(nn.Module):
         angles:tuple, # cos and sin `b 1 s r/2` of the queries
     )->Tensor: # `b s d`
         "Rotate back, and project to the residual stream"
-        return self.wo_b(project_groups(rotate_back(y, angles), self.wo_a.weight, self.c.o_groups))
+        return self.wo_b(project_groups(rotate_back(y, angles), matrix_of(self.wo_a), self.c.o_groups))
 
     def forward(self,
         x:Tensor, # Activations `b s d`

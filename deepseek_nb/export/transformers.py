@@ -219,10 +219,12 @@ class DeepseekNbForCausalLM(PreTrainedModel, GenerationMixin):
         found = CausalLMOutputWithPast(loss, logits, out.cache)
         return found.to_tuple() if return_dict is False else found
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size,
+                                      max_cache_length):
         if generation_config.use_cache is False or model_kwargs.get('cache') is not None: return
         if generation_config.cache_implementation not in (None, 'dynamic'):
-            raise ValueError(f'cache_implementation {generation_config.cache_implementation!r}: this model has a cache of its own; leave it out')
+            raise ValueError(f'cache_implementation {generation_config.cache_implementation!r}: '
+                         'this model has a cache of its own; leave it out')
         model_kwargs['cache'] = LayerCaches([AllLayers(min(max_cache_length, self.config.max_position_embeddings))])
 
     def save_pretrained(self,
@@ -262,8 +264,8 @@ def to_transformers(self:Model)->DeepseekNbForCausalLM: # Shares all weights
     if file.is_file(): found.generation_config = GenerationConfig.from_pretrained(file.parent)
     return found
 
-@patch # noqa: F811
-def to_transformers(self:Tokenizer)->PreTrainedTokenizerFast: # Pads on the left, as generation needs it
+@patch
+def to_transformers(self:Tokenizer)->PreTrainedTokenizerFast: # noqa: F811 Pads on the left, as generation needs it
     "The tokenizer as one of transformers; it recognises control tokens in a text"
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(self, folder)

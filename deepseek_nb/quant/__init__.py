@@ -108,7 +108,8 @@ class QuantizedWeight(nn.Module):
         return self
     def __getstate__(self):
         "What a pickle holds: of a mapped file or a stack, only the bytes of this weight"
-        return self.__dict__ | dict(_buffers={n: b.clone() if b.untyped_storage().nbytes() > b.nbytes else b for n,b in self._buffers.items()})
+        own = lambda b: b.clone() if b.untyped_storage().nbytes() > b.nbytes else b
+        return self.__dict__ | dict(_buffers={n: own(b) for n,b in self._buffers.items()})
 
     def parts(self)->dict: # Name -> tensor, leading axes `… o`
         "Codes and scales in the order of the format"
