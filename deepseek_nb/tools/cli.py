@@ -393,7 +393,7 @@ def run_platform(
     if missing := missing_packages(('starlette', 'uvicorn', 'fasthtml', 'sqlalchemy', 'prometheus_client')):
         raise ValueError(f"the platform needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[platform]'")
     if re.search('://[^/@]*:[^/@]*@', url):
-        raise ValueError('the password in --url is seen by everybody who lists the processes: put the address into the variable DEEPSEEK_NB_DATABASE')
+        raise ValueError('everybody who lists the processes would see the password: put the address into the variable DEEPSEEK_NB_DATABASE')
     from deepseek_nb.apps.toxic import ToxicityNet
     from deepseek_nb.platform.start import print_password, start_platform
     if reset: return print_password(folder, url, reset)
