@@ -175,7 +175,7 @@ def test_old_events_go_and_hours_stay(store, rng):
     before = total(windows_of(store, 'a', 0))
     assert condense(store, most=40) == (90, 90) and condense(store) == (0, 0)
     after = total(windows_of(store, 'a', 0))
-    assert counted(store) == (10, 100) and after.sketch.tokens.tolist() == before.sketch.tokens.tolist()
+    assert counted(store) == (10, 100) and after.sketch.outcomes == before.sketch.outcomes
     assert {r.seconds for r in windows_of(store, 'a', 0, START + DAY)} == {3600.}
     assert after.sketch.sample == before.sketch.sample and after.sketch.seconds == before.sketch.seconds
     assert not store.check()

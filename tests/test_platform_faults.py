@@ -3,15 +3,19 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip('fasthtml', reason="the platform needs pip install 'deepseek-nb[platform]'")
 from platform_fixtures import postgres, postgres_url, store  # noqa: E402, F401
 from sqlalchemy import func, select  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
+from deepseek_nb.eval.features import EmbeddingTable  # noqa: E402
+from deepseek_nb.files.tokenizer import Tokenizer  # noqa: E402
 from deepseek_nb.platform import access, jobs, runs  # noqa: E402
 from deepseek_nb.platform import labels as lab  # noqa: E402
 from deepseek_nb.platform.app import PlatformServer, all_pages  # noqa: E402
@@ -65,7 +69,8 @@ def test_back_and_enter_change_the_record_that_is_seen(ann):
     assert seen in back.text and re.search(r'<input[^>]*value="post"[^>]*checked|<input[^>]*checked[^>]*value="post"', back.text)
     assert 'required' in re.search(r'<input[^>]*type="radio"[^>]*>', back.text)[0]
     ann.post(f'/tasks/{task}/label', record=record, began=0, label='sums')
-    assert lab.task_progress(store, task)['answers'] == 1 and lab.answered_record(store, ann.user, task, record).answer == dict(label='sums')
+    assert lab.task_progress(store, task)['answers'] == 1
+    assert lab.answered_record(store, ann.user, task, record).answer == dict(label='sums')
     empty = ann.post(f'/tasks/{task}/label', record=record, began=0)
     assert empty.status_code == 400 and seen in empty.text and 'Choose an answer first' in empty.text
 
@@ -163,7 +168,8 @@ def test_gates_can_not_be_fooled(store, measured):  # noqa: F811
     assert len([r for r in all_measures(store, model) if r.name == 'accuracy']) == 6
     assert not check_gates(store, model, [Limit('accuracy', min=.8, version=2)])[0].passed
     found = check_gates(store, model, gates_of(store))
-    assert {g.name for g in found if not g.passed} <= {'swap_flips', 'typo_flips', 'calibration_error'} and {'typo_flips', 'swap_flips'} <= {g.name for g in found}
+    assert {g.name for g in found if not g.passed} <= {'swap_flips', 'typo_flips', 'calibration_error'}
+    assert {'typo_flips', 'swap_flips'} <= {g.name for g in found}
 
 
 def test_the_lower_end_of_the_interval_decides(store):  # noqa: F811
@@ -209,7 +215,7 @@ def test_all_faults_of_a_file_at_once(ann):
     refused = send()
     said = page_text(refused.text)
     assert refused.status_code == 400 and list_datasets(ann.store) == []
-    assert '2 | its text is empty' in said and '5 | its text is empty' in said and "3 | its label 'Billing' is mostly written 'billing'" in said
+    assert all(o in said for o in ('2 | its text is empty', '5 | its text is empty', "3 | its label 'Billing' is mostly written 'billing'"))
     skipped = version_report(ann.store, list_datasets(ann.store)[0].version) if send(skip='yes').status_code == 200 else None
     assert skipped['labels'] == dict(billing=2) and '3 rows with faults left out' in skipped['note']
     send(skip='yes', merge='yes')
@@ -235,7 +241,7 @@ def test_tokens_and_exports(ann):
     ann.get(f'/versions/{version}/export?format=csv')
     ann.get(f'/tasks/{task}/export')
     with store.read() as c: found = [(r.action, r.subject, r.user_id) for r in c.execute(select(audits).order_by(audits.c.id))]
-    assert [('export', f'version:{version}', ann.user.id), ('export', f'task:{task}', ann.user.id)] == [o for o in found if o[0] == 'export']
+    assert [o[1:] for o in found if o[0] == 'export'] == [(f'version:{version}', ann.user.id), (f'task:{task}', ann.user.id)]
     access.set_password(store, ann.user, ann.user.id, 'nine quiet volcanoes', PASSWORD)
     assert access.user_of_token(store, key) is None
 
@@ -325,7 +331,8 @@ def test_a_release_answers_as_it_was_measured(store):  # noqa: F811
     "A thousand texts: /v1/classify and the evaluation agree, and chats, in any protocol, say that label and nothing else"
     words = np.random.default_rng(SEED)
     print(f'SEED={SEED}')
-    some = [' '.join(words.choice('the senate house bill tax was charged twice on my card please help now'.split(), 6)) for _ in range(1000)]
+    known = 'the senate house bill tax was charged twice on my card please help now'.split()
+    some = [' '.join(words.choice(known, 6)) for _ in range(1000)]
     known = runs.Classifier(['billing', 'delivery', 'other'], '{text}\nAnswer:')
     model = add_model(store, None, 'sorter', 'mini', card=known._asdict())
     measure(store, model, 'accuracy', .9)
@@ -348,7 +355,51 @@ def test_a_release_answers_as_it_was_measured(store):  # noqa: F811
             other = client.post('/anthropic/v1/messages', json=dict(model='sort', messages=said, max_tokens=1)).json()
             assert chat['choices'][0]['message']['content'] == other['content'][0]['text'] == found[i]['label']
         assert client.post('/v1/completions', json=dict(model='sort', prompt='x')).status_code == 400
-        assert ask('one text')[0]['num_classes'] == 3 and client.post('/v1/classify', json=dict(model='sort', input=[''])).status_code == 400
+        assert ask('one text')[0]['num_classes'] == 3
+        assert client.post('/v1/classify', json=dict(model='sort', input=[''])).status_code == 400
         server.recorder.flush()
     with store.read() as c: assert c.scalar(select(func.count()).select_from(events).where(events.c.kind == 'classify')) == 1001
     server.recorder.close()
+
+
+def test_requests_of_one_program_are_compared_with_the_training_data(store):  # noqa: F811
+    "At once, though all requests have one owner: which differ is told with both distributions, and requests like the data are calm"
+    version, model = trained(store)
+    pick = SimpleNamespace(tok=Tokenizer.from_pretrained('mini'), name='m')
+    table = EmbeddingTable(torch.randn(8192, 8, generator=torch.Generator().manual_seed(0)))
+    user = access.create_user(store, None, 'ann', PASSWORD, 'admin')
+    server = PlatformServer(store, all_pages())
+    server.pick, server.tables['m'] = lambda *a: (pick, SimpleNamespace(model_id=model)), table
+    draw = np.random.default_rng(SEED)
+    print(f'SEED={SEED}')
+    rows = [r.data for r in iter_rows(store, version, 'train')]
+    other = ['please refund the second payment for my broken kettle ' + r['text'] for r in rows]
+    for place, some in (('alike', [r['text'] for r in rows]), ('other', other)):
+        for i, k in enumerate(draw.permutation(len(some))[:150]):
+            ids = pick.tok.encode(some[k])
+            at, label = store.now() - i//5*60*10**6, rows[k]['label']
+            server.recorder.record(RequestEvent(place, 'classify', 'program', model, outcome=label, at=at,
+                                                features=lambda ids=ids, k=k: table.features(ids, 0, rows[k]['label'])))
+        server.recorder.flush()
+    session = access.log_in(store, 'ann', PASSWORD)
+    with TestClient(server.app(), base_url='http://localhost', cookies=dict(session=session)) as client:
+        ask = lambda place: page_text(client.post(f'/watch/drift/{place}', data=dict(csrf=access.csrf_of(session))).text)
+        alike, other = ask('alike'), ask('other')
+    assert 'Nothing speaks for a difference' in alike and 'differ more than chance explains' in other and user
+    assert 'Training data' in other and re.search(r'post \| \d+% \| \d+%', alike), alike
+
+
+def test_feedback_adds_what_a_data_set_lacks(ann):
+    "Corrected texts become rows, and the right class is one of those that the model has"
+    store = ann.store
+    version, model = trained(store, 3)
+    with Recorder(store, keep_texts=['here']) as r:
+        for text in ('something new', 'text number 0 about 0'): r.record(RequestEvent('here', model_id=model, texts=(text, 'post')))
+    page = ann.get('/answers/1').text
+    assert re.search(r'<select[^>]*name="label"', page) and all(f'>{o}<' in page for o in ('post', 'sums'))
+    assert ann.post('/answers/1', label='Post ').status_code in (200, 400) and ann.post('/answers/1', label='none').status_code == 400
+    for i in (1, 2): ann.post(f'/answers/{i}', label='sums')
+    made = ann.post('/feedback/version', place='here', dataset=1)
+    found = [r.data for r in iter_rows(store, int(re.search(r'/versions/(\d+)', str(made.url))[1]))]
+    assert dict(text='something new', label='sums') in found and len(found) == 7
+    assert ann.post('/feedback/version', place='here', dataset=1).status_code == 400

@@ -448,7 +448,8 @@ def test_measures_of_the_first_version(store):
     assert upgrade(store) == 2
     measure(store, model, 'accuracy', .7)
     assert measures_of(store, model)['accuracy'].value == .7
-    with store.read() as c: assert [(r.value, r.detail) for r in c.execute(select(measures).order_by(measures.c.id))][0] == (.9, dict(n=200))
+    with store.read() as c: first = c.execute(select(measures).order_by(measures.c.id)).first()
+    assert (first.value, first.detail) == (.9, dict(n=200))
 
 
 # ---- blobs

@@ -469,7 +469,7 @@ BENCHMARKS = {  # name at the command line -> location
     'fine-decode': Benchmark('bench.quant.format_decode', (), 'Decode in int8-fine, against int8', dict(formats=_FINE)),
     'fine-prompt': Benchmark('bench.quant.format_prompt', (), 'Prefill a prompt in int8-fine, against int8', dict(formats=_FINE)),
     'ragged-steps': Benchmark('bench.caches.ragged_steps'),
-    **_of('caches', _CACHES), **_of('llama', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
+    **_of('caches', _CACHES), **_of('runtimes', ('llama',), ('llama-cpp-python',)), **_of('quant', _QUANT),
     **_of('runtimes', ('peers',), _PEERS),
     'peers-avx2': Benchmark('bench.runtimes.peers', _PEERS, 'The same with AVX2 alone: no matrix unit, no AVX-512, no VNNI',
                             dict(isa='avx2')),

@@ -8,9 +8,9 @@ Users have a name, a password and one of four roles (`USER_ROLES`). `log_in` tur
 
 # %% auto #0
 __all__ = ['USER_ROLES', 'SCRYPT', 'NOTED', 'IDLE', 'LIFETIME', 'User', 'allowed', 'hash_password', 'password_matches',
-           'check_password', 'create_user', 'UserRow', 'users_of', 'setup_code', 'first_admin', 'TooManyTries',
-           'device_note', 'log_in', 'csrf_of', 'csrf_matches', 'user_of_session', 'log_out', 'set_role', 'disable_user',
-           'set_password', 'reset_password', 'delete_user', 'create_token', 'user_of_token', 'TokenRow', 'tokens_of',
+           'check_password', 'create_user', 'users_of', 'setup_code', 'first_admin', 'TooManyTries', 'device_note',
+           'log_in', 'csrf_of', 'csrf_matches', 'user_of_session', 'log_out', 'set_role', 'disable_user',
+           'set_password', 'reset_password', 'delete_user', 'create_token', 'user_of_token', 'tokens_of',
            'revoke_token']
 
 # %% ../../nbs/platform/822_platform.access.ipynb #2c4ade31
@@ -27,7 +27,7 @@ from typing import NamedTuple
 from sqlalchemy import delete, func, insert, select, update
 
 from .audit import audit, noted
-from .store import Store, annotations, attempts, sessions, settings, tokens, users
+from .store import Store, annotations, attempts, get_setting, put_setting, sessions, tokens, users
 
 # %% ../../nbs/platform/822_platform.access.ipynb #2880a8d6
 USER_ROLES = ('viewer', 'annotator', 'developer', 'admin') # each may do what those before it may
@@ -134,23 +134,15 @@ def _user_row(c, id):
     if row is None: raise KeyError(f'there is no user {id}; see the list of users')
     return row
 
-class UserRow(NamedTuple):
-    "A user as the list of users shows it"
-    id:int # Row of `users`
-    name:str # In lower case
-    role:str # Of `USER_ROLES`
-    created:int # Microseconds
-    disabled:bool # Whether log-in is refused
-
 def users_of(
     store:Store, # Open store
     after:int = 0, # Id behind which the page begins
     limit:int = 50, # Most rows
-)->list: # `UserRow`s
+)->list: # Rows of `users`, without passwords
     "One page of users"
     with store.read() as c:
-        asked = select(*(users.c[k] for k in UserRow._fields)).where(users.c.id > after).order_by(users.c.id).limit(limit)
-        return [UserRow(*row) for row in c.execute(asked)]
+        asked = select(*(o for o in users.c if o.name != 'password')).where(users.c.id > after).order_by(users.c.id).limit(limit)
+        return c.execute(asked).all()
 
 # %% ../../nbs/platform/822_platform.access.ipynb #22bcb5a5
 def _digest(token): return sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()
@@ -162,8 +154,7 @@ def setup_code(
     code = '-'.join(secrets.token_hex(3) for _ in range(5))
     with store.write() as c:
         if c.scalar(select(func.count()).select_from(users)): return None
-        c.execute(delete(settings).where(settings.c.name == 'setup'))
-        c.execute(insert(settings).values(name='setup', value=_digest(code)))
+        put_setting(c, 'setup', _digest(code))
     return code
 
 # %% ../../nbs/platform/822_platform.access.ipynb #1554e8b6
@@ -175,12 +166,12 @@ def first_admin(
 )->User: # The admin
     "Make the first admin, once"
     check_password(password, name := _name(name))
-    with store.read() as c: expected = c.scalar(select(settings.c.value).where(settings.c.name == 'setup'))
+    with store.read() as c: expected = get_setting(c, 'setup')
     if not hmac.compare_digest(_digest(code.strip()), expected or ''): raise PermissionError('the code is wrong or used up')
     password = hash_password(password)
     with store.write() as c:
-        if c.scalar(select(settings.c.value).where(settings.c.name == 'setup')) != expected: raise PermissionError('the code is used up')
-        c.execute(delete(settings).where(settings.c.name == 'setup'))
+        if get_setting(c, 'setup') != expected: raise PermissionError('the code is used up')
+        put_setting(c, 'setup', None)
         return _insert_user(store, c, None, name, password, 'admin')
 
 # %% ../../nbs/platform/822_platform.access.ipynb #1c8e809d
@@ -463,25 +454,14 @@ def user_of_token(
     return User(row.id, row.name, min(row.role, row.least, key=USER_ROLES.index))
 
 # %% ../../nbs/platform/822_platform.access.ipynb #d1252835
-class TokenRow(NamedTuple):
-    "A token as a list shows it"
-    id:int # Row of `tokens`
-    user_id:int # Whose it is
-    name:str # What it is for
-    role:str # At most what it may do
-    created:int # Microseconds
-    expires:int|None # Microseconds; None: never
-    revoked:int|None # Microseconds; None: in use
-    seen:int|None # Microseconds, to a minute; None: never
-
 def tokens_of(
     store:Store, # Open store
     user:User|None, # Whose; None: of all
-)->list: # `TokenRow`s
+)->list: # Rows of `tokens`, without digests
     "List tokens, without the tokens themselves"
-    asked = select(*(tokens.c[k] for k in TokenRow._fields)).order_by(tokens.c.id)
+    asked = select(*(o for o in tokens.c if o.name != 'digest')).order_by(tokens.c.id)
     if user is not None: asked = asked.where(tokens.c.user_id == user.id)
-    with store.read() as c: return [TokenRow(*row) for row in c.execute(asked)]
+    with store.read() as c: return c.execute(asked).all()
 
 # %% ../../nbs/platform/822_platform.access.ipynb #16a7f9b0
 def revoke_token(

@@ -33,7 +33,24 @@ from deepseek_nb.platform.datasets import (
     version_report,
 )
 from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
-from .layout import Pages, badge, big, card, cards, facts, field, form, live, notice, page, press, redirect, table
+from deepseek_nb.platform.layout import (
+    Pages,
+    after_of,
+    badge,
+    big,
+    card,
+    cards,
+    facts,
+    field,
+    form,
+    live,
+    notice,
+    page,
+    paged,
+    press,
+    redirect,
+    table,
+)
 from .store import versions
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #fc2658d1
@@ -41,10 +58,6 @@ data_pages = Pages('Data', '/datasets')
 data_pages.menu('Labelling', '/tasks', role='viewer')
 
 _FILES = ('jsonl', 'application/jsonl'),('csv', 'text/csv; charset=utf-8')
-
-def _after(request):
-    after = request.query_params.get('after', '')
-    return int(after[:18]) if after.isdecimal() else 0
 
 def _may(request, role): return allowed(request.state.user, role)
 
@@ -57,9 +70,8 @@ def _words(data, most=300):
 @data_pages.get('/datasets', role='viewer')
 def _datasets_page(request):
     "All datasets, and a form to import one"
-    found = list_datasets(request.state.store, _after(request))
+    found,more = paged(request, list_datasets(request.state.store, after_of(request), 51))
     rows = [(fh.A(d.name, href=f'/datasets/{d.id}'), d.kind, d.number, d.rows, layout.when(d.created)) for d in found]
-    more = f'/datasets?after={found[-1].id}' if len(found) == 50 else None
     shown = table(['Name', 'Kind', 'Version', 'Rows', 'Created'], rows, more, empty='There is no dataset yet. Import one below.')
     return page(request, 'Datasets', shown, card('Import', _import_form(request)) if _may(request, 'developer') else '')
 
@@ -102,9 +114,9 @@ def _datasets_import(request, form):
 def _faults_page(request, faults, most=500):
     "All that is wrong with a file"
     told = notice(f'{len(faults):,} rows have faults, so nothing was imported. Correct the file, or choose what to do below.', 'bad')
-    rows = table(['Row', 'Fault'], [(f'{n:,}', why) for n,why in faults[:most]], caption=f'The first {most} faults' if len(faults) > most else '')
-    return page(request, 'Import', told, card('Faults', rows), card('Import again', _import_form(request)), trail=[('Datasets', '/datasets')],
-                status=400)
+    rows = table(['Row', 'Fault'], [(f'{n:,}', why) for n,why in faults[:most]], caption=f'The first {most:,}')
+    return page(request, 'Import', told, card('Faults', rows), card('Import again', _import_form(request)), status=400,
+                trail=[('Datasets', '/datasets')])
 
 @data_pages.get('/datasets/{id:int}', role='viewer')
 def _dataset_page(request, id):
@@ -195,7 +207,7 @@ def _rows_page(request, id):
     "Rows, fifty at a time"
     ask,store = request.query_params,request.state.store
     split,contains = ask.get('split') if ask.get('split') in SPLITS else None,ask.get('contains', '')[:200].replace('\0', '')
-    r,after,end = version_report(store, id),_after(request),None
+    r,after,end = version_report(store, id),after_of(request),None
     if contains: found,end = search_rows(store, id, contains, after, 50, split)
     elif len(found := page_of_rows(store, id, after, 50, split)) == 50: end = found[-1].id
     keep = ''.join(f'&{k}={v}' for k,v in (('split', split), ('contains', quote(contains, safe=''))) if v)
@@ -218,12 +230,11 @@ def _label(data):
 @data_pages.get('/tasks', role='viewer')
 def _tasks_page(request):
     "All labelling tasks"
-    found = lab.list_tasks(request.state.store, _after(request))
+    found,more = paged(request, lab.list_tasks(request.state.store, after_of(request), 51))
     def row(t):
         act = fh.A('Label', href=f'/tasks/{t.id}/label', cls='button quiet', aria_label=f'Label {t.name}')
         data = fh.A(f'{t.dataset}, version {t.number}', href=f'/versions/{t.version_id}')
         return fh.A(t.name, href=f'/tasks/{t.id}'),data,t.kind,t.rows,badge('closed') if t.closed else act
-    more = f'/tasks?after={found[-1].id}' if len(found) == 50 else None
     shown = table(['Task', 'Data', 'Kind', 'Records', 'Work'], map(row, found), more,
                   empty='There is no task yet. Make one on the page of a version.')
     take = form(request, '/tasks', field('name', 'Name of the new dataset', required=True, autocomplete='off'),
@@ -429,7 +440,7 @@ def _label_undo(request, form, id):
 @data_pages.get('/tasks/{id:int}/disputes', role='developer')
 def _disputes_page(request, id):
     "Records on which people differ, one after the other"
-    store,after = request.state.store,_after(request)
+    store,after = request.state.store,after_of(request)
     with store.read() as c: t = lab.task_of(c, id)
     found = lab.disagreements(store, id, after, 1)
     trail = [('Labelling', '/tasks'), (t.name, f'/tasks/{id}')]

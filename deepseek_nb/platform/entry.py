@@ -13,15 +13,31 @@ import json
 from collections.abc import Callable
 
 import fasthtml.components as fh
-from sqlalchemy import delete, insert, select
+from sqlalchemy import select
 
 from . import access
 from .audit import audit, first_broken
 from .exchange import erase_text
-from .layout import Pages, badge, card, cookie_name, facts, field, form, notice, page, press, redirect, table, when
+from deepseek_nb.platform.layout import (
+    Pages,
+    after_of,
+    badge,
+    card,
+    cookie_name,
+    facts,
+    field,
+    form,
+    notice,
+    page,
+    paged,
+    press,
+    redirect,
+    table,
+    when,
+)
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #723af5af
-from deepseek_nb.platform.store import audits, settings, users
+from deepseek_nb.platform.store import audits, get_setting, put_setting, users
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #8a253ee6
 entry_pages = Pages()
@@ -148,8 +164,7 @@ def _password_change(request, form):
 @entry_pages.get('/users', role='admin')
 def _users_page(request):
     "Everybody, and a form for a new user"
-    after = request.query_params.get('after', '')
-    found = access.users_of(request.state.store, int(after[:18]) if after.isdecimal() else 0)
+    found,more = paged(request, access.users_of(request.state.store, after_of(request), 51))
     def row(u):
         options = [fh.Option(r, selected=r == u.role) for r in access.USER_ROLES]
         choice = fh.Select(*options, name='role', aria_label=f'Role of {u.name}')
@@ -163,7 +178,6 @@ def _users_page(request):
                field('password', 'First password', 'password', help='At least 12 characters; the user should change it.', required=True,
                      autocomplete='new-password'),
                field('role', 'Role', 'select', 'annotator', options=access.USER_ROLES), button='Add')
-    more = f'/users?after={found[-1].id}' if len(found) == 50 else None
     rows = table(['Name', 'Role', 'Created', 'State', 'Change'], map(row, found), more)
     return page(request, 'Users', rows, card('A new user', new),
                 lead='A role includes those before it: ' + ', '.join(access.USER_ROLES) + '.')
@@ -234,8 +248,8 @@ def read_setting(
     name:str, # One of the choices
 ): # Its value
     "A setting, or its default"
-    with store.read() as c: found = c.execute(select(settings.c.value).where(settings.c.name == name)).first()
-    return _CHOICES[name] if found is None else found.value
+    with store.read() as c: found = get_setting(c, name)
+    return _CHOICES[name] if found is None else found
 
 def write_setting(
     store, # `Store`
@@ -246,8 +260,7 @@ def write_setting(
     "Change a setting"
     if name not in _CHOICES: raise KeyError(f'there is no setting {name!r}; there are {", ".join(_CHOICES)}')
     with store.write() as c:
-        c.execute(delete(settings).where(settings.c.name == name))
-        c.execute(insert(settings).values(name=name, value=value))
+        put_setting(c, name, value)
         audit(c, user, 'change setting', name, value=value)
 
 def keeps_texts(

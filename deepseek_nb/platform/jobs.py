@@ -156,7 +156,7 @@ def jobs_of(
 )->list: # Rows of the table `jobs`
     "List jobs, the newest first"
     q = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    if after is not None: q = q.where(jobs.c.id < after)
+    if after: q = q.where(jobs.c.id < after)
     if state is not None: q = q.where(jobs.c.state == state)
     with store.read() as c: return c.execute(q).all()
 

@@ -89,7 +89,7 @@ def models_of(
 )->list: # Rows of the table `models`
     "List models, the newest first"
     q = select(models).order_by(models.c.id.desc()).limit(limit)
-    with store.read() as c: return c.execute(q if after is None else q.where(models.c.id < after)).all()
+    with store.read() as c: return c.execute(q.where(models.c.id < after) if after else q).all()
 
 def model_path(
     store:Store, # Database
@@ -178,7 +178,8 @@ def _limit(where, group, name, o):
     return Limit(name, group, **o)
 
 _number,_whole = ((int, float), 'a number'),(int, 'a whole number')
-_KINDS = dict(min=_number, max=_number, sure=(bool, 'true or false'), data=(str, 'a name'), version=_whole, split=(str, 'a name'), rows=_whole)
+_KINDS = dict(min=_number, max=_number, sure=(bool, 'true or false'), data=(str, 'a name'), version=_whole,
+              split=(str, 'a name'), rows=_whole)
 
 # %% ../../nbs/platform/827_platform.registry.ipynb #1d965dea
 def lineage_of(

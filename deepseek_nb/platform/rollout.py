@@ -8,7 +8,7 @@ says which model answers an owner; a server asks it for each request, so it read
 
 # %% auto #0
 __all__ = ['DEFAULT_GATES', 'MODES', 'gates_of', 'needs_second', 'GatesFailed', 'release', 'approve', 'refresh', 'position',
-           'Choice', 'choose', 'set_share', 'end_release', 'roll_back', 'delete_model', 'history_of']
+           'Choice', 'choose', 'set_share', 'end_release', 'roll_back', 'delete_model', 'live_places', 'history_of']
 
 # %% ../../nbs/platform/828_platform.rollout.ipynb #4c4ae6be
 import json
@@ -21,11 +21,11 @@ from time import monotonic
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import insert, select, update
 
 from .audit import audit
 from .registry import check_gates, folder_digest, gates_from, model_of
-from .store import Store, models, releases, settings
+from .store import Store, get_setting, models, put_setting, releases
 from ..serve.policy import read_toml
 
 # %% ../../nbs/platform/828_platform.rollout.ipynb #344b4e65
@@ -72,9 +72,7 @@ class GatesFailed(ValueError):
         super().__init__(f'{model.name} {model.number} was not released: {bad}')
 
 def _changed(c): # The version counter of all releases, by which caches see that they are old
-    now = c.execute(select(settings.c.value).where(settings.c.name == 'releases')).scalar() or 0
-    c.execute(delete(settings).where(settings.c.name == 'releases'))
-    c.execute(insert(settings).values(name='releases', value=now + 1))
+    put_setting(c, 'releases', (get_setting(c, 'releases') or 0) + 1)
 
 def _end(c, store, place, *modes): # Ends the active releases of a place
     active = (releases.c.place == place) & releases.c.ended.is_(None) & releases.c.mode.in_(modes)
@@ -175,13 +173,9 @@ class Choice(NamedTuple):
     shadows:tuple = () # Pairs of release and model, whose answers are recorded and not sent
 
 def _salt(store): # Random key of a store, made once
-    q = select(settings.c.value).where(settings.c.name == 'rollout')
-    with store.read() as c: found = c.execute(q).scalar()
+    with store.read() as c: found = get_setting(c, 'rollout')
     if found is None:
-        with store.write() as c:
-            found = c.execute(q).scalar() or secrets.token_hex(16)
-            c.execute(delete(settings).where(settings.c.name == 'rollout'))
-            c.execute(insert(settings).values(name='rollout', value=found))
+        with store.write() as c: put_setting(c, 'rollout', found := get_setting(c, 'rollout') or secrets.token_hex(16))
     return bytes.fromhex(found)
 
 # %% ../../nbs/platform/828_platform.rollout.ipynb #ef326c92
@@ -192,7 +186,7 @@ def _current(store, fresh):
     with cache.lock:
         key,now = cache.key or _salt(store),monotonic()
         with store.read() as c:
-            version = c.execute(select(settings.c.value).where(settings.c.name == 'releases')).scalar() or 0
+            version = get_setting(c, 'releases') or 0
             if version != cache.version:
                 active = c.execute(select(releases).where(releases.c.ended.is_(None)).order_by(releases.c.id)).all()
                 cache.places = {p: {r.mode: r for r in active if r.place == p} for p in {r.place for r in active}}
@@ -291,6 +285,13 @@ def delete_model(
         audit(c, user, 'model.delete', f'model:{model}')
     if row.digest: shutil.rmtree(Path(store.folder)/row.path, ignore_errors=True)
 
+def live_places(
+    store:Store, # Database
+)->list: # Pairs of a place and the model that is live there
+    "Where something is released"
+    q = select(releases.c.place, releases.c.model_id).where(releases.c.mode == 'live', releases.c.ended.is_(None))
+    with store.read() as c: return c.execute(q.order_by(releases.c.place)).all()
+
 def history_of(
     store:Store, # Database
     place:str|None = None, # Name that clients see; None: all places
@@ -300,5 +301,5 @@ def history_of(
     "List releases, the newest first"
     q = select(releases).order_by(releases.c.id.desc()).limit(limit)
     if place is not None: q = q.where(releases.c.place == place)
-    if after is not None: q = q.where(releases.c.id < after)
+    if after: q = q.where(releases.c.id < after)
     with store.read() as c: return c.execute(q).all()

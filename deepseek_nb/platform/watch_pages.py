@@ -17,7 +17,9 @@ from sqlalchemy import func, select
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #b0eee953
 from ..eval.drift import DriftRule
+from .access import allowed
 from .charts import bars, curve, short
+from .datasets import page_of_rows
 from .events import DAY, MINUTE, total, windows_of
 from deepseek_nb.platform.layout import (
     Pages,
@@ -28,8 +30,10 @@ from deepseek_nb.platform.layout import (
     facts,
     field,
     form,
+    newest,
     notice,
     page,
+    paged,
     press,
     redirect,
     table,
@@ -38,20 +42,23 @@ from deepseek_nb.platform.layout import (
 )
 from deepseek_nb.platform.monitor import (
     DRIFT_ENDS,
-    Alert,
     add_hook,
     close_alert,
     drift_history,
     end_drift,
     feedback_labels,
+    feedback_version,
     give_feedback,
     open_alerts,
     places_of,
     remove_hook,
+    training_drift,
 )
+from .registry import lineage_of
+from .runs import texts_of
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #ffe25bdf
-from deepseek_nb.platform.store import alerts, feedback, hooks, tasks
+from deepseek_nb.platform.store import alerts, datasets, feedback, hooks, tasks
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #23c94593
 def _series_of(rows, step):
@@ -139,8 +146,31 @@ def _drift_page(request, place):
                   limits={'alarm': -math.log10(rule.week)}) if points else notice('No week has been compared yet.')
     heads = ['Week of', 'Requests', 'p-value', 'Evidence', 'Result', 'Changed most']
     lead = f'One week alarms at p ≤ {rule.week}, several together at evidence ≥ {rule.trend:g}: about one false alarm in three years.'
-    return page(request, f'{place}: drift', _place_tabs(request, place), card('By week', chart), table(heads, _drift_rows(weeks)),
+    ask = card('Now', fh.P('Are these requests like the data that the model was trained on?'),
+               press(request, _place_url(place, 'drift'), 'Compare with the training data'))
+    if not allowed(request.state.user, 'developer'): ask = ''
+    return page(request, f'{place}: drift', _place_tabs(request, place), ask, card('By week', chart), table(heads, _drift_rows(weeks)),
                 lead=lead, trail=(('Monitoring', '/watch'),))
+
+# %% ../../nbs/platform/839_platform.watch_pages.ipynb #bfa7cd22
+@watch_pages.post('/watch/drift/{place:path}', role='developer')
+def _drift_now(request, form, place):
+    "Requests beside the training data"
+    store,server = request.state.store,request.scope['platform']
+    served,choice = server.pick(place, '')
+    version = next((m.version_id for m in lineage_of(store, choice.model_id) if m.version_id is not None), None)
+    if version is None: raise ValueError('no data is known on which this model was trained')
+    found = [r.data for r in page_of_rows(store, version, 0, 2000, 'train')]
+    rows = [*zip(texts_of(found), [str(r.get('label') or '') for r in found], strict=True)]
+    d = training_drift(store, place, rows, served.tok, server.tables[served.name])
+    def shares(head, rows): return card(head, table([head, 'Training data', 'Requests'], [(n, f'{a:.0%}', f'{b:.0%}') for n,a,b in rows]))
+    said = ('They differ more than chance explains; requests of one client resemble one another, so look at what differs.' if d.p < .01
+            else 'Nothing speaks for a difference.')
+    told = notice(f'{d.requests} requests, {d.rows} rows: p = {d.p:.2g}. {said}', 'warn' if d.p < .01 else 'good')
+    return page(request, f'{place}: requests and training data', told, cards(shares('Tokens of a text', d.lengths),
+                shares('Label', [(n, *o) for n,o in d.labels.items()]) if d.labels else ''),
+                card('Differences', bars({k: max(v, 0) for k,v in d.scores.items()}, 'Standard deviations above chance')),
+                trail=(('Monitoring', '/watch'), (place, _place_url(place, 'drift'))))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #482b49a8
 def _value(v): return '–' if v is None else f'{v:.3g}'
@@ -158,14 +188,9 @@ def _alert_rows(found):
 @watch_pages.get('/alerts', role='viewer')
 def _alerts_page(request):
     "All alerts, newest first"
-    before = int(request.query_params.get('before', 2**60))
-    with request.state.store.read() as c:
-        q = select(alerts).where(alerts.c.id < before).order_by(alerts.c.id.desc()).limit(51)
-        found = [Alert(*r) for r in c.execute(q)]
+    with request.state.store.read() as c: found,more = paged(request, newest(c, alerts, request))
     heads = ['Rule', 'Place', 'Since', 'Measured', 'Allowed', 'State']
-    more = f'/alerts?before={found[49].id}' if len(found) > 50 else None
-    return page(request, 'Alerts', _alert_tabs(request),
-                table(heads, _alert_rows(found[:50]), more, empty='No alerts.'))
+    return page(request, 'Alerts', _alert_tabs(request), table(heads, _alert_rows(found), more, empty='No alerts.'))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #4b3898ee
 def _closing(request, a):
@@ -180,9 +205,8 @@ def _closing(request, a):
 @watch_pages.get('/alerts/{id:int}', role='viewer')
 def _alert_page(request, id):
     "One alert"
-    with request.state.store.read() as c: row = c.execute(select(alerts).where(alerts.c.id == id)).first()
-    if row is None: raise KeyError(f'there is no alert {id}')
-    a = Alert(*row)
+    with request.state.store.read() as c: a = c.execute(select(alerts).where(alerts.c.id == id)).first()
+    if a is None: raise KeyError(f'there is no alert {id}')
     more = {k.capitalize(): str(v) for k,v in a.detail.items() if k not in ('hooks', 'start', 'scores')}
     if 'start' in a.detail: more['Window from'] = when(a.detail['start'])
     sent = [(f'hook {h}', o['tries'], badge('delivered', 'good') if o['ok'] else badge(o['why'] or 'waits', 'warn'))
@@ -241,17 +265,19 @@ def _said(v):
 @watch_pages.get('/feedback', role='viewer')
 def _feedback_page(request):
     "What users say"
-    before = int(request.query_params.get('before', 2**60))
     with request.state.store.read() as c:
-        found = c.execute(select(feedback).where(feedback.c.id < before).order_by(feedback.c.id.desc()).limit(51)).all()
+        found,more = paged(request, newest(c, feedback, request))
         open_tasks = c.execute(select(tasks.c.id, tasks.c.name).where(tasks.c.kind == 'classification', tasks.c.closed.is_(None))).all()
+        open_data = c.execute(select(datasets.c.id, datasets.c.name).where(datasets.c.kind == 'classification')).all()
         thumbs = {p: n for p,n in c.execute(select(feedback.c.place, func.count()).group_by(feedback.c.place))}
     rows = [(f.place, when(f.at), _said(f.value), f.value.get('label', '–'), f.value.get('better') or f.value.get('note') or '–')
-            for f in found[:50]]
-    more = f'/feedback?before={found[49].id}' if len(found) > 50 else None
-    fields = (field('place', 'Place', 'select', options=[*thumbs]),
-              field('task', 'Task', 'select', options=[(t.id, t.name) for t in open_tasks]))
-    use = card('Use corrections', form(request, '/feedback/labels', *fields, button='Make labels')) if open_tasks and thumbs else ''
+            for f in found]
+    def use(title, action, name, options, button):
+        fields = (field('place', 'Place', 'select', options=[*thumbs], id=f'{name}-place', aria_label='Place'),
+                  field(name, name.capitalize(), 'select', options=[tuple(o) for o in options]))
+        return card(title, form(request, action, *fields, button=button)) if options and thumbs else ''
+    use = cards(use('Corrections as labels of a task', '/feedback/labels', 'task', open_tasks, 'Make labels'),
+                use('Texts that a data set lacks', '/feedback/version', 'dataset', open_data, 'Add them'))
     return page(request, 'Feedback', _alert_tabs(request),
                 table(['Place', 'When', 'Thumb', 'Label', 'Text'], rows, more, empty='Nobody has said anything yet.'), use)
 
@@ -261,6 +287,12 @@ def _feedback_use(request, form):
     "Corrections become labels"
     n = feedback_labels(request.state.store, request.state.user, form.whole('task', 1, 2**53), form.text('place', 200))
     return redirect('/feedback', f'{n} labels were made.')
+
+@watch_pages.post('/feedback/version', role='developer')
+def _feedback_add(request, form):
+    "Corrected texts become rows"
+    made = feedback_version(request.state.store, request.state.user, form.whole('dataset', 1), form.text('place', 200))
+    return redirect(f'/versions/{made.version}', 'The corrected texts are in this version.')
 
 @watch_pages.post('/feedback', role='viewer')
 def _feedback_give(request, form):
