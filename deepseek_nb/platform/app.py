@@ -43,13 +43,31 @@ from .access import user_of_token
 from .data_pages import data_pages
 from .entry import entry_pages, keeps_texts
 from .events import Recorder, RequestEvent, request_hook
-from .layout import Pages, Site, badge, big, card, cards, facts, field, form, notice, page, press, redirect, table, when
+from deepseek_nb.platform.layout import (
+    Pages,
+    Site,
+    after_of,
+    badge,
+    big,
+    card,
+    cards,
+    facts,
+    field,
+    form,
+    notice,
+    page,
+    paged,
+    press,
+    redirect,
+    table,
+    when,
+)
 from .monitor import give_feedback, personal_scan
 from .registry import model_of, model_path
-from .rollout import choose
+from .rollout import choose, live_places
 from .run_pages import run_pages
 from .runs import Classifier, classifier_of
-from .store import Store, alerts, datasets, events, feedback, jobs, models, releases, texts
+from .store import Store, alerts, datasets, events, feedback, jobs, models, texts
 from .watch_pages import watch_pages
 from ..serve.app import Server, ServerConfig, as_api_error, given_key, key_digest, owner_of
 from ..serve.chat import ApiError, Fields, ServedModel
@@ -176,7 +194,7 @@ class PlatformServer(Server):
         "All places, for whoever has a token"
         try: owner_of(request.headers.get('authorization'), self.config.keys)
         except ApiError as error: return self._response(error, request=request)
-        data = [dict(id=place, object='model', created=int(self.started), owned_by='deepseek_nb') for place,_ in _live_places(self.platform)]
+        data = [dict(id=place, object='model', created=int(self.started), owned_by='deepseek_nb') for place,_ in live_places(self.platform)]
         return JSONResponse(dict(object='list', data=data, has_more=False))
 
     def _key(self, token):
@@ -295,13 +313,6 @@ def _passed_text(served, text):
     "A text as the filter of a model lets it pass"
     return served.screened([dict(role='user', content=text)])[0]['content'] if text else ''
 
-# %% ../../nbs/platform/840_platform.app.ipynb #01be6c8e
-def _live_places(store):
-    "Where something is released"
-    r = releases.c
-    ask = select(r.place, r.model_id).where(r.mode == 'live', r.ended.is_(None)).order_by(r.place)
-    with store.read() as c: return [tuple(r) for r in c.execute(ask)]
-
 # %% ../../nbs/platform/840_platform.app.ipynb #0a2bf44e
 _API = ('/v1/', '/anthropic/v1/', '/health', '/ready')
 
@@ -358,7 +369,7 @@ def _rate(request, place, at):
 @chat_pages.get('/chat', role='viewer')
 def _chat_start(request):
     "An empty conversation"
-    places = _live_places(request.state.store)
+    places = live_places(request.state.store)
     if not places: return page(request, 'Chat', notice('Nothing is released yet. Release a model, and chat with it here.'))
     place = request.query_params.get('place', places[0][0])
     log = fh.Div(id='log', cls='log', role='log', aria_live='polite', aria_label='Conversation')
@@ -375,7 +386,7 @@ async def _chat_whole(request, form):
     past = [*talk.messages, dict(role='assistant', content=text)]
     log = fh.Div(*[fh.P(str(m['content']), cls=f"said {'user' if m['role'] == 'user' else 'assistant'}") for m in past], cls='log')
     rate = fh.Div(fh.Small(said), *_rate(request, talk.place, talk.at), cls='row')
-    return page(request, 'Chat', log, rate, _form(request, _live_places(request.state.store), talk.place, past))
+    return page(request, 'Chat', log, rate, _form(request, live_places(request.state.store), talk.place, past))
 
 @chat_pages.post('/chat/stream', role='viewer')
 async def _chat_stream(request, form):
@@ -427,7 +438,7 @@ def _home_page(request):
         card('Models', big(_count(store, models), 'in the registry'), link('Models', '/models')),
         card('Alerts', big(open_, 'open'), badge('look at them', 'bad') if open_ else badge('calm', 'good'),
              link('Alerts', '/alerts')))
-    live = [(place, model_of(store, m)) for place,m in _live_places(store)]
+    live = [(place, model_of(store, m)) for place,m in live_places(store)]
     rows = [(fh.A(place, href=f'/chat?place={place}'), f'{m.name} {m.number}', when(m.created)) for place,m in live]
     released = card('Released', table(['Place', 'Model', 'Made'], rows, empty='Nothing is released yet.'))
     return page(request, 'Overview', parts, released, _steps())
@@ -476,11 +487,9 @@ def _verdict(said):
 @answer_pages.get('/answers', role='developer')
 def _answers_page(request):
     "Answers, newest first"
-    before = request.query_params.get('before', '')
-    found = kept_answers(request.state.store, int(before[:18]) if before.isdecimal() else 2**60, 51)
+    found,more = paged(request, kept_answers(request.state.store, after_of(request) or 2**60, 51))
     link = lambda o: fh.A(_short(o.prompt) or '–', href=f'/answers/{o.id}')
-    rows = [(link(o), _short(o.answer), o.place, when(o.at), _verdict(o.said)) for o in found[:50]]
-    more = f'/answers?before={found[49].id}' if len(found) > 50 else None
+    rows = [(link(o), _short(o.answer), o.place, when(o.at), _verdict(o.said)) for o in found]
     empty = 'No texts are kept. An administrator can change that in the settings.'
     return page(request, 'Answers', table(['Prompt', 'Answer', 'Place', 'When', 'Said about it'], rows, more, empty=empty),
                 lead='Answers whose texts are kept. Open one to correct it.')
@@ -491,13 +500,21 @@ def _answer_of(store, id):
     if not (found := kept_answers(store, id=id)): raise KeyError(f'there is no answer {id}, or its text is no longer kept')
     return found[0]
 
+def _classes_at(store, event):
+    "The classes of the model that answered; none: it doesn't classify"
+    with store.read() as c: model = c.scalar(select(events.c.model_id).where(events.c.id == event))
+    known = classifier_of(store, model) if model else None
+    return known.classes if known else []
+
 @answer_pages.get('/answers/{id:int}', role='developer')
 def _answer_page(request, id):
     "An answer with its texts"
     o = _answer_of(request.state.store, id)
     told = [' · '.join(f'{k}: {v}' for k,v in said.items()) for said in o.said]
     known = card('Said about it', fh.Ul(*[fh.Li(t) for t in told])) if told else ''
-    fields = (field('label', 'Right class', help='Of a task that classifies; the page Feedback makes labels of it.'),
+    classes = _classes_at(request.state.store, id)
+    kind = dict(kind='select', options=[('', 'not said'), *classes]) if classes else {}
+    fields = (field('label', 'Right class', help='The page Feedback makes labels of it.', **kind),
               field('better', 'Better answer', 'textarea'), field('note', 'Note'))
     return page(request, f'Answer {id}', card('Asked', facts({'Place': o.place, 'When': when(o.at)}), fh.Pre(o.prompt)),
                 card('Answered', fh.Pre(o.answer)), known, card('Correct it', form(request, f'/answers/{id}', *fields, button='Keep')),
@@ -507,6 +524,9 @@ def _answer_page(request, id):
 def _answer_correct(request, form, id):
     "Keep a correction"
     value = {k: form.text(k, 10_000) for k in ('label', 'better', 'note') if form.get(k)}
+    known = _classes_at(request.state.store, id)
+    if known and value.get('label', known[0]) not in known:
+        raise ValueError(f"label is {value['label']!r:.60}, and the classes of this model are {', '.join(known)}")
     give_feedback(request.state.store, _answer_of(request.state.store, id).place, value, id, request.state.user)
     return redirect('/answers', 'The correction is kept.')
 

@@ -7,7 +7,7 @@
 
 # %% auto #0
 __all__ = ['DATA_KINDS', 'SPLITS', 'PERSONAL_KINDS', 'SEARCHED', 'house_row', 'row_digest', 'Spool', 'leaks', 'Imported',
-           'import_rows', 'DataRow', 'holds', 'FoundRows', 'page_of_rows', 'search_rows', 'iter_rows', 'version_report',
+           'import_rows', 'holds', 'FoundRows', 'page_of_rows', 'search_rows', 'iter_rows', 'version_report',
            'list_datasets', 'list_versions', 'import_dataset', 'FaultyRows']
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #3a44c6b6
@@ -29,7 +29,8 @@ from ..files.untrusted import ROW_LIMITS, check_value, untrusted_rows
 from .audit import audit, canonical_json
 from .store import Store, datasets, lock_rows, records, version_rows, versions
 from ..serve.patterns import pattern_scan, shapes_for
-from ..train.corpora import band_keys, folded, in_test, minhash, near_groups
+from ..train.corpora import band_keys, folded, minhash, near_groups
+from ..train.corpora import in_test
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #1cbe5bc2
 DATA_KINDS = dict(classification=('text',), spans=('text',), preference=('prompt', 'a', 'b'), chat=('messages',))
@@ -317,13 +318,6 @@ def _write_version(store, user, dataset, digest, spool, ids, report, note, paren
     return Imported(id, True, len(spool), spool.dropped, report)
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #89981bdd
-class DataRow(NamedTuple):
-    "A row of a version"
-    id:int # Of the record
-    digest:str # Of its data
-    data:dict # Its columns
-    split:str # Of `SPLITS`
-
 def holds(
     kind:str, # Of the database
     text:str, # Any text
@@ -339,7 +333,7 @@ SEARCHED = 36_000 # rows after which a search stops
 
 class FoundRows(NamedTuple):
     "Rows that a search has found"
-    rows:list # `DataRow`s
+    rows:list # Of `id`, `digest`, `data` and `split`
     end:int|None # Id of the last record that was looked at; None: no rows are left behind it
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #878fa0ae
@@ -377,11 +371,10 @@ def page_of_rows(
     after:int = 0, # Id of the last record of the page before
     limit:int = 50, # Most rows
     split:str|None = None, # Of `SPLITS`; None: all
-)->list: # `DataRow`s
+)->list: # Rows of `id`, `digest`, `data` and `split`
     "Read some rows of a version, in the order of their ids"
     with store.read() as c:
-        found = c.execute(_rows_of(c, version, split).where(records.c.id > after).limit(limit))
-        return [DataRow(*r) for r in found]
+        return c.execute(_rows_of(c, version, split).where(records.c.id > after).limit(limit)).all()
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #52e65ced
 def search_rows(
@@ -397,14 +390,14 @@ def search_rows(
     with store.read() as c:
         query = _rows_of(c, version, split).where(holds(store.kind, contains))
         found,end = _searched(c, query, version, after, limit, most)
-        return FoundRows([DataRow(*r) for r in found], end)
+        return FoundRows(found, end)
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #229e002c
 def iter_rows(
     store:Store, # Open store
     version:int, # Id
     split:str|None = None, # Of `SPLITS`; None: all
-)->Iterator: # `DataRow`s
+)->Iterator: # Rows of `id`, `digest`, `data` and `split`
     "Read all rows of a version, a thousand at a time"
     last = 0
     while part := page_of_rows(store, version, last, 1000, split):
@@ -518,7 +511,8 @@ def _drafted(draft, rows, kind, text, label, split):
         except ValueError as e: faults.append((n, str(e)))
         else:
             draft.write(json.dumps([n, good, where]) + '\n')
-            if isinstance(said := good.get('label'), str) and said: spelt.setdefault(' '.join(said.casefold().split()), Counter())[said] += 1
+            if isinstance(said := good.get('label'), str) and said:
+                spelt.setdefault(' '.join(said.casefold().split()), Counter())[said] += 1
     return faults,spelt
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #0f2d2bd5

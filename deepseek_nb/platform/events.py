@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from sqlalchemy import delete, exists, func, insert, select, update
 
-from ..eval.drift import COORDINATES, HASH_BUCKETS, EmbeddingTable, RequestFeatures, bucket_quantile, log_bucket
+from ..eval.drift import EmbeddingTable, RequestFeatures
+from ..eval.drift import bucket_quantile, log_bucket
 from .store import Store, events, lock_rows, open_store, texts, windows
 from ..serve.logs import user_hash
 from ..serve.policy import read_toml
@@ -99,15 +100,12 @@ class Sketch:
     flags:Counter = field(default_factory=Counter) # 'scanned' and the names of scans -> requests
     seconds:Counter = field(default_factory=Counter) # Bucket -> requests
     first:Counter = field(default_factory=Counter) # Bucket -> requests
-    tokens:np.ndarray = field(default_factory=lambda: np.zeros(HASH_BUCKETS, np.int64)) # Tokens of prompts
-    embedding:np.ndarray = field(default_factory=lambda: np.zeros(COORDINATES)) # Sum over requests with features
     featured:int = 0 # Requests with features
     sample:list = field(default_factory=list) # [priority, owner, packed features] of some requests
 
     def to_json(self)->dict: # For a JSON column
         "Plain values"
-        return {k: dict(getattr(self, k)) for k in _SUMS} | dict(tokens=self.tokens.tolist(), embedding=self.embedding.round(4).tolist(),
-                                                                featured=self.featured, sample=self.sample)
+        return {k: dict(getattr(self, k)) for k in _SUMS} | dict(featured=self.featured, sample=self.sample)
 
     @classmethod
     def from_json(cls,
@@ -115,7 +113,7 @@ class Sketch:
     )->'Sketch':
         "Read plain values"
         counts = {k: Counter({int(i) if k in ('seconds', 'first') else i: n for i,n in o[k].items()}) for k in _SUMS}
-        return cls(**counts, tokens=np.array(o['tokens']), embedding=np.array(o['embedding']), featured=o['featured'], sample=o['sample'])
+        return cls(**counts, featured=o['featured'], sample=o['sample'])
 
     def add(self,
         event:RequestEvent, # To count
@@ -130,7 +128,7 @@ class Sketch:
         if event.outcome: self.outcomes[event.outcome if event.outcome in self.outcomes or len(self.outcomes) < 100 else 'other'] += 1
         self.flags.update(flags)
         if features is None: return
-        self.tokens,self.embedding,self.featured = self.tokens + features.buckets,self.embedding + features.embedding,self.featured + 1
+        self.featured += 1
         if len(self.sample) < SAMPLED or priority < self.sample[-1][0]:
             self.sample = _lowest([*self.sample, [round(priority, 12), event.owner, features.pack()]], SAMPLED)
 
@@ -140,8 +138,7 @@ class Sketch:
     )->'Sketch':
         "The sketch of both"
         sums = {n: getattr(self, n) + getattr(other, n) for n in _SUMS}
-        return Sketch(**sums, tokens=self.tokens + other.tokens, embedding=self.embedding + other.embedding,
-                      featured=self.featured + other.featured, sample=_lowest([*self.sample, *other.sample], k))
+        return Sketch(**sums, featured=self.featured + other.featured, sample=_lowest([*self.sample, *other.sample], k))
 
 # %% ../../nbs/platform/830_platform.events.ipynb #d80261e3
 def _at_place(places, event): return event.place in places

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from sqlalchemy import insert, select, tuple_, update
+from sqlalchemy import select, tuple_
 
 from ..eval.report import eval_task
 from .events import DAY, Prices, windows_of
 from .jobs import submit
-from .monitor import Monitor, Probe, close_alert, mirror_window, open_alerts, raise_alert
+from .monitor import Monitor, Probe, close_alert, mirror_window, open_alerts, raise_alert, read_state, save_state
 from .registry import gates_from
+from .rollout import live_places
 from .runs import EvaluateRun, mirror_run
-from .store import Store, jobs, references_, releases
+from .store import Store, jobs
 from ..serve.policy import read_toml
 from ..serve.webhooks import checked_target
 
@@ -43,12 +44,6 @@ def _probe_limits(store):
     return limits
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #f14e7e74
-def _live(store):
-    "Pairs of a place and the model that is live there"
-    r = releases.c
-    with store.read() as c:
-        return [tuple(o) for o in c.execute(select(r.place, r.model_id).where(r.mode == 'live', r.ended.is_(None)).order_by(r.place))]
-
 def _newest(store, name):
     "The newest evaluation with a name"
     with store.read() as c:
@@ -56,9 +51,7 @@ def _newest(store, name):
 
 def _judged(store, place, name):
     "When a probe was judged the last time; microseconds since 1970"
-    r = references_.c
-    with store.read() as c: found = c.scalar(select(r.detail).where(r.place == place, r.name == f'probe {name}', r.model_id.is_(None)))
-    return (found or {}).get('at', -1)
+    with store.read() as c: return read_state(c, place, f'probe {name}').get('at', -1)
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #400d5a67
 class LiveProbes:
@@ -73,7 +66,8 @@ class LiveProbes:
     def due(self)->list: # `Probe`s of jobs that have ended and weren't judged
         "Queue what is to be measured, and read what was"
         tasks = {o.group: [p for p in self.limits if p.group == o.group] for o in self.limits}
-        return [p for place,model in _live(self.store) for task,limits in tasks.items() for p in self._task(place, model, task, limits)]
+        live = [(place, model, *o) for place,model in live_places(self.store) for o in tasks.items()]
+        return [p for o in live for p in self._task(*o)]
 
     def _task(self, place, model, task, limits):
         "The probes of a task at a place"
@@ -128,43 +122,31 @@ def operator_settings(
     return _checked(OperatorSettings(**found, prices=Prices.read(prices) if prices.exists() else Prices()))
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #17e015dc
-def _kept_state(store, name):
-    "Row of a mirror's state: id, detail"
-    r = references_.c
-    with store.read() as c: row = c.execute(select(r.id, r.detail).where(r.place == '', r.name == name)).first()
-    return (row.id, row.detail) if row else (None, {})
-
-def _keep_state(store, name, id, detail):
-    with store.write() as c:
-        if id is None: c.execute(insert(references_).values(place='', name=name, detail=detail, created=store.now()))
-        else: c.execute(update(references_).where(references_.c.id == id).values(detail=detail))
-
-# %% ../../nbs/platform/845_platform.operator.ipynb #6ecf0c26
 def mirror_ended(
     store:Store, # Open store
     uri:str, # MLflow's tracking address
     most:int = 20, # Runs
 )->int: # Runs that were copied
     "Copy the runs that have ended since the last time to MLflow"
-    _,old = _kept_state(store, 'mlflow')
+    with store.read() as c: old = read_state(c, '', 'mlflow')
     after = tuple(old.get('after', (0, 0)))
     q = select(jobs.c.id, jobs.c.ended).where(tuple_(jobs.c.ended, jobs.c.id) > after, jobs.c.state.in_(('done', 'failed', 'cancelled')))
     with store.read() as c: found = c.execute(q.order_by(jobs.c.ended, jobs.c.id).limit(most)).all()
     for o in found:
         run = mirror_run(store, o.id, uri)
-        _keep_state(store, 'mlflow', _kept_state(store, 'mlflow')[0], dict(after=(o.ended, o.id), run=run))
+        with store.write() as c: save_state(c, store.now(), '', 'mlflow', dict(after=(o.ended, o.id), run=run))
     return len(found)
 
-# %% ../../nbs/platform/845_platform.operator.ipynb #a0df2caa
+# %% ../../nbs/platform/845_platform.operator.ipynb #6ecf0c26
 def mirror_minutes(
     store:Store, # Open store
 )->int: # Windows that were given
     "Give the minutes that are over since the last time to OpenTelemetry; the first time begins now"
-    id,old = _kept_state(store, 'opentelemetry')
+    with store.read() as c: old = read_state(c, '', 'opentelemetry')
     end = (store.now() - 5_000_000)//60_000_000*60_000_000 # the recorder may still be writing the last seconds
     rows = [w for w in windows_of(store, '', old.get('until', end), end) if w.seconds == 60.]
     given = sum(mirror_window(w) for w in rows)
-    _keep_state(store, 'opentelemetry', id, dict(until=max(end, old.get('until', end))))
+    with store.write() as c: save_state(c, store.now(), '', 'opentelemetry', dict(until=max(end, old.get('until', end))))
     return given
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #ac954530

@@ -22,7 +22,23 @@ from sqlalchemy import select
 from . import layout as ui
 from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
-from .layout import Pages, badge, card, cards, facts, field, form, notice, page, press, redirect, table, when
+from deepseek_nb.platform.layout import (
+    Pages,
+    after_of,
+    badge,
+    card,
+    cards,
+    facts,
+    field,
+    form,
+    notice,
+    page,
+    paged,
+    press,
+    redirect,
+    table,
+    when,
+)
 from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
 from deepseek_nb.platform.rollout import (
     MODES,
@@ -53,17 +69,12 @@ def _took(row): # Seconds, or '–'
     seconds = ((row.ended or row.beat or row.started) - row.started)/1e6
     return f'{seconds:.1f} s' if seconds < 60 else f'{seconds/60:.1f} min'
 
-def _after(request): # Number of the last row of the page before
-    text = request.query_params.get('after', '')
-    return int(text[:18]) if text.isdecimal() else None
-
 @run_pages.get('/runs', role='viewer')
 def _runs_page(request):
     "All runs, the newest first"
     state = request.query_params.get('state')
-    found = jobs_of(request.state.store, _after(request), 51, state if state in _TONES else None)
-    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), when(r.created)) for r in found[:50]]
-    more = f'/runs?after={found[49].id}' + (f'&state={state}' if state in _TONES else '') if len(found) > 50 else None
+    found,more = paged(request, jobs_of(request.state.store, after_of(request), 51, state if state in _TONES else None))
+    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), when(r.created)) for r in found]
     links = [fh.A('New run', href='/runs/new', cls='button'), *(fh.A(s, href=f'/runs?state={s}', cls='button quiet') for s in _TONES)]
     shown = table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created'], rows, more, empty='No runs: start one.')
     return page(request, 'Runs', fh.P(*[o for a in links for o in (a, ' ')]), shown)
@@ -260,13 +271,12 @@ def _value(row): # A measure as text
 def _models_page(request):
     "All models, and what is released where"
     store = request.state.store
-    found,(active,placed) = models_of(store, _after(request), 51),_placed(store)
+    (found,more),(active,placed) = paged(request, models_of(store, after_of(request), 51)),_placed(store)
     rows = []
-    for m in found[:50]:
+    for m in found:
         seen = measures_of(store, m.id)
         rows.append((fh.A(f'{m.name} {m.number}', href=f'/models/{m.id}'), _value(seen.get('accuracy') or seen.get('perplexity')),
                      _value(seen.get('latency_p95')), placed.get(m.id), when(m.created)))
-    more = f'/models?after={found[49].id}' if len(found) > 50 else None
     add = form(request, '/models', field('name', 'Public name', value='smollm2-135m', required=True), button='Add')
     places = [(fh.A(r.place, href=_place_url(r.place)), r.mode, f'{r.share:.0%}', fh.A(f'{r.model_id}', href=f'/models/{r.model_id}'))
               for r in active]
@@ -286,7 +296,9 @@ def _add_public(request, form):
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #861828bb
 def _gate_table(gates):
-    def shown(g): return badge('passed', 'good') if g.passed else badge('failed', 'bad') if 'measured' not in g.why else notice(g.why, 'bad')
+    def shown(g):
+        if g.passed: return badge('passed', 'good')
+        return notice(g.why, 'bad') if 'measured' in g.why else badge('failed', 'bad')
     rows = [(g.group, g.name, g.limit, '–' if g.value is None else f'{g.value:.4g}', shown(g)) for g in gates]
     return table(['Group', 'Measure', 'Limit', 'Value', 'Gate'], rows, empty='No gates: write gates.toml in the folder of the store.')
 
@@ -315,7 +327,10 @@ def _model_page(request, id):
     gates,seen = check_gates(store, id, gates_of(store)),measures_of(store, id)
     rows = [(n, _value(r), ', '.join(f'{k} {v}' for k,v in r.detail.items() if v not in (None, ''))) for n,r in seen.items()]
     here = [r for r in _placed(store)[0] if r.model_id == id]
-    where = [notice(f"{r.mode.replace('?', ', which waits for a second person,')} at {r.place}" + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else ''), 'good',
+    def told(r):
+        waits = r.mode.replace('?', ', which waits for a second person,')
+        return f'{waits} at {r.place}' + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else '')
+    where = [notice(told(r), 'good',
                     fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here]
     more = fh.P(fh.A('Measure it', href=f'/runs/new?kind=evaluate&model={id}', cls='button quiet'), ' ',
                 fh.A('Train it further', href=f'/runs/new?kind=finetune&model={id}', cls='button quiet'))
@@ -353,15 +368,16 @@ def _release_model(request, form, id):
 def _place_page(request, place):
     "The releases of a place, and the way back"
     store,url = request.state.store,_place_url(place)
-    found = history_of(store, place, _after(request), 51)
+    found,more = paged(request, history_of(store, place, after_of(request), 51))
     if not found: raise KeyError(f'nothing was ever released at {place:.60}')
     known = {i: model_of(store, i) for i in {r.model_id for r in found}}
     links = {i: fh.A(f'{m.name} {m.number}', href=f'/models/{i}') for i,m in known.items()}
     rows = [(str(r.id), r.mode, f'{r.share:.0%}', links[r.model_id], badge('active', 'good') if r.ended is None else 'ended', r.reason,
-             when(r.created)) for r in found[:50]]
+             when(r.created)) for r in found]
     modes = {r.mode: r for r in found if r.ended is None}
     waiting = [card('Waits for a second person', fh.P(f'{r.mode[:-1].capitalize()}: ', links[r.model_id]),
-                    press(request, f'{url}/approve', 'Approve', '', release=r.id), press(request, f'{url}/end', 'Withdraw', mode=r.mode[:-1]))
+                    press(request, f'{url}/approve', 'Approve', '', release=r.id),
+                    press(request, f'{url}/end', 'Withdraw', mode=r.mode[:-1]))
                for r in modes.values() if r.mode.endswith('?')]
     told = fh.P('Ends a staged release, or makes the live release before this one live again.')
     parts = [*waiting, card('Back', told, press(request, f'{url}/back', 'Roll back', 'danger'))]
@@ -372,7 +388,6 @@ def _place_page(request, place):
         share = field('share', 'Share of the owners, in per cent', 'number', f'{100*staged.share:g}')
         parts.append(card('Staged', form(request, f'{url}/share', share), press(request, f'{url}/end', 'End it', mode='staged')))
     if 'shadow' in modes: parts.append(card('Shadow', press(request, f'{url}/end', 'End it', mode='shadow')))
-    more = f'{url}?after={found[49].id}' if len(found) > 50 else None
     history = table(['Release', 'Mode', 'Share', 'Model', 'State', 'Reason', 'When'], rows, more)
     return page(request, f'Place {place}', cards(*parts), history, trail=[('Models', '/models')])
 
