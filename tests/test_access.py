@@ -410,7 +410,8 @@ def test_users_come_in_pages(store, ada):
 # ---- tokens
 
 def test_tokens(store, ada, bob, at):
-    lasting, short, least = create_token(store, bob, 'a', bob.role), create_token(store, bob, 'b', bob.role, 2), create_token(store, bob, 'c')
+    lasting, short = create_token(store, bob, 'a', bob.role), create_token(store, bob, 'b', bob.role, 2)
+    least = create_token(store, bob, 'c')
     assert all(o.startswith('dnb_') and len(o) > 40 for o in (lasting, short, least)) and len({lasting, short, least}) == 3
     assert [user_of_token(store, o) for o in (lasting, short, least)] == [bob, bob, bob._replace(role='viewer')]
     for bad in (None, '', 'dnb_', lasting[:-1], lasting[4:], '\ud800'): assert user_of_token(store, bad) is None
