@@ -11,7 +11,7 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer import speculate as drafts
-from deepseek_nb.infer.drafts import Draft
+from deepseek_nb.infer.drafts import Draft, Drafter
 from deepseek_nb.infer.engine import Engine, QueueFull
 from deepseek_nb.infer.paged import PagePool
 from deepseek_nb.infer.quant_cache import CacheFormat
@@ -95,7 +95,7 @@ def test_alone_and_in_company(model, seed):
     assert not engine.queue.waiting and not engine.queue.running
 
 
-class Told:
+class Told(Drafter):
     "A drafter that knows the answer, and says something else now and then"
     def __init__(self, answers): self.answers = answers
     def kind(self, ids): return 0
