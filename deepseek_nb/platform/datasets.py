@@ -29,8 +29,7 @@ from ..files.untrusted import ROW_LIMITS, check_value, untrusted_rows
 from .audit import audit, canonical_json
 from .store import Store, datasets, lock_rows, records, version_rows, versions
 from ..serve.patterns import pattern_scan, shapes_for
-from ..train.corpora import band_keys, folded, minhash, near_groups
-from ..train.corpora import in_test
+from ..train.corpora import band_keys, folded, in_test, minhash, near_groups
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #1cbe5bc2
 DATA_KINDS = dict(classification=('text',), spans=('text',), preference=('prompt', 'a', 'b'), chat=('messages',))

@@ -27,8 +27,7 @@ import numpy as np
 import torch
 from sqlalchemy import delete, exists, func, insert, select, update
 
-from ..eval.drift import EmbeddingTable, RequestFeatures
-from ..eval.drift import bucket_quantile, log_bucket
+from ..eval.drift import EmbeddingTable, RequestFeatures, bucket_quantile, log_bucket
 from .store import Store, events, lock_rows, open_store, texts, windows
 from ..serve.logs import user_hash
 from ..serve.policy import read_toml

@@ -27,9 +27,16 @@ import numpy as np
 from sqlalchemy import func, insert, select, update
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #42281fd1
-from ..eval.drift import DriftRule, DriftWatch, RequestSample, compare_samples
-from ..eval.drift import EmbeddingTable, RequestFeatures, features_sample
-from ..eval.drift import ShareRule
+from deepseek_nb.eval.drift import (
+    DriftRule,
+    DriftWatch,
+    EmbeddingTable,
+    RequestFeatures,
+    RequestSample,
+    ShareRule,
+    compare_samples,
+    features_sample,
+)
 from ..files.tokenizer import Tokenizer
 from .audit import audit
 from .datasets import Imported, import_rows, iter_rows

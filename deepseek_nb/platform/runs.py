@@ -30,11 +30,10 @@ from sqlalchemy import select
 
 from ..arch.model import Model
 from ..eval.calibration import bin_places
-from ..eval.classify import class_probabilities, classified, interval, macro_f1
+from ..eval.classify import class_probabilities, classified, feeling_texts, interval, load_swaps, macro_f1, swapped_versions
 from ..eval.intervals import bootstrap, wilson
 from ..eval.perturb import with_typos
 from ..eval.report import eval_task
-from ..eval.classify import feeling_texts, load_swaps, swapped_versions
 from ..eval.tasks import FORMS, score_interval
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
@@ -45,9 +44,9 @@ from ..quant.model import QuantizedModel
 from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback
 from ..train.convert import convert
+from ..train.corpora import folded
 from ..train.data import Batches, packed, to_dataset, tokenised
 from ..train.distill import distillation_loss
-from ..train.corpora import folded
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
 from ..train.resume import checkpoints, write_whole
