@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from ..core.lazy import chapter_paths, find_chapter
+from ..core.lazy import chapter_paths
 
 # %% ../../nbs/site/964_tools.book.ipynb #634ad442
 def page_name(
