@@ -403,3 +403,13 @@ def test_feedback_adds_what_a_data_set_lacks(ann):
     found = [r.data for r in iter_rows(store, int(re.search(r'/versions/(\d+)', str(made.url))[1]))]
     assert dict(text='something new', label='sums') in found and len(found) == 7
     assert ann.post('/feedback/version', place='here', dataset=1).status_code == 400
+
+
+def test_a_place_where_nothing_is_released(store):  # noqa: F811
+    "is no fault of ours: the pages that ask a model say so"
+    user, server = access.create_user(store, None, 'ann', PASSWORD, 'admin'), PlatformServer(store, all_pages())
+    session = access.log_in(store, user.name, PASSWORD)
+    with TestClient(server.app(), base_url='http://localhost', cookies=dict(session=session)) as client:
+        for path, values in (('/watch/drift/none', {}), ('/chat', dict(place='none', message='Hello'))):
+            answer = client.post(path, data=values | dict(csrf=access.csrf_of(session)))
+            assert answer.status_code == 404 and 'nothing is released as' in answer.text, path

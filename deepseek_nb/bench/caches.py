@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import Model, Tokenizer
 from ..arch.attention import attend_latent
 from ..arch.cache import Cache, Slot, cache_shapes
-from ..arch.index_codes import encode_keys
+from ..arch.index_codes import IndexCodec, encode_keys
 from ..arch.model import add_attention, head
 from ..arch.rewindable import RewindableCache
 from ..arch.routing import Gate
@@ -342,7 +342,7 @@ def _kernel_steps(c, t, index_dtype=None):
 # %% ../../nbs/lab/770_bench.caches.ipynb #c88f5e70
 def _filled_cache(model, t, batch=1, index_dtype=None):
     "A cache of random tokens"
-    cache = model.new_cache(batch, t + 1, index_dtype)
+    cache = model.new_cache(batch, t + 1, IndexCodec() if index_dtype else None)
     for i in range(model.config.n_layers): cache[i].append(*map(torch.randn, cache_shapes(model.config, batch, t)))
     cache.advance(t)
     return cache

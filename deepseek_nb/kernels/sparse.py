@@ -27,12 +27,12 @@ def _rows(x): return x if x.stride(-1) == 1 else x.contiguous()
 
 def _fits(q, k, w):
     "Whether the kernels can be used, with keys in floats or in codes"
-    first = k.codes if isinstance(k, IndexCodes) else k
+    first = getattr(k, 'codes', k)
     return ({q.dtype, w.dtype} <= {*FLOATS} and first.dtype in (*FLOATS, torch.uint8) and min(q.numel(), first.numel()) > 0
             and without_grad(q, first, w))
 
 def _checked(q, k, w):
-    (b,s,j,u),keys = q.shape,[*k] if (coded := isinstance(k, IndexCodes)) else [k]
+    (b,s,j,u),keys = q.shape,[*k] if (coded := hasattr(k, 'codes')) else [k]
     check_tensor('k', keys[0], (b, None, u), (torch.uint8,) if coded else FLOATS)
     check_tensor('w', w, (b, s, j))
     return q.float().contiguous(), [_rows(x) for x in keys], w.float().contiguous()

@@ -37,6 +37,7 @@ from starlette.routing import Route
 from .access import TooManyTries, allowed, csrf_matches, csrf_of, user_of_session
 from .forms import read_form
 from .style import STATIC, static_path
+from ..serve.chat import ApiError
 
 # %% ../../nbs/platform/835_platform.layout.ipynb #cbea9bb9
 TONES = ('', 'good', 'warn', 'bad')
@@ -433,6 +434,7 @@ def _as_response(result):
 def _status(error):
     kinds = ((TooManyTries, 429), (PermissionError, 403), (KeyError, 404), (TimeoutError, 503), (ValueError, 400), (OverflowError, 400))
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return 507
+    if isinstance(error, ApiError): return error.status # of a released model
     return error.status_code if isinstance(error, HTTPException) else next((n for kind,n in kinds if isinstance(error, kind)), 500)
 
 _SENTENCES = 'this ','these ','there ','the ','give ','choose ','log ','too '

@@ -7,9 +7,10 @@ A `Probe` is measured on a schedule. `Monitor.tick` does all that is due. `give_
 
 # %% auto #0
 __all__ = ['TRIES', 'PAUSE', 'WEEK', 'MONDAY', 'DRIFT_ENDS', 'LIVE_RULES', 'open_alerts', 'raise_alert', 'close_alert', 'judge',
-           'add_hook', 'remove_hook', 'deliver', 'read_state', 'save_state', 'DriftPlan', 'DriftWeek', 'drift_history',
-           'drift_step', 'end_drift', 'Probe', 'run_probe', 'Monitor', 'places_of', 'personal_scan', 'TrainingDrift',
-           'training_drift', 'give_feedback', 'feedback_rows', 'feedback_labels', 'feedback_version', 'mirror_window']
+           'add_hook', 'remove_hook', 'deliver', 'read_monitor', 'save_state', 'DriftPlan', 'DriftWeek',
+           'drift_history', 'drift_step', 'end_drift', 'Probe', 'run_probe', 'Monitor', 'places_of', 'personal_scan',
+           'TrainingDrift', 'training_drift', 'give_feedback', 'feedback_rows', 'feedback_labels', 'feedback_version',
+           'mirror_window']
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #9db9d669
 import http.client
@@ -216,7 +217,7 @@ def _unpack(data):
     found = np.load(io.BytesIO(data), allow_pickle=False)
     return RequestSample(*({k[2:]: found[k] for k in found.files if k[0] == p} for p in 'ncv'))
 
-def read_state(
+def read_monitor(
     c, # Connection
     place:str, # As clients see it; '': of the whole platform
     name:str, # What the state is about
@@ -282,7 +283,7 @@ def drift_history(
     place:str, # As clients see it
 )->list: # `DriftWeek`s, oldest first
     "The tested windows of a place"
-    with store.read() as c: return [DriftWeek(*w) for w in read_state(c, place, 'drift').get('history', ())]
+    with store.read() as c: return [DriftWeek(*w) for w in read_monitor(c, place, 'drift').get('history', ())]
 
 def _watch(store, plan, old):
     "The watch of a place as it was saved"
@@ -315,12 +316,12 @@ def drift_step(
     begin:int, # Start of the first window, if there is no state yet; microseconds since 1970
 )->DriftWeek|None: # None: no window is over
     "Compare the next window of a place that is over, if there is one"
-    with store.read() as c: old = read_state(c, place, 'drift')
+    with store.read() as c: old = read_monitor(c, place, 'drift')
     start = old.get('until', begin)
     if start + plan.period > store.now(): return None
     new,week = _compare(store, plan, place, old, start)
     with store.write() as c:
-        now = read_state(c, place, 'drift')
+        now = read_monitor(c, place, 'drift')
         if now.get('until') != old.get('until'): return None # another process was faster
         save_state(c, store.now(), place, 'drift', new | dict(history=[*now.get('history', ())[-519:], week]))
         if week.alarm in ('week', 'trend'):
@@ -345,7 +346,7 @@ def end_drift(
     with store.read() as c:
         row = c.execute(select(alerts).where(alerts.c.id == alert, alerts.c.rule == 'drift')).first()
         if row is None: raise KeyError(f'there is no alert {alert} about drift')
-        state = read_state(c, row.place, 'drift')
+        state = read_monitor(c, row.place, 'drift')
     new = dict(evidence=1., odd=None)
     if how == 'chance' and state.get('odd'):
         watch = _watch(store, DriftPlan(), state)
@@ -354,7 +355,7 @@ def end_drift(
     if how == 'normal' and state.get('odd'): new['blob'] = state['odd']['blob']
     close_alert(store, user, alert, f'{how}: {note}' if note else how)
     with store.write() as c:
-        now = read_state(c, row.place, 'drift')
+        now = read_monitor(c, row.place, 'drift')
         if now.get('until') == state.get('until'): save_state(c, store.now(), row.place, 'drift', now | new)
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #d25323aa
@@ -374,14 +375,14 @@ def run_probe(
 )->float|None: # None: it isn't due, or it failed
     "Measure if it is due, and open or close the alert"
     name = f'probe {probe.name}'
-    with store.read() as c: old = read_state(c, probe.place, name)
+    with store.read() as c: old = read_monitor(c, probe.place, name)
     if old and store.now() < old['at'] + probe.every: return None
     value,why = None,''
     try: value = float(probe.run())
     except Exception as e: why = f'{type(e).__name__}: {e}'[:300]
     good = value is not None and probe.low <= value <= probe.high
     with store.write() as c:
-        old = read_state(c, probe.place, name)
+        old = read_monitor(c, probe.place, name)
         at = store.now()
         save_state(c, at, probe.place, name, dict(at=at, history=[*old.get('history', ())[-499:], [at, value, why]]))
         was = open_alerts(c, name, probe.place)
@@ -408,7 +409,7 @@ class Monitor:
 
     def _judge(self, place):
         "Apply the rules to the windows of a place that have ended"
-        with self.store.read() as c: old = read_state(c, place, 'judged')
+        with self.store.read() as c: old = read_monitor(c, place, 'judged')
         end = (self.store.now() - 5_000_000)//self.window*self.window # the recorder may still be writing the last seconds
         begin = max(old.get('until', 0), end - 12*self.window)
         if begin >= end: return []

@@ -21,7 +21,7 @@ from sqlalchemy import select, tuple_
 from ..eval.report import eval_task
 from .events import DAY, Prices, windows_of
 from .jobs import submit
-from .monitor import Monitor, Probe, close_alert, mirror_window, open_alerts, raise_alert, read_state, save_state
+from .monitor import Monitor, Probe, close_alert, mirror_window, open_alerts, raise_alert, read_monitor, save_state
 from .registry import gates_from
 from .rollout import live_places
 from .runs import EvaluateRun, mirror_run
@@ -51,7 +51,7 @@ def _newest(store, name):
 
 def _judged(store, place, name):
     "When a probe was judged the last time; microseconds since 1970"
-    with store.read() as c: return read_state(c, place, f'probe {name}').get('at', -1)
+    with store.read() as c: return read_monitor(c, place, f'probe {name}').get('at', -1)
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #400d5a67
 class LiveProbes:
@@ -128,7 +128,7 @@ def mirror_ended(
     most:int = 20, # Runs
 )->int: # Runs that were copied
     "Copy the runs that have ended since the last time to MLflow"
-    with store.read() as c: old = read_state(c, '', 'mlflow')
+    with store.read() as c: old = read_monitor(c, '', 'mlflow')
     after = tuple(old.get('after', (0, 0)))
     q = select(jobs.c.id, jobs.c.ended).where(tuple_(jobs.c.ended, jobs.c.id) > after, jobs.c.state.in_(('done', 'failed', 'cancelled')))
     with store.read() as c: found = c.execute(q.order_by(jobs.c.ended, jobs.c.id).limit(most)).all()
@@ -142,7 +142,7 @@ def mirror_minutes(
     store:Store, # Open store
 )->int: # Windows that were given
     "Give the minutes that are over since the last time to OpenTelemetry; the first time begins now"
-    with store.read() as c: old = read_state(c, '', 'opentelemetry')
+    with store.read() as c: old = read_monitor(c, '', 'opentelemetry')
     end = (store.now() - 5_000_000)//60_000_000*60_000_000 # the recorder may still be writing the last seconds
     rows = [w for w in windows_of(store, '', old.get('until', end), end) if w.seconds == 60.]
     given = sum(mirror_window(w) for w in rows)
