@@ -140,7 +140,7 @@ class ExportLater:
     def end(self):
         "Write the table after the last notebook"
         from nbdev import config, doclinks
+        config.nbpath2html = doclinks.nbpath2html = _page_of
         found = config.get_config(self.path.parent)
         if self.path.name != max(p.name for p in chapter_paths(found.nbs_path)): return
         _write_later(found.nbs_path, Path(found.lib_path)/'_later.py')
-        config.nbpath2html = doclinks.nbpath2html = _page_of
