@@ -36,7 +36,7 @@ def spoil(folder, name, change):
 
 def row(claims, folder, page, word=''):
     "The row of a claim."
-    c = next(c for c in claims.ARTICLE + claims.STUDIES + claims.OURS if c.page == page and word in c.claim)
+    c = next(c for c in claims.ARTICLE + claims.STUDY_CLAIMS + claims.OURS if c.page == page and word in c.claim)
     return claims.claim_row(c, claims.Stored(folder))
 
 
@@ -119,9 +119,9 @@ def test_the_worst_case_of_the_fastest_peer_counts(claims, results):
 
 
 def test_nan_is_never_shown(claims):
-    bad = claims.Found(*[float('nan')]*3)
+    bad = claims.Measured(*[float('nan')]*3)
     assert claims.verdict_of([bad]) == 'undecided'
-    assert claims.verdict_of([claims.Found(2., 2., 2.)], floor=bad) == 'not shown at this scale'
+    assert claims.verdict_of([claims.Measured(2., 2., 2.)], floor=bad) == 'not shown at this scale'
 
 
 def test_intervals_over_seeds_are_those_of_student(claims):
@@ -154,7 +154,7 @@ def test_a_damaged_result_is_none(claims, results, text):
 
 
 def test_without_results_nothing_is_measured(claims, tmp_path):
-    rows = claims.claims(claims.ARTICLE + claims.STUDIES + claims.OURS, tmp_path)
+    rows = claims.claims(claims.ARTICLE + claims.STUDY_CLAIMS + claims.OURS, tmp_path)
     assert {r.verdict for r in rows} == {'not measured', 'needs hardware', 'shown without a number'}
     assert all(r.verdict == 'not measured' for r in rows if r.claim.parts)
 
@@ -186,19 +186,19 @@ def test_the_articles_part_is_short_and_measured(claims):
 
 
 def test_templates_spell_out_no_measured_number(claims):
-    for c in claims.ARTICLE + claims.STUDIES + claims.OURS:
+    for c in claims.ARTICLE + claims.STUDY_CLAIMS + claims.OURS:
         assert not re.search(r'\d\.\d|\d ?%', re.sub(r'{[^}]*}', '', c.says)), c.says
 
 
 def test_every_chapter_is_there(claims):
     from deepseek_nb.tools.book import book, page_name
     pages = {page_name(o.removesuffix('.ipynb')) for o in book(ROOT/'nbs')}
-    assert {c.page for c in claims.ARTICLE + claims.STUDIES + claims.OURS} <= pages
+    assert {c.page for c in claims.ARTICLE + claims.STUDY_CLAIMS + claims.OURS} <= pages
 
 
 def test_the_page_is_what_the_results_say(claims):
     shown = [''.join(o['data']['text/markdown']) for c in PAGE for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
-    for which in (claims.ARTICLE, claims.STUDIES, claims.OURS):
+    for which in (claims.ARTICLE, claims.STUDY_CLAIMS, claims.OURS):
         assert '\n'.join(map(str, claims.claims(which, RESULTS))) in shown, 'nbs/site/980_tools.claims.ipynb is stale: run it'
 
 
