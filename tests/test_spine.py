@@ -96,4 +96,4 @@ def test_no_part_of_v4_stands_in_the_path_of_v3():
 def test_the_path_of_v3_stays_short():
     "Lines of exported cells that aren't blank"
     lines = {m: sum(bool(l.strip()) and not l.startswith('#|') for l in code_of(m).splitlines()) for m in SPINE}
-    assert sum(lines.values()) <= 1140, lines
+    assert sum(lines.values()) <= 1145, lines

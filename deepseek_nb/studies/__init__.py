@@ -196,6 +196,7 @@ def run_folder(
 @contextmanager
 def stopwatch(
     path:Path, # JSON file for the minutes
+    every:float = 5., # Seconds between two writes
 ): # Context manager that yields a function, which returns the minutes so far
     "Measure the minutes of a run, including those before a restart"
     before,begun,over = read_json(path)['minutes'] if path.exists() else 0.,perf_counter(),Event()
@@ -203,7 +204,7 @@ def stopwatch(
     def note():
         with written(path) as tmp: tmp.write_text(json.dumps(dict(minutes=minutes())))
     def notes():
-        while not over.wait(5.): note()
+        while not over.wait(every): note()
     (thread := Thread(target=notes, daemon=True)).start()
     try: yield minutes
     finally:
