@@ -5896,6 +5896,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'deepseek_nb.kernels.plan._feed': ('kernels.plan.html#_feed', 'deepseek_nb/kernels/plan.py'),
                                           'deepseek_nb.kernels.plan._feed_places': ( 'kernels.plan.html#_feed_places',
                                                                                      'deepseek_nb/kernels/plan.py'),
+                                          'deepseek_nb.kernels.plan._feed_step': ( 'kernels.plan.html#_feed_step',
+                                                                                   'deepseek_nb/kernels/plan.py'),
                                           'deepseek_nb.kernels.plan._follow': ('kernels.plan.html#_follow', 'deepseek_nb/kernels/plan.py'),
                                           'deepseek_nb.kernels.plan._paged': ('kernels.plan.html#_paged', 'deepseek_nb/kernels/plan.py'),
                                           'deepseek_nb.kernels.plan._ready': ('kernels.plan.html#_ready', 'deepseek_nb/kernels/plan.py'),

@@ -356,7 +356,7 @@ def _attend(call, x, block, ctx):
     return y.to(x.dtype)
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #b506d831
-def _feed(x, block, limits):
+def _feed_step(x, block, limits):
     "The kernel of a feed-forward for at most as many tokens of floats and of codes, or why there is none"
     n = x.shape[0]*x.shape[1]
     if not 0 < n <= max(limits): return Refusal(f'it has {x.shape[0]}×{x.shape[1]} tokens')
@@ -378,7 +378,7 @@ def feed_forward_of(
     block:Block, # Block that contains the weights
 )->Callable|Refusal: # Function with the same arguments
     "The kernel of norm, feed-forward and residual, or why there is none"
-    return (run := _feed(x, block, (MANY, LIMIT))) and (lambda x, block: run(x))
+    return (run := _feed_step(x, block, (MANY, LIMIT))) and (lambda x, block: run(x))
 
 @mixture.twin('cpp', prepares=True)
 def mixture_of(
@@ -386,7 +386,7 @@ def mixture_of(
     x:Tensor, # Activations `b s d`
 )->Callable|Refusal: # Function with the same arguments
     "The kernel of routed and shared experts, or why there is none"
-    return (run := _feed(x, moe, (4*LIMIT,)*2)) and (lambda moe, x: run(x))
+    return (run := _feed_step(x, moe, (4*LIMIT,)*2)) and (lambda moe, x: run(x))
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #b63146d2
 @torch.inference_mode()
