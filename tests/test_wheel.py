@@ -74,16 +74,17 @@ def elsewhere(tmp_path):
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
 def test_every_module_imports(installed, elsewhere):
     modules = [o.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.') for o in (ROOT/'deepseek_nb').rglob('[!_]*.py')]
-    # the platform's modules alone need packages of an extra
+    # the platform's modules and the bridge to transformers alone need packages of an extra
     code = f'''from importlib import import_module
 for o in {modules}:
     try: print(import_module(o).__file__)
     except ModuleNotFoundError as e:
-        if e.name not in ('sqlalchemy', 'fasthtml', 'psycopg', 'starlette') or not o.startswith('deepseek_nb.platform.'): raise
+        platform = e.name in ('sqlalchemy', 'fasthtml', 'psycopg', 'starlette') and o.startswith('deepseek_nb.platform.')
+        if not platform and (e.name, o) != ('transformers', 'deepseek_nb.export.transformers'): raise
         print('extra site-packages')'''
     files = run(installed/'python', '-c', code, **elsewhere).splitlines()
     assert len(files) == len(modules) and all('site-packages' in o for o in files)
-    assert files.count('extra site-packages') < sum(o.startswith('deepseek_nb.platform') for o in modules)
+    assert files.count('extra site-packages') <= sum(o.startswith('deepseek_nb.platform') for o in modules)
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX layout of an environment')
