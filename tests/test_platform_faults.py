@@ -14,7 +14,7 @@ from platform_fixtures import postgres, postgres_url, store  # noqa: E402, F401
 from sqlalchemy import func, select  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
 
-from deepseek_nb.eval.features import EmbeddingTable  # noqa: E402
+from deepseek_nb.eval.drift import EmbeddingTable  # noqa: E402
 from deepseek_nb.files.tokenizer import Tokenizer  # noqa: E402
 from deepseek_nb.platform import access, jobs, runs  # noqa: E402
 from deepseek_nb.platform import labels as lab  # noqa: E402
