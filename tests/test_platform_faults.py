@@ -370,8 +370,7 @@ def test_requests_of_one_program_are_compared_with_the_training_data(store):  # 
     user = access.create_user(store, None, 'ann', PASSWORD, 'admin')
     server = PlatformServer(store, all_pages())
     server.pick, server.tables['m'] = lambda *a: (pick, SimpleNamespace(model_id=model)), table
-    draw = np.random.default_rng(SEED)
-    print(f'SEED={SEED}')
+    draw = np.random.default_rng(0)  # not SEED: of two samples that are alike, one pair in a hundred differs at this level
     rows = [r.data for r in iter_rows(store, version, 'train')]
     other = ['please refund the second payment for my broken kettle ' + r['text'] for r in rows]
     for place, some in (('alike', [r['text'] for r in rows]), ('other', other)):

@@ -2,6 +2,7 @@
 
 The wheel of transformers has no `GenerationTesterMixin`; the public behaviours that it tests are listed here."""
 import copy
+import math
 import os
 import pickle
 import threading
@@ -9,12 +10,14 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 transformers = pytest.importorskip('transformers')
 from deepseek_nb import Model, QuantizedModel, Tokenizer  # noqa: E402
 from deepseek_nb.export.transformers import AllLayers, DeepseekNbConfig, DeepseekNbForCausalLM  # noqa: E402
 from deepseek_nb.infer.generate import left_padded  # noqa: E402
 
+SEED = int(os.environ.get('SEED', 0))
 KINDS = ['mini', 'mini-v4', 'int4', 'int4-v4']
 TEXTS = ['Once upon a time there was a', 'The King']
 
@@ -198,26 +201,37 @@ def test_a_new_model_from_a_config():
     assert isinstance(new, DeepseekNbForCausalLM) and new.num_parameters() > 10**6
 
 
-@pytest.mark.parametrize('name,quantised', [('mini', False), ('mini', True), ('mini-v4', False)])
-def test_peft_adapters_act_in_every_path(name, quantised, tmp_path, quiet):
-    "With a gradient, in a prompt, and in decode steps, whose kernels must see the adapter; then saved, loaded and merged"
-    peft = pytest.importorskip('peft')
-    kind, form = (QuantizedModel, 'int8') if quantised else (Model, 'float32')
-    load = lambda: kind.from_pretrained(name, form, 'cpu').to_transformers()
-    hf, ids = load(), torch.randint(4000, (2, 7))
-    before = hf(ids).logits.detach()
-    adapted = peft.get_peft_model(hf, peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))
+def distances(hf, adapted, bound):
+    "With a new adapter: how far the prompt with a gradient and the last step are from the prompt without one, of the largest logit"
+    ids = torch.randint(4000, (2, 7))
     for k, p in adapted.named_parameters():
+        if 'lora_A' in k: nn.init.kaiming_uniform_(p.data, a=math.sqrt(5))
         if 'lora_B' in k: p.data.normal_(std=.1)
-    with_grad = adapted(ids).logits
+    with_grad = adapted(ids).logits.detach()
+    with torch.no_grad(), adapted.disable_adapter(): before = adapted(ids).logits
     with torch.no_grad():
         after = adapted(ids).logits
         out = adapted(ids[:, :-1], use_cache=True)
         step = adapted(ids[:, -1:], cache=out.cache).logits
-    bound = .2 if quantised else 1e-3  # int8 activations are rounded where no gradient is needed
     assert (after - before).abs().max() > 5*bound
-    for got, want in ((with_grad.detach(), after), (step, after[:, -1:])):  # the median: a tie of experts may fall either way
-        assert (got - want).abs().amax(-1).flatten().median() < bound*after.abs().max()
+    return [((got - want).abs().max()/after.abs().max()).item() for got, want in ((with_grad, after), (step, after[:, -1:]))]
+
+
+@pytest.mark.parametrize('name,quantised', [('mini', False), ('mini', True), ('mini-v4', False)])
+def test_peft_adapters_act_in_every_path(name, quantised, tmp_path, quiet):
+    """With a gradient, in a prompt, and in decode steps, whose kernels must see the adapter; then saved, loaded and merged. A random
+    adapter can lead a token to a near tie of two experts, which rounding decides: of five adapters, three must be near in each path"""
+    peft = pytest.importorskip('peft')
+    print(f'SEED={SEED}')
+    torch.manual_seed(SEED)
+    kind, form = (QuantizedModel, 'int8') if quantised else (Model, 'float32')
+    load = lambda: kind.from_pretrained(name, form, 'cpu').to_transformers()
+    hf = load()
+    adapted = peft.get_peft_model(hf, peft.LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM'))
+    bound = .2 if quantised else 1e-3  # int8 activations are rounded where no gradient is needed
+    far = torch.tensor([distances(hf, adapted, bound) for _ in range(5)])
+    assert (far.sort(0).values[2] < bound).all(), far
+    ids = torch.randint(4000, (2, 7))
     adapted.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(), tmp_path).eval()
     with torch.no_grad(): torch.testing.assert_close(again(ids).logits, adapted.eval()(ids).logits, atol=1e-4, rtol=1e-4)
