@@ -34,7 +34,7 @@ test: .venv/.dev  ## every notebook, then tests/; the ten slowest of each are li
 sanitize: .venv/.dev  ## the kernels alone, under AddressSanitizer and UBSan (make test does this too)
 	EVERY=1 $(BIN)/python -m pytest tests -k sanitizers
 
-fuzz: .venv/.dev  ## drawn models, whole and broken, in the runner under AddressSanitizer and UBSan: ten minutes of a processor (make test: one)
+fuzz: .venv/.dev  ## drawn models, whole and broken, in the runner under AddressSanitizer and UBSan: ten minutes of a processor (make test: half a minute)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} $(BIN)/python -m pytest tests/test_fuzz.py -s
 
 docs: .venv/.dev  ## the site, into _docs

@@ -1,6 +1,6 @@
 """Drawn models, whole and broken, under AddressSanitizer and UBSan; runners and teams of threads under ThreadSanitizer
 
-`make fuzz` spends ten minutes of a processor on it, the check one; FUZZ_SECONDS sets another time, SEED repeats the draws.
+`make fuzz` spends ten minutes of a processor on it, the check half a minute; FUZZ_SECONDS sets another time, SEED repeats the draws.
 """
 import os
 import resource
@@ -24,7 +24,7 @@ except FileNotFoundError: pytest.skip('no C++ compiler', allow_module_level=True
 
 Q,SIZES = gguf.GGMLQuantizationType,gguf.GGML_QUANT_SIZES
 KINDS = ('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q6_K')
-SECONDS = float(os.environ.get('FUZZ_SECONDS', 60))
+SECONDS = float(os.environ.get('FUZZ_SECONDS', 30))
 
 
 class Drawn:
