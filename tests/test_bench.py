@@ -205,8 +205,8 @@ def test_benchmarks_of_later_chapters_are_found(capsys):
 def test_contenders_are_equal_before_they_are_timed(monkeypatch):
     pytest.importorskip('transformers')
     from deepseek_nb.bench import models
-    from deepseek_nb.bench.layers import pair
     from deepseek_nb.bench.limits import BENCH_MOE
+    from deepseek_nb.bench.models import pair
     shape = BENCH_MOE | dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, intermediate_size=96, moe_intermediate_size=32)
     found = models.moe_decode(cached=20, repeats=2, shape=shape)
     assert found.names == ('deepseek_nb', 'transformers') and len(found.ratios) == 2

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from deepseek_nb.bench import grpo
-from deepseek_nb.bench.grpo import Contender, fastest_peer, grpo_case, grpo_plan, grpo_table, small_policy, sum_prompts
+from deepseek_nb.bench import training
+from deepseek_nb.bench.training import Contender, fastest_peer, grpo_case, grpo_plan, grpo_table, small_policy, sum_prompts
 
 
 @pytest.fixture(scope='module')
@@ -23,6 +23,6 @@ def test_trl_takes_the_same_steps(plan):
 
 
 def test_a_contender_that_fails_says_why(plan, monkeypatch):
-    monkeypatch.setattr(grpo, '_CHILD', 'raise SystemExit("no such setting")')
+    monkeypatch.setattr(training, '_CHILD', 'raise SystemExit("no such setting")')
     with pytest.raises(ValueError, match='TRL, sdpa: no such setting'): Contender(plan, 'TRL, sdpa')
     with pytest.raises(ValueError, match='no setting of TRL runs'): fastest_peer(plan, ['TRL, sdpa', 'TRL, eager'])

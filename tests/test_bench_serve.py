@@ -13,22 +13,31 @@ import numpy as np
 import pytest
 
 from deepseek_nb.bench import load_result, run_command, serve
-from deepseek_nb.bench.load import (
+from deepseek_nb.bench.serve import (
+    Arm,
+    Command,
     Endpoint,
     Limits,
+    NotStarted,
+    Run,
+    ServeReport,
+    Sizes,
     Trace,
     arrivals,
     ask,
     closed_loop,
     load_summary,
+    measure_all,
     one_token_words,
     open_loop,
     percentiles,
     random_prompts,
     read_chunks,
     read_events,
+    report_of,
+    running,
+    runs_of,
 )
-from deepseek_nb.bench.serve import Arm, Command, NotStarted, Run, ServeReport, Sizes, measure_all, report_of, running, runs_of
 from deepseek_nb.files.tokenizer import Tokenizer
 
 

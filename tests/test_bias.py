@@ -13,7 +13,7 @@ import pytest
 from deepseek_nb.eval import bias as A
 from deepseek_nb.eval import bias as B
 from deepseek_nb.eval import classify as W
-from deepseek_nb.eval.tasks import read_lines
+from deepseek_nb.eval.choice import read_lines
 
 DATA = Path(os.environ.get('DEEPSEEK_NB_DATA', '.'))
 needs = lambda name: pytest.mark.skipif(not (DATA/name).is_dir(), reason=f'the set {name} is not here (DEEPSEEK_NB_DATA)')
@@ -45,7 +45,7 @@ def test_crows_pairs_as_in_the_harness(rng, tmp_path):
     """A random sample: the log-likelihood of each sentence by the harness's class for transformers and by ours; CROWS_PAIRS=200 asks more.
     In float64, as a sentence such as "Ca'daan had spent hours" adds roundings of float32 up to a thousandth"""
     from deepseek_nb.arch.model import Model
-    from deepseek_nb.eval.harness import harness_model, local_task, run_tasks
+    from deepseek_nb.eval.report import harness_model, local_task, run_tasks
     from deepseek_nb.files.tokenizer import Tokenizer
     model,tok = Model.from_pretrained('smollm2-135m', dtype='float32', device='cpu').double(),Tokenizer.from_pretrained('smollm2-135m')
     pairs = rng.sample(B.read_crows_pairs(DATA/'crows_pairs'), int(os.environ.get('CROWS_PAIRS', 5)))

@@ -12,30 +12,28 @@ import torch
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.apps.command import find_app
 from deepseek_nb.apps.control import (
+    STYLE_PARTS,
     STYLE_WAYS,
     Styler,
+    StyleText,
     answer_losses,
+    balanced,
     content_kept,
+    cut_passages,
+    drop_near_repeats,
     embeddings,
+    fit_encoders,
+    four_words,
     learn_styler,
     load_styler,
+    part_of,
     save_styler,
+    text_states,
+    tidy,
     two_halves,
     write_about,
 )
 from deepseek_nb.apps.steer import StyleSettings, calibrated, fit_judge, guided, isotonic, steered, with_adapter
-from deepseek_nb.apps.styles import (
-    STYLE_PARTS,
-    StyleText,
-    balanced,
-    cut_passages,
-    drop_near_repeats,
-    fit_encoders,
-    four_words,
-    part_of,
-    text_states,
-    tidy,
-)
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
 from deepseek_nb.studies import open_study, read_plan

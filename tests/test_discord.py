@@ -5,16 +5,19 @@ import random
 import pytest
 import torch
 
-from deepseek_nb.apps.anomaly import Detector, FitSettings, as_series, scaled
-from deepseek_nb.apps.discord import (
+from deepseek_nb.apps.anomaly import (
     CUT_AT,
     GRID,
+    Detector,
     DiscordConfig,
     DiscordDetector,
+    FitSettings,
+    as_series,
     centred_windows,
     nearest_windows,
     on_grid,
     recall_windows,
+    scaled,
 )
 from deepseek_nb.apps.tcn import SignalConfig
 

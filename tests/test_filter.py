@@ -12,8 +12,17 @@ from urllib.parse import quote
 import pytest
 
 from deepseek_nb.apps import command
-from deepseek_nb.apps.filter import FilterApp, ToxicityNet, content_filter, divide_set, learn_filter, load_filter, read_toxicity
-from deepseek_nb.apps.names import NameTagger, read_pii
+from deepseek_nb.apps.filter import (
+    FilterApp,
+    NameTagger,
+    ToxicityNet,
+    content_filter,
+    divide_set,
+    learn_filter,
+    load_filter,
+    read_pii,
+    read_toxicity,
+)
 from deepseek_nb.apps.rows import package_folder
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.request import Piece, Stream

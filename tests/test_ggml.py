@@ -31,7 +31,7 @@ from deepseek_nb.quant.ggml import BLOCK_KINDS as KINDS
 from deepseek_nb.quant.ggml import SPLIT, Ggml, block_format, from_blocks, prepack_blocks, split_blocks
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, rounded
-from deepseek_nb.quant.stream import GgufSource
+from deepseek_nb.quant.save import GgufSource
 
 SEED = int(os.environ.get('SEED', random.randrange(10**6)))
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_choice import make
 
-from deepseek_nb.eval import harness as H
+from deepseek_nb.eval import report as H
 from deepseek_nb.files.tokenizer import Tokenizer
 
 DATA = Path(os.environ.get('DEEPSEEK_NB_DATA') or Path(__file__).parents[2]/'shared/data')

@@ -11,8 +11,21 @@ import torch
 import torch.nn.functional as F
 
 from deepseek_nb.apps.command import find_app, score_file
-from deepseek_nb.apps.fusion import FusionConfig, FusionNet, FusionSettings, Modalities, heat_map, train_fusion
-from deepseek_nb.apps.inspect import Inspector, decode_png, fit_known, read_picture, read_wav, strangeness, write_wav
+from deepseek_nb.apps.inspect import (
+    FusionConfig,
+    FusionNet,
+    FusionSettings,
+    Inspector,
+    Modalities,
+    decode_png,
+    fit_known,
+    heat_map,
+    read_picture,
+    read_wav,
+    strangeness,
+    train_fusion,
+    write_wav,
+)
 from deepseek_nb.apps.wafers import (
     CAUSES,
     PairingRule,

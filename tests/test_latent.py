@@ -18,8 +18,22 @@ from deepseek_nb.arch.rope import frequencies
 from deepseek_nb.bench import load_result
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.train.convert import convert, joined_halves, reconstruct, stream_error, write_tokenizer
-from deepseek_nb.train.latent import choose_pairs, compress, folded_rope, mean_rotation, mla_config, moment, roots, shared_pairs, to_mla
+from deepseek_nb.train.convert import (
+    choose_pairs,
+    compress,
+    convert,
+    folded_rope,
+    joined_halves,
+    mean_rotation,
+    mla_config,
+    moment,
+    reconstruct,
+    roots,
+    shared_pairs,
+    stream_error,
+    to_mla,
+    write_tokenizer,
+)
 from deepseek_nb.train.upcycle import moe_config, to_moe
 
 transformers = pytest.importorskip('transformers')

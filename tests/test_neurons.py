@@ -9,8 +9,7 @@ from torch.nn.functional import silu
 from deepseek_nb.arch.model import Model
 from deepseek_nb.arch.moe import MoE, SwiGLU
 from deepseek_nb.core.config import Config, Rope
-from deepseek_nb.train.convert import _expert_hidden, convert, readers, refit
-from deepseek_nb.train.latent import to_mla
+from deepseek_nb.train.convert import _expert_hidden, convert, readers, refit, to_mla
 from deepseek_nb.train.upcycle import (
     Neurons,
     ask_neurons_cpp,

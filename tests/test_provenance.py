@@ -31,9 +31,25 @@ from deepseek_nb.studies import (
     study_cells,
     study_names,
 )
-from deepseek_nb.studies.canaries import SMALL_OPTIONS, check_canaries, judge_canary, numbers_of, ratios_of, recorded, reference, run_canary
 from deepseek_nb.studies.cases import WordBayes, majority
-from deepseek_nb.studies.report import BEFORE, check_records, edge, objections, read_protocol, read_study, runs, standing
+from deepseek_nb.studies.report import (
+    BEFORE,
+    SMALL_OPTIONS,
+    check_canaries,
+    check_records,
+    edge,
+    judge_canary,
+    numbers_of,
+    objections,
+    ratios_of,
+    read_protocol,
+    read_study,
+    recorded,
+    reference,
+    run_canary,
+    runs,
+    standing,
+)
 
 # Records of benchmarks that were stored before provenance was kept; a new measurement takes one off
 BENCHES_BEFORE = """

@@ -25,8 +25,7 @@ from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
 from deepseek_nb.quant.model import calibrate_model, plan, quantize_model
 from deepseek_nb.quant.nf4 import NF4
-from deepseek_nb.quant.save import packed_tensors, packed_weights
-from deepseek_nb.quant.stream import WeightSource, encode_from, piece_borders
+from deepseek_nb.quant.save import WeightSource, encode_from, packed_tensors, packed_weights, piece_borders
 from deepseek_nb.tools.cli import main
 
 SHARED = dict(vocab_size=160, dim=64, n_layers=2, inter_dim=96, max_positions=64, eos_ids=(2,), bos_id=1)

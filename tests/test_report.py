@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from deepseek_nb.eval import report as R
+from deepseek_nb.eval.choice import FORMS, TaskScore
 from deepseek_nb.eval.intervals import holm, mcnemar, paired
-from deepseek_nb.eval.tasks import FORMS, TaskScore
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 

@@ -10,19 +10,35 @@ import pytest
 import torch
 
 from deepseek_nb.apps.command import AppServer
-from deepseek_nb.apps.constructor import RouteConfig, RouteNet, canonical, construct_in_python, construct_routes, follow, make_lesson
-from deepseek_nb.apps.instances import (
+from deepseek_nb.apps.route import (
+    Order,
+    RouteApp,
+    RouteConfig,
+    RouteNet,
+    Router,
+    alone_feasible,
+    as_instance,
+    canonical,
+    construct_in_python,
+    construct_routes,
+    follow,
+    make_lesson,
+)
+from deepseek_nb.apps.route_moves import (
     METRICS,
     Instance,
     checked_cost,
     distances,
+    improve,
+    join_by_savings,
+    nearest_neighbour,
+    nearest_places,
+    prepare_roads,
     random_instance,
     read_instance,
     read_solution,
     route_times,
 )
-from deepseek_nb.apps.route import Order, RouteApp, Router, alone_feasible, as_instance
-from deepseek_nb.apps.route_moves import improve, join_by_savings, nearest_neighbour, nearest_places, prepare_roads
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.serve.app import ServerConfig
 from deepseek_nb.studies import open_study, read_plan, to_do

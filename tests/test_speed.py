@@ -14,9 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepseek_nb import Config, Model, bench
 from deepseek_nb.arch.attention import causal_mask
 from deepseek_nb.bench import BENCHMARKS, Comparison, Machine, Work, find_benchmark, limits, run_command
-from deepseek_nb.bench import layers as speed
+from deepseek_nb.bench import models as speed
 from deepseek_nb.bench import models as speed_models
-from deepseek_nb.bench.layers import pair
 from deepseek_nb.bench.limits import (
     BENCH_MOE,
     Case,
@@ -34,7 +33,7 @@ from deepseek_nb.bench.limits import (
     speed_of,
     train_work,
 )
-from deepseek_nb.bench.models import Scaling, Sweep, scaling_of, slope
+from deepseek_nb.bench.models import Scaling, Sweep, pair, scaling_of, slope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.core.lazy import find_chapter
 from deepseek_nb.tools import cli
@@ -385,7 +384,7 @@ def test_the_page_shows_what_was_stored(name):
     if not (RESULTS/f'{name}.json').exists(): pytest.skip(f'{name} was not measured yet')
     record = json.loads((RESULTS/f'{name}.json').read_text())
     read = scaling_of if name == 'scaling' else speed_of
-    pages = {'moe-layer': 'bench.layers', 'attention': 'bench.layers'}
+    pages = {'moe-layer': 'bench.models', 'attention': 'bench.models'}
     page = pages.get(name, 'bench.models')
     found = read(record['result'])
     assert json.loads(json.dumps(found.to_dict())) == record['result'], f'{name}.json contradicts itself: measure again'
@@ -394,6 +393,6 @@ def test_the_page_shows_what_was_stored(name):
 
 
 def test_no_speed_is_claimed_for_a_gpu():
-    for page in ('bench.layers', 'bench.models'):
+    for page in ('bench.models', 'bench.models'):
         text = json.loads(find_chapter(RESULTS.parent, page).read_text(encoding='utf-8'))
         assert re.search('[Nn]othing here has been measured on a GPU yet', ''.join(''.join(c['source']) for c in text['cells']))

@@ -21,10 +21,9 @@ from deepseek_nb.core.config import Config
 from deepseek_nb.train import resume as resuming
 from deepseek_nb.train.callbacks import Callback
 from deepseek_nb.train.data import example
-from deepseek_nb.train.distill_stages import Stage, distil_in_stages, learners, stage_arguments, stage_trainer, text_losses
+from deepseek_nb.train.distill_stages import Stage, distil_in_stages, learners, stage_arguments, stage_trainer, text_losses, write_logits
 from deepseek_nb.train.loss import language_loss
 from deepseek_nb.train.resume import checkpoints
-from deepseek_nb.train.teacher import write_logits
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 SMALL = dict(vocab_size=32, n_heads=4, n_kv_heads=2, head_dim=8, max_positions=64)

@@ -16,10 +16,10 @@ from torch.autograd import gradcheck
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.files.safetensors import read_json
-from deepseek_nb.train import teacher as module
+from deepseek_nb.train import distill_stages as module
 from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack
 from deepseek_nb.train.distill import DIVERGENCES, distillation_loss, divergence
-from deepseek_nb.train.teacher import (
+from deepseek_nb.train.distill_stages import (
     TeacherLogits,
     answers,
     bytes_a_token,
@@ -133,7 +133,7 @@ SCRIPT = '''
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_teacher import write_24
-from deepseek_nb.train import teacher as module
+from deepseek_nb.train import distill_stages as module
 inner, left = module.answers, int(sys.argv[2])
 def few(*args, **kw):
     global left

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import TokenBatch, mean_state, token_batches
+from .crosslingual import TokenBatch, mean_state, token_batches
 from ..arch.model import Model
 
 # %% ../../nbs/apps/886_apps.langadapters.ipynb #8d1f0b34

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..eval.tasks import SETS, DataSet, find_set, github_archive
+from ..eval.choice import SETS, DataSet, find_set, github_archive
 
 # %% ../../nbs/apps/854_apps.series.ipynb #f3541c5b
 @dataclass

@@ -41,7 +41,7 @@ from ..infer.quant_cache import CacheFormat, quantized_bytes
 from ..infer.sampling import best_tokens
 from ..quant import QuantizedWeight, relative_error
 from ..quant.model import quantize_model
-from ..train.latent import to_mla
+from ..train.convert import to_mla
 from ..train.upcycle import random_rows, split_speeches
 
 # %% ../../nbs/lab/770_bench.caches.ipynb #bbc1314e

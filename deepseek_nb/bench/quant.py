@@ -26,8 +26,8 @@ from torch import Tensor
 from .. import Model, QuantizedModel
 from . import BENCHMARKS, Comparison, git_state, make_record, peaks_of, save_result
 from .caches import bench_model, with_experts
-from .layers import Place
 from .limits import BENCH_MOE
+from .models import Place
 from .runtimes import decode_race, llama_cpp, our_prompt, ours_at, prompt_race
 from deepseek_nb.eval.perplexity import (
     MESSAGES,

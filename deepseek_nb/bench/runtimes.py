@@ -33,9 +33,8 @@ from numpy.ctypeslib import as_array
 
 from .. import Model, QuantizedModel
 from . import alternate, optional
-from .layers import Place, walk
 from .limits import better, ceilings
-from .models import our_steps
+from .models import Place, our_steps, walk
 from ..core.device import pick_dtype
 from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
@@ -327,7 +326,7 @@ def genai_folder(
 )->Path: # The folder
     "Export a model for ONNX Runtime GenAI, with our number of threads"
     optional('onnxruntime_genai', 'onnxruntime-genai')
-    file = import_module('deepseek_nb.export.onnx_quant').export_genai(path, out, form=form)/'genai_config.json'
+    file = import_module('deepseek_nb.export.onnx').export_genai(path, out, form=form)/'genai_config.json'
     found = json.loads(file.read_text())
     found['model']['decoder'].setdefault('session_options', {})['intra_op_num_threads'] = torch.get_num_threads()
     file.write_text(json.dumps(found, indent=2))

@@ -11,7 +11,10 @@ A `SwapTable` swaps names, pronouns and groups in a text, and `swap_scores` meas
 __all__ = ['GENDER_SWAPS', 'NAME_SWAPS', 'RELIGION_SWAPS', 'SWAPS', 'confusion', 'f1', 'macro_f1', 'accuracy', 'micro_f1',
            'interval', 'calibration_error', 'Classified', 'classified', 'class_probabilities', 'SwapTable',
            'swap_table', 'load_swaps', 'found_groups', 'swapped', 'swapped_versions', 'SwapScores', 'by_group',
-           'swap_effects', 'swap_scores', 'feeling_texts', 'swaps_task']
+           'swap_effects', 'swap_scores', 'feeling_texts', 'swaps_task', 'ReliabilityBin', 'bin_places', 'reliability',
+           'expected_error', 'calibrated_errors', 'debiased_square', 'debiased_error', 'BrierParts', 'brier_parts',
+           'brier', 'softened', 'fit_temperature', 'tempered', 'choice_scores', 'calibration_task',
+           'measure_calibration']
 
 # %% ../../nbs/library/730_eval.classify.ipynb #0b060d8d
 import re
@@ -26,9 +29,8 @@ import numpy as np
 import torch
 
 from ..arch.model import Model
-from .choice import log_likelihoods
-from .intervals import bootstrap
-from .tasks import TaskScore, item_id, some_items
+from .choice import Choices, TaskScore, choice_rows, item_id, log_likelihoods, multiple_choice, some_items
+from .intervals import bootstrap, wilson
 from ..files.tokenizer import Tokenizer
 from ..train.sft import class_numbers, class_prompt
 
@@ -356,3 +358,213 @@ def swaps_task(
     one = [i for i,f in zip(ids, found.first, strict=True) if f >= 0]
     out = {f'effect_{g}': TaskScore(effects[:, k].tolist(), one, 'zero') for k,g in enumerate(found.groups) if one}
     return dict(move=TaskScore(found.moves.tolist(), ids, 'lower'), flip=TaskScore(found.flips.tolist(), ids, 'lower')) | out
+
+# %% ../../nbs/library/730_eval.classify.ipynb #1b94ff37
+class ReliabilityBin(NamedTuple):
+    "A bin of predictions"
+    n:int # Number of predictions
+    confidence:float # Their mean confidence
+    accuracy:float # Share of them that are right
+    low:float # Lower bound of Wilson's interval of that share
+    high:float # Upper bound
+
+# %% ../../nbs/library/730_eval.classify.ipynb #842e8744
+def _checked_pair(confidence, right):
+    c,o = np.asarray(confidence, dtype=np.float64),np.asarray(right, dtype=np.float64)
+    if c.ndim != 1 or c.shape != o.shape or not len(c):
+        raise ValueError(f'{c.shape} confidences and {o.shape} answers; give one for each item')
+    if not ((c >= 0) & (c <= 1)).all() or not np.isin(o, (0, 1)).all():
+        raise ValueError('a confidence is from 0 to 1, and an answer is 0 or 1')
+    return c,o
+
+# %% ../../nbs/library/730_eval.classify.ipynb #d23ca525
+def bin_places(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    bins:int = 15, # Number of bins
+    adaptive:bool = False, # Bins of equal size instead of equal width
+)->np.ndarray: # Bin of each prediction, from 0 `n`
+    "Put predictions into bins"
+    if bins < 1: raise ValueError(f'{bins} bins are too few; give at least 1')
+    inner = np.arange(1, bins)/bins
+    return np.searchsorted(np.quantile(confidence, inner) if adaptive else inner, confidence)
+
+# %% ../../nbs/library/730_eval.classify.ipynb #d97a488b
+def reliability(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    right:np.ndarray, # Whether it is right, 0 or 1 `n`
+    bins:int = 15, # Number of bins
+    adaptive:bool = False, # Bins of equal size instead of equal width
+)->list[ReliabilityBin]: # Those that aren't empty
+    "Confidence and accuracy in bins"
+    c,o = _checked_pair(confidence, right)
+    place = bin_places(c, bins, adaptive)
+    def one(b):
+        own = place == b
+        return ReliabilityBin(int(own.sum()), float(c[own].mean()), *map(float, wilson(o[own].sum(), int(own.sum()))))
+    return [one(b) for b in np.unique(place)]
+
+# %% ../../nbs/library/730_eval.classify.ipynb #50247cf4
+def expected_error(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    right:np.ndarray, # Whether it is right `n`
+    bins:int = 15, # Number of bins
+    adaptive:bool = False, # Bins of equal size instead of equal width
+)->float:
+    "Expected calibration error (ECE)"
+    found = reliability(confidence, right, bins, adaptive)
+    return sum(b.n*abs(b.confidence - b.accuracy) for b in found)/len(confidence)
+
+# %% ../../nbs/library/730_eval.classify.ipynb #ec8ced49
+def calibrated_errors(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    bins:int = 15, # Number of bins
+    adaptive:bool = False, # Bins of equal size instead of equal width
+    draws:int = 1000, # Number of drawn sets of answers
+    seed:int = 0, # Of the draws
+)->np.ndarray: # Calibration error of each draw `draws`
+    "Calibration errors of a calibrated model with these confidences"
+    c = np.asarray(confidence, dtype=np.float64)
+    place = bin_places(c, bins, adaptive)
+    order = np.argsort(place, kind='stable')
+    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
+    gaps = c[order] - (np.random.default_rng(seed).random((draws, len(c))) < c[order])
+    return np.abs(np.add.reduceat(gaps, starts, axis=1)).sum(1)/len(c)
+
+# %% ../../nbs/library/730_eval.classify.ipynb #8031c6d0
+def debiased_square(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    right:np.ndarray, # Whether it is right `n`
+    bins:int = 15, # Number of bins
+    adaptive:bool = True, # Bins of equal size instead of equal width
+)->float: # May be negative
+    "Square of the calibration error without the part that chance adds"
+    found = [b for b in reliability(confidence, right, bins, adaptive) if b.n > 1]
+    parts = [b.n*((b.confidence - b.accuracy)**2 - b.accuracy*(1 - b.accuracy)/(b.n - 1)) for b in found]
+    return sum(parts)/max(1, sum(b.n for b in found))
+
+# %% ../../nbs/library/730_eval.classify.ipynb #b6c43386
+def debiased_error(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    right:np.ndarray, # Whether it is right `n`
+    adaptive:bool = True, # Bins of equal size instead of equal width
+)->float:
+    "Calibration error (root mean square) without the part that chance adds"
+    return max(0., debiased_square(confidence, right, 15, adaptive))**.5
+
+# %% ../../nbs/library/730_eval.classify.ipynb #ca96c7a3
+class BrierParts(NamedTuple):
+    "Parts of a Brier score: reliability − resolution + uncertainty + within"
+    score:float # Mean squared error of the confidences
+    reliability:float # Squared difference of confidence and accuracy; 0: calibrated
+    resolution:float # How much the accuracy of the bins differs; larger is better
+    uncertainty:float # Variance of the answers, which no model changes
+    within:float # What bins hide
+
+# %% ../../nbs/library/730_eval.classify.ipynb #90a7e890
+def brier_parts(
+    confidence:np.ndarray, # Confidence of each prediction `n`
+    right:np.ndarray, # Whether it is right `n`
+    bins:int = 15, # Number of bins
+    adaptive:bool = False, # Bins of equal size instead of equal width
+)->BrierParts:
+    "The Brier score of confidences, and its parts"
+    c,o = _checked_pair(confidence, right)
+    place = np.unique(bin_places(c, bins, adaptive), return_inverse=True)[1]
+    n = np.bincount(place)
+    cs,os = (np.bincount(place, x)/n for x in (c, o)) # means of the bins
+    dc,do = c - cs[place],o - os[place]
+    parts = (n*(cs - os)**2).sum(),(n*(os - o.mean())**2).sum(),len(o)*o.mean()*(1 - o.mean()),(dc**2 - 2*dc*do).sum()
+    return BrierParts(float(((c - o)**2).mean()), *(float(x)/len(c) for x in parts))
+
+# %% ../../nbs/library/730_eval.classify.ipynb #ab7cde5f
+def brier(
+    probabilities:np.ndarray, # Probability of each class `n k`
+    truth:list, # True class number of each item
+)->np.ndarray: # Score of each item, from 0 to 2 `n`
+    "Brier score of all classes"
+    p = np.asarray(probabilities, dtype=np.float64)
+    return ((p - np.eye(p.shape[1])[np.asarray(truth)])**2).sum(1)
+
+# %% ../../nbs/library/730_eval.classify.ipynb #a1aad53e
+def softened(
+    scores:np.ndarray, # Log-likelihood or logit of each class `n k`
+    temperature:float = 1., # Number that divides the scores
+)->np.ndarray: # Probabilities `n k`
+    "Softmax of scores at a temperature"
+    z = np.asarray(scores, dtype=np.float64)/temperature
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e/e.sum(1, keepdims=True)
+
+# %% ../../nbs/library/730_eval.classify.ipynb #afb18111
+def fit_temperature(
+    scores:np.ndarray, # Log-likelihood or logit of each class `n k`
+    truth:list, # True class number of each item
+    low:float = .01, # Lowest temperature
+    high:float = 1000., # Highest temperature
+)->float:
+    "The temperature with the highest likelihood"
+    z,y = np.asarray(scores, dtype=np.float64),np.asarray(truth)
+    slope = lambda t: ((softened(z, t)*z).sum(1) - z[np.arange(len(z)), y]).mean() # increases with 1/t
+    a,b = np.log(low),np.log(high)
+    for _ in range(60):
+        mid = (a + b)/2
+        a,b = (mid, b) if slope(np.exp(mid)) > 0 else (a, mid)
+    return float(np.exp((a + b)/2))
+
+# %% ../../nbs/library/730_eval.classify.ipynb #b3994e8e
+def tempered(
+    scores:np.ndarray, # Log-likelihood or logit of each class `n k`
+    truth:list, # True class number of each item
+)->tuple[np.ndarray, list]: # Probabilities `n k`, and the temperature of each half
+    "Probabilities at a temperature that was fitted on the other half"
+    z,y = np.asarray(scores, dtype=np.float64),np.asarray(truth)
+    half = np.random.default_rng(0).permutation(len(y)) < len(y)//2
+    out,found = np.empty_like(z),[fit_temperature(z[half == side], y[half == side]) for side in (False, True)]
+    for side,t in zip((True, False), found, strict=True): out[half == side] = softened(z[half == side], t)
+    return out,found
+
+# %% ../../nbs/library/730_eval.classify.ipynb #41024497
+def choice_scores(
+    found:Choices, # Result of `multiple_choice`
+    length:Callable = len, # Length of an answer, by which its score is divided; `lambda a: 1`: none
+)->np.ndarray: # Score of each answer `n k`
+    "Scores of answers as a table"
+    if len({*map(len, found.scores)}) > 1: raise ValueError('questions have different numbers of answers; give those with the same number')
+    return np.array([[s/length(a) for s,a in zip(ss, aa, strict=True)] for ss,aa in zip(found.scores, found.answers, strict=True)])
+
+# %% ../../nbs/library/730_eval.classify.ipynb #e01c4516
+def calibration_task(
+    model:Model, # Language model
+    tokenizer:Tokenizer, # The model's tokenizer
+    n:int = 0, # Number of questions; 0: all
+    seed:int = 0, # Of the choice of questions
+    name:str = 'hellaswag', # Set of `choice_rows`
+    bins:int = 15, # Number of bins of equal width
+)->dict: # Name -> `TaskScore`
+    "Calibration on a multiple-choice set"
+    rows,form = choice_rows(name)
+    rows = some_items(rows, n, seed)
+    found = multiple_choice(model, tokenizer, rows, form)
+    p = softened(choice_scores(found, lambda a: 1))
+    c,o = p.max(1),(p.argmax(1) == found.right).astype(float)
+    ids = [item_id(r['question'], *sorted(r['choices'])) for r in rows]
+    gaps = (c - o)[:, None]*np.eye(bins)[bin_places(c, bins)]
+    return dict(calibration_error=TaskScore(gaps.tolist(), ids, 'lower', 'gaps'),
+                brier=TaskScore(brier(p, found.right).tolist(), ids, 'lower'),
+                overconfidence=TaskScore((c - o).tolist(), ids, 'zero'))
+
+# %% ../../nbs/library/730_eval.classify.ipynb #03fc2db3
+def measure_calibration(
+    model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
+    dtype:str = '', # Dtype or quantised format; '': that of the file
+    examples:int = 150, # Questions of each set
+    names:str = 'hellaswag,piqa', # Sets, separated by commas
+)->dict: # Set -> scores and right answers
+    "Scores of a model's answers, for a reliability diagram"
+    m,tok = Model.from_pretrained(model, dtype=dtype or None),Tokenizer.from_pretrained(model)
+    def one(name):
+        rows,form = choice_rows(name)
+        found = multiple_choice(m, tok, some_items(rows, examples), form)
+        both = {k: choice_scores(found, f).round(4).tolist() for k,f in dict(sums=lambda a: 1, per_character=len).items()}
+        return both | dict(right=found.right)
+    return {name: one(name) for name in names.split(',')}

@@ -32,8 +32,7 @@ from ..files.tokenizer import PRE, Tokenizer, gguf_metadata, pre_tokenizer
 from ..quant.ggml import BLOCK_KINDS, Ggml, measure_importance, quantize_blocks
 from ..quant.int4 import Int4
 from ..quant.model import source_for
-from ..quant.save import PackedSource, read_packed
-from ..quant.stream import GgufSource
+from ..quant.save import GgufSource, PackedSource, read_packed
 
 # %% ../../nbs/library/800_export.gguf.ipynb #d6308304
 _ARCH = dict(llama='llama', qwen2='qwen2', deepseek_v2='deepseek2', deepseek_v3='deepseek2')  # `model_type` -> architecture

@@ -9,7 +9,8 @@ weights with block scales are dequantised while they are loaded (`dequant_fp8`).
 # %% auto #0
 __all__ = ['CARRIED', 'expert_views', 'disk_key', 'disk_views', 'is_mtp', 'match_keys', 'match_shapes', 'dequant_fp8',
            'round_up_scale', 'quant_fp8', 'fp8_block', 'materialise', 'progress', 'entries', 'fill', 'write_weights',
-           'install', 'save_config', 'umask', 'kept_tensors', 'release_key', 'official_key', 'dequant_fp4']
+           'install', 'save_config', 'umask', 'new_folder', 'kept_tensors', 'release_key', 'official_key',
+           'dequant_fp4']
 
 # %% ../../nbs/library/230_files.checkpoint.ipynb #55066cbe
 import json
@@ -18,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -311,6 +313,21 @@ def umask()->int: # Permission bits that new files don't get
     os.umask(m := os.umask(0))
     return m
 
+# %% ../../nbs/library/230_files.checkpoint.ipynb #4769f1da
+@contextmanager
+def new_folder(
+    folder:str|Path, # Folder to write; a checkpoint in it is replaced
+): # A temporary folder beside it
+    "A temporary folder, which is renamed if the block succeeds"
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        yield tmp
+        tmp.chmod(0o777 & ~umask())
+        install(tmp, folder)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+
 # %% ../../nbs/library/230_files.checkpoint.ipynb #7288133b
 def kept_tensors(
     model:Model, # A model, with `kept` and `source` if it was loaded from a checkpoint
@@ -347,15 +364,8 @@ def save_pretrained(self:Model,
     "Save the model as a checkpoint that transformers loads"
     if names := getattr(self, 'peft_config', None):
         raise ValueError(f'adapters {", ".join(names)} are not part of the weights; call merge_and_unload(), or save_adapter(folder)')
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
-    try:
-        _write_checkpoint(self, tmp, max_shard_bytes)
-        tmp.chmod(0o777 & ~umask())
-        install(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return folder
+    with new_folder(folder) as tmp: _write_checkpoint(self, tmp, max_shard_bytes)
+    return Path(folder)
 
 # %% ../../nbs/library/230_files.checkpoint.ipynb #737e559c
 _WORDS = (('.self_attn.', '.attn.'), ('.mlp.', '.ffn.'), ('.input_layernorm.', '.attn_norm.'), ('.post_attention_layernorm.', '.ffn_norm.'),

@@ -29,12 +29,20 @@ import torch
 from sqlalchemy import select
 
 from ..arch.model import Model
-from ..eval.calibration import bin_places
-from ..eval.classify import class_probabilities, classified, feeling_texts, interval, load_swaps, macro_f1, swapped_versions
+from ..eval.behaviour import with_typos
+from ..eval.choice import FORMS, score_interval
+from deepseek_nb.eval.classify import (
+    bin_places,
+    class_probabilities,
+    classified,
+    feeling_texts,
+    interval,
+    load_swaps,
+    macro_f1,
+    swapped_versions,
+)
 from ..eval.intervals import bootstrap, wilson
-from ..eval.perturb import with_typos
 from ..eval.report import eval_task
-from ..eval.tasks import FORMS, score_interval
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
 from .jobs import Job, JobCancelled, Superseded, curve_of, job_kind, job_of, submit

@@ -42,8 +42,17 @@ from . import Format, QuantizedWeight, linear_quantized, make_format, prepack, r
 from .ggml import prepack_blocks
 from .gptq import quantize_layers
 from .int8 import Int8
-from .save import PackedSource, packed_weights, parts_like, read_packed, save_packed
-from .stream import FolderSource, GgufSource, WeightSource, encode_from
+from deepseek_nb.quant.save import (
+    FolderSource,
+    GgufSource,
+    PackedSource,
+    WeightSource,
+    encode_from,
+    packed_weights,
+    parts_like,
+    read_packed,
+    save_packed,
+)
 
 # %% ../../nbs/library/380_quant.model.ipynb #2e23a217
 def owners(

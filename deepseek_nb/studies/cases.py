@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..eval.tasks import SETS, DataSet, find_set, github_archive, read_lines
+from ..eval.choice import SETS, DataSet, find_set, github_archive, read_lines
 from ..files.safetensors import read_json
 from ..train.corpora import members
 

@@ -32,11 +32,10 @@ from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from .balance import Balance, routers, with_balance
 from .convert import convert as convert_model
-from .convert import repair, write_tokenizer
+from .convert import repair, to_mla, write_tokenizer
 from .corpora import CORPORA, corpus, split_by_key
 from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
-from .latent import to_mla
 from .lora import LoraConfig
 from .mini import check_known
 from .parallel import Parallel
