@@ -31,10 +31,9 @@ from deepseek_nb.serve.anthropic import MessagesRun, read_anthropic
 from deepseek_nb.serve.chat import ApiError, ServedModel
 from deepseek_nb.serve.completions import ChatRun, read_chat
 from deepseek_nb.serve.guard import AnswerGuard, ContentFilter, JsonStream
-from deepseek_nb.serve.patterns import luhn, mod97, nhs_check, tax_check
+from deepseek_nb.serve.patterns import PartFinder, SecretScan, finder_for, luhn, mod97, nhs_check, skeletons, tax_check
 from deepseek_nb.serve.policy import ACTIONS, CONTENT_KINDS, FilterStream, Policy, read_policy, same_for_cuts
 from deepseek_nb.serve.responses import ResponsesRun, read_responses
-from deepseek_nb.serve.secrets import PartFinder, SecretScan, finder_for, skeletons
 from deepseek_nb.serve.text import TextRun, read_completion
 from deepseek_nb.serve.tools import Call, write_calls
 from deepseek_nb.tools import cli

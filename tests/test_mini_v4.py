@@ -8,7 +8,7 @@ import torch
 import deepseek_nb
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.files.hub import shipped
-from deepseek_nb.infer.streams import attended_entries, attention_inputs, attention_parts, entry_shares, mixing_weights
+from deepseek_nb.infer.inside import attended_entries, attention_inputs, attention_parts, entry_shares, mixing_weights
 from deepseek_nb.train.corpora import corpus
 from deepseek_nb.train.indexer import EntryLoss, entry_scores
 from deepseek_nb.train.loss import language_loss

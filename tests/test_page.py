@@ -10,7 +10,7 @@ import pytest
 from test_browser import AXE, CHROMIUM, FLAGS
 from test_server import HI, Live
 
-from deepseek_nb.serve.expert_report import _ONE, chosen_experts
+from deepseek_nb.serve.page import _ONE, chosen_experts
 
 
 @pytest.fixture(scope='module')

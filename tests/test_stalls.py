@@ -21,8 +21,7 @@ from deepseek_nb.serve.chat import ApiError, Fields, read_messages
 from deepseek_nb.serve.completions import check_names, read_stop
 from deepseek_nb.serve.connection import parse_body
 from deepseek_nb.serve.grammar import ToolGrammar, compile_grammar
-from deepseek_nb.serve.responses import read_items
-from deepseek_nb.serve.stored import ResponseStore, StoredResponse
+from deepseek_nb.serve.responses import ResponseStore, StoredResponse, read_items
 from deepseek_nb.serve.text import logprob_lists
 
 CHAT = '/v1/chat/completions'

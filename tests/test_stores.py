@@ -13,12 +13,21 @@ from deepseek_nb.arch.releases import preset
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer import engine as engine_module
 from deepseek_nb.infer import ragged
-from deepseek_nb.infer.dspark_release import save_drafter
+from deepseek_nb.infer.drafts import save_drafter
 from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
-from deepseek_nb.infer.snapshots import OwnedCache, RowPool, Snapshots, block_bytes, border_distance, restore, state_bytes
-from deepseek_nb.infer.stores import OwnedRows, PagedRows
+from deepseek_nb.infer.stores import (
+    OwnedCache,
+    OwnedRows,
+    PagedRows,
+    RowPool,
+    Snapshots,
+    block_bytes,
+    border_distance,
+    restore,
+    state_bytes,
+)
 from deepseek_nb.kernels.v4 import v4_kernels
 from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.tools.serving import draft_source

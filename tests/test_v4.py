@@ -28,7 +28,7 @@ from deepseek_nb.infer.inside import record_stream
 from deepseek_nb.infer.paged import PagePool
 from deepseek_nb.quant.fp4 import FP4
 from deepseek_nb.quant.model import quantize_model
-from deepseek_nb.serve.expert_report import chosen_experts
+from deepseek_nb.serve.page import chosen_experts
 
 transformers = pytest.importorskip('transformers')
 transformers.logging.set_verbosity_error()

@@ -31,12 +31,10 @@ from .conversation import common_prefix
 from .drafts import Draft
 from .generate import row_samplers
 from .paged import PoolFull, page_bytes
-from .request import Piece, Request, Stream, TextOut
+from .request import PROMPT_ROOM, FairQueue, Piece, Request, Stream, TextOut, plan_step
 from .sampling import GREEDY, Drawn, RowSampler, SamplingParams, most_likely
-from .schedule import PROMPT_ROOM, FairQueue, plan_step
-from .snapshots import RowPool, block_bytes
 from .speculate import DraftLength, RowDrafts, keeps_bits, verify_drafts
-from .stores import store_for
+from .stores import RowPool, block_bytes, store_for
 
 # %% ../../nbs/book/510_infer.engine.ipynb #f0226b5a
 class Row:

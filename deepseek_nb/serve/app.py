@@ -51,13 +51,10 @@ from deepseek_nb.serve.connection import (
     while_connected,
     with_comments,
 )
-from .expert_report import experts_report, has_router
-from .logs import RequestLog, log_settings
+from .logs import EngineMetrics, RequestLog, log_settings
 from .lora import all_served, find_served, load_lora, unload_lora
-from .metrics import EngineMetrics
-from .page import chat_page
-from .responses import CompactRun, ResponsesRun, count_input, read_compact, read_responses
-from .stored import ResponseStore, item_page
+from .page import chat_page, experts_report, has_router
+from .responses import CompactRun, ResponsesRun, ResponseStore, count_input, item_page, read_compact, read_responses
 from .text import TextRun, read_completion
 
 # %% ../../nbs/library/482_serve.app.ipynb #0f228fe0

@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart, join_deltas
-from .patterns import pattern_scan, shapes_for
+from .patterns import SecretScan, finder_for, pattern_scan, shapes_for
 from .policy import FilterStream, Policy
-from .secrets import SecretScan, finder_for
 
 # %% ../../nbs/library/467_serve.guard.ipynb #0f6481a9
 _ESCAPES = dict(n='\n', t='\t', r='\r', b='\b', f='\f')

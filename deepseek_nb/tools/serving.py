@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..arch.model import Model
 from ..files.tokenizer import Tokenizer
-from ..infer.dspark_release import has_drafter, released_drafter
+from ..infer.drafts import has_drafter, released_drafter
 from ..infer.engine import Engine, EngineStats
 from ..infer.load import decode_path, warm_kernels
 from ..infer.request import Request
