@@ -158,13 +158,12 @@ def _task_form(request, version, report):
         ui.field('labels', 'Labels', 'textarea', labels, help='One in each line; preferences and ratings need none.'),
         ui.field('annotators', 'Answers that each record needs', 'number', 1, min=1, max=20), button='Create task'))
 
-@data_pages.post('/versions/{id:int}/tasks', role='developer')
-def _task_new(request, form, id):
-    "Make a task"
-    labels = form.get('labels', '').splitlines()
-    task = lab.create_task(request.state.store, request.state.user, id, form.text('name', 120), form.text('kind', 20),
-                       form.get('question', '')[:1000].strip(), labels, form.whole('annotators', 1, 20))
-    return ui.redirect(f'/tasks/{task}', 'The task is open.')
+def _task_from(form):
+    "What a form says of a task"
+    return (form.text('name', 120), form.text('kind', 20), form.get('question', '')[:1000].strip(), form.get('labels', '').splitlines(),
+            form.whole('annotators', 1, 20))
+
+data_pages.act('/versions/{id:int}/tasks', 'developer', lab.create_task, '/tasks/{found}', 'The task is open.', _task_from)
 
 @data_pages.get('/versions/{id:int}/export', role='viewer')
 def _version_export(request, id):
@@ -396,11 +395,7 @@ def _changed(request, t, form, work, began, value, do):
     return _work_page(request, t, work._replace(answer=lab.clean_answer(t.kind, t.labels, dict(spans=spans), work.data)), began)
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #1ffd1ebf
-@data_pages.post('/tasks/{id:int}/skip', role='annotator')
-def _label_skip(request, form, id):
-    "Leave a record to others"
-    lab.skip(request.state.store, request.state.user, id, form.whole('record'))
-    return ui.redirect(f'/tasks/{id}/label')
+data_pages.act('/tasks/{id:int}/skip', 'annotator', lab.skip, '/tasks/{id}/label', '', lambda form: [form.whole('record')])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #db024dde
 @data_pages.post('/tasks/{id:int}/undo', role='annotator')

@@ -132,11 +132,7 @@ def _token_create(request, form):
     return ui.page(request, 'Your new token', ui.notice('Copy it now. It is shown only once.', 'warn'), fh.Pre(text, id='token'), copy,
                    ui.card('How it is used', fh.Pre(how)), trail=[('Your account', '/account')])
 
-@entry_pages.post('/account/tokens/{id:int}/revoke', role='viewer')
-def _token_revoke(request, form, id):
-    "End a token"
-    access.revoke_token(request.state.store, request.state.user, id)
-    return ui.redirect('/account', 'The token is revoked.')
+entry_pages.act('/account/tokens/{id:int}/revoke', 'viewer', access.revoke_token, '/account', 'The token is revoked.')
 
 @entry_pages.post('/account/password', role='viewer')
 def _password_change(request, form):
@@ -167,12 +163,8 @@ def _users_page(request):
     return ui.page(request, 'Users', rows, ui.card('A new user', new),
                    lead='A role includes those before it: ' + ', '.join(access.USER_ROLES) + '.')
 
-@entry_pages.post('/users', role='admin')
-def _user_create(request, form):
-    "Add a user"
-    state,name,role = request.state,form.text('name', 100),form.text('role', 20)
-    user = access.create_user(state.store, state.user, name, form.get('password', ''), role)
-    return ui.redirect('/users', f'{user.name} can log in now.')
+entry_pages.act('/users', 'admin', access.create_user, '/users', '{found.name} can log in now.',
+                lambda form: (form.text('name', 100), form.get('password', ''), form.text('role', 20)))
 
 
 @entry_pages.post('/users/{id:int}/password', role='admin')
@@ -183,18 +175,11 @@ def _user_password(request, form, id):
     told = ui.notice('Copy it now. It is shown only once, and ends all sessions and tokens.', 'warn')
     return ui.page(request, f'New password of {name}', told, fh.Pre(new, id='token'), trail=[('Users', '/users')])
 
-@entry_pages.post('/users/{id:int}/delete', role='admin')
-def _user_delete(request, form, id):
-    "Delete a user"
-    access.delete_user(request.state.store, request.state.user, id)
-    return ui.redirect('/users', 'The user is deleted. Answers and the audit log keep a number, and no name.')
+entry_pages.act('/users/{id:int}/delete', 'admin', access.delete_user, '/users',
+                'The user is deleted. Answers and the audit log keep a number, and no name.')
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #5afb3328
-@entry_pages.post('/users/{id:int}/role', role='admin')
-def _user_role(request, form, id):
-    "Change a role"
-    access.set_role(request.state.store, request.state.user, id, form.text('role', 20))
-    return ui.redirect('/users', 'The role is changed.')
+entry_pages.act('/users/{id:int}/role', 'admin', access.set_role, '/users', 'The role is changed.', lambda form: [form.text('role', 20)])
 
 @entry_pages.post('/users/{id:int}/disable', role='admin')
 def _user_disable(request, form, id):

@@ -144,18 +144,13 @@ def _start_run(request, form):
     return ui.redirect(f'/runs/{number}', f'Run {number} waits in the queue.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #2fd8bf64
-def _thinned(steps, values, most=300): # Points of a line; the last one is kept
-    step = max(1, -(-len(steps)//most))
-    points = list(zip(steps, values, strict=True))
-    return points[::step] + points[-1:]*((len(points) - 1)%step > 0)
-
 def _charts(store, job):
     "The curves of a run: losses in one chart, everything else in charts of its own"
-    found = curve_of(store, job)
-    losses = {k: _thinned(*found[k]) for k in ('loss', 'eval_loss') if k in found}
+    found = {k: [*zip(*line, strict=True)] for k,line in curve_of(store, job).items()}
+    losses = {k: found[k] for k in ('loss', 'eval_loss') if k in found}
     rest = [k for k in found if k not in losses]
     shown = [curve(losses, 'Loss', unit='nats')] if losses else []
-    if rest: shown.append(fh.Details(fh.Summary('More curves'), *[curve({k: _thinned(*found[k])}, k.replace('_', ' ')) for k in rest]))
+    if rest: shown.append(fh.Details(fh.Summary('More curves'), *[curve({k: found[k]}, k.replace('_', ' ')) for k in rest]))
     return shown
 
 def _watched(request, row):
@@ -214,17 +209,9 @@ def _run_log(request, id):
         at = piece.next
     return ui.download(f'run-{id}.log', ''.join(parts), 'text/plain; charset=utf-8')
 
-@run_pages.post('/runs/{id:int}/cancel', role='developer')
-def _cancel_run(request, form, id):
-    "Cancel a run"
-    cancel(request.state.store, request.state.user, id)
-    return ui.redirect(f'/runs/{id}', f'Run {id} is being cancelled.')
+run_pages.act('/runs/{id:int}/cancel', 'developer', cancel, '/runs/{id}', 'Run {id} is being cancelled.')
 
-@run_pages.post('/runs/{id:int}/continue', role='developer')
-def _continue_run(request, form, id):
-    "Continue a run that failed or was cancelled"
-    continue_job(request.state.store, request.state.user, id)
-    return ui.redirect(f'/runs/{id}', f'Run {id} waits in the queue again.')
+run_pages.act('/runs/{id:int}/continue', 'developer', continue_job, '/runs/{id}', 'Run {id} waits in the queue again.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #1c05cbac
 def _placed(store): # Model -> places and modes of its active releases
@@ -316,11 +303,7 @@ def _model_page(request, id):
     parts = *where,measured,ui.card('Gates', _gate_table(gates)),last
     return ui.page(request, f'{row.name} {row.number}', *parts, trail=[('Models', '/models')])
 
-@run_pages.post('/models/{id:int}/delete', role='admin')
-def _model_delete(request, form, id):
-    "Delete the files of a model"
-    rollout.delete_model(request.state.store, request.state.user, id)
-    return ui.redirect('/models', 'The files are deleted; the history stays.')
+run_pages.act('/models/{id:int}/delete', 'admin', rollout.delete_model, '/models', 'The files are deleted; the history stays.')
 
 @run_pages.get('/models/{id:int}/card', role='viewer')
 def _model_card(request, id):
@@ -366,28 +349,17 @@ def _place_page(request, place):
     return ui.page(request, f'Place {place}', ui.cards(*parts), history, trail=[('Models', '/models')])
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #d9a5ecf4
-def _back_to(place, text): return ui.redirect(_place_url(place), text)
+run_pages.act('/places/{place}/back', 'developer', rollout.roll_back, '/places/{place}', 'Model {found} answers again.',
+              lambda form: ['by the button'])
 
-@run_pages.post('/places/{place}/back', role='developer')
-def _place_back(request, form, place):
-    "Go back by one release"
-    model = rollout.roll_back(request.state.store, request.state.user, place, 'by the button')
-    return _back_to(place, f'Model {model} answers again.')
+run_pages.act('/places/{place}/share', 'developer', rollout.set_share, '/places/{place}', 'The share is changed.',
+              lambda form: [form.number('share', 0, 100)/100])
 
-@run_pages.post('/places/{place}/share', role='developer')
-def _place_share(request, form, place):
-    "Change the share of the staged release"
-    rollout.set_share(request.state.store, request.state.user, place, form.number('share', 0, 100)/100)
-    return _back_to(place, 'The share is changed.')
-
-@run_pages.post('/places/{place}/end', role='developer')
-def _place_end(request, form, place):
-    "End the staged or the shadow release"
-    rollout.end_release(request.state.store, request.state.user, place, form.text('mode', 20))
-    return _back_to(place, 'The release has ended.')
+run_pages.act('/places/{place}/end', 'developer', rollout.end_release, '/places/{place}', 'The release has ended.',
+              lambda form: [form.text('mode', 20)])
 
 @run_pages.post('/places/{place}/approve', role='developer')
 def _place_approve(request, form, place):
     "Approve what somebody else has asked for"
     rollout.approve(request.state.store, request.state.user, form.whole('release', 1))
-    return _back_to(place, 'The release is approved, and answers.')
+    return ui.redirect(_place_url(place), 'The release is approved, and answers.')

@@ -222,11 +222,7 @@ def _hook_add(request, form):
     monitor.add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules, internal)
     return ui.redirect('/hooks', 'The address gets alerts from now on.')
 
-@watch_pages.post('/hooks/{id:int}/remove', role='admin')
-def _hook_remove(request, form, id):
-    "Remove an address"
-    monitor.remove_hook(request.state.store, request.state.user, id)
-    return ui.redirect('/hooks', 'The address gets no more alerts.')
+watch_pages.act('/hooks/{id:int}/remove', 'admin', monitor.remove_hook, '/hooks', 'The address gets no more alerts.')
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #22596a0b
 def _said(v):
@@ -253,17 +249,11 @@ def _feedback_page(request):
                    ui.table(['Place', 'When', 'Thumb', 'Label', 'Text'], rows, more, empty='Nobody has said anything yet.'), use)
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #86ef3838
-@watch_pages.post('/feedback/labels', role='developer')
-def _feedback_use(request, form):
-    "Corrections become labels"
-    n = monitor.feedback_labels(request.state.store, request.state.user, form.whole('task', 1, 2**53), form.text('place', 200))
-    return ui.redirect('/feedback', f'{n} labels were made.')
+watch_pages.act('/feedback/labels', 'developer', monitor.feedback_labels, '/feedback', '{found} labels were made.',
+                lambda form: (form.whole('task', 1, 2**53), form.text('place', 200)))
 
-@watch_pages.post('/feedback/version', role='developer')
-def _feedback_add(request, form):
-    "Corrected texts become rows"
-    made = monitor.feedback_version(request.state.store, request.state.user, form.whole('dataset', 1), form.text('place', 200))
-    return ui.redirect(f'/versions/{made.version}', 'The corrected texts are in this version.')
+watch_pages.act('/feedback/version', 'developer', monitor.feedback_version, '/versions/{found.version}',
+                'The corrected texts are in this version.', lambda form: (form.whole('dataset', 1), form.text('place', 200)))
 
 @watch_pages.post('/feedback', role='viewer')
 def _feedback_give(request, form):
