@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 import numpy as np
 from sqlalchemy import func, insert, select, update
 
-# %% ../../nbs/platform/831_platform.monitor.ipynb #42281fd1
 from ..eval import drift
 from ..files.tokenizer import Tokenizer
 from . import store as db

@@ -15,7 +15,6 @@ from urllib.parse import quote
 import fasthtml.components as fh
 from sqlalchemy import func, select
 
-# %% ../../nbs/platform/839_platform.watch_pages.ipynb #b0eee953
 from ..eval.drift import DriftRule
 from . import layout as ui
 from . import monitor
