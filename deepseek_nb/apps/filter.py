@@ -1,10 +1,6 @@
 """Patterns, planted secrets, names and toxic words behind one policy: for the server, for a table of texts, and for the command line
 
-`content_filter` joins a policy with all scans: [patterns](../library/465_serve.patterns.ipynb), [secrets](../library/466_serve.secrets.ipynb), names and toxic words. `load_filter` does so for a file, and
-`deepseek-nb serve MODEL --policy FILE` calls it. `learn_filter` trains the two small models, and `FilterApp` offers everything to the command `deepseek-nb app filter`.
-`ToxicityNet` is one of these models: a small classifier that scores each word with the word before it.
-
-`content_filter` joins a policy with all scans: [patterns](../library/465_serve.patterns.ipynb), [secrets](../library/465_serve.patterns.ipynb), [names](881_apps.names.ipynb) and toxic words. `load_filter` does so for a file, and
+`content_filter` joins a policy with all scans: [patterns](../library/465_serve.patterns.ipynb), [secrets](../library/465_serve.patterns.ipynb), names and toxic words. `load_filter` does so for a file, and
 `deepseek-nb serve MODEL --policy FILE` calls it. `learn_filter` trains the two small models, and `FilterApp` offers everything to the command `deepseek-nb app filter`.
 `ToxicityNet` is one of these models: a small classifier that scores each word with the word before it."""
 

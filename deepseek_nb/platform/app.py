@@ -39,29 +39,11 @@ from ..eval.drift import EmbeddingTable
 from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.load import warm_kernels
+from . import layout as ui
 from .access import user_of_token
 from .data_pages import data_pages
 from .entry import entry_pages, keeps_texts
 from .events import Recorder, RequestEvent, request_hook
-from deepseek_nb.platform.layout import (
-    Pages,
-    Site,
-    after_of,
-    badge,
-    big,
-    card,
-    cards,
-    facts,
-    field,
-    form,
-    notice,
-    page,
-    paged,
-    press,
-    redirect,
-    table,
-    when,
-)
 from .monitor import give_feedback, personal_scan
 from .registry import model_of, model_path
 from .rollout import choose, live_places
@@ -123,7 +105,7 @@ class PlatformServer(Server):
     "What is released, behind HTTP, with pages"
     def __init__(self,
         store, # `Store`
-        pages:Pages, # All routes
+        pages:ui.Pages, # All routes
         recorder:Recorder|None = None, # Takes the events; None: a new one
         config:ServerConfig|None = None, # Settings of the server; its keys are made here
         most:int = 3, # Models that stay loaded: live, staged and in the shadow
@@ -139,7 +121,7 @@ class PlatformServer(Server):
         self.waiting,self.shadows,self.left_out = waiting,set(),0
         self.apart = ThreadPoolExecutor(1, 'shadow') # loading must not take the threads that read requests
         self.recorder = recorder or Recorder(store, scans=dict(personal=personal_scan()), keep_texts=keeps_texts(store))
-        self.site = Site(store, pages, ('localhost', '127.0.0.1', '[::1]', *hosts), https)
+        self.site = ui.Site(store, pages, ('localhost', '127.0.0.1', '[::1]', *hosts), https)
         self.secret,self.loading,self.tables,self.numbers = secrets.token_bytes(32),threading.Lock(),{},{}
         self.ended = request_hook(self.recorder, self.tables, lambda r: (r.place, r.model_id), texts=True)
 
@@ -317,7 +299,7 @@ def _passed_text(served, text):
 _API = ('/v1/', '/anthropic/v1/', '/health', '/ready')
 
 # %% ../../nbs/platform/840_platform.app.ipynb #460b829b
-chat_pages = Pages('Chat', '/chat')
+chat_pages = ui.Pages('Chat', '/chat')
 
 class _Talk(NamedTuple):
     "A question, and what answers it"
@@ -358,22 +340,22 @@ def _done(request, talk, text):
 
 # %% ../../nbs/platform/840_platform.app.ipynb #afdd9c4f
 def _form(request, places, place, past, live=True):
-    choice = field('place', 'Released as', 'select', place, options=[p for p,_ in places])
-    return form(request, '/chat', choice, field('message', 'Message', 'textarea', help='Enter sends, Shift and Enter start a line.'),
-                field('past', '', 'hidden', json.dumps(past)), button='Send', data_chat='/chat/stream' if live else None)
+    choice = ui.field('place', 'Released as', 'select', place, options=[p for p,_ in places])
+    return ui.form(request, '/chat', choice, ui.field('message', 'Message', 'textarea', help='Enter sends, Shift and Enter start a line.'),
+                   ui.field('past', '', 'hidden', json.dumps(past)), button='Send', data_chat='/chat/stream' if live else None)
 
 def _rate(request, place, at):
     values = dict(up='Good answer', down='Bad answer')
-    return [press(request, '/chat/rate', text, place=place, event=at, value=value) for value,text in values.items()]
+    return [ui.press(request, '/chat/rate', text, place=place, event=at, value=value) for value,text in values.items()]
 
 @chat_pages.get('/chat', role='viewer')
 def _chat_start(request):
     "An empty conversation"
     places = live_places(request.state.store)
-    if not places: return page(request, 'Chat', notice('Nothing is released yet. Release a model, and chat with it here.'))
+    if not places: return ui.page(request, 'Chat', ui.notice('Nothing is released yet. Release a model, and chat with it here.'))
     place = request.query_params.get('place', places[0][0])
     log = fh.Div(id='log', cls='log', role='log', aria_live='polite', aria_label='Conversation')
-    return page(request, 'Chat', log, _form(request, places, place, []), lead='With a released model, as a client of the API would.')
+    return ui.page(request, 'Chat', log, _form(request, places, place, []), lead='With a released model, as a client of the API would.')
 
 # %% ../../nbs/platform/840_platform.app.ipynb #3cd6aa18
 @chat_pages.post('/chat', role='viewer')
@@ -386,7 +368,7 @@ async def _chat_whole(request, form):
     past = [*talk.messages, dict(role='assistant', content=text)]
     log = fh.Div(*[fh.P(str(m['content']), cls=f"said {'user' if m['role'] == 'user' else 'assistant'}") for m in past], cls='log')
     rate = fh.Div(fh.Small(said), *_rate(request, talk.place, talk.at), cls='row')
-    return page(request, 'Chat', log, rate, _form(request, live_places(request.state.store), talk.place, past))
+    return ui.page(request, 'Chat', log, rate, _form(request, live_places(request.state.store), talk.place, past))
 
 @chat_pages.post('/chat/stream', role='viewer')
 async def _chat_stream(request, form):
@@ -416,10 +398,11 @@ def _chat_rate(request, form):
     with store.read() as c: event = c.scalar(select(events.c.id).where(mine))
     if event is None: raise KeyError('the answer that was rated is not known')
     give_feedback(store, place, dict(thumb=thumb), event, user)
-    return page(request, 'Chat', notice('Thank you. Your rating is kept.', 'good'), fh.A('Chat', href=f'/chat?place={place}', cls='button'))
+    return ui.page(request, 'Chat', ui.notice('Thank you. Your rating is kept.', 'good'),
+                   fh.A('Chat', href=f'/chat?place={place}', cls='button'))
 
 # %% ../../nbs/platform/840_platform.app.ipynb #2ca6bc65
-home_pages = Pages('Overview', '/', role='viewer')
+home_pages = ui.Pages('Overview', '/', role='viewer')
 
 def _count(store, table, *where):
     with store.read() as c: return c.scalar(select(func.count()).select_from(table).where(*where))
@@ -432,22 +415,22 @@ def _home_page(request):
     running = _count(store, jobs, jobs.c.state.in_(('queued', 'running')))
     known = {m.url for m in request.state.menu}
     link = lambda text, url: fh.P(fh.A(text, href=url)) if url in known else ''
-    parts = cards(
-        card('Data', big(_count(store, datasets), 'datasets'), link('Datasets', '/datasets')),
-        card('Runs', big(running, 'queued or running'), link('Runs', '/runs')),
-        card('Models', big(_count(store, models), 'in the registry'), link('Models', '/models')),
-        card('Alerts', big(open_, 'open'), badge('look at them', 'bad') if open_ else badge('calm', 'good'),
-             link('Alerts', '/alerts')))
+    parts = ui.cards(
+        ui.card('Data', ui.big(_count(store, datasets), 'datasets'), link('Datasets', '/datasets')),
+        ui.card('Runs', ui.big(running, 'queued or running'), link('Runs', '/runs')),
+        ui.card('Models', ui.big(_count(store, models), 'in the registry'), link('Models', '/models')),
+        ui.card('Alerts', ui.big(open_, 'open'), ui.badge('look at them', 'bad') if open_ else ui.badge('calm', 'good'),
+                link('Alerts', '/alerts')))
     live = [(place, model_of(store, m)) for place,m in live_places(store)]
-    rows = [(fh.A(place, href=f'/chat?place={place}'), f'{m.name} {m.number}', when(m.created)) for place,m in live]
-    released = card('Released', table(['Place', 'Model', 'Made'], rows, empty='Nothing is released yet.'))
-    return page(request, 'Overview', parts, released, _steps())
+    rows = [(fh.A(place, href=f'/chat?place={place}'), f'{m.name} {m.number}', ui.when(m.created)) for place,m in live]
+    released = ui.card('Released', ui.table(['Place', 'Model', 'Made'], rows, empty='Nothing is released yet.'))
+    return ui.page(request, 'Overview', parts, released, _steps())
 
 def _steps():
     "The way from data to an answer"
     steps = ('Import a dataset, or label the one that is here.', 'Train a model on a version of it.', 'See which gates its measures pass.',
              'Release it at a place, for a share of the owners or for all.', 'Watch what comes in, and go back with one button.')
-    return card('From data to answers', fh.Ol(*[fh.Li(s) for s in steps]))
+    return ui.card('From data to answers', fh.Ol(*[fh.Li(s) for s in steps]))
 
 # %% ../../nbs/platform/840_platform.app.ipynb #a779384b
 class KeptAnswer(NamedTuple):
@@ -475,24 +458,24 @@ def kept_answers(
     return [o._replace(said=tuple(v for i,v in said if i == o.id)) for o in found]
 
 # %% ../../nbs/platform/840_platform.app.ipynb #b7dbe6d4
-answer_pages = Pages('Answers', '/answers', role='developer')
+answer_pages = ui.Pages('Answers', '/answers', role='developer')
 
 def _short(text, most=120): return text if len(text) <= most else text[:most - 1] + '…'
 
 def _verdict(said):
     "Thumbs and corrections of an answer"
-    thumbs = [badge('good', 'good') if v['thumb'] > 0 else badge('bad', 'bad') for v in said if 'thumb' in v]
-    return fh.Span(*thumbs, badge('corrected') if any(v.keys() & {'label', 'better'} for v in said) else '') if said else '–'
+    thumbs = [ui.badge('good', 'good') if v['thumb'] > 0 else ui.badge('bad', 'bad') for v in said if 'thumb' in v]
+    return fh.Span(*thumbs, ui.badge('corrected') if any(v.keys() & {'label', 'better'} for v in said) else '') if said else '–'
 
 @answer_pages.get('/answers', role='developer')
 def _answers_page(request):
     "Answers, newest first"
-    found,more = paged(request, kept_answers(request.state.store, after_of(request) or 2**60, 51))
+    found,more = ui.paged(request, kept_answers(request.state.store, ui.after_of(request) or 2**60, 51))
     link = lambda o: fh.A(_short(o.prompt) or '–', href=f'/answers/{o.id}')
-    rows = [(link(o), _short(o.answer), o.place, when(o.at), _verdict(o.said)) for o in found]
+    rows = [(link(o), _short(o.answer), o.place, ui.when(o.at), _verdict(o.said)) for o in found]
     empty = 'No texts are kept. An administrator can change that in the settings.'
-    return page(request, 'Answers', table(['Prompt', 'Answer', 'Place', 'When', 'Said about it'], rows, more, empty=empty),
-                lead='Answers whose texts are kept. Open one to correct it.')
+    return ui.page(request, 'Answers', ui.table(['Prompt', 'Answer', 'Place', 'When', 'Said about it'], rows, more, empty=empty),
+                   lead='Answers whose texts are kept. Open one to correct it.')
 
 # %% ../../nbs/platform/840_platform.app.ipynb #09d39898
 def _answer_of(store, id):
@@ -511,14 +494,14 @@ def _answer_page(request, id):
     "An answer with its texts"
     o = _answer_of(request.state.store, id)
     told = [' · '.join(f'{k}: {v}' for k,v in said.items()) for said in o.said]
-    known = card('Said about it', fh.Ul(*[fh.Li(t) for t in told])) if told else ''
+    known = ui.card('Said about it', fh.Ul(*[fh.Li(t) for t in told])) if told else ''
     classes = _classes_at(request.state.store, id)
     kind = dict(kind='select', options=[('', 'not said'), *classes]) if classes else {}
-    fields = (field('label', 'Right class', help='The page Feedback makes labels of it.', **kind),
-              field('better', 'Better answer', 'textarea'), field('note', 'Note'))
-    return page(request, f'Answer {id}', card('Asked', facts({'Place': o.place, 'When': when(o.at)}), fh.Pre(o.prompt)),
-                card('Answered', fh.Pre(o.answer)), known, card('Correct it', form(request, f'/answers/{id}', *fields, button='Keep')),
-                trail=(('Answers', '/answers'),))
+    fields = (ui.field('label', 'Right class', help='The page Feedback makes labels of it.', **kind),
+              ui.field('better', 'Better answer', 'textarea'), ui.field('note', 'Note'))
+    return ui.page(request, f'Answer {id}', ui.card('Asked', ui.facts({'Place': o.place, 'When': ui.when(o.at)}), fh.Pre(o.prompt)),
+                   ui.card('Answered', fh.Pre(o.answer)), known,
+                   ui.card('Correct it', ui.form(request, f'/answers/{id}', *fields, button='Keep')), trail=(('Answers', '/answers'),))
 
 @answer_pages.post('/answers/{id:int}', role='developer')
 def _answer_correct(request, form, id):
@@ -528,10 +511,10 @@ def _answer_correct(request, form, id):
     if known and value.get('label', known[0]) not in known:
         raise ValueError(f"label is {value['label']!r:.60}, and the classes of this model are {', '.join(known)}")
     give_feedback(request.state.store, _answer_of(request.state.store, id).place, value, id, request.state.user)
-    return redirect('/answers', 'The correction is kept.')
+    return ui.redirect('/answers', 'The correction is kept.')
 
 # %% ../../nbs/platform/840_platform.app.ipynb #fe922ce7
-def all_pages()->Pages: # Routes of all chapters
+def all_pages()->ui.Pages: # Routes of all chapters
     "The pages of the platform"
     return home_pages + data_pages + run_pages + watch_pages + chat_pages + entry_pages + answer_pages
 

@@ -17,44 +17,16 @@ from urllib.parse import quote
 import fasthtml.components as fh
 from sqlalchemy import func, select
 
+from . import datasets
 from . import labels as lab
-from . import layout
+from . import layout as ui
 from .access import allowed
 from .audit import noted
-from deepseek_nb.platform.datasets import (
-    DATA_KINDS,
-    SPLITS,
-    FaultyRows,
-    import_dataset,
-    list_datasets,
-    list_versions,
-    page_of_rows,
-    search_rows,
-    version_report,
-)
 from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
-from deepseek_nb.platform.layout import (
-    Pages,
-    after_of,
-    badge,
-    big,
-    card,
-    cards,
-    facts,
-    field,
-    form,
-    live,
-    notice,
-    page,
-    paged,
-    press,
-    redirect,
-    table,
-)
 from .store import versions
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #fc2658d1
-data_pages = Pages('Data', '/datasets')
+data_pages = ui.Pages('Data', '/datasets')
 data_pages.menu('Labelling', '/tasks', role='viewer')
 
 _FILES = ('jsonl', 'application/jsonl'),('csv', 'text/csv; charset=utf-8')
@@ -70,21 +42,21 @@ def _words(data, most=300):
 @data_pages.get('/datasets', role='viewer')
 def _datasets_page(request):
     "All datasets, and a form to import one"
-    found,more = paged(request, list_datasets(request.state.store, after_of(request), 51))
-    rows = [(fh.A(d.name, href=f'/datasets/{d.id}'), d.kind, d.number, d.rows, layout.when(d.created)) for d in found]
-    shown = table(['Name', 'Kind', 'Version', 'Rows', 'Created'], rows, more, empty='There is no dataset yet. Import one below.')
-    return page(request, 'Datasets', shown, card('Import', _import_form(request)) if _may(request, 'developer') else '')
+    found,more = ui.paged(request, datasets.list_datasets(request.state.store, ui.after_of(request), 51))
+    rows = [(fh.A(d.name, href=f'/datasets/{d.id}'), d.kind, d.number, d.rows, ui.when(d.created)) for d in found]
+    shown = ui.table(['Name', 'Kind', 'Version', 'Rows', 'Created'], rows, more, empty='There is no dataset yet. Import one below.')
+    return ui.page(request, 'Datasets', shown, ui.card('Import', _import_form(request)) if _may(request, 'developer') else '')
 
 def _import_form(request):
-    fields = [field('name', 'Name of the dataset', help='An existing name gets a new version.', required=True, autocomplete='off'),
-              field('kind', 'Kind', 'select', 'classification', options=[*DATA_KINDS]),
-              field('file', 'File', 'file', help='JSON lines, CSV or Parquet, up to 256 MB; .gz is unpacked.'),
-              field('hub', 'Or a name on the Hugging Face hub', help='Such as stanfordnlp/imdb.', autocomplete='off'),
-              field('text', 'Column of the text', value='text'), field('label', 'Column of the label', value='label'),
-              field('split', 'Column of the split', help='Leave it empty, and each row gets a split that it keeps.'),
-              field('skip', 'Leave out rows with faults', 'checkbox'),
-              field('merge', 'Labels that differ only in capitals and spaces are one', 'checkbox')]
-    return form(request, '/datasets', *fields, button='Import', upload=True)
+    fields = [ui.field('name', 'Name of the dataset', help='An existing name gets a new version.', required=True, autocomplete='off'),
+              ui.field('kind', 'Kind', 'select', 'classification', options=[*datasets.DATA_KINDS]),
+              ui.field('file', 'File', 'file', help='JSON lines, CSV or Parquet, up to 256 MB; .gz is unpacked.'),
+              ui.field('hub', 'Or a name on the Hugging Face hub', help='Such as stanfordnlp/imdb.', autocomplete='off'),
+              ui.field('text', 'Column of the text', value='text'), ui.field('label', 'Column of the label', value='label'),
+              ui.field('split', 'Column of the split', help='Leave it empty, and each row gets a split that it keeps.'),
+              ui.field('skip', 'Leave out rows with faults', 'checkbox'),
+              ui.field('merge', 'Labels that differ only in capitals and spaces are one', 'checkbox')]
+    return ui.form(request, '/datasets', *fields, button='Import', upload=True)
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #56cd9a1d
 def _newest(store):
@@ -102,40 +74,41 @@ def _source(form):
 def _datasets_import(request, form):
     "Import a version"
     store,(source,called),before = request.state.store,_source(form),_newest(request.state.store)
-    try: version = import_dataset(store, request.state.user, form.text('name', 120), source, form.text('kind', 20),
-                                  form.get('text', '').strip() or 'text', form.get('label', '').strip() or 'label',
-                                  split=form.get('split', '').strip() or None, called=called, skip='skip' in form, merge='merge' in form)
-    except FaultyRows as e: return _faults_page(request, e.faults)
-    shown = version_report(store, version)
-    if version > before: return redirect(f'/versions/{version}', f'Imported {shown["rows"]:,} rows as version {shown["number"]}.')
-    return redirect(f'/versions/{version}', f'These rows are version {shown["number"]} already; nothing was added.', 'warn')
+    given = {k: form.get(k, '').strip() for k in ('text', 'label', 'split')}
+    try: version = datasets.import_dataset(store, request.state.user, form.text('name', 120), source, form.text('kind', 20),
+                                           given['text'] or 'text', given['label'] or 'label', split=given['split'] or None,
+                                           called=called, skip='skip' in form, merge='merge' in form)
+    except datasets.FaultyRows as e: return _faults_page(request, e.faults)
+    shown = datasets.version_report(store, version)
+    if version > before: return ui.redirect(f'/versions/{version}', f'Imported {shown["rows"]:,} rows as version {shown["number"]}.')
+    return ui.redirect(f'/versions/{version}', f'These rows are version {shown["number"]} already; nothing was added.', 'warn')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #a859f5f5
 def _faults_page(request, faults, most=500):
     "All that is wrong with a file"
-    told = notice(f'{len(faults):,} rows have faults, so nothing was imported. Correct the file, or choose what to do below.', 'bad')
-    rows = table(['Row', 'Fault'], [(f'{n:,}', why) for n,why in faults[:most]], caption=f'The first {most:,}')
-    return page(request, 'Import', told, card('Faults', rows), card('Import again', _import_form(request)), status=400,
-                trail=[('Datasets', '/datasets')])
+    told = ui.notice(f'{len(faults):,} rows have faults, so nothing was imported. Correct the file, or choose what to do below.', 'bad')
+    rows = ui.table(['Row', 'Fault'], [(f'{n:,}', why) for n,why in faults[:most]], caption=f'The first {most:,}')
+    return ui.page(request, 'Import', told, ui.card('Faults', rows), ui.card('Import again', _import_form(request)), status=400,
+                   trail=[('Datasets', '/datasets')])
 
 @data_pages.get('/datasets/{id:int}', role='viewer')
 def _dataset_page(request, id):
     "The versions of a dataset"
-    found = list_versions(request.state.store, id)
-    own = [d for d in list_datasets(request.state.store, id - 1, 1) if d.id == id]
+    found = datasets.list_versions(request.state.store, id)
+    own = [d for d in datasets.list_datasets(request.state.store, id - 1, 1) if d.id == id]
     if not own: raise KeyError(f'there is no dataset {id}; see the list of datasets')
-    rows = [(fh.A(f'Version {v.number}', href=f'/versions/{v.id}'), v.rows, v.note or '–', fh.Code(v.digest[:12]), layout.when(v.created))
+    rows = [(fh.A(f'Version {v.number}', href=f'/versions/{v.id}'), v.rows, v.note or '–', fh.Code(v.digest[:12]), ui.when(v.created))
             for v in found]
     gone = fh.Details(fh.Summary('Delete it'), fh.P('With all versions, tasks and answers.'),
-                      press(request, f'/datasets/{id}/delete', 'Delete for ever', 'danger')) if _may(request, 'admin') else ''
-    return page(request, own[0].name, table(['Version', 'Rows', 'Note', 'Digest', 'Created'], rows, empty='No import was finished yet.'),
-                gone, lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
+                      ui.press(request, f'/datasets/{id}/delete', 'Delete for ever', 'danger')) if _may(request, 'admin') else ''
+    shown = ui.table(['Version', 'Rows', 'Note', 'Digest', 'Created'], rows, empty='No import was finished yet.')
+    return ui.page(request, own[0].name, shown, gone, lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
 
 @data_pages.post('/datasets/{id:int}/delete', role='admin')
 def _dataset_delete(request, form, id):
     "Delete a dataset"
     trained = delete_dataset(request.state.store, request.state.user, id)
-    return redirect('/datasets', 'It is deleted.' + f" Models that were trained on it stay: {', '.join(trained)}."*bool(trained))
+    return ui.redirect('/datasets', 'It is deleted.' + f" Models that were trained on it stay: {', '.join(trained)}."*bool(trained))
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #6aba591d
 def _findings_table(report):
@@ -143,8 +116,8 @@ def _findings_table(report):
     lost = sum(o['rows'] for o in report['leaks'].values())
     own = report['personal']
     kinds = ', '.join(f'{k} {n:,}' for k,n in own['kinds'].items())
-    def line(what, n, said): return what,n,badge('look' if n else 'none', 'warn' if n else 'good'),said
-    return table(['Finding', 'Rows', 'State', 'What it means'], [
+    def line(what, n, said): return what,n,ui.badge('look' if n else 'none', 'warn' if n else 'good'),said
+    return ui.table(['Finding', 'Rows', 'State', 'What it means'], [
         line('Leaks', lost, 'Rows outside the training split with a copy or near-duplicate in it.'),
         line('Near-duplicates', report['near'], f'Rows in {report["groups"]:,} groups of almost equal texts. Each group is in one split.'),
         line('Conflicts', report['conflicts'], 'Texts that occur with different labels.'),
@@ -157,70 +130,70 @@ def _findings_table(report):
 def _version_page(request, id):
     "What is in a version"
     store = request.state.store
-    r = version_report(store, id)
+    r = datasets.version_report(store, id)
     files = [fh.A(text, href=f'/versions/{id}/export?format={f}', cls='button quiet')
              for text,f in (('JSON lines', 'jsonl'), ('CSV', 'csv'))]
     links = fh.Div(fh.A('Rows', href=f'/versions/{id}/rows', cls='button'), *files, cls='row')
-    own = facts({'Kind': r['kind'], 'Rows': f'{r["rows"]:,}', 'Columns': ', '.join(r['columns']), 'Digest': fh.Code(r['digest'][:16]),
-                 'Made from': fh.A('its parent', href=f'/versions/{r["parent_id"]}') if r['parent_id'] else None, 'Note': r['note'] or None,
-                 'Created': layout.when(r['created'])})
-    rows = [(fh.A(t.name, href=f'/tasks/{t.id}'), t.kind, badge('closed' if t.closed else 'open'))
+    own = ui.facts({'Kind': r['kind'], 'Rows': f'{r["rows"]:,}', 'Columns': ', '.join(r['columns']), 'Digest': fh.Code(r['digest'][:16]),
+                    'Made from': fh.A('its parent', href=f'/versions/{r["parent_id"]}') if r['parent_id'] else None,
+                    'Note': r['note'] or None, 'Created': ui.when(r['created'])})
+    rows = [(fh.A(t.name, href=f'/tasks/{t.id}'), t.kind, ui.badge('closed' if t.closed else 'open'))
             for t in lab.list_tasks(store, version=id)]
-    tasks = card('Labelling tasks', table(['Task', 'Kind', 'State'], rows, empty='No task asks about this version.'))
-    found = [cards(card('Splits', _counts(r['splits'])), card('Labels', _counts(r['labels']))), card('Findings', _findings_table(r))]
-    return page(request, f'{r["name"]}, version {r["number"]}', links, found if 'leaks' in r else '', card('Facts', own), tasks,
-                _task_form(request, id, r) if _may(request, 'developer') else '',
-                trail=[('Datasets', '/datasets'), (r['name'], f'/datasets/{r["dataset_id"]}')])
+    tasks = ui.card('Labelling tasks', ui.table(['Task', 'Kind', 'State'], rows, empty='No task asks about this version.'))
+    found = [ui.cards(*[ui.card(k.capitalize(), _counts(r[k])) for k in ('splits', 'labels')]), ui.card('Findings', _findings_table(r))]
+    return ui.page(request, f'{r["name"]}, version {r["number"]}', links, found if 'leaks' in r else '', ui.card('Facts', own), tasks,
+                   _task_form(request, id, r) if _may(request, 'developer') else '',
+                   trail=[('Datasets', '/datasets'), (r['name'], f'/datasets/{r["dataset_id"]}')])
 
-def _counts(counts): return table(['Name', 'Rows'], counts.items(), empty='None.')
+def _counts(counts): return ui.table(['Name', 'Rows'], counts.items(), empty='None.')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #0d78e17d
 def _task_form(request, version, report):
-    kinds = [k for k,need in DATA_KINDS.items() if need == DATA_KINDS[report['kind']]]
+    kinds = [k for k,need in datasets.DATA_KINDS.items() if need == datasets.DATA_KINDS[report['kind']]]
     labels = '\n'.join(report.get('labels', ()))
-    return card('A new labelling task', form(request, f'/versions/{version}/tasks',
-        field('name', 'Name', required=True, autocomplete='off'), field('kind', 'What to label', 'select', report['kind'], options=kinds),
-        field('question', 'Question', help='What people should decide, in one sentence.'),
-        field('labels', 'Labels', 'textarea', labels, help='One in each line; preferences and ratings need none.'),
-        field('annotators', 'Answers that each record needs', 'number', 1, min=1, max=20), button='Create task'))
+    return ui.card('A new labelling task', ui.form(request, f'/versions/{version}/tasks',
+        ui.field('name', 'Name', required=True, autocomplete='off'),
+        ui.field('kind', 'What to label', 'select', report['kind'], options=kinds),
+        ui.field('question', 'Question', help='What people should decide, in one sentence.'),
+        ui.field('labels', 'Labels', 'textarea', labels, help='One in each line; preferences and ratings need none.'),
+        ui.field('annotators', 'Answers that each record needs', 'number', 1, min=1, max=20), button='Create task'))
 
-@data_pages.post('/versions/{id:int}/tasks', role='developer')
-def _task_new(request, form, id):
-    "Make a task"
-    labels = form.get('labels', '').splitlines()
-    task = lab.create_task(request.state.store, request.state.user, id, form.text('name', 120), form.text('kind', 20),
-                       form.get('question', '')[:1000].strip(), labels, form.whole('annotators', 1, 20))
-    return redirect(f'/tasks/{task}', 'The task is open.')
+def _task_from(form):
+    "What a form says of a task"
+    return (form.text('name', 120), form.text('kind', 20), form.get('question', '')[:1000].strip(), form.get('labels', '').splitlines(),
+            form.whole('annotators', 1, 20))
+
+data_pages.act('/versions/{id:int}/tasks', 'developer', lab.create_task, '/tasks/{found}', 'The task is open.', _task_from)
 
 @data_pages.get('/versions/{id:int}/export', role='viewer')
 def _version_export(request, id):
     "A file with all rows"
     format = request.query_params.get('format', 'jsonl')
-    r,rows = version_report(request.state.store, id),export_rows(request.state.store, id, format)
+    r,rows = datasets.version_report(request.state.store, id),export_rows(request.state.store, id, format)
     noted(request.state.store, request.state.user, 'export', f'version:{id}', format=format, rows=r['rows'])
     name = re.sub(r'[^\w.-]+', '-', r['name'])
-    return layout.download(f'{name}-{r["number"]}.{format}', rows, _FILES[format == 'csv'][1])
+    return ui.download(f'{name}-{r["number"]}.{format}', rows, _FILES[format == 'csv'][1])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #54c198a1
 @data_pages.get('/versions/{id:int}/rows', role='viewer')
 def _rows_page(request, id):
     "Rows, fifty at a time"
     ask,store = request.query_params,request.state.store
-    split,contains = ask.get('split') if ask.get('split') in SPLITS else None,ask.get('contains', '')[:200].replace('\0', '')
-    r,after,end = version_report(store, id),after_of(request),None
-    if contains: found,end = search_rows(store, id, contains, after, 50, split)
-    elif len(found := page_of_rows(store, id, after, 50, split)) == 50: end = found[-1].id
+    split,contains = ask.get('split') if ask.get('split') in datasets.SPLITS else None,ask.get('contains', '')[:200].replace('\0', '')
+    r,after,end = datasets.version_report(store, id),ui.after_of(request),None
+    if contains: found,end = datasets.search_rows(store, id, contains, after, 50, split)
+    elif len(found := datasets.page_of_rows(store, id, after, 50, split)) == 50: end = found[-1].id
     keep = ''.join(f'&{k}={v}' for k,v in (('split', split), ('contains', quote(contains, safe=''))) if v)
     more = f'/versions/{id}/rows?after={end}{keep}' if end else None
     labels = {'spans': lambda d: ', '.join(s.get('label', '') for s in d.get('spans') or ()) or None}.get(r['kind'], _label)
     rows = [(f'{o.id}', _words(o.data), labels(o.data), o.split) for o in found]
-    which = field('split', 'Split', 'select', split or '', options=[('', 'all'), *SPLITS])
-    ask = fh.Form(which, field('contains', 'Contains', value=contains),
+    which = ui.field('split', 'Split', 'select', split or '', options=[('', 'all'), *datasets.SPLITS])
+    ask = fh.Form(which, ui.field('contains', 'Contains', value=contains),
                   fh.Button('Filter', cls='quiet'), method='get', action=f'/versions/{id}/rows', cls='row')
     empty = f'No row up to record {end} fits the filter.' if end else 'No row fits the filter.'
-    shown = table(['Record', 'Text', 'Label', 'Split'], rows, more, empty=empty)
-    return page(request, f'Rows of {r["name"]}', ask, shown, lead=f'Version {r["number"]}, {r["rows"]:,} rows',
-                trail=[('Datasets', '/datasets'), (f'Version {r["number"]}', f'/versions/{id}')])
+    shown = ui.table(['Record', 'Text', 'Label', 'Split'], rows, more, empty=empty)
+    return ui.page(request, f'Rows of {r["name"]}', ask, shown, lead=f'Version {r["number"]}, {r["rows"]:,} rows',
+                   trail=[('Datasets', '/datasets'), (f'Version {r["number"]}', f'/versions/{id}')])
 
 def _label(data):
     found = next((data[k] for k in ('label', 'better', 'rating') if data.get(k) is not None), None)
@@ -230,25 +203,25 @@ def _label(data):
 @data_pages.get('/tasks', role='viewer')
 def _tasks_page(request):
     "All labelling tasks"
-    found,more = paged(request, lab.list_tasks(request.state.store, after_of(request), 51))
+    found,more = ui.paged(request, lab.list_tasks(request.state.store, ui.after_of(request), 51))
     def row(t):
         act = fh.A('Label', href=f'/tasks/{t.id}/label', cls='button quiet', aria_label=f'Label {t.name}')
         data = fh.A(f'{t.dataset}, version {t.number}', href=f'/versions/{t.version_id}')
-        return fh.A(t.name, href=f'/tasks/{t.id}'),data,t.kind,t.rows,badge('closed') if t.closed else act
-    shown = table(['Task', 'Data', 'Kind', 'Records', 'Work'], map(row, found), more,
-                  empty='There is no task yet. Make one on the page of a version.')
-    take = form(request, '/tasks', field('name', 'Name of the new dataset', required=True, autocomplete='off'),
-                field('kind', 'Kind', 'select', 'classification', options=[*DATA_KINDS]),
-                field('file', 'Export of Label Studio or Argilla', 'file', help='JSON or JSON lines.', required=True),
-                button='Import', upload=True)
-    return page(request, 'Labelling', shown, card('Import labelled data', take) if _may(request, 'developer') else '')
+        return fh.A(t.name, href=f'/tasks/{t.id}'),data,t.kind,t.rows,ui.badge('closed') if t.closed else act
+    shown = ui.table(['Task', 'Data', 'Kind', 'Records', 'Work'], map(row, found), more,
+                     empty='There is no task yet. Make one on the page of a version.')
+    take = ui.form(request, '/tasks', ui.field('name', 'Name of the new dataset', required=True, autocomplete='off'),
+                   ui.field('kind', 'Kind', 'select', 'classification', options=[*datasets.DATA_KINDS]),
+                   ui.field('file', 'Export of Label Studio or Argilla', 'file', help='JSON or JSON lines.', required=True),
+                   button='Import', upload=True)
+    return ui.page(request, 'Labelling', shown, ui.card('Import labelled data', take) if _may(request, 'developer') else '')
 
 @data_pages.post('/tasks', role='developer', limit=2**26)
 def _tasks_import(request, form):
     "A task from an export of another tool"
     sent = form.file('file')
     task = import_task(request.state.store, request.state.user, form.text('name', 120), sent.file, form.text('kind', 20), called=sent.name)
-    return redirect(f'/tasks/{task}', 'The data and its answers are here.')
+    return ui.redirect(f'/tasks/{task}', 'The data and its answers are here.')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #6e912acc
 def _share(n, of): return f'{n/of:.0%}' if of else '–'
@@ -260,13 +233,13 @@ def _state(request, id):
     people = [(n, o['answers'], o['skipped'], None if o['seconds'] is None else f'{o["seconds"]:.1f} s') for n,o in p['people'].items()]
     pairs = [(' and '.join(k), _number(v), n) for k,(v,n) in a.pairs.items()]
     bar = fh.Progress(value=str(p['done']), max=str(max(1, p['records'])), aria_label='Records done')
-    return [cards(card('Progress', big(_share(p['done'], p['records']), f'{p["done"]:,} of {p["records"]:,} records'), bar),
-                  card('Agreement', big(_number(a.value), f'{a.measure}, {a.records:,} records'))),
-            card('People', table(['Name', 'Answers', 'Skipped', 'Mean time'], people, empty='Nobody has answered yet.')),
-            card('Pairs', table(['People', 'Kappa or F1', 'Records'], pairs)) if pairs else '']
+    return [ui.cards(ui.card('Progress', ui.big(_share(p['done'], p['records']), f'{p["done"]:,} of {p["records"]:,} records'), bar),
+                     ui.card('Agreement', ui.big(_number(a.value), f'{a.measure}, {a.records:,} records'))),
+            ui.card('People', ui.table(['Name', 'Answers', 'Skipped', 'Mean time'], people, empty='Nobody has answered yet.')),
+            ui.card('Pairs', ui.table(['People', 'Kappa or F1', 'Records'], pairs)) if pairs else '']
 
 @data_pages.get('/tasks/{id:int}/state', role='viewer')
-def _task_state(request, id): return live(f'/tasks/{id}/state', *_state(request, id), seconds=5)
+def _task_state(request, id): return ui.live(f'/tasks/{id}/state', *_state(request, id), seconds=5)
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #2fbf131b
 @data_pages.get('/tasks/{id:int}', role='viewer')
@@ -278,27 +251,27 @@ def _task_page(request, id):
         acts.append(fh.A('Label', fh.Kbd('l'), href=f'/tasks/{id}/label', cls='button', data_key='l', data_name='Label'))
     if _may(request, 'developer'):
         acts += [fh.A('Disputes', href=f'/tasks/{id}/disputes', cls='button quiet'),
-                 press(request, f'/tasks/{id}/version', 'Make a labelled version'),
-                 press(request, f'/tasks/{id}/close', 'Open again' if t.closed else 'Close', open='yes' if t.closed else '')]
+                 ui.press(request, f'/tasks/{id}/version', 'Make a labelled version'),
+                 ui.press(request, f'/tasks/{id}/close', 'Open again' if t.closed else 'Close', open='yes' if t.closed else '')]
     links = [fh.Li(fh.A(text, href=f'/tasks/{id}/export?format={f}')) for text,f in (('Label Studio, JSON lines', 'label-studio'),
              ('Argilla, JSON lines', 'argilla'), ('Table, CSV', 'csv'), ("Label Studio's interface, XML", 'xml'))]
-    return page(request, t.name, notice('This task is closed.', 'warn') if t.closed else '', fh.Div(*acts, cls='row'),
-                live(f'/tasks/{id}/state', *_state(request, id), seconds=5), card('Export', fh.Ul(*links)),
-                lead=t.question, trail=[('Labelling', '/tasks')])
+    return ui.page(request, t.name, ui.notice('This task is closed.', 'warn') if t.closed else '', fh.Div(*acts, cls='row'),
+                   ui.live(f'/tasks/{id}/state', *_state(request, id), seconds=5), ui.card('Export', fh.Ul(*links)),
+                   lead=t.question, trail=[('Labelling', '/tasks')])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #4efca42c
 @data_pages.post('/tasks/{id:int}/version', role='developer')
 def _task_version(request, form, id):
     "Make a version with the labels"
     made = lab.labelled_version(request.state.store, request.state.user, id)
-    return redirect(f'/versions/{made.version}', f'{made}.', 'warn' if made.disputed else 'good')
+    return ui.redirect(f'/versions/{made.version}', f'{made}.', 'warn' if made.disputed else 'good')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #b394a387
 @data_pages.post('/tasks/{id:int}/close', role='developer')
 def _task_close(request, form, id):
     "Close or open"
     lab.close_task(request.state.store, request.state.user, id, not form.get('open'))
-    return redirect(f'/tasks/{id}', 'The task is open.' if form.get('open') else 'The task is closed.')
+    return ui.redirect(f'/tasks/{id}', 'The task is open.' if form.get('open') else 'The task is closed.')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #0f40bf84
 @data_pages.get('/tasks/{id:int}/export', role='viewer')
@@ -306,10 +279,10 @@ def _task_export(request, id):
     "All answers as a file"
     format = request.query_params.get('format', 'label-studio')
     with request.state.store.read() as c: t = lab.task_of(c, id)
-    if format == 'xml': return layout.download(f'task-{id}.xml', label_studio_config(t.kind, t.labels, t.question), 'application/xml')
+    if format == 'xml': return ui.download(f'task-{id}.xml', label_studio_config(t.kind, t.labels, t.question), 'application/xml')
     lines,(end,kind) = export_answers(request.state.store, id, format),_FILES[format == 'csv']
     noted(request.state.store, request.state.user, 'export', f'task:{id}', format=format)
-    return layout.download(f'task-{id}-{format}.{end}', lines, kind)
+    return ui.download(f'task-{id}-{format}.{end}', lines, kind)
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #b63ac12d
 def marked(
@@ -328,7 +301,7 @@ def _record(kind, data, spans=()):
     "A record as people read it"
     if kind == 'spans': return fh.Div(*marked(data['text'], spans), cls='item', data_start='start', data_end='end', id='record')
     if kind == 'preference':
-        return [fh.Div(data['prompt'], cls='item'), cards(*[card(o.upper(), fh.Div(data[o], cls='item')) for o in 'ab'])]
+        return [fh.Div(data['prompt'], cls='item'), ui.cards(*[ui.card(o.upper(), fh.Div(data[o], cls='item')) for o in 'ab'])]
     if kind == 'chat': return [fh.Div(fh.Strong(t.get('role', '')), fh.Br(), t['content'], cls='item') for t in data['messages']]
     return fh.Div(data['text'], cls='item', id='record')
 
@@ -349,7 +322,7 @@ def _asked(t, value):
     if t.kind == 'preference': return [_choices('better', 'Which is better?', sides, value.get('better'))]
     if t.kind == 'chat':
         stars = [(str(i), f'{i}') for i in range(1, 6)]
-        note = field('note', 'Note', 'textarea', value.get('note', ''))
+        note = ui.field('note', 'Note', 'textarea', value.get('note', ''))
         return [_choices('rating', 'Rating, 5 is best', stars, str(value.get('rating'))), note]
     labels = [(o, o) for o in t.labels]
     if t.kind == 'classification': return [_choices('label', 'Label', labels, value.get('label'))]
@@ -357,8 +330,8 @@ def _asked(t, value):
     rows = [fh.Li(fh.Code(f'{s["start"]}–{s["end"]}'), f' {s["label"]} ', fh.Button('Remove', name='do', value=f'remove {i}', cls='quiet',
                   aria_label=f'Remove {s["label"]} at {s["start"]}')) for i,s in enumerate(spans)]
     add = fh.Button('Add span', fh.Kbd('a'), name='do', value='add', cls='quiet', data_key='a', data_name='Add span')
-    return [field('spans', '', 'hidden', json.dumps(spans)), _choices('label', 'Label of the span', labels, t.labels[0]),
-            fh.Div(field('start', 'From character', 'number', min=0), field('end', 'To character', 'number', min=1), add, cls='row'),
+    return [ui.field('spans', '', 'hidden', json.dumps(spans)), _choices('label', 'Label of the span', labels, t.labels[0]),
+            fh.Div(ui.field('start', 'From character', 'number', min=0), ui.field('end', 'To character', 'number', min=1), add, cls='row'),
             fh.Ul(*rows) if rows else fh.P('No span is marked. Select a part of the text, or enter its places.', cls='dim')]
 
 def _answer_from(t, form):
@@ -376,23 +349,23 @@ def _work_page(request, t, work, began=None, error=''):
     id,store = t.id,request.state.store
     guess = work.prediction if work.answer is None else None
     value = guess or work.answer
-    hidden = [field('record', '', 'hidden', work.record), field('began', '', 'hidden', began or store.now())]
-    ask = form(request, f'/tasks/{id}/label', *hidden, *_asked(t, value), button='Confirm', key='Enter')
-    acts = fh.Div(press(request, f'/tasks/{id}/skip', 'Skip', key='s', record=work.record),
-                  press(request, f'/tasks/{id}/undo', 'Undo', key='u'), fh.A('Stop', href=f'/tasks/{id}', cls='button quiet'), cls='row')
-    told = notice(error, 'bad') if error else notice('A model has chosen. Change it where it is wrong.', '') if guess else ''
-    return page(request, t.name, _record(t.kind, work.data, (value or {}).get('spans', ())), told, ask, acts,
-                lead=t.question, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')], status=400 if error else 200)
+    hidden = [ui.field('record', '', 'hidden', work.record), ui.field('began', '', 'hidden', began or store.now())]
+    ask = ui.form(request, f'/tasks/{id}/label', *hidden, *_asked(t, value), button='Confirm', key='Enter')
+    acts = fh.Div(ui.press(request, f'/tasks/{id}/skip', 'Skip', key='s', record=work.record),
+                  ui.press(request, f'/tasks/{id}/undo', 'Undo', key='u'), fh.A('Stop', href=f'/tasks/{id}', cls='button quiet'), cls='row')
+    told = ui.notice(error, 'bad') if error else ui.notice('A model has chosen. Change it where it is wrong.', '') if guess else ''
+    return ui.page(request, t.name, _record(t.kind, work.data, (value or {}).get('spans', ())), told, ask, acts,
+                   lead=t.question, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')], status=400 if error else 200)
 
 @data_pages.get('/tasks/{id:int}/label', role='annotator')
 def _label_page(request, id):
     "The next record"
     with request.state.store.read() as c: t = lab.task_of(c, id)
     work = lab.next_record(request.state.store, id, request.state.user)
-    if work: return redirect(f'/tasks/{id}/label/{work.record}')
-    said = notice('This task is closed.', 'warn') if t.closed else notice('There is nothing left for you here.', 'good')
-    undone = press(request, f'/tasks/{id}/undo', 'Undo', key='u')
-    return page(request, t.name, said, undone, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')])
+    if work: return ui.redirect(f'/tasks/{id}/label/{work.record}')
+    said = ui.notice('This task is closed.', 'warn') if t.closed else ui.notice('There is nothing left for you here.', 'good')
+    undone = ui.press(request, f'/tasks/{id}/undo', 'Undo', key='u')
+    return ui.page(request, t.name, said, undone, trail=[('Labelling', '/tasks'), (t.name, f'/tasks/{id}')])
 
 @data_pages.get('/tasks/{id:int}/label/{record:int}', role='annotator')
 def _label_record(request, id, record):
@@ -412,7 +385,7 @@ def _label_post(request, form, id):
     except ValueError as e: return _work_page(request, t, work, began, f'{e}'.capitalize() + '.')
     if t.kind == 'spans' and do: return _changed(request, t, form, work, began, value, do)
     lab.annotate(store, user, id, record, value, (store.now() - began)/1e6)
-    return redirect(f'/tasks/{id}/label')
+    return ui.redirect(f'/tasks/{id}/label')
 
 def _changed(request, t, form, work, began, value, do):
     "The same page with one span more or less"
@@ -422,40 +395,37 @@ def _changed(request, t, form, work, began, value, do):
     return _work_page(request, t, work._replace(answer=lab.clean_answer(t.kind, t.labels, dict(spans=spans), work.data)), began)
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #1ffd1ebf
-@data_pages.post('/tasks/{id:int}/skip', role='annotator')
-def _label_skip(request, form, id):
-    "Leave a record to others"
-    lab.skip(request.state.store, request.state.user, id, form.whole('record'))
-    return redirect(f'/tasks/{id}/label')
+data_pages.act('/tasks/{id:int}/skip', 'annotator', lab.skip, '/tasks/{id}/label', '', lambda form: [form.whole('record')])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #db024dde
 @data_pages.post('/tasks/{id:int}/undo', role='annotator')
 def _label_undo(request, form, id):
     "Take the last answer back"
     found = lab.undo(request.state.store, request.state.user, id)
-    if not found: return redirect(f'/tasks/{id}/label', 'There is nothing to take back.', 'warn')
-    return redirect(f'/tasks/{id}/label', 'Your last answer is taken back.')
+    if not found: return ui.redirect(f'/tasks/{id}/label', 'There is nothing to take back.', 'warn')
+    return ui.redirect(f'/tasks/{id}/label', 'Your last answer is taken back.')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #0a5620b9
 @data_pages.get('/tasks/{id:int}/disputes', role='developer')
 def _disputes_page(request, id):
     "Records on which people differ, one after the other"
-    store,after = request.state.store,after_of(request)
+    store,after = request.state.store,ui.after_of(request)
     with store.read() as c: t = lab.task_of(c, id)
     found = lab.disagreements(store, id, after, 1)
     trail = [('Labelling', '/tasks'), (t.name, f'/tasks/{id}')]
-    if not found: return page(request, 'Disputes', notice(f'No dispute is open{" after this one" if after else ""}.', 'good'), trail=trail)
+    none = f'No dispute is open{" after this one" if after else ""}.'
+    if not found: return ui.page(request, 'Disputes', ui.notice(none, 'good'), trail=trail)
     d = found[0]
-    said = table(['Name', 'Answer'], [(n, json.dumps(next(iter(v.values())), ensure_ascii=False)) for n,v in d.answers.items()])
+    said = ui.table(['Name', 'Answer'], [(n, json.dumps(next(iter(v.values())), ensure_ascii=False)) for n,v in d.answers.items()])
     to,later = f'/tasks/{id}/disputes/{d.record}',fh.P(fh.A('Later', href=f'/tasks/{id}/disputes?after={d.record}', cls='button quiet'))
     if t.kind == 'spans':
-        decide = fh.Div(*[press(request, to, f'{n} is right', spans=json.dumps(v['spans'])) for n,v in d.answers.items()], cls='row')
-    else: decide = form(request, to, *_asked(t, None), button='Decide', key='Enter')
-    return page(request, 'Disputes', _record(t.kind, d.data), said, decide, later, lead=t.question, trail=trail)
+        decide = fh.Div(*[ui.press(request, to, f'{n} is right', spans=json.dumps(v['spans'])) for n,v in d.answers.items()], cls='row')
+    else: decide = ui.form(request, to, *_asked(t, None), button='Decide', key='Enter')
+    return ui.page(request, 'Disputes', _record(t.kind, d.data), said, decide, later, lead=t.question, trail=trail)
 
 @data_pages.post('/tasks/{id:int}/disputes/{record:int}', role='developer')
 def _dispute_settle(request, form, id, record):
     "Settle a dispute"
     with request.state.store.read() as c: t = lab.task_of(c, id)
     lab.adjudicate(request.state.store, request.state.user, id, record, _answer_from(t, form))
-    return redirect(f'/tasks/{id}/disputes?after={record}', 'It is decided.')
+    return ui.redirect(f'/tasks/{id}/disputes?after={record}', 'It is decided.')

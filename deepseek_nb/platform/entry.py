@@ -16,31 +16,15 @@ import fasthtml.components as fh
 from sqlalchemy import select
 
 from . import access
+from . import layout as ui
 from .audit import audit, first_broken
 from .exchange import erase_text
-from deepseek_nb.platform.layout import (
-    Pages,
-    after_of,
-    badge,
-    card,
-    cookie_name,
-    facts,
-    field,
-    form,
-    notice,
-    page,
-    paged,
-    press,
-    redirect,
-    table,
-    when,
-)
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #723af5af
 from deepseek_nb.platform.store import audits, get_setting, put_setting, users
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #8a253ee6
-entry_pages = Pages()
+entry_pages = ui.Pages()
 entry_pages.menu('Users', '/users', role='admin')
 entry_pages.menu('Audit log', '/audit', role='admin')
 entry_pages.menu('Settings', '/settings', role='admin')
@@ -50,11 +34,11 @@ _WEEKS = 14*24*3600 # seconds
 
 def _entered(request, token, url, message=''):
     "Go on as a user"
-    response = redirect(url, message)
+    response = ui.redirect(url, message)
     kept = dict(httponly=True, samesite='lax', secure=request.state.secure)
-    response.set_cookie(cookie_name(request), token, _WEEKS, **kept)
+    response.set_cookie(ui.cookie_name(request), token, _WEEKS, **kept)
     note = access.device_note(request.state.store, token)
-    response.set_cookie(cookie_name(request, 'device'), note, access.NOTED//10**6, **kept)
+    response.set_cookie(ui.cookie_name(request, 'device'), note, access.NOTED//10**6, **kept)
     response.delete_cookie('visit')
     return response
 
@@ -62,21 +46,21 @@ def _address(request): return request.client.host if request.client else ''
 
 def _path(text):
     "The page that a visitor wanted, if it's one of this server"
-    try: return redirect(text).headers['location']
+    try: return ui.redirect(text).headers['location']
     except ValueError: return '/'
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #30d99df9
 @entry_pages.get('/setup', role=None)
 def _setup_page(request):
     "The form for the first administrator"
-    if access.users_of(request.state.store, limit=1): return redirect('/login')
-    fields = [field('code', 'Code', help='The platform printed it on its console when it started.', required=True, autocomplete='off'),
-              field('name', 'Your name', help='Lower case, as you will log in.', required=True, autocomplete='username'),
-              field('password', 'Password', 'password', help='At least 12 characters. A sentence is good.', required=True,
-                    autocomplete='new-password'),
-              field('again', 'Password again', 'password', required=True, autocomplete='new-password')]
-    return page(request, 'Welcome', form(request, '/setup', *fields, button='Begin'),
-                lead='This platform has no users yet. Make the first administrator.')
+    if access.users_of(request.state.store, limit=1): return ui.redirect('/login')
+    fields = [ui.field('code', 'Code', help='The platform printed it on its console when it started.', required=True, autocomplete='off'),
+              ui.field('name', 'Your name', help='Lower case, as you will log in.', required=True, autocomplete='username'),
+              ui.field('password', 'Password', 'password', help='At least 12 characters. A sentence is good.', required=True,
+                       autocomplete='new-password'),
+              ui.field('again', 'Password again', 'password', required=True, autocomplete='new-password')]
+    return ui.page(request, 'Welcome', ui.form(request, '/setup', *fields, button='Begin'),
+                   lead='This platform has no users yet. Make the first administrator.')
 
 @entry_pages.post('/setup', role=None)
 def _set_up(request, form):
@@ -91,18 +75,19 @@ def _set_up(request, form):
 @entry_pages.get('/login', role=None)
 def _login_page(request):
     "The form for name and password"
-    if not access.users_of(request.state.store, limit=1): return redirect('/setup')
+    if not access.users_of(request.state.store, limit=1): return ui.redirect('/setup')
     return _login(request, _path(request.query_params.get('next', '/')))
 
 def _login(request, url, name='', error=''):
-    fields = [notice(error, 'bad') if error else '', field('name', 'Name', value=name, required=True, autocomplete='username'),
-              field('password', 'Password', 'password', required=True, autocomplete='current-password'), field('next', '', 'hidden', url)]
-    return page(request, 'Log in', form(request, '/login', *fields, button='Log in'), status=403 if error else 200)
+    fields = [ui.notice(error, 'bad') if error else '', ui.field('name', 'Name', value=name, required=True, autocomplete='username'),
+              ui.field('password', 'Password', 'password', required=True, autocomplete='current-password')]
+    shown = ui.form(request, '/login', *fields, ui.field('next', '', 'hidden', url), button='Log in')
+    return ui.page(request, 'Log in', shown, status=403 if error else 200)
 
 @entry_pages.post('/login', role=None)
 def _enter(request, form):
     "Log in"
-    name,old,device = form.text('name', 100),request.state.session,request.cookies.get(cookie_name(request, 'device'))
+    name,old,device = form.text('name', 100),request.state.session,request.cookies.get(ui.cookie_name(request, 'device'))
     try: token = access.log_in(request.state.store, name, form.get('password', ''), _address(request), old, device)
     except access.TooManyTries: raise
     except PermissionError as e: return _login(request, _path(form.get('next', '/')), name, f'{e}.'.replace('..', '.'))
@@ -112,8 +97,8 @@ def _enter(request, form):
 def _leave(request, form):
     "Log out"
     access.log_out(request.state.store, request.state.session)
-    response = redirect('/login', 'You have logged out.')
-    response.delete_cookie(cookie_name(request), secure=request.state.secure, httponly=True, samesite='lax')
+    response = ui.redirect('/login', 'You have logged out.')
+    response.delete_cookie(ui.cookie_name(request), secure=request.state.secure, httponly=True, samesite='lax')
     return response
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #9754aea2
@@ -122,19 +107,19 @@ def _account_page(request):
     "Name, role, tokens and password of the visitor"
     user,store = request.state.user,request.state.store
     roles = access.USER_ROLES[:access.USER_ROLES.index(user.role) + 1]
-    rows = [(t.name, t.role, when(t.created), when(t.expires), when(t.seen),
-             badge('revoked') if t.revoked else press(request, f'/account/tokens/{t.id}/revoke', 'Revoke', 'danger'))
+    rows = [(t.name, t.role, ui.when(t.created), ui.when(t.expires), ui.when(t.seen),
+             ui.badge('revoked') if t.revoked else ui.press(request, f'/account/tokens/{t.id}/revoke', 'Revoke', 'danger'))
             for t in access.tokens_of(store, user)]
-    new = form(request, '/account/tokens', field('name', 'Name', help='Such as the program that will use it.', required=True),
-               field('role', 'Role', 'select', 'viewer', options=roles), field('days', 'Days until it expires', 'number', 90),
-               button='Create')
+    new = ui.form(request, '/account/tokens', ui.field('name', 'Name', help='Such as the program that will use it.', required=True),
+                  ui.field('role', 'Role', 'select', 'viewer', options=roles), ui.field('days', 'Days until it expires', 'number', 90),
+                  button='Create')
     own = fh.Input(name='user', value=user.name, autocomplete='username', hidden=True)
-    change = form(request, '/account/password', own,
-                  field('old', 'Password now', 'password', required=True, autocomplete='current-password'),
-                  field('password', 'New password', 'password', required=True, autocomplete='new-password'), button='Change')
-    return page(request, 'Your account', card('You', facts({'Name': user.name, 'Role': user.role})),
-                card('API tokens', table(['Name', 'Role', 'Created', 'Expires', 'Last used', 'State'], rows, empty='You have no tokens.')),
-                card('A new token', new), card('Password', change))
+    change = ui.form(request, '/account/password', own,
+                     ui.field('old', 'Password now', 'password', required=True, autocomplete='current-password'),
+                     ui.field('password', 'New password', 'password', required=True, autocomplete='new-password'), button='Change')
+    known = ui.table(['Name', 'Role', 'Created', 'Expires', 'Last used', 'State'], rows, empty='You have no tokens.')
+    return ui.page(request, 'Your account', ui.card('You', ui.facts({'Name': user.name, 'Role': user.role})), ui.card('API tokens', known),
+                   ui.card('A new token', new), ui.card('Password', change))
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #8c1dd9ad
 @entry_pages.post('/account/tokens', role='viewer')
@@ -144,50 +129,42 @@ def _token_create(request, form):
     text = access.create_token(request.state.store, user, form.text('name', 100), form.text('role', 20), days)
     how = f'curl {request.url.scheme}://{request.url.netloc}/v1/models -H "Authorization: Bearer {text}"'
     copy = fh.Button('Copy', data_copy='token', type='button')
-    return page(request, 'Your new token', notice('Copy it now. It is shown only once.', 'warn'), fh.Pre(text, id='token'), copy,
-                card('How it is used', fh.Pre(how)), trail=[('Your account', '/account')])
+    return ui.page(request, 'Your new token', ui.notice('Copy it now. It is shown only once.', 'warn'), fh.Pre(text, id='token'), copy,
+                   ui.card('How it is used', fh.Pre(how)), trail=[('Your account', '/account')])
 
-@entry_pages.post('/account/tokens/{id:int}/revoke', role='viewer')
-def _token_revoke(request, form, id):
-    "End a token"
-    access.revoke_token(request.state.store, request.state.user, id)
-    return redirect('/account', 'The token is revoked.')
+entry_pages.act('/account/tokens/{id:int}/revoke', 'viewer', access.revoke_token, '/account', 'The token is revoked.')
 
 @entry_pages.post('/account/password', role='viewer')
 def _password_change(request, form):
     "Change the own password; other sessions end"
     user = request.state.user
     access.set_password(request.state.store, user, user.id, form.get('password', ''), old=form.get('old', ''))
-    return redirect('/login', 'The password is changed. Log in with it.')
+    return ui.redirect('/login', 'The password is changed. Log in with it.')
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #f0793922
 @entry_pages.get('/users', role='admin')
 def _users_page(request):
     "Everybody, and a form for a new user"
-    found,more = paged(request, access.users_of(request.state.store, after_of(request), 51))
+    found,more = ui.paged(request, access.users_of(request.state.store, ui.after_of(request), 51))
     def row(u):
         options = [fh.Option(r, selected=r == u.role) for r in access.USER_ROLES]
         choice = fh.Select(*options, name='role', aria_label=f'Role of {u.name}')
-        roles = form(request, f'/users/{u.id}/role', choice, button='Set', tone='quiet', cls='row')
-        able = press(request, f'/users/{u.id}/disable', 'Enable' if u.disabled else 'Disable', 'quiet' if u.disabled else 'danger',
-                     disabled='' if u.disabled else 'yes')
-        more = fh.Details(fh.Summary('More'), press(request, f'/users/{u.id}/password', 'New password'),
-                          press(request, f'/users/{u.id}/delete', 'Delete', 'danger'), aria_label=f'More for {u.name}')
-        return u.name,roles,when(u.created),badge('disabled', 'warn') if u.disabled else badge('active', 'good'),fh.Div(able, more)
-    new = form(request, '/users', field('name', 'Name', required=True, autocomplete='off'),
-               field('password', 'First password', 'password', help='At least 12 characters; the user should change it.', required=True,
-                     autocomplete='new-password'),
-               field('role', 'Role', 'select', 'annotator', options=access.USER_ROLES), button='Add')
-    rows = table(['Name', 'Role', 'Created', 'State', 'Change'], map(row, found), more)
-    return page(request, 'Users', rows, card('A new user', new),
-                lead='A role includes those before it: ' + ', '.join(access.USER_ROLES) + '.')
+        roles = ui.form(request, f'/users/{u.id}/role', choice, button='Set', tone='quiet', cls='row')
+        able = ui.press(request, f'/users/{u.id}/disable', 'Enable' if u.disabled else 'Disable', 'quiet' if u.disabled else 'danger',
+                        disabled='' if u.disabled else 'yes')
+        more = fh.Details(fh.Summary('More'), ui.press(request, f'/users/{u.id}/password', 'New password'),
+                          ui.press(request, f'/users/{u.id}/delete', 'Delete', 'danger'), aria_label=f'More for {u.name}')
+        return u.name,roles,ui.when(u.created),ui.badge('disabled', 'warn') if u.disabled else ui.badge('active', 'good'),fh.Div(able, more)
+    new = ui.form(request, '/users', ui.field('name', 'Name', required=True, autocomplete='off'),
+                  ui.field('password', 'First password', 'password', help='At least 12 characters; the user should change it.',
+                           required=True, autocomplete='new-password'),
+                  ui.field('role', 'Role', 'select', 'annotator', options=access.USER_ROLES), button='Add')
+    rows = ui.table(['Name', 'Role', 'Created', 'State', 'Change'], map(row, found), more)
+    return ui.page(request, 'Users', rows, ui.card('A new user', new),
+                   lead='A role includes those before it: ' + ', '.join(access.USER_ROLES) + '.')
 
-@entry_pages.post('/users', role='admin')
-def _user_create(request, form):
-    "Add a user"
-    state,name,role = request.state,form.text('name', 100),form.text('role', 20)
-    user = access.create_user(state.store, state.user, name, form.get('password', ''), role)
-    return redirect('/users', f'{user.name} can log in now.')
+entry_pages.act('/users', 'admin', access.create_user, '/users', '{found.name} can log in now.',
+                lambda form: (form.text('name', 100), form.get('password', ''), form.text('role', 20)))
 
 
 @entry_pages.post('/users/{id:int}/password', role='admin')
@@ -195,34 +172,27 @@ def _user_password(request, form, id):
     "A new password for somebody who has forgotten it"
     name = next((u.name for u in access.users_of(request.state.store, id - 1, 1) if u.id == id), '')
     new = access.reset_password(request.state.store, request.state.user, name)
-    told = notice('Copy it now. It is shown only once, and ends all sessions and tokens.', 'warn')
-    return page(request, f'New password of {name}', told, fh.Pre(new, id='token'), trail=[('Users', '/users')])
+    told = ui.notice('Copy it now. It is shown only once, and ends all sessions and tokens.', 'warn')
+    return ui.page(request, f'New password of {name}', told, fh.Pre(new, id='token'), trail=[('Users', '/users')])
 
-@entry_pages.post('/users/{id:int}/delete', role='admin')
-def _user_delete(request, form, id):
-    "Delete a user"
-    access.delete_user(request.state.store, request.state.user, id)
-    return redirect('/users', 'The user is deleted. Answers and the audit log keep a number, and no name.')
+entry_pages.act('/users/{id:int}/delete', 'admin', access.delete_user, '/users',
+                'The user is deleted. Answers and the audit log keep a number, and no name.')
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #5afb3328
-@entry_pages.post('/users/{id:int}/role', role='admin')
-def _user_role(request, form, id):
-    "Change a role"
-    access.set_role(request.state.store, request.state.user, id, form.text('role', 20))
-    return redirect('/users', 'The role is changed.')
+entry_pages.act('/users/{id:int}/role', 'admin', access.set_role, '/users', 'The role is changed.', lambda form: [form.text('role', 20)])
 
 @entry_pages.post('/users/{id:int}/disable', role='admin')
 def _user_disable(request, form, id):
     "Disable or enable a user"
     access.disable_user(request.state.store, request.state.user, id, bool(form.get('disabled')))
-    return redirect('/users', 'The user is disabled.' if form.get('disabled') else 'The user is enabled.')
+    return ui.redirect('/users', 'The user is disabled.' if form.get('disabled') else 'The user is enabled.')
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #dc7b434b
 def _chain_state(store, until=None, shown=500): # entries that are checked, so that the page stays fast
     "A notice about entries of the chain: the newest ones, or those that a page shows"
     broken,what = first_broken(store, last=shown, until=until),'the entries of this page and its end' if until else 'its newest 500 entries'
-    if broken is None: return notice(f'The chain is whole, as far as {what}; the settings check all.', 'good')
-    return notice(f'The log was tampered with: {broken.why}.', 'bad')
+    if broken is None: return ui.notice(f'The chain is whole, as far as {what}; the settings check all.', 'good')
+    return ui.notice(f'The log was tampered with: {broken.why}.', 'bad')
 
 @entry_pages.get('/audit', role='admin')
 def _audit_page(request):
@@ -232,9 +202,9 @@ def _audit_page(request):
         audits, users, audits.c.user_id == users.c.id, isouter=True).order_by(audits.c.id.desc()).limit(51)
     if before.isdecimal(): ask = ask.where(audits.c.id < int(before[:18]))
     with store.read() as c: found = c.execute(ask).all()
-    rows = [(str(r.id), when(r.at), r.name or 'system', r.action, r.subject, _details(r.detail)) for r in found[:50]]
+    rows = [(str(r.id), ui.when(r.at), r.name or 'system', r.action, r.subject, _details(r.detail)) for r in found[:50]]
     state = _chain_state(store, found[0].id, len(rows)) if before.isdecimal() and found else _chain_state(store)
-    return page(request, 'Audit log', state, table(['Entry', 'When', 'Who', 'What', 'Subject', 'Details'], rows,
+    return ui.page(request, 'Audit log', state, ui.table(['Entry', 'When', 'Who', 'What', 'Subject', 'Details'], rows,
                                                                  f'/audit?before={found[49].id}' if len(found) > 50 else None))
 
 def _details(detail):
@@ -275,15 +245,15 @@ def keeps_texts(
 def _settings_page(request):
     "Settings, and the state of the store"
     store = request.state.store
-    fields = [field('keep_texts', 'Keep prompts and answers', 'checkbox', read_setting(store, 'keep_texts'),
-                    help='Of the chat and the API, from the next request on. Feedback can then become labels. Off, only counts and times '
-                         'are kept.'),
-              field('keep_days', 'Days until they are deleted', 'number', read_setting(store, 'keep_days'))]
-    about = facts({'Database': store.kind, 'Folder': str(store.folder)})
-    gone = form(request, '/settings/erase', field('erase', 'Text', required=True, help='A name, an address or a whole record, as it is '
-                'written; capitals don\'t matter.'), button='Search')
-    return page(request, 'Settings', card('Texts', form(request, '/settings', *fields)), card('Erase a text everywhere', gone),
-                card('Store', about, press(request, '/settings/check', 'Check the database')))
+    fields = [ui.field('keep_texts', 'Keep prompts and answers', 'checkbox', read_setting(store, 'keep_texts'),
+                       help='Of the chat and the API, from the next request on. Feedback can then become labels. Off, only counts and '
+                            'times are kept.'),
+              ui.field('keep_days', 'Days until they are deleted', 'number', read_setting(store, 'keep_days'))]
+    about = ui.facts({'Database': store.kind, 'Folder': str(store.folder)})
+    gone = ui.form(request, '/settings/erase', ui.field('erase', 'Text', required=True,
+                   help="A name, an address or a whole record, as it is written; capitals don't matter."), button='Search')
+    return ui.page(request, 'Settings', ui.card('Texts', ui.form(request, '/settings', *fields)), ui.card('Erase a text everywhere', gone),
+                   ui.card('Store', about, ui.press(request, '/settings/check', 'Check the database')))
 
 @entry_pages.post('/settings', role='admin')
 def _settings_write(request, form):
@@ -292,20 +262,20 @@ def _settings_write(request, form):
     before = read_setting(store, 'keep_texts')
     write_setting(store, user, 'keep_texts', bool(form.get('keep_texts')) and (before or store.now()))
     write_setting(store, user, 'keep_days', form.whole('keep_days', 1, 3650))
-    return redirect('/settings', 'Saved.')
+    return ui.redirect('/settings', 'Saved.')
 
 @entry_pages.post('/settings/erase', role='admin')
 def _settings_erase(request, form):
     "Show where a text is, and then erase it"
     store,text,sure = request.state.store,form.text('erase'),'sure' in form
     found = erase_text(store, request.state.user, text, dry=not sure)
-    rows = facts({k.capitalize(): ', '.join(v) or None if isinstance(v, list) else f'{v:,}' for k,v in found.items()})
-    told = notice('It is erased. Models that were trained on it, and backups, may still hold it.', 'warn') if sure else \
-        press(request, '/settings/erase', 'Erase for ever', 'danger', erase=text, sure='yes')
-    return page(request, 'Erase a text', card('Found', rows), told, trail=[('Settings', '/settings')])
+    rows = ui.facts({k.capitalize(): ', '.join(v) or None if isinstance(v, list) else f'{v:,}' for k,v in found.items()})
+    told = ui.notice('It is erased. Models that were trained on it, and backups, may still hold it.', 'warn') if sure else \
+        ui.press(request, '/settings/erase', 'Erase for ever', 'danger', erase=text, sure='yes')
+    return ui.page(request, 'Erase a text', ui.card('Found', rows), told, trail=[('Settings', '/settings')])
 
 @entry_pages.post('/settings/check', role='admin')
 def _settings_check(request, form):
     "Check the database"
     found = request.state.store.check()
-    return redirect('/settings', 'All is well.') if not found else redirect('/settings', found[0], 'bad')
+    return ui.redirect('/settings', 'All is well.') if not found else ui.redirect('/settings', found[0], 'bad')

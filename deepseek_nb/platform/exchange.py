@@ -22,25 +22,10 @@ from xml.sax.saxutils import quoteattr
 from sqlalchemy import delete, func, insert, select, update
 
 from ..files.untrusted import csv_text, untrusted_rows
+from . import store as db
 from .audit import audit
 from .datasets import holds, house_row, import_rows, iter_rows, row_digest, version_report
 from .labels import SKIPPED, clean_answer, create_task, iter_answers, keep_answer, task_of
-from deepseek_nb.platform.store import (
-    Store,
-    annotations,
-    datasets,
-    feedback,
-    jobs,
-    leases,
-    models,
-    predictions,
-    queue,
-    records,
-    tasks,
-    texts,
-    version_rows,
-    versions,
-)
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #2cb8d13c
 def _studio_result(kind, value, data, id='r'):
@@ -94,9 +79,9 @@ def _full(store, task):
     "Records of a task with annotations and predictions"
     for record,_ in iter_answers(store, task):
         with store.read() as c:
-            said = c.execute(select(annotations).where(annotations.c.task_id == task, annotations.c.record_id == record.id)
-                             .order_by(annotations.c.id)).all()
-            guess = c.execute(select(predictions).where(predictions.c.task_id == task, predictions.c.record_id == record.id)).all()
+            said = c.execute(select(db.annotations).where(db.annotations.c.task_id == task, db.annotations.c.record_id == record.id)
+                             .order_by(db.annotations.c.id)).all()
+            guess = c.execute(select(db.predictions).where(db.predictions.c.task_id == task, db.predictions.c.record_id == record.id)).all()
         yield record,said,guess
 
 def _iso(at): return datetime.fromtimestamp(at/1e6, UTC).strftime('%Y-%m-%dT%H:%M:%S.%fZ')
@@ -106,7 +91,7 @@ def _micro(text):
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #bf930223
 def to_label_studio(
-    store:Store, # Open store
+    store:db.Store, # Open store
     task:int, # Id
 )->Iterator: # Dicts, one a record: tasks of Label Studio
     "Write a task in Label Studio's form"
@@ -123,7 +108,7 @@ def to_label_studio(
 def _person(source): return str(uuid5(NAMESPACE_URL, source))
 
 def to_argilla(
-    store:Store, # Open store
+    store:db.Store, # Open store
     task:int, # Id
 )->Iterator: # Dicts, one a record, as `Record.to_dict` of Argilla 2
     "Write a task in Argilla's form"
@@ -212,7 +197,7 @@ def _labels_in(items, kind):
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #041378a5
 def import_task(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who imports; None: the system
     name:str, # Of the dataset and the task
     source, # Items: a list of dicts, a path, or a binary file of JSON or JSON lines
@@ -244,14 +229,14 @@ def _write_answers(store, user, task, version, kind, read):
                 for who,value,seconds,at in said:
                     keep_answer(c, store, task, record, who if who == 'adjudication:' else f'import:{who}', value, seconds, at)
                 for model,value,unsure in guess:
-                    c.execute(delete(predictions).where(predictions.c.task_id == task, predictions.c.record_id == record,
-                                                        predictions.c.model == model))
-                    c.execute(insert(predictions).values(task_id=task, record_id=record, model=model, value=value, uncertainty=unsure))
+                    c.execute(delete(db.predictions).where(db.predictions.c.task_id == task, db.predictions.c.record_id == record,
+                                                           db.predictions.c.model == model))
+                    c.execute(insert(db.predictions).values(task_id=task, record_id=record, model=model, value=value, uncertainty=unsure))
             audit(c, user, 'import answers', f'task:{task}', records=len(read[start:start + 500]))
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #ed8bdd5e
 def export_rows(
-    store:Store, # Open store
+    store:db.Store, # Open store
     version:int, # Id
     format:str = 'jsonl', # 'jsonl' or 'csv'
     split:str|None = None, # Of `SPLITS`; None: all
@@ -265,7 +250,7 @@ def export_rows(
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #815673a2
 def export_answers(
-    store:Store, # Open store
+    store:db.Store, # Open store
     task:int, # Id
     format:str = 'label-studio', # 'label-studio', 'argilla' or 'csv'
 )->Iterator: # Bytes: JSON lines, or a table of one answer a line
@@ -288,19 +273,19 @@ def _answer_rows(store, task):
 def _drop_records(c, ids):
     "Delete records with all that was said about them"
     for part in (ids[i:i + 500] for i in range(0, len(ids), 500)):
-        count = select(versions, func.count().label('n')).join(version_rows, version_rows.c.version_id == versions.c.id)
-        for v in c.execute(count.where(version_rows.c.record_id.in_(part)).group_by(versions.c.id)).all():
+        count = select(db.versions, func.count().label('n')).join(db.version_rows, db.version_rows.c.version_id == db.versions.c.id)
+        for v in c.execute(count.where(db.version_rows.c.record_id.in_(part)).group_by(db.versions.c.id)).all():
             digest,note = sha256(f'{v.digest} without {part}'.encode()).hexdigest(),f'{v.n} rows erased'
             new = dict(rows=v.rows - v.n, digest=digest, note='; '.join(filter(None, (v.note, note))))
-            c.execute(update(versions).where(versions.c.id == v.id).values(new))
-        for t in annotations,predictions,leases,queue,version_rows: c.execute(delete(t).where(t.c.record_id.in_(part)))
-        c.execute(delete(records).where(records.c.id.in_(part)))
+            c.execute(update(db.versions).where(db.versions.c.id == v.id).values(new))
+        for t in db.annotations,db.predictions,db.leases,db.queue,db.version_rows: c.execute(delete(t).where(t.c.record_id.in_(part)))
+        c.execute(delete(db.records).where(db.records.c.id.in_(part)))
 
 def _trained_on(c, rows): # Names of models, by the ids of their versions
-    return [f'{m.name} {m.number}' for m in c.execute(select(models).where(models.c.version_id.in_(rows)).order_by(models.c.id))]
+    return [f'{m.name} {m.number}' for m in c.execute(select(db.models).where(db.models.c.version_id.in_(rows)).order_by(db.models.c.id))]
 
 def erase_text(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who erases; None: the system
     text:str, # Any text; letters a to z are alike in either case
     dry:bool = False, # Whether to count only
@@ -309,12 +294,12 @@ def erase_text(
     if len(text.strip()) < 3: raise ValueError('give at least three characters; a shorter text stands almost everywhere')
     kind = lambda column: holds(store.kind, text, column)
     with (store.read if dry else store.write)() as c:
-        mine = select(records.c.id).where(kind(records.c.data))
+        mine = select(db.records.c.id).where(kind(db.records.c.data))
         ids = c.scalars(mine).all()
-        where = dict(answers=(annotations, kind(annotations.c.value)), predictions=(predictions, kind(predictions.c.value)),
-                     feedback=(feedback, kind(feedback.c.value)), prompts=(texts, kind(texts.c.prompt) | kind(texts.c.answer)))
+        where = {n: (t, kind(t.c.value)) for n,t in dict(answers=db.annotations, predictions=db.predictions, feedback=db.feedback).items()}
+        where |= dict(prompts=(db.texts, kind(db.texts.c.prompt) | kind(db.texts.c.answer)))
         found = dict(records=len(ids)) | {k: c.scalar(select(func.count()).select_from(t).where(o)) for k,(t,o) in where.items()}
-        found['models'] = _trained_on(c, select(version_rows.c.version_id).where(version_rows.c.record_id.in_(mine)))
+        found['models'] = _trained_on(c, select(db.version_rows.c.version_id).where(db.version_rows.c.record_id.in_(mine)))
         if dry: return found
         if store.kind == 'sqlite': c.exec_driver_sql('PRAGMA secure_delete=ON') # or the bytes would stay in the file
         for t,o in where.values(): c.execute(delete(t).where(o))
@@ -324,20 +309,20 @@ def erase_text(
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #d60619f0
 def delete_dataset(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who deletes; None: the system
     id:int, # Of the dataset
 )->list: # Names of the models that were trained on it, which stay
     "Delete a dataset with its versions, rows, tasks and answers"
     with store.write() as c:
-        own,asked = select(versions.c.id).where(versions.c.dataset_id == id),(j := jobs.c).state.in_(('queued', 'running'))
-        if not c.scalar(select(datasets.c.id).where(datasets.c.id == id)): raise KeyError(f'there is no dataset {id}')
+        own,asked = select(db.versions.c.id).where(db.versions.c.dataset_id == id),(j := db.jobs.c).state.in_(('queued', 'running'))
+        if not c.scalar(select(db.datasets.c.id).where(db.datasets.c.id == id)): raise KeyError(f'there is no dataset {id}')
         if c.scalar(select(j.id).where(j.version_id.in_(own), asked).limit(1)): raise ValueError('a run uses it; cancel the run first')
         trained = _trained_on(c, own)
-        for t in models,jobs: c.execute(update(t).where(t.c.version_id.in_(own)).values(version_id=None))
-        _drop_records(c, c.scalars(select(records.c.id).where(records.c.dataset_id == id)).all())
-        c.execute(delete(tasks).where(tasks.c.version_id.in_(own)))
-        c.execute(update(versions).where(versions.c.dataset_id == id).values(parent_id=None))
-        for t,key in (versions, versions.c.dataset_id),(datasets, datasets.c.id): c.execute(delete(t).where(key == id))
+        for t in db.models,db.jobs: c.execute(update(t).where(t.c.version_id.in_(own)).values(version_id=None))
+        _drop_records(c, c.scalars(select(db.records.c.id).where(db.records.c.dataset_id == id)).all())
+        c.execute(delete(db.tasks).where(db.tasks.c.version_id.in_(own)))
+        c.execute(update(db.versions).where(db.versions.c.dataset_id == id).values(parent_id=None))
+        for t,key in (db.versions, db.versions.c.dataset_id),(db.datasets, db.datasets.c.id): c.execute(delete(t).where(key == id))
         audit(c, user, 'delete dataset', f'dataset:{id}', models=len(trained))
     return trained

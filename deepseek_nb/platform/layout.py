@@ -368,6 +368,20 @@ class Pages:
         "Register `f(request, form, **path parameters)` for POST"
         return _register(self, 'POST', path, role, limit)
 
+    def act(self,
+        path:str, # Such as '/notes/{id:int}/delete'
+        role:str, # Least role
+        function:Callable, # Gets store, user, the parameter of the path and what `sent` gives
+        to:str, # Path of the next page, in which {id} is the parameter, and {found} what the function returned
+        said:str, # Message there, likewise
+        sent:Callable|None = None, # Further arguments, as a function of the form; None: there are none
+    )->None:
+        "Register a button that calls one function of the library"
+        def pressed(request, form, **values):
+            found = function(request.state.store, request.state.user, *values.values(), *(sent(form) if sent else ()))
+            return redirect(to.format(found=found, **{k: quote(str(v), safe='') for k,v in values.items()}), said.format(found=found, **values))
+        self.post(path, role)(pressed)
+
     def menu(self,
         title:str, # Text
         url:str, # Address

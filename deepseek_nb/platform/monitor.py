@@ -27,38 +27,12 @@ from urllib.parse import urlsplit
 import numpy as np
 from sqlalchemy import func, insert, select, update
 
-# %% ../../nbs/platform/831_platform.monitor.ipynb #42281fd1
-from deepseek_nb.eval.drift import (
-    DriftRule,
-    DriftWatch,
-    EmbeddingTable,
-    RequestFeatures,
-    RequestSample,
-    ShareRule,
-    compare_samples,
-    features_sample,
-)
+from ..eval import drift
 from ..files.tokenizer import Tokenizer
+from . import store as db
 from .audit import audit
 from .datasets import Imported, import_rows, iter_rows
 from .events import DAY, condense, total, windows_of
-from deepseek_nb.platform.store import (
-    Store,
-    alerts,
-    annotations,
-    datasets,
-    events,
-    feedback,
-    get_setting,
-    hooks,
-    records,
-    references_,
-    tasks,
-    texts,
-    version_rows,
-    versions,
-    windows,
-)
 from ..serve.patterns import find_shapes, shapes_for
 from ..serve.webhooks import checked_target, post_json, signature
 
@@ -69,8 +43,8 @@ def open_alerts(
     place:str = '', # Only of this place
 )->list: # Rows of the table `alerts`
     "All open alerts"
-    found = select(alerts).where(alerts.c.closed.is_(None)).order_by(alerts.c.id)
-    for column,value in ((alerts.c.rule, rule), (alerts.c.place, place)): found = found.where(column == value) if value else found
+    found = select(db.alerts).where(db.alerts.c.closed.is_(None)).order_by(db.alerts.c.id)
+    for column,value in ((db.alerts.c.rule, rule), (db.alerts.c.place, place)): found = found.where(column == value) if value else found
     return c.execute(found).all()
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #05e4b4ab
@@ -87,27 +61,27 @@ def raise_alert(
     "Open an alert, unless one is open"
     if open_alerts(c, rule, place): return None
     row = dict(at=at, rule=rule, place=place, model_id=model_id, value=value, threshold=threshold, detail=detail)
-    return c.execute(insert(alerts).values(row)).inserted_primary_key[0]
+    return c.execute(insert(db.alerts).values(row)).inserted_primary_key[0]
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #ff8b19f0
 def close_alert(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who closes it; None: the system
     id:int, # Of the alert
     note:str = '', # Why
 )->None:
     "Close an alert"
     with store.write() as c:
-        row = c.execute(select(alerts).where(alerts.c.id == id)).first()
+        row = c.execute(select(db.alerts).where(db.alerts.c.id == id)).first()
         if row is None: raise KeyError(f'there is no alert {id}')
         if row.closed is not None: raise ValueError(f'alert {id} is closed already')
-        c.execute(update(alerts).where(alerts.c.id == id).values(closed=store.now(), note=note[:1000]))
+        c.execute(update(db.alerts).where(db.alerts.c.id == id).values(closed=store.now(), note=note[:1000]))
         if user is not None: audit(c, user, 'close alert', f'alert:{id}', note=note[:1000])
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #1fba63d2
 def judge(
-    store:Store, # Open store
-    rule:ShareRule, # What may be bad
+    store:db.Store, # Open store
+    rule:drift.ShareRule, # What may be bad
     recent:list, # `WindowRow`s of one place, newest last
 )->str: # 'open', 'close' or ''
     "Open or close the alert of a rule at a place"
@@ -127,7 +101,7 @@ def _allowed(url, hosts):
     return hosts if isinstance(hosts, bool) else (urlsplit(url).hostname or '') in hosts
 
 def add_hook(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who adds it
     url:str, # http:// or https://
     secret_name:str, # Variable of the environment that has the secret
@@ -139,20 +113,20 @@ def add_hook(
         raise ValueError(f'{secret_name!r:.80} is no name of a variable; the secret itself is never stored')
     checked_target(url, _allowed(url, allow_private))
     with store.write() as c:
-        (id,) = c.execute(insert(hooks).values(url=url, secret_name=secret_name, rules=[*rules], created=store.now(),
-                                               user_id=user and user.id)).inserted_primary_key
+        (id,) = c.execute(insert(db.hooks).values(url=url, secret_name=secret_name, rules=[*rules], created=store.now(),
+                                                  user_id=user and user.id)).inserted_primary_key
         audit(c, user, 'add hook', f'hook:{id}', host=urlsplit(url).hostname)
     return id
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #a05f4ea9
 def remove_hook(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who removes it
     id:int, # Of the hook
 )->None:
     "Stop sending to an address"
     with store.write() as c:
-        if not c.execute(update(hooks).where(hooks.c.id == id, hooks.c.disabled.is_(None)).values(disabled=store.now())).rowcount:
+        if not c.execute(update(db.hooks).where(db.hooks.c.id == id, db.hooks.c.disabled.is_(None)).values(disabled=store.now())).rowcount:
             raise KeyError(f'there is no hook {id}')
         audit(c, user, 'remove hook', f'hook:{id}')
 
@@ -173,10 +147,10 @@ def _attempt(store, alert, hook, allow_private, send):
 def _due(store):
     "Pairs of an alert and a hook that wait for an attempt"
     with store.read() as c:
-        to = c.execute(select(hooks).where(hooks.c.disabled.is_(None))).all()
+        to = c.execute(select(db.hooks).where(db.hooks.c.disabled.is_(None))).all()
         since = min((h.created for h in to), default=0)
-        some = c.execute(select(alerts).where(alerts.c.at >= since, alerts.c.delivered < len(to))
-                         .order_by(alerts.c.id.desc()).limit(200)).all()
+        some = c.execute(select(db.alerts).where(db.alerts.c.at >= since, db.alerts.c.delivered < len(to))
+                         .order_by(db.alerts.c.id.desc()).limit(200)).all()
     for a in some:
         for h in to:
             had = a.detail.get('hooks', {}).get(str(h.id), dict(tries=0, next=0, ok=False))
@@ -185,7 +159,7 @@ def _due(store):
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #db75a06e
 def deliver(
-    store:Store, # Open store
+    store:db.Store, # Open store
     allow_private:bool|Collection = False, # Whether internal addresses are meant, or the hosts that may have them
     send:Callable = post_json, # Sends a message and returns the status
 )->int: # Messages that arrived
@@ -195,10 +169,10 @@ def deliver(
         why = _attempt(store, a, h, allow_private, send)
         now = dict(tries=had['tries'] + 1, next=store.now() + min(PAUSE*2**had['tries'], 360*PAUSE), ok=not why, why=why)
         with store.write() as c:
-            detail = c.scalar(select(alerts.c.detail).where(alerts.c.id == a.id))
+            detail = c.scalar(select(db.alerts.c.detail).where(db.alerts.c.id == a.id))
             to = detail.get('hooks', {}) | {str(h.id): now}
             arrived_at = sum(o['ok'] for o in to.values())
-            c.execute(update(alerts).where(alerts.c.id == a.id).values(detail=detail | dict(hooks=to), delivered=arrived_at))
+            c.execute(update(db.alerts).where(db.alerts.c.id == a.id).values(detail=detail | dict(hooks=to), delivered=arrived_at))
         arrived += not why
     return arrived
 
@@ -215,7 +189,7 @@ def _pack(sample):
 def _unpack(data):
     "A sample from bytes"
     found = np.load(io.BytesIO(data), allow_pickle=False)
-    return RequestSample(*({k[2:]: found[k] for k in found.files if k[0] == p} for p in 'ncv'))
+    return drift.RequestSample(*({k[2:]: found[k] for k in found.files if k[0] == p} for p in 'ncv'))
 
 def read_monitor(
     c, # Connection
@@ -223,7 +197,7 @@ def read_monitor(
     name:str, # What the state is about
 )->dict: # {}: nothing was saved yet
     "Where a watch goes on"
-    r = references_.c
+    r = db.references_.c
     return c.scalar(select(r.detail).where(r.place == place, r.name == name, r.model_id.is_(None))) or {}
 
 def save_state(
@@ -234,15 +208,15 @@ def save_state(
     detail:dict, # The state
 )->None:
     "Write the state of a watch in place of the one before"
-    r = references_.c
-    old = update(references_).where(r.place == place, r.name == name, r.model_id.is_(None)).values(detail=detail)
-    if not c.execute(old).rowcount: c.execute(insert(references_).values(place=place, name=name, detail=detail, created=at))
+    r = db.references_.c
+    old = update(db.references_).where(r.place == place, r.name == name, r.model_id.is_(None)).values(detail=detail)
+    if not c.execute(old).rowcount: c.execute(insert(db.references_).values(place=place, name=name, detail=detail, created=at))
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #d2b312c9
 @dataclass(frozen=True)
 class DriftPlan:
     "How drift is watched"
-    rule:DriftRule = DriftRule() # When to alarm
+    rule:drift.DriftRule = drift.DriftRule() # When to alarm
     period:int = WEEK # Microseconds of a window
     requests:int = 256 # Of a window, one an owner
     past:int = 2048 # Requests of the past
@@ -255,7 +229,7 @@ class DriftPlan:
         return at - (at - MONDAY)%self.period
 
     def sample(self,
-        store:Store, # Open store
+        store:db.Store, # Open store
         place:str, # As clients see it
         start:int, # Microseconds since 1970
         outcomes:tuple|None, # Names of outcomes; None: the most frequent ones of this window
@@ -263,9 +237,9 @@ class DriftPlan:
     )->tuple: # `RequestSample`, or None for too few; and the names of outcomes
         "Requests of a window"
         found = total(windows_of(store, place, start, start + self.period), k)
-        rows = [RequestFeatures.unpack(p) for _,_,p in found.sketch.sample] if found else []
+        rows = [drift.RequestFeatures.unpack(p) for _,_,p in found.sketch.sample] if found else []
         if outcomes is None and found: outcomes = tuple(o for o,_ in found.sketch.outcomes.most_common(15))
-        return (features_sample(rows, outcomes) if len(rows) >= self.least else None), outcomes
+        return (drift.features_sample(rows, outcomes) if len(rows) >= self.least else None), outcomes
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #c7e5dea8
 class DriftWeek(NamedTuple):
@@ -279,7 +253,7 @@ class DriftWeek(NamedTuple):
     scores:dict # Statistic -> standard deviations
 
 def drift_history(
-    store:Store, # Open store
+    store:db.Store, # Open store
     place:str, # As clients see it
 )->list: # `DriftWeek`s, oldest first
     "The tested windows of a place"
@@ -287,7 +261,7 @@ def drift_history(
 
 def _watch(store, plan, old):
     "The watch of a place as it was saved"
-    watch = DriftWatch(_unpack(store.path_of(old['blob']).read_bytes()), plan.rule, old['past'])
+    watch = drift.DriftWatch(_unpack(store.path_of(old['blob']).read_bytes()), plan.rule, old['past'])
     watch.evidence,watch.count = old['evidence'],old['count']
     return watch
 
@@ -310,7 +284,7 @@ def _compare(store, plan, place, old, start):
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #1e7a0a50
 def drift_step(
-    store:Store, # Open store
+    store:db.Store, # Open store
     place:str, # As clients see it
     plan:DriftPlan, # How drift is watched
     begin:int, # Start of the first window, if there is no state yet; microseconds since 1970
@@ -335,7 +309,7 @@ DRIFT_ENDS = dict(mended='A fault, which has been mended: the past stays as it i
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #68178057
 def end_drift(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who decides
     alert:int, # Id of a drift alert
     how:str, # Key of `DRIFT_ENDS`
@@ -344,7 +318,7 @@ def end_drift(
     "Close an alert of drift, and forget the evidence"
     if how not in DRIFT_ENDS: raise ValueError(f'{how!r} is no end of drift; there are {", ".join(DRIFT_ENDS)}')
     with store.read() as c:
-        row = c.execute(select(alerts).where(alerts.c.id == alert, alerts.c.rule == 'drift')).first()
+        row = c.execute(select(db.alerts).where(db.alerts.c.id == alert, db.alerts.c.rule == 'drift')).first()
         if row is None: raise KeyError(f'there is no alert {alert} about drift')
         state = read_monitor(c, row.place, 'drift')
     new = dict(evidence=1., odd=None)
@@ -370,7 +344,7 @@ class Probe(NamedTuple):
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #473bb6d9
 def run_probe(
-    store:Store, # Open store
+    store:db.Store, # Open store
     probe:Probe, # What to measure
 )->float|None: # None: it isn't due, or it failed
     "Measure if it is due, and open or close the alert"
@@ -391,13 +365,13 @@ def run_probe(
     return value
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #98c12264
-LIVE_RULES = (ShareRule('errors', 'errors', .02), ShareRule('slow', 'slow', .05, seconds=20.),
-         ShareRule('toxic', 'toxic', .01), ShareRule('personal data', 'personal', .02))
+LIVE_RULES = (drift.ShareRule('errors', 'errors', .02), drift.ShareRule('slow', 'slow', .05, seconds=20.),
+         drift.ShareRule('toxic', 'toxic', .01), drift.ShareRule('personal data', 'personal', .02))
 
 class Monitor:
     "Watches all places of a store"
     def __init__(self,
-        store:Store, # Open store
+        store:db.Store, # Open store
         rules:Iterable = LIVE_RULES, # `ShareRule`s
         probes:Iterable = (), # `Probe`s
         plan:DriftPlan|None = None, # How drift is watched; None: by the week
@@ -452,17 +426,17 @@ class Monitor:
     def stop(self)->None: "End the thread"; self.over.set()
 
 def places_of(
-    store:Store, # Open store
+    store:db.Store, # Open store
 )->dict: # Place -> start of its first window, microseconds since 1970
     "All places with requests"
     with store.read() as c:
-        found = select(windows.c.place, func.min(windows.c.start)).group_by(windows.c.place).order_by(windows.c.place)
+        found = select(db.windows.c.place, func.min(db.windows.c.start)).group_by(db.windows.c.place).order_by(db.windows.c.place)
         return {place: start for place,start in c.execute(found)}
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #5a31194f
 def _kept(store):
     "Microseconds for which texts stay, as the page of settings says"
-    with store.read() as c: days = get_setting(c, 'keep_days')
+    with store.read() as c: days = db.get_setting(c, 'keep_days')
     return (30 if days is None else days)*DAY
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #560335bc
@@ -487,22 +461,22 @@ class TrainingDrift(NamedTuple):
 def _shares_of(values, names): return [values.count(n)/len(values) for n in names]
 
 def training_drift(
-    store:Store, # Open store
+    store:db.Store, # Open store
     place:str, # As clients see it
     rows:list, # Pairs (text, label) of training rows
     tok:Tokenizer, # The model's tokenizer
-    table:EmbeddingTable, # Of the model
+    table:drift.EmbeddingTable, # Of the model
     days:float = 7., # Days of requests
     most:int = 256, # Rows and requests that are compared
 )->TrainingDrift:
     "Compare requests with training data"
     found = [p for w in windows_of(store, place, store.now() - round(days*DAY)) for _,_,p in w.sketch.sample][-most:]
     if min(len(found), len(rows)) < 20: raise ValueError(f'{len(found)} requests and {len(rows)} rows; 20 of each are needed')
-    live,some = map(RequestFeatures.unpack, found),np.random.default_rng(0).permutation(len(rows))[:most]
+    live,some = map(drift.RequestFeatures.unpack, found),np.random.default_rng(0).permutation(len(rows))[:most]
     train,live = [table.features(tok.encode(rows[i][0]), 0, rows[i][1] or '') for i in some],[f._replace(answer=0) for f in live]
     names = tuple(sorted({f.outcome for f in train}))
     if not {f.outcome for f in live} & {*names} - {''}: names,train,live = (),*([f._replace(outcome='') for f in o] for o in (train, live))
-    test = compare_samples(features_sample(train, names), features_sample(live, names))
+    test = drift.compare_samples(drift.features_sample(train, names), drift.features_sample(live, names))
     ends = np.unique(np.quantile([f.length for f in train], (.25, .5, .75)).astype(int)).tolist()
     said = [f'up to {ends[0]}', *(f'{a + 1} to {b}' for a,b in itertools.pairwise(ends)), f'more than {ends[-1]}']
     binned = (np.bincount(np.searchsorted(ends, [f.length for f in o]), minlength=len(said))/len(o) for o in (train, live))
@@ -512,7 +486,7 @@ def training_drift(
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #f05af12d
 def give_feedback(
-    store:Store, # Open store
+    store:db.Store, # Open store
     place:str, # As clients see it
     value:dict, # thumb: 1 or -1; label, better, note: texts
     event:int|None = None, # Id of the event
@@ -526,26 +500,26 @@ def give_feedback(
     if any(not isinstance(value.get(k, ''), str) or len(value.get(k, '')) > 10_000 for k in ('label', 'better', 'note')):
         raise ValueError('label, better and note must be texts of at most 10,000 characters')
     with store.write() as c:
-        if event is not None and not c.scalar(select(events.c.id).where(events.c.id == event, events.c.place == place)):
+        if event is not None and not c.scalar(select(db.events.c.id).where(db.events.c.id == event, db.events.c.place == place)):
             raise KeyError(f'{place} has no event {event}')
         row = dict(event_id=event, place=place, user_id=user and user.id, owner=owner, value=value, at=store.now())
-        return c.execute(insert(feedback).values(row)).inserted_primary_key[0]
+        return c.execute(insert(db.feedback).values(row)).inserted_primary_key[0]
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #9818d0fb
 def feedback_rows(
-    store:Store, # Open store
+    store:db.Store, # Open store
     place:str, # As clients see it
 )->Iterator[dict]: # text, label
     "Corrections of answers whose texts were kept, the newest of each text last"
-    f = feedback.c
-    found = select(texts.c.prompt, f.value).join(texts, texts.c.event_id == f.event_id).where(f.place == place).order_by(f.id)
+    f = db.feedback.c
+    found = select(db.texts.c.prompt, f.value).join(db.texts, db.texts.c.event_id == f.event_id).where(f.place == place).order_by(f.id)
     with store.read() as c: rows = c.execute(found).all()
     for prompt,value in rows:
         if value.get('label'): yield dict(text=prompt, label=value['label'])
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #440a4e2c
 def feedback_labels(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who wants it
     task:int, # Id of a labelling task
     place:str, # As clients see it
@@ -554,29 +528,30 @@ def feedback_labels(
     "Write corrections as annotations of a task"
     labels = {r['text']: r['label'] for r in feedback_rows(store, place)}
     with store.write() as c:
-        found = c.execute(select(tasks).where(tasks.c.id == task, tasks.c.kind == 'classification', tasks.c.closed.is_(None))).first()
+        t = db.tasks.c
+        found = c.execute(select(db.tasks).where(t.id == task, t.kind == 'classification', t.closed.is_(None))).first()
         if found is None: raise KeyError(f'there is no open task {task} that classifies')
-        rows = c.execute(select(records.c.id, records.c.data).join(version_rows, version_rows.c.record_id == records.c.id)
-                         .where(version_rows.c.version_id == found.version_id)).all()
-        source,a = f'feedback:{place}',annotations.c
+        rows = c.execute(select(db.records.c.id, db.records.c.data).join(db.version_rows, db.version_rows.c.record_id == db.records.c.id)
+                         .where(db.version_rows.c.version_id == found.version_id)).all()
+        source,a = f'feedback:{place}',db.annotations.c
         had = {*c.scalars(select(a.record_id).where(a.task_id == task, a.source == source))}
         new = [dict(task_id=task, record_id=i, source=source, value=dict(label=labels[t]), at=store.now()) for i,d in rows
                if (t := d.get(column)) in labels and labels[t] in found.labels and i not in had]
-        if new: c.execute(insert(annotations), new)
+        if new: c.execute(insert(db.annotations), new)
         audit(c, user, 'labels from feedback', f'task:{task}', place=place, labels=len(new))
     return len(new)
 
 
 def feedback_version(
-    store:Store, # Open store
+    store:db.Store, # Open store
     user, # Who wants it
     dataset:int, # Id of a dataset that classifies
     place:str, # As clients see it
 )->Imported:
     "Add the corrected texts that a dataset lacks, with their labels, as a new version"
     with store.read() as c:
-        last = c.execute(select(versions.c.id, datasets.c.name, datasets.c.kind).join(datasets, datasets.c.id == versions.c.dataset_id)
-                         .where(datasets.c.id == dataset).order_by(versions.c.number.desc()).limit(1)).first()
+        last = c.execute(select(db.versions.c.id, db.datasets.c.name, db.datasets.c.kind).join_from(db.versions, db.datasets)
+                         .where(db.datasets.c.id == dataset).order_by(db.versions.c.number.desc()).limit(1)).first()
     if last is None or last.kind != 'classification': raise KeyError(f'there is no dataset {dataset} that classifies')
     rows = [r.data for r in iter_rows(store, last.id)]
     had = {r['text'] for r in rows}

@@ -20,49 +20,21 @@ from fastcore.docments import docments
 from sqlalchemy import select
 
 from . import layout as ui
+from . import rollout
 from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
-from deepseek_nb.platform.layout import (
-    Pages,
-    after_of,
-    badge,
-    card,
-    cards,
-    facts,
-    field,
-    form,
-    notice,
-    page,
-    paged,
-    press,
-    redirect,
-    table,
-    when,
-)
 from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
-from deepseek_nb.platform.rollout import (
-    MODES,
-    approve,
-    delete_model,
-    end_release,
-    gates_of,
-    history_of,
-    needs_second,
-    release,
-    roll_back,
-    set_share,
-)
 from .runs import SPLITS_OF
 from .store import datasets, jobs, models, releases, versions
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
-run_pages = Pages('Runs', '/runs')
+run_pages = ui.Pages('Runs', '/runs')
 run_pages.menu('Models', '/models')
 _TONES = dict(queued='', running='warn', done='good', failed='bad', cancelled='')
 
 def _state(row):
     "The state of a job, as an element"
-    return badge('cancelling' if row.state == 'running' and row.cancel else row.state, _TONES[row.state])
+    return ui.badge('cancelling' if row.state == 'running' and row.cancel else row.state, _TONES[row.state])
 
 def _took(row): # Seconds, or '–'
     if row.started is None: return '–'
@@ -73,11 +45,11 @@ def _took(row): # Seconds, or '–'
 def _runs_page(request):
     "All runs, the newest first"
     state = request.query_params.get('state')
-    found,more = paged(request, jobs_of(request.state.store, after_of(request), 51, state if state in _TONES else None))
-    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), when(r.created)) for r in found]
+    found,more = ui.paged(request, jobs_of(request.state.store, ui.after_of(request), 51, state if state in _TONES else None))
+    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), ui.when(r.created)) for r in found]
     links = [fh.A('New run', href='/runs/new', cls='button'), *(fh.A(s, href=f'/runs?state={s}', cls='button quiet') for s in _TONES)]
-    shown = table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created'], rows, more, empty='No runs: start one.')
-    return page(request, 'Runs', fh.P(*[o for a in links for o in (a, ' ')]), shown)
+    shown = ui.table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created'], rows, more, empty='No runs: start one.')
+    return ui.page(request, 'Runs', fh.P(*[o for a in links for o in (a, ' ')]), shown)
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #e6a97335
 def _settings_help(kind):
@@ -92,7 +64,7 @@ def _kind_field(f, given, help):
     kind = {bool: 'checkbox', int: 'number', float: 'number'}.get(f.type, 'textarea' if '\n' in str(value) else 'text')
     choices = [*SPLITS_OF] if f.name == 'split' else ()
     label = 'Public name of the model' if f.name == 'model' else f.name.replace('_', ' ').capitalize()
-    return field(f'set_{f.name}', label, 'select' if choices else kind, value, help.get(f.name, ''), choices)
+    return ui.field(f'set_{f.name}', label, 'select' if choices else kind, value, help.get(f.name, ''), choices)
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #ff25b66c
 def _config_from(form, kind):
@@ -146,20 +118,20 @@ def _new_run_page(request):
     kind,(data,known) = find_kind(name),_choices(request.state.store)
     own = next((m for m,title in known if ready and title.rpartition(' ')[0] == ready.model), '')
     links = [fh.A(k, href=f'/runs/new?kind={quote(k)}', cls='button' if k == name else 'button quiet') for k in JOB_KINDS]
-    if 'version' in kind.needs and not data: return page(request, 'New run', notice('There is no dataset: import one first.', 'warn'))
+    if 'version' in kind.needs and not data: return ui.page(request, 'New run', ui.notice('There is no dataset: import one first.', 'warn'))
     data = [('', 'none')]*('version' not in kind.needs) + data
     known = [('', 'by its public name, in the settings')]*('model' not in kind.needs) + known
-    first = [field('name', 'Name of the run', value=asked.get('name', '')), field('kind', '', 'hidden', name),
-             field('version', 'Data', 'select', asked.get('version', ''), options=data),
-             field('model', 'Model', 'select', asked.get('model', own), options=known)]
+    first = [ui.field('name', 'Name of the run', value=asked.get('name', '')), ui.field('kind', '', 'hidden', name),
+             ui.field('version', 'Data', 'select', asked.get('version', ''), options=data),
+             ui.field('model', 'Model', 'select', asked.get('model', own), options=known)]
     skip = {'name'} | ({'model'} if 'model' in kind.needs else set())
     told = _settings_help(kind.config) if kind.config else {}
     settings = [_kind_field(f, given, told) for f in fields(kind.config) if f.name not in skip] if kind.config else []
-    shown = form(request, '/runs', *first, fh.Details(fh.Summary('Settings'), *settings), button='Start')
+    shown = ui.form(request, '/runs', *first, fh.Details(fh.Summary('Settings'), *settings), button='Start')
     begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
-    main = card(ready.title if ready else name, fh.P((kind.run.__doc__ or name) + '.'), shown)
-    return page(request, 'New run', fh.P(*[o for a in links for o in (a, ' ')]), main, card('Settings that stand ready', begin),
-                trail=[('Runs', '/runs')])
+    main = ui.card(ready.title if ready else name, fh.P((kind.run.__doc__ or name) + '.'), shown)
+    return ui.page(request, 'New run', fh.P(*[o for a in links for o in (a, ' ')]), main, ui.card('Settings that stand ready', begin),
+                   trail=[('Runs', '/runs')])
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #292639c4
 @run_pages.post('/runs', role='developer')
@@ -169,39 +141,34 @@ def _start_run(request, form):
     version,model = (form.whole(k, 1) if form.get(k) else None for k in ('version', 'model'))
     config = _config_from(form, kind.config) if kind.config else {}
     number = submit(request.state.store, request.state.user, kind.name, config, str(form.get('name', '')).strip(), version, model, once=10)
-    return redirect(f'/runs/{number}', f'Run {number} waits in the queue.')
+    return ui.redirect(f'/runs/{number}', f'Run {number} waits in the queue.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #2fd8bf64
-def _thinned(steps, values, most=300): # Points of a line; the last one is kept
-    step = max(1, -(-len(steps)//most))
-    points = list(zip(steps, values, strict=True))
-    return points[::step] + points[-1:]*((len(points) - 1)%step > 0)
-
 def _charts(store, job):
     "The curves of a run: losses in one chart, everything else in charts of its own"
-    found = curve_of(store, job)
-    losses = {k: _thinned(*found[k]) for k in ('loss', 'eval_loss') if k in found}
+    found = {k: [*zip(*line, strict=True)] for k,line in curve_of(store, job).items()}
+    losses = {k: found[k] for k in ('loss', 'eval_loss') if k in found}
     rest = [k for k in found if k not in losses]
     shown = [curve(losses, 'Loss', unit='nats')] if losses else []
-    if rest: shown.append(fh.Details(fh.Summary('More curves'), *[curve({k: _thinned(*found[k])}, k.replace('_', ' ')) for k in rest]))
+    if rest: shown.append(fh.Details(fh.Summary('More curves'), *[curve({k: found[k]}, k.replace('_', ' ')) for k in rest]))
     return shown
 
 def _watched(request, row):
     "What changes while a run goes on"
-    store,buttons = request.state.store,[]
-    if row.state in ('queued', 'running') and not row.cancel: buttons.append(press(request, f'/runs/{row.id}/cancel', 'Cancel', 'danger'))
-    if row.state in ('failed', 'cancelled'): buttons.append(press(request, f'/runs/{row.id}/continue', 'Continue'))
+    store = request.state.store
+    buttons = [ui.press(request, f'/runs/{row.id}/cancel', 'Cancel', 'danger')]*(row.state in ('queued', 'running') and not row.cancel)
+    buttons += [ui.press(request, f'/runs/{row.id}/continue', 'Continue')]*(row.state in ('failed', 'cancelled'))
     measured = (row.result or {}).get('measures') or {}
-    failed = [notice(f'{part} was not measured: {why}', 'warn') for part,why in ((row.result or {}).get('failed') or {}).items()]
-    results = [*failed, card('Measured', table(['Measure', 'Value'], measured.items()))] if measured else failed
+    failed = [ui.notice(f'{part} was not measured: {why}', 'warn') for part,why in ((row.result or {}).get('failed') or {}).items()]
+    results = [*failed, ui.card('Measured', ui.table(['Measure', 'Value'], measured.items()))] if measured else failed
     said = JobLog(job_folder(store, row.id)/'log').read(-6000).text
     tail = '\n'.join(said.splitlines()[-40:])
     memory = None if row.memory is None else f'{row.memory/2**20:,.0f} MB'
-    about = facts({'State': _state(row), 'Time': _took(row), 'Attempt': row.attempts or None, 'Peak memory': memory})
-    error = notice(row.error, 'bad') if row.error else ''
+    about = ui.facts({'State': _state(row), 'Time': _took(row), 'Attempt': row.attempts or None, 'Peak memory': memory})
+    error = ui.notice(row.error, 'bad') if row.error else ''
     last = fh.Pre(tail or 'Nothing yet.', tabindex='0', role='region', aria_label='The last lines of the log')
-    log = card('Log', last, fh.P(fh.A('Whole log', href=f'/runs/{row.id}/log')))
-    return [*buttons, about, error, *results, *_charts(store, row.id), log, card('Lineage', facts(_origin(store, row)))]
+    log = ui.card('Log', last, fh.P(fh.A('Whole log', href=f'/runs/{row.id}/log')))
+    return [*buttons, about, error, *results, *_charts(store, row.id), log, ui.card('Lineage', ui.facts(_origin(store, row)))]
 
 @run_pages.get('/runs/{id:int}/live', role='viewer')
 def _run_live(request, id):
@@ -222,14 +189,14 @@ def _origin(store, row):
     return {'Kind': row.kind, 'Data': fh.A(f'{data.name}, version {data.number}', href=f'/datasets/{data.id}') if data else None,
             'From': link('model', row.model_id), 'Parent': link('run', row.parent_id), 'Made': link('model', made),
             'Runs after it': fh.Span(*[o for n in children for o in (link('run', n), ' ')]) if children else None,
-            'Code': fh.Code(row.commit[:12]), 'Cores': row.cores, 'Created': when(row.created)}
+            'Code': fh.Code(row.commit[:12]), 'Cores': row.cores, 'Created': ui.when(row.created)}
 
 @run_pages.get('/runs/{id:int}', role='viewer')
 def _run_page(request, id):
     "A run"
     row = job_of(request.state.store, id)
-    settings = card('Settings', facts({k.replace('_', ' '): str(v) for k,v in row.config.items() if v not in (None, '')}))
-    return page(request, f'Run {id}: {row.name}', _run_live(request, id), settings, trail=[('Runs', '/runs')])
+    settings = ui.card('Settings', ui.facts({k.replace('_', ' '): str(v) for k,v in row.config.items() if v not in (None, '')}))
+    return ui.page(request, f'Run {id}: {row.name}', _run_live(request, id), settings, trail=[('Runs', '/runs')])
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #29addf34
 @run_pages.get('/runs/{id:int}/log', role='viewer')
@@ -242,17 +209,9 @@ def _run_log(request, id):
         at = piece.next
     return ui.download(f'run-{id}.log', ''.join(parts), 'text/plain; charset=utf-8')
 
-@run_pages.post('/runs/{id:int}/cancel', role='developer')
-def _cancel_run(request, form, id):
-    "Cancel a run"
-    cancel(request.state.store, request.state.user, id)
-    return redirect(f'/runs/{id}', f'Run {id} is being cancelled.')
+run_pages.act('/runs/{id:int}/cancel', 'developer', cancel, '/runs/{id}', 'Run {id} is being cancelled.')
 
-@run_pages.post('/runs/{id:int}/continue', role='developer')
-def _continue_run(request, form, id):
-    "Continue a run that failed or was cancelled"
-    continue_job(request.state.store, request.state.user, id)
-    return redirect(f'/runs/{id}', f'Run {id} waits in the queue again.')
+run_pages.act('/runs/{id:int}/continue', 'developer', continue_job, '/runs/{id}', 'Run {id} waits in the queue again.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #1c05cbac
 def _placed(store): # Model -> places and modes of its active releases
@@ -271,18 +230,19 @@ def _value(row): # A measure as text
 def _models_page(request):
     "All models, and what is released where"
     store = request.state.store
-    (found,more),(active,placed) = paged(request, models_of(store, after_of(request), 51)),_placed(store)
+    (found,more),(active,placed) = ui.paged(request, models_of(store, ui.after_of(request), 51)),_placed(store)
     rows = []
     for m in found:
         seen = measures_of(store, m.id)
         rows.append((fh.A(f'{m.name} {m.number}', href=f'/models/{m.id}'), _value(seen.get('accuracy') or seen.get('perplexity')),
-                     _value(seen.get('latency_p95')), placed.get(m.id), when(m.created)))
-    add = form(request, '/models', field('name', 'Public name', value='smollm2-135m', required=True), button='Add')
-    places = [(fh.A(r.place, href=_place_url(r.place)), r.mode, f'{r.share:.0%}', fh.A(f'{r.model_id}', href=f'/models/{r.model_id}'))
-              for r in active]
-    return page(request, 'Models', table(['Model', 'Accuracy or perplexity', 'Latency, p95', 'Released', 'Registered'], rows, more,
-                                         empty='No models: add one, or train one.'),
-                cards(card('Released now', table(['Place', 'Mode', 'Share', 'Model'], places)), card('Add a public model', add)))
+                     _value(seen.get('latency_p95')), placed.get(m.id), ui.when(m.created)))
+    add = ui.form(request, '/models', ui.field('name', 'Public name', value='smollm2-135m', required=True), button='Add')
+    places = ui.table(['Place', 'Mode', 'Share', 'Model'], [
+        (fh.A(r.place, href=_place_url(r.place)), r.mode, f'{r.share:.0%}', fh.A(f'{r.model_id}', href=f'/models/{r.model_id}'))
+        for r in active])
+    return ui.page(request, 'Models', ui.table(['Model', 'Accuracy or perplexity', 'Latency, p95', 'Released', 'Registered'], rows, more,
+                                               empty='No models: add one, or train one.'),
+                   ui.cards(ui.card('Released now', places), ui.card('Add a public model', add)))
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #6ebc3a8f
 @run_pages.post('/models', role='developer')
@@ -292,31 +252,31 @@ def _add_public(request, form):
     if name.startswith(('.', '/')) or '..' in name: raise ValueError(f'{name!r} is no public name')
     try: number = add_model(request.state.store, request.state.user, name.rpartition('/')[2], name)
     except FileNotFoundError: raise ValueError(f'{name!r} is no public name') from None
-    return redirect(f'/models/{number}', f'{name} is registered.')
+    return ui.redirect(f'/models/{number}', f'{name} is registered.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #861828bb
 def _gate_table(gates):
     def shown(g):
-        if g.passed: return badge('passed', 'good')
-        return notice(g.why, 'bad') if 'measured' in g.why else badge('failed', 'bad')
+        if g.passed: return ui.badge('passed', 'good')
+        return ui.notice(g.why, 'bad') if 'measured' in g.why else ui.badge('failed', 'bad')
     rows = [(g.group, g.name, g.limit, '–' if g.value is None else f'{g.value:.4g}', shown(g)) for g in gates]
-    return table(['Group', 'Measure', 'Limit', 'Value', 'Gate'], rows, empty='No gates: write gates.toml in the folder of the store.')
+    return ui.table(['Group', 'Measure', 'Limit', 'Value', 'Gate'], rows, empty='No gates: write gates.toml in the folder of the store.')
 
 def _release_form(request, model, gates):
     "A form for a release, or why it would be refused"
     failed = [g.name for g in gates if not g.passed]
-    told = notice(f"A live or staged release would be refused: {', '.join(failed)}.", 'warn') if failed else ''
-    if needs_second(request.state.store): told = [told, notice('Somebody else must approve a live or staged release.')]
-    fields_ = [field('place', 'Place', value='assistant', help='The name that clients see.', required=True),
-               field('mode', 'Mode', 'select', 'live', 'Shadow: its answers are recorded, not sent.', MODES),
-               field('share', 'Share of a staged release, in per cent', 'number', 10), field('reason', 'Reason')]
-    return card('Release', told, form(request, f'/models/{model}/release', *fields_, button='Release'))
+    told = ui.notice(f"A live or staged release would be refused: {', '.join(failed)}.", 'warn') if failed else ''
+    if rollout.needs_second(request.state.store): told = [told, ui.notice('Somebody else must approve a live or staged release.')]
+    fields_ = [ui.field('place', 'Place', value='assistant', help='The name that clients see.', required=True),
+               ui.field('mode', 'Mode', 'select', 'live', 'Shadow: its answers are recorded, not sent.', rollout.MODES),
+               ui.field('share', 'Share of a staged release, in per cent', 'number', 10), ui.field('reason', 'Reason')]
+    return ui.card('Release', told, ui.form(request, f'/models/{model}/release', *fields_, button='Release'))
 
 def _links(store, row): # What a model was made from
     made = [o for m in lineage_of(store, row.id)[1:] for o in (fh.A(f'{m.name} {m.number}', href=f'/models/{m.id}'), ' ')]
     run = fh.A(f'run {row.job_id}', href=f'/runs/{row.job_id}') if row.job_id else None
     return {'Made from': fh.Span(*made) if made else None, 'Run': run,
-            'Files': row.path, 'Digest': fh.Code(row.digest[:16]) if row.digest else None, 'Registered': when(row.created),
+            'Files': row.path, 'Digest': fh.Code(row.digest[:16]) if row.digest else None, 'Registered': ui.when(row.created),
             'Card': fh.A('as Markdown', href=f'/models/{row.id}/card')}
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #c9ec9524
@@ -324,96 +284,82 @@ def _links(store, row): # What a model was made from
 def _model_page(request, id):
     "A model: its card, its gates, its release"
     store,row = request.state.store,model_of(request.state.store, id)
-    gates,seen = check_gates(store, id, gates_of(store)),measures_of(store, id)
+    gates,seen = check_gates(store, id, rollout.gates_of(store)),measures_of(store, id)
     rows = [(n, _value(r), ', '.join(f'{k} {v}' for k,v in r.detail.items() if v not in (None, ''))) for n,r in seen.items()]
     here = [r for r in _placed(store)[0] if r.model_id == id]
     def told(r):
         waits = r.mode.replace('?', ', which waits for a second person,')
         return f'{waits} at {r.place}' + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else '')
-    where = [notice(told(r), 'good',
-                    fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here]
+    where = [ui.notice(told(r), 'good',
+                       fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here]
     more = fh.P(fh.A('Measure it', href=f'/runs/new?kind=evaluate&model={id}', cls='button quiet'), ' ',
                 fh.A('Train it further', href=f'/runs/new?kind=finetune&model={id}', cls='button quiet'))
-    every = [(r.name, _value(r), fh.A(f'run {r.job_id}', href=f'/runs/{r.job_id}') if r.job_id else None, when(r.at))
+    every = [(r.name, _value(r), fh.A(f'run {r.job_id}', href=f'/runs/{r.job_id}') if r.job_id else None, ui.when(r.at))
              for r in all_measures(store, id)[:200]]
-    past = fh.Details(fh.Summary('All evaluations'), table(['Measure', 'Value', 'Run', 'When'], every)) if every else ''
-    measured = card('Measured', table(['Measure', 'Value', 'Details'], rows, empty='Nothing was measured.'), past, more)
-    gone = fh.Details(fh.Summary('Delete the files'), press(request, f'/models/{id}/delete', 'Delete for ever', 'danger'))
-    last = cards(_release_form(request, id, gates), card('Lineage', facts(_links(store, row)), gone))
-    parts = *where,measured,card('Gates', _gate_table(gates)),last
-    return page(request, f'{row.name} {row.number}', *parts, trail=[('Models', '/models')])
+    past = fh.Details(fh.Summary('All evaluations'), ui.table(['Measure', 'Value', 'Run', 'When'], every)) if every else ''
+    measured = ui.card('Measured', ui.table(['Measure', 'Value', 'Details'], rows, empty='Nothing was measured.'), past, more)
+    gone = fh.Details(fh.Summary('Delete the files'), ui.press(request, f'/models/{id}/delete', 'Delete for ever', 'danger'))
+    last = ui.cards(_release_form(request, id, gates), ui.card('Lineage', ui.facts(_links(store, row)), gone))
+    parts = *where,measured,ui.card('Gates', _gate_table(gates)),last
+    return ui.page(request, f'{row.name} {row.number}', *parts, trail=[('Models', '/models')])
 
-@run_pages.post('/models/{id:int}/delete', role='admin')
-def _model_delete(request, form, id):
-    "Delete the files of a model"
-    delete_model(request.state.store, request.state.user, id)
-    return redirect('/models', 'The files are deleted; the history stays.')
+run_pages.act('/models/{id:int}/delete', 'admin', rollout.delete_model, '/models', 'The files are deleted; the history stays.')
 
 @run_pages.get('/models/{id:int}/card', role='viewer')
 def _model_card(request, id):
     "The card of a model as Markdown"
-    return ui.download(f'model-{id}.md', card_of(request.state.store, id, gates_of(request.state.store)), 'text/markdown; charset=utf-8')
+    store = request.state.store
+    return ui.download(f'model-{id}.md', card_of(store, id, rollout.gates_of(store)), 'text/markdown; charset=utf-8')
 
 @run_pages.post('/models/{id:int}/release', role='developer')
 def _release_model(request, form, id):
     "Release a model"
     place,mode = form.text('place', 100),form.text('mode', 20)
     share = form.number('share', 0, 100)/100 if mode == 'staged' else 1.
-    number = release(request.state.store, request.state.user, place, id, mode, share, reason=str(form.get('reason', '')))
-    waits = history_of(request.state.store, place, number + 1, 1)[0].mode.endswith('?')
-    return redirect(f'/models/{id}', f'{mode} at {place} waits for a second person.' if waits else f'Released: {mode} at {place}.')
+    number = rollout.release(request.state.store, request.state.user, place, id, mode, share, reason=str(form.get('reason', '')))
+    waits = rollout.history_of(request.state.store, place, number + 1, 1)[0].mode.endswith('?')
+    return ui.redirect(f'/models/{id}', f'{mode} at {place} waits for a second person.' if waits else f'Released: {mode} at {place}.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #d2e2dd8e
 @run_pages.get('/places/{place}', role='viewer')
 def _place_page(request, place):
     "The releases of a place, and the way back"
     store,url = request.state.store,_place_url(place)
-    found,more = paged(request, history_of(store, place, after_of(request), 51))
+    found,more = ui.paged(request, rollout.history_of(store, place, ui.after_of(request), 51))
     if not found: raise KeyError(f'nothing was ever released at {place:.60}')
     known = {i: model_of(store, i) for i in {r.model_id for r in found}}
     links = {i: fh.A(f'{m.name} {m.number}', href=f'/models/{i}') for i,m in known.items()}
-    rows = [(str(r.id), r.mode, f'{r.share:.0%}', links[r.model_id], badge('active', 'good') if r.ended is None else 'ended', r.reason,
-             when(r.created)) for r in found]
+    rows = [(str(r.id), r.mode, f'{r.share:.0%}', links[r.model_id], ui.badge('active', 'good') if r.ended is None else 'ended', r.reason,
+             ui.when(r.created)) for r in found]
     modes = {r.mode: r for r in found if r.ended is None}
-    waiting = [card('Waits for a second person', fh.P(f'{r.mode[:-1].capitalize()}: ', links[r.model_id]),
-                    press(request, f'{url}/approve', 'Approve', '', release=r.id),
-                    press(request, f'{url}/end', 'Withdraw', mode=r.mode[:-1]))
+    waiting = [ui.card('Waits for a second person', fh.P(f'{r.mode[:-1].capitalize()}: ', links[r.model_id]),
+                       ui.press(request, f'{url}/approve', 'Approve', '', release=r.id),
+                       ui.press(request, f'{url}/end', 'Withdraw', mode=r.mode[:-1]))
                for r in modes.values() if r.mode.endswith('?')]
     told = fh.P('Ends a staged release, or makes the live release before this one live again.')
-    parts = [*waiting, card('Back', told, press(request, f'{url}/back', 'Roll back', 'danger'))]
+    parts = [*waiting, ui.card('Back', told, ui.press(request, f'{url}/back', 'Roll back', 'danger'))]
     if 'live' in modes:
         down = fh.P('Nothing answers here any more; the history stays.')
-        parts.append(card('Take it down', down, press(request, f'{url}/end', 'Take down', 'danger', mode='live')))
+        parts.append(ui.card('Take it down', down, ui.press(request, f'{url}/end', 'Take down', 'danger', mode='live')))
     if staged := modes.get('staged'):
-        share = field('share', 'Share of the owners, in per cent', 'number', f'{100*staged.share:g}')
-        parts.append(card('Staged', form(request, f'{url}/share', share), press(request, f'{url}/end', 'End it', mode='staged')))
-    if 'shadow' in modes: parts.append(card('Shadow', press(request, f'{url}/end', 'End it', mode='shadow')))
-    history = table(['Release', 'Mode', 'Share', 'Model', 'State', 'Reason', 'When'], rows, more)
-    return page(request, f'Place {place}', cards(*parts), history, trail=[('Models', '/models')])
+        share = ui.field('share', 'Share of the owners, in per cent', 'number', f'{100*staged.share:g}')
+        parts.append(ui.card('Staged', ui.form(request, f'{url}/share', share), ui.press(request, f'{url}/end', 'End it', mode='staged')))
+    if 'shadow' in modes: parts.append(ui.card('Shadow', ui.press(request, f'{url}/end', 'End it', mode='shadow')))
+    history = ui.table(['Release', 'Mode', 'Share', 'Model', 'State', 'Reason', 'When'], rows, more)
+    return ui.page(request, f'Place {place}', ui.cards(*parts), history, trail=[('Models', '/models')])
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #d9a5ecf4
-def _back_to(place, text): return redirect(_place_url(place), text)
+run_pages.act('/places/{place}/back', 'developer', rollout.roll_back, '/places/{place}', 'Model {found} answers again.',
+              lambda form: ['by the button'])
 
-@run_pages.post('/places/{place}/back', role='developer')
-def _place_back(request, form, place):
-    "Go back by one release"
-    model = roll_back(request.state.store, request.state.user, place, 'by the button')
-    return _back_to(place, f'Model {model} answers again.')
+run_pages.act('/places/{place}/share', 'developer', rollout.set_share, '/places/{place}', 'The share is changed.',
+              lambda form: [form.number('share', 0, 100)/100])
 
-@run_pages.post('/places/{place}/share', role='developer')
-def _place_share(request, form, place):
-    "Change the share of the staged release"
-    set_share(request.state.store, request.state.user, place, form.number('share', 0, 100)/100)
-    return _back_to(place, 'The share is changed.')
-
-@run_pages.post('/places/{place}/end', role='developer')
-def _place_end(request, form, place):
-    "End the staged or the shadow release"
-    end_release(request.state.store, request.state.user, place, form.text('mode', 20))
-    return _back_to(place, 'The release has ended.')
+run_pages.act('/places/{place}/end', 'developer', rollout.end_release, '/places/{place}', 'The release has ended.',
+              lambda form: [form.text('mode', 20)])
 
 @run_pages.post('/places/{place}/approve', role='developer')
 def _place_approve(request, form, place):
     "Approve what somebody else has asked for"
-    approve(request.state.store, request.state.user, form.whole('release', 1))
-    return _back_to(place, 'The release is approved, and answers.')
+    rollout.approve(request.state.store, request.state.user, form.whole('release', 1))
+    return ui.redirect(_place_url(place), 'The release is approved, and answers.')

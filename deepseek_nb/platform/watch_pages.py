@@ -15,45 +15,13 @@ from urllib.parse import quote
 import fasthtml.components as fh
 from sqlalchemy import func, select
 
-# %% ../../nbs/platform/839_platform.watch_pages.ipynb #b0eee953
 from ..eval.drift import DriftRule
+from . import layout as ui
+from . import monitor
 from .access import allowed
 from .charts import bars, curve, short
 from .datasets import page_of_rows
 from .events import DAY, MINUTE, total, windows_of
-from deepseek_nb.platform.layout import (
-    Pages,
-    badge,
-    big,
-    card,
-    cards,
-    facts,
-    field,
-    form,
-    newest,
-    notice,
-    page,
-    paged,
-    press,
-    redirect,
-    table,
-    tabs,
-    when,
-)
-from deepseek_nb.platform.monitor import (
-    DRIFT_ENDS,
-    add_hook,
-    close_alert,
-    drift_history,
-    end_drift,
-    feedback_labels,
-    feedback_version,
-    give_feedback,
-    open_alerts,
-    places_of,
-    remove_hook,
-    training_drift,
-)
 from .registry import lineage_of
 from .runs import texts_of
 
@@ -73,84 +41,86 @@ def _series_of(rows, step):
     return out
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #e28cff70
-watch_pages = Pages('Monitoring', '/watch')
+watch_pages = ui.Pages('Monitoring', '/watch')
 watch_pages.menu('Alerts', '/alerts', also=('/hooks', '/feedback'))
 _SPANS = {'hour': (60*MINUTE, MINUTE), 'day': (DAY, 30*MINUTE), 'week': (7*DAY, 180*MINUTE)}
 
 def _numbers(t):
     "The numbers to look at first"
     error = f'{100*t.errors/t.count:.2g}%'
-    wrong = facts({k: f'{v:,}' for k,v in t.sketch.errors.most_common(3)}) if t.errors else ''
-    return cards(card('Traffic', big(t.count, 'requests'), big(t.prompt_tokens + t.completion_tokens, 'tokens')),
-                 card('Latency', big(short(t.quantile(.5), 's'), 'median'), big(short(t.quantile(.99), 's'), '99th percentile')),
-                 card('Errors and cost', big(error, 'of the requests failed'), wrong,
-                      big(short(float(t.cost)), 'cost, at the prices of the file'), _flags(t)))
+    wrong = ui.facts({k: f'{v:,}' for k,v in t.sketch.errors.most_common(3)}) if t.errors else ''
+    return ui.cards(ui.card('Traffic', ui.big(t.count, 'requests'), ui.big(t.prompt_tokens + t.completion_tokens, 'tokens')),
+                    ui.card('Latency', *[ui.big(short(t.quantile(q), 's'), name) for q,name in ((.5, 'median'), (.99, '99th percentile'))]),
+                    ui.card('Errors and cost', ui.big(error, 'of the requests failed'), wrong,
+                            ui.big(short(float(t.cost)), 'cost, at the prices of the file'), _flags(t)))
 
 def _flags(t):
     n = t.sketch.flags['scanned']
-    return facts({k.capitalize(): f'{100*v/n:.2g}% of {n:,}' for k,v in t.sketch.flags.items() if k != 'scanned'}) if n else ''
+    return ui.facts({k.capitalize(): f'{100*v/n:.2g}% of {n:,}' for k,v in t.sketch.flags.items() if k != 'scanned'}) if n else ''
 
 def _charts(s):
     "Two columns of charts"
-    return cards(fh.Div(card('Requests', curve({'requests': s['requests']}, 'Requests a minute', 'time', time=True)),
-                        card('Errors', curve({'errors': s['errors']}, 'Failed requests', 'time', '%', time=True))),
-                 fh.Div(card('Latency', curve({'median': s['p50'], '99th percentile': s['p99']}, 'Duration', 'time', 's', time=True)),
-                        card('Cost', curve({'cost': s['cost']}, 'Cost of a step', 'time', time=True))))
+    return ui.cards(fh.Div(ui.card('Requests', curve({'requests': s['requests']}, 'Requests a minute', 'time', time=True)),
+                           ui.card('Errors', curve({'errors': s['errors']}, 'Failed requests', 'time', '%', time=True))),
+                    fh.Div(ui.card('Latency', curve({'median': s['p50'], '99th percentile': s['p99']}, 'Duration', 'time', 's', time=True)),
+                           ui.card('Cost', curve({'cost': s['cost']}, 'Cost of a step', 'time', time=True))))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #6be799b3
 def _place_url(place, part='place'): return f'/watch/{part}/{quote(place)}'
 def _place_tabs(request, place):
-    return tabs(request, ('Overview', _place_url(place)), ('Drift', _place_url(place, 'drift')))
+    return ui.tabs(request, ('Overview', _place_url(place)), ('Drift', _place_url(place, 'drift')))
 
 @watch_pages.get('/watch', role='viewer')
 def _watch_page(request):
     "All places"
     store,rows = request.state.store,[]
-    with store.read() as c: waiting = open_alerts(c)
-    for place in places_of(store):
+    with store.read() as c: waiting = monitor.open_alerts(c)
+    for place in monitor.places_of(store):
         t = total(windows_of(store, place, store.now() - DAY))
         bad = sum(a.place == place for a in waiting)
-        state = badge(f'{bad} open', 'bad') if bad else badge('all well', 'good')
+        state = ui.badge(f'{bad} open', 'bad') if bad else ui.badge('all well', 'good')
         numbers = (t.count, f'{100*t.errors/t.count:.2g}%', short(t.quantile(.99), 's')) if t else (0, '–', '–')
         rows.append((fh.A(place, href=_place_url(place)), *numbers, state))
-    return page(request, 'Monitoring', table(['Place', 'Requests', 'Errors', '99th percentile', 'Alerts'], rows, empty='No requests yet.'),
-                lead='What clients asked in the last 24 hours.')
+    shown = ui.table(['Place', 'Requests', 'Errors', '99th percentile', 'Alerts'], rows, empty='No requests yet.')
+    return ui.page(request, 'Monitoring', shown, lead='What clients asked in the last 24 hours.')
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #d9a47d24
 @watch_pages.get('/watch/place/{place:path}', role='viewer')
 def _place_page(request, place):
     "One place"
     store,span = request.state.store,request.query_params.get('span', 'day')
-    if place not in places_of(store): raise KeyError(f'there is no place {place:.60}')
+    if place not in monitor.places_of(store): raise KeyError(f'there is no place {place:.60}')
     length,step = _SPANS.get(span, _SPANS['day'])
     rows = [*windows_of(store, place, store.now() - length)]
     links = [fh.A(f'Last {s}', href=f'{_place_url(place)}?span={s}', aria_current='true' if s == span else None) for s in _SPANS]
     links = fh.P(*[o for link in links for o in (link, ' ')])
     whole = [r for r in rows if r.start < store.now()//step*step] or rows # the step that isn't over would look like a fall
-    content = (_numbers(total(rows)), _charts(_series_of(whole, step))) if rows else notice('No requests in this time.')
-    return page(request, place, _place_tabs(request, place), links, content, trail=(('Monitoring', '/watch'),))
+    content = (_numbers(total(rows)), _charts(_series_of(whole, step))) if rows else ui.notice('No requests in this time.')
+    return ui.page(request, place, _place_tabs(request, place), links, content, trail=(('Monitoring', '/watch'),))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #d9a9fef6
+def _value(v): return '–' if v is None else f'{v:.3g}'
+
 def _drift_rows(weeks):
     for w in reversed(weeks[-60:]):
         kind = 'bad' if w.alarm in ('week', 'trend') else ''
         said = {'first': 'became the past', '': 'calm' if w.p is not None else 'too few owners'}.get(w.alarm, w.alarm)
-        yield (when(w.start), w.requests, '–' if w.p is None else f'{w.p:.3g}', f'{w.evidence:.3g}', badge(said, kind), w.likely or '–')
+        yield (ui.when(w.start), w.requests, _value(w.p), f'{w.evidence:.3g}', ui.badge(said, kind), w.likely or '–')
 
 @watch_pages.get('/watch/drift/{place:path}', role='viewer')
 def _drift_page(request, place):
     "Drift of a place, by week"
-    weeks,rule = drift_history(request.state.store, place),DriftRule()
+    weeks,rule = monitor.drift_history(request.state.store, place),DriftRule()
     points = [(w.start, -math.log10(w.p)) for w in weeks if w.p]
     chart = curve({'difference': points}, 'Difference of each week (−log10 p)', 'week', time=True,
-                  limits={'alarm': -math.log10(rule.week)}) if points else notice('No week has been compared yet.')
+                  limits={'alarm': -math.log10(rule.week)}) if points else ui.notice('No week has been compared yet.')
     heads = ['Week of', 'Requests', 'p-value', 'Evidence', 'Result', 'Changed most']
     lead = f'One week alarms at p ≤ {rule.week}, several together at evidence ≥ {rule.trend:g}: about one false alarm in three years.'
-    ask = card('Now', fh.P('Are these requests like the data that the model was trained on?'),
-               press(request, _place_url(place, 'drift'), 'Compare with the training data'))
+    ask = ui.card('Now', fh.P('Are these requests like the data that the model was trained on?'),
+                  ui.press(request, _place_url(place, 'drift'), 'Compare with the training data'))
     if not allowed(request.state.user, 'developer'): ask = ''
-    return page(request, f'{place}: drift', _place_tabs(request, place), ask, card('By week', chart), table(heads, _drift_rows(weeks)),
-                lead=lead, trail=(('Monitoring', '/watch'),))
+    return ui.page(request, f'{place}: drift', _place_tabs(request, place), ask, ui.card('By week', chart),
+                   ui.table(heads, _drift_rows(weeks)), lead=lead, trail=(('Monitoring', '/watch'),))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #bfa7cd22
 @watch_pages.post('/watch/drift/{place:path}', role='developer')
@@ -162,44 +132,43 @@ def _drift_now(request, form, place):
     if version is None: raise ValueError('no data is known on which this model was trained')
     found = [r.data for r in page_of_rows(store, version, 0, 2000, 'train')]
     rows = [*zip(texts_of(found), [str(r.get('label') or '') for r in found], strict=True)]
-    d = training_drift(store, place, rows, served.tok, server.tables[served.name])
-    def shares(head, rows): return card(head, table([head, 'Training data', 'Requests'], [(n, f'{a:.0%}', f'{b:.0%}') for n,a,b in rows]))
+    d = monitor.training_drift(store, place, rows, served.tok, server.tables[served.name])
+    def shares(head, rows):
+        return ui.card(head, ui.table([head, 'Training data', 'Requests'], [(n, f'{a:.0%}', f'{b:.0%}') for n,a,b in rows]))
     said = ('They differ more than chance explains; requests of one client resemble one another, so look at what differs.' if d.p < .01
             else 'Nothing speaks for a difference.')
-    told = notice(f'{d.requests} requests, {d.rows} rows: p = {d.p:.2g}. {said}', 'warn' if d.p < .01 else 'good')
-    return page(request, f'{place}: requests and training data', told, cards(shares('Tokens of a text', d.lengths),
-                shares('Label', [(n, *o) for n,o in d.labels.items()]) if d.labels else ''),
-                card('Differences', bars({k: max(v, 0) for k,v in d.scores.items()}, 'Standard deviations above chance')),
-                trail=(('Monitoring', '/watch'), (place, _place_url(place, 'drift'))))
+    told = ui.notice(f'{d.requests} requests, {d.rows} rows: p = {d.p:.2g}. {said}', 'warn' if d.p < .01 else 'good')
+    return ui.page(request, f'{place}: requests and training data', told, ui.cards(shares('Tokens of a text', d.lengths),
+                   shares('Label', [(n, *o) for n,o in d.labels.items()]) if d.labels else ''),
+                   ui.card('Differences', bars({k: max(v, 0) for k,v in d.scores.items()}, 'Standard deviations above chance')),
+                   trail=(('Monitoring', '/watch'), (place, _place_url(place, 'drift'))))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #482b49a8
-def _value(v): return '–' if v is None else f'{v:.3g}'
-
 def _alert_tabs(request):
     "Alerts, who is told of them, and what users say; only an administrator sees who is told"
     told = [('Webhooks', '/hooks')] if request.state.user.role == 'admin' else []
-    return tabs(request, ('Alerts', '/alerts'), *told, ('Feedback', '/feedback'))
+    return ui.tabs(request, ('Alerts', '/alerts'), *told, ('Feedback', '/feedback'))
 
 def _alert_rows(found):
     for a in found:
-        state = badge('open', 'bad') if a.closed is None else badge('closed', '')
-        yield (fh.A(f'{a.rule}', href=f'/alerts/{a.id}'), a.place, when(a.at), _value(a.value), _value(a.threshold), state)
+        state = ui.badge('open', 'bad') if a.closed is None else ui.badge('closed', '')
+        yield (fh.A(f'{a.rule}', href=f'/alerts/{a.id}'), a.place, ui.when(a.at), _value(a.value), _value(a.threshold), state)
 
 @watch_pages.get('/alerts', role='viewer')
 def _alerts_page(request):
     "All alerts, newest first"
-    with request.state.store.read() as c: found,more = paged(request, newest(c, alerts, request))
+    with request.state.store.read() as c: found,more = ui.paged(request, ui.newest(c, alerts, request))
     heads = ['Rule', 'Place', 'Since', 'Measured', 'Allowed', 'State']
-    return page(request, 'Alerts', _alert_tabs(request), table(heads, _alert_rows(found), more, empty='No alerts.'))
+    return ui.page(request, 'Alerts', _alert_tabs(request), ui.table(heads, _alert_rows(found), more, empty='No alerts.'))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #4b3898ee
 def _closing(request, a):
     "How an alert is closed"
-    note = field('note', 'Note', help='What happened and what was done.', required=True)
+    note = ui.field('note', 'Note', help='What happened and what was done.', required=True)
     if a.rule == 'drift':
-        ends = field('how', 'What was it?', 'radio', 'mended', options=[*DRIFT_ENDS.items()])
-        return form(request, f'/alerts/{a.id}/close', ends, note, button='Close')
-    return form(request, f'/alerts/{a.id}/close', note, button='Close')
+        ends = ui.field('how', 'What was it?', 'radio', 'mended', options=[*monitor.DRIFT_ENDS.items()])
+        return ui.form(request, f'/alerts/{a.id}/close', ends, note, button='Close')
+    return ui.form(request, f'/alerts/{a.id}/close', note, button='Close')
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #c9debacf
 @watch_pages.get('/alerts/{id:int}', role='viewer')
@@ -208,91 +177,82 @@ def _alert_page(request, id):
     with request.state.store.read() as c: a = c.execute(select(alerts).where(alerts.c.id == id)).first()
     if a is None: raise KeyError(f'there is no alert {id}')
     more = {k.capitalize(): str(v) for k,v in a.detail.items() if k not in ('hooks', 'start', 'scores')}
-    if 'start' in a.detail: more['Window from'] = when(a.detail['start'])
-    sent = [(f'hook {h}', o['tries'], badge('delivered', 'good') if o['ok'] else badge(o['why'] or 'waits', 'warn'))
+    if 'start' in a.detail: more['Window from'] = ui.when(a.detail['start'])
+    sent = [(f'hook {h}', o['tries'], ui.badge('delivered', 'good') if o['ok'] else ui.badge(o['why'] or 'waits', 'warn'))
             for h,o in a.detail.get('hooks', {}).items()]
     scores = a.detail.get('scores') or {}
-    parts = [card('What', facts(dict(Place=fh.A(a.place, href=_place_url(a.place)), Since=when(a.at), Measured=_value(a.value),
-                                     Allowed=_value(a.threshold), Closed=when(a.closed), Note=a.note or '–') | more)),
-             card('Scores', bars({k: max(v, 0) for k,v in scores.items()}, 'Standard deviations above chance')) if scores else '',
-             card('Messages', table(['To', 'Tries', 'State'], sent, empty='Nobody was told: there are no webhooks for it.'))]
-    if a.closed is None and request.state.user.role in ('developer', 'admin'): parts.append(card('Close', _closing(request, a)))
-    return page(request, f'{a.rule} at {a.place}', parts, trail=(('Alerts', '/alerts'),))
+    parts = [ui.card('What', ui.facts(dict(Place=fh.A(a.place, href=_place_url(a.place)), Since=ui.when(a.at), Measured=_value(a.value),
+                                           Allowed=_value(a.threshold), Closed=ui.when(a.closed), Note=a.note or '–') | more)),
+             ui.card('Scores', bars({k: max(v, 0) for k,v in scores.items()}, 'Standard deviations above chance')) if scores else '',
+             ui.card('Messages', ui.table(['To', 'Tries', 'State'], sent, empty='Nobody was told: there are no webhooks for it.'))]
+    if a.closed is None and request.state.user.role in ('developer', 'admin'): parts.append(ui.card('Close', _closing(request, a)))
+    return ui.page(request, f'{a.rule} at {a.place}', parts, trail=(('Alerts', '/alerts'),))
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #beabff22
 @watch_pages.post('/alerts/{id:int}/close', role='developer')
 def _alert_close(request, form, id):
     "Close an alert"
     store,note = request.state.store,form.text('note', 1000)
-    if 'how' in form: end_drift(store, request.state.user, id, form.text('how', 20), note)
-    else: close_alert(store, request.state.user, id, note)
-    return redirect('/alerts', 'The alert is closed.')
+    if 'how' in form: monitor.end_drift(store, request.state.user, id, form.text('how', 20), note)
+    else: monitor.close_alert(store, request.state.user, id, note)
+    return ui.redirect('/alerts', 'The alert is closed.')
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #8a809ab7
 @watch_pages.get('/hooks', role='admin')
 def _hooks_page(request):
     "Addresses that get alerts"
     with request.state.store.read() as c: found = c.execute(select(hooks).where(hooks.c.disabled.is_(None)).order_by(hooks.c.id)).all()
-    rows = [(h.url, h.secret_name, ', '.join(h.rules) or 'all', when(h.created),
-             press(request, f'/hooks/{h.id}/remove', 'Remove', 'danger')) for h in found]
-    fields = [field('url', 'Address', required=True,
-                    help='https://… of a public host, or of one that the operator allows.'),
-              field('secret', 'Variable with the secret', help='Name of an environment variable of this process; the secret isn’t stored.',
-                    required=True), field('rules', 'Rules', help='Names, separated by commas; empty: all.')]
-    return page(request, 'Webhooks', _alert_tabs(request),
-                table(['Address', 'Secret', 'Rules', 'Since', 'Change'], rows, empty='Nobody is told of alerts.'),
-                card('Add', form(request, '/hooks', *fields, button='Add')))
+    rows = [(h.url, h.secret_name, ', '.join(h.rules) or 'all', ui.when(h.created),
+             ui.press(request, f'/hooks/{h.id}/remove', 'Remove', 'danger')) for h in found]
+    fields = [ui.field('url', 'Address', required=True,
+                       help='https://… of a public host, or of one that the operator allows.'),
+              ui.field('secret', 'Variable with the secret', required=True,
+                       help='Name of an environment variable of this process; the secret isn’t stored.'),
+              ui.field('rules', 'Rules', help='Names, separated by commas; empty: all.')]
+    return ui.page(request, 'Webhooks', _alert_tabs(request),
+                   ui.table(['Address', 'Secret', 'Rules', 'Since', 'Change'], rows, empty='Nobody is told of alerts.'),
+                   ui.card('Add', ui.form(request, '/hooks', *fields, button='Add')))
 
 @watch_pages.post('/hooks', role='admin')
 def _hook_add(request, form):
     "Add an address"
     rules = [r.strip() for r in form.get('rules', '').split(',') if r.strip()]
     internal = getattr(request.scope.get('platform'), 'internal', ())
-    add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules, internal)
-    return redirect('/hooks', 'The address gets alerts from now on.')
+    monitor.add_hook(request.state.store, request.state.user, form.text('url', 500), form.text('secret', 100), rules, internal)
+    return ui.redirect('/hooks', 'The address gets alerts from now on.')
 
-@watch_pages.post('/hooks/{id:int}/remove', role='admin')
-def _hook_remove(request, form, id):
-    "Remove an address"
-    remove_hook(request.state.store, request.state.user, id)
-    return redirect('/hooks', 'The address gets no more alerts.')
+watch_pages.act('/hooks/{id:int}/remove', 'admin', monitor.remove_hook, '/hooks', 'The address gets no more alerts.')
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #22596a0b
 def _said(v):
     thumb = {1: 'good', -1: 'bad'}.get(v.get('thumb'))
-    return badge(thumb, thumb) if thumb else '–'
+    return ui.badge(thumb, thumb) if thumb else '–'
 
 @watch_pages.get('/feedback', role='viewer')
 def _feedback_page(request):
     "What users say"
     with request.state.store.read() as c:
-        found,more = paged(request, newest(c, feedback, request))
+        found,more = ui.paged(request, ui.newest(c, feedback, request))
         open_tasks = c.execute(select(tasks.c.id, tasks.c.name).where(tasks.c.kind == 'classification', tasks.c.closed.is_(None))).all()
         open_data = c.execute(select(datasets.c.id, datasets.c.name).where(datasets.c.kind == 'classification')).all()
         thumbs = {p: n for p,n in c.execute(select(feedback.c.place, func.count()).group_by(feedback.c.place))}
-    rows = [(f.place, when(f.at), _said(f.value), f.value.get('label', '–'), f.value.get('better') or f.value.get('note') or '–')
+    rows = [(f.place, ui.when(f.at), _said(f.value), f.value.get('label', '–'), f.value.get('better') or f.value.get('note') or '–')
             for f in found]
     def use(title, action, name, options, button):
-        fields = (field('place', 'Place', 'select', options=[*thumbs], id=f'{name}-place', aria_label='Place'),
-                  field(name, name.capitalize(), 'select', options=[tuple(o) for o in options]))
-        return card(title, form(request, action, *fields, button=button)) if options and thumbs else ''
-    use = cards(use('Corrections as labels of a task', '/feedback/labels', 'task', open_tasks, 'Make labels'),
-                use('Texts that a data set lacks', '/feedback/version', 'dataset', open_data, 'Add them'))
-    return page(request, 'Feedback', _alert_tabs(request),
-                table(['Place', 'When', 'Thumb', 'Label', 'Text'], rows, more, empty='Nobody has said anything yet.'), use)
+        fields = (ui.field('place', 'Place', 'select', options=[*thumbs], id=f'{name}-place', aria_label='Place'),
+                  ui.field(name, name.capitalize(), 'select', options=[tuple(o) for o in options]))
+        return ui.card(title, ui.form(request, action, *fields, button=button)) if options and thumbs else ''
+    use = ui.cards(use('Corrections as labels of a task', '/feedback/labels', 'task', open_tasks, 'Make labels'),
+                   use('Texts that a data set lacks', '/feedback/version', 'dataset', open_data, 'Add them'))
+    return ui.page(request, 'Feedback', _alert_tabs(request),
+                   ui.table(['Place', 'When', 'Thumb', 'Label', 'Text'], rows, more, empty='Nobody has said anything yet.'), use)
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #86ef3838
-@watch_pages.post('/feedback/labels', role='developer')
-def _feedback_use(request, form):
-    "Corrections become labels"
-    n = feedback_labels(request.state.store, request.state.user, form.whole('task', 1, 2**53), form.text('place', 200))
-    return redirect('/feedback', f'{n} labels were made.')
+watch_pages.act('/feedback/labels', 'developer', monitor.feedback_labels, '/feedback', '{found} labels were made.',
+                lambda form: (form.whole('task', 1, 2**53), form.text('place', 200)))
 
-@watch_pages.post('/feedback/version', role='developer')
-def _feedback_add(request, form):
-    "Corrected texts become rows"
-    made = feedback_version(request.state.store, request.state.user, form.whole('dataset', 1), form.text('place', 200))
-    return redirect(f'/versions/{made.version}', 'The corrected texts are in this version.')
+watch_pages.act('/feedback/version', 'developer', monitor.feedback_version, '/versions/{found.version}',
+                'The corrected texts are in this version.', lambda form: (form.whole('dataset', 1), form.text('place', 200)))
 
 @watch_pages.post('/feedback', role='viewer')
 def _feedback_give(request, form):
@@ -300,5 +260,5 @@ def _feedback_give(request, form):
     value = {k: form.text(k, 10_000) for k in ('label', 'better', 'note') if form.get(k)}
     if form.get('thumb'): value['thumb'] = form.whole('thumb', -1, 1)
     event = form.whole('event', 1, 2**53) if form.get('event') else None
-    give_feedback(request.state.store, form.text('place', 200), value, event, request.state.user)
-    return redirect(_place_url(form.text('place', 200)), 'Thank you.')
+    monitor.give_feedback(request.state.store, form.text('place', 200), value, event, request.state.user)
+    return ui.redirect(_place_url(form.text('place', 200)), 'Thank you.')
