@@ -85,10 +85,9 @@ Modules:
 - `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers on the CPU, so that kernels can be tested without a GPU and in several thread orders.
 - `deepseek_nb.cuda.experts`: Computes the routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
 - `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 matrix product on a GPU, with a scale for each 128 activations and each 128×128 block of weights, and float32 sums every 128 columns.
-- `deepseek_nb.cuda.int8`: Linear layers with 8-bit weights and activations (W8A8) on a GPU: activations are rounded in blocks of 32, tensor cores multiply the integers, and a GEMV handles one token.
 - `deepseek_nb.cuda.norm`: Normalises and rotates MLA's latent in a single kernel, which reads and writes it once, and applies RoPE to queries.
 - `deepseek_nb.cuda.paged`: Runs a ragged batch on a GPU: attention reads keys, values or latents directly from their pages, and a row's result doesn't depend on the other rows.
-- `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: the weights are decoded to bfloat16 in registers, and the CUDA twins select the kernel for each format.
+- `deepseek_nb.cuda.quant`: Linear layers and experts with int4 and int8 weights on a GPU: integer products of rounded activations, and weights that are decoded to bfloat16 in registers.
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
 - `deepseek_nb.cuda.sparse`: DeepSeek sparse attention on a GPU: index scores on tensor cores, an exact radix selection, and flash-decoding over a list of positions.
 - `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
@@ -149,7 +148,7 @@ Modules:
 - `deepseek_nb.infer.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
 - `deepseek_nb.infer.streams`: What a V4 model does with a text: experts chosen by table and by score, what a compressed entry holds, which entries a query selects, and how four residual streams are mixed.
 - `deepseek_nb.kernels.adapted`: Runs rows with different LoRA adapters in one C++ call, on float or quantised weights; each row gets the same bits as alone.
-- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
+- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps, contiguous or in pages: the keys are divided among the threads.
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
 - `deepseek_nb.kernels.codes`: Multiplies int8 or int4 weights by activations that are rounded to int8, with the processor's byte instructions.
 - `deepseek_nb.kernels.compile`: `model.compile()` compiles the decode step to a single graph, which is traced once for all cache lengths.
@@ -159,7 +158,6 @@ Modules:
 - `deepseek_nb.kernels.invariant`: Matrix products in which the result of a token has the same bits, whichever other tokens are multiplied in the same call.
 - `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
 - `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
-- `deepseek_nb.kernels.paged`: Attention of a ragged batch that reads keys and values directly from their pages; the result of a query has the same bits in any batch.
 - `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
 - `deepseek_nb.kernels.plan`: Describes the weights of a model in one table, and runs all blocks in one C++ call, for each kind of matrix, attention and cache.
 - `deepseek_nb.kernels.ragged`: Rows of different lengths for the stages in C++: where their tokens are written and read in pages of floats or of 8-bit codes, and calls of bounded size.
