@@ -74,11 +74,9 @@ Modules:
 - `deepseek_nb.cuda.emulation`: A C++ header that runs the threads of a CUDA block as fibers on the CPU, so that kernels can be tested without a GPU and in several thread orders.
 - `deepseek_nb.cuda.experts`: Computes the routed experts of a layer in CUDA C++: one launch for all experts, SwiGLU in the first product, and no copy of the tokens.
 - `deepseek_nb.cuda.fp8`: DeepSeek-V3's FP8 matrix product on a GPU, with a scale for each 128 activations and each 128×128 block of weights, and float32 sums every 128 columns.
-- `deepseek_nb.cuda.int8`: Linear layers with 8-bit weights and activations (W8A8) on a GPU: activations are rounded in blocks of 32, tensor cores multiply the integers, and a GEMV handles one token.
 - `deepseek_nb.cuda.norm`: Normalises and rotates MLA's latent in a single kernel, which reads and writes it once, and applies RoPE to queries.
 - `deepseek_nb.cuda.paged`: Runs a ragged batch on a GPU: attention reads keys, values or latents directly from their pages, and a row's result doesn't depend on the other rows.
-- `deepseek_nb.cuda.quant`: Linear layers with int4 and int8 weights on a GPU: the weights are decoded to bfloat16 in registers, and the CUDA twins select the kernel for each format.
-- `deepseek_nb.cuda.quant_experts`: Int8 and int4 experts on a GPU: only the weights of experts that the batch selects are read, and int4 weights are decoded in registers.
+- `deepseek_nb.cuda.quant`: Linear layers and experts with int4 and int8 weights on a GPU: integer products of rounded activations, and weights that are decoded to bfloat16 in registers.
 - `deepseek_nb.cuda.route`: CUDA kernels of a mixture of experts: expert selection with one warp per token, a counting sort of tokens by expert, and the weighted sum of the experts' outputs.
 - `deepseek_nb.cuda.sparse`: DeepSeek sparse attention on a GPU: index scores on tensor cores, an exact radix selection, and flash-decoding over a list of positions.
 - `deepseek_nb.cuda.tiles`: A matrix product in tiles, with asynchronous copies in a pipeline, a shared-memory layout without bank conflicts, and `mma.sync` or `wgmma`.
@@ -99,7 +97,6 @@ Modules:
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
-- `deepseek_nb.export.runner_blocks`: Multiplies by the weights as they are stored: float16 is widened in registers, and blocks of 256 are multiplied as integers.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
 - `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
 - `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
@@ -130,31 +127,24 @@ Modules:
 - `deepseek_nb.infer.speculate`: The model verifies a draft of several tokens in one step. The distribution of the text doesn't change, and where drafts are often right it takes fewer steps.
 - `deepseek_nb.infer.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
 - `deepseek_nb.kernels.adapted`: Runs rows with different LoRA adapters in one C++ call, on float or quantised weights; each row gets the same bits as alone.
-- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps: the keys are divided equally among the threads.
+- `deepseek_nb.kernels.attention`: FlashAttention and flash-decoding for GQA and MLA, for prompts and decode steps, contiguous or in pages: the keys are divided among the threads.
 - `deepseek_nb.kernels.build`: Compile a C++ kernel for the processor of this machine, store the library in a cache, and load it as PyTorch operators.
 - `deepseek_nb.kernels.codes`: Multiplies int8 or int4 weights by activations that are rounded to int8, with the processor's byte instructions.
 - `deepseek_nb.kernels.compile`: `model.compile()` compiles the decode step to a single graph, which is traced once for all cache lengths.
 - `deepseek_nb.kernels.flash`: Attention over blocks of keys with an online softmax: each query keeps a running maximum and a running sum, so the matrix of scores is never stored.
 - `deepseek_nb.kernels.gemm`: The matrix product that all CPU kernels use: dot products along the rows of the weights for few tokens, and register tiles for many tokens.
 - `deepseek_nb.kernels.gradients`: SwiGLU, RMSNorm and causal attention with their gradients, each in one pass over memory, for training with frozen weights.
-- `deepseek_nb.kernels.index_codes`: The lightning indexer's scores from codes of 8 bits: four products in one instruction, and a quarter of the bytes to read.
 - `deepseek_nb.kernels.invariant`: Matrix products in which the result of a token has the same bits, whichever other tokens are multiplied in the same call.
 - `deepseek_nb.kernels.moe`: Routing and dropless experts in C++: tokens are sorted by expert and read in place, and the weighted results are added to the output in place.
 - `deepseek_nb.kernels.norm`: RMSNorm and RoPE are memory-bound, so the C++ kernels compute them in one pass that reads and writes each number once.
-- `deepseek_nb.kernels.paged`: Attention of a ragged batch that reads keys and values directly from their pages; the result of a query has the same bits in any batch.
 - `deepseek_nb.kernels.panels`: Stores the rows of an int8 or int4 weight in panels of sixteen rows, interleaved in the order in which the processor's integer instructions read them.
 - `deepseek_nb.kernels.plan`: Describes the weights of a model in one table, and runs all blocks in one C++ call, for each kind of matrix, attention and cache.
-- `deepseek_nb.kernels.ragged`: Rows of different lengths for the stages in C++: where their tokens are written and read in pages, and calls of bounded size.
-- `deepseek_nb.kernels.ragged_cache`: Runs all blocks of a model on a ragged batch and reads the KV cache directly from pages of int8 codes; each row gets the same bits as alone.
-- `deepseek_nb.kernels.simd`: One source for AVX-512, AVX2, NEON and others: a vector type, sums over its lanes, the exponential function, and transposition.
-- `deepseek_nb.kernels.sparse`: DeepSeek sparse attention in C++: index scores, exact selection in linear time, and attention that reads only the selected latents.
-- `deepseek_nb.kernels.sparse_step`: MLA, the lightning indexer, the selection, and attention to the selected latents, for rows of one length or of different ones, contiguous or in pages.
+- `deepseek_nb.kernels.ragged`: Rows of different lengths for the stages in C++: where their tokens are written and read in pages of floats or of 8-bit codes, and calls of bounded size.
+- `deepseek_nb.kernels.simd`: What all kernels on a CPU share: a vector type for AVX-512, AVX2, NEON and others, and threads that are started once and wait at barriers between stages.
+- `deepseek_nb.kernels.sparse`: DeepSeek sparse attention in C++: index scores, in floats or in codes of 8 bits, exact selection in linear time, and attention that reads only the selected latents.
 - `deepseek_nb.kernels.stages`: Computes the attention and the feed-forward of a transformer block in C++, as stages of one team of threads with barriers between them.
-- `deepseek_nb.kernels.step_codes`: The stages of the float step with packed codes as matrices.
-- `deepseek_nb.kernels.team`: A kernel with several stages starts its threads once, and synchronises them with a barrier after each stage.
 - `deepseek_nb.kernels.train`: Gradients of routed experts, causal attention and RMSNorm in PyTorch, written by hand so that they move fewer bytes than autograd's.
 - `deepseek_nb.kernels.v4`: Runs all blocks of DeepSeek-V4 in one C++ call per token, on the cache that can be rewound.
-- `deepseek_nb.kernels.v4_parts`: The parts of DeepSeek-V4's block as small C++ functions: mixed streams, pooled entries, and attention to a window and entries with sinks.
 - `deepseek_nb.kernels.v4_stages`: Computes one block of DeepSeek-V4 in C++, as stages of one team of threads with barriers between them.
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
 - `deepseek_nb.platform.app`: Pages, the chat API and the release that each owner gets, in one process: tokens are its keys, and every answer becomes an event

@@ -11,18 +11,23 @@ from deepseek_nb.core import nbproc
 from deepseek_nb.core.nbproc import find_compiler, source_text
 from deepseek_nb.cuda.build import ARCHS, find_nvrtc, resources
 from deepseek_nb.cuda.emulation import ORDERS, thread_order
-from deepseek_nb.cuda.int8 import product_int8, round_rows, vector_launch
 from deepseek_nb.cuda.quant import (
     decoded_shared,
+    experts_in_codes,
+    fits_coded_experts,
     fits_codes,
     fits_fp8_weight,
+    group_of,
     in_order,
     linear_codes,
     linear_fp8_weight,
     product_decoded,
+    product_int8,
+    round_rows,
+    run_experts_codes,
     signed_group,
+    vector_launch,
 )
-from deepseek_nb.cuda.quant_experts import experts_in_codes, fits_coded_experts, group_of, run_experts_codes
 from deepseek_nb.kernels.panels import Panels, pack_panels
 from deepseek_nb.quant import QuantizedWeight, linear_quantized, quantize
 from deepseek_nb.quant.fp8 import FP8, rounded_fp8
@@ -195,7 +200,7 @@ GUARDED = """
 import ctypes, torch
 from deepseek_nb.cuda.build import launch
 from deepseek_nb.cuda import experts as cuda_experts
-from deepseek_nb.cuda import int8 as q8, quant as qc, quant_experts as qe
+from deepseek_nb.cuda import quant as qc
 from deepseek_nb.quant import quantize
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
@@ -229,7 +234,7 @@ def guarded_launch(name, kernel, grid, block, *args, **options):
     launch(name, kernel, grid, block, *moved.pop('args').values(), **moved)
     copy_back(options, moved)
 
-for module in (q8, qc, qe, cuda_experts): module.launch = guarded_launch
+for module in (qc, cuda_experts): module.launch = guarded_launch
 for at_end in (True, False):
     for n,i,o in [(1, 16, 1), (1, 80, 6), (3, 48, 5), (18, 144, 130)]:
         x,bias = torch.randn(n, i), torch.randn(o)
@@ -241,7 +246,7 @@ for at_end in (True, False):
     for f in (Int4(), Int8('float'), Int8()):
         stacks = [quantize(torch.randn(*s).bfloat16(), f) for s in ((6, 64, 96), (6, 96, 32))]
         x,w,experts = torch.randn(19, 96).bfloat16(), torch.rand(19, 3), torch.rand(19, 6).topk(3).indices
-        assert qe.run_experts_codes(x, w, experts, *stacks).isfinite().all()
+        assert qc.run_experts_codes(x, w, experts, *stacks).isfinite().all()
 print('untouched')
 """
 

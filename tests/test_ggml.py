@@ -357,7 +357,7 @@ import torch
 from deepseek_nb import Model
 from deepseek_nb.files.gguf import open_gguf
 from deepseek_nb.files.hub import fetch
-import deepseek_nb.infer.load, deepseek_nb.kernels.step_codes
+import deepseek_nb.infer.load, deepseek_nb.kernels.codes
 torch.set_num_threads(1)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 open_gguf(fetch('smollm2-135m'))

@@ -210,7 +210,7 @@ for right, wrong in (('i < x.numel()', 'i <= x.numel()'), ('float(a) *', 'float(
     assert done.returncode == 0 and 'heap-buffer-overflow' in done.stderr and 'AddressSanitizer: ILL' in done.stderr, done.stderr[-3000:]
 
 
-BUILD = 'from deepseek_nb.kernels.team import thread_shares; assert thread_shares(4, 50).min() == 0; print("built")'
+BUILD = 'from deepseek_nb.kernels.simd import thread_shares; assert thread_shares(4, 50).min() == 0; print("built")'
 
 
 def test_two_processes_build_at_once(tmp_path):

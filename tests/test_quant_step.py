@@ -10,8 +10,8 @@ from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.kernels import plan as plans
+from deepseek_nb.kernels.codes import has_roles
 from deepseek_nb.kernels.plan import Refusal, cache_kind, plan_of, step_kernels, step_of
-from deepseek_nb.kernels.step_codes import has_roles
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8

@@ -19,8 +19,9 @@ from deepseek_nb.arch.model import add_attention, run_blocks
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import sparse
-from deepseek_nb.kernels.plan import attention_of, step_kernels, step_of
+from deepseek_nb.kernels.plan import attention_of, step_kernels
 from deepseek_nb.kernels.sparse import attend_selected_cpp, index_scores_cpp, select_cpp, top_positions_cpp
+from deepseek_nb.kernels.v4 import blocks_step
 from deepseek_nb.quant import relative_error
 from deepseek_nb.quant.model import quantize_model
 
@@ -312,17 +313,17 @@ def test_when_the_step_runs(r):
             cache.reserve(1)
             x = torch.zeros(cache.batch, 1, 24)
             return run_blocks.op.choose(x, model.layers, model.context(1, cache, mla=mla)).supports
-    for form in (None, 'int8'): assert twin(model.new_cache(2, codec=form and IndexCodec())) is step_of
-    assert twin(model.new_cache(2), mla='naive') is not step_of
+    for form in (None, 'int8'): assert twin(model.new_cache(2, codec=form and IndexCodec())) is blocks_step
+    assert twin(model.new_cache(2), mla='naive') is not blocks_step
     other = small_model(r, attn_bias=True)
-    assert twin(other.new_cache(1), other) is not step_of
+    assert twin(other.new_cache(1), other) is not blocks_step
     hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
-    assert twin(model.new_cache(1)) is not step_of
+    assert twin(model.new_cache(1)) is not blocks_step
     hook.remove()
-    assert twin(model.new_cache(1)) is step_of
+    assert twin(model.new_cache(1)) is blocks_step
     model.layers[0].self_attn.indexer.wk.weight = torch.nn.Parameter(torch.zeros(1), False)
     model.layers[0].self_attn.indexer = None
-    assert twin(model.new_cache(1)) is not step_of
+    assert twin(model.new_cache(1)) is not blocks_step
 
 
 def test_greedy_tokens_and_drafts(r):
@@ -405,11 +406,11 @@ def test_when_the_step_on_codes_runs(r):
             cache.reserve(1)
             return run_blocks.op.choose(torch.zeros(1, 1, 32), model.layers, model.context(1, cache)).supports
     model = coded_model(r, 'int8')
-    assert twin(model) is step_of
+    assert twin(model) is blocks_step
     hook = model.layers[1].self_attn.indexer.wk.register_forward_hook(lambda *_: None)
-    assert twin(model) is not step_of
+    assert twin(model) is not blocks_step
     hook.remove()
-    assert twin(model) is step_of
+    assert twin(model) is blocks_step
     model.layers[0].self_attn.indexer.wk = torch.nn.Identity()
-    assert twin(model) is not step_of
-    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not step_of
+    assert twin(model) is not blocks_step
+    assert twin(coded_model(r, 'int8', v_head_dim=24)) is not blocks_step

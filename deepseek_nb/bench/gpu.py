@@ -51,8 +51,7 @@ from ..cuda.experts import experts_in_tiles, run_experts_cuda
 from ..cuda.fp8 import linear_fp8, linear_fp8_cuda, product_fp8, quantise_tiles
 from ..cuda.norm import rms_norm_cuda, rotate_cuda
 from ..cuda.paged import PART, PagePlan, PageTile, attend_pages_cuda, write_pages_cuda
-from ..cuda.quant import linear_codes
-from ..cuda.quant_experts import run_experts_codes
+from ..cuda.quant import linear_codes, run_experts_codes
 from ..cuda.route import combine, sort_by_expert
 from ..cuda.sparse import attend_selected_cuda, index_scores_cuda, top_positions_cuda
 from ..cuda.tiles import product

@@ -119,11 +119,10 @@ class Runner:
         if getattr(self, 'handle', None): self.c.runner_free(self.handle)
 
     if TYPE_CHECKING:
-        from deepseek_nb.export.runner_file import row
+        from deepseek_nb.export.runner_file import row, product
         from deepseek_nb.export.runner_step import step, rewind, probe, watch
         from deepseek_nb.export.runner_text import encode, decode, prompt
         from deepseek_nb.export.runner_binary import sample
-        from deepseek_nb.export.runner_blocks import product
     else:
         row = later('export.runner_file')
         step = later('export.runner_step')
@@ -134,7 +133,7 @@ class Runner:
         decode = later('export.runner_text')
         prompt = later('export.runner_text')
         sample = later('export.runner_binary')
-        product = later('export.runner_blocks')
+        product = later('export.runner_file')
 
     def info(self,
         key:str, # Name of a number, such as 'vocab'

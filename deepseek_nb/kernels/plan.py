@@ -1,6 +1,6 @@
 """Describes the weights of a model in one table, and runs all blocks in one C++ call, for each kind of matrix, attention and cache.
 
-The C++ twins of `run_blocks`, `run_rows`, `add_attention`, `add_feed_forward` and `mixture`. `plan_of` makes a `StepPlan` of a model's blocks once, and notices if a module has
+The steps of all models but DeepSeek-V4, and the C++ twins of `add_attention`, `add_feed_forward` and `mixture`. `plan_of` makes a `StepPlan` of a model's blocks once, and notices if a module has
 been replaced or wrapped, or has a hook. `step.cpp` is compiled for what the plan and the cache need: floats or codes, latents or selected latents, contiguous
 memory, pages or pages of 8-bit codes. Where no step fits, a `Refusal` says why, and the readable code runs."""
 
@@ -9,7 +9,7 @@ memory, pages or pages of 8-bit codes. Where no step fits, a `Refusal` says why,
 # %% auto #0
 __all__ = ['LIMIT', 'MANY', 'step_kernels', 'Half', 'attention_half', 'feed_forward_half', 'StepPlan', 'whole_plan',
            'attention_plan', 'feed_plan', 'Refusal', 'kept_plan', 'plan_of', 'cache_kind', 'step_call', 'step_of',
-           'most_tokens', 'rows_step', 'all_rows_step', 'attention_of', 'feed_forward_of', 'mixture_of', 'why_readable']
+           'most_tokens', 'rows_step', 'attention_of', 'feed_forward_of', 'mixture_of', 'why_readable']
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #157688c1
 from collections.abc import Callable
@@ -25,22 +25,21 @@ from torch.compiler import is_compiling
 
 from ..arch.attention import GQA, MLA, Context
 from ..arch.cache import Cache, Slot
-from ..arch.model import Block, add_attention, add_feed_forward, run_blocks
+from ..arch.model import Block, add_attention, add_feed_forward
 from ..arch.moe import Experts, MoE, SwiGLU, mixture
 from ..arch.norm import RMSNorm
 from ..arch.routing import Gate
 from ..arch.sparse import DSA, Indexer
 from ..arch.v4 import HyperBlock
 from ..infer.paged import PagedCache, PagePool
-from ..infer.ragged import Rows, run_rows
+from ..infer.ragged import Rows
 from .build import Kernels
+from .codes import has_roles, table_row, whole_panels
 from .gemm import FLOATS
 from .moe import router_settings
 from .panels import pack_panels
 from .ragged import parts_of, run_parts, run_rectangle
-from .sparse_step import INDEX_PLACES
-from .stages import FEED_PLACES, GQA_PLACES, MLA_PLACES, attention_sizes
-from .step_codes import has_roles, table_row, whole_panels
+from .stages import FEED_PLACES, GQA_PLACES, INDEX_PLACES, MLA_PLACES, attention_sizes
 from ..quant import QuantizedWeight
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #9f6953bf
@@ -272,7 +271,6 @@ def step_call(
     return call
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #6c124414
-@run_blocks.twin('cpp', prepares=True)
 def step_of(
     x:Tensor, # Embedded tokens `b s d`
     blocks:nn.ModuleList, # All blocks of one model
@@ -328,10 +326,6 @@ def rows_step(
         parts,pages = parts_of(batch, roles=roles),[t for layer in batch.caches[0].pool.layers for t in layer]
         return run_parts(x, parts, batch.angles, pages, lambda part, *args: call(part.prompt, *args), more)
     return run
-
-# %% ../../nbs/library/540_kernels.plan.ipynb #aff4854e
-@run_rows.twin('cpp', prepares=True)
-def all_rows_step(x, blocks, batch): return rows_step(x, blocks, batch)
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #ec90c45e
 @add_attention.twin('cpp', prepares=True)

@@ -1,6 +1,6 @@
 """Runs all blocks of DeepSeek-V4 in one C++ call per token, on the cache that can be rewound.
 
-The C++ twins of `run_blocks` and `run_rows` for models with hyper-connections, window attention and compressed entries: rows that decode and chunks of prompts, each with a
+The C++ twins of `run_blocks` and `run_rows`, and the step of models with hyper-connections, window attention and compressed entries: rows that decode and chunks of prompts, each with a
 cache of its own, or a batch of equal rows. They write the same `RewindableCache` as the readable blocks, so calls of both may alternate, and caches may be rewound in between. `V4Blocks`
 collects the weights of all blocks, and detects if a module has been replaced or wrapped, or has a hook; then the readable code runs."""
 
@@ -8,7 +8,7 @@ collects the weights of all blocks, and detects if a module has been replaced or
 
 # %% auto #0
 __all__ = ['v4_kernels', 'v4_codes_kernels', 'v4_head_kernels', 'v4_half', 'V4Blocks', 'v4_caches_fit', 'v4_fits', 'V4Rows',
-           'v4_rows_of', 'v4_args', 'v4_calls', 'run_v4', 'v4_step_of', 'v4_blocks_step', 'v4_rows_step',
+           'v4_rows_of', 'v4_args', 'v4_calls', 'run_v4', 'v4_step_of', 'blocks_step', 'all_rows_step',
            'read_streams_cpp']
 
 # %% ../../nbs/library/541_kernels.v4.ipynb #14c5e18f
@@ -32,10 +32,9 @@ from ..arch.window import WindowAttention
 from ..infer.ragged import Rows, run_rows
 from .build import Kernels
 from .gemm import FLOATS
-from .plan import LIMIT, Half, Refusal, StepPlan, plan_of
+from .plan import LIMIT, Half, Refusal, StepPlan, plan_of, rows_step, step_of
 from .ragged import CALL_TOKENS, parts_of
-from .v4_parts import MOST_STREAMS
-from .v4_stages import V4_PLACES, v4_numbers, v4_sizes
+from .v4_stages import MOST_STREAMS, V4_PLACES, v4_numbers, v4_sizes
 
 # %% ../../nbs/library/541_kernels.v4.ipynb #09ba04fb
 def _step(x, table, single, ratios, sizes, numbers, angles, ids, caches, starts, past, pad): return None
@@ -211,11 +210,13 @@ def v4_step_of(
     if not kernels.ready(): return Refusal(f'its step does not compile: {kernels.failed}')
     return lambda x, blocks, where: run_v4(x, plan, where, kernels.v4_step)
 
-@run_blocks.twin('cpp', label='v4', prepares=True)
-def v4_blocks_step(x, blocks, ctx): return v4_step_of(x, blocks, ctx)
+def _hyper(blocks): return isinstance(next(iter(blocks), None), HyperBlock)
 
-@run_rows.twin('cpp', label='v4', prepares=True)
-def v4_rows_step(x, blocks, batch): return v4_step_of(x, blocks, batch)
+@run_blocks.twin('cpp', prepares=True)
+def blocks_step(x, blocks, ctx): return (v4_step_of if _hyper(blocks) else step_of)(x, blocks, ctx)
+
+@run_rows.twin('cpp', prepares=True)
+def all_rows_step(x, blocks, batch): return (v4_step_of if _hyper(blocks) else rows_step)(x, blocks, batch)
 
 # %% ../../nbs/library/541_kernels.v4.ipynb #5a20f07f
 v4_head_kernels = Kernels('v4_head.cpp', read_streams=lambda x, fn, base, scale, norm, eps, mix_eps, y: None)
