@@ -15,8 +15,8 @@ def middle(name): return median(getattr(o, name) or 99 for o in FOUND.values())
 
 def test_the_median_chapter():
     "Words of prose per line of code, cells, the first result, pictures, exercises"
-    assert middle('ratio') >= 5.8 and middle('cells') <= 35 and middle('first') <= 6, telling_table(FOUND)
-    assert median(o.pictures for o in FOUND.values()) >= 1 and sum(o.pictures > 0 for o in FOUND.values()) >= 45, telling_table(FOUND)
+    assert middle('ratio') >= 6.5 and middle('cells') <= 24 and middle('first') <= 6, telling_table(FOUND)
+    assert median(o.pictures for o in FOUND.values()) >= 1 and sum(o.pictures > 0 for o in FOUND.values()) >= 53, telling_table(FOUND)
 
 
 @pytest.mark.parametrize('name', FOUND)

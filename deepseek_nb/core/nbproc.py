@@ -309,7 +309,7 @@ class ExportSources:
         if (first.split() + ['', ''])[:2] != [f'%%{kind}', check_name(kind, name)]:
             raise ValueError(f'{self.nb.path_}, cell {cell.id}: `#| {kind} {name}` must follow a first line `%%{kind} {name}`')
         folder = self.files['examples' if kind == 'example' else 'csrc']
-        folder.setdefault(name, []).append((cell.id, body.strip('\n')))
+        folder.setdefault(name, []).append((cell.id, re.sub(r'^#\| code-.*\n', '', body, flags=re.M).strip('\n')))
     def end(self):
         "Write the files of this notebook, and remove those that it no longer has"
         from nbdev.config import get_config

@@ -177,7 +177,9 @@ def _show_source(cell, links=None):
     "Show exported code below a heading with its names, and fold imports."
     from fastcore.nbio import mk_cell
     if re.match('%%c(pp|u) ', cell.source):
-        return _exported_block(mk_cell('```cpp\n' + re.sub(r'(%%|#\|).*\n', '', cell.source) + '\n```', 'markdown'))
+        fold = ''.join(f' {k}={v}' for k,v in re.findall(r'^#\| *(code-\w+): *(.+)', cell.source, re.M))
+        fence = '```' + (f'{{.cpp .cell-code{fold}}}' if fold else 'cpp')
+        return _exported_block(mk_cell(fence + '\n' + re.sub(r'(%%|#\|).*\n', '', cell.source) + '\n```', 'markdown'))
     exported = cell.directives.keys() & {'export', 'exports', 'exporti'}
     if only_imports(cell.source):
         if not exported: cell.set_source(f'#| code-fold: true\n#| code-summary: imports\n{cell.source}')

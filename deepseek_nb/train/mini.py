@@ -160,6 +160,12 @@ def prepare_text(
     held = {n: rows(kept) for n,(_,kept) in parts.items()}
     return Prepared(tok, rows([t for learnt,_ in parts.values() for t in learnt]), held)
 
+# %% ../../nbs/book/309_train.mini.ipynb #7e096bdc
+class _MTPWeight(Callback):
+    "Lowers the weight of the multi-token-prediction loss in the last part of the run"
+    def __init__(self, loss, weights, last): self.loss,self.weights,self.last = loss,weights,last
+    def before_step(self, t): self.loss.weight = self.weights[t.step >= self.last*t.max_steps]
+
 # %% ../../nbs/book/309_train.mini.ipynb #7a56847b
 @torch.no_grad()
 def count_tables(
@@ -172,12 +178,6 @@ def count_tables(
     for i,gate in enumerate(m for m in model.modules() if isinstance(m, HashGate)):
         noise = torch.rand(c.vocab_size, generator=torch.Generator().manual_seed(i)).double()
         gate.tid2eid.copy_(counted_table(counts*(1 + .2*noise), c.n_routed_experts, c.n_activated_experts))
-
-# %% ../../nbs/book/309_train.mini.ipynb #7e096bdc
-class _MTPWeight(Callback):
-    "Lowers the weight of the multi-token-prediction loss in the last part of the run"
-    def __init__(self, loss, weights, last): self.loss,self.weights,self.last = loss,weights,last
-    def before_step(self, t): self.loss.weight = self.weights[t.step >= self.last*t.max_steps]
 
 # %% ../../nbs/book/309_train.mini.ipynb #2c32ae61
 def mini_trainer(
