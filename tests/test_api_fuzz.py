@@ -121,8 +121,9 @@ def test_no_request_is_the_servers_failure(live, document):
     live.idle()
 
 
-def test_the_document_has_every_field_and_no_other(live, document):
+def test_the_document_has_every_field_and_no_other(live, document, monkeypatch):
     "No field of the document is unknown to its route, and none that is unknown is in it"
+    monkeypatch.setattr(live.server.config, 'strict', True)
     for path, ops in document['paths'].items():
         for op in ops.values():
             if 'requestBody' not in op: continue

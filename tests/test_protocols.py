@@ -180,7 +180,8 @@ def test_errors_of_a_stream(live, script):
     (dict(tools=USE, tool_choice=dict(type='tool', name='x')), 'tool_choice.type'),
     (dict(output_config=dict(effort='high', format={})), 'output_config.format'),
     (dict(system=[dict(type='text', text='x', cache_control=dict(type='ephemeral', ttl='1h'))]), 'system[0].cache_control')])
-def test_messages_name_what_is_wrong(live, body, part):
+def test_messages_name_what_is_wrong(live, body, part, monkeypatch):
+    monkeypatch.setattr(live.server.config, 'strict', True)
     for path in ('/v1/messages', '/v1/messages/count_tokens'):
         if path == '/v1/messages' or 'max_tokens' not in body:
             status, said = post(live, dict(model='mini', messages=HI, max_tokens=2) | body, path)
@@ -210,7 +211,8 @@ def test_unknown_models(live):
     (dict(top_logprobs=3), 'top_logprobs'),
     (dict(stream_options=dict(colour=1)), 'stream_options.colour'), (dict(truncation='auto'), 'truncation'),
     (dict(max_tool_calls=1), 'max_tool_calls')])
-def test_responses_name_what_is_wrong(live, body, part):
+def test_responses_name_what_is_wrong(live, body, part, monkeypatch):
+    monkeypatch.setattr(live.server.config, 'strict', True)
     got, said = post(live, dict(model='mini', input='hi', max_output_tokens=2) | body, '/v1/responses')
     assert got == 400 and part in said['error']['message'] and said['error']['param'] == part
 

@@ -181,7 +181,8 @@ def test_completions(live):
     (dict(store=True), 400, 'store is True'),
     (dict(thinking=dict(type='enabled')), 400, 'not trained to think'), (dict(timeout='soon'), 400, 'timeout must be a number'),
     (dict(timeout=-1), 400, 'timeout is -1; it must be above 0'), (dict(user_id='é'*257), 400, 'user_id has more than 512 bytes')])
-def test_every_wrong_field_is_named(live, body, status, part):
+def test_every_wrong_field_is_named(live, body, status, part, monkeypatch):
+    monkeypatch.setattr(live.server.config, 'strict', True)
     got, answer = post(live, dict(model='mini', messages=HI, max_tokens=2) | body)
     assert got == status and part in answer['error']['message'] and answer['error'].keys() == {'message', 'type', 'param', 'code'}
 

@@ -5,6 +5,8 @@ import copy
 import math
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -181,6 +183,20 @@ def test_gradients_are_the_same_when_activations_are_computed_again():
         found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(found[0]) > 50
     for a, b in zip(*found, strict=True): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_without_transformers_the_error_says_what_to_install():
+    "In a fresh process that can't import it"
+    code = """import sys
+sys.modules['transformers'] = None
+from deepseek_nb import Model, Tokenizer
+for o in (Model.from_pretrained('mini', device='cpu'), Tokenizer.from_pretrained('mini')):
+    try: o.to_transformers()
+    except ImportError as e: assert str(e) == f"{type(o).__name__}.to_transformers needs transformers: pip install 'deepseek_nb[hf]'", e
+    else: raise SystemExit('no error')
+"""
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert not found.returncode, found.stderr
 
 
 def test_what_is_not_met_is_refused():

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from .chat import ApiError, ApiRun, Fields, ServedModel, sampling_from, text_of
+from .chat import ApiError, ApiRun, Fields, ServedModel, ignore, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, check_stops, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .responses import add_turn, chat_call, joined_turns
@@ -104,7 +104,8 @@ def read_turns(
         f.done()
         if role == 'user': out += user_turn(content, f.name('content'))
         elif role == 'assistant': assistant_turn(out, content, f.name('content'))
-        else: raise f.wrong('role', f'is {role!r:.40}; known are user, assistant')
+        elif role == 'system': out.append(dict(role=role, content=_text(content, f.name('content'))))
+        else: raise f.wrong('role', f'is {role!r:.40}; known are user, assistant, system')
     if out[-1].get('tool_calls'): raise fields.wrong('messages', "ends with a tool's use; send its result")
     if out[-1]['role'] == 'assistant': out[-1]['prefix'] = True
     return joined_turns(out)
@@ -152,6 +153,7 @@ def read_tool_uses(
     out = []
     for i,tool in enumerate(fields.take('tools', list, default=[])):
         f = Fields(tool, f'tools[{i}]')
+        if f.left.get('type', 'custom') != 'custom' and ignore(f.where): continue # a tool of a service
         f.only('type', 'custom'), f.only('cache_control', *CACHE), f.only('eager_input_streaming', True, False) # inputs always stream
         given = dict(name=f.take('name', str, needed=True), description=f.take('description', str),
                      parameters=f.take('input_schema', dict, needed=True), strict=f.take('strict', bool) or None)
@@ -219,7 +221,8 @@ def read_anthropic(
     longest,(thinking,budget) = f.take('max_tokens', int, needed=not counting, least=1),read_budget(f)
     messages,uses,(form,effort) = read_turns(f),read_tool_uses(f),read_output(f)
     if thinking and messages[-1].get('prefix'): raise f.wrong('messages', 'ends with the assistant, which thinking excludes')
-    if not thinking and effort not in (None, 'high'): raise ApiError(400, 'output_config.effort needs thinking', 'output_config.effort')
+    if not thinking and effort not in (None, 'high') and not ignore('output_config.effort'):
+        raise ApiError(400, 'output_config.effort needs thinking', 'output_config.effort')
     metadata = Fields(f.take('metadata', dict, default={}), 'metadata')
     user = metadata.take('user_id', str, default='')
     f.only('service_tier', 'auto', 'standard_only'), f.only('cache_control', *CACHE)

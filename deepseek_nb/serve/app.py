@@ -36,7 +36,7 @@ from weakref import WeakValueDictionary
 from ..infer.adapters import NoAdapter
 from ..infer.engine import EngineClosed, QueueFull
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
-from .chat import ApiError, Fields, ServedModel
+from .chat import IGNORED, ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from deepseek_nb.serve.connection import (
     SHORT,
@@ -102,6 +102,8 @@ class ServerConfig:
     keep_alive:float = 15. # Seconds without an event after which a stream gets a comment
     log_format:str = 'text' # Form of the log on standard error: 'json', 'text' or 'off'
     log_prompts:bool = False # Whether the log holds prompts and answers
+    strict:bool = False # Whether fields that can't be honoured are refused; otherwise those that don't change an answer's meaning are ignored
+    default_max_tokens:int = 2048 # Most tokens of an answer to a request that says nothing
 
     def __post_init__(self):
         log_settings(self.log_format)
@@ -248,6 +250,7 @@ class Server:
         self.running,self.draining,self.hurry,self.started = Counter(),False,False,time.time()
         self.metrics,self.store = EngineMetrics({m.name: m.engine for m in models}),ResponseStore(self.config.stored)
         self.readers,self.room = Readers(),BodyRoom()
+        for m in models: m.default_max_tokens = self.config.default_max_tokens
         self.routers,self.reports = ThreadPoolExecutor(1, 'router'),0 # experts are shown here, and how many requests wait for it
         self.ended = None # called with the `RequestRecord` of each request at its end, for a monitor
 
@@ -321,6 +324,12 @@ class Server:
         if not await while_connected(request, task): await task
         return task.result()
 
+    def _reading(self, record, call, *args):
+        "Call what reads a body; the record gets the fields that it ignores"
+        token = IGNORED.set(None if self.config.strict else record.ignored)
+        try: return call(*args)
+        finally: IGNORED.reset(token)
+
     async def _start(self,
         request, # Starlette's request
         start:Callable, # Starts a run, `start(served, fields, owner)`
@@ -332,7 +341,8 @@ class Server:
         served,record = self.model(Fields(data).take('model', str)),request.scope['record']
         record.model,record.key,record.tok = served.name,owner,served.tok
         fields = {k: v for k,v in data.items() if k != 'model'}
-        run = await self._read(request, owner, long, start, served, fields, owner)
+        run = await self._read(request, owner, long, self._reading, record, start, served, fields, owner)
+        self.metrics.count_ignored(record.ignored)
         record.answer,record.streams = run.id,[a.stream for a in run.answers]
         return run
 
@@ -391,7 +401,8 @@ class Server:
         adapter = m.engine.adapters.loaded.get(m.adapter)
         return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
                     root=adapter.folder.name if adapter else m.name, parent=m.base,
-                    type='model', display_name=m.name, created_at=since, max_input_tokens=m.context)
+                    type='model', display_name=m.name, created_at=since, max_input_tokens=m.context,
+                    default_max_tokens=min(m.default_max_tokens, m.context))
 
     @_answered
     async def _list_models(self, request): # `GET /v1/models`
@@ -501,8 +512,8 @@ class Server:
             data,long = await self._parsed(body, owner)
             served = self.model(Fields(data).take('model', str, default=default))
             fields = {k: v for k,v in data.items() if k != 'model'}
-            if pool is None: return await self._json(await self._read(request, owner, long, count, served, fields, owner))
-            return await self._json(await asyncio.wrap_future(pool.submit(count, served, fields, owner)))
+            if pool is None: return await self._json(await self._read(request, owner, long, self._reading, request.scope['record'], count, served, fields, owner))
+            return await self._json(await asyncio.wrap_future(pool.submit(self._reading, request.scope['record'], count, served, fields, owner)))
         except Exception as error: return self._response(error, wire, request)
         finally:
             if owner is not None: self._leave(owner, None)

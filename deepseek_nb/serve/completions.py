@@ -21,7 +21,7 @@ from uuid import uuid4
 from ..files.tokenizer import Tokenizer
 from ..infer.request import MOST_DRAFTED, Piece
 from ..infer.sampling import SamplingParams
-from .chat import ApiError, ApiRun, Fields, ServedModel, excerpt, read_messages, sampling_from
+from .chat import ApiError, ApiRun, Fields, ServedModel, excerpt, ignore, read_messages, sampling_from
 from .events import ContentDelta, ReasoningDelta, ToolCallDelta, ToolCallStart
 from .grammar import Grammar, ToolGrammar, compile_grammar
 
@@ -31,7 +31,7 @@ class ChatRequest:
     "A chat completion that was asked for"
     messages:list # Checked messages
     params:SamplingParams # How tokens are chosen
-    max_tokens:int|None = None # Most tokens of an answer; None: what the context leaves
+    max_tokens:int|None = None # Most tokens of an answer; None: the server's default
     stop:tuple = () # Strings that end an answer
     n:int = 1 # Number of answers
     tools:list|None = None # Functions that the model may call
@@ -46,6 +46,8 @@ class ChatRequest:
     effort:str|None = None # How much the model reasons; None: nothing was said
     drafts:int|None = None # Most tokens that are drafted for a step; 0: none; None: as the server chooses
     parallel:bool = True # Whether an answer may call several tools
+    ignore_eos:bool = False # Whether an answer goes on behind its end token
+    continuous_usage:bool = False # Whether each chunk of a stream reports the usage
 
 # %% ../../nbs/library/472_serve.completions.ipynb #b14b9ff1
 MOST_STOP = 1024 # Characters of a stop string
@@ -82,8 +84,11 @@ def read_thinking(
     fields:Fields, # Body
     default:bool = False, # Whether the model thinks if nothing is said
 )->bool: # Whether the model reasons first
-    "The fields `thinking` and `reasoning_effort`"
+    "The fields `thinking`, `reasoning_effort` and `chat_template_kwargs`"
     thinking,effort = fields.take('thinking', dict),fields.take('reasoning_effort', str, among=EFFORTS)
+    own = Fields(fields.take('chat_template_kwargs', dict, default={}), 'chat_template_kwargs')
+    for name in ('thinking', 'enable_thinking'): default = own.take(name, bool, default=default)
+    own.done()
     if thinking is None: return default if effort is None else effort != 'none'
     inner = Fields(thinking, 'thinking')
     kind = inner.take('type', str, needed=True, among=('enabled', 'disabled'))
@@ -92,9 +97,11 @@ def read_thinking(
 
 # %% ../../nbs/library/472_serve.completions.ipynb #b67f0605
 def _function(tool, where):
-    "The name of a tool, when its fields have been checked"
+    "The name of a tool, when its fields have been checked; None: it is left out"
     f = Fields(tool, where)
-    if f.take('type', str) != 'function': raise f.wrong('type', "must be 'function'")
+    if (kind := f.take('type', str)) != 'function':
+        if kind and ignore(where): return None # a tool of a service, which nobody could run here
+        raise f.wrong('type', "must be 'function'")
     inner = Fields(f.take('function', dict, needed=True), f.name('function'))
     name = inner.take('name', str, needed=True)
     inner.take('description', str), inner.take('parameters', dict), inner.take('strict', bool)
@@ -107,6 +114,7 @@ def check_tools(
     "The fields `tools` and `tool_choice`"
     tools,choice = fields.take('tools', list),fields.take('tool_choice', str, dict)
     names = [_function(tool, f'tools[{i}]') for i,tool in enumerate(tools or ())]
+    tools,names = [t for t,n in zip(tools or (), names, strict=True) if n is not None],[n for n in names if n is not None]
     check_names(names)
     return (None, 'auto') if choice == 'none' else (tools or None, _choice(fields, choice, names))
 
@@ -157,15 +165,16 @@ def read_longest(
 
 def read_streaming(
     fields:Fields, # Body, in which `stream` has not been read
-)->tuple[bool,bool]: # Whether to stream, and whether the usage is sent in a chunk of its own
+)->tuple[bool,bool,bool]: # Whether to stream, whether the usage is sent in a chunk of its own, and whether each chunk has it
     "The fields `stream` and `stream_options`"
     stream,given = fields.take('stream', bool, default=False),fields.take('stream_options', dict)
     if given is not None and not stream: raise fields.wrong('stream_options', 'needs stream: true')
     options = Fields(given or {}, 'stream_options')
     usage = options.take('include_usage', bool, default=False)
     options.only('include_obfuscation', False)
+    always = options.take('continuous_usage_stats', bool, default=False)
     options.done()
-    return stream,usage
+    return stream,usage,usage and always
 
 # %% ../../nbs/library/472_serve.completions.ipynb #86e7f754
 def read_chat(
@@ -174,9 +183,11 @@ def read_chat(
     "Read the body of a chat completion"
     f = Fields(body)
     out = ChatRequest(read_messages(f.take('messages', list, needed=True)), sampling_from(f, logprobs=read_logprobs(f)), read_longest(f),
-        read_stop(f), f.take('n', int, default=1, least=1, most=16), *check_tools(f), read_format(f), read_thinking(f), *read_streaming(f),
+        read_stop(f), f.take('n', int, default=1, least=1, most=16), *check_tools(f), read_format(f), read_thinking(f),
+        *(streaming := read_streaming(f))[:2],
         read_user(f), f.take('timeout', float), f.take('return_token_ids', bool, default=False), body.get('reasoning_effort'),
-        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED), f.take('parallel_tool_calls', bool, default=True))
+        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED), f.take('parallel_tool_calls', bool, default=True),
+        f.take('ignore_eos', bool, default=False), streaming[2])
     if out.timeout is not None and not 0 < out.timeout <= 1e9:
         raise f.wrong('timeout', f'is {out.timeout!r:.40}; it must be above 0 and at most 1e9 seconds')
     _accept(f)
@@ -311,7 +322,8 @@ class ChatRun(ApiRun):
         deadline = None if request.timeout is None else began + request.timeout
         last = request.messages[-1]
         begun = last['content'] or last.get('reasoning_content', '') if last.get('prefix') else ''
-        how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline, begun=begun, draft_tokens=request.drafts)
+        how = dict(stop=request.stop, user=f'{owner}/{request.user}', deadline=deadline, begun=begun, draft_tokens=request.drafts,
+               stop_ids=() if request.ignore_eos else None)
         self.answers,self.prompt,grammar = [],ids,grammar_for(served, request)
         try:
             for i in range(request.n):
@@ -366,7 +378,7 @@ class ChatRun(ApiRun):
         async for _,choice in merge_streams(*[self._answer_choices(i) for i in range(left)]):
             left -= choice['finish_reason'] is not None
             last = not left and choice['finish_reason'] is not None and self.dialect == 'deepseek'
-            yield self._chunk([choice], **prompt, **dict(usage=usage_of(self.answers)) if last else {})
+            yield self._chunk([choice], **prompt, **dict(usage=usage_of(self.answers)) if last or self.request.continuous_usage else {})
             prompt = {}
         if self.request.include_usage and self.dialect == 'openai': yield self._chunk([], usage=usage_of(self.answers))
 

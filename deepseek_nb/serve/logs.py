@@ -53,6 +53,7 @@ class RequestRecord:
     model:str = '' # Name of the model
     key:str = '' # Name of the key
     error:str = '' # Code or kind of the error
+    ignored:list = field(default_factory=list) # Names of fields that were ignored
     streams:list = field(default_factory=list) # `Stream` of each answer
     tok:object = None # Tokenizer, to decode prompts
 
@@ -61,7 +62,7 @@ class RequestRecord:
     )->dict:
         "The line of a request"
         about = {k: v for k in ('id', 'method', 'route', 'status', 'answer', 'model', 'key', 'error') if (v := getattr(self, k)) != ''}
-        out = about | dict(seconds=round(time.monotonic() - self.started, 6))
+        out = about | dict(seconds=round(time.monotonic() - self.started, 6)) | (dict(ignored=','.join(self.ignored[:16])) if self.ignored else {})
         if not self.streams: return out
         usage,first = [s.usage for s in self.streams],self.streams[0]
         if user := user_hash(first.request.user): out['user'] = user
@@ -136,6 +137,7 @@ class RequestLog:
             if message['type'] == 'http.response.start':
                 record.status = message['status']
                 names = [(n, record.id.encode()) for n in (b'x-request-id', b'request-id')] # OpenAI's name, and Anthropic's
+                if record.ignored: names.append((b'x-ignored-fields', ', '.join(record.ignored[:16]).encode()))
                 message = message | dict(headers=[*message.get('headers', ()), *names])
             await send(message)
         try: await self.app(scope | dict(record=record), receive, answer)

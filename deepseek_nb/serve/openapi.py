@@ -39,11 +39,11 @@ def record(
 EFFORT = one_of('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
 _PARTS = {'anyOf': [TEXT, list_of(record('type text', type=one_of('text'), text=TEXT))]}
 SAMPLING = dict(temperature=NUMBER | dict(minimum=0, maximum=2), top_p=NUMBER | dict(exclusiveMinimum=0, maximum=1),
-                min_p=NUMBER | dict(minimum=0, maximum=1), top_k=_WHOLE | dict(minimum=0), seed=_WHOLE, repetition_penalty=NUMBER,
+                min_p=NUMBER | dict(minimum=0, maximum=1), top_k=_WHOLE | dict(minimum=-1), seed=_WHOLE, repetition_penalty=NUMBER,
                 presence_penalty=NUMBER | dict(minimum=-2, maximum=2), frequency_penalty=NUMBER | dict(minimum=-2, maximum=2),
                 logit_bias=dict(type='object', additionalProperties=NUMBER | dict(minimum=-100, maximum=100)))
 _ANSWERS = SAMPLING | dict(model=TEXT, max_tokens=_WHOLE | dict(minimum=1), n=_WHOLE | dict(minimum=1, maximum=16), stream=YES_NO,
-                          stream_options=record(include_usage=YES_NO), user=TEXT, user_id=TEXT, draft_tokens=_WHOLE,
+                          stream_options=record(include_usage=YES_NO, continuous_usage_stats=YES_NO), ignore_eos=YES_NO, user=TEXT, user_id=TEXT, draft_tokens=_WHOLE,
                           stop={'anyOf': [TEXT, list_of(TEXT, maxItems=16)]})
 
 # %% ../../nbs/library/480_serve.openapi.ipynb #dda1f7a5
@@ -56,6 +56,7 @@ FORMAT = record('type', type=one_of('text', 'json_object', 'json_schema'),
 _CHAT = record('model messages', **_ANSWERS, messages=list_of(MESSAGE, minItems=1), max_completion_tokens=_WHOLE | dict(minimum=1),
               tools=list_of(TOOL), tool_choice={'anyOf': [one_of('none', 'auto', 'required'), ANY]}, parallel_tool_calls=YES_NO,
               response_format=FORMAT, thinking=record('type', type=one_of('enabled', 'disabled')), reasoning_effort=EFFORT,
+              chat_template_kwargs=record(thinking=YES_NO, enable_thinking=YES_NO),
               logprobs=YES_NO, top_logprobs=_WHOLE | dict(minimum=0, maximum=20), timeout=NUMBER, return_token_ids=YES_NO)
 COMPLETION = record('model prompt', **_ANSWERS, suffix=TEXT, echo=YES_NO, logprobs=_WHOLE | dict(minimum=0, maximum=20),
                     prompt={'anyOf': [TEXT, list_of(TEXT), list_of(_WHOLE), list_of(list_of(_WHOLE))]})
@@ -71,7 +72,7 @@ RESPONSE = record('model input', **SAMPLING, **INPUT, max_output_tokens=_WHOLE |
                   reasoning=record(effort=EFFORT), text=record(format=record('type', type=one_of('text', 'json_object'))))
 _BLOCK = {'anyOf': [record('type text', type=one_of('text'), text=TEXT),
                    record('type tool_use_id', type=one_of('tool_result'), tool_use_id=TEXT, content=TEXT, is_error=YES_NO)]}
-ASKED = dict(model=TEXT, system=_PARTS, messages=list_of(record('role content', role=one_of('user', 'assistant'),
+ASKED = dict(model=TEXT, system=_PARTS, messages=list_of(record('role content', role=one_of('user', 'assistant', 'system'),
              content={'anyOf': [TEXT, list_of(_BLOCK)]}), minItems=1),
              tools=list_of(record('name input_schema', name=TEXT, description=TEXT,
              input_schema=ANY)), tool_choice=record('type', type=one_of('auto', 'any', 'none')), metadata=record(user_id=TEXT),

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from ..infer.sampling import SamplingParams
-from .chat import ROLES, TEXT_PARTS, ApiError, ApiRun, Fields, ServedModel, excerpt, sampling_from, text_of
+from .chat import ROLES, TEXT_PARTS, ApiError, ApiRun, Fields, ServedModel, excerpt, ignore, sampling_from, text_of
 from .completions import EFFORTS, ChatRequest, check_names, grammar_for
 from .events import ReasoningDelta, ToolCallDelta, ToolCallEnd, ToolCallStart
 
@@ -237,7 +237,9 @@ def read_functions(
     chat,echo = [],[]
     for i,tool in enumerate(fields.take('tools', list, default=[])):
         f = Fields(tool, f'tools[{i}]')
-        if f.take('type', str) != 'function': raise f.wrong('type', "must be 'function'")
+        if (kind := f.take('type', str)) != 'function':
+            if kind and ignore(f.where): continue # a tool of a service, or in a form of its own
+            raise f.wrong('type', "must be 'function'")
         given = dict(name=f.take('name', str, needed=True), description=f.take('description', str), parameters=f.take('parameters', dict))
         strict = f.take('strict', bool, default=False)
         f.done()
@@ -291,13 +293,13 @@ ACCEPTED = dict(background=(False,), truncation=('disabled',), service_tier=('au
 def _others(f):
     "Fields that change nothing, or are only repeated in the response"
     options,include = Fields(f.take('stream_options', dict, default={}), 'stream_options'),f.take('include', list, default=[])
-    if include not in ([], ['reasoning.encrypted_content']): raise f.wrong('include', "can only be ['reasoning.encrypted_content']")
+    if include not in ([], ['reasoning.encrypted_content']) and not ignore('include'): raise f.wrong('include', "can only be ['reasoning.encrypted_content']")
     options.only('include_obfuscation', False)
     options.done()
     for name,values in ACCEPTED.items(): f.only(name, *values)
     kept = dict(metadata=f.take('metadata', dict, default={}))
     kept |= {name: f.take(name, str) for name in ('prompt_cache_key', 'safety_identifier')}
-    return kept | ({} if (user := f.take('user', str)) is None else dict(user=user)),bool(include)
+    return kept | ({} if (user := f.take('user', str)) is None else dict(user=user)),'reasoning.encrypted_content' in include
 
 # %% ../../nbs/library/476_serve.responses.ipynb #942af38e
 def read_previous(

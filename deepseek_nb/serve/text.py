@@ -75,6 +75,7 @@ class TextRequest:
     include_usage:bool = False # Whether a stream reports the usage in a chunk of its own
     user:str = '' # The user's id, if the body has one
     drafts:int|None = None # Most tokens that are drafted for a step; 0: none; None: as the server chooses
+    ignore_eos:bool = False # Whether an answer goes on behind its end token
 
 # %% ../../nbs/library/474_serve.text.ipynb #76d5059e
 def read_completion(
@@ -92,8 +93,8 @@ def read_completion(
         prompts = [fim_prompt(tok, p, suffix) for p in prompts]
     out = TextRequest(
         prompts, sampling_from(f, logprobs=top), f.take('max_tokens', int, default=16, least=0), read_stop(f),
-        f.take('n', int, default=1, least=1, most=16), echo, *read_streaming(f), read_user(f),
-        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED))
+        f.take('n', int, default=1, least=1, most=16), echo, *read_streaming(f)[:2], read_user(f),
+        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED), f.take('ignore_eos', bool, default=False))
     f.only('best_of', out.n)
     f.done()
     return out
@@ -132,7 +133,8 @@ class TextRun(ApiRun):
         prompts = [served.screened_ids(p, i) for i,p in enumerate(r.prompts)]
         try:
             for i in range(len(r.prompts)*r.n):
-                how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score, draft_tokens=r.drafts)
+                how = dict(user=f'{owner}/{r.user}', adapter=served.adapter, prompt_logprobs=score, draft_tokens=r.drafts,
+                           stop_ids=() if r.ignore_eos else None)
                 request = Request(prompts[i//r.n], r.params.number(i), r.max_tokens, r.stop, **how)
                 before = served.tok.decode(prompts[i//r.n][-250:]) if served.filter is not None else ''
                 stream,again = served.submit(request)

@@ -338,13 +338,16 @@ def run_server(
     log_prompts:bool = False, # Write prompts and answers into the log
     policy:str = '', # TOML file with a content policy: what to block, mask, rewrite or log in prompts and answers; default: none
     allow_host:str = '', # Further names under which a server without keys is reached, separated by commas; default: this machine's
+    strict:bool = False, # Refuse fields of requests that can't be honoured; default: ignore and name those that don't change the meaning
+    default_max_tokens:int = 0, # Most tokens of an answer to a request that says nothing; default: 2048
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
     from deepseek_nb.tools.serving import adapter_folders, read_settings, serve_models
     given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None,
                  kv_cache=kv_cache or None, draft=draft or None, draft_tokens=draft_tokens or None, exact=exact or None,
                  log_format=log_format or None, log_prompts=log_prompts or None, policy=policy or None,
-                 adapters=adapter_folders(adapter) or None, allow_host=allow_host.split(',') if allow_host else None)
+                 adapters=adapter_folders(adapter) or None, allow_host=allow_host.split(',') if allow_host else None,
+                 strict=strict or None, default_max_tokens=default_max_tokens or None)
     given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
     names,server,engine = read_settings(config or None, **given)
     serve_models(names, server, **engine)
