@@ -192,13 +192,24 @@ class EngineMetrics:
     def __init__(self,
         engines:dict, # Name of each model -> its `Engine`; models that share an engine are counted under the first name
     ):
-        from prometheus_client import CollectorRegistry, Histogram
+        from prometheus_client import CollectorRegistry, Counter, Histogram
         self.engines = {name: e for i,(name,e) in enumerate(engines.items()) if e not in [*engines.values()][:i]}
         self.registry = CollectorRegistry()
         self.histograms = {n: Histogram(f'vllm:{n}', help, ['model_name'], registry=self.registry, buckets=bounds)
                            for n,(help,bounds) in HISTOGRAMS.items()}
+        self.ignored = Counter('deepseek_nb:ignored_fields', 'Fields of requests that were ignored', ['field'], registry=self.registry)
+        self.named = set() # fields that have a counter of their own
         self.registry.register(self)
         for name,e in self.engines.items(): e.watch = _Observer({n: h.labels(name) for n,h in self.histograms.items()})
+
+    def count_ignored(self,
+        names:list, # Of fields, as messages name them
+    )->None:
+        "Count fields that were ignored; clients choose the names, so only so many have a counter of their own"
+        for name in names:
+            name = re.sub(r'\d+', '', name)
+            if len(self.named) < 100: self.named.add(name)
+            self.ignored.labels(name if name in self.named else 'other').inc()
 
     def collect(self): # Families of metrics
         "The gauges and counters, as Prometheus' client wants them"
