@@ -50,6 +50,7 @@ Modules:
 - `deepseek_nb.arch.v4_config`: What sparse attention, windows, compressed entries, hyper-connections and hash routing add to a config, and how V4's `config.json` is read and written
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
+- `deepseek_nb.bench.drift`: The rate of false alarms of the drift monitor on 200 weeks of real text, and the share of shifts of each size that it detects, with the delay
 - `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
@@ -95,6 +96,7 @@ Modules:
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
 - `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
+- `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.

@@ -481,7 +481,7 @@ BENCHMARKS = {  # name at the command line -> location
     'conversion': Benchmark('bench.training.conversion', _HF), 'sparse-steps': Benchmark('studies.sparse.sparse_steps'),
     'serve': Benchmark('bench.serve.serve_load'), 'sparse': Benchmark('bench.caches.sparse_decode'),
     'speculate': Benchmark('bench.speculate.speculate'), 'v4-decode': Benchmark('bench.caches.v4_decode', _HF),
-    'drift': Benchmark('eval.drift.drift_weeks', ('numpy',)),
+    'drift': Benchmark('bench.drift.drift_weeks', ('numpy',)),
     'events': Benchmark('platform.events.record_events', ('numpy', 'sqlalchemy', 'psycopg')),
     'tensorrt': Benchmark('export.tensorrt.bench_tensorrt', ('tensorrt',)),
     'platform': Benchmark('platform.latency.measure_pages', ('sqlalchemy', 'psycopg')),

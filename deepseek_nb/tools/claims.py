@@ -348,7 +348,7 @@ ARTICLE += (
           (ClaimPart(lambda at: _shorter(at, 'neighbour'), .18),), dict(savings=lambda at: _shorter(at, 'savings'))),
     Claim('An API for Python, Java and C++', 'serve.clients', 'Clients in five languages got the same answer from one server, and '
           'its errors, in one stored run', 'Python, JavaScript, Java, C++ and the shell'),
-    Claim('Labelling, training, deployment and monitoring, with automatic evaluation of bias and robustness', 'eval.drift',
+    Claim('Labelling, training, deployment and monitoring, with automatic evaluation of bias and robustness', 'bench.drift',
           'All of it runs. The monitor raised an alarm in {alarms:.1%} of calm weeks. The checks of bias and robustness have yet '
           'to find a fault: typing errors changed no score beyond chance', 'Simulated traffic; SmolLM2-135M', also=dict(alarms=_alarms),
           covers=ClaimPart(lambda at: over_seeds([min(f['adjusted'] for f in at.bench('perturb', 'falls'))]), .05, True)))
