@@ -17,7 +17,7 @@ from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.paged import PagedCache, PagePool, PoolFull
 from deepseek_nb.infer.quant_cache import CacheFormat
 from deepseek_nb.infer.ragged import run_rows
-from deepseek_nb.kernels import invariant, paged, ragged
+from deepseek_nb.kernels import attention, invariant, ragged
 from deepseek_nb.kernels.plan import plan_of, step_kernels
 from deepseek_nb.quant import quantize, relative_error, replace_parameter
 from deepseek_nb.quant.int4 import Int4
@@ -328,5 +328,5 @@ def test_clean_under_sanitizers():
 
 def test_kernels_refuse_what_they_cannot_read():
     with pytest.raises(ValueError, match='k is float32 of shape'):
-        paged.attend_pages(torch.randn(2, 3, 8), torch.randn(4, 3, 16, 9), torch.randn(4, 3, 16, 8), *[torch.zeros(1).long()]*3, .1)
+        attention.attend_pages(torch.randn(2, 3, 8), torch.randn(4, 3, 16, 9), torch.randn(4, 3, 16, 8), *[torch.zeros(1).long()]*3, .1)
     with pytest.raises(ValueError, match='x is float32 of shape'): invariant.linear_invariant(torch.randn(2, 3), torch.randn(4, 5))

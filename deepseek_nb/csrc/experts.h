@@ -98,12 +98,12 @@ template <bool ADD, class T> void project_panel(const Team& t, const Group<const
 // %% ../../nbs/library/515_kernels.moe.ipynb #9b5a1875
 // whether the tokens of a group are packed
 template <class M> bool packs(const Group<M>& v) { return std::is_pointer_v<M> && v.n > FEW; }
-template <class M> int64_t group_memory(const Group<M>& v, int64_t d) {
-    return packs(v) ? (d + v.f) * PANEL : v.n * v.f;
-}
+template <class M> int64_t panel_room(const Group<M>& v, int64_t d) { return packs(v) ? d * PANEL : 0; }
+template <class M> int64_t hidden_room(const Group<M>& v) { return v.f * (packs(v) ? PANEL : v.n); }
+template <class M> int64_t group_memory(const Group<M>& v, int64_t d) { return panel_room(v, d) + hidden_room(v); }
 template <class M> void place(std::vector<Group<M>>& groups, int64_t d, float* memory) {
     for (auto& v : groups) {
-        v.panel = memory, v.hidden = memory + (packs(v) ? d * PANEL : 0);
+        v.panel = memory, v.hidden = memory + panel_room(v, d);
         memory += group_memory(v, d);
     }
 }

@@ -59,15 +59,8 @@ using GroupOfCodes = Group<Matrix>;
 inline int32_t* input_codes(const GroupOfCodes& v) { return (int32_t*)v.panel; }
 inline int32_t* hidden_codes(const GroupOfCodes& v) { return (int32_t*)(v.hidden + v.n * v.f); }
 
-inline int64_t group_memory(const GroupOfCodes& v, int64_t d) {
-    return v.n * (code_words(d, v.gate.fine()) + code_words(v.f, v.down.fine()) + v.f);
-}
-inline void place(std::vector<GroupOfCodes>& groups, int64_t d, float* memory) {
-    for (auto& v : groups) {
-        v.panel = memory, v.hidden = memory + v.n * code_words(d, v.gate.fine());
-        memory += group_memory(v, d);
-    }
-}
+inline int64_t panel_room(const GroupOfCodes& v, int64_t d) { return v.n * code_words(d, v.gate.fine()); }
+inline int64_t hidden_room(const GroupOfCodes& v) { return v.n * (v.f + code_words(v.f, v.down.fine())); }
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #398b9d32
 // call use for the blocks of 32 that this thread rounds, over all rows; wide(v): numbers per row of a group
@@ -292,15 +285,8 @@ void expand(const Team& t, const Mla<T, Decoded>& w, int64_t n, const float* con
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #0a12ea7e
 using GroupOfDecoded = Group<Decoded>;
-inline int64_t group_memory(const GroupOfDecoded& v, int64_t d) {
-    return v.n * (decoded_width(d) + decoded_width(v.f)) / 2;
-}
-inline void place(std::vector<GroupOfDecoded>& groups, int64_t d, float* memory) {
-    for (auto& v : groups) {
-        v.panel = memory, v.hidden = memory + v.n * decoded_width(d) / 2;
-        memory += group_memory(v, d);
-    }
-}
+inline int64_t panel_room(const GroupOfDecoded& v, int64_t d) { return v.n * decoded_width(d) / 2; }
+inline int64_t hidden_room(const GroupOfDecoded& v) { return v.n * decoded_width(v.f) / 2; }
 inline void hidden_decoded(const Team& t, const GroupOfDecoded& v, int64_t d) {
     const auto [first, last] = t.share(panels_of(v.f));
     const int64_t ld = decoded_width(v.f);

@@ -228,13 +228,8 @@ template <class T, class M> void V4Run<T, M>::write(const Team& t, const V4Block
 // %% ../../nbs/library/536_kernels.v4_stages.ipynb #16503dd4
 // divide a row by its root mean square
 inline void normalise(float* x, int64_t d, float eps) {
-    vec squares = {};
-    int64_t i = 0;
-    for (; i + L <= d; i += L) squares = muladd(load(x + i), load(x + i), squares);
-    float total = sum(squares);
-    for (; i < d; ++i) total += x[i] * x[i];
-    const float by = 1 / std::sqrt(total / d + eps);
-    for (i = 0; i < d; ++i) x[i] *= by;
+    const float by = inverse_rms(x, d, eps);
+    for (int64_t i = 0; i < d; ++i) x[i] *= by;
 }
 
 // %% ../../nbs/library/536_kernels.v4_stages.ipynb #d5f74b4b

@@ -86,20 +86,21 @@ inline void balance(float* m, int64_t x, int64_t iterations, float eps) {
 
 // %% ../../nbs/library/536_kernels.v4_stages.ipynb #acd963e4
 struct Site { const float *fn, *base, *scale; };
+// the reciprocal of the root mean square
+inline float inverse_rms(const float* x, int64_t d, float eps) {
+    vec squares = {};
+    int64_t i = 0;
+    for (; i + L <= d; i += L) squares = muladd(load(x + i), load(x + i), squares);
+    float total = sum(squares);
+    for (; i < d; ++i) total += x[i] * x[i];
+    return 1 / std::sqrt(total / d + eps);
+}
 
 struct Streams {
     int64_t x, d, iterations;
     float eps, mix_eps;
     int64_t rows() const { return (2 + x) * x; }
-    // the reciprocal of the root mean square of all streams
-    float factor(const float* X) const {
-        vec squares = {};
-        int64_t i = 0;
-        for (; i + L <= x * d; i += L) squares = muladd(load(X + i), load(X + i), squares);
-        float total = sum(squares);
-        for (; i < x * d; ++i) total += X[i] * X[i];
-        return 1 / std::sqrt(total / (x * d) + eps);
-    }
+    float factor(const float* X) const { return inverse_rms(X, x * d, eps); }
     // the products of a site to its weights
     void weigh(const Site& site, const float* X, float* mix) const {
         const float by = factor(X);
