@@ -1,4 +1,7 @@
-"""Requests as coding agents and load generators send them: what the server can't honour is ignored and named, what would change an answer's meaning is refused.
+"""Requests as coding agents and load generators send them: what the server can't honour is ignored and named
+
+What would change an answer's meaning is refused. The bodies are shortened; one has a web search added,
+and guidellm's is written from its fields.
 
 The bodies are shortened from those that Codex's, Claude Code's and @ai-sdk/anthropic's packages sent on 2026-12-02."""
 import json
@@ -10,7 +13,8 @@ V31 = 'deepseek-v3.1'
 PROPERTIES = dict(type='object', properties=dict(cmd=dict(type='string')), required=['cmd'], additionalProperties=False)
 CODEX = dict(
     model='mini', stream=True, tool_choice='auto', parallel_tool_calls=True, reasoning=dict(summary='auto'), store=False,
-    include=['reasoning.encrypted_content'], prompt_cache_key='01a2390c-dc2b', client_metadata={'session_id': '01a2', 'x-codex-window-id': '01a2:0'},
+    include=['reasoning.encrypted_content'], prompt_cache_key='01a2390c-dc2b',
+    client_metadata={'session_id': '01a2', 'x-codex-window-id': '01a2:0'},
     input=[dict(type='message', id='msg_1', role='developer', content=[dict(type='input_text', text='You are a coding agent.')]),
            dict(type='message', id='msg_2', role='user', content=[dict(type='input_text', text='hi')])],
     tools=[dict(type='function', name='exec_command', description='Runs', strict=False, parameters=PROPERTIES),
@@ -53,7 +57,8 @@ def small(body, name): return body | {name: 5}
     ('/v1/messages', small(SDK, 'max_tokens'), []),
     ('/v1/chat/completions', GUIDELLM, []),
     ('/v1/chat/completions', dict(model='mini', messages=HI, max_tokens=3, top_k=-1, store=True, verbosity='low',
-                                  chat_template_kwargs=dict(enable_thinking=False, colour=1)), ['store', 'verbosity', 'chat_template_kwargs.colour']),
+                                  chat_template_kwargs=dict(enable_thinking=False, colour=1)),
+     ['store', 'verbosity', 'chat_template_kwargs.colour']),
     ('/v1/completions', dict(model='mini', prompt='The', max_tokens=3, min_tokens=2), ['min_tokens'])])
 def test_what_is_ignored_is_named(live, path, body, ignored):
     "In the header and in a counter; a strict server names the first as an error"
@@ -69,7 +74,8 @@ def test_what_is_ignored_is_named(live, path, body, ignored):
 @pytest.mark.parametrize('path, more, part', [
     ('/v1/chat/completions', dict(modalities=['audio']), 'modalities'), ('/v1/chat/completions', dict(functions=[]), 'functions'),
     ('/v1/chat/completions', dict(guided_json={}), 'guided_json'),
-    ('/v1/chat/completions', dict(tool_choice='required'), 'tool_choice'), ('/v1/chat/completions', dict(response_format=dict(type='xml')), 'type'),
+    ('/v1/chat/completions', dict(tool_choice='required'), 'tool_choice'),
+    ('/v1/chat/completions', dict(response_format=dict(type='xml')), 'type'),
     ('/v1/chat/completions', dict(messages=[dict(role='user', content=[dict(type='image_url', image_url=dict(url='x'))])]), 'type'),
     ('/v1/responses', dict(conversation='c', input='hi', messages=None), 'conversation')])
 def test_what_changes_the_meaning_is_refused(live, path, more, part):

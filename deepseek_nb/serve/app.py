@@ -102,7 +102,7 @@ class ServerConfig:
     keep_alive:float = 15. # Seconds without an event after which a stream gets a comment
     log_format:str = 'text' # Form of the log on standard error: 'json', 'text' or 'off'
     log_prompts:bool = False # Whether the log holds prompts and answers
-    strict:bool = False # Whether fields that can't be honoured are refused; otherwise those that don't change an answer's meaning are ignored
+    strict:bool = False # Whether fields that can't be honoured are refused; else those that change no meaning are ignored
     default_max_tokens:int = 2048 # Most tokens of an answer to a request that says nothing
 
     def __post_init__(self):
@@ -512,8 +512,9 @@ class Server:
             data,long = await self._parsed(body, owner)
             served = self.model(Fields(data).take('model', str, default=default))
             fields = {k: v for k,v in data.items() if k != 'model'}
-            if pool is None: return await self._json(await self._read(request, owner, long, self._reading, request.scope['record'], count, served, fields, owner))
-            return await self._json(await asyncio.wrap_future(pool.submit(self._reading, request.scope['record'], count, served, fields, owner)))
+            given = request.scope['record'],count,served,fields,owner
+            if pool is None: return await self._json(await self._read(request, owner, long, self._reading, *given))
+            return await self._json(await asyncio.wrap_future(pool.submit(self._reading, *given)))
         except Exception as error: return self._response(error, wire, request)
         finally:
             if owner is not None: self._leave(owner, None)

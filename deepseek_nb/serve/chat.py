@@ -52,9 +52,9 @@ KINDS = {str: 'a string', bool: 'true or false', int: 'a whole number', float: '
 
 IGNORED = ContextVar('ignored', default=None) # Names of fields that the request at hand could do without; None: such fields are refused
 # Fields that change what an answer means: they are refused
-MEANING = frozenset('''type role index functions function_call audio modalities web_search_options conversation prompt previous_response_id background
-    container mcp_servers guided_json guided_regex guided_choice guided_grammar structured_outputs grammar regex ebnf json_schema best_of
-    continue_final_message images documents thread'''.split())
+MEANING = frozenset('''type role index functions function_call audio modalities web_search_options conversation prompt
+    previous_response_id background container mcp_servers guided_json guided_regex guided_choice guided_grammar
+    structured_outputs grammar regex ebnf json_schema best_of continue_final_message images documents thread'''.split())
 
 def ignore(
     name:str, # Of a field that can't be honoured
@@ -120,8 +120,8 @@ class Fields:
 
     def done(self)->None:
         "Ignore the fields that nobody took, or refuse them"
-        for field in self.left:
-            if not ignore(self.name(field)): raise self.wrong(field, 'is not known here; leave it out')
+        for name in self.left:
+            if not ignore(self.name(name)): raise self.wrong(name, 'is not known here; leave it out')
 
 # %% ../../nbs/library/470_serve.chat.ipynb #0814e086
 def excerpt(

@@ -62,7 +62,8 @@ class RequestRecord:
     )->dict:
         "The line of a request"
         about = {k: v for k in ('id', 'method', 'route', 'status', 'answer', 'model', 'key', 'error') if (v := getattr(self, k)) != ''}
-        out = about | dict(seconds=round(time.monotonic() - self.started, 6)) | (dict(ignored=','.join(self.ignored[:16])) if self.ignored else {})
+        out = about | dict(seconds=round(time.monotonic() - self.started, 6))
+        if self.ignored: out |= dict(ignored=','.join(self.ignored[:16]))
         if not self.streams: return out
         usage,first = [s.usage for s in self.streams],self.streams[0]
         if user := user_hash(first.request.user): out['user'] = user

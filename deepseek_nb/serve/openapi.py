@@ -43,7 +43,8 @@ SAMPLING = dict(temperature=NUMBER | dict(minimum=0, maximum=2), top_p=NUMBER | 
                 presence_penalty=NUMBER | dict(minimum=-2, maximum=2), frequency_penalty=NUMBER | dict(minimum=-2, maximum=2),
                 logit_bias=dict(type='object', additionalProperties=NUMBER | dict(minimum=-100, maximum=100)))
 _ANSWERS = SAMPLING | dict(model=TEXT, max_tokens=_WHOLE | dict(minimum=1), n=_WHOLE | dict(minimum=1, maximum=16), stream=YES_NO,
-                          stream_options=record(include_usage=YES_NO, continuous_usage_stats=YES_NO), ignore_eos=YES_NO, user=TEXT, user_id=TEXT, draft_tokens=_WHOLE,
+                          stream_options=record(include_usage=YES_NO, continuous_usage_stats=YES_NO), ignore_eos=YES_NO,
+                          user=TEXT, user_id=TEXT, draft_tokens=_WHOLE,
                           stop={'anyOf': [TEXT, list_of(TEXT, maxItems=16)]})
 
 # %% ../../nbs/library/480_serve.openapi.ipynb #dda1f7a5

@@ -293,7 +293,8 @@ ACCEPTED = dict(background=(False,), truncation=('disabled',), service_tier=('au
 def _others(f):
     "Fields that change nothing, or are only repeated in the response"
     options,include = Fields(f.take('stream_options', dict, default={}), 'stream_options'),f.take('include', list, default=[])
-    if include not in ([], ['reasoning.encrypted_content']) and not ignore('include'): raise f.wrong('include', "can only be ['reasoning.encrypted_content']")
+    if include not in ([], ['reasoning.encrypted_content']) and not ignore('include'):
+        raise f.wrong('include', "can only be ['reasoning.encrypted_content']")
     options.only('include_obfuscation', False)
     options.done()
     for name,values in ACCEPTED.items(): f.only(name, *values)
