@@ -25,6 +25,7 @@ CLAUDE = dict(
     system=[dict(type='text', text='x-anthropic-billing-header'), dict(type='text', text='You are', cache_control=dict(type='ephemeral'))],
     messages=[dict(role='user', content=[dict(type='text', text='hi')]), dict(role='system', content='Available agent types')],
     tools=[dict(name='Bash', description='Runs', input_schema=PROPERTIES), dict(type='web_search_20250305', name='web_search')])
+OF_BOTH = 'stream', 'stream_options', 'logit_bias', 'temperature'  # fields of both kinds of completions
 GUIDELLM = dict(model='mini', messages=HI, stream=True, stream_options=dict(include_usage=True, continuous_usage_stats=True),
                 max_completion_tokens=40, max_tokens=40, ignore_eos=True, stop=None)
 SDK = dict(model='mini', max_tokens=4096, messages=[dict(role='user', content=[dict(type='text', text='hi')])])
@@ -83,12 +84,14 @@ def test_what_changes_the_meaning_is_refused(live, path, more, part):
     assert status == 400 and part in json.loads(text)['error']['param']
 
 
-def test_an_answer_goes_on_behind_its_end(live):
+@pytest.mark.parametrize('path', ['/v1/chat/completions', '/v1/completions'])
+def test_an_answer_goes_on_behind_its_end(live, path):
     "`ignore_eos` where the end token is certain, and the usage in every chunk"
     end = live.engine.ends[0]
     body = dict(GUIDELLM, logit_bias={str(end): 100}, temperature=0)
+    if path == '/v1/completions': body = dict(model='mini', prompt='The', max_tokens=40) | {k: v for k, v in body.items() if k in OF_BOTH}
     for ignored, want in ((True, 40), (False, 1)):
-        status, _, text = ask(live, '/v1/chat/completions', body | dict(ignore_eos=ignored))
+        status, _, text = ask(live, path, body | dict(ignore_eos=ignored))
         chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith('data: {')]
         assert status == 200 and all(c['usage'] for c in chunks)
         assert chunks[-1]['usage']['completion_tokens'] == want

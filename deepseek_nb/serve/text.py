@@ -76,6 +76,7 @@ class TextRequest:
     user:str = '' # The user's id, if the body has one
     drafts:int|None = None # Most tokens that are drafted for a step; 0: none; None: as the server chooses
     ignore_eos:bool = False # Whether an answer goes on behind its end token
+    continuous_usage:bool = False # Whether each chunk of a stream reports the usage
 
 # %% ../../nbs/library/474_serve.text.ipynb #76d5059e
 def read_completion(
@@ -93,8 +94,8 @@ def read_completion(
         prompts = [fim_prompt(tok, p, suffix) for p in prompts]
     out = TextRequest(
         prompts, sampling_from(f, logprobs=top), f.take('max_tokens', int, default=16, least=0), read_stop(f),
-        f.take('n', int, default=1, least=1, most=16), echo, *read_streaming(f)[:2], read_user(f),
-        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED), f.take('ignore_eos', bool, default=False))
+        f.take('n', int, default=1, least=1, most=16), echo, *(streaming := read_streaming(f))[:2], read_user(f),
+        f.take('draft_tokens', int, least=0, most=MOST_DRAFTED), f.take('ignore_eos', bool, default=False), streaming[2])
     f.only('best_of', out.n)
     f.done()
     return out
@@ -189,7 +190,7 @@ class TextRun(ApiRun):
         **more, # Other fields
     )->dict:
         "A chunk of the stream, or a whole response"
-        usage = dict(usage=None) if self.request.include_usage else {}
+        usage = dict(usage=self._usage() if self.request.continuous_usage else None) if self.request.include_usage else {}
         return dict(id=self.id, object='text_completion', created=self.created, model=self.served.name, choices=choices) | usage | more
 
     def _usage(self)->dict:
