@@ -131,7 +131,7 @@ def test_metrics_are_the_sums_of_the_usage(model, tok):
             status, _, text = direct.asked(body)
             assert status == 200
             usage.append(json.loads(text.split(b'\n\n')[-3][6:] if body['stream'] else text)['usage'])
-        for bad in (dict(colour=1), dict(max_tokens=10**6), dict(model='x')):
+        for bad in (dict(n=0), dict(max_tokens=-1), dict(model='x')):
             assert direct.asked(dict(model='tiny', prompt=[1]) | bad)[0] >= 400
         prompt, new, hit = (sum(u[k] for u in usage) for k in ('prompt_tokens', 'completion_tokens', 'prompt_cache_hit_tokens'))
         assert hit == 64 + 64 + 72 + 73  # the third request finds a page of the first; of the next page, eight tokens or more are shared
@@ -203,7 +203,7 @@ def test_no_growth_of_memory(direct, monkeypatch):
         while (i := next(turn)) < until:
             body = dict(model='tiny', prompt=[1 + i % 50, 2, 3], max_tokens=1, user=f'user {i}')
             if i % 10 == 5: body['prompt'] = [i % 4000]*70  # a page, so the prefix cache fills and evicts
-            if i % 10 == 7: body['colour'] = 'red'
+            if i % 10 == 7: body['n'] = 0
             await direct.ask(body | dict(stream=i % 10 > 7), leave=i % 10 == 9, x_request_id=f'request-{i}')
     async def run(until): await asyncio.gather(*[worker(until) for _ in range(16)])
     def size():

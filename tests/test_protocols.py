@@ -258,7 +258,7 @@ def test_a_conversation_is_compacted(live, script):
         assert [m['role'] for m in read] == ['user']*4 and read[2]['content'].endswith('so far:\n\nThey greeted.')
         again = client.responses.compact(model='script', input=[i.to_dict() for i in short.output])
         assert [i.type for i in again.output] == ['message', 'message', 'compaction'] # a summary of a summary is one
-    for bad, part in ((dict(), 'input'), (dict(input=[]), 'input'), (dict(input='x', colour=1), 'colour')):
+    for bad, part in ((dict(), 'input'), (dict(input=[]), 'input'), (dict(input='x', instructions=5), 'instructions')):
         status, said = post(live, dict(model='script') | bad, '/v1/responses/compact')
         assert (status, said['error']['param']) == (400, part)
 

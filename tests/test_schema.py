@@ -184,13 +184,13 @@ def test_what_the_requests_cover(wire):
 
 def test_errors_are_as_published(live, schemas):
     hi = dict(model='mini', messages=HI, max_tokens=2)
-    for path, body, want in [(CHAT, hi | dict(colour='red'), 400), (CHAT, hi | dict(model='gpt'), 404), (COMPLETE, dict(model='mini'), 400),
+    for path, body, want in [(CHAT, hi | dict(n=0), 400), (CHAT, hi | dict(model='gpt'), 404), (COMPLETE, dict(model='mini'), 400),
                              (RESPOND, dict(model='mini', input=[]), 400), ('/v1/nothing', hi, 404), (CHAT, None, 405),
                              ('/v1/models/gpt', None, 404), (CHAT, dict(model='mini', messages='x'*100_001), 413)]:
         status, [error] = sent(live, path, body)
         schemas['ErrorResponse'].validate(error)
         assert status == want and error['error']['message']
-    for body, want in [(hi | dict(colour='red'), 400), (hi | dict(model='gpt'), 404), (dict(model='mini', messages='x'*100_001), 413)]:
+    for body, want in [(hi | dict(system=5), 400), (hi | dict(model='gpt'), 404), (dict(model='mini', messages='x'*100_001), 413)]:
         for path in (MESSAGE, f'{MESSAGE}/count_tokens'):
             status, [error] = sent(live, path, body)
             assert status == want
