@@ -163,7 +163,7 @@ def test_the_log_tells_no_secrets(model, tok, lines):
             answer = json.loads(text)['choices'][0]['message']['content']
             assert (status, headers['x-request-id']) == (200, 'trace-1') and len(answer) > 3
             direct.asked(chat | dict(stream=True), '/v1/chat/completions', leave=True, **key)
-            direct.asked(chat | {words: 1}, '/v1/chat/completions', **key)
+            direct.asked(chat | dict(n=words), '/v1/chat/completions', **key)
             direct.asked(chat, '/v1/chat/completions', authorization=f'Bearer {words}')
             direct.asked(path='/v1/models/' + 'x'*5000, **key)
             direct.asked(path='/health')
