@@ -1,8 +1,8 @@
 """No body of up to 4 MiB keeps others waiting: the work of reading grows with the body, long calls of C let other threads run, and long
 bodies wait for their turn. Times depend on the machine, so the tests count work, or compare a time with the same on a tenth of it."""
 import asyncio
-import http.client
 import gc
+import http.client
 import json
 import random
 import re
