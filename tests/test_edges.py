@@ -106,7 +106,8 @@ def test_numbers_beyond_all_limits(live, number):
         value = f'{{"5": {number}}}' if name == 'logit_bias' else number
         body = f'{{"model": "mini", "messages": {json.dumps(HI)}, "{name}": {value}}}'
         status, answer = post(live, body.encode(), headers=KEY)
-        assert status == 400 and isinstance(answer['error']['message'], str), name
+        if name == 'max_tokens' and number == '1' + '0'*400: assert status == 200  # a limit above the context is that of the context
+        else: assert status == 400 and isinstance(answer['error']['message'], str), name
     body = f'{{"model": "mini", "input": "Hi", "max_output_tokens": 1, "metadata": {{"a": {number}}}}}'
     status, answer = post(live, body.encode(), '/v1/responses', KEY)
     assert status == (400 if number[-1] in 'Ny9' else 200) # a long whole number is JSON, and comes back as it was sent
