@@ -215,6 +215,7 @@ def frozen_half(
     if not torch.is_grad_enabled() or is_compiling() or torch.is_autocast_enabled(x.device.type) or row_choice() is not None: return None
     modules = [part, norm, *(getattr(part, n) for n in layers[0] + layers[1])]
     if x.device.type != 'cpu' or x.dtype.itemsize < 4 or norm.weight.requires_grad: return None
+    if not all(isinstance(m, nn.Linear) for m in modules[2:]): return None  # a wrapper, such as PEFT's, has a forward of its own
     if any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in modules): return None
     into,out = (Frozen([getattr(part, n) for n in names]) for names in layers)
     if not (into.fits() and out.fits()) or any(w.dtype != x.dtype for w in into.weights + out.weights): return None
