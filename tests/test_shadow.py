@@ -163,7 +163,7 @@ def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize('store', ['sqlite'], indirect=True)
 def test_a_wrong_file_of_probes_is_told_at_the_start(store):  # noqa: F811
-    for text, said in (('[humour]\nfun = {max = 1}\n', 'no evaluation task'), ('[swaps]\nmove = {mxa = 1}\n', 'mxa is unknown')):
+    for text, said in (('[humour]\nfun = {max = 1}\n', 'no evaluation task'), ('[swaps]\nmove = {mxa = 1}\n', 'mxa is not known')):
         (Path(store.folder)/'probes.toml').write_text(text)
         with pytest.raises(ValueError, match=said): OperatedMonitor(store)
 
