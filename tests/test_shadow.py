@@ -143,7 +143,7 @@ def test_probes_of_what_is_live(store):  # noqa: F811
     tick()
     with store.read() as c: found = {a.rule: a for a in open_alerts(c)}
     assert 'no score fun' in found['probe swaps.fun'].detail['why'] and found['probe swaps.fun'].value is None
-    assert json.loads(json.dumps(found['probe swaps.fun'].threshold, allow_nan=False)) > 0
+    assert json.loads(json.dumps(found['probe swaps.fun'].threshold, allow_nan=False)) == 0
 
 
 @pytest.mark.parametrize('store', ['sqlite'], indirect=True)

@@ -9,7 +9,6 @@ ended to MLflow, `mirror_minutes` gives the numbers of each minute to OpenTeleme
 __all__ = ['PROBES', 'LiveProbes', 'OperatorSettings', 'operator_settings', 'mirror_ended', 'mirror_minutes', 'OperatedMonitor']
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #64afa83e
-import sys
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from sqlalchemy import select, tuple_
 from ..eval.report import eval_task
 from .events import DAY, Prices, windows_of
 from .jobs import submit
-from .monitor import Monitor, Probe, close_alert, mirror_window, open_alerts, raise_alert, read_monitor, save_state
+from .monitor import Monitor, close_alert, judge_probe, mirror_window, open_alerts, raise_alert, read_monitor, save_state
 from .registry import gates_from
 from .rollout import live_places
 from .runs import EvaluateRun, mirror_run
@@ -63,33 +62,31 @@ class LiveProbes:
         every:int = DAY, # Microseconds between two measurements
     ): self.store,self.limits,self.items,self.every = store,_probe_limits(store) if limits is None else limits,items,every
 
-    def due(self)->list: # `Probe`s of jobs that have ended and weren't judged
-        "Queue what is to be measured, and read what was"
+    def judge(self)->list: # Tuples of probe, place and value
+        "Queue what is to be measured, and judge what was"
         tasks = {o.group: [p for p in self.limits if p.group == o.group] for o in self.limits}
         live = [(place, model, *o) for place,model in live_places(self.store) for o in tasks.items()]
         return [p for o in live for p in self._task(*o)]
 
     def _task(self, place, model, task, limits):
-        "The probes of a task at a place"
-        name = f'Probe of {place}: {task}'
-        job,now = _newest(self.store, name),self.store.now()
+        "Queue a task, or judge its scores; those that were measured"
+        title = f'Probe of {place}: {task}'
+        job,now = _newest(self.store, title),self.store.now()
         over = job is not None and job.state in ('done', 'failed', 'cancelled')
         if job is None or over and (job.model_id != model or job.ended + self.every <= now):
             run = EvaluateRun(tasks=[task], items=self.items, timed=0)
-            submit(self.store, None, 'evaluate', vars(run), name, model=model, priority=-1)
-        return [self._probe(place, job, o) for o in limits if over and job.ended > _judged(self.store, place, f'{task}.{o.name}')]
+            submit(self.store, None, 'evaluate', vars(run), title, model=model, priority=-1)
+        scores = [(f'{task}.{o.name}', o) for o in limits]
+        found = [(name, place, *_score(job, name, task), o) for name,o in scores if over and job.ended > _judged(self.store, place, name)]
+        for name,_,value,why,o in found: judge_probe(self.store, place, name, value, o.min, o.max, why)
+        return [o[:3] for o in found if o[2] is not None]
 
-    def _probe(self, place, job, limit):
-        "A probe that reads a score of a job that has ended"
-        name,most = f'{limit.group}.{limit.name}',sys.float_info.max # JSON has no infinity
-        def read():
-            if job.state != 'done': raise RuntimeError(f'job {job.id} {job.state}: {(job.error or "").strip().splitlines()[-1:]}')
-            found = job.result['measures']
-            why = job.result.get('failed', {}).get(limit.group) or f'it has no score {limit.name}'
-            if name not in found: raise KeyError(f'the task {limit.group} was not measured: {why}')
-            return found[name]
-        low,high = (bound if given is None else given for bound,given in ((-most, limit.min), (most, limit.max)))
-        return Probe(name, place, read, 1, low, high)
+# %% ../../nbs/platform/845_platform.operator.ipynb #d5fd7145
+def _score(job, name, task):
+    "A score of a job that has ended; or None, and why there is none"
+    if job.state != 'done': return None,f'job {job.id} {job.state}: {(job.error or "").strip().splitlines()[-1:]}'
+    if (value := job.result['measures'].get(name)) is not None: return value,''
+    return None,f"the task {task} was not measured: {job.result.get('failed', {}).get(task) or 'it has no score ' + name.removeprefix(f'{task}.')}"
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #51495085
 class OperatorSettings(NamedTuple):
@@ -178,8 +175,7 @@ class OperatedMonitor(Monitor):
         if (self.settings.mlflow or self.settings.opentelemetry) and not (self.copying and self.copying.is_alive()):
             self.copying = threading.Thread(target=self.copy, name='mirror', daemon=True)
             self.copying.start()
-        self.probes = self.live.due()
-        return Monitor.tick(self)
+        return [*self.live.judge(), *Monitor.tick(self)]
 
     def stop(self)->None:
         "End the thread, after the copy that is being made"
