@@ -43,11 +43,11 @@ from deepseek_nb.platform.monitor import (
     feedback_rows,
     give_feedback,
     judge_probe,
-    mirror_window,
     open_alerts,
     places_of,
     raise_alert,
 )
+from deepseek_nb.platform.operator import mirror_window
 from deepseek_nb.platform.store import annotations, events, open_store, settings, texts, windows
 from deepseek_nb.serve.webhooks import verify
 

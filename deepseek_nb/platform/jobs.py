@@ -123,7 +123,9 @@ def submit(
                attempts=0, created=store.now(), cancel=False, user_id=user and user.id)
     with store.write() as c:
         lock_rows(c, 'submit')
-        for table,wanted in ((versions, version), (models, model), (jobs, parent)): _known_row(c, table, wanted)
+        for table,wanted in ((versions, version), (models, model), (jobs, parent)):
+            if wanted is None or c.scalar(select(table.c.id).where(table.c.id == wanted)): continue
+            raise KeyError(f'{table.name}: there is no number {wanted}')
         same = {k: row[k] for k in ('kind', 'name', 'config', 'version_id', 'model_id', 'parent_id')}
         late = select(jobs).where(jobs.c.user_id == row['user_id'], jobs.c.created > row['created'] - once*1e6).order_by(jobs.c.id)
         for old in c.execute(late) if once else ():
@@ -131,12 +133,6 @@ def submit(
         number = c.execute(insert(jobs).values(row).returning(jobs.c.id)).scalar_one()
         audit(c, user, 'job.submit', f'job:{number}', kind=kind, name=row['name'])
     return number
-
-# %% ../../nbs/platform/826_platform.jobs.ipynb #46490ed2
-def _known_row(c, table, wanted):
-    "Raise an error if a row is missing"
-    if wanted is not None and c.execute(select(table.c.id).where(table.c.id == wanted)).first() is None:
-        raise KeyError(f'{table.name}: there is no number {wanted}')
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #2e82f90f
 def job_of(
@@ -324,15 +320,12 @@ class Job:
             return
         with self.lock: self.buffer |= {(k[:100], int(step)): v for k,v in good.items()}
 
-    def _mine(self): # The condition under which this process may change the row
-        return _held(self.id, self.attempt)
-
     def flush(self, **end): # Columns of the row to change
         "Write the curves, the beat and the memory in one transaction"
         with self.lock: points = dict(self.buffer)
-        now = self.store.now()
+        now,mine = self.store.now(),_held(self.id, self.attempt)
         with self.store.write() as c:
-            if not c.execute(update(jobs).where(self._mine()).values(beat=now, memory=_peak_memory(), **end)).rowcount: raise Superseded
+            if not c.execute(update(jobs).where(mine).values(beat=now, memory=_peak_memory(), **end)).rowcount: raise Superseded
             for name in {k for k,_ in points}:
                 steps = [s for k,s in points if k == name]
                 again = curves.c.step.between(min(steps), max(steps)) & (curves.c.name == name)
@@ -343,7 +336,7 @@ class Job:
 
     def pulse(self)->None:
         "Look at the row once"
-        with self.store.read() as c: row = c.execute(select(jobs.c.cancel).where(self._mine())).first()
+        with self.store.read() as c: row = c.execute(select(jobs.c.cancel).where(_held(self.id, self.attempt))).first()
         if row is None: raise Superseded
         if row.cancel and not self.stop.is_set(): self.stop.set(); self.deadline = monotonic() + self.grace
         if self.stop.is_set() and monotonic() > self.deadline:

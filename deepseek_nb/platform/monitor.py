@@ -9,8 +9,7 @@
 __all__ = ['TRIES', 'PAUSE', 'WEEK', 'MONDAY', 'DRIFT_ENDS', 'LIVE_RULES', 'open_alerts', 'raise_alert', 'close_alert', 'judge',
            'add_hook', 'remove_hook', 'deliver', 'read_monitor', 'save_state', 'DriftPlan', 'DriftWeek',
            'drift_history', 'drift_step', 'end_drift', 'judge_probe', 'Monitor', 'places_of', 'personal_scan',
-           'TrainingDrift', 'training_drift', 'give_feedback', 'feedback_rows', 'feedback_labels', 'feedback_version',
-           'mirror_window']
+           'TrainingDrift', 'training_drift', 'give_feedback', 'feedback_rows', 'feedback_labels', 'feedback_version']
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #9db9d669
 import http.client
@@ -391,17 +390,19 @@ class Monitor:
             said += self._judge(place)
             while week := drift_step(self.store, place, self.plan, self.plan.first(first)):
                 if week.alarm: said.append(('drift', place, week.alarm))
-        condense(self.store, kept=_kept(self.store))
+        with self.store.read() as c: days = db.get_setting(c, 'keep_days')
+        condense(self.store, kept=days*DAY)
         if n := deliver(self.store, self.allow_private): said.append(('hooks', '', f'{n} delivered'))
         return said
 
     def run(self,
         every:float = 60., # Seconds
+        act:Callable|None = None, # What is done; None: `tick`
     )->threading.Thread: # Ends after `stop`
         "Tick in a thread"
         def loop():
             while True:
-                try: self.tick(); self.error = ''
+                try: (act or self.tick)(); self.error = ''
                 except Exception as e: self.error = f'{type(e).__name__}: {e}'[:300] # the next tick tries again
                 if self.over.wait(every): return
         thread = threading.Thread(target=loop, name='monitor', daemon=True)
@@ -417,12 +418,6 @@ def places_of(
     with store.read() as c:
         found = select(db.windows.c.place, func.min(db.windows.c.start)).group_by(db.windows.c.place).order_by(db.windows.c.place)
         return {place: start for place,start in c.execute(found)}
-
-# %% ../../nbs/platform/831_platform.monitor.ipynb #5a31194f
-def _kept(store):
-    "Microseconds for which texts stay, as the page of settings says"
-    with store.read() as c: days = db.get_setting(c, 'keep_days')
-    return (30 if days is None else days)*DAY
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #560335bc
 def personal_scan(
@@ -543,18 +538,3 @@ def feedback_version(
     new = {r['text']: r for r in feedback_rows(store, place) if r['text'] not in had}
     if not new: raise ValueError('no corrected text is new; make labels of a task that has them')
     return import_rows(store, user, last.name, [*rows, *new.values()], last.kind, f'{len(new)} texts from feedback at {place}', last.id)
-
-# %% ../../nbs/platform/831_platform.monitor.ipynb #0a2d9bc7
-def mirror_window(
-    window, # `WindowRow`
-)->bool: # Whether there is OpenTelemetry
-    "Give the numbers of a window to OpenTelemetry"
-    try:
-        from opentelemetry import metrics
-    except ImportError: return False
-    meter,where = metrics.get_meter('deepseek_nb'),dict(place=window.place)
-    for name in ('count', 'errors', 'prompt_tokens', 'completion_tokens', 'cost'):
-        meter.create_counter(f'deepseek_nb.{name}').add(getattr(window, name), where)
-    for q in (.5, .99):
-        if (s := window.quantile(q)) is not None: meter.create_histogram('deepseek_nb.seconds').record(s, where | dict(quantile=q))
-    return True
