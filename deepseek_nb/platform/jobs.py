@@ -9,8 +9,8 @@ process died, and puts them back into the queue. `read_log` and `curve_of` read 
 # %% auto #0
 __all__ = ['MOST_CONFIG', 'JOB_KINDS', 'MOST_RESULT', 'ENVIRONMENT', 'JobKind', 'job_kind', 'find_kind', 'code_version', 'submit',
            'job_of', 'jobs_of', 'claim', 'Process', 'born', 'this_process', 'is_alive', 'JobLog', 'LogText',
-           'job_folder', 'Superseded', 'JobCancelled', 'Job', 'curve_of', 'cancel', 'continue_job', 'bounded',
-           'run_child', 'Worker']
+           'job_folder', 'Superseded', 'JobCancelled', 'Job', 'curve_of', 'cancel', 'continue_job', 'run_child',
+           'Worker']
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #2a0afc0a
 import errno
@@ -77,15 +77,20 @@ def find_kind(
     if name in JOB_KINDS: return JOB_KINDS[name]
     raise ValueError(f"{name!r:.60} is no kind of job; known are {', '.join(JOB_KINDS) or 'none, so import a module with kinds first'}")
 
+def _plain(what, value, most):
+    "A dict as JSON gives it back"
+    if not isinstance(value, dict): raise ValueError(f'{what} is a {type(value).__name__}; it must be a dict')
+    try: text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as e: raise ValueError(f"JSON can't store {what}: {e}") from None
+    if len(text) > most: raise ValueError(f'{what} has {len(text):,} characters; {most:,} are allowed; write a file')
+    return json.loads(text)
+
 def _checked_config(kind, config):
     "Check a config, and fill in the defaults"
-    if not isinstance(config, dict): raise ValueError(f'{kind.name}: the config is a {type(config).__name__}; it must be a dict')
-    try: text = json.dumps(config, allow_nan=False)
-    except (TypeError, ValueError) as e: raise ValueError(f"{kind.name}: JSON can't store the config: {e}") from None
-    if len(text) > MOST_CONFIG: raise ValueError(f'{kind.name}: the config has {len(text):,} characters; {MOST_CONFIG:,} are allowed')
+    config = _plain(what := f'the config of {kind.name}', config, MOST_CONFIG)
     if kind.config is None: return config
     from deepseek_nb.train.runs import read_table
-    return json.loads(json.dumps(asdict(read_table(kind.config, config, kind.name)), allow_nan=False))
+    return _plain(what, asdict(read_table(kind.config, config, kind.name)), MOST_CONFIG)
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #fcc6bf91
 @cache
@@ -355,7 +360,9 @@ class Job:
 
     def perform(self)->str: # The state at the end
         "Run the function of the job, and store how it ended"
-        try: end = dict(state='done', result=bounded(find_kind(self.row.kind).run(self)))
+        try:
+            found = find_kind(self.row.kind).run(self)
+            end = dict(state='done', result=_plain('the result', {} if found is None else found, MOST_RESULT))
         except JobCancelled: end = dict(state='cancelled')
         except Exception as e:
             traceback.print_exc()
@@ -428,17 +435,6 @@ def _why_failed(error):
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #1614248b
 MOST_RESULT = 2**18  # characters of JSON
-
-def bounded(
-    result, # What the function of a job returned
-)->dict: # The same
-    "Check the result of a job"
-    if result is None: return {}
-    if not isinstance(result, dict): raise ValueError(f'the result is a {type(result).__name__}; a job returns a dict')
-    try: text = json.dumps(result, allow_nan=False)
-    except (TypeError, ValueError) as e: raise ValueError(f"JSON can't store the result: {e}") from None
-    if len(text) > MOST_RESULT: raise ValueError(f'the result has {len(text):,} characters; {MOST_RESULT:,} are allowed; write a file')
-    return json.loads(text)
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #ecfb6b11
 ENVIRONMENT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'USER', 'VIRTUAL_ENV', 'LD_LIBRARY_PATH', 'CC', 'CXX', 'CUDA_HOME',

@@ -218,15 +218,13 @@ def _register_result(job):
     "Register the model of a run, and queue its evaluation"
     store,row = job.store,job.row
     name = getattr(job.config, 'name', '') or row.name
-    card = {}
-    if hasattr(job.config, 'template'):
-        classes = _classes_of(_version_data(store, row.version_id, 'train') + _version_data(store, row.version_id, 'dev'))
-        if classes: card = dict(classes=classes, template=job.config.template)
+    settings = dict(template=job.config.template) if hasattr(job.config, 'template') else {}
+    classes = settings and _classes_of(_version_data(store, row.version_id, 'train') + _version_data(store, row.version_id, 'dev'))
+    card = settings | dict(classes=classes) if classes else {}
     model = add_model(store, None, name, job.folder/'model', row.id, row.version_id, row.model_id, card)
     q = select(jobs.c.id).where((jobs.c.parent_id == row.id) & (jobs.c.kind == 'evaluate'))
     with store.read() as c: queued = c.execute(q).scalar()
     if job.config.evaluate and not queued:
-        settings = dict(template=job.config.template) if hasattr(job.config, 'template') else {}
         queued = submit(store, None, 'evaluate', settings, f'Evaluation of {name}', row.version_id, model, row.id, row.priority)
     shutil.rmtree(job.folder/'checkpoints', ignore_errors=True)
     job.flush()
