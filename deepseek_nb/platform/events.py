@@ -417,7 +417,7 @@ def record_events(
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         for where in ('', url) if url else ('',):
-            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/blobs' if where else None)
+            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/files' if where else None)
             out[store.kind] = _recorded(store, 200 if smoke else 20*rate, rate)
             store.close()
     return out

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import threading
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -180,14 +181,14 @@ WEEK = 7*DAY # microseconds
 MONDAY = 4*DAY # 1970-01-05 was the first Monday
 
 def _pack(sample):
-    "A sample as bytes"
+    "A sample as text"
     names = zip('ncv', sample.parts, strict=True)
     np.savez_compressed(out := io.BytesIO(), **{f'{p}.{k}': v for p,part in names for k,v in part.items()})
-    return out.getvalue()
+    return b64encode(out.getvalue()).decode()
 
-def _unpack(data):
-    "A sample from bytes"
-    found = np.load(io.BytesIO(data), allow_pickle=False)
+def _unpack(text):
+    "A sample from text"
+    found = np.load(io.BytesIO(b64decode(text)), allow_pickle=False)
     return drift.RequestSample(*({k[2:]: found[k] for k in found.files if k[0] == p} for p in 'ncv'))
 
 def read_monitor(
@@ -258,26 +259,25 @@ def drift_history(
     "The tested windows of a place"
     with store.read() as c: return [DriftWeek(*w) for w in read_monitor(c, place, 'drift').get('history', ())]
 
-def _watch(store, plan, old):
+def _watch(plan, old):
     "The watch of a place as it was saved"
-    watch = drift.DriftWatch(_unpack(store.path_of(old['blob']).read_bytes()), plan.rule, old['past'])
+    watch = drift.DriftWatch(_unpack(old['pool']), plan.rule, old['past'])
     watch.evidence,watch.count = old['evidence'],old['count']
     return watch
 
 # %% ../../nbs/platform/831_platform.monitor.ipynb #5a67b261
 def _compare(store, plan, place, old, start):
     "The new state of a place after a window, and what it showed"
-    first = 'blob' not in old
+    first = not old.get('pool')
     sample,outcomes = plan.sample(store, place, start, tuple(old['outcomes']) if not first else None, plan.past if first else plan.requests)
     new = old | dict(until=start + plan.period)
     if sample is None: return new, DriftWeek(start, 0, None, old.get('evidence', 1.), '', '', {})
     if first:
-        return (new | dict(blob=store.put(_pack(sample)), evidence=1., count=0, outcomes=outcomes, past=plan.past),
+        return (new | dict(pool=_pack(sample), evidence=1., count=0, outcomes=outcomes, past=plan.past),
                 DriftWeek(start, len(sample), None, 1., 'first', '', {}))
-    watch = _watch(store, plan, old)
+    watch = _watch(plan, old)
     found = watch.look(sample)
-    new |= dict(evidence=found.evidence, count=watch.count) | (dict(odd=dict(blob=store.put(_pack(sample)))) if found.alarm else
-                                                              dict(blob=store.put(_pack(watch.pool))))
+    new |= dict(evidence=found.evidence, count=watch.count) | (dict(odd=_pack(sample)) if found.alarm else dict(pool=_pack(watch.pool)))
     scores = {k: round(v, 2) for k,v in found.compared.scores.items()}
     return new, DriftWeek(start, len(sample), found.p, found.evidence, found.alarm, found.compared.likely, scores)
 
@@ -322,10 +322,10 @@ def end_drift(
         state = read_monitor(c, row.place, 'drift')
     new = dict(evidence=1., odd=None)
     if how == 'chance' and state.get('odd'):
-        watch = _watch(store, DriftPlan(), state)
-        watch.accept(_unpack(store.path_of(state['odd']['blob']).read_bytes()))
-        new['blob'] = store.put(_pack(watch.pool))
-    if how == 'normal' and state.get('odd'): new['blob'] = state['odd']['blob']
+        watch = _watch(DriftPlan(), state)
+        watch.accept(_unpack(state['odd']))
+        new['pool'] = _pack(watch.pool)
+    if how == 'normal' and state.get('odd'): new['pool'] = state['odd']
     close_alert(store, user, alert, f'{how}: {note}' if note else how)
     with store.write() as c:
         now = read_monitor(c, row.place, 'drift')

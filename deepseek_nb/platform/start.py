@@ -32,7 +32,7 @@ from .labels import annotate, create_task
 from .monitor import personal_scan
 from .operator import OperatedMonitor, OperatorSettings, operator_settings
 from .registry import add_model
-from .store import Store, collect_blobs, open_store
+from .store import Store, open_store
 from ..serve.app import ServerConfig, check_address, key_digest
 
 # %% ../../nbs/platform/846_platform.start.ipynb #8c02a213
@@ -131,7 +131,6 @@ def start_platform(
     config,settings = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex()))),operator_settings(folder, **decided)
     check_address(host, port)
     with _left_in_order(), closing(_opened(folder, url)) as store:
-        collect_blobs(store)
         if demo: seed_platform(store)
         recorder = Recorder(store, settings.prices, dict(personal=personal_scan()) | (scans or {}), keep_texts=keeps_texts(store))
         server = PlatformServer(store, all_pages(), recorder=recorder, config=config, hosts=(*hosts, host), https=https,
