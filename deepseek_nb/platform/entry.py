@@ -21,7 +21,7 @@ from .audit import audit, first_broken
 from .exchange import erase_text
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #723af5af
-from deepseek_nb.platform.store import CHOICES, audits, get_setting, put_setting, users
+from deepseek_nb.platform.store import SETTING_DEFAULTS, audits, get_setting, put_setting, users
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #8a253ee6
 entry_pages = ui.Pages()
@@ -221,7 +221,7 @@ def write_setting(
     value, # Anything that JSON can hold
 )->None:
     "Change a setting"
-    if name not in CHOICES: raise KeyError(f'there is no setting {name!r}; there are {", ".join(CHOICES)}')
+    if name not in SETTING_DEFAULTS: raise KeyError(f'there is no setting {name!r}; there are {", ".join(SETTING_DEFAULTS)}')
     with store.write() as c:
         put_setting(c, name, value)
         audit(c, user, 'change setting', name, value=value)
