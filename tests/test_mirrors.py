@@ -6,7 +6,7 @@ from sqlalchemy import insert
 
 from deepseek_nb.platform.events import Recorder, RequestEvent, total, windows_of
 from deepseek_nb.platform.jobs import job_kind, submit
-from deepseek_nb.platform.monitor import mirror_window
+from deepseek_nb.platform.operator import mirror_window
 from deepseek_nb.platform.runs import mirror_run
 from deepseek_nb.platform.store import curves, jobs, open_store
 

@@ -33,7 +33,6 @@ from deepseek_nb.platform.monitor import (
     WEEK,
     DriftPlan,
     Monitor,
-    Probe,
     add_hook,
     close_alert,
     deliver,
@@ -43,12 +42,12 @@ from deepseek_nb.platform.monitor import (
     feedback_labels,
     feedback_rows,
     give_feedback,
-    mirror_window,
+    judge_probe,
     open_alerts,
     places_of,
     raise_alert,
-    run_probe,
 )
+from deepseek_nb.platform.operator import mirror_window
 from deepseek_nb.platform.store import annotations, events, open_store, settings, texts, windows
 from deepseek_nb.serve.webhooks import verify
 
@@ -326,15 +325,13 @@ def test_one_owner_is_one_request(store, rng):
 
 
 def test_probes(store):
-    now, said = [START], iter((.5, .9, 'broken', .5))
-    store.clock = lambda: now[0]
-    probe, states = Probe('bias', 'a', lambda: float(next(said)), every=DAY, high=.6), []
-    for day in range(4):
-        now[0] = START + day*DAY
-        run_probe(store, probe)
-        assert run_probe(store, probe) is None
-        states.append(len(alerts_of(store)))
-    assert states == [0, 1, 1, 0]
+    states = []
+    for value in (.5, .9, None, .5):
+        judge_probe(store, 'a', 'bias', value, high=.6, why='' if value else 'broken')
+        states.append([(a.value, a.threshold, a.detail['why']) for a in alerts_of(store)])
+    assert states == [[], [(.9, .6, '')], [(.9, .6, '')], []]
+    judge_probe(store, 'a', 'bias', .1, .2, .6)
+    assert [a.threshold for a in alerts_of(store)] == [.2]
 
 
 def test_feedback_becomes_labels(store):

@@ -143,7 +143,7 @@ def test_probes_of_what_is_live(store):  # noqa: F811
     tick()
     with store.read() as c: found = {a.rule: a for a in open_alerts(c)}
     assert 'no score fun' in found['probe swaps.fun'].detail['why'] and found['probe swaps.fun'].value is None
-    assert json.loads(json.dumps(found['probe swaps.fun'].threshold, allow_nan=False)) > 0
+    assert json.loads(json.dumps(found['probe swaps.fun'].threshold, allow_nan=False)) == 0
 
 
 @pytest.mark.parametrize('store', ['sqlite'], indirect=True)
@@ -163,7 +163,7 @@ def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize('store', ['sqlite'], indirect=True)
 def test_a_wrong_file_of_probes_is_told_at_the_start(store):  # noqa: F811
-    for text, said in (('[humour]\nfun = {max = 1}\n', 'no evaluation task'), ('[swaps]\nmove = {mxa = 1}\n', 'mxa is unknown')):
+    for text, said in (('[humour]\nfun = {max = 1}\n', 'no evaluation task'), ('[swaps]\nmove = {mxa = 1}\n', 'mxa is not known')):
         (Path(store.folder)/'probes.toml').write_text(text)
         with pytest.raises(ValueError, match=said): OperatedMonitor(store)
 

@@ -152,6 +152,6 @@ def first_broken(
 # %% ../../nbs/platform/821_platform.audit.ipynb #240e7ecb
 @patch
 def check(self:Store)->list: # Sentences; empty: all is well
-    "Check pages, foreign keys, blobs and the audit log"
+    "Check pages, foreign keys and the audit log"
     broken = first_broken(self)
     return faults(self) + ([f'audits: {broken.why}'] if broken else [])

@@ -251,9 +251,9 @@ def _texts(store, spool, ids, numbers):
         out |= {of[r.id]: _content_of(r.data, spool.kind) for r in found}
     return [out[i] if i in out else _content_of(spool[i - len(ids)], spool.kind) for i in numbers]
 
-def _same_version(store, dataset, digest):
-    with store.read() as c:
-        return c.execute(select(versions).where(versions.c.dataset_id == dataset, versions.c.digest == digest)).first()
+def _same_version(c, dataset, digest, dropped):
+    had = c.execute(select(versions).where(versions.c.dataset_id == dataset, versions.c.digest == digest)).first()
+    return had and Imported(had.id, False, had.rows, dropped, had.report)
 
 def _placed(store, spool, name, dataset):
     "The split of each row of a spool, and the report"
@@ -292,23 +292,21 @@ def import_rows(
     if not 0 < len(name) <= 120 or not name.isprintable(): raise ValueError('a dataset needs a name of 1 to 120 characters')
     spool = _spooled(store, rows, kind)
     dataset,digest = _dataset(store, user, name, kind),sha256(b''.join(sorted(spool.digests))).hexdigest()
-    if had := _same_version(store, dataset, digest): return Imported(had.id, False, had.rows, spool.dropped, had.report)
+    with store.read() as c:
+        if had := _same_version(c, dataset, digest, spool.dropped): return had
     splits,report = _placed(store, spool, name, dataset)
     ids = _write_records(store, dataset, spool, splits)
     return _write_version(store, user, dataset, digest, spool, ids, report, note, parent)
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #c3ad656e
-def _columns(spool):
-    return sorted({k for i in range(min(1000, len(spool))) for k in spool[i]})
-
 def _write_version(store, user, dataset, digest, spool, ids, report, note, parent):
     with store.write() as c:
         lock_rows(c, f'dataset:{dataset}')
-        if had := c.execute(select(versions).where(versions.c.dataset_id == dataset, versions.c.digest == digest)).first():
-            return Imported(had.id, False, had.rows, spool.dropped, had.report) # another import of the same rows was faster
+        if had := _same_version(c, dataset, digest, spool.dropped): return had # another import of the same rows was faster
         last = c.execute(select(versions.c.id, versions.c.number).where(versions.c.dataset_id == dataset)
                          .order_by(versions.c.number.desc()).limit(1)).first()
-        new = dict(dataset_id=dataset, number=last.number + 1 if last else 1, digest=digest, rows=len(spool), columns=_columns(spool),
+        columns = sorted({k for i in range(min(1000, len(spool))) for k in spool[i]})
+        new = dict(dataset_id=dataset, number=last.number + 1 if last else 1, digest=digest, rows=len(spool), columns=columns,
                    parent_id=parent or (last and last.id), note=note, report=report, created=store.now(), user_id=getattr(user, 'id', None))
         id = c.execute(insert(versions).values(**new)).inserted_primary_key[0]
         _write_rows(c, id, ids)

@@ -200,7 +200,8 @@ class Recorder:
             items,costs = groups.setdefault((e.place, e.model_id, e.at//MINUTE*MINUTE), ([], []))
             items.append((e, a))
             costs.append(cost)
-            (kept if e.texts is not None and self.keeps(e) else rows).append((e, _event_row(e, cost)))
+            row = {k: v for k,v in e._asdict().items() if k in events.c} | dict(cost=cost, features=None)
+            (kept if e.texts is not None and self.keeps(e) else rows).append((e, row))
         with self.store.write(alone=False) as c:
             lock_rows(c, 'windows')
             if rows: c.execute(insert(events), [r for _,r in rows])
@@ -258,18 +259,15 @@ class Recorder:
             elif self.closing: return
 
 # %% ../../nbs/platform/830_platform.events.ipynb #a19d5d82
-def _event_row(e, cost):
-    out = {k: getattr(e, k) for k in ('at', 'place', 'model_id', 'kind', 'owner', 'prompt_tokens', 'completion_tokens', 'first_seconds')}
-    return out | dict(seconds=e.seconds, error=e.error, cost=cost, features=None)
-
 MINUTE = 60_000_000 # microseconds
 
 # %% ../../nbs/platform/830_platform.events.ipynb #f737503a
 def _add_window(c, key, items, costs):
     "Add events to the row of their window"
     place,model,start = key
-    w,same = windows.c,windows.c.model_id.is_(None) if model is None else windows.c.model_id == model
-    row = c.execute(select(windows).where(w.place == place, w.start == start, w.seconds == 60., same)).first()
+    w = windows.c
+    same = w.place == place, w.start == start, w.seconds == 60., w.model_id.is_not_distinct_from(model)
+    row = c.execute(select(windows).where(*same)).first()
     sketch = Sketch.from_json(row.sketch) if row else Sketch()
     for e,(features,flags,priority) in items: sketch.add(e, features, flags, priority)
     part = [e for e,_ in items]
@@ -336,7 +334,7 @@ HOURLY = 128 # requests in the sample of an hour
 def _to_hour(c, place, model, hour):
     "Add the minutes of an hour"
     w = windows.c
-    same = (w.place == place, w.model_id.is_(None) if model is None else w.model_id == model, w.start >= hour, w.start < hour + 60*MINUTE)
+    same = (w.place == place, w.model_id.is_not_distinct_from(model), w.start >= hour, w.start < hour + 60*MINUTE)
     rows = [WindowRow(*r[:-1], Sketch.from_json(r.sketch)) for r in c.execute(select(windows).where(*same).order_by(w.id))]
     t = total(rows, HOURLY)
     c.execute(delete(windows).where(w.id.in_([r.id for r in rows])))
@@ -419,7 +417,7 @@ def record_events(
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         for where in ('', url) if url else ('',):
-            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/blobs' if where else None)
+            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/files' if where else None)
             out[store.kind] = _recorded(store, 200 if smoke else 20*rate, rate)
             store.close()
     return out

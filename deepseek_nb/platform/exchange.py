@@ -212,8 +212,7 @@ def import_task(
     try: labels = [*labels] or _labels_in(items, kind)
     except (AttributeError, TypeError) as e:
         raise ValueError(f'the file has another form than Label Studio or Argilla write: {e}') from None
-    fixed = dict(preference=['a', 'b', 'tie'], chat=['1', '2', '3', '4', '5']).get(kind)
-    read = [_checked_item(n, item, kind, fixed or labels) for n,item in enumerate(items, 1)]
+    read = [_checked_item(n, item, kind, labels) for n,item in enumerate(items, 1)]
     version = import_rows(store, user, name, [data for data,_,_ in read], kind, 'imported with its answers').version
     task = create_task(store, user, version, name, kind, question, labels, annotators)
     _write_answers(store, user, task, version, kind, read)

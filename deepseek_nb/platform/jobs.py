@@ -9,8 +9,8 @@ process died, and puts them back into the queue. `read_log` and `curve_of` read 
 # %% auto #0
 __all__ = ['MOST_CONFIG', 'JOB_KINDS', 'MOST_RESULT', 'ENVIRONMENT', 'JobKind', 'job_kind', 'find_kind', 'code_version', 'submit',
            'job_of', 'jobs_of', 'claim', 'Process', 'born', 'this_process', 'is_alive', 'JobLog', 'LogText',
-           'job_folder', 'Superseded', 'JobCancelled', 'Job', 'curve_of', 'cancel', 'continue_job', 'bounded',
-           'run_child', 'Worker']
+           'job_folder', 'Superseded', 'JobCancelled', 'Job', 'curve_of', 'cancel', 'continue_job', 'run_child',
+           'Worker']
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #2a0afc0a
 import errno
@@ -77,15 +77,20 @@ def find_kind(
     if name in JOB_KINDS: return JOB_KINDS[name]
     raise ValueError(f"{name!r:.60} is no kind of job; known are {', '.join(JOB_KINDS) or 'none, so import a module with kinds first'}")
 
+def _plain(what, value, most):
+    "A dict as JSON gives it back"
+    if not isinstance(value, dict): raise ValueError(f'{what} is a {type(value).__name__}; it must be a dict')
+    try: text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as e: raise ValueError(f"JSON can't store {what}: {e}") from None
+    if len(text) > most: raise ValueError(f'{what} has {len(text):,} characters; {most:,} are allowed; write a file')
+    return json.loads(text)
+
 def _checked_config(kind, config):
     "Check a config, and fill in the defaults"
-    if not isinstance(config, dict): raise ValueError(f'{kind.name}: the config is a {type(config).__name__}; it must be a dict')
-    try: text = json.dumps(config, allow_nan=False)
-    except (TypeError, ValueError) as e: raise ValueError(f"{kind.name}: JSON can't store the config: {e}") from None
-    if len(text) > MOST_CONFIG: raise ValueError(f'{kind.name}: the config has {len(text):,} characters; {MOST_CONFIG:,} are allowed')
+    config = _plain(what := f'the config of {kind.name}', config, MOST_CONFIG)
     if kind.config is None: return config
     from deepseek_nb.train.runs import read_table
-    return json.loads(json.dumps(asdict(read_table(kind.config, config, kind.name)), allow_nan=False))
+    return _plain(what, asdict(read_table(kind.config, config, kind.name)), MOST_CONFIG)
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #fcc6bf91
 @cache
@@ -123,7 +128,9 @@ def submit(
                attempts=0, created=store.now(), cancel=False, user_id=user and user.id)
     with store.write() as c:
         lock_rows(c, 'submit')
-        for table,wanted in ((versions, version), (models, model), (jobs, parent)): _known_row(c, table, wanted)
+        for table,wanted in ((versions, version), (models, model), (jobs, parent)):
+            if wanted is None or c.scalar(select(table.c.id).where(table.c.id == wanted)): continue
+            raise KeyError(f'{table.name}: there is no number {wanted}')
         same = {k: row[k] for k in ('kind', 'name', 'config', 'version_id', 'model_id', 'parent_id')}
         late = select(jobs).where(jobs.c.user_id == row['user_id'], jobs.c.created > row['created'] - once*1e6).order_by(jobs.c.id)
         for old in c.execute(late) if once else ():
@@ -131,12 +138,6 @@ def submit(
         number = c.execute(insert(jobs).values(row).returning(jobs.c.id)).scalar_one()
         audit(c, user, 'job.submit', f'job:{number}', kind=kind, name=row['name'])
     return number
-
-# %% ../../nbs/platform/826_platform.jobs.ipynb #46490ed2
-def _known_row(c, table, wanted):
-    "Raise an error if a row is missing"
-    if wanted is not None and c.execute(select(table.c.id).where(table.c.id == wanted)).first() is None:
-        raise KeyError(f'{table.name}: there is no number {wanted}')
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #2e82f90f
 def job_of(
@@ -324,15 +325,12 @@ class Job:
             return
         with self.lock: self.buffer |= {(k[:100], int(step)): v for k,v in good.items()}
 
-    def _mine(self): # The condition under which this process may change the row
-        return _held(self.id, self.attempt)
-
     def flush(self, **end): # Columns of the row to change
         "Write the curves, the beat and the memory in one transaction"
         with self.lock: points = dict(self.buffer)
-        now = self.store.now()
+        now,mine = self.store.now(),_held(self.id, self.attempt)
         with self.store.write() as c:
-            if not c.execute(update(jobs).where(self._mine()).values(beat=now, memory=_peak_memory(), **end)).rowcount: raise Superseded
+            if not c.execute(update(jobs).where(mine).values(beat=now, memory=_peak_memory(), **end)).rowcount: raise Superseded
             for name in {k for k,_ in points}:
                 steps = [s for k,s in points if k == name]
                 again = curves.c.step.between(min(steps), max(steps)) & (curves.c.name == name)
@@ -343,7 +341,7 @@ class Job:
 
     def pulse(self)->None:
         "Look at the row once"
-        with self.store.read() as c: row = c.execute(select(jobs.c.cancel).where(self._mine())).first()
+        with self.store.read() as c: row = c.execute(select(jobs.c.cancel).where(_held(self.id, self.attempt))).first()
         if row is None: raise Superseded
         if row.cancel and not self.stop.is_set(): self.stop.set(); self.deadline = monotonic() + self.grace
         if self.stop.is_set() and monotonic() > self.deadline:
@@ -362,7 +360,9 @@ class Job:
 
     def perform(self)->str: # The state at the end
         "Run the function of the job, and store how it ended"
-        try: end = dict(state='done', result=bounded(find_kind(self.row.kind).run(self)))
+        try:
+            found = find_kind(self.row.kind).run(self)
+            end = dict(state='done', result=_plain('the result', {} if found is None else found, MOST_RESULT))
         except JobCancelled: end = dict(state='cancelled')
         except Exception as e:
             traceback.print_exc()
@@ -435,17 +435,6 @@ def _why_failed(error):
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #1614248b
 MOST_RESULT = 2**18  # characters of JSON
-
-def bounded(
-    result, # What the function of a job returned
-)->dict: # The same
-    "Check the result of a job"
-    if result is None: return {}
-    if not isinstance(result, dict): raise ValueError(f'the result is a {type(result).__name__}; a job returns a dict')
-    try: text = json.dumps(result, allow_nan=False)
-    except (TypeError, ValueError) as e: raise ValueError(f"JSON can't store the result: {e}") from None
-    if len(text) > MOST_RESULT: raise ValueError(f'the result has {len(text):,} characters; {MOST_RESULT:,} are allowed; write a file')
-    return json.loads(text)
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #ecfb6b11
 ENVIRONMENT = ('PATH', 'HOME', 'LANG', 'LC_ALL', 'TZ', 'TMPDIR', 'USER', 'VIRTUAL_ENV', 'LD_LIBRARY_PATH', 'CC', 'CXX', 'CUDA_HOME',

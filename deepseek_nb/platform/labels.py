@@ -20,7 +20,7 @@ from statistics import median_low
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Text, cast, delete, func, insert, literal, select, update
+from sqlalchemy import Text, case, cast, delete, func, insert, literal, select, update
 
 from ..eval.intervals import cohen_kappa, krippendorff_alpha, pairs_of_annotators, span_f1
 from .audit import audit, noted
@@ -294,26 +294,8 @@ def undo(
 _SKIP_TEXT = '{"skip":true}' # as the store writes it
 
 def _is_skip(): return cast(annotations.c.value, Text) == _SKIP_TEXT
+def _given(task): return annotations.c.task_id == task, annotations.c.source != _FINAL # what people and programs said
 
-_tallies = WeakKeyDictionary() # Store -> task -> id of the last row that was counted, and the counts of each name
-
-def _tally(store, c, task):
-    "Answers, skips, seconds and timed answers of each name; only the rows that are new since the last call are read"
-    last,people = _tallies.setdefault(store, {}).get(task, (0, {}))
-    mine,count = (annotations.c.task_id == task) & (annotations.c.source != _FINAL),func.count()
-    had = c.scalar(select(count).select_from(annotations).where(mine, annotations.c.id <= last)) if last else 0
-    if had != sum(n + skips for n,skips,*_ in people.values()): last,people = 0,{} # an answer was changed or taken back
-    seconds,people = annotations.c.seconds,{k: [*v] for k,v in people.items()}
-    sums = count,func.sum(seconds),func.count(seconds),func.max(annotations.c.id)
-    group = select(annotations.c.source, _is_skip().label('skip'), *sums).group_by(annotations.c.source, 'skip')
-    for name,skip,n,spent,timed,top in c.execute(group.where(mine, annotations.c.id > last)).all():
-        new = (0, n, 0, 0) if skip else (n, 0, spent or 0, timed)
-        people[name] = [x + y for x,y in zip(people.get(name, (0, 0, 0, 0)), new, strict=True)]
-        last = max(last, top)
-    _tallies[store][task] = last,people
-    return last,people
-
-# %% ../../nbs/platform/824_platform.labels.ipynb #9d63acc2
 def task_progress(
     store:Store, # Open store
     task:int, # Id
@@ -323,9 +305,9 @@ def task_progress(
         row = task_of(c, task)
         rows = c.scalar(select(versions.c.rows).where(versions.c.id == row.version_id))
         done = c.scalar(select(func.count()).select_from(queue).where(queue.c.task_id == task, queue.c.done.is_(True)))
-        people = _tally(store, c, task)[1]
-    people = {k: dict(answers=n, skipped=skips, seconds=spent/timed if timed else None)
-              for k,(n,skips,spent,timed) in sorted(people.items())}
+        sums = func.count(),func.sum(case((_is_skip(), 1), else_=0)),func.avg(annotations.c.seconds)
+        found = c.execute(select(annotations.c.source, *sums).where(*_given(task)).group_by(annotations.c.source)).all()
+    people = {k: dict(answers=n - skips, skipped=skips, seconds=mean) for k,n,skips,mean in sorted(found)}
     return dict(records=rows, done=done, answers=sum(p['answers'] for p in people.values()),
                 skipped=sum(p['skipped'] for p in people.values()), people=people)
 
@@ -401,9 +383,8 @@ def _answers(c, task, ids):
 
 def _doubly(c, task, most):
     "The latest records with several answers"
-    query = select(annotations.c.record_id).where(annotations.c.task_id == task, annotations.c.source != _FINAL)
-    query = query.group_by(annotations.c.record_id).having(func.count() > 1).order_by(annotations.c.record_id.desc())
-    ids = c.scalars(query.limit(most)).all()
+    query = select(annotations.c.record_id).where(*_given(task)).group_by(annotations.c.record_id).having(func.count() > 1)
+    ids = c.scalars(query.order_by(annotations.c.record_id.desc()).limit(most)).all()
     found = {}
     for start in range(0, len(ids), 500): found |= _answers(c, task, ids[start:start + 500])
     return [{k: v for k,v in a.items() if k != _FINAL} for a in found.values()]
@@ -434,8 +415,8 @@ def agreement_of(
 )->TaskAgreement:
     "Measure how far the people of a task agree"
     with store.read() as c:
-        row,(last,people),kept = task_of(c, task),_tally(store, c, task),_agreed.setdefault(store, {})
-        mark = last,sum(n + skips for n,skips,*_ in people.values())
+        row,kept = task_of(c, task),_agreed.setdefault(store, {})
+        mark = c.execute(select(func.count(), func.max(annotations.c.id)).where(*_given(task))).one()
         if kept.get((task, most), (0, 0))[0] == mark: return kept[task, most][1] # no answer has come or gone
         found = _doubly(c, task, most)
     kept[task, most] = mark,(out := _agreement(row, found))

@@ -151,7 +151,7 @@ def measure_pages(
     out = {}
     with tempfile.TemporaryDirectory() as folder:
         for where in ('', url) if url else ('',):
-            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/blobs' if where else None)
+            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/files' if where else None)
             filled = _fill_platform(store, rows, labelled)
             with asking(store) as ask: times = _page_latency(ask, _page_paths(rows//2), rounds)
             out[store.kind] = filled | dict(rounds=rounds, pages=[t._asdict() for t in times])

@@ -26,6 +26,7 @@ from sqlalchemy import func, insert, select
 from .audit import audit
 from .jobs import job_of
 from .store import Store, datasets, measures, models, versions
+from ..train.runs import check_table
 
 # %% ../../nbs/platform/827_platform.registry.ipynb #33de4077
 def folder_digest(
@@ -158,28 +159,16 @@ def gates_from(
     where,text = ('gates', toml) if isinstance(toml, str) and '\n' in toml else (toml, Path(toml).read_text(encoding='utf-8'))
     try: tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e: raise ValueError(f'{where}: not valid TOML: {e}') from None
-    return [_limit(where, group, name, o) for group,table in tables.items() for name,o in _table(where, group, table).items()]
+    for group,table in tables.items():
+        if isinstance(table, dict): continue
+        raise ValueError(f'{where}: {group} is {table!r}; write it as a table [{group}] with lines like accuracy = {{min = 0.8}}')
+    return [_limit(f'{where}, [{group}] {name}', group, name, o) for group,table in tables.items() for name,o in table.items()]
 
-# %% ../../nbs/platform/827_platform.registry.ipynb #610de6b2
-def _table(where, group, table):
-    if isinstance(table, dict): return table
-    raise ValueError(f'{where}: {group} is {table!r}; write it as a table [{group}] with lines like accuracy = {{min = 0.8}}')
-
-def _limit(where, group, name, o):
-    at = f'{where}, [{group}] {name}'
-    if not isinstance(o, dict): raise ValueError(f'{at}: is {o!r}; write {{min = …}} or {{max = …}}')
-    odd = ', '.join(sorted(o.keys() - _KINDS.keys()))
-    if odd: raise ValueError(f"{at}: {odd} is unknown; known are {', '.join(_KINDS)}")
-    if not o.keys() & {'min', 'max'}: raise ValueError(f'{at}: has no limit; give min or max')
-    for k,v in o.items():
-        kind,what = _KINDS[k]
-        if isinstance(v, bool) != (kind is bool) or not isinstance(v, kind) or v != v or v in (math.inf, -math.inf):
-            raise ValueError(f'{at}: {k} is {v!r}; it must be {what}')
+def _limit(at, group, name, o):
+    check_table(Limit, o, at, ('name', 'group'))
+    ends = [o[k] for k in ('min', 'max') if k in o]
+    if not ends or not all(abs(v) < math.inf for v in ends): raise ValueError(f'{at}: has no limit; give a finite min or max')
     return Limit(name, group, **o)
-
-_number,_whole = ((int, float), 'a number'),(int, 'a whole number')
-_KINDS = dict(min=_number, max=_number, sure=(bool, 'true or false'), data=(str, 'a name'), version=_whole,
-              split=(str, 'a name'), rows=_whole)
 
 # %% ../../nbs/platform/827_platform.registry.ipynb #1d965dea
 def lineage_of(

@@ -218,15 +218,13 @@ def _register_result(job):
     "Register the model of a run, and queue its evaluation"
     store,row = job.store,job.row
     name = getattr(job.config, 'name', '') or row.name
-    card = {}
-    if hasattr(job.config, 'template'):
-        classes = _classes_of(_version_data(store, row.version_id, 'train') + _version_data(store, row.version_id, 'dev'))
-        if classes: card = dict(classes=classes, template=job.config.template)
+    settings = dict(template=job.config.template) if hasattr(job.config, 'template') else {}
+    classes = settings and _classes_of(_version_data(store, row.version_id, 'train') + _version_data(store, row.version_id, 'dev'))
+    card = settings | dict(classes=classes) if classes else {}
     model = add_model(store, None, name, job.folder/'model', row.id, row.version_id, row.model_id, card)
     q = select(jobs.c.id).where((jobs.c.parent_id == row.id) & (jobs.c.kind == 'evaluate'))
     with store.read() as c: queued = c.execute(q).scalar()
     if job.config.evaluate and not queued:
-        settings = dict(template=job.config.template) if hasattr(job.config, 'template') else {}
         queued = submit(store, None, 'evaluate', settings, f'Evaluation of {name}', row.version_id, model, row.id, row.priority)
     shutil.rmtree(job.folder/'checkpoints', ignore_errors=True)
     job.flush()
@@ -238,7 +236,7 @@ def _train_job(job, prepare, quantise=None):
     "Train a model, unless that was done before a kill, and register it"
     if not (job.folder/'model').exists():
         model,tok = Named(_start_model(job), None if quantise else 'float32', 'cpu', quantise).load()
-        trainer = _train_on_version(job, model, tok, **prepare(model, tok))
+        trainer = _train_on_version(job, model, tok, **prepare(model))
         _save_trained(job, trainer.model, tok)
     return _register_result(job)
 
@@ -252,22 +250,15 @@ def _last_blocks(model, n):
 @job_kind('finetune', FinetuneRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
 def _finetune_job(job):
     "Train the last blocks, or all weights"
-    def prepare(model, tok): _last_blocks(model, job.config.blocks); return {}
+    def prepare(model): _last_blocks(model, job.config.blocks); return {}
     return _train_job(job, prepare)
 
-def _adapter(job): # Arguments of `_train_on_version`
-    s = job.config
-    return dict(lora=LoraConfig(s.r, s.alpha, 'all-linear', base_model_name_or_path=_start_model(job)))
-
+@job_kind('qlora', QloraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
 @job_kind('lora', LoraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
 def _lora_job(job):
-    "Train an adapter and merge it"
-    return _train_job(job, lambda model, tok: _adapter(job))
-
-@job_kind('qlora', QloraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
-def _qlora_job(job):
-    "Train an adapter of a quantised model and merge it"
-    return _train_job(job, lambda model, tok: _adapter(job), job.config.format)
+    "Train an adapter, of a quantised model if there is a format, and merge it"
+    lora = LoraConfig(job.config.r, job.config.alpha, 'all-linear', base_model_name_or_path=_start_model(job))
+    return _train_job(job, lambda model: dict(lora=lora), getattr(job.config, 'format', None))
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #822ff2a3
 @job_kind('distil', DistilRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
@@ -276,7 +267,7 @@ def _distil_job(job):
     s = job.config
     if not s.teacher: raise ValueError('distil: give a teacher, a public name or the number of a model')
     teacher = Model.from_pretrained(model_path(job.store, int(s.teacher)) if s.teacher.isdigit() else s.teacher, 'float32', 'cpu')
-    def prepare(model, tok):
+    def prepare(model):
         _last_blocks(model, s.blocks)
         return dict(loss=distillation_loss(teacher.requires_grad_(False), s.divergence, s.temperature, s.mix))
     return _train_job(job, prepare)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 from sqlalchemy import select
 
@@ -32,7 +32,7 @@ from .labels import annotate, create_task
 from .monitor import personal_scan
 from .operator import OperatedMonitor, OperatorSettings, operator_settings
 from .registry import add_model
-from .store import Store, collect_blobs, open_store
+from .store import Store, open_store
 from ..serve.app import ServerConfig, check_address, key_digest
 
 # %% ../../nbs/platform/846_platform.start.ipynb #8c02a213
@@ -45,11 +45,6 @@ def gloss_rows()->list: # Dicts of `text`, `label` and `split`
     return [json.loads(line) for line in lines]
 
 # %% ../../nbs/platform/846_platform.start.ipynb #f1857f9c
-class _Source(NamedTuple):
-    "Who gave the labels that the data came with"
-    id:None
-    name:str
-
 def seed_platform(
     store:Store, # Open store
 )->int|None: # Id of the labelling task; None: the store has data already
@@ -61,10 +56,11 @@ def seed_platform(
     version = import_rows(store, None, 'glosses', texts, note='definitions of WordNet 3.1').version
     names = sorted({r['label'] for r in rows})
     task = create_task(store, None, version, 'What is it?', 'classification', 'What does this text describe?', names)
+    source = SimpleNamespace(id=None, name='wordnet') # which gave the labels that the data came with
     known = {r['text']: r['label'] for r in rows if r['split'] != 'train'}
     with store.read() as c: found = c.execute(select(records.c.id, records.c.data).order_by(records.c.id)).all()
     for r in found:
-        if r.data['text'] in known: annotate(store, _Source(None, 'wordnet'), task, r.id, dict(label=known[r.data['text']]))
+        if r.data['text'] in known: annotate(store, source, task, r.id, dict(label=known[r.data['text']]))
     for name in ('smollm2-135m', 'mini'): add_model(store, None, name, name)
     return task
 
@@ -79,13 +75,13 @@ def workers(
     worker,monitor = Worker(store, cores),OperatedMonitor(store, settings)
     thread = threading.Thread(target=worker.run, name='worker')
     thread.start()
-    ticking = monitor.run()
+    watching = monitor.run(),monitor.run(act=monitor.copy)
     try: yield worker
     finally:
         worker.stop()
         monitor.stop()
         thread.join()
-        ticking.join(30)
+        for o in watching: o.join(30)
 
 def _greet(store, server):
     "What the console shows"
@@ -135,7 +131,6 @@ def start_platform(
     config,settings = ServerConfig(host, port, dict(nobody=key_digest(secrets.token_hex()))),operator_settings(folder, **decided)
     check_address(host, port)
     with _left_in_order(), closing(_opened(folder, url)) as store:
-        collect_blobs(store)
         if demo: seed_platform(store)
         recorder = Recorder(store, settings.prices, dict(personal=personal_scan()) | (scans or {}), keep_texts=keeps_texts(store))
         server = PlatformServer(store, all_pages(), recorder=recorder, config=config, hosts=(*hosts, host), https=https,
