@@ -1,6 +1,7 @@
-"""What all chat protocols share: a request is read field by field and refuses what it doesn't know, messages become a prompt, and an answer becomes events.
+"""What all chat protocols share: a request is read field by field, messages become a prompt, and an answer becomes events.
 
-A protocol reads the body of a request with `Fields`: each field is taken out and checked, and a field that is left over is an error, so none is ignored in silence. `ServedModel` is a
+A protocol reads the body of a request with `Fields`: each field is taken out and checked, and one that is left over is refused, or ignored and named, but
+never ignored in silence. `ServedModel` is a
 model as a server knows it: a name, an engine, and the format of its answers. `ServedModel.ask` turns messages into a running request, an `Answer`, whose `steps` are
 the tokens with the events that they complete."""
 
