@@ -372,3 +372,21 @@ def test_opentelemetry_is_optional(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'opentelemetry', package)
     assert mirror_window(row) and ('deepseek_nb.prompt_tokens', 5, dict(place='a')) in seen
     store.close()
+
+
+def test_a_monitor_that_fails_says_so_and_tries_again(store, caplog):  # noqa: F811
+    done, tries = threading.Event(), []
+
+    def act():
+        tries.append(len(tries))
+        if len(tries) < 3: raise OSError('no room')
+        done.set()
+
+    monitor = Monitor(store)
+    thread = monitor.run(.001, act)
+    assert done.wait(30)
+    monitor.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+    said = [r for r in caplog.records if r.name == 'deepseek_nb.platform']
+    assert len(said) == 2 and all('no room' in caplog.text and r.exc_info[0] is OSError for r in said)

@@ -16,6 +16,7 @@ import http.client
 import io
 import itertools
 import json
+import logging
 import os
 import threading
 from base64 import b64decode, b64encode
@@ -364,7 +365,7 @@ class Monitor:
         allow_private:bool|Collection = False, # Whether webhooks may have internal addresses, or the hosts that may
     ):
         self.store,self.rules,self.plan = store,[*rules],plan or DriftPlan()
-        self.window,self.allow_private,self.over,self.error = window,allow_private,threading.Event(),''
+        self.window,self.allow_private,self.over = window,allow_private,threading.Event()
 
     def _judge(self, place):
         "Apply the rules to the windows of a place that have ended"
@@ -402,8 +403,8 @@ class Monitor:
         "Tick in a thread"
         def loop():
             while True:
-                try: (act or self.tick)(); self.error = ''
-                except Exception as e: self.error = f'{type(e).__name__}: {e}'[:300] # the next tick tries again
+                try: (act or self.tick)()
+                except Exception: logging.getLogger('deepseek_nb.platform').exception('the monitor failed, and tries again')
                 if self.over.wait(every): return
         thread = threading.Thread(target=loop, name='monitor', daemon=True)
         thread.start()
