@@ -116,10 +116,11 @@ def test_attention_against_a_loop(seed):
 
 
 def test_periods():
-    x = torch.sin(torch.arange(3000.)*2*math.pi/37) + .3*torch.randn(3000)
-    assert find_periods(x[:, None]) in [(1, 37), (1, 36), (1, 38)]
+    # of 3,000 steps, noise makes the correlation at 74 larger than that at 37 by the allowance for shorter periods once in 100 draws
+    x = torch.sin(torch.arange(30_000.)*2*math.pi/37) + .3*torch.randn(30_000)
+    assert find_periods(x[:, None]) == (1, 37)
     x[100:200] = torch.nan
-    assert find_periods(x[:, None])[1] in (36, 37, 38) and find_periods(torch.randn(8, 1)) == (1,)
+    assert find_periods(x[:, None]) == (1, 37) and find_periods(torch.randn(8, 1)) == (1,)
 
 
 # ---- a detector at work
