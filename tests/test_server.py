@@ -162,6 +162,75 @@ def test_seeds_and_n(live):
     assert client.chat.completions.create(**how).choices[0].message.content == texts[0]
 
 
+def test_what_a_request_leaves_open(live, monkeypatch):
+    "Sampling is that of llama.cpp, or of the settings; each field of a request wins; the list of models says it."
+    asked, submit = [], live.engine.submit
+    monkeypatch.setattr(live.engine, 'submit', lambda r: (asked.append(r.params), submit(r))[1])
+    body = dict(model='mini', messages=HI, max_tokens=2)
+    routes = {'/v1/chat/completions': body, '/v1/completions': dict(model='mini', prompt='The', max_tokens=2),
+              '/v1/responses': dict(model='mini', input='Hi', max_output_tokens=2), '/v1/messages': body}
+    usual = dict(temperature=.8, top_k=40, top_p=.95, min_p=.05)
+    for path, b in routes.items():
+        for more in ({}, dict(temperature=None), dict(temperature=0), dict(temperature=1, top_p=1)):
+            status, answer = post(live, b | more, path)
+            assert status == 200, answer
+            want = usual | {k: v for k, v in more.items() if v is not None}
+            assert {k: getattr(asked[-1], k) for k in usual} == want, (path, more)
+    monkeypatch.setattr(live.server.models['mini'], 'sampling', dict(temperature=.5, repetition_penalty=1.1))
+    post(live, body)
+    assert (asked[-1].temperature, asked[-1].top_k, asked[-1].repetition_penalty) == (.5, 0, 1.1)
+    card = live.client().models.retrieve('mini')
+    assert card.default_sampling == dict(temperature=.5, repetition_penalty=1.1) and card.default_max_tokens == live.engine.context
+
+
+def test_no_end_before_min_tokens(live):
+    "An end token that is certain waits, whole and streamed, with a grammar that allows nothing else too."
+    body, end = dict(model='mini', messages=HI, temperature=0, max_tokens=20), live.engine.ends[0]
+    sure = body | dict(logit_bias={end: 100})
+    for n in (0, 1, 5):
+        for path, b in (('/v1/chat/completions', sure), ('/v1/completions', sure | dict(prompt='The', messages=None))):
+            status, answer = post(live, b | dict(min_tokens=n), path)
+            assert status == 200 and answer['usage']['completion_tokens'] == n + 1, (n, path, answer)
+    form = dict(type='json_schema', json_schema=dict(name='x', schema=dict(const=1), strict=True))
+    status, answer = post(live, body | dict(min_tokens=9, response_format=form))
+    assert status == 200 and answer['choices'][0]['message']['content'] == '1' and answer['choices'][0]['finish_reason'] == 'stop'
+    assert post(live, body | dict(min_tokens=-1))[0] == 400
+
+
+def test_loops_end(live, monkeypatch):
+    "An answer that says the same again and again ends, and says why."
+    monkeypatch.setattr(live.engine, 'stop_loops', 5)
+    how = dict(model='mini', prompt='The Congress of the', temperature=0, max_tokens=250)
+    status, answer = post(live, how | dict(ignore_eos=True), '/v1/completions')
+    choice, text = answer['choices'][0], answer['choices'][0]['text']
+    assert status == 200 and (choice['finish_reason'], choice['stop_reason']) == ('length', 'repetition')
+    said = text[-200:].split('. ')[1]
+    assert text.count(said) >= 5 and answer['usage']['completion_tokens'] < 250
+    parts = [*live.client().completions.create(**how, stream=True, extra_body=dict(ignore_eos=True))]
+    assert ''.join(p.choices[0].text for p in parts) == text and parts[-1].choices[0].stop_reason == 'repetition'
+    assert 'finished_reason="repetition"' in live.server.metrics.text()
+
+
+def test_a_key_a_limit_and_another_page():
+    "`--api-key`, `--ctx` and `--cors`, over the wire."
+    live, origin = Live(api_key='sk-one', cors=['http://ui.lan']), 'Origin: http://ui.lan\r\n'
+    try:
+        live.engine.context = 64
+        body, key = dict(model='mini', messages=HI, max_tokens=2), 'Authorization: Bearer sk-one\r\n'
+        assert post(live, body)[0] == 401 and post(live, body, headers=key)[0] == 200
+        assert 'sk-one' not in repr(live.server.config)
+        status, answer = post(live, dict(model='mini', prompt='The', max_tokens=70), '/v1/completions', key)
+        assert status == 400 and 'maximum context length is 64' in answer['error']['message']
+        asks = 'Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: authorization,content-type\r\n'
+        first = live.raw(f'OPTIONS /v1/models HTTP/1.1\r\n{JSON}{origin}{asks}Connection: close\r\n\r\n'.encode()).lower()
+        assert first.startswith(b'http/1.1 200') and b'access-control-allow-origin: http://ui.lan' in first and b'authorization' in first
+        got = live.raw(f'GET /v1/models HTTP/1.1\r\n{JSON}{origin}{key}Connection: close\r\n\r\n'.encode()).lower()
+        assert b'access-control-allow-origin: http://ui.lan' in got and b'access-control-expose-headers: x-request-id' in got
+        other = live.raw(f'GET /v1/models HTTP/1.1\r\n{JSON}{origin}{key}Connection: close\r\n\r\n'.replace('ui.', 'no.').encode())
+        assert b'access-control-allow-origin' not in other.lower()
+    finally: live.stop()
+
+
 def test_completions(live):
     client, ids = live.client(), live.tok.encode('The Congress of the')
     out = client.completions.create(model='mini', prompt=[ids, ids], max_tokens=1, temperature=0, echo=True, logprobs=1)
