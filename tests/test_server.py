@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import warm
@@ -13,6 +14,7 @@ import warm
 from deepseek_nb.arch.model import Model
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.engine import Engine
+from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.infer.speculate import RowDrafts
 from deepseek_nb.serve.app import Server, ServerConfig, check_address, key_digest
 from deepseek_nb.serve.chat import ServedModel
@@ -30,11 +32,11 @@ JSON = 'Host: localhost\r\nContent-Type: application/json\r\n'
 
 class Live:
     "A server in a thread."
-    def __init__(self, **config):
-        model, self.tok = Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini')
-        self.tok.chat_template = TEMPLATE
+    def __init__(self, name='mini', **config):
+        model, self.tok = Model.from_pretrained(name), Tokenizer.from_pretrained(name)
+        if name == 'mini': self.tok.chat_template = TEMPLATE
         self.engine = Engine(model, self.tok)
-        self.server, ready = Server([ServedModel('mini', self.engine, self.tok)], ServerConfig(port=0, **config)), threading.Event()
+        self.server, ready = Server([ServedModel(name, self.engine, self.tok)], ServerConfig(port=0, **config)), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(ready.set,), daemon=True)
         self.thread.start()
         assert ready.wait(60)
@@ -163,19 +165,19 @@ def test_seeds_and_n(live):
 
 
 def test_what_a_request_leaves_open(live, monkeypatch):
-    "Sampling is that of llama.cpp, or of the settings; each field of a request wins; the list of models says it."
+    "Sampling is the usual one, or that of the settings; each field of a request wins; temperature 0 has no penalty; the models say it."
     asked, submit = [], live.engine.submit
     monkeypatch.setattr(live.engine, 'submit', lambda r: (asked.append(r.params), submit(r))[1])
     body = dict(model='mini', messages=HI, max_tokens=2)
     routes = {'/v1/chat/completions': body, '/v1/completions': dict(model='mini', prompt='The', max_tokens=2),
               '/v1/responses': dict(model='mini', input='Hi', max_output_tokens=2), '/v1/messages': body}
-    usual = dict(temperature=.8, top_k=40, top_p=.95, min_p=.05)
+    usual = dict(temperature=.8, top_k=40, top_p=.95, min_p=.05, repetition_penalty=1.05)
     for path, b in routes.items():
         for more in ({}, dict(temperature=None), dict(temperature=0), dict(temperature=1, top_p=1)):
             status, answer = post(live, b | more, path)
             assert status == 200, answer
-            want = usual | {k: v for k, v in more.items() if v is not None}
-            assert {k: getattr(asked[-1], k) for k in usual} == want, (path, more)
+            want = (usual if more.get('temperature') != 0 else {}) | {k: v for k, v in more.items() if v is not None}
+            assert replace(asked[-1], logprobs=None) == SamplingParams(**want), (path, more)
     monkeypatch.setattr(live.server.models['mini'], 'sampling', dict(temperature=.5, repetition_penalty=1.1))
     post(live, body)
     assert (asked[-1].temperature, asked[-1].top_k, asked[-1].repetition_penalty) == (.5, 0, 1.1)

@@ -138,6 +138,7 @@ class RowSampler:
         ends:tuple = (), # End tokens, which wait for `min_tokens`
     ):
         self.sampling,self.prompt,self.tokens,self.grammar,self.ends = sampling,prompt,[],grammar,ends
+        self.told = torch.tensor([*{*prompt}] if sampling.repetition_penalty != 1 else [], dtype=torch.long)
         self.generator = torch.Generator()
         self.seed = self.generator.seed() if sampling.seed is None else sampling.seed
         self.generator.manual_seed(self.seed)
@@ -153,7 +154,9 @@ class RowSampler:
     )->Tensor: # `w`; −∞ for tokens that the grammar or `min_tokens` forbids
         "Logits after penalties, biases and masks"
         h,x = self.sampling,logits
-        if h.repetition_penalty != 1: x = penalise(x, torch.tensor([*self.prompt, *self.tokens], device=x.device), h.repetition_penalty)
+        if h.repetition_penalty != 1:
+            seen = torch.cat([self.told, torch.tensor(self.tokens, dtype=torch.long)])
+            x = penalise(x, seen.to(x.device), h.repetition_penalty)
         if self.tokens and (h.presence_penalty or h.frequency_penalty):
             ids,count = torch.tensor(self.tokens, device=x.device).unique(return_counts=True)
             x = x.index_add(0, ids, -(h.presence_penalty + h.frequency_penalty*count.float()))

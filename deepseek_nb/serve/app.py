@@ -37,7 +37,7 @@ from ..infer.adapters import NoAdapter
 from ..infer.engine import EngineClosed, QueueFull
 from ..infer.sampling import SamplingParams
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
-from .chat import DEFAULTED, IGNORED, ApiError, Fields, ServedModel
+from .chat import IGNORED, USUAL, ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from deepseek_nb.serve.connection import (
     SHORT,
@@ -112,7 +112,7 @@ class ServerConfig:
     def __post_init__(self):
         log_settings(self.log_format)
         if self.api_key: self.keys,self.api_key = self.keys | dict(api_key=key_digest(self.api_key)),''
-        if bad := self.sampling.keys() - DEFAULTED: raise ValueError(f'sampling.{min(bad)} is no default; known are {", ".join(DEFAULTED)}')
+        if bad := self.sampling.keys() - USUAL: raise ValueError(f'sampling.{min(bad)} is no default; known are {", ".join(USUAL)}')
         SamplingParams(**self.sampling)
         if not 0 <= self.port < 2**16: raise ValueError(f'port is {self.port}; it must be from 1 to 65535')
         if bad := [k for k in self.keys if '/' in k]: raise ValueError(f'key name {bad[0]!r} has a /, which separates keys from user ids')

@@ -29,7 +29,7 @@ from ..infer.sampling import SamplingParams
 from ..infer.speculate import DraftLength
 from ..kernels.plan import why_readable
 from ..serve.app import Server, ServerConfig, check_address, key_digest
-from ..serve.chat import DEFAULTED, USUAL, ServedModel
+from ..serve.chat import USUAL, ServedModel
 from ..serve.lora import adapter_base, add_adapter
 from ..serve.policy import read_toml
 
@@ -132,10 +132,10 @@ def _check_model_names(models):
 def folder_sampling(
     source:str|Path, # Folder or file that a model was loaded from
 )->dict: # By the names of `SamplingParams`
-    "The sampling that a model's folder recommends, or else that of llama.cpp"
+    "The sampling that a model's folder recommends, or else the usual one"
     file = (Path(source) if Path(source).is_dir() else Path(source).parent)/'generation_config.json'
     given = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-    found = {k: given[k] for k in DEFAULTED if given.get(k) is not None}
+    found = {k: given[k] for k in USUAL if given.get(k) is not None}
     try: SamplingParams(**found)
     except ValueError as e: raise ValueError(f'{file}: {e}') from None
     return found or dict(USUAL)
