@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_server import Live
+from test_server import Live, post
 
 openai = pytest.importorskip('openai')
 README = Path(__file__).parents[1]/'README.md'
@@ -64,3 +64,23 @@ def test_answers_to_ordinary_questions_end(live):
     found = asyncio.run(ask_all())
     print('ran to the cap:', long := [q for q, why in zip(QUESTIONS, found, strict=True) if why == 'length'])
     assert len(long) <= 1
+
+
+def test_tools_without_a_place_in_the_template(live):
+    "They stand in the prompt in words; a call can be forced, and its result is read, in all three protocols"
+    client, tool = live.client(), dict(name='weather', description='Weather of a city', parameters=dict(
+        type='object', properties=dict(city=dict(type='string', enum=['Rome', 'Oslo'])), required=['city'], additionalProperties=False))
+    messages = [dict(role='system', content='Be brief.'), dict(role='user', content='Is it warm in Rome?')]
+    how = dict(model='smollm2-135m', temperature=0, max_tokens=30, tools=[dict(type='function', function=tool)])
+    [choice] = client.chat.completions.create(messages=messages, tool_choice='required', **how).choices
+    call = choice.message.tool_calls[0]
+    assert choice.finish_reason in ('tool_calls', 'length') and json.loads(call.function.arguments)['city'] in ('Rome', 'Oslo')
+    talk = [*messages, dict(role='assistant', content=None, tool_calls=[call.model_dump()]),
+            dict(role='tool', tool_call_id=call.id, content='18 °C')]
+    answer = client.chat.completions.create(messages=talk, extra_body=dict(return_token_ids=True), **how)
+    prompt = live.tok.decode(answer.prompt_token_ids)
+    words = 'Be brief.\n\nYou can call functions', '"enum": ["Rome", "Oslo"]', '<tool_call>', 'Result of weather:\n18 °C'
+    assert all(w in prompt for w in words)
+    assert client.responses.create(model='smollm2-135m', input='Hi', tools=[dict(type='function', **tool)], max_output_tokens=16).output
+    body = dict(model='smollm2-135m', max_tokens=4, messages=messages[1:], tools=[dict(name='weather', input_schema=tool['parameters'])])
+    assert post(live, body, '/v1/messages')[0] == 200

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from secrets import token_hex
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from ..infer.engine import Engine
 from ..infer.request import Piece, Request, Stream
 from ..infer.sampling import SamplingParams
 from .events import THINKING, ContentDelta, ReasoningDelta, Splitter, ToolCallStart, join_deltas
-from .tools import NAMED_FORMATS, answer_format
+from .tools import NAMED_FORMATS, answer_format, tools_as_text
 
 # %% ../../nbs/library/470_serve.chat.ipynb #ef344316
 class ApiError(Exception):
@@ -240,6 +241,7 @@ class ServedModel:
         if isinstance(template, dict): template = template.get('tool_use') or template.get('default')
         self.format = self.format or answer_format(template, self.engine.model.config.model_type)
         if self.format == 'v4' and '<｜System｜>' in self.tok.special_tokens: self.format = 'v41'
+        if self.format == 'plain': self.format = 'smollm2' # the same text, and calls as many models write them
         named = {f: name for name,f in NAMED_FORMATS.items()}.get(self.format)
         if not template: self.tok.chat_template = named
         elif self.format == 'v31' and not re.search(r'\btools\b', template): # V3.1's own template has no place for them
@@ -248,6 +250,12 @@ class ServedModel:
     @property
     def context(self)->int: # Most tokens of prompt and answer: those of the engine, or what its memory holds
         return min(self.engine.context, self.engine.store.longest)
+
+    @cached_property
+    def takes_tools(self)->bool: # Otherwise they are written in words
+        "Whether the chat template has a place for tools"
+        hi,tool = [dict(role='user', content='hi')],dict(type='function', function=dict(name='f', description='', parameters={}))
+        return self.tok.prompt(hi, [tool]) != self.tok.prompt(hi)
 
     def with_adapter(self,
         name:str, # Name of a LoRA adapter of this model
@@ -273,8 +281,6 @@ class ServedModel:
         write = lambda rows, tools: self.tok.prompt(rows, tools, **_options(thinking, effort))
         try:
             self.check_length(text := write(messages, tools))
-            if tools and write(messages, None) == text:
-                raise ApiError(400, f"{self.name} can't call tools: its chat template has no place for them", 'tools')
         except ValueError as error: raise ApiError(400, str(error), 'messages') from None
         self._check_read(messages, text, lambda rows: write(rows, tools))
         return text
@@ -345,6 +351,7 @@ class ServedModel:
         options = self.effort(effort, where) if r.thinking else {}
         r.messages = self.screened(r.messages)
         args = r.messages,r.tools,r.thinking
+        if r.tools and not self.takes_tools: args = tools_as_text(self.format, r.messages, r.tools),None,r.thinking
         return self.prompt(*args, **options),self.ids(*args, **options)
 
     def screened_ids(self,
