@@ -131,6 +131,7 @@ class Engine:
         ctx:int = 0, # Most tokens of prompt and answer together; 0: as many as the model and `nbytes` allow
         stop_loops:int = 0, # An answer ends when it has said the same so many times in a row, see `is_loop`; 0: never
     ):
+        if stop_loops == 1: raise ValueError('stop_loops is 1; it must be 0 (never), or at least 2')
         rewinds = 0 if draft is None else max(1, draft_tokens or DraftLength().most)
         self.store = store_for(model, nbytes, page, max_rows, kv_cache=kv_cache, folder=folder, disk_nbytes=disk_nbytes, rewinds=rewinds)
         self.model,self.tok,self.max_rows,self.budget,self.beside,self.max_waiting = model,tok,max_rows,budget,beside,max_waiting

@@ -78,7 +78,7 @@ def _warm_engine(engine):
     "Run a long prompt and two rows together, so that all kernels are loaded"
     prefix = engine.store
     store,prefix.store = getattr(prefix, 'store', None),None
-    longest = min(engine.budget, engine.model.config.max_positions - 3, engine.store.longest//2 - 3)
+    longest = min(engine.budget, engine.context - 3, engine.store.longest//2 - 3)
     for n in (max(longest, 1), 2)[:engine.max_rows]: engine.submit(Request([0]*n, max_tokens=3, stop_ids=()))
     while engine.step(): continue
     prefix.clear()
