@@ -418,7 +418,8 @@ def test_options_and_settings_that_are_right(refused, tmp_path):
 def test_a_context_is_chosen():
     "It is that of the server, and fits into the memory, or the error says how much is needed"
     assert serving.load_served('mini', ctx=100, memory=16).context == 100
-    with pytest.raises(ValueError, match='ctx is 500, and 1 MB hold .*; give --memory'): serving.load_served('mini', memory=1, ctx=500)
+    with pytest.raises(ValueError, match='ctx is 600, and mini has a context of 512'): serving.load_served('mini', ctx=600)
+    with pytest.raises(ValueError, match='and 20 MB hold .*; give --memory 358'): serving.load_served('smollm2-135m', memory=20, ctx=8000)
     with pytest.raises(ValueError, match='stop_loops is 1'): serving.load_served('mini', stop_loops=1)
 
 

@@ -161,7 +161,9 @@ def load_served(
         settings |= dict(draft=draft_source(draft, tok, model), draft_tokens=draft_tokens or None)
     settings |= dict(folder=folder, disk_nbytes=None if folder is None else disk*2**20)
     engine = Engine(model, tok, nbytes=memory*2**20, exact=forms[exact], **settings)
-    if (ctx := settings.get('ctx', 0)) > engine.store.longest:
+    if (ctx := settings.get('ctx', 0)) > (most := model.config.max_positions):
+        raise ValueError(f'ctx is {ctx:,}, and {name} has a context of {most:,} tokens; give that or less')
+    if ctx > engine.store.longest:
         more = -(-memory*ctx//engine.store.longest)
         raise ValueError(f'ctx is {ctx:,}, and {memory} MB hold {engine.store.longest:,} tokens; give --memory {more}, or less ctx')
     with compiling_notice(): _warm_engine(engine)
