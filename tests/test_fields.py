@@ -99,7 +99,8 @@ class Asked(ServedModel):
 def served():
     tok = Tokenizer.from_pretrained('mini')
     tok.chat_template, config = None, SimpleNamespace(model_type='deepseek_v4', vocab_size=len(tok), max_positions=10**6)
-    return Asked('m', SimpleNamespace(model=SimpleNamespace(config=config), ends=(0,), store=SimpleNamespace(longest=10**6)), tok)
+    return Asked('m', SimpleNamespace(model=SimpleNamespace(config=config), ends=(0,), context=10**6,
+                                      store=SimpleNamespace(longest=10**6)), tok)
 
 
 class DeepSeekThinking(te.TypedDict, total=False):

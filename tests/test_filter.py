@@ -234,7 +234,7 @@ class Scripted:
     def __init__(self, text, size=3):
         self.text, self.size, self.asked, self.ends, self.max_waiting, self.max_rows = text, size, [], (), 8, 8
         self.model = SimpleNamespace(config=SimpleNamespace(max_positions=4096, model_type='llama', vocab_size=64))
-        self.store = SimpleNamespace(longest=4096)
+        self.store, self.context = SimpleNamespace(longest=4096), 4096
 
     def submit(self, request):
         self.asked.append(request)

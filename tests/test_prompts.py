@@ -119,7 +119,8 @@ def test_a_checkpoint_of_v31_calls_tools(own):
     published = TEMPLATES['deepseek-v3.1'].replace('tools', 'functions') # a name that nobody fills in
     tok.chat_template = published if own else 'deepseek-v3.1'
     config = SimpleNamespace(model_type='deepseek_v3', max_positions=4096)
-    model = ServedModel('m', SimpleNamespace(model=SimpleNamespace(config=config), ends=(), store=SimpleNamespace(longest=4096)), tok)
+    model = ServedModel('m', SimpleNamespace(model=SimpleNamespace(config=config), ends=(), context=4096,
+                                              store=SimpleNamespace(longest=4096)), tok)
     hi = [dict(role='user', content='a')]
     assert model.format == 'v31' and '### f\nDescription: Wörter' in model.prompt(hi, TOOLS)
     assert model.prompt(hi, TOOLS).endswith('<｜User｜>a<｜Assistant｜></think>') and 'Tools' not in model.prompt(hi)
@@ -156,7 +157,7 @@ def served():
     tok = Tokenizer.from_pretrained('mini')
     tok.chat_template = None
     return Asked('m', SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type='deepseek_v4', max_positions=4096)), ends=(),
-                                      store=SimpleNamespace(longest=4096)), tok)
+                                      context=4096, store=SimpleNamespace(longest=4096)), tok)
 
 
 @pytest.mark.parametrize('effort,begin', [(None, 'Absolute'), ('xhigh', 'Absolute'), ('max', 'Beyond'), ('ultra', 'Beyond'), ('low', None)])

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import warm
@@ -13,6 +14,7 @@ import warm
 from deepseek_nb.arch.model import Model
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.engine import Engine
+from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.infer.speculate import RowDrafts
 from deepseek_nb.serve.app import Server, ServerConfig, check_address, key_digest
 from deepseek_nb.serve.chat import ServedModel
@@ -30,11 +32,11 @@ JSON = 'Host: localhost\r\nContent-Type: application/json\r\n'
 
 class Live:
     "A server in a thread."
-    def __init__(self, **config):
-        model, self.tok = Model.from_pretrained('mini'), Tokenizer.from_pretrained('mini')
-        self.tok.chat_template = TEMPLATE
+    def __init__(self, name='mini', **config):
+        model, self.tok = Model.from_pretrained(name), Tokenizer.from_pretrained(name)
+        if name == 'mini': self.tok.chat_template = TEMPLATE
         self.engine = Engine(model, self.tok)
-        self.server, ready = Server([ServedModel('mini', self.engine, self.tok)], ServerConfig(port=0, **config)), threading.Event()
+        self.server, ready = Server([ServedModel(name, self.engine, self.tok)], ServerConfig(port=0, **config)), threading.Event()
         self.thread = threading.Thread(target=self.server.run, args=(ready.set,), daemon=True)
         self.thread.start()
         assert ready.wait(60)
@@ -160,6 +162,75 @@ def test_seeds_and_n(live):
     texts = [c.message.content for c in one.choices]
     assert texts == [c.message.content for c in two.choices] and len({*texts}) > 1
     assert client.chat.completions.create(**how).choices[0].message.content == texts[0]
+
+
+def test_what_a_request_leaves_open(live, monkeypatch):
+    "Sampling is the usual one, or that of the settings; each field of a request wins; temperature 0 has no penalty; the models say it."
+    asked, submit = [], live.engine.submit
+    monkeypatch.setattr(live.engine, 'submit', lambda r: (asked.append(r.params), submit(r))[1])
+    body = dict(model='mini', messages=HI, max_tokens=2)
+    routes = {'/v1/chat/completions': body, '/v1/completions': dict(model='mini', prompt='The', max_tokens=2),
+              '/v1/responses': dict(model='mini', input='Hi', max_output_tokens=2), '/v1/messages': body}
+    usual = dict(temperature=.8, top_k=40, top_p=.95, min_p=.05, repetition_penalty=1.05)
+    for path, b in routes.items():
+        for more in ({}, dict(temperature=None), dict(temperature=0), dict(temperature=1, top_p=1)):
+            status, answer = post(live, b | more, path)
+            assert status == 200, answer
+            want = (usual if more.get('temperature') != 0 else {}) | {k: v for k, v in more.items() if v is not None}
+            assert replace(asked[-1], logprobs=None) == SamplingParams(**want), (path, more)
+    monkeypatch.setattr(live.server.models['mini'], 'sampling', dict(temperature=.5, repetition_penalty=1.1))
+    post(live, body)
+    assert (asked[-1].temperature, asked[-1].top_k, asked[-1].repetition_penalty) == (.5, 0, 1.1)
+    card = live.client().models.retrieve('mini')
+    assert card.default_sampling == dict(temperature=.5, repetition_penalty=1.1) and card.default_max_tokens == live.engine.context
+
+
+def test_no_end_before_min_tokens(live):
+    "An end token that is certain waits, whole and streamed, with a grammar that allows nothing else too."
+    body, end = dict(model='mini', messages=HI, temperature=0, max_tokens=20), live.engine.ends[0]
+    sure = body | dict(logit_bias={end: 100})
+    for n in (0, 1, 5):
+        for path, b in (('/v1/chat/completions', sure), ('/v1/completions', sure | dict(prompt='The', messages=None))):
+            status, answer = post(live, b | dict(min_tokens=n), path)
+            assert status == 200 and answer['usage']['completion_tokens'] == n + 1, (n, path, answer)
+    form = dict(type='json_schema', json_schema=dict(name='x', schema=dict(const=1), strict=True))
+    status, answer = post(live, body | dict(min_tokens=9, response_format=form))
+    assert status == 200 and answer['choices'][0]['message']['content'] == '1' and answer['choices'][0]['finish_reason'] == 'stop'
+    assert post(live, body | dict(min_tokens=-1))[0] == 400
+
+
+def test_loops_end(live, monkeypatch):
+    "An answer that says the same again and again ends, and says why."
+    monkeypatch.setattr(live.engine, 'stop_loops', 5)
+    how = dict(model='mini', prompt='The Congress of the', temperature=0, max_tokens=250)
+    status, answer = post(live, how | dict(ignore_eos=True), '/v1/completions')
+    choice, text = answer['choices'][0], answer['choices'][0]['text']
+    assert status == 200 and (choice['finish_reason'], choice['stop_reason']) == ('length', 'repetition')
+    said = text[-200:].split('. ')[1]
+    assert text.count(said) >= 5 and answer['usage']['completion_tokens'] < 250
+    parts = [*live.client().completions.create(**how, stream=True, extra_body=dict(ignore_eos=True))]
+    assert ''.join(p.choices[0].text for p in parts) == text and parts[-1].choices[0].stop_reason == 'repetition'
+    assert 'finished_reason="repetition"' in live.server.metrics.text()
+
+
+def test_a_key_a_limit_and_another_page():
+    "`--api-key`, `--ctx` and `--cors`, over the wire."
+    live, origin = Live(api_key='sk-one', cors=['http://ui.lan']), 'Origin: http://ui.lan\r\n'
+    try:
+        live.engine.context = 64
+        body, key = dict(model='mini', messages=HI, max_tokens=2), 'Authorization: Bearer sk-one\r\n'
+        assert post(live, body)[0] == 401 and post(live, body, headers=key)[0] == 200
+        assert 'sk-one' not in repr(live.server.config)
+        status, answer = post(live, dict(model='mini', prompt='The', max_tokens=70), '/v1/completions', key)
+        assert status == 400 and 'maximum context length is 64' in answer['error']['message']
+        asks = 'Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: authorization,content-type\r\n'
+        first = live.raw(f'OPTIONS /v1/models HTTP/1.1\r\n{JSON}{origin}{asks}Connection: close\r\n\r\n'.encode()).lower()
+        assert first.startswith(b'http/1.1 200') and b'access-control-allow-origin: http://ui.lan' in first and b'authorization' in first
+        got = live.raw(f'GET /v1/models HTTP/1.1\r\n{JSON}{origin}{key}Connection: close\r\n\r\n'.encode()).lower()
+        assert b'access-control-allow-origin: http://ui.lan' in got and b'access-control-expose-headers: x-request-id' in got
+        other = live.raw(f'GET /v1/models HTTP/1.1\r\n{JSON}{origin}{key}Connection: close\r\n\r\n'.replace('ui.', 'no.').encode())
+        assert b'access-control-allow-origin' not in other.lower()
+    finally: live.stop()
 
 
 def test_completions(live):
@@ -342,6 +413,14 @@ def test_options_and_settings_that_are_right(refused, tmp_path):
     assert (models, config.port, config.patience, engine['folder'], engine['max_waiting']) == (['mini'], 0, 1, 'pages', 0)
     refused('mini', '--max-rows', -1, words=['deepseek-nb: max_rows is -1; it must be more than 0'])
     refused('mini', '--memory', -1, '--config', file, words=[f'{file} or an option: memory is -1'])
+
+
+def test_a_context_is_chosen():
+    "It is that of the server, and fits into the memory, or the error says how much is needed"
+    assert serving.load_served('mini', ctx=100, memory=16).context == 100
+    with pytest.raises(ValueError, match='ctx is 600, and mini has a context of 512'): serving.load_served('mini', ctx=600)
+    with pytest.raises(ValueError, match='and 20 MB hold .*; give --memory 358'): serving.load_served('smollm2-135m', memory=20, ctx=8000)
+    with pytest.raises(ValueError, match='stop_loops is 1'): serving.load_served('mini', stop_loops=1)
 
 
 SERVE = """

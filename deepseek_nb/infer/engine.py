@@ -31,7 +31,7 @@ from .conversation import common_prefix
 from .drafts import Draft
 from .generate import row_samplers
 from .paged import PoolFull, page_bytes
-from .request import PROMPT_ROOM, FairQueue, Piece, Request, Stream, TextOut, plan_step
+from .request import PROMPT_ROOM, FairQueue, Piece, Request, Stream, TextOut, is_loop, plan_step
 from .sampling import GREEDY, Drawn, RowSampler, SamplingParams, most_likely
 from .speculate import DraftLength, RowDrafts, keeps_bits, verify_drafts
 from .stores import RowPool, block_bytes, store_for
@@ -49,7 +49,7 @@ class Row:
         self.adapter,self.space = adapter,cache_space(r.user, adapter) # whose pages of the prefix cache it may use
         self.stream,self.user,self.tokens,self.cache = stream,r.user,list(r.prompt),None
         self.entered,self.ended = False,False
-        self.sampler,self.drafter = RowSampler(r.params, r.prompt, r.grammar),None # `drafter`: while it runs, if it has drafts
+        self.sampler,self.drafter = RowSampler(r.params, r.prompt, r.grammar, ends),None # `drafter`: while it runs, if it has drafts
         self.out = TextOut(tok, r.stop, ends if r.stop_ids is None else r.stop_ids)
 
     @property
@@ -128,7 +128,10 @@ class Engine:
         draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
         exact:bool = False, # Whether the bits of a row may not depend on other rows where no kernel promises it, at any cost
         drawn:bool = False, # Whether drafts are drawn by chance where a row is: more is kept, but a seed gives another text
+        ctx:int = 0, # Most tokens of prompt and answer together; 0: as many as the model and `nbytes` allow
+        stop_loops:int = 0, # An answer ends when it has said the same so many times in a row, see `is_loop`; 0: never
     ):
+        if stop_loops == 1: raise ValueError('stop_loops is 1; it must be 0 (never), or at least 2')
         rewinds = 0 if draft is None else max(1, draft_tokens or DraftLength().most)
         self.store = store_for(model, nbytes, page, max_rows, kv_cache=kv_cache, folder=folder, disk_nbytes=disk_nbytes, rewinds=rewinds)
         self.model,self.tok,self.max_rows,self.budget,self.beside,self.max_waiting = model,tok,max_rows,budget,beside,max_waiting
@@ -138,6 +141,7 @@ class Engine:
         self.queue,self.rows,self.inbox = FairQueue(),[],SimpleQueue()
         self.drafts = _row_drafts(model, self.store.positions, draft, draft_tokens, drawn, self.exact)
         self.stats,self.on_step,self.watch,self.thread = EngineStats(),None,None,None # `watch`: see `EngineWatch`
+        self.context,self.stop_loops = min(ctx or model.config.max_positions, model.config.max_positions),stop_loops
         self.count,self.lock,self.closing,self.aborting = 0,Lock(),False,False # `count`: requests that run or wait
 
     @property
@@ -148,8 +152,8 @@ class Engine:
     )->None:
         "Raise an error if a request can never be served"
         c,n = self.model.config,len(r.prompt) + r.max_tokens
-        if n > c.max_positions:
-            raise ValueError(f"this model's maximum context length is {c.max_positions} tokens; the request wants {n} "
+        if n > self.context:
+            raise ValueError(f"this model's maximum context length is {self.context} tokens; the request wants {n} "
                          f'({len(r.prompt)} in the prompt, {r.max_tokens} in the answer); shorten one of them')
         self.store.check(n)
         for what,ids in {'the prompt': r.prompt, 'logit_bias': r.params.logit_bias, 'stop_ids': r.stop_ids or ()}.items():
@@ -412,11 +416,12 @@ class Engine:
         row.tokens.append(drawn.id)
         text,r = row.out.push(drawn.id),row.stream.request
         done = row.out.matched is not None or getattr(r.grammar, 'finished', False)
-        if not done and row.new == r.max_tokens: text,done = text + row.out.flush(),'length'
+        if not done and (row.new == r.max_tokens or self.stop_loops and is_loop(row.tokens, row.new, self.stop_loops)):
+            text,done = text + row.out.flush(),'length' if row.new == r.max_tokens else 'repetition'
         row.stream.put(Piece(drawn.id, text, drawn.logprob, drawn.top))
         if not done: return
         row.cache.rewind(len(row.cache) - len(row.tokens) + 1) # as without a draft: the last token is not in the cache
-        self.finish(row, 'length' if done == 'length' and row.out.matched is None else 'stop')
+        self.finish(row, done if isinstance(done, str) and row.out.matched is None else 'stop')
 
     def _count(self, row):
         "Count a token and its time; the first one makes the prompt's pages known"

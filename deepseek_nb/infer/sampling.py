@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 # %% ../../nbs/library/405_infer.sampling.ipynb #df043833
 COLDEST = 1e-30 # temperatures below are greedy: a logit divided by them overflows
 LIMITS = dict(temperature=(0, 100), top_p=(0, 1), top_k=(0, 2**31), min_p=(0, 1), repetition_penalty=(1e-6, 10), presence_penalty=(-2, 2),
-              frequency_penalty=(-2, 2), seed=(-2**63, 2**63 - 1), logprobs=(0, 20))
+              frequency_penalty=(-2, 2), seed=(-2**63, 2**63 - 1), logprobs=(0, 20), min_tokens=(0, 2**31))
 OPEN = ('top_p',)  # the lower limit itself is excluded
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class SamplingParams:
     logit_bias:dict = field(default_factory=dict) # Added to the logits; token id -> bias from −100 to 100
     seed:int|None = None # The same seed gives the same tokens; None: a random seed
     logprobs:int|None = None # Number of alternatives to report with each token, 0 to 20; None: no log-probabilities
+    min_tokens:int = 0 # Tokens of the answer before which no end token is drawn
 
     def __post_init__(self):
         for name,limits in LIMITS.items(): _check(name, getattr(self, name), *limits)
@@ -56,7 +57,7 @@ class SamplingParams:
 def _check(name, value, low, high):
     "Raise an error if a setting isn't a number within its limits"
     if value is None and name in ('seed', 'logprobs'): return
-    whole = name in ('top_k', 'seed', 'logprobs')
+    whole = name in ('top_k', 'seed', 'logprobs', 'min_tokens')
     ok = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if ok and (low < value if name in OPEN else low <= value) and value <= high: return
     rule = f'{"above" if name in OPEN else "at least"} {low} and at most {high}'
@@ -134,8 +135,10 @@ class RowSampler:
         sampling:SamplingParams, # Settings of the request
         prompt:list, # Token ids of the prompt; the repetition penalty counts them
         grammar = None, # Object with `mask()` and `accept(id)`; None: every token is allowed
+        ends:tuple = (), # End tokens, which wait for `min_tokens`
     ):
-        self.sampling,self.prompt,self.tokens,self.grammar = sampling,prompt,[],grammar
+        self.sampling,self.prompt,self.tokens,self.grammar,self.ends = sampling,prompt,[],grammar,ends
+        self.told = torch.tensor([*{*prompt}] if sampling.repetition_penalty != 1 else [], dtype=torch.long)
         self.generator = torch.Generator()
         self.seed = self.generator.seed() if sampling.seed is None else sampling.seed
         self.generator.manual_seed(self.seed)
@@ -143,22 +146,27 @@ class RowSampler:
     @property
     def plain(self)->bool: # Whether the token is the argmax of the model's logits
         h = self.sampling
-        changed = h.repetition_penalty != 1 or h.presence_penalty or h.frequency_penalty or h.logit_bias
+        changed = h.repetition_penalty != 1 or h.presence_penalty or h.frequency_penalty or h.logit_bias or h.min_tokens
         return h.greedy and h.logprobs is None and self.grammar is None and not changed
 
     def adjusted(self,
         logits:Tensor, # Logits of the next token `w`, float32
-    )->Tensor: # `w`; −∞ for tokens that the grammar forbids
-        "Logits after penalties, biases and the grammar's mask"
+    )->Tensor: # `w`; −∞ for tokens that the grammar or `min_tokens` forbids
+        "Logits after penalties, biases and masks"
         h,x = self.sampling,logits
-        if h.repetition_penalty != 1: x = penalise(x, torch.tensor([*self.prompt, *self.tokens], device=x.device), h.repetition_penalty)
+        if h.repetition_penalty != 1:
+            seen = torch.cat([self.told, torch.tensor(self.tokens, dtype=torch.long)])
+            x = penalise(x, seen.to(x.device), h.repetition_penalty)
         if self.tokens and (h.presence_penalty or h.frequency_penalty):
             ids,count = torch.tensor(self.tokens, device=x.device).unique(return_counts=True)
             x = x.index_add(0, ids, -(h.presence_penalty + h.frequency_penalty*count.float()))
         if h.logit_bias:
             ids,bias = zip(*h.logit_bias.items(), strict=True)
             x = x.index_add(0, torch.tensor(ids, device=x.device), torch.tensor(bias, dtype=x.dtype, device=x.device))
-        return x if self.grammar is None else x.masked_fill(~unpack_mask(torch.as_tensor(self.grammar.mask()), len(x)).to(x.device), -torch.inf)
+        if self.grammar is not None: x = x.masked_fill(~unpack_mask(torch.as_tensor(self.grammar.mask()), len(x)).to(x.device), -torch.inf)
+        if len(self.tokens) >= h.min_tokens: return x
+        longer = x.index_fill(0, torch.tensor(self.ends, dtype=torch.long, device=x.device), -torch.inf)
+        return longer if longer.max() > -torch.inf else x # a grammar may allow nothing but the end
 
     def weights(self,
         logits:Tensor, # Logits of the next token `w`, float32

@@ -34,7 +34,8 @@ def anthropic_error(
     error:ApiError, # What went wrong
 )->dict: # Anthropic's form
     "The body of a response to an error, also an event of a stream"
-    what = dict(type=ERROR_TYPES.get(error.status, 'invalid_request_error'), message=error.message)
+    words = 'prompt is too long: '*(error.code == 'context_length_exceeded') # by which Claude Code knows that it must shorten it
+    what = dict(type=ERROR_TYPES.get(error.status, 'invalid_request_error'), message=words + error.message)
     if error.code == NO_THREADS: what['details'] = dict(error_code=NO_THREADS, unsupported=['thread'])
     return dict(type='error', error=what, request_id=None)
 

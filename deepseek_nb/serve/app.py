@@ -35,8 +35,9 @@ from weakref import WeakValueDictionary
 
 from ..infer.adapters import NoAdapter
 from ..infer.engine import EngineClosed, QueueFull
+from ..infer.sampling import SamplingParams
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
-from .chat import IGNORED, ApiError, Fields, ServedModel
+from .chat import IGNORED, USUAL, ApiError, Fields, ServedModel
 from .completions import ChatRun, read_chat
 from deepseek_nb.serve.connection import (
     SHORT,
@@ -104,9 +105,15 @@ class ServerConfig:
     log_prompts:bool = False # Whether the log holds prompts and answers
     strict:bool = False # Whether fields that can't be honoured are refused; else those that change no meaning are ignored
     default_max_tokens:int = 2048 # Most tokens of an answer to a request that says nothing
+    sampling:dict = field(default_factory=dict) # Sampling of such a request, where it isn't that of the model's folder or of llama.cpp
+    api_key:str = '' # One more key, in clear; only its digest is kept
+    cors:list = field(default_factory=list) # Addresses of pages that may use the server, such as `https://ui.lan`; `*`: all
 
     def __post_init__(self):
         log_settings(self.log_format)
+        if self.api_key: self.keys,self.api_key = self.keys | dict(api_key=key_digest(self.api_key)),''
+        if bad := self.sampling.keys() - USUAL: raise ValueError(f'sampling.{min(bad)} is no default; known are {", ".join(USUAL)}')
+        SamplingParams(**self.sampling)
         if not 0 <= self.port < 2**16: raise ValueError(f'port is {self.port}; it must be from 1 to 65535')
         if bad := [k for k in self.keys if '/' in k]: raise ValueError(f'key name {bad[0]!r} has a /, which separates keys from user ids')
         if self.host not in ('127.0.0.1', '::1', 'localhost') and not self.keys:
@@ -134,7 +141,8 @@ def check_source(
         raise ApiError(403, f'this server is not reached as {name:.80}; use localhost, or start it with --allow-host {name:.80}',
                        code='unknown_host')
     if origin is None or (site := urlsplit(origin.lower())).netloc == host or site.hostname in config.allow_host: return
-    raise ApiError(403, f'a page of {origin:.100} may not use this server; start it with --allow-host and the name', code='unknown_origin')
+    if not {'*', origin.lower()}.isdisjoint(config.cors): return
+    raise ApiError(403, f'a page of {origin:.100} may not use this server; start it with --cors and this address', code='unknown_origin')
 
 # %% ../../nbs/library/482_serve.app.ipynb #d19f477e
 def check_address(
@@ -250,7 +258,7 @@ class Server:
         self.running,self.draining,self.hurry,self.started = Counter(),False,False,time.time()
         self.metrics,self.store = EngineMetrics({m.name: m.engine for m in models}),ResponseStore(self.config.stored)
         self.readers,self.room = Readers(),BodyRoom()
-        for m in models: m.default_max_tokens = self.config.default_max_tokens
+        for m in models: m.default_max_tokens,m.sampling = self.config.default_max_tokens,m.sampling | self.config.sampling
         self.routers,self.reports = ThreadPoolExecutor(1, 'router'),0 # experts are shown here, and how many requests wait for it
         self.ended = None # called with the `RequestRecord` of each request at its end, for a monitor
 
@@ -402,7 +410,7 @@ class Server:
         return dict(id=m.name, object='model', created=m.created, owned_by='deepseek_nb', max_model_len=m.context,
                     root=adapter.folder.name if adapter else m.name, parent=m.base,
                     type='model', display_name=m.name, created_at=since, max_input_tokens=m.context,
-                    default_max_tokens=min(m.default_max_tokens, m.context))
+                    default_max_tokens=min(m.default_max_tokens, m.context), default_sampling=m.sampling)
 
     @_answered
     async def _list_models(self, request): # `GET /v1/models`
@@ -472,11 +480,11 @@ class Server:
     ): # `POST …/chat/completions`
         "A chat completion"
         began = request.scope['record'].started
-        return await self._handle(request, lambda served, body, owner: ChatRun(served, read_chat(body), owner, dialect, began))
+        return await self._handle(request, lambda served, body, owner: ChatRun(served, read_chat(served.filled(body)), owner, dialect, began))
 
     async def _complete(self, request): # `POST …/completions`
         "A text completion"
-        def start(served, body, owner): return TextRun(served, read_completion(body, served.tok, served.check_length), owner)
+        def start(served, body, owner): return TextRun(served, read_completion(served.filled(body), served.tok, served.check_length), owner)
         return await self._handle(request, start)
 
     def _earlier(self, owner):
@@ -487,7 +495,7 @@ class Server:
         "A response of OpenAI's Responses"
         def start(served, body, owner):
             earlier = self._earlier(owner)
-            return ResponsesRun(served, read_responses(body, earlier), owner, earlier and partial(self.store.put, owner))
+            return ResponsesRun(served, read_responses(served.filled(body), earlier), owner, earlier and partial(self.store.put, owner))
         return await self._handle(request, start, RESPONSES)
 
     async def _compact(self, request): # `POST …/responses/compact`
@@ -496,7 +504,8 @@ class Server:
 
     async def _message(self, request): # `POST …/v1/messages`
         "A message of Anthropic's Messages"
-        return await self._handle(request, lambda served, body, owner: MessagesRun(served, read_anthropic(body), owner), ANTHROPIC)
+        def start(served, body, owner): return MessagesRun(served, read_anthropic(served.filled(body)), owner)
+        return await self._handle(request, start, ANTHROPIC)
 
     async def _count(self,
         request, # Starlette's request
@@ -595,13 +604,18 @@ class Server:
         from starlette.applications import Starlette
         from starlette.datastructures import Headers
         from starlette.exceptions import HTTPException
+        from starlette.middleware import Middleware
+        from starlette.middleware.cors import CORSMiddleware
         from starlette.requests import Request
         @asynccontextmanager
         async def lifespan(app):
             for m in self.models.values(): m.engine.start()
             yield
             await self.drain()
-        inner = Starlette(routes=self.routes(), lifespan=lifespan, exception_handlers={HTTPException: self._no_route})
+        shown = ['x-request-id', 'x-ignored-fields', 'retry-after']
+        cors = Middleware(CORSMiddleware, allow_origins=self.config.cors, allow_methods=['*'], allow_headers=['*'], expose_headers=shown)
+        inner = Starlette(routes=self.routes(), lifespan=lifespan, exception_handlers={HTTPException: self._no_route},
+                          middleware=[cors]*bool(self.config.cors))
         async def app(scope, receive, send):
             try: scope['type'] == 'http' and check_source(Headers(scope=scope), self.config)
             except ApiError as error: await self._response(error, _wire(scope['path']), Request(scope))(scope, receive, send)

@@ -366,7 +366,7 @@ class ChatRun(ApiRun):
             for delta in filter(None, map(delta_of, events)):
                 yield self._choice(i, delta, self._logprobs(held, delta), ids=ids)
                 held,ids = [],[]
-        yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish, ids)
+        yield self._choice(i, {}, self._logprobs(held, {}) if held else None, self.answers[i].finish, ids) | self.answers[i].looped
 
     def _logprobs(self, held, delta):
         if self.request.params.logprobs is None: return None
@@ -388,7 +388,7 @@ class ChatRun(ApiRun):
                    for i in range(len(self.answers))]
         async for i,new in merge_streams(*[self._answer_choices(i) for i in range(len(choices))]):
             add_delta(choices[i]['message'], new['delta'])
-            choices[i]['finish_reason'] = new['finish_reason']
+            choices[i] |= {k: new[k] for k in ('finish_reason', 'stop_reason') if k in new}
             choices[i]['logprobs'] = _joined(choices[i]['logprobs'], new['logprobs'])
             if 'token_ids' in new: choices[i].setdefault('token_ids', []).extend(new['token_ids'])
         for c in choices:

@@ -39,7 +39,8 @@ def record(
 EFFORT = one_of('none', 'minimal', 'low', 'medium', 'high', 'xhigh', 'max')
 _PARTS = {'anyOf': [TEXT, list_of(record('type text', type=one_of('text'), text=TEXT))]}
 SAMPLING = dict(temperature=NUMBER | dict(minimum=0, maximum=2), top_p=NUMBER | dict(exclusiveMinimum=0, maximum=1),
-                min_p=NUMBER | dict(minimum=0, maximum=1), top_k=_WHOLE | dict(minimum=-1), seed=_WHOLE, repetition_penalty=NUMBER,
+                min_p=NUMBER | dict(minimum=0, maximum=1), top_k=_WHOLE | dict(minimum=-1), seed=_WHOLE, min_tokens=_WHOLE,
+                repetition_penalty=NUMBER,
                 presence_penalty=NUMBER | dict(minimum=-2, maximum=2), frequency_penalty=NUMBER | dict(minimum=-2, maximum=2),
                 logit_bias=dict(type='object', additionalProperties=NUMBER | dict(minimum=-100, maximum=100)))
 _ANSWERS = SAMPLING | dict(model=TEXT, max_tokens=_WHOLE | dict(minimum=1), n=_WHOLE | dict(minimum=1, maximum=16), stream=YES_NO,

@@ -183,7 +183,7 @@ class TextRun(ApiRun):
             if not text: continue
             yield self._choice(i, text, drawn, start)
             start,drawn = start + len(text),[]
-        yield self._choice(i, '', drawn, start, answer.finish)
+        yield self._choice(i, '', drawn, start, answer.finish) | answer.looped
 
     def _chunk(self,
         choices:list, # What is new
@@ -211,7 +211,7 @@ class TextRun(ApiRun):
         choices = [dict(index=i, text='', logprobs=None, finish_reason=None) for i in range(len(self.answers))]
         async for i,new in merge_streams(*[self._answer_choices(i) for i in range(len(choices))]):
             c = choices[i]
-            c['text'],c['finish_reason'] = c['text'] + new['text'],new['finish_reason']
+            c |= {k: new[k] for k in ('finish_reason', 'stop_reason') if k in new} | dict(text=c['text'] + new['text'])
             if c['logprobs'] is None: c['logprobs'] = new['logprobs']
             elif new['logprobs']:
                 for k,v in new['logprobs'].items(): c['logprobs'][k] += v

@@ -340,16 +340,19 @@ def run_server(
     allow_host:str = '', # Further names under which a server without keys is reached, separated by commas; default: this machine's
     strict:bool = False, # Refuse fields of requests that can't be honoured; default: ignore and name those that don't change the meaning
     default_max_tokens:int = 0, # Most tokens of an answer to a request that says nothing; default: 2048
+    ctx:int = 0, # Most tokens of prompt and answer together; default: as many as the model and --memory allow
+    stop_loops:int = 0, # An answer ends when it has said the same so many times in a row, such as 30; default: never
+    api_key:str = '', # A key that requests must bring; other users of this machine can see it, so a file for --config is better
+    cors:str = '', # Addresses of pages that may use the server from a browser, separated by commas; *: all; default: only its own
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
     from deepseek_nb.tools.serving import adapter_folders, read_settings, serve_models
-    given = dict(host=host or None, port=port or None, memory=memory or None, max_rows=max_rows or None,
-                 kv_cache=kv_cache or None, draft=draft or None, draft_tokens=draft_tokens or None, exact=exact or None,
-                 log_format=log_format or None, log_prompts=log_prompts or None, policy=policy or None,
-                 adapters=adapter_folders(adapter) or None, allow_host=allow_host.split(',') if allow_host else None,
-                 strict=strict or None, default_max_tokens=default_max_tokens or None)
-    given['models'] = None if config and models == 'smollm2-135m' else models.split(',')
-    names,server,engine = read_settings(config or None, **given)
+    names = '' if config and models == 'smollm2-135m' else models
+    given = dict(host=host, port=port, memory=memory, max_rows=max_rows, kv_cache=kv_cache, draft=draft, draft_tokens=draft_tokens,
+                 exact=exact, log_format=log_format, log_prompts=log_prompts, policy=policy, strict=strict, ctx=ctx, stop_loops=stop_loops,
+                 api_key=api_key, default_max_tokens=default_max_tokens, adapters=adapter_folders(adapter))
+    given |= {k: v.split(',') for k,v in dict(models=names, allow_host=allow_host, cors=cors).items() if v}
+    names,server,engine = read_settings(config or None, **{k: v or None for k,v in given.items()})
     serve_models(names, server, **engine)
 
 # %% ../../nbs/library/960_tools.cli.ipynb #a9c10002
