@@ -192,10 +192,14 @@ inline int64_t code_words(int64_t K, bool fine) { return CODES * blocks_of(K) <<
 inline vec halves(const uint8_t* p) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 #elif defined(__F16C__)
 inline vec halves(const uint8_t* p) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+#elif defined(__aarch64__)
+inline vec halves(const uint8_t* p) { return (vec)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
 #else
 inline vec halves(const uint8_t* p) {
-    const ivec h = __builtin_convertvector(*(const loose_hvec*)p, ivec);
-    return (vec)((h & 0x7fff) << 13) * 5.192296858534828e33f * (vec)((h & 0x8000) << 16 | 0x3f800000);
+    const ivec h = __builtin_convertvector(*(const loose_hvec*)p, ivec), bits = (h & 0x7fff) << 13;
+    const ivec special = (h & 0x7c00) == 0x7c00;  // infinity or NaN
+    const ivec usual = (ivec)((vec)bits * 0x1p112f);
+    return (vec)((special & (bits | 0x7f800000)) | (~special & usual) | (h & 0x8000) << 16);
 }
 #endif
 inline ivec ints(const uint8_t* p) {

@@ -7,18 +7,7 @@
 struct f16 {
     uint16_t bits;
 };
-inline vec load(const f16* p) {
-#if defined(__AVX512F__) || defined(__F16C__)
-    return halves((const uint8_t*)p);
-#elif defined(__aarch64__)
-    return (vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
-#else
-    const ivec h = __builtin_convertvector(*(const loose_hvec*)p, ivec), bits = (h & 0x7fff) << 13;
-    const ivec special = (h & 0x7c00) == 0x7c00;  // infinity or NaN
-    const ivec usual = (ivec)((vec)bits * 0x1p112f);
-    return (vec)((special & (bits | 0x7f800000)) | (~special & usual) | (h & 0x8000) << 16);
-#endif
-}
+inline vec load(const f16* p) { return halves((const uint8_t*)p); }
 
 // %% ../../nbs/library/809_export.runner_file.ipynb #5281563b
 inline void multiply(int64_t R, int64_t n, int64_t K, const f16* w, const float* panel, float* c, const f16*) {
