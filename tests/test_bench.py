@@ -27,7 +27,6 @@ from deepseek_nb.bench import (
     make_record,
     operations,
     peak_bytes,
-    roofline,
     run_benchmark,
     run_command,
     save_result,
@@ -149,15 +148,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_bound(flops, size, least, binds):
     host = Machine({'float32': 100.}, 10., 10.)
     assert bound(host, Work('w', flops, size)) == (least, binds)
-
-
-def test_roofline_draws():
-    import matplotlib
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-    assert roofline(Machine({'float32': 1e9}, 1e9, 1e9), [Work('a', 10, 5, 1.), Work('b', 10, 50, 1.)]) is None
-    assert [t.get_text() for t in plt.gca().get_legend().get_texts()] == ['a', 'b']
-    plt.close('all')
 
 
 def test_command(registry, tmp_path, capsys):

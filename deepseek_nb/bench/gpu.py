@@ -10,7 +10,7 @@ Each result is stored when it is there, so an interrupted run continues. Without
 __all__ = ['BF16', 'CHECKS', 'RACES', 'CSRC', 'FILES', 'SANITIZERS', 'BEGUN', 'Check', 'for_device', 'poisoned', 'launches',
            'run_check', 'Race', 'rotations', 'graph_seconds', 'run_race', 'tools_found', 'compile_file', 'sanitize',
            'gpu_tasks', 'sources_key', 'open_record', 'pending', 'run_gpu_tasks', 'run_children', 'record_path',
-           'gpu_summary', 'gpu_main', 'emulated_checks', 'Claims', 'cuda_claims', 'Compiled', 'compiled']
+           'gpu_summary', 'gpu_main', 'emulated_checks', 'Claims', 'cuda_claims']
 
 # %% ../../nbs/lab/798_bench.gpu.ipynb #09091e64
 import argparse
@@ -593,20 +593,6 @@ def cuda_claims(
     return rows
 
 def _ratio(r): return f"{si(r['ours']['median'])}s, peer {si(r['peer']['median'])}s"
-
-# %% ../../nbs/lab/798_bench.gpu.ipynb #4ae9bc99
-class Compiled(list):
-    "What the compilers made of each file"
-    def _repr_markdown_(self):
-        lines = ['| file | compute capabilities | compiled kernels | most registers | most bytes spilled |', '|---'*5 + '|']
-        return '\n'.join(lines + [f'| {" | ".join(map(str, row))} |' for row in self])
-
-def compiled(
-    found:dict, # Tasks of a record
-)->Compiled: # A row for each file
-    "List the compilations of a record"
-    rows = [(f, found.get(f'compile {f}', {})) for f in FILES]
-    return Compiled((f'`{f}`', ', '.join(r['archs']), r['compiled'], r['registers'], r['spilled']) for f,r in rows if 'registers' in r)
 
 # %% ../../nbs/lab/798_bench.gpu.ipynb #fd5efae6
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(gpu_main())
