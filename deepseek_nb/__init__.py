@@ -11,7 +11,7 @@ Packages:
 Modules:
 
 - `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time, saves its state, sets its threshold from a budget of false alarms, and explains its alarms
-- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One command does all of it
+- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One reader, one writer and one command do it for all
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.crosslingual`: A frozen multilingual encoder, a linear head that learns in English alone, and maps that align other languages by a hundred parallel paragraphs
 - `deepseek_nb.apps.filter`: Patterns, planted secrets, names and toxic words behind one policy: for the server, for a table of texts, and for the command line
@@ -19,7 +19,6 @@ Modules:
 - `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 - `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and doesn't change the stops that vehicles have already reached
 - `deepseek_nb.apps.route_moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python and, some fifty times faster with equal routes, in C++. Feasible routes stay feasible
-- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders are read as dicts, and results are written completely or not at all
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.steer`: Two ways to give a model a style at any strength: add a vector to the residual stream, for each row of a batch its own, or train a LoRA adapter and scale it
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
