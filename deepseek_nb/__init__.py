@@ -31,22 +31,19 @@ Modules:
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
-- `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
 - `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. With V3's config, it is DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward network of a block: one SwiGLU in a dense block; in all other blocks a router, the experts that it selects for each token, and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
 - `deepseek_nb.arch.norm`: RMSNorm divides each row by its root mean square and scales each channel. It normalises the input of every attention layer and feed-forward network
-- `deepseek_nb.arch.picture`: Diagrams of a model's architecture, drawn from its config, and of the data flow of MLA's two forms, with FLOPs and bytes
 - `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs and KV cache bytes per token of every DeepSeek release, computed from its config
-- `deepseek_nb.arch.rewindable`: The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that a rewind is exact and prompts can be padded on the left
+- `deepseek_nb.arch.rewindable`: V4's KV cache keeps window keys in a ring, entries, and the raw rows of unfinished windows, so that a rewind is exact; V3.2's may keep its index keys as 8-bit codes
 - `deepseek_nb.arch.rope`: RoPE rotates queries and keys by their positions, so that attention scores depend only on distances; YaRN and Llama 3's rule extend it to longer contexts
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
-- `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
+- `deepseek_nb.arch.show`: Diagrams of a model's architecture and of the data flow of MLA, drawn from its config, and tables of a config, a model, a cache and a routing result, which notebooks display
 - `deepseek_nb.arch.sparse`: V3.2's lightning indexer scores all earlier tokens at a small cost, and each query attends only to the 2,048 tokens with the highest scores
 - `deepseek_nb.arch.v3`: The whole model on a few screens: config, norm, rotary positions, latent attention, router, experts, blocks, cache and generation, equal to the library's model
 - `deepseek_nb.arch.v4`: DeepSeek-V4 is the transformer with other parts: several residual streams, attention to a window and to compressed entries, and experts that a table of token ids chooses
 - `deepseek_nb.arch.v41`: V4.1 stores 890 bytes of cache for each token: only four layers compress tokens to entries, the others borrow entries and selections, and a prompt runs through half of the layers
-- `deepseek_nb.arch.v4_config`: What sparse attention, windows, compressed entries, hyper-connections and hash routing add to a config, and how V4's `config.json` is read and written
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.drift`: The rate of false alarms of the drift monitor on 200 weeks of real text, and the share of shifts of each size that it detects, with the delay

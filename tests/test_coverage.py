@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from deepseek_nb import LoraConfig, Model, QuantizedModel, Trainer, TrainingArguments
-from deepseek_nb.arch.picture import draw_architecture, draw_attention
 from deepseek_nb.arch.releases import shapes, summary
 from deepseek_nb.arch.rewindable import rewindable_bytes
-from deepseek_nb.arch.show import show
+from deepseek_nb.arch.show import draw_architecture, draw_attention, show
 from deepseek_nb.bench.limits import attend_work, forward_work
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.eval.perplexity import perplexity
