@@ -59,9 +59,8 @@ Modules:
 - `deepseek_nb.core.config_json`: Reads the `config.json` of a model into a `Config` and writes it back, in the form of DeepSeek's releases or in that of transformers
 - `deepseek_nb.core.device`: How the device of tensors, the dtype of weights and the number of threads are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
-- `deepseek_nb.core.fold`: A chapter shows a class method by method, with `@patch`. The export writes the methods into the class, as readers, editors and type checkers of the package expect
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
-- `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
+- `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files; methods that are shown one by one are exported into their class
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
 - `deepseek_nb.core.tiny`: Write a small transformer, train it before your eyes in less than a minute, and read what it writes before, between and after
@@ -88,11 +87,9 @@ Modules:
 - `deepseek_nb.exercises.model`: Norm, positions, attention, cache, routing, experts, sampling and quantisation: for each exercise a reference, random inputs and three mistakes
 - `deepseek_nb.exercises.training`: Labels, loss, optimiser, schedule, LoRA, distillation, merges, advantages and policy loss: for each exercise a reference, random inputs and three mistakes
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
-- `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server
+- `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server; and measures how long the reader waits
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
-- `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
-- `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
-- `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
+- `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, in floats or with matrices of 8 or 4 bits, which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
@@ -217,18 +214,16 @@ Modules:
 - `deepseek_nb.train.distill`: A student model learns from a teacher's probabilities for every token of the vocabulary, not only from the one token in the text.
 - `deepseek_nb.train.distill_stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
 - `deepseek_nb.train.dynamic`: Activate fewer experts for some tokens or layers to meet a FLOPs budget, by one of four rules, and train a model for a varying number of experts.
-- `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
 - `deepseek_nb.train.grpo`: The whole loop: sample groups of answers, reward them, and improve the policy, with curves, a guard, and an exact resume.
 - `deepseek_nb.train.indexer`: Make a trained model with dense latent attention sparse: train V3.2's indexer to predict where the model attends, then train the model with the indexer's selection.
 - `deepseek_nb.train.kl_estimate`: Three estimates of the divergence from a reference, from sampled tokens alone. Bias and variance of each as a number and as a loss, and when the term is useful.
-- `deepseek_nb.train.log_probs`: Each token of a sampled answer gets its log-probability, with an exact gradient, without all logits in memory, and with one pass over the prompt that a group shares.
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.
 - `deepseek_nb.train.mini`: Pre-train models of about 6 million parameters, with the architectures of DeepSeek-V3 and V4 and an own tokenizer, on public text, and evaluate them on held-out documents.
-- `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
+- `deepseek_nb.train.on_policy`: A student generates text that the teacher scores, with a guard against its collapse; each token of an answer gets its log-probability, with an exact gradient and one pass over a shared prompt.
 - `deepseek_nb.train.optim`: AdamW scales each element of the gradient by its running mean square. Muon, the optimiser of DeepSeek-V4, orthogonalises the momentum of whole matrices.
 - `deepseek_nb.train.parallel`: Several processes share a training step by data parallelism, fully sharded data parallelism or expert parallelism, and get the same result as one process.
-- `deepseek_nb.train.peft`: Save and load LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+- `deepseek_nb.train.peft`: Save and load LoRA adapters in PEFT's layout; when only adapters are trained, store few activations and multiply by each frozen weight once in the backward pass.
 - `deepseek_nb.train.policy`: GRPO's loss, and what later papers changed in it, each as a switch: ratio, clipping, aggregation, corrections for tokens that another policy sampled.
 - `deepseek_nb.train.qlora`: LoRA on a quantised model: gradients pass through int8, int4 or NF4 weights without dequantising a whole matrix.
 - `deepseek_nb.train.r1`: Cold start, reinforcement learning, rejection sampling, fine-tuning, a second reinforcement, and distillation into a smaller model, from one TOML file

@@ -30,9 +30,9 @@ from deepseek_nb.quant.model import calibrate_model, quantize_model
 from deepseek_nb.quant.save import Fp8Blocks, PackedInts, publish
 from deepseek_nb.train.distill import distillation_loss
 from deepseek_nb.train.dynamic import spent
-from deepseek_nb.train.frozen import merge_experts, tune_experts
 from deepseek_nb.train.lora import lora_weights
 from deepseek_nb.train.optim import Muon, muon_groups
+from deepseek_nb.train.peft import merge_experts, tune_experts
 
 SEED = int(os.environ.get('COVER_SEED') or random.SystemRandom().randrange(10**6))
 BOTH = dict(v32=None, v4=None)
