@@ -487,7 +487,7 @@ BENCHMARKS = {  # name at the command line -> location
     'platform': Benchmark('platform.latency.measure_pages', ('sqlalchemy', 'psycopg')),
     'calibration': Benchmark('eval.classify.measure_calibration'), 'perturb': Benchmark('eval.behaviour.measure_perturb'),
     'runner': Benchmark('export.runner_binary.measure_runner', ('llama-cpp-python',)),
-    'live': Benchmark('export.live.measure_live', ('playwright',)),
+    'live': Benchmark('export.figures.measure_live', ('playwright',)),
     'bias': Benchmark('eval.bias.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
     'refusals': Benchmark('eval.behaviour.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 
