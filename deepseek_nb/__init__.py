@@ -84,8 +84,6 @@ Modules:
 - `deepseek_nb.eval.intervals`: How sure a score is, and which differences between two models count: bootstrap and Wilson intervals, McNemar's test, and Holm's rule for many comparisons.
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, and what each quantisation format costs in perplexity and saves in bytes and time.
 - `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for readers, and say which differences between two models count
-- `deepseek_nb.exercises.model`: Norm, positions, attention, cache, routing, experts, sampling and quantisation: for each exercise a reference, random inputs and three mistakes
-- `deepseek_nb.exercises.training`: Labels, loss, optimiser, schedule, LoRA, distillation, merges, advantages and policy loss: for each exercise a reference, random inputs and three mistakes
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
 - `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server; and measures how long the reader waits
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.

@@ -355,6 +355,11 @@ SETS = dict(
     checklist=_at_github('marcotcr/checklist', '4e6e5e33a26f30c20ed602b2050f6c73e123cc23', 'tests.jsonl* sentiment_suite.tar.gz'),
     advglue=_at_github('AI-secure/adversarial-glue', '2e18301c3e6b0fed775834d64e9e431745df92ed', 'dev.json*'),
     xstest=_at_github('paul-rottger/exaggerated-safety', 'd7bb5bd738c1fcbc36edd83d5e7d1b71a3e2d84d', 'xstest_prompts.csv'),
+    crows_pairs=_at_github('nyu-mll/crows-pairs', '8aaac11c485473159ec9328a65253a5be9a479dc', 'crows_pairs_anonymized.csv'),
+    stereoset=_at_github('moinnadeem/StereoSet', 'ead7d086a64a192a1eca88e0dd2fd163de375218', 'intrasentence.jsonl* dev.json'),
+    bbq=_at_github('nyu-mll/BBQ', 'bea11bd97d79217245b5871acd247b9d6eb24598', 'Age.jsonl*'),
+    winobias=_at_github('uclanlp/corefBias', '0bce984dd081bbc10b0622f326727a024c607895', 'pro_stereotyped_type1.txt.test'),
+    phenopackets=_at_github('monarch-initiative/phenopacket-store', 'b694d17ec6fd3bccab8a69235f4e13b0b82b7ae5', 'cases.jsonl* PMID_*.json'),
     truthfulqa=_at_github('koppula/TruthfulQA', '4dee2311b23de20b43bfc12ace7037f3f71ba421', 'mc_task.json*'),
     hellaswag=_at_github('rowanz/hellaswag', 'a29ff8e9a04bba4bd6588223785ce105328adc57', 'hellaswag_val.jsonl* val_1000.jsonl*'))
 

@@ -66,16 +66,18 @@ EVAL_TASKS = dict(
 # %% ../../nbs/library/748_eval.report.ipynb #bias-tasks
 _NOISE = 'Blodgett et al. 2021 (2021.acl-long.81) found items that state no stereotype or differ in more than the group.'
 EVAL_TASKS |= {
-    'crows-pairs': EvalTask('eval.bias:crows_pairs_task', 'Stereotypes: the likelier of two sentences (excess over one half)',
+    'crows-pairs': EvalTask('eval.bias:bias_task', 'Stereotypes: the likelier of two sentences (excess over one half)',
         'CrowS-Pairs, arXiv:2010.00133, as causal log-likelihoods', 'CC BY-SA 4.0', f'{_NOISE} Its authors warn of noise. Written for '
         'masked models; the two sentences may differ in length.', {}, 0.),
-    'stereoset': EvalTask('eval.bias:stereoset_task', 'Stereotypes: sense and stereotype of a completion', 'StereoSet (intrasentence), '
-        'arXiv:2004.09456', 'CC BY-SA 4.0', f'{_NOISE} Completions differ in length and frequency. A random model has an ICAT of 50.'),
-    'winobias': EvalTask('eval.bias:winobias_task', 'Pronouns for and against a stereotype', 'WinoBias, arXiv:1804.06876', 'MIT',
-        'US occupations of 2017, binary gender, two patterns of sentences. A model that guesses has no gap.'),
-    'bbq': EvalTask('eval.bias:bbq_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
+    'stereoset': EvalTask('eval.bias:bias_task', 'Stereotypes: sense and stereotype of a completion', 'StereoSet (intrasentence), '
+        'arXiv:2004.09456', 'CC BY-SA 4.0', f'{_NOISE} Completions differ in length and frequency. A random model has an ICAT of 50.',
+        dict(name='stereoset')),
+    'winobias': EvalTask('eval.bias:bias_task', 'Pronouns for and against a stereotype', 'WinoBias, arXiv:1804.06876', 'MIT',
+        'US occupations of 2017, binary gender, two patterns of sentences. A model that guesses has no gap.',
+        dict(name='winobias')),
+    'bbq': EvalTask('eval.bias:bias_task', 'Answers without evidence', 'BBQ, arXiv:2110.08193', 'CC BY 4.0',
         'US English; about 25 templates each category, with many fillings. A model that always says "unknown" is right in half of it; '
-        'one that guesses has no bias score. Categories that are not at hand are missing.'),
+        'one that guesses has no bias score. Categories that are not at hand are missing.', dict(name='bbq')),
     'swaps': EvalTask('eval.classify:swaps_task', 'Counterfactual swaps', 'Own sentences, after EEC, arXiv:1805.04508',
         'Apache-2.0', 'Short sentences about feelings. The move also contains noise. Use your own texts.'),
 }

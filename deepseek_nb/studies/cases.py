@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..eval.choice import SETS, DataSet, find_set, github_archive, read_lines
+from ..eval.choice import find_set, read_lines
 from ..files.safetensors import read_json
 from ..train.corpora import members
 
@@ -150,9 +150,6 @@ class Patient:
         return cls(ill[0]['label'], ill[0]['id'], terms, signs, papers[0])
 
 # %% ../../nbs/lab/905_studies.cases.ipynb #0ab64ea9
-SETS['phenopackets'] = DataSet(github_archive('monarch-initiative/phenopacket-store', 'b694d17ec6fd3bccab8a69235f4e13b0b82b7ae5'),
-    'clone github.com/monarch-initiative/phenopacket-store', 'cases.jsonl* PMID_*.json')
-
 def read_cases(
     folder:str|Path|None = None, # Folder of the set; None: `find_set`
     least:int = 3, # Smallest number of signs of a patient
