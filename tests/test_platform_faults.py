@@ -27,7 +27,8 @@ from deepseek_nb.platform.monitor import give_feedback  # noqa: E402
 from deepseek_nb.platform.registry import Limit, add_model, all_measures, check_gates, measure  # noqa: E402
 from deepseek_nb.platform.rollout import GatesFailed, choose, end_release, gates_of, release  # noqa: E402
 from deepseek_nb.platform.runs import FinetuneRun  # noqa: E402
-from deepseek_nb.platform.store import audits, events  # noqa: E402
+from deepseek_nb.platform.store import audits, events, newest, row_of  # noqa: E402
+from deepseek_nb.platform.store import jobs as jobs_  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
 SEED = int(os.environ.get('SEED', 0))
@@ -139,7 +140,7 @@ def measured(monkeypatch):
         row = jobs.claim(store, 9)
         assert row.id == number
         state = jobs.Job(store, row).perform()
-        return state, jobs.job_of(store, number)
+        return state, row_of(store, jobs_, number)
     return evaluate
 
 
@@ -251,10 +252,10 @@ def test_a_button_that_is_pressed_twice(ann):
     version = import_rows(ann.store, None, 'letters', texts(3)).version
     send = lambda who=ann, **more: who.post('/runs', kind='finetune', version=version, name='x', **more)
     with ThreadPoolExecutor(4) as pool: all(pool.map(lambda _: send(), range(4)))
-    assert len(jobs.jobs_of(ann.store)) == 1
+    assert len(newest(ann.store, jobs_)) == 1
     send(set_steps='7')
     send(Visitor(ann.store, 'bob'))
-    assert len(jobs.jobs_of(ann.store)) == 3
+    assert len(newest(ann.store, jobs_)) == 3
 
 
 def test_many_log_ins_from_one_address(store):  # noqa: F811

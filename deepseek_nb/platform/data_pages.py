@@ -23,7 +23,7 @@ from . import layout as ui
 from .access import allowed
 from .audit import noted
 from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
-from .store import versions
+from .store import row_of, tasks, versions
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #fc2658d1
 data_pages = ui.Pages('Data', '/datasets')
@@ -42,7 +42,7 @@ def _words(data, most=300):
 @data_pages.get('/datasets', role='viewer')
 def _datasets_page(request):
     "All datasets, and a form to import one"
-    found,more = ui.paged(request, datasets.list_datasets(request.state.store, ui.after_of(request), 51))
+    found,more = ui.paged(request, datasets.list_datasets)
     rows = [(fh.A(d.name, href=f'/datasets/{d.id}'), d.kind, d.number, d.rows, ui.when(d.created)) for d in found]
     shown = ui.table(['Name', 'Kind', 'Version', 'Rows', 'Created'], rows, more, empty='There is no dataset yet. Import one below.')
     return ui.page(request, 'Datasets', shown, ui.card('Import', _import_form(request)) if _may(request, 'developer') else '')
@@ -203,7 +203,7 @@ def _label(data):
 @data_pages.get('/tasks', role='viewer')
 def _tasks_page(request):
     "All labelling tasks"
-    found,more = ui.paged(request, lab.list_tasks(request.state.store, ui.after_of(request), 51))
+    found,more = ui.paged(request, lab.list_tasks)
     def row(t):
         act = fh.A('Label', href=f'/tasks/{t.id}/label', cls='button quiet', aria_label=f'Label {t.name}')
         data = fh.A(f'{t.dataset}, version {t.number}', href=f'/versions/{t.version_id}')
@@ -245,7 +245,7 @@ def _task_state(request, id): return ui.live(f'/tasks/{id}/state', *_state(reque
 @data_pages.get('/tasks/{id:int}', role='viewer')
 def _task_page(request, id):
     "A task"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     acts = []
     if _may(request, 'annotator') and not t.closed:
         acts.append(fh.A('Label', fh.Kbd('l'), href=f'/tasks/{id}/label', cls='button', data_key='l', data_name='Label'))
@@ -278,7 +278,7 @@ def _task_close(request, form, id):
 def _task_export(request, id):
     "All answers as a file"
     format = request.query_params.get('format', 'label-studio')
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     if format == 'xml': return ui.download(f'task-{id}.xml', label_studio_config(t.kind, t.labels, t.question), 'application/xml')
     lines,(end,kind) = export_answers(request.state.store, id, format),_FILES[format == 'csv']
     noted(request.state.store, request.state.user, 'export', f'task:{id}', format=format)
@@ -360,7 +360,7 @@ def _work_page(request, t, work, began=None, error=''):
 @data_pages.get('/tasks/{id:int}/label', role='annotator')
 def _label_page(request, id):
     "The next record"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     work = lab.next_record(request.state.store, id, request.state.user)
     if work: return ui.redirect(f'/tasks/{id}/label/{work.record}')
     said = ui.notice('This task is closed.', 'warn') if t.closed else ui.notice('There is nothing left for you here.', 'good')
@@ -370,7 +370,7 @@ def _label_page(request, id):
 @data_pages.get('/tasks/{id:int}/label/{record:int}', role='annotator')
 def _label_record(request, id, record):
     "A record, with the answer that this person gave: whoever goes back sees and changes that"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     return _work_page(request, t, lab.answered_record(request.state.store, request.state.user, id, record))
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #d704a441
@@ -378,7 +378,7 @@ def _label_record(request, id, record):
 def _label_post(request, form, id):
     "Keep an answer, or change the spans of a form"
     store,user = request.state.store,request.state.user
-    with store.read() as c: t = lab.task_of(c, id)
+    t = row_of(store, tasks, id)
     record,began,do = form.whole('record'),form.whole('began'),form.get('do', '')
     work = lab.answered_record(store, user, id, record)
     try: value = _answer_from(t, form)
@@ -410,7 +410,7 @@ def _label_undo(request, form, id):
 def _disputes_page(request, id):
     "Records on which people differ, one after the other"
     store,after = request.state.store,ui.after_of(request)
-    with store.read() as c: t = lab.task_of(c, id)
+    t = row_of(store, tasks, id)
     found = lab.disagreements(store, id, after, 1)
     trail = [('Labelling', '/tasks'), (t.name, f'/tasks/{id}')]
     none = f'No dispute is open{" after this one" if after else ""}.'
@@ -426,6 +426,6 @@ def _disputes_page(request, id):
 @data_pages.post('/tasks/{id:int}/disputes/{record:int}', role='developer')
 def _dispute_settle(request, form, id, record):
     "Settle a dispute"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     lab.adjudicate(request.state.store, request.state.user, id, record, _answer_from(t, form))
     return ui.redirect(f'/tasks/{id}/disputes?after={record}', 'It is decided.')

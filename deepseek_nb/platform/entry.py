@@ -145,7 +145,7 @@ def _password_change(request, form):
 @entry_pages.get('/users', role='admin')
 def _users_page(request):
     "Everybody, and a form for a new user"
-    found,more = ui.paged(request, access.users_of(request.state.store, ui.after_of(request), 51))
+    found,more = ui.paged(request, access.users_of)
     def row(u):
         options = [fh.Option(r, selected=r == u.role) for r in access.USER_ROLES]
         choice = fh.Select(*options, name='role', aria_label=f'Role of {u.name}')

@@ -22,10 +22,10 @@ from sqlalchemy import select
 from . import layout as ui
 from . import rollout
 from .charts import curve
-from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
-from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
+from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, submit
+from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of
 from .runs import SPLITS_OF
-from .store import datasets, jobs, models, releases, versions
+from .store import datasets, jobs, models, newest, releases, row_of, versions
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
 run_pages = ui.Pages('Runs', '/runs')
@@ -45,7 +45,7 @@ def _took(row): # Seconds, or '–'
 def _runs_page(request):
     "All runs, the newest first"
     state = request.query_params.get('state')
-    found,more = ui.paged(request, jobs_of(request.state.store, ui.after_of(request), 51, state if state in _TONES else None))
+    found,more = ui.paged(request, newest, jobs, *[jobs.c.state == state]*(state in _TONES))
     rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), ui.when(r.created)) for r in found]
     links = [fh.A('New run', href='/runs/new', cls='button'), *(fh.A(s, href=f'/runs?state={s}', cls='button quiet') for s in _TONES)]
     shown = ui.table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created'], rows, more, empty='No runs: start one.')
@@ -108,7 +108,7 @@ def _choices(store):
     q = select(versions.c.id, datasets.c.name, versions.c.number, versions.c.rows).join(datasets, datasets.c.id == versions.c.dataset_id)
     with store.read() as c: found = c.execute(q.order_by(versions.c.id.desc()).limit(200)).all()
     return ([(r.id, f'{r.name}, version {r.number} ({r.rows:,} rows)') for r in found],
-            [(m.id, f'{m.name} {m.number}') for m in models_of(store, limit=200)])
+            [(m.id, f'{m.name} {m.number}') for m in newest(store, models, limit=200)])
 
 @run_pages.get('/runs/new', role='developer')
 def _new_run_page(request):
@@ -161,7 +161,7 @@ def _watched(request, row):
     measured = (row.result or {}).get('measures') or {}
     failed = [ui.notice(f'{part} was not measured: {why}', 'warn') for part,why in ((row.result or {}).get('failed') or {}).items()]
     results = [*failed, ui.card('Measured', ui.table(['Measure', 'Value'], measured.items()))] if measured else failed
-    said = JobLog(job_folder(store, row.id)/'log').read(-6000).text
+    said = JobLog(job_folder(store, row.id)/'log').text(6000)
     tail = '\n'.join(said.splitlines()[-40:])
     memory = None if row.memory is None else f'{row.memory/2**20:,.0f} MB'
     about = ui.facts({'State': _state(row), 'Time': _took(row), 'Attempt': row.attempts or None, 'Peak memory': memory})
@@ -173,7 +173,7 @@ def _watched(request, row):
 @run_pages.get('/runs/{id:int}/live', role='viewer')
 def _run_live(request, id):
     "The part of a run's page that changes"
-    row = job_of(request.state.store, id)
+    row = row_of(request.state.store, jobs, id)
     parts = _watched(request, row)
     return ui.live(f'/runs/{id}/live', *parts) if row.state in ('queued', 'running') else fh.Div(*parts, cls='stack')
 
@@ -194,7 +194,7 @@ def _origin(store, row):
 @run_pages.get('/runs/{id:int}', role='viewer')
 def _run_page(request, id):
     "A run"
-    row = job_of(request.state.store, id)
+    row = row_of(request.state.store, jobs, id)
     settings = ui.card('Settings', ui.facts({k.replace('_', ' '): str(v) for k,v in row.config.items() if v not in (None, '')}))
     return ui.page(request, f'Run {id}: {row.name}', _run_live(request, id), settings, trail=[('Runs', '/runs')])
 
@@ -202,12 +202,9 @@ def _run_page(request, id):
 @run_pages.get('/runs/{id:int}/log', role='viewer')
 def _run_log(request, id):
     "The log of a run, as a file"
-    job_of(request.state.store, id)
-    log,at,parts = JobLog(job_folder(request.state.store, id)/'log'),0,[]
-    while (piece := log.read(at)).text:
-        parts += [f'\n… {piece.lost:,} bytes were not kept …\n']*bool(piece.lost) + [piece.text]
-        at = piece.next
-    return ui.download(f'run-{id}.log', ''.join(parts), 'text/plain; charset=utf-8')
+    row_of(request.state.store, jobs, id)
+    text = JobLog(job_folder(request.state.store, id)/'log').text()
+    return ui.download(f'run-{id}.log', text, 'text/plain; charset=utf-8')
 
 run_pages.act('/runs/{id:int}/cancel', 'developer', cancel, '/runs/{id}', 'Run {id} is being cancelled.')
 
@@ -230,7 +227,7 @@ def _value(row): # A measure as text
 def _models_page(request):
     "All models, and what is released where"
     store = request.state.store
-    (found,more),(active,placed) = ui.paged(request, models_of(store, ui.after_of(request), 51)),_placed(store)
+    (found,more),(active,placed) = ui.paged(request, newest, models),_placed(store)
     rows = []
     for m in found:
         seen = measures_of(store, m.id)
@@ -283,7 +280,7 @@ def _links(store, row): # What a model was made from
 @run_pages.get('/models/{id:int}', role='viewer')
 def _model_page(request, id):
     "A model: its card, its gates, its release"
-    store,row = request.state.store,model_of(request.state.store, id)
+    store,row = request.state.store,row_of(request.state.store, models, id)
     gates,seen = check_gates(store, id, rollout.gates_of(store)),measures_of(store, id)
     rows = [(n, _value(r), ', '.join(f'{k} {v}' for k,v in r.detail.items() if v not in (None, ''))) for n,r in seen.items()]
     here = [r for r in _placed(store)[0] if r.model_id == id]
@@ -317,7 +314,7 @@ def _release_model(request, form, id):
     place,mode = form.text('place', 100),form.text('mode', 20)
     share = form.number('share', 0, 100)/100 if mode == 'staged' else 1.
     number = rollout.release(request.state.store, request.state.user, place, id, mode, share, reason=str(form.get('reason', '')))
-    waits = rollout.history_of(request.state.store, place, number + 1, 1)[0].mode.endswith('?')
+    waits = row_of(request.state.store, releases, number).mode.endswith('?')
     return ui.redirect(f'/models/{id}', f'{mode} at {place} waits for a second person.' if waits else f'Released: {mode} at {place}.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #d2e2dd8e
@@ -325,9 +322,9 @@ def _release_model(request, form, id):
 def _place_page(request, place):
     "The releases of a place, and the way back"
     store,url = request.state.store,_place_url(place)
-    found,more = ui.paged(request, rollout.history_of(store, place, ui.after_of(request), 51))
+    found,more = ui.paged(request, newest, releases, releases.c.place == place)
     if not found: raise KeyError(f'nothing was ever released at {place:.60}')
-    known = {i: model_of(store, i) for i in {r.model_id for r in found}}
+    known = {i: row_of(store, models, i) for i in {r.model_id for r in found}}
     links = {i: fh.A(f'{m.name} {m.number}', href=f'/models/{i}') for i,m in known.items()}
     rows = [(str(r.id), r.mode, f'{r.share:.0%}', links[r.model_id], ui.badge('active', 'good') if r.ended is None else 'ended', r.reason,
              ui.when(r.created)) for r in found]

@@ -45,9 +45,9 @@ from ..eval.intervals import bootstrap, wilson
 from ..eval.report import eval_task
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
-from .jobs import Job, JobCancelled, Superseded, curve_of, job_kind, job_of, submit
+from .jobs import Job, JobCancelled, Superseded, curve_of, job_kind, submit
 from .registry import add_model, lineage_of, measure, model_path
-from .store import Store, datasets, jobs, records, version_rows, versions
+from .store import Store, datasets, jobs, records, row_of, version_rows, versions
 from ..quant.model import QuantizedModel
 from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback
@@ -96,7 +96,7 @@ def classifier_of(
     "The classes on which a model, or one that it was made from, was trained"
     for row in lineage_of(store, model):
         if row.card.get('classes'): return Classifier(row.card['classes'], row.card['template'])
-        config = job_of(store, row.job_id).config if row.job_id is not None else {}
+        config = row_of(store, jobs, row.job_id).config if row.job_id is not None else {}
         if 'template' in config and row.version_id is not None: # registered before models kept their classes
             classes = _classes_of(_version_data(store, row.version_id, 'train') + _version_data(store, row.version_id, 'dev'))
             return Classifier(classes, config['template']) if classes else None
@@ -505,7 +505,7 @@ def mirror_run(
     if find_spec('mlflow') is None: return None
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param, RunTag
-    client,row,series = MlflowClient(uri),job_of(store, job),curve_of(store, job)
+    client,row,series = MlflowClient(uri),row_of(store, jobs, job),curve_of(store, job)
     at = row.created//1000
     known = client.get_experiment_by_name('deepseek_nb')
     experiment = known.experiment_id if known else client.create_experiment('deepseek_nb')
