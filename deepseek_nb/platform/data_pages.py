@@ -23,7 +23,9 @@ from . import layout as ui
 from .access import allowed
 from .audit import noted
 from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
-from .store import row_of, tasks, versions
+from .jobs import submit
+from .runs import SuggestRun
+from .store import models, newest, row_of, tasks, versions
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #fc2658d1
 data_pages = ui.Pages('Data', '/datasets')
@@ -133,7 +135,8 @@ def _version_page(request, id):
     r = datasets.version_report(store, id)
     files = [fh.A(text, href=f'/versions/{id}/export?format={f}', cls='button quiet')
              for text,f in (('JSON lines', 'jsonl'), ('CSV', 'csv'))]
-    links = fh.Div(fh.A('Rows', href=f'/versions/{id}/rows', cls='button'), *files, cls='row')
+    train = fh.A('Train on this', href=f'/runs/new?preset=lora&version={id}', cls='button') if _may(request, 'developer') else ''
+    links = fh.Div(train, fh.A('Rows', href=f'/versions/{id}/rows', cls='button quiet'), *files, cls='row')
     own = ui.facts({'Kind': r['kind'], 'Rows': f'{r["rows"]:,}', 'Columns': ', '.join(r['columns']), 'Digest': fh.Code(r['digest'][:16]),
                     'Made from': fh.A('its parent', href=f'/versions/{r["parent_id"]}') if r['parent_id'] else None,
                     'Note': r['note'] or None, 'Created': ui.when(r['created'])})
@@ -253,11 +256,24 @@ def _task_page(request, id):
         acts += [fh.A('Disputes', href=f'/tasks/{id}/disputes', cls='button quiet'),
                  ui.press(request, f'/tasks/{id}/version', 'Make a labelled version'),
                  ui.press(request, f'/tasks/{id}/close', 'Open again' if t.closed else 'Close', open='yes' if t.closed else '')]
+    known = [(m.id, f'{m.name} {m.number}') for m in newest(request.state.store, models, models.c.path != '')]
+    ask = known and t.kind == 'classification' and not t.closed and _may(request, 'developer')
+    which = ui.form(request, f'/tasks/{id}/suggest', ui.field('model', 'Model', 'select', options=known), button='Suggest labels')
+    told = fh.P('A model labels what nobody has, and the texts of which it is least sure come first.')
+    ask = ui.card('Suggestions', told, which) if ask else ''
     links = [fh.Li(fh.A(text, href=f'/tasks/{id}/export?format={f}')) for text,f in (('Label Studio, JSON lines', 'label-studio'),
              ('Argilla, JSON lines', 'argilla'), ('Table, CSV', 'csv'), ("Label Studio's interface, XML", 'xml'))]
     return ui.page(request, t.name, ui.notice('This task is closed.', 'warn') if t.closed else '', fh.Div(*acts, cls='row'),
-                   ui.live(f'/tasks/{id}/state', *_state(request, id), seconds=5), ui.card('Export', fh.Ul(*links)),
+                   ui.live(f'/tasks/{id}/state', *_state(request, id), seconds=5), ask, ui.card('Export', fh.Ul(*links)),
                    lead=t.question, trail=[('Labelling', '/tasks')])
+
+# %% ../../nbs/platform/837_platform.data_pages.ipynb #d4a62848
+def _suggest(store, user, task, model):
+    name = f'Suggestions for {row_of(store, tasks, task).name}'
+    return submit(store, user, 'suggest', vars(SuggestRun(task)), name, model=model, once=10)
+
+data_pages.act('/tasks/{id:int}/suggest', 'developer', _suggest, '/runs/{found}', 'Run {found} waits in the queue.',
+               lambda form: [form.whole('model', 1)])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #4efca42c
 @data_pages.post('/tasks/{id:int}/version', role='developer')

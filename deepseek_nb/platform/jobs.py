@@ -253,6 +253,7 @@ class Job:
         self.config = kind.config(**row.config) if is_dataclass(kind.config) else row.config
         self.folder = job_folder(store, row.id)/'work'
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.answers = {} # what an evaluation shows besides its figures: classes, confusion and mistakes
         self.buffer,self.points,self.lock,self.stop,self.ended = {},0,threading.Lock(),threading.Event(),threading.Event()
 
     def cancelled(self)->bool:

@@ -10,22 +10,25 @@ model with its gates and a form for its release, and the history of a place."""
 __all__ = ['run_pages', 'RUN_PRESETS', 'Preset']
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #4b9b53d3
+import json
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import NamedTuple
 from urllib.parse import quote
 
 import fasthtml.components as fh
+import numpy as np
 from fastcore.docments import docments
 from sqlalchemy import select
 
+from ..eval.classify import Classified
 from . import layout as ui
 from . import rollout
 from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, submit
 from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of
-from .runs import SPLITS_OF
-from .store import datasets, jobs, models, newest, releases, row_of, versions
+from .runs import SPLITS_OF, classifier_of
+from .store import curves, datasets, jobs, models, newest, records, releases, row_of, version_rows, versions
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
 run_pages = ui.Pages('Runs', '/runs')
@@ -46,9 +49,11 @@ def _runs_page(request):
     "All runs, the newest first"
     state = request.query_params.get('state')
     found,more = ui.paged(request, newest, jobs, *[jobs.c.state == state]*(state in _TONES))
-    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), ui.when(r.created)) for r in found]
+    pick = lambda r: fh.Input(type='checkbox', name='run', value=f'{r.id}', aria_label=f'Compare run {r.id}')
+    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), ui.when(r.created), pick(r)) for r in found]
     links = [fh.A('New run', href='/runs/new', cls='button'), *(fh.A(s, href=f'/runs?state={s}', cls='button quiet') for s in _TONES)]
-    shown = ui.table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created'], rows, more, empty='No runs: start one.')
+    shown = ui.table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created', 'Compare'], rows, more, empty='No runs: start one.')
+    shown = fh.Form(shown, fh.Button('Compare', cls='quiet') if len(rows) > 1 else '', method='get', action='/runs/compare')
     return ui.page(request, 'Runs', fh.P(*[o for a in links for o in (a, ' ')]), shown)
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #e6a97335
@@ -128,7 +133,8 @@ def _new_run_page(request):
     told = _settings_help(kind.config) if kind.config else {}
     settings = [_kind_field(f, given, told) for f in fields(kind.config) if f.name not in skip] if kind.config else []
     shown = ui.form(request, '/runs', *first, fh.Details(fh.Summary('Settings'), *settings), button='Start')
-    begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
+    keep = f"&version={quote(asked.get('version', ''))}"
+    begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}{keep}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
     main = ui.card(ready.title if ready else name, fh.P((kind.run.__doc__ or name) + '.'), shown)
     return ui.page(request, 'New run', fh.P(*[o for a in links for o in (a, ' ')]), main, ui.card('Settings that stand ready', begin),
                    trail=[('Runs', '/runs')])
@@ -161,14 +167,25 @@ def _watched(request, row):
     measured = (row.result or {}).get('measures') or {}
     failed = [ui.notice(f'{part} was not measured: {why}', 'warn') for part,why in ((row.result or {}).get('failed') or {}).items()]
     results = [*failed, ui.card('Measured', ui.table(['Measure', 'Value'], measured.items()))] if measured else failed
+    if (row.result or {}).get('classes'): results.append(_scores(row))
     said = JobLog(job_folder(store, row.id)/'log').text(6000)
     tail = '\n'.join(said.splitlines()[-40:])
     memory = None if row.memory is None else f'{row.memory/2**20:,.0f} MB'
-    about = ui.facts({'State': _state(row), 'Time': _took(row), 'Attempt': row.attempts or None, 'Peak memory': memory})
+    about = ui.facts({'State': _state(row), 'Time': _took(row)} | ({'Expected end': end} if (end := _left(store, row)) else {}) |
+                     {'Attempt': row.attempts or None, 'Peak memory': memory})
     error = ui.notice(row.error, 'bad') if row.error else ''
     last = fh.Pre(tail or 'Nothing yet.', tabindex='0', role='region', aria_label='The last lines of the log')
     log = ui.card('Log', last, fh.P(fh.A('Whole log', href=f'/runs/{row.id}/log')))
     return [*buttons, about, error, *results, *_charts(store, row.id), log, ui.card('Lineage', ui.facts(_origin(store, row)))]
+
+def _left(store, row):
+    "When a run will have ended, by the pace of its curve; None: nobody knows"
+    q = select(curves.c.step, curves.c.value, curves.c.at).where(curves.c.job_id == row.id, curves.c.name.in_(('loss', 'progress')))
+    with store.read() as c: points = c.execute(q.order_by(curves.c.step)).all() if row.state == 'running' else []
+    if len(points) < 2 or points[-1].at == points[0].at: return None
+    (begin,_,since),(step,value,at) = points[0],points[-1]
+    last = row.config.get('steps') or step/max(value, 1e-9) # training counts steps, and an evaluation its share
+    return ui.when(round(at + (at - since)*(last - step)/(step - begin)))
 
 @run_pages.get('/runs/{id:int}/live', role='viewer')
 def _run_live(request, id):
@@ -198,6 +215,52 @@ def _run_page(request, id):
     settings = ui.card('Settings', ui.facts({k.replace('_', ' '): str(v) for k,v in row.config.items() if v not in (None, '')}))
     return ui.page(request, f'Run {id}: {row.name}', _run_live(request, id), settings, trail=[('Runs', '/runs')])
 
+# %% ../../nbs/platform/838_platform.run_pages.ipynb #78b7ffc2
+def _scores(row):
+    "Scores of each class and, of few classes, the confusion matrix with links to the mistakes"
+    classes,table = row.result['classes'],np.array(row.result['confusion'])
+    url,few = f'/runs/{row.id}/mistakes',len(row.result['classes']) <= 12
+    def link(i, j): return fh.A(f'{table[i, j]}', href=f'{url}?true={i}&said={j}') if i != j and table[i, j] else f'{table[i, j]}'
+    rows = [(o['label'], o['n'], *(f"{100*o[k]:.1f}%" if o[k] == o[k] else '–' for k in ('precision', 'recall', 'f1')),
+             *([link(i, j) for j in range(len(classes))] if few else ())) for i,o in enumerate(Classified(table, classes).rows())]
+    shown = ui.table(['True class', 'Rows', 'Precision', 'Recall', 'F1', *(f'→ {c}' for c in classes if few)], rows)
+    return ui.card('Classes', fh.Div(shown, cls='wide', tabindex='0', role='region', aria_label='Scores of the classes'),
+                   fh.P(fh.A('All mistakes', href=url)))
+
+@run_pages.get('/runs/{id:int}/mistakes', role='viewer')
+def _mistakes_page(request, id):
+    "Texts that a model has classified wrongly"
+    row,want = row_of(request.state.store, jobs, id),[request.query_params.get(k, '') for k in ('true', 'said')]
+    if not (result := row.result or {}).get('classes'): raise KeyError(f'run {id} has measured no classes')
+    found = {o[0]: o[1:] for o in result['mistakes'] if all(w in ('', str(k)) for w,k in zip(want, o[1:3], strict=True))}
+    q = select(records.c.digest, records.c.data).join(version_rows, version_rows.c.record_id == records.c.id)
+    q = q.where(version_rows.c.version_id == row.version_id, records.c.digest.in_(list(found)))
+    with request.state.store.read() as c: texts = dict(c.execute(q).all())
+    rows = [(texts[d]['text'], *(result['classes'][k] for k in o[:2]), f'{o[2]:.1%}') for d,o in found.items() if d in texts] # else erased
+    shown = ui.table(['Text', 'True class', 'Answer', 'Probability'], rows, empty='There are no such mistakes.')
+    return ui.page(request, 'Mistakes', shown, lead='The surest first.',
+                   trail=[('Runs', '/runs'), (f'Run {id}', f'/runs/{id}')])
+
+# %% ../../nbs/platform/838_platform.run_pages.ipynb #748c60c2
+@run_pages.get('/runs/compare', role='viewer')
+def _compare_page(request):
+    "Runs side by side"
+    store,ids = request.state.store,dict.fromkeys(int(o[:18]) for o in request.query_params.getlist('run') if o.isdecimal())
+    rows = [row_of(store, jobs, i) for i in ids][:6]
+    if len(rows) < 2: raise ValueError('choose two runs or more')
+    lines = {f'{r.id} {r.name}': {k: [*zip(*o, strict=True)] for k,o in curve_of(store, r.id).items()} for r in rows}
+    charts = [ui.card(k.replace('_', ' ').capitalize(), curve({n: o[k] for n,o in lines.items() if k in o}, k.replace('_', ' ')))
+              for k in sorted({k for o in lines.values() for k in o}, key=lambda k: (not k.endswith('loss'), k))]
+    def facts(r):
+        seen = measures_of(store, r.result['model']) if (r.result or {}).get('model') else {}
+        settings = {k.replace('_', ' '): str(v) for k,v in r.config.items()}
+        return {'Kind': r.kind, 'Time': _took(r)} | settings | {n: _value(m) for n,m in seen.items()}
+    told = [facts(r) for r in rows]
+    differ = [(k, *(o.get(k, '–') for o in told)) for k in dict.fromkeys(k for o in told for k in o) if len({o.get(k) for o in told}) > 1]
+    links = fh.P(*[o for r in rows for o in (fh.A(f'{r.id} {r.name}', href=f'/runs/{r.id}'), ' ')])
+    return ui.page(request, 'Runs side by side', links, ui.card('What differs', ui.table(['', *(f'Run {r.id}' for r in rows)], differ)),
+                   ui.cards(*charts), trail=[('Runs', '/runs')])
+
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #29addf34
 @run_pages.get('/runs/{id:int}/log', role='viewer')
 def _run_log(request, id):
@@ -215,6 +278,20 @@ def _placed(store): # Model -> places and modes of its active releases
     q = select(releases).where(releases.c.ended.is_(None)).order_by(releases.c.id)
     with store.read() as c: found = c.execute(q).all()
     return found, {m: ', '.join(f'{r.place} ({r.mode})' for r in found if r.model_id == m) for m in {r.model_id for r in found}}
+
+def _snippet(request, place, model):
+    "How a program asks a place"
+    url,classes = f'{request.url.scheme}://{request.url.netloc}/v1',classifier_of(request.state.store, model)
+    said = [dict(role='user', content='A text')]
+    path,body = ('classify', dict(input=['A text'])) if classes else ('chat/completions', dict(messages=said))
+    curl = (f'curl {url}/{path} -H "Authorization: Bearer $TOKEN" \\\n  -H "Content-Type: application/json" '
+            f"-d '{json.dumps(dict(model=place) | body)}'")
+    python = (f"from openai import OpenAI\nclient = OpenAI(base_url='{url}', api_key='…')\n"
+              f"answer = client.chat.completions.create(model='{place}', messages=[dict(role='user', content='A text')])\n"
+              'print(answer.choices[0].message.content)')
+    told = fh.P('With a token of ', fh.A('your account', href='/account'), '.')
+    shown = [fh.Pre(o, tabindex='0', role='region', aria_label=n) for o,n in ((curl, 'curl'), (python, 'Python'))]
+    return ui.card('Ask it from a program', told, *shown)
 
 def _place_url(place): return f'/places/{quote(place, safe="")}'
 
@@ -287,8 +364,9 @@ def _model_page(request, id):
     def told(r):
         waits = r.mode.replace('?', ', which waits for a second person,')
         return f'{waits} at {r.place}' + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else '')
+    where = [_snippet(request, r.place, id) for r in here if r.mode == 'live']
     where = [ui.notice(told(r), 'good',
-                       fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here]
+                       fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here] + where
     more = fh.P(fh.A('Measure it', href=f'/runs/new?kind=evaluate&model={id}', cls='button quiet'), ' ',
                 fh.A('Train it further', href=f'/runs/new?kind=finetune&model={id}', cls='button quiet'))
     every = [(r.name, _value(r), fh.A(f'run {r.job_id}', href=f'/runs/{r.job_id}') if r.job_id else None, ui.when(r.at))
