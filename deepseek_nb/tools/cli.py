@@ -393,6 +393,8 @@ def run_platform(
     mlflow:str = '', # Address of an MLflow server to which runs are copied; default: nowhere
     opentelemetry:bool = False, # Give the numbers of each minute to OpenTelemetry
     reset:str = '', # Name of a user who can't log in; prints a new password, and starts nothing
+    backup:str = '', # New folder for a copy of tables and files, also while the platform runs; starts nothing
+    restore:str = '', # Folder of a copy with which a new platform is filled; starts nothing
 ):
     "Run the platform: label, train, judge, release and watch, in one process"
     from deepseek_nb.tools.serving import missing_packages
@@ -402,8 +404,9 @@ def run_platform(
         raise ValueError('the password in --url is seen by everybody who lists the processes: '
                          'put the address into the variable DEEPSEEK_NB_DATABASE')
     from deepseek_nb.apps.filter import ToxicityNet
-    from deepseek_nb.platform.start import print_password, start_platform
-    if reset: return print_password(folder, url, reset)
+    from deepseek_nb.platform.start import back_up, bring_back, print_password, start_platform
+    for given,act in ((reset, print_password), (backup, back_up), (restore, bring_back)):
+        if given: return act(folder, url, given)
     net,hosts = ToxicityNet.load(),tuple(filter(None, names.split(',')))
     scans = dict(toxic=lambda text: net.peak(text) >= net.least)
     decided = dict(internal=[h for h in internal.split(',') if h], mlflow=mlflow, opentelemetry=opentelemetry)
