@@ -195,6 +195,7 @@ Modules:
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
 - `deepseek_nb.studies.report`: What a plan must state before its first run, a check that refuses records of anything else, and functions that summarise the records: means over seeds, tables and plots.
+- `deepseek_nb.tools.batch`: Answers a file of requests with one model, here or on the nodes of a Ray cluster: exactly one answer a line, however often the run is killed
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
 - `deepseek_nb.tools.claims`: Is it true? A verdict for each claim, in a sentence, computed from stored records by one set of rules.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
