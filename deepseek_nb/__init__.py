@@ -11,7 +11,7 @@ Packages:
 Modules:
 
 - `deepseek_nb.apps.anomaly`: Learns from a signal, scores one observation at a time, saves its state, sets its threshold from a budget of false alarms, and explains its alarms
-- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One command does all of it
+- `deepseek_nb.apps.command`: Each application can be trained, score a file, be served over HTTP with keys, and show its model card. One reader, one writer and one command do it for all
 - `deepseek_nb.apps.control`: One interface to three ways of giving a model's text a style, with a strength, and measures of what it costs: style from 1 to 5, content kept, and fluency
 - `deepseek_nb.apps.crosslingual`: A frozen multilingual encoder, a linear head that learns in English alone, and maps that align other languages by a hundred parallel paragraphs
 - `deepseek_nb.apps.filter`: Patterns, planted secrets, names and toxic words behind one policy: for the server, for a table of texts, and for the command line
@@ -19,7 +19,6 @@ Modules:
 - `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 - `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and doesn't change the stops that vehicles have already reached
 - `deepseek_nb.apps.route_moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python and, some fifty times faster with equal routes, in C++. Feasible routes stay feasible
-- `deepseek_nb.apps.rows`: One reader and one writer for all applications: tables, JSON lines and folders are read as dicts, and results are written completely or not at all
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.steer`: Two ways to give a model a style at any strength: add a vector to the residual stream, for each row of a batch its own, or train a LoRA adapter and scale it
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
@@ -32,22 +31,19 @@ Modules:
 - `deepseek_nb.arch.engram`: The last few tokens are hashed to rows of large tables, and a gate adds these rows to the residual stream. The model gains parameters that cost almost no FLOPs
 - `deepseek_nb.arch.hash`: In V4's first blocks a table maps each token id to its experts, so the router decides nothing. In all blocks, both halves of a SwiGLU are clamped
 - `deepseek_nb.arch.hyper`: V4 carries four residual streams through the model. Each block mixes them by a doubly stochastic matrix, so that their norm can't grow with depth
-- `deepseek_nb.arch.index_codes`: The lightning indexer's keys as 8-bit codes after a Hadamard rotation, as in DeepSeek's own code: a quarter of the bytes, and nearly the same tokens are selected
 - `deepseek_nb.arch.model`: A block adds attention and a feed-forward network to the residual stream. A model is an embedding, a list of blocks, a norm and a head. With V3's config, it is DeepSeek-V3
 - `deepseek_nb.arch.moe`: The feed-forward network of a block: one SwiGLU in a dense block; in all other blocks a router, the experts that it selects for each token, and shared experts
 - `deepseek_nb.arch.mtp`: An additional block predicts the token after the next one. It gives a second training loss, and drafts for speculative decoding
 - `deepseek_nb.arch.norm`: RMSNorm divides each row by its root mean square and scales each channel. It normalises the input of every attention layer and feed-forward network
-- `deepseek_nb.arch.picture`: Diagrams of a model's architecture, drawn from its config, and of the data flow of MLA's two forms, with FLOPs and bytes
 - `deepseek_nb.arch.releases`: Parameters, active parameters, FLOPs and KV cache bytes per token of every DeepSeek release, computed from its config
-- `deepseek_nb.arch.rewindable`: The KV cache of DeepSeek-V4: window keys in a ring, entries, and the raw rows of unfinished windows, so that a rewind is exact and prompts can be padded on the left
+- `deepseek_nb.arch.rewindable`: V4's KV cache keeps window keys in a ring, entries, and the raw rows of unfinished windows, so that a rewind is exact; V3.2's may keep its index keys as 8-bit codes
 - `deepseek_nb.arch.rope`: RoPE rotates queries and keys by their positions, so that attention scores depend only on distances; YaRN and Llama 3's rule extend it to longer contexts
 - `deepseek_nb.arch.routing`: The router of a mixture of experts selects a few experts for each token. A bias or a loss balances the load, and no token is dropped
-- `deepseek_nb.arch.show`: Tables of a config, a model, a cache and a routing result, which notebooks display instead of a `repr`
+- `deepseek_nb.arch.show`: Diagrams of a model's architecture and of the data flow of MLA, drawn from its config, and tables of a config, a model, a cache and a routing result, which notebooks display
 - `deepseek_nb.arch.sparse`: V3.2's lightning indexer scores all earlier tokens at a small cost, and each query attends only to the 2,048 tokens with the highest scores
 - `deepseek_nb.arch.v3`: The whole model on a few screens: config, norm, rotary positions, latent attention, router, experts, blocks, cache and generation, equal to the library's model
 - `deepseek_nb.arch.v4`: DeepSeek-V4 is the transformer with other parts: several residual streams, attention to a window and to compressed entries, and experts that a table of token ids chooses
 - `deepseek_nb.arch.v41`: V4.1 stores 890 bytes of cache for each token: only four layers compress tokens to entries, the others borrow entries and selections, and a prompt runs through half of the layers
-- `deepseek_nb.arch.v4_config`: What sparse attention, windows, compressed entries, hyper-connections and hash routing add to a config, and how V4's `config.json` is read and written
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
 - `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
@@ -62,9 +58,8 @@ Modules:
 - `deepseek_nb.core.config_json`: Reads the `config.json` of a model into a `Config` and writes it back, in the form of DeepSeek's releases or in that of transformers
 - `deepseek_nb.core.device`: How the device of tensors, the dtype of weights and the number of threads are chosen, and how weights get memory with large pages, which a processor reads faster
 - `deepseek_nb.core.dispatch`: Each operation has a readable definition and faster implementations with the same signature, its twins. A registry selects the fastest one for each call
-- `deepseek_nb.core.fold`: A chapter shows a class method by method, with `@patch`. The export writes the methods into the class, as readers, editors and type checkers of the package expect
 - `deepseek_nb.core.lazy`: A class has all its methods, and an operation all its kernels, whichever chapter was imported: the chapter that defines a method or kernel is imported on first use
-- `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files of the package
+- `deepseek_nb.core.nbproc`: Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files; methods that are shown one by one are exported into their class
 - `deepseek_nb.core.plot`: Plots that are legible on light and dark pages, in colours that colour-blind readers can distinguish
 - `deepseek_nb.core.reading`: The conventions of all chapters, each with a small example that runs: documented parameters, names of axes, methods that later chapters add, operations with several implementations, and C++ cells
 - `deepseek_nb.core.tiny`: Write a small transformer, train it before your eyes in less than a minute, and read what it writes before, between and after
@@ -89,11 +84,9 @@ Modules:
 - `deepseek_nb.eval.perplexity`: Measure how well a model predicts a text that is longer than its context, and what each quantisation format costs in perplexity and saves in bytes and time.
 - `deepseek_nb.eval.report`: Run all evaluation tasks on a model, keep every item's value in one JSON file, write a page for readers, and say which differences between two models count
 - `deepseek_nb.export.command`: One function and one command, `deepseek-nb export`, for all formats in which models leave this package.
-- `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server
+- `deepseek_nb.export.figures`: Runs a small model in the reader's browser: its experts, attention, KV cache and next tokens for any text, without a server; and measures how long the reader waits
 - `deepseek_nb.export.gguf`: A checkpoint becomes one GGUF file that llama.cpp loads: metadata, tokenizer and chat template, and every tensor in floats or quantised blocks.
-- `deepseek_nb.export.live`: Times the live figures in Chromium: from the click to the answer, tokens a second, bytes downloaded before and after the click, and memory.
-- `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, whose KV cache is input and output, and which ONNX Runtime, OpenVINO and TensorRT execute without Python.
-- `deepseek_nb.export.onnx_quant`: The matrices of an ONNX graph become 8-bit integers with the standard operator `DequantizeLinear`, or 4-bit integers with ONNX Runtime's `MatMulNBits`.
+- `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, in floats or with matrices of 8 or 4 bits, which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
 - `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
@@ -200,6 +193,7 @@ Modules:
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
+- `deepseek_nb.tools.batch`: Answers a file of requests with one model, here or on the nodes of a Ray cluster: exactly one answer a line, however often the run is killed
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, and makes the front page, the README, the sidebar and the map from them, so that they agree.
 - `deepseek_nb.tools.claims`: Is it true? A verdict for each claim, in a sentence, computed from stored records by one set of rules.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
@@ -216,18 +210,16 @@ Modules:
 - `deepseek_nb.train.distill`: A student model learns from a teacher's probabilities for every token of the vocabulary, not only from the one token in the text.
 - `deepseek_nb.train.distill_stages`: Run distillation as a list of stages, such as a general and then a domain teacher, or an assistant model in between; a killed run can be resumed.
 - `deepseek_nb.train.dynamic`: Activate fewer experts for some tokens or layers to meet a FLOPs budget, by one of four rules, and train a model for a varying number of experts.
-- `deepseek_nb.train.frozen`: When only adapters are trained, attention and feed-forward store few activations, and the backward pass multiplies by each frozen weight once.
 - `deepseek_nb.train.grpo`: The whole loop: sample groups of answers, reward them, and improve the policy, with curves, a guard, and an exact resume.
 - `deepseek_nb.train.indexer`: Make a trained model with dense latent attention sparse: train V3.2's indexer to predict where the model attends, then train the model with the indexer's selection.
 - `deepseek_nb.train.kl_estimate`: Three estimates of the divergence from a reference, from sampled tokens alone. Bias and variance of each as a number and as a loss, and when the term is useful.
-- `deepseek_nb.train.log_probs`: Each token of a sampled answer gets its log-probability, with an exact gradient, without all logits in memory, and with one pass over the prompt that a group shares.
 - `deepseek_nb.train.lora`: Low-rank adapters fine-tune a frozen model by training a small number of additional parameters. They can be swapped, merged and mixed in a batch.
 - `deepseek_nb.train.loss`: Cross-entropy summed over scored tokens, with logits computed in chunks, so that the logits of all positions are never in memory at the same time.
 - `deepseek_nb.train.mini`: Pre-train models of about 6 million parameters, with the architectures of DeepSeek-V3 and V4 and an own tokenizer, on public text, and evaluate them on held-out documents.
-- `deepseek_nb.train.on_policy`: The student generates text and the teacher scores it. A guard stops the run if the student's text collapses.
+- `deepseek_nb.train.on_policy`: A student generates text that the teacher scores, with a guard against its collapse; each token of an answer gets its log-probability, with an exact gradient and one pass over a shared prompt.
 - `deepseek_nb.train.optim`: AdamW scales each element of the gradient by its running mean square. Muon, the optimiser of DeepSeek-V4, orthogonalises the momentum of whole matrices.
 - `deepseek_nb.train.parallel`: Several processes share a training step by data parallelism, fully sharded data parallelism or expert parallelism, and get the same result as one process.
-- `deepseek_nb.train.peft`: Save and load LoRA adapters in PEFT's layout, so that they can be exchanged with transformers in both directions.
+- `deepseek_nb.train.peft`: Save and load LoRA adapters in PEFT's layout; when only adapters are trained, store few activations and multiply by each frozen weight once in the backward pass.
 - `deepseek_nb.train.policy`: GRPO's loss, and what later papers changed in it, each as a switch: ratio, clipping, aggregation, corrections for tokens that another policy sampled.
 - `deepseek_nb.train.qlora`: LoRA on a quantised model: gradients pass through int8, int4 or NF4 weights without dequantising a whole matrix.
 - `deepseek_nb.train.r1`: Cold start, reinforcement learning, rejection sampling, fine-tuning, a second reinforcement, and distillation into a smaller model, from one TOML file

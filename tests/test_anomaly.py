@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deepseek_nb.apps.anomaly import Detector, FitSettings, choose_threshold, fit_scaling, rate_interval
-from deepseek_nb.apps.rows import package_folder
+from deepseek_nb.apps.command import package_folder
 from deepseek_nb.apps.series import (
     CATEGORIES,
     Labelled,

@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from deepseek_nb import LoraConfig, Model, QuantizedModel, Trainer, TrainingArguments
-from deepseek_nb.arch.picture import draw_architecture, draw_attention
 from deepseek_nb.arch.releases import shapes, summary
 from deepseek_nb.arch.rewindable import rewindable_bytes
-from deepseek_nb.arch.show import show
+from deepseek_nb.arch.show import draw_architecture, draw_attention, show
 from deepseek_nb.bench.limits import attend_work, forward_work
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.eval.perplexity import perplexity
@@ -31,9 +30,9 @@ from deepseek_nb.quant.model import calibrate_model, quantize_model
 from deepseek_nb.quant.save import Fp8Blocks, PackedInts, publish
 from deepseek_nb.train.distill import distillation_loss
 from deepseek_nb.train.dynamic import spent
-from deepseek_nb.train.frozen import merge_experts, tune_experts
 from deepseek_nb.train.lora import lora_weights
 from deepseek_nb.train.optim import Muon, muon_groups
+from deepseek_nb.train.peft import merge_experts, tune_experts
 
 SEED = int(os.environ.get('COVER_SEED') or random.SystemRandom().randrange(10**6))
 BOTH = dict(v32=None, v4=None)

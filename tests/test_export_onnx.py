@@ -16,11 +16,16 @@ onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-from deepseek_nb.export.onnx import DATA, OnnxModel, check_onnx, export_onnx, onnx_weights, sort_as_topk  # noqa: E402
-from deepseek_nb.export.onnx_quant import (  # noqa: E402
+from deepseek_nb.export.onnx import (  # noqa: E402  # noqa: E402
+    DATA,
     IntBlocks,
+    OnnxModel,
+    check_onnx,
     export_genai,  # noqa: E402
+    export_onnx,
+    onnx_weights,
     rounded_model,
+    sort_as_topk,
 )
 
 SLOW = pytest.mark.skipif(not os.environ.get('DEEPSEEK_NB_SLOW'), reason='takes minutes: set DEEPSEEK_NB_SLOW=1')
@@ -96,8 +101,7 @@ def test_no_path_of_this_machine_in_the_graph(folder):
 def test_quantised_products_equal_rounded_weights(qwen, folder, tmp_path, form):
     import onnx_ir
 
-    from deepseek_nb.export.onnx import write_onnx
-    from deepseek_nb.export.onnx_quant import quantise_onnx
+    from deepseek_nb.export.onnx import quantise_onnx, write_onnx
     write_onnx(quantise_onnx(onnx_ir.load(folder/'model.onnx'), form), tmp_path)
     tokens = torch.randint(0, 90, (2, 7))
     with torch.no_grad(): assert distance(OnnxModel(tmp_path, threads=1)(tokens), rounded_model(qwen, form)(tokens)) < 1e-4

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from deepseek_nb.apps import command
+from deepseek_nb.apps.command import package_folder
 from deepseek_nb.apps.filter import (
     FilterApp,
     NameTagger,
@@ -23,7 +24,6 @@ from deepseek_nb.apps.filter import (
     read_pii,
     read_toxicity,
 )
-from deepseek_nb.apps.rows import package_folder
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.infer.request import Piece, Stream
 from deepseek_nb.serve import chat

@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 from sqlalchemy import insert, update
 
 from deepseek_nb.platform import jobs as module
-from deepseek_nb.platform.jobs import JOB_KINDS, Job, JobLog, Superseded, Worker, cancel, claim, continue_job, curve_of, job_folder, job_of
-from deepseek_nb.platform.store import datasets, jobs, records, version_rows, versions
+from deepseek_nb.platform.jobs import JOB_KINDS, Job, JobLog, Superseded, Worker, cancel, claim, continue_job, curve_of, job_folder
+from deepseek_nb.platform.store import datasets, jobs, models, newest, records, row_of, version_rows, versions
 
 KINDS = '''
 import hashlib, json, os, sys, time
@@ -88,7 +89,7 @@ def kinds(tmp_path):
 def until(worker, done, seconds=120):
     end = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < end, [(r.id, r.state, r.error) for r in module.jobs_of(worker.store)]
+        assert time.monotonic() < end, [(r.id, r.state, r.error) for r in newest(worker.store, jobs)]
         worker.step()
         time.sleep(.02)
 
@@ -122,7 +123,7 @@ def test_no_job_is_claimed_twice_and_cores_are_respected(store):
     assert sum(r.cores for r in order) <= 2 and [r.priority for r in order] == [5, 5]  # the urgent ones
     with store.write() as c: c.execute(update(jobs).where(jobs.c.state == 'running').values(state='done'))
     while row := claim(store, 2):
-        running = [r.cores for r in module.jobs_of(store, state='running')]
+        running = [r.cores for r in newest(store, jobs, jobs.c.state == 'running')]
         assert sum(running) <= 2
         if sum(running) == 2:
             assert claim(store, 2) is None
@@ -143,15 +144,15 @@ def test_kills_at_random_moments_lose_nothing(store, kinds):
     while not curve_of(store, job): assert time.monotonic() < end and first.poll() is None; time.sleep(.02)
     first.kill()
     first.wait()
-    assert job_of(store, job).state in ('running', 'done')  # its process goes on
+    assert row_of(store, jobs, job).state in ('running', 'done')  # its process goes on
     worker = Worker(store, 2, kinds, attempts=99)  # knows nothing but the database
     time.sleep(rng.random()*.5)
     worker.step()
-    if (row := job_of(store, job)).state == 'running':
+    if (row := row_of(store, jobs, job)).state == 'running':
         with suppress(ProcessLookupError): os.kill(row.pid, signal.SIGKILL)  # it may end just now
-    until(Worker(store, 2, kinds, attempts=99), lambda: job_of(store, job).state == 'done')
+    until(Worker(store, 2, kinds, attempts=99), lambda: row_of(store, jobs, job).state == 'done')
     digest,values = expected(n)
-    assert job_of(store, job).result == dict(digest=digest)
+    assert row_of(store, jobs, job).result == dict(digest=digest)
     assert curve_of(store, job)['value'] == ([*range(1, n + 1)], values)
     assert store.check() == []
 
@@ -160,25 +161,25 @@ def test_cancel_ends_a_process_that_does_not_listen(store, kinds):
     worker = Worker(store, 2, kinds)
     job = module.submit(store, None, 'stubborn', {})
     until(worker, lambda: curve_of(store, job))
-    pid = job_of(store, job).pid
+    pid = row_of(store, jobs, job).pid
     cancel(store, None, job)
-    until(worker, lambda: job_of(store, job).state == 'cancelled')
+    until(worker, lambda: row_of(store, jobs, job).state == 'cancelled')
     until(worker, lambda: not worker.children)
     with pytest.raises(ProcessLookupError): os.kill(pid, 0)
     continue_job(store, None, job)
-    assert job_of(store, job).state == 'queued' and not job_of(store, job).cancel
+    assert row_of(store, jobs, job).state == 'queued' and not row_of(store, jobs, job).cancel
 
 
 def test_a_flood_is_bounded_and_secrets_stay_outside(store, kinds, monkeypatch):
     monkeypatch.setenv('PLATFORM_SECRET', 'geheim')
     worker = Worker(store, 2, kinds)
     job = module.submit(store, None, 'flood', {})
-    until(worker, lambda: job_of(store, job).state == 'failed')
-    assert 'the result has' in job_of(store, job).error
+    until(worker, lambda: row_of(store, jobs, job).state == 'failed')
+    assert 'the result has' in row_of(store, jobs, job).error
     folder = job_folder(store, job)
     assert sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()) < 9*2**18 + 10**5
     log = JobLog(folder/'log')
-    assert log.read().text.startswith('begin\n') and 'Traceback' in log.read(-2**16).text
+    assert log.text().startswith('begin\n') and 'bytes were not kept' in log.text() and 'Traceback' in log.text(2**16)
     seen = (folder/'work'/'seen.json').read_text()
     assert 'geheim' not in seen and 'PLATFORM_SECRET' not in seen
     assert 'test_' not in json.loads(seen)['command'] and '://' not in json.loads(seen)['command']
@@ -190,7 +191,7 @@ def test_what_a_job_writes_is_private(store, kinds):
     old = os.umask(0o022)
     try:
         job = module.submit(store, None, 'flood', {})
-        until(Worker(store, 2, kinds), lambda: job_of(store, job).state == 'failed')
+        until(Worker(store, 2, kinds), lambda: row_of(store, jobs, job).state == 'failed')
     finally: os.umask(old)
     found = [*job_folder(store, job).rglob('*')]
     assert {'seen.json', 'crash.txt'} <= {p.name for p in found}
@@ -207,12 +208,12 @@ def test_a_clock_that_jumps_kills_nothing(store):
     for jump in 10**6*86400, -10**6*86400*365:
         store.clock = lambda jump=jump: time.time_ns()//1000 + jump
         worker.look_after()
-        assert job_of(store, job).state == 'running'
+        assert row_of(store, jobs, job).state == 'running'
     Job(store, row).flush()
     assert module.is_alive(me) and not module.is_alive(me._replace(born=me.born + '1'))
     with store.write() as c: c.execute(update(jobs).where(jobs.c.id == job).values(process=me._replace(born='long ago')._asdict()))
     worker.look_after()  # now another program has the number
-    assert job_of(store, job).state == 'queued'
+    assert row_of(store, jobs, job).state == 'queued'
     late = Job(store, row)
     late.report(1, loss=1.)
     with pytest.raises(Superseded): late.flush()
@@ -223,17 +224,18 @@ def test_a_log_is_read_as_it_was_written(tmp_path):
     seed = random.randrange(10**9)
     print('seed', seed)
     rng = random.Random(seed)
-    log,said,heard,at = JobLog(tmp_path, size=50, most=1000),'','',0
+    log,short,said = JobLog(tmp_path/'whole', size=50, most=1000),JobLog(tmp_path/'short', size=50, most=4),''
     for _ in range(200):
         text = ''.join(rng.choices('aé€😀\n', k=rng.randrange(12)))
         said += text
         log.write(text.encode())
-        if rng.random() < .5:
-            piece = log.read(at, rng.randrange(4, 60))
-            assert not piece.lost and piece.next >= at
-            heard,at = heard + piece.text,piece.next
-    while (piece := log.read(at)).text: heard,at = heard + piece.text,piece.next
-    assert heard == said
+        short.write(text.encode())
+        assert log.text() == said
+    data = said.encode()
+    kept = short.text().encode(errors='replace')
+    assert kept.startswith(data[:46]) and kept.endswith(data[-46:]) and sum(size for *_,size in short.pieces()) <= 200
+    lost = int(re.search(rb'(\d[\d,]*) bytes were not kept', kept)[1].replace(b',', b''))
+    assert lost == len(data) - sum(size for *_,size in short.pieces()) and short.text(20) == data[-20:].decode(errors='replace')
 
 
 def texts_version(store):
@@ -252,7 +254,6 @@ def texts_version(store):
 def test_a_killed_training_has_the_bits_of_an_unbroken_one(store, kinds):
     import torch
 
-    from deepseek_nb.platform.registry import model_of
     importlib.import_module('fatal_kind')
     at = random.randrange(2, 5)
     print('killed at step', at)
@@ -262,13 +263,13 @@ def test_a_killed_training_has_the_bits_of_an_unbroken_one(store, kinds):
     worker = Worker(store, 1, ('fatal_kind',))
     worker.step()
     assert next(iter(worker.children.values())).wait() == -signal.SIGKILL
-    assert len(curve_of(store, killed)['loss'][0]) == at - 1 and not job_of(store, killed).result
+    assert len(curve_of(store, killed)['loss'][0]) == at - 1 and not row_of(store, jobs, killed).result
     worker.look_after()
-    assert job_of(store, killed).state == 'queued' and list((job_folder(store, killed)/'work'/'checkpoints').glob('checkpoint-*'))
+    assert row_of(store, jobs, killed).state == 'queued' and list((job_folder(store, killed)/'work'/'checkpoints').glob('checkpoint-*'))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the process that was killed
     try: assert [Job(store, claim(store, 1)).perform() for _ in range(2)] == ['done']*2
     finally: torch.set_num_threads(threads)
-    assert job_of(store, killed).attempts == 2 and job_of(store, whole).attempts == 1
+    assert row_of(store, jobs, killed).attempts == 2 and row_of(store, jobs, whole).attempts == 1
     assert curve_of(store, killed) == curve_of(store, whole)
-    assert len({model_of(store, job_of(store, j).result['model']).digest for j in (killed, whole)}) == 1
+    assert len({row_of(store, models, row_of(store, jobs, j).result['model']).digest for j in (killed, whole)}) == 1

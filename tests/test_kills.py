@@ -21,7 +21,6 @@ from sqlalchemy import func, select
 from test_jobs import texts_version
 from test_store import process
 
-from deepseek_nb.platform import jobs as module
 from deepseek_nb.platform.access import create_user
 from deepseek_nb.platform.audit import canonical_json, head_of
 from deepseek_nb.platform.datasets import import_rows
@@ -36,7 +35,6 @@ from deepseek_nb.platform.jobs import (
     is_alive,
     job_folder,
     job_kind,
-    job_of,
     run_child,
     submit,
 )
@@ -51,9 +49,11 @@ from deepseek_nb.platform.store import (
     jobs,
     measures,
     models,
+    newest,
     queue,
     records,
     releases,
+    row_of,
     settings,
     tasks,
     version_rows,
@@ -295,7 +295,7 @@ def killed(store, drawn, people, reached):
     with ada as (one, first), bob as (two, second):
         said = [[lines.readline()] for lines in (first, second)]  # both are at work; then any moment
         time.sleep(drawn.random()*.6)
-        found = [Process(**r.process) for r in module.jobs_of(store, state='running') if r.pid and drawn.random() < .5]
+        found = [Process(**r.process) for r in newest(store, jobs, jobs.c.state == 'running') if r.pid and drawn.random() < .5]
         running = [p.pid for p in found if is_alive(p)]  # another process may have the number of one that has ended
         for pid in [one, two, *running]:
             with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
@@ -317,15 +317,16 @@ def test_kills_at_random_moments_lose_nothing(store):
         opened.close()
     worker, end = Forks(store), time.monotonic() + 120 + 20*KILLS
     wanted = {k for who, n in zip(PEOPLE, reached, strict=True) for k in expected(who, n)[1]}
-    while {r.name for r in module.jobs_of(store, limit=10**4, state='done')} < wanted or module.jobs_of(store, state='running'):
-        assert time.monotonic() < end, [(r.name, r.state, r.error) for r in module.jobs_of(store)]
+    def those(state): return newest(store, jobs, jobs.c.state == state, limit=10**4)
+    while {r.name for r in those('done')} < wanted or those('running'):
+        assert time.monotonic() < end, [(r.name, r.state, r.error) for r in newest(store, jobs)]
         worker.step()
         time.sleep(.02)
-    for row in module.jobs_of(store, limit=10**4, state='done'):
+    for row in newest(store, jobs, jobs.c.state == 'done', limit=10**4):
         numbers = [float(int(chained(row.config['start'], k)[:6], 16)) for k in range(1, LENGTH + 1)]
         assert curve_of(store, row.id)['link'] == ([*range(1, LENGTH + 1)], numbers)
     nothing_half(store)
-    print(store.kind, KILLS, 'kills', reached, 'steps', len(wanted), 'jobs', max(r.attempts for r in module.jobs_of(store, limit=10**4)),
+    print(store.kind, KILLS, 'kills', reached, 'steps', len(wanted), 'jobs', max(r.attempts for r in newest(store, jobs, limit=10**4)),
           'starts at most', f'{sum(os.times()[:4]) - before:.1f} s of CPU')
 
 
@@ -334,7 +335,7 @@ def test_kills_at_random_moments_lose_nothing(store):
 def until(worker, done):
     end = time.monotonic() + 60
     while not done():
-        assert time.monotonic() < end, [(r.id, r.state, r.error) for r in module.jobs_of(worker.store)]
+        assert time.monotonic() < end, [(r.id, r.state, r.error) for r in newest(worker.store, jobs)]
         worker.step()
         time.sleep(.02)
 
@@ -345,14 +346,14 @@ def test_a_checkpoint_on_a_full_disk(store):
     worker = Forks(store)
     job = submit(store, None, 'links', dict(n=LENGTH, start=1, pad=9*10**6))
     worker.limit = 8*10**6
-    until(worker, lambda: job_of(store, job).state == 'failed')
-    error = job_of(store, job).error
+    until(worker, lambda: row_of(store, jobs, job).state == 'failed')
+    error = row_of(store, jobs, job).error
     assert 'the disk is full' in error and 'free space' in error and '\n' not in error, error
     assert store.check() == [] and len(curve_of(store, job)['link'][0]) == 2
     worker.limit = None
     continue_job(store, None, job)
-    until(worker, lambda: job_of(store, job).state == 'done')
-    assert job_of(store, job).result['digest'] == chained(1, LENGTH) and store.check() == []
+    until(worker, lambda: row_of(store, jobs, job).state == 'done')
+    assert row_of(store, jobs, job).result['digest'] == chained(1, LENGTH) and store.check() == []
 
 
 @pytest.mark.parametrize('store', ['sqlite'], indirect=True)
@@ -361,12 +362,12 @@ def test_a_job_whose_database_is_on_a_full_disk(store):
     worker = Forks(store)
     job = submit(store, None, 'links', dict(n=LENGTH, start=2))
     worker.limit = os.path.getsize(store.folder/'platform.db-wal') + 9000
-    until(worker, lambda: job_of(store, job).attempts > 1)
+    until(worker, lambda: row_of(store, jobs, job).attempts > 1)
     worker.limit = None
     with store.read() as c: why = [r.detail['why'] for r in c.execute(select(audits).where(audits.c.action == 'job.queued'))]
     assert why and all('the disk is full' in o and '\n' not in o for o in why), why
-    until(worker, lambda: job_of(store, job).state == 'done')
-    assert job_of(store, job).result['digest'] == chained(2, LENGTH) and store.check() == []
+    until(worker, lambda: row_of(store, jobs, job).state == 'done')
+    assert row_of(store, jobs, job).result['digest'] == chained(2, LENGTH) and store.check() == []
 
 
 # ---- the command
@@ -386,12 +387,12 @@ def test_sigterm_of_the_command(store):
             if server.poll() is not None: pytest.fail('the command has ended: ' + ''.join(server.communicate()))
             assert time.monotonic() < end
             time.sleep(.02)
-        child, begin = job_of(store, job).process, time.monotonic()
+        child, begin = row_of(store, jobs, job).process, time.monotonic()
         server.send_signal(signal.SIGTERM)
         code, seconds = server.wait(60), time.monotonic() - begin
     finally: server.kill()
     said = ''.join(server.communicate())
-    row = job_of(store, job)
+    row = row_of(store, jobs, job)
     assert code == 0 and seconds < 30 and 'Traceback' not in said, (code, seconds, said)
     assert row.state == 'queued' and row.attempts == 0 and not is_alive(Process(**child)), row
     assert store.check() == [] and list((job_folder(store, job)/'work'/'checkpoints').glob('checkpoint-*'))

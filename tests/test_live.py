@@ -13,8 +13,7 @@ import torch
 from deepseek_nb import Model, Tokenizer
 from deepseek_nb.arch.moe import MoE
 from deepseek_nb.export import wasm
-from deepseek_nb.export.figures import FIGURE_NOTES, export_page
-from deepseek_nb.export.live import figure_visit, served
+from deepseek_nb.export.figures import FIGURE_NOTES, export_page, figure_visit, served
 from deepseek_nb.export.wasm import compile_wasm, find_clang, interface, read_wasm, wasm_sections, wasm_sources
 from deepseek_nb.infer.inside import attention_pattern, record_stream, routes
 

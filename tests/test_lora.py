@@ -13,10 +13,10 @@ from deepseek_nb.arch.model import add_attention, add_feed_forward
 from deepseek_nb.core.config import Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import gradients as G
-from deepseek_nb.train import frozen
-from deepseek_nb.train.frozen import choose_experts, expert_affinity, frozen_half, merge_experts, tune_experts
+from deepseek_nb.train import peft
 from deepseek_nb.train.lora import LoraConfig, candidates, lora_weights
 from deepseek_nb.train.loss import language_loss
+from deepseek_nb.train.peft import choose_experts, expert_affinity, frozen_half, merge_experts, tune_experts
 
 SHARED = dict(vocab_size=90, dim=48, n_layers=2, inter_dim=72, max_positions=64)
 GQA = dict(SHARED, n_heads=6, n_kv_heads=2, head_dim=8)
@@ -77,7 +77,7 @@ def test_frozen_halves(name, targets, choice):
 
 
 def test_frozen_in_pieces(monkeypatch):
-    monkeypatch.setattr(frozen, 'PIECE_TOKENS', 7)
+    monkeypatch.setattr(peft, 'PIECE_TOKENS', 7)
     m = shake(LoraConfig(3, 7, 'all-linear').apply(made('llama')))
     some = batch(2, 20)
     same(learn(m, some, 'auto'), learn(m, some, 'reference'))
@@ -86,7 +86,7 @@ def test_frozen_in_pieces(monkeypatch):
 def test_frozen_steps_aside():
     m = made('llama')
     x, b = torch.randn(1, 5, 48, requires_grad=True), m.layers[0]
-    half = lambda: frozen_half(x, b.mlp, b.post_attention_layernorm, frozen.FEED)
+    half = lambda: frozen_half(x, b.mlp, b.post_attention_layernorm, peft.FEED)
     assert half() is None
     LoraConfig(2, 4, ['up_proj']).apply(m)
     assert half() is not None

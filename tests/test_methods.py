@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deepseek_nb.core.fold import fold, patched_class
 from deepseek_nb.core.lazy import chapter_paths, exported_code, is_patch, later, origins
+from deepseek_nb.core.nbproc import fold, patched_class
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = dict(map(exported_code, chapter_paths(ROOT/'nbs')))

@@ -162,7 +162,7 @@ assert not any('adapters' in n for n in add_attention.op.plan('auto', 'cpu'))
 from deepseek_nb.train.lora import LoraWeight
 assert not any('adapters' in n for n in add_attention.op.plan('auto', 'cpu'))
 stored = pickle.dumps(LoraWeight(torch.ones(2, 3)))
-assert 'torch/adapters' in add_attention.op.plan('auto', 'cpu') and 'deepseek_nb.train.frozen' in sys.modules
+assert 'torch/adapters' in add_attention.op.plan('auto', 'cpu') and 'deepseek_nb.train.peft' in sys.modules
 from deepseek_nb.core import dispatch
 dispatch._adapters = False
 pickle.loads(stored)

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import random
+import shutil
 import socket
 from pathlib import Path
 
@@ -28,18 +29,16 @@ from deepseek_nb.train.parallel import (
     Parallel,
     ParallelExperts,
     _small_batch,
-    is_share,
     rehearse,
     run_parallel_experts,
     shard,
     share_experts,
     skeleton,
     small_model,
-    whole,
     whole_state,
 )
 from deepseek_nb.train.trainer import Trainer, TrainingArguments
-from deepseek_nb.train.world import World, launch_processes, own_rows, reduce_total, setup, sum_over, total_norm, world
+from deepseek_nb.train.world import World, is_share, launch_processes, own_rows, reduce_total, setup, sum_over, total_norm, whole, world
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
 TIED = Config('llama', vocab_size=64, dim=32, n_layers=2, n_heads=4, inter_dim=48, max_positions=64, n_kv_heads=2, head_dim=8,
@@ -81,7 +80,7 @@ def error(f):
 def differences(shared, alone):
     pairs = list(zip(shared.parameters(), alone.parameters(), strict=True))
     return dict(weight=max((whole(p) - q).abs().max().item() for p, q in pairs),
-                gradient=max((whole(p.grad, is_share(p)) - q.grad).abs().max().item() for p, q in pairs if q.grad is not None))
+                gradient=max((whole(p.grad) - q.grad).abs().max().item() for p, q in pairs if q.grad is not None))
 
 
 def accumulated(how):
@@ -140,21 +139,25 @@ def arguments(**kwargs):
     return TrainingArguments(**own | kwargs)
 
 
-def trained(how, folder=None, resume=False, **kwargs):
-    t = Trainer(small_model(), arguments(output_dir=folder, **kwargs), ROWS, ROWS[:3], callbacks=[Parallel(how)])
+def trained(how, folder=None, resume=False, ranks=None, **kwargs):
+    t = Trainer(small_model(), arguments(output_dir=folder, **kwargs), ROWS, ROWS[:3], callbacks=[Parallel(how, ranks)])
     history = t.train(resume_from_checkpoint=resume)
     return t, [[row[k] for k in ('loss', 'learning_rate', 'tokens')] for row in history] + [history[-1].get('eval_loss')]
 
 
-def resumed(folder):
-    "A run of six steps, and one that starts again from its third"
-    whole_run, history = trained('data', folder/'whole', max_steps=6, save_steps=3)
-    if world().rank == 0: (folder/'again').mkdir(); (folder/'whole'/'checkpoint-3').rename(folder/'again'/'checkpoint-3')
+SAVING = dict(max_steps=6, save_steps=3, optim='muon')
+
+
+def resumed(folder, how, other):
+    "A run of six steps, and one of this or another kind that starts again from its third: largest differences on rank 0"
+    whole_run, history = trained(how, folder/'whole', **SAVING)
+    if world().rank == 0: (folder/'again').mkdir(parents=True); (folder/'whole'/'checkpoint-3').rename(folder/'again'/'checkpoint-3')
     dist.barrier()
-    again, history2 = trained('data', folder/'again', True, max_steps=6, save_steps=3)
-    same = all(torch.equal(p, q) for p, q in zip(whole_run.model.parameters(), again.model.parameters(), strict=True))
-    written = sorted(p.name for p in (folder/'again').iterdir())
-    return dict(same=bool(sum_over(torch.tensor(int(same))) == world().size), history=history[:6] == history2[:6], written=written)
+    again, history2 = trained(other, folder/'again', True, **SAVING)
+    if world().rank: return
+    weight = max((p - q).abs().max().item() for p, q in zip(whole_run.model.parameters(), again.model.parameters(), strict=True))
+    losses = max(abs(a - b) for x, y in zip(history[:6], history2[:6], strict=True) for a, b in zip(x, y, strict=True))
+    return dict(weight=weight, history=losses, written=sorted(p.name for p in (folder/'again').iterdir()))
 
 
 def two(folder):
@@ -168,20 +171,34 @@ def two(folder):
         out[f'{how} frozen'] = rehearse(how, steps=3, build=frozen)
         out[f'{how} accumulated'] = accumulated(how)
         out[f'{how} collected'] = collected(how)
-        if how != 'expert': out[f'{how} tied'] = rehearse(how, steps=3, build=tied)
+        for other in (how, WAYS[WAYS.index(how) - 1]): out[f'{how} {other} resumed'] = resumed(folder/f'{how}-{other}', how, other)
+        if how in ('data', 'shard'): out[f'{how} tied'] = rehearse(how, steps=3, build=tied)
         for name, kwargs in RUNS.items():
             t, history = trained(how, folder/how if name == 'plain' else None, **kwargs)
             out[f'{how} trainer {name}'] = history
             if name == 'plain' and world().rank == 0: out[f'{how} kind'] = [type(p).__name__ for p in t.model.parameters()]
             if name in ('plain', 'clipped') and world().rank == 0: torch.save(t.model.state_dict(), folder/f'{how}-{name}.pt')
     out['exchanged'] = [exchanged(i) for i in range(25)]
-    out['resumed'] = resumed(folder)
-    out['refused'] = error(lambda: trained('shard', folder/'data', True))
+    fewer, history = trained('shard', folder/'four', True, **SAVING)
+    out['four'] = history[:6]
+    if world().rank == 0: torch.save(fewer.model.state_dict(), folder/'four.pt')
+    out['refused'] = [error(lambda: trained('shard', folder/'one', True, **SAVING)), error(lambda: trained('data', ranks=2)),
+                      error(lambda: trained('both', ranks=3))]
     uneven = Model(Config(**{**vars(SMALL), 'n_routed_experts': 5}), dtype='float32', device='cpu')
     out['uneven'] = error(lambda: share_experts(uneven))
     out['sums'] = [reduce_total(torch.tensor(1. + world().rank), 3)[0].item(), reduce_total(torch.tensor(1.), 3)[1],
                    sum_over(torch.tensor([1, world().rank])).tolist()]
     if world().rank == 0: (folder/'two.json').write_text(json.dumps(out))
+
+
+def four(folder):
+    "Two pairs of ranks: experts are shared by a pair, and sharded between the pairs"
+    setup()
+    out = dict(both=rehearse('both', ranks=2), muon=rehearse('both', muon, 3, ranks=2))
+    _, history = trained('both', Path(folder, 'four'), ranks=2, **SAVING, per_device_train_batch_size=1)
+    if world().rank == 0:
+        shutil.rmtree(Path(folder, 'four', 'checkpoint-6'))
+        Path(folder, 'four.json').write_text(json.dumps(out | dict(history=history[:6])))
 
 
 def three(folder):
@@ -218,7 +235,19 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp('parallel')
 
 
 @pytest.fixture(scope='module')
-def found(folder): return started('two', 2, folder)
+def single(folder):
+    "The run of six steps in this process, with a checkpoint after its third"
+    t, history = trained('data', folder/'one', per_device_train_batch_size=4, **SAVING)
+    shutil.rmtree(folder/'one'/'checkpoint-6')
+    return t.model, history[:6]
+
+
+@pytest.fixture(scope='module')
+def found4(folder): return started('four', 4, folder)
+
+
+@pytest.fixture(scope='module')
+def found(folder, single, found4): return started('two', 2, folder)
 
 
 @pytest.fixture(scope='module')
@@ -272,12 +301,36 @@ def test_trained_models_are_whole_and_saved_in_the_usual_layout(found, alone, fo
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
 
 
-def test_resume_is_exact(found):
-    assert found['resumed'] == dict(same=True, history=True, written=['checkpoint-3', 'checkpoint-6'])
+@pytest.mark.parametrize('how', WAYS)
+def test_resume_is_exact(found, how):
+    assert found[f'{how} {how} resumed'] == dict(weight=0, history=0, written=['checkpoint-3', 'checkpoint-6'])
 
 
-def test_errors_in_two_processes(found):
-    assert found['refused'] == "a run with 'shard' can't be resumed: its optimiser state is sharded; start a new run, or use 'data'"
+@pytest.mark.parametrize('how', WAYS)
+def test_resume_with_another_kind(found, how):
+    got = found[f'{how} {WAYS[WAYS.index(how) - 1]} resumed']
+    assert got['weight'] < 2e-5 and got['history'] < 2e-5, got
+
+
+def test_four_ranks_on_a_mesh_equal_one(found4, single):
+    for what in ('both', 'muon'):
+        for name, x in found4[what].items(): assert x < 1e-5, (what, name, x)
+    for g, w in zip(found4['history'], single[1], strict=True): assert g == pytest.approx(w, abs=2e-5)
+
+
+def test_resume_with_fewer_ranks(found, folder, single):
+    "Four ranks on a mesh, then two with FSDP, then one"
+    for g, w in zip(found['four'], single[1], strict=True): assert g == pytest.approx(w, abs=2e-5)
+    for k, x in torch.load(folder/'four.pt').items(): torch.testing.assert_close(x, single[0].state_dict()[k], rtol=0, atol=2e-5)
+    shutil.rmtree(folder/'four'/'checkpoint-6')
+    t, history = trained('data', folder/'four', True, per_device_train_batch_size=4, **SAVING)
+    for g, w in zip(history[:6], single[1], strict=True): assert g == pytest.approx(w, abs=2e-5)
+    for p, q in zip(t.model.parameters(), single[0].parameters(), strict=True): torch.testing.assert_close(p, q, rtol=0, atol=2e-5)
+
+
+def test_errors_in_two_processes(found, folder):
+    assert found['refused'] == [f"{folder/'one'/'checkpoint-3'}: was saved by one process; resume with one process, or with 'data'",
+                                "ranks=2 needs 'both'; with 'data' no other axis is left", '2 processes are not a multiple of ranks=3; use a divisor']
     assert found['uneven'] == "5 experts can't be shared evenly by 2 processes; use a divisor of 5"
     assert found['sums'] == [3., 6, [2, 1]]
 
@@ -337,7 +390,7 @@ def test_total_norm_of_copies_is_torchs():
 
 def test_bad_ways_are_refused():
     for f in (lambda: Parallel('tensor'), lambda: shard(small_model(), 'tensor')):
-        with pytest.raises(ValueError, match=r"^unknown parallelism 'tensor'; known are data, shard, expert$"): f()
+        with pytest.raises(ValueError, match=r"^unknown parallelism 'tensor'; known are data, shard, expert, both$"): f()
     with pytest.raises(ValueError, match='^no layer of this Model has routed experts'): share_experts(tied())
     with pytest.raises(RuntimeError, match='^2 processes: .*ZeroDivisionError: division by zero\n'): launch_processes('print(1/0)')
     assert sorted(launch_processes("import os; os.write(1, os.environ['RANK'].encode() + b'\\n')", 3).split()) == ['0', '1', '2']

@@ -10,10 +10,19 @@ from fastcore.test import test_close as close
 
 from deepseek_nb.arch.attention import mla_flops
 from deepseek_nb.arch.model import Model
-from deepseek_nb.arch.picture import draw_architecture, draw_attention, expert_grid, human, mla_steps, part_params
 from deepseek_nb.arch.releases import PRESETS, preset
 from deepseek_nb.arch.routing import Route
-from deepseek_nb.arch.show import model_table, module_kind, show
+from deepseek_nb.arch.show import (
+    draw_architecture,
+    draw_attention,
+    expert_grid,
+    human,
+    mla_steps,
+    model_table,
+    module_kind,
+    part_params,
+    show,
+)
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.infer.inside import attention_pattern, logit_lens, record_stream, routes, watch
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip('fasthtml', reason="the platform needs pip install 'deepseek-nb[platform]'")
+from fasthtml.components import to_xml  # noqa: E402
 from platform_fixtures import postgres, postgres_url, store  # noqa: E402, F401
 from sqlalchemy import func, select  # noqa: E402
 from starlette.testclient import TestClient  # noqa: E402
@@ -20,14 +21,17 @@ from deepseek_nb.platform import access, jobs, runs  # noqa: E402
 from deepseek_nb.platform import labels as lab  # noqa: E402
 from deepseek_nb.platform.app import PlatformServer, all_pages  # noqa: E402
 from deepseek_nb.platform.charts import curve, ticks  # noqa: E402
-from deepseek_nb.platform.datasets import import_rows, iter_rows, list_datasets, version_report  # noqa: E402
+from deepseek_nb.platform.datasets import house_row, import_rows, iter_rows, list_datasets, version_report  # noqa: E402
 from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
-from deepseek_nb.platform.layout import Site, page_text  # noqa: E402
+from deepseek_nb.platform.exchange import erase_text  # noqa: E402
+from deepseek_nb.platform.layout import Site, page_text, when  # noqa: E402
 from deepseek_nb.platform.monitor import give_feedback  # noqa: E402
-from deepseek_nb.platform.registry import Limit, add_model, all_measures, check_gates, measure  # noqa: E402
+from deepseek_nb.platform.registry import Limit, add_model, all_measures, check_gates, measure, model_path  # noqa: E402
 from deepseek_nb.platform.rollout import GatesFailed, choose, end_release, gates_of, release  # noqa: E402
 from deepseek_nb.platform.runs import FinetuneRun  # noqa: E402
-from deepseek_nb.platform.store import audits, events  # noqa: E402
+from deepseek_nb.platform.start import back_up, bring_back  # noqa: E402
+from deepseek_nb.platform.store import audits, curves, events, newest, open_store, row_of  # noqa: E402
+from deepseek_nb.platform.store import jobs as jobs_  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
 SEED = int(os.environ.get('SEED', 0))
@@ -139,7 +143,7 @@ def measured(monkeypatch):
         row = jobs.claim(store, 9)
         assert row.id == number
         state = jobs.Job(store, row).perform()
-        return state, jobs.job_of(store, number)
+        return state, row_of(store, jobs_, number)
     return evaluate
 
 
@@ -251,10 +255,10 @@ def test_a_button_that_is_pressed_twice(ann):
     version = import_rows(ann.store, None, 'letters', texts(3)).version
     send = lambda who=ann, **more: who.post('/runs', kind='finetune', version=version, name='x', **more)
     with ThreadPoolExecutor(4) as pool: all(pool.map(lambda _: send(), range(4)))
-    assert len(jobs.jobs_of(ann.store)) == 1
+    assert len(newest(ann.store, jobs_)) == 1
     send(set_steps='7')
     send(Visitor(ann.store, 'bob'))
-    assert len(jobs.jobs_of(ann.store)) == 3
+    assert len(newest(ann.store, jobs_)) == 3
 
 
 def test_many_log_ins_from_one_address(store):  # noqa: F811
@@ -412,3 +416,118 @@ def test_a_place_where_nothing_is_released(store):  # noqa: F811
         for path, values in (('/watch/drift/none', {}), ('/chat', dict(place='none', message='Hello'))):
             answer = client.post(path, data=values | dict(csrf=access.csrf_of(session)))
             assert answer.status_code == 404 and 'nothing is released as' in answer.text, path
+
+
+# ---- what a team asks for
+
+def test_an_evaluation_shows_where_it_errs(ann, measured):
+    "Scores of each class, the confusion matrix, and the texts behind each of its numbers; an erased text is gone there, too"
+    _, model = trained(ann.store)
+    version = import_rows(ann.store, None, 'odd', texts(90, 'test', lambda i: ('post', 'sums')[i % 3 % 2], 1000)).version
+    state, job = measured(ann.store, model, version)
+    assert state == 'done'
+    result, rows = job.result, {r.digest: r.data for r in iter_rows(ann.store, version)}
+    table = np.zeros((2, 3), int)
+    for r in iter_rows(ann.store, version, 'test'):  # what the stand-in answers: even numbers are `post`
+        table[result['classes'].index(r.data['label']), int(re.search(r'about (\d+)', r.data['text'])[1]) % 2] += 1
+    assert result['confusion'] == table.tolist() and len(result['mistakes']) == table[0, 1] + table[1, 0]
+    for digest, true, said, p in result['mistakes']:
+        assert rows[digest]['label'] == result['classes'][true] != result['classes'][said] and p in (.8, .9)
+    shown = ann.text(f'/runs/{job.id}')
+    assert f"{table[0, 0]} | {table[0, 1]}" in shown and f'{100*table[0, 0]/table[0].sum():.1f}%' in shown
+    page = ann.get(f'/runs/{job.id}/mistakes?true=0&said=1')
+    assert page.text.count('<tr') == table[0, 1] + 1
+    assert ann.get(f'/runs/{job.id}/mistakes?true=0&said=0').text.count('<tr') == 0 and ann.get('/runs/99/mistakes').status_code == 404
+    text = rows[result['mistakes'][0][0]]['text']
+    assert text in ann.text(f'/runs/{job.id}/mistakes')
+    erase_text(ann.store, None, text)
+    assert text not in ann.text(f'/runs/{job.id}/mistakes')
+
+
+def test_runs_side_by_side(ann):
+    "Curves over each other, and only those settings that differ; and when a run will have ended"
+    data = import_rows(ann.store, None, 'mail', texts(4)).version
+    ids = [jobs.submit(ann.store, None, 'finetune', dict(steps=50, batch=b), f'run {b}', data) for b in (2, 4)]
+    for scale in (1, 2):
+        job = jobs.Job(ann.store, jobs.claim(ann.store, 99))
+        for step in (1, 2):
+            job.report(step, loss=scale/step)
+            job.flush()
+    shown = ann.get(f'/runs/compare?run={ids[0]}&run={ids[1]}').text
+    assert 'run 2' in shown and shown.count('class="series s1"') >= 1
+    differ = [line.split(' | ') for line in page_text(shown).splitlines() if ' | ' in line]
+    assert ['batch', '2', '4'] in differ and not any(o[0] in ('steps', 'Kind') for o in differ)
+    assert ann.get(f'/runs/compare?run={ids[0]}').status_code == 400 and 'Expected end' in ann.text(f'/runs/{ids[0]}')
+    with ann.store.read() as c: at = c.execute(select(curves.c.at).where(curves.c.job_id == ids[0]).order_by(curves.c.step)).scalars().all()
+    end = re.search(r'Expected end: (.*)', ann.text(f'/runs/{ids[0]}'))[1]
+    assert end == page_text(to_xml(when(at[1] + 48*(at[1] - at[0]))))
+
+
+def test_a_model_suggests_labels(ann, measured):
+    "The texts of which it is least sure are handed out first, with its answer chosen"
+    version, model = trained(ann.store)
+    task = lab.create_task(ann.store, None, version, 'Which?', 'classification', labels=['post', 'sums'])
+    assert 'Suggest labels' in ann.text(f'/tasks/{task}')
+    ann.post(f'/tasks/{task}/suggest', model=model)
+    row = jobs.claim(ann.store, 9)
+    assert (row.kind, jobs.Job(ann.store, row).perform()) == ('suggest', 'done')
+    work = lab.next_record(ann.store, task, ann.user)
+    number = int(re.search(r'about (\d+)', work.data['text'])[1])
+    assert number % 2 and work.prediction == dict(label='sums')  # .8 is less sure than .9
+    assert 'A model has chosen' in ann.text(f'/tasks/{task}/label/{work.record}')
+    assert row_of(ann.store, jobs_, row.id).result == dict(suggested=600)
+
+
+def test_from_a_version_to_a_program(ann):
+    "A version leads to a run on it, and a release says how it is asked"
+    version, model = trained(ann.store)
+    assert f'/runs/new?preset=lora&amp;version={version}' in ann.get(f'/versions/{version}').text
+    chosen = ann.get(f'/runs/new?preset=lora&version={version}').text
+    assert f'value="{version}" selected' in re.sub(r'selected value="(\d+)"', r'value="\1" selected', chosen)
+    measure(ann.store, model, 'accuracy', .9)
+    release(ann.store, None, 'mail-room', model, gates=[Limit('accuracy', min=.5)])
+    said = ann.text(f'/models/{model}')
+    assert 'http://localhost/v1/classify' in said and '"model": "mail-room"' in said and "base_url='http://localhost/v1'" in said
+
+
+def test_pairs_of_answers_by_their_usual_names():
+    "`chosen` and `rejected`, as texts or messages: the better one stands at either place, and the same row always at the same"
+    sides = set()
+    for i in range(20):
+        row = house_row(dict(prompt='Why?', chosen=f'good {i}', rejected=f'bad {i}', source='x'), 'preference')
+        assert row == house_row(dict(rejected=f'bad {i}', chosen=f'good {i}', prompt='Why?', source='x'), 'preference')
+        assert row.keys() == {'prompt', 'a', 'b', 'better', 'source'} and row[row['better']] == f'good {i}'
+        sides.add(row['better'])
+    assert sides == {'a', 'b'}
+    turns = [dict(role='user', content='Why?')]
+    said = {k: [*turns, dict(role='assistant', content=k)] for k in ('chosen', 'rejected')}
+    row = house_row(said, 'preference')
+    assert row['prompt'] == 'Why?' and row[row['better']] == 'chosen'
+    for bad in (dict(prompt='x', chosen=[], rejected='b'), dict(prompt='x', chosen=None, rejected='b'), dict(chosen='a', rejected='b')):
+        with pytest.raises(ValueError): house_row(bad, 'preference')
+
+
+def test_the_audit_log_is_searched_and_exported(ann):
+    import_rows(ann.store, ann.user, 'mail', texts(4))
+    shown = ann.text('/audit?contains=import version')
+    assert 'import version' in shown and 'create user' not in shown
+    lines = ann.get('/audit/export?contains=ann').text.splitlines()
+    assert lines[0] == 'id,at,name,action,subject,detail,before,digest' and len(lines) > 2 and all(',ann,' in o for o in lines[1:])
+    with ann.store.read() as c: assert c.scalar(select(func.count()).select_from(audits).where(audits.c.action == 'export')) == 1
+    assert Visitor(ann.store, 'eve', 'developer').get('/audit/export').status_code == 403
+
+
+def test_backup_and_restore(ann, tmp_path, capsys):
+    "A copy has tables and files, in either direction between the databases"
+    version, model = trained(ann.store)
+    url = '' if ann.store.kind == 'sqlite' else ann.store.engine.url.render_as_string(hide_password=False)
+    back_up(ann.store.folder, url, tmp_path/'copy')
+    with pytest.raises(ValueError, match='exists'): back_up(ann.store.folder, url, tmp_path/'copy')
+    bring_back(tmp_path/'new', '', tmp_path/'copy')
+    with pytest.raises(ValueError, match='rows already'): bring_back(tmp_path/'new', '', tmp_path/'copy')
+    with pytest.raises(ValueError, match='no backup'): bring_back(tmp_path/'newer', '', tmp_path)
+    moved = open_store(tmp_path/'new')
+    assert model_path(moved, model) == str(tmp_path/'new/models/one') and (tmp_path/'new/models/one/weights').read_text() == '1'
+    assert [r.data for r in iter_rows(moved, version)] == [r.data for r in iter_rows(ann.store, version)] and moved.check() == []
+    moved.close()
+    assert sorted(p.name for p in tmp_path.glob('.*')) == []

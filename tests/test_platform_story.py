@@ -20,9 +20,9 @@ from test_browser import AXE, CHROMIUM, FLAGS  # noqa: E402
 from deepseek_nb.eval.drift import EmbeddingTable  # noqa: E402
 from deepseek_nb.platform import access  # noqa: E402
 from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
-from deepseek_nb.platform.jobs import jobs_of  # noqa: E402
 from deepseek_nb.platform.monitor import MONDAY, WEEK, DriftPlan, Monitor  # noqa: E402
 from deepseek_nb.platform.start import gloss_rows, start_platform  # noqa: E402
+from deepseek_nb.platform.store import jobs, newest  # noqa: E402
 
 BOTH = ['sqlite', 'postgres'] if _binaries() else ['sqlite']
 KINDS = BOTH if os.environ.get('EVERY') else [random.Random(SEED).choice(BOTH)] # of a run
@@ -148,7 +148,7 @@ class Reader:
         while not re.search(said, self.text()):
             assert time.monotonic() < end, self.text()
             time.sleep(.5)
-            while time.monotonic() < end and any(jobs_of(self.store, state=o) for o in ('queued', 'running')): time.sleep(.1)
+            while time.monotonic() < end and any(newest(self.store, jobs, jobs.c.state == o) for o in ('queued', 'running')): time.sleep(.1)
             self.page.reload()
 
 

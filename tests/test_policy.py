@@ -17,8 +17,8 @@ from deepseek_nb.quant import quantize
 from deepseek_nb.train.advantage import generalised_advantage, group_advantage, informative, leave_one_out
 from deepseek_nb.train.data import IGNORE, collate, example
 from deepseek_nb.train.kl_estimate import KL_KINDS, kl_estimate
-from deepseek_nb.train.log_probs import answer_log_probs, answer_rows, kept_log_probs, linear_log_probs
 from deepseek_nb.train.lora import LoraConfig
+from deepseek_nb.train.on_policy import answer_log_probs, answer_rows, kept_log_probs, linear_log_probs
 from deepseek_nb.train.policy import LOSS_TYPES, MISMATCH, PolicyLoss
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))

@@ -105,7 +105,7 @@ from deepseek_nb.arch.model import Model
 from deepseek_nb.kernels import attention, norm, train
 from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.kernels import codes
-from deepseek_nb.train import frozen, qlora
+from deepseek_nb.train import peft, qlora
 from deepseek_nb.train.lora import LoraConfig
 from deepseek_nb.train.loss import language_loss
 c = Config('llama', vocab_size=512, dim=512, n_layers=8, n_heads=8, n_kv_heads=4, head_dim=64, inter_dim=1536, tie_embeddings=True)

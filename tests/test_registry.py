@@ -6,8 +6,9 @@ import pytest
 from platform_fixtures import again, postgres, postgres_url, store  # noqa: F401
 
 from deepseek_nb.platform.access import User
-from deepseek_nb.platform.registry import Limit, add_model, card_of, check_gates, measure, model_of, models_of
-from deepseek_nb.platform.rollout import GatesFailed, choose, end_release, history_of, release, roll_back, set_share
+from deepseek_nb.platform.registry import Limit, add_model, card_of, check_gates, measure
+from deepseek_nb.platform.rollout import GatesFailed, choose, end_release, release, roll_back, set_share
+from deepseek_nb.platform.store import models, newest, releases, row_of
 
 OPEN = [Limit('accuracy', min=0.)]
 
@@ -28,7 +29,7 @@ def test_numbers_are_given_once(store):
     threads = [threading.Thread(target=add) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join()
-    assert len(set(found)) == 12 and sorted(m.number for m in models_of(store)) == [*range(1, 13)]
+    assert len(set(found)) == 12 and sorted(m.number for m in newest(store, models)) == [*range(1, 13)]
 
 
 def test_a_name_is_no_path(store, tmp_path, monkeypatch):
@@ -40,7 +41,7 @@ def test_a_name_is_no_path(store, tmp_path, monkeypatch):
     for place in (*'../secret.gguf secret.gguf ./secret.gguf .. ../x x/.. . -x a/-b ../other'.split(), str(tmp_path/'other')):
         with pytest.raises((FileNotFoundError, ValueError), match='no name of a model|lies outside of'):
             add_model(store, None, 'one', place)
-    assert not models_of(store)
+    assert not newest(store, models)
 
 
 def test_a_release_needs_its_gates_and_unchanged_files(store):
@@ -55,13 +56,13 @@ def test_a_release_needs_its_gates_and_unchanged_files(store):
     measure(store, model, 'gap', .05)
     with pytest.raises(GatesFailed, match='accuracy must be at least 0.8, and is 0.79 to 0.9$'):
         release(store, None, 'here', model)
-    assert choose(store, 'here', 'ann', 0).model_id is None and history_of(store) == []
+    assert choose(store, 'here', 'ann', 0).model_id is None and newest(store, releases) == []
     measure(store, model, 'accuracy', .85, .81, .9)
     (folder/'weights').write_text('2')
     with pytest.raises(ValueError, match='were changed'): release(store, None, 'here', model)
     (folder/'weights').write_text('1')
     release(store, None, 'here', model)
-    assert history_of(store)[0].gates[0]['passed'] and choose(store, 'here', 'ann').model_id == model
+    assert newest(store, releases)[0].gates[0]['passed'] and choose(store, 'here', 'ann').model_id == model
 
 
 def test_shares_are_sticky_and_grow(store):
@@ -110,7 +111,7 @@ def test_going_back_is_a_stack(store):
             staged = None
             assert roll_back(store, None, 'p') == stack[-1]
         assert choose(store, 'p', 'ann').model_id == (staged or (stack[-1] if stack else None))
-    active = [r.mode for r in history_of(store, 'p') if r.ended is None]
+    active = [r.mode for r in newest(store, releases, releases.c.place == 'p') if r.ended is None]
     assert len(active) == len(set(active))
 
 
@@ -121,7 +122,7 @@ def test_a_card_shows_only_what_was_measured(store):
     assert '<script' not in card and '\n# Heading' not in card
     assert '| toxicity | at most 0.1 | not measured | no |' in card and '| gap | at most 0.1 | 0.2 | no |' in card
     assert '0.8 to 0.95' in card and 'Not measured, although a gate asks for it: toxicity.' in card
-    assert model_of(store, model).number == 1 and not check_gates(store, model, [Limit('toxicity', max=1.)])[0].passed
+    assert row_of(store, models, model).number == 1 and not check_gates(store, model, [Limit('toxicity', max=1.)])[0].passed
     nobody = User(99, 'x', 'viewer')
     with pytest.raises(ValueError, match='is no name of a measure'): measure(store, model, 'a b', 1.)
     with pytest.raises(ValueError, match='mode'): release(store, nobody, 'p', model, 'now')

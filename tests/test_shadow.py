@@ -16,14 +16,14 @@ from deepseek_nb.platform.app import PlatformServer, all_pages, kept_answers, sh
 from deepseek_nb.platform.datasets import import_rows  # noqa: E402
 from deepseek_nb.platform.entry import write_setting  # noqa: E402
 from deepseek_nb.platform.events import DAY, Recorder, RequestEvent  # noqa: E402
-from deepseek_nb.platform.jobs import Job, claim, job_of, jobs_of  # noqa: E402
+from deepseek_nb.platform.jobs import Job, claim  # noqa: E402
 from deepseek_nb.platform.labels import create_task  # noqa: E402
 from deepseek_nb.platform.layout import Pages, csrf_field  # noqa: E402
 from deepseek_nb.platform.monitor import feedback_rows, open_alerts  # noqa: E402
 from deepseek_nb.platform.operator import LiveProbes, OperatedMonitor  # noqa: E402
 from deepseek_nb.platform.registry import Limit, add_model, measure, measures_of  # noqa: E402
 from deepseek_nb.platform.rollout import end_release, release  # noqa: E402
-from deepseek_nb.platform.store import annotations, events, records, texts  # noqa: E402
+from deepseek_nb.platform.store import annotations, events, jobs, newest, records, row_of, texts  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
 
@@ -122,7 +122,7 @@ def test_probes_of_what_is_live(store):  # noqa: F811
         said = OperatedMonitor(other, live=LiveProbes(other, limits, items=2)).tick()
         other.close()
         return [rule for rule, *_ in said]
-    def queued(): return [(r.name, r.model_id) for r in jobs_of(store, state='queued')]
+    def queued(): return [(r.name, r.model_id) for r in newest(store, jobs, jobs.c.state == 'queued')]
     assert tick() == tick() == [] and queued() == [('Probe of assistant: swaps', first)]
     assert run_next(store)[1] == 'done'
     now[0] += 10**6
@@ -155,7 +155,7 @@ def test_a_job_that_fails_is_an_alert(store, monkeypatch):  # noqa: F811
     monitor = OperatedMonitor(store, live=probes)
     monitor.tick()
     row = claim(store, 4)
-    assert Job(store, row).perform() == 'done' and job_of(store, row.id).result['failed']  # other parts of it were measured
+    assert Job(store, row).perform() == 'done' and row_of(store, jobs, row.id).result['failed']  # other parts of it were measured
     monitor.tick()
     with store.read() as c: alert, = open_alerts(c)
     assert alert.rule == 'probe advglue.accuracy' and 'the set is not here' in alert.detail['why']

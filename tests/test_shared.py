@@ -7,9 +7,8 @@ import torch
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.train.data import IGNORE
-from deepseek_nb.train.log_probs import SHARED, answer_hidden, answer_log_probs, shared_rows, shares_prompts
 from deepseek_nb.train.lora import LoraConfig
-from deepseek_nb.train.on_policy import own_batch
+from deepseek_nb.train.on_policy import SHARED, answer_hidden, answer_log_probs, own_batch, shared_rows, shares_prompts
 from deepseek_nb.train.trainer import checkpointed
 
 SIZES = dict(vocab_size=61, dim=32, n_layers=2, n_heads=4, inter_dim=48, max_positions=64)

@@ -14,8 +14,8 @@ from fastcore.test import expect_fail
 from deepseek_nb import Model
 from deepseek_nb.arch import sparse as definition
 from deepseek_nb.arch.attention import causal_mask
-from deepseek_nb.arch.index_codes import IndexCodec, IndexCodes, coded_scores, encode_keys
 from deepseek_nb.arch.model import add_attention, run_blocks
+from deepseek_nb.arch.rewindable import IndexCodec, IndexCodes, coded_scores, encode_keys
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.kernels import sparse

@@ -13,8 +13,7 @@ import torch
 
 from deepseek_nb import Model
 from deepseek_nb.arch.model import add_attention, add_feed_forward
-from deepseek_nb.arch.v4 import V4Model
-from deepseek_nb.arch.v4_config import V4Config, V32Config
+from deepseek_nb.arch.v4 import V4Config, V4Model, V32Config
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.core.lazy import exported_code

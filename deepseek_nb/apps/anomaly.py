@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .rows import named_with, read_weights, save_weights
+from .command import named_with, read_weights, save_weights
 from .tcn import SignalConfig, SignalNet, SignalState, find_periods, receptive_field
 
 # %% ../../nbs/apps/856_apps.anomaly.ipynb #0501e514

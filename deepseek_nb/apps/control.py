@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .rows import App, input_rows, named_with
+from .command import App, input_rows, named_with
 from deepseek_nb.apps.steer import (
     StyleJudge,
     StyleReader,

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .rows import App, input_rows, named_with, package_folder, read_weights, save_weights
+from .command import App, input_rows, named_with, package_folder, read_weights, save_weights
 from .series import SETS, DataSet, find_set
 from ..eval.classify import confusion, macro_f1
 from ..files.gguf import q4_0

@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
+from .command import App, package_folder
 from .control import drop_near_repeats
-from .rows import App, package_folder
 from .series import find_set
 from ..files.safetensors import written
 from ..serve.chat import ApiError

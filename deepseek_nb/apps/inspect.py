@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .rows import App, named_with, package_folder, read_weights, save_weights
+from .command import App, named_with, package_folder, read_weights, save_weights
 from deepseek_nb.apps.wafers import (
     CAUSES,
     PairingRule,

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
+from .command import App, package_folder, read_weights, save_weights
 from .route_moves import Instance, checked_cost, improve, join_by_savings, prepare_roads, random_instance, read_instance
-from .rows import App, package_folder, read_weights, save_weights
 from ..files.safetensors import written
 from ..kernels.build import Kernels
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .anomaly import Calibration, Detector, FitSettings, choose_threshold
-from .rows import App, input_rows, package_folder
+from .command import App, input_rows, package_folder
 from .series import CATEGORIES, Labelled, card_features, read_cards
 from .tcn import SignalConfig
 from ..serve.chat import ApiError, Fields

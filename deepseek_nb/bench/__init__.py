@@ -10,10 +10,10 @@ and a roofline shows the rates of operations below these limits. `BENCHMARKS` li
 
 # %% auto #0
 __all__ = ['RESULTS', 'BENCHMARKS', 'synchronise', 'seconds', 'si', 'Comparison', 'alternate', 'compare', 'fastest_of',
-           'peak_bytes', 'peaks_of', 'git_state', 'builds', 'provenance', 'before', 'doubts', 'hardware', 'versions',
-           'optional', 'make_record', 'save_result', 'load_result', 'best_rate', 'gemm_rate', 'bandwidth', 'Machine',
-           'machine', 'Work', 'bound', 'Benchmark', 'find_benchmark', 'run_benchmark', 'operations', 'listing',
-           'result_text', 'read_options', 'Parts', 'run_command']
+           'peak_bytes', 'resident_bytes', 'peaks_of', 'git_state', 'builds', 'provenance', 'before', 'doubts',
+           'hardware', 'versions', 'optional', 'make_record', 'save_result', 'load_result', 'best_rate', 'gemm_rate',
+           'bandwidth', 'Machine', 'machine', 'Work', 'bound', 'Benchmark', 'find_benchmark', 'run_benchmark',
+           'operations', 'listing', 'result_text', 'read_options', 'Parts', 'run_command']
 
 # %% ../../nbs/lab/750_bench.ipynb #3028c2e4
 import ctypes
@@ -154,10 +154,11 @@ def peak_bytes(
 
 def _rises(steps):
     "Pass the value of each step to the next one, and measure the rise of memory to its peak up to the end of each"
-    before,x,found = _resident(reset=True),None,[]
+    _reset_peak()
+    before,x,found = resident_bytes()[1],None,[]
     for step in steps:
         x = step(x)
-        found.append(max(0, _resident() - before))
+        found.append(max(0, resident_bytes()[1] - before))
     return found
 
 # %% ../../nbs/lab/750_bench.ipynb #705c144c
@@ -165,15 +166,19 @@ def _trim():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, TypeError, AttributeError): pass  # the C library has no malloc_trim
 
-def _resident(reset=False):
-    "Peak of resident bytes since the last reset; with reset=True, resident bytes now"
+def resident_bytes()->tuple[int,int]: # Now, and at the peak since the start or the last reset
+    "Resident memory of this process"
     try:
-        if reset: _trim(); Path('/proc/self/clear_refs').write_text('5')
         status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-        return int(status['VmHWM'].split()[0]) * 1024
+        return tuple(int(status[k].split()[0])*1024 for k in ('VmRSS', 'VmHWM'))
     except (OSError, KeyError):
         from resource import RUSAGE_SELF, getrusage
-        return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        return (getrusage(RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024),)*2
+
+def _reset_peak():
+    _trim()
+    try: Path('/proc/self/clear_refs').write_text('5')
+    except OSError: pass # the peak stays that since the start
 
 # %% ../../nbs/lab/750_bench.ipynb #bc12bbfd
 _PEAK = '''
@@ -470,7 +475,7 @@ BENCHMARKS = {  # name at the command line -> location
     'platform': Benchmark('platform.latency.measure_pages', ('sqlalchemy', 'psycopg')),
     'calibration': Benchmark('eval.classify.measure_calibration'), 'perturb': Benchmark('eval.behaviour.measure_perturb'),
     'runner': Benchmark('export.runner_binary.measure_runner', ('llama-cpp-python',)),
-    'live': Benchmark('export.live.measure_live', ('playwright',)),
+    'live': Benchmark('export.figures.measure_live', ('playwright',)),
     'bias': Benchmark('eval.bias.measure_bias'), 'gpu-emulated': Benchmark('bench.gpu.emulated_checks'),
     'refusals': Benchmark('eval.behaviour.measure_refusals'), 'evaluation': Benchmark('eval.report.measure_evaluation')}
 

@@ -25,9 +25,8 @@ from torch import Tensor
 from .. import Model, Tokenizer
 from ..arch.attention import attend_latent
 from ..arch.cache import Cache, Slot, cache_shapes
-from ..arch.index_codes import IndexCodec, encode_keys
 from ..arch.model import add_attention, head
-from ..arch.rewindable import RewindableCache
+from ..arch.rewindable import IndexCodec, RewindableCache, encode_keys
 from ..arch.routing import Gate
 from ..arch.sparse import attend_selected, select_positions
 from . import Comparison, alternate, compare

@@ -322,7 +322,7 @@ def genai_folder(
 )->Path: # The folder
     "Export a model for ONNX Runtime GenAI, with our number of threads"
     optional('onnxruntime_genai', 'onnxruntime-genai')
-    file = import_module('deepseek_nb.export.onnx_quant').export_genai(path, out, form=form)/'genai_config.json'
+    file = import_module('deepseek_nb.export.onnx').export_genai(path, out, form=form)/'genai_config.json'
     found = json.loads(file.read_text())
     found['model']['decoder'].setdefault('session_options', {})['intra_op_num_threads'] = torch.get_num_threads()
     file.write_text(json.dumps(found, indent=2))

@@ -35,14 +35,15 @@ from torch import Tensor
 
 from .. import Model, QuantizedModel
 from ..arch.show import markdown_table
-from . import Comparison, compare, peaks_of, seconds
+from . import Comparison, compare, peaks_of, resident_bytes, seconds
 from .models import Place
 from .runtimes import optional
 from ..core.config import Config
 from ..files.hub import cache_dir, fetch
 from ..files.tokenizer import Tokenizer
+from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback, Guard
-from ..train.convert import convert, joined_halves, to_mla, write_tokenizer
+from ..train.convert import convert, joined_halves, to_mla
 from ..train.corpora import sotu
 from ..train.grpo import GRPOConfig, GRPOTrainer, prompt_ids
 from ..train.lora import LoraConfig
@@ -221,7 +222,7 @@ QUESTION = [dict(role='user', content='What is the capital of France?')]
 def _same_in_transformers(model, tok, folder, text):
     "Save a model, load it with transformers, and compare"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    write_tokenizer(tok, model.save_pretrained(folder))
+    save_tokenizer(tok, model.save_pretrained(folder))
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation='eager').eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     if ids != tok.chat(QUESTION): raise ValueError(f'{folder}: transformers renders the question as {ids}, not {tok.chat(QUESTION)}')
@@ -314,21 +315,11 @@ def grpo_plan(
                     disable_tqdm=True, seed=0)
     return dict(folder=str(folder), tokenizer=str(tokenizer), prompts=prompts, rows=rows, threads=threads, settings=settings)
 
-# %% ../../nbs/lab/780_bench.training.ipynb #57cc3d01
-def _resident_bytes():
-    "Resident memory of this process"
-    try:
-        status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-        return tuple(int(status[k].split()[0])*1024 for k in ('VmRSS', 'VmHWM'))
-    except (OSError, KeyError):
-        from resource import RUSAGE_SELF, getrusage
-        return (getrusage(RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024),)*2
-
 # %% ../../nbs/lab/780_bench.training.ipynb #8375e177
 class Turns:
     "The side of a contender: reports a step, and waits until it is asked for the next one"
     def __init__(self):
-        self.libraries,self.start = _resident_bytes()[0],None # made after the imports
+        self.libraries,self.start = resident_bytes()[0],None # made after the imports
         self.out = os.fdopen(os.dup(1), 'w')
         os.dup2(2, 1) # what libraries print is no report
 
@@ -338,7 +329,7 @@ class Turns:
         "Report, and wait"
         spent = [] if self.start is None else [b - a for a,b in zip(self.start, self.clocks(), strict=True)]
         times = dict(zip(('seconds', 'cpu'), spent, strict=False))
-        self.out.write(json.dumps(times | dict(libraries=self.libraries, peak=_resident_bytes()[1]) | measured) + '\n')
+        self.out.write(json.dumps(times | dict(libraries=self.libraries, peak=resident_bytes()[1]) | measured) + '\n')
         self.out.flush()
         if not sys.stdin.readline(): raise SystemExit # the parent is gone, or has enough
         self.start = self.clocks()

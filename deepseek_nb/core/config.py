@@ -103,7 +103,7 @@ class Config:
         return self.n_routed_experts > 0 and layer >= self.n_dense_layers and layer % self.moe_layer_freq == 0
 
     if TYPE_CHECKING:
-        from deepseek_nb.arch.v4_config import later_class as _later_class
+        from deepseek_nb.arch.v4 import later_class as _later_class
         later_class = classmethod(_later_class)  # type: ignore
         from deepseek_nb.core.config_json import to_hf
         from deepseek_nb.core.config_json import from_hf as _from_hf
@@ -112,7 +112,7 @@ class Config:
         from deepseek_nb.arch.releases import params, active_params, flops_per_token, cache_bytes_per_token
         from deepseek_nb.arch.show import _repr_markdown_
     else:
-        later_class = later('arch.v4_config')
+        later_class = later('arch.v4')
         from_hf = later('core.config_json')
         to_hf = later('core.config_json')
         attention = later('arch.model')

@@ -24,8 +24,8 @@ EXPORTS = dict(
     gguf='export.gguf:export_gguf', packed='export.gguf:export_packed', binary='export.runner_binary:export_binary',
     onnx='export.onnx:export_onnx',
     tensorrt='export.tensorrt:export_tensorrt',
-    genai='export.onnx_quant:export_genai',
-    onnx_quantised='export.onnx_quant:export_onnx_quantised',
+    genai='export.onnx:export_genai',
+    onnx_quantised='export.onnx:export_onnx_quantised',
     executorch='export.tensorrt:export_executorch',
     page='export.figures:export_page')
 _SUFFIX = dict(gguf='.gguf', packed='.gguf', executorch='.pte')  # of formats that are one file; the others are folders

@@ -119,15 +119,15 @@ class Engine:
         page:int = 64, # Positions of a page
         max_rows:int = 32, # Most requests that run together
         budget:int = 256, # Most tokens of a step
-        beside:int = 64, # Most tokens of a step in which a row waits for its next token, but room for 16 of a prompt
+        beside:int = 64, # Most tokens of a step while some row generates; at least 16 of them are for prompts
         max_waiting:int = 256, # Most requests that wait
         folder:str|Path|None = None, # Where cached prefixes survive the process; None: nowhere
         kv_cache:str = 'auto', # Numbers of the KV cache: 'auto' (the model's dtype) or 'int8'
         disk_nbytes:int|None = None, # Most bytes in the folder; None: no limit
         draft=None, # Source of drafts: 'lookup', 'mtp', a smaller `Model` or V4's `DSpark`; None: no drafts
         draft_tokens:int|None = None, # Length of drafts; None: chosen from measured times
-        exact:bool = False, # Whether the bits of a row may not depend on other rows where no kernel promises it, at any cost
-        drawn:bool = False, # Whether drafts are drawn by chance where a row is: more is kept, but a seed gives another text
+        exact:bool = False, # Compute tokens one by one where no kernel makes the bits of a row independent of other rows
+        drawn:bool = False, # Sample the drafts of rows that sample: more are kept, but a seed gives another text than without drafts
         ctx:int = 0, # Most tokens of prompt and answer together; 0: as many as the model and `nbytes` allow
         stop_loops:int = 0, # An answer ends when it has said the same so many times in a row, see `is_loop`; 0: never
     ):

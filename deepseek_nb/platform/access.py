@@ -27,7 +27,7 @@ from typing import NamedTuple
 from sqlalchemy import delete, func, insert, select, update
 
 from .audit import audit, noted
-from .store import Store, annotations, attempts, get_setting, put_setting, sessions, tokens, users
+from .store import Store, annotations, attempts, get_setting, put_setting, row_of, sessions, tokens, users
 
 # %% ../../nbs/platform/822_platform.access.ipynb #2880a8d6
 USER_ROLES = ('viewer', 'annotator', 'developer', 'admin') # each may do what those before it may
@@ -129,11 +129,6 @@ def _insert_user(store, c, by, name, password, role):
     return User(id, name, role)
 
 # %% ../../nbs/platform/822_platform.access.ipynb #794fe086
-def _user_row(c, id):
-    row = c.execute(select(users).where(users.c.id == id)).first()
-    if row is None: raise KeyError(f'there is no user {id}; see the list of users')
-    return row
-
 def users_of(
     store:Store, # Open store
     after:int = 0, # Id behind which the page begins
@@ -276,7 +271,7 @@ def log_in(
         _take_back(c, counted, now)
         c.execute(delete(sessions).where((sessions.c.expires < now) | (sessions.c.seen < now - IDLE)))
         if old: c.execute(delete(sessions).where(sessions.c.digest == _digest(old)))
-        same = _user_row(c, user.id)
+        same = row_of(c, users, user.id)
         if same.disabled or same.password != user.password: raise PermissionError(_WRONG) # changed while the hash was computed
         if fresh: c.execute(update(users).where(users.c.id == user.id).values(password=fresh))
         row = dict(digest=_digest(token), user_id=user.id, csrf=csrf_of(token), created=now, seen=now, expires=now + LIFETIME)
@@ -345,7 +340,7 @@ def set_role(
     _must(by, 'admin')
     if role not in USER_ROLES: raise ValueError(f'{role!r:.40} is no role: {", ".join(USER_ROLES)}')
     with store.write() as c:
-        row = _user_row(c, id)
+        row = row_of(c, users, id)
         if role != 'admin': _keeps_admin(c, row)
         c.execute(update(users).where(users.c.id == id).values(role=role))
         audit(c, by, 'set role', f'user:{id}', role=role, was=row.role)
@@ -361,7 +356,7 @@ def disable_user(
     "End all sessions and tokens of a user and refuse further log-ins"
     _must(by, 'admin')
     with store.write() as c:
-        row = _user_row(c, id)
+        row = row_of(c, users, id)
         if disabled: _keeps_admin(c, row)
         c.execute(update(users).where(users.c.id == id).values(disabled=disabled))
         if disabled: _end_all(store, c, id)
@@ -376,7 +371,7 @@ def set_password(
     old:str|None = None, # Present password, which a user needs for the own one
 )->None:
     "Change a password, and end all sessions and tokens of its user"
-    with store.read() as c: row = _user_row(c, id)
+    row = row_of(store, users, id)
     if by is not None and by.id == id: # a session alone, perhaps of somebody at an open screen, is not enough
         _count_try(store, [_tries('password', row.name)])
         if not password_matches(old or '', row.password): raise PermissionError('the present password is wrong')
@@ -409,7 +404,7 @@ def delete_user(
     "Delete the name, the password and the sessions of a user; what the user did stays, without the name"
     disable_user(store, by, id)
     with store.write() as c:
-        row,new = _user_row(c, id),f'deleted-{id}'
+        row,new = row_of(c, users, id),f'deleted-{id}'
         for t in sessions,tokens: c.execute(delete(t).where(t.c.user_id == id))
         c.execute(update(annotations).where(annotations.c.user_id == id, annotations.c.source == row.name).values(source=new))
         c.execute(update(users).where(users.c.id == id).values(name=new, password=hash_password(secrets.token_urlsafe())))

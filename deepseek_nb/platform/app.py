@@ -45,11 +45,11 @@ from .data_pages import data_pages
 from .entry import entry_pages, keeps_texts
 from .events import Recorder, RequestEvent, request_hook
 from .monitor import give_feedback, personal_scan
-from .registry import model_of, model_path
+from .registry import model_path
 from .rollout import choose, live_places
 from .run_pages import run_pages
 from .runs import Classifier, classifier_of
-from .store import Store, alerts, datasets, events, feedback, jobs, models, texts
+from .store import Store, alerts, datasets, events, feedback, jobs, models, row_of, texts
 from .watch_pages import watch_pages
 from ..serve.app import Server, ServerConfig, as_api_error, given_key, key_digest, owner_of
 from ..serve.chat import ApiError, Fields, ServedModel
@@ -93,7 +93,7 @@ def load_model(
     memory:int = 256, # MB of KV cache
 )->ServedModel:
     "Load a model of the registry for a server"
-    row,path = model_of(store, model),model_path(store, model)
+    row,path = row_of(store, models, model),model_path(store, model)
     tok,net = Tokenizer.from_pretrained(path),Model.from_pretrained(path)
     warm_kernels(net)
     given = f'{row.name}-{row.number}'.replace(' ', '-'),Engine(net, tok, nbytes=memory*2**20),tok
@@ -262,8 +262,9 @@ class PlatformServer(Server):
     async def _shadow(self, place, model, start, body):
         "The answer of a shadow, and its event"
         go,run = asyncio.get_running_loop().run_in_executor,None
-        record = SimpleNamespace(place=shadow_place(place), model_id=model, model=model_of(self.platform, model).name, tok=None, streams=[],
-                                 error='', status=200, started=time.monotonic(), asked='')
+        name = row_of(self.platform, models, model).name
+        record = SimpleNamespace(place=shadow_place(place), model_id=model, model=name, tok=None, streams=[], error='', status=200,
+                                 started=time.monotonic(), asked='')
         text = _asked_text(body)
         try:
             served = await go(self.apart, self._loaded, model)
@@ -421,7 +422,7 @@ def _home_page(request):
         ui.card('Models', ui.big(_count(store, models), 'in the registry'), link('Models', '/models')),
         ui.card('Alerts', ui.big(open_, 'open'), ui.badge('look at them', 'bad') if open_ else ui.badge('calm', 'good'),
                 link('Alerts', '/alerts')))
-    live = [(place, model_of(store, m)) for place,m in live_places(store)]
+    live = [(place, row_of(store, models, m)) for place,m in live_places(store)]
     rows = [(fh.A(place, href=f'/chat?place={place}'), f'{m.name} {m.number}', ui.when(m.created)) for place,m in live]
     released = ui.card('Released', ui.table(['Place', 'Model', 'Made'], rows, empty='Nothing is released yet.'))
     return ui.page(request, 'Overview', parts, released, _steps())
@@ -444,14 +445,14 @@ class KeptAnswer(NamedTuple):
 
 def kept_answers(
     store:Store, # Database
-    before:int = 2**60, # Id of the last answer of the page before
+    after:int = 0, # Id of the last answer of the page before; 0: the first page
     limit:int = 50, # Most answers
     id:int|None = None, # Only this one
 )->list: # `KeptAnswer`s, the newest first
     "Answers with their texts"
     e,t,f = events.c,texts.c,feedback.c
     ask = select(e.id, e.at, e.place, t.prompt, t.answer).join(texts, t.event_id == e.id).order_by(e.id.desc()).limit(limit)
-    ask = ask.where(e.id < before if id is None else e.id == id)
+    ask = ask.where(e.id < (after or 2**60) if id is None else e.id == id)
     with store.read() as c:
         found = [KeptAnswer(*r) for r in c.execute(ask)]
         said = c.execute(select(f.event_id, f.value).where(f.event_id.in_([o.id for o in found])).order_by(f.id)).all()
@@ -470,7 +471,7 @@ def _verdict(said):
 @answer_pages.get('/answers', role='developer')
 def _answers_page(request):
     "Answers, newest first"
-    found,more = ui.paged(request, kept_answers(request.state.store, ui.after_of(request) or 2**60, 51))
+    found,more = ui.paged(request, kept_answers)
     link = lambda o: fh.A(_short(o.prompt) or '–', href=f'/answers/{o.id}')
     rows = [(link(o), _short(o.answer), o.place, ui.when(o.at), _verdict(o.said)) for o in found]
     empty = 'No texts are kept. An administrator can change that in the settings.'

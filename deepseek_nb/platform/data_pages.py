@@ -23,7 +23,9 @@ from . import layout as ui
 from .access import allowed
 from .audit import noted
 from .exchange import delete_dataset, export_answers, export_rows, import_task, label_studio_config
-from .store import versions
+from .jobs import submit
+from .runs import SuggestRun
+from .store import models, newest, row_of, tasks, versions
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #fc2658d1
 data_pages = ui.Pages('Data', '/datasets')
@@ -42,7 +44,7 @@ def _words(data, most=300):
 @data_pages.get('/datasets', role='viewer')
 def _datasets_page(request):
     "All datasets, and a form to import one"
-    found,more = ui.paged(request, datasets.list_datasets(request.state.store, ui.after_of(request), 51))
+    found,more = ui.paged(request, datasets.list_datasets)
     rows = [(fh.A(d.name, href=f'/datasets/{d.id}'), d.kind, d.number, d.rows, ui.when(d.created)) for d in found]
     shown = ui.table(['Name', 'Kind', 'Version', 'Rows', 'Created'], rows, more, empty='There is no dataset yet. Import one below.')
     return ui.page(request, 'Datasets', shown, ui.card('Import', _import_form(request)) if _may(request, 'developer') else '')
@@ -133,7 +135,8 @@ def _version_page(request, id):
     r = datasets.version_report(store, id)
     files = [fh.A(text, href=f'/versions/{id}/export?format={f}', cls='button quiet')
              for text,f in (('JSON lines', 'jsonl'), ('CSV', 'csv'))]
-    links = fh.Div(fh.A('Rows', href=f'/versions/{id}/rows', cls='button'), *files, cls='row')
+    train = fh.A('Train on this', href=f'/runs/new?preset=lora&version={id}', cls='button') if _may(request, 'developer') else ''
+    links = fh.Div(train, fh.A('Rows', href=f'/versions/{id}/rows', cls='button quiet'), *files, cls='row')
     own = ui.facts({'Kind': r['kind'], 'Rows': f'{r["rows"]:,}', 'Columns': ', '.join(r['columns']), 'Digest': fh.Code(r['digest'][:16]),
                     'Made from': fh.A('its parent', href=f'/versions/{r["parent_id"]}') if r['parent_id'] else None,
                     'Note': r['note'] or None, 'Created': ui.when(r['created'])})
@@ -203,7 +206,7 @@ def _label(data):
 @data_pages.get('/tasks', role='viewer')
 def _tasks_page(request):
     "All labelling tasks"
-    found,more = ui.paged(request, lab.list_tasks(request.state.store, ui.after_of(request), 51))
+    found,more = ui.paged(request, lab.list_tasks)
     def row(t):
         act = fh.A('Label', href=f'/tasks/{t.id}/label', cls='button quiet', aria_label=f'Label {t.name}')
         data = fh.A(f'{t.dataset}, version {t.number}', href=f'/versions/{t.version_id}')
@@ -245,7 +248,7 @@ def _task_state(request, id): return ui.live(f'/tasks/{id}/state', *_state(reque
 @data_pages.get('/tasks/{id:int}', role='viewer')
 def _task_page(request, id):
     "A task"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     acts = []
     if _may(request, 'annotator') and not t.closed:
         acts.append(fh.A('Label', fh.Kbd('l'), href=f'/tasks/{id}/label', cls='button', data_key='l', data_name='Label'))
@@ -253,11 +256,24 @@ def _task_page(request, id):
         acts += [fh.A('Disputes', href=f'/tasks/{id}/disputes', cls='button quiet'),
                  ui.press(request, f'/tasks/{id}/version', 'Make a labelled version'),
                  ui.press(request, f'/tasks/{id}/close', 'Open again' if t.closed else 'Close', open='yes' if t.closed else '')]
+    known = [(m.id, f'{m.name} {m.number}') for m in newest(request.state.store, models, models.c.path != '')]
+    ask = known and t.kind == 'classification' and not t.closed and _may(request, 'developer')
+    which = ui.form(request, f'/tasks/{id}/suggest', ui.field('model', 'Model', 'select', options=known), button='Suggest labels')
+    told = fh.P('A model labels what nobody has, and the texts of which it is least sure come first.')
+    ask = ui.card('Suggestions', told, which) if ask else ''
     links = [fh.Li(fh.A(text, href=f'/tasks/{id}/export?format={f}')) for text,f in (('Label Studio, JSON lines', 'label-studio'),
              ('Argilla, JSON lines', 'argilla'), ('Table, CSV', 'csv'), ("Label Studio's interface, XML", 'xml'))]
     return ui.page(request, t.name, ui.notice('This task is closed.', 'warn') if t.closed else '', fh.Div(*acts, cls='row'),
-                   ui.live(f'/tasks/{id}/state', *_state(request, id), seconds=5), ui.card('Export', fh.Ul(*links)),
+                   ui.live(f'/tasks/{id}/state', *_state(request, id), seconds=5), ask, ui.card('Export', fh.Ul(*links)),
                    lead=t.question, trail=[('Labelling', '/tasks')])
+
+# %% ../../nbs/platform/837_platform.data_pages.ipynb #d4a62848
+def _suggest(store, user, task, model):
+    name = f'Suggestions for {row_of(store, tasks, task).name}'
+    return submit(store, user, 'suggest', vars(SuggestRun(task)), name, model=model, once=10)
+
+data_pages.act('/tasks/{id:int}/suggest', 'developer', _suggest, '/runs/{found}', 'Run {found} waits in the queue.',
+               lambda form: [form.whole('model', 1)])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #4efca42c
 @data_pages.post('/tasks/{id:int}/version', role='developer')
@@ -278,7 +294,7 @@ def _task_close(request, form, id):
 def _task_export(request, id):
     "All answers as a file"
     format = request.query_params.get('format', 'label-studio')
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     if format == 'xml': return ui.download(f'task-{id}.xml', label_studio_config(t.kind, t.labels, t.question), 'application/xml')
     lines,(end,kind) = export_answers(request.state.store, id, format),_FILES[format == 'csv']
     noted(request.state.store, request.state.user, 'export', f'task:{id}', format=format)
@@ -360,7 +376,7 @@ def _work_page(request, t, work, began=None, error=''):
 @data_pages.get('/tasks/{id:int}/label', role='annotator')
 def _label_page(request, id):
     "The next record"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     work = lab.next_record(request.state.store, id, request.state.user)
     if work: return ui.redirect(f'/tasks/{id}/label/{work.record}')
     said = ui.notice('This task is closed.', 'warn') if t.closed else ui.notice('There is nothing left for you here.', 'good')
@@ -370,7 +386,7 @@ def _label_page(request, id):
 @data_pages.get('/tasks/{id:int}/label/{record:int}', role='annotator')
 def _label_record(request, id, record):
     "A record, with the answer that this person gave: whoever goes back sees and changes that"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     return _work_page(request, t, lab.answered_record(request.state.store, request.state.user, id, record))
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #d704a441
@@ -378,7 +394,7 @@ def _label_record(request, id, record):
 def _label_post(request, form, id):
     "Keep an answer, or change the spans of a form"
     store,user = request.state.store,request.state.user
-    with store.read() as c: t = lab.task_of(c, id)
+    t = row_of(store, tasks, id)
     record,began,do = form.whole('record'),form.whole('began'),form.get('do', '')
     work = lab.answered_record(store, user, id, record)
     try: value = _answer_from(t, form)
@@ -410,7 +426,7 @@ def _label_undo(request, form, id):
 def _disputes_page(request, id):
     "Records on which people differ, one after the other"
     store,after = request.state.store,ui.after_of(request)
-    with store.read() as c: t = lab.task_of(c, id)
+    t = row_of(store, tasks, id)
     found = lab.disagreements(store, id, after, 1)
     trail = [('Labelling', '/tasks'), (t.name, f'/tasks/{id}')]
     none = f'No dispute is open{" after this one" if after else ""}.'
@@ -426,6 +442,6 @@ def _disputes_page(request, id):
 @data_pages.post('/tasks/{id:int}/disputes/{record:int}', role='developer')
 def _dispute_settle(request, form, id, record):
     "Settle a dispute"
-    with request.state.store.read() as c: t = lab.task_of(c, id)
+    t = row_of(request.state.store, tasks, id)
     lab.adjudicate(request.state.store, request.state.user, id, record, _answer_from(t, form))
     return ui.redirect(f'/tasks/{id}/disputes?after={record}', 'It is decided.')

@@ -48,6 +48,7 @@ def house_row(
     if kind == 'chat' and 'messages' not in row and {'prompt', 'answer'} <= row.keys():
         turns = [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['answer'])]
         row = {k: v for k,v in row.items() if k not in ('prompt', 'answer')} | dict(messages=turns)
+    if kind == 'preference' and {'chosen', 'rejected'} <= row.keys() and 'a' not in row: row = _as_preference(row)
     for need in DATA_KINDS[kind]:
         named = text if need == 'text' else need
         if need not in row: raise ValueError(f'it has no column {named!r}, only {", ".join(map(repr, row))[:200]}')
@@ -56,6 +57,16 @@ def house_row(
     return row
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #0ffe6456
+def _as_preference(row):
+    "A pair of answers, of which `chosen` is the better one; a digest decides which stands first, as the place must say nothing"
+    turns = row['chosen'] if isinstance(row['chosen'], list) else []
+    words = lambda v: v[-1].get('content') if isinstance(v, list) and v and isinstance(v[-1], dict) else v
+    asked = dict(prompt=words(turns[:-1])) if 'prompt' not in row and len(turns) > 1 else {}
+    better = 'ab'[int(row_digest(row)[0], 16) % 2]
+    pair = [words(row[k]) for k in (('chosen', 'rejected') if better == 'a' else ('rejected', 'chosen'))]
+    rest = {k: words(v) if k == 'prompt' else v for k,v in row.items() if k not in ('chosen', 'rejected')}
+    return rest | asked | dict(zip('ab', pair, strict=True), better=better)
+
 def _content_of(row, kind):
     "The words of a row, without its label"
     if kind == 'chat': turns = row['messages']

@@ -11,13 +11,15 @@ __all__ = ['entry_pages', 'write_setting', 'keeps_texts']
 # %% ../../nbs/platform/836_platform.entry.ipynb #3cef631f
 import json
 from collections.abc import Callable
+from urllib.parse import quote
 
 import fasthtml.components as fh
-from sqlalchemy import select
+from sqlalchemy import or_, select
 
+from ..files.untrusted import csv_text
 from . import access
 from . import layout as ui
-from .audit import audit, first_broken
+from .audit import audit, first_broken, noted
 from .exchange import erase_text
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #723af5af
@@ -145,7 +147,7 @@ def _password_change(request, form):
 @entry_pages.get('/users', role='admin')
 def _users_page(request):
     "Everybody, and a form for a new user"
-    found,more = ui.paged(request, access.users_of(request.state.store, ui.after_of(request), 51))
+    found,more = ui.paged(request, access.users_of)
     def row(u):
         options = [fh.Option(r, selected=r == u.role) for r in access.USER_ROLES]
         choice = fh.Select(*options, name='role', aria_label=f'Role of {u.name}')
@@ -194,18 +196,39 @@ def _chain_state(store, until=None, shown=500): # entries that are checked, so t
     if broken is None: return ui.notice(f'The chain is whole, as far as {what}; the settings check all.', 'good')
     return ui.notice(f'The log was tampered with: {broken.why}.', 'bad')
 
+def _audited(request):
+    "Query of the entries that a visitor asks for, and the text that they contain"
+    text,columns = request.query_params.get('contains', '').replace('\0', ''),(users.c.name, audits.c.action, audits.c.subject)
+    ask = select(audits, users.c.name).join_from(audits, users, audits.c.user_id == users.c.id, isouter=True).order_by(audits.c.id.desc())
+    return (ask.where(or_(*(o.contains(text, autoescape=True) for o in columns))) if text else ask), text
+
 @entry_pages.get('/audit', role='admin')
 def _audit_page(request):
     "Who did what"
-    store,before = request.state.store,request.query_params.get('before', '')
-    ask = select(audits.c.id, audits.c.at, users.c.name, audits.c.action, audits.c.subject, audits.c.detail).join_from(
-        audits, users, audits.c.user_id == users.c.id, isouter=True).order_by(audits.c.id.desc()).limit(51)
+    store,before,(ask,text) = request.state.store,request.query_params.get('before', ''),_audited(request)
     if before.isdecimal(): ask = ask.where(audits.c.id < int(before[:18]))
-    with store.read() as c: found = c.execute(ask).all()
+    with store.read() as c: found = c.execute(ask.limit(51)).all()
     rows = [(str(r.id), ui.when(r.at), r.name or 'system', r.action, r.subject, _details(r.detail)) for r in found[:50]]
-    state = _chain_state(store, found[0].id, len(rows)) if before.isdecimal() and found else _chain_state(store)
-    return ui.page(request, 'Audit log', state, ui.table(['Entry', 'When', 'Who', 'What', 'Subject', 'Details'], rows,
-                                                                 f'/audit?before={found[49].id}' if len(found) > 50 else None))
+    state = _chain_state(store, found[0].id, len(rows)) if before.isdecimal() and found and not text else _chain_state(store)
+    keep = f'contains={quote(text, safe="")}'
+    search = fh.Form(ui.field('contains', 'Who, what or subject contains', value=text), fh.Button('Search', cls='quiet'),
+                     fh.A('As CSV', href=f'/audit/export?{keep}', cls='button quiet'), method='get', action='/audit', cls='row')
+    more = f'/audit?before={found[49].id}' + f'&{keep}'*bool(text) if len(found) > 50 else None
+    return ui.page(request, 'Audit log', state, search, ui.table(['Entry', 'When', 'Who', 'What', 'Subject', 'Details'], rows, more))
+
+@entry_pages.get('/audit/export', role='admin')
+def _audit_export(request):
+    "The log as a table, with the digests of its chain"
+    store,columns = request.state.store,['id', 'at', 'name', 'action', 'subject', 'detail', 'before', 'digest']
+    noted(store, request.state.user, 'export', 'audit')
+    def rows():
+        last = 2**62
+        while True:
+            with store.read() as c: part = c.execute(_audited(request)[0].where(audits.c.id < last).limit(1000)).all()
+            if not part: return
+            yield from (r._asdict() | dict(detail=_details(r.detail)) for r in part)
+            last = part[-1].id
+    return ui.download('audit.csv', csv_text(rows(), columns), 'text/csv; charset=utf-8')
 
 def _details(detail):
     return ', '.join(f'{k}: {v if isinstance(v, str) else json.dumps(v)}' for k,v in (detail or {}).items())[:300]

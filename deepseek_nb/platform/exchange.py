@@ -25,7 +25,7 @@ from ..files.untrusted import csv_text, untrusted_rows
 from . import store as db
 from .audit import audit
 from .datasets import holds, house_row, import_rows, iter_rows, row_digest, version_report
-from .labels import SKIPPED, clean_answer, create_task, iter_answers, keep_answer, task_of
+from .labels import SKIPPED, clean_answer, create_task, iter_answers, keep_answer
 
 # %% ../../nbs/platform/825_platform.exchange.ipynb #2cb8d13c
 def _studio_result(kind, value, data, id='r'):
@@ -95,7 +95,7 @@ def to_label_studio(
     task:int, # Id
 )->Iterator: # Dicts, one a record: tasks of Label Studio
     "Write a task in Label Studio's form"
-    with store.read() as c: kind = task_of(c, task).kind
+    kind = db.row_of(store, db.tasks, task).kind
     for record,said,guess in _full(store, task):
         made = [dict(result=[] if a.value == SKIPPED else _studio_result(kind, a.value, record.data, f'{record.id}-{a.id}'),
                      was_cancelled=a.value == SKIPPED, ground_truth=a.source == 'adjudication:', lead_time=a.seconds, created_at=_iso(a.at),
@@ -112,7 +112,7 @@ def to_argilla(
     task:int, # Id
 )->Iterator: # Dicts, one a record, as `Record.to_dict` of Argilla 2
     "Write a task in Argilla's form"
-    with store.read() as c: kind = task_of(c, task).kind
+    kind = db.row_of(store, db.tasks, task).kind
     for record,said,guess in _full(store, task):
         said = [a for a in said if a.value != SKIPPED]
         answers,hints = {},{}

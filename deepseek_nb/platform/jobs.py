@@ -8,9 +8,8 @@ process died, and puts them back into the queue. `read_log` and `curve_of` read 
 
 # %% auto #0
 __all__ = ['MOST_CONFIG', 'JOB_KINDS', 'MOST_RESULT', 'ENVIRONMENT', 'JobKind', 'job_kind', 'find_kind', 'code_version', 'submit',
-           'job_of', 'jobs_of', 'claim', 'Process', 'born', 'this_process', 'is_alive', 'JobLog', 'LogText',
-           'job_folder', 'Superseded', 'JobCancelled', 'Job', 'curve_of', 'cancel', 'continue_job', 'run_child',
-           'Worker']
+           'claim', 'Process', 'born', 'this_process', 'is_alive', 'JobLog', 'job_folder', 'Superseded', 'JobCancelled',
+           'Job', 'curve_of', 'cancel', 'continue_job', 'run_child', 'Worker']
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #2a0afc0a
 import errno
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import threading
 import traceback
-from codecs import getincrementaldecoder
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -40,7 +38,7 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from .audit import audit
-from .store import Store, curves, jobs, lock_rows, models, open_store, versions
+from .store import Store, curves, jobs, lock_rows, models, open_store, row_of, versions
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #13df7a8b
 MOST_CONFIG = 100_000 # characters of JSON
@@ -139,28 +137,6 @@ def submit(
         audit(c, user, 'job.submit', f'job:{number}', kind=kind, name=row['name'])
     return number
 
-# %% ../../nbs/platform/826_platform.jobs.ipynb #2e82f90f
-def job_of(
-    store:Store, # Database
-    job:int, # Number of a job
-): # Row of the table `jobs`
-    "Read a job"
-    with store.read() as c: row = c.execute(select(jobs).where(jobs.c.id == job)).first()
-    if row is None: raise KeyError(f'there is no job {job}')
-    return row
-
-def jobs_of(
-    store:Store, # Database
-    after:int|None = None, # Number of the last job of the page before; None: the first page
-    limit:int = 50, # Most rows
-    state:str|None = None, # Only jobs in this state
-)->list: # Rows of the table `jobs`
-    "List jobs, the newest first"
-    q = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    if after: q = q.where(jobs.c.id < after)
-    if state is not None: q = q.where(jobs.c.state == state)
-    with store.read() as c: return c.execute(q).all()
-
 # %% ../../nbs/platform/826_platform.jobs.ipynb #114af9de
 def _machine():
     "Name of this machine, or of this container"
@@ -243,38 +219,16 @@ class JobLog:
             data = data[self.size - size:]
             for _,old,_ in found[1:len(found) + 1 - self.most]: old.unlink(missing_ok=True)
 
-    def _bytes(self, begin, limit): # Offset of the first byte that exists, and bytes from there
-        data = b''
-        for start,path,size in self.pieces():
-            if start + size <= begin + len(data): continue
-            if start > begin + len(data):
-                if data: break
-                begin = start
-            with suppress(FileNotFoundError), path.open('rb') as f: # the writer may delete it now
-                f.seek(begin + len(data) - start)
-                data += f.read(limit - len(data))
-            if len(data) >= limit: break
-        return begin, data
-
-    def read(self,
-        offset:int = 0, # First wanted byte; negative: counted from the end
-        limit:int = 2**16, # Most bytes
-    )->'LogText':
-        "Read a part of the log"
-        if offset < 0: offset = max(0, sum((self.pieces() or [(0, None, 0)])[-1][::2]) + offset)
-        begin,data = self._bytes(offset, limit)
-        decoder = getincrementaldecoder('utf-8')('replace')
-        text = decoder.decode(data)
-        left = len(decoder.getstate()[0]) # bytes of a character whose end isn't there yet
-        if left == len(data): text,left = text + decoder.decode(b'', True),0
-        return LogText(text, begin + len(data) - left, begin - offset)
-
-# %% ../../nbs/platform/826_platform.jobs.ipynb #07bc92aa
-class LogText(NamedTuple):
-    "A part of a log"
-    text:str # Whole characters
-    next:int # Offset of the byte after it
-    lost:int # Bytes before it that were deleted
+    def text(self,
+        last:int|None = None, # Most bytes of the end, at most a piece; None: all that was kept
+    )->str:
+        "Read the log"
+        out,at = b'',0
+        for start,path,size in self.pieces()[-2 if last else 0:]:
+            if start > at and not last: out += f'\n… {start - at:,} bytes were not kept …\n'.encode()
+            with suppress(FileNotFoundError): out += path.read_bytes() # the writer may delete it now
+            at = start + size
+        return out[-last if last else 0:].decode(errors='replace')
 
 # %% ../../nbs/platform/826_platform.jobs.ipynb #cb647e12
 def job_folder(
@@ -299,6 +253,7 @@ class Job:
         self.config = kind.config(**row.config) if is_dataclass(kind.config) else row.config
         self.folder = job_folder(store, row.id)/'work'
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.answers = {} # what an evaluation shows besides its figures: classes, confusion and mistakes
         self.buffer,self.points,self.lock,self.stop,self.ended = {},0,threading.Lock(),threading.Event(),threading.Event()
 
     def cancelled(self)->bool:
@@ -404,7 +359,7 @@ def cancel(
     job:int, # Number of a job
 )->None:
     "Cancel a job"
-    job_of(store, job)
+    row_of(store, jobs, job)
     with store.write() as c:
         mine,now = jobs.c.id == job,store.now()
         n = c.execute(update(jobs).where(mine & (jobs.c.state == 'queued')).values(state='cancelled', cancel=True, ended=now)).rowcount
@@ -418,7 +373,7 @@ def continue_job(
     job:int, # Number of a job
 )->None:
     "Put a failed or cancelled job back into the queue, with its checkpoints"
-    job_of(store, job)
+    row_of(store, jobs, job)
     with store.write() as c:
         ended = (jobs.c.id == job) & jobs.c.state.in_(('failed', 'cancelled'))
         again = dict(state='queued', cancel=False, attempts=0, ended=None, error='', process=None, pid=None)
@@ -473,7 +428,7 @@ def _perform(store, task):
     end,me = _log_pipe(JobLog(job_folder(store, task['job'])/'log')),this_process()
     try:
         for module in task['modules']: import_module(module)
-        job = Job(store, job_of(store, task['job']))
+        job = Job(store, row_of(store, jobs, task['job']))
         job.attempt = task['attempt']
         job.flush(pid=me.pid, process=me._asdict())
         threading.Thread(target=job.beat_on, daemon=True).start()
@@ -614,7 +569,7 @@ def _why_dead(store, row, code):
     if code == -signal.SIGKILL: how += ', as when memory runs out'
     folder = job_folder(store, row.id)
     with suppress(OSError):
-        said = JobLog(folder/'log').read(-4000).text if code and code > 0 else ''
+        said = JobLog(folder/'log').text(4000) if code and code > 0 else ''
         lines = (said + (folder/'crash.txt').read_text(errors='replace')[-4000:]).strip().splitlines()
         if lines: how += f': {lines[-1] if code and code > 0 else lines[0]}'
     return how[:1000]

@@ -71,7 +71,8 @@ def _others(store, version):
         for i in range(2000): recorder.record(RequestEvent('assistant', owner=f'u{i%50}', seconds=.1 + i%9/10, outcome='stop'))
 
 # %% ../../nbs/platform/844_platform.latency.ipynb #4b105207
-_OUT = ('export', 'card', 'setup', 'login', 'new', 'answers/') # files, forms of strangers, and answers, of which none is kept here
+# files, forms of strangers, and pages of answers and evaluations, of which none is kept here
+_OUT = ('export', 'card', 'setup', 'login', 'new', 'answers/', 'compare', 'mistakes')
 
 def _page_paths(after):
     "Every page that shows something, with ids filled in, and pages far down the long lists"

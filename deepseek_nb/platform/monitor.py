@@ -73,9 +73,7 @@ def close_alert(
 )->None:
     "Close an alert"
     with store.write() as c:
-        row = c.execute(select(db.alerts).where(db.alerts.c.id == id)).first()
-        if row is None: raise KeyError(f'there is no alert {id}')
-        if row.closed is not None: raise ValueError(f'alert {id} is closed already')
+        if db.row_of(c, db.alerts, id).closed is not None: raise ValueError(f'alert {id} is closed already')
         c.execute(update(db.alerts).where(db.alerts.c.id == id).values(closed=store.now(), note=note[:1000]))
         if user is not None: audit(c, user, 'close alert', f'alert:{id}', note=note[:1000])
 

@@ -8,7 +8,7 @@ says which model answers an owner; a server asks it for each request, so it read
 
 # %% auto #0
 __all__ = ['DEFAULT_GATES', 'MODES', 'gates_of', 'needs_second', 'GatesFailed', 'release', 'approve', 'position', 'Choice',
-           'choose', 'set_share', 'end_release', 'roll_back', 'delete_model', 'live_places', 'history_of']
+           'choose', 'set_share', 'end_release', 'roll_back', 'delete_model', 'live_places']
 
 # %% ../../nbs/platform/828_platform.rollout.ipynb #4c4ae6be
 import json
@@ -24,8 +24,8 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import insert, select, update
 
 from .audit import audit
-from .registry import check_gates, folder_digest, gates_from, model_of
-from .store import Store, get_setting, models, put_setting, releases
+from .registry import check_gates, folder_digest, gates_from
+from .store import Store, get_setting, models, put_setting, releases, row_of
 from ..serve.policy import read_toml
 
 # %% ../../nbs/platform/828_platform.rollout.ipynb #344b4e65
@@ -87,7 +87,7 @@ MODES = ('live', 'staged', 'shadow')
 
 def _admitted(store, model, mode, limits):
     "Compare the gates and the files of a model, and raise an error if it may not be released"
-    row = model_of(store, model)
+    row = row_of(store, models, model)
     gates = check_gates(store, model, gates_of(store) if limits is None else limits)
     if mode != 'shadow' and not (gates and all(g.passed for g in gates)): raise GatesFailed(row, gates)
     if row.digest and folder_digest(Path(store.folder)/row.path) != row.digest:
@@ -256,7 +256,7 @@ def delete_model(
     model:int, # Number of a model
 )->None:
     "Delete the files of a model; its row stays, so that the history of its releases can be read"
-    row = model_of(store, model)
+    row = row_of(store, models, model)
     with store.write() as c:
         if c.scalar(select(releases.c.id).where(releases.c.model_id == model, releases.c.ended.is_(None)).limit(1)):
             raise ValueError(f'{row.name} {row.number} is released; take it down first')
@@ -270,15 +270,3 @@ def live_places(
     "Where something is released"
     q = select(releases.c.place, releases.c.model_id).where(releases.c.mode == 'live', releases.c.ended.is_(None))
     with store.read() as c: return c.execute(q.order_by(releases.c.place)).all()
-
-def history_of(
-    store:Store, # Database
-    place:str|None = None, # Name that clients see; None: all places
-    after:int|None = None, # Number of the last release of the page before; None: the first page
-    limit:int = 50, # Most rows
-)->list: # Rows of the table `releases`
-    "List releases, the newest first"
-    q = select(releases).order_by(releases.c.id.desc()).limit(limit)
-    if place is not None: q = q.where(releases.c.place == place)
-    if after: q = q.where(releases.c.id < after)
-    with store.read() as c: return c.execute(q).all()

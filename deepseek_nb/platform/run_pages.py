@@ -10,22 +10,25 @@ model with its gates and a form for its release, and the history of a place."""
 __all__ = ['run_pages', 'RUN_PRESETS', 'Preset']
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #4b9b53d3
+import json
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import NamedTuple
 from urllib.parse import quote
 
 import fasthtml.components as fh
+import numpy as np
 from fastcore.docments import docments
 from sqlalchemy import select
 
+from ..eval.classify import Classified
 from . import layout as ui
 from . import rollout
 from .charts import curve
-from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, job_of, jobs_of, submit
-from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of, model_of, models_of
-from .runs import SPLITS_OF
-from .store import datasets, jobs, models, releases, versions
+from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, submit
+from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of
+from .runs import SPLITS_OF, classifier_of
+from .store import curves, datasets, jobs, models, newest, records, releases, row_of, version_rows, versions
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
 run_pages = ui.Pages('Runs', '/runs')
@@ -45,10 +48,12 @@ def _took(row): # Seconds, or '–'
 def _runs_page(request):
     "All runs, the newest first"
     state = request.query_params.get('state')
-    found,more = ui.paged(request, jobs_of(request.state.store, ui.after_of(request), 51, state if state in _TONES else None))
-    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), ui.when(r.created)) for r in found]
+    found,more = ui.paged(request, newest, jobs, *[jobs.c.state == state]*(state in _TONES))
+    pick = lambda r: fh.Input(type='checkbox', name='run', value=f'{r.id}', aria_label=f'Compare run {r.id}')
+    rows = [(fh.A(f'{r.id}', href=f'/runs/{r.id}'), r.name, r.kind, _state(r), _took(r), ui.when(r.created), pick(r)) for r in found]
     links = [fh.A('New run', href='/runs/new', cls='button'), *(fh.A(s, href=f'/runs?state={s}', cls='button quiet') for s in _TONES)]
-    shown = ui.table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created'], rows, more, empty='No runs: start one.')
+    shown = ui.table(['Run', 'Name', 'Kind', 'State', 'Time', 'Created', 'Compare'], rows, more, empty='No runs: start one.')
+    shown = fh.Form(shown, fh.Button('Compare', cls='quiet') if len(rows) > 1 else '', method='get', action='/runs/compare')
     return ui.page(request, 'Runs', fh.P(*[o for a in links for o in (a, ' ')]), shown)
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #e6a97335
@@ -108,7 +113,7 @@ def _choices(store):
     q = select(versions.c.id, datasets.c.name, versions.c.number, versions.c.rows).join(datasets, datasets.c.id == versions.c.dataset_id)
     with store.read() as c: found = c.execute(q.order_by(versions.c.id.desc()).limit(200)).all()
     return ([(r.id, f'{r.name}, version {r.number} ({r.rows:,} rows)') for r in found],
-            [(m.id, f'{m.name} {m.number}') for m in models_of(store, limit=200)])
+            [(m.id, f'{m.name} {m.number}') for m in newest(store, models, limit=200)])
 
 @run_pages.get('/runs/new', role='developer')
 def _new_run_page(request):
@@ -128,7 +133,8 @@ def _new_run_page(request):
     told = _settings_help(kind.config) if kind.config else {}
     settings = [_kind_field(f, given, told) for f in fields(kind.config) if f.name not in skip] if kind.config else []
     shown = ui.form(request, '/runs', *first, fh.Details(fh.Summary('Settings'), *settings), button='Start')
-    begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
+    keep = f"&version={quote(asked.get('version', ''))}"
+    begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}{keep}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
     main = ui.card(ready.title if ready else name, fh.P((kind.run.__doc__ or name) + '.'), shown)
     return ui.page(request, 'New run', fh.P(*[o for a in links for o in (a, ' ')]), main, ui.card('Settings that stand ready', begin),
                    trail=[('Runs', '/runs')])
@@ -161,19 +167,30 @@ def _watched(request, row):
     measured = (row.result or {}).get('measures') or {}
     failed = [ui.notice(f'{part} was not measured: {why}', 'warn') for part,why in ((row.result or {}).get('failed') or {}).items()]
     results = [*failed, ui.card('Measured', ui.table(['Measure', 'Value'], measured.items()))] if measured else failed
-    said = JobLog(job_folder(store, row.id)/'log').read(-6000).text
+    if (row.result or {}).get('classes'): results.append(_scores(row))
+    said = JobLog(job_folder(store, row.id)/'log').text(6000)
     tail = '\n'.join(said.splitlines()[-40:])
     memory = None if row.memory is None else f'{row.memory/2**20:,.0f} MB'
-    about = ui.facts({'State': _state(row), 'Time': _took(row), 'Attempt': row.attempts or None, 'Peak memory': memory})
+    about = ui.facts({'State': _state(row), 'Time': _took(row)} | ({'Expected end': end} if (end := _left(store, row)) else {}) |
+                     {'Attempt': row.attempts or None, 'Peak memory': memory})
     error = ui.notice(row.error, 'bad') if row.error else ''
     last = fh.Pre(tail or 'Nothing yet.', tabindex='0', role='region', aria_label='The last lines of the log')
     log = ui.card('Log', last, fh.P(fh.A('Whole log', href=f'/runs/{row.id}/log')))
     return [*buttons, about, error, *results, *_charts(store, row.id), log, ui.card('Lineage', ui.facts(_origin(store, row)))]
 
+def _left(store, row):
+    "When a run will have ended, by the pace of its curve; None: nobody knows"
+    q = select(curves.c.step, curves.c.value, curves.c.at).where(curves.c.job_id == row.id, curves.c.name.in_(('loss', 'progress')))
+    with store.read() as c: points = c.execute(q.order_by(curves.c.step)).all() if row.state == 'running' else []
+    if len(points) < 2 or points[-1].at == points[0].at: return None
+    (begin,_,since),(step,value,at) = points[0],points[-1]
+    last = row.config.get('steps') or step/max(value, 1e-9) # training counts steps, and an evaluation its share
+    return ui.when(round(at + (at - since)*(last - step)/(step - begin)))
+
 @run_pages.get('/runs/{id:int}/live', role='viewer')
 def _run_live(request, id):
     "The part of a run's page that changes"
-    row = job_of(request.state.store, id)
+    row = row_of(request.state.store, jobs, id)
     parts = _watched(request, row)
     return ui.live(f'/runs/{id}/live', *parts) if row.state in ('queued', 'running') else fh.Div(*parts, cls='stack')
 
@@ -194,20 +211,63 @@ def _origin(store, row):
 @run_pages.get('/runs/{id:int}', role='viewer')
 def _run_page(request, id):
     "A run"
-    row = job_of(request.state.store, id)
+    row = row_of(request.state.store, jobs, id)
     settings = ui.card('Settings', ui.facts({k.replace('_', ' '): str(v) for k,v in row.config.items() if v not in (None, '')}))
     return ui.page(request, f'Run {id}: {row.name}', _run_live(request, id), settings, trail=[('Runs', '/runs')])
+
+# %% ../../nbs/platform/838_platform.run_pages.ipynb #78b7ffc2
+def _scores(row):
+    "Scores of each class and, of few classes, the confusion matrix with links to the mistakes"
+    classes,table = row.result['classes'],np.array(row.result['confusion'])
+    url,few = f'/runs/{row.id}/mistakes',len(row.result['classes']) <= 12
+    def link(i, j): return fh.A(f'{table[i, j]}', href=f'{url}?true={i}&said={j}') if i != j and table[i, j] else f'{table[i, j]}'
+    rows = [(o['label'], o['n'], *(f"{100*o[k]:.1f}%" if o[k] == o[k] else '–' for k in ('precision', 'recall', 'f1')),
+             *([link(i, j) for j in range(len(classes))] if few else ())) for i,o in enumerate(Classified(table, classes).rows())]
+    shown = ui.table(['True class', 'Rows', 'Precision', 'Recall', 'F1', *(f'→ {c}' for c in classes if few)], rows)
+    return ui.card('Classes', fh.Div(shown, cls='wide', tabindex='0', role='region', aria_label='Scores of the classes'),
+                   fh.P(fh.A('All mistakes', href=url)))
+
+@run_pages.get('/runs/{id:int}/mistakes', role='viewer')
+def _mistakes_page(request, id):
+    "Texts that a model has classified wrongly"
+    row,want = row_of(request.state.store, jobs, id),[request.query_params.get(k, '') for k in ('true', 'said')]
+    if not (result := row.result or {}).get('classes'): raise KeyError(f'run {id} has measured no classes')
+    found = {o[0]: o[1:] for o in result['mistakes'] if all(w in ('', str(k)) for w,k in zip(want, o[1:3], strict=True))}
+    q = select(records.c.digest, records.c.data).join(version_rows, version_rows.c.record_id == records.c.id)
+    q = q.where(version_rows.c.version_id == row.version_id, records.c.digest.in_(list(found)))
+    with request.state.store.read() as c: texts = dict(c.execute(q).all())
+    rows = [(texts[d]['text'], *(result['classes'][k] for k in o[:2]), f'{o[2]:.1%}') for d,o in found.items() if d in texts] # else erased
+    shown = ui.table(['Text', 'True class', 'Answer', 'Probability'], rows, empty='There are no such mistakes.')
+    return ui.page(request, 'Mistakes', shown, lead='The surest first.',
+                   trail=[('Runs', '/runs'), (f'Run {id}', f'/runs/{id}')])
+
+# %% ../../nbs/platform/838_platform.run_pages.ipynb #748c60c2
+@run_pages.get('/runs/compare', role='viewer')
+def _compare_page(request):
+    "Runs side by side"
+    store,ids = request.state.store,dict.fromkeys(int(o[:18]) for o in request.query_params.getlist('run') if o.isdecimal())
+    rows = [row_of(store, jobs, i) for i in ids][:6]
+    if len(rows) < 2: raise ValueError('choose two runs or more')
+    lines = {f'{r.id} {r.name}': {k: [*zip(*o, strict=True)] for k,o in curve_of(store, r.id).items()} for r in rows}
+    charts = [ui.card(k.replace('_', ' ').capitalize(), curve({n: o[k] for n,o in lines.items() if k in o}, k.replace('_', ' ')))
+              for k in sorted({k for o in lines.values() for k in o}, key=lambda k: (not k.endswith('loss'), k))]
+    def facts(r):
+        seen = measures_of(store, r.result['model']) if (r.result or {}).get('model') else {}
+        settings = {k.replace('_', ' '): str(v) for k,v in r.config.items()}
+        return {'Kind': r.kind, 'Time': _took(r)} | settings | {n: _value(m) for n,m in seen.items()}
+    told = [facts(r) for r in rows]
+    differ = [(k, *(o.get(k, '–') for o in told)) for k in dict.fromkeys(k for o in told for k in o) if len({o.get(k) for o in told}) > 1]
+    links = fh.P(*[o for r in rows for o in (fh.A(f'{r.id} {r.name}', href=f'/runs/{r.id}'), ' ')])
+    return ui.page(request, 'Runs side by side', links, ui.card('What differs', ui.table(['', *(f'Run {r.id}' for r in rows)], differ)),
+                   ui.cards(*charts), trail=[('Runs', '/runs')])
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #29addf34
 @run_pages.get('/runs/{id:int}/log', role='viewer')
 def _run_log(request, id):
     "The log of a run, as a file"
-    job_of(request.state.store, id)
-    log,at,parts = JobLog(job_folder(request.state.store, id)/'log'),0,[]
-    while (piece := log.read(at)).text:
-        parts += [f'\n… {piece.lost:,} bytes were not kept …\n']*bool(piece.lost) + [piece.text]
-        at = piece.next
-    return ui.download(f'run-{id}.log', ''.join(parts), 'text/plain; charset=utf-8')
+    row_of(request.state.store, jobs, id)
+    text = JobLog(job_folder(request.state.store, id)/'log').text()
+    return ui.download(f'run-{id}.log', text, 'text/plain; charset=utf-8')
 
 run_pages.act('/runs/{id:int}/cancel', 'developer', cancel, '/runs/{id}', 'Run {id} is being cancelled.')
 
@@ -218,6 +278,20 @@ def _placed(store): # Model -> places and modes of its active releases
     q = select(releases).where(releases.c.ended.is_(None)).order_by(releases.c.id)
     with store.read() as c: found = c.execute(q).all()
     return found, {m: ', '.join(f'{r.place} ({r.mode})' for r in found if r.model_id == m) for m in {r.model_id for r in found}}
+
+def _snippet(request, place, model):
+    "How a program asks a place"
+    url,classes = f'{request.url.scheme}://{request.url.netloc}/v1',classifier_of(request.state.store, model)
+    said = [dict(role='user', content='A text')]
+    path,body = ('classify', dict(input=['A text'])) if classes else ('chat/completions', dict(messages=said))
+    curl = (f'curl {url}/{path} -H "Authorization: Bearer $TOKEN" \\\n  -H "Content-Type: application/json" '
+            f"-d '{json.dumps(dict(model=place) | body)}'")
+    python = (f"from openai import OpenAI\nclient = OpenAI(base_url='{url}', api_key='…')\n"
+              f"answer = client.chat.completions.create(model='{place}', messages=[dict(role='user', content='A text')])\n"
+              'print(answer.choices[0].message.content)')
+    told = fh.P('With a token of ', fh.A('your account', href='/account'), '.')
+    shown = [fh.Pre(o, tabindex='0', role='region', aria_label=n) for o,n in ((curl, 'curl'), (python, 'Python'))]
+    return ui.card('Ask it from a program', told, *shown)
 
 def _place_url(place): return f'/places/{quote(place, safe="")}'
 
@@ -230,7 +304,7 @@ def _value(row): # A measure as text
 def _models_page(request):
     "All models, and what is released where"
     store = request.state.store
-    (found,more),(active,placed) = ui.paged(request, models_of(store, ui.after_of(request), 51)),_placed(store)
+    (found,more),(active,placed) = ui.paged(request, newest, models),_placed(store)
     rows = []
     for m in found:
         seen = measures_of(store, m.id)
@@ -283,15 +357,16 @@ def _links(store, row): # What a model was made from
 @run_pages.get('/models/{id:int}', role='viewer')
 def _model_page(request, id):
     "A model: its card, its gates, its release"
-    store,row = request.state.store,model_of(request.state.store, id)
+    store,row = request.state.store,row_of(request.state.store, models, id)
     gates,seen = check_gates(store, id, rollout.gates_of(store)),measures_of(store, id)
     rows = [(n, _value(r), ', '.join(f'{k} {v}' for k,v in r.detail.items() if v not in (None, ''))) for n,r in seen.items()]
     here = [r for r in _placed(store)[0] if r.model_id == id]
     def told(r):
         waits = r.mode.replace('?', ', which waits for a second person,')
         return f'{waits} at {r.place}' + (f', {r.share:.0%} of the owners' if r.mode == 'staged' else '')
+    where = [_snippet(request, r.place, id) for r in here if r.mode == 'live']
     where = [ui.notice(told(r), 'good',
-                       fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here]
+                       fh.P(fh.A('History, share and back', href=_place_url(r.place)))) for r in here] + where
     more = fh.P(fh.A('Measure it', href=f'/runs/new?kind=evaluate&model={id}', cls='button quiet'), ' ',
                 fh.A('Train it further', href=f'/runs/new?kind=finetune&model={id}', cls='button quiet'))
     every = [(r.name, _value(r), fh.A(f'run {r.job_id}', href=f'/runs/{r.job_id}') if r.job_id else None, ui.when(r.at))
@@ -317,7 +392,7 @@ def _release_model(request, form, id):
     place,mode = form.text('place', 100),form.text('mode', 20)
     share = form.number('share', 0, 100)/100 if mode == 'staged' else 1.
     number = rollout.release(request.state.store, request.state.user, place, id, mode, share, reason=str(form.get('reason', '')))
-    waits = rollout.history_of(request.state.store, place, number + 1, 1)[0].mode.endswith('?')
+    waits = row_of(request.state.store, releases, number).mode.endswith('?')
     return ui.redirect(f'/models/{id}', f'{mode} at {place} waits for a second person.' if waits else f'Released: {mode} at {place}.')
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #d2e2dd8e
@@ -325,9 +400,9 @@ def _release_model(request, form, id):
 def _place_page(request, place):
     "The releases of a place, and the way back"
     store,url = request.state.store,_place_url(place)
-    found,more = ui.paged(request, rollout.history_of(store, place, ui.after_of(request), 51))
+    found,more = ui.paged(request, newest, releases, releases.c.place == place)
     if not found: raise KeyError(f'nothing was ever released at {place:.60}')
-    known = {i: model_of(store, i) for i in {r.model_id for r in found}}
+    known = {i: row_of(store, models, i) for i in {r.model_id for r in found}}
     links = {i: fh.A(f'{m.name} {m.number}', href=f'/models/{i}') for i,m in known.items()}
     rows = [(str(r.id), r.mode, f'{r.share:.0%}', links[r.model_id], ui.badge('active', 'good') if r.ended is None else 'ended', r.reason,
              ui.when(r.created)) for r in found]

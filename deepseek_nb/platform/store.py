@@ -8,7 +8,7 @@ can name them."""
 
 # %% auto #0
 __all__ = ['SETTING_DEFAULTS', 'MIGRATIONS', 'Clock', 'Store', 'lock_rows', 'get_setting', 'put_setting', 'upgrade', 'open_store',
-           'faults', 'restore_store']
+           'row_of', 'newest', 'faults', 'restore_store']
 
 # %% ../../nbs/platform/820_platform.store.ipynb #262af289
 import errno
@@ -402,6 +402,29 @@ def open_store(
         store.close()
         raise
     return store
+
+# %% ../../nbs/platform/820_platform.store.ipynb #e33aa235
+def row_of(
+    where, # `Store`, or a connection
+    table:Table, # Table with ids
+    id:int, # Of the row
+): # The row
+    "Look a row up"
+    if isinstance(where, Store):
+        with where.read() as c: return row_of(c, table, id)
+    if row := where.execute(select(table).where(table.c.id == id)).first(): return row
+    raise KeyError(f'there is no {table.name[:-1]} {id}')
+
+def newest(
+    store:Store, # Open store
+    table:Table, # Table with ids
+    *conditions, # Which rows; none: all
+    after:int = 0, # Id of the last row of the page before; 0: the first page
+    limit:int = 50, # Most rows
+)->list: # Rows
+    "List rows of a table, the newest first"
+    q = select(table).where(*conditions).order_by(table.c.id.desc()).limit(limit)
+    with store.read() as c: return c.execute(q.where(table.c.id < after) if after else q).all()
 
 # %% ../../nbs/platform/820_platform.store.ipynb #e74cfad8
 def faults(

@@ -92,6 +92,7 @@ th, td { text-align: left; padding: .45rem .7rem; border-bottom: 1px solid var(-
 th { font-size: .85rem; color: var(--dim); font-weight: 600 }
 tbody tr:hover { background: var(--side) }
 .num { text-align: right; white-space: nowrap }
+.wide { overflow-x: auto }
 .next { margin-top: .6rem }
 dl.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .25rem 1.2rem; margin: 0 }
 .stack > dl.facts { margin-bottom: 1rem }

@@ -26,7 +26,7 @@ from .registry import lineage_of
 from .runs import texts_of
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #ffe25bdf
-from deepseek_nb.platform.store import alerts, datasets, feedback, hooks, tasks
+from deepseek_nb.platform.store import alerts, datasets, feedback, hooks, newest, row_of, tasks
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #23c94593
 def _series_of(rows, step):
@@ -157,7 +157,7 @@ def _alert_rows(found):
 @watch_pages.get('/alerts', role='viewer')
 def _alerts_page(request):
     "All alerts, newest first"
-    with request.state.store.read() as c: found,more = ui.paged(request, ui.newest(c, alerts, request))
+    found,more = ui.paged(request, newest, alerts)
     heads = ['Rule', 'Place', 'Since', 'Measured', 'Allowed', 'State']
     return ui.page(request, 'Alerts', _alert_tabs(request), ui.table(heads, _alert_rows(found), more, empty='No alerts.'))
 
@@ -174,8 +174,7 @@ def _closing(request, a):
 @watch_pages.get('/alerts/{id:int}', role='viewer')
 def _alert_page(request, id):
     "One alert"
-    with request.state.store.read() as c: a = c.execute(select(alerts).where(alerts.c.id == id)).first()
-    if a is None: raise KeyError(f'there is no alert {id}')
+    a = row_of(request.state.store, alerts, id)
     more = {k.capitalize(): str(v) for k,v in a.detail.items() if k not in ('hooks', 'start', 'scores')}
     if 'start' in a.detail: more['Window from'] = ui.when(a.detail['start'])
     sent = [(f'hook {h}', o['tries'], ui.badge('delivered', 'good') if o['ok'] else ui.badge(o['why'] or 'waits', 'warn'))
@@ -231,8 +230,8 @@ def _said(v):
 @watch_pages.get('/feedback', role='viewer')
 def _feedback_page(request):
     "What users say"
+    found,more = ui.paged(request, newest, feedback)
     with request.state.store.read() as c:
-        found,more = ui.paged(request, ui.newest(c, feedback, request))
         open_tasks = c.execute(select(tasks.c.id, tasks.c.name).where(tasks.c.kind == 'classification', tasks.c.closed.is_(None))).all()
         open_data = c.execute(select(datasets.c.id, datasets.c.name).where(datasets.c.kind == 'classification')).all()
         thumbs = {p: n for p,n in c.execute(select(feedback.c.place, func.count()).group_by(feedback.c.place))}

@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from ..arch.model import Model
 from ..arch.moe import Experts
 from ..arch.norm import RMSNorm
-from ..arch.picture import human
 from ..arch.routing import Gate
-from ..arch.show import markdown_table
+from ..arch.show import human, markdown_table
 from ..arch.v4 import V4Model
 from ..core.device import pick_device, pick_dtype
 from typing import TYPE_CHECKING

@@ -8,7 +8,8 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 # %% auto #0
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized', 'run_export',
            'run_finetune', 'run_distillation', 'run_conversion', 'run_pipeline', 'evaluate', 'run_evidence', 'doctor',
-           'build_kernels', 'run_server', 'run_app', 'run_platform', 'list_exercises', 'run_bench', 'usage', 'main']
+           'build_kernels', 'run_server', 'answer_batch', 'run_app', 'run_platform', 'list_exercises', 'run_bench',
+           'usage', 'main']
 
 # %% ../../nbs/library/960_tools.cli.ipynb #a597de3f
 import json
@@ -355,6 +356,24 @@ def run_server(
     names,server,engine = read_settings(config or None, **{k: v or None for k,v in given.items()})
     serve_models(names, server, **engine)
 
+# %% ../../nbs/library/960_tools.cli.ipynb #d96193c8
+def answer_batch(
+    source:str, # File with a request in each line: messages or a prompt and other fields, or as in OpenAI's Batch API
+    out:str, # File to which each answer is appended
+    model:str = 'smollm2-135m', # Folder, .gguf file, or name of a model
+    on:str = '', # Ray cluster whose nodes compute: ray (this machine, or RAY_ADDRESS) or an address such as ray://head:10001; default: here
+    memory:int = 1024, # MB of KV cache of each engine
+    max_rows:int = 32, # Most requests that run together in an engine
+    default_max_tokens:int = 2048, # Most tokens of an answer to a request that says nothing
+):
+    "Answer a file of requests, or continue an interrupted run"
+    from asyncio import run
+
+    from deepseek_nb.tools.batch import run_batch
+    if min(memory, max_rows, default_max_tokens) < 1: raise ValueError('memory, max_rows and default_max_tokens must be at least 1')
+    found = run(run_batch(source, out, model, on, default_max_tokens, memory=memory, max_rows=max_rows))
+    print(f'{found.total()} answers in {out}, {found.total() - found[200]} of them errors')
+
 # %% ../../nbs/library/960_tools.cli.ipynb #a9c10002
 def run_app(
     name:str = '', # anomaly, inspect, route, control, crosslingual or filter; without it, list them
@@ -393,6 +412,8 @@ def run_platform(
     mlflow:str = '', # Address of an MLflow server to which runs are copied; default: nowhere
     opentelemetry:bool = False, # Give the numbers of each minute to OpenTelemetry
     reset:str = '', # Name of a user who can't log in; prints a new password, and starts nothing
+    backup:str = '', # New folder for a copy of tables and files, also while the platform runs; starts nothing
+    restore:str = '', # Folder of a copy with which a new platform is filled; starts nothing
 ):
     "Run the platform: label, train, judge, release and watch, in one process"
     from deepseek_nb.tools.serving import missing_packages
@@ -402,8 +423,9 @@ def run_platform(
         raise ValueError('the password in --url is seen by everybody who lists the processes: '
                          'put the address into the variable DEEPSEEK_NB_DATABASE')
     from deepseek_nb.apps.filter import ToxicityNet
-    from deepseek_nb.platform.start import print_password, start_platform
-    if reset: return print_password(folder, url, reset)
+    from deepseek_nb.platform.start import back_up, bring_back, print_password, start_platform
+    for given,act in ((reset, print_password), (backup, back_up), (restore, bring_back)):
+        if given: return act(folder, url, given)
     net,hosts = ToxicityNet.load(),tuple(filter(None, names.split(',')))
     scans = dict(toxic=lambda text: net.peak(text) >= net.least)
     decided = dict(internal=[h for h in internal.split(',') if h], mlflow=mlflow, opentelemetry=opentelemetry)
@@ -434,7 +456,8 @@ def run_bench(
 # %% ../../nbs/library/960_tools.cli.ipynb #b0050c48
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, serve=run_server, app=run_app, platform=run_platform, course=list_exercises)
+             build=build_kernels, bench=run_bench, serve=run_server, batch=answer_batch, app=run_app, platform=run_platform,
+             course=list_exercises)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"
@@ -455,7 +478,7 @@ def _check_options(given):
         if pick_device(device).type == 'meta': raise ValueError("device 'meta' has no memory; use 'cpu'")
 
 # %% ../../nbs/library/960_tools.cli.ipynb #879e873c
-_EXTRAS = dict(app='apps', export='export', platform='platform', serve='serve')  # verb -> extra with the packages that it may lack
+_EXTRAS = dict(app='apps', batch='ray', export='export', platform='platform', serve='serve')  # verb -> extra with packages that it may lack
 
 def _message(verb, e):
     "The message of an error in one line"
@@ -474,7 +497,7 @@ def main(
     if not argv or argv[0] in ('-h', '--help', 'help'): return print(usage()) or 0
     f = VERBS.get(argv[0])
     if not f: return print(f"deepseek-nb: no verb {argv[0]!r}; there are {', '.join(VERBS)}", file=sys.stderr) or 2
-    first = {doctor: 0, run_app: 3}.get(f, 1) # positional arguments
+    first = {doctor: 0, answer_batch: 2, run_app: 3}.get(f, 1) # positional arguments
     parser = anno_parser(f, prog=f'deepseek-nb {argv[0]}', pos=[*signature(f).parameters][:first])
     args = {k: v for k,v in vars(parser.parse_args(argv[1:])).items() if k not in ('pdb', 'xtra')}
     try:

@@ -31,8 +31,7 @@ from ..files.tokenizer import Tokenizer
 from .advantage import group_advantage, informative
 from .callbacks import Callback, Guard
 from .data import IGNORE
-from .log_probs import answer_log_probs, answer_rows
-from .on_policy import CollapseGuard, measures
+from .on_policy import CollapseGuard, answer_log_probs, answer_rows, measures
 from .policy import PolicyLoss
 from .resume import identity
 from .rewards import checked_rewards

@@ -29,7 +29,7 @@ from ..arch.hash import HashGate, counted_table
 from ..arch.model import Model
 from ..arch.mtp import MTPLoss, acceptance
 from ..arch.routing import expert_load
-from ..arch.v4_config import V4Config
+from ..arch.v4 import V4Config
 from ..core.config import Config, Rope
 from ..core.config_json import family
 from ..files.safetensors import some

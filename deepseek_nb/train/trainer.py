@@ -35,7 +35,7 @@ from .loss import language_loss
 from .optim import AdamW, Muon, muon_groups, param_groups
 from .schedule import SCHEDULES, get_scheduler
 from .sft import column_names, sft_data
-from .world import total_norm
+from .world import local, total_norm
 
 # %% ../../nbs/book/305_train.trainer.ipynb #1c29c5f1
 @torch.no_grad()
@@ -45,7 +45,7 @@ def scale_gradients(
     max_norm:float, # Largest norm c; 0: no clipping
 )->Tensor: # Norm of the mean gradient before clipping
     "Divide gradients by the number of tokens and clip them"
-    grads = [p.grad for p in params if p.grad is not None]
+    grads = [local(p.grad) for p in params if p.grad is not None]
     norm = total_norm(params)/scored
     factor = (max_norm/(norm + 1e-6)).clamp(max=1.)/scored if max_norm else torch.ones_like(norm)/scored
     torch._foreach_mul_(grads, factor)
@@ -173,7 +173,8 @@ def make_optimizer(
     "Make the optimiser that the settings name"
     if OPTIMIZERS[args.optim] == 'muon': return Muon(muon_groups(model, args.weight_decay), lr=args.learning_rate)
     kwargs = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
-    fused = all(p.device.type in ('cpu', 'cuda') for p in model.parameters() if p.requires_grad)
+    params = [p for p in model.parameters() if p.requires_grad]
+    fused = all(p.device.type in ('cpu', 'cuda') for p in params) and len({getattr(p, 'device_mesh', None) for p in params}) < 2
     return AdamW(param_groups(model, args.weight_decay), fused=fused, **kwargs)
 
 # %% ../../nbs/book/305_train.trainer.ipynb #0d914e4e
