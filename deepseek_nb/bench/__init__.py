@@ -584,7 +584,8 @@ def run_command(
     if out and 'out' in known: options['out'] = out
     if out and 'keep' in known: options['keep'] = Parts(parts, [git_state()['commit'], options])
     result, content = run_benchmark(name, **options)
-    if out: save_result(out, content)
-    parts.unlink(missing_ok=True)
+    if out:
+        save_result(out, content)
+        parts.unlink(missing_ok=True)
     if plot: draw(result, plot)
     print(json.dumps(content, indent=1) if as_json else result_text(result))
