@@ -55,7 +55,7 @@ canaries: .venv/.dev  ## a small part of each measurement again: which numbers a
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
-	$(BIN)/python -m deepseek_nb.tools.front
+	$(BIN)/python -m deepseek_nb.tools.book
 
 new-chapter: .venv/.dev  ## a notebook in the form of the house: make new-chapter NAME=145_arch.balance TITLE='Balance'
 	@$(BIN)/python -m deepseek_nb.tools.site --new "$$NAME" "$$TITLE"

@@ -6,7 +6,7 @@ Packages:
 - `deepseek_nb.kernels`: Every operation has a readable definition and faster twins. `kernels.use` selects the kind of twin that runs, and `kernels.twins` lists all twins.
 - `deepseek_nb.bench`: Time two implementations alternately, measure peak memory and the highest rates of a machine, plot a roofline, and store results as files.
 - `deepseek_nb.exercises`: Write a function yourself, and `check` compares it with the library on fresh random inputs and says what is wrong
-- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a stored record of each run. This chapter reads plans, runs and resumes experiments, and imports studies from their notebooks.
+- `deepseek_nb.studies`: An experiment has a plan that is written before it runs, and a stored record of each run. This chapter reads plans, runs and resumes experiments, checks and summarises their records, and imports studies from their notebooks.
 
 Modules:
 
@@ -46,7 +46,6 @@ Modules:
 - `deepseek_nb.arch.v41`: V4.1 stores 890 bytes of cache for each token: only four layers compress tokens to entries, the others borrow entries and selections, and a prompt runs through half of the layers
 - `deepseek_nb.arch.window`: DeepSeek-V4's attention: one head of keys that are also the values, a window of 128 tokens, a sink for each query head, and a grouped output projection
 - `deepseek_nb.bench.caches`: The time that a KV cache saves, the time to the first token with a prefix cache, and the speed and error of paged and quantised caches.
-- `deepseek_nb.bench.drift`: The rate of false alarms of the drift monitor on 200 weeks of real text, and the share of shifts of each size that it detects, with the delay
 - `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
@@ -194,13 +193,11 @@ Modules:
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
-- `deepseek_nb.studies.report`: What a plan must state before its first run, a check that refuses records of anything else, and functions that summarise the records: means over seeds, tables and plots.
 - `deepseek_nb.tools.batch`: Answers a file of requests with one model, here or on the nodes of a Ray cluster: exactly one answer a line, however often the run is killed
-- `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, so that the front page, the README, the sidebar and the map agree.
+- `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, and makes the front page, the README, the sidebar and the map from them, so that they agree.
 - `deepseek_nb.tools.claims`: Is it true? A verdict for each claim, in a sentence, computed from stored records by one set of rules.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
 - `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
-- `deepseek_nb.tools.front`: One command makes the front page, the table of contents, the README and the changelog's table of moves from the titles and first lines of the chapters.
 - `deepseek_nb.tools.serving`: Reads settings from the command line or a TOML file, loads the models, and serves them
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
 - `deepseek_nb.train.advantage`: The advantage says how much better an answer is than expected. It is computed from a group of answers or from a critic; bias and variance of both are computed exactly on small policies.

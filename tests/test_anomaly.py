@@ -39,8 +39,7 @@ from deepseek_nb.apps.tcn import SignalConfig, SignalNet, find_periods, receptiv
 from deepseek_nb.apps.watch import AnomalyApp, RowReader, Service, watcher_from
 from deepseek_nb.eval.choice import DIGESTS, SETS, archive_digest
 from deepseek_nb.serve.chat import ApiError, Fields
-from deepseek_nb.studies import open_study, read_plan, to_do
-from deepseek_nb.studies.report import runs
+from deepseek_nb.studies import open_study, read_plan, runs, to_do
 from deepseek_nb.tools import cli
 
 

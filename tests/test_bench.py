@@ -27,7 +27,6 @@ from deepseek_nb.bench import (
     make_record,
     operations,
     peak_bytes,
-    roofline,
     run_benchmark,
     run_command,
     save_result,
@@ -151,13 +150,25 @@ def test_bound(flops, size, least, binds):
     assert bound(host, Work('w', flops, size)) == (least, binds)
 
 
-def test_roofline_draws():
-    import matplotlib
-    matplotlib.use('agg')
-    import matplotlib.pyplot as plt
-    assert roofline(Machine({'float32': 1e9}, 1e9, 1e9), [Work('a', 10, 5, 1.), Work('b', 10, 50, 1.)]) is None
-    assert [t.get_text() for t in plt.gca().get_legend().get_texts()] == ['a', 'b']
-    plt.close('all')
+def test_an_interrupted_benchmark_goes_on(registry, tmp_path):
+    "With the parts that are there, unless they are of other options; a complete run leaves only its record"
+    asked = []
+    def slow(n=3, keep=lambda name, make: make()):
+        "Squares"
+        def square(i):
+            asked.append(i)
+            if len(asked) == 3: raise KeyboardInterrupt
+            return i*i
+        return [keep(str(i), lambda i=i: square(i)) for i in range(n)]
+    registry['slow'] = bench.Benchmark(slow)
+    out = tmp_path/'slow.json'
+    with pytest.raises(KeyboardInterrupt): run_command('slow', out=str(out))
+    kept = (tmp_path/'slow.json.parts').read_bytes()
+    run_command('slow', out=str(out))
+    assert asked == [0, 1, 2, 2] and load_result('slow', tmp_path)['result'] == [0, 1, 4] and [*tmp_path.iterdir()] == [out]
+    (tmp_path/'slow.json.parts').write_bytes(kept)
+    run_command('slow', out=str(out), n=2)
+    assert asked[4:] == [0, 1]
 
 
 def test_command(registry, tmp_path, capsys):

@@ -34,7 +34,6 @@ from deepseek_nb.bench.serve import (
     random_prompts,
     read_chunks,
     read_events,
-    report_of,
     running,
     runs_of,
 )
@@ -317,7 +316,7 @@ def test_an_interrupted_benchmark_goes_on(port, quick):
         kept.append(json.dumps(vars(report)))
         if len(report.runs) == 4: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): measure_all(report, ARMS, 2, WORDS, before, save, SIZES)
-    again = report_of(json.loads(kept[-1]))
+    again = ServeReport(**json.loads(kept[-1]))
     assert len(again.runs) == 4 and again.done() < whole
     first, starts = json.dumps(again.runs), Starts(port)
     measure_all(again, ARMS, 2, WORDS, starts, sizes=SIZES)
@@ -385,5 +384,5 @@ def test_smoke(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serve, 'running', none)
     run_command('serve', **given)
     assert load_result('serve', tmp_path)['result'] == first['result']
-    report_of(first['result']).plot('mini')
+    ServeReport(**first['result']).plot('mini')
     with pytest.raises(ValueError, match='was measured with other sizes or threads'): run_command('serve', smoke=True, out=str(path))

@@ -92,7 +92,7 @@ TURNS = dict(
     late=('studies.safety', '', 'evidence/safety', [fresh], 'undecided', 'undecided'),
     memory=('bench.quant', '65%', 'quant-decode', [lambda o: o['result']['peak']['int8'].update(o['result']['peak']['float32'])],
             'shown', 'partly shown'),
-    robustness=('bench.drift', '', 'perturb', [lambda o: o['result']['falls'][0].update(adjusted=.01)], 'partly shown',
+    robustness=('eval.drift', '', 'perturb', [lambda o: o['result']['falls'][0].update(adjusted=.01)], 'partly shown',
                 'shown without a number'))
 
 

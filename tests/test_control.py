@@ -36,8 +36,7 @@ from deepseek_nb.apps.control import (
 from deepseek_nb.apps.steer import StyleSettings, calibrated, fit_judge, guided, isotonic, steered, with_adapter
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.infer.generate import left_padded
-from deepseek_nb.studies import open_study, read_plan
-from deepseek_nb.studies.report import runs
+from deepseek_nb.studies import open_study, read_plan, runs
 
 ROOT = Path(__file__).parents[1]
 WORDS = dict(sea='wave boat salt sail shore tide fish net'.split(), land='hill barn corn road field horse gate mill'.split())

@@ -16,9 +16,8 @@ import warm
 
 from deepseek_nb import studies
 from deepseek_nb.core.lazy import find_chapter
-from deepseek_nb.studies import carry_out, find_study, open_study, read_plan, read_records, run_folder, study, to_do
+from deepseek_nb.studies import carry_out, find_study, open_study, read_plan, read_records, run_folder, runs, spread, study, to_do
 from deepseek_nb.studies.cases import share_seen
-from deepseek_nb.studies.report import runs, spread
 from deepseek_nb.train.mini import documents
 
 sparse, balancing = open_study('sparse'), open_study('balancing')

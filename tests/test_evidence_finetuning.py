@@ -12,9 +12,8 @@ import torch
 
 from deepseek_nb.arch.model import Model, run_blocks
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.studies import open_study, read_plan, run_study
+from deepseek_nb.studies import open_study, read_plan, run_study, spread
 from deepseek_nb.studies.cases import share_seen
-from deepseek_nb.studies.report import spread
 from deepseek_nb.tools import cli
 from deepseek_nb.train.data import IGNORE, Batches, collate
 from deepseek_nb.train.trainer import Trainer

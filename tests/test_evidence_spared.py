@@ -11,9 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from deepseek_nb.arch.model import Model
 from deepseek_nb.core.config import Config
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.studies import open_study, read_plan, run_study
+from deepseek_nb.studies import open_study, read_plan, read_protocol, run_study
 from deepseek_nb.studies.cases import WordBayes
-from deepseek_nb.studies.report import read_protocol
 from deepseek_nb.train.dynamic import mixtures
 from deepseek_nb.train.upcycle import TAU, moe_config, to_moe
 

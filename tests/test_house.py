@@ -69,7 +69,7 @@ def test_errors_are_expected_by_a_with_block():
 
 
 def test_readme_is_the_index():
-    from deepseek_nb.tools.front import readme
+    from deepseek_nb.tools.book import readme
     same = (ROOT/'README.md').read_text() == readme(ROOT/'nbs/index.ipynb')
     assert same, 'README.md is stale: run `make export`'
 

@@ -44,8 +44,7 @@ from deepseek_nb.apps.wafers import (
     rule_ceilings,
     write_wafers,
 )
-from deepseek_nb.studies import open_study, read_plan, to_do
-from deepseek_nb.studies.report import runs
+from deepseek_nb.studies import open_study, read_plan, runs, to_do
 
 ROOT = Path(__file__).parents[1]
 

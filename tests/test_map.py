@@ -4,8 +4,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from deepseek_nb.tools.book import by_part, chapters
-from deepseek_nb.tools.front import save_pictures
+from deepseek_nb.tools.book import by_part, chapters, save_pictures
 
 NBS = Path(__file__).parents[1]/'nbs'
 

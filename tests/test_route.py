@@ -41,8 +41,7 @@ from deepseek_nb.apps.route_moves import (
 )
 from deepseek_nb.core.dispatch import use
 from deepseek_nb.serve.app import ServerConfig
-from deepseek_nb.studies import open_study, read_plan, to_do
-from deepseek_nb.studies.report import runs
+from deepseek_nb.studies import open_study, read_plan, runs, to_do
 from deepseek_nb.tools.cli import main
 
 KINDS = 'tsp', 'cvrp', 'vrptw'

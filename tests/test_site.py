@@ -170,7 +170,7 @@ def test_search_covers_every_page(site, pages):
 
 def test_every_list_is_current(tmp_path):
     "The front page, the contents, the pictures, README and changelog are what the chapters' titles and first lines give."
-    from deepseek_nb.tools.front import write_front
+    from deepseek_nb.tools.book import write_front
     for o in ('nbs', 'tests'): (tmp_path/o).mkdir()
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs', dirs_exist_ok=True, ignore=shutil.ignore_patterns('.*'))
     for o in ('README.md', 'CHANGELOG.md'): shutil.copy(ROOT/o, tmp_path)

@@ -10,7 +10,7 @@ measures the time of a decode step, and the error of the logits. `latent-codes` 
 # %% auto #0
 __all__ = ['bench_model', 'with_cache', 'without_cache', 'cache_or_recompute', 'prompts', 'first_tokens', 'prefix_cache',
            'with_experts', 'BFloatSlot', 'BFloatCache', 'cache_kinds', 'latent_codes', 'ragged_step', 'ragged_steps',
-           'unindexed_config', 'sparse_decode', 'stage_works', 'stretch', 'v4_decode']
+           'unindexed_config', 'sparse_decode', 'stretch', 'v4_decode']
 
 # %% ../../nbs/lab/770_bench.caches.ipynb #0e3ded90
 import warnings
@@ -28,8 +28,8 @@ from ..arch.cache import Cache, Slot, cache_shapes
 from ..arch.model import add_attention, head
 from ..arch.rewindable import IndexCodec, RewindableCache, encode_keys
 from ..arch.routing import Gate
-from ..arch.sparse import attend_selected, select_positions, sparse_cost
-from . import Comparison, Work, alternate, bound, compare
+from ..arch.sparse import attend_selected, select_positions
+from . import Comparison, alternate, compare
 from .limits import BENCH_MOE, bench_config
 from .models import our_steps
 from ..core.config import Config, Rope
@@ -392,41 +392,6 @@ def sparse_decode(
         found[f'model, {t}, {rows} rows{name}'] = versus(_model_step, form, t, rows)
         found[f'model, {t}, int8 weights{name}'] = versus(_model_step, form, t, 1, 'int8')
     return found
-
-# %% ../../nbs/lab/770_bench.caches.ipynb #7f36fc31
-def _least_sparse_seconds(c, t, host, index_dtype=None):
-    "Lower limits of the time of a decode step's attention"
-    cost = sparse_cost(c, t, itemsize=4)
-    if index_dtype: cost['flops']['index'],cost['bytes']['index'] = cost['flops']['index']/4,t*(c.index_head_dim + 4)
-    index,few,dense = (bound(host, Work('', cost['flops'][k], cost['bytes'][k]))[0] for k in ('index', 'sparse', 'dense'))
-    return index + few, dense
-
-# %% ../../nbs/lab/770_bench.caches.ipynb #caab0c00
-def _least_step_seconds(c, t, host, part='model', rows=1, index_dtype=None):
-    "Lower limits of the time of a decode step with float32 weights"
-    model,times = Model(c, dtype='float32', device='meta'),_least_sparse_seconds(c, t, host, index_dtype)
-    held = dict(attention=[], layer=[b.self_attn for b in model.layers], model=[model.layers, model.norm, model.lm_head])[part]
-    count = lambda ms: sum(p.numel() for m in ms if m is not None for p in m.parameters())
-    indexers = count([b.self_attn.indexer for b in model.layers]) if held else 0
-    read = lambda n: 4*n/host.read/c.n_layers
-    return rows*times[0] + read(count(held)), rows*times[1] + read(count(held) - indexers)
-
-# %% ../../nbs/lab/770_bench.caches.ipynb #5b5aeacd
-def stage_works(
-    c:Config, # Config with an indexer and without experts
-    t:int, # Number of cached tokens
-    index_dtype:str|None = None, # 'int8': index keys in 8 bits
-)->dict: # Stage -> `Work` of one layer for one token, with float32 weights
-    "FLOPs and bytes of all stages of a decode step"
-    model,cost = Model(c, dtype='float32', device='meta'),sparse_cost(c, t, itemsize=4)
-    layer,count = model.layers[0],lambda m: sum(p.numel() for p in m.parameters())
-    indexer = count(layer.self_attn.indexer)
-    index = (cost['flops']['index']/4, t*(c.index_head_dim + 4)) if index_dtype else (cost['flops']['index'], cost['bytes']['index'])
-    weights = {'indexer projections': indexer, 'projections': count(layer.self_attn) - indexer, 'feed-forward': count(layer.mlp),
-               'head': count(model.lm_head)/c.n_layers}
-    works = [Work('index scores', *index), Work('selection', 0, 3*4*t), *(Work(n, 2*w, 4*w) for n,w in weights.items()),
-             *(Work(name, cost['flops'][k], cost['bytes'][k]) for name,k in (('attention', 'sparse'), ('dense attention', 'dense')))]
-    return {w.name: w for w in works}
 
 # %% ../../nbs/lab/770_bench.caches.ipynb #549ec78d
 def _v4_shape(d, **fields):

@@ -10,7 +10,7 @@ Each result is stored when it is there, so an interrupted run continues. Without
 __all__ = ['BF16', 'CHECKS', 'RACES', 'CSRC', 'FILES', 'SANITIZERS', 'BEGUN', 'Check', 'for_device', 'poisoned', 'launches',
            'run_check', 'Race', 'rotations', 'graph_seconds', 'run_race', 'tools_found', 'compile_file', 'sanitize',
            'gpu_tasks', 'sources_key', 'open_record', 'pending', 'run_gpu_tasks', 'run_children', 'record_path',
-           'gpu_summary', 'gpu_main', 'emulated_checks', 'Claims', 'cuda_claims', 'Compiled', 'compiled']
+           'gpu_summary', 'gpu_main', 'emulated_checks', 'cuda_claims']
 
 # %% ../../nbs/lab/798_bench.gpu.ipynb #09091e64
 import argparse
@@ -569,19 +569,13 @@ def emulated_checks(
     return dict(key=sources_key(), tools=[t for t,path in tools_found().items() if path], tasks={n: f() for n,f in todo.items()})
 
 # %% ../../nbs/lab/798_bench.gpu.ipynb #5eb82c22
-class Claims(list):
-    "What is proved about each check or race, and how"
-    def _repr_markdown_(self):
-        lines = ['| claim | launches and blocks | emulated: worst error | on a GPU |', '|---'*4 + '|']
-        return '\n'.join(lines + [f'| {" | ".join(row)} |' for row in self])
-
 def cuda_claims(
     emulated:dict, # Tasks of the record of a dry run
     card:dict|None = None, # Tasks of the record of a GPU; None: there is none
-)->Claims: # A row for each check and race
+)->list: # For each check and race: its name, launches and blocks, the worst error in the emulation, and what a GPU said
     "List what records prove"
     waits = lambda r: 'waits for a GPU' if r is None else 'failed' if not r.get('ok') else 'right' if 'ours' not in r else _ratio(r)
-    rows = Claims()
+    rows = []
     for name in CHECKS:
         runs = [emulated[f'check {name}, {o}'] for o in ORDERS if 'error' in emulated.get(f'check {name}, {o}', {})]
         counts = ', '.join(f"`{k}` {n}×, {runs[0]['blocks'][k]}" for k,n in runs[0]['launches'].items()) if runs else ''
@@ -593,20 +587,6 @@ def cuda_claims(
     return rows
 
 def _ratio(r): return f"{si(r['ours']['median'])}s, peer {si(r['peer']['median'])}s"
-
-# %% ../../nbs/lab/798_bench.gpu.ipynb #4ae9bc99
-class Compiled(list):
-    "What the compilers made of each file"
-    def _repr_markdown_(self):
-        lines = ['| file | compute capabilities | compiled kernels | most registers | most bytes spilled |', '|---'*5 + '|']
-        return '\n'.join(lines + [f'| {" | ".join(map(str, row))} |' for row in self])
-
-def compiled(
-    found:dict, # Tasks of a record
-)->Compiled: # A row for each file
-    "List the compilations of a record"
-    rows = [(f, found.get(f'compile {f}', {})) for f in FILES]
-    return Compiled((f'`{f}`', ', '.join(r['archs']), r['compiled'], r['registers'], r['spilled']) for f,r in rows if 'registers' in r)
 
 # %% ../../nbs/lab/798_bench.gpu.ipynb #fd5efae6
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(gpu_main())

@@ -11,35 +11,21 @@ the rates, and `Speed` is a table of cases: the times of two contenders, the lim
 # %% auto #0
 __all__ = ['BENCH_MOE', 'read_kernels', 'V41_SIZES', 'PAPERS', 'bench_config', 'pairs', 'attention_work', 'attend_work',
            'selected_experts', 'ffn_work', 'forward_work', 'train_work', 'fold_words', 'ceilings', 'better', 'least',
-           'Case', 'Speed', 'speed_of', 'stored_speed', 'plot_speeds', 'Reads', 'latent_reads', 'entry_reads',
-           'shared_reads', 'shared_weights', 'Decoder', 'decoder', 'crossing', 'against_papers']
+           'Case', 'Speed', 'speed_of', 'plot_speeds', 'Reads', 'latent_reads', 'entry_reads', 'shared_reads',
+           'shared_weights', 'Decoder', 'decoder', 'crossing', 'against_papers']
 
 # %% ../../nbs/lab/755_bench.limits.ipynb #f66abe8b
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from math import prod
-from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from ..arch.releases import attention_shapes, ffn_shapes, hyper_shapes, preset
 from ..arch.v41 import V41_FLASH, V41Layout
-from deepseek_nb.bench import (
-    RESULTS,
-    Comparison,
-    Machine,
-    Work,
-    bandwidth,
-    best_rate,
-    bound,
-    gemm_rate,
-    hardware,
-    load_result,
-    si,
-    versions,
-)
+from . import Comparison, Machine, Work, bandwidth, best_rate, bound, gemm_rate, hardware, si, versions
 from ..core.config import Config
 from ..core.plot import COLOURS, style
 from ..kernels.build import Kernels
@@ -288,14 +274,6 @@ def speed_of(
         times = Comparison(tuple(c['times']['names']), tuple(map(tuple, c['times']['seconds'])))
         return Case(c['name'], tuple(Work(**w) for w in c['works']), times)
     return Speed(Machine(**found['host']), tuple(map(case, found['cases'])), found['dtype'])
-
-# %% ../../nbs/lab/755_bench.limits.ipynb #f0bc54ca
-def stored_speed(
-    name:str, # Name of the benchmark
-    folder:str|Path=RESULTS, # Folder of the records
-)->Speed: # Its table
-    "Read the stored table of a benchmark"
-    return speed_of(load_result(name, folder)['result'])
 
 # %% ../../nbs/lab/755_bench.limits.ipynb #78da3ff4
 def _points(ax, name, speed, colour, marker):

@@ -12,8 +12,7 @@ __all__ = ['LOADS', 'format_decode', 'format_prompt', 'peaks', 'quant_decode', '
 
 # %% ../../nbs/lab/775_bench.quant.ipynb #794658b4
 import ctypes
-import json
-import os
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import Model, QuantizedModel
-from . import BENCHMARKS, Comparison, git_state, make_record, peaks_of, save_result
+from . import Comparison, peaks_of
 from .caches import bench_model, with_experts
 from .limits import BENCH_MOE
 from .models import Place
@@ -41,7 +40,7 @@ from deepseek_nb.eval.perplexity import (
     token_rates,
     train_bytes,
 )
-from ..files.hub import cache_dir, fetch
+from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..quant import relative_error
 from ..quant.ggml import BLOCK_KINDS, measure_importance, quantize_blocks
@@ -163,20 +162,20 @@ def _own_blocks(model):
 
 def quality(
     tokens:int|None = None, # Number of tokens of the test text; None: all
-    state:str|Path|None = None, # Folder for results of an interrupted run; None: a folder in the cache
     steps:int = 600, # Training steps
     only:tuple = (), # Names of formats; empty: all
+    keep:Callable = lambda name, make: make(), # Computes a result, or returns it from an interrupted run
 )->dict: # Results of `smollm2` and of `trained`, and `losses` of the training
     "Bytes and perplexity of every format, for SmolLM2 and for a small trained model"
-    state,tok = Path(state or cache_dir()/'quality'),Tokenizer.from_pretrained('smollm2-135m')
+    tok = Tokenizer.from_pretrained('smollm2-135m')
+    def of(model): return lambda name, make: keep(f'{model}, {name}', make)
     def chosen(made): return {n: f for n,f in made.items() if not only or n in only}
     made = chosen(quantizers(excerpts(tok.encode(speeches(MESSAGES)), 8, 512)) | {'the file as it is': _own_blocks})
     smol,ids = Model.from_pretrained('smollm2-135m', 'float32', 'cpu'),torch.tensor(tok.encode(speeches()))[:tokens]
-    verdicts = [*evaluate_formats(state/'smollm2.json', smol, ids, made, window=1024)]
+    verdicts = [*evaluate_formats(smol, ids, made, of('smollm2'), window=1024)]
     own,losses = train_bytes(SMALL_MOE, data := as_bytes(speeches(MESSAGES)), steps)
     made = chosen(quantizers(excerpts(data, 32, 256)))
-    mine = [*evaluate_formats(state/'trained.json', own, as_bytes(speeches())[:tokens or 40_000], made, window=256)]
-    for f in ('smollm2.json', 'trained.json'): os.remove(state/f)
+    mine = [*evaluate_formats(own, as_bytes(speeches())[:tokens or 40_000], made, of('trained'), window=256)]
     return dict(smollm2=verdicts, trained=mine, losses=[round(l, 4) for l in losses])
 
 # %% ../../nbs/lab/775_bench.quant.ipynb #98542919
@@ -233,13 +232,6 @@ def _round_layers(model, exact, kind, quantise, importance=None):
 # %% ../../nbs/lab/775_bench.quant.ipynb #b10c4a7e
 _QUANTISERS = dict(deepseek_nb=quantize_blocks, llama=ggml_quantize)
 
-def _known_rows(out, facts):
-    "Rows of a record of the same text and the same commit"
-    if not out or not Path(out).is_file(): return {}
-    record = json.loads(Path(out).read_text())
-    same = all(record['result'].get(k) == v for k,v in facts.items())
-    return record['result']['rows'] if same and record.get('provenance', {}).get('commit') == git_state()['commit'] else {}
-
 # %% ../../nbs/lab/775_bench.quant.ipynb #bb264fed
 @torch.no_grad()
 def block_quality(
@@ -247,7 +239,7 @@ def block_quality(
     calibration:int = 8192, # Tokens of the calibration text
     kinds:str = 'Q8_0 Q4_K', # GGML types
     window:int = 512, # Tokens per window, of the perplexity and the calibration
-    out:str = '', # Path of the record, which is stored after each row, and continued
+    keep:Callable = lambda name, make: make(), # Computes a row, or returns it from an interrupted run
 )->dict: # Perplexity in float32, and for each kind and quantiser perplexity, ratio to float32, its standard error, and error of the weights
     "Compare the perplexity of two quantisers on SmolLM2"
     name = 'smollm2-135m'
@@ -256,14 +248,13 @@ def block_quality(
     matrices = measure_importance(model, learn)
     exact,base = {k: model.state_dict()[k].clone() for k in matrices},perplexity(model, ids, window)
     facts = dict(float32=base.value, tokens=base.tokens, calibration=learn.numel(), window=window)
-    rows = _known_rows(out, facts)
-    for kind,(who,f),(how,a) in product(kinds.split(), _QUANTISERS.items(), dict(plain=None, importance=matrices).items()):
-        name = f'{kind} {who} {how}'
-        if name in rows or name == 'Q8_0 llama importance': continue
+    def row(kind, f, a):
         error,found = _round_layers(model, exact, kind, f, a),perplexity(model, ids, window)
-        rows[name] = dict(zip(('perplexity', 'ratio', 'spread', 'error'), (found.value, *found.against(base), error), strict=True))
-        if out: save_result(out, make_record('blocks', facts | dict(rows=rows), *BENCHMARKS['blocks'].packages))
-    return facts | dict(rows=rows)
+        return dict(perplexity=found.value, **dict(zip(('ratio', 'spread'), found.against(base), strict=True)), error=error)
+    cases = product(kinds.split(), _QUANTISERS.items(), dict(plain=None, importance=matrices).items())
+    rows = {f'{kind} {who} {how}': (kind, f, a) for kind,(who,f),(how,a) in cases}
+    rows.pop('Q8_0 llama importance', None)
+    return facts | dict(rows={name: keep(name, lambda case=case: row(*case)) for name,case in rows.items()})
 
 # %% ../../nbs/lab/775_bench.quant.ipynb #1b9c6d38
 @torch.no_grad()

@@ -10,8 +10,8 @@ missing are listed with the reason.
 
 # %% auto #0
 __all__ = ['GREEDY_PROMPTS', 'HERE', 'llama_cpp', 'LlamaFile', 'requantise', 'llama_files', 'near', 'ours_at', 'peer_at',
-           'decode_race', 'our_prompt', 'prompt_race', 'decoded', 'llama', 'Peer', 'OurPeer', 'LlamaRows',
-           'OpenvinoPeer', 'genai_folder', 'OnnxPeer', 'TransformersPeer', 'Apart', 'weight_bytes', 'peers']
+           'decode_race', 'our_prompt', 'prompt_race', 'decoded', 'llama', 'OurPeer', 'LlamaRows', 'OpenvinoPeer',
+           'genai_folder', 'OnnxPeer', 'TransformersPeer', 'Apart', 'weight_bytes', 'peers']
 
 # %% ../../nbs/lab/772_bench.runtimes.ipynb #2c3cd9a6
 import json
@@ -240,22 +240,18 @@ def llama(
     return dict(cases=cases, greedy=_partings(load(), [tok.encode(p) for p in GREEDY_PROMPTS]))
 
 # %% ../../nbs/lab/772_bench.runtimes.ipynb #cc20577d
-class Peer:
-    "A contender: a model in one of the libraries"
+class OurPeer:
+    "A model of this package"
+    def __init__(self,
+        path:str|Path|Model, # Checkpoint, or a model in memory
+    ): self.model = path if isinstance(path, Model) else Model.from_pretrained(path, device='cpu')
+
     def __call__(self,
         prompt:torch.Tensor, # Token ids `b s`
         n:int, # Number of new tokens
         first:Callable = int, # Function that is called when the first one is there
     )->torch.Tensor: # New tokens `b n`
         "Generate greedy tokens"
-        return self._generate(prompt, n, first)
-
-class OurPeer(Peer):
-    "A model of this package"
-    def __init__(self,
-        path:str|Path|Model, # Checkpoint, or a model in memory
-    ): self.model = path if isinstance(path, Model) else Model.from_pretrained(path, device='cpu')
-    def _generate(self, prompt, n, first):
         out = []
         for token in self.model.stream(prompt, n, eos_token_id=[]):
             out.append(token)
@@ -263,7 +259,7 @@ class OurPeer(Peer):
         return torch.stack(out, 1)
 
 # %% ../../nbs/lab/772_bench.runtimes.ipynb #c0275c67
-class LlamaRows(Peer):
+class LlamaRows:
     "A GGUF file in llama.cpp, for one or more rows"
     def __init__(self,
         path:str|Path, # GGUF file
@@ -281,7 +277,7 @@ class LlamaRows(Peer):
         self.batch = c.llama_batch_init(4096, 0, 1)
     def __del__(self):
         self.c.llama_batch_free(self.batch), self.c.llama_free(self.ctx), self.c.llama_model_free(self.model)
-    def _generate(self, prompt, n, first):
+    def __call__(self, prompt, n, first=int):
         self.c.llama_memory_clear(self.c.llama_get_memory(self.ctx), False)
         out = [_next_rows(self, prompt, 0)]
         first()
@@ -300,7 +296,7 @@ def _next_rows(self, tokens, past):
     return torch.tensor([[int(np.ctypeslib.as_array(p, (self.w,)).argmax())] for p in at])
 
 # %% ../../nbs/lab/772_bench.runtimes.ipynb #e0f2c4d6
-class OpenvinoPeer(Peer):
+class OpenvinoPeer:
     "A GGUF file in OpenVINO GenAI"
     def __init__(self,
         path:str|Path, # GGUF file
@@ -309,7 +305,7 @@ class OpenvinoPeer(Peer):
         plan = self.g.SchedulerConfig()
         plan.enable_prefix_caching,plan.max_num_batched_tokens = False,4096
         self.pipe = self.g.LLMPipeline(str(path), 'CPU', scheduler_config=plan, INFERENCE_NUM_THREADS=torch.get_num_threads())
-    def _generate(self, prompt, n, first):
+    def __call__(self, prompt, n, first=int):
         how = self.g.GenerationConfig()
         how.max_new_tokens,how.ignore_eos,how.do_sample = n,True,False
         ids,ones = (self.ov.Tensor(x.numpy()) for x in (prompt, torch.ones_like(prompt)))
@@ -333,14 +329,14 @@ def genai_folder(
     return file.parent
 
 # %% ../../nbs/lab/772_bench.runtimes.ipynb #f9497f1a
-class OnnxPeer(Peer):
+class OnnxPeer:
     "A folder of `export_genai` in ONNX Runtime GenAI"
     def __init__(self,
         folder:str|Path, # From `genai_folder`
     ):
         self.g = optional('onnxruntime_genai', 'onnxruntime-genai')
         self.model = self.g.Model(str(folder))
-    def _generate(self, prompt, n, first):
+    def __call__(self, prompt, n, first=int):
         b,s = prompt.shape
         p = self.g.GeneratorParams(self.model)
         p.set_search_options(batch_size=b, max_length=s + n, min_length=s + n, do_sample=False)
@@ -360,7 +356,7 @@ class _FirstToken:
         if self.seen == 2: self.first()
     def end(self): pass
 
-class TransformersPeer(Peer):
+class TransformersPeer:
     "A GGUF file in transformers, with a static cache and compiled unless `eager`"
     def __init__(self,
         path:str|Path, # GGUF file
@@ -372,7 +368,7 @@ class TransformersPeer(Peer):
         self.model = hf.AutoModelForCausalLM.from_pretrained(path.parent, **how).eval()
         self.kind = None if eager else 'static'
         if not eager: self.model.forward = torch.compile(self.model.forward)
-    def _generate(self, prompt, n, first):
+    def __call__(self, prompt, n, first=int):
         with torch.inference_mode():
             out = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False,
                                       cache_implementation=self.kind, pad_token_id=0, streamer=_FirstToken(first))

@@ -9,8 +9,8 @@ measured, so an interrupted benchmark continues where it stopped. `ARMS` lists w
 __all__ = ['USER', 'RATES', 'ARMS', 'USAGE', 'COMMANDS', 'Endpoint', 'read_chunks', 'read_events', 'post_events', 'Trace', 'ask',
            'closed_loop', 'arrivals', 'open_loop', 'Limits', 'percentiles', 'load_summary', 'one_token_words',
            'random_prompts', 'Arm', 'prepare_models', 'Command', 'program', 'NotStarted', 'free_port', 'running',
-           'host_busy', 'Sizes', 'first_tokens_again', 'measure_load', 'Run', 'runs_of', 'ServeReport', 'report_of',
-           'measure_all', 'serve_load']
+           'host_busy', 'Sizes', 'first_tokens_again', 'measure_load', 'Run', 'runs_of', 'ServeReport', 'measure_all',
+           'serve_load']
 
 # %% ../../nbs/lab/792_bench.serve.ipynb #345509c0
 import asyncio
@@ -580,13 +580,6 @@ class ServeReport:
         place = dict(loc='lower left', bbox_to_anchor=(0, 1.02), fontsize=8, ncol=3, frameon=False, labelcolor=GREY)
         if axes[0, 0].lines: axes[0, 0].legend(**place) # behind `style`, so that it takes no room of the panels
 
-# %% ../../nbs/lab/792_bench.serve.ipynb #3c7d6d5e
-def report_of(
-    found:dict, # Result of a stored record
-)->ServeReport:
-    "A report from its stored values"
-    return ServeReport(**found)
-
 # %% ../../nbs/lab/792_bench.serve.ipynb #80c614da
 def _in_a_loop(work):
     "Run a coroutine in a thread, because a notebook has a running event loop"
@@ -639,7 +632,7 @@ def _resume(out, sizes, threads):
     report = ServeReport(json.loads(json.dumps(vars(sizes))), threads)
     if not out or not Path(out).exists(): return report
     record = json.loads(Path(out).read_text())
-    found,commit = report_of(record['result']),record.get('provenance', {}).get('commit')
+    found,commit = ServeReport(**record['result']),record.get('provenance', {}).get('commit')
     if (found.sizes, found.threads) != (report.sizes, report.threads):
         raise ValueError(f'{out} was measured with other sizes or threads; remove it to measure again')
     if commit != git_state()['commit']: raise ValueError(f'{out} measured another commit ({commit}); remove it to measure again')

@@ -7,7 +7,7 @@ multi-token-prediction block beside what step times and acceptance predict, and 
 
 # %% auto #0
 __all__ = ['STEP_TOKENS', 'CHAT', 'step_times', 'passages', 'tasks', 'DraftRace', 'Prediction', 'predicted', 'SpeculationReport',
-           'speculation_report', 'speculate']
+           'speculate']
 
 # %% ../../nbs/lab/794_bench.speculate.ipynb #933e0126
 import statistics
@@ -238,16 +238,6 @@ class SpeculationReport:
             ax.set(title=name, xlabel='acceptance of a token', ylim=(0, 6))
         axes[1].set(ylabel='speedup'); axes[1].legend()
         style(fig)
-
-# %% ../../nbs/lab/794_bench.speculate.ipynb #fcc73cb6
-def speculation_report(
-    result:dict, # As stored in a record
-)->SpeculationReport:
-    "Read a stored report"
-    def race(d): return DraftRace(**d)
-    predictions = {k: [Prediction(**p | dict(race=race(p['race']))) for p in v] for k,v in result['predictions'].items()}
-    return SpeculationReport(result['cost'], {k: [*map(race, v)] for k,v in result['lookup'].items()}, predictions,
-                             {int(k): race(v) for k,v in result['rows'].items()})
 
 # %% ../../nbs/lab/794_bench.speculate.ipynb #49f4003f
 def _sources():

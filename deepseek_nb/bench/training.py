@@ -8,7 +8,7 @@ memory of each in a separate process. `qlora-memory` compares the peak memory of
 
 # %% auto #0
 __all__ = ['ADAPTED', 'TEST_YEARS', 'QUESTION', 'LATENTS', 'MIXTURE', 'OUR_CONTENDERS', 'TRL_CONTENDERS', 'SMALL_POLICY',
-           'peer_step', 'make_step', 'take_steps', 'race', 'lora', 'qlora_memory', 'addresses', 'model_costs', 'kept',
+           'peer_step', 'make_step', 'take_steps', 'race', 'lora', 'qlora_memory', 'addresses', 'model_costs',
            'untrained', 'trained', 'conversion', 'sum_prompts', 'grpo_plan', 'Turns', 'OwnSteps', 'endless',
            'take_turns', 'Contender', 'steps_in_turn', 'fastest_peer', 'grpo_result', 'grpo_case', 'small_policy',
            'grpo_steps', 'grpo_table']
@@ -35,16 +35,15 @@ from torch import Tensor
 
 from .. import Model, QuantizedModel
 from ..arch.show import markdown_table
-from . import Comparison, compare, peaks_of, save_result, seconds
+from . import Comparison, compare, peaks_of, resident_bytes, seconds
 from .models import Place
 from .runtimes import optional
 from ..core.config import Config
 from ..files.hub import cache_dir, fetch
-from ..files.safetensors import read_json
 from ..files.tokenizer import Tokenizer
 from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback, Guard
-from ..train.convert import conversion_key, convert, joined_halves, to_mla
+from ..train.convert import convert, joined_halves, to_mla
 from ..train.corpora import sotu
 from ..train.grpo import GRPOConfig, GRPOTrainer, prompt_ids
 from ..train.lora import LoraConfig
@@ -233,19 +232,6 @@ def _same_in_transformers(model, tok, folder, text):
     with torch.no_grad(): gap = (model(text) - other(text).logits).abs().max().item()
     return dict(answer=tok.decode(ours), same=ours == theirs, gap=gap)
 
-# %% ../../nbs/lab/780_bench.training.ipynb #5d5435e1
-def kept(
-    path:Path, # JSON file
-    of:str, # Key of the results, such as a fingerprint
-    name:str, # Name of the result
-    make:Callable, # Function without arguments that computes the result
-): # The result
-    "Compute a result, or read the stored result of an interrupted run"
-    known = read_json(path) if path.is_file() else {}
-    if known.get('of') != of: known = dict(of=of)
-    if name not in known: save_result(path, known := known | {name: make()})
-    return known[name]
-
 # %% ../../nbs/lab/780_bench.training.ipynb #7b03a5d2
 LATENTS = ((384, 128, True), (192, 64, True), (128, 64, True), (128, 64, False), (64, 32, True))  # c, r, constant
 MIXTURE = dict(experts=12, active=8, shared=4)
@@ -279,16 +265,17 @@ def conversion(
     steps:int = 40, # Training steps per block; 0: no training
     windows:int = 4, # Pieces of the test text
     s:int = 1024, # Tokens per piece of the test text
-    state:str|Path|None = None, # Folder for results of an interrupted run; None: a folder in the cache
+    state:str|Path|None = None, # Folder for the state of interrupted training; None: a folder in the cache
     model:Model|None = None, # Model to convert; None: SmolLM2
     latents:tuple = LATENTS, # Widths of the latent, as in `untrained`
+    keep:Callable = lambda name, make: make(), # Computes a result, or returns it from an interrupted run
 )->dict: # Costs and perplexity of every model, errors of the blocks, and answers
     "SmolLM2 with latent attention, as a mixture of experts, and with both, against transformers"
     tok,model = Tokenizer.from_pretrained('smollm2-135m'),model or Model.from_pretrained('smollm2-135m', 'float32', 'cpu')
     model.requires_grad_(False)
     calibration,text = addresses(tok, range(1950, 2011), rows, 512),addresses(tok, TEST_YEARS, windows, s)
-    state,of = Path(state or cache_dir()/'conversion'),conversion_key(model, torch.cat([calibration.flatten(), text.flatten()]))
-    keep = partial(kept, state/'found.json', of)
+    state = Path(state or cache_dir()/'conversion')
+    state.mkdir(parents=True, exist_ok=True)
     table = [keep(n, lambda n=n, make=make: model_costs(n, make(), text)) for n,make in untrained(model, calibration, latents).items()]
     made,errors = trained(model, calibration, steps, state)
     table += [keep(n, lambda n=n, m=m: model_costs(n, m, text)) for n,m in made.items() if n not in [t['name'] for t in table]]
@@ -328,21 +315,11 @@ def grpo_plan(
                     disable_tqdm=True, seed=0)
     return dict(folder=str(folder), tokenizer=str(tokenizer), prompts=prompts, rows=rows, threads=threads, settings=settings)
 
-# %% ../../nbs/lab/780_bench.training.ipynb #57cc3d01
-def _resident_bytes():
-    "Resident memory of this process"
-    try:
-        status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-        return tuple(int(status[k].split()[0])*1024 for k in ('VmRSS', 'VmHWM'))
-    except (OSError, KeyError):
-        from resource import RUSAGE_SELF, getrusage
-        return (getrusage(RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024),)*2
-
 # %% ../../nbs/lab/780_bench.training.ipynb #8375e177
 class Turns:
     "The side of a contender: reports a step, and waits until it is asked for the next one"
     def __init__(self):
-        self.libraries,self.start = _resident_bytes()[0],None # made after the imports
+        self.libraries,self.start = resident_bytes()[0],None # made after the imports
         self.out = os.fdopen(os.dup(1), 'w')
         os.dup2(2, 1) # what libraries print is no report
 
@@ -352,7 +329,7 @@ class Turns:
         "Report, and wait"
         spent = [] if self.start is None else [b - a for a,b in zip(self.start, self.clocks(), strict=True)]
         times = dict(zip(('seconds', 'cpu'), spent, strict=False))
-        self.out.write(json.dumps(times | dict(libraries=self.libraries, peak=_resident_bytes()[1]) | measured) + '\n')
+        self.out.write(json.dumps(times | dict(libraries=self.libraries, peak=resident_bytes()[1]) | measured) + '\n')
         self.out.flush()
         if not sys.stdin.readline(): raise SystemExit # the parent is gone, or has enough
         self.start = self.clocks()

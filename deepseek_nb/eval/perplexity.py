@@ -12,13 +12,11 @@ __all__ = ['GRIDS', 'MESSAGES', 'SMALL_MOE', 'token_losses', 'Window', 'windows'
            'train_bytes', 'excerpts']
 
 # %% ../../nbs/library/700_eval.perplexity.ipynb #430be17a
-import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
@@ -28,7 +26,6 @@ from torch import Tensor
 
 from ..arch.model import Model, check_tokens, head
 from ..core.config import Config, Rope
-from ..files.safetensors import written
 from ..quant.int4 import Int4
 from ..quant.int8 import Int8
 from ..quant.model import calibrate_model, quantize_model
@@ -154,33 +151,19 @@ def evaluate_format(
     found = perplexity(model, ids, **how)
     return FormatResult(name, model.quantization_report().nbytes, found.value, *found.against(exact))
 
-# %% ../../nbs/library/700_eval.perplexity.ipynb #b90363c4
-def _known_results(path, exact):
-    "Load results of an earlier run on the same text and float model"
-    known,of = json.loads(path.read_text()) if path.is_file() else {},[len(exact.losses), exact.value]
-    return known if known.get('of') == of else dict(of=of, verdicts=[])
-
-def _store_results(path, known):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written(path) as tmp: tmp.write_text(json.dumps(known), encoding='utf-8')
-
 # %% ../../nbs/library/700_eval.perplexity.ipynb #c3963400
 def evaluate_formats(
-    path:Path, # File with the results so far
     model:Model, # Float model
     ids:list|Tensor, # Token ids of the test text
     made:dict, # Name -> function that quantises a float model
+    keep:Callable = lambda name, make: make(), # Computes a part, or returns it from an interrupted run, as `bench.Parts`
     **how, # Arguments of `perplexity`
 )->Iterator[FormatResult]: # Results, with the float model first
-    "Evaluate one format after the other, and store the results"
+    "Evaluate one format after the other"
     exact = perplexity(model, ids, **how)
-    known = _known_results(path, exact)
     yield FormatResult('float32', model.quantization_report().nbytes, exact.value, *exact.against(exact))
-    for name,make in made.items():
-        if not any(v['name'] == name for v in known['verdicts']):
-            known['verdicts'].append(asdict(evaluate_format(name, make(model), ids, exact, **how)))
-            _store_results(path, known)
-        yield FormatResult(**next(v for v in known['verdicts'] if v['name'] == name))
+    for n,make in made.items():
+        yield FormatResult(**keep(n, lambda n=n, make=make: asdict(evaluate_format(n, make(model), ids, exact, **how))))
 
 # %% ../../nbs/library/700_eval.perplexity.ipynb #2014997c
 def _decode_rate(model, ids, cached, steps, clock):

@@ -9,7 +9,7 @@ prints it."""
 # %% auto #0
 __all__ = ['T95', 'LOST', 'ARTICLE', 'STUDY_CLAIMS', 'OURS', 'Measured', 'over_seeds', 'ClaimPart', 'verdict_of', 'where',
            'checked_record', 'Stored', 'seeds', 'beside', 'rounds', 'Claim', 'ClaimRow', 'claim_row', 'claims',
-           'plot_claims', 'sources']
+           'sources']
 
 # %% ../../nbs/site/980_tools.claims.ipynb #658c77eb
 import json
@@ -19,15 +19,13 @@ from functools import reduce
 from operator import sub, truediv
 from pathlib import Path
 from statistics import fmean, quantiles, stdev
-from textwrap import shorten
 from typing import NamedTuple
 
 import numpy as np
 
 from ..bench import RESULTS, Comparison, before, doubts, fastest_of, load_result
-from ..core.plot import COLOURS, GREY, style
 from ..eval.intervals import Interval, bootstrap, wilson
-from ..studies.report import runs
+from ..studies import runs
 
 # %% ../../nbs/site/980_tools.claims.ipynb #9b9ef22d
 class Measured(Interval):
@@ -348,7 +346,7 @@ ARTICLE += (
           (ClaimPart(lambda at: _shorter(at, 'neighbour'), .18),), dict(savings=lambda at: _shorter(at, 'savings'))),
     Claim('An API for Python, Java and C++', 'serve.clients', 'Clients in five languages got the same answer from one server, and '
           'its errors, in one stored run', 'Python, JavaScript, Java, C++ and the shell'),
-    Claim('Labelling, training, deployment and monitoring, with automatic evaluation of bias and robustness', 'bench.drift',
+    Claim('Labelling, training, deployment and monitoring, with automatic evaluation of bias and robustness', 'eval.drift',
           'All of it runs. The monitor raised an alarm in {alarms:.1%} of calm weeks. The checks of bias and robustness have yet '
           'to find a fault: typing errors changed no score beyond chance', 'Simulated traffic; SmolLM2-135M', also=dict(alarms=_alarms),
           covers=ClaimPart(lambda at: over_seeds([min(f['adjusted'] for f in at.bench('perturb', 'falls'))]), .05, True)))
@@ -414,25 +412,6 @@ def claims(
     "Judge claims by the stored records"
     at = Stored(folder)
     return [claim_row(c, at) for c in which]
-
-def plot_claims(
-    rows:list, # Judged claims
-)->None: # Draws the plot
-    "Draw what was measured relative to the goals"
-    import matplotlib.pyplot as plt
-    rows = [r for r in rows if r.worst][::-1]
-    fig,ax = plt.subplots(figsize=(5, .26*len(rows) + .8))
-    value,low,high = np.clip(np.array([r.worst for r in rows]), .2, 30).T
-    paint = dict(shown='green', refuted='red') # Orange: nothing is decided
-    colours,at = [COLOURS[paint.get(r.verdict.removeprefix('partly '), 'orange')] for r in rows],range(len(rows))
-    ax.hlines(at, low, high, colours, lw=2)
-    ax.scatter(value, at, 25, colours)
-    ax.axvline(1, color=GREY, ls=':')
-    ax.set(xscale='log', xlim=(.2, 30), ylim=(-.7, len(rows) - .3), xlabel='measured, relative to the goal')
-    ax.set_xticks([.2, .5, 1, 2, 5, 10, 30], ['0.2', '0.5', 'goal', '2', '5', '10', '30'])
-    ax.set_yticks(at, [shorten(r.claim.claim.replace('`', ''), 44, placeholder=' …') for r in rows], fontsize=7)
-    style(fig)
-    plt.show()
 
 # %% ../../nbs/site/980_tools.claims.ipynb #8a1e7e26
 def sources(

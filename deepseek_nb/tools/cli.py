@@ -299,7 +299,7 @@ def run_evidence(
     if not name: return print(*studies.study_names(), sep='\n')
     names = tuple(only.split(',')) if only else ()
     if name == 'canaries':
-        from deepseek_nb.studies.report import check_canaries
+        from deepseek_nb.studies import check_canaries
         check_canaries(names, out or 'nbs/results', store)
     else: studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke)
 
