@@ -35,7 +35,6 @@ from ..arch.v4 import check_plain
 from ..core.config import Config, Rope
 from ..core.config_json import FAMILIES, MOE_NAMES
 from ..files.safetensors import read_header, read_json, read_tensors, write_tensors, written
-from ..files.tokenizer import Tokenizer
 from .schedule import get_cosine_schedule_with_warmup
 from .upcycle import WHOLE, Neurons, block_streams, by_rows, carried, moe_config, to_moe, to_neurons
 
