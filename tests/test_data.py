@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from deepseek_nb.files.tokenizer import Tokenizer
 from deepseek_nb.train import corpora as P
 from deepseek_nb.train import data as D
-from deepseek_nb.train import sft as S
+from deepseek_nb.train.corpora import chat_example
 from deepseek_nb.train.data import IGNORE, Batches, collate, example, pack, to_dataset
-from deepseek_nb.train.sft import chat_example
 
 datasets.disable_progress_bars()
 docs = st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=12)
@@ -259,32 +258,32 @@ def test_conversations_without_an_answer(tok, messages, error):
 def test_long_conversations(tok):
     talks = to_dataset([dict(messages=TALK), dict(messages=TALK[:3])])
     n = [len(chat_example(tok, m)['tokens']) for m in (TALK, TALK[:3])]
-    with pytest.raises(ValueError, match=f'an example has {n[0]} tokens, more than the context of {n[1]}'): S.chat_data(talks, tok, n[1])
-    assert [len(e['tokens']) for e in S.chat_data(talks, tok, n[1], 'skip')] == [n[1]]
-    assert [len(e['tokens']) for e in S.chat_data(talks, tok, n[1], 'cut')] == [n[1]]*2
+    with pytest.raises(ValueError, match=f'an example has {n[0]} tokens, more than the context of {n[1]}'): P.chat_data(talks, tok, n[1])
+    assert [len(e['tokens']) for e in P.chat_data(talks, tok, n[1], 'skip')] == [n[1]]
+    assert [len(e['tokens']) for e in P.chat_data(talks, tok, n[1], 'cut')] == [n[1]]*2
 
 
 # Classes
 
 @pytest.mark.parametrize('labels', [['good', 'bat'], [0, 2], [-1], [True], [1.5], [None]])
 def test_labels_outside_the_classes(labels):
-    with pytest.raises(ValueError, match='is not one of the 2 classes: bad, good') as e: S.class_numbers(labels, ['bad', 'good'])
+    with pytest.raises(ValueError, match='is not one of the 2 classes: bad, good') as e: P.class_numbers(labels, ['bad', 'good'])
     assert '\n' not in str(e.value)
 
 
 def test_declared_classes(tok):
     features = datasets.Features(text=datasets.Value('string'), label=datasets.ClassLabel(names=['no', 'yes']))
     data = datasets.Dataset.from_list([dict(text='a', label=1), dict(text='b', label=0)], features=features)
-    made = S.classification_data(data, tok)
+    made = P.classification_data(data, tok)
     assert [tok.decode([l for l in r['labels'] if l != IGNORE]) for r in made] == [' yes<|im_end|>', ' no<|im_end|>']
-    with pytest.raises(ValueError, match='the classes are not distinct'): S.classification_data(data, tok, ['a', 'a'])
-    with pytest.raises(ValueError, match='label 1 .row 0. is not one of the 1 classes'): S.classification_data(data, tok, ['only'])
+    with pytest.raises(ValueError, match='the classes are not distinct'): P.classification_data(data, tok, ['a', 'a'])
+    with pytest.raises(ValueError, match='label 1 .row 0. is not one of the 1 classes'): P.classification_data(data, tok, ['only'])
 
 
 @pytest.mark.parametrize('length', [12, 20, 200])
 def test_long_texts_keep_their_template(tok, length):
-    e = S.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:', length)
-    assert len(e['tokens']) == min(length, len(S.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:')['tokens']))
+    e = P.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:', length)
+    assert len(e['tokens']) == min(length, len(P.class_example(tok, 'word '*50, 'good', 'Text: {text}\nClass:')['tokens']))
     assert tok.decode(e['tokens']).startswith('Text: word') and tok.decode(e['tokens']).endswith('\nClass: good<|im_end|>')
 
 

@@ -12,13 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepseek_nb.core.dispatch import use
-from deepseek_nb.files.checkpoint import dequant_fp8, quant_fp8
+from deepseek_nb.files.checkpoint import E2M1, dequant_fp8, quant_fp8, round_up_scale
 from deepseek_nb.quant import QuantizedWeight, make_format, quantize, relative_error, replace_parameter
-from deepseek_nb.quant.fp4 import E2M1, FP4, power_above, to_e2m1
 from deepseek_nb.quant.fp8 import FP8, round_activations_fp8, rounded_fp8, small_codes, small_values
+from deepseek_nb.quant.groups import FP4, Int8Fine, fine_activations, rounded_fine, to_e2m1
 from deepseek_nb.quant.int4 import Int4, pack_nibbles, unpack_nibbles
 from deepseek_nb.quant.int8 import Int8, round_activations, rounded
-from deepseek_nb.quant.int8_fine import Int8Fine, fine_activations, rounded_fine
 from deepseek_nb.quant.nf4 import DYNAMIC, LEVELS, NF4, nearest, nest, pack_pairs, unnest, unpack_pairs
 
 E4M3 = torch.float8_e4m3fn
@@ -567,8 +566,8 @@ def test_fp4_decodes_as_deepseek_does():
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 2.**125, width=32))
-def test_power_above(x):
-    got = power_above(torch.tensor([x])).item()
+def test_round_up_scale(x):
+    got = round_up_scale(torch.tensor([x]).clamp(min=2.**-126)).item()
     assert got >= x and got >= 2**-126 and (got == 2**-126 or got/2 < x) and got == deepseek_power(max(x, 2**-126))
 
 
@@ -576,7 +575,6 @@ def test_power_above(x):
 
 def test_scales_are_rounded_up_to_the_bit():
     "A logarithm in float32 rounds, and just above a power of two its ceiling is one too low."
-    from deepseek_nb.files.checkpoint import quant_fp8, round_up_scale
     from deepseek_nb.quant.fp8 import quant_tiles
     exact = torch.ldexp(torch.ones(200), torch.arange(-100, 100))
     above,below = (exact.nextafter(torch.tensor(x)) for x in (torch.inf, 0.))

@@ -20,9 +20,9 @@ from deepseek_nb.kernels.gemm import gemm_kernels, linear_cpp
 from deepseek_nb.kernels.panels import pack_panels
 from deepseek_nb.quant import quantize
 from deepseek_nb.quant.ggml import from_blocks
+from deepseek_nb.quant.groups import Int8Fine, rounded_fine
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8, rounded
-from deepseek_nb.quant.int8_fine import Int8Fine, rounded_fine
 
 needs_compiler = pytest.mark.skipif(not (panel_kernels.ready() and gemm_kernels.ready()), reason='no C++ compiler')
 FORMATS = ['int8', Int8(group=32), Int8Fine(), Int4(), Int4(64, symmetric=True)]

@@ -13,9 +13,9 @@ from deepseek_nb.kernels import plan as plans
 from deepseek_nb.kernels.codes import has_roles
 from deepseek_nb.kernels.plan import Refusal, cache_kind, plan_of, step_kernels, step_of
 from deepseek_nb.quant import QuantizedWeight, quantize, relative_error, replace_parameter
+from deepseek_nb.quant.groups import Int8Fine
 from deepseek_nb.quant.int4 import Int4
 from deepseek_nb.quant.int8 import Int8
-from deepseek_nb.quant.int8_fine import Int8Fine
 
 pytestmark = pytest.mark.skipif(not step_kernels('QUANTISED').ready(), reason='no C++ compiler')
 

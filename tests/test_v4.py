@@ -26,7 +26,7 @@ from deepseek_nb.files.safetensors import read_header, read_tensors, write_tenso
 from deepseek_nb.infer.drafts import MTPDrafter
 from deepseek_nb.infer.inside import record_stream
 from deepseek_nb.infer.paged import PagePool
-from deepseek_nb.quant.fp4 import FP4
+from deepseek_nb.quant.groups import FP4
 from deepseek_nb.quant.model import quantize_model
 from deepseek_nb.serve.page import chosen_experts
 

@@ -400,21 +400,6 @@ class Reading(NamedTuple):
     alarm:bool # Whether it is above the threshold
     ready:bool # Whether the warm-up is over
 
-# %% ../../nbs/apps/856_apps.anomaly.ipynb #e1dd31bf
-def _at_most(k, n, p):
-    "Probability of at most k successes of n"
-    i = torch.arange(k + 1, dtype=torch.float64)
-    n = torch.tensor(float(n), dtype=torch.float64)
-    log = torch.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1) + i*math.log(p) + (n - i)*math.log1p(-p)
-    return log.exp().sum().item()
-
-# %% ../../nbs/apps/856_apps.anomaly.ipynb #e3d6ac0c
-def _bisect(above, low=1e-15, high=1 - 1e-15):
-    for _ in range(60):
-        mid = (low + high)/2
-        low,high = (mid, high) if above(mid) else (low, mid)
-    return low
-
 # %% ../../nbs/apps/856_apps.anomaly.ipynb #08e3d79d
 def rate_interval(
     k:int, # Successes
@@ -422,10 +407,8 @@ def rate_interval(
     confidence:float = .95, # Probability that the interval contains the true rate
 )->tuple: # Lower and upper end
     "Clopper-Pearson interval of a rate"
-    half = (1 - confidence)/2
-    low = 0. if k == 0 else _bisect(lambda p: 1 - _at_most(k - 1, n, p) < half)
-    high = 1. if k == n else _bisect(lambda p: _at_most(k, n, p) > half)
-    return low, high
+    from scipy.stats import binomtest
+    return tuple(binomtest(k, n).proportion_ci(confidence))
 
 # %% ../../nbs/apps/856_apps.anomaly.ipynb #91571bf1
 def choose_threshold(

@@ -17,7 +17,6 @@ import asyncio
 import csv
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from ..core import config as core
 from ..export.command import check_place, typed_options
-from ..files.safetensors import write_tensors
+from ..files.safetensors import write_tensors, written
 from ..serve.app import Server, ServerConfig, owner_of
 from ..serve.chat import ApiError, Fields
 from ..serve.connection import json_body
@@ -106,17 +105,12 @@ def write_rows(
     rows:Iterable, # Dicts
 )->int: # Number of rows
     "Write rows, and rename the file when it is whole"
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.part')
-    try:
-        with open(part, 'w', encoding='utf-8', newline='') as f:
-            table,n = None,0
-            for row in rows:
-                n += 1
-                if path.suffix != '.csv': f.write(json.dumps(row, ensure_ascii=False) + '\n')
-                else: table = _table_row(f, row, table)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    path,table,n = Path(path),None,0
+    with written(path) as part, open(part, 'w', encoding='utf-8', newline='') as f:
+        for row in rows:
+            n += 1
+            if path.suffix != '.csv': f.write(json.dumps(row, ensure_ascii=False) + '\n')
+            else: table = _table_row(f, row, table)
     return n
 
 # %% ../../nbs/apps/851_apps.command.ipynb #e2db6de5

@@ -10,9 +10,9 @@ aligns the vectors of a language with those of English by parallel texts, and `r
 # %% auto #0
 __all__ = ['LANGUAGES', 'TOPICS', 'EncoderConfig', 'EncoderBlock', 'CodedEmbedding', 'Encoder', 'mean_state', 'E5File', 'read_e5',
            'encoder_of', 'e5_tokenizer', 'TextEncoder', 'load_encoder', 'TokenBatch', 'token_batches', 'embed_texts',
-           'Language', 'Sentences', 'read_sib', 'near_repeats', 'read_udhr', 'align_texts', 'fertility',
-           'token_premium', 'NgramBayes', 'LinearHead', 'fit_head', 'AlignMap', 'fit_map', 'retrieval', 'chosen_pull',
-           'kept_vectors', 'Topic', 'TopicClassifier', 'labelled_texts', 'CrosslingualApp']
+           'Language', 'Sentences', 'read_sib', 'near_repeats', 'read_udhr', 'align_texts', 'token_premium',
+           'NgramBayes', 'LinearHead', 'fit_head', 'AlignMap', 'fit_map', 'retrieval', 'chosen_pull', 'kept_vectors',
+           'Topic', 'TopicClassifier', 'labelled_texts', 'CrosslingualApp']
 
 # %% ../../nbs/apps/888_apps.crosslingual.ipynb #4cbaf930
 import csv
@@ -404,14 +404,6 @@ def align_texts(
         if x and y: found.append((' '.join(a[i - x:i]), ' '.join(b[j - y:j])))
         i,j = i - x,j - y
     return found[::-1]
-
-# %% ../../nbs/apps/888_apps.crosslingual.ipynb #e3ec7cde
-def fertility(
-    encode:Callable, # Function from a text to token ids
-    texts:Sequence, # Texts of a language whose words have spaces between them
-)->float: # Tokens of a word
-    "Tokens in a word"
-    return sum(len(encode(t)) for t in texts)/sum(len(t.split()) for t in texts)
 
 # %% ../../nbs/apps/888_apps.crosslingual.ipynb #25fd4fd2
 def token_premium(

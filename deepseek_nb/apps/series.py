@@ -318,11 +318,9 @@ def ranking_auc(
     labels:Tensor, # True at an anomaly `t`
 )->float: # 0.5 for random scores, 1 for a perfect ranking
     "Area under the ROC curve"
+    from sklearn.metrics import roc_auc_score
     check_scores(scores, labels)
-    _,group,count = scores.double().unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1).double()/2)[group]
-    a,n = labels.sum().item(),(~labels).sum().item()
-    return ((rank[labels].sum() - a*(a + 1)/2)/(a*n)).item()
+    return float(roc_auc_score(labels, scores))
 
 # %% ../../nbs/apps/854_apps.series.ipynb #c4b59362
 def average_precision(
@@ -330,11 +328,9 @@ def average_precision(
     labels:Tensor, # True at an anomaly `t`
 )->float: # The share of anomalies for random scores, 1 for a perfect ranking
     "Mean precision at the score of each anomaly"
+    from sklearn.metrics import average_precision_score
     check_scores(scores, labels)
-    _,group = (-scores.double()).unique(return_inverse=True)
-    none = torch.zeros(int(group.max()) + 1).double()
-    alarms,hits = (none.index_add(0, group, w.double()) for w in (torch.ones_like(scores), labels))
-    return ((hits.cumsum(0)/alarms.cumsum(0))*hits).sum().item()/labels.sum().item()
+    return float(average_precision_score(labels, scores))
 
 # %% ../../nbs/apps/854_apps.series.ipynb #86bd069c
 def stretches(

@@ -345,14 +345,10 @@ def isotonic(
     y:np.ndarray, # Values `n`
     weight:np.ndarray, # Weights `n`
 )->tuple: # Sorted positions, and the fitted non-decreasing values
-    "Isotonic regression, by pooling adjacent violators"
-    order,pools = np.argsort(x, kind='stable'),[]
-    for i in order:
-        pools.append([y[i]*weight[i], weight[i], 1])
-        while len(pools) > 1 and pools[-2][0]/pools[-2][1] >= pools[-1][0]/pools[-1][1]:
-            last = pools.pop()
-            pools[-1] = [a + b for a,b in zip(pools[-1], last, strict=True)]
-    return x[order], np.concatenate([[total/w]*n for total,w,n in pools])
+    "Isotonic regression"
+    from sklearn.isotonic import isotonic_regression
+    order = np.argsort(x, kind='stable')
+    return x[order], isotonic_regression(y[order], sample_weight=weight[order])
 
 # %% ../../nbs/apps/878_apps.steer.ipynb #7cabb7f8
 @dataclass

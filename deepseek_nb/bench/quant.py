@@ -44,7 +44,7 @@ from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..quant import relative_error
 from ..quant.ggml import BLOCK_KINDS, measure_importance, quantize_blocks
-from ..quant.int8_fine import Int8Fine
+from ..quant.groups import Int8Fine
 from ..quant.model import has_kernel, quantize_model
 
 # %% ../../nbs/lab/775_bench.quant.ipynb #2d078d03

@@ -32,7 +32,7 @@ from ..arch.model import Model
 from .choice import Choices, TaskScore, choice_rows, item_id, log_likelihoods, multiple_choice, some_items
 from .intervals import bootstrap, wilson
 from ..files.tokenizer import Tokenizer
-from ..train.sft import class_numbers, class_prompt
+from ..train.corpora import class_numbers, class_prompt
 
 # %% ../../nbs/library/730_eval.classify.ipynb #77f2ea74
 def confusion(

@@ -9,8 +9,7 @@ for another small model. Nothing is loaded before a button is pressed, nothing c
 
 # %% auto #0
 __all__ = ['LOADER', 'WORKER', 'FIGURES', 'FIGURE_STYLE', 'FIGURE_NOTES', 'LIVE_TEXT', 'expansion', 'write_figures',
-           'live_figure', 'export_page', 'served', 'in_chromium', 'visited', 'figure_visit', 'measure_live',
-           'live_table']
+           'live_figure', 'export_page', 'served', 'in_chromium', 'visited', 'figure_visit', 'measure_live']
 
 # %% ../../nbs/library/816_export.figures.ipynb #ec99de87
 import json
@@ -27,7 +26,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from threading import Thread
 
 from ..core.config import Config
@@ -877,19 +875,3 @@ def measure_live(
             return dict(visits=visits, chromium=browser.version)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         return in_chromium(use) | dict(cores=cores)
-
-# %% ../../nbs/library/816_export.figures.ipynb #e34ff2c8
-def live_table(
-    record:dict, # Record of `live`
-)->str: # Markdown
-    "Times, rates and memory of a record"
-    columns = 'figure', 'click to answer, s', 'processor time, s', 'next text, s', 'MiB before, open, closed, again, left'
-    result = record['result']
-    lines,shown = [' | '.join(columns), ' | '.join('---' for _ in columns)],lambda times: f'{median(times):.2f} ({max(times):.2f})'
-    for kind,visits in result['visits'].items():
-        times = [v['opening'] for v in visits],[v['processor']['opening'] for v in visits],[v['answer'] for v in visits]
-        mib = [median(v['memory'][k] for v in visits)/2**20 for k in visits[0]['memory']]
-        lines.append(' | '.join([kind, *map(shown, times), ', '.join(f'{o:.0f}' for o in mib)]))
-    rates,faults = [v['rate'] for v in result['visits']['sampling']],sum(len(v['faults']) for o in result['visits'].values() for v in o)
-    last = f'{median(rates):.0f} tokens a second (lowest {min(rates):.0f}), {faults} errors and warnings, {result["cores"]} cores'
-    return '\n'.join([*(f'| {o} |' for o in lines), '', f'{last}, load {record["provenance"]["load"]}, Chromium {result["chromium"]}'])

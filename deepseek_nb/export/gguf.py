@@ -11,9 +11,7 @@ __all__ = ['model_fields', 'PlannedTensor', 'plan_tensors', 'typed_rows', 'text_
 # %% ../../nbs/library/800_export.gguf.ipynb #bca8e5be
 import json
 import math
-import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +23,9 @@ from torch import Tensor
 
 from ..arch.model import Model
 from ..core.config import Config
-from ..files.checkpoint import progress, umask
+from ..files.checkpoint import progress
 from ..files.gguf import PLAIN, gguf_views, llama3_factors, load_config, locate, tensor_bytes
-from ..files.safetensors import some
+from ..files.safetensors import some, written
 from ..files.tokenizer import PRE, Tokenizer, gguf_metadata, pre_tokenizer
 from ..quant.ggml import BLOCK_KINDS, Ggml, measure_importance, quantize_blocks
 from ..quant.int4 import Int4
@@ -278,19 +276,21 @@ def _write_key(f, base, source, key, tensors, arch):
     if left := [p for p,b in raw.items() if b is None]: _write_floats(f, base, source, key, left, arch)
 
 # %% ../../nbs/library/800_export.gguf.ipynb #97e6c3d4
-def _write_header(path, fields, tensors):
-    "Write everything before the weights; returns the position of the first tensor"
+def _begun(path, fields, tensors):
+    "A writer that has written everything before the weights, from name, shape, dtype, bytes and GGML type of each tensor"
     import gguf
     w = gguf.GGUFWriter(path, fields['general.architecture'])
     add = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}
     for k,v in fields.items():
         if k != 'general.architecture' and v != []: add[type(v)](k, v)
-    for p in tensors:
-        n = math.prod(p.shape[:-1])*_row_nbytes(p.kind, p.shape[-1])
-        w.add_tensor_info(p.name, p.shape, np.dtype(np.float32), n, gguf.GGMLQuantizationType[p.kind])
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_ti_data_to_file()
+    for *about,kind in tensors: w.add_tensor_info(*about, gguf.GGMLQuantizationType[kind])
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_ti_data_to_file()
+    return w
+
+def _write_header(path, fields, tensors):
+    "Write everything before the weights; returns the position of the first tensor"
+    sizes = [math.prod(p.shape[:-1])*_row_nbytes(p.kind, p.shape[-1]) for p in tensors]
+    w = _begun(path, fields, ((p.name, p.shape, np.dtype(np.float32), n, p.kind) for p,n in zip(tensors, sizes, strict=True)))
     end = w.fout[0].tell()
     w.close()
     return -(-end//32)*32
@@ -352,10 +352,7 @@ def export_gguf(
     if calibrate: importance = text_importance(model, Path(calibrate).read_text(encoding='utf-8'))
     source.config,source.importance = config,importance
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as tmp:
-        _write_file(file := Path(tmp)/out.name, fields, source, tensors)
-        file.chmod(0o666 & ~umask())
-        os.replace(file, out)
+    with written(out) as file: _write_file(file, fields, source, tensors)
     return out
 
 # %% ../../nbs/library/800_export.gguf.ipynb #4a437b7e
@@ -403,20 +400,9 @@ def _packed_tensors_of(source, config, decoded=None):
     yield 'rope_freqs.weight', 'F32', llama3_factors(config.rope, config.rotary_dim).float().view(torch.uint8)
 
 # %% ../../nbs/library/800_export.gguf.ipynb #00ab94ae
-def _add_fields(w, fields):
-    "Write metadata into a GGUF writer"
-    add = {bool: w.add_bool, int: w.add_uint32, float: w.add_float32, str: w.add_string, list: w.add_array}
-    for k,v in fields.items():
-        if k != 'general.architecture' and v != []: add[type(v)](k, v)
-
 def _write(file, fields, tensors):
     "Write a GGUF file, one tensor after another"
-    import gguf
-    w = gguf.GGUFWriter(file, fields['general.architecture'])
-    _add_fields(w, fields)
-    for name,kind,t in tensors():
-        w.add_tensor_info(name, [*t.shape], t.numpy().dtype, t.numel(), gguf.GGMLQuantizationType[kind])
-    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_ti_data_to_file()
+    w = _begun(file, fields, ((name, [*t.shape], t.numpy().dtype, t.numel(), kind) for name,kind,t in tensors()))
     for _,_,t in tensors(): w.write_tensor_data(t.contiguous().numpy())
     w.close()
 
@@ -438,9 +424,7 @@ def export_packed(
     fields = model_fields(config) | {'general.type': 'model', 'general.name': path.stem, 'general.quantization_version': 2}
     source = PackedSource(Model(config, device='meta'), path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', dir=out.parent) as tmp:
-        _write(file := Path(tmp)/out.name, fields | _tokenizer_fields(path, config), lambda: _packed_tensors_of(source, config, decoded))
-        file.chmod(0o666 & ~umask())
-        os.replace(file, out)
+    fields |= _tokenizer_fields(path, config)
+    with written(out) as file: _write(file, fields, lambda: _packed_tensors_of(source, config, decoded))
     _say_packed(source.kept, [*dict.fromkeys(decoded)])
     return out

@@ -11,7 +11,6 @@ __all__ = ['SUPPORTED', 'unsupported', 'profiles', 'export_tensorrt', 'TensorRTM
            'ranked_sort', 'PlainOps', 'traced_within', 'export_executorch', 'EdgeModel']
 
 # %% ../../nbs/library/805_export.tensorrt.ipynb #5832491f
-import os
 import tempfile
 import warnings
 from importlib import import_module
@@ -26,6 +25,7 @@ from ..arch.model import Model
 from ..core.config import Config
 from ..core.dispatch import use
 from .onnx import CachedStep, check_onnx, export_onnx, float_source, input_names, output_names, step_inputs
+from ..files.safetensors import written
 
 # %% ../../nbs/library/805_export.tensorrt.ipynb #fa759c7d
 _OPERATORS = """Add And Cast Concat Constant ConstantOfShape Cos CumSum DequantizeLinear Div Einsum Equal Exp Expand Flatten Gather
@@ -93,9 +93,7 @@ def _build_engine(folder, c, *, context=2048, batch=8):
         config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None: raise RuntimeError(f'{folder}: TensorRT built no engine; its log above says why')
-    tmp = folder/f'.model.plan.{os.getpid()}'
-    tmp.write_bytes(plan)
-    os.replace(tmp, folder/'model.plan')
+    with written(folder/'model.plan') as tmp: tmp.write_bytes(plan)
     return folder/'model.plan'
 
 # %% ../../nbs/library/805_export.tensorrt.ipynb #d95568db
@@ -265,11 +263,7 @@ def export_executorch(
     try: lowered = to_edge_transform_and_lower(program, partitioner=parts).to_executorch()
     except Exception as e: raise ValueError(f"ExecuTorch can't lower this model ({_reason(e)}); {_INSTEAD}") from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    tmp = out.with_name(f'.{out.name}.{os.getpid()}')
-    try:
-        with open(tmp, 'wb') as f: lowered.write_to_file(f)
-        os.replace(tmp, out)
-    finally: tmp.unlink(missing_ok=True)
+    with written(out) as tmp, open(tmp, 'wb') as f: lowered.write_to_file(f)
     return out
 
 # %% ../../nbs/library/805_export.tensorrt.ipynb #ee163c86

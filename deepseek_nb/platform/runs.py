@@ -54,14 +54,13 @@ from ..quant.model import QuantizedModel
 from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback
 from ..train.convert import convert
-from ..train.corpora import folded
+from ..train.corpora import classification_data, folded, sft_data
 from ..train.data import Batches, packed, to_dataset, tokenised
 from ..train.distill import distillation_loss
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
 from ..train.resume import checkpoints, write_whole
 from ..train.runs import Named, read_sizes, write_result
-from ..train.sft import classification_data, sft_data
 from ..train.trainer import Trainer, TrainingArguments
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #66303e47

@@ -63,7 +63,7 @@ class Format:
         return {'format': self.name, **asdict(self)}
 
 # %% ../../nbs/book/502_quant.ipynb #42cf4141
-_CHAPTERS = ('int8', 'int8-fine', 'int4', 'nf4', 'fp8', 'fp4')  # formats, each in a module of the same name with `_` for `-`
+_CHAPTERS = {'int8': 'int8', 'int8-fine': 'groups', 'int4': 'int4', 'nf4': 'nf4', 'fp8': 'fp8', 'fp4': 'groups'}  # format -> its module
 
 def format_names()->list[str]: # Such as 'int8'
     "Names of all formats"
@@ -76,7 +76,7 @@ def make_format(
     "Make a format from its name or its spec"
     if isinstance(spec, Format): return spec
     name,rest = (spec, {}) if isinstance(spec, str) else (spec.get('format'), {k:v for k,v in spec.items() if k != 'format'})
-    if name not in formats and name in _CHAPTERS: import_module(f'deepseek_nb.quant.{name.replace("-", "_")}')
+    if name not in formats and name in _CHAPTERS: import_module(f'deepseek_nb.quant.{_CHAPTERS[name]}')
     if name not in formats: raise ValueError(f"unknown format {name!r}; this package has {', '.join(format_names())}")
     unknown = rest.keys() - {f.name for f in fields(formats[name])}
     if unknown: raise ValueError(f'format {name!r} has no field {min(unknown)!r}; a newer version may have written it')

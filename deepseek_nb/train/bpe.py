@@ -12,10 +12,10 @@ __all__ = ['SPECIAL', 'TEMPLATE', 'join', 'learn_merges', 'splitter', 'train_bpe
 
 # %% ../../nbs/book/308_train.bpe.ipynb #bd9fcc07
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
+from ..files.safetensors import written
 from ..files.tokenizer import PRE, byte_alphabet
 
 # %% ../../nbs/book/308_train.bpe.ipynb #3b572aeb
@@ -128,6 +128,5 @@ def save_bpe(
     files = {'tokenizer.json': backend.to_str(pretty=True), 'tokenizer_config.json': json.dumps(config, indent=2, ensure_ascii=False)}
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     for name,text in files.items():
-        (part := folder/f'.{name}.part').write_text(text, encoding='utf-8')
-        os.replace(part, folder/name)
+        with written(folder/name) as tmp: tmp.write_text(text, encoding='utf-8')
     return folder

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..arch.model import Model
 from ..core.plot import COLOURS, style
+from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
 from .advantage import group_advantage, informative
 from .callbacks import Callback, Guard
@@ -251,9 +252,8 @@ class GroupBatches:
     )->None:
         "Write the answers of a phase, to be read"
         folder.mkdir(parents=True, exist_ok=True)
-        new = folder/f'.phase-{self.phase:06}.{os.getpid()}.tmp'
-        new.write_text(json.dumps(self.samples, ensure_ascii=False, indent=1))
-        os.replace(new, folder/f'phase-{self.phase:06}.json')
+        text = json.dumps(self.samples, ensure_ascii=False, indent=1)
+        with written(folder/f'phase-{self.phase:06}.json') as new: new.write_text(text)
 
     @torch.no_grad()
     def cut(self,

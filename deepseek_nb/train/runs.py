@@ -34,14 +34,13 @@ from ..quant.save import save_tokenizer
 from .balance import Balance, routers, with_balance
 from .convert import convert as convert_model
 from .convert import repair, to_mla
-from .corpora import CORPORA, corpus, split_by_key
+from .corpora import CORPORA, chat_data, classification_data, corpus, split_by_key
 from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
 from .lora import LoraConfig
 from .mini import check_known
 from .parallel import Parallel
 from .resume import checkpoints
-from .sft import chat_data, classification_data
 from .trainer import Trainer, TrainingArguments
 from .upcycle import moe_config, split, to_moe, upcycle
 from .world import setup, world
