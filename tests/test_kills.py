@@ -285,7 +285,7 @@ def nothing_half(store):
         assert c.scalar(select(func.count()).select_from(jobs).where(jobs.c.state.in_(('failed', 'cancelled')))) == 0
         assert c.scalar(select(func.count()).select_from(audits)) == c.scalar(select(func.max(audits.c.id))) <= head_of(store).id + 4
         orphans = select(func.count()).select_from(records).where(~records.c.dataset_id.in_(select(datasets.c.id)))
-        assert c.scalar(orphans) == 0 and c.scalar(select(settings.c.value).where(settings.c.name == 'schema')) == 3
+        assert c.scalar(orphans) == 0 and c.scalar(select(settings.c.value).where(settings.c.name == 'schema')) == 4
 
 
 def killed(store, drawn, people, reached):

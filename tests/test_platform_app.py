@@ -254,7 +254,7 @@ def test_no_secret_is_stored(site):
 
 
 def test_tokens_are_keys(site):
-    "The API takes tokens only, and none that was revoked; a session opens no API, and a token no page"
+    "The API takes tokens, and none that was revoked; a session opens it to its own pages alone, and a token opens no page"
     token = access.create_token(site.store, site.boss, 'x', 'viewer')
     ask = dict(model='assistant', messages=[dict(role='user', content='Hi')])
     def post(client, **heads): return client.post('/v1/chat/completions', json=ask, headers=heads)
@@ -262,6 +262,10 @@ def test_tokens_are_keys(site):
     refused = [post(stranger), post(site.clients['admin']), post(stranger, authorization='Bearer dnb_x')]
     refused += [client.get(path) for client in (stranger, site.clients['admin']) for path in ('/v1/models', '/v1/models/assistant')]
     assert [a.status_code for a in refused] == [401]*7
+    mine, other = (access.csrf_of(site.tokens[o]) for o in ('admin', 'viewer'))
+    wrong = [post(site.clients[who], **{'x-csrf': given}) for who, given in (('admin', other), ('admin', 'x'), (None, mine))]
+    wrong += [post(site.clients['admin'], **{'x-csrf': mine, 'authorization': 'Bearer dnb_x'})]
+    assert [a.status_code for a in wrong] == [401]*4 and post(site.clients['admin'], **{'x-csrf': mine}).status_code == 404
     assert stranger.get('/v1/models', headers=dict(authorization=f'bearer {token}')).json()['data'] == []
     answer = post(stranger, authorization=f'Bearer {token}')
     assert answer.status_code == 404 and "nothing is released as 'assistant'" in answer.json()['error']['message']

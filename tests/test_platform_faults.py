@@ -413,9 +413,11 @@ def test_a_place_where_nothing_is_released(store):  # noqa: F811
     user, server = access.create_user(store, None, 'ann', PASSWORD, 'admin'), PlatformServer(store, all_pages())
     session = access.log_in(store, user.name, PASSWORD)
     with TestClient(server.app(), base_url='http://localhost', cookies=dict(session=session)) as client:
-        for path, values in (('/watch/drift/none', {}), ('/chat', dict(place='none', message='Hello'))):
-            answer = client.post(path, data=values | dict(csrf=access.csrf_of(session)))
-            assert answer.status_code == 404 and 'nothing is released as' in answer.text, path
+        csrf = access.csrf_of(session)
+        asked = dict(model='none', messages=[dict(role='user', content='Hello')])
+        for answer in (client.post('/watch/drift/none', data=dict(csrf=csrf)),
+                       client.post('/v1/chat/completions', json=asked, headers={'x-csrf': csrf})):
+            assert answer.status_code == 404 and 'nothing is released as' in answer.text
 
 
 # ---- what a team asks for

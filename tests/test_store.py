@@ -28,6 +28,7 @@ from deepseek_nb.platform.store import (
     Clock,
     audits,
     datasets,
+    events,
     faults,
     measures,
     open_store,
@@ -425,14 +426,31 @@ def test_steps_run_once_and_whole(store):
     ran = []
     def column(c): ran.append(2), c.execute(text('ALTER TABLE alerts ADD COLUMN colour TEXT'))
     def fails(c): c.execute(text('ALTER TABLE alerts ADD COLUMN smell TEXT')), 1/0
-    with pytest.raises(ZeroDivisionError): upgrade(store, {4: column, 5: fails})
-    with store.read() as c: assert c.scalar(select(settings.c.value).where(settings.c.name == 'schema')) == 3
-    assert upgrade(store, {4: column}) == upgrade(store, {4: column}) == 4
+    with pytest.raises(ZeroDivisionError): upgrade(store, {5: column, 6: fails})
+    with store.read() as c: assert c.scalar(select(settings.c.value).where(settings.c.name == 'schema')) == 4
+    assert upgrade(store, {5: column}) == upgrade(store, {5: column}) == 5
     assert ran == [2, 2]  # the first was rolled back
     with store.write() as c: c.execute(text("UPDATE alerts SET colour = 'red'"))
     with pytest.raises(DBAPIError), store.write() as c: c.execute(text("UPDATE alerts SET smell = 'bad'"))
     with pytest.raises(ValueError, match='update it'): again(store)
-    assert [*MIGRATIONS] == [2, 3], 'a new step needs a test with a store of the version before'
+    assert [*MIGRATIONS] == [2, 3, 4], 'a new step needs a test with a store of the version before'
+
+
+def of_version(c, number):
+    "The tables as an older version had them, but for those that a test makes itself"
+    for sql in ('DROP INDEX ix_events_answer', 'ALTER TABLE events DROP COLUMN answer'): c.execute(text(sql))
+    c.execute(text(f"UPDATE settings SET value = '{number}' WHERE name = 'schema'"))
+
+
+def test_events_of_the_third_version(store):
+    "Version 3 didn't know which response an event was"
+    old = dict(at=1, place='here', kind='chat', owner='', prompt_tokens=1, completion_tokens=1, seconds=1., error='', cost=0.)
+    with store.write() as c:
+        of_version(c, 3)
+        c.execute(text(f"INSERT INTO events ({', '.join(old)}) VALUES ({', '.join(f':{k}' for k in old)})"), old)
+    assert upgrade(store) == 4
+    with store.write() as c: c.execute(insert(events).values(old | dict(answer='chatcmpl-1')))
+    with store.read() as c: assert c.scalars(select(events.c.answer).order_by(events.c.id)).all() == ['', 'chatcmpl-1']
 
 
 def test_measures_of_the_first_version(store):
@@ -443,8 +461,8 @@ def test_measures_of_the_first_version(store):
         c.execute(text('CREATE TABLE measures (model_id BIGINT NOT NULL, name TEXT NOT NULL, value FLOAT, low FLOAT, high FLOAT, '
                        'detail JSON NOT NULL, at BIGINT NOT NULL, PRIMARY KEY (model_id, name))'))
         c.execute(text("INSERT INTO measures VALUES (1, 'accuracy', 0.9, 0.8, 0.95, '{\"n\": 200}', 5)"))
-        c.execute(text("UPDATE settings SET value = '1' WHERE name = 'schema'"))
-    assert upgrade(store) == 3
+        of_version(c, 1)
+    assert upgrade(store) == 4
     measure(store, model, 'accuracy', .7)
     assert measures_of(store, model)['accuracy'].value == .7
     with store.read() as c: first = c.execute(select(measures).order_by(measures.c.id)).first()
@@ -459,8 +477,8 @@ def test_samples_of_drift_of_the_second_version(store):
     watches = dict(whole=dict(blob='abef', odd=dict(blob='cdef'), past=9), calm=dict(blob='cdef', odd=None), lost=dict(blob='1234'), new={})
     with store.write() as c:
         for place, state in watches.items(): c.execute(insert(references_).values(place=place, name='drift', detail=state, created=1))
-        c.execute(text("UPDATE settings SET value = '2' WHERE name = 'schema'"))
-    assert upgrade(store) == 3
+        of_version(c, 2)
+    assert upgrade(store) == 4
     with store.read() as c: found = dict(c.execute(select(references_.c.place, references_.c.detail)).all())
     ab, cd = (b64encode(o).decode() for o in (b'ab', b'cd'))
     assert found == dict(whole=dict(pool=ab, odd=cd, past=9), calm=dict(pool=cd, odd=None), lost=dict(odd=None), new=dict(odd=None))

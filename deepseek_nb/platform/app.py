@@ -12,7 +12,6 @@ __all__ = ['chat_pages', 'home_pages', 'answer_pages', 'ServedClassifier', 'load
 # %% ../../nbs/platform/840_platform.app.ipynb #12433496
 import asyncio
 import hmac
-import json
 import re
 import secrets
 import threading
@@ -31,7 +30,7 @@ import torch
 from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ..arch.model import Model
@@ -40,7 +39,7 @@ from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.load import warm_kernels
 from . import layout as ui
-from .access import user_of_token
+from .access import csrf_matches, user_of_session, user_of_token
 from .data_pages import data_pages
 from .entry import entry_pages, keeps_texts
 from .events import Recorder, RequestEvent, request_hook
@@ -53,8 +52,6 @@ from .store import Store, alerts, datasets, events, feedback, jobs, models, row_
 from .watch_pages import watch_pages
 from ..serve.app import Server, ServerConfig, as_api_error, given_key, key_digest, owner_of
 from ..serve.chat import ApiError, Fields, ServedModel
-from ..serve.completions import ChatRun, read_chat
-from ..serve.connection import event_bytes
 from ..serve.grammar import compile_grammar
 
 # %% ../../nbs/platform/840_platform.app.ipynb #89e7cd27
@@ -179,9 +176,13 @@ class PlatformServer(Server):
         data = [dict(id=place, object='model', created=int(self.started), owned_by='deepseek_nb') for place,_ in live_places(self.platform)]
         return JSONResponse(dict(object='list', data=data, has_more=False))
 
-    def _key(self, token):
-        "The inner key for a token; None: the token isn't known"
-        user = user_of_token(self.platform, token) if token.startswith('dnb_') else None
+    def _key(self, request):
+        "The inner key for whoever has sent a token, or a page of theirs the request; None: nobody is known"
+        request.state.secure = self.site.https or request.url.scheme == 'https'
+        given,session = request.headers,request.cookies.get(ui.cookie_name(request))
+        if token := given_key(given.get('authorization') or given.get('x-api-key')):
+            user = user_of_token(self.platform, token) if token.startswith('dnb_') else None
+        else: user = user_of_session(self.platform, session) if session and csrf_matches(session, given.get('x-csrf', '')) else None
         if user is None: return None
         key = hmac.digest(self.secret, str(user.id).encode(), 'sha256').hex()
         self.config.keys.setdefault(f'user{user.id}', key_digest(key))
@@ -189,10 +190,8 @@ class PlatformServer(Server):
 
     async def _gate(self, scope):
         "The same request with an inner key"
-        given = Request(scope).headers
-        token = given_key(given.get('authorization') or given.get('x-api-key'))
-        key = await run_in_threadpool(self._key, token) if token else None
-        heads = [(k, v) for k,v in scope['headers'] if k not in (b'authorization', b'x-api-key')]
+        key = await run_in_threadpool(self._key, Request(scope))
+        heads = [(k, v) for k,v in scope['headers'] if k not in (b'authorization', b'x-api-key', b'cookie', b'x-csrf')]
         return scope | dict(headers=heads + ([(b'authorization', f'Bearer {key}'.encode())] if key else []))
 
     def _classified(self, body, owner):
@@ -302,105 +301,29 @@ _API = ('/v1/', '/anthropic/v1/', '/health', '/ready')
 # %% ../../nbs/platform/840_platform.app.ipynb #460b829b
 chat_pages = ui.Pages('Chat', '/chat')
 
-class _Talk(NamedTuple):
-    "A question, and what answers it"
-    place:str # Where it was asked
-    served:ServedModel # Model
-    model:int # Its id
-    messages:list # The conversation with the question
-    run:ChatRun # The answer
-    at:int # Microseconds since 1970, which also finds the event
-
-def _past(text):
-    "The conversation that a form carried"
-    try: found = json.loads(text or '[]')
-    except ValueError: found = None
-    good = isinstance(found, list) and len(found) <= 40 and all(isinstance(m, dict) and m.keys() == {'role', 'content'} for m in found)
-    if not good: raise ValueError('the conversation can not be read; begin a new one')
-    return found
-
-# %% ../../nbs/platform/840_platform.app.ipynb #c8a2a76e
-def _talk(request, form):
-    "Start an answer"
-    server,user = request.scope['platform'],request.state.user
-    place,messages = form.text('place', 100),[*_past(form.get('past')), dict(role='user', content=form.text('message', 20_000))]
-    served,choice = server.pick(place, f'user{user.id}')
-    run = ChatRun(served, read_chat(dict(messages=messages, max_tokens=200, temperature=0.)), f'user{user.id}')
-    return _Talk(place, served, choice.model_id, messages, run, server.platform.now())
-
-def _done(request, talk, text):
-    "Record an answer that has ended"
-    server,answer = request.scope['platform'],talk.run.answers[0]
-    use,first,table = answer.stream.usage,answer.stream.timing,server.tables.get(talk.served.name)
-    seconds = first.queue + first.prefill + first.decode
-    feature = (lambda: table.features(talk.run.prompt, use.completion_tokens, answer.finish or 'cancelled')) if table else None
-    server.recorder.record(RequestEvent(talk.place, 'chat', f'user{request.state.user.id}', talk.model, use.prompt_tokens,
-        use.completion_tokens, first.queue + first.prefill, seconds, '', answer.finish or 'cancelled', feature,
-        (talk.messages[-1]['content'], text), talk.at), wait=0)
-    return f'{use.completion_tokens} tokens in {seconds:.1f} s by {talk.served.name}.'
-
-# %% ../../nbs/platform/840_platform.app.ipynb #afdd9c4f
-def _form(request, places, place, past, live=True):
-    choice = ui.field('place', 'Released as', 'select', place, options=[p for p,_ in places])
-    return ui.form(request, '/chat', choice, ui.field('message', 'Message', 'textarea', help='Enter sends, Shift and Enter start a line.'),
-                   ui.field('past', '', 'hidden', json.dumps(past)), button='Send', data_chat='/chat/stream' if live else None)
-
-def _rate(request, place, at):
-    values = dict(up='Good answer', down='Bad answer')
-    return [ui.press(request, '/chat/rate', text, place=place, event=at, value=value) for value,text in values.items()]
-
 @chat_pages.get('/chat', role='viewer')
-def _chat_start(request):
-    "An empty conversation"
-    places = live_places(request.state.store)
+def _chat_page(request):
+    "A conversation"
+    places = [p for p,_ in live_places(request.state.store)]
     if not places: return ui.page(request, 'Chat', ui.notice('Nothing is released yet. Release a model, and chat with it here.'))
-    place = request.query_params.get('place', places[0][0])
     log = fh.Div(id='log', cls='log', role='log', aria_live='polite', aria_label='Conversation')
-    return ui.page(request, 'Chat', log, _form(request, places, place, []), lead='With a released model, as a client of the API would.')
-
-# %% ../../nbs/platform/840_platform.app.ipynb #3cd6aa18
-@chat_pages.post('/chat', role='viewer')
-async def _chat_whole(request, form):
-    "The conversation with an answer, as a page"
-    talk = await run_in_threadpool(_talk, request, form)
-    try: text = (await talk.run.whole())['choices'][0]['message']['content'] or ''
-    finally: talk.run.cancel()
-    said = await run_in_threadpool(_done, request, talk, text)
-    past = [*talk.messages, dict(role='assistant', content=text)]
-    log = fh.Div(*[fh.P(str(m['content']), cls=f"said {'user' if m['role'] == 'user' else 'assistant'}") for m in past], cls='log')
-    rate = fh.Div(fh.Small(said), *_rate(request, talk.place, talk.at), cls='row')
-    return ui.page(request, 'Chat', log, rate, _form(request, live_places(request.state.store), talk.place, past))
-
-@chat_pages.post('/chat/stream', role='viewer')
-async def _chat_stream(request, form):
-    "The answer as a stream"
-    talk = await run_in_threadpool(_talk, request, form)
-    async def pieces():
-        text = ''
-        try:
-            async for chunk in talk.run.chunks():
-                new = ''.join(c['delta'].get('content') or '' for c in chunk['choices'])
-                text += new
-                if new: yield event_bytes(dict(piece=new))
-            said = await run_in_threadpool(_done, request, talk, text)
-            yield event_bytes(dict(past=json.dumps([*talk.messages, dict(role='assistant', content=text)]), rate=talk.at, figures=said))
-        finally: talk.run.cancel()
-    return StreamingResponse(pieces(), media_type='text/event-stream')
+    fields = (ui.field('place', 'Released as', 'select', request.query_params.get('place', places[0]), options=places),
+              ui.field('message', 'Message', 'textarea', help='Enter sends, Shift and Enter start a line.'))
+    talk = fh.Form(ui.field('csrf', '', 'hidden', request.state.csrf), *fields, fh.Button('Send'), cls='fields', data_chat='yes')
+    return ui.page(request, 'Chat', fh.Noscript(ui.notice('This page needs scripts.', 'warn')), log, talk,
+                   lead='With a released model, as a client of the API would.')
 
 # %% ../../nbs/platform/840_platform.app.ipynb #dccb4ff0
 @chat_pages.post('/chat/rate', role='viewer')
 def _chat_rate(request, form):
     "Keep a thumb"
-    store,user,place,at = request.state.store,request.state.user,form.text('place', 100),form.whole('event')
-    thumb = dict(up=1, down=-1).get(form.text('value', 10))
+    store,place,thumb = request.state.store,form.text('place', 100),dict(up=1, down=-1).get(form.text('value', 10))
     if thumb is None: raise ValueError('value must be up or down')
     request.scope['platform'].recorder.flush(5)
-    mine = (events.c.place == place) & (events.c.at == at) & (events.c.owner == f'user{user.id}')
-    with store.read() as c: event = c.scalar(select(events.c.id).where(mine))
+    mine = events.c.place == place,events.c.answer == form.text('answer', 100)
+    with store.read() as c: event = c.scalar(select(events.c.id).where(*mine))
     if event is None: raise KeyError('the answer that was rated is not known')
-    give_feedback(store, place, dict(thumb=thumb), event, user)
-    return ui.page(request, 'Chat', ui.notice('Thank you. Your rating is kept.', 'good'),
-                   fh.A('Chat', href=f'/chat?place={place}', cls='button'))
+    return dict(feedback=give_feedback(store, place, dict(thumb=thumb), event, request.state.user))
 
 # %% ../../nbs/platform/840_platform.app.ipynb #2ca6bc65
 home_pages = ui.Pages('Overview', '/', role='viewer')

@@ -49,6 +49,7 @@ class RequestEvent(NamedTuple):
     texts:tuple|None = None # Prompt and answer; stored only where a place keeps texts
     at:int|None = None # Microseconds since 1970; None: now
     asked:str = '' # What a person wrote last, stored in place of the prompt; '': the prompt
+    answer:str = '' # Id of the response, by which feedback finds the event
 
 # %% ../../nbs/platform/830_platform.events.ipynb #2389c55d
 @dataclass(frozen=True)
@@ -388,7 +389,7 @@ def request_hook(
             place, 'chat', user_hash(streams[0].request.user) if streams else '', model,
             sum(s.usage.prompt_tokens for s in streams), answer,
             first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said,
-            asked=getattr(record, 'asked', '')), wait=0)
+            asked=getattr(record, 'asked', ''), answer=getattr(record, 'answer', '')), wait=0)
     return ended
 
 # %% ../../nbs/platform/830_platform.events.ipynb #2c8eaf96

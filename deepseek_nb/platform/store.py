@@ -116,7 +116,8 @@ releases = _table('releases', _id(), _str('place'), _to('model_id', 'models', in
 events = _table('events', _id(), _int('at', index=True), _str('place'), _int('model_id', nullable=True), _str('kind'),
                 _str('owner', default=''), _int('prompt_tokens', default=0), _int('completion_tokens', default=0),
                 _float('first_seconds', nullable=True), _float('seconds'), _str('error', default=''), _float('cost', default=0.),
-                _json('features', nullable=True), Index('events_by_place', 'place', 'at'))
+                _json('features', nullable=True), _str('answer', default='', server_default='', index=True),
+                Index('events_by_place', 'place', 'at'))
 windows = _table('windows', _id(), _str('place'), _int('model_id', nullable=True), _int('start', index=True), _float('seconds'),
                  _int('count'), _int('errors'), _int('prompt_tokens'), _int('completion_tokens'), _float('cost'), _json('sketch'),
                  Index('windows_by_place', 'place', 'start', 'model_id'))
@@ -344,7 +345,13 @@ def _keep_samples(c): # of drift, which lay in files
         kept = {k: b64encode(file.read_bytes()).decode() for k,file in files.items() if file.is_file()}
         c.execute(sa.update(references_).where(r.id == id).values(detail=old | dict(odd=None) | kept))
 
-MIGRATIONS = {2: _keep_measures, 3: _keep_samples} # Version -> function of a connection that changes the tables of the version before
+def _name_answers(c): # which response of the API an event was
+    c.exec_driver_sql("ALTER TABLE events ADD COLUMN answer TEXT DEFAULT '' NOT NULL")
+    c.exec_driver_sql('CREATE INDEX ix_events_answer ON events (answer)')
+
+# Version -> function of a connection that changes the tables of the version before
+MIGRATIONS = {2: _keep_measures, 3: _keep_samples, 4: _name_answers}
+
 def upgrade(
     store:Store, # Open store
     steps:dict|None = None, # Steps by version; None: `MIGRATIONS`

@@ -301,22 +301,27 @@ async function* streamed(response) {
   }
 }
 async function converse(form) {
-  const log = document.getElementById("log"), {message: text, past} = form.elements, button = form.querySelector("button");
-  if (!text.value.trim()) return;
-  bubble(log, "user", text.value.trim());
-  const body = new FormData(form), box = bubble(log, "assistant", "");
+  const log = document.getElementById("log"), {message: text, place, csrf} = form.elements, button = form.querySelector("button");
+  const asked = text.value.trim(), past = form.talk ||= [], began = performance.now();
+  if (!asked) return;
+  bubble(log, "user", asked);
+  const box = bubble(log, "assistant", ""), messages = [...past.slice(-40), {role: "user", content: asked}];
   text.value = "";
   button.disabled = true;
   try {
-    const response = await fetch(form.dataset.chat, {method: "POST", headers: {accept: "text/event-stream, application/json"},
-      body: new URLSearchParams(body)});
+    const response = await fetch("/v1/chat/completions", {method: "POST",
+      headers: {"content-type": "application/json", "x-csrf": csrf.value}, body: JSON.stringify({model: place.value, messages,
+        stream: true, stream_options: {include_usage: true}, max_tokens: 200, temperature: 0})});
     if (!response.ok) throw new Error((await response.json()).error.message);
+    let said = "", last;
     for await (const event of streamed(response)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.piece) box.append(event.piece);
-      if (event.past) past.value = event.past;
-      if (event.rate) rating(form, box, event);
+      for (const {delta} of event.choices) { said += delta.content ?? ""; box.append(delta.content ?? ""); }
+      last = event;
     }
+    past.push(messages.at(-1), {role: "assistant", content: said});
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    rating(form, box, last.id, `${last.usage.completion_tokens} tokens in ${seconds} s by ${last.model}.`);
   } catch (error) { bubble(log, "bad notice", error.message); }
   button.disabled = false;
   text.focus();
@@ -325,16 +330,16 @@ async function converse(form) {
 
 # %% ../../nbs/platform/833_platform.style.ipynb #90a81f51
 PAGE_SCRIPT += '''
-function rating(form, box, event) {
+function rating(form, box, answer, figures) {
   const row = document.createElement("small");
-  row.append(event.figures + " ");
+  row.append(figures + " ");
   for (const [value, name] of [["up", "Good answer"], ["down", "Bad answer"]]) {
     const button = document.createElement("button");
     Object.assign(button, {type: "button", className: "quiet", textContent: value === "up" ? "\\u{1F44D}" : "\\u{1F44E}", ariaLabel: name});
     button.addEventListener("click", async () => {
-      const body = new URLSearchParams({csrf: form.elements.csrf.value, place: form.elements.place.value, value, event: event.rate});
+      const body = new URLSearchParams({csrf: form.elements.csrf.value, place: form.elements.place.value, value, answer});
       const response = await fetch("/chat/rate", {method: "POST", body});
-      row.replaceChildren(event.figures + (response.ok ? " Thank you." : " The rating was not saved."));
+      row.replaceChildren(figures + (response.ok ? " Thank you." : " The rating was not saved."));
       form.elements.message.focus(); // the button is gone, and the focus would start again at the top of the page
     });
     row.append(button);
