@@ -49,6 +49,7 @@ Modules:
 - `deepseek_nb.bench.gpu`: `make gpu` compiles, checks and measures all CUDA kernels on the GPU of a machine, and stores the results under its name. Without a GPU, emulation and compilers check what they can.
 - `deepseek_nb.bench.limits`: FLOPs and bytes of a layer, a prompt, a decode step and a training step, counted from the config, and the shortest time in which a machine can do this work.
 - `deepseek_nb.bench.models`: Times of prefill, decoding, training steps and compiled decoding of whole models, compared with transformers and with the limits of the machine.
+- `deepseek_nb.bench.plan`: Memory, all-to-all, pipeline bubble, tokens per second and price of serving and training V3 and V4 on any number of cards, beside the figures that DeepSeek published.
 - `deepseek_nb.bench.quant`: Speed, size, peak memory, perplexity and error of models in 8 and 4 bits, compared with the same models in float32.
 - `deepseek_nb.bench.runtimes`: The same model, prompts and number of threads in llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding of one and of eight rows, and loading.
 - `deepseek_nb.bench.serve`: Our server, transformers serve, llama.cpp and vLLM with the same model and the same load: throughput, inter-token latency and time to first token at 1 to 32 streams, and goodput.

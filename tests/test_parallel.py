@@ -330,7 +330,8 @@ def test_resume_with_fewer_ranks(found, folder, single):
 
 def test_errors_in_two_processes(found, folder):
     assert found['refused'] == [f"{folder/'one'/'checkpoint-3'}: was saved by one process; resume with one process, or with 'data'",
-                                "ranks=2 needs 'both'; with 'data' no other axis is left", '2 processes are not a multiple of ranks=3; use a divisor']
+                                "ranks=2 needs 'both'; with 'data' no other axis is left",
+                                '2 processes are not a multiple of ranks=3; use a divisor']
     assert found['uneven'] == "5 experts can't be shared evenly by 2 processes; use a divisor of 5"
     assert found['sums'] == [3., 6, [2, 1]]
 

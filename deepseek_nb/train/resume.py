@@ -207,8 +207,9 @@ def set_random_state(
     if state['accelerator']: torch.get_device_module(torch.accelerator.current_accelerator()).set_rng_state_all(state['accelerator'])
 
 # %% ../../nbs/library/617_train.resume.ipynb #782fa4cb
-FREE = {'output_dir', 'per_device_train_batch_size', 'per_device_eval_batch_size', 'logging_steps', 'eval_strategy', 'eval_steps', 'save_strategy', 'save_steps',
-        'save_total_limit', 'gradient_checkpointing', 'dataloader_num_workers', 'disable_tqdm', 'report_to'}  # May change on resume; `Batches` compares batch sizes
+FREE = {'output_dir', 'per_device_train_batch_size', 'per_device_eval_batch_size', 'logging_steps', 'eval_strategy', 'eval_steps',
+        'save_strategy', 'save_steps', 'save_total_limit', 'gradient_checkpointing', 'dataloader_num_workers', 'disable_tqdm',
+        'report_to'}  # May change on resume; `Batches` compares batch sizes
 
 def run_state(
     t:Trainer, # Trainer in the middle of a run
