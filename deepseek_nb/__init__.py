@@ -183,6 +183,7 @@ Modules:
 - `deepseek_nb.serve.guard`: Reasoning, content and the arguments of tool calls are filtered while they stream; arguments stay valid JSON, and a blocked answer ends with valid events
 - `deepseek_nb.serve.logs`: One line for each request: who, what, how long and how many tokens, but not what was said; and counters of the engine under the names that vLLM's dashboards know
 - `deepseek_nb.serve.lora`: A LoRA adapter answers under a model name of its own, and an administrator loads and unloads adapters over HTTP.
+- `deepseek_nb.serve.ollama`: Programs written for Ollama talk to this server too: `/api/chat`, `/api/generate` and the list of models are translations of the chat API.
 - `deepseek_nb.serve.openapi`: `GET /openapi.json` describes every route in OpenAPI 3.1, so that tools can write clients, and send what nobody thought of
 - `deepseek_nb.serve.page`: One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
 - `deepseek_nb.serve.patterns`: Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers, keys and planted secrets in a stream, and tells which text may still become a match

@@ -16,7 +16,7 @@ from test_server import HI, JSON, SERVE, Live, openai, post
 from deepseek_nb.arch.model import Model
 from deepseek_nb.infer.drafts import Draft, pick_token
 from deepseek_nb.infer.engine import Engine
-from deepseek_nb.infer.sampling import RowSampler, SamplingParams, sample_rows
+from deepseek_nb.infer.sampling import RowSampler, SamplingParams, draw_token, sample_rows
 from deepseek_nb.infer.speculate import verify_drafts
 from deepseek_nb.serve.app import key_digest
 
@@ -207,3 +207,22 @@ def test_the_client_of_a_cut_stream_raises():
         with pytest.raises(openai.APIError, match='the server stopped before'): list(stream)
         process.wait(60)
     finally: process.kill()
+
+
+def test_rows_are_drawn_with_the_bits_they_have_alone(seed):
+    "32 rows of mixed settings and a broken one: each has the tokens that it draws alone, and by the readable definition"
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    w = r.choice([63, 64, 1000, 4097])
+    steps = torch.randn(3, 33, w, generator=g)*torch.rand(3, 33, 1, generator=g)*8
+    steps[:, 5] = torch.nan
+    how = [SamplingParams(r.choice([0., .7, 1.5]), r.choice([.5, .95, 1.]), r.choice([0, 1, 40, w]), r.choice([0., .05]),
+                          repetition_penalty=r.choice([1., 1.05]), seed=i) for i in range(33)]
+    rows, alone, naive = ([RowSampler(h, [1, 2]) for h in how] for _ in range(3))
+    for x in steps:
+        found = sample_rows(x, rows)
+        for i, new in enumerate(found):
+            if i == 5: assert isinstance(new, FloatingPointError); continue
+            assert [new] == sample_rows(x[i:i+1], alone[i:i+1]), i
+            p = naive[i].weights(x[i])
+            naive[i].tokens.append(int(p.argmax()) if how[i].greedy else draw_token(p, naive[i].uniform()))
+            assert new.id == naive[i].tokens[-1], (i, how[i])

@@ -26,8 +26,8 @@ def find_served(
     models:dict, # Name -> `ServedModel`
     name:str, # As the client calls it
 )->ServedModel:
-    "The model or adapter of a name"
-    if name in models: return models[name]
+    "The model or adapter of a name, which may end as Ollama's names do"
+    if (name := name.removesuffix(':latest')) in models: return models[name]
     for m in models.values():
         if name in m.engine.adapters: return m.with_adapter(name)
     known = ', '.join(m.name for m in all_served(models))

@@ -29,7 +29,7 @@ from ..infer.adapters import SharedAdapter, shared_view
 from ..infer.engine import Engine, Row
 from ..infer.paged import PagedCache, PagePool
 from ..infer.request import Piece, Request
-from ..infer.sampling import Drawn, RowSampler, SamplingParams, truncate
+from ..infer.sampling import Drawn, RowSampler, SamplingParams, draw_tokens, truncate
 from ..infer.speculate import keeps_bits
 from ..quant.model import quantize_model
 from .loss import LOGITS
@@ -117,10 +117,8 @@ def draw_rows(
     if not (logits.amax(-1) > -torch.inf).all(): raise FloatingPointError('no token can be drawn: the logits are NaN')
     probs = (logits/sampling.temperature).softmax(-1)
     if sampling.top_k or sampling.top_p < 1: probs = torch.stack([truncate(p, sampling) for p in probs])
-    sums = probs.double().cumsum(-1)
-    u = torch.stack([torch.rand((), dtype=torch.float64, generator=r.generator) for r in rows]).to(sums.device)
-    ids = torch.searchsorted(sums, u[:, None]*sums[:, -1:], right=True)[:, 0]
-    ids = [i if i < logits.shape[1] else int(p.nonzero()[-1]) for i,p in zip(ids.tolist(), probs, strict=True)]
+    u = torch.tensor([r.uniform() for r in rows], dtype=torch.float64, device=probs.device)
+    ids = draw_tokens(probs, u).tolist()
     for row,i in zip(rows, ids, strict=True): row.tokens.append(i)
     if rows[0].kept is not None:
         for row,p in zip(rows, probs, strict=True): row.kept.append(p.nonzero()[:, 0])
