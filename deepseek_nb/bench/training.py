@@ -43,7 +43,7 @@ from ..files.hub import cache_dir, fetch
 from ..files.safetensors import read_json
 from ..files.tokenizer import Tokenizer
 from ..train.callbacks import Callback, Guard
-from ..train.convert import conversion_key, convert, joined_halves, to_mla, write_tokenizer
+from ..train.convert import conversion_key, convert, joined_halves, to_mla
 from ..train.corpora import sotu
 from ..train.grpo import GRPOConfig, GRPOTrainer, prompt_ids
 from ..train.lora import LoraConfig
@@ -222,7 +222,7 @@ QUESTION = [dict(role='user', content='What is the capital of France?')]
 def _same_in_transformers(model, tok, folder, text):
     "Save a model, load it with transformers, and compare"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    write_tokenizer(tok, model.save_pretrained(folder))
+    tok.save_pretrained(model.save_pretrained(folder))
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation='eager').eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     if ids != tok.chat(QUESTION): raise ValueError(f'{folder}: transformers renders the question as {ids}, not {tok.chat(QUESTION)}')

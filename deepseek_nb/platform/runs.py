@@ -49,7 +49,6 @@ from .jobs import Job, JobCancelled, Superseded, curve_of, job_kind, job_of, sub
 from .registry import add_model, lineage_of, measure, model_path
 from .store import Store, datasets, jobs, records, version_rows, versions
 from ..quant.model import QuantizedModel
-from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback
 from ..train.convert import convert
 from ..train.corpora import folded
@@ -293,7 +292,7 @@ def _quantise_job(job):
         job.log(str(model.quantization_report()))
         def write(tmp):
             model.save_pretrained(tmp)
-            if not (tmp/'tokenizer.json').is_file(): save_tokenizer(Tokenizer.from_pretrained(path), tmp)
+            if not (tmp/'tokenizer.json').is_file(): Tokenizer.from_pretrained(path).save_pretrained(tmp)
         write_whole(job.folder/'model', write)
     return _register_result(job)
 

@@ -32,7 +32,7 @@ from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from .balance import Balance, routers, with_balance
 from .convert import convert as convert_model
-from .convert import repair, to_mla, write_tokenizer
+from .convert import repair, to_mla
 from .corpora import CORPORA, corpus, split_by_key
 from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
@@ -105,7 +105,7 @@ def write_result(
 )->Path: # The folder
     "Save a model with its tokenizer"
     model.save_pretrained(folder)
-    if not (folder/'tokenizer.json').is_file(): write_tokenizer(tok, folder)
+    if not (folder/'tokenizer.json').is_file(): tok.save_pretrained(folder)
     return folder
 
 # %% ../../nbs/library/685_train.runs.ipynb #b635017d
