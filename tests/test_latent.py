@@ -320,7 +320,7 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
     theirs = hf(every.save_pretrained(tmp_path/'every'))(text[:1]).logits
     assert (theirs - mine).abs().max() <= 1e-5*mine.abs().max() # 3 layers of float32
     both = to_moe(latent, moe_config(latent.config, 12, 11, 4), text)
-    save_tokenizer(tok, both.save_pretrained(tmp_path))
+    tok.save_pretrained(both.save_pretrained(tmp_path))
     theirs, reader = hf(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     messages = [dict(role='user', content='What is the capital of France?')]
     prompt = reader.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -335,7 +335,7 @@ def test_smollm2_goes_all_the_way(smol, tmp_path):
 def test_the_tokenizer_reads_the_same(smol, tmp_path):
     tok, r = smol[1], random.Random(3)
     fresh(replace(GQA, vocab_size=40)).save_pretrained(tmp_path)
-    save_tokenizer(tok, tmp_path)
+    tok.save_pretrained(tmp_path)
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
     letters = 'aZ 09\n\t.,\'"éß你😀<|im_start|>'
     for _ in range(200):

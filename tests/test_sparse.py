@@ -474,9 +474,9 @@ class Bytes:
     "A tokenizer whose tokens are bytes"
     eos_ids, _skip, chat_template = (), (), None
     def id_to_bytes(self, i): return bytes([i])
-    def stream_decoder(self, skip_special=False):
+    def stream_decoder(self, skip_special_tokens=False):
         from deepseek_nb.files.tokenizer import StreamDecoder
-        return StreamDecoder(self, skip_special)
+        return StreamDecoder(self, skip_special_tokens)
 
 
 def test_server():

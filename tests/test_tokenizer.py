@@ -138,8 +138,8 @@ def test_skip_special(pair):
     text = ''.join(t for t in CONTROL if t in ours.special_tokens) + 'x'
     ids = ours.encode(text, special=True)
     expected = oracle.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    stream = ours.stream_decoder(skip_special=True)
-    assert ours.decode(ids, skip_special=True) == expected == ''.join(map(stream.push, ids))
+    stream = ours.stream_decoder(skip_special_tokens=True)
+    assert ours.decode(ids, skip_special_tokens=True) == expected == ''.join(map(stream.push, ids))
 
 
 def test_facts(pair):

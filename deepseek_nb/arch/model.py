@@ -154,6 +154,10 @@ class Model(nn.Module):
         set_compute = later('train.dynamic')
         to_transformers = later('export.transformers')
 
+    def __getattr__(self, name):
+        try: return super().__getattr__(name)
+        except AttributeError as e: raise AttributeError(f'{e}; Model.to_transformers() has the methods of transformers') from None
+
     @property
     def device(self)->torch.device:
         "Device of the weights"
@@ -259,14 +263,16 @@ class Model(nn.Module):
         return self.leave(x)
 
     def forward(self,
-        tokens:Tensor, # Token ids `b s`
+        tokens:Tensor|None = None, # Token ids `b s`
         cache:Cache|None = None, # Cache that is read and extended
         logits_to_keep:int = 0, # Compute logits of this many last positions; 0: all
         attention_mask:Tensor|None = None, # 0 for padding on the left `b s`
         mla:str = 'auto', # Form of MLA: 'naive', 'absorbed' or 'auto'
         prompt:bool|None = None, # Whether the tokens are part of a prompt; None: more than one per row are
-    )->Tensor: # Logits `b s w`, float32
+        **others, # Arguments of transformers, such as `input_ids` and `labels`
+    )->Tensor: # Logits `b s w`, float32; with arguments of transformers an output with `logits` and `loss`
         "Logits of the next token at each position"
+        if others or tokens is None: return _as_in_transformers(self, tokens, others, cache, logits_to_keep, attention_mask)
         if logits_to_keep < 0: raise ValueError(f'logits_to_keep is {logits_to_keep}; give a number of last positions, or 0 for all')
         x = self.hidden(tokens, cache, attention_mask, mla=mla, prompt=prompt)[:, -logits_to_keep:]
         return head(x, self.head_weight)
@@ -339,6 +345,16 @@ def first_angles(
     "Rotary angles of the first n positions, cached"
     with torch.inference_mode(False):
         return cos_sin(frequencies(rope, r, device), torch.arange(n, device=device)[None], rotary_factor(rope))
+
+# %% ../../nbs/book/208_arch.model.ipynb #f255d6f7
+_THEIRS = {'input_ids', 'labels', 'position_ids', 'past_key_values', 'use_cache', 'return_dict', 'inputs_embeds', 'output_hidden_states',
+           'output_attentions'}
+
+def _as_in_transformers(model, tokens, given, cache, logits_to_keep, attention_mask):
+    if unknown := given.keys() - _THEIRS: raise TypeError(f'a model has no argument {", ".join(sorted(unknown))}')
+    tokens = given.pop('input_ids', tokens)
+    if tokens is None: raise TypeError('a model needs tokens: model(tokens), or model(input_ids=tokens)')
+    return model.to_transformers()(tokens, attention_mask, cache=cache, logits_to_keep=logits_to_keep, **given)
 
 # %% ../../nbs/book/208_arch.model.ipynb #feef4c76
 def check_tokens(

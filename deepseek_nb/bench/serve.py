@@ -45,7 +45,6 @@ from ..core.plot import COLOURS, GREY, style
 from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..quant.model import quantize_model
-from ..quant.save import save_tokenizer
 
 # %% ../../nbs/lab/792_bench.serve.ipynb #91547883
 class Endpoint(NamedTuple):
@@ -297,7 +296,7 @@ def _without_end(folder):
 def _write_endless(model, tok, folder):
     "Write a checkpoint without an end token"
     model.save_pretrained(folder)
-    save_tokenizer(tok, folder)
+    tok.save_pretrained(folder)
     _without_end(folder)
     path = Path(folder)/'tokenizer.json'
     spec = json.loads(path.read_text())

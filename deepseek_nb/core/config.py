@@ -90,6 +90,12 @@ class Config:
         "The config class that has these fields"
         return cls if {*given} <= cls.__dataclass_fields__.keys() else cls.later_class(given)
 
+    def __getattr__(self, name):
+        "Fields under the names of config.json, such as `hidden_size`"
+        found = self.to_hf('transformers') if name[0] != '_' and 'extra' in self.__dict__ else {}
+        if name in found: return found[name]
+        raise AttributeError(f'{type(self).__name__} has no {name}; Model.to_transformers().config is a config of transformers')
+
     @property
     def mla(self)->bool: return self.kv_lora_rank > 0
 

@@ -38,7 +38,6 @@ from ..core.config import Config
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
 from ..quant import QuantizedWeight
-from ..quant.save import save_tokenizer
 from ..train.trainer import checkpointed
 
 # %% ../../nbs/library/807_export.transformers.ipynb #c210342b
@@ -177,7 +176,7 @@ class DeepseekNbForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids:Tensor, # Token ids `b s`
         attention_mask:Tensor|None = None, # 0 for padding, of the cached tokens too `b t`
         position_ids:Tensor|None = None, # Read only without mask and cache, where they separate packed documents `b s`
-        cache:LayerCaches|None = None, # With an `AllLayers`
+        cache:LayerCaches|Cache|None = None, # With an `AllLayers`, or that of `Model.new_cache`
         use_cache:bool|None = None, # Make a cache if there is none
         past_key_values:LayerCaches|None = None, # Another name for `cache`
         **kwargs, # Requests that aren't met are refused
@@ -186,7 +185,7 @@ class DeepseekNbForCausalLM(PreTrainedModel, GenerationMixin):
         for k in _REFUSED & {k for k,v in kwargs.items() if v is not None and v is not False}:
             raise ValueError(f'{k} is not available here; Model.residual_stream and infer.inside show what a model computes')
         if cache is None: cache = past_key_values or (LayerCaches([AllLayers()]) if use_cache else None)
-        own = cache and cache.layers[0].of(self.model, len(input_ids))
+        own = cache if isinstance(cache, Cache) else cache and cache.layers[0].of(self.model, len(input_ids))
         mask = None if own else left_mask(attention_mask)
         documents = documents_at(position_ids, input_ids) if attention_mask is None and own is None else None
         with checkpointed(self.model) if self.gradient_checkpointing and self.training else nullcontext():
@@ -252,8 +251,7 @@ class DeepseekNbForCausalLM(PreTrainedModel, GenerationMixin):
     )->'DeepseekNbForCausalLM': # In evaluation mode
         "Load a model for transformers"
         if kwargs.get('quantization_config'): raise ValueError("quantization_config: choose a format with dtype='int8', 'int4', 'nf4' or 'fp8'")
-        dtype,device = (None if o == 'auto' else o for o in (kwargs.get('torch_dtype') if dtype is None else dtype, device_map))
-        return Model.from_pretrained(pretrained_model_name_or_path, dtype, device).to_transformers()
+        return Model.from_pretrained(pretrained_model_name_or_path, dtype or kwargs.get('torch_dtype'), device_map).to_transformers()
 
 # %% ../../nbs/library/807_export.transformers.ipynb #35180d44
 @patch
@@ -268,7 +266,7 @@ def to_transformers(self:Model)->DeepseekNbForCausalLM: # Shares all weights
 def to_transformers(self:Tokenizer)->PreTrainedTokenizerFast: # noqa: F811 Pads on the left, as generation needs it
     "The tokenizer as one of transformers; it recognises control tokens in a text"
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(self, folder)
+        self.save_pretrained(folder)
         tok = PreTrainedTokenizerFast.from_pretrained(folder, padding_side='left')
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return tok

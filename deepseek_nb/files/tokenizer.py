@@ -132,13 +132,26 @@ class Tokenizer:
         self._control, self._missing = _control_pattern(added, self.special_tokens), _missing_bytes(backend.get_vocab())
 
     if TYPE_CHECKING:
-        from deepseek_nb.files.chat import encode_marked, template_for, prompt, chat
+        from deepseek_nb.files.chat import encode_marked, template_for, prompt, chat, apply_chat_template, batch_decode, __call__
+        from deepseek_nb.quant.save import save_pretrained
         from deepseek_nb.export.transformers import to_transformers
     else:
         encode_marked = later('files.chat')
         template_for = later('files.chat')
         prompt = later('files.chat')
         chat = later('files.chat')
+        apply_chat_template = later('files.chat')
+        batch_decode = later('files.chat')
+        __call__ = later('files.chat')
+        save_pretrained = later('quant.save')
+    
+        def __getattr__(self, name):
+            "Tokens by role under the names of transformers: `eos_token`, `eos_token_id`, `pad_token`, ..."
+            role,named = name.removesuffix('_id'),self.__dict__.get('named', {})
+            if role not in ('bos_token', 'eos_token', 'pad_token', 'unk_token'):
+                raise AttributeError(f'Tokenizer has no {name}; Tokenizer.to_transformers() has all methods of transformers')
+            token = self.__dict__.get(role, named.get(role) or (named.get('eos_token') if role == 'pad_token' else None))
+            return token if role == name else self.special_tokens.get(token)
         to_transformers = later('export.transformers')
 
     def __getstate__(self):
@@ -195,17 +208,17 @@ class Tokenizer:
 
     def decode(self,
         ids,                     # Token ids: a list or a one-dimensional tensor
-        skip_special:bool=False, # Leave out the tokens that the file marks special
+        skip_special_tokens:bool=False, # Leave out the tokens that the file marks special, such as the end token
     )->str: # Text
         "Token ids to text"
         ids = ids.tolist() if hasattr(ids, 'tolist') else ids
-        return b''.join(self.id_to_bytes(i) for i in ids if not (skip_special and i in self._skip)).decode(errors='replace')
+        return b''.join(self.id_to_bytes(i) for i in ids if not (skip_special_tokens and i in self._skip)).decode(errors='replace')
 
     def stream_decoder(self,
-        skip_special:bool=False, # Leave out the tokens that the file marks special
+        skip_special_tokens:bool=False, # Leave out the tokens that the file marks special
     )->'StreamDecoder': # Has `push(id)` and `flush()`
         "Make a decoder for one stream of tokens"
-        return StreamDecoder(self, skip_special)
+        return StreamDecoder(self, skip_special_tokens)
 
     @classmethod
     def from_pretrained(cls,
@@ -246,16 +259,16 @@ class StreamDecoder:
     "Decoder for a stream of tokens, which returns characters as soon as they are complete"
     def __init__(self,
         tokenizer:Tokenizer,     # Tokenizer of the tokens
-        skip_special:bool=False, # Leave out the tokens that the file marks special
+        skip_special_tokens:bool=False, # Leave out the tokens that the file marks special
     ):
-        self.tokenizer, self.skip_special = tokenizer, skip_special
+        self.tokenizer, self.skip_special_tokens = tokenizer, skip_special_tokens
         self.utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
     def push(self,
         id:int, # Id of the next token
     )->str: # Characters that the token completes, possibly none
         "Decode one more token"
-        if self.skip_special and int(id) in self.tokenizer._skip: return ''
+        if self.skip_special_tokens and int(id) in self.tokenizer._skip: return ''
         return self.utf8.decode(self.tokenizer.id_to_bytes(id))
 
     def flush(self)->str: # U+FFFD if the stream stopped inside a character

@@ -12,6 +12,8 @@ __all__ = ['sampling_of', 'row_samplers', 'left_padded', 'tokens_to_generate', '
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from importlib.util import find_spec
+from inspect import signature
 
 import torch
 from fastcore.basics import patch
@@ -32,7 +34,8 @@ def sampling_of(
     "Sampling settings from the arguments of `generate`"
     known = [f.name for f in fields(SamplingParams)]
     if unknown := [k for k in settings if k not in known]:
-        raise TypeError(f'generate has no argument {", ".join(unknown)}; sampling is set by {", ".join([*known, "do_sample"])}')
+        raise TypeError(f'generate has no argument {", ".join(unknown)}; sampling is set by {", ".join([*known, "do_sample"])}; '
+                        "for the arguments of transformers: pip install 'deepseek_nb[hf]', and call generate")
     if temperature is None: temperature = float(do_sample or 0)
     sampling = SamplingParams(temperature, **settings)
     if do_sample is not None and do_sample != (temperature > 0):
@@ -116,7 +119,8 @@ def _drawn(logits, rows):
 # %% ../../nbs/book/212_infer.generate.ipynb #8f7d6e6b
 def _batch(ids, attention_mask):
     "Check a prompt `b s` and its mask"
-    if not isinstance(ids, Tensor): raise TypeError(f'prompt is a {type(ids).__name__}; give a tensor `b s`, such as torch.tensor([ids])')
+    how = 'torch.tensor([ids])' if isinstance(ids, list) else 'generate(**inputs) with the inputs that a tokenizer returns'
+    if not isinstance(ids, Tensor): raise TypeError(f'prompt is a {type(ids).__name__}; give a tensor `b s`, such as {how}')
     if ids.ndim != 2: raise ValueError(f'prompt has shape {tuple(ids.shape)}; give `b s`, batch × positions')
     if ids.numel() and ids.is_floating_point(): raise TypeError(f'prompt has dtype {ids.dtype}; give token ids as int64')
     if attention_mask is not None and attention_mask.shape != ids.shape:
@@ -157,7 +161,7 @@ def _with_drafts(model, prompts, sampling, n, eos, pad, cache, draft, draft_toke
 @patch
 @delegates(SamplingParams)
 def stream(self:Model,
-    ids:Tensor, # Prompt `b s`, with padding on the left if its rows are unequal
+    input_ids:Tensor, # Prompt `b s`, with padding on the left if its rows are unequal
     max_new_tokens:int|None = None, # Number of new tokens; None: 64
     max_length:int|None = None, # Number of tokens of prompt and answer together, instead of max_new_tokens
     eos_token_id:int|list|None = None, # Tokens that end a row; None: those of the config
@@ -174,27 +178,38 @@ def stream(self:Model,
 )->Iterator[Tensor]: # New tokens `b`, one step at a time
     "Generate tokens one at a time"
     sampling = sampling_of(do_sample, temperature, **kwargs)
-    n = tokens_to_generate(self.config, _batch(ids, attention_mask).shape[1], max_new_tokens, max_length)
+    n = tokens_to_generate(self.config, _batch(input_ids, attention_mask).shape[1], max_new_tokens, max_length)
     eos,cache = _end_tokens(eos_token_id, self.config.eos_ids),_one_cache(cache, past_key_values)
     if pad_token_id is None: pad_token_id = eos[0] if eos else 0
-    prompts = _unpadded(ids, attention_mask)
+    prompts = _unpadded(input_ids, attention_mask)
     if draft is not None: return _with_drafts(self, prompts, sampling, n, eos, pad_token_id, cache, draft, draft_tokens)
     if draft_tokens is not None: raise ValueError('draft_tokens is given without a draft; add draft="lookup", "mtp" or a smaller Model')
-    if cache is None: cache = self.new_cache(len(ids), ids.shape[1] + n)
+    if cache is None: cache = self.new_cache(len(input_ids), input_ids.shape[1] + n)
     rows = row_samplers(sampling, prompts)
-    return _steps(self, ids.to(self.device), cache, rows, n=n, eos=eos, pad=pad_token_id, attention_mask=attention_mask, mla=mla)
+    return _steps(self, input_ids.to(self.device), cache, rows, n=n, eos=eos, pad=pad_token_id, attention_mask=attention_mask, mla=mla)
 
 # %% ../../nbs/book/212_infer.generate.ipynb #48bfc18e
 @patch
 @delegates(Model.stream)
 def generate(self:Model,
-    ids:Tensor, # Prompt `b s`
+    input_ids:Tensor, # Prompt `b s`
     max_new_tokens:int|None = None, # Number of new tokens; None: 64
-    **kwargs, # Further arguments of `stream`
+    **kwargs, # Further arguments of `stream`, or of transformers
 )->Tensor: # Prompt and new tokens `b s'`
     "Generate tokens after a prompt"
-    new = [t[:,None] for t in self.stream(ids, max_new_tokens, **kwargs)]
-    return torch.cat([ids.to(self.device), *new], 1)
+    theirs = kwargs.keys() - signature(Model.stream).parameters.keys()
+    if theirs and find_spec('transformers'): return _by_transformers(self, input_ids, max_new_tokens, kwargs)
+    new = [t[:,None] for t in self.stream(input_ids, max_new_tokens, **kwargs)]
+    return torch.cat([input_ids.to(self.device), *new], 1)
+
+def _by_transformers(model, ids, n, kw):
+    "Generate with arguments that only transformers knows; the others keep their meaning here"
+    kw = {k: v.to_transformers() if isinstance(v, Model|Tokenizer) else v for k,v in kw.items()}
+    if 'generation_config' not in kw:
+        if kw.get('do_sample') is None: kw['do_sample'] = bool(kw.get('temperature'))
+        if n is None and kw.get('max_length') is None: n = 64
+    if n is not None: kw['max_new_tokens'] = n
+    return model.to_transformers().generate(ids.to(model.device), **kw)
 
 # %% ../../nbs/book/212_infer.generate.ipynb #f564dc4b
 class Stopper:

@@ -59,8 +59,10 @@ def from_pretrained(cls:Model,
     dtype:str|torch.dtype|dict|Format|None = None, # Float dtype or quantised format; None: the checkpoint's codes, or floats
     device:str|torch.device|None = None, # Device; None: chosen by `pick_device`
     mtp:bool = False, # Whether to build the multi-token-prediction blocks; otherwise their weights are only kept for saving
+    **theirs, # `torch_dtype` and `device_map`, transformers' names of `dtype` and `device`
 )->Model: # Model in evaluation mode; a `QuantizedModel` if its weights are quantised
     "Load a model from a checkpoint"
+    dtype,device = _own_names(dtype, device, **theirs)
     path,device,format = locate(path_or_name),pick_device(device),as_format(dtype)
     if path.suffix == '.json':
         raise ValueError(f'{path}: holds a config and no weights; give the folder of a checkpoint, or call load_config')
@@ -73,6 +75,15 @@ def from_pretrained(cls:Model,
     if format: return QuantizedModel.from_pretrained(path, format, device)
     model = stored_model(path, device) if dtype is None else None
     return _load_floats(cls, path, dtype, device, mtp) if model is None else model
+
+# %% ../../nbs/book/211_infer.load.ipynb #90424925
+_MEANINGLESS = {'trust_remote_code', 'attn_implementation', 'low_cpu_mem_usage', 'use_safetensors'} # in transformers only
+
+def _own_names(dtype, device, torch_dtype=None, device_map=None, **others):
+    "Dtype and device under transformers' names"
+    if unknown := others.keys() - _MEANINGLESS:
+        raise TypeError(f"from_pretrained has no argument {', '.join(unknown)}; quantised formats are dtypes, such as dtype='int4'")
+    return (None if o == 'auto' else o for o in (torch_dtype if dtype is None else dtype, device_map if device is None else device))
 
 # %% ../../nbs/book/211_infer.load.ipynb #8be96ba6
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class TextOut:
         stop:tuple, # Strings that end the answer
         stop_ids:tuple, # Tokens that end the answer
     ):
-        self.decoder,self.stopper,self.stop_ids = tok and tok.stream_decoder(skip_special=False),Stopper(stop),frozenset(stop_ids)
+        self.decoder,self.stopper,self.stop_ids = tok and tok.stream_decoder(skip_special_tokens=False),Stopper(stop),frozenset(stop_ids)
         self.matched = None # The stop string or the end token that ended the answer
 
     def push(self,

@@ -51,7 +51,6 @@ from .labels import predict, uncertainty
 from .registry import add_model, lineage_of, measure, model_path
 from .store import Store, datasets, jobs, records, row_of, tasks, version_rows, versions
 from ..quant.model import QuantizedModel
-from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback
 from ..train.convert import convert
 from ..train.corpora import classification_data, folded, sft_data
@@ -294,7 +293,7 @@ def _quantise_job(job):
         job.log(str(model.quantization_report()))
         def write(tmp):
             model.save_pretrained(tmp)
-            if not (tmp/'tokenizer.json').is_file(): save_tokenizer(Tokenizer.from_pretrained(path), tmp)
+            if not (tmp/'tokenizer.json').is_file(): Tokenizer.from_pretrained(path).save_pretrained(tmp)
         write_whole(job.folder/'model', write)
     return _register_result(job)
 

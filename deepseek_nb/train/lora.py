@@ -195,8 +195,12 @@ class LoraConfig:
     alpha_pattern:dict = field(default_factory=dict) # Name or regular expression -> α of these layers
     base_model_name_or_path:str|None = None # Model that the adapter was trained on
     task_type:str|None = None # Task type for PEFT, such as 'CAUSAL_LM'
+    bias:str = 'none' # 'none' only: biases are not trained
+    modules_to_save:list|None = None # None only: no other layers are trained
 
     def __post_init__(self):
+        for k,v in dict(bias='none', modules_to_save=None).items():
+            if getattr(self, k) != v: raise ValueError(f'LoraConfig: {k} must be {v!r} here; PEFT adapts Model.to_transformers() too')
         if self.r < 1: raise ValueError(f'LoraConfig: r is {self.r}; a rank is at least 1')
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f'LoraConfig: lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1')

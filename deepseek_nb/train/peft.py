@@ -77,12 +77,16 @@ def config_dict(
     config:LoraConfig, # Config of an adapter
     names:list, # Names of the adapted projections
     moe:bool = False, # Whether the model has routed experts
+    others:list = (), # Names of the other projections
 )->dict: # Content of adapter_config.json
     "Convert a config to PEFT's fields"
     modules,parameters = names if isinstance(config.target_modules, str) else config.target_modules,config.target_parameters
     if moe and not config.use_dora:
         taken = [n for n in names if n.endswith(('.gate_proj', '.up_proj', '.down_proj'))]
         if taken: modules,parameters = [n for n in names if n not in taken],[*(parameters or ()), *(f'{n}.weight' for n in taken)]
+    if isinstance(config.target_modules, str):
+        last = sorted({n.rpartition('.')[2] for n in modules}) # seven names in place of hundreds, if they match nothing else
+        if not any(n.rpartition('.')[2] in last for n in (*others, *(n for n in names if n not in modules))): modules = last
     targets = dict(target_modules=modules or None, target_parameters=parameters)
     return dict(peft_type='LORA', inference_mode=True, init_lora_weights=True) | NEUTRAL | asdict(config) | targets
 
@@ -150,14 +154,15 @@ def save_adapter(self:Model,
     if name is None and len(known) == 1: name, = known
     if name not in known: raise KeyError(f'no adapter {name!r} to save; there are {", ".join(known) or "none"}')
     parts = layout(self, config := known[name])
-    names = [k for k,(m,_) in candidates(self).items() if k in parts and isinstance(m, nn.Linear)]
+    linear = [k for k,(m,_) in candidates(self).items() if isinstance(m, nn.Linear)]
+    names,others = [k for k in linear if k in parts],[k for k in linear if k not in parts]
     moe = bool(self.config.n_routed_experts)
     tensors = {p.key: p.write(getattr(adapter_at(self, k, name), p.name).detach()) for k,ps in parts.items() for p in ps}
     folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
         write_tensors(tmp/'adapter_model.safetensors', tensors)
-        (tmp/'adapter_config.json').write_text(json.dumps(config_dict(config, names, moe), indent=2))
+        (tmp/'adapter_config.json').write_text(json.dumps(config_dict(config, names, moe, others), indent=2))
         folder.mkdir(exist_ok=True)
         (folder/'adapter_config.json').unlink(missing_ok=True)
         for n in ('adapter_model.safetensors', 'adapter_config.json'): os.replace(tmp/n, folder/n)

@@ -14,6 +14,7 @@ __all__ = ['OPTIMIZERS', 'HALVES', 'scale_gradients', 'checkpointed', 'TrainingA
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from time import perf_counter
 from warnings import warn
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 from ..core.lazy import later
 from ..files.tokenizer import Tokenizer
 from ..kernels.train import experts_forward
-from .callbacks import EVENTS, CancelFit, CancelStep, Guard, History, Progress
+from .callbacks import EVENTS, Best, CancelFit, CancelStep, Guard, History, Progress, Report
 from .data import Batches
 from .loss import language_loss
 from .optim import AdamW, Muon, muon_groups, param_groups
@@ -98,7 +99,17 @@ class TrainingArguments:
     packing:bool = True # Pack several examples made from text columns into a row
     dataloader_num_workers:int = 0 # Processes that prepare batches
     disable_tqdm:bool|None = None # Hide the progress bar; None: hide it if the output is not interactive
-    report_to:str = 'none' # Only 'none' is supported: the trainer stores the history
+    report_to:str|list = 'none' # 'tensorboard', 'wandb' or other trackers of accelerate; 'none': the trainer's history only
+    logging_dir:str|Path|None = None # Folder of TensorBoard; None: `runs` in output_dir
+    load_best_model_at_end:bool = False # Return to the weights with the lowest evaluation loss
+    metric_for_best_model:str|None = None # 'eval_loss' only
+    greater_is_better:bool|None = None # False only
+
+    def __new__(cls, *args, **given):
+        for k in given.keys() - cls.__dataclass_fields__.keys():
+            near = ' or '.join(get_close_matches(k, cls.__dataclass_fields__))
+            raise TypeError(f"TrainingArguments has no {k}; use {near or 'the Trainer of transformers, with Model.to_transformers()'}")
+        return super().__new__(cls)
 
     def __post_init__(self): _check_arguments(self)
 
@@ -112,7 +123,8 @@ def _check_arguments(a):
     _need(not (a.bf16 and a.fp16), 'bf16 and fp16 are both set; choose one')
     for name in ('eval_strategy', 'save_strategy'):
         _need(getattr(a, name) in (None, 'no', 'steps', 'epoch'), f"{name} is {getattr(a, name)!r}; use 'no', 'steps' or 'epoch'")
-    _need(a.report_to in ('none', []), f"report_to {a.report_to!r} is not known here; use 'none' and read `trainer.history`")
+    best = (a.metric_for_best_model in (None, 'loss', 'eval_loss') and not a.greater_is_better) or not a.load_best_model_at_end
+    _need(best, 'metric_for_best_model: the best model is that with the lowest eval_loss; use a Callback for another')
 
 # %% ../../nbs/book/305_train.trainer.ipynb #b65304e2
 OPTIMIZERS = dict(adamw='adamw', adamw_torch='adamw', adamw_torch_fused='adamw', muon='muon')  # name in the settings -> kind
@@ -159,7 +171,8 @@ def master_weights(
 )->list[nn.Parameter]: # Trainable parameters, in float32 or wider
     "Convert trainable parameters to float32"
     params = [p for p in model.parameters() if p.requires_grad]
-    how = "load it with dtype='float32', or add adapters with LoraConfig" if hasattr(model, 'merge_to_float') else 'call requires_grad_()'
+    load = f"Model.from_pretrained({str(getattr(model, 'source', '...'))!r}, dtype='float32')"
+    how = f'{load} loads weights to train, and a LoraConfig adapts codes' if hasattr(model, 'merge_to_float') else 'call requires_grad_()'
     if not params: raise ValueError(f'{type(model).__name__} has nothing to train: all of its parameters are frozen; {how}')
     for p in params:
         if p.dtype in HALVES: p.data = p.data.float()
@@ -299,6 +312,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.**10, enabled=self.dtype == torch.float16)
         self.step,self.history = 0,History()
         if a.output_dir or self.resume_from_checkpoint: self.add_callback(self.checkpoints_callback)
+        if a.report_to and a.report_to != 'none': self.add_callback(Report)
+        if a.load_best_model_at_end: self.add_callback(Best)
         self.acts = {e: [getattr(c, e) for c in self.callbacks if hasattr(c, e)] for e in EVENTS}
 
     @torch.enable_grad()
