@@ -222,7 +222,7 @@ QUESTION = [dict(role='user', content='What is the capital of France?')]
 def _same_in_transformers(model, tok, folder, text):
     "Save a model, load it with transformers, and compare"
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    save_tokenizer(tok, model.save_pretrained(folder))
+    tok.save_pretrained(model.save_pretrained(folder))
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation='eager').eval()
     ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     if ids != tok.chat(QUESTION): raise ValueError(f'{folder}: transformers renders the question as {ids}, not {tok.chat(QUESTION)}')

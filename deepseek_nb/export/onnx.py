@@ -46,7 +46,6 @@ from ..files.gguf import locate
 from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
 from ..quant.nf4 import pack_pairs, unpack_pairs
-from ..quant.save import save_tokenizer
 
 # %% ../../nbs/library/802_export.onnx.ipynb #3653e13e
 class GrowingSlot:
@@ -315,7 +314,7 @@ def copy_description(
     path = locate(source)
     for n in CARRIED:
         if path.is_dir() and n != 'generation_config.json' and (path/n).is_file(): shutil.copyfile(path/n, folder/n)
-    if path.suffix == '.gguf': save_tokenizer(Tokenizer.from_pretrained(path), folder)
+    if path.suffix == '.gguf': Tokenizer.from_pretrained(path).save_pretrained(folder)
 
 # %% ../../nbs/library/802_export.onnx.ipynb #7daa1be0
 def float_source(

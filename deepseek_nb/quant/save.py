@@ -8,9 +8,9 @@
 
 # %% auto #0
 __all__ = ['rows_together', 'piece_borders', 'WeightSource', 'ErrorSum', 'one_thread', 'encode_from', 'FolderSource',
-           'GgufSource', 'packed_weights', 'packed_tensors', 'packed_config', 'save_tokenizer', 'save_packed',
-           'read_packed', 'parts_like', 'PackedSource', 'is_matrix', 'Fp8Blocks', 'symmetric_codes', 'pack_words',
-           'PackedInts', 'publish']
+           'GgufSource', 'packed_weights', 'packed_tensors', 'packed_config', 'save_packed', 'read_packed',
+           'parts_like', 'PackedSource', 'is_matrix', 'Fp8Blocks', 'symmetric_codes', 'pack_words', 'PackedInts',
+           'publish']
 
 # %% ../../nbs/library/378_quant.save.ipynb #e4cd702b
 import json
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from fastcore.basics import patch
 from torch import Tensor
 
 from .. import __version__
@@ -355,19 +356,21 @@ def _token_spec(tok):
     spec['added_tokens'].sort(key=lambda a: a['id'])
     return spec
 
-def save_tokenizer(
-    tok:Tokenizer, # Tokenizer to write
+# %% ../../nbs/library/378_quant.save.ipynb #5ab54546
+@patch
+def save_pretrained(self:Tokenizer,
     folder:str|Path, # Folder for tokenizer.json, tokenizer_config.json and chat_template.jinja
-)->None:
-    "Write a tokenizer in Hugging Face's files, which transformers can load"
+)->Path: # The folder
+    "Save a tokenizer in files that transformers can load"
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-    config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, add_bos_token=tok.add_bos) | tok.named
-    if isinstance(t := tok.chat_template, dict): config['chat_template'] = [dict(name=k, template=v) for k,v in t.items() if v]
-    specs = {'tokenizer.json': _token_spec(tok), 'tokenizer_config.json': config}
-    files = {n: json.dumps(s, ensure_ascii=False, indent=None if 'model' in s else 1) for n,s in specs.items()} # a vocabulary in one line
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', clean_up_tokenization_spaces=False, add_bos_token=self.add_bos) | self.named
+    if isinstance(t := self.chat_template, dict): config['chat_template'] = [dict(name=k, template=v) for k,v in t.items() if v]
+    specs = {'tokenizer.json': _token_spec(self), 'tokenizer_config.json': config}
+    files = {n: json.dumps(d, ensure_ascii=False, indent=None if 'model' in d else 1) for n,d in specs.items()} # a vocabulary in one line
     if isinstance(t, str): files['chat_template.jinja'] = t
     for name,text in files.items():
         with written(folder/name) as tmp: tmp.write_text(text, encoding='utf-8')
+    return folder
 
 # %% ../../nbs/library/378_quant.save.ipynb #699ea254
 def _write_packed(model, folder, max_shard_bytes):
@@ -377,7 +380,7 @@ def _write_packed(model, folder, max_shard_bytes):
     save_config(model, folder)
     config = read_json(folder/'config.json') | dict(quantization_config=packed_config(model))
     (folder/'config.json').write_text(json.dumps(config, indent=1))
-    if source and source.is_file() and source.suffix == '.gguf': save_tokenizer(from_gguf(source), folder)
+    if source and source.is_file() and source.suffix == '.gguf': from_gguf(source).save_pretrained(folder)
     for n in CARRIED:
         if source and (source/n).is_file(): shutil.copyfile(source/n, folder/n)
 

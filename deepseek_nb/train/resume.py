@@ -38,7 +38,6 @@ from ..arch.releases import shapes
 from ..files.checkpoint import fill
 from ..files.safetensors import opened, read_json, some, write_tensors
 from ..infer.persist import word_sums
-from ..quant.save import save_tokenizer
 from .callbacks import Callback
 from .trainer import Trainer
 from .world import is_share, whole, world
@@ -209,7 +208,7 @@ def set_random_state(
 # %% ../../nbs/library/617_train.resume.ipynb #782fa4cb
 FREE = {'output_dir', 'per_device_train_batch_size', 'per_device_eval_batch_size', 'logging_steps', 'eval_strategy', 'eval_steps',
         'save_strategy', 'save_steps', 'save_total_limit', 'gradient_checkpointing', 'dataloader_num_workers', 'disable_tqdm',
-        'report_to'}  # May change on resume; `Batches` compares batch sizes
+        'report_to', 'logging_dir'}  # May change on resume; `Batches` compares batch sizes
 
 def run_state(
     t:Trainer, # Trainer in the middle of a run
@@ -415,5 +414,5 @@ def save_model(self:Trainer,
     folder = Path(folder)
     if hasattr(self.model, 'peft_config'): self.model.save_adapter(folder)
     else: self.model.save_pretrained(folder)
-    if self.processing_class and not (folder/'tokenizer.json').is_file(): save_tokenizer(self.processing_class, folder)
+    if self.processing_class and not (folder/'tokenizer.json').is_file(): self.processing_class.save_pretrained(folder)
     return folder

@@ -105,7 +105,7 @@ def write_result(
 )->Path: # The folder
     "Save a model with its tokenizer"
     model.save_pretrained(folder)
-    if not (folder/'tokenizer.json').is_file(): save_tokenizer(tok, folder)
+    if not (folder/'tokenizer.json').is_file(): tok.save_pretrained(folder)
     return folder
 
 # %% ../../nbs/library/685_train.runs.ipynb #b635017d

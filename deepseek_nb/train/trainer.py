@@ -31,11 +31,11 @@ from ..core.lazy import later
 from ..files.tokenizer import Tokenizer
 from ..kernels.train import experts_forward
 from .callbacks import EVENTS, Best, CancelFit, CancelStep, Guard, History, Progress, Report
+from .corpora import column_names, sft_data
 from .data import Batches
 from .loss import language_loss
 from .optim import AdamW, Muon, muon_groups, param_groups
 from .schedule import SCHEDULES, get_scheduler
-from .sft import column_names, sft_data
 from .world import local, total_norm
 
 # %% ../../nbs/book/305_train.trainer.ipynb #1c29c5f1
