@@ -18,7 +18,6 @@ from deepseek_nb.arch.rope import frequencies
 from deepseek_nb.bench import load_result
 from deepseek_nb.core.config import Config, Rope
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.quant.save import save_tokenizer
 from deepseek_nb.train.convert import (
     choose_pairs,
     compress,
