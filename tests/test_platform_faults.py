@@ -26,11 +26,11 @@ from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
 from deepseek_nb.platform.exchange import erase_text  # noqa: E402
 from deepseek_nb.platform.layout import Site, page_text, when  # noqa: E402
 from deepseek_nb.platform.monitor import give_feedback  # noqa: E402
-from deepseek_nb.platform.registry import Limit, add_model, all_measures, check_gates, measure, model_path  # noqa: E402
+from deepseek_nb.platform.registry import Limit, add_model, check_gates, measure, model_path  # noqa: E402
 from deepseek_nb.platform.rollout import GatesFailed, choose, end_release, gates_of, release  # noqa: E402
 from deepseek_nb.platform.runs import FinetuneRun  # noqa: E402
 from deepseek_nb.platform.start import back_up, bring_back  # noqa: E402
-from deepseek_nb.platform.store import audits, curves, events, newest, open_store, row_of  # noqa: E402
+from deepseek_nb.platform.store import audits, curves, events, measures, newest, open_store, row_of  # noqa: E402
 from deepseek_nb.platform.store import jobs as jobs_  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
@@ -169,7 +169,7 @@ def test_gates_can_not_be_fooled(store, measured):  # noqa: F811
     measured(store, model, version, most=5)
     measured(store, model, version, split='train')
     assert check().passed and check().measure is not None
-    assert len([r for r in all_measures(store, model) if r.name == 'accuracy']) == 6
+    assert len([r for r in newest(store, measures, measures.c.model_id == model) if r.name == 'accuracy']) == 6
     assert not check_gates(store, model, [Limit('accuracy', min=.8, version=2)])[0].passed
     found = check_gates(store, model, gates_of(store))
     assert {g.name for g in found if not g.passed} <= {'swap_flips', 'typo_flips', 'calibration_error'}
@@ -207,7 +207,7 @@ def test_one_part_that_fails_leaves_the_rest(store, measured):  # noqa: F811
     state, job = measured(store, model, version, split='dev', tasks=['swaps'])
     assert state == 'done' and job.result['measures'] == dict(latency_p95=.1)
     assert 'split dev' in job.result['failed']['data'] and job.result['failed']['swaps']
-    assert [r.name for r in all_measures(store, model)] == ['latency_p95']
+    assert [r.name for r in newest(store, measures, measures.c.model_id == model)] == ['latency_p95']
 
 
 MESSY = 'text,label\na bill,billing \n,billing\nan invoice,Billing\na payment,billing\n,other\n'
@@ -435,6 +435,8 @@ def test_an_evaluation_shows_where_it_errs(ann, measured):
     assert result['confusion'] == table.tolist() and len(result['mistakes']) == table[0, 1] + table[1, 0]
     for digest, true, said, p in result['mistakes']:
         assert rows[digest]['label'] == result['classes'][true] != result['classes'][said] and p in (.8, .9)
+    known = ann.text('/runs/new?kind=evaluate')
+    assert f'Run {job.id} | ' in known and f'{job.memory/2**30:.1f} GB' in known
     shown = ann.text(f'/runs/{job.id}')
     assert f"{table[0, 0]} | {table[0, 1]}" in shown and f'{100*table[0, 0]/table[0].sum():.1f}%' in shown
     page = ann.get(f'/runs/{job.id}/mistakes?true=0&said=1')

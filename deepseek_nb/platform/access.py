@@ -352,7 +352,7 @@ def disable_user(
     by:User|None, # Who does it; None: the system
     id:int, # Of the user
     disabled:bool = True, # False: allow log-in again
-)->None:
+)->str: # What the user is now: 'disabled' or 'enabled'
     "End all sessions and tokens of a user and refuse further log-ins"
     _must(by, 'admin')
     with store.write() as c:
@@ -361,6 +361,7 @@ def disable_user(
         c.execute(update(users).where(users.c.id == id).values(disabled=disabled))
         if disabled: _end_all(store, c, id)
         audit(c, by, 'disable user' if disabled else 'enable user', f'user:{id}')
+    return 'disabled' if disabled else 'enabled'
 
 # %% ../../nbs/platform/822_platform.access.ipynb #e04c5ef4
 def set_password(

@@ -283,11 +283,8 @@ def _task_version(request, form, id):
     return ui.redirect(f'/versions/{made.version}', f'{made}.', 'warn' if made.disputed else 'good')
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #b394a387
-@data_pages.post('/tasks/{id:int}/close', role='developer')
-def _task_close(request, form, id):
-    "Close or open"
-    lab.close_task(request.state.store, request.state.user, id, not form.get('open'))
-    return ui.redirect(f'/tasks/{id}', 'The task is open.' if form.get('open') else 'The task is closed.')
+data_pages.act('/tasks/{id:int}/close', 'developer', lab.close_task, '/tasks/{id}', 'The task is {found}.',
+               lambda form: [not form.get('open')])
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #0f40bf84
 @data_pages.get('/tasks/{id:int}/export', role='viewer')

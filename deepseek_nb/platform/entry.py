@@ -183,11 +183,8 @@ entry_pages.act('/users/{id:int}/delete', 'admin', access.delete_user, '/users',
 # %% ../../nbs/platform/836_platform.entry.ipynb #5afb3328
 entry_pages.act('/users/{id:int}/role', 'admin', access.set_role, '/users', 'The role is changed.', lambda form: [form.text('role', 20)])
 
-@entry_pages.post('/users/{id:int}/disable', role='admin')
-def _user_disable(request, form, id):
-    "Disable or enable a user"
-    access.disable_user(request.state.store, request.state.user, id, bool(form.get('disabled')))
-    return ui.redirect('/users', 'The user is disabled.' if form.get('disabled') else 'The user is enabled.')
+entry_pages.act('/users/{id:int}/disable', 'admin', access.disable_user, '/users', 'The user is {found}.',
+                lambda form: [bool(form.get('disabled'))])
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #dc7b434b
 def _chain_state(store, until=None, shown=500): # entries that are checked, so that the page stays fast

@@ -129,12 +129,13 @@ def close_task(
     user, # Who closes
     task:int, # Id
     closed:bool = True, # False: open it again
-)->None:
+)->str: # What it is now: 'closed' or 'open'
     "Stop handing out records of a task, or start again"
     with store.write() as c:
         row_of(c, tasks, task)
         c.execute(update(tasks).where(tasks.c.id == task).values(closed=store.now() if closed else None))
         audit(c, user, 'close task' if closed else 'open task', f'task:{task}')
+    return 'closed' if closed else 'open'
 
 # %% ../../nbs/platform/824_platform.labels.ipynb #a2475ffc
 class WorkItem(NamedTuple):

@@ -26,9 +26,9 @@ from . import layout as ui
 from . import rollout
 from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, submit
-from .registry import add_model, all_measures, card_of, check_gates, lineage_of, measures_of
+from .registry import add_model, card_of, check_gates, lineage_of, measures_of
 from .runs import SPLITS_OF, classifier_of
-from .store import curves, datasets, jobs, models, newest, records, releases, row_of, version_rows, versions
+from .store import curves, datasets, jobs, measures, models, newest, records, releases, row_of, version_rows, versions
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
 run_pages = ui.Pages('Runs', '/runs')
@@ -104,8 +104,8 @@ class Preset(NamedTuple):
 _MINI = dict(steps=40, batch=16, rate=.003, warmup=0, length=48, eval_every=20, blocks=0)
 RUN_PRESETS = dict(
     minute=Preset('mini, within a minute', 'finetune', 'mini', _MINI, '40 steps over all weights, about 11 s of CPU time'),
-    lora=Preset('SmolLM2-135M with LoRA', 'lora', 'smollm2-135m', {}, '45 steps of rank 8, estimated 80 s of CPU time, 1.5 GB of memory'),
-    qlora=Preset('SmolLM2-135M with QLoRA', 'qlora', 'smollm2-135m', {}, '45 steps over NF4 weights, estimated 220 s of CPU time, 1.3 GB'))
+    lora=Preset('SmolLM2-135M with LoRA', 'lora', 'smollm2-135m', {}, '45 steps of rank 8, estimated 80 s of CPU time, 2.2 GB of memory'),
+    qlora=Preset('SmolLM2-135M with QLoRA', 'qlora', 'smollm2-135m', {}, '45 steps over NF4 weights, estimated 220 s of CPU time, 1.8 GB'))
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #ae9e75de
 def _choices(store):
@@ -114,6 +114,13 @@ def _choices(store):
     with store.read() as c: found = c.execute(q.order_by(versions.c.id.desc()).limit(200)).all()
     return ([(r.id, f'{r.name}, version {r.number} ({r.rows:,} rows)') for r in found],
             [(m.id, f'{m.name} {m.number}') for m in newest(store, models, limit=200)])
+
+def _known_memory(store, kind):
+    "Peak memory of the latest runs of a kind, with what it depends on"
+    rows = newest(store, jobs, jobs.c.kind == kind, jobs.c.state == 'done', jobs.c.memory.is_not(None), limit=5)
+    sizes = lambda r: ', '.join(f'{k} {r.config[k]}' for k in ('model', 'batch', 'length', 'format') if k in r.config)
+    lines = [(fh.A(f'Run {r.id}', href=f'/runs/{r.id}'), sizes(r), f'{r.memory/2**30:.1f} GB') for r in rows]
+    return ui.card('Peak memory of earlier runs', ui.table(['Run', 'Settings', 'Memory'], lines)) if rows else ''
 
 @run_pages.get('/runs/new', role='developer')
 def _new_run_page(request):
@@ -136,7 +143,8 @@ def _new_run_page(request):
     keep = f"&version={quote(asked.get('version', ''))}"
     begin = fh.Ul(*[fh.Li(fh.A(p.title, href=f'/runs/new?preset={k}{keep}'), f': {p.about}.') for k,p in RUN_PRESETS.items()])
     main = ui.card(ready.title if ready else name, fh.P((kind.run.__doc__ or name) + '.'), shown)
-    return ui.page(request, 'New run', fh.P(*[o for a in links for o in (a, ' ')]), main, ui.card('Settings that stand ready', begin),
+    return ui.page(request, 'New run', fh.P(*[o for a in links for o in (a, ' ')]), main, _known_memory(request.state.store, name),
+                   ui.card('Settings that stand ready', begin),
                    trail=[('Runs', '/runs')])
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #292639c4
@@ -370,7 +378,7 @@ def _model_page(request, id):
     more = fh.P(fh.A('Measure it', href=f'/runs/new?kind=evaluate&model={id}', cls='button quiet'), ' ',
                 fh.A('Train it further', href=f'/runs/new?kind=finetune&model={id}', cls='button quiet'))
     every = [(r.name, _value(r), fh.A(f'run {r.job_id}', href=f'/runs/{r.job_id}') if r.job_id else None, ui.when(r.at))
-             for r in all_measures(store, id)[:200]]
+             for r in newest(store, measures, measures.c.model_id == id, limit=200)]
     past = fh.Details(fh.Summary('All evaluations'), ui.table(['Measure', 'Value', 'Run', 'When'], every)) if every else ''
     measured = ui.card('Measured', ui.table(['Measure', 'Value', 'Details'], rows, empty='Nothing was measured.'), past, more)
     gone = fh.Details(fh.Summary('Delete the files'), ui.press(request, f'/models/{id}/delete', 'Delete for ever', 'danger'))
@@ -433,8 +441,5 @@ run_pages.act('/places/{place}/share', 'developer', rollout.set_share, '/places/
 run_pages.act('/places/{place}/end', 'developer', rollout.end_release, '/places/{place}', 'The release has ended.',
               lambda form: [form.text('mode', 20)])
 
-@run_pages.post('/places/{place}/approve', role='developer')
-def _place_approve(request, form, place):
-    "Approve what somebody else has asked for"
-    rollout.approve(request.state.store, request.state.user, form.whole('release', 1))
-    return ui.redirect(_place_url(place), 'The release is approved, and answers.')
+run_pages.act('/places/{place}/approve', 'developer', lambda store, user, place, number: rollout.approve(store, user, number),
+              '/places/{place}', 'The release is approved, and answers.', lambda form: [form.whole('release', 1)])
