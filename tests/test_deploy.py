@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deepseek_nb.serve.app import Server
+from deepseek_nb.serve.logs import EngineMetrics
 from deepseek_nb.tools.serving import read_settings
 from deepseek_nb.tools.site import check_command, commands_in, unit_value
 
@@ -54,3 +56,39 @@ def test_unit(tmp_path):
     assert not [line for line in done.stderr.splitlines() if UNIT.name in line], done.stderr
     done = subprocess.run(['systemd-analyze', 'security', '--offline=true', path], capture_output=True, text=True, timeout=60)
     assert float(re.search(r'exposure level for \S+: ([\d.]+)', done.stdout)[1]) < 3, done.stdout
+
+
+@pytest.fixture
+def cluster(): return {o['kind']: o for o in yaml.safe_load_all((ROOT/'nbs/examples/kubernetes.yaml').read_text())}
+
+
+def test_kubernetes(cluster):
+    "The pod has the image's command, the routes of the server, a volume for each place that is written, and the time to drain"
+    pod = cluster['Deployment']['spec']['template']['spec']
+    box, = pod['containers']
+    command, = commands_in(CONTAINER.read_text())
+    assert box['args'] == command[2:] and box['ports'][0]['containerPort'] == read_settings(ROOT/'nbs/examples/server.toml')[1].port
+    routes = {r.path for r in Server([]).routes()}
+    assert {box[f'{kind}Probe']['httpGet']['path'] for kind in ('startup', 'readiness', 'liveness')} == {'/ready', '/health'} <= routes
+    mounts, volumes = {m['name']: m['mountPath'] for m in box['volumeMounts']}, {v['name'] for v in pod['volumes']}
+    assert mounts.keys() == volumes and {'/tmp', re.search('VOLUME (.*)', CONTAINER.read_text())[1]} < {*mounts.values()}
+    drain = read_settings(ROOT/'nbs/examples/server.toml')[1].drain
+    assert pod['terminationGracePeriodSeconds'] > box['lifecycle']['preStop']['sleep']['seconds'] + drain + 5
+    assert pod['securityContext']['runAsUser'] == int(re.search(r'--uid (\d+)', CONTAINER.read_text())[1])
+    labels = cluster['Deployment']['spec']['template']['metadata']['labels']
+    for kind in ('Service', 'PodDisruptionBudget'):
+        chosen = cluster[kind]['spec']['selector']
+        assert chosen.get('matchLabels', chosen) == cluster['Deployment']['spec']['selector']['matchLabels'] == labels
+    target = cluster['HorizontalPodAutoscaler']['spec']['scaleTargetRef']
+    assert (target['kind'], target['name']) == ('Deployment', cluster['Deployment']['metadata']['name'])
+    metric, = cluster['HorizontalPodAutoscaler']['spec']['metrics']
+    name = metric['pods']['metric']['name'].removeprefix('vllm_')
+    assert f'vllm:{name}' in EngineMetrics({}).text()
+
+
+def test_the_schema_of_kubernetes(cluster):
+    "Each object is one of Kubernetes, and a misspelt field is none: pip install kubernetes-validate"
+    validate = pytest.importorskip('kubernetes_validate', reason='pip install kubernetes-validate')
+    for found in cluster.values(): validate.validate(found, '1.35', strict=True)
+    cluster['Deployment']['spec']['replica'] = 2
+    with pytest.raises(validate.ValidationError): validate.validate(cluster['Deployment'], '1.35', strict=True)

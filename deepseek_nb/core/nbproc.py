@@ -168,7 +168,7 @@ def compile_source(
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #417e5f36
 SUFFIXES = {'cpp': ('.cpp', '.cc', '.h', '.hpp'), 'cu': ('.cu', '.cuh'),
-            'example': ('.py', '.mjs', '.java', '.cpp', '.sh', '.toml', '.service', 'Containerfile')}
+            'example': ('.py', '.mjs', '.java', '.cpp', '.sh', '.toml', '.yaml', '.service', 'Containerfile')}
 
 def check_name(
     kind:str, # Language, `cpp` or `cu`
