@@ -57,7 +57,7 @@ def test_errors_beside_the_published_figures_are_those_that_the_page_states():
 
 def test_bad_cards_are_refused():
     for text, why in dict(zip(('16', '4xB1', '0xH100', '12xH100'),
-                              ('write a number', 'known are H800, H100, H200', '1 to 8 cards', 'whole nodes'), strict=True)).items():
+                              ('write number', 'known are H800, H100, H200', '1 to 8 cards', 'whole nodes'), strict=True)).items():
         with pytest.raises(ValueError, match=why): parse_cards(text)
 
 

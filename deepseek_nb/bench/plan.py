@@ -43,7 +43,7 @@ def parse_cards(
     "Read a number of cards"
     m = re.fullmatch(r'([\d,]+) *[x×] *(\w+)', text.strip())
     known = ', '.join(CARDS)
-    if not m or m[2].upper() not in CARDS: raise ValueError(f'cards {text!r}: write a number and a kind, such as 16xH800; known are {known}')
+    if not m or m[2].upper() not in CARDS: raise ValueError(f'cards {text!r}: write number and kind, such as 16xH800; known are {known}')
     n = int(m[1].replace(',', ''))
     if n < 1 or n > NODE and n % NODE: raise ValueError(f'cards {text!r}: a cluster has 1 to {NODE} cards, or whole nodes of {NODE}')
     return n, CARDS[m[2].upper()]
