@@ -9,9 +9,11 @@ import torch
 
 transformers = pytest.importorskip('transformers')
 from deepseek_nb import Model, QuantizedModel  # noqa: E402
+from deepseek_nb.arch.model import head  # noqa: E402
 from deepseek_nb.core.config import Config  # noqa: E402
 from deepseek_nb.export.gguf import export_gguf  # noqa: E402
 from deepseek_nb.infer.load import decode_path  # noqa: E402
+from deepseek_nb.infer.paged import PagedCache, PagePool  # noqa: E402
 
 SEED = int(os.environ.get('SEED', torch.seed() % 10**6))
 YARN = dict(rope_type='yarn', factor=4., original_max_position_embeddings=16, rope_theta=1e6)
@@ -43,6 +45,9 @@ def test_logits_cached_and_padded(pair):
     mask = torch.ones_like(ids)
     mask[1, :9] = 0
     near(model(ids, attention_mask=mask)[1, 9:], theirs(ids[1:, 9:]).logits[0])
+    pool = PagePool(model.config, 8, 16, dtype=model.dtype)
+    rows = model.ragged(torch.cat([ids[0, :7], ids[1, :12]]), [PagedCache(pool), PagedCache(pool)], [7, 12])
+    near(head(rows[-1:], model.head_weight)[0], theirs(ids[1:, :12]).logits[0, -1])
 
 
 def test_gradients(pair):
