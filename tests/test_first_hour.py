@@ -1,6 +1,7 @@
 """What a user of transformers types in the first hour, on our own model and tokenizer: it works as there, or the error names what to use
 
 Each snippet runs in a namespace with `model`, `tok`, `enc` (a text encoded), `tmp` (a folder), and `new`, a tiny float model."""
+import json
 import re
 import warnings
 
@@ -196,3 +197,16 @@ def test_losses_go_to_the_trackers_of_accelerate(space, monkeypatch):
         except ImportError:
             with pytest.raises(ImportError, match=f'pip install accelerate {name}'):
                 run(f"Trainer(new, TrainingArguments(max_steps=1, report_to={name!r}), ROWS, processing_class=tok).train()", space)
+
+
+def test_an_adapter_names_seven_layers_and_peft_loads_it(space, tmp_path):
+    "Instead of a path for each layer; with layers left out, the paths"
+    peft = pytest.importorskip('peft')
+    space['new'].save_pretrained(tmp_path/'base')
+    for exclude, n in ((None, 7), (['k_proj'], 6)):
+        model = LoraConfig(target_modules='all-linear', exclude_modules=exclude).apply(Model.from_pretrained(tmp_path/'base', 'float32'))
+        folder = model.save_adapter(tmp_path/f'adapter{n}')
+        assert len(json.loads((folder/'adapter_config.json').read_text())['target_modules']) == n
+        hf = Model.from_pretrained(tmp_path/'base', 'float32').to_transformers()
+        loaded = peft.PeftModel.from_pretrained(hf, folder)
+        torch.testing.assert_close(loaded(**space['enc']).logits, model(space['enc'].input_ids), atol=1e-4, rtol=1e-4)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from .attention import GQA, MLA, Context, causal_mask, document_mask, one_document
+from .attention import GQA, MLA, Context, NormedGQA, causal_mask, document_mask, one_document
 from .cache import Cache, Codec, cache_shapes
 from .moe import MoE, SwiGLU
 from .norm import RMSNorm
@@ -72,7 +72,7 @@ def attention(self:Config,
     layer:int, # Index of the block
 )->nn.Module: # Its attention
     "The kind of attention of a block"
-    return MLA(self) if self.mla else GQA(self)
+    return MLA(self) if self.mla else NormedGQA(self) if self.qk_norm else GQA(self)
 
 @patch
 def feed_forward(self:Config,

@@ -21,7 +21,8 @@ from ..core.config_json import family
 # %% ../../nbs/book/609_arch.releases.ipynb #8ac4df4c
 def _gqa_shapes(c):
     q,kv = c.n_heads*c.head_dim,c.n_kv_heads*c.head_dim
-    return dict(q_proj=(q, c.dim), k_proj=(kv, c.dim), v_proj=(kv, c.dim), o_proj=(c.dim, q))
+    norms = dict.fromkeys(('q_norm', 'k_norm') if c.qk_norm else (), (c.head_dim,))
+    return dict(q_proj=(q, c.dim), k_proj=(kv, c.dim), v_proj=(kv, c.dim), o_proj=(c.dim, q)) | norms
 
 def _mla_shapes(c):
     d,h,lora,latent = c.dim,c.n_heads,c.q_lora_rank,c.kv_lora_rank

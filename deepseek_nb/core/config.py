@@ -64,6 +64,7 @@ class Config:
     route_scale:float = 1. # Factor of the weights of the selected experts
     attn_bias:bool = False # Whether the input projections of attention have biases
     out_bias:bool = False # Whether the output projection of attention has a bias
+    qk_norm:bool = False # GQA: whether each head's query and key are normalised before the rotation
     mlp_bias:bool = False # Whether dense feed-forward networks have biases
     norm_eps:float = 1e-6 # Epsilon of RMSNorm
     tie_embeddings:bool = False # Whether the head shares the matrix of the embedding
@@ -137,6 +138,7 @@ class Config:
         yield min(self.vocab_size, self.dim, self.n_layers, h) > 0, 'vocab_size, dim, n_layers and n_heads must be positive'
         yield r > 0 and r%2 == 0, f'rotary width {r} must be even and positive, since RoPE rotates pairs of channels'
         yield self.mla or t > 0 and h%t == 0, f'n_heads {h} must be a multiple of n_kv_heads {t}'
+        yield not self.qk_norm or self.model_type == 'qwen3', 'only qwen3 has norms of queries and keys'
         if not e: return
         yield g > 0 and e%g == 0, f'n_expert_groups {g} does not divide n_routed_experts {e}'
         yield 1 <= m <= g, f'n_limited_groups {m} must be between 1 and n_expert_groups {g}'

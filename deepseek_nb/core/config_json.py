@@ -68,6 +68,7 @@ _V4 = dict(score_func='sqrtsoftplus', score_bias=True, group_score='sum2', norm_
 FAMILIES = dict(
     llama=Family('LlamaForCausalLM', False, False, {}),
     qwen2=Family('Qwen2ForCausalLM', False, False, dict(attn_bias=True)),
+    qwen3=Family('Qwen3ForCausalLM', False, False, dict(qk_norm=True)),
     deepseek=Family('DeepseekForCausalLM', False, True, {}),
     deepseek_v2=Family('DeepseekV2ForCausalLM', True, True, {}),
     deepseek_v3=Family('DeepseekV3ForCausalLM', True, True, _V3),

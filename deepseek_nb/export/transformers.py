@@ -147,7 +147,7 @@ def config_of(
     "Write a model's config with transformers' names"
     d = {k: v for k,v in model.config.to_hf('transformers').items() if k != 'quantization_config'}
     own = d.pop('model_type') # in the class it is 'deepseek_nb'
-    return DeepseekNbConfig(**d, own_type=own, dtype=model.dtype, name_or_path=str(getattr(model, 'source', '')))
+    return DeepseekNbConfig(**d | dict(own_type=own, dtype=model.dtype, name_or_path=str(getattr(model, 'source', ''))))
 
 # %% ../../nbs/library/807_export.transformers.ipynb #6d0a7235
 _REFUSED = {'inputs_embeds', 'output_hidden_states', 'output_attentions', 'output_router_logits'}

@@ -94,7 +94,7 @@ def queries_keys(
     c,h = attn.c,attn.c.n_heads
     if isinstance(attn, GQA):
         q,k = (rearrange(p(x), 'b s (h x) -> b h s x', x=c.head_dim) for p in (attn.q_proj, attn.k_proj))
-        q,k = (rotate(y, *angles, c.rope.interleaved) for y in (q, k))
+        q,k = (rotate(y, *angles, c.rope.interleaved) for y in attn.normed(q, k))
         return q, repeat(k, 'b g s x -> b (g n) s x', n=h//c.n_kv_heads)
     latent,k_rope = attn.latents(x, angles).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     k = rearrange(attn.kv_b_proj(latent), 'b s (h x) -> b h s x', h=h)[..., :c.qk_nope_head_dim]

@@ -226,8 +226,9 @@ def mla_config(
     "Make a DeepSeek-V3 config with the same feed-forward"
     check_plain(c, 'conversion to latent attention')
     if c.mla: raise ValueError(f'this {c.model_type} model already has latent attention')
-    if c.attn_bias or c.out_bias or c.mlp_bias:
-        raise ValueError(f'this {c.model_type} model has biases in attention or feed-forward, which can\'t be converted')
+    if c.attn_bias or c.out_bias or c.mlp_bias or c.qk_norm:
+        what = 'norms of queries' if c.qk_norm else 'biases in attention or feed-forward'
+        raise ValueError(f'this {c.model_type} model has {what}, which can\'t be converted')
     if not 2 <= latent <= c.dim: raise ValueError(f'latent width {latent} must be between 2 and the model width {c.dim}')
     moe = {} if c.n_routed_experts else FAMILIES['deepseek_v3'].defaults | dict(n_dense_layers=c.n_layers)
     return replace(c, model_type='deepseek_v3', n_kv_heads=0, head_dim=0, kv_lora_rank=latent, qk_nope_head_dim=c.head_dim,
