@@ -84,7 +84,7 @@ print("<b>")
 
 
 def test_markdown_is_safe_and_settings_are_sent_if_set(live, chromium):
-    "An answer of Markdown and HTML, cut in a block of code; edit, regenerate, settings, a second conversation, and all of it after a reload"
+    "An answer of Markdown and HTML; edit, regenerate, settings, an attachment, a second conversation, and all of it after a reload"
     page, errors, bodies = chromium.new_page(), [], []
     page.on('pageerror', lambda e: errors.append(str(e)))
     page.on('console', lambda m: m.type == 'error' and errors.append(m.text))

@@ -110,7 +110,8 @@ textarea { flex: 1; min-width: 7rem; font: inherit; padding: .5rem; resize: vert
 button, select, input { font: inherit; padding: .4rem .6rem }
 :focus-visible { outline: 2px solid var(--mark); outline-offset: 1px }
 @media (max-width: 30rem) {
-  header, form { padding: .3rem; gap: .3rem } header h1 { position: absolute; clip-path: inset(50%) } select { max-width: 8rem } article.user { margin-left: 5% }
+  header, form { padding: .3rem; gap: .3rem } header h1 { position: absolute; clip-path: inset(50%) } select { max-width: 8rem }
+  article.user { margin-left: 5% }
 }
 '''
 
