@@ -41,7 +41,8 @@ def test_chat(live, chromium, scheme, width):
     page.wait_for_selector('article.assistant small:not(:empty)', timeout=60_000)
     figures = page.inner_text('article.assistant small')
     assert 'tokens' in figures and 'prompt tokens cached' in figures, figures
-    assert page.inner_text('article.assistant div:not(:empty)') and page.inner_text('article.user') == 'The Congress of the United States'
+    assert page.inner_text('article.assistant > div:not(:empty)')
+    assert page.inner_text('article.user > div') == 'The Congress of the United States'
     assert page.locator('main').bounding_box()['width'] <= width
     page.click('#clear')
     assert page.locator('article').count() == 0
@@ -60,6 +61,73 @@ def test_stop(live, chromium):
     page.wait_for_selector('article.assistant small:not(:empty)')
     live.idle()
     assert page.inner_text('#send') == 'Send'
+    page.close()
+
+
+TEXT = """# Head
+A **bold** word, *slanted*, `a < b`, [a link](https://example.org/a) and [none](javascript:alert(1)).
+<img src=x onerror="window.hit = 1"> <script>window.hit = 1</script>
+
+1. one
+2. two
+- point
+
+> said
+
+| a | b |
+|---|:-:|
+| 1 | `2` |
+
+```python
+print("<b>")
+"""
+
+
+def test_markdown_is_safe_and_settings_are_sent_if_set(live, chromium):
+    "An answer of Markdown and HTML; edit, regenerate, settings, an attachment, a second conversation, and all of it after a reload"
+    page, errors, bodies = chromium.new_page(), [], []
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('console', lambda m: m.type == 'error' and errors.append(m.text))
+    def reply(route):
+        bodies.append(json.loads(route.request.post_data))
+        chunks = [dict(choices=[dict(delta=dict(reasoning_content='Hm.'))]), *[dict(choices=[dict(delta=dict(content=c))]) for c in TEXT]]
+        usage = dict(completion_tokens=3, prompt_tokens=5, prompt_cache_hit_tokens=1)
+        lines = [*chunks, dict(choices=[dict(delta={})], usage=usage)]
+        route.fulfill(content_type='text/event-stream', body=''.join(f'data: {json.dumps(c)}\n\n' for c in lines) + 'data: [DONE]\n\n')
+    page.route('**/chat/completions', reply)
+    ask = lambda text: (page.fill('#text', text), page.keyboard.press('Enter'), page.wait_for_selector('small:not(:empty)'))
+    page.goto(f'http://127.0.0.1:{live.port}/')
+    assert 'Ask something' in page.inner_text('#log')
+    ask('first')
+    assert {*bodies[0]} == {'model', 'messages', 'stream', 'return_token_ids'}
+    assert bodies[0]['messages'] == [dict(role='user', content='first')]
+    found = page.evaluate("[...document.querySelectorAll('article.assistant > div *')].map(e => e.localName).join(' ')")
+    assert found == 'strong p strong em code a ol li li ul li blockquote table tr th th tr td td code div button pre code', found
+    assert page.get_attribute('article a', 'href') == 'https://example.org/a' and page.inner_text('pre') == 'print("<b>")\n'
+    assert page.evaluate('window.hit') is None and '<img src=x' in page.inner_text('article.assistant')
+    assert page.inner_text('article.assistant summary') == 'Reasoning' and not page.is_visible('details > div:has-text("Hm.")')
+    page.click('summary:has-text("Settings")')
+    page.fill('[data-setting=system]', 'Be brief.')
+    page.fill('[data-setting=temperature]', '0.3')
+    page.click('button:has-text("Regenerate")')
+    page.wait_for_selector('small:not(:empty)')
+    assert bodies[1]['temperature'] == .3
+    assert bodies[1]['messages'] == [dict(role='system', content='Be brief.'), dict(role='user', content='first')]
+    page.click('button:has-text("Edit")')
+    page.fill('article textarea', 'second')
+    page.click('article button:has-text("Send")')
+    page.wait_for_selector('small:not(:empty)')
+    assert [m['content'] for m in bodies[2]['messages']] == ['Be brief.', 'second'] and page.locator('article').count() == 2
+    page.set_input_files('#files', [dict(name='a.txt', mimeType='text/plain', buffer=b'inside')])
+    page.wait_for_function('document.getElementById("text").value')
+    assert page.input_value('#text') == '\na.txt:\n```\ninside\n```\n'
+    page.click('#clear')
+    assert page.locator('article').count() == 0 and page.input_value('[data-setting=temperature]') == ''
+    page.reload()
+    page.select_option('#chats', label='second')
+    assert page.locator('article').count() == 2 and page.input_value('[data-setting=system]') == 'Be brief.' and len(bodies) == 3
+    page.click('#remove')
+    assert page.evaluate('localStorage.getItem("deepseek_nb.chats")') == '[]' and not errors, errors
     page.close()
 
 
@@ -133,10 +201,10 @@ def test_experts_and_access(live, chromium, scheme, width):
     assert not faults()
     page.keyboard.type('The Congress')
     page.keyboard.press('Enter')
-    page.locator('article.assistant div', has_text=re.compile(r'\w\W+\w+\W+\w')).first.wait_for(timeout=60_000) # several tokens
+    page.locator('article.assistant > div', has_text=re.compile(r'\w\W+\w+\W+\w')).first.wait_for(timeout=60_000) # several tokens
     page.keyboard.press('Escape')
-    page.wait_for_selector('article.assistant button', timeout=60_000)
-    page.focus('article.assistant button')
+    page.wait_for_selector('button.experts', timeout=60_000)
+    page.focus('button.experts')
     page.keyboard.press('Enter')
     page.wait_for_selector('figure output:not(:empty)', timeout=60_000)
     assert 'experts' in page.inner_text('figure output') and '5 layers of 32' in page.inner_text('figure output')

@@ -41,7 +41,6 @@ from .runtimes import optional
 from ..core.config import Config
 from ..files.hub import cache_dir, fetch
 from ..files.tokenizer import Tokenizer
-from ..quant.save import save_tokenizer
 from ..train.callbacks import Callback, Guard
 from ..train.convert import convert, joined_halves, to_mla
 from ..train.corpora import sotu

@@ -695,6 +695,7 @@ def _group_query_attention(q, k, v, past, counts, tables, **settings):
 def _grouped_attention(self, x, attention, ctx):
     "Attention of one layer"
     c,slot = self.model.config,ctx.cache
+    if c.qk_norm: raise ValueError("ONNX Runtime's attention has no norms of queries and keys; export this model without it")
     q,k,v = (p(x) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     settings = dict(num_heads=c.n_heads, kv_num_heads=c.n_kv_heads, scale=attention.scale, do_rotary=1,
                     rotary_interleaved=int(c.rope.interleaved))

@@ -38,10 +38,12 @@ def chat_body(
     if system := f.take('system', str): messages = [dict(role='system', content=system), *messages]
     out |= dict(messages=[_message(m, f'messages[{i}]') for i,m in enumerate(messages)], tools=f.take('tools', list) or None)
     form,think,options = f.take('format', str, dict),f.take('think', bool, str),f.take('options', dict, default={})
-    if form: out['response_format'] = dict(type='json_object') if form == 'json' else dict(type='json_schema', json_schema=dict(schema=form))
-    if think is not None: out |= dict(thinking=dict(type='enabled' if think else 'disabled')) if isinstance(think, bool) else dict(reasoning_effort=think)
-    f.only('raw', False), f.only('suffix', ''), f.only('images', []), f.only('template', ''), f.only('context', []), f.take('keep_alive', str, float)
-    f.done()
+    if form == 'json': out['response_format'] = dict(type='json_object')
+    elif form: out['response_format'] = dict(type='json_schema', json_schema=dict(schema=form))
+    if isinstance(think, bool): out['thinking'] = dict(type='enabled' if think else 'disabled')
+    elif think: out['reasoning_effort'] = think
+    for name,value in dict(raw=False, suffix='', images=[], template='', context=[]).items(): f.only(name, value)
+    f.take('keep_alive', str, float), f.done()
     for name,value in options.items():
         if name in OPTIONS: out[OPTIONS[name]] = value
         elif not ignore(f'options.{name}'): raise ApiError(400, f'options.{name} is not known here; leave it out', f'options.{name}')
@@ -81,7 +83,8 @@ class OllamaRun(ChatRun):
     def _end(self, finish, usage):
         "The fields of the last line"
         time = {k: int(1e9*v) for k,v in usage['timing'].items()}
-        return dict(done=True, done_reason='length' if finish == 'length' else 'stop', total_duration=sum(time.values()), load_duration=time['queue'],
+        return dict(done=True, done_reason='length' if finish == 'length' else 'stop',
+                    total_duration=sum(time.values()), load_duration=time['queue'],
                     prompt_eval_count=usage['prompt_tokens'], prompt_eval_duration=time['prefill'],
                     eval_count=usage['completion_tokens'], eval_duration=time['decode'])
 
@@ -91,7 +94,7 @@ class OllamaRun(ChatRun):
             yield self._line(done=True, done_reason='load')
             return
         whole = {}
-        async for chunk in super(OllamaRun, self).chunks():
+        async for chunk in ChatRun.chunks(self):
             [choice] = chunk['choices']
             delta = choice['delta']
             add_delta(whole, dict(tool_calls=delta.get('tool_calls', ())))
@@ -121,8 +124,10 @@ def model_details(
     m = served.engine.model
     n = sum(p.numel() for p in m.parameters())
     kind,template = m.config.model_type,served.tok.chat_template
-    details = dict(parent_model=served.base or '', format='safetensors', family=kind, families=[kind], parameter_size=f'{n/1e6:.0f}M', quantization_level='')
-    return dict(details=details, template=template if isinstance(template, str) else '', capabilities=['completion', 'tools'], license='', modelfile='',
+    details = dict(parent_model=served.base or '', format='safetensors', family=kind, families=[kind],
+                   parameter_size=f'{n/1e6:.0f}M', quantization_level='')
+    return dict(details=details, template=template if isinstance(template, str) else '', capabilities=['completion', 'tools'],
+                license='', modelfile='',
                 model_info={'general.architecture': kind, 'general.parameter_count': n, f'{kind}.context_length': served.context})
 
 def model_tag(
@@ -132,4 +137,5 @@ def model_tag(
     m = served.engine.model
     size = sum(p.nbytes for p in (*m.parameters(), *m.buffers()))
     since = datetime.fromtimestamp(served.created, UTC).isoformat().replace('+00:00', 'Z')
-    return dict(name=served.name, model=served.name, modified_at=since, size=size, size_vram=0, digest=f'{served.created:064x}', details=model_details(served)['details'])
+    return dict(name=served.name, model=served.name, modified_at=since, size=size, size_vram=0,
+                digest=f'{served.created:064x}', details=model_details(served)['details'])

@@ -1,7 +1,7 @@
 """One small page at the server's root: chat with a model, watch it think, and see how fast it answers, what was cached and which experts were used
 
-`chat_page` returns a page of HTML that talks to the server it came from. It loads nothing from other hosts and stores nothing.
-The page streams answers, folds the model's reasoning, and shows tokens per second and cached tokens under each answer. For a
+`chat_page` returns a page of HTML that talks to the server it came from. It loads nothing from other hosts, and keeps conversations in the browser.
+The page streams answers, writes them as Markdown, folds the model's reasoning, and shows tokens per second and cached tokens under each answer. For a
 mixture of experts, a button shows which experts the tokens of an answer were routed to: `chosen_experts` recomputes the tokens for it, without hooks in the model
 that serves, and `experts_report` is the body of `POST /v1/experts`."""
 
@@ -71,66 +71,187 @@ def _shown(tok:Tokenizer, id): return tok.id_to_bytes(id).decode('utf-8', 'repla
 
 # %% ../../nbs/library/479_serve.page.ipynb #b204ed74
 STYLE = '''
-:root { color-scheme: light dark; --line: light-dark(#ccc, #444); --own: light-dark(#eef3fa, #22303f);
+:root { color-scheme: light dark; --line: light-dark(#ccc, #444); --own: light-dark(#eef3fa, #22303f); --code: light-dark(#f4f4f4, #1e1e1e);
   --dim: light-dark(#595959, #a6a6a6); --mark: light-dark(#0b57d0, #8ab4f8); }
 * { box-sizing: border-box }
 html { background: light-dark(#fff, #141414); color: light-dark(#1a1a1a, #eaeaea) }
-body { margin: 0 auto; max-width: 46rem; height: 100dvh; display: flex; flex-direction: column; font: 1rem/1.5 system-ui, sans-serif; }
-header, form { display: flex; gap: .5rem; padding: .6rem; align-items: center; flex-wrap: wrap }
+body { margin: 0 auto; max-width: 50rem; height: 100dvh; display: flex; flex-direction: column; font: 1rem/1.5 system-ui, sans-serif; }
+header, form, #settings > div { display: flex; gap: .5rem; padding: .6rem; align-items: center; flex-wrap: wrap }
 header h1 { font-size: 1rem; margin: 0; flex: 1 }
+select { max-width: 12rem }
+#settings { padding: 0 .6rem; border-bottom: 1px solid var(--line) }
+#settings label:first-child, #settings textarea { width: 100% }
+#settings input { width: 7rem }
 main { flex: 1; min-height: 0; display: flex; flex-direction: column }
 #log { flex: 1; overflow-y: auto; padding: 0 .6rem }
-article { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem .7rem;
-  border: 1px solid var(--line); border-radius: .5rem }
+article { overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem .7rem; border: 1px solid var(--line); border-radius: .5rem }
 article.user { background: var(--own); margin-left: 15% }
-article small, details { color: var(--dim) }
+article.user > div, article p, details > div { white-space: pre-wrap }
+article p, article ul, article ol, article table, blockquote { margin: .4rem 0 }
+article .head { display: block; margin: .6rem 0 .2rem }
+blockquote { padding-left: .7rem; border-left: 3px solid var(--line) }
+pre { background: var(--code); padding: .6rem; overflow-x: auto; border-radius: .4rem; margin: .3rem 0 }
+code { font: .9em ui-monospace, monospace }
+td, th { border: 1px solid var(--line); padding: .2rem .5rem; text-align: left }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+a { color: var(--mark) }
+.hint, article small, details { color: var(--dim) }
+.hint { text-align: center; margin-top: 20vh }
 article small { display: block }
-article button { font-size: .85rem }
+article button, .box button { font-size: .8rem; padding: .1rem .5rem; margin-right: .3rem }
+article textarea { width: 100% }
+.box { text-align: right }
+.box pre { text-align: left }
 figure { margin: .4rem 0 0; color: var(--dim); font-size: .85rem; white-space: normal }
 figure canvas { display: block; width: 100%; height: 5rem; image-rendering: pixelated; border: 1px solid var(--line); color: var(--mark) }
 figure input { width: 100%; padding: 0 }
 figure output { display: block; min-height: 3em }
-textarea { flex: 1; min-width: 12rem; font: inherit; padding: .5rem; resize: vertical }
+textarea { flex: 1; min-width: 7rem; font: inherit; padding: .5rem; resize: vertical }
 button, select, input { font: inherit; padding: .4rem .6rem }
 :focus-visible { outline: 2px solid var(--mark); outline-offset: 1px }
+@media (max-width: 30rem) {
+  header, form { padding: .3rem; gap: .3rem } header h1 { position: absolute; clip-path: inset(50%) } select { max-width: 8rem }
+  article.user { margin-left: 5% }
+}
 '''
 
 # %% ../../nbs/library/479_serve.page.ipynb #c7295630
 BODY = '''
 <header><h1>deepseek_nb</h1>
 <label>Model <select id="model">MODELS</select></label>
-<label>Temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0.7"></label>
-<label KEY>Key <input id="key" type="password" autocomplete="off"></label>
-<button id="clear" type="button">New chat</button></header>
-<main><div id="log" role="log" aria-live="polite" aria-label="Conversation" tabindex="0"></div>
+<select id="chats" aria-label="Conversation"></select>
+<button id="clear" type="button">New chat</button><button id="remove" type="button">Delete</button></header>
+<details id="settings"><summary>Settings</summary><div>
+<label>System prompt <textarea data-setting="system" rows="2"></textarea></label>
+<label>Temperature <input data-setting="temperature" type="number" min="0" max="2" step="any" placeholder="default"></label>
+<label>Top-p <input data-setting="top_p" type="number" min="0.01" max="1" step="any" placeholder="default"></label>
+<label>Most tokens <input data-setting="max_tokens" type="number" min="1" placeholder="default"></label>
+<label>Reasoning <select data-setting="reasoning_effort"><option value="">default</option><option>none</option><option>low</option>
+<option>high</option></select></label>
+<label KEY>Key <input id="key" type="password" autocomplete="off"></label></div></details>
+<main><div id="log" role="log" aria-live="polite" aria-label="Messages" tabindex="0"></div>
 <form id="form"><textarea id="text" rows="2" aria-label="Message" autofocus
- placeholder="Message (Enter sends, Shift+Enter starts a line, Esc stops)"></textarea><button id="send">Send</button></form></main>
+ placeholder="Message (Enter sends, Shift+Enter starts a line, Esc stops)"></textarea>
+<input id="files" type="file" multiple hidden><button id="attach" type="button">Attach</button><button id="send">Send</button></form></main>
 '''
 
 # %% ../../nbs/library/479_serve.page.ipynb #45efb514
-SCRIPT = '''
-const $ = id => document.getElementById(id), log = $("log");
-let messages = [], stop = null;
-
-function bubble(role) {
-  const box = document.createElement("article");
-  box.className = role;
-  log.append(box);
+SCRIPT = r'''
+const $ = id => document.getElementById(id), log = $("log"), STORE = "deepseek_nb.chats";
+const make = (tag, fields = {}, ...inside) => {
+  const box = Object.assign(document.createElement(tag), fields);
+  box.append(...inside);
   return box;
+};
+const button = (text, click) => make("button", {type: "button", textContent: text, onclick: click});
+function inline(text) {
+  const out = [];
+  let at = 0;
+  for (const m of text.matchAll(/`([^`]+)`|\*\*([^*]+)\*\*|\*([^*\s][^*]*)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/g)) {
+    const [all, code, bold, slanted, label, href] = m;
+    out.push(text.slice(at, m.index), code ? make("code", {}, code) : bold ? make("strong", {}, ...inline(bold)) :
+      slanted ? make("em", {}, slanted) : make("a", {href, target: "_blank", rel: "noopener noreferrer"}, label));
+    at = m.index + all.length;
+  }
+  return [...out, text.slice(at)];
 }
-function answerBox() {
-  const box = bubble("assistant"), thought = document.createElement("details"), text = document.createElement("div");
-  const figures = document.createElement("small"), summary = document.createElement("summary"), inner = document.createElement("div");
-  summary.textContent = "Reasoning";
-  thought.append(summary, inner);
-  thought.hidden = true;
-  box.append(thought, text, figures);
-  return {box, thought, inner, text, figures};
+function codeBox(text) {
+  const copy = button("Copy", () => copyText(text, copy));
+  return make("div", {className: "box"}, copy, make("pre", {tabIndex: 0}, make("code", {}, text)));
 }
-function show(place, delta) {
-  if (delta.reasoning_content) { place.thought.hidden = false; place.inner.textContent += delta.reasoning_content; }
-  if (delta.content) place.text.textContent += delta.content;
+'''
+
+# %% ../../nbs/library/479_serve.page.ipynb #78e43f4e
+SCRIPT += r'''
+const cells = (line, tag) => make("tr", {}, ...line.trim().replace(/^\||\|$/g, "").split("|").map(c => make(tag, {}, ...inline(c.trim()))));
+function markdown(text) {
+  const out = [], lines = text.split("\n");
+  let list = null, open = null;
+  for (let i = 0; i < lines.length; i++) {
+    const line = lines[i], fence = line.match(/^\s*(```|~~~)/), head = line.match(/^#{1,6}\s+(.*)/);
+    const item = line.match(/^\s*([-*+]|\d+[.)])\s+(.*)/), kind = item && (/\d/.test(item[1]) ? "ol" : "ul");
+    if (!item && line.trim()) list = null;
+    if (item || fence || head || !line.trim()) open = null;
+    if (fence) {
+      const code = [];
+      while (++i < lines.length && !lines[i].trim().startsWith(fence[1])) code.push(lines[i]);
+      out.push(codeBox(code.join("\n")));
+    } else if (head) out.push(make("strong", {className: "head"}, ...inline(head[1])));
+    else if (item) {
+      if (list?.localName !== kind) out.push(list = make(kind, kind === "ol" ? {start: parseInt(item[1])} : {}));
+      list.append(make("li", {}, ...inline(item[2])));
+    } else if (line.includes("|") && /^\s*\|?\s*:?-+:?\s*\|[\s:|-]*$/.test(lines[i + 1] ?? "")) {
+      const table = make("table", {}, cells(line, "th"));
+      for (i += 2; i < lines.length && lines[i].includes("|"); i++) table.append(cells(lines[i], "td"));
+      out.push(table);
+      i--;
+    } else if (line.startsWith(">")) out.push(make("blockquote", {}, ...inline(line.replace(/^>\s?/, ""))));
+    else if (open) open.append("\n", ...inline(line));
+    else if (line.trim()) out.push(open = make("p", {}, ...inline(line)));
+  }
+  return out;
+}
+'''
+
+# %% ../../nbs/library/479_serve.page.ipynb #6ce6baa3
+SCRIPT += r'''
+const fresh = () => ({messages: [], settings: {}});
+function stored() { try { return JSON.parse(localStorage.getItem(STORE)) ?? []; } catch { return []; } }
+let chats = stored(), chat = fresh(), stop = null;
+chats.unshift(chat);
+function keep() {
+  const begun = chats.filter(c => c.messages.length).slice(0, 50);
+  try { localStorage.setItem(STORE, JSON.stringify(begun)); } catch { /* full, or not allowed */ }
+  const title = c => c.messages.length ? c.messages[0].content.slice(0, 40) : "New chat";
+  $("chats").replaceChildren(...chats.map(c => make("option", {selected: c === chat}, title(c))));
+}
+async function copyText(text, button) {
+  try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; } catch { button.textContent = "Not allowed"; }
+  setTimeout(() => button.textContent = "Copy", 1500);
+}
+function openChat(other) {
+  stop?.abort();
+  chat = other;
+  if (!chats.includes(chat)) chats.unshift(chat);
+  for (const box of document.querySelectorAll("[data-setting]")) box.value = chat.settings[box.dataset.setting] ?? "";
+  draw();
+}
+function draw() {
+  const hint = make("p", {className: "hint"}, "Ask something. Conversations stay in this browser.");
+  log.replaceChildren(...(chat.messages.length ? chat.messages.map(bubble) : [hint]));
   log.scrollTop = log.scrollHeight;
+  keep();
+}
+'''
+
+# %% ../../nbs/library/479_serve.page.ipynb #4f21d003
+SCRIPT += r'''
+function back(message) { chat.messages.length = chat.messages.indexOf(message); draw(); }
+function bubble(m) {
+  const box = make("article", {className: m.role}), text = make("div", {}, ...(m.role === "user" ? [m.content] : []));
+  if (m.role === "user") {
+    const edit = button("Edit", () => {
+      const field = make("textarea", {value: m.content, rows: 3, ariaLabel: "Edited message"});
+      const resend = () => { if (!stop && field.value.trim()) { back(m); send(field.value.trim()); } };
+      box.replaceChildren(field, button("Send", resend), button("Cancel", draw));
+      field.focus();
+    });
+    box.append(text, edit);
+    return box;
+  }
+  const thought = make("details", {hidden: true}, make("summary", {}, "Reasoning"), make("div")), figures = make("small");
+  const copy = button("Copy", () => copyText(m.content, copy)), again = button("Regenerate", () => { if (!stop) { back(m); answer(); } });
+  box.append(thought, text, figures, copy, again);
+  box.paint = () => {
+    const low = log.scrollHeight - log.scrollTop - log.clientHeight < 120;
+    thought.hidden = !m.reasoning;
+    thought.lastChild.textContent = m.reasoning;
+    text.replaceChildren(...markdown(m.content));
+    figures.textContent = m.figures;
+    if (low) log.scrollTop = log.scrollHeight;
+  };
+  box.paint();
+  return box;
 }
 '''
 
@@ -200,7 +321,7 @@ function expertsFigure(report) {
 SCRIPT += '''
 function expertsButton(model, tokens, last) {
   const button = document.createElement("button");
-  button.textContent = "Show experts";
+  Object.assign(button, {type: "button", className: "experts", textContent: "Show experts"});
   button.addEventListener("click", async () => {
     button.disabled = true;
     try {
@@ -218,21 +339,29 @@ function expertsButton(model, tokens, last) {
 '''
 
 # %% ../../nbs/library/479_serve.page.ipynb #cdef644c
-SCRIPT += '''
+SCRIPT += r'''
 function headers() {
   const key = $("key").value ? {authorization: "Bearer " + $("key").value} : {};
   return {"content-type": "application/json", ...key};
 }
+function request() {
+  const {system, ...rest} = chat.settings, numbers = Object.entries(rest).map(([k, v]) => [k, k === "reasoning_effort" ? v : Number(v)]);
+  const mixture = $("model").selectedOptions[0].hasAttribute("data-mixture");
+  const messages = chat.messages.map(({role, content}) => ({role, content}));
+  return {model: $("model").value, messages: system ? [{role: "system", content: system}, ...messages] : messages, stream: true,
+    ...Object.fromEntries(numbers), ...(mixture ? {return_token_ids: true} : {})};
+}
 async function answer() {
-  const place = answerBox(), begin = performance.now(), passed = () => (performance.now() - begin) / 1e3;
-  const model = $("model").value, mixture = $("model").selectedOptions[0].hasAttribute("data-mixture"), prompt = [], ids = [];
-  let first = null;
+  const begin = performance.now(), passed = () => (performance.now() - begin) / 1e3, body = request(), prompt = [], ids = [];
+  const m = {role: "assistant", content: "", reasoning: "", figures: ""}, box = bubble(m);
+  let first = null, waiting = false;
+  chat.messages.push(m);
+  log.append(box);
+  log.scrollTop = log.scrollHeight;
   stop = new AbortController();
   $("send").textContent = "Stop";
   try {
-    const response = await fetch("chat/completions", {method: "POST", signal: stop.signal, headers: headers(),
-      body: JSON.stringify({model, messages, stream: true, temperature: Number($("temperature").value),
-        ...(mixture ? {return_token_ids: true} : {})})});
+    const response = await fetch("chat/completions", {method: "POST", signal: stop.signal, headers: headers(), body: JSON.stringify(body)});
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -240,34 +369,64 @@ async function answer() {
       prompt.push(...event.prompt_token_ids ?? []);
       ids.push(...event.choices[0].token_ids ?? []);
       if (first === null && (delta.content || delta.reasoning_content)) first = passed();
-      show(place, delta);
-      if (event.usage) place.figures.textContent = figures(event.usage, passed(), first ?? passed());
+      m.content += delta.content ?? "";
+      m.reasoning += delta.reasoning_content ?? "";
+      if (event.usage) m.figures = figures(event.usage, passed(), first ?? passed());
+      if (!waiting) requestAnimationFrame(() => { waiting = false; box.paint(); });
+      waiting = true;
     }
-  } catch (error) { place.figures.textContent = error.name === "AbortError" ? "stopped" : error.message; }
-  if (ids.length) place.box.append(expertsButton(model, prompt.concat(ids), ids.length));
-  messages.push({role: "assistant", content: place.text.textContent});
+  } catch (error) { m.figures = error.name === "AbortError" ? "stopped" : error.message; }
   stop = null;
   $("send").textContent = "Send";
+  box.paint();
+  if (ids.length) box.append(expertsButton(body.model, prompt.concat(ids), ids.length));
+  keep();
 }
 '''
 
 # %% ../../nbs/library/479_serve.page.ipynb #adeeb711
-SCRIPT += '''
+SCRIPT += r'''
+function send(text) {
+  if (!chat.messages.length) log.replaceChildren();
+  const m = {role: "user", content: text};
+  chat.messages.push(m);
+  log.append(bubble(m));
+  answer();
+}
 $("form").addEventListener("submit", event => {
   event.preventDefault();
   if (stop) return stop.abort();
   const text = $("text").value.trim();
   if (!text) return;
-  messages.push({role: "user", content: text});
-  bubble("user").textContent = text;
   $("text").value = "";
-  answer();
+  send(text);
 });
+$("files").addEventListener("change", async () => {
+  for (const file of $("files").files) {
+    const text = file.size > 2e5 ? null : await file.text();
+    const bad = text === null || text.includes("\0"), quoted = `\n${file.name}:\n\`\`\`\n${text}\n\`\`\`\n`;
+    $("text").value += bad ? `\n(${file.name} is no text of up to 200 KB)` : quoted;
+  }
+  $("files").value = "";
+  $("text").focus();
+});
+'''
+
+# %% ../../nbs/library/479_serve.page.ipynb #da53fa03
+SCRIPT += r'''
 $("text").addEventListener("keydown", event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!stop) $("form").requestSubmit(); }
 });
 document.addEventListener("keydown", event => { if (event.key === "Escape" && stop) stop.abort(); });
-$("clear").addEventListener("click", () => { if (stop) stop.abort(); messages = []; log.textContent = ""; $("text").focus(); });
+document.querySelectorAll("[data-setting]").forEach(box => box.addEventListener("input", () => {
+  if (box.value) chat.settings[box.dataset.setting] = box.value; else delete chat.settings[box.dataset.setting];
+  keep();
+}));
+$("attach").addEventListener("click", () => $("files").click());
+$("chats").addEventListener("change", () => openChat(chats[$("chats").selectedIndex]));
+$("clear").addEventListener("click", () => { openChat(chats.find(c => !c.messages.length) ?? fresh()); $("text").focus(); });
+$("remove").addEventListener("click", () => { chats = chats.filter(c => c !== chat); openChat(chats[0] ?? fresh()); });
+openChat(chat);
 '''
 
 # %% ../../nbs/library/479_serve.page.ipynb #bb99d537

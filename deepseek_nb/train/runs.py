@@ -30,7 +30,6 @@ from ..core.device import pick_dtype
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
-from ..quant.save import save_tokenizer
 from .balance import Balance, routers, with_balance
 from .convert import convert as convert_model
 from .convert import repair, to_mla
