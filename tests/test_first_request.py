@@ -48,7 +48,7 @@ def test_the_request_of_the_readme(live):
     assert command.count('127.0.0.1:8000') == 1
     said = subprocess.run(['bash', '-c', command.replace(':8000', f':{live.port}')], capture_output=True, text=True, timeout=60, check=True)
     [choice] = json.loads(said.stdout)['choices']
-    assert choice['finish_reason'] == 'stop' and 'Paris' in choice['message']['content']
+    assert choice['finish_reason'] == 'stop' and 'Tokyo' in choice['message']['content']
 
 
 @pytest.mark.skipif(not os.environ.get('EVERY'), reason='a minute: EVERY=1 asks all twenty')

@@ -9,7 +9,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized', 'run_export',
            'run_finetune', 'run_distillation', 'run_conversion', 'run_pipeline', 'evaluate', 'run_evidence', 'doctor',
            'build_kernels', 'run_server', 'answer_batch', 'run_app', 'run_platform', 'list_exercises', 'run_bench',
-           'plan', 'usage', 'main']
+           'plan_cards', 'usage', 'main']
 
 # %% ../../nbs/library/960_tools.cli.ipynb #a597de3f
 import json
@@ -454,7 +454,7 @@ def run_bench(
     run_command(name, as_json, out, plot, **given, **read_options(options))
 
 # %% ../../nbs/library/960_tools.cli.ipynb #b0050c48
-def plan(
+def plan_cards(
     model:str = 'deepseek-v3', # Release with experts
     cards:str = '16xH800', # Number and kind of cards: H800, H100 or H200
     context:int = 4989, # Tokens in the cache of a row
@@ -467,7 +467,7 @@ def plan(
 # %% ../../nbs/library/960_tools.cli.ipynb #b57b977e
 VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
              distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, plan=plan, serve=run_server, batch=answer_batch, app=run_app,
+             build=build_kernels, bench=run_bench, plan=plan_cards, serve=run_server, batch=answer_batch, app=run_app,
              platform=run_platform, course=list_exercises)
 
 def usage()->str: # Text for a terminal

@@ -193,7 +193,7 @@ class CollapseGuard(Guard):
     def _give_up(self, t, bad):
         "Restore the copied weights and raise `Collapsed`"
         whose,advice = self.advice
-        raise Collapsed(f'step {t.step+1}: the {whose} collapses ({"; ".join(bad)}); {self._restore(t)}; lower the learning rate, {advice}')
+        raise Collapsed(f'step {t.step+1}: the {whose} collapses ({"; ".join(bad)}); {self.restore(t)}; lower the learning rate, {advice}')
 
     def after_step(self,
         t, # The trainer

@@ -15,6 +15,7 @@ import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from time import perf_counter
 from warnings import warn
@@ -112,6 +113,8 @@ class TrainingArguments:
         return super().__new__(cls)
 
     def __post_init__(self): _check_arguments(self)
+
+TrainingArguments.__new__.__signature__ = signature(TrainingArguments.__init__)
 
 # %% ../../nbs/book/305_train.trainer.ipynb #03b02bf7
 def _check_arguments(a):
