@@ -225,12 +225,16 @@ def test_a_log_is_read_as_it_was_written(tmp_path):
     print('seed', seed)
     rng = random.Random(seed)
     log,short,said = JobLog(tmp_path/'whole', size=50, most=1000),JobLog(tmp_path/'short', size=50, most=4),''
+    some = JobLog(tmp_path/'some', size=50, most=8)
     for _ in range(200):
         text = ''.join(rng.choices('aé€😀\n', k=rng.randrange(12)))
         said += text
         log.write(text.encode())
         short.write(text.encode())
         assert log.text() == said
+        if len(said.encode()) <= 400: # as many pieces as are kept
+            some.write(text.encode())
+            assert some.text() == said
     data = said.encode()
     kept = short.text().encode(errors='replace')
     assert kept.startswith(data[:46]) and kept.endswith(data[-46:]) and sum(size for *_,size in short.pieces()) <= 200

@@ -114,7 +114,7 @@ def test_a_type_checker_finds_the_methods(tmp_path):
     found = json.loads(p.stdout)['generalDiagnostics']
     assert not [o for o in found if o['severity'] == 'error'], found
     types = [re.search(r'is "(.*)"', o['message'])[1] for o in found]
-    wanted = [r'\(path_or_name: str \| Path, dtype: .* mtp: bool = False\) -> Model',
+    wanted = [r'\(path_or_name: str \| Path, dtype: .* mtp: bool = False, .*\) -> Model',
               r'\(ids: Tensor, max_new_tokens: int \| None = None, .*\) -> Tensor',
               r'\(batch: int = 1, max_len: int = 0, .*\) -> Cache', r'\(self: Cache, n: int\) -> None',
               r'\(self: Engine, request: Request\) -> Stream']

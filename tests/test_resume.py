@@ -271,7 +271,8 @@ def test_other_settings_data_or_callbacks(tmp_path):
     interrupted(a)
     for changed in (dict(learning_rate=.02), dict(seed=1), dict(optim='muon'), dict(max_steps=9), dict(per_device_train_batch_size=2)):
         name, = changed
-        with pytest.raises(ValueError, match=f'saved with {name}='):
+        said = 'batch_size 4, these batches 2' if name == 'per_device_train_batch_size' else f'saved with {name}='
+        with pytest.raises(ValueError, match=said):
             Trainer(fresh(), args(output_dir=tmp_path, save_steps=2, **changed) if name != 'max_steps' else
                     args(output_dir=tmp_path, max_steps=9), rows()).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match='examples 21'): Trainer(fresh(), a, rows(22)).train(resume_from_checkpoint=True)

@@ -176,7 +176,7 @@ def test_v4_drafts_by_a_block_drafter():
     "Greedy tokens are those of plain decoding, sampled ones follow the model's distribution; a drafter of another model is refused."
     r, kept, how = random.Random(SEED + 2), 0, SamplingParams(temperature=1.3, top_k=3, repetition_penalty=1.4)
     model = v4(4, r)
-    for row in prompts(model, 4)[2:]:
+    for row in prompts(model, 10)[2:]:
         want = model.generate(torch.tensor([row]), 24, eos_token_id=[])
         spark = Model.init_weights(DSpark(model.config, r.sample(range(3), 2), r.randrange(2, 6), 1, 4), .3)
         for n in (None, 3):

@@ -11,8 +11,6 @@ __all__ = ['in_halves', 'Block', 'Model', 'add_attention', 'add_feed_forward', '
            'check_tokens', 'left_pad', 'check_masks', 'check_cache', 'make_room']
 
 # %% ../../nbs/book/208_arch.model.ipynb #fde49828
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache, wraps
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 
-from .attention import GQA, MLA, Context, NormedGQA, causal_mask, document_mask, one_document
+from .attention import GQA, MLA, Context, causal_mask, document_mask, one_document
 from .cache import Cache, Codec, cache_shapes
 from .moe import MoE, SwiGLU
 from .norm import RMSNorm
@@ -72,7 +70,9 @@ def attention(self:Config,
     layer:int, # Index of the block
 )->nn.Module: # Its attention
     "The kind of attention of a block"
-    return MLA(self) if self.mla else NormedGQA(self) if self.qk_norm else GQA(self)
+    if not self.qk_norm: return MLA(self) if self.mla else GQA(self)
+    from deepseek_nb.arch.releases import NormedGQA
+    return NormedGQA(self)
 
 @patch
 def feed_forward(self:Config,
@@ -115,12 +115,13 @@ class Model(nn.Module):
 
     if TYPE_CHECKING:
         from deepseek_nb.arch.show import _repr_markdown_
-        from deepseek_nb.arch.mtp import add_mtp, hidden_ahead
+        from deepseek_nb.arch.mtp import add_mtp, hidden_ahead, keep_hidden
         from deepseek_nb.files.checkpoint import save_pretrained
         from deepseek_nb.quant.model import quantization_report
         from deepseek_nb.infer.load import from_pretrained as _from_pretrained
         from_pretrained = classmethod(_from_pretrained)  # type: ignore
-        from deepseek_nb.infer.generate import prefill, stream, generate
+        from deepseek_nb.infer.generate import prefill, stream, generate, _as_in_transformers
+        from deepseek_nb.infer.inside import residual_stream
         from deepseek_nb.infer.ragged import ragged, _ragged_step
         from deepseek_nb.infer.engine import speculate
         from deepseek_nb.kernels.compile import compile
@@ -132,12 +133,15 @@ class Model(nn.Module):
         _repr_markdown_ = later('arch.show')
         add_mtp = later('arch.mtp')
         hidden_ahead = later('arch.mtp')
+        keep_hidden = later('arch.mtp')
         save_pretrained = later('files.checkpoint')
         quantization_report = later('quant.model')
         from_pretrained = later('infer.load')
         prefill = later('infer.generate')
         stream = later('infer.generate')
         generate = later('infer.generate')
+        _as_in_transformers = later('infer.generate')
+        residual_stream = later('infer.inside')
         ragged = later('infer.ragged')
         _ragged_step = later('infer.ragged')
         speculate = later('infer.engine')
@@ -272,26 +276,10 @@ class Model(nn.Module):
         **others, # Arguments of transformers, such as `input_ids` and `labels`
     )->Tensor: # Logits `b s w`, float32; with arguments of transformers an output with `logits` and `loss`
         "Logits of the next token at each position"
-        if others or tokens is None: return _as_in_transformers(self, tokens, others, cache, logits_to_keep, attention_mask)
+        if others or tokens is None: return self._as_in_transformers(tokens, others, cache, logits_to_keep, attention_mask)
         if logits_to_keep < 0: raise ValueError(f'logits_to_keep is {logits_to_keep}; give a number of last positions, or 0 for all')
         x = self.hidden(tokens, cache, attention_mask, mla=mla, prompt=prompt)[:, -logits_to_keep:]
         return head(x, self.head_weight)
-
-    def residual_stream(self,
-        x:Tensor, # Embedded tokens `b s d`
-        ctx:Context, # Context of the pass, from `context`
-    )->Iterator[Tensor]: # `n_layers+1` tensors `b s d`
-        "Yield the residual stream before the first block and after each block"
-        yield x
-        for i,block in enumerate(self.layers): yield (x := block(x, ctx.layer(i)))
-
-    @contextmanager
-    def keep_hidden(self)->Iterator[list]: # List that gets the activations after the last norm `b s d`, one tensor per forward pass
-        "Collect the inputs of the head from all forward passes within a `with` block"
-        kept = []
-        hook = self.norm.register_forward_hook(lambda module, args, out: kept.append(out))
-        try: yield kept
-        finally: hook.remove()
 
 # %% ../../nbs/book/208_arch.model.ipynb #d55355b5
 @op
@@ -345,16 +333,6 @@ def first_angles(
     "Rotary angles of the first n positions, cached"
     with torch.inference_mode(False):
         return cos_sin(frequencies(rope, r, device), torch.arange(n, device=device)[None], rotary_factor(rope))
-
-# %% ../../nbs/book/208_arch.model.ipynb #f255d6f7
-_THEIRS = {'input_ids', 'labels', 'position_ids', 'past_key_values', 'use_cache', 'return_dict', 'inputs_embeds', 'output_hidden_states',
-           'output_attentions'}
-
-def _as_in_transformers(model, tokens, given, cache, logits_to_keep, attention_mask):
-    if unknown := given.keys() - _THEIRS: raise TypeError(f'a model has no argument {", ".join(sorted(unknown))}')
-    tokens = given.pop('input_ids', tokens)
-    if tokens is None: raise TypeError('a model needs tokens: model(tokens), or model(input_ids=tokens)')
-    return model.to_transformers()(tokens, attention_mask, cache=cache, logits_to_keep=logits_to_keep, **given)
 
 # %% ../../nbs/book/208_arch.model.ipynb #feef4c76
 def check_tokens(

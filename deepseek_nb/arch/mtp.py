@@ -10,6 +10,9 @@ of the first MTP block as a draft."""
 __all__ = ['MTP', 'HyperMTP', 'check_mtp', 'summed_loss', 'ahead_labels', 'mtp_loss', 'MTPLoss', 'acceptance']
 
 # %% ../../nbs/book/213_arch.mtp.ipynb #5a2b7ea3
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -143,6 +146,16 @@ def mtp_loss(
     labels = [ahead_labels(batch, k) for k in range(1, len(out)+1)]
     losses = [score(h.flatten(0, 1), model.head_weight, l.flatten()) for h,l in zip(out, labels, strict=True)]
     return sum(losses)/len(out), int((labels[0] != -100).sum())
+
+# %% ../../nbs/book/213_arch.mtp.ipynb #75aa0d04
+@patch
+@contextmanager
+def keep_hidden(self:Model)->Iterator[list]: # List that gets the activations after the last norm `b s d`, one tensor per forward pass
+    "Collect the inputs of the head from all forward passes within a `with` block"
+    kept = []
+    hook = self.norm.register_forward_hook(lambda module, args, out: kept.append(out))
+    try: yield kept
+    finally: hook.remove()
 
 # %% ../../nbs/book/213_arch.mtp.ipynb #abb6b643
 class MTPLoss:

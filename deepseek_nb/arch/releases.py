@@ -7,7 +7,7 @@ equal those of the published checkpoints exactly. `preset` returns the configs o
 
 # %% auto #0
 __all__ = ['PRESETS', 'attention_shapes', 'index_shapes', 'ffn_shapes', 'hyper_shapes', 'shapes', 'preset', 'attention_kind',
-           'releases', 'summary']
+           'releases', 'summary', 'NormedGQA']
 
 # %% ../../nbs/book/609_arch.releases.ipynb #6fd9ad45
 from dataclasses import replace
@@ -15,6 +15,8 @@ from math import prod
 
 from fastcore.basics import patch
 
+from .attention import GQA
+from .norm import RMSNorm
 from ..core.config import Config, Rope
 from ..core.config_json import family
 
@@ -284,3 +286,14 @@ def summary(
         vocabulary=f'{c.vocab_size:,}', context=f'{c.max_positions:,} tokens', parameters=f'{c.params():,}',
         active=f'{c.active_params():,} per token', flops=f'{c.flops_per_token(t)/1e9:,.2f} GFLOPs per token at {t:,} cached',
         weights=gib(c.params()*itemsize), cache=f'{token:,.0f} bytes per token{beside}, {gib(token*t)} at {t:,}')
+
+# %% ../../nbs/book/609_arch.releases.ipynb #7c1ea94e
+class NormedGQA(GQA):
+    "Grouped-query attention with norms of queries and keys, as in Qwen3"
+    def __init__(self,
+        c:Config, # As for `GQA`
+    ):
+        super().__init__(c)
+        self.q_norm,self.k_norm = (RMSNorm(c.head_dim, eps=c.norm_eps) for _ in 'qk')
+
+    def normed(self, q, k): return self.q_norm(q),self.k_norm(k)

@@ -211,6 +211,18 @@ def _by_transformers(model, ids, n, kw):
     if n is not None: kw['max_new_tokens'] = n
     return model.to_transformers().generate(ids.to(model.device), **kw)
 
+# %% ../../nbs/book/212_infer.generate.ipynb #747c6370
+_THEIRS = {'input_ids', 'labels', 'position_ids', 'past_key_values', 'use_cache', 'return_dict', 'inputs_embeds', 'output_hidden_states',
+           'output_attentions'}
+
+@patch
+def _as_in_transformers(self:Model, tokens, given, cache, logits_to_keep, attention_mask):
+    "Call the model as transformers does"
+    if unknown := given.keys() - _THEIRS: raise TypeError(f'a model has no argument {", ".join(sorted(unknown))}')
+    tokens = given.pop('input_ids', tokens)
+    if tokens is None: raise TypeError('a model needs tokens: model(tokens), or model(input_ids=tokens)')
+    return self.to_transformers()(tokens, attention_mask, cache=cache, logits_to_keep=logits_to_keep, **given)
+
 # %% ../../nbs/book/212_infer.generate.ipynb #f564dc4b
 class Stopper:
     "Passes on text until a stop string appears"

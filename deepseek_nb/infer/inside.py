@@ -14,6 +14,7 @@ __all__ = ['watch', 'Record', 'record_stream', 'draw_heat', 'name_tokens', 'quer
            'entry_shares', 'attended_entries', 'attention_parts', 'mixing_weights', 'draw_mixing']
 
 # %% ../../nbs/library/430_infer.inside.ipynb #480f05ea
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce, repeat
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..arch.attention import GQA, Context, causal_mask
@@ -45,6 +47,16 @@ def watch(
     try: yield
     finally:
         for h in handles: h.remove()
+
+# %% ../../nbs/library/430_infer.inside.ipynb #373ba5a7
+@patch
+def residual_stream(self:Model,
+    x:Tensor, # Embedded tokens `b s d`
+    ctx:Context, # Context of the pass, from `context`
+)->Iterator[Tensor]: # `n_layers+1` tensors `b s d`
+    "Yield the residual stream before the first block and after each block"
+    yield x
+    for i,block in enumerate(self.layers): yield (x := block(x, ctx.layer(i)))
 
 # %% ../../nbs/library/430_infer.inside.ipynb #36dc26c3
 class Record(NamedTuple):

@@ -217,7 +217,8 @@ class JobLog:
             if size >= self.size: start,path,size = start + size,self.folder/f'{start + size:016}.log',0
             with path.open('ab') as f: f.write(data[:self.size - size])
             data = data[self.size - size:]
-            for _,old,_ in found[1:len(found) + 1 - self.most]: old.unlink(missing_ok=True)
+            kept = self.pieces()
+            for _,old,_ in kept[1:1 + max(0, len(kept) - self.most)]: old.unlink(missing_ok=True)
 
     def text(self,
         last:int|None = None, # Most bytes of the end, at most a piece; None: all that was kept
