@@ -115,7 +115,7 @@ def test_a_type_checker_finds_the_methods(tmp_path):
     assert not [o for o in found if o['severity'] == 'error'], found
     types = [re.search(r'is "(.*)"', o['message'])[1] for o in found]
     wanted = [r'\(path_or_name: str \| Path, dtype: .* mtp: bool = False, .*\) -> Model',
-              r'\(ids: Tensor, max_new_tokens: int \| None = None, .*\) -> Tensor',
+              r'\(input_ids: Tensor, max_new_tokens: int \| None = None, .*\) -> Tensor',
               r'\(batch: int = 1, max_len: int = 0, .*\) -> Cache', r'\(self: Cache, n: int\) -> None',
               r'\(self: Engine, request: Request\) -> Stream']
     for t, pattern in zip(types, wanted, strict=True): assert re.fullmatch(pattern, t), t
