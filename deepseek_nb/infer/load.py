@@ -90,11 +90,12 @@ def _own_names(dtype, device, torch_dtype=None, device_map=None, **others):
 class DecodePath:
     "The formats, twin and device of a model's decode step"
     formats:tuple # Formats and dtypes of the weights, by decreasing size in bytes
-    twin:str # Twin of `run_blocks`: 'cpp/cpu…' for all blocks in one call, 'reference' for block by block
+    twin:str # Twin of `run_blocks`: 'cpp/cpu' for all blocks in one call, 'reference' for block by block
     device:str # Type of the device that holds the weights
     threads:int # Number of CPU threads
     def __str__(self):
-        form = 'quantised codes' if self.twin.endswith('codes') else 'floats'
+        kind = getattr(torch, self.formats[0], None)
+        form = 'floats' if isinstance(kind, torch.dtype) and kind.is_floating_point else 'quantised codes'
         how = f'one C++ kernel on {form}' if self.twin.startswith('cpp/cpu') else 'block by block'
         where = f'{self.threads} threads' if self.device == 'cpu' else self.device
         return f"weights in {' and '.join(self.formats)}; decode step: {how} ({self.twin}), {where}"
