@@ -1,8 +1,11 @@
 """The example files of a deployment: what they say is what the command line, the server and the repository have."""
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -10,25 +13,37 @@ import yaml
 
 from deepseek_nb.serve.app import Server
 from deepseek_nb.serve.logs import EngineMetrics
+from deepseek_nb.tools.cli import VERBS
 from deepseek_nb.tools.serving import read_settings
-from deepseek_nb.tools.site import check_command, commands_in, unit_value
 
 ROOT = Path(__file__).parents[1]
 UNIT, CONTAINER = (ROOT/'nbs'/'examples'/name for name in ('deepseek-nb.service', 'Containerfile'))
 
 
-@pytest.mark.parametrize('path', [UNIT, CONTAINER], ids=lambda p: p.name)
-def test_commands(path):
-    command, = commands_in(path.read_text())
-    assert command[1] == 'serve' and check_command(command).keys() == {'--config', '--log-format'}
+def unit_value(name):
+    "A setting that stands in the unit once"
+    value, = re.findall(rf'^{name}=(.*)$', UNIT.read_text(), re.M)
+    return value
+
+
+def container_command(): return sum((json.loads(v) for v in re.findall(r'^(?:ENTRYPOINT|CMD) (\[.*\])$', CONTAINER.read_text(), re.M)), [])
+
+
+@pytest.mark.parametrize('words', [shlex.split(unit_value('ExecStart')), container_command()], ids=['unit', 'container'])
+def test_commands(words):
+    "The verb and the options are those of the command line"
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert words[0].rpartition('/')[2] == 'deepseek-nb' and words[1] == 'serve'
+    assert options == {'--config': '/etc/deepseek-nb/server.toml', '--log-format': 'json'}
+    assert {o.removeprefix('--').replace('-', '_') for o in options} <= signature(VERBS['serve']).parameters.keys()
 
 
 def test_settings():
     "They are read as they are; the time until SIGKILL is longer than the drain, in both files."
     models, config, engine = read_settings(ROOT/'nbs/examples/server.toml')
-    seconds = [int(unit_value(UNIT.read_text(), 'TimeoutStopSec')), int(re.search(r'--stop-timeout (\d+)', CONTAINER.read_text())[1])]
+    seconds = [int(unit_value('TimeoutStopSec')), int(re.search(r'--stop-timeout (\d+)', CONTAINER.read_text())[1])]
     assert models and config.keys and config.log_format == 'json' and not config.log_prompts and min(seconds) > config.drain + 5
-    assert engine['folder'].startswith('/var/cache/' + unit_value(UNIT.read_text(), 'CacheDirectory'))
+    assert engine['folder'].startswith('/var/cache/' + unit_value('CacheDirectory'))
     assert f'EXPOSE {config.port}' in CONTAINER.read_text() and f'127.0.0.1:{config.port}/health' in CONTAINER.read_text()
 
 
@@ -50,7 +65,7 @@ def test_container():
 @pytest.mark.skipif(not shutil.which('systemd-analyze'), reason='systemd-analyze is not installed')
 def test_unit(tmp_path):
     "systemd itself reads the unit, and finds little that it may do."
-    text = UNIT.read_text().replace(unit_value(UNIT.read_text(), 'ExecStart').split()[0], sys.executable)
+    text = UNIT.read_text().replace(unit_value('ExecStart').split()[0], sys.executable)
     (path := tmp_path/UNIT.name).write_text(text)
     done = subprocess.run(['systemd-analyze', 'verify', '--man=no', '--generators=no', path], capture_output=True, text=True, timeout=60)
     assert not [line for line in done.stderr.splitlines() if UNIT.name in line], done.stderr
@@ -66,8 +81,8 @@ def test_kubernetes(cluster):
     "The pod has the image's command, the routes of the server, a volume for each place that is written, and the time to drain"
     pod = cluster['Deployment']['spec']['template']['spec']
     box, = pod['containers']
-    command, = commands_in(CONTAINER.read_text())
-    assert box['args'] == command[2:] and box['ports'][0]['containerPort'] == read_settings(ROOT/'nbs/examples/server.toml')[1].port
+    assert box['args'] == container_command()[2:]
+    assert box['ports'][0]['containerPort'] == read_settings(ROOT/'nbs/examples/server.toml')[1].port
     routes = {r.path for r in Server([]).routes()}
     assert {box[f'{kind}Probe']['httpGet']['path'] for kind in ('startup', 'readiness', 'liveness')} == {'/ready', '/health'} <= routes
     mounts, volumes = {m['name']: m['mountPath'] for m in box['volumeMounts']}, {v['name'] for v in pod['volumes']}
