@@ -18,7 +18,7 @@ Modules:
 - `deepseek_nb.apps.inspect`: Gives the cause of a defect from a picture, a recording or both, with a heat map, reports pieces that are unlike all known ones, and reads PNG and WAV files
 - `deepseek_nb.apps.langadapters`: MAD-X: small adapters for a language, with an invertible part at the embedding, and for a task; trained separately, stacked, and exchanged for another language
 - `deepseek_nb.apps.route`: Takes orders, returns feasible routes before a deadline, replans when an order arrives or is cancelled, and doesn't change the stops that vehicles have already reached
-- `deepseek_nb.apps.route_moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python and, some fifty times faster with equal routes, in C++. Feasible routes stay feasible
+- `deepseek_nb.apps.route_moves`: Moves that shorten routes, disturbances that leave a local minimum, and savings, in Python and, some hundreds of times faster with equal routes, in C++. Feasible routes stay feasible
 - `deepseek_nb.apps.series`: Loaders for five public sets of anomalies, fraud and money laundering, with splits that keep the future and other cards, files and graphs out of training
 - `deepseek_nb.apps.steer`: Two ways to give a model a style at any strength: add a vector to the residual stream, for each row of a batch its own, or train a LoRA adapter and scale it
 - `deepseek_nb.apps.tcn`: A small causal network for signals: dilated convolutions see the recent past, attention heads look back whole periods, and each head chooses the length of its window
