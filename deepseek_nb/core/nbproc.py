@@ -1,8 +1,8 @@
 """Notebook cells that start with `%%cpp` or `%%cu` are compiled when they run, and exported as source files; methods that are shown one by one are exported into their class
 
 The source code of a kernel is part of the chapter that explains it. The cell magics `%%cpp` and `%%cu` compile a cell of C++ or CUDA code.
-`ExportSources`, a processor of nbdev's export, writes the cells marked `#| cpp NAME` or `#| cu NAME` to `csrc/NAME` in the package, and those marked
-`#| example NAME`, programs in any language, to the folder `nbs/examples`.
+`ExportSources`, a processor of nbdev's export, writes the cells marked `#| cpp NAME` or `#| cu NAME` to `csrc/NAME` in the package, scripts and stylesheets
+marked `#| web NAME` to `web/NAME`, and programs in any language, marked `#| example NAME`, to the folder `nbs/examples`.
 In a notebook each method of a class has its own cell, decorated with fastcore's `@patch`. `FoldMethods` writes it into the body of its class: `fold` works on
 the source text of the exported cells, so comments and layout stay as they are, and `typed` shows methods of later chapters to type checkers."""
 
@@ -12,10 +12,10 @@ the source text of the exported cells, so comments and layout stay as they are, 
 __all__ = ['COMPILERS', 'OLDEST_GCC', 'FLAGS', 'SUFFIXES', 'PRELOADED', 'MARKS', 'compiler_version', 'gcc_version',
            'find_compiler', 'join_cells', 'first_error', 'source_text', 'with_includes', 'note_compiled',
            'torch_headers', 'compile_source', 'check_name', 'run_magic', 'register_magics', 'serve_shells',
-           'check_rest', 'example_text', 'replace_text', 'owner', 'exports', 'write_sources', 'ExportSources',
-           'run_alone', 'slowest', 'fresh_processes', 'positions', 'annotations', 'patched_class', 'class_names',
-           'edits', 'rewritten', 'first_line', 'movable', 'fold', 'with_body', 'apply_changes', 'without_patch',
-           'added', 'typed', 'imports', 'FoldMethods']
+           'check_rest', 'example_text', 'web_text', 'replace_text', 'owner', 'exports', 'write_sources',
+           'ExportSources', 'run_alone', 'slowest', 'fresh_processes', 'positions', 'annotations', 'patched_class',
+           'class_names', 'edits', 'rewritten', 'first_line', 'movable', 'fold', 'with_body', 'apply_changes',
+           'without_patch', 'added', 'typed', 'imports', 'FoldMethods']
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #fc75e942
 import ast
@@ -167,7 +167,7 @@ def compile_source(
         return ctypes.CDLL(f'{folder}/cell.out') if kind == 'cpp' and not check else None
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #417e5f36
-SUFFIXES = {'cpp': ('.cpp', '.cc', '.h', '.hpp'), 'cu': ('.cu', '.cuh'),
+SUFFIXES = {'cpp': ('.cpp', '.cc', '.h', '.hpp'), 'cu': ('.cu', '.cuh'), 'web': ('.js', '.css'),
             'example': ('.py', '.mjs', '.java', '.cpp', '.sh', '.toml', '.yaml', '.service', 'Containerfile')}
 
 def check_name(
@@ -201,13 +201,15 @@ def run_magic(
 def register_magics(
     shell=None, # IPython's shell; None: the running shell
 )->bool: # Whether there is a shell
-    "Register `%%cpp`, `%%cu` and `%%example` with a shell of IPython"
+    "Register `%%cpp`, `%%cu`, `%%web` and `%%example` with a shell of IPython"
     if shell is None and 'IPython' in sys.modules: shell = sys.modules['IPython'].get_ipython()
     if shell is None: return False
     for kind in COMPILERS:
         magic = lambda line, cell, kind=kind: run_magic(kind, line, cell, shell)
         shell.register_magic_function(magic, magic_kind='cell', magic_name=kind)
-    shell.register_magic_function(lambda line, cell: _note_example(line, cell, shell), magic_kind='cell', magic_name='example')
+    for kind in ('web', 'example'):
+        magic = lambda line, cell, kind=kind: _note_text(kind, line, cell, shell)
+        shell.register_magic_function(magic, magic_kind='cell', magic_name=kind)
     return True
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #53b8242f
@@ -235,20 +237,30 @@ def check_rest()->list[str]: # Names of the files
     return [name for _,name in rest]
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #exmp1e03
-_examples = {}  # file name -> {cell: text} of the cells that were run in this session
+_texts = {'web': {}, 'example': {}}  # kind -> file name -> {cell: text} of the cells that were run in this session
 
-def _note_example(name, cell, shell=None):
-    "Note a cell of a program"
+def _note_text(kind, name, cell, shell=None):
+    "Note a cell of a program, script or stylesheet"
     parent = shell.get_parent() if hasattr(shell, 'get_parent') else {}
-    cells = _examples.setdefault(check_name('example', name.strip()), {})
+    cells = _texts[kind].setdefault(check_name(kind, name.strip()), {})
     cells[(parent.get('metadata') or {}).get('cellId', cell)] = cell
+
+def _joined(cells): return '\n'.join(re.sub(r'^#\|.*\n', '', c, flags=re.M).strip('\n') + '\n' for c in cells.values())
 
 def example_text(
     name:str, # File name
 )->str: # Text of the file
     "Text of a program, from this session's cells"
-    if name not in _examples: raise FileNotFoundError(f'no cell %%example {name} was run')
-    return '\n'.join(re.sub(r'^#\|.*\n', '', c, flags=re.M).strip('\n') + '\n' for c in _examples[name].values())
+    if name not in _texts['example']: raise FileNotFoundError(f'no cell %%example {name} was run')
+    return _joined(_texts['example'][name])
+
+def web_text(
+    name:str, # File name in `web/`
+)->str: # Text without the marks of the export
+    "Text of a script or stylesheet, from this session's cells or from `web/`"
+    if name in _texts['web']: return _joined(_texts['web'][name])
+    text = (Path(find_spec('deepseek_nb').submodule_search_locations[0])/'web'/name).read_text(encoding='utf-8')
+    return re.sub(r'^(//|/\*) (AUTOGENERATED!|%%) .*\n', '', text, flags=re.M).lstrip()
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #8142f11f
 def replace_text(
@@ -263,37 +275,37 @@ def replace_text(
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #df41498f
 def owner(
-    path:Path, # A file in `csrc/` or `nbs/examples/`
+    path:Path, # A file in `csrc/`, `web/` or `nbs/examples/`
 )->Path|None: # Notebook; None if the file was written by hand
     "The notebook that exports a file"
     first = path.read_text(encoding='utf-8').partition('\n')[0]
-    link = first.removeprefix(f'{_comment_mark(path.name)}{_HEADER}')
-    return None if link == first else (path.parent/link).resolve()
+    link = re.match(rf'(?://|#|/\*){_HEADER}(\S+)', first)
+    return (path.parent/link[1]).resolve() if link else None
 
-def _comment_mark(name):
-    "The beginning of a comment"
-    return '//' if name.endswith(('.mjs', '.java', *SUFFIXES['cpp'], *SUFFIXES['cu'])) else '#'
+def _comment(name, text):
+    "A comment of one line"
+    if name.endswith('.css'): return f'/*{text} */'
+    return ('//' if name.endswith(('.js', '.mjs', '.java', *SUFFIXES['cpp'], *SUFFIXES['cu'])) else '#') + text
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #3aab1a12
 def exports(
     nb:Path, # A notebook
     name:str, # Name of a source file
-)->bool: # Whether a cell has the directive `#| cpp name`, `#| cu name` or `#| example name`
+)->bool: # Whether a cell has the directive `#| cpp name`, or another of `SUFFIXES`
     "Whether a notebook exports a source file"
     sources = [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
-    return any(re.search(rf'^#\|\s*(cpp|cu|example)\s+{re.escape(name)}\s*$', s, flags=re.M) for s in sources)
+    return any(re.search(rf'^#\|\s*({"|".join(SUFFIXES)})\s+{re.escape(name)}\s*$', s, flags=re.M) for s in sources)
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #c251bfca
 def write_sources(
     files:dict, # File name -> list of (cell id, text)
     nb:Path, # Notebook that contains the cells
-    folder:Path, # `csrc/` or `nbs/examples/`
+    folder:Path, # `csrc/`, `web/` or `nbs/examples/`
 ):
     "Write the source files of one notebook, and remove those that it no longer has"
     link = Path(os.path.relpath(nb, folder)).as_posix()
     for name, cells in files.items():
-        mark = _comment_mark(name)
-        text = f'{mark}{_HEADER}{link}\n' + ''.join(f'\n{mark} %% {link} #{i}\n{body}\n' for i, body in cells)
+        text = _comment(name, _HEADER + link) + '\n' + ''.join(f'\n{_comment(name, f" %% {link} #{i}")}\n{body}\n' for i, body in cells)
         path, other = folder/name, owner(folder/name) if (folder/name).exists() else nb
         if other is None: raise ValueError(f'{nb.name}: {path} was written by hand, give the cell another file name')
         if other != nb and other.exists() and exports(other, name): raise ValueError(f'{nb.name}: {name} is also exported by {other.name}')
@@ -303,27 +315,28 @@ def write_sources(
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #c300e8b5
 class ExportSources:
-    "Processor of nbdev's export that writes `#| cpp` and `#| cu` cells to `csrc/`, and `#| example` cells to `nbs/examples/`"
+    "Processor of nbdev's export that writes cells `#| cpp` and `#| cu` to `csrc/`, `#| web` to `web/`, and `#| example` to `nbs/examples/`"
     def __init__(
         self,
         nb, # Notebook as read by nbdev, with its path
-    ): self.nb, self.files = nb, {'csrc': {}, 'examples': {}}
+    ): self.nb, self.files = nb, {'csrc': {}, 'web': {}, 'examples': {}}
     def _cpp_(self, cell, name=''): self._collect('cpp', cell, name)
     def _cu_(self, cell, name=''): self._collect('cu', cell, name)
+    def _web_(self, cell, name=''): self._collect('web', cell, name)
     def _example_(self, cell, name=''): self._collect('example', cell, name)
     def _collect(self, kind, cell, name):
         first, _, body = cell.source.partition('\n')
         if (first.split() + ['', ''])[:2] != [f'%%{kind}', check_name(kind, name)]:
             raise ValueError(f'{self.nb.path_}, cell {cell.id}: `#| {kind} {name}` must follow a first line `%%{kind} {name}`')
-        folder = self.files['examples' if kind == 'example' else 'csrc']
+        folder = self.files[dict(web='web', example='examples').get(kind, 'csrc')]
         folder.setdefault(name, []).append((cell.id, re.sub(r'^#\| code-.*\n', '', body, flags=re.M).strip('\n')))
     def end(self):
         "Write the files of this notebook, and remove those that it no longer has"
         from nbdev.config import get_config
         nb = Path(self.nb.path_).resolve()
         config = get_config(nb.parent)
-        write_sources(self.files['csrc'], nb, Path(config.lib_path)/'csrc')
-        write_sources(self.files['examples'], nb, Path(config.nbs_path)/'examples')
+        for name,files in self.files.items():
+            write_sources(files, nb, Path(config.nbs_path if name == 'examples' else config.lib_path)/name)
 
 # %% ../../nbs/site/040_core.nbproc.ipynb #4cbe122d
 def run_alone(

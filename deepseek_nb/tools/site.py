@@ -172,9 +172,10 @@ def _name_heading(names, links, others=()):
 def _show_source(cell, links=None):
     "Show exported code below a heading with its names, and fold imports."
     from fastcore.nbio import mk_cell
-    if re.match('%%c(pp|u) ', cell.source):
+    if source := re.match(r'%%(?:c(?:pp|u)|web .*\.(js|css))\b', cell.source):
+        language = source[1] or 'cpp'
         fold = ''.join(f' {k}={v}' for k,v in re.findall(r'^#\| *(code-\w+): *(.+)', cell.source, re.M))
-        fence = '```' + (f'{{.cpp .cell-code{fold}}}' if fold else 'cpp')
+        fence = '```' + (f'{{.{language} .cell-code{fold}}}' if fold else language)
         return _exported_block(mk_cell(fence + '\n' + re.sub(r'(%%|#\|).*\n', '', cell.source) + '\n```', 'markdown'))
     exported = cell.directives.keys() & {'export', 'exports', 'exporti'}
     if only_imports(cell.source):
