@@ -11,11 +11,11 @@ entry holds, and `mixing_weights` how the residual streams are mixed."""
 # %% auto #0
 __all__ = ['watch', 'Record', 'record_stream', 'draw_heat', 'name_tokens', 'queries_keys', 'attention_pattern', 'logit_lens',
            'draw_table', 'routes', 'load_map', 'draw_load', 'expert_weights', 'draw_weights', 'attention_inputs',
-           'entry_shares', 'attended_entries', 'attention_parts', 'mixing_weights', 'draw_mixing']
+           'entry_shares', 'attended_entries', 'attention_parts', 'mixing_weights']
 
 # %% ../../nbs/library/430_infer.inside.ipynb #480f05ea
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -40,10 +40,11 @@ from ..core.plot import GREY
 def watch(
     modules:list[nn.Module], # Modules to observe
     see, # Function that is called with the index of a module and its output, after each call of the module
+    inputs:bool = False, # Whether it is called before, with the tuple of its inputs
 ):
-    "Observe the outputs of modules"
-    def hook(i, module, args, output): see(i, output)
-    handles = [m.register_forward_hook(partial(hook, i)) for i,m in enumerate(modules)]
+    "Observe the outputs of modules, or their inputs"
+    def hook(i, module, *values): see(i, values[-1])
+    handles = [(m.register_forward_pre_hook if inputs else m.register_forward_hook)(partial(hook, i)) for i,m in enumerate(modules)]
     try: yield
     finally:
         for h in handles: h.remove()
@@ -78,14 +79,14 @@ def record_stream(
 def draw_heat(
     ax, # Matplotlib axes
     values:Tensor, # `rows columns`
-    label:str, # Meaning of the colours, with the unit
+    label:str = '', # Meaning of the colours, with the unit; '': without a scale
     low:float = 0, # Value of the darkest colour
     high:float|None = None, # Value of the brightest colour; None for the largest value
 ):
     "Draw a matrix in colours, with a scale"
     high = values.max() if high is None else high
     image = ax.imshow(values, aspect='auto', cmap='viridis', vmin=low, vmax=high, interpolation='nearest')
-    ax.figure.colorbar(image, ax=ax, pad=.015).set_label(label, color=GREY)
+    if label: ax.figure.colorbar(image, ax=ax, pad=.015).set_label(label, color=GREY)
     return image
 
 def name_tokens(
@@ -150,12 +151,14 @@ def draw_table(
     ax, # Matplotlib axes
     p:Tensor, # Probabilities `rows columns`
     texts:list, # A list of texts for each row
+    label:str = 'probability', # Meaning of the colours; '': without a scale
+    size:float = 8, # Of the font
 )->None:
     "Draw texts on cells coloured by their probability"
-    draw_heat(ax, p, 'probability', high=1)
+    draw_heat(ax, p, label, high=1)
     for i,row in enumerate(texts):
         for j,text in enumerate(row):
-            ax.text(j, i, text.strip()[:8] or '␣', ha='center', va='center', fontsize=8, color='black' if p[i,j] > .6 else 'white')
+            ax.text(j, i, text.strip()[:8] or '␣', ha='center', va='center', fontsize=size, color='black' if p[i,j] > .6 else 'white')
 
 # %% ../../nbs/library/430_infer.inside.ipynb #633e4b5b
 @torch.no_grad()
@@ -215,11 +218,7 @@ def attention_inputs(
     "Inputs of every attention layer in a forward pass"
     if not model.config.window: raise ValueError(f'{model.config.model_type} has no window and no entries; give a V4 model')
     seen = {}
-    with ExitStack() as hooks:
-        for i,block in enumerate(model.layers):
-            def see(layer, args, i=i): seen[i] = args
-            hooks.callback(block.self_attn.register_forward_pre_hook(see).remove)
-        model.hidden(tokens)
+    with watch([b.self_attn for b in model.layers], seen.__setitem__, inputs=True): model.hidden(tokens)
     return [seen[i] for i in range(len(model.layers))]
 
 # %% ../../nbs/library/430_infer.inside.ipynb #8f37558f
@@ -281,25 +280,7 @@ def mixing_weights(
 )->list[Mix]: # Weights of the two sites of each block, in order: attention, feed-forward, attention …
     "Weights of every hyper-connection in a forward pass"
     if not model.config.hc_mult: raise ValueError(f'{model.config.model_type} has one residual stream; give a model with hyper-connections')
-    out = []
-    with ExitStack() as hooks:
-        for site in [s for b in model.layers for s in (b.attn_hc, b.ffn_hc)]:
-            def see(site, args): out.append(mix_weights(args[0], site.fn, site.base, site.scale, site.c))
-            hooks.callback(site.register_forward_pre_hook(see).remove)
-        model.hidden(tokens)
+    out,sites = [],[s for b in model.layers for s in (b.attn_hc, b.ffn_hc)]
+    def see(i, args): out.append(mix_weights(args[0], (site := sites[i]).fn, site.base, site.scale, site.c))
+    with watch(sites, see, inputs=True): model.hidden(tokens)
     return out
-
-# %% ../../nbs/library/430_infer.inside.ipynb #3190becc
-def draw_mixing(
-    axes, # A row of matplotlib axes, one for each matrix
-    combs:Tensor, # Matrices `n x x`; rows are old streams, columns new ones
-    names:list, # Title of each
-)->None:
-    "Draw doubly stochastic matrices"
-    for ax,m,name in zip(axes, combs, names, strict=True):
-        ax.imshow(m, cmap='viridis', vmin=0, vmax=1)
-        for i,row in enumerate(m):
-            for j,p in enumerate(row):
-                colour = 'black' if p > .6 else 'white'
-                ax.text(j, i, f'{p:.2f}'.lstrip('0'), ha='center', va='center', fontsize=6, color=colour)
-        ax.set(xticks=[], yticks=[]); ax.set_title(name, fontsize=8, color=GREY)
