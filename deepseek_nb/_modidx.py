@@ -741,8 +741,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'deepseek_nb/apps/route_moves.py'),
                                               'deepseek_nb.apps.route_moves.Search._order': ( 'apps.route_moves.html#search._order',
                                                                                               'deepseek_nb/apps/route_moves.py'),
-                                              'deepseek_nb.apps.route_moves.Search._round': ( 'apps.route_moves.html#search._round',
-                                                                                              'deepseek_nb/apps/route_moves.py'),
                                               'deepseek_nb.apps.route_moves.Search._take': ( 'apps.route_moves.html#search._take',
                                                                                              'deepseek_nb/apps/route_moves.py'),
                                               'deepseek_nb.apps.route_moves.Search.bridge': ( 'apps.route_moves.html#search.bridge',

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from time import perf_counter
 
@@ -216,11 +216,7 @@ def construct_routes(
     network = [t.contiguous() for t in (k.T, v, p.T, q1, q2, net.rest.weight, net.rest.bias, net.out.weight)]
     pointer_kernels.construct(network, net.c.heads, net.step.abs().item(), net.c.clip, distance_scale(o.distance), o.distance, o.demand,
                               o.capacity, windows, plan, stats)
-    flat,routes = plan[1:stats[0]].tolist(),[[]]
-    for c in flat:
-        if c: routes[-1].append(c)
-        else: routes.append([])
-    return [r for r in routes if r]
+    return [[*stops] for driving,stops in groupby(plan[:stats[0]].tolist(), bool) if driving]
 
 # %% ../../nbs/apps/876_apps.route.ipynb #618ca511
 def canonical(

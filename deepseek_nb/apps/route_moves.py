@@ -18,6 +18,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter, thread_time
 
@@ -487,13 +488,6 @@ class Search:
         (r,s), = best[1].items()
         self._change(best[1], (c, s[s.index(c) - 1], s[s.index(c) + 1]))
 
-    def _round(self):
-        "Disturb and descend"
-        if self.p.capacity < 0: self.bridge()
-        else:
-            for c in self._order(self.ruin()): self.insert(c, True)
-        self.descend()
-
     def run(self,
         seconds:float, # Time to spend
         rounds:int, # Disturbances to make; -1: until the time is over
@@ -510,7 +504,10 @@ class Search:
         best,least,done,mean = [*self.routes],self.cost,0,heat*self.cost/n
         while n > 4 and (share := spent(done)) < 1:
             before,cost,done = [*self.routes],self.cost,done + 1
-            self._round()
+            if self.p.capacity < 0: self.bridge()
+            else:
+                for c in self._order(self.ruin()): self.insert(c, True)
+            self.descend()
             self.state,z = splitmix(self.state)
             if self.cost - cost > mean*(1 - share)*((z >> 11)*2**-53):
                 self.routes = before
@@ -620,12 +617,7 @@ def nearest_places_cpp(
 # %% ../../nbs/apps/871_apps.route_moves.ipynb #43a3c436
 def _flat(routes): return [0, *(c for r in routes if r for c in (*r, 0))]
 
-def _unflat(flat):
-    routes = [[]]
-    for c in flat[1:]:
-        if c: routes[-1].append(c)
-        else: routes.append([])
-    return routes[:-1]
+def _unflat(flat): return [[*stops] for driving,stops in groupby(flat, bool) if driving]
 
 # %% ../../nbs/apps/871_apps.route_moves.ipynb #9c7fad79
 def _call(op, roads, routes, **settings):
