@@ -32,12 +32,10 @@ from deepseek_nb.platform.access import (
     set_password,
     set_role,
     setup_code,
-    tokens_of,
     user_of_session,
     user_of_token,
-    users_of,
 )
-from deepseek_nb.platform.store import attempts, audits, metadata, sessions, users
+from deepseek_nb.platform.store import attempts, audits, metadata, newest, sessions, tokens, users
 
 ADA, BOB = 'four blue whales sing', 'seven green kettles'
 HOUR, DAY = 3600*10**6, 86400*10**6
@@ -77,7 +75,7 @@ def test_no_default_password(store):
     assert first_admin(store, f' {code}\n', 'ada', ADA).role == 'admin'
     assert setup_code(store) is None
     with pytest.raises(PermissionError): first_admin(store, code, 'eve', 'another long word')
-    assert [o.name for o in users_of(store)] == ['ada'] and store.check() == []
+    assert [o.name for o in newest(store, users)] == ['ada'] and store.check() == []
 
 
 def test_two_first_admins_at_once(store):
@@ -88,7 +86,7 @@ def test_two_first_admins_at_once(store):
     threads = [threading.Thread(target=race, args=(n,)) for n in ('eve', 'ida')]
     for t in threads: t.start()
     for t in threads: t.join()
-    assert (len(won), len(lost)) == (1, 1) and len(users_of(store)) == 1
+    assert (len(won), len(lost)) == (1, 1) and len(newest(store, users)) == 1
 
 
 # ---- passwords
@@ -354,7 +352,7 @@ def test_two_admins_remove_each_other_at_once(store, ada, bob):
     threads = [threading.Thread(target=remove, args=a) for a in ((ada, bob.id), (bob, ada.id))]
     for t in threads: t.start()
     for t in threads: t.join()
-    assert [o.disabled for o in users_of(store)].count(False) == 1
+    assert [o.disabled for o in newest(store, users)].count(False) == 1
 
 
 def test_set_password(store, ada, bob):
@@ -403,8 +401,9 @@ def test_who_may_change_users(store, ada, bob):
 
 def test_users_come_in_pages(store, ada):
     for i in range(5): create_user(store, ada, f'user{i}', BOB)
-    first = users_of(store, limit=4)
-    assert [o.name for o in first + users_of(store, first[-1].id, 4)] == ['ada', *(f'user{i}' for i in range(5))]
+    first = newest(store, users, limit=4)
+    assert [o.name for o in first + newest(store, users, after=first[-1].id, limit=4)] == [*(f'user{4 - i}' for i in range(5)), 'ada']
+    assert all(not hasattr(o, 'password') for o in first)
 
 
 # ---- tokens
@@ -422,20 +421,21 @@ def test_tokens(store, ada, bob, at):
     assert user_of_token(store, short) is None and user_of_token(store, lasting) == bob
     set_role(store, ada, bob.id, 'annotator')
     assert [user_of_token(store, o).role for o in (lasting, least)] == ['annotator', 'viewer'], 'never more than its user'
-    assert all(not hasattr(o, 'digest') for o in tokens_of(store, None))
+    assert all(not hasattr(o, 'digest') for o in newest(store, tokens))
 
 
 def test_tokens_are_revoked_by_their_user_or_an_admin(store, ada, bob):
     cem = create_user(store, ada, 'cem', 'nine quiet volcanoes', 'developer')
     keys = [create_token(store, bob, str(i)) for i in range(3)]
-    ids = [o.id for o in tokens_of(store, bob)]
+    mine = tokens.c.user_id == bob.id
+    ids = [o.id for o in newest(store, tokens, mine)]
     for by, id in ((cem, ids[0]), (bob, 99)):
         with pytest.raises(KeyError, match='no token'): revoke_token(store, by, id)
     for by, id in zip((bob, ada, None), ids, strict=True): revoke_token(store, by, id)
-    assert [user_of_token(store, o) for o in keys] == [None]*3 and tokens_of(store, cem) == []
-    ended = [o.revoked for o in tokens_of(store, bob)]
+    assert [user_of_token(store, o) for o in keys] == [None]*3 and newest(store, tokens, tokens.c.user_id == cem.id) == []
+    ended = [o.revoked for o in newest(store, tokens, mine)]
     revoke_token(store, bob, ids[0])
-    assert [o.revoked for o in tokens_of(store, bob)] == ended and all(ended)
+    assert [o.revoked for o in newest(store, tokens, mine)] == ended and all(ended)
 
 
 # ---- what the database and the log know
@@ -477,5 +477,5 @@ def test_hostile_words_stay_words(store, ada):
     "Names and passwords are values of a statement, never a part of it"
     for bad in ("x' OR '1'='1", 'x"; DROP TABLE users; --', '%', '_', '\\', '\x00', 'ada\x00', '\ud800'):
         with pytest.raises(PermissionError): log_in(store, bad, bad, address='10.0.0.' + str(random.randrange(256)))
-    assert users_of(store)[0].name == 'ada'
+    assert newest(store, users)[-1].name == 'ada'
     with store.write() as c: c.execute(update(users).values(disabled=False))

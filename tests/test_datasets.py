@@ -24,13 +24,12 @@ from deepseek_nb.platform.datasets import (
     import_rows,
     iter_rows,
     list_datasets,
-    list_versions,
     page_of_rows,
     row_digest,
     search_rows,
     version_report,
 )
-from deepseek_nb.platform.store import open_store, records, version_rows, versions
+from deepseek_nb.platform.store import newest, open_store, records, version_rows, versions
 from deepseek_nb.train.corpora import band_keys, folded, jaccard, minhash, near_groups, shingle_set
 
 
@@ -53,7 +52,7 @@ def test_versions_and_splits(store, draw):  # noqa: F811
     old = {r.digest: r.split for r in iter_rows(store, first.version)}
     draw.shuffle(rows)
     assert import_rows(store, None, 'one', rows + rows[:3])[:2] == (first.version, False)
-    assert len(list_versions(store, 1)) == 1
+    assert len(newest(store, versions, versions.c.dataset_id == 1)) == 1
     copies = [dict(text=r['text'].upper() + ' !', label='c') for r in rows[:40]]
     more = import_rows(store, None, 'one', rows[:100] + copies + [dict(text=t) for t in texts(draw, 30)])
     new = {r.digest: r for r in iter_rows(store, more.version)}
@@ -63,7 +62,8 @@ def test_versions_and_splits(store, draw):  # noqa: F811
     with store.read() as c:
         assert c.scalar(select(func.count()).select_from(records)) == 120 + 40 + 30
         assert c.scalar(select(func.count()).select_from(version_rows)) == 120 + 170
-    assert [v.number for v in list_versions(store, 1)] == [2, 1] and version_report(store, more.version)['parent_id'] == first.version
+    assert [v.number for v in newest(store, versions, versions.c.dataset_id == 1)] == [2, 1]
+    assert version_report(store, more.version)['parent_id'] == first.version
     assert [(d.name, d.number, d.rows) for d in list_datasets(store)] == [('one', 2, 170)]
     assert store.check() == []
 

@@ -17,7 +17,7 @@ from deepseek_nb.platform.app import (
 from deepseek_nb.platform.audit import audit  # noqa: E402
 from deepseek_nb.platform.layout import SAFE_HEADERS, Pages, Site, csrf_field, page, redirect  # noqa: E402
 from deepseek_nb.platform.start import seed_platform  # noqa: E402
-from deepseek_nb.platform.store import audits, users  # noqa: E402
+from deepseek_nb.platform.store import audits, newest, users  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
 ROUTES = all_pages().routes
@@ -95,7 +95,7 @@ def test_other_sites_and_names(site):
     assert admin.post('/settings/check', data=dict(csrf=csrf), headers={'origin': 'http://localhost'}).status_code == 303
     for host in ('evil.example', 'localhost.evil.example', '', 'localhost@evil.example'):
         assert admin.get('/', headers={'host': host}).status_code == 400, host
-    access.disable_user(site.store, site.boss, access.users_of(site.store)[-1].id)
+    access.disable_user(site.store, site.boss, newest(site.store, users)[0].id)
     assert site.clients['viewer'].get('/').headers['location'] == '/login?next=/'
     assert 'wasm' not in SAFE_HEADERS['content-security-policy'] and 'unsafe' not in SAFE_HEADERS['content-security-policy']
 

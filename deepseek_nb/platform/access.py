@@ -8,10 +8,9 @@ Users have a name, a password and one of four roles (`USER_ROLES`). `log_in` tur
 
 # %% auto #0
 __all__ = ['USER_ROLES', 'SCRYPT', 'NOTED', 'IDLE', 'LIFETIME', 'User', 'allowed', 'hash_password', 'password_matches',
-           'check_password', 'create_user', 'users_of', 'setup_code', 'first_admin', 'TooManyTries', 'device_note',
-           'log_in', 'csrf_of', 'csrf_matches', 'user_of_session', 'log_out', 'set_role', 'disable_user',
-           'set_password', 'reset_password', 'delete_user', 'create_token', 'user_of_token', 'tokens_of',
-           'revoke_token']
+           'check_password', 'create_user', 'setup_code', 'first_admin', 'TooManyTries', 'device_note', 'log_in',
+           'csrf_of', 'csrf_matches', 'user_of_session', 'log_out', 'set_role', 'disable_user', 'set_password',
+           'reset_password', 'delete_user', 'create_token', 'user_of_token', 'revoke_token']
 
 # %% ../../nbs/platform/822_platform.access.ipynb #2c4ade31
 import hmac
@@ -127,17 +126,6 @@ def _insert_user(store, c, by, name, password, role):
     id = c.execute(insert(users).values(row)).inserted_primary_key[0]
     audit(c, by, 'create user', f'user:{id}', name=name, role=role)
     return User(id, name, role)
-
-# %% ../../nbs/platform/822_platform.access.ipynb #794fe086
-def users_of(
-    store:Store, # Open store
-    after:int = 0, # Id behind which the page begins
-    limit:int = 50, # Most rows
-)->list: # Rows of `users`, without passwords
-    "One page of users"
-    with store.read() as c:
-        asked = select(*(o for o in users.c if o.name != 'password')).where(users.c.id > after).order_by(users.c.id).limit(limit)
-        return c.execute(asked).all()
 
 # %% ../../nbs/platform/822_platform.access.ipynb #22bcb5a5
 def _digest(token): return sha256(token.encode('utf-8', 'surrogatepass')).hexdigest()
@@ -448,16 +436,6 @@ def user_of_token(
     if row.seen is None or now - row.seen > 60*10**6:
         with suppress(OSError), store.write() as c: c.execute(update(tokens).where(tokens.c.id == row.token).values(seen=now))
     return User(row.id, row.name, min(row.role, row.least, key=USER_ROLES.index))
-
-# %% ../../nbs/platform/822_platform.access.ipynb #d1252835
-def tokens_of(
-    store:Store, # Open store
-    user:User|None, # Whose; None: of all
-)->list: # Rows of `tokens`, without digests
-    "List tokens, without the tokens themselves"
-    asked = select(*(o for o in tokens.c if o.name != 'digest')).order_by(tokens.c.id)
-    if user is not None: asked = asked.where(tokens.c.user_id == user.id)
-    with store.read() as c: return c.execute(asked).all()
 
 # %% ../../nbs/platform/822_platform.access.ipynb #16a7f9b0
 def revoke_token(

@@ -34,6 +34,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ..arch.model import Model
+from ..eval.classify import class_probabilities
 from ..eval.drift import EmbeddingTable
 from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
@@ -81,7 +82,7 @@ class ServedClassifier(ServedModel):
         texts:list, # Texts
     )->np.ndarray: # Probability of each class `n k`
         "What the evaluation has measured"
-        with torch.no_grad(): return self.known.probabilities(self.engine.model, self.tok, texts)
+        with torch.no_grad(): return class_probabilities(self.engine.model, self.tok, texts, *self.known)
 
 # %% ../../nbs/platform/840_platform.app.ipynb #4550df5a
 def load_model(
@@ -299,7 +300,7 @@ def _passed_text(served, text):
 _API = ('/v1/', '/anthropic/v1/', '/health', '/ready')
 
 # %% ../../nbs/platform/840_platform.app.ipynb #460b829b
-chat_pages = ui.Pages('Chat', '/chat')
+chat_pages = ui.Pages(ui.Menu('Chat', '/chat'))
 
 @chat_pages.get('/chat', role='viewer')
 def _chat_page(request):
@@ -326,7 +327,7 @@ def _chat_rate(request, form):
     return dict(feedback=give_feedback(store, place, dict(thumb=thumb), event, request.state.user))
 
 # %% ../../nbs/platform/840_platform.app.ipynb #2ca6bc65
-home_pages = ui.Pages('Overview', '/', role='viewer')
+home_pages = ui.Pages(ui.Menu('Overview', '/'))
 
 def _count(store, table, *where):
     with store.read() as c: return c.scalar(select(func.count()).select_from(table).where(*where))
@@ -382,7 +383,7 @@ def kept_answers(
     return [o._replace(said=tuple(v for i,v in said if i == o.id)) for o in found]
 
 # %% ../../nbs/platform/840_platform.app.ipynb #b7dbe6d4
-answer_pages = ui.Pages('Answers', '/answers', role='developer')
+answer_pages = ui.Pages(ui.Menu('Answers', '/answers', 'developer'))
 
 def _short(text, most=120): return text if len(text) <= most else text[:most - 1] + '…'
 

@@ -28,8 +28,7 @@ from .runs import SuggestRun
 from .store import models, newest, row_of, tasks, versions
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #fc2658d1
-data_pages = ui.Pages('Data', '/datasets')
-data_pages.menu('Labelling', '/tasks', role='viewer')
+data_pages = ui.Pages(ui.Menu('Data', '/datasets'), ui.Menu('Labelling', '/tasks'))
 
 _FILES = ('jsonl', 'application/jsonl'),('csv', 'text/csv; charset=utf-8')
 
@@ -96,14 +95,14 @@ def _faults_page(request, faults, most=500):
 @data_pages.get('/datasets/{id:int}', role='viewer')
 def _dataset_page(request, id):
     "The versions of a dataset"
-    found = datasets.list_versions(request.state.store, id)
+    found,more = ui.paged(request, newest, versions, versions.c.dataset_id == id)
     own = [d for d in datasets.list_datasets(request.state.store, id - 1, 1) if d.id == id]
     if not own: raise KeyError(f'there is no dataset {id}; see the list of datasets')
     rows = [(fh.A(f'Version {v.number}', href=f'/versions/{v.id}'), v.rows, v.note or '–', fh.Code(v.digest[:12]), ui.when(v.created))
             for v in found]
     gone = fh.Details(fh.Summary('Delete it'), fh.P('With all versions, tasks and answers.'),
                       ui.press(request, f'/datasets/{id}/delete', 'Delete for ever', 'danger')) if _may(request, 'admin') else ''
-    shown = ui.table(['Version', 'Rows', 'Note', 'Digest', 'Created'], rows, empty='No import was finished yet.')
+    shown = ui.table(['Version', 'Rows', 'Note', 'Digest', 'Created'], rows, more, empty='No import was finished yet.')
     return ui.page(request, own[0].name, shown, gone, lead=f'Kind: {own[0].kind}', trail=[('Datasets', '/datasets')])
 
 @data_pages.post('/datasets/{id:int}/delete', role='admin')

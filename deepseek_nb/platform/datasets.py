@@ -7,8 +7,8 @@
 
 # %% auto #0
 __all__ = ['DATA_KINDS', 'SPLITS', 'PERSONAL_KINDS', 'SEARCHED', 'house_row', 'row_digest', 'Spool', 'leaks', 'Imported',
-           'import_rows', 'holds', 'FoundRows', 'page_of_rows', 'search_rows', 'iter_rows', 'version_report',
-           'list_datasets', 'list_versions', 'import_dataset', 'FaultyRows']
+           'import_rows', 'holds', 'page_of_rows', 'search_rows', 'iter_rows', 'version_report', 'list_datasets',
+           'import_dataset', 'FaultyRows']
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #3a44c6b6
 import json
@@ -339,11 +339,6 @@ def holds(
 # %% ../../nbs/platform/823_platform.datasets.ipynb #0310cb83
 SEARCHED = 36_000 # rows after which a search stops
 
-class FoundRows(NamedTuple):
-    "Rows that a search has found"
-    rows:list # Of `id`, `digest`, `data` and `split`
-    end:int|None # Id of the last record that was looked at; None: no rows are left behind it
-
 # %% ../../nbs/platform/823_platform.datasets.ipynb #878fa0ae
 def _windows(c, version, after, size=4000):
     "First and last bound of ranges of ids, which together hold the rows of a version behind an id, and their number of rows"
@@ -393,12 +388,11 @@ def search_rows(
     limit:int = 50, # Most rows
     split:str|None = None, # Of `SPLITS`; None: all
     most:int = SEARCHED, # Number of rows after which the search stops
-)->FoundRows:
+)->tuple: # Rows of `id`, `digest`, `data` and `split`; and the id of the last record that was looked at, None: no rows are left behind it
     "Search some rows of a version, in the order of their ids"
     with store.read() as c:
         query = _rows_of(c, version, split).where(holds(store.kind, contains))
-        found,end = _searched(c, query, version, after, limit, most)
-        return FoundRows(found, end)
+        return _searched(c, query, version, after, limit, most)
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #229e002c
 def iter_rows(
@@ -437,15 +431,6 @@ def list_datasets(
     query = query.outerjoin(versions, (versions.c.dataset_id == datasets.c.id) & (versions.c.number == last.c.number))
     with store.read() as c:
         return c.execute(query.where(datasets.c.archived.is_(None), datasets.c.id > after).order_by(datasets.c.id).limit(limit)).all()
-
-# %% ../../nbs/platform/823_platform.datasets.ipynb #c6a3d91f
-def list_versions(
-    store:Store, # Open store
-    dataset:int, # Id
-)->list: # Rows of `versions` without their reports, the latest first
-    "List the versions of a dataset"
-    query = select(*(col for col in versions.c if col.name != 'report')).where(versions.c.dataset_id == dataset)
-    with store.read() as c: return c.execute(query.order_by(versions.c.number.desc())).all()
 
 # %% ../../nbs/platform/823_platform.datasets.ipynb #3ccbe8a8
 def _loaded(name):

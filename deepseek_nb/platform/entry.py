@@ -23,13 +23,11 @@ from .audit import audit, first_broken, noted
 from .exchange import erase_text
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #723af5af
-from deepseek_nb.platform.store import SETTING_DEFAULTS, audits, get_setting, put_setting, users
+from deepseek_nb.platform.store import SETTING_DEFAULTS, audits, get_setting, newest, put_setting, row_of, tokens, users
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #8a253ee6
-entry_pages = ui.Pages()
-entry_pages.menu('Users', '/users', role='admin')
-entry_pages.menu('Audit log', '/audit', role='admin')
-entry_pages.menu('Settings', '/settings', role='admin')
+_ADMIN = ('Users', '/users'),('Audit log', '/audit'),('Settings', '/settings')
+entry_pages = ui.Pages(*(ui.Menu(*link, 'admin') for link in _ADMIN))
 
 # %% ../../nbs/platform/836_platform.entry.ipynb #baf70331
 _WEEKS = 14*24*3600 # seconds
@@ -55,7 +53,7 @@ def _path(text):
 @entry_pages.get('/setup', role=None)
 def _setup_page(request):
     "The form for the first administrator"
-    if access.users_of(request.state.store, limit=1): return ui.redirect('/login')
+    if newest(request.state.store, users, limit=1): return ui.redirect('/login')
     fields = [ui.field('code', 'Code', help='The platform printed it on its console when it started.', required=True, autocomplete='off'),
               ui.field('name', 'Your name', help='Lower case, as you will log in.', required=True, autocomplete='username'),
               ui.field('password', 'Password', 'password', help='At least 12 characters. A sentence is good.', required=True,
@@ -77,7 +75,7 @@ def _set_up(request, form):
 @entry_pages.get('/login', role=None)
 def _login_page(request):
     "The form for name and password"
-    if not access.users_of(request.state.store, limit=1): return ui.redirect('/setup')
+    if not newest(request.state.store, users, limit=1): return ui.redirect('/setup')
     return _login(request, _path(request.query_params.get('next', '/')))
 
 def _login(request, url, name='', error=''):
@@ -111,7 +109,7 @@ def _account_page(request):
     roles = access.USER_ROLES[:access.USER_ROLES.index(user.role) + 1]
     rows = [(t.name, t.role, ui.when(t.created), ui.when(t.expires), ui.when(t.seen),
              ui.badge('revoked') if t.revoked else ui.press(request, f'/account/tokens/{t.id}/revoke', 'Revoke', 'danger'))
-            for t in access.tokens_of(store, user)]
+            for t in newest(store, tokens, tokens.c.user_id == user.id, limit=1000)]
     new = ui.form(request, '/account/tokens', ui.field('name', 'Name', help='Such as the program that will use it.', required=True),
                   ui.field('role', 'Role', 'select', 'viewer', options=roles), ui.field('days', 'Days until it expires', 'number', 90),
                   button='Create')
@@ -147,7 +145,7 @@ def _password_change(request, form):
 @entry_pages.get('/users', role='admin')
 def _users_page(request):
     "Everybody, and a form for a new user"
-    found,more = ui.paged(request, access.users_of)
+    found,more = ui.paged(request, newest, users)
     def row(u):
         options = [fh.Option(r, selected=r == u.role) for r in access.USER_ROLES]
         choice = fh.Select(*options, name='role', aria_label=f'Role of {u.name}')
@@ -172,7 +170,7 @@ entry_pages.act('/users', 'admin', access.create_user, '/users', '{found.name} c
 @entry_pages.post('/users/{id:int}/password', role='admin')
 def _user_password(request, form, id):
     "A new password for somebody who has forgotten it"
-    name = next((u.name for u in access.users_of(request.state.store, id - 1, 1) if u.id == id), '')
+    name = row_of(request.state.store, users, id).name
     new = access.reset_password(request.state.store, request.state.user, name)
     told = ui.notice('Copy it now. It is shown only once, and ends all sessions and tokens.', 'warn')
     return ui.page(request, f'New password of {name}', told, fh.Pre(new, id='token'), trail=[('Users', '/users')])

@@ -103,13 +103,9 @@ class Sketch:
     featured:int = 0 # Requests with features
     sample:list = field(default_factory=list) # [priority, owner, packed features] of some requests
 
-    def to_json(self)->dict: # For a JSON column
-        "Plain values"
-        return {k: dict(getattr(self, k)) for k in _SUMS} | dict(featured=self.featured, sample=self.sample)
-
     @classmethod
     def from_json(cls,
-        o:dict, # From `to_json`
+        o:dict, # `vars` of a sketch, as JSON gives it back
     )->'Sketch':
         "Read plain values"
         counts = {k: Counter({int(i) if k in ('seconds', 'first') else i: n for i,n in o[k].items()}) for k in _SUMS}
@@ -276,8 +272,8 @@ def _add_window(c, key, items, costs):
     sums |= {k: sum(getattr(e, k) for e in part) for k in ('prompt_tokens', 'completion_tokens')}
     if row:
         sums = {k: row._mapping[k] + v for k,v in sums.items()}
-        c.execute(update(windows).where(w.id == row.id).values(sketch=sketch.to_json(), **sums))
-    else: c.execute(insert(windows).values(place=place, model_id=model, start=start, seconds=60., sketch=sketch.to_json(), **sums))
+        c.execute(update(windows).where(w.id == row.id).values(sketch=vars(sketch), **sums))
+    else: c.execute(insert(windows).values(place=place, model_id=model, start=start, seconds=60., sketch=vars(sketch), **sums))
 
 # %% ../../nbs/platform/830_platform.events.ipynb #27080e88
 class WindowRow(NamedTuple):
@@ -340,7 +336,7 @@ def _to_hour(c, place, model, hour):
     t = total(rows, HOURLY)
     c.execute(delete(windows).where(w.id.in_([r.id for r in rows])))
     values = {k: getattr(t, k) for k in ('place', 'count', 'errors', 'prompt_tokens', 'completion_tokens', 'cost')}
-    c.execute(insert(windows).values(**values, model_id=model, start=hour, seconds=3600., sketch=t.sketch.to_json()))
+    c.execute(insert(windows).values(**values, model_id=model, start=hour, seconds=3600., sketch=vars(t.sketch)))
     return len(rows)
 
 # %% ../../nbs/platform/830_platform.events.ipynb #975bd0e3

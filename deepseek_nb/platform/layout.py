@@ -12,8 +12,6 @@ __all__ = ['TONES', 'SAFE_HEADERS', 'badge', 'notice', 'when', 'facts', 'table',
 
 # %% ../../nbs/platform/835_platform.layout.ipynb #1f77e2e3
 import errno
-import hashlib
-import hmac
 import inspect
 import logging
 import re
@@ -327,21 +325,19 @@ class Menu(NamedTuple):
     "A link of the navigation"
     title:str # Text
     url:str # Address
-    role:str # Least role
+    role:str = 'viewer' # Least role
     also:tuple = () # Further addresses that stand under this link
 
 class Pages:
     "A table of routes, and the links of the navigation"
     def __init__(self,
-        title:str = '', # Text in the navigation; '': none
-        url:str = '', # Its address
-        role:str = 'viewer', # Who sees it
+        *links:Menu, # Links of the navigation
     ):
-        self.routes,self.links = [],[Menu(title, url, role)] if title else []
+        self.routes,self.links = [],[*links]
 
     def __add__(self, other):
-        out = Pages()
-        out.routes,out.links = self.routes + other.routes,self.links + other.links
+        out = Pages(*self.links, *other.links)
+        out.routes = self.routes + other.routes
         return out
 
     def get(self,
@@ -373,15 +369,6 @@ class Pages:
             return redirect(to.format(found=found, **{k: quote(str(v), safe='') for k,v in values.items()}), said.format(found=found, **values))
         self.post(path, role)(pressed)
 
-    def menu(self,
-        title:str, # Text
-        url:str, # Address
-        role:str = 'viewer', # Who sees it
-        also:tuple = (), # Further addresses that stand under this link
-    )->None:
-        "Add a link to the navigation"
-        self.links.append(Menu(title, url, role, also))
-
 # %% ../../nbs/platform/835_platform.layout.ipynb #67b26d1f
 def _register(pages, method, path, role, limit):
     if any((r.method, r.path) == (method, path) for r in pages.routes): raise ValueError(f'{method} {path} is there already')
@@ -406,7 +393,7 @@ def _enter(site, request):
     state.flash,state.session = (tone, text) if text and tone in TONES else None,request.cookies.get(cookie_name(request))
     state.user = user_of_session(site.store, state.session) if state.session else None
     state.visit = request.cookies.get('visit') or secrets.token_urlsafe(24)
-    state.csrf = csrf_of(state.session) if state.user else hashlib.sha256(b'csrf ' + state.visit.encode()).hexdigest()
+    state.csrf = csrf_of(state.session if state.user else state.visit)
 
 # %% ../../nbs/platform/835_platform.layout.ipynb #b25ea09c
 def _same_site(request):
@@ -418,9 +405,8 @@ def _same_site(request):
 
 def _check_csrf(request, sent):
     "Refuse a form without the token of this session"
-    token,state = str(sent.pop('csrf', None) or request.headers.get('x-csrf') or ''),request.state
-    right = csrf_matches(state.session, token) if state.user else hmac.compare_digest(token.encode(), state.csrf.encode())
-    if not right:
+    token,state = sent.pop('csrf', None) or request.headers.get('x-csrf'),request.state
+    if not csrf_matches(state.session if state.user else state.visit, token):
         raise PermissionError('this form is too old, or was not sent by you; load the page again and repeat it')
 
 def _check_role(request, role):

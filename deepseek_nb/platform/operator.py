@@ -24,7 +24,7 @@ from .monitor import Monitor, close_alert, judge_probe, open_alerts, raise_alert
 from .registry import gates_from
 from .rollout import live_places
 from .runs import EvaluateRun, mirror_run
-from .store import Store, jobs
+from .store import Store, jobs, newest
 from ..serve.policy import read_toml
 from ..serve.webhooks import checked_target
 
@@ -43,11 +43,6 @@ def _probe_limits(store):
     return limits
 
 # %% ../../nbs/platform/845_platform.operator.ipynb #f14e7e74
-def _newest(store, name):
-    "The newest evaluation with a name"
-    with store.read() as c:
-        return c.execute(select(jobs).where(jobs.c.kind == 'evaluate', jobs.c.name == name).order_by(jobs.c.id.desc()).limit(1)).first()
-
 def _judged(store, place, name):
     "When a probe was judged the last time; microseconds since 1970"
     with store.read() as c: return read_monitor(c, place, f'probe {name}').get('at', -1)
@@ -71,7 +66,7 @@ class LiveProbes:
     def _task(self, place, model, task, limits):
         "Queue a task, or judge its scores; those that were measured"
         title = f'Probe of {place}: {task}'
-        job,now = _newest(self.store, title),self.store.now()
+        job,now = next(iter(newest(self.store, jobs, jobs.c.kind == 'evaluate', jobs.c.name == title, limit=1)), None),self.store.now()
         over = job is not None and job.state in ('done', 'failed', 'cancelled')
         if job is None or over and (job.model_id != model or job.ended + self.every <= now):
             run = EvaluateRun(tasks=[task], items=self.items, timed=0)

@@ -31,8 +31,7 @@ from .runs import SPLITS_OF, classifier_of
 from .store import curves, datasets, jobs, measures, models, newest, records, releases, row_of, version_rows, versions
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
-run_pages = ui.Pages('Runs', '/runs')
-run_pages.menu('Models', '/models')
+run_pages = ui.Pages(ui.Menu('Runs', '/runs'), ui.Menu('Models', '/models'))
 _TONES = dict(queued='', running='warn', done='good', failed='bad', cancelled='')
 
 def _state(row):

@@ -81,14 +81,6 @@ class Classifier(NamedTuple):
     classes:list # Names
     template:str # Prompt for a text
 
-    def probabilities(self,
-        model:Model, # Language model
-        tok:Tokenizer, # The model's tokenizer
-        texts:list, # Texts
-    )->np.ndarray: # Probability of each class `n k`
-        "Rank the classes by the likelihood of their names: what is measured, and what a release answers"
-        return class_probabilities(model, tok, texts, self.classes, self.template)
-
 def classifier_of(
     store:Store, # Database
     model:int, # Number of a model
@@ -384,7 +376,7 @@ def _class_measures(job, model, tok, rows, known, facts):
     "Accuracy, macro-F1 and calibration error; and how often typing errors and another gender change the class"
     texts,truth = [r['text'] for r in rows],[str(r['label']) for r in rows]
     typed,pairs = _changed_texts(texts)
-    p = np.array(_in_parts(job, [*texts, *typed, *chain(*pairs)], lambda part: known.probabilities(model, tok, part).tolist()))
+    p = np.array(_in_parts(job, [*texts, *typed, *chain(*pairs)], lambda part: class_probabilities(model, tok, part, *known).tolist()))
     chosen,p,n = p.argmax(1),p[:len(rows)],len(rows)
     classes = [*known.classes, *sorted({*truth} - {*known.classes})] # a label that the model can't give is a miss
     p = np.pad(p, ((0, 0), (0, len(classes) - len(known.classes))))
@@ -516,7 +508,7 @@ def _suggest_job(job):
     asked,done = Classifier(task.labels, known.template if known else job.config.template),[]
     def work(rows):
         done.extend(rows)
-        found = asked.probabilities(model, tok, texts_of(rows))
+        found = class_probabilities(model, tok, texts_of(rows), *asked)
         job.report(len(done), mean_uncertainty=float(np.mean([uncertainty(dict(enumerate(p))) for p in found])))
         return [dict(zip(task.labels, map(float, p), strict=True)) for p in found]
     return dict(suggested=predict(job.store, None, task.id, work, f'model {job.row.model_id}', 32))

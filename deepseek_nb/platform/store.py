@@ -38,6 +38,7 @@ from ..core.lazy import later
 metadata = sa.MetaData()
 _Int = sa.BigInteger().with_variant(sa.Integer, 'sqlite') # SQLite makes ids only for a column of type INTEGER
 _Json = JSON(none_as_null=True)
+_HIDDEN = dict(hidden=True) # of a column that lists leave out
 
 def _id(): return Column('id', _Int, primary_key=True)
 def _int(name, **kw): return Column(name, _Int, **dict(nullable=False) | kw)
@@ -52,11 +53,11 @@ def _table(name, *columns, rowid=True):
     return Table(name, metadata, *columns, **ids)
 
 # %% ../../nbs/platform/820_platform.store.ipynb #537e5781
-users = _table('users', _id(), _str('name', unique=True), _str('password'), _str('role'), _int('created'),
+users = _table('users', _id(), _str('name', unique=True), _str('password', info=_HIDDEN), _str('role'), _int('created'),
                Column('disabled', sa.Boolean, nullable=False, default=False))
 sessions = _table('sessions', Column('digest', String(64), primary_key=True), _to('user_id', 'users', index=True), _str('csrf'),
                   _int('created'), _int('seen'), _int('expires'), rowid=False)
-tokens = _table('tokens', _id(), _to('user_id', 'users', index=True), _str('name'), _str('digest', unique=True), _str('role'),
+tokens = _table('tokens', _id(), _to('user_id', 'users', index=True), _str('name'), _str('digest', unique=True, info=_HIDDEN), _str('role'),
                 _int('created'), _int('expires', nullable=True), _int('revoked', nullable=True), _int('seen', nullable=True))
 audits = _table('audits', _id(), _int('at'), _int('user_id', nullable=True), _str('action'), _str('subject'), _json('detail'),
                 _str('before'), _str('digest'))
@@ -65,8 +66,8 @@ attempts = _table('attempts', _str('key', primary_key=True), _int('count'), _int
 # %% ../../nbs/platform/820_platform.store.ipynb #5e0af277
 datasets = _table('datasets', _id(), _str('name', unique=True), _str('kind'), _int('created'), _user(), _int('archived', nullable=True))
 versions = _table('versions', _id(), _to('dataset_id', 'datasets'), _int('number'), _str('digest'), _int('rows'), _json('columns'),
-                  _to('parent_id', 'versions', nullable=True), _str('note', default=''), _json('report', default=dict), _int('created'),
-                  _user(), UniqueConstraint('dataset_id', 'number'), UniqueConstraint('dataset_id', 'digest'))
+                  _to('parent_id', 'versions', nullable=True), _str('note', default=''), _json('report', default=dict, info=_HIDDEN),
+                  _int('created'), _user(), UniqueConstraint('dataset_id', 'number'), UniqueConstraint('dataset_id', 'digest'))
 records = _table('records', _id(), _to('dataset_id', 'datasets'), _str('digest'), _json('data'), _str('split'), _int('created'),
                  UniqueConstraint('dataset_id', 'digest'), Index('records_by_dataset', 'dataset_id', 'id'),
                  Index('records_by_split', 'dataset_id', 'split', 'id'))
@@ -428,9 +429,9 @@ def newest(
     *conditions, # Which rows; none: all
     after:int = 0, # Id of the last row of the page before; 0: the first page
     limit:int = 50, # Most rows
-)->list: # Rows
+)->list: # Rows, without columns that lists leave out
     "List rows of a table, the newest first"
-    q = select(table).where(*conditions).order_by(table.c.id.desc()).limit(limit)
+    q = select(*(o for o in table.c if not o.info)).where(*conditions).order_by(table.c.id.desc()).limit(limit)
     with store.read() as c: return c.execute(q.where(table.c.id < after) if after else q).all()
 
 # %% ../../nbs/platform/820_platform.store.ipynb #e74cfad8

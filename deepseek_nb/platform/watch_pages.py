@@ -41,8 +41,7 @@ def _series_of(rows, step):
     return out
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #e28cff70
-watch_pages = ui.Pages('Monitoring', '/watch')
-watch_pages.menu('Alerts', '/alerts', also=('/hooks', '/feedback'))
+watch_pages = ui.Pages(ui.Menu('Monitoring', '/watch'), ui.Menu('Alerts', '/alerts', also=('/hooks', '/feedback')))
 _SPANS = {'hour': (60*MINUTE, MINUTE), 'day': (DAY, 30*MINUTE), 'week': (7*DAY, 180*MINUTE)}
 
 def _numbers(t):
