@@ -18,7 +18,7 @@ from deepseek_nb.train.advantage import generalised_advantage, group_advantage, 
 from deepseek_nb.train.data import IGNORE, collate, example
 from deepseek_nb.train.kl_estimate import KL_KINDS, kl_estimate
 from deepseek_nb.train.lora import LoraConfig
-from deepseek_nb.train.on_policy import answer_log_probs, answer_rows, kept_log_probs, linear_log_probs
+from deepseek_nb.train.on_policy import answer_log_probs, answer_rows, linear_log_probs
 from deepseek_nb.train.policy import LOSS_TYPES, MISMATCH, PolicyLoss
 
 SEED = int(os.environ.get('SEED') or random.SystemRandom().randrange(10**6))
@@ -280,8 +280,8 @@ def test_log_probs_among_kept_tokens(r, case):
     sets = [sorted(r.sample(range(w), r.randrange(1, w + 1))) for _ in range(n)]
     at, temperature, weights = [r.randrange(len(s)) for s in sets], r.uniform(.3, 2), torch.randn(n, dtype=torch.float64)
     labels = torch.tensor([s[i] for s, i in zip(sets, at, strict=True)], dtype=torch.int64)
-    ids, sizes = (torch.tensor(v, dtype=torch.int64) for v in (sum(sets, []), [len(s) for s in sets]))
-    got, entropies = kept_log_probs(x, head, labels, ids, sizes, temperature, r.randrange(0, n + 2))
+    ids = [*map(torch.tensor, sets)]
+    got, entropies = linear_log_probs(x, head, labels, temperature, r.randrange(0, n + 2), ids)
     rows = [x[i]@head[s].T/temperature for i, s in enumerate(sets)]
     logp = [z - z.exp().sum().log() for z in rows]
     want = torch.stack([p[i] for p, i in zip(logp, at, strict=True)]) if n else x.sum(1)
@@ -291,7 +291,7 @@ def test_log_probs_among_kept_tokens(r, case):
     grads = [torch.autograd.grad((o*weights).sum(), leaves, allow_unused=True, materialize_grads=True) for o in (got, want)]
     for a, b in ((got, want), *zip(*grads, strict=True)): assert not a.numel() or (a - b).abs().max() < 1e-11
     whole = linear_log_probs(x, head, labels, temperature)[0]
-    everything = kept_log_probs(x, head, labels, torch.arange(w).repeat(n), torch.full((n,), w), temperature)[0]
+    everything = linear_log_probs(x, head, labels, temperature, kept=[torch.arange(w)]*n)[0]
     assert not n or (whole - everything).abs().max() < 1e-11
 
 

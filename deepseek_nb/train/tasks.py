@@ -13,13 +13,16 @@ __all__ = ['Task', 'drawn_rows', 'column_steps', 'arithmetic', 'start_rows', 'ch
            'word_problems']
 
 # %% ../../nbs/library/688_train.tasks.ipynb #b0777527
+import ast
 import gzip
 import json
+import operator
 import os
 import random
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations
@@ -173,43 +176,23 @@ def character_tokenizer(
     with tempfile.TemporaryDirectory() as other: return Tokenizer.from_pretrained(save_bpe(backend, folder or other))
 
 # %% ../../nbs/library/688_train.tasks.ipynb #f2621787
+_SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
 class Expression:
-    "An arithmetic expression, read by its grammar"
+    "An arithmetic expression"
     def __init__(self,
         text:str, # Numbers, `+-*/` and brackets, at most 200 characters
     ):
-        self.parts,self.at,self.numbers = re.findall(r'\d+|\S', text.replace('×', '*').replace('÷', '/')[:201], re.A),0,[]
-        self.value = self._sum() if len(text) <= 200 and text.count('(') <= 50 else None # None: it is no expression, or divides by 0
-        if self.at < len(self.parts): self.value = None
+        self.numbers,self.value = [],None # None: it is no expression, or divides by 0
+        plain = re.sub(r'\b0+(?=\d)', '', ' '.join(text.replace('×', '*').replace('÷', '/').split())) # to Python, 07 is no number
+        if len(text) > 200 or not re.fullmatch('[-0-9+*/() ]*', plain): return
+        with suppress(SyntaxError, KeyError, ZeroDivisionError): self.value = self._value(ast.parse(plain, mode='eval').body)
 
-    def _next(self, allowed):
-        "Take the next part if it is one of the allowed ones"
-        if self.at < len(self.parts) and self.parts[self.at] in allowed:
-            self.at += 1
-            return self.parts[self.at - 1]
-
-    def _sum(self):
-        value = self._product()
-        while value is not None and (sign := self._next('+-')):
-            other = self._product()
-            value = None if other is None else value + other if sign == '+' else value - other
-        return value
-
-    def _product(self):
-        value = self._atom()
-        while value is not None and (sign := self._next('*/')):
-            other = self._atom()
-            value = None if other is None or sign == '/' and not other else value*other if sign == '*' else value/other
-        return value
-
-    def _atom(self):
-        if self._next('('):
-            value = self._sum()
-            return value if self._next(')') else None
-        if self.at == len(self.parts) or not re.fullmatch('[0-9]+', self.parts[self.at]): return None
-        self.numbers.append(int(self.parts[self.at]))
-        self.at += 1
-        return Fraction(self.numbers[-1])
+    def _value(self, node):
+        if isinstance(node, ast.BinOp): return _SIGNS[type(node.op)](self._value(node.left), self._value(node.right))
+        if not isinstance(node, ast.Constant): raise SyntaxError
+        self.numbers.append(node.value)
+        return Fraction(node.value)
 
 # %% ../../nbs/library/688_train.tasks.ipynb #94834e79
 def countdown_right(
