@@ -10321,8 +10321,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'deepseek_nb.train.resume.set_run_state': ( 'train.resume.html#set_run_state',
                                                                                       'deepseek_nb/train/resume.py'),
                                           'deepseek_nb.train.resume.sync': ('train.resume.html#sync', 'deepseek_nb/train/resume.py'),
-                                          'deepseek_nb.train.resume.sync_entry': ( 'train.resume.html#sync_entry',
-                                                                                   'deepseek_nb/train/resume.py'),
                                           'deepseek_nb.train.resume.to_json': ('train.resume.html#to_json', 'deepseek_nb/train/resume.py'),
                                           'deepseek_nb.train.resume.write_model': ( 'train.resume.html#write_model',
                                                                                     'deepseek_nb/train/resume.py'),

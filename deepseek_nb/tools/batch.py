@@ -32,7 +32,7 @@ from ..serve.connection import json_text
 from ..serve.responses import ResponsesRun, read_responses
 from ..serve.text import TextRun, read_completion
 from .serving import load_served, missing_packages, served_name
-from ..train.resume import sync_entry
+from ..train.resume import sync
 
 # %% ../../nbs/library/957_tools.batch.ipynb #9e4d61eb
 _CHAT,_TEXT = '/v1/chat/completions','/v1/completions'
@@ -212,7 +212,7 @@ async def _answer_file(todo, read, out, found, on, args):
     settings['max_waiting'] = 32*(rows := settings.setdefault('max_rows', 32)) # an answer may be one of 16 to a request
     start = partial(ray_workers, on) if on else local_worker
     with start(*args) as workers, open(out, 'ab') as f, tqdm(total=len(todo), unit='answers', disable=None) as bar:
-        sync_entry(Path(out).absolute().parent)
+        sync(Path(out).absolute().parent)
         def write(line):
             f.write(line), f.flush(), os.fsync(f.fileno())
             found[json.loads(line)['response']['status_code']] += 1

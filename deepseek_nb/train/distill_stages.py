@@ -31,13 +31,12 @@ from ..arch.model import Model
 from ..core.plot import COLOURS, GREY, style
 from ..files.safetensors import opened, read_json, write_tensors, written
 from ..files.tokenizer import Tokenizer
-from ..infer.generate import left_padded
 from ..infer.persist import fingerprint
 from .callbacks import Callback
 from .data import IGNORE, collate, example
 from .distill import Match, check_loss, chunked_loss, distillation_loss, divergence, logits_of, mixed_loss, scored
 from .loss import LOGITS, language_loss
-from .on_policy import CollapseGuard, OnPolicy
+from .on_policy import CollapseGuard, OnPolicy, sample_answers
 from .resume import checkpoints, identity, read_model, write_model, write_whole
 from .trainer import Trainer, TrainingArguments, as_batches, make_optimizer, make_schedule, master_weights
 
@@ -267,11 +266,9 @@ def continued(
     **kwargs, # Arguments of `Model.generate`: temperature, top_p, seed, ...
 )->list: # For each prompt, the text and whether it ended with an end token
     "Generate a teacher's continuations of prompts"
-    ids,mask = left_padded(prompts)
-    eos = tokenizer.eos_ids or teacher.config.eos_ids
-    new = teacher.generate(ids, max_new_tokens, attention_mask=mask, eos_token_id=list(eos), **kwargs)[:, ids.shape[1]:].tolist()
-    ends = [next((i for i,t in enumerate(row) if t in eos), None) for row in new]
-    return [(tokenizer.decode(row[:end]), end is not None) for row,end in zip(new, ends, strict=True)]
+    eos = list(tokenizer.eos_ids or teacher.config.eos_ids)
+    found = zip(*sample_answers(teacher, prompts, max_new_tokens, **dict(temperature=0.) | kwargs, eos_token_id=eos), strict=True)
+    return [(tokenizer.decode(a[:-1] if ended else a), ended) for a,ended in found]
 
 # %% ../../nbs/library/646_train.distill_stages.ipynb #8db2b647
 def write_texts(
