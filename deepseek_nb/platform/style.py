@@ -15,8 +15,8 @@ from ..core.nbproc import web_text
 
 # %% ../../nbs/platform/833_platform.style.ipynb #e1ec781f
 # Name -> text and content type
-_TYPES = {'pages.css': 'text/css', 'pages.js': 'text/javascript'}
-STATIC = {name: (web_text(name), f'{kind}; charset=utf-8') for name,kind in _TYPES.items()}
+STATIC = {'pages.css': (web_text('pages.css'), 'text/css; charset=utf-8'),
+          'pages.js': (web_text('pages.js') + web_text('events.js'), 'text/javascript; charset=utf-8')}
 
 def static_path(
     name:str, # Key of `STATIC`

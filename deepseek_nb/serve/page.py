@@ -102,4 +102,5 @@ def chat_page(
     head += '<title>deepseek_nb</title><link rel="icon" href="data:,">'
     body = BODY.replace('MODELS', options).replace(' KEY>', '>' if keys else ' hidden>')
     head += f'<style>{web_text("chat.css")}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}<script>{web_text("chat.js")}</script></body></html>'
+    script = web_text("chat.js") + web_text("events.js")
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}<script>{script}</script></body></html>'

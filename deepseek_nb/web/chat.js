@@ -113,16 +113,6 @@ function bubble(m) {
 }
 
 // %% ../../nbs/library/479_serve.page.ipynb #0633fe66
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let held = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const parts = (held + value).split("\n\n");
-    held = parts.pop();
-    for (const part of parts) if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
-  }
-}
 function figures(usage, seconds, first) {
   const rate = (usage.completion_tokens - 1) / Math.max(seconds - first, 1e-3);
   return `${usage.completion_tokens} tokens, ${rate.toFixed(0)} per second, first after ${(1e3 * first).toFixed(0)} ms; ` +

@@ -90,16 +90,6 @@ function bubble(log, kind, text) {
   log.append(box);
   return box;
 }
-async function* streamed(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let held = ""; ;) {
-    const {value, done} = await reader.read();
-    if (done) return;
-    const parts = (held + value).split("\n\n");
-    held = parts.pop();
-    for (const part of parts) if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
-  }
-}
 async function converse(form) {
   const log = document.getElementById("log"), {message: text, place, csrf} = form.elements, button = form.querySelector("button");
   const asked = text.value.trim(), past = form.talk ||= [], began = performance.now();
@@ -114,7 +104,7 @@ async function converse(form) {
         stream: true, stream_options: {include_usage: true}, max_tokens: 200, temperature: 0})});
     if (!response.ok) throw new Error((await response.json()).error.message);
     let said = "", last;
-    for await (const event of streamed(response)) {
+    for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       for (const {delta} of event.choices) { said += delta.content ?? ""; box.append(delta.content ?? ""); }
       last = event;
