@@ -87,9 +87,9 @@ def test_pieces_and_restarts_have_the_same_bits(seed, trial, tmp_path):
 
 def test_a_network_is_causal_and_reaches_what_it_says(seed):
     c = SignalConfig(1, dim=12, dilations=(1, 2), attend=(1,), periods=(1, 6, 15), slots=3)
-    net, x = SignalNet(c), torch.randn(2, 60, 1, requires_grad=True)
+    net, x = SignalNet(c), torch.randn(32, 60, 1, requires_grad=True)
     net(x)[0].location[:, 40].sum().backward()
-    back = 40 - x.grad[0, :, 0].nonzero()[:, 0]
+    back = 40 - x.grad.abs().sum((0, 2)).nonzero()[:, 0]  # in one series a gradient may be rounded to 0
     span = receptive_field(3, (1, 2))
     reach = {lag + i for p in c.periods for n in range(3) for lag in [p*(n + 1) - 1] for i in range(span)}
     assert {*back.tolist()} == {i for i in {*range(span), *reach} if i <= 40}

@@ -187,7 +187,7 @@ def test_replay_uses_the_recorded_experts(seed):
     known = table.flatten(1, 2)[0] >= 0
     assert torch.equal(seen[0].experts[known], table.flatten(1, 2)[0][known])
     chosen = seen[0].scores.gather(-1, seen[0].experts)
-    assert torch.allclose(seen[0].weights, chosen/chosen.sum(-1, keepdim=True), atol=1e-6)
+    assert torch.allclose(seen[0].weights, chosen/(chosen.sum(-1, keepdim=True) + 1e-20), atol=1e-6)  # scores may be as small
     new.sum().backward()
     assert gate.weight.grad.abs().sum() > 0
     with torch.no_grad(): assert not torch.equal(ordinary(model, drawn), new.detach())
