@@ -50,7 +50,7 @@ evidence-smoke: .venv/.dev  ## every experiment of the book, tiny, from one end 
 	for o in nbs/configs/evidence/*.toml; do $(BIN)/deepseek-nb evidence $$(basename $$o .toml) --config $$o --smoke || exit 1; done
 
 canaries: .venv/.dev  ## a small part of each measurement again: which numbers and speeds have changed? Monthly, and before a release
-	$(BIN)/deepseek-nb evidence canaries
+	$(BIN)/python tests/canaries.py
 
 export: .venv/.dev  ## notebooks cleaned, package and README.md written from them
 	$(BIN)/nbdev-clean

@@ -1,4 +1,4 @@
-"""Where numbers come from: commits, plans that are sealed, and records that are refused
+"""Where numbers come from: commits, plans that came first, and records that are refused
 
 Headlines are computed from stored runs alone. Under the protocol a record with an unclean tree, without a commit, with a best rate at
 the end of its grid, or without its floor is refused, and the plan is older than its first run. Records from before are counted, and may
@@ -15,32 +15,24 @@ from inspect import signature
 
 import pytest
 import torch
+from canaries import SMALL_OPTIONS, check_canaries, judge_canary, numbers_of, ratios_of, recorded, reference, run_canary
 
 from deepseek_nb import bench
 from deepseek_nb.bench import before, find_benchmark
 from deepseek_nb.eval.intervals import equivalent, t_tail
 from deepseek_nb.studies import (
     BEFORE,
-    SMALL_OPTIONS,
     STUDIES,
     carry_out,
-    check_canaries,
     edge,
     find_study,
-    judge_canary,
-    numbers_of,
     objections,
     open_study,
-    ratios_of,
     read_plan,
     read_protocol,
     read_records,
     read_study,
-    recorded,
-    reference,
-    run_canary,
     runs,
-    seal_plan,
     standing,
     study,
     study_cells,
@@ -77,13 +69,13 @@ def guess(settings, seed, folder): return dict(value=seed, rate=settings['best']
 
 @pytest.fixture
 def made(tmp_path):
-    "A study under the protocol, run in a clean tree: plan, records, seal, folder"
+    "A study under the protocol, run in a clean tree: plan, records, folder"
     (tmp_path/'guess.toml').write_text(PLAN)
     plan = read_plan(tmp_path/'guess.toml')
     records = carry_out(plan, tmp_path/'guess.json', tmp_path/'work', say=lambda o: None)
     for r in records: r['provenance'] |= dict(commit='0123abcd', clean=True)
     store(tmp_path, records)
-    return plan, records, json.loads((tmp_path/'guess.seal.json').read_text()), tmp_path
+    return plan, records, tmp_path
 
 
 def store(folder, records): (folder/'guess.json').write_text(json.dumps(dict(study='guess', runs=records)))
@@ -101,20 +93,19 @@ SPOILT = {
 
 @pytest.mark.parametrize('said', SPOILT)
 def test_a_spoilt_record_is_refused(made, said):
-    plan, records, seal, folder = made
-    assert objections(plan, records, seal) == [] and len(read_study('guess', folder, folder)[1]) == 4
+    plan, records, folder = made
+    assert objections(plan, records) == [] and len(read_study('guess', folder, folder)[1]) == 4
     SPOILT[said](next(r for r in records if (r['arm'], r['seed']) == ('ours', 1)))
-    assert [f'ours, seed 1: {said}'] == objections(plan, records, seal)
+    assert [f'ours, seed 1: {said}'] == objections(plan, records)
     store(folder, records)
     assert objections(*read_study('guess', folder, folder))[0].startswith('ours, seed 1: ')
 
 
 def test_a_missing_floor_and_a_changed_plan_are_refused(made):
-    plan, records, seal, folder = made
-    assert objections(plan, [r for r in records if r['arm'] != 'floor'], seal) == ["the floor 'floor' has no run"]
-    assert objections(plan, records, {}) == ['the plan was not sealed before its first run']
+    plan, records, folder = made
+    assert objections(plan, [r for r in records if r['arm'] != 'floor']) == ["the floor 'floor' has no run"]
     other = replace(plan, protocol=plan.protocol | dict(margin=.5))
-    assert [f for f in objections(other, records, seal) if f.startswith('the plan changed after its first run')]
+    assert [f'{r["arm"]}, seed {r["seed"]}: it was made with another plan' for r in records] == objections(other, records)
     (folder/'guess.toml').write_text(PLAN.replace('margin = 0.1', 'margin = 0.5'))
     with pytest.raises(ValueError, match='needs a name of its own'): carry_out(read_plan(folder/'guess.toml'), folder/'guess.json', folder)
     (folder/'guess.toml').write_text(PLAN + '\n# a remark\n[smoke]\nseeds = [7]\n')
@@ -176,14 +167,14 @@ def verdicts(text): return re.findall(r'\*\*[^*]*?\b(reached|missed|refuted)\b',
 
 @pytest.mark.parametrize('name', sorted({*study_names()} - {*BEFORE}))
 def test_plan_and_deciding_function_are_older_than_the_first_run(root, tmp_path, monkeypatch, name):
-    "Runs are made in a clean tree: their commit contains the sealed plan, and a function that gives the verdict of today"
-    _, records, seal = read_study(name)
+    "Runs are made in a clean tree: their commit contains the plan, and a function that gives the verdict of today"
+    plan, records = read_study(name)
     monkeypatch.setitem(STUDIES, name, find_study(name))
     if not records: pytest.skip('no run yet')
-    for commit in {seal['commit'], *(r['commit'] for r in records)}:
+    for commit in {r['commit'] for r in records}:
         (tmp_path/f'{name}.toml').write_text(at_commit(root, commit, f'nbs/configs/evidence/{name}.toml'))
         (tmp_path/'study.ipynb').write_text(at_commit(root, commit, fr'nbs/(?:\w+/)?\d+_studies\.{name}\.ipynb'))
-        assert read_plan(tmp_path/f'{name}.toml').mark == seal['plan'], f'{name}: another plan was committed at {commit}'
+        assert read_plan(tmp_path/f'{name}.toml').mark == plan.mark, f'{name}: another plan was committed at {commit}'
         cells = [code for _, code in study_cells(tmp_path/'study.ipynb')]
         assert any(re.search(r'^def finding\(', code, re.M) for code in cells), f'{name}: no function that decides at {commit}'
         then = types.ModuleType(f'deepseek_nb.studies.{name}')
@@ -239,8 +230,8 @@ def test_studies_from_before_may_only_become_fewer():
 
 def test_headlines_follow_from_stored_runs(root):
     for name in study_names():
-        plan, records, seal = read_study(name)
-        if plan.protocol and records: assert not objections(plan, records, seal), name
+        plan, records = read_study(name)
+        if plan.protocol and records: assert not objections(plan, records), name
     said = open_study('floors').finding(runs('floors', root/'nbs/results/evidence'), runs('compute', root/'nbs/results/evidence'))
     by = {r['arm']: r['result'] for r in read_records(root/'nbs/results/evidence/floors.json')}
     for task, n in by['bayes']['n'].items(): assert f"{task} {by['bayes']['hits'][task]/n:.0%} against" in said
@@ -252,11 +243,6 @@ def test_benchmarks_from_before_may_only_become_fewer(root):
     assert not new, f'{sorted(new)}: a new record has provenance; measure with deepseek-nb bench NAME --out FILE'
     for name, r in found.items():
         if not before(r): assert r['provenance']['commit'] and r['provenance']['clean'] is True, name
-
-
-def test_a_seal_is_written_once(made):
-    plan, folder = made[0], made[3]
-    assert seal_plan(plan, folder/'guess.json') == made[2] and made[2]['plan'] == plan.mark
 
 
 # ---- canaries

@@ -286,22 +286,18 @@ def evaluate(
 
 # %% ../../nbs/library/960_tools.cli.ipynb #1a52b072
 def run_evidence(
-    name:str = '', # Name of the study; `canaries`: has what was measured changed? Without it, list all studies
+    name:str = '', # Name of the study; without it, list all studies
     config:str = '', # Plan; default: nbs/configs/evidence/NAME.toml
     out:str = '', # File of results; default: nbs/results/evidence/NAME.json
     work:str = '', # Folder for checkpoints; default: a folder in the user's cache
-    only:str = '', # Runs as ARM or ARM:SEED, or records for `canaries`, separated by commas; default: all
+    only:str = '', # Runs as ARM or ARM:SEED, separated by commas; default: all
     smoke:bool = False, # Run a tiny version, without stored checkpoints
-    store:bool = False, # For `canaries`: take new references
 ):
     "Run a study, or continue an interrupted one"
     from deepseek_nb import studies
     if not name: return print(*studies.study_names(), sep='\n')
     names = tuple(only.split(',')) if only else ()
-    if name == 'canaries':
-        from deepseek_nb.studies import check_canaries
-        check_canaries(names, out or 'nbs/results', store)
-    else: studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke)
+    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke)
 
 # %% ../../nbs/library/960_tools.cli.ipynb #6dcb858e
 def doctor(
