@@ -196,7 +196,6 @@ Modules:
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
 - `deepseek_nb.tools.batch`: Answers a file of requests with one model, here or on the nodes of a Ray cluster: exactly one answer a line, however often the run is killed
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, and makes the front page, the README, the sidebar and the map from them, so that they agree.
-- `deepseek_nb.tools.claims`: Is it true? A verdict for each claim, in a sentence, computed from stored records by one set of rules.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
 - `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
 - `deepseek_nb.tools.serving`: Reads settings from the command line or a TOML file, loads the models, and serves them

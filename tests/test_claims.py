@@ -5,19 +5,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-import warm
 
 from deepseek_nb.bench import BENCHMARKS, Comparison
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/'nbs'/'results'
-PAGE = json.loads((ROOT/'nbs/site/980_tools.claims.ipynb').read_text(encoding='utf-8'))['cells']
+PAGE = json.loads((ROOT/'nbs/lab/980_studies.claims.ipynb').read_text(encoding='utf-8'))['cells']
 
 
 @pytest.fixture(scope='module')
 def claims():
     "Imported when first used, as it registers benchmarks."
-    from deepseek_nb.tools import claims
+    from deepseek_nb.studies import claims
     return claims
 
 
@@ -157,11 +156,7 @@ def test_without_results_nothing_is_measured(claims, tmp_path):
     rows = claims.claims(claims.ARTICLE + claims.STUDY_CLAIMS + claims.OURS, tmp_path)
     assert {r.verdict for r in rows} == {'not measured', 'needs hardware', 'shown without a number'}
     assert all(r.verdict == 'not measured' for r in rows if r.claim.parts)
-
-
-def test_module_prints_the_page(claims, tmp_path):
-    page = warm.run('-m', 'deepseek_nb.tools.claims', cwd=tmp_path)
-    assert page.returncode == 0 and page.stdout.count('**Not measured.**') > 30 and 'Nothing was measured yet.' in page.stdout
+    assert claims.sources(tmp_path) == 'Nothing was measured yet.'
 
 
 # ---- the page
@@ -199,7 +194,7 @@ def test_every_chapter_is_there(claims):
 def test_the_page_is_what_the_results_say(claims):
     shown = [''.join(o['data']['text/markdown']) for c in PAGE for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {})]
     for which in (claims.ARTICLE, claims.STUDY_CLAIMS, claims.OURS):
-        assert '\n'.join(map(str, claims.claims(which, RESULTS))) in shown, 'nbs/site/980_tools.claims.ipynb is stale: run it'
+        assert '\n'.join(map(str, claims.claims(which, RESULTS))) in shown, 'nbs/lab/980_studies.claims.ipynb is stale: run it'
 
 
 def test_whole_results_are_read(claims):

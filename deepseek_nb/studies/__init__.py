@@ -61,9 +61,9 @@ def study_cells(
 
 # %% ../../nbs/lab/900_studies.ipynb #997cb3e8
 def study_names()->list[str]: # In the order of the book
-    "List the studies of this checkout"
+    "List the studies of this checkout: notebooks that register an experiment"
     found = [p for p in chapter_paths(study_folder()) if '_studies.' in p.name]
-    return [p.name.split('.')[1] for p in found if study_cells(p)]
+    return [p.name.split('.')[1] for p in found if any('@study(' in code for _,code in study_cells(p))]
 
 # %% ../../nbs/lab/900_studies.ipynb #5876c3a8
 class StudyLoader:

@@ -114,8 +114,8 @@ BOOK_PARTS = [BookPart(*o) for o in (
     ('platform', 'Platform', 'Data, labels, training runs, releases and monitoring, with pages for people, in one process and file'),
     ('apps', 'Applications', 'Anomalies, defects, routes, text filters, style, topics across languages, and a command for them'),
     ('exercises', 'Exercises', 'Functions to write yourself, and a check that says what is wrong with them'),
-    ('studies', 'Studies', 'Experiments with a plan written in advance, stored runs, and a finding'),
-    ('tools', 'Tools', 'The command line, the site, and the comparison of claims with measurements'))]
+    ('studies', 'Studies', 'Experiments with a plan written in advance, stored runs and a finding, and what they say of claims'),
+    ('tools', 'Tools', 'The command line and the site'))]
 
 # %% ../../nbs/site/964_tools.book.ipynb #19745e34
 def by_part(
