@@ -8,11 +8,10 @@ turns old minutes into hours. `request_hook` makes events of a server's requests
 
 # %% auto #0
 __all__ = ['SAMPLED', 'MINUTE', 'DAY', 'HOURLY', 'RequestEvent', 'Prices', 'Sketch', 'Recorder', 'WindowRow', 'windows_of',
-           'total', 'condense', 'request_hook', 'record_events']
+           'total', 'condense', 'request_hook']
 
 # %% ../../nbs/platform/830_platform.events.ipynb #1432f3dc
 import math
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from sqlalchemy import delete, exists, func, insert, select, update
+from sqlalchemy import delete, exists, insert, select, update
 
-from ..eval.drift import EmbeddingTable, RequestFeatures, bucket_quantile, log_bucket
-from .store import Store, events, lock_rows, open_store, texts, windows
+from ..eval.drift import RequestFeatures, bucket_quantile, log_bucket
+from .store import Store, events, lock_rows, texts, windows
 from ..serve.logs import user_hash
 from ..serve.policy import read_toml
 
@@ -387,34 +385,3 @@ def request_hook(
             first and first.queue + first.prefill, time.monotonic() - record.started, error, finish, make, said,
             asked=getattr(record, 'asked', ''), answer=getattr(record, 'answer', '')), wait=0)
     return ended
-
-# %% ../../nbs/platform/830_platform.events.ipynb #2c8eaf96
-def _recorded(store, n, rate):
-    "Record n events at a rate, and measure"
-    rng = np.random.default_rng(0)
-    table,prompts = EmbeddingTable(torch.randn(5000, 64)),[rng.integers(0, 5000, 200).tolist() for _ in range(50)]
-    cpu,start = time.process_time(),time.monotonic()
-    with Recorder(store) as r:
-        for i in range(n):
-            p = prompts[i%50]
-            r.record(RequestEvent('bench', owner=f'u{i%997}', prompt_tokens=200, completion_tokens=50, first_seconds=.1,
-                                  seconds=.5 + i%7/10, outcome='stop', features=lambda p=p: table.features(p, 50, 'stop')))
-            if i%50 == 49: time.sleep(max(0., start + (i + 1)/rate - time.monotonic()))
-    spent,seconds = time.process_time() - cpu,time.monotonic() - start
-    with store.read() as c: there = c.scalar(select(func.count()).select_from(events).where(events.c.place == 'bench'))
-    return dict(events=n, written=there, lost=r.lost, waited=r.waited, rate=round(n/seconds), cpu_seconds_per_1000=round(1000*spent/n, 4))
-
-# %% ../../nbs/platform/830_platform.events.ipynb #14f41833
-def record_events(
-    url:str = '', # Address of a Postgres database; '': SQLite only
-    rate:int = 1000, # Events a second
-    smoke:bool = False, # A tiny run
-)->dict: # Kind of the database -> what was measured
-    "Processor time to record events, in SQLite and Postgres"
-    out = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for where in ('', url) if url else ('',):
-            store = open_store(where or f'{folder}/sqlite', folder=f'{folder}/files' if where else None)
-            out[store.kind] = _recorded(store, 200 if smoke else 20*rate, rate)
-            store.close()
-    return out

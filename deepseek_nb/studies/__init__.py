@@ -112,12 +112,11 @@ if not any(getattr(f, '__name__', '') == 'StudyFinder' for f in sys.meta_path): 
 
 # %% ../../nbs/lab/900_studies.ipynb #431640e9
 def open_study(
-    name:str, # One of `study_names`
+    name:str, # One of `study_names`, or of a chapter with a measurement only
 ): # Module `deepseek_nb.studies.NAME`
     "Import a study from its notebook"
-    known = study_names()
-    if name in known: return import_module(f'deepseek_nb.studies.{name}')
-    raise KeyError(f'there is no experiment {name!r}; there are {", ".join(known)}')
+    if find_chapter(study_folder(), f'studies.{name}'): return import_module(f'deepseek_nb.studies.{name}')
+    raise KeyError(f'there is no experiment {name!r}; there are {", ".join(study_names())}')
 
 # %% ../../nbs/lab/900_studies.ipynb #5988436a
 STUDIES = {} # Name -> function of each imported study
