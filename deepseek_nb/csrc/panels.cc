@@ -4,7 +4,6 @@
 #include "panels.h"
 
 template <class F> inline ivec dot_codes(ivec s, ivec w, const int32_t& a) {
-    if constexpr (F::FINE && !WIDE) return dot_bytes(s, w, a);
     return F::SIGNED ? dot_signed(s, w, a) : dot(s, w, a);
 }
 // s[j] += the products of a block of weights with token j; with few tokens or two halves each has two sums
@@ -23,7 +22,7 @@ template <class F, int N> inline void block_dots(const Place& w, Codes x, ivec (
         for (ivec& v : s) v *= 128;
         add_dots<F, N, CHAINS>(w, x + N, s);
     }
-    auto done = [](ivec v) { return F::SIGNED || F::FINE ? v : whole(v); };
+    auto done = [](ivec v) { return F::SIGNED ? v : whole(v); };
     for (int j = 0; j < N; ++j)
         if constexpr (F::HALVES) sums[j] = F::join(w, done(s[j]), done(s[j + N]), x[j]);
         else sums[j] = CHAINS == 1 ? done(s[j]) : done(s[0]) + done(s[1]);

@@ -77,13 +77,6 @@ inline ivec whole(ivec s) { return s; }
 inline ivec dot_signed(ivec s, ivec w, int32_t a) { return dot(s, w, a); }
 #endif
 
-// %% ../../nbs/library/537_kernels.codes.ipynb #8cd0af56
-inline ivec dot_bytes(ivec s, ivec w, int32_t a) {
-    for (int i = 0; i < 32; i += 16)
-        s += (w >> i & 255) * int32_t(int8_t(a >> i)) + (w >> i + 8 & 255) * int32_t(int8_t(a >> i + 8));
-    return s;
-}
-
 // %% ../../nbs/library/537_kernels.codes.ipynb #bdd804d4
 struct CodeBlock {
     int32_t codes[8];  // four codes per word
@@ -249,16 +242,14 @@ template <bool MINS> struct Int4 {
 // %% ../../nbs/library/537_kernels.codes.ipynb #38e9f6ec
 struct Int8Fine : Int8Groups {
     static constexpr int SCALES = 64;
-    static constexpr bool SIGNED = false, FINE = true;
-    template <class Use> static void each(const Place& p, Use use) { words(p.at(SCALES, BYTES), 0, use); }
-    static vec low(const Place& p, vec) { return p.number(1); }
+    static constexpr bool FINE = true;
+    template <class Use> static void each(const Place& p, Use use) {
+        words(p.at(SCALES, BYTES), WIDE ? 0 : 0x80808080, use);
+    }
+    static vec low(const Place& p, vec d) { return WIDE ? p.number(1) : muladd(d, splat(128), p.number(1)); }
 };
 template <class F> struct TwoCodes : F {  // int8 weights, whose activations have two codes
-    static constexpr bool SIGNED = false, FINE = true;
-    template <class Use> static void each(const Place& p, Use use) {
-        F::words(p.at(F::SCALES, F::BYTES), 0x80808080, use);
-    }
-    static vec low(const Place&, vec d) { return d * -128.f; }
+    static constexpr bool FINE = true;
 };
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #d4d808d0
