@@ -42,7 +42,9 @@ def setup()->World: # Rank and number of processes
     "Initialise the process group that torchrun started"
     if 'RANK' in os.environ and not dist.is_initialized():
         if cuda := torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        dist.init_process_group('nccl' if cuda else 'gloo')
+        store,rank,size = next(dist.rendezvous('env://'))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group('nccl' if cuda else 'gloo', store=store, rank=rank, world_size=size)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return world()
 
