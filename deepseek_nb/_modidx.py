@@ -10205,6 +10205,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'deepseek_nb.train.resume.learnt': ('train.resume.html#learnt', 'deepseek_nb/train/resume.py'),
                                           'deepseek_nb.train.resume.load_checkpoint': ( 'train.resume.html#load_checkpoint',
                                                                                         'deepseek_nb/train/resume.py'),
+                                          'deepseek_nb.train.resume.places': ('train.resume.html#places', 'deepseek_nb/train/resume.py'),
                                           'deepseek_nb.train.resume.random_state': ( 'train.resume.html#random_state',
                                                                                      'deepseek_nb/train/resume.py'),
                                           'deepseek_nb.train.resume.read_model': ( 'train.resume.html#read_model',

@@ -214,7 +214,7 @@ class Batches:
         world:int = 1, # Number of ranks
         block:int = 1024, # Examples of a stream that are shuffled together
     ):
-        self.stream = not hasattr(dataset, '__len__')
+        self.stream,self.split = not hasattr(dataset, '__len__'),getattr(dataset, '_distributed', None)
         plain = not self.stream and getattr(dataset, 'format', {'type': ''})['type'] is None
         self.dataset = dataset.with_format('numpy') if plain else dataset
         self.batch_size,self.seed,self.shuffle,self.drop_last = batch_size,seed,shuffle,drop_last or world > 1

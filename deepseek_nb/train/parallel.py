@@ -252,15 +252,16 @@ class Parallel(Callback):
         here = setup()
         self.alone,self.before = here.size == 1,dict(args=t.args, compute_loss=t.compute_loss)
         if self.alone: return
-        t.make_batches(t.args.per_device_train_batch_size*here.size)
+        self.split = getattr(t.batches, 'split', None)
+        t.make_batches(t.args.per_device_train_batch_size*(1 if self.split else here.size))
         if here.rank: t.args = replace(t.args, disable_tqdm=True)
         self._distribute(t)
 
     def before_loss(self,
         t:Trainer, # Trainer with the batch of all ranks
     )->None:
-        "Take this rank's rows of the batch"
-        if not self.alone: t.batch = own_rows(t.batch)
+        "Take this rank's rows of the batch, unless it read only these"
+        if not (self.alone or self.split): t.batch = own_rows(t.batch)
 
     def after_backward(self,
         t:Trainer, # Trainer with the sums of this rank

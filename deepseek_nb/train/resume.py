@@ -10,7 +10,7 @@ is saved in safetensors and JSON files. `Trainer.save_model` writes the trained 
 # %% auto #0
 __all__ = ['META', 'TENSORS', 'TRAINED', 'FREE', 'VERSION', 'SHARDS', 'to_json', 'from_json', 'sync', 'discard', 'write_whole',
            'identity', 'about', 'is_whole', 'learnt', 'write_model', 'read_tensors_of', 'read_model', 'random_state',
-           'set_random_state', 'run_state', 'set_callbacks', 'set_run_state', 'checkpoints', 'run_tensors',
+           'set_random_state', 'places', 'run_state', 'set_callbacks', 'set_run_state', 'checkpoints', 'run_tensors',
            'write_shards', 'read_shards', 'run_writer', 'save_checkpoint', 'load_checkpoint', 'Checkpoints']
 
 # %% ../../nbs/library/617_train.resume.ipynb #911364a2
@@ -200,14 +200,23 @@ FREE = {'output_dir', 'per_device_train_batch_size', 'per_device_eval_batch_size
         'save_strategy', 'save_steps', 'save_total_limit', 'gradient_checkpointing', 'dataloader_num_workers', 'disable_tqdm',
         'report_to', 'logging_dir'}  # May change on resume; `Batches` compares batch sizes
 
+def places(
+    t:Trainer, # Trainer whose ranks may read a stream of their own
+)->dict: # Places of all ranks, or nothing if all read the same batches
+    "Collect the places of the ranks in their parts of a stream"
+    if world().size == 1 or not getattr(t.batches, 'split', None): return {}
+    dist.all_gather_object(found := [None]*world().size, t.batches.state_dict())
+    return dict(batches=dict(ranks=found))
+
 def run_state(
     t:Trainer, # Trainer in the middle of a run
 )->dict: # State of everything except the weights
     "Collect the state of a run"
     settings = {k: v for k,v in asdict(t.args).items() if k not in FREE}
     parts = dict(optimizer=t.optimizer, schedule=t.lr_scheduler, scaler=t.scaler, batches=t.batches)
+    states = {k: o.state_dict() for k,o in parts.items()} | places(t)
     return dict(step=t.step, max_steps=t.max_steps, settings=settings, history=list(t.history), random=random_state(),
-                callbacks=[[type(c).__name__, c.state_dict()] for c in t.callbacks]) | {k: o.state_dict() for k,o in parts.items()}
+                callbacks=[[type(c).__name__, c.state_dict()] for c in t.callbacks]) | states
 
 # %% ../../nbs/library/617_train.resume.ipynb #7785eba2
 def set_callbacks(
@@ -236,7 +245,10 @@ def set_run_state(
     t.optimizer.load_state_dict(state['optimizer'])
     t.lr_scheduler.load_state_dict(state['schedule'])
     t.scaler.load_state_dict(state['scaler'])
-    t.batches.load_state_dict(state['batches'])
+    every = state['batches'].get('ranks', [state['batches']]*world().size)
+    if len(every) != world().size:
+        raise ValueError(f'{where}: its stream was split among {len(every)} processes; resume with as many')
+    t.batches.load_state_dict(every[world().rank])
     set_callbacks(t.callbacks, state['callbacks'], where)
     t.step = state['step']
     t.history.extend(state['history'])
