@@ -142,7 +142,6 @@ Modules:
 - `deepseek_nb.platform.access`: Who may do what: passwords that are slow to guess, sessions of browsers, tokens of programs, and roles, with no password that anybody knows beforehand.
 - `deepseek_nb.platform.app`: Pages, the chat API and the release that each owner gets, in one process: tokens are its keys, and every answer becomes an event
 - `deepseek_nb.platform.audit`: Who did what and when, written in the same transaction as the change itself; an entry that is later edited, deleted, inserted, moved or cut off is found.
-- `deepseek_nb.platform.charts`: Line charts and bars that a page contains as SVG, with a text alternative that says what the picture shows and a table of the numbers behind it
 - `deepseek_nb.platform.data_pages`: Import, look through and export datasets in a browser, and label them with the keyboard alone; every page works without scripts too.
 - `deepseek_nb.platform.datasets`: Import rows, name each version by its content, give every record a split that it keeps, and report near-duplicates, leaks and personal data.
 - `deepseek_nb.platform.entry`: The pages through which people enter the platform: the first set-up with a code from the console, log-in, users and roles, API tokens, settings
@@ -160,7 +159,7 @@ Modules:
 - `deepseek_nb.platform.runs`: Fine-tuning, LoRA, QLoRA, distillation, quantising, conversion and evaluation as jobs that read a dataset version and register a model
 - `deepseek_nb.platform.start`: One command, one folder, one port: the database, a first task, the worker of jobs, the monitor and the server, until SIGTERM ends all of them in order
 - `deepseek_nb.platform.store`: SQLite on a laptop, Postgres for a team, through one SQL layer: what is committed stays, readers see one snapshot, and large files lie beside the tables.
-- `deepseek_nb.platform.style`: One stylesheet and one small script for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
+- `deepseek_nb.platform.style`: One stylesheet, one small script and charts as SVG for all pages of the platform: light and dark, wide and narrow, by keyboard, and nothing from another host
 - `deepseek_nb.platform.watch_pages`: Requests, latency, errors and cost of the last day, drift by week, alerts and what became of them, and what users say
 - `deepseek_nb.quant.fp8`: The format of DeepSeek-V3's checkpoint: E4M3 codes with one scale for each block of 128×128. Layers use the published weights without conversion.
 - `deepseek_nb.quant.ggml`: The block formats Q8_0, Q4_0, Q4_1, Q4_K and Q6_K of GGUF files as quantised weights: a model computes with the file's codes, without a float32 copy.

@@ -20,7 +20,6 @@ from deepseek_nb.files.tokenizer import Tokenizer  # noqa: E402
 from deepseek_nb.platform import access, jobs, runs  # noqa: E402
 from deepseek_nb.platform import labels as lab  # noqa: E402
 from deepseek_nb.platform.app import PlatformServer, all_pages  # noqa: E402
-from deepseek_nb.platform.charts import curve, ticks  # noqa: E402
 from deepseek_nb.platform.datasets import house_row, import_rows, iter_rows, list_datasets, version_report  # noqa: E402
 from deepseek_nb.platform.events import Recorder, RequestEvent  # noqa: E402
 from deepseek_nb.platform.exchange import erase_text  # noqa: E402
@@ -32,6 +31,7 @@ from deepseek_nb.platform.runs import FinetuneRun  # noqa: E402
 from deepseek_nb.platform.start import back_up, bring_back  # noqa: E402
 from deepseek_nb.platform.store import audits, curves, events, measures, newest, open_store, row_of  # noqa: E402
 from deepseek_nb.platform.store import jobs as jobs_  # noqa: E402
+from deepseek_nb.platform.style import curve, ticks  # noqa: E402
 
 PASSWORD = 'correct horse battery staple'
 SEED = int(os.environ.get('SEED', 0))

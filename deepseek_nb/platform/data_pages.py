@@ -351,9 +351,8 @@ def _answer_from(t, form):
     if t.kind == 'spans':
         try: return dict(spans=json.loads(form.get('spans') or '[]'))
         except (ValueError, RecursionError): raise ValueError('the spans of this form are broken; load the page again') from None
-    keys = dict(classification=['label'], preference=['better'], chat=['rating', 'note'])[t.kind]
-    if not form.get(keys[0]): raise ValueError('choose an answer first')
-    return {k: form.get(k, '') for k in keys}
+    if not form.get(part := lab.PART_OF[t.kind]): raise ValueError('choose an answer first')
+    return {part: form[part], 'note': form.get('note', '')}
 
 # %% ../../nbs/platform/837_platform.data_pages.ipynb #1a150bd4
 def _work_page(request, t, work, began=None, error=''):

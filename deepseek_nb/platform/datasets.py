@@ -27,7 +27,7 @@ from sqlalchemy import JSON, Text, cast, collate, func, insert, literal, select
 
 from ..files.untrusted import ROW_LIMITS, check_value, untrusted_rows
 from .audit import audit, canonical_json
-from .store import Store, datasets, lock_rows, records, version_rows, versions
+from .store import Store, datasets, lock_rows, records, row_of, version_rows, versions
 from ..serve.patterns import pattern_scan, shapes_for
 from ..train.corpora import band_keys, folded, in_test, minhash, near_groups
 
@@ -362,8 +362,7 @@ def _searched(c, query, version, after, limit, most):
 # %% ../../nbs/platform/823_platform.datasets.ipynb #d9661ecc
 def _rows_of(c, version, split):
     "Query of the rows of a version, in the order of their ids"
-    if not c.scalar(select(versions.c.id).where(versions.c.id == version)):
-        raise KeyError(f'there is no version {version}; see the list of datasets')
+    row_of(c, versions, version)
     query = select(records.c.id, records.c.digest, records.c.data, records.c.split).order_by(version_rows.c.record_id)
     query = query.join(version_rows, version_rows.c.record_id == records.c.id).where(version_rows.c.version_id == version)
     return query.where(records.c.split == split) if split else query
@@ -412,9 +411,7 @@ def version_report(
     version:int, # Id
 )->dict: # Dataset, number, rows, columns, note, and what `import_rows` found
     "What is in a version, and what is wrong with it"
-    query = select(versions, datasets.c.name, datasets.c.kind).join(datasets, datasets.c.id == versions.c.dataset_id)
-    with store.read() as c: row = c.execute(query.where(versions.c.id == version)).first()
-    if row is None: raise KeyError(f'there is no version {version}; see the list of datasets')
+    row = row_of(store, versions, version)
     own = ('id', 'dataset_id', 'name', 'kind', 'number', 'digest', 'rows', 'columns', 'parent_id', 'note', 'created')
     return row.report | {k: getattr(row, k) for k in own}
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from sqlalchemy import func, insert, select
 
 from .audit import audit
-from .store import Store, datasets, jobs, measures, models, newest, row_of, versions
+from .store import Store, jobs, measures, models, newest, row_of, versions
 from ..train.runs import check_table
 
 # %% ../../nbs/platform/827_platform.registry.ipynb #33de4077
@@ -198,8 +198,7 @@ def check_gates(
     "Compare what was measured of a model with limits"
     found = newest(store, measures, measures.c.model_id == model, limit=10**6)
     trained = [r.version_id for r in lineage_of(store, model) if r.version_id is not None]
-    own = select(datasets.c.name).join(versions, versions.c.dataset_id == datasets.c.id).where(versions.c.id.in_(trained[:1]))
-    with store.read() as c: own = c.scalar(own)
+    own = row_of(store, versions, trained[0]).name if trained else None
     limits = gates if isinstance(gates, (list, tuple)) else gates_from(gates)
     return [_compared(o, [r for r in found if r.name == o.name], own) for o in limits]
 
@@ -214,10 +213,8 @@ def _origin(store, row):
     yield f'- **Files**: `{row.path}`' + (f', digest `{row.digest[:16]}…`' if row.digest else ' (a public model, not made here)')
     line = [f'{o.name} {o.number}' for o in lineage_of(store, row.id)[1:]]
     yield f"- **Made from**: {' ← '.join(line) or 'nothing in this registry'}"
-    with store.read() as c:
-        q = select(datasets.c.name, versions).join(datasets, datasets.c.id == versions.c.dataset_id).where(versions.c.id == row.version_id)
-        data = c.execute(q).first() if row.version_id else None
-    text = f'{_cell(data[0])}, version {data.number}, {data.rows:,} rows, digest `{data.digest[:16]}…`' if data else 'unknown'
+    data = row_of(store, versions, row.version_id) if row.version_id else None
+    text = f'{_cell(data.name)}, version {data.number}, {data.rows:,} rows, digest `{data.digest[:16]}…`' if data else 'unknown'
     yield f'- **Data**: {text}'
     if row.job_id is None: return
     job = row_of(store, jobs, row.job_id)

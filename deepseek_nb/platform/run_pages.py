@@ -24,11 +24,11 @@ from sqlalchemy import select
 from ..eval.classify import Classified
 from . import layout as ui
 from . import rollout
-from .charts import curve
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, submit
 from .registry import add_model, card_of, check_gates, lineage_of, measures_of
 from .runs import SPLITS_OF, classifier_of
 from .store import curves, datasets, jobs, measures, models, newest, records, releases, row_of, version_rows, versions
+from .style import curve
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #463adefa
 run_pages = ui.Pages(ui.Menu('Runs', '/runs'), ui.Menu('Models', '/models'))
@@ -204,13 +204,12 @@ def _run_live(request, id):
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #eeff6c49
 def _origin(store, row):
     "What a run was made from, and what was made from it"
+    data = row_of(store, versions, row.version_id) if row.version_id else None
     with store.read() as c:
         children = c.execute(select(jobs.c.id).where(jobs.c.parent_id == row.id).order_by(jobs.c.id).limit(20)).scalars().all()
-        q = select(datasets.c.id, datasets.c.name, versions.c.number).join(versions, versions.c.dataset_id == datasets.c.id)
-        data = c.execute(q.where(versions.c.id == row.version_id)).first()
         made = c.execute(select(models.c.id).where(models.c.job_id == row.id)).scalar()
     def link(kind, n): return fh.A(f'{kind} {n}', href=f'/{kind}s/{n}') if n else None
-    return {'Kind': row.kind, 'Data': fh.A(f'{data.name}, version {data.number}', href=f'/datasets/{data.id}') if data else None,
+    return {'Kind': row.kind, 'Data': fh.A(f'{data.name}, version {data.number}', href=f'/datasets/{data.dataset_id}') if data else None,
             'From': link('model', row.model_id), 'Parent': link('run', row.parent_id), 'Made': link('model', made),
             'Runs after it': fh.Span(*[o for n in children for o in (link('run', n), ' ')]) if children else None,
             'Code': fh.Code(row.commit[:12]), 'Cores': row.cores, 'Created': ui.when(row.created)}

@@ -49,7 +49,7 @@ from .datasets import row_digest
 from .jobs import Job, JobCancelled, Superseded, curve_of, job_kind, submit
 from .labels import predict, uncertainty
 from .registry import add_model, lineage_of, measure, model_path
-from .store import Store, datasets, jobs, records, row_of, tasks, version_rows, versions
+from .store import Store, jobs, records, row_of, tasks, version_rows, versions
 from ..quant.model import QuantizedModel
 from ..train.callbacks import Callback
 from ..train.convert import convert
@@ -456,9 +456,8 @@ def _test_rows(job):
     if _classes_of(rows): rows = [r for r in rows if r.get('label') not in (None, '')]
     known = [sha256(folded(t).encode('utf-8', 'surrogatepass')).digest() in seen for t in texts_of(rows)]
     if s.split != 'train': rows,known = [r for r,k in zip(rows, known, strict=True) if not k],[False]*known.count(False)
-    q = select(datasets.c.name, versions.c.number).join(versions, versions.c.dataset_id == datasets.c.id).where(versions.c.id == version)
-    with store.read() as c: data,number = c.execute(q).one()
-    return rows[:s.most],dict(n=len(rows[:s.most]), split=s.split, data=data, number=number, version=version, seen=sum(known[:s.most]))
+    rows,of = rows[:s.most],row_of(store, versions, version)
+    return rows,dict(n=len(rows), split=s.split, data=of.name, number=of.number, version=version, seen=sum(known[:s.most]))
 
 @job_kind('evaluate', EvaluateRun, cores=1, needs=('model',), secrets=('HF_TOKEN',))
 def _evaluate_job(job):

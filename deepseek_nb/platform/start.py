@@ -12,7 +12,6 @@ __all__ = ['gloss_rows', 'seed_platform', 'workers', 'print_password', 'back_up'
 import json
 import os
 import secrets
-import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -116,21 +115,13 @@ def print_password(
         print(f'{name} can log in with the password {reset_password(store, None, name)} and should change it')
 
 # %% ../../nbs/platform/846_platform.start.ipynb #86a10bd6
-def _copy_files(source, to): # all but the tables
-    shutil.copytree(source, to, symlinks=True, ignore=shutil.ignore_patterns('platform.db*', 'audit.head', '.*'), dirs_exist_ok=True)
-
 def back_up(
     folder:str|Path, # Folder of the platform
     url:str, # Address of its database, as in `start_platform`
     to:str|Path, # Folder to make, which is a platform in SQLite
 )->None:
     "Copy tables and files of a platform, which may be in use"
-    to,part = Path(to),Path(to).with_name(f'.{Path(to).name}.part')
-    if to.exists(): raise ValueError(f'{to} exists; choose another name')
-    shutil.rmtree(part, ignore_errors=True)
-    with closing(_opened(folder, url)) as store: store.backup(part)
-    _copy_files(folder, part) # after the tables: each row finds its files
-    part.rename(to)
+    with closing(_opened(folder, url)) as store: store.backup(to)
     print(f'{to} is a copy of the platform; deepseek-nb platform --folder {to} runs it')
 
 def bring_back(
@@ -140,9 +131,7 @@ def bring_back(
 )->None:
     "Fill a new platform, over either database, with a copy of another"
     if not (Path(source)/'platform.db').is_file(): raise ValueError(f'{source} is no backup: it has no platform.db')
-    with closing(_opened(folder, url)) as store, closing(open_store(source)) as kept:
-        _copy_files(source, folder) # before the tables: each row finds its files
-        restore_store(store, kept)
+    with closing(_opened(folder, url)) as store, closing(open_store(source)) as kept: restore_store(store, kept)
     print(f'{folder} has what was in {source}')
 
 # %% ../../nbs/platform/846_platform.start.ipynb #28b3aaa1

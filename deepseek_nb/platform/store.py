@@ -222,14 +222,16 @@ class Store:
     def backup(self,
         folder:str|Path, # Folder to make, which `open_store` opens
     )->Path: # The folder
-        "Copy tables and the head of the audit log while the store is in use"
+        "Copy tables and files while the store is in use"
         folder,part = Path(folder),Path(folder).with_name(f'.{Path(folder).name}.{os.getpid()}')
         if folder.exists(): raise ValueError(f'{folder} exists; choose another name')
         part.mkdir(mode=0o700, parents=True)
         try:
             head = self.folder/'audit.head' # before the tables: they may be ahead of it, not behind
             if head.exists(): shutil.copyfile(head, part/'audit.head')
-            if self.kind == 'sqlite': _vacuum(self, part/'platform.db')
+            if self.kind == 'sqlite':
+                _vacuum(self, part/'platform.db')
+                _copy_files(self, part)
             else: _restored(part, self)
             _flush(part)
             os.replace(part, folder)
@@ -416,11 +418,13 @@ def row_of(
     where, # `Store`, or a connection
     table:Table, # Table with ids
     id:int, # Of the row
-): # The row
+): # The row; of a version with `name` and `kind` of its dataset
     "Look a row up"
     if isinstance(where, Store):
         with where.read() as c: return row_of(c, table, id)
-    if row := where.execute(select(table).where(table.c.id == id)).first(): return row
+    asked = select(table).where(table.c.id == id)
+    if table is versions: asked = asked.add_columns(datasets.c.name, datasets.c.kind).join(datasets, datasets.c.id == versions.c.dataset_id)
+    if row := where.execute(asked).first(): return row
     raise KeyError(f'there is no {table.name[:-1]} {id}')
 
 def newest(
@@ -446,6 +450,10 @@ def faults(
                         for t,n,other,_ in c.exec_driver_sql('PRAGMA foreign_key_check')]
 
 # %% ../../nbs/platform/820_platform.store.ipynb #85fbac62
+def _copy_files(store, folder): # all but the tables, and after them, so that each row finds its files
+    tables = shutil.ignore_patterns('platform.db*', 'audit.head', '.*')
+    shutil.copytree(store.folder, folder, symlinks=True, ignore=tables, dirs_exist_ok=True)
+
 def _copy_rows(source, target, size=1000):
     for t in metadata.sorted_tables:
         asked = source.execution_options(yield_per=size).execute(select(t).order_by(*t.primary_key.columns))
@@ -471,7 +479,7 @@ def restore_store(
     store:Store, # Open store without any rows, over either database
     source:Store, # Open store, such as a backup
 )->None:
-    "Fill an empty store with the rows of another"
+    "Fill an empty store with the rows and files of another"
     head = source.folder/'audit.head'
     head = head.read_bytes() if head.exists() else b'' # before the tables: they may be ahead of it, not behind
     with source.read() as old, store.write() as new:
@@ -479,6 +487,7 @@ def restore_store(
         if full: raise ValueError(f'{store.folder}: {", ".join(full)} have rows already; restore into a new store')
         new.execute(settings.delete())
         _copy_rows(old, new)
+        _copy_files(source, store.folder)
         if store.kind == 'postgresql':
             for t in (t for t in metadata.sorted_tables if 'id' in t.c):
                 last = select(func.coalesce(func.max(t.c.id), 0) + 1).scalar_subquery()

@@ -19,11 +19,11 @@ from ..eval.drift import DriftRule
 from . import layout as ui
 from . import monitor
 from .access import allowed
-from .charts import bars, curve, short
 from .datasets import page_of_rows
 from .events import DAY, MINUTE, total, windows_of
 from .registry import lineage_of
 from .runs import texts_of
+from .style import bars, curve, short
 
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #ffe25bdf
 from deepseek_nb.platform.store import alerts, datasets, feedback, hooks, newest, row_of, tasks
@@ -31,12 +31,11 @@ from deepseek_nb.platform.store import alerts, datasets, feedback, hooks, newest
 # %% ../../nbs/platform/839_platform.watch_pages.ipynb #23c94593
 def _series_of(rows, step):
     "Lines of charts"
-    groups,out = {},{k: [] for k in ('requests', 'errors', 'p50', 'p99', 'tokens', 'cost')}
+    groups,out = {},{k: [] for k in ('requests', 'errors', 'p50', 'p99', 'cost')}
     for r in rows: groups.setdefault(r.start//step*step, []).append(r)
     for at,part in sorted(groups.items()):
         t = total(part)
-        values = dict(requests=t.count*MINUTE/step, errors=100*t.errors/t.count, p50=t.quantile(.5), p99=t.quantile(.99),
-                      tokens=t.completion_tokens*MINUTE/step, cost=t.cost)
+        values = dict(requests=t.count*MINUTE/step, errors=100*t.errors/t.count, p50=t.quantile(.5), p99=t.quantile(.99), cost=t.cost)
         for k,v in values.items(): out[k].append((at, v))
     return out
 
