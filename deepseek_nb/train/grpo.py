@@ -50,6 +50,7 @@ from deepseek_nb.train.rollout import (
 )
 from .sandbox import guarded
 from .trainer import Trainer, TrainingArguments
+from .world import world
 
 # %% ../../nbs/book/406_train.grpo.ipynb #48799393
 @dataclass(frozen=True)
@@ -153,12 +154,12 @@ class GroupBatches:
         self.rows,self.model,self.tok,self.rewards,self.args,self.reference = rows,model,tok,rewards,args,reference
         self.sampler = Sampler(model, tok, args.max_completion_length, args.temperature, args.top_p, args.top_k, args.seed,
                                dtype=args.sampler_dtype, replay=args.replay_routes, keep=args.keep_sampling_mask)
-        self.size = phase_batches(args)
-        self.prompts = self.size*args.per_device_train_batch_size//args.num_generations
+        self.size,self.split,self.rows_each = phase_batches(args),world().size > 1,args.per_device_train_batch_size*world().size
+        self.prompts = self.size*self.rows_each//args.num_generations
         self.phase,self.place,self.asked,self.draws,self.buffer,self.samples,self.measured = 0,0,0,0,[],[],None
 
     def __len__(self): # batches of an epoch
-        return max(1, len(self.rows)*self.args.num_generations*self.args.num_iterations//self.args.per_device_train_batch_size)
+        return max(1, len(self.rows)*self.args.num_generations*self.args.num_iterations//self.rows_each)
 
     def __iter__(self)->Iterator[dict]:
         while True:
@@ -240,9 +241,9 @@ class GroupBatches:
     def parts(self,
         n:int, # Answers of a phase
     )->list: # Indices of the answers of each batch
-        "Divide the answers of a phase into batches"
+        "Divide the answers of a phase into batches, and take this rank's answers of each"
         order = np.random.default_rng([self.args.seed, self.phase, 1]).permutation(n) if self.size > 1 else np.arange(n)
-        return [sorted(part.tolist()) for part in np.split(order, self.size)]
+        return [np.array_split(np.sort(part), world().size)[world().rank].tolist() for part in np.split(order, self.size)]
 
     def write_samples(self,
         folder:Path, # Folder of the run's samples

@@ -34,6 +34,7 @@ from ..infer.speculate import keeps_bits
 from ..quant.model import quantize_model
 from .loss import LOGITS
 from .on_policy import own_batch
+from .world import is_share
 
 # %% ../../nbs/book/405_train.rollout.ipynb #b060006d
 @torch.no_grad()
@@ -187,6 +188,8 @@ class Sampler:
         lengths:list|None = None, # Tokens of the prompt of each answer; None: unknown
     )->tuple[PolicyEngine,str|None]: # Engine, and the name of the policy's adapter in it
         "An engine with the policy's present weights"
+        if any(map(is_share, self.model.parameters())):
+            raise ValueError("the policy's weights are shared out over the ranks, so no rank can sample; use Parallel('data')")
         model,own = policy_views(self.model)
         if self.dtype is not None: model = quantize_model(model, self.dtype)
         known = lengths is not None and not model.config.window # V4's caches are made as they are needed

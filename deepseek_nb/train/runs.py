@@ -78,6 +78,8 @@ def read_file(
     kind:type, # A dataclass
 ): # Instance of the class
     "Make an instance of a dataclass from a file"
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and 'parallel' not in kind.__dataclass_fields__:
+        raise ValueError(f'{path}: only a fine-tuning is shared by several processes; start this run without torchrun')
     if not (path := Path(path)).is_file(): raise FileNotFoundError(f'{path}: no such file; give a TOML file')
     try: return read_table(kind, tomllib.loads(path.read_text(encoding='utf-8')), path)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{path}: not valid TOML: {e}') from None
