@@ -9,8 +9,7 @@ says which differences between two reports count. `report_page` writes one HTML 
 # %% auto #0
 __all__ = ['EVAL_TASKS', 'REPORT_FORM', 'REPORT_VERSION', 'REPORT_SCHEMA', 'EvalTask', 'eval_task', 'score_record', 'score_of',
            'run_report', 'report_faults', 'load_report', 'save_report', 'unpaired', 'ScoreRow', 'compare_reports',
-           'report_page', 'measure_evaluation', 'rolling_windows', 'generation_of', 'HarnessMethods', 'local_task',
-           'harness_model', 'run_tasks']
+           'report_page', 'measure_evaluation', 'harness_model', 'local_task', 'run_tasks']
 
 # %% ../../nbs/library/748_eval.report.ipynb #61900b8b
 import json
@@ -31,9 +30,6 @@ from .choice import FORMS, PairScorer, TaskScore, matched, score_interval
 from .intervals import Difference, Interval, drawn_means, holm, mcnemar, paired
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
-from ..infer.engine import Engine
-from ..infer.request import Request
-from ..infer.sampling import SamplingParams
 
 # %% ../../nbs/library/748_eval.report.ipynb #c6c5d972
 class EvalTask(NamedTuple):
@@ -435,131 +431,37 @@ def measure_evaluation(
     parts = [run_report(m, tok, model, [k], size(k), about=about) for k in names]
     return parts[0] | {f: {k: v for p in parts for k,v in p[f].items()} for f in ('tasks', 'skipped')}
 
-# %% ../../nbs/library/748_eval.report.ipynb #dfff8445
-def rolling_windows(
-    tokens:list, # Token ids of a document
-    prefix:int, # Token before the document
-    limit:int, # Most tokens of a forward pass
-)->list: # Pairs of token ids: context, continuation
-    "Windows that predict each token of a document once"
-    out = []
-    for start in range(0, len(tokens), limit):
-        end = min(start + limit, len(tokens))
-        first = max(0, end - limit)
-        before = [prefix if first == 0 else tokens[first - 1], *tokens[first:start]]
-        out.append((before, tokens[start:end]))
-    return out
-
-# %% ../../nbs/library/748_eval.report.ipynb #2829bbfe
-_LENGTHS = 'max_gen_toks', 'max_new_tokens', 'max_tokens', 'max_completion_tokens' # names of the number of tokens; the first one counts
-
-def generation_of(
-    kwargs:dict, # `generation_kwargs` of a task
-    most:int = 256, # Number of tokens, if the task has none
-)->tuple[SamplingParams,int,tuple]: # How to draw, number of tokens, stop strings
-    "Read the settings of a generation"
-    left = dict(kwargs)
-    until = left.pop('until', None) or []
-    stops = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
-    given = [n for n in (left.pop(name, None) for name in _LENGTHS) if n is not None]
-    temperature = float(left.pop('temperature', None) or 0.)
-    sample = left.pop('do_sample', None)
-    if sample is None: sample = temperature > 0
-    how = {k: left.pop(k) for k in ('top_p', 'top_k', 'min_p', 'repetition_penalty', 'seed') if k in left}
-    if left: raise ValueError(f'generation setting {next(iter(left))!r} is not supported; remove it from generation_kwargs')
-    return SamplingParams(temperature=temperature if sample else 0., **how), int((given or [most])[0]), stops
-
 # %% ../../nbs/library/748_eval.report.ipynb #b22ea207
-class HarnessMethods:
-    "What lm-evaluation-harness asks of a model"
-    max_gen_toks = 256 # Tokens of a generation, if the task doesn't say
-    def __init__(self,
-        pretrained:Model|str, # Model, or the name or folder of one
-        tokenizer:Tokenizer|None = None, # The model's tokenizer; None: loaded from `pretrained`
-        max_length:int|None = None, # Most tokens of a forward pass; None: the model's context
-        budget:int = 2048, # Tokens of a step
-        dtype:str|None = None, # Dtype of a model that is loaded
-        batch_size:int = 32, # Most generations that run together
-        **options, # Others that the harness passes: `device` of a model that is loaded, `max_batch_size`
-    ):
-        super().__init__()
-        unknown = {*options} - {'device', 'max_batch_size'}
-        if unknown: raise ValueError(f'option {min(unknown)!r} is not supported by this model class')
-        name = '' if isinstance(pretrained, Model) else str(pretrained)
-        if name: pretrained = Model.from_pretrained(name, dtype=dtype, device=options.get('device'))
-        self.lm,self.tok,self.name = pretrained,tokenizer or Tokenizer.from_pretrained(name),name.replace('/', '__') or 'model'
-        self.scorer,self.batch_size = PairScorer(self.lm, budget, max_length),int(batch_size)
-        self.max_length = self.scorer.limit
+@cache
+def _harness_class()->type: # Subclass of `HFLM`
+    "The model class, registered as `deepseek-nb`"
+    if find_spec('lm_eval') is None: raise ImportError("lm_eval is not installed; install it with pip install 'deepseek-nb[eval]'")
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    @register_model('deepseek-nb')
+    class DeepseekNB(HFLM):
+        def __init__(self, pretrained, tokenizer=None, budget=2048, dtype=None, device=None, batch_size=32, **options):
+            name = '' if isinstance(pretrained, Model) else str(pretrained)
+            model = Model.from_pretrained(name, dtype=dtype, device=device) if name else pretrained
+            tok = (tokenizer or Tokenizer.from_pretrained(name)).to_transformers()
+            tok.name_or_path = name or 'model' # a part of the keys of the harness's cache
+            super().__init__(model.to_transformers(), 'causal', tokenizer=tok, batch_size=batch_size, **options)
+            self.scorer = PairScorer(model, budget, self.max_length)
 
-    tokenizer_name = property(lambda self: self.name) # part of the key of a cached request
-    eot_token_id = property(lambda self: (self.tok.eos_ids or self.lm.config.eos_ids)[0])
-    prefix_token_id = property(lambda self: self.eot_token_id if self.tok.bos_id is None else self.tok.bos_id)
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+            out = [tuple(score) for score in self.scorer.score([ids for _,*ids in requests])]
+            for (texts,*_),score in zip(requests, out, strict=True):
+                if texts is not None: self.cache_hook.add_partial('loglikelihood', texts, score)
+            return out
+    return DeepseekNB
 
-    def _note(self, method, args, results):
-        "Tell the harness's cache of responses"
-        hook = getattr(self, 'cache_hook', None)
-        for a,r in zip(args, results, strict=True) if hook is not None else (): hook.add_partial(method, a, r)
-
-    def tok_encode(self,
-        string:str, # Text
-        add_special_tokens:bool|None = None, # Whether to add the beginning-of-text token; None: as the tokenizer says
-        **kwargs, # Ignored by the harness's own classes too
-    )->list: # Token ids
-        "Tokenise a text"
-        ids,bos = self.tok.encode(string, special=True),self.tok.bos_id
-        add = self.tok.add_bos and ids[:1] != [bos] if add_special_tokens is None else add_special_tokens
-        return [bos] + ids if add and bos is not None else ids
-
-    def _loglikelihood_tokens(self,
-        requests:list, # ((context, continuation), context ids, continuation ids)
-        disable_tqdm:bool = False, # There is no progress bar
-    )->list: # (log-likelihood, greedy) of each
-        "Score continuations"
-        out = [(s.logprob, s.greedy) for s in self.scorer.score([(c, a) for _,c,a in requests])]
-        self._note('loglikelihood', [texts for texts,_,_ in requests], out)
-        return out
-
-    def loglikelihood_rolling(self,
-        requests:list, # Requests with the text of a document
-        disable_tqdm:bool = False, # There is no progress bar
-    )->list[float]: # Log-likelihood of each document
-        "Score documents"
-        windows = [rolling_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self.max_length) for r in requests]
-        scores = iter(self.scorer.score([w for doc in windows for w in doc]))
-        out = [sum(next(scores).logprob for _ in doc) for doc in windows]
-        self._note('loglikelihood_rolling', [r.args for r in requests], out)
-        return out
-
-    def generate_until(self,
-        requests:list, # Requests with a context and settings
-        disable_tqdm:bool = False, # There is no progress bar
-    )->list[str]: # Texts without their stop strings
-        "Generate until a stop string"
-        engine,streams = Engine(self.lm, self.tok, max_rows=self.batch_size, max_waiting=len(requests)),[]
-        for r in requests:
-            context,kwargs = r.args
-            how,most,stops = generation_of(kwargs, self.max_gen_toks)
-            if most >= self.max_length: raise ValueError(f'{most} new tokens leave no room for a prompt in a context of {self.max_length}')
-            prompt = self.tok_encode(context)[-(self.max_length - most):] or [self.prefix_token_id]
-            streams.append(engine.submit(Request(prompt, how, most, stops)))
-        while engine.count: engine.step()
-        out = [s.text() for s in streams]
-        self._note('generate_until', [r.args for r in requests], out)
-        return out
-
-    def apply_chat_template(self,
-        chat_history:list, # Messages
-        add_generation_prompt:bool = True, # Whether the prompt ends with the header of an answer; otherwise within the last message
-    )->str: # Prompt as text
-        "Render a conversation"
-        return self.tok.prompt(chat_history, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
-
-    def chat_template(self,
-        chat_template:bool|str = False, # Name of a template; True: the default one
-    )->str: # Jinja source; '' without a template
-        "The template that the harness stores with its results"
-        if not chat_template: return ''
-        return self.tok.template_for(None, None if chat_template is True else chat_template)
+def harness_model(
+    pretrained:Model|str, # Model, or the name or folder of one
+    tokenizer:Tokenizer|None = None, # The model's tokenizer; None: loaded from `pretrained`
+    **options, # `budget`: tokens of a step; `dtype` and `device` of a model that is loaded; others of `HFLM`, such as `max_length`
+): # Model for `lm_eval.simple_evaluate`
+    "A model for the harness"
+    return _harness_class()(pretrained, tokenizer, **options)
 
 # %% ../../nbs/library/748_eval.report.ipynb #437d5f6f
 def local_task(
@@ -586,22 +488,6 @@ def _shipped_task(
     return path
 
 # %% ../../nbs/library/748_eval.report.ipynb #feb126d0
-@cache
-def _harness_class()->type: # Subclass of `TemplateLM`
-    "The model class, registered as `deepseek-nb`"
-    if find_spec('lm_eval') is None: raise ImportError("lm_eval is not installed; install it with pip install 'deepseek-nb[eval]'")
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
-    return register_model('deepseek-nb')(type('DeepseekNB', (HarnessMethods, TemplateLM), {}))
-
-def harness_model(
-    pretrained:Model|str, # Model, or the name or folder of one
-    tokenizer:Tokenizer|None = None, # The model's tokenizer; None: loaded from `pretrained`
-    **options, # Others of `HarnessMethods`
-): # Model for `lm_eval.simple_evaluate`
-    "A model for the harness"
-    return _harness_class()(pretrained, tokenizer, **options)
-
 def run_tasks(
     model, # Result of `harness_model`, or another model of the harness
     tasks:list, # Names of tasks

@@ -269,6 +269,7 @@ def to_transformers(self:Tokenizer)->PreTrainedTokenizerFast: # noqa: F811 Pads 
         self.save_pretrained(folder)
         tok = PreTrainedTokenizerFast.from_pretrained(folder, padding_side='left')
     if tok.pad_token is None: tok.pad_token = tok.eos_token
+    tok.add_bos_token = self.add_bos
     return tok
 
 # %% ../../nbs/library/807_export.transformers.ipynb #b1ea9255
