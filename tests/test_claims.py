@@ -175,7 +175,7 @@ def test_the_articles_part_is_short_and_measured(claims):
     assert len('\n'.join(map(str, rows)).split()) <= 900
     assert not [r.claim.claim for r in rows if r.verdict == 'not measured']
     assert all(len(str(r).split()) <= 75 for r in rows)
-    clients = (ROOT/'nbs/library/484_serve.clients.ipynb').read_text()
+    clients = (ROOT/'nbs/tutorials/70_clients.ipynb').read_text()
     for name in 'openai anthropic node-openai node-anthropic ai-sdk java c++ curl'.split():
         assert re.search(rf'{re.escape(name)} +The capital of Germany is Berlin', clients), name
 
