@@ -65,10 +65,8 @@ void panel_dots(const Matrix& m, const uint8_t* panel, Codes x, float (*c)[PANEL
 // %% ../../nbs/library/537_kernels.codes.ipynb #89a1d27a
 #if defined(__AMX_INT8__) && defined(__linux__)
 template <class F> const uint8_t* unpacked(const Matrix& m, const uint8_t* panel, uint8_t* to) {
-    for (int64_t g = 0, each = m.blocks(); g < blocks_of(m.K); ++g) {
-        const Place place{panel + g / each * (F::SCALES + each * F::BYTES), 0, int(g % each)};
-        F::each(place, [&](int i, ivec w) { memcpy(to + 512 * g + i * sizeof w, &w, sizeof w); });
-    }
+    for (int64_t g = 0; g < blocks_of(m.K); ++g)
+        F::each(place_of<F>(m, panel, g), [&](int i, ivec w) { memcpy(to + 512 * g + i * sizeof w, &w, sizeof w); });
     return to;
 }
 // the sums (16 tokens × 16 rows) of one block, and those of the second codes, whose blocks lie `rest` further on
@@ -107,7 +105,7 @@ struct Fetch {
 template <class F>
 void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, const Codes* x, Fetch fetch,
                float (*c)[PANEL_ROWS]) {
-    const int64_t each = m.blocks(), step = x[1] - x[0], G = blocks_of(m.K);
+    const int64_t step = x[1] - x[0], G = blocks_of(m.K);
     alignas(64) int32_t sums[2][TILE << F::FINE][PANEL_ROWS];  // the tiles write one, the vectors read the other
     auto multiply = [&](int64_t g) { tile_block<F::FINE>(x[0] + g, step, G, codes + 512 * g, sums[g % 2]); };
     vec s[TILE] = {};
@@ -115,7 +113,7 @@ void tile_dots(const Matrix& m, const uint8_t* panel, const uint8_t* codes, cons
     for (int64_t g = 0; g < G; ++g) {
         if (g + 1 < G) multiply(g + 1);
         fetch.step();
-        const Place place{panel + g / each * (F::SCALES + each * F::BYTES), 0, int(g % each)};
+        const Place place = place_of<F>(m, panel, g);
         const vec d = F::step(place), low = F::low(place, d);
         const CodeBlock* at = x[0] + g;
 #pragma GCC unroll 16
@@ -179,15 +177,66 @@ std::vector<Batch> batches(const Range& r, int64_t first, int64_t G, bool fine) 
     return found;
 }
 
+// %% ../../nbs/library/537_kernels.codes.ipynb #5a0c2f7d
+struct Open {  // a block of a panel, unpacked
+    vec d[PASSES], low[PASSES];
+    ivec words[8 * PASSES];
+};
+template <class F> void open_panel(const Matrix& m, const uint8_t* panel, Open* to) {
+    for (int64_t g = 0; g < blocks_of(m.K); ++g, ++to)
+        for (int h = 0; h < PASSES; ++h) {
+            const Place p = place_of<F>(m, panel, g, h);
+            to->d[h] = sum_step<F>(p), to->low[h] = sum_low<F>(p, to->d[h]);
+            F::each(p, [&](int i, ivec w) { to->words[PASSES * i + h] = w; });
+        }
+}
+// s[PASSES j + h] += the products of vector h of a block with token j
+template <class F, int T, int... I> __attribute__((always_inline))
+inline void add_open(const ivec* w, Codes x, ivec (&s)[T], std::integer_sequence<int, I...>) {
+    ((s[I % T] = dot_codes<F>(s[I % T], w[I / T * PASSES + I % PASSES], x[I % T / PASSES].codes[I / T])), ...);
+}
+
+// %% ../../nbs/library/537_kernels.codes.ipynb #c41f9b36
+// as panel_dots
+template <class F, int N> void open_dots(const uint8_t* panel, int64_t G, const Open* w, Codes x, float (*c)[PANEL_ROWS]) {
+    constexpr int T = N * PASSES;
+    vec s[T] = {};
+    for (int64_t g = 0; g < G; ++g, ++w, x += N << F::FINE) {
+        ivec sums[T] = {};
+        add_open<F>(w->words, x, sums, std::make_integer_sequence<int, 8 * T>());
+        if constexpr (F::FINE) {
+            for (ivec& v : sums) v *= 128;
+            add_open<F>(w->words, x + N, sums, std::make_integer_sequence<int, 8 * T>());
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < T; ++i)
+            s[i] = add_block(s[i], F::SIGNED ? sums[i] : whole(sums[i]), w->d[i % PASSES], w->low[i % PASSES], x[i / PASSES]);
+    }
+    for (int i = 0, h = 0; i < T; ++i, h = i % PASSES)
+        store(&c[i / PASSES][h * L], F::END ? s[i] * load((const float*)panel + h * L) : s[i]);
+}
+template <class F, int... N>
+inline void open_up_to(int n, const uint8_t* panel, int64_t G, const Open* w, Codes x, float (*c)[PANEL_ROWS],
+                       std::integer_sequence<int, N...>) {
+    ((n == N + 1 && (open_dots<F, N + 1>(panel, G, w, x, c), true)) || ...);
+}
+
 // %% ../../nbs/library/537_kernels.codes.ipynb #5b7e1d20
 template <class F> void panel_rows(const Matrix& m, const Range& r) {
+    constexpr bool OPENS = L == 8 && !F::HALVES;
+    const int64_t G = blocks_of(m.K);
+    const auto parts = batches(r, tile_rows<F>(m, r), G, F::FINE);
+    thread_local Buffer buffer;
+    Open* open = OPENS && r.n > 2 * AT_ONCE ? (Open*)buffer.need(G * sizeof(Open) / sizeof(float)) : nullptr;
     float c[AT_ONCE][PANEL_ROWS];
-    const auto parts = batches(r, tile_rows<F>(m, r), blocks_of(m.K), F::FINE);
-    for (int64_t p = r.first; p < r.last; ++p)
+    for (int64_t p = r.first; p < r.last; ++p) {
+        if constexpr (OPENS) if (open) open_panel<F>(m, m.panel(p), open);
         for (const Batch& b : parts) {
-            panel_up_to<F>(b.n, m, m.panel(p), b.x, c, UpToOnce());
+            if (!open) panel_up_to<F>(b.n, m, m.panel(p), b.x, c, UpToOnce());
+            else if constexpr (OPENS) open_up_to<F>(b.n, m.panel(p), G, open, b.x, c, UpToOnce());
             for (int64_t i = 0; i < b.n; ++i) r.write(p, b.first + i, c[i]);
         }
+    }
 }
 void rows_of(const Matrix& m, const Range& r) {
     as_format(m, [&](auto f) { panel_rows<decltype(f)>(m, r); });

@@ -45,12 +45,16 @@ inline ivec dot_signed(ivec s, ivec w, int32_t a) {
 constexpr bool WIDE = false;
 inline __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline ivec dot(ivec s, ivec w, int32_t a) {
-    return (ivec)_mm256_add_epi16((__m256i)s, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a)));
+    s = (ivec)_mm256_add_epi16((__m256i)s, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a)));
+    keep(s);
+    return s;
 }
 inline ivec whole(ivec s) { return (ivec)widened((__m256i)s); }
 inline ivec dot_signed(ivec s, ivec w, int32_t a) {
     const __m256i moved = _mm256_sign_epi8(_mm256_set1_epi32(a), (__m256i)w);
-    return s + (ivec)widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), moved));
+    s += (ivec)widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), moved));
+    keep(s);
+    return s;
 }
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #1ff8b9c3
@@ -327,6 +331,10 @@ template <class F> void as_format(const Matrix& m, F use) {
     else if (m.format == Format::q6_k) use(Q6K());
     else use(Int4<true>());
 }
+// block g of a panel
+template <class F> inline Place place_of(const Matrix& m, const uint8_t* panel, int64_t g, int pass = 0) {
+    return {panel + g / m.blocks() * (F::SCALES + m.blocks() * F::BYTES), pass, int(g % m.blocks())};
+}
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #8b93cdd8
 struct Range {
@@ -402,9 +410,8 @@ inline void product(const Team& t, int64_t R, int64_t n, int64_t K, const Matrix
 // %% ../../nbs/library/537_kernels.codes.ipynb #d02c4a33
 // call use(h, i, numbers of rows h L to h L + L - 1 in column 32 g + i) for 16 rows; an int8 scale per row is left out
 template <class F, class Use> inline void each_column(const Matrix& m, int64_t g, Use use) {
-    const int64_t each = m.blocks();
     for (int h = 0; h < PASSES; ++h) {
-        Place p{m.data + g / each * (F::SCALES + each * F::BYTES), h, int(g % each)};
+        Place p = place_of<F>(m, m.data, g, h);
         ivec w[8];
         F::each(p, [&](int i, ivec v) { w[i] = v; });
         for (p.half = 0; p.half < 2; ++p.half) {

@@ -71,7 +71,7 @@ inline void narrow(float x, bf16* to) {
 }
 
 // %% ../../nbs/library/508_kernels.simd.ipynb #b53c8f7a
-inline void keep(vec& v) {
+template <class V> inline void keep(V& v) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(v));
 #elif defined(__x86_64__)
