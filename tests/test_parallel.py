@@ -148,12 +148,12 @@ def trained(how, folder=None, resume=False, ranks=None, **kwargs):
 SAVING = dict(max_steps=6, save_steps=3, optim='muon')
 
 
-def resumed(folder, how, other):
+def resumed(folder, how, other, **kwargs):
     "A run of six steps, and one of this or another kind that starts again from its third: largest differences on rank 0"
-    whole_run, history = trained(how, folder/'whole', **SAVING)
+    whole_run, history = trained(how, folder/'whole', **SAVING | kwargs)
     if world().rank == 0: (folder/'again').mkdir(parents=True); (folder/'whole'/'checkpoint-3').rename(folder/'again'/'checkpoint-3')
     dist.barrier()
-    again, history2 = trained(other, folder/'again', True, **SAVING)
+    again, history2 = trained(other, folder/'again', True, **SAVING | kwargs)
     if world().rank: return
     weight = max((p - q).abs().max().item() for p, q in zip(whole_run.model.parameters(), again.model.parameters(), strict=True))
     losses = max(abs(a - b) for x, y in zip(history[:6], history2[:6], strict=True) for a, b in zip(x, y, strict=True))
@@ -172,6 +172,7 @@ def two(folder):
         out[f'{how} accumulated'] = accumulated(how)
         out[f'{how} collected'] = collected(how)
         for other in (how, WAYS[WAYS.index(how) - 1]): out[f'{how} {other} resumed'] = resumed(folder/f'{how}-{other}', how, other)
+        out[f'{how} {other} adamw'] = resumed(folder/f'{how}-{other}-adamw', how, other, optim='adamw')
         if how in ('data', 'shard'): out[f'{how} tied'] = rehearse(how, steps=3, build=tied)
         for name, kwargs in RUNS.items():
             t, history = trained(how, folder/how if name == 'plain' else None, **kwargs)
@@ -308,8 +309,9 @@ def test_resume_is_exact(found, how):
 
 @pytest.mark.parametrize('how', WAYS)
 def test_resume_with_another_kind(found, how):
-    got = found[f'{how} {WAYS[WAYS.index(how) - 1]} resumed']
-    assert got['weight'] < 2e-5 and got['history'] < 2e-5, got
+    for what in ('resumed', 'adamw'):
+        got = found[f'{how} {WAYS[WAYS.index(how) - 1]} {what}']
+        assert got['weight'] < 2e-5 and got['history'] < 2e-5, (what, got)
 
 
 def test_four_ranks_on_a_mesh_equal_one(found4, single):

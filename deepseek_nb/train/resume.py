@@ -242,6 +242,8 @@ def set_run_state(
     for k,v in (state['settings'] | dict(max_steps=state['max_steps'])).items():
         if k in now and now[k] != v:
             raise ValueError(f'{where}: was saved with {k}={v!r}, but this run has {now[k]!r}; resume with the same settings')
+    for saved,g in zip(state['optimizer']['param_groups'], t.optimizer.param_groups, strict=False):
+        if 'fused' in g: saved['fused'] = g['fused'] # it depends on the kind of parallelism, which may be another now
     t.optimizer.load_state_dict(state['optimizer'])
     t.lr_scheduler.load_state_dict(state['schedule'])
     t.scaler.load_state_dict(state['scaler'])
