@@ -94,7 +94,10 @@ def test_a_cluster_needs_an_extra(tmp_path, capsys, monkeypatch):
     ask(tmp_path/'in.jsonl', 1)
     monkeypatch.setitem(sys.modules, 'ray', None)
     command = ['batch', str(tmp_path/'in.jsonl'), str(tmp_path/'out.jsonl'), '--model', 'mini', '--on', 'ray']
-    assert cli.main(command) == 2 and "pip install 'deepseek-nb[ray]'" in capsys.readouterr().err and not (tmp_path/'out.jsonl').exists()
+    (tmp_path/'run.toml').write_text('')
+    for command in (command, ['finetune', str(tmp_path/'run.toml'), '--on', 'ray'], ['evidence', 'balancing', '--smoke', '--on', 'ray']):
+        assert cli.main(command) == 2 and "pip install 'deepseek-nb[ray]'" in capsys.readouterr().err
+    assert not (tmp_path/'out.jsonl').exists()
 
 
 @pytest.fixture(scope='module')
@@ -120,3 +123,43 @@ def test_a_node_that_dies_takes_no_line_with_it(cluster, tmp_path):
         return lines, await task
     lines, found = asyncio.run(run())
     assert lines < 60 and found == {200: 60} and ids(out) == [*range(1, 61)]
+
+
+RUN = """
+[model]
+name = "mini"
+dtype = "float32"
+[data]
+source = "texts.jsonl"
+length = 32
+[training]
+output_dir = "run"
+max_steps = 12
+per_device_train_batch_size = 2
+save_steps = 2
+"""
+
+
+def test_a_run_continues_on_another_node(cluster, tmp_path, monkeypatch, capfd):
+    "The node that trains is killed after the first checkpoint, when there is a second"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'texts.jsonl').write_text(''.join(json.dumps(dict(text=f'{i} and {i + 1} make {2*i + 1}.')) + '\n' for i in range(200)))
+    (tmp_path/'run.toml').write_text(RUN)
+    for node in [*cluster.worker_nodes]: cluster.remove_node(node, False)
+    first, found = cluster.add_node(num_cpus=1), []
+    thread = threading.Thread(target=lambda: found.append(cli.main(['finetune', 'run.toml', '--on', cluster.address])))
+    thread.start()
+    while thread.is_alive() and not (tmp_path/'run'/'checkpoint-2').exists(): time.sleep(.01)
+    assert thread.is_alive() and not (tmp_path/'run'/'checkpoint-12').exists()
+    cluster.add_node(num_cpus=1)
+    cluster.remove_node(first, False)
+    thread.join()
+    said = capfd.readouterr().out
+    assert found == [0] and 'continued after step' in said and (tmp_path/'run'/'model'/'model.safetensors').exists(), said
+
+
+def test_what_fails_on_a_node_is_one_line(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'run.toml').write_text('[model]\nname = "mini"\n[data]\nsource = "sotu"')
+    assert cli.main(['finetune', 'run.toml', '--on', cluster.address]) == 2
+    assert (err := capsys.readouterr().err).startswith('deepseek-nb: run.toml: training is missing') and err.count('\n') == 1

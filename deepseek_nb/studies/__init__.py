@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from importlib.util import spec_from_file_location
@@ -279,14 +280,15 @@ def carry_out(
     work:str|Path, # Folder for checkpoints of runs
     only:Iterable = (), # Runs as `arm` or `arm:seed`; empty: all
     say:Callable = print, # Function that gets one line for each run
+    each:Callable = partial(map, lambda f: f()), # From functions without arguments to their results; default: one after the other
 )->list[dict]: # All records
-    "Do all runs that have no record, one after the other"
+    "Do all runs that have no record"
     if plan.protocol and any(_plan_of(r) != plan.mark for r in read_records(out)):
         raise ValueError(f'{plan.study}: the plan has changed since its first run: such a plan needs a name of its own')
-    for arm,seed in to_do(plan, read_records(out), only):
-        _keep(record := run_one(plan, arm, seed, work), plan, out)
+    for record in each([partial(run_one, plan, *pair, work) for pair in to_do(plan, read_records(out), only)]):
+        _keep(record, plan, out)
         over = f', over the budget of {plan.minutes:g}'*(record['minutes'] > plan.minutes)
-        say(f'{plan.study}, {arm}, seed {seed}: {record["minutes"]:.1f} minutes{over}')
+        say(f'{plan.study}, {record["arm"]}, seed {record["seed"]}: {record["minutes"]:.1f} minutes{over}')
     return read_records(out)
 
 # %% ../../nbs/lab/900_studies.ipynb #3665e8b2
@@ -297,6 +299,7 @@ def run_study(
     work:str|Path = '', # Folder for checkpoints; '': a folder in the user's cache
     only:Iterable = (), # Runs as `arm` or `arm:seed`; empty: all
     smoke:bool = False, # Whether to run the tiny version, without stored checkpoints
+    **how, # Further arguments of `carry_out`
 )->list[dict]: # All records
     "Run or resume the plan of an experiment"
     find_study(name)
@@ -305,7 +308,7 @@ def run_study(
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'deepseek_nb'/'evidence'
     with tempfile.TemporaryDirectory() as new:
         work,usual = work or (new if smoke else cache),Path(new if smoke else 'nbs/results/evidence')
-        return carry_out(plan, out or usual/f'{name}.json', work, only)
+        return carry_out(plan, out or usual/f'{name}.json', work, only, **how)
 
 # %% ../../nbs/lab/900_studies.ipynb #d5330134
 STATED = dict(metric=str, better=str, headline=str, floors=list, margin=int|float)

@@ -7,7 +7,7 @@ requests are spread over the nodes of a Ray cluster, each with an engine of its 
 
 # %% auto #0
 __all__ = ['ROUTES', 'read_line', 'answer_line', 'answered', 'unanswered', 'answer_all', 'LineWorker', 'local_worker',
-           'ray_workers', 'run_batch']
+           'cluster_shares', 'ray_workers', 'run_on', 'run_batch']
 
 # %% ../../nbs/library/957_tools.batch.ipynb #3bf9cb37
 import asyncio
@@ -165,20 +165,30 @@ def local_worker(
     with worker.served.engine: yield [(worker.ready, worker.answer)]
 
 # %% ../../nbs/library/957_tools.batch.ipynb #ffbb4fc2
+def cluster_shares(
+    on:str, # Address; 'ray': a cluster on this machine, or that of the variable RAY_ADDRESS
+)->list[tuple]: # Id of the node, cores, and GPUs: 1, or 0 for a node that has none
+    "Connect to a Ray cluster, and divide it into nodes, or GPUs with their share of the cores"
+    import ray
+    ray.init(None if on == 'ray' else on, logging_level='error', log_to_driver=False, ignore_reinit_error=True)
+    found = []
+    for node in filter(lambda n: n['Alive'], ray.nodes()):
+        cores,gpus = (int(node['Resources'].get(name, 0)) for name in ('CPU', 'GPU'))
+        found += [(node['NodeID'], cores//max(gpus, 1), min(gpus, 1))]*(gpus or min(cores, 1))
+    if not found: raise ValueError(f'the cluster {on} has no node with a core; start one with `ray start`')
+    return found
+
 @contextmanager
 def ray_workers(
-    on:str, # Address; 'ray': a cluster on this machine, or that of the variable RAY_ADDRESS
+    on:str, # Address, see `cluster_shares`
     *args, # Of `LineWorker`
 )->Iterator[list]: # `ready` and `answer` of each
     "A worker on each node, or for each GPU"
+    shares = cluster_shares(on)
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as At
-    ray.init(None if on == 'ray' else on, logging_level='error', log_to_driver=False, ignore_reinit_error=True)
-    kind,actors = ray.remote(max_restarts=-1, max_concurrency=1000)(LineWorker),[]
-    for node in filter(lambda n: n['Alive'], ray.nodes()):
-        cores,gpus = (int(node['Resources'].get(name, 0)) for name in ('CPU', 'GPU'))
-        share = dict(num_cpus=cores//max(gpus, 1), num_gpus=min(gpus, 1), scheduling_strategy=At(node['NodeID'], soft=True))
-        actors += [kind.options(**share).remote(*args) for _ in range(gpus or min(cores, 1))]
+    kind = ray.remote(max_restarts=-1, max_concurrency=1000)(LineWorker)
+    actors = [kind.options(num_cpus=c, num_gpus=g, scheduling_strategy=At(n, soft=True)).remote(*args) for n,c,g in shares]
     lost = ray.exceptions.RayActorError,ray.exceptions.ObjectLostError
     async def ready(actor): await actor.ready.remote()
     async def answer(actor, line):
@@ -187,12 +197,31 @@ def ray_workers(
     try: yield [(partial(ready, a), partial(answer, a)) for a in actors]
     finally: [ray.kill(a) for a in actors]
 
+# %% ../../nbs/library/957_tools.batch.ipynb #6ea9d6a6
+def run_on(
+    on:str, # Address, see `cluster_shares`
+    calls:list, # Functions without arguments, which may be called again
+)->Iterator: # Their results, as they come
+    "Call functions on the nodes of a Ray cluster; if a node dies, another makes its call again"
+    shares = cluster_shares(on)
+    import ray
+    gpus,here = max(g for _,_,g in shares),os.getcwd()
+    def call(f): return os.chdir(here), f()
+    kind = ray.remote(max_retries=-1, num_cpus=min(c for _,c,g in shares if g == gpus), num_gpus=gpus)(call)
+    waiting = [kind.remote(f) for f in calls]
+    try:
+        while waiting:
+            (done,),waiting = ray.wait(waiting)
+            yield ray.get(done)[1]
+    except ray.exceptions.RayTaskError as e: raise e.cause from None
+    finally: [ray.cancel(w, force=True) for w in waiting]
+
 # %% ../../nbs/library/957_tools.batch.ipynb #f856c2fb
 async def run_batch(
     source:str|Path, # File of requests
     out:str|Path, # File of answers
     model:str = 'smollm2-135m', # Folder, `.gguf` file, or name of a model
-    on:str = '', # Ray cluster, see `ray_workers`; '': here
+    on:str = '', # Ray cluster, see `cluster_shares`; '': here
     most:int = 2048, # Most tokens of an answer to a request that says nothing
     **settings, # Of each engine
 )->Counter: # Of the answers of this run, by status

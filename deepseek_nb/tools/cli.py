@@ -15,6 +15,7 @@ __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'ge
 import json
 import re
 import sys
+from functools import partial
 from inspect import signature
 from math import isfinite
 from pathlib import Path
@@ -185,11 +186,18 @@ def run_export(
     print(export_model(model, to, out, options))
 
 # %% ../../nbs/library/960_tools.cli.ipynb #adeb797b
+def _spread(on):
+    "Function that makes calls on the nodes of a cluster"
+    from deepseek_nb.tools.batch import run_on
+    return partial(run_on, on)
+
 def run_finetune(
     config:str, # TOML file with [model], [data], [training], and optionally [lora] and [parallel]
+    on:str = '', # Ray cluster with a node that computes, as in `batch`; default: here
 ):
     "Train a model or an adapter, or continue an interrupted run"
     from deepseek_nb.train import runs
+    if on: return print(*_spread(on)([partial(runs.finetune_run, config)]))
     done = runs.finetune_run(config)
     if runs.world().rank == 0: print(done)
 
@@ -292,12 +300,13 @@ def run_evidence(
     work:str = '', # Folder for checkpoints; default: a folder in the user's cache
     only:str = '', # Runs as ARM or ARM:SEED, separated by commas; default: all
     smoke:bool = False, # Run a tiny version, without stored checkpoints
+    on:str = '', # Ray cluster whose nodes compute, a run each, as in `batch`; default: here
 ):
     "Run a study, or continue an interrupted one"
     from deepseek_nb import studies
     if not name: return print(*studies.study_names(), sep='\n')
     names = tuple(only.split(',')) if only else ()
-    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke)
+    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke, **(dict(each=_spread(on)) if on else {}))
 
 # %% ../../nbs/library/960_tools.cli.ipynb #6dcb858e
 def doctor(
@@ -485,13 +494,13 @@ def _check_options(given):
         if pick_device(device).type == 'meta': raise ValueError("device 'meta' has no memory; use 'cpu'")
 
 # %% ../../nbs/library/960_tools.cli.ipynb #879e873c
-_EXTRAS = dict(app='apps', batch='ray', export='export', platform='platform', serve='serve')  # verb -> extra with packages that it may lack
+_EXTRAS = dict(app='apps', export='export', platform='platform', serve='serve')  # verb -> extra with packages that it may lack
 
 def _message(verb, e):
     "The message of an error in one line"
     line = str(e.args[0] if isinstance(e, KeyError) and e.args else e).partition('\n')[0]
     if not getattr(e, 'name', None) or 'pip install' in line: return line
-    return f"{line}: pip install 'deepseek-nb[{_EXTRAS.get(verb, 'dev,apps,eval')}]'"
+    return f"{line}: pip install 'deepseek-nb[{'ray' if e.name == 'ray' else _EXTRAS.get(verb, 'dev,apps,eval')}]'"
 
 # %% ../../nbs/library/960_tools.cli.ipynb #6d609f48
 def main(
