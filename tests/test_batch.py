@@ -93,9 +93,9 @@ def test_a_cluster_needs_an_extra(tmp_path, capsys, monkeypatch):
     "And a batch on this machine does not: the test above ran without it, where it is not installed"
     ask(tmp_path/'in.jsonl', 1)
     monkeypatch.setitem(sys.modules, 'ray', None)
-    command = ['batch', str(tmp_path/'in.jsonl'), str(tmp_path/'out.jsonl'), '--model', 'mini', '--on', 'ray']
+    batch = ['batch', str(tmp_path/'in.jsonl'), str(tmp_path/'out.jsonl'), '--model', 'mini', '--on', 'ray']
     (tmp_path/'run.toml').write_text('')
-    for command in (command, ['finetune', str(tmp_path/'run.toml'), '--on', 'ray'], ['evidence', 'balancing', '--smoke', '--on', 'ray']):
+    for command in (batch, ['finetune', str(tmp_path/'run.toml'), '--on', 'ray'], ['evidence', 'balancing', '--smoke', '--on', 'ray']):
         assert cli.main(command) == 2 and "pip install 'deepseek-nb[ray]'" in capsys.readouterr().err
     assert not (tmp_path/'out.jsonl').exists()
 

@@ -280,12 +280,13 @@ def carry_out(
     work:str|Path, # Folder for checkpoints of runs
     only:Iterable = (), # Runs as `arm` or `arm:seed`; empty: all
     say:Callable = print, # Function that gets one line for each run
-    each:Callable = partial(map, lambda f: f()), # From functions without arguments to their results; default: one after the other
+    each:Callable|None = None, # From functions without arguments to their results; None: one after the other
 )->list[dict]: # All records
     "Do all runs that have no record"
     if plan.protocol and any(_plan_of(r) != plan.mark for r in read_records(out)):
         raise ValueError(f'{plan.study}: the plan has changed since its first run: such a plan needs a name of its own')
-    for record in each([partial(run_one, plan, *pair, work) for pair in to_do(plan, read_records(out), only)]):
+    calls = [partial(run_one, plan, *pair, work) for pair in to_do(plan, read_records(out), only)]
+    for record in each(calls) if each else (f() for f in calls):
         _keep(record, plan, out)
         over = f', over the budget of {plan.minutes:g}'*(record['minutes'] > plan.minutes)
         say(f'{plan.study}, {record["arm"]}, seed {record["seed"]}: {record["minutes"]:.1f} minutes{over}')

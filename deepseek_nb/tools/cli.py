@@ -187,7 +187,8 @@ def run_export(
 
 # %% ../../nbs/library/960_tools.cli.ipynb #adeb797b
 def _spread(on):
-    "Function that makes calls on the nodes of a cluster"
+    "Function that makes calls on the nodes of a cluster; None: they are made here"
+    if not on: return None
     from deepseek_nb.tools.batch import run_on
     return partial(run_on, on)
 
@@ -306,7 +307,7 @@ def run_evidence(
     from deepseek_nb import studies
     if not name: return print(*studies.study_names(), sep='\n')
     names = tuple(only.split(',')) if only else ()
-    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke, **(dict(each=_spread(on)) if on else {}))
+    studies.run_study(name, config or f'nbs/configs/evidence/{name}.toml', out, work, names, smoke, each=_spread(on))
 
 # %% ../../nbs/library/960_tools.cli.ipynb #6dcb858e
 def doctor(
