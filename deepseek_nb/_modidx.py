@@ -2290,6 +2290,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'deepseek_nb/bench/runtimes.py'),
                                             'deepseek_nb.bench.runtimes._generation_race': ( 'bench.runtimes.html#_generation_race',
                                                                                              'deepseek_nb/bench/runtimes.py'),
+                                            'deepseek_nb.bench.runtimes._limits_for': ( 'bench.runtimes.html#_limits_for',
+                                                                                        'deepseek_nb/bench/runtimes.py'),
                                             'deepseek_nb.bench.runtimes._llama_cases': ( 'bench.runtimes.html#_llama_cases',
                                                                                          'deepseek_nb/bench/runtimes.py'),
                                             'deepseek_nb.bench.runtimes._load_race': ( 'bench.runtimes.html#_load_race',

@@ -378,6 +378,8 @@ class TransformersPeer:
 AVX2 = dict(DEEPSEEK_NB_ISA='avx2', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
 LIMITS = {'': {}, 'avx2': AVX2, 'avx512': {}}
 
+def _limits_for(isa, features): return LIMITS[isa] if 'avx512f' in features.split() else {}
+
 # %% ../../nbs/lab/772_bench.runtimes.ipynb #91aaf7a9
 def _narrow_llama(built, isa):
     "Raise an error if llama.cpp uses wider instructions"
@@ -551,13 +553,14 @@ def peers(
     "SmolLM2 beside llama.cpp, OpenVINO GenAI, ONNX Runtime GenAI and transformers: prefill, decoding and loading"
     if isa not in LIMITS: raise ValueError(f"isa is {isa!r}; it may be {', '.join(filter(None, LIMITS))} or ''")
     if isa == 'avx512': _vectors_only(processor())
+    limits = _limits_for(isa, processor())
     path,tok = fetch(name),Tokenizer.from_pretrained(name)
     prompt = torch.tensor([tok.encode('The capital of France is')])
-    with TemporaryDirectory() as folder,mock.patch.dict(os.environ, LIMITS[isa] | dict(TOKENIZERS_PARALLELISM='false')):
-        loaders,missing = _peer_loaders(path, folder, chosen, isa if LIMITS[isa] else '')
+    with TemporaryDirectory() as folder,mock.patch.dict(os.environ, limits | dict(TOKENIZERS_PARALLELISM='false')):
+        loaders,missing = _peer_loaders(path, folder, chosen, isa if limits else '')
         for n,why in missing.items(): print(f'{n} is left out: {why}')
         host = ceilings()
         found = _peer_cases(loaders, tok.vocab_size, lengths, rows, steps, repeats, prompt)
         host,built = better(host, ceilings()),_peer_builds()
     weights = weight_bytes(Model.from_pretrained(path, device='cpu'))
-    return found | dict(weights=weights, read=host.read, missing=missing, builds=built, limits=LIMITS[isa])
+    return found | dict(weights=weights, read=host.read, missing=missing, builds=built, limits=limits)
