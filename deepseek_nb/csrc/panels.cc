@@ -198,7 +198,8 @@ inline void add_open(const ivec* w, Codes x, ivec (&s)[T], std::integer_sequence
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #c41f9b36
 // as panel_dots
-template <class F, int N> void open_dots(const uint8_t* panel, int64_t G, const Open* w, Codes x, float (*c)[PANEL_ROWS]) {
+template <class F, int N>
+void open_dots(const uint8_t* panel, int64_t G, const Open* w, Codes x, float (*c)[PANEL_ROWS]) {
     constexpr int T = N * PASSES;
     vec s[T] = {};
     for (int64_t g = 0; g < G; ++g, ++w, x += N << F::FINE) {
@@ -210,7 +211,8 @@ template <class F, int N> void open_dots(const uint8_t* panel, int64_t G, const 
         }
 #pragma GCC unroll 16
         for (int i = 0; i < T; ++i)
-            s[i] = add_block(s[i], F::SIGNED ? sums[i] : whole(sums[i]), w->d[i % PASSES], w->low[i % PASSES], x[i / PASSES]);
+            s[i] = add_block(s[i], F::SIGNED ? sums[i] : whole(sums[i]), w->d[i % PASSES], w->low[i % PASSES],
+                             x[i / PASSES]);
     }
     for (int i = 0, h = 0; i < T; ++i, h = i % PASSES)
         store(&c[i / PASSES][h * L], F::END ? s[i] * load((const float*)panel + h * L) : s[i]);

@@ -33,7 +33,7 @@ void score_tile(int64_t x, const T* const* rows, float* k, const float* q, float
 // %% ../../nbs/library/526_kernels.sparse.ipynb #5bff0b59
 template <class T>
 void score_rows(int64_t n, int64_t x, int64_t heads, const T* const* rows, float* k, const float* q, float* s) {
-    constexpr int M = TILE;
+    constexpr int M = TILE_KEYS;
     for (int64_t i = 0; i < n; i += M)
         if (heads <= L) score_tile<M, 1>(x, rows + i, k + i * L, q, s + i * W);
         else for (int64_t j = i; j < i + M; j += M / 2) score_tile<M / 2, 2>(x, rows + j, k + j * L, q, s + j * W);

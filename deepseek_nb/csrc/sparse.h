@@ -4,20 +4,20 @@
 #pragma once
 #include "paged.h"
 
-constexpr int TILE = ROWS > 6 ? 16 : 8, HIGH = TILE / 4;  // rows of a tile of scores; heads of a tile of sums
+constexpr int TILE_KEYS = ROWS > 6 ? 16 : 8, HIGH = TILE_KEYS / 4;  // rows of a tile of scores; heads of a tile of sums
 constexpr int64_t HOP = KEYS * L;                        // numbers from a vector of a row to the next one in a block
 
 template <class T> struct Selection : View<const T> {};  // rows are named by their distance from the first one
 // the rows of a block, and the first of the next block
 template <class T> struct RowPointers {
-    const T* at[KEYS + TILE];
+    const T* at[KEYS + TILE_KEYS];
     RowPointers(const PieceRun<Selection<T>>& p, int64_t t, int64_t n) {
         const int64_t *here = p.r.table + p.w.row * p.r.width + t,
                       *after = p.r.table + p.after.row * p.r.width + p.after.from;
         const int64_t left = p.w.to - t - KEYS, more = left > 0 ? left : p.after.to - p.after.from;
         const int64_t* next = left > 0 ? here + KEYS : after;
         for (int64_t i = 0; i < KEYS; ++i) at[i] = p.a.k.data + here[std::min(i, n - 1)];
-        for (int64_t i = 0; i < TILE; ++i) at[KEYS + i] = p.a.k.data + next[std::min(i, more - 1)];
+        for (int64_t i = 0; i < TILE_KEYS; ++i) at[KEYS + i] = p.a.k.data + next[std::min(i, more - 1)];
     }
 };
 
