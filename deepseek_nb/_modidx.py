@@ -10475,6 +10475,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'deepseek_nb/train/schedule.py'),
                                             'deepseek_nb.train.schedule.get_cosine_schedule_with_warmup': ( 'train.schedule.html#get_cosine_schedule_with_warmup',
                                                                                                             'deepseek_nb/train/schedule.py'),
+                                            'deepseek_nb.train.schedule.get_cosine_with_hard_restarts_schedule_with_warmup': ( 'train.schedule.html#get_cosine_with_hard_restarts_schedule_with_warmup',
+                                                                                                                               'deepseek_nb/train/schedule.py'),
                                             'deepseek_nb.train.schedule.get_inverse_sqrt_schedule': ( 'train.schedule.html#get_inverse_sqrt_schedule',
                                                                                                       'deepseek_nb/train/schedule.py'),
                                             'deepseek_nb.train.schedule.get_linear_schedule_with_warmup': ( 'train.schedule.html#get_linear_schedule_with_warmup',

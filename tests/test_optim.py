@@ -252,11 +252,12 @@ def theirs(): return pytest.importorskip('transformers.optimization')
 
 @settings(max_examples=60, deadline=None)
 @given(warmup=st.integers(0, 12), total=st.integers(1, 40), cycles=st.sampled_from([.5, .25, 1., 1.5]),
-       scale=st.none() | st.integers(1, 30))
-def test_every_step_equals_transformers(theirs, warmup, total, cycles, scale):
+       scale=st.none() | st.integers(1, 30), again=st.integers(1, 5))
+def test_every_step_equals_transformers(theirs, warmup, total, cycles, scale, again):
     n = total + 5
     for name, args in {'get_linear_schedule_with_warmup': (warmup, total), 'get_cosine_schedule_with_warmup': (warmup, total, cycles),
-                       'get_constant_schedule_with_warmup': (warmup,), 'get_inverse_sqrt_schedule': (warmup, scale)}.items():
+                       'get_constant_schedule_with_warmup': (warmup,), 'get_inverse_sqrt_schedule': (warmup, scale),
+                       'get_cosine_with_hard_restarts_schedule_with_warmup': (warmup, total, again)}.items():
         got, want = (factors(lambda o, m=m, name=name, args=args: getattr(m, name)(o, *args), n) for m in (ours, theirs))
         for g, w in zip(got, want, strict=True): assert g == pytest.approx(w, rel=1e-12, abs=1e-15), name
 
@@ -272,10 +273,18 @@ def test_warmup_stable_decay_equals_transformers(theirs, warmup, stable, decay, 
     for g, w in zip(got, want, strict=True): assert g == pytest.approx(w, rel=1e-12, abs=1e-15)
 
 
-@pytest.mark.parametrize('name', ('linear', 'cosine', 'constant', 'constant_with_warmup', 'inverse_sqrt'))
+@pytest.mark.parametrize('name', ('linear', 'cosine', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'cosine_with_restarts'))
 def test_names_equal_transformers(theirs, name):
     got, want = (factors(lambda o, m=m: m.get_scheduler(name, o, num_warmup_steps=4, num_training_steps=20), 24) for m in (ours, theirs))
     for g, w in zip(got, want, strict=True): assert g == pytest.approx(w, rel=1e-12)
+
+
+def test_settings_reach_the_schedule():
+    from deepseek_nb.train.trainer import TrainingArguments, make_schedule
+    args = TrainingArguments(lr_scheduler_type='cosine_with_restarts', lr_scheduler_kwargs=dict(num_cycles=3), warmup_steps=2)
+    got = factors(lambda o: make_schedule(o, args, 20), 22, 1)
+    assert got == factors(lambda o: ours.get_cosine_with_hard_restarts_schedule_with_warmup(o, 2, 20, 3), 22, 1)
+    assert [f for f, in got].count(1.) == 3
 
 
 def test_warmup_stable_decay_by_name():

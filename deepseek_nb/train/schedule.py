@@ -7,7 +7,8 @@ the same value as that of transformers at every step. `get_scheduler` makes a sc
 
 # %% auto #0
 __all__ = ['SHAPES', 'SCHEDULES', 'get_linear_schedule_with_warmup', 'get_cosine_schedule_with_warmup', 'get_wsd_schedule',
-           'get_constant_schedule_with_warmup', 'get_inverse_sqrt_schedule', 'get_scheduler']
+           'get_constant_schedule_with_warmup', 'get_inverse_sqrt_schedule',
+           'get_cosine_with_hard_restarts_schedule_with_warmup', 'get_scheduler']
 
 # %% ../../nbs/book/304_train.schedule.ipynb #994208fe
 import math
@@ -99,9 +100,23 @@ def get_inverse_sqrt_schedule(
     scale = timescale or num_warmup_steps or 10_000
     return _warmed_up(optimizer, num_warmup_steps, lambda step: 1/math.sqrt((step + scale - num_warmup_steps)/scale), last_epoch)
 
+def get_cosine_with_hard_restarts_schedule_with_warmup(
+    optimizer:Optimizer, # Optimiser with the peak learning rate
+    num_warmup_steps:int, # Steps of warmup
+    num_training_steps:int, # Steps of the whole run
+    num_cycles:int = 1, # Number of decays, each from the peak
+    last_epoch:int = -1, # Step to resume from; −1: begin
+)->LambdaLR: # Call its `step` after that of the optimiser
+    "Warmup, then cosine decays that start again at the peak"
+    def after(step):
+        x = _progress(step, num_warmup_steps, num_training_steps)
+        return .5*(1 + math.cos(math.pi*(num_cycles*x % 1))) if x < 1 else 0.
+    return _warmed_up(optimizer, num_warmup_steps, after, last_epoch)
+
 # %% ../../nbs/book/304_train.schedule.ipynb #167d7243
 SCHEDULES = {'linear': get_linear_schedule_with_warmup, 'cosine': get_cosine_schedule_with_warmup, 'warmup_stable_decay': get_wsd_schedule,
-             'constant_with_warmup': get_constant_schedule_with_warmup, 'inverse_sqrt': get_inverse_sqrt_schedule}
+             'constant_with_warmup': get_constant_schedule_with_warmup, 'inverse_sqrt': get_inverse_sqrt_schedule,
+             'cosine_with_restarts': get_cosine_with_hard_restarts_schedule_with_warmup}
 
 def get_scheduler(
     name:str, # A key of SCHEDULES, or 'constant'

@@ -84,6 +84,7 @@ class TrainingArguments:
     warmup_steps:int = 0 # Steps of the learning rate's linear warmup
     warmup_ratio:float = 0. # Warmup as a share of all steps, where warmup_steps is 0
     lr_scheduler_type:str = 'linear' # 'linear', 'cosine', 'warmup_stable_decay', or another that `get_scheduler` supports
+    lr_scheduler_kwargs:dict|None = None # Further arguments of the schedule, such as num_cycles
     max_grad_norm:float = 1. # The gradient is clipped to this norm; 0: not clipped
     seed:int = 42 # Seed of the order of the data and of dropout
     optim:str = 'adamw' # 'adamw' or 'muon'; transformers' 'adamw_torch' and 'adamw_torch_fused' are 'adamw'
@@ -201,7 +202,7 @@ def make_schedule(
 )->LambdaLR: # Stepped after each optimiser step
     "Make the learning-rate schedule that the settings name"
     warmup = args.warmup_steps or math.ceil(args.warmup_ratio*steps)
-    return get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
+    return get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, **args.lr_scheduler_kwargs or {})
 
 # %% ../../nbs/book/305_train.trainer.ipynb #e2d19d64
 def as_batches(
