@@ -75,6 +75,8 @@ def test_ways_to_the_same_tokens(pair, name, quiet):
 def test_beams_are_those_without_a_cache(pair):
     "Rows are reordered in the cache: keys, latents, V4's rings and entries, and padding"
     if isinstance(pair[1], QuantizedModel): pytest.skip('codes of activations depend on how many tokens run at once')
+    hf = copy.deepcopy(pair[0]).float()  # the scores of beams in bfloat16, which is the dtype on some processors, are often equal
+    pair = hf, hf.model, pair[2]
     kw = dict(text=TEXTS, num_beams=3, num_return_sequences=2, no_repeat_ngram_size=3, length_penalty=.7)
     assert torch.equal(greedy(pair, **kw), greedy(pair, **kw, use_cache=False))
 
