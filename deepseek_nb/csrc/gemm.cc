@@ -11,11 +11,10 @@ void dots(int64_t K, const T* w, int64_t ldw, const float* const* x, float* c, i
     int64_t k = 0;
     for (; k + L <= K; k += L) {
         vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(x[j] + k), keep(y[j]);
+        for (int j = 0; j < N; ++j) y[j] = keep(load(x[j] + k));
         for (int i = 0; i < M; ++i) {
             __builtin_prefetch(w + i * ldw + k + AHEAD, 0, 2);
-            vec a = load(w + i * ldw + k);
-            keep(a);
+            const vec a = keep(load(w + i * ldw + k));
             for (int j = 0; j < N; ++j) s[j][i] = muladd(a, y[j], s[j][i]);
         }
     }

@@ -11,11 +11,10 @@ void score_tile(int64_t x, const T* k, int64_t ld, const float* q, int64_t ldq, 
     int64_t c = 0;
     for (; c + L <= x; c += L, next += M * L) {
         vec y[N];
-        for (int j = 0; j < N; ++j) y[j] = load(q + j * ldq + c), keep(y[j]);
+        for (int j = 0; j < N; ++j) y[j] = keep(load(q + j * ldq + c));
         for (int i = 0; i < M; ++i) {
             __builtin_prefetch(next + i * L, 0, 2);
-            vec a = load(k + i * ld + c);
-            keep(a);
+            const vec a = keep(load(k + i * ld + c));
             for (int j = 0; j < N; ++j) sum[j][i] = muladd(a, y[j], sum[j][i]);
         }
     }
@@ -79,10 +78,8 @@ void sum_tile(int64_t n, const float* p, const T* v, int64_t ld, const float* fa
     for (int i = 0; i < M; ++i) for (int j = 0; j < N; ++j) sum[i][j] = load(o + i * ldo + j * L) * factor[i];
     for (int64_t k = 0; k < n; ++k) {
         vec y[N];
-        for (int j = 0; j < N; ++j) {
-            __builtin_prefetch(next + k * ld + j * L, 0, 2);
-            y[j] = load(v + k * ld + j * L);
-        }
+        for (int j = 0; j < N; ++j) y[j] = keep(load(v + k * ld + j * L));
+        for (int j = 0; j < N && next != v; ++j) __builtin_prefetch(next + k * ld + j * L, 0, 2);
         for (int i = 0; i < M; ++i) {
             const vec weight = splat(p[i * KEYS + k]);
             for (int j = 0; j < N; ++j) sum[i][j] = muladd(weight, y[j], sum[i][j]);

@@ -45,16 +45,12 @@ inline ivec dot_signed(ivec s, ivec w, int32_t a) {
 constexpr bool WIDE = false;
 inline __m256i widened(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline ivec dot(ivec s, ivec w, int32_t a) {
-    s = (ivec)_mm256_add_epi16((__m256i)s, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a)));
-    keep(s);
-    return s;
+    return keep((ivec)_mm256_add_epi16((__m256i)s, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(a))));
 }
 inline ivec whole(ivec s) { return (ivec)widened((__m256i)s); }
 inline ivec dot_signed(ivec s, ivec w, int32_t a) {
     const __m256i moved = _mm256_sign_epi8(_mm256_set1_epi32(a), (__m256i)w);
-    s += (ivec)widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), moved));
-    keep(s);
-    return s;
+    return keep(s + (ivec)widened(_mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)w), moved)));
 }
 
 // %% ../../nbs/library/537_kernels.codes.ipynb #1ff8b9c3
@@ -120,8 +116,7 @@ inline void round_block(const float* x, CodeBlock& block) {
     const float step = largest_magnitude(v) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
     ivec total[2] = {};
     for (int i = 0; i < 32 / L; ++i) {
-        vec y = v[i] * inverse;
-        keep(y);
+        const vec y = keep(v[i] * inverse);
         const ivec c = __builtin_convertvector((y + 12582912.f) - 12582912.f, ivec);
         store_bytes(c, (int8_t*)block.codes + i * L);
         total[i * L / 16] += c << 24 >> 24;
@@ -159,8 +154,7 @@ inline void round_fine_block(const float* x, CodeBlock& block, CodeBlock& rest) 
     const float step = largest_magnitude(v) / 127, inverse = step < INFINITY ? 1 / std::max(step, 0x1p-126f) : 0;
     ivec total = {}, small = {};
     for (int i = 0; i < 32 / L; ++i) {
-        vec y = v[i] * inverse;
-        keep(y);
+        const vec y = keep(v[i] * inverse);
         const vec whole = take_codes(y, (int8_t*)block.codes + i * L, total);
         take_codes((y - whole) * 128.f, (int8_t*)rest.codes + i * L, small);
     }

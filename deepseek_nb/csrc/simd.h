@@ -71,7 +71,7 @@ inline void narrow(float x, bf16* to) {
 }
 
 // %% ../../nbs/library/508_kernels.simd.ipynb #b53c8f7a
-template <class V> inline void keep(V& v) {
+template <class V> inline V keep(V v) {
 #if defined(__AVX512F__)
     __asm__("" : "+v"(v));
 #elif defined(__x86_64__)
@@ -79,6 +79,7 @@ template <class V> inline void keep(V& v) {
 #elif defined(__aarch64__)
     __asm__("" : "+w"(v));
 #endif
+    return v;
 }
 
 // %% ../../nbs/library/508_kernels.simd.ipynb #ab3543fc
