@@ -191,11 +191,10 @@ Modules:
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written
 - `deepseek_nb.serve.webhooks`: Messages to other systems that are signed, can't be replayed, and never reach into the internal network
 - `deepseek_nb.studies.cases`: Patients with rare diseases from case reports: their signs as text, a split in which no publication is on both sides, and a floor that compares signs with the ontology's own descriptions.
-- `deepseek_nb.tools.batch`: Answers a file of requests with one model, here or on the nodes of a Ray cluster: exactly one answer a line, however often the run is killed
 - `deepseek_nb.tools.book`: Reads chapters, parts and reading paths from the notebooks, and makes the front page, the README, the sidebar and the map from them, so that they agree.
 - `deepseek_nb.tools.cli`: The command `deepseek-nb`, with one short function for each subcommand: chat, generate, quantize, finetune, eval, bench and others.
 - `deepseek_nb.tools.doctor`: What this machine offers for running models: device, processor, threads, compilers, kernels, memory and cache folder. If something is missing, the doctor says what it is needed for.
-- `deepseek_nb.tools.serving`: Reads settings from the command line or a TOML file, loads the models, and serves them
+- `deepseek_nb.tools.serving`: Reads settings, loads the models, and serves them over HTTP, or answers a file of requests: exactly one answer a line, however often the run is killed
 - `deepseek_nb.tools.site`: Each notebook becomes a page with its code, stored outputs and links. No cell is run, and the pages load nothing from other hosts.
 - `deepseek_nb.train.advantage`: The advantage says how much better an answer is than expected. It is computed from a group of answers or from a critic; bias and variance of both are computed exactly on small policies.
 - `deepseek_nb.train.balance`: Without load balancing a router sends most tokens to a few experts. V3 corrects this with a bias per expert and a small sequence-wise loss.

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import pytest
 
 from deepseek_nb.infer.generate import stream_text
-from deepseek_nb.tools import batch, cli
-from deepseek_nb.tools.batch import run_batch
+from deepseek_nb.tools import cli, serving
+from deepseek_nb.tools.serving import run_batch
 
 
 def ask(path, n, **more):
@@ -39,8 +39,8 @@ def test_a_run_that_is_killed_writes_every_line_once(tmp_path, monkeypatch):
     print('seed', seed := time.time_ns())
     random.seed(seed)
     # The lock of progress bars is shared with children, and one that is killed while it holds it keeps it for ever
-    monkeypatch.setattr(batch.tqdm, '_lock', threading.RLock(), raising=False)
-    monkeypatch.setattr(batch, 'local_worker', contextmanager(lambda *a: iter([[((w := Scripted()).ready, w.answer)]])))
+    monkeypatch.setattr(serving.tqdm, '_lock', threading.RLock(), raising=False)
+    monkeypatch.setattr(serving, 'local_worker', contextmanager(lambda *a: iter([[((w := Scripted()).ready, w.answer)]])))
     source, out, kills = ask(tmp_path/'in.jsonl', 150), tmp_path/'out.jsonl', 0
     for _ in range(20):
         if not (pid := os.fork()):

@@ -189,7 +189,7 @@ def run_export(
 def _spread(on):
     "Function that makes calls on the nodes of a cluster; None: they are made here"
     if not on: return None
-    from deepseek_nb.tools.batch import run_on
+    from deepseek_nb.tools.serving import run_on
     return partial(run_on, on)
 
 def run_finetune(
@@ -375,7 +375,7 @@ def answer_batch(
     "Answer a file of requests, or continue an interrupted run"
     from asyncio import run
 
-    from deepseek_nb.tools.batch import run_batch
+    from deepseek_nb.tools.serving import run_batch
     if min(memory, max_rows, default_max_tokens) < 1: raise ValueError('memory, max_rows and default_max_tokens must be at least 1')
     found = run(run_batch(source, out, model, on, default_max_tokens, memory=memory, max_rows=max_rows))
     print(f'{found.total()} answers in {out}, {found.total() - found[200]} of them errors')
