@@ -103,7 +103,6 @@ Modules:
 - `deepseek_nb.files.safetensors`: Reading and writing safetensors files of any size: tensors are read one at a time with little memory, and files are written atomically.
 - `deepseek_nb.files.tokenizer`: Converting text to token ids and back, with the vocabulary of a `tokenizer.json` or a GGUF file. Control tokens in a user's text are treated as plain text.
 - `deepseek_nb.files.untrusted`: Read JSON lines, CSV and Parquet that strangers upload, one row at a time in bounded memory; every hostile or broken file causes one clear error message.
-- `deepseek_nb.infer.adapters`: Many LoRA adapters of one model, with its weights once in memory: each row of a batch has its own. They are loaded and unloaded by name while the model answers.
 - `deepseek_nb.infer.conversation`: A conversation keeps its messages and its KV cache, so each turn computes only its new tokens. Prefill and decode rates are measured separately.
 - `deepseek_nb.infer.drafts`: Guesses of the next tokens: from an earlier passage of the text, a smaller model, a multi-token-prediction block, or V4's block drafter.
 - `deepseek_nb.infer.engine`: One thread owns the model and runs all requests together, step by step. On a CPU, each answer is the same as if the request had run alone.
@@ -114,7 +113,7 @@ Modules:
 - `deepseek_nb.infer.persist`: Stores pages of the KV cache as files, so that a cached prompt survives a restart. Each file is named by a hash of everything that its content depends on, and checked when it is read.
 - `deepseek_nb.infer.prefix`: Requests share the KV cache of common prefixes, so a prompt is computed only from the first page in which it differs from earlier ones. Hits and misses are counted as in DeepSeek's API.
 - `deepseek_nb.infer.quant_cache`: Stores the latents, keys and values of the KV cache in 8 bits. This takes less than half of the memory of a float32 cache.
-- `deepseek_nb.infer.ragged`: One forward pass for sequences of different lengths: some process a chunk of a prompt, others one new token, and each gets the same result as alone.
+- `deepseek_nb.infer.ragged`: One forward pass for sequences of different lengths, each with a LoRA adapter of its own if it has one: some process a chunk of a prompt, others one new token, and each gets the same result as alone.
 - `deepseek_nb.infer.request`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them. A fair queue and the plan of a step decide which requests run.
 - `deepseek_nb.infer.sampling`: Logits become a token: greedy or drawn, with temperature, top-k, top-p, min-p, penalties and grammars. Each row of a batch draws for itself, so its tokens never depend on the other rows.
 - `deepseek_nb.infer.speculate`: The model verifies a draft of several tokens in one step. The distribution of the text doesn't change, and where drafts are often right it takes fewer steps.

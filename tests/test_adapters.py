@@ -19,10 +19,9 @@ from test_server import HI, Live, openai
 
 from deepseek_nb.arch.model import Model, head
 from deepseek_nb.files.tokenizer import Tokenizer
-from deepseek_nb.infer.adapters import Adapters, read_adapter
 from deepseek_nb.infer.engine import Engine
 from deepseek_nb.infer.paged import PagedCache, PagePool
-from deepseek_nb.infer.ragged import Rows, run_adapted_rows
+from deepseek_nb.infer.ragged import Adapters, Rows, read_adapter, run_adapted_rows
 from deepseek_nb.infer.request import Request
 from deepseek_nb.infer.sampling import SamplingParams
 from deepseek_nb.kernels.plan import step_kernels

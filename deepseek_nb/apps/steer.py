@@ -29,7 +29,7 @@ from ..arch.cache import Cache
 from ..arch.model import Model, run_blocks
 from ..arch.v4 import check_plain
 from ..files.tokenizer import Tokenizer
-from ..infer.adapters import shared_view
+from ..infer.ragged import shared_view
 from ..train.lora import LoraConfig, LoraWeight, adapters_of, lora_weights
 
 # %% ../../nbs/apps/878_apps.steer.ipynb #1f9f338e

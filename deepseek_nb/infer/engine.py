@@ -26,11 +26,11 @@ from fastcore.basics import patch
 
 from ..arch.model import Model, head
 from ..files.tokenizer import Tokenizer
-from .adapters import Adapters, SharedAdapter, cache_space
 from .conversation import common_prefix
 from .drafts import Draft
 from .generate import row_samplers
 from .paged import PoolFull, page_bytes
+from .ragged import Adapters, SharedAdapter, cache_space
 from .request import PROMPT_ROOM, FairQueue, Piece, Request, Stream, TextOut, is_loop, plan_step
 from .sampling import GREEDY, Drawn, RowSampler, SamplingParams, most_likely
 from .speculate import DraftLength, RowDrafts, keeps_bits, verify_drafts

@@ -33,8 +33,8 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
-from ..infer.adapters import NoAdapter
 from ..infer.engine import EngineClosed, QueueFull
+from ..infer.ragged import NoAdapter
 from ..infer.sampling import SamplingParams
 from .anthropic import MessagesRun, anthropic_error, count_tokens, read_anthropic
 from .chat import IGNORED, USUAL, ApiError, Fields, ServedModel

@@ -12,7 +12,7 @@ __all__ = ['ADAPTER_FILES', 'all_served', 'find_served', 'add_adapter', 'adapter
 # %% ../../nbs/library/471_serve.lora.ipynb #dfbd64aa
 from pathlib import Path
 
-from ..infer.adapters import NoAdapter
+from ..infer.ragged import NoAdapter
 from .chat import ApiError, Fields, ServedModel
 
 # %% ../../nbs/library/471_serve.lora.ipynb #2aa13995

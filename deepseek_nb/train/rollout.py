@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ..arch.model import Model, head
 from ..arch.routing import Gate, Route
 from ..files.tokenizer import Tokenizer
-from ..infer.adapters import SharedAdapter, shared_view
 from ..infer.engine import Engine, Row
 from ..infer.paged import PagedCache, PagePool
+from ..infer.ragged import SharedAdapter, shared_view
 from ..infer.request import Piece, Request
 from ..infer.sampling import Drawn, RowSampler, SamplingParams, draw_tokens, truncate
 from ..infer.speculate import keeps_bits
