@@ -90,9 +90,8 @@ Modules:
 - `deepseek_nb.export.onnx`: A model becomes an ONNX graph with dynamic batch and length, in floats or with matrices of 8 or 4 bits, which ONNX Runtime, OpenVINO and TensorRT execute without Python.
 - `deepseek_nb.export.runner`: An engine in C++ that computes a model from one GGUF file: its C interface, its threads, and how Python compiles and calls it.
 - `deepseek_nb.export.runner_binary`: A program of 2 MB without dependencies that continues a text or chats: its command line, the choice of a token, one engine for each instruction set, and a model inside it.
-- `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie.
+- `deepseek_nb.export.runner_file`: What a GGUF file is to a program: mapped bytes, a header, and tensors in blocks, which are decoded, packed and multiplied where they lie. Its tokens and merges make a byte-level BPE tokenizer.
 - `deepseek_nb.export.runner_step`: Latent and grouped-query attention, router and experts, from tokens to logits, compared with the model in Python after each stage.
-- `deepseek_nb.export.runner_text`: Byte-level BPE in C++: words by the classes of their characters, merges by rank, special tokens, and the prompt of a chat.
 - `deepseek_nb.export.tensorrt`: A TensorRT engine from the ONNX file: strongly typed, without plugins, with profiles for prefill and decode, and a benchmark for a machine with a GPU.
 - `deepseek_nb.export.transformers`: A model of this package as a `PreTrainedModel` of transformers, with its own kernels, quantised weights and KV cache: beams, streamers, `pipeline`, and the trainers of PEFT and TRL
 - `deepseek_nb.export.wasm`: Compiles the C++ engine to a small WebAssembly module for browsers, and records the sources that it was made from

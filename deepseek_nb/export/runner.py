@@ -119,9 +119,8 @@ class Runner:
         if getattr(self, 'handle', None): self.c.runner_free(self.handle)
 
     if TYPE_CHECKING:
-        from deepseek_nb.export.runner_file import row, product
+        from deepseek_nb.export.runner_file import row, encode, decode, prompt, product
         from deepseek_nb.export.runner_step import step, rewind, probe, watch
-        from deepseek_nb.export.runner_text import encode, decode, prompt
         from deepseek_nb.export.runner_binary import sample
     else:
         row = later('export.runner_file')
@@ -129,9 +128,9 @@ class Runner:
         rewind = later('export.runner_step')
         probe = later('export.runner_step')
         watch = later('export.runner_step')
-        encode = later('export.runner_text')
-        decode = later('export.runner_text')
-        prompt = later('export.runner_text')
+        encode = later('export.runner_file')
+        decode = later('export.runner_file')
+        prompt = later('export.runner_file')
         sample = later('export.runner_binary')
         product = later('export.runner_file')
 
