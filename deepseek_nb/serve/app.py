@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -677,18 +677,26 @@ class Server:
         with _shared_python(): server.run()
 
 # %% ../../nbs/library/482_serve.app.ipynb #a8b6ed09
+@cache
+def _streaming_class():
+    "The class of all streamed answers: one for each answer would be a cycle that waits for the collector"
+    from starlette.responses import StreamingResponse
+    class Streamed(StreamingResponse):
+        def __init__(self, *args, leave, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.leave = leave
+        async def __call__(self, scope, receive, send):
+            try: await super().__call__(scope, receive, send)
+            finally: self.leave()
+    return Streamed
+
 def _streamed(
     body:AsyncIterator, # Bytes
     leave:Callable, # Called at the end, also if the client has left before the first byte
     kind:str, # Content type
 ):
     "A response that streams"
-    from starlette.responses import StreamingResponse
-    class Streamed(StreamingResponse):
-        async def __call__(self, scope, receive, send):
-            try: await super().__call__(scope, receive, send)
-            finally: leave()
-    return Streamed(body, media_type=kind, headers={'cache-control': 'no-cache', 'x-accel-buffering': 'no'})
+    return _streaming_class()(body, leave=leave, media_type=kind, headers={'cache-control': 'no-cache', 'x-accel-buffering': 'no'})
 
 # %% ../../nbs/library/482_serve.app.ipynb #dc70a439
 def tokens_of_text(
