@@ -48,6 +48,9 @@ WORKS = dict(
     stop_strings="""
         out = model.generate(**enc, max_new_tokens=40, stop_strings=[' a'], tokenizer=tok)
         assert ' a' in tok.decode(out[0, enc.input_ids.shape[1]:]) and out.shape[1] < 40""",
+    words_of_the_apis="""
+        out = model.generate(**enc, max_new_tokens=40, n=2, do_sample=True, top_k=1, stop=[' a'], tokenizer=tok)
+        assert torch.equal(out[0], out[1]) and ' a' in tok.decode(out[0, enc.input_ids.shape[1]:]) and out.shape[1] < 40""",
     text_streamer="""
         from transformers import TextStreamer
         model.generate(**enc, max_new_tokens=3, streamer=TextStreamer(tok, skip_prompt=True, skip_special_tokens=True))""",

@@ -202,9 +202,11 @@ def generate(self:Model,
     new = [t[:,None] for t in self.stream(input_ids, max_new_tokens, **kwargs)]
     return torch.cat([input_ids.to(self.device), *new], 1)
 
+_LONGER = dict(n='num_return_sequences', stop='stop_strings') # the words of the APIs, and those of transformers
+
 def _by_transformers(model, ids, n, kw):
     "Generate with arguments that only transformers knows; the others keep their meaning here"
-    kw = {k: v.to_transformers() if isinstance(v, Model|Tokenizer) else v for k,v in kw.items()}
+    kw = {_LONGER.get(k, k): v.to_transformers() if isinstance(v, Model|Tokenizer) else v for k,v in kw.items()}
     if 'generation_config' not in kw:
         if kw.get('do_sample') is None: kw['do_sample'] = bool(kw.get('temperature'))
         if n is None and kw.get('max_length') is None: n = 64
