@@ -115,6 +115,7 @@ Modules:
 - `deepseek_nb.infer.ragged`: One forward pass for sequences of different lengths, each with a LoRA adapter of its own if it has one: some process a chunk of a prompt, others one new token, and each gets the same result as alone.
 - `deepseek_nb.infer.request`: A request says what to generate and when to stop. Its stream carries the tokens from the engine's thread to the caller that waits for them. A fair queue and the plan of a step decide which requests run.
 - `deepseek_nb.infer.sampling`: Logits become a token: greedy or drawn, with temperature, top-k, top-p, min-p, penalties and grammars. Each row of a batch draws for itself, so its tokens never depend on the other rows.
+- `deepseek_nb.infer.scores`: What a model says about texts without writing one: how likely a continuation is, which class a text has, and a vector for each text
 - `deepseek_nb.infer.speculate`: The model verifies a draft of several tokens in one step. The distribution of the text doesn't change, and where drafts are often right it takes fewer steps.
 - `deepseek_nb.infer.stores`: Two kinds of KV cache behind one interface: pages that requests share, and caches that requests own. The engine's scheduling is the same for both.
 - `deepseek_nb.kernels.adapted`: Runs rows with different LoRA adapters in one C++ call, on float or quantised weights; each row gets the same bits as alone.
@@ -184,6 +185,7 @@ Modules:
 - `deepseek_nb.serve.patterns`: Finds card numbers, IBANs, national numbers, e-mail addresses, telephone numbers, keys and planted secrets in a stream, and tells which text may still become a match
 - `deepseek_nb.serve.policy`: A TOML file says what happens to card numbers, names, secrets and insults, and a stream holds back only text that may still become part of a match
 - `deepseek_nb.serve.responses`: OpenAI's newer protocol: requests and answers are lists of items, a stream reports how each item grows, and a request can continue from a stored answer
+- `deepseek_nb.serve.scores`: What clients ask of a model besides text: a vector for each text, the documents that answer a question, and the class of a text
 - `deepseek_nb.serve.text`: The older completions API, without messages: prompts as text or token ids, log-probabilities of the prompt for evaluation harnesses, and filling in the middle
 - `deepseek_nb.serve.timeline`: Records what an engine does in each step, and draws it: the schedule, and the pages of a preemption.
 - `deepseek_nb.serve.tools`: How DeepSeek-V3 to V4.1 and the Hermes format write tool calls into the text, and parsers that stream the arguments while they are written

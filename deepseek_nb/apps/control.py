@@ -48,11 +48,11 @@ from deepseek_nb.apps.steer import (
     with_adapter,
 )
 from ..arch.model import Model, left_pad
-from ..eval.choice import log_likelihoods
 from ..files.safetensors import write_tensors, written
 from ..files.tokenizer import Tokenizer
 from ..infer.generate import left_padded
 from ..infer.ragged import shared_view
+from ..infer.scores import log_likelihoods
 from ..serve.chat import ApiError, Fields
 from ..train.corpora import CORPORA, spaced
 from ..train.lora import adapters_of

@@ -32,25 +32,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..arch.model import Model
-from deepseek_nb.eval.choice import (
-    FORMS,
-    TaskScore,
-    choice_rows,
-    encode_pair,
-    find_set,
-    item_id,
-    letters,
-    log_likelihoods,
-    multiple_choice,
-    read_lines,
-    some_items,
-)
-from .classify import class_probabilities
+from .choice import FORMS, TaskScore, choice_rows, find_set, item_id, letters, multiple_choice, read_lines, some_items
 from .intervals import Difference, Interval, bootstrap, holm, mcnemar, paired, wilson
 from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.request import Request
 from ..infer.sampling import SamplingParams
+from ..infer.scores import class_probabilities, encode_pair, log_likelihoods
 from ..serve.guard import ContentFilter
 
 # %% ../../nbs/library/734_eval.behaviour.ipynb #cbb088da

@@ -25,18 +25,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..arch.model import Model
-from deepseek_nb.eval.choice import (
-    TaskScore,
-    encode_pair,
-    find_set,
-    item_id,
-    log_likelihoods,
-    read_lines,
-    score_interval,
-    some_items,
-)
+from .choice import TaskScore, find_set, item_id, read_lines, score_interval, some_items
 from .intervals import Interval, wilson
 from ..files.tokenizer import Tokenizer
+from ..infer.scores import encode_pair, log_likelihoods
 
 # %% ../../nbs/library/722_eval.bias.ipynb #851ac966
 def sentence_scores(

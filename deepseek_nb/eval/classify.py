@@ -9,12 +9,11 @@ A `SwapTable` swaps names, pronouns and groups in a text, and `swap_scores` meas
 
 # %% auto #0
 __all__ = ['GENDER_SWAPS', 'NAME_SWAPS', 'RELIGION_SWAPS', 'SWAPS', 'confusion', 'f1', 'macro_f1', 'accuracy', 'micro_f1',
-           'interval', 'calibration_error', 'Classified', 'classified', 'class_probabilities', 'SwapTable',
-           'swap_table', 'load_swaps', 'found_groups', 'swapped', 'swapped_versions', 'SwapScores', 'by_group',
-           'swap_effects', 'swap_scores', 'feeling_texts', 'swaps_task', 'ReliabilityBin', 'bin_places', 'reliability',
-           'expected_error', 'calibrated_errors', 'debiased_square', 'debiased_error', 'BrierParts', 'brier_parts',
-           'brier', 'softened', 'fit_temperature', 'tempered', 'choice_scores', 'calibration_task',
-           'measure_calibration']
+           'interval', 'calibration_error', 'Classified', 'classified', 'SwapTable', 'swap_table', 'load_swaps',
+           'found_groups', 'swapped', 'swapped_versions', 'SwapScores', 'by_group', 'swap_effects', 'swap_scores',
+           'feeling_texts', 'swaps_task', 'ReliabilityBin', 'bin_places', 'reliability', 'expected_error',
+           'calibrated_errors', 'debiased_square', 'debiased_error', 'BrierParts', 'brier_parts', 'brier', 'softened',
+           'fit_temperature', 'tempered', 'choice_scores', 'calibration_task', 'measure_calibration']
 
 # %% ../../nbs/library/730_eval.classify.ipynb #0b060d8d
 import re
@@ -26,13 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from ..arch.model import Model
-from .choice import Choices, TaskScore, choice_rows, item_id, log_likelihoods, multiple_choice, some_items
+from .choice import Choices, TaskScore, choice_rows, item_id, multiple_choice, some_items
 from .intervals import bootstrap, wilson
 from ..files.tokenizer import Tokenizer
-from ..train.corpora import class_numbers, class_prompt
+from ..infer.scores import class_probabilities
+from ..train.corpora import class_numbers
 
 # %% ../../nbs/library/730_eval.classify.ipynb #77f2ea74
 def confusion(
@@ -150,21 +149,6 @@ def classified(
     found = [-1 if p in (-1, None) else next(numbers) for p in predicted]
     error = None if probabilities is None else calibration_error(probabilities, true)
     return Classified(confusion(true, found, len(classes)), list(classes), error)
-
-# %% ../../nbs/library/730_eval.classify.ipynb #9ced13be
-def class_probabilities(
-    model:Model, # Language model
-    tokenizer:Tokenizer, # The model's tokenizer
-    texts:list, # Texts to classify
-    classes:list, # Names of the classes
-    template:str = '{text}\nAnswer:', # Prompt before the name of the class
-    end:bool = False, # Also score the end-of-text token after the name
-)->np.ndarray: # Probabilities `n k`
-    "Compute the probability of each class from the likelihood of its name"
-    names = [[*tokenizer.encode(f' {name}'), *tokenizer.eos_ids[:end]] for name in classes]
-    room = model.config.max_positions + 1 - max(map(len, names))
-    pairs = [[(prompt, name) for name in names] for prompt in (class_prompt(tokenizer, t, template, room) for t in texts)]
-    return torch.tensor(log_likelihoods(model, pairs), dtype=torch.float64).softmax(-1).numpy()
 
 # %% ../../nbs/library/730_eval.classify.ipynb #2493660c
 GENDER_SWAPS = '''

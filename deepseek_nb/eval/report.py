@@ -26,10 +26,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..arch.model import Model
-from .choice import FORMS, PairScorer, TaskScore, matched, score_interval
+from .choice import FORMS, TaskScore, matched, score_interval
 from .intervals import Difference, Interval, drawn_means, holm, mcnemar, paired
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
+from ..infer.scores import PairScorer
 
 # %% ../../nbs/library/748_eval.report.ipynb #c6c5d972
 class EvalTask(NamedTuple):

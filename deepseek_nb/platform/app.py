@@ -34,11 +34,11 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ..arch.model import Model
-from ..eval.classify import class_probabilities
 from ..eval.drift import EmbeddingTable
 from ..files.tokenizer import Tokenizer
 from ..infer.engine import Engine
 from ..infer.load import warm_kernels
+from ..infer.scores import class_probabilities
 from . import layout as ui
 from .access import csrf_matches, user_of_session, user_of_token
 from .data_pages import data_pages
@@ -54,6 +54,7 @@ from .watch_pages import watch_pages
 from ..serve.app import Server, ServerConfig, as_api_error, given_key, key_digest, owner_of
 from ..serve.chat import ApiError, Fields, ServedModel
 from ..serve.grammar import compile_grammar
+from ..serve.scores import class_rows
 
 # %% ../../nbs/platform/840_platform.app.ipynb #89e7cd27
 @dataclass
@@ -207,11 +208,8 @@ class PlatformServer(Server):
         if not isinstance(served, ServedClassifier): raise ApiError(400, f'{place} does not classify; chat with it', 'model')
         texts = [_passed_text(served, t) for t in texts]
         p,classes = served.probabilities(texts),served.known.classes
-        found = [dict(index=i, label=classes[int(o.argmax())], probs=o.tolist(), num_classes=len(classes)) for i,o in enumerate(p)]
-        sizes = self._count_classified(place, choice.model_id, served, owner, texts, [o['label'] for o in found], begin)
-        usage = dict(prompt_tokens=sum(sizes), total_tokens=sum(sizes), completion_tokens=0, prompt_tokens_details=None)
-        head = dict(id=f'classify-{secrets.token_hex(16)}', object='list', created=int(time.time()), model=served.name)
-        return head | dict(data=found, classes=classes, usage=usage)
+        labels = [classes[i] for i in p.argmax(1)]
+        return class_rows(served.name, classes, p, self._count_classified(place, choice.model_id, served, owner, texts, labels, begin))
 
     def _count_classified(self, place, model, served, owner, texts, labels, begin):
         "Record an event for each text; the numbers of its tokens"

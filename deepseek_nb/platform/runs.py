@@ -31,20 +31,12 @@ from sqlalchemy import select
 from ..arch.model import Model
 from ..eval.behaviour import with_typos
 from ..eval.choice import FORMS, score_interval
-from deepseek_nb.eval.classify import (
-    bin_places,
-    class_probabilities,
-    classified,
-    feeling_texts,
-    interval,
-    load_swaps,
-    macro_f1,
-    swapped_versions,
-)
+from ..eval.classify import bin_places, classified, feeling_texts, interval, load_swaps, macro_f1, swapped_versions
 from ..eval.intervals import bootstrap, wilson
 from ..eval.report import eval_task
 from ..files.safetensors import written
 from ..files.tokenizer import Tokenizer
+from ..infer.scores import class_probabilities
 from .datasets import row_digest
 from .jobs import Job, JobCancelled, Superseded, curve_of, job_kind, submit
 from .labels import predict, uncertainty

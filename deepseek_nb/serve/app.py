@@ -57,6 +57,7 @@ from .lora import all_served, find_served, load_lora, unload_lora
 from .ollama import OllamaRun, model_details, model_tag
 from .page import chat_page, experts_report, has_router
 from .responses import CompactRun, ResponsesRun, ResponseStore, count_input, item_page, read_compact, read_responses
+from .scores import classes_of, embeddings_of, ollama_embeddings, ranked_documents
 from .text import TextRun, read_completion
 
 # %% ../../nbs/library/482_serve.app.ipynb #0f228fe0
@@ -464,11 +465,15 @@ class Server:
         return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
 
     @_answered
-    async def _experts(self, request): # `POST /v1/experts`
-        "The experts of some tokens; they are computed outside of the event loop"
-        if self.reports >= _MOST_REPORTS: raise ApiError(429, 'too many requests for experts run; send it again', kind='rate_limit_error')
+    async def _report(self,
+        request, # Starlette's request
+        report:Callable, # `report(served, fields)`
+        wire:Wire = OPENAI, # Form of errors
+    ): # `POST /v1/experts`, `/v1/embeddings`, `/v1/rerank` and `/v1/classify`
+        "What a model computes besides answers, outside of the event loop"
+        if self.reports >= _MOST_REPORTS: raise ApiError(429, 'too many such requests run; send it again', kind='rate_limit_error')
         self.reports += 1
-        try: return await self._count(request, lambda served, body, owner: experts_report(served, body), pool=self.routers)
+        try: return await self._count(request, lambda served, body, owner: report(served, body), wire, pool=self.routers)
         finally: self.reports -= 1
 
     @_answered
@@ -618,7 +623,11 @@ class Server:
         out += [Route(f'/v1/{verb}_lora_adapter', self._change_adapters, methods=['POST']) for verb in ('load', 'unload')]
         out += [Route('/', self._page), Route('/openapi.json', self._openapi), Route('/metrics', self._metrics)]
         out += [Route(path, self._health) for path in ('/health', '/ready')]
-        return out + [Route('/tokenizer_info', self._tokenizer_info), Route('/v1/experts', self._experts, methods=['POST']),
+        reports = {'/v1/experts': experts_report, '/v1/embeddings': embeddings_of, '/embeddings': embeddings_of, '/v1/classify': classes_of,
+                   '/classify': classes_of, **dict.fromkeys(('/v1/rerank', '/v2/rerank', '/rerank'), ranked_documents)}
+        out += [Route(path, partial(self._report, report=report), methods=['POST']) for path,report in reports.items()]
+        out += [Route('/api/embed', partial(self._report, report=ollama_embeddings, wire=OLLAMA), methods=['POST'])]
+        return out + [Route('/tokenizer_info', self._tokenizer_info),
                       *[Route(path, self._tokenize, methods=['POST']) for path in ('/tokenize', '/detokenize')]]
 
     async def _no_route(self, request, error): # Starlette's error: 404 or 405
@@ -720,7 +729,7 @@ def text_of_tokens(
     return dict(prompt=served.tok.decode(ids))
 
 # %% ../../nbs/library/482_serve.app.ipynb #70ce1f01
-_MOST_REPORTS = 4 # requests for experts at a time: each computes its whole sequence again, beside the engine
+_MOST_REPORTS = 4 # requests for experts, embeddings, orders or classes at a time: they are computed beside the engine
 
 # %% ../../nbs/library/482_serve.app.ipynb #0915169e
 def _wire(path): return ANTHROPIC if '/messages' in path else OLLAMA if path.startswith('/api/') else OPENAI

@@ -89,6 +89,12 @@ BODIES = { # End of a path -> schema of the body
     'messages/count_tokens': record('model messages', **ASKED),
     'tokenize': record('prompt', model=TEXT, prompt=TEXT, add_special_tokens=YES_NO),
     'detokenize': record('tokens', model=TEXT, tokens=list_of(_WHOLE)),
+    'embeddings': record('model input', model=TEXT, input=COMPLETION['properties']['prompt'], encoding_format=one_of('float', 'base64'),
+                         dimensions=_WHOLE | dict(minimum=1), user=TEXT),
+    'rerank': record('model query documents', model=TEXT, query=TEXT, documents=list_of({'anyOf': [TEXT, record('text', text=TEXT)]}),
+                     top_n=_WHOLE | dict(minimum=1), return_documents=YES_NO),
+    'classify': record('model input labels', model=TEXT, input={'anyOf': [TEXT, list_of(TEXT)]}, labels=list_of(TEXT), template=TEXT),
+    'embed': record('model input', model=TEXT, input={'anyOf': [TEXT, list_of(TEXT)]}, truncate=YES_NO),
     'experts': record('model tokens', model=TEXT, tokens=list_of(_WHOLE), last=_WHOLE),
     'load_lora_adapter': record('lora_name lora_path', lora_name=TEXT, lora_path=TEXT, base_model_name=TEXT, load_inplace=YES_NO),
     'unload_lora_adapter': record('lora_name', lora_name=TEXT)}
@@ -97,6 +103,7 @@ BODIES = { # End of a path -> schema of the body
 ERRORS = dict(
     Error=record('error', error=record('message type', message=TEXT, type=TEXT, param={'type': ['string', 'null']},
                                        code={'type': ['string', 'null']})),
+    OllamaError=record('error', error=TEXT),
     AnthropicError=record('type error', type=one_of('error'), error=record('message type', message=TEXT, type=TEXT)))
 
 def _body_of(path): return next((BODIES[name] for name in sorted(BODIES, key=len, reverse=True) if path.endswith('/' + name)), None)
@@ -106,7 +113,8 @@ def _json(schema): return {'content': {'application/json': {'schema': schema}}}
 def _operation(route, path, method):
     "What a route does"
     call = route.endpoint
-    said,error = (call.func if isinstance(call, partial) else call).__doc__ or '',f'{"Anthropic" if "/messages" in path else ""}Error'
+    told = call.keywords.get('report', call.func) if isinstance(call, partial) else call
+    said,error = told.__doc__ or '','AnthropicError' if '/messages' in path else 'OllamaError' if path.startswith('/api/') else 'Error'
     out = dict(summary=said, responses={'200': dict(description='The answer', content={'*/*': {}}),
                '4XX': dict(description='Why not', **_json({'$ref': f'#/components/schemas/{error}'}))})
     names = [{'name': n, 'in': 'path', 'required': True, 'schema': TEXT} for n in route.param_convertors]

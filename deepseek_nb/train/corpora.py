@@ -16,7 +16,7 @@ __all__ = ['ARCHIVES', 'CORPORA', 'FIELDS', 'EXAMS', 'LONG', 'LAYOUTS', 'Archive
            'split_by_key', 'Overlap', 'grams', 'overlap', 'folded', 'shingle_set', 'jaccard', 'shingle_hashes',
            'minhash', 'band_keys', 'root_of', 'near_candidates', 'near_groups', 'assistant_spans', 'chat_example',
            'limited', 'chat_data', 'completion_example', 'completion_data', 'column_names', 'sft_layout', 'sft_data',
-           'class_numbers', 'class_prompt', 'class_example', 'classification_data']
+           'class_numbers', 'class_example', 'classification_data']
 
 # %% ../../nbs/library/602_train.corpora.ipynb #5de6d62e
 import hashlib
@@ -43,6 +43,7 @@ import numpy as np
 
 from ..files.hub import cache_dir, sha256
 from ..files.tokenizer import Tokenizer
+from ..infer.scores import class_prompt
 from .data import IGNORE, columns, example, map_columns, packed, to_dataset, tokenised
 
 # %% ../../nbs/library/602_train.corpora.ipynb #bae985c4
@@ -603,21 +604,6 @@ def class_numbers(
 
 # %% ../../nbs/library/602_train.corpora.ipynb #d0a4fb6b
 def _few(names): return ', '.join([*map(str, names[:8]), *['…']*(len(names) > 8)])
-
-# %% ../../nbs/library/602_train.corpora.ipynb #83b3b3da
-def class_prompt(
-    tokenizer:Tokenizer, # The model's tokenizer
-    text:str, # Text to classify
-    template:str = '{text}\nAnswer:', # Prompt before the name of the class
-    length:int|None = None, # Maximum number of tokens; longer texts are cut
-)->list: # Token ids
-    "Tokenise the prompt that asks for a class"
-    if template.count('{text}') != 1: raise ValueError(f'the template {template!r} must contain {{text}} once')
-    head,tail = map(tokenizer.encode, template.split('{text}'))
-    head = [tokenizer.bos_id]*(tokenizer.add_bos and tokenizer.bos_id is not None) + head
-    room = None if length is None else length - len(head) - len(tail)
-    if room is not None and room < 1: raise ValueError(f'the template leaves {room} of {length} tokens for the text; shorten it')
-    return [*head, *tokenizer.encode(text)[:room], *tail]
 
 # %% ../../nbs/library/602_train.corpora.ipynb #3e1867eb
 def class_example(
