@@ -7,7 +7,7 @@ The routes hold no logic: they read a body, start a run of a protocol, and send 
 
 # %% auto #0
 __all__ = ['OPENAI', 'RESPONSES', 'ANTHROPIC', 'OLLAMA', 'GRAMMARS', 'key_digest', 'given_key', 'owner_of', 'ServerConfig',
-           'check_source', 'check_address', 'Wire', 'event_stream', 'as_api_error', 'Readers', 'Server',
+           'check_source', 'check_address', 'Wire', 'event_stream', 'as_api_error', 'Readers', 'OnDemand', 'Server',
            'tokens_of_text', 'text_of_tokens']
 
 # %% ../../nbs/library/482_serve.app.ipynb #9476bc0a
@@ -110,6 +110,8 @@ class ServerConfig:
     sampling:dict = field(default_factory=dict) # Sampling of such a request, where it isn't that of the model's folder or of llama.cpp
     api_key:str = '' # One more key, in clear; only its digest is kept
     cors:list = field(default_factory=list) # Addresses of pages that may use the server, such as `https://ui.lan`; `*`: all
+    idle:float = 0. # Seconds without a request after which a model leaves the memory until it is asked again; 0: it stays
+    resident:int = 0 # MB that all models may take together; one that is needed lets others go; 0: no limit
 
     def __post_init__(self):
         log_settings(self.log_format)
@@ -252,18 +254,32 @@ def _answered(handler):
     return run
 
 # %% ../../nbs/library/482_serve.app.ipynb #56eb86a0
+@dataclass
+class OnDemand:
+    "A model that is loaded when a request names it"
+    load:Callable # Returns a `ServedModel`, whose engine doesn't run yet
+    nbytes:int # What it will take
+    served:ServedModel|None = None # None: it isn't loaded
+    held:int = 0 # Requests that are being read for it
+    asked:float = 0. # When the last one was, on the clock of `time.monotonic`
+    job:asyncio.Task|None = None # Loads it
+
+    @property
+    def busy(self)->bool: return bool(self.held or self.served.engine.count)
+
 class Server:
     "Models behind HTTP"
     def __init__(self,
         models:list, # `ServedModel`s; the first answers requests that name no model
         config:ServerConfig|None = None, # Settings; None: the defaults
+        on_demand:dict|None = None, # Name -> `OnDemand` of further models; None: there are none
     ):
-        self.models,self.config = {m.name: m for m in models},config or ServerConfig()
+        self.models,self.config,self.on_demand,self.loading = {},config or ServerConfig(),on_demand or {},asyncio.Lock()
+        self.metrics,self.store = EngineMetrics({}),ResponseStore(self.config.stored)
+        for m in models: self._add(m)
         if len(self.models) < len(models): raise ValueError(f'two models have one name: {", ".join(m.name for m in models)}')
         self.running,self.draining,self.hurry,self.started = Counter(),False,False,time.time()
-        self.metrics,self.store = EngineMetrics({m.name: m.engine for m in models}),ResponseStore(self.config.stored)
         self.readers,self.room = Readers(),BodyRoom()
-        for m in models: m.default_max_tokens,m.sampling = self.config.default_max_tokens,m.sampling | self.config.sampling
         self.routers,self.reports = ThreadPoolExecutor(1, 'router'),0 # experts are shown here, and how many requests wait for it
         self.ended = None # called with the `RequestRecord` of each request at its end, for a monitor
 
@@ -271,8 +287,19 @@ class Server:
         name:str|None, # As the client calls it
     )->ServedModel:
         "The model that a request names"
-        if name is None: raise ApiError(400, 'model is missing; it is one of ' + ', '.join(self.models), 'model')
-        return find_served(self.models, name)
+        if name is None: raise ApiError(400, 'model is missing; it is one of ' + ', '.join(self.names), 'model')
+        return find_served(self.models, name, [n for n in self.on_demand if n not in self.models])
+
+    @property
+    def names(self)->list: # Strings
+        "All that a client can name"
+        return [*(m.name for m in all_served(self.models)), *(n for n in self.on_demand if n not in self.models)]
+
+    def _add(self, m):
+        "Take a loaded model in"
+        m.default_max_tokens,m.sampling = self.config.default_max_tokens,m.sampling | self.config.sampling
+        self.metrics.add(m.name, m.engine)
+        self.models[m.name] = m
 
     def _owner(self, request): return owner_of(_key(request), self.config.keys) # name of the key
 
@@ -350,11 +377,11 @@ class Server:
         body:bytes, # Of the request
     ): # The run
         "Read a body and start what it asks for, beside the event loop: to tokenise a long prompt takes a while"
-        data,long = await self._parsed(body, owner)
-        served,record = self.model(Fields(data).take('model', str)),request.scope['record']
-        record.model,record.key,record.tok = served.name,owner,served.tok
-        fields = {k: v for k,v in data.items() if k != 'model'}
-        run = await self._read(request, owner, long, self._reading, record, start, served, fields, owner)
+        (data,long),record = await self._parsed(body, owner),request.scope['record']
+        async with self._using(Fields(data).take('model', str)) as served:
+            record.model,record.key,record.tok = served.name,owner,served.tok
+            fields = {k: v for k,v in data.items() if k != 'model'}
+            run = await self._read(request, owner, long, self._reading, record, start, served, fields, owner)
         self.metrics.count_ignored(record.ignored)
         record.answer,record.streams = run.id,[a.stream for a in run.answers]
         return run
@@ -422,7 +449,7 @@ class Server:
         "All models"
         from starlette.responses import JSONResponse
         self._owner(request)
-        data = [*map(self._card, all_served(self.models))]
+        data = [*map(self._card, all_served(self.models)), *(_waiting_card(n) for n in self.on_demand if n not in self.models)]
         return JSONResponse(dict(object='list', data=data, has_more=False, first_id=data[0]['id'], last_id=data[-1]['id']))
 
     @_answered
@@ -430,7 +457,7 @@ class Server:
         "One model"
         from starlette.responses import JSONResponse
         self._owner(request)
-        return JSONResponse(self._card(self.model(request.path_params['name'])))
+        async with self._using(request.path_params['name']) as served: return JSONResponse(self._card(served))
 
     async def _health(self, request): # `GET /health` and `/ready`
         "Whether the server lives, and whether it takes requests"
@@ -445,22 +472,21 @@ class Server:
         from starlette.responses import HTMLResponse
         rules = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'"
         mixtures = [name for name,m in self.models.items() if has_router(m.engine.model)]
-        page = chat_page([m.name for m in all_served(self.models)], bool(self.config.keys), mixtures)
+        page = chat_page(self.names, bool(self.config.keys), mixtures)
         return HTMLResponse(page, headers={'content-security-policy': rules})
 
     async def _tokenize(self, request): # `POST /tokenize` and `/detokenize`
         "Text to token ids, and back"
         call = text_of_tokens if request.url.path.endswith('/detokenize') else tokens_of_text
-        return await self._count(request, lambda served, body, owner: call(served, Fields(body)), default=next(iter(self.models)))
+        return await self._count(request, lambda served, body, owner: call(served, Fields(body)), default=next(iter(self.names), None))
 
     @_answered
     async def _tokenizer_info(self, request): # `GET /tokenizer_info`
         "What a client must know of a tokenizer to use it"
         from starlette.responses import JSONResponse
         self._owner(request)
-        served = self.model(request.query_params.get('model', next(iter(self.models))))
-        named = {k: served.tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')}
-        template = served.tok.chat_template
+        async with self._using(request.query_params.get('model', next(iter(self.names), None))) as served: tok = served.tok
+        named,template = {k: tok.named.get(k) for k in ('bos_token', 'eos_token', 'pad_token', 'unk_token')},tok.chat_template
         if isinstance(template, dict): template = template.get('default')
         return JSONResponse(dict(chat_template=template, model_max_length=served.context) | named)
 
@@ -475,6 +501,66 @@ class Server:
         self.reports += 1
         try: return await self._count(request, lambda served, body, owner: report(served, body), wire, pool=self.routers)
         finally: self.reports -= 1
+
+    @asynccontextmanager
+    async def _using(self,
+        name:str|None, # As the client calls it
+    ): # `ServedModel`
+        "The model that a request names, which stays while the request is read"
+        m = self.on_demand.get((name or '').removesuffix(':latest'))
+        if m is None:
+            yield self.model(name)
+            return
+        m.held += 1
+        try:
+            if m.served is None and m.job is None: m.job = asyncio.create_task(self._load(m))
+            yield m.served or await asyncio.shield(m.job)
+        finally: m.held,m.asked = m.held - 1,time.monotonic()
+
+    async def _load(self,
+        m:OnDemand, # Isn't loaded
+    )->ServedModel:
+        "Load a model, one at a time"
+        try:
+            async with self.loading:
+                await self._make_room(m)
+                served = await asyncio.to_thread(m.load)
+                self._add(served)
+                served.engine.start()
+                m.served = served
+                return served
+        finally: m.job = None
+
+    async def _make_room(self, m):
+        "Let models go until another one has its place"
+        while most := self.config.resident*2**20:
+            loaded = [o for o in self.on_demand.values() if o.served]
+            if sum(o.nbytes for o in loaded) + m.nbytes <= most: return
+            if not (free := [o for o in loaded if not o.busy]):
+                raise ApiError(503, 'the models that are loaded all answer, and leave no memory for this one; send the request again',
+                               kind='server_error', code='no_memory')
+            await self._drop(min(free, key=lambda o: o.asked))
+
+    async def _drop(self,
+        m:OnDemand, # Is loaded, and nobody uses it
+    )->None:
+        "Let a model go"
+        served,m.served = m.served,None
+        del self.models[served.name]
+        self.metrics.remove(served.name)
+        await asyncio.to_thread(served.engine.close)
+        del served
+        gc.collect()
+
+    async def _let_go(self):
+        "Watch for models that nobody asks"
+        while True:
+            await asyncio.sleep(min(1., self.config.idle/4))
+            now = time.monotonic()
+            for m in self.on_demand.values():
+                if m.served is None: continue
+                if m.busy: m.asked = now
+                elif now - m.asked > self.config.idle: await self._drop(m)
 
     @_answered
     async def _metrics(self, request): # `GET /metrics`
@@ -525,10 +611,12 @@ class Server:
         return await self._handle(request, lambda served, body, owner: OllamaRun(served, body, owner, plain, began), OLLAMA)
 
     async def _ollama_models(self, request): # `GET /api/tags`, `/api/ps` and `/api/version`
-        "The models in Ollama's form: all of them are in memory"
+        "The models in Ollama's form; `ps` has those in memory"
         self._owner(request)
         if request.url.path.endswith('version'): return await self._json(dict(version='0.9.0'))
-        return await self._json(dict(models=[*map(model_tag, all_served(self.models))]))
+        waiting = {n: m for n,m in self.on_demand.items() if not m.served and request.url.path.endswith('tags')}
+        rows = [dict(name=n, model=n, size=m.nbytes) for n,m in waiting.items()]
+        return await self._json(dict(models=[*map(model_tag, all_served(self.models)), *rows]))
 
     async def _ollama_show(self, request): # `POST /api/show`
         "A model in Ollama's form"
@@ -550,11 +638,11 @@ class Server:
         try:
             owner,body = await self._arrived(request)
             data,long = await self._parsed(body, owner)
-            served = self.model(Fields(data).take('model', str, default=default))
-            fields = {k: v for k,v in data.items() if k != 'model'}
-            given = request.scope['record'],count,served,fields,owner
-            if pool is None: return await self._json(await self._read(request, owner, long, self._reading, *given))
-            return await self._json(await asyncio.wrap_future(pool.submit(self._reading, *given)))
+            async with self._using(Fields(data).take('model', str, default=default)) as served:
+                fields = {k: v for k,v in data.items() if k != 'model'}
+                given = request.scope['record'],count,served,fields,owner
+                if pool is None: return await self._json(await self._read(request, owner, long, self._reading, *given))
+                return await self._json(await asyncio.wrap_future(pool.submit(self._reading, *given)))
         except Exception as error: return self._response(error, wire, request)
         finally:
             if owner is not None: self._leave(owner, None)
@@ -648,7 +736,9 @@ class Server:
         @asynccontextmanager
         async def lifespan(app):
             for m in self.models.values(): m.engine.start()
+            job = asyncio.create_task(self._let_go()) if self.config.idle and self.on_demand else None
             yield
+            if job is not None: job.cancel()
             await self.drain()
         shown = ['x-request-id', 'x-ignored-fields', 'retry-after']
         cors = Middleware(CORSMiddleware, allow_origins=self.config.cors, allow_methods=['*'], allow_headers=['*'], expose_headers=shown)
@@ -730,6 +820,10 @@ def text_of_tokens(
 
 # %% ../../nbs/library/482_serve.app.ipynb #70ce1f01
 _MOST_REPORTS = 4 # requests for experts, embeddings, orders or classes at a time: they are computed beside the engine
+
+# %% ../../nbs/library/482_serve.app.ipynb #be542d45
+def _waiting_card(name):
+    return dict(id=name, object='model', created=0, owned_by='deepseek_nb', type='model', display_name=name, loaded=False)
 
 # %% ../../nbs/library/482_serve.app.ipynb #0915169e
 def _wire(path): return ANTHROPIC if '/messages' in path else OLLAMA if path.startswith('/api/') else OPENAI

@@ -194,14 +194,29 @@ class EngineMetrics:
         engines:dict, # Name of each model -> its `Engine`; models that share an engine are counted under the first name
     ):
         from prometheus_client import CollectorRegistry, Counter, Histogram
-        self.engines = {name: e for i,(name,e) in enumerate(engines.items()) if e not in [*engines.values()][:i]}
+        self.engines = {}
         self.registry = CollectorRegistry()
         self.histograms = {n: Histogram(f'vllm:{n}', help, ['model_name'], registry=self.registry, buckets=bounds)
                            for n,(help,bounds) in HISTOGRAMS.items()}
         self.ignored = Counter('deepseek_nb:ignored_fields', 'Fields of requests that were ignored', ['field'], registry=self.registry)
         self.named = set() # fields that have a counter of their own
         self.registry.register(self)
-        for name,e in self.engines.items(): e.watch = _Observer({n: h.labels(name) for n,h in self.histograms.items()})
+        for name,e in engines.items(): self.add(name, e)
+
+    def add(self,
+        name:str, # Of a model
+        engine, # Its `Engine`
+    )->None:
+        "Measure another engine"
+        if engine in self.engines.values(): return
+        self.engines = self.engines | {name: engine}
+        engine.watch = _Observer({n: h.labels(name) for n,h in self.histograms.items()})
+
+    def remove(self,
+        name:str, # Of a model that is no longer loaded
+    )->None:
+        "Measure an engine no longer"
+        self.engines = {n: e for n,e in self.engines.items() if n != name}
 
     def count_ignored(self,
         names:list, # Of fields, as messages name them

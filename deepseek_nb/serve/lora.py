@@ -25,12 +25,13 @@ def all_served(
 def find_served(
     models:dict, # Name -> `ServedModel`
     name:str, # As the client calls it
+    others:list = (), # Names of models that aren't loaded
 )->ServedModel:
     "The model or adapter of a name, which may end as Ollama's names do"
     if (name := name.removesuffix(':latest')) in models: return models[name]
     for m in models.values():
         if name in m.engine.adapters: return m.with_adapter(name)
-    known = ', '.join(m.name for m in all_served(models))
+    known = ', '.join([*(m.name for m in all_served(models)), *others])
     raise ApiError(404, f'model {name!r:.60} is not served here; known are {known}', 'model', code='model_not_found')
 
 # %% ../../nbs/library/471_serve.lora.ipynb #a2356a65

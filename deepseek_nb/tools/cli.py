@@ -351,13 +351,16 @@ def run_server(
     stop_loops:int = 0, # An answer ends when it has said the same so many times in a row, such as 30; default: never
     api_key:str = '', # A key that requests must bring; other users of this machine can see it, so a file for --config is better
     cors:str = '', # Addresses of pages that may use the server from a browser, separated by commas; *: all; default: only its own
+    idle:int = 0, # Seconds without a request after which a model leaves the memory until it is asked again; default: it stays
+    resident:int = 0, # MB that all models may take together; one that is needed lets others go; default: no limit
 ):
     "Serve models over HTTP, for the clients of OpenAI and DeepSeek"
     from deepseek_nb.tools.serving import adapter_folders, read_settings, serve_models
     names = '' if config and models == 'smollm2-135m' else models
     given = dict(host=host, port=port, memory=memory, max_rows=max_rows, kv_cache=kv_cache, draft=draft, draft_tokens=draft_tokens,
                  exact=exact, log_format=log_format, log_prompts=log_prompts, policy=policy, strict=strict, ctx=ctx, stop_loops=stop_loops,
-                 api_key=api_key, default_max_tokens=default_max_tokens, adapters=adapter_folders(adapter))
+                 api_key=api_key, default_max_tokens=default_max_tokens, adapters=adapter_folders(adapter), idle=float(idle),
+                 resident=resident)
     given |= {k: v.split(',') for k,v in dict(models=names, allow_host=allow_host, cors=cors).items() if v}
     names,server,engine = read_settings(config or None, **{k: v or None for k,v in given.items()})
     serve_models(names, server, **engine)

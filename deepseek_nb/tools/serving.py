@@ -7,9 +7,9 @@ compiles their kernels, and serves them until the process is stopped. `deepseek-
 
 # %% auto #0
 __all__ = ['ENGINE_SETTINGS', 'ROUTES', 'read_settings', 'adapter_folders', 'draft_source', 'served_name', 'folder_sampling',
-           'load_served', 'missing_packages', 'path_notes', 'serve_models', 'read_line', 'answer_line', 'answered',
-           'unanswered', 'answer_all', 'LineWorker', 'local_worker', 'cluster_shares', 'ray_workers', 'run_on',
-           'run_batch']
+           'load_served', 'missing_packages', 'path_notes', 'waiting_models', 'serve_models', 'read_line',
+           'answer_line', 'answered', 'unanswered', 'answer_all', 'LineWorker', 'local_worker', 'cluster_shares',
+           'ray_workers', 'run_on', 'run_batch']
 
 # %% ../../nbs/library/955_tools.serving.ipynb #1f56653c
 import asyncio
@@ -31,6 +31,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..arch.model import Model
+from ..files.hub import fetch
 from ..files.tokenizer import Tokenizer
 from ..infer.drafts import has_drafter, released_drafter
 from ..infer.engine import Engine, EngineStats, QueueFull
@@ -40,7 +41,7 @@ from ..infer.sampling import SamplingParams
 from ..infer.speculate import DraftLength
 from ..kernels.plan import why_readable
 from ..serve.anthropic import MessagesRun, read_anthropic
-from ..serve.app import Server, ServerConfig, as_api_error, check_address, key_digest
+from ..serve.app import OnDemand, Server, ServerConfig, as_api_error, check_address, key_digest
 from ..serve.chat import IGNORED, USUAL, ServedModel
 from ..serve.completions import ChatRun, read_chat
 from ..serve.connection import json_text
@@ -80,7 +81,7 @@ def _settings(given):
     engine = {k: given.get(k, default) for k,default in ENGINE_SETTINGS.items()}
     return models, ServerConfig(**{k: given[k] for k in given.keys() & server.keys()}), engine
 
-_MAY_BE_0 = 'stored', 'drain', 'max_waiting', 'beside', 'disk', 'draft_tokens', 'ctx', 'stop_loops'
+_MAY_BE_0 = 'stored', 'drain', 'max_waiting', 'beside', 'disk', 'draft_tokens', 'ctx', 'stop_loops', 'idle', 'resident'
 
 def _check_value(name, value, default):
     "Raise an error if a setting has another type than its default, or is too small"
@@ -224,7 +225,47 @@ def _model_notes(models):
             '  deepseek-nb serve Qwen/Qwen2.5-1.5B-Instruct                   3.1 GB, calls tools',
             '  deepseek-nb serve deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B    3.6 GB, reasons']
 
+# %% ../../nbs/library/955_tools.serving.ipynb #48b632ea
+def waiting_models(
+    models:list, # Folders, `.gguf` files, or names of models
+    config:ServerConfig, # Settings of the server
+    load:Callable, # Loads one, `load(name)`
+    memory:int = 1024, # MB of KV cache for each
+    **engine, # Not used
+)->dict: # Name -> `OnDemand`; empty: all are loaded at the start
+    "Models that are loaded when a request names them"
+    if not (config.idle or config.resident): return {}
+    if config.adapters: raise ValueError('adapters need models that stay loaded; leave out idle and resident, or the adapters')
+    out = {}
+    for name in models:
+        path = fetch(name)
+        files = [path] if path.is_file() else [*path.glob('*.safetensors'), *path.glob('*.gguf')]
+        out[served_name(name)] = o = OnDemand(partial(load, name), sum(f.stat().st_size for f in files) + memory*2**20)
+        if 0 < config.resident*2**20 < o.nbytes:
+            raise ValueError(f'resident is {config.resident} MB, and {name} needs about {o.nbytes/2**20:,.0f}; give more, or less --memory')
+    return out
+
+# %% ../../nbs/library/955_tools.serving.ipynb #c239e31d
+def _filter_of(config):
+    "The content filter of a server; None: there is none"
+    if not config.policy: return None
+    from deepseek_nb.apps.filter import load_filter
+    return load_filter(config.policy)
+
+def _load_filtered(name, rules, **engine):
+    served = load_served(name, **engine)
+    served.filter = rules
+    return served
+
 # %% ../../nbs/library/955_tools.serving.ipynb #307b0cd8
+def _print_model(name, m):
+    "What a user should know about a model that is loaded"
+    whole,most = m.engine.model.config.max_positions,m.engine.context
+    less = f' of {whole:,}, as {"--memory holds" if most == whole else "--ctx allows"} no more' if m.context < whole else ''
+    print(f'{m.name}: context of {m.context:,} tokens{less}, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
+    for note in path_notes(name, m.engine): print(note)
+    for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
+
 def serve_models(
     models:list, # Folders, `.gguf` files, or names of models
     config:ServerConfig, # Settings of the server
@@ -235,21 +276,14 @@ def serve_models(
         raise ValueError(f"a server needs {', '.join(missing).replace('_', '-')}: pip install 'deepseek-nb[serve]'")
     _check_model_names(models)
     check_address(config.host, config.port)
-    rules = None
-    if config.policy:
-        from deepseek_nb.apps.filter import load_filter
-        rules = load_filter(config.policy)
-    served = [load_served(name, **engine) for name in models]
-    for m in served: m.filter = rules
-    server = Server(served, config)
+    load = partial(_load_filtered, rules=_filter_of(config), **engine)
+    waiting = waiting_models(models, config, load, **engine)
+    served = [] if waiting else [*map(load, models)]
+    server = Server(served, config, waiting)
     for setting,path in config.adapters.items(): add_adapter(server.models, *adapter_base(server.models, setting), path)
     logging.captureWarnings(config.log_format != 'off') # they go into the log, in its form
-    for name,m in zip(models, served, strict=True):
-        whole = m.engine.model.config.max_positions
-        less = f' of {whole:,}, as {"--memory holds" if m.engine.context == whole else "--ctx allows"} no more' if m.context < whole else ''
-        print(f'{m.name}: context of {m.context:,} tokens{less}, {m.engine.pool.nbytes/2**20:,.0f} MB of KV cache')
-        for note in path_notes(name, m.engine): print(note)
-        for a in m.engine.adapters: print(f'{a.name}: an adapter of {m.name}, {a.nbytes/2**20:,.1f} MB')
+    for name,m in zip(models, served, strict=False): _print_model(name, m)
+    for name,m in waiting.items(): print(f'{name}: loaded when a request names it, about {m.nbytes/2**20:,.0f} MB')
     for line in [*_model_notes(models), *_open_notes(config)]: print(line)
     server.run(lambda: print('serving at http://{}:{}/v1'.format(*server.address), flush=True))
 
