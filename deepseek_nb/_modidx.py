@@ -2664,6 +2664,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'deepseek_nb.core.device._quota': ('core.device.html#_quota', 'deepseek_nb/core/device.py'),
                                          'deepseek_nb.core.device.fit_threads': ( 'core.device.html#fit_threads',
                                                                                   'deepseek_nb/core/device.py'),
+                                         'deepseek_nb.core.device.give_memory_back': ( 'core.device.html#give_memory_back',
+                                                                                       'deepseek_nb/core/device.py'),
                                          'deepseek_nb.core.device.huge_pages': ( 'core.device.html#huge_pages',
                                                                                  'deepseek_nb/core/device.py'),
                                          'deepseek_nb.core.device.pick_device': ( 'core.device.html#pick_device',

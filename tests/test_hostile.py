@@ -25,8 +25,8 @@ from test_server import HI, JSON, TEMPLATE, Live  # noqa: E402
 JSON_KIND = dict(content_type='application/json')
 
 from deepseek_nb.arch.model import Model  # noqa: E402
-from deepseek_nb.bench import _trim  # noqa: E402
 from deepseek_nb.core.config import Config  # noqa: E402
+from deepseek_nb.core.device import give_memory_back  # noqa: E402
 from deepseek_nb.files.tokenizer import Tokenizer  # noqa: E402
 from deepseek_nb.infer import persist  # noqa: E402
 from deepseek_nb.infer.engine import Engine, EngineClosed, QueueFull  # noqa: E402
@@ -210,7 +210,7 @@ def test_no_growth_of_memory(direct, monkeypatch):
     def size():
         while direct.engine.count: time.sleep(.001)
         for _ in range(2): gc.collect()
-        _trim()  # pages that earlier tests left full of holes are no growth
+        give_memory_back()  # pages that earlier tests left full of holes are no growth
         return len(gc.get_objects()), sys.getallocatedblocks(), int(Path('/proc/self/statm').read_text().split()[1])*4096
     asyncio.run(run(500))
     before = size()

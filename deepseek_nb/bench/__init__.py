@@ -16,7 +16,6 @@ __all__ = ['RESULTS', 'BENCHMARKS', 'synchronise', 'seconds', 'si', 'Comparison'
            'operations', 'listing', 'result_text', 'read_options', 'Parts', 'run_command']
 
 # %% ../../nbs/lab/750_bench.ipynb #3028c2e4
-import ctypes
 import json
 import os
 import platform
@@ -38,6 +37,7 @@ from typing import NamedTuple
 import torch
 
 from ..core import nbproc
+from ..core.device import give_memory_back
 from ..core.plot import draw
 from ..files.safetensors import written
 
@@ -162,10 +162,6 @@ def _rises(steps):
     return found
 
 # %% ../../nbs/lab/750_bench.ipynb #705c144c
-def _trim():
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, TypeError, AttributeError): pass  # the C library has no malloc_trim
-
 def resident_bytes()->tuple[int,int]: # Now, and at the peak since the start or the last reset
     "Resident memory of this process"
     try:
@@ -176,7 +172,7 @@ def resident_bytes()->tuple[int,int]: # Now, and at the peak since the start or 
         return (getrusage(RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024),)*2
 
 def _reset_peak():
-    _trim()
+    give_memory_back()
     try: Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass # the peak stays that since the start
 

@@ -33,6 +33,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
+from ..core.device import give_memory_back
 from ..infer.engine import EngineClosed, QueueFull
 from ..infer.ragged import NoAdapter
 from ..infer.sampling import SamplingParams
@@ -551,6 +552,7 @@ class Server:
         await asyncio.to_thread(served.engine.close)
         del served
         gc.collect()
+        give_memory_back()
 
     async def _let_go(self):
         "Watch for models that nobody asks"
