@@ -267,10 +267,28 @@ def test_bombs_are_bounded_in_time_and_memory(tok, n):
     assert process_time() - start < 6 and max(steps) < 1 and rss() - before < 300*2**20
 
 
+def test_strict_closes_what_says_nothing(tok):
+    "At every depth, in formats of answers and in tools; where the schema speaks, it counts"
+    inner = dict(properties=dict(b=dict(type='boolean')), required=['b'])
+    schema = dict(type='object', properties=dict(properties=inner, c=dict(anyOf=[inner, dict(type='null')])), required=['properties', 'c'],
+                  additionalProperties=dict(type='integer', maximum=9, minimum=9))
+    good, bad = '{"properties": {"b": true}, "c": {"b": true}, "x": 9}', '{"properties": {"b": true, "x": 1}, "c": null}'
+    def fits(kind, text): return takes(tok, compile_grammar(tok, kind, schema), text)
+    assert fits('schema', good) and fits('schema', bad) and fits('strict', good) and not fits('strict', bad)
+    for format in ('smollm2', 'v4'):
+        for strict in (False, True):
+            tool = dict(name='f', parameters=schema | dict(additionalProperties=False), strict=strict)
+            text = '\n\n'*(format == 'v4') + write_calls(format, [Call('f', bad)])
+            assert takes(tok, compile_grammar(tok, 'tools', ToolGrammar(format, [tool], 'required')), text) == (not strict)
+
+
 def test_too_deep_for_json(tok):
     schema = {}
     for _ in range(5000): schema = dict(items=schema)
-    with pytest.raises(ValueError, match='nested too deeply'): json_rule(schema)
+    tool = dict(name='f', parameters=schema, strict=True)
+    for deep in (lambda: json_rule(schema), lambda: compile_grammar(tok, 'strict', schema),
+                 lambda: compile_grammar(tok, 'tools', ToolGrammar('v4', [tool], 'required'))):
+        with pytest.raises(ValueError, match='nested too deeply'): deep()
 
 
 def says_why(message, schema):

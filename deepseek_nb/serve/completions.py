@@ -149,8 +149,8 @@ def read_format(
     schema = Fields(f.take('json_schema', dict, needed=True), 'response_format.json_schema') if kind == 'json_schema' else None
     f.done()
     if schema is None: return () if kind == 'text' else ('json', None)
-    schema.take('name', str), schema.take('strict', bool), schema.only('description')
-    out = 'schema',schema.take('schema', dict, bool, needed=True)
+    schema.take('name', str), schema.only('description')
+    out = 'strict' if schema.take('strict', bool) else 'schema',schema.take('schema', dict, bool, needed=True)
     schema.done()
     return out
 

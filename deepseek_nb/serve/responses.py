@@ -281,8 +281,8 @@ def read_text_format(
     kind = f.take('type', str, needed=True, among=('text', 'json_object', 'json_schema'))
     out = () if kind == 'text' else ('json', None)
     if kind == 'json_schema':
-        f.take('name', str), f.take('strict', bool), f.only('description')
-        out = 'schema',f.take('schema', dict, needed=True)
+        f.take('name', str), f.only('description')
+        out = 'strict' if f.take('strict', bool) else 'schema',f.take('schema', dict, needed=True)
     for rest in (inner, f): rest.done()
     return out
 
