@@ -111,7 +111,9 @@ def test_a_lost_commit_takes_the_figure(claims, results):
 
 
 def test_the_worst_case_of_the_fastest_peer_counts(claims, results):
-    def quick(found): found['result']['cases']['decode 1×512'].update(quick=[1e-9]*7)
+    def quick(found):
+        case = found['result']['cases']['decode 1×512']
+        case['quick'] = [1e-9]*len(case['deepseek_nb'])
     old = row(claims, results, 'bench.runtimes', 'decodes')
     spoil(results, 'peers', quick)
     assert row(claims, results, 'bench.runtimes', 'decodes').worst.value < .01 < old.worst.value
