@@ -117,7 +117,7 @@ def one_attend(r):
     y, what = attend_selected_cpp(q, z, p, c, .3), f'{dtype} {b=} {h=} {s=} {t=} {a=} {c=} {rot=}'
     assert torch.equal(y.isnan(), exact.isnan()) and y.dtype == dtype, what
     size = z.float().abs().nan_to_num(0)
-    terms = .3*(q.float().abs().flatten(1, 2)@size.mT).max().item()  # a score is rounded by its terms, and its error is relative in the weight
+    terms = .3*(q.float().abs().flatten(1, 2)@size.mT).max().item()  # a score's error, relative in its weight
     limit = 2**-23*(16 + terms)*max(1, size.max().item()) if dtype == torch.float32 else 2**-8*exact.nan_to_num(0).abs().max().item()
     assert (y - exact).nan_to_num(0).abs().max() <= limit, what
     i = r.randrange(s)
