@@ -8246,6 +8246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'deepseek_nb/serve/grammar.py'),
                                            'deepseek_nb.serve.grammar._grammar': ( 'serve.grammar.html#_grammar',
                                                                                    'deepseek_nb/serve/grammar.py'),
+                                           'deepseek_nb.serve.grammar._is_spread': ( 'serve.grammar.html#_is_spread',
+                                                                                     'deepseek_nb/serve/grammar.py'),
                                            'deepseek_nb.serve.grammar._literal': ( 'serve.grammar.html#_literal',
                                                                                    'deepseek_nb/serve/grammar.py'),
                                            'deepseek_nb.serve.grammar._matcher': ( 'serve.grammar.html#_matcher',

@@ -136,13 +136,23 @@ _MAPS,_LISTS,_PARTS = ('properties', 'patternProperties', *_DEFS),('anyOf', 'one
 def closed_objects(
     schema:dict|bool, # JSON schema
 )->dict|bool: # In which an object that names its properties, and says nothing of others, has no others
-    "What `strict` asks for"
-    if not isinstance(schema, dict) or 'allOf' in schema: return schema # A part of `allOf` would forbid what another part names
+    "What `strict` asks for; a schema that names the properties of one object in several places stays as it is"
+    try: return schema if _is_spread(schema) else _closed(schema)
+    except RecursionError: raise ValueError('the schema is nested too deeply') from None
+
+def _is_spread(schema): # closed, one part would forbid what another one names
+    if isinstance(schema, list): return any(map(_is_spread, schema))
+    if not isinstance(schema, dict): return False
+    beside = 'properties' in schema and not schema.keys().isdisjoint(('anyOf', 'oneOf', '$ref', 'if', 'dependentSchemas'))
+    return beside or 'allOf' in schema or any(map(_is_spread, schema.values()))
+
+def _closed(schema):
+    if not isinstance(schema, dict): return schema
     out = dict(schema)
     for k,v in schema.items():
-        if k in _PARTS: out[k] = closed_objects(v)
-        elif k in _LISTS and isinstance(v, list): out[k] = [*map(closed_objects, v)]
-        elif k in _MAPS and isinstance(v, dict): out[k] = {name: closed_objects(s) for name,s in v.items()}
+        if k in _PARTS: out[k] = _closed(v)
+        elif k in _LISTS and isinstance(v, list): out[k] = [*map(_closed, v)]
+        elif k in _MAPS and isinstance(v, dict): out[k] = {name: _closed(s) for name,s in v.items()}
     return dict(additionalProperties=False) | out if 'properties' in out and 'patternProperties' not in out else out
 
 def json_rule(
@@ -298,16 +308,12 @@ def _without_impossible(tok, schema):
     return schema | dict(properties={k: f for k,f in fields.items() if k in needed or fits(f)})
 
 # %% ../../nbs/library/468_serve.grammar.ipynb #e858bb78
-def _closed(schema):
-    try: return closed_objects(schema)
-    except RecursionError: raise ValueError('the schema is nested too deeply') from None
-
 def _arguments_rules(tok, format, tool, name, careful):
     "Rules for the arguments of a tool"
     schema = tool.get('parameters') or dict(type='object', properties={}, additionalProperties=False)
     write = _dsml_rules if format in DSML else lambda tok, format, schema, name: f'{name}: {json_rule(schema)}\n'
     try:
-        if tool.get('strict'): schema = _closed(schema)
+        if tool.get('strict'): schema = closed_objects(schema)
         if careful and format in DSML: schema = _without_impossible(tok, schema)
         rules = write(tok, format, schema | dict(type='object'), name)
         if careful: _matcher(token_trie(tok), f'start: {name}\n{rules}')

@@ -51,7 +51,8 @@ def instructor(question):
 
 def ollama(question):
     from ollama import Client
-    answer = Client(URL.removesuffix('/v1')).chat(MODEL, said(question), options={'temperature': 0})
+    client = Client(URL.removesuffix('/v1'), headers={'Authorization': f'Bearer {KEY}'})
+    answer = client.chat(MODEL, said(question), options={'temperature': 0})
     return answer.message.content
 
 if __name__ == '__main__': print(globals()[sys.argv[1]](sys.argv[2]))
