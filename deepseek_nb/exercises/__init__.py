@@ -226,10 +226,14 @@ exercise('rope', 'arch.rope', 'f(x, cos, sin): rotate neighbouring channels (0,1
 
 # %% ../../nbs/library/895_exercises.ipynb #373ad7f4
 def _turn(x, p): return rotate(x[None, None], *cos_sin(rope_frequencies(10000., x.shape[-1]), p[None]), True)[0, 0]
+def _query_and_key(r):
+    "The key lies near the turned query: a score of terms that cancel would be lost in their rounding"
+    (q,noise),d = _normal(2, n := 2*r.randint(2, 5)),r.randint(1, 50)
+    return q, _turn(q[None], torch.tensor([d]))[0] + noise/3, d, rope_frequencies(10000., n)
 
 exercise('rope-score', 'arch.rope', 'f(q, k, distance, freqs): score of a query with a key `r` that lies `distance` tokens before it',
     lambda q, k, d, f: (_turn(q[None], torch.tensor([d]))*k).sum(),
-    lambda r: (*_normal(2, n := 2*r.randint(2, 5)).unbind(), r.randint(1, 50), rope_frequencies(10000., n)),
+    _query_and_key,
     {'the key is rotated by the distance; rotate it backwards, or the query forwards':
         lambda q, k, d, f: (_turn(k[None], torch.tensor([d]))*q).sum(),
      'the positions are ignored': lambda q, k, d, f: (q*k).sum(),

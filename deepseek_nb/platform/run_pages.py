@@ -11,6 +11,7 @@ __all__ = ['run_pages', 'RUN_PRESETS', 'Preset']
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #4b9b53d3
 import json
+import os
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from . import layout as ui
 from . import rollout
 from .jobs import JOB_KINDS, JobLog, cancel, continue_job, curve_of, find_kind, job_folder, submit
 from .registry import add_model, card_of, check_gates, lineage_of, measures_of
-from .runs import SPLITS_OF, classifier_of
+from .runs import SPLITS_OF, classifier_of, expected_memory
 from .store import curves, datasets, jobs, measures, models, newest, records, releases, row_of, version_rows, versions
 from .style import curve
 
@@ -102,9 +103,15 @@ class Preset(NamedTuple):
 
 _MINI = dict(steps=40, batch=16, rate=.003, warmup=0, length=48, eval_every=20, blocks=0)
 RUN_PRESETS = dict(
-    minute=Preset('mini, within a minute', 'finetune', 'mini', _MINI, '40 steps over all weights, about 11 s of CPU time'),
-    lora=Preset('SmolLM2-135M with LoRA', 'lora', 'smollm2-135m', {}, '45 steps of rank 8, estimated 80 s of CPU time, 2.2 GB of memory'),
-    qlora=Preset('SmolLM2-135M with QLoRA', 'qlora', 'smollm2-135m', {}, '45 steps over NF4 weights, estimated 220 s of CPU time, 1.8 GB'))
+    minute=Preset('mini, within a minute', 'finetune', 'mini', _MINI, '40 steps over all weights, about 11 s of CPU time, 0.6 GB'),
+    lora=Preset('SmolLM2-135M with LoRA', 'lora', 'smollm2-135m', {}, '45 steps of rank 8, estimated 80 s of CPU time, 1.9 GB'),
+    qlora=Preset('SmolLM2-135M with QLoRA', 'qlora', 'smollm2-135m', {}, '45 steps over NF4 weights, estimated 220 s of CPU time, 1.7 GB'))
+
+def _memory_told(need):
+    there = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else need
+    told = f' It needs up to {need/2**30:.1f} GB of memory'
+    if need <= there: return f'{told}.', 'good'
+    return f'{told}, and this machine has {there/2**30:.1f}: cancel it and choose fewer or shorter examples a step.', 'warn'
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #ae9e75de
 def _choices(store):
@@ -154,7 +161,9 @@ def _start_run(request, form):
     version,model = (form.whole(k, 1) if form.get(k) else None for k in ('version', 'model'))
     config = _config_from(form, kind.config) if kind.config else {}
     number = submit(request.state.store, request.state.user, kind.name, config, str(form.get('name', '')).strip(), version, model, once=10)
-    return ui.redirect(f'/runs/{number}', f'Run {number} waits in the queue.')
+    need = expected_memory(request.state.store, kind.config and kind.config(**config), model)
+    told,tone = ('', 'good') if need is None else _memory_told(need)
+    return ui.redirect(f'/runs/{number}', f'Run {number} waits in the queue.{told}', tone)
 
 # %% ../../nbs/platform/838_platform.run_pages.ipynb #2fd8bf64
 def _charts(store, job):

@@ -8,15 +8,15 @@ Each kind is a dataclass of settings and a function of a `Job`. `finetune`, `lor
 
 # %% auto #0
 __all__ = ['SPLITS_OF', 'MOST_MISTAKES', 'Classifier', 'classifier_of', 'encoded', 'TrainingRun', 'FinetuneRun', 'LoraRun',
-           'QloraRun', 'DistilRun', 'JobCurves', 'QuantiseRun', 'ConvertRun', 'texts_of', 'EvaluateRun',
-           'task_measures', 'SuggestRun', 'mirror_run']
+           'QloraRun', 'DistilRun', 'JobCurves', 'expected_memory', 'QuantiseRun', 'ConvertRun', 'texts_of',
+           'EvaluateRun', 'task_measures', 'SuggestRun', 'mirror_run']
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #c880e76f
 import json
 import math
 import shutil
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.util import find_spec
 from itertools import chain
@@ -51,7 +51,7 @@ from ..train.distill import distillation_loss
 from ..train.lora import LoraConfig
 from ..train.loss import language_loss
 from ..train.resume import checkpoints, write_whole
-from ..train.runs import Named, read_sizes, write_result
+from ..train.runs import Named, read_sizes, training_memory, write_result
 from ..train.trainer import Trainer, TrainingArguments
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #66303e47
@@ -167,9 +167,11 @@ class JobCurves(Callback):
         self.job.report(row['step'], **{k: row[k] for k in ('loss', 'grad_norm', 'learning_rate', 'eval_loss') if k in row})
         if t.step == t.max_steps or (t.save_every and t.step%t.save_every == 0): self.job.flush()
 
+def _path_of(store, config, model): return config.model if model is None else model_path(store, model)
+
 def _start_model(job):
     "From where a run loads its model"
-    return job.config.model if job.row.model_id is None else model_path(job.store, job.row.model_id)
+    return _path_of(job.store, job.config, job.row.model_id)
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #c2d2ed4c
 def _train_on_version(job, model, tok, lora=None, loss=language_loss):
@@ -216,33 +218,52 @@ def _register_result(job):
     return dict(model=model, evaluation=queued, last=last)
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #5053b926
-def _train_job(job, prepare, quantise=None):
-    "Train a model, unless that was done before a kill, and register it"
-    if not (job.folder/'model').exists():
-        model,tok = Named(_start_model(job), None if quantise else 'float32', 'cpu', quantise).load()
-        trainer = _train_on_version(job, model, tok, **prepare(model))
-        _save_trained(job, trainer.model, tok)
-    return _register_result(job)
-
 def _last_blocks(model, n):
     "Freeze all but the last blocks"
     if not n: return
     model.requires_grad_(False)
     for block in list(model.layers)[-n:]: block.requires_grad_(True)
 
+def _lora_of(s, path): return LoraConfig(s.r, s.alpha, 'all-linear', base_model_name_or_path=path) if isinstance(s, LoraRun) else None
+
+def _train_job(job, **given):
+    "Train a model, unless that was done before a kill, and register it"
+    if not (job.folder/'model').exists():
+        s,path,quantise = job.config,_start_model(job),getattr(job.config, 'format', None)
+        model,tok = Named(path, None if quantise else 'float32', 'cpu', quantise).load()
+        _last_blocks(model, getattr(s, 'blocks', 0))
+        trainer = _train_on_version(job, model, tok, _lora_of(s, path), **given)
+        _save_trained(job, trainer.model, tok)
+    return _register_result(job)
+
+@lru_cache(64)
+def _memory_parts(path, lora, blocks, quantise):
+    def prepare(model): return LoraConfig(lora, target_modules='all-linear').apply(model) if lora else _last_blocks(model, blocks)
+    return training_memory(path, prepare, quantise)
+
+def expected_memory(
+    store:Store, # Database
+    settings:TrainingRun, # Settings of the run
+    model:int|None = None, # Number of a model; None: the public name in the settings
+)->int|None: # Bytes; None: nobody knows, as for a model whose config can't be read here
+    "The largest memory of a training whose examples are as long as they may be"
+    if not isinstance(settings, TrainingRun) or isinstance(settings, DistilRun): return None
+    how = (getattr(settings, name, None) for name in ('r', 'blocks', 'format'))
+    try: parts = _memory_parts(str(_path_of(store, settings, model)), *how)
+    except (OSError, ValueError, RuntimeError): return None # a run that can't be counted may still be started
+    return parts.peak(settings.batch*settings.length)
+
 # %% ../../nbs/platform/829_platform.runs.ipynb #0f0f03ab
 @job_kind('finetune', FinetuneRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
 def _finetune_job(job):
     "Train the last blocks, or all weights"
-    def prepare(model): _last_blocks(model, job.config.blocks); return {}
-    return _train_job(job, prepare)
+    return _train_job(job)
 
 @job_kind('qlora', QloraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
 @job_kind('lora', LoraRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
 def _lora_job(job):
     "Train an adapter, of a quantised model if there is a format, and merge it"
-    lora = LoraConfig(job.config.r, job.config.alpha, 'all-linear', base_model_name_or_path=_start_model(job))
-    return _train_job(job, lambda model: dict(lora=lora), getattr(job.config, 'format', None))
+    return _train_job(job)
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #822ff2a3
 @job_kind('distil', DistilRun, cores=2, needs=('version',), secrets=('HF_TOKEN',))
@@ -251,10 +272,7 @@ def _distil_job(job):
     s = job.config
     if not s.teacher: raise ValueError('distil: give a teacher, a public name or the number of a model')
     teacher = Model.from_pretrained(model_path(job.store, int(s.teacher)) if s.teacher.isdigit() else s.teacher, 'float32', 'cpu')
-    def prepare(model):
-        _last_blocks(model, s.blocks)
-        return dict(loss=distillation_loss(teacher.requires_grad_(False), s.divergence, s.temperature, s.mix))
-    return _train_job(job, prepare)
+    return _train_job(job, loss=distillation_loss(teacher.requires_grad_(False), s.divergence, s.temperature, s.mix))
 
 # %% ../../nbs/platform/829_platform.runs.ipynb #4e75f84b
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ relative to the current folder. `check_table` raises an error for unknown settin
 # %% auto #0
 __all__ = ['check_table', 'read_table', 'read_file', 'Named', 'write_result', 'DataSource', 'read_rows', 'encode_rows',
            'examples', 'Outcome', 'Balancing', 'Tuning', 'finetune_trainer', 'write_trained', 'finetune_run',
-           'Distillation', 'read_stage', 'distil_run', 'Conversion', 'Errors', 'calibration_rows', 'read_sizes',
-           'convert_run']
+           'TrainingMemory', 'training_memory', 'Distillation', 'read_stage', 'distil_run', 'Conversion', 'Errors',
+           'calibration_rows', 'read_sizes', 'convert_run']
 
 # %% ../../nbs/library/685_train.runs.ipynb #8fbf8954
 import json
@@ -18,18 +18,24 @@ import os
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from inspect import signature
+from itertools import chain
+from math import prod
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..arch.model import Model
 from ..core.device import pick_dtype
+from ..files.gguf import load_config
 from ..files.safetensors import read_json, written
 from ..files.tokenizer import Tokenizer
 from ..quant.model import QuantizedModel
+from ..quant.model import plan as plan_formats
 from .balance import Balance, routers, with_balance
 from .convert import convert as convert_model
 from .convert import repair, to_mla
@@ -37,6 +43,7 @@ from .corpora import CORPORA, chat_data, classification_data, corpus, split_by_k
 from .data import packed, to_dataset, tokenised
 from .distill_stages import Stage, distil_in_stages
 from .lora import LoraConfig
+from .loss import LOGITS
 from .mini import check_known
 from .parallel import Parallel
 from .resume import checkpoints
@@ -239,6 +246,54 @@ def finetune_run(
     before = f"{'finished' if done == trainer.step else 'continued'} after step {done} of {trainer.max_steps}" if old else ''
     folder = out if world().rank else write_trained(trainer.model, tok, out, d.merge)
     return Outcome(history, folder, before)
+
+# %% ../../nbs/library/685_train.runs.ipynb #95edd171
+def _saved_bytes(model, tokens=16):
+    "Bytes that autograd keeps for the backward pass, per token"
+    own,kept = {t.untyped_storage()._cdata for t in chain(model.parameters(), model.buffers())},{}
+    def keep(t): # a storage that is held doesn't leave its address to another
+        storage = t.untyped_storage()
+        kept[storage._cdata] = storage
+        return t
+    with saved_tensors_hooks(keep, lambda t: t), torch.enable_grad(): model.hidden(torch.zeros(1, tokens, dtype=torch.long))
+    return sum(s.nbytes() for k,s in kept.items() if k not in own)/tokens
+
+@cache
+def _width_bytes(format, width): # Bytes of a weight in rows of this width
+    return sum(t.nbytes for t in format.encode(torch.zeros(128, width)).values())/128/width
+
+# %% ../../nbs/library/685_train.runs.ipynb #4ac146a6
+class TrainingMemory(NamedTuple):
+    "Bytes of a training on a CPU"
+    weights:float # Frozen and trained weights, adapters too
+    state:float # Gradients and Adam's moments
+    head:float # Copies of the head, or its decoded rows, while the loss is computed
+    logits:float # Logits of a token
+    token:float # What the two passes keep for a token
+    def peak(self,
+        tokens:int, # Tokens of a batch, padding too
+    )->int: # Bytes
+        "Largest memory of the process"
+        return round(_PROCESS + self.weights + self.state + self.head + min(self.logits*tokens, 4*LOGITS) + self.token*tokens)
+
+_PROCESS,_GRADIENTS = 470*2**20,1.27  # measured: PyTorch with the libraries and a loaded file; gradients beside what was saved
+
+def training_memory(
+    path:str|Path, # Folder, .gguf file, or name of a model
+    prepare:Callable = Model.requires_grad_, # Freezes or adapts the model, as before the run
+    quantise:str|None = None, # Format of quantised, frozen weights
+)->TrainingMemory: # Parts of the peak
+    "Count the memory of a training in float32, without loading weights"
+    model = Model(load_config(path), dtype='float32', device='meta')
+    shapes,formats = {k: p.shape for k,p in model.named_parameters()},plan_formats(model, quantise) if quantise else {}
+    weights = sum(prod(s)*(_width_bytes(formats[k], s[-1]) if k in formats else 4) for k,s in shapes.items())
+    model = model.to_empty(device='cpu').train()
+    prepare(model)
+    added = sum(p.nbytes for p in model.parameters()) - 4*sum(map(prod, shapes.values()))
+    state = 3*sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    copies = 2 if quantise else 4*getattr(model.head_weight, 'requires_grad', False)
+    logits = 4*len(model.head_weight)
+    return TrainingMemory(weights + added, state, copies*logits*model.config.dim, logits, _GRADIENTS*_saved_bytes(model))
 
 # %% ../../nbs/library/685_train.runs.ipynb #fd7c74fb
 @dataclass(frozen=True)
