@@ -605,10 +605,7 @@ def nearest_neighbour(
 route_kernels = Kernels('routes.cpp', neighbours=lambda *o: None, savings=lambda *o: None, improve=lambda *o, **settings: None)
 
 @nearest_places.twin('cpp', available=route_kernels.ready)
-def nearest_places_cpp(
-    d:Tensor, # Distances `n n` int32
-    k:int, # Number of neighbours
-)->Tensor: # `n k` int32
+def nearest_places_cpp(d, k)->Tensor: # `n k` int32
     "`nearest_places` in C++"
     near = torch.empty(len(d), min(k, len(d) - 1), dtype=torch.int32)
     if near.numel(): route_kernels.load().neighbours(d, near)
@@ -632,15 +629,7 @@ def _call(op, roads, routes, **settings):
 
 # %% ../../nbs/apps/871_apps.route_moves.ipynb #4f258a10
 @improve.twin('cpp', available=route_kernels.ready)
-def improve_cpp(
-    roads:Roads, # Problem
-    routes:list, # Feasible routes; a customer that is missing is inserted where it costs least
-    seconds:float = 0., # Time to spend
-    rounds:int = -1, # Disturbances to make; -1: until the time is over
-    seed:int = 0, # Seed of the random numbers
-    heat:float|None = None, # Share of the mean edge by which a round may be worse at first; None: `HEAT`
-    busy:bool = False, # Count the processor's time of this thread, for measurements on a busy machine
-)->Improved: # Routes that are at least as good
+def improve_cpp(roads, routes, seconds=0.0, rounds=-1, seed=0, heat=None, busy=False)->Improved: # Routes that are at least as good
     "`improve` in C++"
     heat = HEAT['tsp' if roads.capacity < 0 else 'cvrp'] if heat is None else heat
     return Improved(*_call(route_kernels.load().improve, roads, routes, width=roads.width, rounds=rounds, seconds=max(seconds, 1e-6),
@@ -648,8 +637,6 @@ def improve_cpp(
 
 # %% ../../nbs/apps/871_apps.route_moves.ipynb #9b5667b3
 @join_by_savings.twin('cpp', available=route_kernels.ready)
-def join_by_savings_cpp(
-    roads:Roads, # Problem
-)->list: # Routes
+def join_by_savings_cpp(roads)->list: # Routes
     "`join_by_savings` in C++"
     return _call(route_kernels.load().savings, roads, [])[0]

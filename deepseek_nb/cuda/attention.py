@@ -129,13 +129,7 @@ def _(q, z, c, scale, mask): return q.new_empty(*q.shape[:3], c)
 
 # %% ../../nbs/library/577_cuda.attention.ipynb #d54500c3
 @attend_latent.twin('cuda', available=cards_ready, supports=fits)
-def attend_latent_cuda(
-    q:Tensor, # Absorbed queries `b h s (c r)`, bfloat16
-    z:Tensor, # Latents and rotary keys `b t (c r)`, bfloat16
-    c:int, # Latent width: the first c columns of z are the values
-    scale:float, # Factor of the scores
-    mask:Tensor|None = None, # True where a key is visible to a query; None: causal
-)->Tensor: # Weighted latents `b h s c`
+def attend_latent_cuda(q, z, c, scale, mask=None)->Tensor: # Weighted latents `b h s c`
     "Softmax attention of all heads over the same latents"
     return _attend(q, z, c, scale, mask)
 

@@ -118,13 +118,7 @@ _experts = custom_op(operator_name('cuda_experts'), _experts, mutates_args=())
 _experts.register_fake(lambda x, weights, experts, gate_up, down: x.new_empty(x.shape))
 
 @run_experts.twin('cuda', available=cards_ready, supports=fits_experts)
-def run_experts_cuda(
-    x:Tensor, # Tokens `n d`, bfloat16
-    weights:Tensor, # Weight of each selected expert `n k`
-    experts:Tensor, # Selected experts `n k`
-    gate_up:Tensor, # Gate and up weights of all experts `e 2f d`
-    down:Tensor, # Down weights of all experts `e d f`
-)->Tensor: # Outputs `n d`
+def run_experts_cuda(x, weights, experts, gate_up, down)->Tensor: # Outputs `n d`
     "Run the selected experts of each token on tensor cores"
     (n,d),(e,f),k = x.shape, (len(down), down.shape[-1]), experts.shape[-1]
     weights = check_argument('weights', weights.float(), (n, k), torch.float32)

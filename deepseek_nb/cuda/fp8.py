@@ -111,10 +111,6 @@ _linear = custom_op(operator_name('cuda_linear_fp8'), _linear, mutates_args=())
 _linear.register_fake(lambda x, weight, scale: x.new_empty(len(x), len(weight)))
 
 @linear_fp8.twin('cuda', available=cards_ready, supports=fits_fp8)
-def linear_fp8_cuda(
-    x:Tensor, # Activations `n i`
-    weight:Tensor, # Weights, e4m3 `o i`
-    scale:Tensor, # Block scales of the weight `⌈o/128⌉ ⌈i/128⌉`
-)->Tensor: # `n o`, dtype of x
+def linear_fp8_cuda(x, weight, scale)->Tensor: # `n o`, dtype of x
     "Quantise the activations, and multiply FP8 by FP8"
     return _linear(x, weight, scale)

@@ -262,11 +262,7 @@ def run_recorded(
 
 # %% ../../nbs/library/578_cuda.paged.ipynb #6713fd2a
 @run_rows.twin('cuda', available=cards_ready, supports=pages_supported)
-def run_rows_cuda(
-    x:Tensor, # Embedded tokens of all rows `n d`, bfloat16
-    blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:Rows, # Rows, with pages for the new tokens
-)->Tensor: # Activations after the last block `n d`
+def run_rows_cuda(x, blocks, batch)->Tensor: # Activations after the last block `n d`
     "Run all blocks on all rows together; attention reads and writes pages in place"
     pool = batch.caches[0].pool
     tile = page_tile(pool.c, gpu_limits(x.device)[1])

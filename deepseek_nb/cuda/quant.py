@@ -188,11 +188,7 @@ _levels.register_fake(lambda x, codes, scales, mins, group, bias: x.new_empty(le
 
 # %% ../../nbs/library/585_cuda.quant.ipynb #958c8661
 @linear_quantized.twin('cuda', available=cards_ready, supports=fits_codes)
-def linear_codes(
-    x:Tensor, # Activations `… i`
-    w:QuantizedWeight, # Weight `o i` in `Int8` or `Int4`
-    bias:Tensor|None = None, # Bias `o`
-)->Tensor: # Outputs `… o`
+def linear_codes(x, w, bias=None)->Tensor: # Outputs `… o`
     "A linear layer with int8 or int4 weights on a GPU"
     n,p,f = x.reshape(-1, x.shape[-1]), in_order(w).parts(), w.format
     check_argument('x', n, (len(n), w.shape[1]), x.dtype)
@@ -212,11 +208,7 @@ def fits_fp8_weight(
 
 # %% ../../nbs/library/585_cuda.quant.ipynb #6da4c765
 @linear_quantized.twin('cuda', available=cards_ready, supports=fits_fp8_weight, label='fp8')
-def linear_fp8_weight(
-    x:Tensor, # Activations `… i`
-    w:QuantizedWeight, # Weight `o i` in `FP8`
-    bias:Tensor|None = None, # None; a bias is not supported
-)->Tensor: # Outputs `… o`
+def linear_fp8_weight(x, w, bias=None)->Tensor: # Outputs `… o`
     "A linear layer with FP8 weights on a GPU"
     return linear_fp8_cuda(x.reshape(-1, x.shape[-1]), w.codes, w.scales.float()).reshape(*x.shape[:-1], w.shape[0])
 
@@ -292,13 +284,7 @@ _experts.register_fake(lambda x, weights, experts, gate_up, down, groups, f: x.n
 
 # %% ../../nbs/library/585_cuda.quant.ipynb #466f99eb
 @run_experts.twin('cuda', available=cards_ready, supports=fits_coded_experts, label='codes')
-def run_experts_codes(
-    x:Tensor, # Tokens `n d`, bfloat16
-    weights:Tensor, # Weight of each selected expert `n k`
-    experts:Tensor, # Selected experts `n k`
-    gate_up:QuantizedWeight, # Gate and up weights of all experts `e 2f d`
-    down:QuantizedWeight, # Down weights of all experts `e d f`
-)->Tensor: # Outputs `n d`
+def run_experts_codes(x, weights, experts, gate_up, down)->Tensor: # Outputs `n d`
     "Run the selected int8 or int4 experts of each token on tensor cores"
     (n,d),(e,_,f),k = x.shape, down.shape, experts.shape[-1]
     if tuple(gate_up.shape) != (e, 2*f, d) or down.shape[1] != d:

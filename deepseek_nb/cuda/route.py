@@ -62,11 +62,7 @@ def can_route(
 
 # %% ../../nbs/library/572_cuda.route.ipynb #21131333
 @route.twin('cuda', available=any_card, supports=can_route)
-def route_cuda(
-    logits:Tensor, # Router logits `n e`, float32 or bfloat16
-    c:Config, # Config of scores, groups, selection and weights
-    bias:Tensor|None = None, # Added to the scores for the selection, but not for the weights `e`, float32
-)->Route: # Weights, experts and affinities
+def route_cuda(logits, c, bias=None)->Route: # Weights, experts and affinities
     "Select k experts per token"
     groups = c.n_expert_groups,c.n_limited_groups,c.group_score == 'sum2'
     return Route(*_route(logits, bias, c.score_func, *groups, c.n_activated_experts, c.norm_topk, c.route_scale))

@@ -72,13 +72,7 @@ def _(q, z, positions, table, c, scale):
 
 # %% ../../nbs/library/579_cuda.sparse.ipynb #ac76c600
 @attend_selected.twin('cuda', available=cards_ready, supports=selection_fits)
-def attend_selected_cuda(
-    q:Tensor, # Absorbed queries `b h s (c r)`, bfloat16
-    z:Tensor, # Latents and rotary keys `b t (c r)`, bfloat16
-    positions:Tensor, # Positions that each query attends to `b s a`; −1: none
-    c:int, # Latent width; the first c columns of z are the values
-    scale:float, # Factor of the scores
-)->Tensor: # Weighted sums of latents `b h s c`
+def attend_selected_cuda(q, z, positions, c, scale)->Tensor: # Weighted sums of latents `b h s c`
     "`attend_selected` in CUDA"
     return _attend_list(q, z, positions, None, c, scale)
 
@@ -112,11 +106,7 @@ def _(q, k, w): return q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32
 
 @index_scores.twin('cuda', available=cards_ready, supports=lambda q, k, w: q.dtype == k.dtype == torch.bfloat16 and q.shape[3] in (64, 128)
                    and q.shape[2] <= 64 and q.shape[0]*q.shape[1] < 2**16 and min(q.numel(), k.numel()) > 0 and needs_no_grad(q, k, w))
-def index_scores_cuda(
-    q:Tensor, # Rotated queries of the indexer `b s j u`, bfloat16, at most 64 heads, u 64 or 128
-    k:Tensor, # Rotated keys of the indexer `b t u`, bfloat16
-    w:Tensor, # Weights of its heads `b s j`
-)->Tensor: # `b s t`, float32
+def index_scores_cuda(q, k, w)->Tensor: # `b s t`, float32
     "`index_scores` in CUDA"
     return _scores(q, k, w)
 
@@ -138,10 +128,6 @@ def _(scores, k, mask): return scores.new_empty(*scores.shape[:-1], min(k, score
 
 @top_positions.twin('cuda', available=cards_ready, supports=lambda scores, k, mask=None: scores.dtype in (torch.float32, torch.bfloat16)
                     and k > 0 and scores.numel() > 0 and (mask is None or mask.dtype == torch.bool))
-def top_positions_cuda(
-    scores:Tensor, # Scores of all positions `… t`, float32 or bfloat16
-    k:int, # Number of positions to select
-    mask:Tensor|None = None, # True where a position may be selected, broadcast to `… t`; None: all
-)->Tensor: # Selected positions `… a` in ascending order, then −1
+def top_positions_cuda(scores, k, mask=None)->Tensor: # Selected positions `… a` in ascending order, then −1
     "`top_positions` in CUDA"
     return _top(scores, k, mask)

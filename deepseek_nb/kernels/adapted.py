@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..infer.ragged import Rows, run_adapted_rows
+from ..infer.ragged import run_adapted_rows
 from .plan import Refusal, attention_half, feed_forward_half, rows_step
 
 # %% ../../nbs/library/547_kernels.adapted.ipynb #243bff76
@@ -65,12 +65,7 @@ def tables_of(
 
 # %% ../../nbs/library/547_kernels.adapted.ipynb #6bcf219f
 @run_adapted_rows.twin('cpp', prepares=True)
-def adapted_of(
-    x:Tensor, # Embedded tokens of all rows `n d`
-    blocks:nn.ModuleList, # Blocks of a model, in order
-    batch:Rows, # Rows, with pages for the new tokens
-    own:list, # Blocks of each row; None: those of the model
-):
+def adapted_of(x, blocks, batch, own):
     "The step for rows with adapters, or why there is none"
     if batch.caches[0].c.index_n_heads: return Refusal('no step selects tokens of rows with adapters')
     step = rows_step(x, blocks, batch, 'ADAPTED')

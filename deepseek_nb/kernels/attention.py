@@ -130,27 +130,14 @@ def check_mask(
 # %% ../../nbs/library/522_kernels.attention.ipynb #02fb35f3
 @attend.twin('cpp', available=attention_kernels.ready, supports=lambda q, k, v, scale, mask=None, causal=False:
              readable(q, k, v) and (q.dtype == torch.float32 or q.shape[2] < 16 or not multiplies_bfloat16()))
-def attend_cpp(
-    q:Tensor, # Queries `b h s x`
-    k:Tensor, # Keys `b g t x`
-    v:Tensor, # Values `b g t v`
-    scale:float, # Factor of the scores
-    mask:Tensor|None = None, # True where a key is visible to a query, `s t` or `b 1 s t`
-    causal:bool = False, # If there is no mask: apply the causal mask, with queries at the last s positions
-)->Tensor: # Weighted values `b h s v`
+def attend_cpp(q, k, v, scale, mask=None, causal=False)->Tensor: # Weighted values `b h s v`
     "`attend` in C++"
     mask = check_attention(q, k, v, mask)
     return attention_kernels.load().attend(q, k, v, scale, mask, causal and mask is None)
 
 # %% ../../nbs/library/522_kernels.attention.ipynb #06065fbc
 @attend_latent.twin('cpp', available=attention_kernels.ready, supports=lambda q, z, c, scale, mask=None: readable(q, z))
-def attend_latent_cpp(
-    q:Tensor, # Absorbed queries `b h s (c r)`
-    z:Tensor, # Latents and rotary keys `b t (c r)`
-    c:int, # Latent width: the first c columns of z are the values
-    scale:float, # Factor of the scores
-    mask:Tensor|None = None, # True where a key is visible to a query; None: causal
-)->Tensor: # Weighted latents `b h s c`
+def attend_latent_cpp(q, z, c, scale, mask=None)->Tensor: # Weighted latents `b h s c`
     "`attend_latent` in C++"
     check_tensor('q', q, (None,)*4)
     check_tensor('z', z, (q.shape[0], None, q.shape[3]), (q.dtype,))

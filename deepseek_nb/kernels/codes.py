@@ -39,17 +39,13 @@ def has_panels(
 
 # %% ../../nbs/library/537_kernels.codes.ipynb #bdaf527c
 @prepack.twin('cpp', available=panel_kernels.ready, supports=lambda w: packable(w) and w.device.type == 'cpu')
-def prepack_panels(
-    w:QuantizedWeight, # Weight in a format of `PIECES`
-)->QuantizedWeight: # The same weight, with `panels` in place of its parts
+def prepack_panels(w)->QuantizedWeight: # The same weight, with `panels` in place of its parts
     "Pack a weight in panels while a model is loaded"
     return pack_panels(w)
 
 # %% ../../nbs/library/537_kernels.codes.ipynb #70de7792
 @prepack_blocks.twin('cpp', available=panel_kernels.ready, supports=lambda w: w.device.type == 'cpu')
-def pack_blocks(
-    w:QuantizedWeight, # Weight in blocks of a file
-)->QuantizedWeight: # The same weight in panels, in the format that `block_format` returns
+def pack_blocks(w)->QuantizedWeight: # The same weight in panels, in the format that `block_format` returns
     "Pack the blocks of a GGUF file in panels"
     blocks,w.format = w.blocks,block_format(w.format.kind)
     panels = take_panels(layout := panel_layout(w), w.shape)
@@ -58,11 +54,7 @@ def pack_blocks(
 
 # %% ../../nbs/library/537_kernels.codes.ipynb #275b1bd8
 @linear_quantized.twin('cpp', available=panel_kernels.ready, supports=lambda x, w, bias=None: w.ndim == 2 and has_panels(x, w))
-def linear_panels(
-    x:Tensor, # Activations `… i`
-    w:QuantizedWeight, # Weight `o i`
-    bias:Tensor|None = None, # Bias `o`
-)->Tensor: # Products `… o`
+def linear_panels(x, w, bias=None)->Tensor: # Products `… o`
     "Multiply activations by a weight in panels"
     y = _product(x, w)
     if bias is not None: y += bias
@@ -79,20 +71,14 @@ def _product(x, w, two_codes=False):
 # %% ../../nbs/library/537_kernels.codes.ipynb #ca244d6a
 @head.twin('cpp', label='codes', available=panel_kernels.ready,
            supports=lambda x, w: has_panels(x, w) and w.ndim == 2 and w.format.name == 'int8')
-def head_panels(
-    x:Tensor, # Activations after the last norm `… d`
-    w:QuantizedWeight, # Matrix of the head in int8 `w d`
-)->Tensor: # Logits `… w`, float32
+def head_panels(x, w)->Tensor: # Logits `… w`, float32
     "Logits from int8 weights and activations with two codes"
     return _product(x, w, True)
 
 # %% ../../nbs/library/537_kernels.codes.ipynb #e12ef483
 @embed_quantized.twin('cpp', available=panel_kernels.ready, supports=lambda ids, w:
                       w.ndim == 2 and isinstance(w.layout, Panels) and ids.dtype == torch.int64)
-def embed_panels(
-    ids:Tensor, # Row numbers, any shape
-    w:QuantizedWeight, # Packed weight `o i`
-)->Tensor: # Rows `… i`
+def embed_panels(ids, w)->Tensor: # Rows `… i`
     "Rows of an embedding in panels"
     y = torch.empty(*ids.shape, w.shape[1])
     panel_kernels.embed_panels(ids.contiguous(), w.panels, *panel_format(w), len(w), y)

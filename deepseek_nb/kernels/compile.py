@@ -75,13 +75,7 @@ def fixed_graph(
 
 # %% ../../nbs/library/555_kernels.compile.ipynb #f7a55c78
 @run_experts.twin('compile', supports=lambda x, weights, experts, gate_up, down: fixed_graph(experts))
-def run_gathered(
-    x:Tensor, # Tokens `n d`
-    weights:Tensor, # Router weight of each selected expert `n k`
-    experts:Tensor, # Selected experts `n k`
-    gate_up:Tensor, # Gate and up weights of all experts `e 2f d`
-    down:Tensor, # Down weights of all experts `e d f`
-)->Tensor: # Outputs `n d`
+def run_gathered(x, weights, experts, gate_up, down)->Tensor: # Outputs `n d`
     "Index the stacks by the selected experts, for a compiler to fuse"
     a = reduce(gate_up[experts]*rearrange(x, 'n d -> n 1 1 d'), 'n k f d -> n k f', 'sum')
     gate,up = a.chunk(2, -1)

@@ -271,10 +271,6 @@ class _QuantizedLinear(torch.autograd.Function):
 
 # %% ../../nbs/library/546_kernels.gradients.ipynb #4bde793d
 @linear_quantized.twin('torch', supports=lambda x, w, bias=None: w.ndim == 2 and needs_grad(x))
-def linear_through(
-    x:Tensor, # Activations `… i`
-    w:QuantizedWeight, # Frozen weight `o i`
-    bias:Tensor|None = None, # Frozen bias `o`
-)->Tensor: # `… o`
+def linear_through(x, w, bias=None)->Tensor: # `… o`
     "Product with a quantised weight whose gradient dequantises a few rows at a time"
     return _QuantizedLinear.apply(x, w, bias)

@@ -35,9 +35,6 @@ def linear_invariant(
 # %% ../../nbs/library/517_kernels.invariant.ipynb #a1d9cc51
 @head.twin('cpp', available=invariant_kernels.ready, supports=lambda x, w: (x.ndim == 2 or 0 < x.shape[0]*x.shape[1] <= 64)
            and len(x) > 0 and x.dtype in FLOATS and x.dtype == w.dtype and without_grad(x, w))
-def head_cpp(
-    x:Tensor, # Activations after the last norm `n d`, or few in `b s d`
-    w:Tensor, # Matrix of the head `w d`
-)->Tensor: # Logits `… w`, float32
+def head_cpp(x, w)->Tensor: # Logits `… w`, float32
     "Logits; the bits don't depend on the number of tokens"
     return linear_invariant(x, w)

@@ -46,13 +46,7 @@ moe_kernels = Kernels('moe.cpp', experts=lambda x, weights, experts, gate_up, do
 
 @run_experts.twin('cpp', available=moe_kernels.ready, supports=lambda x, weights, experts, gate_up, down:
                   x.dtype in FLOATS and gate_up.dtype == x.dtype and without_grad(x, weights, gate_up, down))
-def experts_cpp(
-    x:Tensor, # Tokens `n d`
-    weights:Tensor, # Weight of each selected expert `n k`
-    experts:Tensor, # Selected experts `n k`
-    gate_up:Tensor, # Gate and up weights of all experts `e 2f d`
-    down:Tensor, # Down weights of all experts `e d f`
-)->Tensor: # Outputs `n d`
+def experts_cpp(x, weights, experts, gate_up, down)->Tensor: # Outputs `n d`
     "Run the experts of each token, in C++"
     e, f2, d = gate_up.shape
     check_tensor('x', x, (None, d))
@@ -85,11 +79,7 @@ def router_settings(
 # %% ../../nbs/library/515_kernels.moe.ipynb #6d076e51
 @route.twin('cpp', available=moe_kernels.ready, supports=lambda logits, c, bias=None:
             logits.dtype == torch.float32 and logits.ndim == 2 and without_grad(logits, bias))
-def routing(
-    logits:Tensor, # Router logits `n e`
-    c:Config, # Settings of the router
-    bias:Tensor|None = None, # Added to the affinities for the selection, but not for the weights `e`
-)->Route: # Weights, experts and affinities
+def routing(logits, c, bias=None)->Route: # Weights, experts and affinities
     "Select k experts per token, in C++"
     n, e = logits.shape
     check_tensor('logits', logits, (None, c.n_routed_experts), (torch.float32,))

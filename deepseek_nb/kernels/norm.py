@@ -43,11 +43,7 @@ def one_pass(
 
 # %% ../../nbs/library/525_kernels.norm.ipynb #66c9dc06
 @rms_norm.twin('cpp', available=norm_kernels.ready, supports=lambda x, weight, eps: one_pass(x, weight))
-def rms_norm_cpp(
-    x:Tensor, # Activations `… d`
-    weight:Tensor, # Weight of the norm `d`
-    eps:float, # Epsilon of the norm
-)->Tensor: # Normalised activations `… d`
+def rms_norm_cpp(x, weight, eps)->Tensor: # Normalised activations `… d`
     "`rms_norm` in C++"
     check_tensor('x', x, (None,)*(x.ndim - 1) + tuple(weight.shape[:1]))
     check_tensor('weight', weight, x.shape[-1:], (x.dtype,))
@@ -69,12 +65,7 @@ def check_angles(
 
 # %% ../../nbs/library/525_kernels.norm.ipynb #493dd08f
 @rotate.twin('cpp', available=norm_kernels.ready, supports=lambda x, cos, sin, interleaved: one_pass(x) and without_grad(cos, sin))
-def rotate_cpp(
-    x:Tensor, # Queries or keys `b h s r`
-    cos:Tensor, # Cosines `b 1 s r/2`
-    sin:Tensor, # Sines `b 1 s r/2`
-    interleaved:bool, # Pairs are (0,1),(2,3)… rather than (0,r/2),(1,r/2+1)…
-)->Tensor: # Rotated, same shape and dtype
+def rotate_cpp(x, cos, sin, interleaved)->Tensor: # Rotated, same shape and dtype
     "`rotate` in C++"
     check_tensor('x', x, (None, None, None, 2*cos.shape[-1]))
     b,h,s,r = x.shape
@@ -86,14 +77,7 @@ def rotate_cpp(
 # %% ../../nbs/library/525_kernels.norm.ipynb #211c746e
 @norm_rotate.twin('cpp', available=norm_kernels.ready, supports=lambda x, weight, cos, sin, eps, interleaved:
                   one_pass(x, weight) and without_grad(cos, sin))
-def norm_rotate_cpp(
-    x:Tensor, # Projected latents and rotary keys `b s (c r)`
-    weight:Tensor, # Weight of the norm `c`
-    cos:Tensor, # Cosines `b 1 s r/2`
-    sin:Tensor, # Sines `b 1 s r/2`
-    eps:float, # Epsilon of the norm
-    interleaved:bool, # Whether rotary pairs are adjacent columns
-)->Tensor: # Normalised latents and rotated keys `b s (c r)`
+def norm_rotate_cpp(x, weight, cos, sin, eps, interleaved)->Tensor: # Normalised latents and rotated keys `b s (c r)`
     "`norm_rotate` in C++"
     check_tensor('weight', weight, (None,), (x.dtype,))
     check_tensor('x', x, (None, None, len(weight) + 2*cos.shape[-1]))

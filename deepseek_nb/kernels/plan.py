@@ -329,11 +329,7 @@ def rows_step(
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #ec90c45e
 @add_attention.twin('cpp', prepares=True)
-def attention_of(
-    x:Tensor, # Residual stream `b s d`
-    block:Block, # Block that contains the weights
-    ctx:Context, # This layer's slot of a cache
-)->Callable|Refusal: # Function with the same arguments
+def attention_of(x, block, ctx)->Callable|Refusal: # Function with the same arguments
     "The step for an attention alone, or why there is none"
     if type(ctx.cache) is not Slot: return Refusal('no kernel reads the cache of a layer')
     if ctx.mla == 'naive' or ctx.mask is not None and ctx.cache.cache.pad is None: return Refusal('it has a mask')
@@ -367,18 +363,12 @@ def _run_feed(plan, kernels, x):
 
 # %% ../../nbs/library/540_kernels.plan.ipynb #909f2335
 @add_feed_forward.twin('cpp', prepares=True)
-def feed_forward_of(
-    x:Tensor, # Residual stream `b s d`
-    block:Block, # Block that contains the weights
-)->Callable|Refusal: # Function with the same arguments
+def feed_forward_of(x, block)->Callable|Refusal: # Function with the same arguments
     "The kernel of norm, feed-forward and residual, or why there is none"
     return (run := _feed_step(x, block, (MANY, LIMIT))) and (lambda x, block: run(x))
 
 @mixture.twin('cpp', prepares=True)
-def mixture_of(
-    moe:MoE, # Module that contains the weights
-    x:Tensor, # Activations `b s d`
-)->Callable|Refusal: # Function with the same arguments
+def mixture_of(moe, x)->Callable|Refusal: # Function with the same arguments
     "The kernel of routed and shared experts, or why there is none"
     return (run := _feed_step(x, moe, (4*LIMIT,)*2)) and (lambda moe, x: run(x))
 

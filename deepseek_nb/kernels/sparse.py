@@ -14,7 +14,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..arch.rewindable import IndexCodes
 from ..arch.sparse import attend_selected, index_scores, select_positions, top_positions
 from .build import Kernels
 from .gemm import FLOATS, check_tensor, without_grad
@@ -39,11 +38,7 @@ def _checked(q, k, w):
 
 # %% ../../nbs/library/526_kernels.sparse.ipynb #f4f619d8
 @index_scores.twin('cpp', available=indexer_kernels.ready, supports=_fits)
-def index_scores_cpp(
-    q:Tensor, # Rotated queries of the indexer `b s j u`
-    k:Tensor|IndexCodes, # Rotated keys of the indexer `b t u`, float32 or bfloat16, or in 8 bits
-    w:Tensor, # Weights of its heads `b s j`
-)->Tensor: # `b s t`, float32
+def index_scores_cpp(q, k, w)->Tensor: # `b s t`, float32
     "`index_scores` in C++"
     args,y = _checked(q, k, w),q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32)
     indexer_kernels.load().index_scores(*args, y)
@@ -52,11 +47,7 @@ def index_scores_cpp(
 # %% ../../nbs/library/526_kernels.sparse.ipynb #d20ea3ae
 @top_positions.twin('cpp', available=indexer_kernels.ready, supports=lambda scores, k, mask=None: scores.dtype in FLOATS
                     and k > 0 and scores.numel() > 0)
-def top_positions_cpp(
-    scores:Tensor, # Scores of all positions `… t`, float32 or bfloat16
-    k:int, # Number of positions to select
-    mask:Tensor|None = None, # True where a position may be selected, broadcast to `… t`; None: all
-)->Tensor: # Selected positions `… a` in ascending order, then −1
+def top_positions_cpp(scores, k, mask=None)->Tensor: # Selected positions `… a` in ascending order, then −1
     "`top_positions` in C++"
     t = scores.shape[-1]
     flat = scores.detach().float().reshape(-1, t).contiguous()
@@ -69,13 +60,7 @@ def top_positions_cpp(
 
 # %% ../../nbs/library/526_kernels.sparse.ipynb #9fddd077
 @select_positions.twin('cpp', available=indexer_kernels.ready, supports=lambda q, k, w, a, mask=None: a > 0 and _fits(q, k, w))
-def select_cpp(
-    q:Tensor, # Rotated queries of the indexer `b s j u`
-    k:Tensor|IndexCodes, # Rotated keys of the indexer `b t u`, float32 or bfloat16, or in 8 bits
-    w:Tensor, # Weights of its heads `b s j`
-    a:int, # Number of positions to select
-    mask:Tensor|None = None, # True where a position may be selected `b s t`, axes may be 1; None: causal
-)->Tensor: # Selected positions `b s a` in ascending order, then −1
+def select_cpp(q, k, w, a, mask=None)->Tensor: # Selected positions `b s a` in ascending order, then −1
     "Select the keys with the highest index scores, without a matrix of scores"
     args,where = _checked(q, k, w),(*q.shape[:2], k.shape[1])
     if mask is not None: mask = _rows(mask.expand(where))
@@ -88,13 +73,7 @@ selected_kernels = Kernels('sparse.cpp', attend_selected=lambda q, z, positions,
 
 @attend_selected.twin('cpp', available=selected_kernels.ready, supports=lambda q, z, positions, c, scale: {q.dtype, z.dtype} <= {*FLOATS}
                       and positions.dtype == torch.int64 and min(q.numel(), z.numel(), positions.numel()) > 0 and without_grad(q, z))
-def attend_selected_cpp(
-    q:Tensor, # Absorbed queries `b h s (c r)`
-    z:Tensor, # Latents and rotary keys `b t (c r)`, float32 or bfloat16
-    positions:Tensor, # Positions that each query attends to `b s a`; −1: none
-    c:int, # Latent width; the first c columns of z are the values
-    scale:float, # Factor of the scores
-)->Tensor: # Weighted sums of latents `b h s c`
+def attend_selected_cpp(q, z, positions, c, scale)->Tensor: # Weighted sums of latents `b h s c`
     "`attend_selected` in C++"
     b,h,s,x = q.shape
     check_tensor('z', z, (b, None, x))

@@ -131,13 +131,7 @@ def needs_grad(
 # %% ../../nbs/library/545_kernels.train.ipynb #70aac3ac
 @run_experts.twin('torch', label='gradient', supports=lambda x, weights, experts, gate_up, down:
                   is_compiling() or needs_grad(x, weights, gate_up, down))
-def run_trained(
-    x:Tensor, # Tokens `n d`
-    weights:Tensor, # Router weight of each selected expert `n k`
-    experts:Tensor, # Selected experts `n k`
-    gate_up:Tensor, # Gate and up weights of all experts `e 2f d`
-    down:Tensor, # Down weights of all experts `e d f`
-)->Tensor: # Outputs `n d`
+def run_trained(x, weights, experts, gate_up, down)->Tensor: # Outputs `n d`
     "The routed experts, with a hand-written gradient"
     return experts_forward(x, weights, experts, gate_up, down)[0]
 
@@ -237,14 +231,7 @@ def is_prompt(
 # %% ../../nbs/library/545_kernels.train.ipynb #a6cbd013
 @attend.twin('torch', label='gradient', supports=lambda q, k, v, scale, mask=None, causal=False:
              needs_grad(q, k, v) and is_prompt(q, k, mask, causal))
-def attend_trained(
-    q:Tensor, # Queries `b h s x`
-    k:Tensor, # Keys `b g t x`
-    v:Tensor, # Values `b g t v`
-    scale:float, # Factor of the scores
-    mask:Tensor|None = None, # True where a query attends to a key
-    causal:bool = False, # Whether attention without a mask is causal
-)->Tensor: # Weighted values `b h s v`
+def attend_trained(q, k, v, scale, mask=None, causal=False)->Tensor: # Weighted values `b h s v`
     "Causal attention in blocks, with a hand-written gradient"
     if (shared := q.shape[1]//k.shape[1]) > 1: k,v = (repeat(t, 'b g t x -> b (g n) t x', n=shared) for t in (k, v))
     return causal_forward(q, k, v, scale)[0]
@@ -286,10 +273,6 @@ class NormGradient(torch.autograd.Function):
 # %% ../../nbs/library/545_kernels.train.ipynb #02f57461
 @rms_norm.twin('torch', label='gradient', supports=lambda x, weight, eps:
                x.device.type=='cpu' and x.dtype==weight.dtype and x.dtype.itemsize>=4 and needs_grad(x, weight))
-def rms_norm_trained(
-    x:Tensor, # Activations `… d`
-    weight:Tensor, # Weight of the norm `d`
-    eps:float, # Epsilon of the norm
-)->Tensor: # Normalised activations `… d`
+def rms_norm_trained(x, weight, eps)->Tensor: # Normalised activations `… d`
     "RMSNorm with a fused backward pass"
     return NormGradient.apply(x, weight, eps)

@@ -232,11 +232,7 @@ def _reads(x, collapse, norm):
 
 # %% ../../nbs/library/541_kernels.v4.ipynb #13b06d3d
 @read_streams.twin('cpp', available=v4_head_kernels.ready, supports=_reads)
-def read_streams_cpp(
-    x:Tensor, # Residual streams after the last block `b s x d`
-    collapse:HyperHead, # Weighted sum of the streams
-    norm:RMSNorm, # Last norm
-)->Tensor: # `b s d`
+def read_streams_cpp(x, collapse, norm)->Tensor: # `b s d`
     "Collapse and norm in one call"
     rows,c = x.float().contiguous(),collapse.c
     y = rows.new_empty(*x.shape[:2], x.shape[3])

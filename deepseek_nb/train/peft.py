@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from ..arch.attention import GQA, Context
-from ..arch.model import Block, Model, add_attention, add_feed_forward
+from ..arch.attention import GQA
+from ..arch.model import Model, add_attention, add_feed_forward
 from ..arch.moe import Experts, SwiGLU
 from ..arch.norm import rms_norm
 from ..arch.rope import rotate
@@ -393,10 +393,7 @@ def frozen_half(
 # %% ../../nbs/library/632_train.peft.ipynb #fed47567
 @add_feed_forward.twin('torch', label='adapters', supports=lambda x, block:
                        type(block.mlp) is SwiGLU and frozen_half(x, block.mlp, block.post_attention_layernorm, FEED) is not None)
-def add_frozen_feed_forward(
-    x:Tensor, # Residual stream `b s d`
-    block:Block, # Block with the weights
-)->Tensor: # `b s d`
+def add_frozen_feed_forward(x, block)->Tensor: # `b s d`
     "Add the feed-forward of frozen weights, with adapters"
     norm = block.post_attention_layernorm
     into,out = frozen_half(x, block.mlp, norm, FEED)
@@ -405,11 +402,7 @@ def add_frozen_feed_forward(
 # %% ../../nbs/library/632_train.peft.ipynb #96a63185
 @add_attention.twin('torch', label='adapters', supports=lambda x, block, ctx: ctx.cache is None and
                     type(a := block.self_attn) is GQA and frozen_half(x, a, block.input_layernorm, ATTEND) is not None)
-def add_frozen_attention(
-    x:Tensor, # Residual stream `b s d`
-    block:Block, # Block with the weights
-    ctx:Context, # Angles and mask; no cache
-)->Tensor: # `b s d`
+def add_frozen_attention(x, block, ctx)->Tensor: # `b s d`
     "Add the attention of frozen weights, with adapters"
     norm,a = block.input_layernorm,block.self_attn
     into,out = frozen_half(x, a, norm, ATTEND)

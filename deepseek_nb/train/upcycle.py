@@ -467,10 +467,7 @@ def askable(
 
 # %% ../../nbs/library/650_train.upcycle.ipynb #ddaa1caa
 @ask_neurons.twin('cpp', available=neuron_kernels.ready, supports=askable)
-def ask_neurons_cpp(
-    x:Tensor, # Inputs `… d`
-    ffn:nn.Module, # A `Neurons` module
-)->Tensor: # Outputs `… d`
+def ask_neurons_cpp(x, ffn)->Tensor: # Outputs `… d`
     "Compute `ask_neurons` in C++"
     gate,up,down = (p.weight for p in (ffn.gate_proj, ffn.up_proj, ffn.down_proj))
     check_tensor('x', x, (None,)*(x.ndim - 1) + (gate.shape[1],))
